@@ -1,0 +1,54 @@
+# Every target sets itself up: a virtual environment in .venv, made on first use and renewed when pyproject.toml changes.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev,data,peft,tensorboard
+VENV ?= .venv
+SCALE ?= laptop
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP)  ## make the virtual environment and install Skipstone into it
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Skipstone needs Python 3.11 or newer; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone, so that TORCH=... can choose another build and pip does not replace it afterwards.
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install '$(TORCH)'
+	$(PIP) install -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)  ## train and compare dense, MoD, TSA, PolyGLU and all three (minutes on a laptop)
+	$(BIN)/skipstone reproduce demo --scale $(SCALE)
+
+test: $(STAMP)  ## the quick tests
+	$(TEST_THREADS) $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## every test, the slow ones too
+	$(TEST_THREADS) $(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types, and the floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(TEST_THREADS) $(BIN)/python -m pytest -q tests/test_floors.py
+
+format: $(STAMP)  ## rewrite the code as ruff would
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## run every file of benchmarks/
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:  ## remove the virtual environment, caches and build folders (runs and results stay)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

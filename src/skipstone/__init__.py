@@ -1,0 +1,20 @@
+"""Conditional computation for transformers that really saves the computation.
+
+Importing the package registers its models with transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.decoder import SkipstoneModel
+
+__version__ = "0.1.0"
+
+AutoConfig.register("skipstone", SkipstoneConfig, exist_ok=True)
+AutoModel.register(SkipstoneConfig, SkipstoneModel, exist_ok=True)
+AutoModelForCausalLM.register(SkipstoneConfig, SkipstoneForCausalLM, exist_ok=True)
+
+__all__ = ["SkipstoneConfig", "SkipstoneForCausalLM", "SkipstoneModel"]

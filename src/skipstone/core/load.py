@@ -1,0 +1,17 @@
+"""How many tokens of a row a block really works on: what mechanisms narrow and the cost model counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Tokens of one row (a mean over rows where they differ, hence float).
+
+    given: tokens that reach the sub-layer; keys and values are computed for all of them.
+    asked: tokens whose update is computed: queries, output projection, MLP.
+    """
+
+    given: float
+    asked: float

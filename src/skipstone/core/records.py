@@ -1,0 +1,75 @@
+"""What mechanisms decided, returned to the caller: pytrees of tensors, never stashed on a module.
+
+Shape letters: B rows, T tokens, A activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from skipstone.core.tokens import Selection
+
+
+class DepthRecord(NamedTuple):
+    """One depth mechanism in one block.
+
+    score_BT: fp32 router logit, NaN for tokens that were never asked. kept_BT: bool. weight_BT: fp32 factor on the
+    update as executed, 0 where skipped. asked_BT: bool, real tokens that reached the mechanism. loss_BT: fp32 auxiliary
+    loss of each token, its coefficient included, 0 where not asked; None without one. carry: new values of the
+    mechanism's tensors in `Tokens.state`.
+    """
+
+    score_BT: Tensor
+    kept_BT: Tensor
+    weight_BT: Tensor
+    asked_BT: Tensor
+    loss_BT: Tensor | None = None
+    carry: Mapping[str, Tensor] = {}
+
+    def lift(self, part: Selection, state: Mapping[str, Tensor]) -> DepthRecord:
+        """In the coordinates of the tokens that `part` was selected from; state of tokens outside keeps its value."""
+        inside_BT = part.mask(self.score_BT.shape[0], self.score_BT.device)
+        carry = {name: torch.where(inside_BT, part.scatter(new), state[name]) for name, new in self.carry.items()}
+        return DepthRecord(
+            part.scatter(self.score_BT, float("nan")),
+            part.scatter(self.kept_BT, False),
+            part.scatter(self.weight_BT),
+            part.scatter(self.asked_BT, False),
+            None if self.loss_BT is None else part.scatter(self.loss_BT),
+            carry,
+        )
+
+
+class ActivationRecord(NamedTuple):
+    """One activation mechanism in one block.
+
+    logits_BTA: fp32 dynamic logits (before the neurons' static preference), NaN for tokens that were never asked;
+    [B, 1, A] where the whole row shares them. asked_BT: bool.
+    """
+
+    logits_BTA: Tensor
+    asked_BT: Tensor
+
+    def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
+        logits = self.logits_BTA.expand(-1, part.width, -1)
+        return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.asked_BT, False))
+
+
+Record: TypeAlias = DepthRecord | ActivationRecord
+Records: TypeAlias = dict[str, Record]
+
+
+def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
+    """Records of an inner update, in the coordinates of the outer tokens."""
+    return {name: record.lift(part, state) for name, record in records.items()}
+
+
+def carried(records: Iterable[Record]) -> dict[str, Tensor]:
+    """All new values of tensors that cross blocks."""
+    return {
+        name: value for record in records if isinstance(record, DepthRecord) for name, value in record.carry.items()
+    }

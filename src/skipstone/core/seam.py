@@ -1,0 +1,29 @@
+"""The seam: a depth mechanism is a function on updates.
+
+    Update    = (x, tokens) -> (delta, records)
+    mechanism : (update, x, tokens) -> (delta, records)
+
+`update` computes what a block (or one of its sub-layers) adds to the residual stream. A mechanism may give it fewer
+tokens, scale or drop what it returns, and never learns what is inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeAlias
+
+from torch import Tensor
+
+from skipstone.core.records import Records
+from skipstone.core.tokens import Tokens
+
+Update: TypeAlias = Callable[[Tensor, Tokens], tuple[Tensor, Records]]
+Mechanism: TypeAlias = Callable[[Update, Tensor, Tokens], tuple[Tensor, Records]]
+
+
+def wrap(update: Update, mechanisms: Iterable[Mechanism]) -> Update:
+    """`update` inside the mechanisms, the first of them outermost."""
+    for mechanism in reversed(list(mechanisms)):
+        update = partial(mechanism, update)
+    return update

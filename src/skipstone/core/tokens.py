@@ -1,0 +1,164 @@
+"""Who the tokens are: everything about them but their hidden states.
+
+Shape letters: B rows, T tokens given to this call, K tokens of a selection, E head size.
+An axis of size 1 in place of B means that all rows agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from skipstone.ops import reference as ops
+
+Routing = Literal["oracle", "causal"]
+Executor = Literal["gathered", "masked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """How this forward pass decides and executes: plain values, known before it starts.
+
+    routing: "oracle" may look at the whole row (training); "causal" is what generation can do.
+    noise: whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only, "masked" computes
+    all and throws away (the specification that the gathered one must equal).
+    """
+
+    routing: Routing = "causal"
+    noise: bool = False
+    executor: Executor = "gathered"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Some tokens of each row. `index_BK` None: in place, K = T; `valid_BK` None: every entry is a kept token.
+
+    Kept tokens come first and in order of slot, so attention over a gathered row stays causal without a mask; entries
+    that are not valid pad rows that keep fewer.
+    """
+
+    index_BK: Tensor | None
+    valid_BK: Tensor | None
+    length: int  # T
+
+    @property
+    def width(self) -> int:
+        return self.length if self.index_BK is None else self.index_BK.shape[1]
+
+    def gather(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.index_BK is None else ops.gather_rows(x_BTD, self.index_BK)
+
+    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, ...] with y at the kept tokens and `fill` at all others."""
+        if self.valid_BK is not None:
+            valid = self.valid_BK.view(*self.valid_BK.shape, *[1] * (y_BKD.dim() - 2))
+            y_BKD = torch.where(valid, y_BKD, torch.as_tensor(fill, dtype=y_BKD.dtype, device=y_BKD.device))
+        return y_BKD if self.index_BK is None else ops.scatter_rows(y_BKD, self.index_BK, self.length, fill)
+
+    def mask(self, rows: int, device: torch.device) -> Tensor:
+        """The kept tokens as a bool mask [B, T]."""
+        ones_BK = torch.ones(rows, self.width, dtype=torch.bool, device=device)
+        return self.scatter(ones_BK, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of one call. Frozen: mechanisms pass on narrowed or changed copies.
+
+    slot_BT: int64, index in the row, padding and cached tokens counted; attention is causal by slot.
+    position_BT: int64, what position embeddings see; never renumbered.
+    rotary: cos and sin [B, T, E] of the positions, or None.
+    document_BT: int64 document of each token, or None for one document a row (known without looking).
+    real_BT: bool, False for padding, or None where every token is real (known without looking).
+    aligned: real tokens are known to come first in every row.
+    gain_BT: factor on both sub-layers' updates, or None for 1.
+    wanted: the tokens whose update is asked for; the others still serve as keys and values. None: all.
+    state: named tensors [B, T] that cross blocks, made before block 0.
+    forced_BT: bool, the decision that the caller imposes on this block, or None.
+    """
+
+    slot_BT: Tensor
+    position_BT: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+    document_BT: Tensor | None = None
+    real_BT: Tensor | None = None
+    aligned: bool = False
+    gain_BT: Tensor | None = None
+    wanted: Selection | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    forced_BT: Tensor | None = None
+    mode: Mode = Mode()
+
+    @property
+    def length(self) -> int:
+        return self.slot_BT.shape[1]
+
+    @property
+    def group_BT(self) -> Tensor | None:
+        """Document of each token with -1 for padding, as `select_top` wants it; None for one whole document a row."""
+        if self.real_BT is None:
+            return self.document_BT
+        document = self.document_BT if self.document_BT is not None else torch.zeros_like(self.slot_BT)
+        return torch.where(self.real_BT, document, -1)
+
+    def narrow(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
+        """Turn a decision into a selection for this call's executor.
+
+        `width` is the number of columns to gather where it is known beforehand; without it the largest row is counted,
+        which makes the host wait once. `exact`: every row keeps exactly `width`.
+        """
+        if self.mode.executor == "masked":
+            return Selection(index_BK=None, valid_BK=kept_BT, length=self.length)
+        count_B = kept_BT.sum(1)
+        if width is None:
+            width = int(count_B.max())
+            exact = kept_BT.shape[0] == 1
+        index_BK = ops.compact(kept_BT, width)
+        valid_BK = None if exact else torch.arange(width, device=kept_BT.device) < count_B[:, None]
+        return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length)
+
+    def select(self, part: Selection) -> Tokens:
+        """The tokens of `part`, in its order. A wish of an outer mechanism is carried over to the new coordinates."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else part.gather(x)
+
+        real_BK = pick(self.real_BT)
+        if part.valid_BK is not None:
+            real_BK = part.valid_BK if real_BK is None else real_BK & part.valid_BK
+        narrowed = replace(
+            self,
+            slot_BT=part.gather(self.slot_BT),
+            position_BT=part.gather(self.position_BT),
+            rotary=None if self.rotary is None else (part.gather(self.rotary[0]), part.gather(self.rotary[1])),
+            document_BT=pick(self.document_BT),
+            real_BT=real_BK,
+            aligned=part.index_BK is not None,
+            gain_BT=pick(self.gain_BT),
+            forced_BT=pick(self.forced_BT),
+            state={name: part.gather(value) for name, value in self.state.items()},
+            wanted=None,
+        )
+        if self.wanted is None or self.wanted is part:
+            return narrowed
+        rows = max(narrowed.slot_BT.shape[0], 1 if real_BK is None else real_BK.shape[0])
+        wished_BK = part.gather(self.wanted.mask(rows, self.slot_BT.device))
+        return narrowed.want(wished_BK if real_BK is None else wished_BK & real_BK)
+
+    def asked(self) -> Tokens:
+        """The tokens whose update is wanted, and only those."""
+        return self if self.wanted is None else self.select(self.wanted)
+
+    def want(self, kept_BT: Tensor) -> Tokens:
+        """Ask for the update of these tokens only; a wish of an outer mechanism stays in force."""
+        if self.wanted is not None:
+            kept_BT = kept_BT & self.wanted.mask(kept_BT.shape[0], kept_BT.device)
+        return replace(self, wanted=self.narrow(kept_BT))
+
+    def scaled(self, gain_BT: Tensor) -> Tokens:
+        """With this factor on the updates, on top of any that is there."""
+        return replace(self, gain_BT=gain_BT if self.gain_BT is None else self.gain_BT * gain_BT)

@@ -1,0 +1,17 @@
+"""Floor 3: data. Nothing here imports a model, and naming corpora imports nothing heavy.
+
+corpora.py     the registry: names, what they are, `load_corpus`
+corpus.py      a corpus: named splits of documents, read when asked for; the two ways to split
+fetch.py       where files are looked for; the only code that downloads
+published.py   corpora that are published files: tiny-shakespeare, wikitext-2, enwik8, gcide
+installed.py   corpora made of Python sources installed on this machine
+users.py       corpora the user brings: text:PATH, hf:NAME
+tokenizers.py  char, byte and pretrained tokenizers, all of them Hugging Face's
+encode.py      documents -> token ids, fast where the tokenizer allows it
+draws.py       random numbers that are a function of (seed, row, column), in any order
+rows.py        the map-style dataset every kind of row shares, and `collate`
+packing.py     token ids -> rows: random windows to train on, every token once to evaluate on
+synthetic.py   Reset-S3: rows whose needed depth is known
+sequences.py   the copy and sort tasks
+prepare.py     `DataConfig` and `prepare`: all of the above in the one call that a trainer makes
+"""

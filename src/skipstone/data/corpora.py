@@ -1,0 +1,87 @@
+"""The registry of corpora by name. Importing it imports nothing heavy: the command line lists it.
+
+A new corpus is one function `(argument) -> Corpus` and one entry in `CORPORA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from skipstone.core.strict import choose
+from skipstone.data import installed, published, users
+from skipstone.data.corpus import Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the registry.
+
+    kind: "text" has documents and a tokenizer; "synthetic" makes rows of token ids (see `prepare`).
+    load: from what follows the colon in the name ("" when nothing does); None for the synthetic kind.
+    argument: how that part is written, "" where there is none; `required` when the name means nothing without it.
+    tokenizer: the one taken when the user names none; None for the synthetic kind.
+    """
+
+    summary: str
+    kind: Literal["text", "synthetic"] = "text"
+    load: Callable[[str], Corpus] | None = None
+    argument: str = ""
+    required: bool = False
+    tokenizer: str | None = "byte"
+
+
+CORPORA: dict[str, Entry] = {
+    "tiny-shakespeare": Entry(
+        summary="1.1 MB of plays, one stream, cut 90-10",
+        load=published.tiny_shakespeare,
+        argument="80-10-10",
+        tokenizer="char",
+    ),
+    "python-stdlib": Entry(summary="the running Python's own sources; on every machine", load=installed.python_stdlib),
+    "python-packages": Entry(
+        summary="python-stdlib and the installed torch and transformers; over 100 MB", load=installed.python_packages
+    ),
+    "wikitext-2": Entry(summary="13 MB of word-tokenised Wikipedia articles", load=published.wikitext_2),
+    "enwik8": Entry(summary="10^8 bytes of Wikipedia XML, cut 90M/5M/5M", load=published.enwik8),
+    "gcide": Entry(summary="40 MB of dictionary prose, from Debian's dict-gcide", load=published.gcide),
+    "text": Entry(summary="a text file or a folder of them", load=users.text, argument="PATH", required=True),
+    "hf": Entry(
+        summary="a dataset of the Hugging Face hub, or a folder of its file formats",
+        load=users.huggingface,
+        argument="OWNER/NAME[/CONFIG]",
+        required=True,
+    ),
+    "reset-s3": Entry(
+        summary="products in S3 since the last reset: needed depth is known", kind="synthetic", tokenizer=None
+    ),
+    "copy": Entry(summary="repeat n symbols", kind="synthetic", tokenizer=None),
+    "sort": Entry(summary="sort n symbols", kind="synthetic", tokenizer=None),
+}
+
+
+def find_entry(name: str) -> tuple[Entry, str]:
+    """`name` or `name:argument` -> its registry entry and the argument ("" if none).
+
+    Raises ValueError for an unknown name (naming the nearest), a missing argument, and one that is not taken.
+    """
+    head, colon, argument = str(name).partition(":")
+    entry = choose("corpus", head, CORPORA)
+    if colon and not entry.argument:
+        raise ValueError(f"corpus {head!r} takes nothing after a colon, got {name!r}")
+    if not argument and (entry.required or colon):
+        raise ValueError(f"corpus {name!r} is incomplete: write {head}:{entry.argument}")
+    return entry, argument
+
+
+def load_corpus(name: str) -> Corpus:
+    """The corpus called `name` (`name:argument` for some). Its documents are read when asked for.
+
+    Raises ValueError for a name that is not in the registry or that names a synthetic task, FileNotFoundError where
+    `text:` or `hf:` points at nothing. Files of published corpora are looked for by `Corpus.documents`.
+    """
+    entry, argument = find_entry(name)
+    if entry.load is None:
+        raise ValueError(f"corpus {name!r} is synthetic: it has rows (skipstone.data.prepare), not documents")
+    return entry.load(argument)

@@ -1,0 +1,164 @@
+"""Where corpus files are looked for, and the only code in this package that downloads anything.
+
+Order: the folder SKIPSTONE_DATA, the cache (SKIPSTONE_CACHE, else ~/.cache/skipstone), system places, the download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One published file: `path` below the data folder, and what is known of it. None means: not fixed, not checked.
+
+    path: such as `enwik8/enwik8`. size, sha256: of the file itself, in bytes and lower-case hex.
+    url: where it can be had; with `member`, that is a zip archive of `download_size` bytes which holds the file.
+    system: places outside the data folder where a system package puts it. hint: what else a user can do.
+    """
+
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+    url: str | None = None
+    member: str | None = None
+    download_size: int | None = None
+    system: tuple[str, ...] = ()
+    hint: str = ""
+
+
+def offline() -> bool:
+    """True when SKIPSTONE_OFFLINE asks for no network (set, and neither empty nor 0)."""
+    return os.environ.get("SKIPSTONE_OFFLINE", "") not in ("", "0")
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("SKIPSTONE_CACHE") or Path.home() / ".cache" / "skipstone").expanduser()
+
+
+def places(source: SourceFile) -> list[Path]:
+    """Every path at which `source` is looked for, first choice first."""
+    data = os.environ.get("SKIPSTONE_DATA")
+    roots = ([Path(data).expanduser()] if data else []) + [cache_folder()]
+    return [root / source.path for root in roots] + [Path(path) for path in source.system]
+
+
+def locate(source: SourceFile) -> Path:
+    """The path of `source` on this machine, downloaded to the cache if need be.
+
+    Raises FileNotFoundError, one line, when it is not here and cannot be had; ValueError when a file is there but is
+    not the published one (it is left as it is).
+    """
+    looked = places(source)
+    for path in looked:
+        if path.is_file():
+            problem = _difference(path, source.size, source.sha256)
+            if problem:
+                raise ValueError(f"{path} {problem}; move it away to have the published file looked for")
+            return path
+    if source.url is None:
+        raise FileNotFoundError(_absent(source, looked, ""))
+    if offline():
+        raise FileNotFoundError(_absent(source, looked, "SKIPSTONE_OFFLINE is set, so it was not downloaded"))
+    target = cache_folder() / source.path
+    try:
+        _download(source, target)
+    except (OSError, http.client.HTTPException) as error:
+        reason = f"downloading {source.url} failed ({str(error) or type(error).__name__})"
+        raise FileNotFoundError(_absent(source, looked, reason)) from error
+    return target
+
+
+def _absent(source: SourceFile, looked: list[Path], reason: str) -> str:
+    where = ", ".join(map(str, looked))
+    todo = source.hint or f"put it at $SKIPSTONE_DATA/{source.path}" + (f" (from {source.url})" if source.url else "")
+    return f"{source.path} is not here: looked for {where}; " + (f"{reason}; " if reason else "") + todo
+
+
+def _download(source: SourceFile, target: Path) -> None:
+    """Fetch aside, check, then rename: `target` either is the whole published file or does not exist."""
+    assert source.url is not None
+    log.info("downloading %s to %s", source.url, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    size = source.download_size if source.member else source.size
+    with _aside(target) as fetched:
+        with urllib.request.urlopen(source.url, timeout=TIMEOUT) as response, fetched.open("wb") as out:
+            _copy(response, out, size)
+        _check(fetched, source.url, size, None if source.member else source.sha256)
+        if source.member is None:
+            os.replace(fetched, target)
+        else:
+            _unpack(source, fetched, target)
+
+
+def _unpack(source: SourceFile, archive: Path, target: Path) -> None:
+    with _aside(target) as unpacked:
+        try:
+            with (
+                zipfile.ZipFile(archive) as opened,
+                opened.open(str(source.member)) as member,
+                unpacked.open("wb") as out,
+            ):
+                _copy(member, out, source.size)
+        except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as error:
+            raise ValueError(f"{source.url} is not the expected archive of {source.member}: {error}") from None
+        _check(unpacked, f"{source.member} in {source.url}", source.size, source.sha256)
+        os.replace(unpacked, target)
+
+
+def _copy(source: IO[bytes], out: IO[bytes], size: int | None) -> None:
+    """Copy at most one byte more than expected: enough to see that a stream is too long, never a full disk."""
+    if size is None:
+        shutil.copyfileobj(source, out, CHUNK)
+        return
+    left = size + 1
+    while left and (chunk := source.read(min(CHUNK, left))):
+        out.write(chunk)
+        left -= len(chunk)
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` (the same file system: renaming is atomic), gone afterwards whatever happens."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _check(path: Path, what: str, size: int | None, sha256: str | None) -> None:
+    problem = _difference(path, size, sha256)
+    if problem:
+        raise ValueError(f"what came from {what} {problem}; nothing was kept")
+
+
+def _difference(path: Path, size: int | None, sha256: str | None) -> str:
+    """How the file differs from what is known of it; empty when it does not."""
+    actual = path.stat().st_size
+    if size is not None and actual != size:
+        more = "more than " if actual == size + 1 else ""
+        return f"has {more}{size if more else actual} bytes, the published file has {size}"
+    if sha256 is None:
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if digest == sha256 else f"has SHA-256 {digest}, the published file has {sha256}"

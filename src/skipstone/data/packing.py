@@ -1,0 +1,115 @@
+"""Token ids -> rows of a fixed length.
+
+Every row has input_ids and labels (T,), Hugging Face's convention: labels are the row's own ids and the model shifts
+them. -100 stands at every token that nothing in its row may predict: the first of the row, the first of a document that
+is kept apart, padding. So `(labels != -100).sum()` is the number of predictions.
+
+With `document_starts` rows are *packed*: document_ids (T,), 0 for the row's first document and up by one at each start,
+and position_ids (T,) that restart at 0 with each document (and with the row, where a document is cut), so that
+attention can keep documents apart. Without, they are a *stream*: documents follow each other through their eos alone.
+Shapes: N tokens of a split, D documents, B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.data import draws
+from skipstone.data.encode import Ids
+from skipstone.data.rows import IGNORE, Batch, RowDataset
+
+WINDOW_STREAM = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Windows(RowDataset):
+    """Rows that are windows of `ids` (N,), `context` tokens wide."""
+
+    ids: Ids = field(repr=False)
+    context: int
+    document_starts: NDArray[np.int64] | None = field(default=None, repr=False)  # (D,) sorted, the first is 0
+
+    def window(self, start_B: NDArray[np.int64]) -> Batch:
+        """The windows that begin at `start_B`; what lies beyond the last token is the last token again."""
+        slots_BT = start_B[:, None] + np.arange(self.context)
+        input_BT = self.ids[np.minimum(slots_BT, len(self.ids) - 1)].astype(np.int64)
+        labels_BT = input_BT.copy()
+        labels_BT[:, 0] = IGNORE
+        if self.document_starts is None:
+            return {"input_ids": input_BT, "labels": labels_BT}
+        document_BT = np.searchsorted(self.document_starts, slots_BT, side="right") - 1
+        begin_BT = self.document_starts[document_BT]
+        labels_BT[slots_BT == begin_BT] = IGNORE
+        return {
+            "input_ids": input_BT,
+            "labels": labels_BT,
+            "document_ids": document_BT - document_BT[:, :1],
+            "position_ids": slots_BT - np.maximum(begin_BT, start_B[:, None]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RandomWindows(_Windows):
+    """For training: row i is a window at a uniform place, a function of (seed, i). There are no epochs.
+
+    Raises ValueError when `ids` has fewer tokens than one context.
+    """
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.ids) < self.context:
+            raise ValueError(
+                f"{len(self.ids)} training tokens are fewer than one context of {self.context}; "
+                "choose a smaller context or a larger corpus"
+            )
+
+    def batch(self, index_B: NDArray[np.int64]) -> Batch:
+        places = len(self.ids) - self.context + 1
+        return self.window(draws.integers(self.seed, WINDOW_STREAM, index_B, 1, places)[:, 0])
+
+
+def num_covering(tokens: int, context: int) -> int:
+    """How many windows `CoveringWindows` needs for that many tokens."""
+    return -(-(tokens - 1) // (context - 1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CoveringWindows(_Windows):
+    """For evaluation: windows in order, each beginning with the last token of the one before it.
+
+    All windows together predict every token exactly once: but for the very first (N - 1 labels), and, packed, the first
+    of each document (N - D labels). The last window may be shorter; `collate` pads it. Fewer `rows` is a prefix.
+    Raises ValueError when there are fewer than two tokens.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.ids) < 2:
+            raise ValueError(
+                f"{len(self.ids)} tokens cannot be evaluated: nothing predicts the first; choose a larger corpus"
+            )
+        if self.rows > num_covering(len(self.ids), self.context):
+            raise ValueError(f"rows must be at most {num_covering(len(self.ids), self.context)}, got {self.rows}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the split that these rows reach, the first included."""
+        return min(len(self.ids), self.rows * (self.context - 1) + 1)
+
+    @property
+    def num_labels(self) -> int:
+        """Predictions in all rows together: N - 1, or packed N - D, when every row is there."""
+        if self.document_starts is None:
+            return self.tokens - 1
+        return self.tokens - int(np.searchsorted(self.document_starts, self.tokens))
+
+    def batch(self, index_B: NDArray[np.int64]) -> Batch:
+        return self.window(index_B * (self.context - 1))
+
+    def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.minimum(self.context, len(self.ids) - index_B * (self.context - 1))

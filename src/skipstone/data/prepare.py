@@ -1,0 +1,171 @@
+"""`DataConfig` and `prepare`: from names to the datasets that a trainer and an evaluator read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from skipstone.core.strict import unknown
+from skipstone.data import rows, sequences, synthetic
+from skipstone.data.corpora import find_entry, load_corpus
+from skipstone.data.encode import Encoded, encode_documents, text_bytes
+from skipstone.data.packing import CoveringWindows, RandomWindows, num_covering
+from skipstone.data.rows import Row, RowDataset
+from skipstone.data.tokenizers import build_tokenizer, check_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKINGS = ("stream", "packed")
+SYNTHETIC_ROWS = {"train": 1 << 16, "validation": 1024, "test": 1024}
+SYNTHETIC_STREAM = {"train": 0, "validation": 1, "test": 2}
+EVALUATION_SEED = 0  # every run is measured on the same synthetic rows, whatever its own seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train and to evaluate on.
+
+    corpus: a name of `CORPORA`. tokenizer: `char`, `byte`, `pretrained:NAME_OR_PATH`; None: the corpus's default.
+    context: tokens a row. packing: "stream" (documents follow each other through their eos) or "packed" (rows carry
+    document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows.
+    train_rows: length of the training set; None: as many windows as the text holds side by side, or 65,536 synthetic
+    rows. Any length serves: row i does not depend on it. validation_rows: the first so many; None: the whole split, or
+    1,024 synthetic rows. Synthetic tasks take neither a tokenizer nor a packing.
+    """
+
+    corpus: str = "tiny-shakespeare"
+    tokenizer: str | None = None
+    context: int = 128
+    packing: Literal["stream", "packed"] = "stream"
+    seed: int = 0
+    train_rows: int | None = None
+    validation_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        entry, _ = find_entry(self.corpus)
+        if self.tokenizer is not None:
+            check_spec(self.tokenizer)
+        if self.packing not in PACKINGS:
+            raise ValueError(unknown("packing", self.packing, PACKINGS))
+        if entry.kind == "synthetic" and (self.tokenizer is not None or self.packing != "stream"):
+            field = "tokenizer" if self.tokenizer is not None else "packing"
+            raise ValueError(f"corpus {self.corpus!r} is synthetic: leave {field} out, got {getattr(self, field)!r}")
+        for name, least in (("context", 2), ("seed", 0), ("train_rows", 1), ("validation_rows", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedData:
+    """What `prepare` hands out.
+
+    train: rows 0, 1, 2, ... are meant to be read in that order (a sequential sampler): each is already a random draw
+    from (seed, i). `dataclasses.replace(train, rows=steps * batch)` sets its length. None where it was not asked for.
+    validation: every token of the split once (see `CoveringWindows`), or synthetic rows that do not depend on the seed.
+    tokenizer: None for a synthetic task. vocab_size: ids that occur are below it. pad_id: what `collate` fills with.
+    validation_labels: predictions in `validation`, all rows together. validation_bytes: UTF-8 bytes of the text these
+    rows cover, so that bits per byte = summed loss in nats / ln 2 / validation_bytes (losses on eos count, eos has no
+    bytes; the bytes of the few tokens that nothing predicts count too). None for a synthetic task.
+    """
+
+    config: DataConfig
+    description: str
+    train: RowDataset | None
+    validation: RowDataset
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    pad_id: int
+    validation_labels: int
+    validation_bytes: int | None
+
+    def collate(self, items: Sequence[Row]) -> Row:
+        """`rows.collate` with this data's pad id: pass it to a DataLoader or a Trainer."""
+        return rows.collate(items, self.pad_id)
+
+
+def prepare(
+    config: DataConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: bool = True,
+    split: str = "validation",
+) -> PreparedData:
+    """Load, tokenize and cut into rows.
+
+    tokenizer: one that exists (a saved run's) in place of the one that `config` names. train: False leaves the training
+    split unread, so evaluation works where it is absent. split: what `validation` is made from, "validation" or "test".
+    Raises ValueError or FileNotFoundError, one line, for names, files and corpora too small for one context.
+    """
+    entry, _ = find_entry(config.corpus)
+    if entry.kind == "synthetic":
+        return _prepare_synthetic(config, entry.summary, train, split)
+    corpus = load_corpus(config.corpus)
+    if tokenizer is None:
+        tokenizer = build_tokenizer(config.tokenizer or entry.tokenizer or "byte", corpus)
+    try:
+        training = _train(config, encode_documents(tokenizer, corpus.documents("train"))) if train else None
+        encoded = encode_documents(tokenizer, corpus.documents(split))
+        validation = _validation(config, encoded)
+    except ValueError as error:
+        raise ValueError(f"corpus {config.corpus!r}: {error}") from None
+    return PreparedData(
+        config=config,
+        description=f"{corpus.description} ({corpus.licence})",
+        train=training,
+        validation=validation,
+        tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
+        pad_id=_pad_id(tokenizer),
+        validation_labels=validation.num_labels,
+        validation_bytes=text_bytes(tokenizer, encoded, validation.tokens),
+    )
+
+
+def _windows(config: DataConfig, encoded: Encoded) -> dict[str, Any]:
+    starts = encoded.document_starts if config.packing == "packed" else None
+    return {"ids": encoded.ids, "context": config.context, "document_starts": starts}
+
+
+def _train(config: DataConfig, encoded: Encoded) -> RandomWindows:
+    length = config.train_rows or max(1, len(encoded.ids) // config.context)
+    return RandomWindows(**_windows(config, encoded), seed=config.seed, rows=length)
+
+
+def _validation(config: DataConfig, encoded: Encoded) -> CoveringWindows:
+    whole = max(1, num_covering(len(encoded.ids), config.context))
+    return CoveringWindows(**_windows(config, encoded), rows=min(config.validation_rows or whole, whole))
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad, else its eos, else 0: padding is masked and has no label, so any id serves."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _prepare_synthetic(config: DataConfig, description: str, train: bool, split: str) -> PreparedData:
+    if split not in SYNTHETIC_ROWS:
+        raise ValueError(unknown(f"split of corpus {config.corpus!r}", split, SYNTHETIC_ROWS))
+    validation = _synthetic(config, split, config.validation_rows, EVALUATION_SEED)
+    labels = validation[0]
+    per_row = int((labels["shift_labels" if "shift_labels" in labels else "labels"] != rows.IGNORE).sum())
+    return PreparedData(
+        config=config,
+        description=description,
+        train=_synthetic(config, "train", config.train_rows, config.seed) if train else None,
+        validation=validation,
+        tokenizer=None,
+        vocab_size=synthetic.VOCAB_SIZE if config.corpus == "reset-s3" else sequences.VOCAB_SIZE,
+        pad_id=0,
+        validation_labels=per_row * len(validation),
+        validation_bytes=None,
+    )
+
+
+def _synthetic(config: DataConfig, split: str, length: int | None, seed: int) -> RowDataset:
+    stream, length = SYNTHETIC_STREAM[split], length or SYNTHETIC_ROWS[split]
+    if config.corpus == "reset-s3":
+        return synthetic.ResetS3(rows=length, seed=seed, stream=stream, context=config.context)
+    task: Literal["copy", "sort"] = "copy" if config.corpus == "copy" else "sort"
+    return sequences.Sequences(rows=length, task=task, context=config.context, seed=seed, stream=stream)

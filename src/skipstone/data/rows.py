@@ -1,0 +1,78 @@
+"""The map-style dataset that every kind of row shares, and the collator.
+
+Shapes: B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORE = -100  # Hugging Face's label for "not predicted here"
+Row = dict[str, Tensor]
+Batch = dict[str, NDArray[np.int64]]
+_PADDING = {"labels": IGNORE, "shift_labels": IGNORE, "document_ids": -1, "difficulty": -1}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowDataset(Dataset[Row]):
+    """`rows` rows, each a dict of int64 tensors (T,). Row i is a function of the fields and i alone.
+
+    So `dataclasses.replace(dataset, rows=n)` gives the same rows, more or fewer; a trainer that reads rows 0, 1, 2, ...
+    in order resumes exactly by starting at the row where it stopped. `__getitems__` makes the rows of a batch together.
+    """
+
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
+
+    @abstractmethod
+    def batch(self, index_B: NDArray[np.int64]) -> Batch:
+        """The rows `index_B` as int64 arrays (B, T), negative entries already excluded."""
+
+    def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Tokens that are real in each row of `batch`; None when all are."""
+        return None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Row:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        index_B = np.asarray(indices, np.int64).reshape(-1)
+        if len(index_B) and (index_B.min() < 0 or index_B.max() >= self.rows):
+            raise IndexError(f"row index out of range: {indices!r} of {self.rows} rows")
+        fields = {name: torch.from_numpy(np.ascontiguousarray(x_BT)) for name, x_BT in self.batch(index_B).items()}
+        lengths = self.lengths(index_B)
+        return [
+            {name: x_BT[b] if lengths is None else x_BT[b, : int(lengths[b])] for name, x_BT in fields.items()}
+            for b in range(len(index_B))
+        ]
+
+
+def collate(items: Sequence[Row], pad_id: int = 0) -> Row:
+    """Stack rows into (B, T) int64 tensors, T the longest row.
+
+    Shorter rows are padded on the right: `pad_id` for input_ids, -100 for labels, -1 for document_ids and difficulty, 0
+    else. Only then is there an `attention_mask` (B, T), 1 for real tokens: models take a faster path without one.
+    """
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    padding = _PADDING | {"input_ids": pad_id}
+    batch = {
+        name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], True, padding.get(name, 0))
+        for name in items[0]
+    }
+    if int(lengths.min()) != int(lengths.max()):
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return batch

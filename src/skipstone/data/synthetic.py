@@ -1,0 +1,112 @@
+"""Reset-S3: rows in which the depth that each token needs is known.
+
+A row is T entries (128 by default). Each is, independently, a filler (probability 3/4, uniform over 16 symbols) or an
+operation; an operation is a reset with probability 1/16, else a uniform element of S3, the six permutations of three
+things. The state starts as the identity, a reset makes it the identity, an element g makes it state * g. The label of
+an operation is the state after it, the label of a filler is the filler. The state itself is never shown.
+
+Ids: 0..15 fillers, 16..21 elements, 22 reset, 23..28 states (labels only): a vocabulary of 29.
+`difficulty` is the number of operations since the last reset, or since the start of the row: the reset itself 0, the
+first operation after it 1 (one that opens a row is 1 too); a filler has -1. S3 does not commute, so the product has to
+be carried through all of them.
+
+Targets are aligned with the inputs, not shifted: `shift_labels[t]` is what the logits at t should say (Hugging Face's
+name for labels that need no shift). `labels` holds the same targets one place later, so that whatever counts or shifts
+`labels` agrees with it (the target of the last position is in `shift_labels` alone).
+Shapes: B rows, T entries a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.data import draws
+from skipstone.data.rows import IGNORE, Batch, RowDataset
+
+NUM_FILLERS = 16
+FILLER_SHARE = 0.75
+RESET_SHARE = 1 / 16  # of operations
+ROW_LENGTH = 128
+
+ELEMENTS = tuple(itertools.permutations(range(3)))  # ELEMENTS[0] is the identity
+FIRST_ELEMENT = NUM_FILLERS
+RESET = FIRST_ELEMENT + len(ELEMENTS)
+FIRST_STATE = RESET + 1
+VOCAB_SIZE = FIRST_STATE + len(ELEMENTS)
+
+BINS: dict[str, tuple[int, int | None]] = {"0-3": (0, 3), "4-7": (4, 7), "8-15": (8, 15), "16+": (16, None)}
+
+
+def _multiply() -> NDArray[np.int64]:
+    """(6, 6): entry [a, b] is the index of a * b, the permutation x -> a[b[x]]."""
+    table = [[ELEMENTS.index(tuple(a[b[x]] for x in range(3))) for b in ELEMENTS] for a in ELEMENTS]
+    return np.array(table, np.int64)
+
+
+MULTIPLY = _multiply()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResetS3(RowDataset):
+    """Row i, a function of (seed, stream, i): input_ids, shift_labels, labels, difficulty, int64 (T,) each.
+
+    Train and validation rows come from different `stream`s of draws, so no seed makes them meet.
+    """
+
+    seed: int
+    stream: int = 0
+    context: int = ROW_LENGTH
+
+    def batch(self, index_B: NDArray[np.int64]) -> Batch:
+        input_BT = self._inputs(index_B)
+        shift_BT, difficulty_BT = solve(input_BT)
+        labels_BT = np.full_like(shift_BT, IGNORE)
+        labels_BT[:, 1:] = shift_BT[:, :-1]
+        return {"input_ids": input_BT, "shift_labels": shift_BT, "labels": labels_BT, "difficulty": difficulty_BT}
+
+    def _inputs(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        kind_BT, what_BT, which_BT = (
+            draws.uniform(self.seed, 3 * self.stream + draw, index_B, self.context) for draw in range(3)
+        )
+        filler_BT = (which_BT * NUM_FILLERS).astype(np.int64)
+        element_BT = FIRST_ELEMENT + (which_BT * len(ELEMENTS)).astype(np.int64)
+        operation_BT = np.where(what_BT < RESET_SHARE, RESET, element_BT)
+        return np.where(kind_BT < FILLER_SHARE, filler_BT, operation_BT)
+
+
+def solve(input_BT: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The labels and difficulties (B, T) of rows of entries, one column at a time over all rows."""
+    labels_BT, difficulty_BT = input_BT.copy(), np.full_like(input_BT, -1)
+    state_B, since_B = np.zeros(len(input_BT), np.int64), np.zeros(len(input_BT), np.int64)
+    for t, entry_B in enumerate(input_BT.T):
+        operation_B, reset_B = oracle_keep(entry_B), entry_B == RESET
+        element_B = np.where(operation_B & ~reset_B, entry_B - FIRST_ELEMENT, 0)  # 0, the identity, changes nothing
+        state_B = np.where(reset_B, 0, MULTIPLY[state_B, element_B])
+        since_B = np.where(reset_B, 0, since_B + operation_B)
+        labels_BT[operation_B, t] = FIRST_STATE + state_B[operation_B]
+        difficulty_BT[operation_B, t] = since_B[operation_B]
+    return labels_BT, difficulty_BT
+
+
+def oracle_keep(input_ids: Any) -> Any:
+    """Which entries a router that knows the needed depth keeps: the operations. A bool array or tensor like the ids."""
+    return (input_ids >= FIRST_ELEMENT) & (input_ids <= RESET)
+
+
+def accuracy_by_bin(predictions: Any, labels: Any, difficulty: Any) -> dict[str, float]:
+    """The share of right predictions in each bin of `BINS`, nan for one that is empty. Fillers are in none of them.
+
+    predictions, labels, difficulty: arrays or CPU tensors of integers, of one shape; predictions at t are the argmax of
+    the logits at t, and labels are `shift_labels`.
+    """
+    right, difficulty = np.asarray(predictions) == np.asarray(labels), np.asarray(difficulty)
+    if right.shape != difficulty.shape:
+        raise ValueError(f"predictions and labels {right.shape} must have difficulty's shape {difficulty.shape}")
+    inside = {name: (difficulty >= low) & (difficulty <= (high or math.inf)) for name, (low, high) in BINS.items()}
+    return {name: float(right[mask].mean()) if mask.any() else math.nan for name, mask in inside.items()}

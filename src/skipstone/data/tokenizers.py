@@ -1,0 +1,93 @@
+"""Tokenizers by name: characters, bytes, or any pretrained one.
+
+All are Hugging Face tokenizers whose whole behaviour is in the files they save, so `AutoTokenizer.from_pretrained`
+loads them where this package is not installed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from skipstone.core.strict import unknown
+from skipstone.data.corpus import Corpus
+from skipstone.data.fetch import offline
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNK, EOS, PAD = "<unk>", "<eos>", "<pad>"
+KINDS = ("char", "byte", "pretrained:NAME_OR_PATH")
+
+
+def check_spec(spec: str) -> None:
+    """Raises ValueError unless `spec` is `char`, `byte` or `pretrained:NAME_OR_PATH`."""
+    if spec in ("char", "byte") or (spec.startswith("pretrained:") and spec != "pretrained:"):
+        return
+    raise ValueError(unknown("tokenizer", spec, KINDS))
+
+
+def build_tokenizer(spec: str, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer `spec` names.
+
+    `char`: one id for every character of the corpus's train and validation text, by code point from 0, then `<unk>`,
+    `<eos>`, `<pad>`; a character it has not seen becomes `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is
+    `<eos>`, 257 is `<pad>`; it represents any text. `pretrained:NAME_OR_PATH`: as published, nothing added.
+    Raises ValueError for another spec, FileNotFoundError when a pretrained tokenizer cannot be had.
+    """
+    check_spec(spec)
+    if spec == "char":
+        seen = {char for split in ("train", "validation") for text in corpus.documents(split) for char in set(text)}
+        return char_tokenizer(seen)
+    return byte_tokenizer() if spec == "byte" else _pretrained(spec.removeprefix("pretrained:"))
+
+
+def char_tokenizer(characters: set[str]) -> PreTrainedTokenizerBase:
+    """One id a character. BPE without merges is exactly that, and several times faster than splitting by a pattern."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {char: i for i, char in enumerate(sorted(characters))}
+    vocabulary[UNK] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token=UNK))
+    backend.decoder = decoders.Fuse()
+    return _wrap(backend, unk_token=UNK)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One id a byte. The library writes bytes as the printable characters of its ByteLevel alphabet."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE({char: byte for byte, char in enumerate(byte_alphabet())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return _wrap(backend)
+
+
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte: printable Latin-1 for itself, the others from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _wrap(backend: Any, **specials: str) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",  # what batched generation needs; training rows are padded by `collate`
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **specials,
+    )
+
+
+def _pretrained(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=offline())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(f"tokenizer pretrained:{name} could not be loaded: {reason}") from error

@@ -1,0 +1,124 @@
+"""Corpora that the user brings: text files, and datasets of the Hugging Face hub or of its file formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from skipstone.data.corpus import Corpus, Documents, Reader, by_hash, contiguous
+from skipstone.data.fetch import offline
+
+OWN_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+
+
+def text(argument: str) -> Corpus:
+    """`text:PATH`: a UTF-8 file is one document, a folder all .txt files below it, ordered by path, cut 90-10.
+
+    A folder with train.txt and validation.txt (or valid.txt, val.txt; test.txt too) is taken as already split.
+    """
+    path = Path(argument).expanduser()
+    if not argument or not path.exists():
+        raise FileNotFoundError(f"corpus text:PATH: there is no file or folder {argument!r}")
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"corpus text:{argument}: no .txt file below that folder")
+    own = _own_files(path)
+    readers = {split: partial(_read, [file]) for split, file in own.items()}
+    return Corpus(
+        name=f"text:{argument}",
+        description=f"{len(files)} text file(s) of yours",
+        licence="your own",
+        readers=readers if {"train", "validation"} <= set(own) else contiguous(partial(_read, files), (90, 10)),
+    )
+
+
+def _own_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that are splits by their names, in order of `OWN_SPLITS`; nothing for a file."""
+    found: dict[str, Path] = {}
+    for split, stems in OWN_SPLITS.items():
+        for stem in stems:
+            if (folder / f"{stem}.txt").is_file():
+                found.setdefault(split, folder / f"{stem}.txt")
+    return found
+
+
+def _read(files: list[Path]) -> Documents:
+    return tuple(map(_decode, files))
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def huggingface(argument: str) -> Corpus:
+    """`hf:NAME`, `hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG` or `hf:FOLDER`: a dataset with a column of text.
+
+    A row is a document. The dataset's own splits are used; without a validation split, train is cut 90/5/5 by hash.
+    Splits are only known once it is loaded, so this loads it.
+    """
+    if not argument:
+        raise ValueError("corpus hf:NAME: the name of a dataset is missing")
+    loaded = _load(argument)
+    name = f"hf:{argument}"
+    own: dict[str, Reader] = {}
+    for split, names in OWN_SPLITS.items():
+        found = next((n for n in names if n in loaded), None)
+        if found is not None:
+            own[split] = cache(partial(_column, name, loaded[found]))
+    if "train" in own and "validation" not in own:
+        own = by_hash(own["train"]) | ({"test": own["test"]} if "test" in own else {})
+    if not own:
+        raise ValueError(
+            f"corpus {name}: its splits are {', '.join(map(str, loaded))}; none is train, validation, test"
+        )
+    return Corpus(name=name, description=f"dataset {argument}", licence="see its dataset card", readers=own)
+
+
+def _load(argument: str) -> dict[str, Any]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"corpus hf:{argument} needs the package datasets (pip install datasets)") from None
+    parts = argument.split("/")
+    local = Path(argument).expanduser().is_dir()
+    config = parts[2] if len(parts) == 3 and not local else None
+    path = str(Path(argument).expanduser()) if local else "/".join(parts[:2])
+    if len(parts) > 3 and not local:
+        raise ValueError(f"corpus hf:{argument}: expected NAME, OWNER/NAME, OWNER/NAME/CONFIG or a folder")
+    try:
+        with _hub_offline(offline() and not local):
+            return dict(datasets.load_dataset(path, config))
+    except (OSError, ValueError, RuntimeError) as error:  # the library's own errors are many, and long
+        reason = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(f"corpus hf:{argument} could not be loaded: {reason}") from error
+
+
+@contextmanager
+def _hub_offline(wanted: bool) -> Iterator[None]:
+    """Both libraries read their environment once, at import; this is the switch that still works afterwards."""
+    import datasets
+    import huggingface_hub.constants as hub
+
+    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    if wanted:
+        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+
+
+def _column(name: str, rows: Any) -> Documents:
+    """The column `text`, or the only column of strings."""
+    strings = [
+        column for column, kind in rows.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
+    ]
+    if "text" not in strings and len(strings) != 1:
+        raise ValueError(f"corpus {name}: it has no column 'text' (columns: {', '.join(rows.column_names)})")
+    return tuple(row for row in rows["text" if "text" in strings else strings[0]] if row)

@@ -1,0 +1,31 @@
+"""Floor 2: the mechanisms, one file each. They know no block. A new one is a file here and a line in a table below."""
+
+from __future__ import annotations
+
+from skipstone.mechanisms.base import Adjustable, DepthMechanism, Place
+from skipstone.mechanisms.early_exit import EarlyExit
+from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths
+from skipstone.mechanisms.polyglu import PolyGLU
+from skipstone.mechanisms.token_selective import TokenSelective
+
+DEPTH: dict[str, type[DepthMechanism]] = {
+    "mixture_of_depths": MixtureOfDepths,
+    "token_selective": TokenSelective,
+    "early_exit": EarlyExit,
+}
+
+ACTIVATION: dict[str, type[PolyGLU]] = {
+    "polyglu": PolyGLU,
+}
+
+__all__ = [
+    "ACTIVATION",
+    "DEPTH",
+    "Adjustable",
+    "DepthMechanism",
+    "EarlyExit",
+    "MixtureOfDepths",
+    "Place",
+    "PolyGLU",
+    "TokenSelective",
+]

@@ -1,0 +1,95 @@
+"""Early exit: a token that has left stays out of all later blocks (after adaptive computation time, arXiv 1603.08983).
+
+    s_i <- s_i * sigmoid(w . x_i + b)       survival, 1 before block 0
+    h   <- h + s * Attn(..),  h <- h + s * FFN(..)
+
+Survival only falls, so executed hard (s <= threshold skips) an exit is final without any further state. The exited
+token's keys and values are still computed, from its last state, for the tokens that go on.
+Where we differ from confidence-based exits: the score is learned inside the loss, no head is run at every block.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from skipstone.core.load import Load
+from skipstone.core.records import Records
+from skipstone.core.seam import Update
+from skipstone.core.tokens import Tokens
+from skipstone.mechanisms.base import DepthMechanism, Place, every
+from skipstone.mechanisms.gating import gate, is_hard
+from skipstone.mechanisms.routers import LinearRouter
+
+NEUTRAL_SCORE = 12.0  # survival of 1 - 6e-6 a block, its gradient still alive
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitConfig:
+    """start_bias: b before training (3: a block is survived with .95). depth_weight: price of survival in the loss.
+
+    execution: what a causal pass does, hard (skip) or soft (scale only). threshold: survival at which a token leaves.
+    """
+
+    start_bias: float = 3.0
+    depth_weight: float = 0.001
+    execution: Literal["hard", "soft"] = "hard"
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
+
+
+class EarlyExit(DepthMechanism):
+    """A token stops for good when its survival has fallen."""
+
+    Config = EarlyExitConfig
+
+    def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
+        super().__init__(hidden_size, place, **options)
+        self.router = LinearRouter(hidden_size, self.config.start_bias)
+
+    @property
+    def _state(self) -> str:
+        return self.place.name or "early_exit"
+
+    def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        return {self._state: x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.float32)}
+
+    def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
+        """The inner update, each token's scaled by its survival."""
+        score_BT, before_BT = self.router(x_BTD), tokens.state.get(self._state)
+        survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT
+        asked_BT = every(tokens, score_BT)
+        kept_BT = None
+        if is_hard(self.config.execution, tokens):
+            kept_BT = survival_BT > self.config.threshold if tokens.forced_BT is None else tokens.forced_BT
+            kept_BT = asked_BT & kept_BT
+        delta_BTD, inner = gate(update, x_BTD, tokens, survival_BT, kept_BT)
+        shown_BT = asked_BT if kept_BT is None else kept_BT
+        records = self.record(
+            score_BT=score_BT,
+            kept_BT=shown_BT,
+            weight_BT=torch.where(shown_BT, survival_BT, 0.0),
+            asked_BT=asked_BT,
+            loss_BT=torch.where(asked_BT, survival_BT, 0.0) * (self.config.depth_weight / self.place.count),
+            carry={self._state: survival_BT},
+        )
+        return delta_BTD, {**records, **inner}
+
+    def neutral(self) -> None:
+        self.router.constant(NEUTRAL_SCORE)
+
+    def narrow(self, load: Load, kept: float | None = None) -> Load:
+        if kept is None or self.config.execution == "soft":
+            return load
+        return Load(given=load.given, asked=min(load.asked, kept))
+
+    def flops(self, width: int, tokens: float) -> float:
+        return self.router.flops(tokens)

@@ -1,0 +1,26 @@
+"""What gates share: a factor on the update, soft in training, and tokens really left out when executed hard.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from skipstone.core.records import Records
+from skipstone.core.seam import Update
+from skipstone.core.tokens import Tokens
+
+
+def is_hard(execution: str, tokens: Tokens) -> bool:
+    """Whether this pass leaves tokens out: in a causal pass of a gate that is executed hard, or when forced."""
+    return tokens.forced_BT is not None or (execution == "hard" and tokens.mode.routing == "causal")
+
+
+def gate(
+    update: Update, x_BTD: Tensor, tokens: Tokens, open_BT: Tensor | None, kept_BT: Tensor | None
+) -> tuple[Tensor, Records]:
+    """The update with gain `open_BT` (None: 1) inside the block, asked for `kept_BT` only (None: all)."""
+    if open_BT is not None:
+        tokens = tokens.scaled(open_BT)
+    return update(x_BTD, tokens if kept_BT is None else tokens.want(kept_BT))

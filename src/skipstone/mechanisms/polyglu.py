@@ -1,0 +1,151 @@
+"""PolyGLU (Medeiros 2026, arXiv 2603.13347): each neuron of a gated MLP routes among ReLU, Tanh, SiLU and GELU.
+
+    logits = alpha + beta * gate_net(context)        alpha [F, A] of each neuron, gate_net: Linear 32, ReLU, Linear A
+    g      = softmax((logits + Gumbel noise) / tau)  noise in training only
+    y      = W_down( sum_k g_k act_k(W_gate x) * W_up x )
+
+Where we differ: the paper's context is the mean of the whole sequence, so that every position sees the future
+(`context: sequence`, for parity); the default is the mean of the tokens so far (`running_mean`), which generation can
+compute. The paper draws noise in evaluation too; here evaluation is deterministic. alpha is called `preference_bias`,
+because trainers exempt names with "bias" from weight decay. tau is a buffer that the trainer anneals.
+
+Shape letters: B rows, T tokens, D width, F neurons, A activations, R projected width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.records import ActivationRecord, Records
+from skipstone.core.strict import from_dict
+from skipstone.core.tokens import Tokens
+from skipstone.mechanisms.base import Adjustable, Place, every
+from skipstone.mechanisms.contexts import running_mean, sequence_mean
+from skipstone.mechanisms.routers import linear_fp32
+from skipstone.ops import reference as ops
+
+NUM_ACTIVATIONS = len(ops.ACTIVATIONS)
+SILU = 2
+NEUTRAL_LOGIT = 10.0  # the other three then share 1.4e-4, their gradients still alive
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolyGLUConfig:
+    """context: running_mean (causal) or sequence (the paper's, sees the future). tau: at the start and at the end.
+
+    noise: Gumbel noise in training. router_width: R.
+    """
+
+    context: Literal["running_mean", "sequence"] = "running_mean"
+    tau_start: float = 1.0
+    tau_end: float = 0.1
+    noise: bool = True
+    router_width: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau_end <= self.tau_start:
+            raise ValueError(f"tau_end must be in (0, tau_start = {self.tau_start}], got {self.tau_end}")
+        if self.router_width < 1:
+            raise ValueError(f"router_width must be at least 1, got {self.router_width}")
+
+
+class PolyGLU(Adjustable):
+    """Fills the activation slot of an MLP."""
+
+    Config: ClassVar[type[Any]] = PolyGLUConfig
+    tau: Tensor
+
+    def __init__(self, hidden_size: int, neurons: int, place: Place | None = None, **options: Any) -> None:
+        super().__init__()
+        self.config: PolyGLUConfig = from_dict(PolyGLUConfig, options)
+        self.place = place or Place(name="polyglu")
+        R = self.config.router_width
+        self.preference_bias = nn.Parameter(torch.empty(neurons, NUM_ACTIVATIONS))
+        self.scale = nn.Parameter(torch.empty(NUM_ACTIVATIONS))
+        self.context_weight = nn.Parameter(torch.empty(R, hidden_size))
+        self.context_bias = nn.Parameter(torch.empty(R))
+        self.mix_weight = nn.Parameter(torch.empty(NUM_ACTIVATIONS, R))
+        self.mix_bias = nn.Parameter(torch.empty(NUM_ACTIVATIONS))
+        self.register_buffer("tau", torch.tensor(self.config.tau_start))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in (self.preference_bias, self.context_bias, self.mix_bias):
+            init.zeros_(parameter)
+        init.ones_(self.scale)
+        init.normal_(self.context_weight, 0.0, 0.02)
+        init.normal_(self.mix_weight, 0.0, 0.02)
+        init.constant_(self.tau, self.config.tau_start)
+
+    def forward(
+        self, gate_BTF: Tensor, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
+    ) -> tuple[Tensor, Records]:
+        """The mixed activation [B, T, F] of the gate's pre-activations."""
+        dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
+        noise = tokens.mode.noise and self.config.noise
+        static_BFA = self.preference_bias[None].float()
+        if noise:
+            static_BFA = static_BFA + self._gumbel(gate_BTF)
+        y_BTF = ops.mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
+        record = ActivationRecord(dynamic_BTA.detach(), every(tokens, x_BTD[..., 0]))
+        return y_BTF, {self.place.name: record}
+
+    def _dynamic(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
+        """beta * gate_net(context), fp32 [B, T or 1, A]."""
+        z_BTR = linear_fp32(x_BTD, self.context_weight)
+        if self.config.context == "sequence":
+            if cache is not None:
+                raise ValueError(
+                    "context 'sequence' sees the whole row and cannot be cached; use context 'running_mean'"
+                )
+            mean_BTR = sequence_mean(z_BTR, tokens)
+        else:
+            mean_BTR = running_mean(z_BTR, tokens, cache, self.place.name)
+        hidden_BTR = (mean_BTR + self.context_bias.float()).relu()
+        return self.scale.float() * linear_fp32(hidden_BTR, self.mix_weight, self.mix_bias)
+
+    def _gumbel(self, gate_BTF: Tensor) -> Tensor:
+        """Noise of each row, neuron and activation, the same for all tokens of the row."""
+        shape = (gate_BTF.shape[0], gate_BTF.shape[2], NUM_ACTIVATIONS)
+        exponential = torch.empty(shape, device=gate_BTF.device).exponential_()
+        return -exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        """Linear annealing of tau (the paper's max(0.1, 1 - 0.9 * step / total))."""
+        start, end = self.config.tau_start, self.config.tau_end
+        self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))
+
+    def neutral(self) -> None:
+        """SiLU everywhere."""
+        with torch.no_grad():
+            self.mix_weight.zero_()
+            self.mix_bias.zero_()
+            self.preference_bias.zero_()
+            self.preference_bias[:, SILU] = NEUTRAL_LOGIT * self.tau
+
+    def unready(self) -> str | None:
+        if self.config.context == "running_mean":
+            return None
+        return "context 'sequence' sees the future: generation with it is not what was trained"
+
+    def flops(self, width: int, tokens: float) -> float:
+        R = self.config.router_width
+        return 2.0 * tokens * R * (width + NUM_ACTIVATIONS)
+
+    def shares(self, record: ActivationRecord) -> Tensor:
+        """Mean share of each activation over the neurons, [B, T or 1, A], of a noise-free pass."""
+        logits = (self.preference_bias.float() + record.logits_BTA[:, :, None]) / self.tau
+        return logits.softmax(-1).mean(2)
+
+    def entropy(self, record: ActivationRecord) -> Tensor:
+        """Entropy of the activation mix as a share of its maximum (ln A), mean over neurons, [B, T or 1]."""
+        logits = (self.preference_bias.float() + record.logits_BTA[:, :, None]) / self.tau
+        share = logits.softmax(-1)
+        return torch.special.entr(share).sum(-1).mean(2) / math.log(NUM_ACTIVATIONS)

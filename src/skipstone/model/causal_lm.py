@@ -1,0 +1,152 @@
+"""The language model as Hugging Face knows one: head, loss, generation.
+
+Shape letters: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput, can_return_tuple
+
+from skipstone.core.records import DepthRecord, Records
+from skipstone.core.tokens import Executor
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.decoder import DecoderOutput, Routing, SkipstoneModel, SkipstonePreTrainedModel
+
+IGNORED = -100  # label of a token that is not predicted, by convention of torch and transformers
+
+
+@dataclass
+class CausalLMOutput(ModelOutput):
+    """loss: token loss plus auxiliary losses. token_loss, auxiliary_loss: its two parts. logits [B, T, V]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    records: tuple[Records, ...] | None = None
+    token_loss: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
+
+
+class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
+    """A decoder whose blocks may skip tokens and whose neurons may choose their activation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SkipstoneConfig) -> None:
+        super().__init__(config)
+        self.model = SkipstoneModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        routing: Routing | None = None,
+        noise: bool | None = None,
+        executor: Executor = "gathered",
+        output_records: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits, and with labels the loss.
+
+        labels: int64 [B, T], the input ids (shifted here), -100 for tokens not to predict. shift_labels: the same already
+        shifted, the target of each position. The other arguments are those of `SkipstoneModel.forward`. The auxiliary
+        losses are summed over labelled tokens and divided like the token loss, so gradient accumulation changes nothing.
+        """
+        out: DecoderOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+            routing=routing,
+            noise=noise,
+            executor=executor,
+            output_records=True,
+            output_hidden_states=kwargs.get("output_hidden_states", False),
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(out.last_hidden_state[:, keep])
+        loss = token_loss = auxiliary_loss = None
+        if labels is not None or shift_labels is not None:
+            target_BT = shift_labels if shift_labels is not None else shifted(labels)
+            if logits_BTV.shape[1] != target_BT.shape[1]:
+                raise ValueError(
+                    "logits_to_keep cannot be combined with labels: the loss needs the logits of every token"
+                )
+            token_loss, auxiliary_loss = self._losses(
+                logits_BTV, target_BT, out.records, kwargs.get("num_items_in_batch")
+            )
+            loss = token_loss + auxiliary_loss
+        return CausalLMOutput(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            records=out.records if output_records else None,
+            token_loss=token_loss,
+            auxiliary_loss=auxiliary_loss,
+        )
+
+    def _losses(
+        self, logits_BTV: Tensor, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and auxiliary losses: sums over labelled tokens by the number of labels (of the whole step)."""
+        token_loss = self.loss_function(
+            logits=logits_BTV,
+            labels=None,
+            shift_labels=target_BT,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=items,
+        )
+        labelled_BT = target_BT != IGNORED
+        per_token = [r.loss_BT for layer in records for r in layer.values() if isinstance(r, DepthRecord)]
+        terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT in per_token if loss_BT is not None]
+        if not terms:
+            return token_loss, token_loss.new_zeros(())
+        count = labelled_BT.sum().clamp(min=1) if items is None else items
+        return token_loss, sum(terms) / count  # type: ignore[return-value]
+
+    def adjustables(self) -> Iterator[Any]:
+        """Every mechanism of the model, in the order of the blocks."""
+        for block in self.model.layers:
+            yield from block.adjustables().values()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generation, with causal decisions and without noise, whatever mode the model is in."""
+        for mechanism in self.adjustables():
+            mechanism.require_causal()
+        for reason in {reason for m in self.adjustables() if (reason := m.unready())}:
+            warnings.warn(reason, stacklevel=2)
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {"routing": "causal", "noise": False, **inputs}
+
+
+def shifted(labels_BT: Tensor) -> Tensor:
+    """The label of the next token at each position, none at the last."""
+    return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)

@@ -1,0 +1,122 @@
+"""The model's configuration: a Hugging Face config with parts chosen by name and mechanisms as plain dicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from skipstone.core.strict import unknown
+
+FORMAT_VERSION = 1
+DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
+
+
+@strict
+class SkipstoneConfig(PreTrainedConfig):
+    """Sizes as in Llama; parts by name; mechanisms as a list of plain dicts, the outermost first.
+
+    norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain. activation: a function's name, or a dict
+    `{name: polyglu, ...}`. mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
+    attention_bias: biases on queries, keys and values; attention_output_bias: on their output projection.
+    scaled_output_init: start the projections into the residual stream 1/sqrt(2 * layers) smaller (GPT-2, PolyGLU).
+    """
+
+    model_type = "skipstone"
+    keys_to_ignore_at_inference = ["past_key_values", "records"]
+
+    format_version: int = FORMAT_VERSION
+    vocab_size: int = 256
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    positions: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp: str = "gated"
+    mlp_bias: bool = False
+    activation: str | dict[str, Any] = "silu"
+    mechanisms: list[dict[str, Any]] | None = None
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    initializer_range: float = 0.02
+    scaled_output_init: bool = False
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {self.format_version} is not known to this release, which reads {FORMAT_VERSION}: "
+                "the model was written by another version of skipstone"
+            )
+        self._fill()
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _fill(self) -> None:
+        """Defaults that follow from other values."""
+        gated = self.mlp == "gated"
+        if self.intermediate_size is None:  # as many parameters as a plain MLP of 4 d, rounded up to 32
+            self.intermediate_size = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.mechanisms = [dict(entry) for entry in self.mechanisms or []]
+
+    def _check(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        if self.positions == "rope" and kind in DYNAMIC_ROPE:
+            raise ValueError(
+                f"rope_type {kind!r} changes its frequencies with the length of the input, so that cached keys go stale; "
+                "supported: default, linear, llama3, yarn"
+            )
+        from skipstone.model.build import (
+            check,
+        )  # construction knows the parts; a config that cannot be built is refused
+
+        check(self)
+
+    def validate_layer_type(self) -> None:
+        """All layers share one cache class; transformers' own list of layer types does not apply."""
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The cache class of each layer, as transformers' DynamicCache asks for it."""
+        return ["skipstone"] * self.num_hidden_layers
+
+    @property
+    def activation_options(self) -> dict[str, Any]:
+        """The activation as a dict with a name."""
+        return {"name": self.activation} if isinstance(self.activation, str) else dict(self.activation)
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> SkipstoneConfig:
+        """From a recipe: like the constructor, but a key that does not exist is an error naming the nearest one."""
+        fields = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
+        for key in values:
+            if key not in fields:
+                raise ValueError(unknown("key in model", key, [f for f in fields if f in OWN_FIELDS]))
+        return cls(**values)
+
+
+OWN_FIELDS = frozenset(SkipstoneConfig.__annotations__)

@@ -1,0 +1,188 @@
+"""The decoder: embeddings, blocks, final norm. One for every mechanism.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.records import Records, carried
+from skipstone.core.strict import unknown
+from skipstone.core.tokens import Executor, Mode, Tokens
+from skipstone.model.build import build_blocks, build_norm, build_positions
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.tokens import Call, tokens_of
+from skipstone.nn.block import Block
+from skipstone.nn.linear import OutputLinear
+
+Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
+
+
+@dataclass
+class DecoderOutput(ModelOutput):
+    """last_hidden_state [B, T, D]; records: for each block, what its mechanisms decided."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    records: tuple[Records, ...] | None = None
+
+
+class SkipstonePreTrainedModel(PreTrainedModel):
+    config: SkipstoneConfig
+    config_class = SkipstoneConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = ["router", "guess", "threshold", "tau", "preference_bias"]
+    _can_record_outputs = {"hidden_states": Block}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, OutputLinear) and self.config.scaled_output_init:
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(module.weight, 0.0, std)
+        elif type(module).__module__.startswith("skipstone.") and hasattr(module, "reset_parameters"):
+            if not isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True loses the records of routed blocks; use use_reentrant=False")
+        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args)
+
+
+class SkipstoneModel(SkipstonePreTrainedModel):
+    """Embeddings, blocks, final norm."""
+
+    def __init__(self, config: SkipstoneConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.positions = build_positions(config)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(build_blocks(config))
+        self.norm = build_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        routing: Routing | None = None,
+        noise: bool | None = None,
+        executor: Executor = "gathered",
+        output_records: bool = False,
+        **kwargs: Any,
+    ) -> DecoderOutput:
+        """Hidden states of the last block, normed.
+
+        input_ids: int64 [B, T]. attention_mask: [B, seen + T], 0 for padding. document_ids: int64 [B, T] of packed rows.
+        routing: "oracle" sees the whole row (the default in training mode), "causal" decides as generation does (the
+        default otherwise), or `{layer: bool mask [B, T]}` imposes decisions on these blocks and is causal in the others.
+        noise: may mechanisms draw random numbers; default: in training mode with oracle routing. executor: "gathered"
+        or "masked", which must agree. Raises ValueError for routing that the call cannot have.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mode, forced = self._mode(routing, noise, executor)
+        past_key_values = self._cache(past_key_values, use_cache, mode)
+        call = Call(
+            shape=x_BTD.shape[:2],
+            device=x_BTD.device,
+            seen=0 if past_key_values is None else past_key_values.get_seq_length(),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+        )
+        x_BTD, tokens = self._start(x_BTD, tokens_of(call, mode))
+        records = []
+        for i, block in enumerate(self.layers):
+            x_BTD, decided = block(x_BTD, replace(tokens, forced_BT=forced.get(i)), past_key_values=past_key_values)
+            if carry := carried(decided.values()):
+                tokens = replace(tokens, state={**tokens.state, **carry})
+            records.append(decided)
+        if past_key_values is not None:
+            for layer in past_key_values.layers:
+                layer.advance(x_BTD.shape[1])
+        return DecoderOutput(
+            last_hidden_state=self.norm(x_BTD),
+            past_key_values=past_key_values,
+            records=tuple(records) if output_records else None,
+        )
+
+    def _mode(
+        self, routing: Routing | None, noise: bool | None, executor: Executor
+    ) -> tuple[Mode, Mapping[int, Tensor]]:
+        forced: Mapping[int, Tensor] = {}
+        if isinstance(routing, Mapping):
+            routing, forced = "causal", routing
+            if outside := [i for i in forced if not 0 <= i < len(self.layers)]:
+                raise ValueError(
+                    f"routing names block {outside[0]}, but the model has blocks 0 to {len(self.layers) - 1}"
+                )
+        elif routing is None:
+            routing = "oracle" if self.training else "causal"
+        elif routing not in ("oracle", "causal"):
+            raise ValueError(unknown("routing", routing, ["oracle", "causal", "{layer: mask}"]))
+        if executor not in ("gathered", "masked"):
+            raise ValueError(unknown("executor", executor, ["gathered", "masked"]))
+        noise = self.training and routing == "oracle" if noise is None else noise
+        return Mode(routing=routing, noise=noise, executor=executor), forced
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: Mode) -> Cache | None:
+        if past_key_values is None:
+            build = use_cache and mode.routing == "causal" and not self.training
+            return DynamicCache(config=self.config) if build else None
+        if mode.routing == "oracle" and any(len(block.mechanisms) for block in self.layers):
+            raise ValueError("routing 'oracle' sees the whole row and cannot use a cache; pass routing='causal'")
+        if not past_key_values.layers or not isinstance(past_key_values.layers[0], SkipstoneCacheLayer):
+            raise ValueError("past_key_values must be a DynamicCache(config=model.config) of this model")
+        return past_key_values
+
+    def _start(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """Positions, embedding dropout, and the tensors that cross blocks."""
+        if self.config.positions == "rope":
+            tokens = replace(tokens, rotary=self.positions(tokens.position_BT, x_BTD.dtype))
+        else:
+            x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
+        x_BTD = self.embedding_dropout(x_BTD)
+        state: dict[str, Tensor] = {}
+        for block in self.layers:
+            for mechanism in block.mechanisms.values():
+                state.update(mechanism.initial_state(x_BTD))
+        return x_BTD, replace(tokens, state=state)
+
+    def _checked(self, position_BT: Tensor) -> Tensor:
+        limit = self.config.max_position_embeddings
+        if not torch.compiler.is_compiling() and position_BT.device.type == "cpu" and int(position_BT.max()) >= limit:
+            raise ValueError(f"the input is longer than the model's context of {limit} learned positions")
+        return position_BT

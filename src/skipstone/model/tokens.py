@@ -1,0 +1,95 @@
+"""From a Hugging Face call to `Tokens`: slots, positions, documents, padding.
+
+Shape letters: B rows, T tokens of this call, S tokens seen before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipstone.core.tokens import Mode, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What the caller said about the tokens of one forward pass."""
+
+    shape: torch.Size  # B, T
+    device: torch.device
+    seen: int  # S
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    document_ids: Tensor | None = None
+
+
+def tokens_of(call: Call, mode: Mode) -> Tokens:
+    """Raises ValueError for a mask that is not [B, S + T] or [B, T]."""
+    B, T = call.shape
+    slot_BT = (torch.arange(T, device=call.device) + call.seen)[None]
+    real_BT = _real(call)
+    position_BT = call.position_ids if call.position_ids is not None else _positions(call, slot_BT, real_BT)
+    if position_BT.dim() != 2 or position_BT.shape[1] != T or position_BT.shape[0] not in (1, B):
+        raise ValueError(f"position_ids must have shape [{B}, {T}], got {list(position_BT.shape)}")
+    return Tokens(
+        slot_BT=slot_BT,
+        position_BT=position_BT,
+        document_BT=_documents(call, position_BT),
+        real_BT=real_BT,
+        mode=mode,
+    )
+
+
+def _real(call: Call) -> Tensor | None:
+    mask = call.attention_mask
+    if mask is None:
+        return None
+    B, T = call.shape
+    if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] not in (T, call.seen + T):
+        raise ValueError(
+            f"attention_mask must have shape [{B}, {call.seen + T}] (1 for tokens, 0 for padding), got {list(mask.shape)}; "
+            "masks with more axes are not supported, give document_ids for packed rows"
+        )
+    real_BT = mask[:, -T:].bool()
+    if not torch.compiler.is_compiling() and _cheap(mask) and bool(real_BT.all()):
+        return None  # the common case: nothing is padding, so the fast paths stay open
+    return real_BT
+
+
+def _cheap(x: Tensor) -> bool:
+    """Whether looking at a value costs no synchronisation; in evaluation one look a call is worth its price."""
+    return x.device.type == "cpu" or not torch.is_grad_enabled()
+
+
+def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
+    """Counted over real tokens, so that a padded row is the row alone."""
+    mask = call.attention_mask
+    if mask is not None and mask.shape[1] == call.seen + call.shape[1] and (real_BT is not None or call.seen):
+        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, call.seen :]
+    if call.document_ids is not None:
+        return _within(call.document_ids)
+    return slot_BT
+
+
+def _within(document_BT: Tensor) -> Tensor:
+    """Index of each token in its run of equal documents."""
+    at_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+    new_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    new_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return at_T - torch.where(new_BT, at_T, 0).cummax(1).values
+
+
+def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
+    """As given; or read from positions that start again, the convention of packed rows in transformers."""
+    if call.document_ids is not None:
+        if call.document_ids.shape != call.shape:
+            raise ValueError(f"document_ids must have shape {list(call.shape)}, got {list(call.document_ids.shape)}")
+        return call.document_ids
+    if call.position_ids is None or call.attention_mask is not None or call.seen or torch.compiler.is_compiling():
+        return None
+    jump_BT = position_BT[:, 1:] != position_BT[:, :-1] + 1
+    if _cheap(position_BT) and not bool(jump_BT.any()):
+        return None
+    return torch.nn.functional.pad(jump_BT.long().cumsum(1), (1, 0))

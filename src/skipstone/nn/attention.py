@@ -1,0 +1,159 @@
+"""Causal self-attention with grouped key/value heads, causal by slot.
+
+Shape letters: B rows, T tokens given, K tokens that ask, C keys, H heads, E head size, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from skipstone.core.cache import EMPTY, SkipstoneCacheLayer
+from skipstone.core.tokens import Tokens
+from skipstone.nn.linear import OutputLinear
+from skipstone.ops import reference as ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Sizes and biases. `head_norm`: builds the norm of a head's queries and keys (QK-norm), or None."""
+
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    bias: bool = False
+    output_bias: bool = False
+    dropout: float = 0.0
+    residual_dropout: float = 0.0
+    head_norm: Callable[[int], nn.Module] | None = None
+
+
+class Attention(nn.Module):
+    """softmax(q k / sqrt(E)) v over the keys whose slot is not later, in the same document.
+
+    `config` only names the attention implementation (`config._attn_implementation`).
+    """
+
+    is_causal = True
+
+    def __init__(self, shape: AttentionShape, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, shape.head_dim
+        self.num_key_value_groups = shape.num_heads // shape.num_key_value_heads
+        self.scaling = shape.head_dim**-0.5
+        self.dropout = shape.dropout
+        inner, grouped = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, inner, bias=shape.bias)
+        self.k_proj = nn.Linear(shape.hidden_size, grouped, bias=shape.bias)
+        self.v_proj = nn.Linear(shape.hidden_size, grouped, bias=shape.bias)
+        self.o_proj = OutputLinear(inner, shape.hidden_size, bias=shape.output_bias)
+        self.q_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
+        self.k_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
+        self.residual_dropout = nn.Dropout(shape.residual_dropout)
+
+    def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> Tensor:
+        """Update of the tokens that ask, [B, K, D]: all T unless `tokens.wanted` names some of them."""
+        asking = tokens.asked()
+        asking_x = x_BTD if tokens.wanted is None else tokens.wanted.gather(x_BTD)
+        query = self._heads(self.q_proj(asking_x), self.q_norm, asking.rotary)
+        key = self._heads(self.k_proj(x_BTD), self.k_norm, tokens.rotary)
+        value = self._heads(self.v_proj(x_BTD))
+        key, value, mask = self._remember(key, value, tokens, asking, past_key_values)
+        if query.shape[2] == 0:
+            return asking_x
+        y_BKHE = self._attend(query, key, value, mask, asking)
+        return self.residual_dropout(self.o_proj(y_BKHE.flatten(2)))
+
+    def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        y_BTHE = y.unflatten(-1, (-1, self.head_dim))
+        y_BHTE = (y_BTHE if norm is None else norm(y_BTHE)).transpose(1, 2)
+        return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
+
+    def _remember(
+        self, key: Tensor, value: Tensor, tokens: Tokens, asking: Tokens, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask that the queries see; without a cache, or with an empty one, this call's own.
+
+        The mask is None where slots need not be compared: a sorted row on itself, or one newest token on all.
+        """
+        itself = tokens.wanted is None and tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned)
+        if past_key_values is None:
+            return key, value, None if itself else self._mask_own(tokens, asking)
+        layer = past_key_values.layers[self.layer_idx]
+        assert isinstance(layer, SkipstoneCacheLayer)
+        first = layer.kv.width == 0
+        all_keys, all_values = past_key_values.update(
+            key,
+            value,
+            self.layer_idx,
+            slot_BT=tokens.slot_BT,
+            real_BT=tokens.real_BT,
+            document_BT=tokens.document_BT,
+        )
+        if first:
+            return key, value, None if itself else self._mask_own(tokens, asking)
+        newest = tokens.length == 1 and tokens.real_BT is None and layer.kv.lengths_B is None
+        if newest and itself:
+            return all_keys, all_values, None
+        document = layer.kv.view("document") if tokens.document_BT is not None else None
+        return all_keys, all_values, slot_mask(layer.kv.view("slot"), document, asking)
+
+    def _mask_own(self, tokens: Tokens, asking: Tokens) -> Tensor:
+        slot_BT = tokens.slot_BT
+        if tokens.real_BT is not None:
+            slot_BT = torch.where(tokens.real_BT, slot_BT, EMPTY)
+        return slot_mask(slot_BT, tokens.document_BT, asking)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asking: Tokens) -> Tensor:
+        implementation = self.config._attn_implementation
+        if implementation != "sdpa":
+            mask = _additive(
+                mask if mask is not None or query.shape[2] == 1 else slot_mask(asking.slot_BT, None, asking), query
+            )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        y_BKHE, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        return y_BKHE
+
+
+def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, asking: Tokens) -> Tensor:
+    """bool [B, 1, K, C]: who may see whom. Padding that asks sees everything, which keeps its softmax finite."""
+    mask = key_slot_BC[:, None, :] <= asking.slot_BT[:, :, None]
+    if key_document_BC is not None and asking.document_BT is not None:
+        mask = mask & (key_document_BC[:, None, :] == asking.document_BT[:, :, None])
+    if asking.real_BT is not None:
+        mask = mask | ~asking.real_BT[:, :, None]
+    return mask[:, None]
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, torch.finfo(like.dtype).min)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The plain formula with an additive mask, under the signature of transformers' attention interface."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]
+    logits_BHKC = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        logits_BHKC = logits_BHKC + attention_mask
+    weight_BHKC = nn.functional.dropout(logits_BHKC.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return (weight_BHKC @ value).transpose(1, 2), weight_BHKC

@@ -1,0 +1,94 @@
+"""A decoder block with a seam around itself, its attention and its MLP.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from skipstone.core.records import Records, lift
+from skipstone.core.seam import wrap
+from skipstone.core.tokens import Tokens
+from skipstone.nn.attention import Attention
+
+SITES = ("block", "attention", "mlp")
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP. `sites` names, for each site, its mechanisms in `mechanisms`, outermost first."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: nn.Module,
+        input_norm: nn.Module,
+        post_norm: nn.Module,
+        mechanisms: Mapping[str, nn.Module],
+        sites: Mapping[str, list[str]],
+    ) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = attention, mlp
+        self.input_layernorm, self.post_attention_layernorm = input_norm, post_norm
+        self.mechanisms = nn.ModuleDict(mechanisms)
+        self.sites = {site: list(sites.get(site, [])) for site in SITES}
+
+    def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
+        """The residual stream after this block, and what its mechanisms decided."""
+        if not self.sites["block"]:
+            # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
+            _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
+            return after_BTD + m_BTD, records
+        update = wrap(partial(self._update, past_key_values=past_key_values), self._at("block"))
+        delta_BTD, records = update(x_BTD, tokens)
+        return x_BTD + delta_BTD, records
+
+    def adjustables(self) -> dict[str, nn.Module]:
+        """The mechanisms of this block by name, an activation mechanism included."""
+        activation = self.mlp.activation
+        named = dict(self.mechanisms.items())
+        return {**named, activation.place.name: activation} if hasattr(activation, "place") else named
+
+    def _at(self, site: str) -> list[nn.Module]:
+        return [self.mechanisms[name] for name in self.sites[site]]
+
+    def _update(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+        a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
+        return a_BTD + m_BTD, records
+
+    def _sublayers(
+        self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor, Records]:
+        """The attention's update, the stream after it, the MLP's update."""
+        attend = wrap(partial(self._attention, past_key_values=past_key_values), self._at("attention"))
+        feed = wrap(partial(self._mlp, past_key_values=past_key_values), self._at("mlp"))
+        a_BTD, records = attend(x_BTD, tokens)
+        after_BTD = x_BTD + a_BTD
+        m_BTD, more = feed(after_BTD, tokens)
+        return a_BTD, after_BTD, m_BTD, {**records, **more}
+
+    def _attention(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+        a = self.self_attn(self.input_layernorm(x_BTD), tokens, past_key_values)
+        if tokens.wanted is not None:
+            a = tokens.wanted.scatter(a)
+        return _scaled(a, tokens), {}
+
+    def _mlp(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+        cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
+        part = tokens.wanted
+        if part is None:
+            m, records = self.mlp(self.post_attention_layernorm(x_BTD), tokens, cache)
+            return _scaled(m, tokens), records
+        if part.width == 0:
+            return x_BTD.new_zeros(x_BTD.shape), {}
+        m, records = self.mlp(self.post_attention_layernorm(part.gather(x_BTD)), tokens.asked(), cache)
+        return _scaled(part.scatter(m), tokens), lift(records, part, tokens.state)
+
+
+def _scaled(y_BTD: Tensor, tokens: Tokens) -> Tensor:
+    return y_BTD if tokens.gain_BT is None else y_BTD * tokens.gain_BT[..., None].to(y_BTD.dtype)

@@ -1,0 +1,44 @@
+"""Where a token stands: rotary angles, or a learned vector for each position.
+
+Shape letters: B rows, T tokens, E head size, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class Rotary(nn.Module):
+    """cos and sin of the rotary angles (arXiv 2104.09864), half-split; scalings of fixed frequency by transformers."""
+
+    inverse_E2: Tensor
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        inverse_E2, self.scale = self._frequencies()
+        self.register_buffer("inverse_E2", inverse_E2, persistent=False)
+
+    def _frequencies(self) -> tuple[Tensor, float]:
+        kind = self.config.rope_parameters["rope_type"]
+        if kind == "default":
+            even = torch.arange(0, self.config.head_dim, 2, dtype=torch.float)
+            return 1.0 / self.config.rope_parameters["rope_theta"] ** (even / self.config.head_dim), 1.0
+        return ROPE_INIT_FUNCTIONS[kind](self.config)
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.inverse_E2, self._frequencies()[0])
+
+    @torch.no_grad()
+    def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, E] in `dtype`, computed in fp32."""
+        angle = position_BT[..., None].float() * self.inverse_E2.float()
+        angle = torch.cat((angle, angle), dim=-1)
+        return (angle.cos() * self.scale).to(dtype), (angle.sin() * self.scale).to(dtype)

@@ -1,0 +1,93 @@
+"""The specification of every tensor function, in plain PyTorch.
+
+Shape letters: B rows, T tokens given, K tokens kept, H heads, E head size, D width, F neurons, A activations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROUNDING_SLACK = 1e-6  # 0.29 * 100 is 28.999999999999996 in floating point: the quota is 29
+
+
+def quota(capacity: float, length: int) -> int:
+    """How many of `length` tokens a block of this capacity keeps: floor(capacity * length). The one rounding rule."""
+    return math.floor(capacity * length + ROUNDING_SLACK)
+
+
+def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """Rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2))."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_BHTE * cos_BTE[:, None] + turned * sin_BTE[:, None]
+
+
+def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
+    """x[b, index[b, k]] of shape [B, K, ...]; any number of trailing axes, none included."""
+    if x_BTD.shape[0] != index_BK.shape[0]:
+        x_BTD = x_BTD.expand(index_BK.shape[0], *x_BTD.shape[1:])
+    offset_B1 = torch.arange(x_BTD.shape[0], device=index_BK.device)[:, None] * x_BTD.shape[1]
+    flat = x_BTD.reshape(-1, *x_BTD.shape[2:]).index_select(0, (index_BK + offset_B1).flatten())
+    return flat.view(*index_BK.shape, *x_BTD.shape[2:])
+
+
+def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0) -> Tensor:
+    """The inverse of `gather_rows`: [B, length, ...] with y at index and `fill` elsewhere. Indices of a row are distinct."""
+    B, _, *rest = y_BKD.shape
+    offset_B1 = torch.arange(B, device=index_BK.device)[:, None] * length
+    base = y_BKD.new_full((B * length, *rest), fill)
+    flat = base.index_copy(0, (index_BK + offset_B1).flatten(), y_BKD.reshape(-1, *rest))
+    return flat.view(B, length, *rest)
+
+
+def compact(kept_BT: Tensor, width: int) -> Tensor:
+    """Indices [B, width] of the kept tokens of each row in order of slot, followed by tokens that were not kept."""
+    return kept_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+
+
+def select_top(score_BT: Tensor, capacity: float, group_BT: Tensor | None = None) -> Tensor:
+    """Expert choice along the row (Mixture-of-Depths, arXiv 2404.02258, section 3.3): bool mask of the best tokens.
+
+    Every group keeps `quota(capacity, its length)` tokens with the highest score; ties go to the earlier token, for a
+    selection by value would keep too many (in bf16 most rows have ties). `group_BT` holds the document of each token,
+    negative for padding, which is never kept; without it the row is one group.
+    """
+    order_BT = score_BT.argsort(dim=1, descending=True, stable=True)
+    kept_BT = torch.zeros_like(score_BT, dtype=torch.bool)
+    if group_BT is None:
+        return kept_BT.scatter(1, order_BT[:, : quota(capacity, score_BT.shape[1])], True)
+    group_BT = group_BT.expand_as(score_BT)
+    order_BT = order_BT.gather(1, group_BT.gather(1, order_BT).argsort(dim=1, stable=True))
+    sorted_BT = group_BT.gather(1, order_BT)
+    start_BT, length_BT = _runs(sorted_BT)
+    rank_BT = torch.arange(score_BT.shape[1], device=score_BT.device) - start_BT
+    quota_BT = (length_BT.double() * capacity + ROUNDING_SLACK).floor()
+    return kept_BT.scatter(1, order_BT, (rank_BT < quota_BT) & (sorted_BT >= 0))
+
+
+def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and length of the run of equal values that each entry belongs to."""
+    T = sorted_BT.shape[1]
+    at_T = torch.arange(T, device=sorted_BT.device)
+    change_BT = sorted_BT[:, 1:] != sorted_BT[:, :-1]
+    start_BT = torch.where(F.pad(change_BT, (1, 0), value=True), at_T, 0).cummax(1).values
+    end_BT = torch.where(F.pad(change_BT, (0, 1), value=True), at_T + 1, T).flip(1).cummin(1).values.flip(1)
+    return start_BT, end_BT - start_BT
+
+
+ACTIVATIONS = (F.relu, torch.tanh, F.silu, F.gelu)  # PolyGLU's palette in the paper's order; GELU by erf
+
+
+def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
+    """sum_k softmax_k((static + dynamic) / temperature) act_k(gate) (PolyGLU, arXiv 2603.13347).
+
+    `static_BFA` is [1 or B, F, A] (preference of each neuron, with the Gumbel noise of the row where there is any);
+    `dynamic_BTA` is [B, 1 or T, A]. Softmax in fp32; the result has the gate's dtype and shape [B, T, F].
+    """
+    logits_BTFA = (static_BFA[:, None].float() + dynamic_BTA[:, :, None].float()) / temperature
+    share_BTFA = logits_BTFA.softmax(-1).to(gate_BTF.dtype)
+    return sum(share_BTFA[..., k] * act(gate_BTF) for k, act in enumerate(ACTIVATIONS))  # type: ignore[return-value]

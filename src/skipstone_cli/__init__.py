@@ -1,0 +1,1 @@
+"""The `skipstone` command. Light on purpose: torch and transformers are imported inside a verb, never here."""

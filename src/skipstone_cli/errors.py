@@ -1,0 +1,36 @@
+"""A user's mistake becomes one line on stderr and exit code 2; anything unexpected keeps its traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# The library raises ValueError (or a subclass) for users and asserts for invariants, so these are all that is caught.
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class UserError(ValueError):
+    """A mistake on the command line that the command itself finds, before the library is asked."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn `USER_ERRORS` into `skipstone: ...` and exit code 2. SKIPSTONE_TRACEBACK=1 lets them through."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if os.environ.get("SKIPSTONE_TRACEBACK") == "1":
+            raise
+        print(f"skipstone: {describe(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def describe(error: Exception) -> str:
+    """The error's text as one line; the operating system's errors without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__

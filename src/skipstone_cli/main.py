@@ -1,0 +1,68 @@
+"""The `skipstone` command: a table of verbs. This module and what it imports must stay light (tests/cli hold it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.errors import one_line_errors
+from skipstone_cli.verbs.compare import compare
+from skipstone_cli.verbs.convert import convert
+from skipstone_cli.verbs.eval import evaluate
+from skipstone_cli.verbs.generate import generate
+from skipstone_cli.verbs.report import report
+from skipstone_cli.verbs.reproduce import reproduce
+from skipstone_cli.verbs.train import train
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "compare": compare,
+    "generate": generate,
+    "convert": convert,
+    "reproduce": reproduce,
+    "report": report,
+}
+
+# Plain help (no rich markup) keeps a mistyped option to click's few lines, and start-up short.
+app = typer.Typer(
+    name="skipstone",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"skipstone {version('skipstone')}")
+        raise typer.Exit
+
+
+@app.callback()
+def skipstone(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Conditional computation for transformers that really saves the computation."""
+
+
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    with one_line_errors():
+        app(prog_name="skipstone")
+
+
+if __name__ == "__main__":
+    main()

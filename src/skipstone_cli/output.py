@@ -1,0 +1,46 @@
+"""What `eval` and `compare` share: a rich table on stdout, and the same figures as JSON and Markdown files."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from skipstone_cli.paths import new_path
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Figures(Protocol):
+    """What a measuring function of the library returns."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def markdown(self) -> str: ...
+
+    def table(self) -> Table: ...
+
+
+def check_targets(*, json: Path | None, markdown: Path | None) -> None:
+    """Refuse existing files before the measurement starts, not after it."""
+    for path, option in ((json, "--json"), (markdown, "--markdown")):
+        if path is not None:
+            new_path(path, option)
+
+
+def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> None:
+    """Print the table; write the files that were asked for."""
+    from rich.console import Console
+
+    Console().print(figures.table())
+    if json is not None:
+        _write(json, json_module.dumps(figures.to_dict(), indent=2, sort_keys=True) + "\n")
+    if markdown is not None:
+        _write(markdown, figures.markdown())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("x", encoding="utf-8") as file:  # "x": a file that appeared meanwhile is not overwritten either
+        file.write(text)

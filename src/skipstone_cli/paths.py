@@ -1,0 +1,32 @@
+"""Paths are checked before anything heavy is imported: a typo answers at once, and no long run ends on a full file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skipstone_cli.errors import UserError
+
+
+def existing_dir(path: Path, what: str) -> Path:
+    """`path`, if it is a folder. Raises UserError naming `what` otherwise."""
+    if not path.exists():
+        raise UserError(f"{what} {str(path)!r} does not exist")
+    if not path.is_dir():
+        raise UserError(f"{what} {str(path)!r} is a file, a folder is expected")
+    return path
+
+
+def existing_file(path: Path, what: str) -> Path:
+    """`path`, if it is a file. Raises UserError naming `what` otherwise."""
+    if not path.exists():
+        raise UserError(f"{what} {str(path)!r} does not exist")
+    if not path.is_file():
+        raise UserError(f"{what} {str(path)!r} is a folder, a file is expected")
+    return path
+
+
+def new_path(path: Path, what: str) -> Path:
+    """`path`, if nothing is there yet. Raises UserError otherwise: nothing of the user's is overwritten."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{what} {str(path)!r} exists already; nothing is overwritten, name another or remove it")
+    return path

@@ -1,0 +1,26 @@
+"""`skipstone compare RUN...`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.output import check_targets, publish
+from skipstone_cli.paths import existing_dir
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, the first is the baseline.")],
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here as Markdown.")] = None,
+) -> None:
+    """Put runs beside each other: loss, executed FLOPs, capacity, speed, memory, energy."""
+    for run in runs:
+        existing_dir(run, "run folder")
+    check_targets(json=json, markdown=markdown)
+
+    from skipstone.evaluate.compare import compare as measure
+
+    publish(measure(runs), json=json, markdown=markdown)

@@ -1,0 +1,26 @@
+"""`skipstone eval RUN`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.output import check_targets, publish
+from skipstone_cli.paths import existing_dir
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
+    split: Annotated[str, typer.Option(help="Split of the run's corpus.")] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
+) -> None:
+    """Oracle, causal and executed loss on a whole split."""
+    existing_dir(run, "run folder")
+    check_targets(json=json, markdown=None)
+
+    from skipstone.evaluate.run import evaluate as measure
+
+    publish(measure(run, split=split, batch_size=batch_size), json=json, markdown=None)

@@ -1,0 +1,39 @@
+"""`skipstone generate RUN --prompt ...`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.errors import UserError
+from skipstone_cli.paths import existing_dir
+from skipstone_cli.shading import show
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="Above 0; lower is safer.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour tokens by the compute they took.")] = False,
+) -> None:
+    """Stream text from a model."""
+    sampling = {"--temperature": temperature, "--top-k": top_k, "--seed": seed}
+    idle = [option for option, value in sampling.items() if value is not None]
+    if greedy and idle:
+        raise UserError(f"--greedy does not sample, so {idle[0]} would have no effect; leave one of them out")
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise UserError(f"--temperature must be above 0, got {temperature:g}; --greedy takes the likeliest token")
+    existing_dir(run, "run folder")
+
+    from skipstone.generate.run import stream
+
+    pieces = stream(
+        run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, greedy=greedy
+    )
+    show(pieces, colour=show_depth)

@@ -1,0 +1,25 @@
+"""`skipstone report RUN...`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.paths import existing_dir, new_path
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to show.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about runs."""
+    for run in runs:
+        existing_dir(run, "run folder")
+    new_path(out, "--out")
+
+    from skipstone.report.run import write_report
+
+    write_report(runs, out)
+    typer.echo(f"written: {out}")

@@ -1,0 +1,54 @@
+"""`skipstone reproduce NAME`"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.errors import UserError
+
+
+class Scale(StrEnum):
+    LAPTOP = "laptop"
+    PAPER = "paper"
+
+
+def reproduce(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered experiment; see --list.")] = None,
+    scale: Annotated[Scale, typer.Option(help="How big the models and the runs are.")] = Scale.LAPTOP,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds; the experiment's own if absent.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs and records; the default if absent.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the experiments and leave.")] = False,
+) -> None:
+    """Run a registered experiment, or go on with it, and render its table from the records."""
+    numbers = parse_seeds(seeds)
+    if name is None and not list_:
+        raise UserError("name an experiment to reproduce; `skipstone reproduce --list` shows them")
+
+    if name is None or list_:
+        print_list()
+        return
+
+    from skipstone.experiments.run import reproduce as run
+
+    typer.echo(f"table: {run(name, scale=scale.value, seeds=numbers, out=out)}")
+
+
+def print_list() -> None:
+    from skipstone.experiments.run import describe
+
+    for name, purpose in describe().items():
+        typer.echo(f"{name:<24}{purpose}")
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """`0,1,2` as integers without repetition. Raises UserError otherwise."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len({*words}) < len(words):
+        raise UserError(f"--seeds must be different whole numbers separated by commas, as 0,1,2; got {text!r}")
+    return [int(word) for word in words]

@@ -1,0 +1,27 @@
+"""`skipstone train RECIPE.yaml key=value ...`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to train.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to write; the recipe's own if absent.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+) -> None:
+    """Train a model from a recipe into a run folder."""
+    from skipstone_cli.overrides import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+
+    from skipstone.train.run import train as run
+
+    folder = run(config, out=out, resume=resume)
+    typer.echo(f"run folder: {folder}")

@@ -1,0 +1,93 @@
+"""Recipe < command line, values read as YAML reads them, and one clear line for what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skipstone_cli.errors import UserError
+from skipstone_cli.overrides import load_recipe, split
+
+RECIPE = """
+seed: 1
+model:
+  hidden_size: 64
+  mechanisms:
+    - {name: mixture_of_depths, capacity: 0.5}
+    - {name: early_exit}
+train: {steps: 10, warmup: "${.steps}"}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "way", "value"),
+    [
+        ([], ["seed"], 1),
+        (["seed=2"], ["seed"], 2),
+        (["seed=2", "seed=3"], ["seed"], 3),
+        (["train.lr=1e-3"], ["train", "lr"], 1e-3),
+        (["train.bf16=true"], ["train", "bf16"], True),
+        (["train.out=null"], ["train", "out"], None),
+        (["train.note=a=b"], ["train", "note"], "a=b"),
+        (["train.note="], ["train", "note"], None),
+        (["train.steps=20"], ["train", "warmup"], 20),
+        (["model.layers=[1,3]"], ["model", "layers"], [1, 3]),
+        (["model.mechanisms.0.capacity=0.25"], ["model", "mechanisms", 0, "capacity"], 0.25),
+        (["model.mechanisms.0.capacity=0.25"], ["model", "mechanisms", 0, "name"], "mixture_of_depths"),
+        (["model.mechanisms[1].name=polyglu"], ["model", "mechanisms", 1, "name"], "polyglu"),
+        (["model.mechanisms=[]"], ["model", "mechanisms"], []),
+        (["model.activation.name=polyglu"], ["model", "activation"], {"name": "polyglu"}),
+        (["model.activation={name: polyglu}"], ["model", "hidden_size"], 64),
+    ],
+)
+def test_the_command_line_wins(recipe: Path, words: list[str], way: list[Any], value: Any) -> None:
+    found: Any = load_recipe(recipe, words)
+    for step in way:
+        found = found[step]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("word", ["seed", "=1", "", ".seed=1", "seed.=1", "a..b=1", "se ed =1", " seed=1"])
+def test_a_malformed_override_is_named(recipe: Path, word: str) -> None:
+    with pytest.raises(UserError, match="not of the form key=value"):
+        load_recipe(recipe, [word])
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("seed.x=1", "seed is 1, it has no keys"),
+        ("model.mechanisms.2.capacity=1", "model.mechanisms is a list of 2"),
+        ("model.mechanisms.first.capacity=1", "model.mechanisms is a list of 2"),
+        ("model.mechanisms.-1.capacity=1", "model.mechanisms is a list of 2"),
+        ("model.mechanisms[2].capacity=1", r"model.mechanisms\[2\].capacity=1"),
+        ("model.mechanisms.2=1", "model.mechanisms is a list of 2"),
+        ("seed=[1", "the value is not YAML"),
+        ("seed=${absent}", "absent"),
+    ],
+)
+def test_an_override_that_fits_nowhere_is_named(recipe: Path, word: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load_recipe(recipe, [word])
+
+
+@pytest.mark.parametrize("text", ["seed: [1", "- 1\n- 2\n", "seed: 1\nseed: 2\n", "a: ???\n", "\0"])
+def test_a_bad_recipe_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        load_recipe(path, [])
+
+
+def test_split_keeps_further_equals_signs() -> None:
+    assert split("a.b=c=d") == ("a.b", "c=d")

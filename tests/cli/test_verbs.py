@@ -1,0 +1,113 @@
+"""Each verb hands its arguments to one function of the library, which is replaced here by one that notes them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.table import Table
+
+from skipstone_cli.main import main
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Figures:
+    def to_dict(self) -> dict[str, Any]:
+        return {"loss": 1.5}
+
+    def markdown(self) -> str:
+        return "| loss |\n"
+
+    def table(self) -> Table:
+        table = Table("loss")
+        table.add_row("1.5")
+        return table
+
+
+def listen(monkeypatch: pytest.MonkeyPatch, module: str, function: str, answer: Any) -> list[Call]:
+    calls: list[Call] = []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return answer
+
+    stand_in = ModuleType(module)
+    setattr(stand_in, function, note)
+    for end in range(1, module.count(".") + 1):
+        parent = ".".join(module.split(".")[:end])
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    return calls
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr("sys.argv", ["skipstone", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+
+
+def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.train.run", "train", Path("runs/a"))
+    Path("a.yaml").write_text("seed: 1\ntrain: {steps: 2}\n", encoding="utf-8")
+    command(monkeypatch, "train", "a.yaml", "train.steps=3", "--out", "runs/a", "--resume")
+    assert calls == [(({"seed": 1, "train": {"steps": 3}},), {"out": Path("runs/a"), "resume": True})]
+    assert capsys.readouterr().out == "run folder: runs/a\n"
+
+
+def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.evaluate.run", "evaluate", Figures())
+    command(monkeypatch, "eval", "run", "--split", "test", "--batch-size", "2", "--json", "new/a.json")
+    assert calls == [((Path("run"),), {"split": "test", "batch_size": 2})]
+    assert json.loads(Path("new/a.json").read_text(encoding="utf-8")) == {"loss": 1.5}
+    assert "1.5" in capsys.readouterr().out
+
+
+def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = listen(monkeypatch, "skipstone.evaluate.compare", "compare", Figures())
+    command(monkeypatch, "compare", "run", "run", "--markdown", "a.md")
+    assert calls == [(([Path("run"), Path("run")],), {})]
+    assert Path("a.md").read_text(encoding="utf-8") == "| loss |\n"
+
+
+def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = listen(monkeypatch, "skipstone.generate.run", "stream", [])
+    command(monkeypatch, "generate", "run", "--prompt", "O, ", "--max-new-tokens", "5", "--top-k", "3", "--seed", "7")
+    options = {"max_new_tokens": 5, "temperature": None, "top_k": 3, "seed": 7, "greedy": False}
+    assert calls == [((Path("run"), "O, "), options)]
+
+
+def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = listen(monkeypatch, "skipstone.model.pretrained", "convert", None)
+    command(monkeypatch, "convert", "gpt2", "out", "--dtype", "bfloat16")
+    assert calls == [(("gpt2", Path("out")), {"dtype": "bfloat16"})]
+
+
+def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.experiments.run", "reproduce", Path("results/demo.md"))
+    command(monkeypatch, "reproduce", "demo", "--scale", "paper", "--seeds", "0, 2")
+    assert calls == [(("demo",), {"scale": "paper", "seeds": [0, 2], "out": None})]
+    assert capsys.readouterr().out == "table: results/demo.md\n"
+
+
+def test_the_list_of_experiments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    listen(monkeypatch, "skipstone.experiments.run", "describe", {"demo": "five models side by side"})
+    command(monkeypatch, "reproduce", "--list")
+    assert capsys.readouterr().out.split(maxsplit=1) == ["demo", "five models side by side\n"]
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = listen(monkeypatch, "skipstone.report.run", "write_report", None)
+    command(monkeypatch, "report", "run", "--out", "a.html")
+    assert calls == [(([Path("run")], Path("a.html")), {})]

@@ -1,0 +1,47 @@
+"""One thread, offline, the same seed before every test; real data only through SKIPSTONE_DATA."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from pathlib import Path
+
+# Set before anything imports Hugging Face or OpenMP code: both read the environment only once.
+_HOME = tempfile.TemporaryDirectory(prefix="skipstone-tests-")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HOME=_HOME.name,
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    WANDB_MODE="disabled",
+)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile("skipstone", derandomize=True, deadline=None, database=None)
+settings.load_profile("skipstone")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - third-party code still draws from the global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real corpora; the test is skipped where SKIPSTONE_DATA names none."""
+    path = os.environ.get("SKIPSTONE_DATA")
+    if not path or not Path(path).is_dir():
+        pytest.skip("SKIPSTONE_DATA names no folder of corpora")
+    return Path(path)

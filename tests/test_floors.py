@@ -1,0 +1,184 @@
+"""Imports go only down the floors, siblings never import each other, and files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS: dict[str, float] = {
+    "ops": 0,
+    "core": 1,
+    "nn": 2,
+    "mechanisms": 2,
+    "model": 3,
+    "data": 3,
+    "train": 4,
+    "generate": 4,
+    "evaluate": 4,
+    "report": 4,
+    "experiments": 4.5,
+    "skipstone_cli": 5,
+}
+# Modules straight under skipstone/ (its __init__, presets) are the facade: they hand out what lies on floors up to 3,
+# and, inside a function only, up to 4, because floor 4 may import them.
+FACADE, FACADE_FLOOR, FACADE_LAZY_FLOOR = "facade", 3.5, 4
+
+# Inside model/, build.py alone joins parts and mechanisms. Others need a reason: {(file, subpackage): reason}.
+MODEL_MAY_SEE = {
+    ("model/build.py", "nn"): "the one place that joins parts and mechanisms",
+    ("model/build.py", "mechanisms"): "the one place that joins parts and mechanisms",
+}
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+# {file or file::function: reason}
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+
+
+def part_of(module: str) -> str | None:
+    """The part of the house that a dotted module belongs to; None when it is not ours."""
+    parts = module.split(".")
+    if parts[0] != "skipstone":
+        return parts[0] if parts[0] == "skipstone_cli" else None
+    return FACADE if len(parts) == 1 or (len(parts) == 2 and parts[1] not in FLOORS) else parts[1]
+
+
+def part_of_file(file: str) -> str:
+    """The same for a path below src/, whose folder counts even when it has no floor yet."""
+    parts = Path(file).parts
+    if parts[0] != "skipstone":
+        return parts[0]
+    return FACADE if len(parts) == 2 else parts[1]
+
+
+def imported(tree: ast.Module, package: str) -> Iterator[tuple[str, bool, int]]:
+    """(module, inside a function, line) of each import, relative ones resolved against `package`."""
+    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = from_targets(node, package)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) in lazy, node.lineno
+
+
+def from_targets(node: ast.ImportFrom, package: str) -> list[str]:
+    base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    origin = ".".join([*base, *([node.module] if node.module else [])])
+    # `from skipstone import nn` names a subpackage, not something of the facade.
+    return [f"skipstone.{a.name}" for a in node.names] if origin == "skipstone" else [origin]
+
+
+def violations(file: str, source: str) -> list[str]:
+    """What a file, named from src/, imports against the rules."""
+    here = part_of_file(file)
+    if here not in FLOORS and here != FACADE:
+        return [f"{file}: {here} is on no floor; give it one in FLOORS"]
+    found = []
+    for module, lazy, line in imported(ast.parse(source), ".".join(Path(file).parent.parts)):
+        there = part_of(module)
+        if there is not None and not allowed(file, here, there, lazy):
+            found.append(f"{file}:{line}: {here} must not import {module}{' at the top' if here == FACADE else ''}")
+    return found
+
+
+def allowed(file: str, here: str, there: str, lazy: bool) -> bool:
+    if here == there:
+        return True
+    if here == FACADE:
+        return FLOORS.get(there, 99) <= (FACADE_LAZY_FLOOR if lazy else FACADE_FLOOR)
+    floor_there = FACADE_FLOOR if there == FACADE else FLOORS.get(there, 99)
+    if here == "model" and there in ("nn", "mechanisms"):
+        return (file.removeprefix("skipstone/"), there) in MODEL_MAY_SEE
+    return floor_there < FLOORS[here]
+
+
+def long_functions(file: str, source: str) -> list[str]:
+    """`file::function` of every function with more than MAX_FUNCTION_LINES lines."""
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f"{file}::{f.name}" for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > MAX_FUNCTION_LINES]
+
+
+def sources(*folders: str) -> dict[str, str]:
+    files = sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+    return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_imports_go_down_the_floors() -> None:
+    ours = {name.removeprefix("src/"): text for name, text in sources("src").items()}
+    assert len(ours) > 10
+    assert [v for name, text in ours.items() for v in violations(name, text)] == []
+
+
+def test_files_are_short() -> None:
+    long = {name for name, text in sources("src", "tests", "benchmarks").items() if text.count("\n") > MAX_FILE_LINES}
+    assert long == set(LONG_FILES), "split the file, or keep LONG_FILES true"
+
+
+def test_functions_are_short() -> None:
+    long = {
+        where for name, text in sources("src", "tests", "benchmarks").items() for where in long_functions(name, text)
+    }
+    assert long == set(LONG_FUNCTIONS), "split the function, or keep LONG_FUNCTIONS true"
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("skipstone/ops/a.py", "from skipstone.core import tokens"),
+        ("skipstone/ops/a.py", "from skipstone import core"),
+        ("skipstone/ops/a.py", "from .. import nn"),
+        ("skipstone/core/a.py", "from ..nn.norm import RMSNorm"),
+        ("skipstone/nn/a.py", "import skipstone.mechanisms"),
+        ("skipstone/mechanisms/a.py", "def f():\n    from skipstone.nn import block"),
+        ("skipstone/mechanisms/__init__.py", "from ..nn import block"),
+        ("skipstone/mechanisms/a.py", "from skipstone import presets"),
+        ("skipstone/nn/a.py", "import skipstone"),
+        ("skipstone/nn/a.py", "import importlib\nimportlib.import_module('skipstone.model.build')"),
+        ("skipstone/model/decoder.py", "from skipstone.mechanisms import polyglu"),
+        ("skipstone/model/decoder.py", "from skipstone.nn import norm"),
+        ("skipstone/model/build.py", "from skipstone.data import corpora"),
+        ("skipstone/train/a.py", "from skipstone.evaluate.run import evaluate"),
+        ("skipstone/evaluate/a.py", "from skipstone.experiments import run"),
+        ("skipstone/report/a.py", "import skipstone_cli.main"),
+        ("skipstone/presets.py", "from skipstone.train import run"),
+        ("skipstone/__init__.py", "def f():\n    from skipstone.experiments import run"),
+        ("skipstone/gadgets/a.py", "import os"),
+    ],
+)
+def test_an_import_up_or_sideways_is_found(file: str, source: str) -> None:
+    assert len(violations(file, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("skipstone/core/a.py", "import torch\nfrom skipstone.ops import reference\nfrom . import strict"),
+        ("skipstone/nn/block.py", "from ..core.tokens import Tokens\nfrom .norm import RMSNorm"),
+        ("skipstone/model/build.py", "from skipstone.nn import block\nfrom skipstone.mechanisms import TABLE"),
+        ("skipstone/model/decoder.py", "from .build import build_block"),
+        ("skipstone/train/run.py", "from skipstone import presets\nfrom skipstone.model import config"),
+        ("skipstone/__init__.py", "from .model.config import SkipstoneConfig\nfrom . import presets"),
+        ("skipstone/presets.py", "def f():\n    from skipstone.train import run"),
+        ("skipstone/experiments/demo.py", "from skipstone.report import run"),
+        ("skipstone_cli/verbs/eval.py", "def f():\n    from skipstone.experiments import run"),
+    ],
+)
+def test_an_import_down_is_fine(file: str, source: str) -> None:
+    assert violations(file, source) == []
+
+
+def test_a_long_function_is_found() -> None:
+    body = "    x = 1\n" * MAX_FUNCTION_LINES
+    assert long_functions("a.py", f"def long():\n{body}") == ["a.py::long"]
+    assert long_functions("a.py", f"def short():\n{body.removesuffix('    x = 1' + chr(10))}") == []
