@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from skipstone.mechanisms import EarlyExit, MixtureOfDepths, PolyGLU, TokenSelective
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import SkipstoneModel
+from skipstone.nn.routed import Routed
 
 __version__ = "0.1.0"
 
@@ -17,4 +19,13 @@ AutoConfig.register("skipstone", SkipstoneConfig, exist_ok=True)
 AutoModel.register(SkipstoneConfig, SkipstoneModel, exist_ok=True)
 AutoModelForCausalLM.register(SkipstoneConfig, SkipstoneForCausalLM, exist_ok=True)
 
-__all__ = ["SkipstoneConfig", "SkipstoneForCausalLM", "SkipstoneModel"]
+__all__ = [
+    "EarlyExit",
+    "MixtureOfDepths",
+    "PolyGLU",
+    "Routed",
+    "SkipstoneConfig",
+    "SkipstoneForCausalLM",
+    "SkipstoneModel",
+    "TokenSelective",
+]

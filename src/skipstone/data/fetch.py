@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -81,6 +82,8 @@ def locate(source: SourceFile) -> Path:
     try:
         _download(source, target)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the response too, and holds its connection open
         reason = f"downloading {source.url} failed ({str(error) or type(error).__name__})"
         raise FileNotFoundError(_absent(source, looked, reason)) from error
     return target

@@ -84,7 +84,7 @@ def _load(argument: str) -> dict[str, Any]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"corpus hf:{argument} needs the package datasets (pip install datasets)") from None
+        raise ValueError(f"corpus hf:{argument} needs the package datasets: pip install 'skipstone[data]'") from None
     parts = argument.split("/")
     local = Path(argument).expanduser().is_dir()
     config = parts[2] if len(parts) == 3 and not local else None

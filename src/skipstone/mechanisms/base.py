@@ -50,9 +50,17 @@ class Adjustable(nn.Module):
         """Make the model behave as if the mechanism were not there, its gradients alive."""
         raise NotImplementedError
 
-    def flops(self, width: int, tokens: float) -> float:
-        """Matrix FLOPs of the mechanism itself in one forward pass over `tokens` tokens of `width`."""
+    def flops(self, tokens: float, oracle: bool) -> float:
+        """Matrix FLOPs of the mechanism itself in one forward pass that gives it `tokens` tokens of a row."""
         raise NotImplementedError
+
+    def backward_flops(self, tokens: float) -> float:
+        """The same of the backward pass after an oracle forward pass: a gradient for the input, one for the weight."""
+        return 2 * self.flops(tokens, oracle=True)
+
+    def cache_bytes(self, tokens: float) -> float:
+        """Bytes that the mechanism itself keeps of a row while generating, after `tokens` tokens."""
+        return 0
 
 
 class DepthMechanism(Adjustable):
@@ -75,9 +83,14 @@ class DepthMechanism(Adjustable):
         """Tensors [B, T] that cross blocks, as they are before block 0."""
         return {}
 
-    def narrow(self, load: Load, kept: float | None = None) -> Load:
-        """The load inside, for `kept` tokens of a row (measured), or as the configuration promises."""
-        raise NotImplementedError
+    def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
+        """The load inside, by what was measured (`kept`: those that it keeps), else as the configuration promises.
+
+        What is not kept stays inside as keys and values, and an oracle pass skips nothing; others override this.
+        """
+        if oracle or kept is None:
+            return load
+        return Load(given=load.given, asked=load.of(kept).asked)
 
     def record(self, **values: Any) -> Records:
         return {self.place.name or type(self).__name__: DepthRecord(**values)}

@@ -20,10 +20,12 @@ class Decision(nn.Module):
     """The paper's training decision: the best `capacity` of each document of each row. No causal form.
 
     static: an oracle decision keeps a number of tokens that is known beforehand, so that it gathers without a host sync.
+    trains_router: its auxiliary loss sends gradients into the router.
     """
 
     is_causal = False
     static = True
+    trains_router = False
 
     def __init__(self, capacity: float, width: int, seed: int) -> None:
         super().__init__()
@@ -60,7 +62,11 @@ class Decision(nn.Module):
         return None
 
     def flops(self, tokens: float, oracle: bool) -> float:
-        return 0.0
+        """Matrix FLOPs of the decision itself, the router's not among them."""
+        return 0
+
+    def backward_flops(self, tokens: float) -> float:
+        return 0
 
 
 class TopK(Decision):
@@ -74,6 +80,7 @@ class Threshold(Decision):
     """
 
     is_causal = True
+    trains_router = True
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > 0
@@ -103,6 +110,9 @@ class Predictor(Decision):
 
     def flops(self, tokens: float, oracle: bool) -> float:
         return self.guess.flops(tokens)
+
+    def backward_flops(self, tokens: float) -> float:
+        return 2 * self.guess.flops(tokens) - 2 * tokens * self.guess.hidden_weight.numel()  # none for the input
 
 
 class EmaThreshold(Decision):

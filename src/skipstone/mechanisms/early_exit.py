@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from skipstone.core.load import Load
 from skipstone.core.records import Records
 from skipstone.core.seam import Update
 from skipstone.core.tokens import Tokens
@@ -86,10 +85,5 @@ class EarlyExit(DepthMechanism):
     def neutral(self) -> None:
         self.router.constant(NEUTRAL_SCORE)
 
-    def narrow(self, load: Load, kept: float | None = None) -> Load:
-        if kept is None or self.config.execution == "soft":
-            return load
-        return Load(given=load.given, asked=min(load.asked, kept))
-
-    def flops(self, width: int, tokens: float) -> float:
+    def flops(self, tokens: float, oracle: bool) -> float:
         return self.router.flops(tokens)

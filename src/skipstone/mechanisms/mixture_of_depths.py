@@ -143,10 +143,16 @@ class MixtureOfDepths(DepthMechanism):
         if self.weighting != "tanh":
             self.weighting = "none"
 
-    def narrow(self, load: Load, kept: float | None = None) -> Load:
-        if kept is None:
+    def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
+        """Tokens that are not kept vanish. The quota of a static decision is executed whatever the scores."""
+        if oracle and self.decision.static:
             kept = ops.quota(self.capacity, int(load.given))
-        return Load(given=kept, asked=load.asked * kept / load.given if load.given else 0.0)
+        return load.of(self.capacity * load.given if kept is None else kept)
 
-    def flops(self, width: int, tokens: float) -> float:
-        return self.router.flops(tokens) + self.decision.flops(tokens, oracle=False)
+    def flops(self, tokens: float, oracle: bool) -> float:
+        decides = oracle or self.capacity < 1
+        return self.router.flops(tokens) + (self.decision.flops(tokens, oracle) if decides else 0)
+
+    def backward_flops(self, tokens: float) -> float:
+        learns = self.weighting != "none" or self.decision.trains_router
+        return (2 * self.router.flops(tokens) if learns else 0) + self.decision.backward_flops(tokens)

@@ -29,6 +29,7 @@ from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import Adjustable, Place, every
 from skipstone.mechanisms.contexts import running_mean, sequence_mean
 from skipstone.mechanisms.routers import linear_fp32
+from skipstone.ops import mix_activations
 from skipstone.ops import reference as ops
 
 NUM_ACTIVATIONS = len(ops.ACTIVATIONS)
@@ -93,7 +94,7 @@ class PolyGLU(Adjustable):
         static_BFA = self.preference_bias[None].float()
         if noise:
             static_BFA = static_BFA + self._gumbel(gate_BTF)
-        y_BTF = ops.mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
+        y_BTF = mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
         record = ActivationRecord(dynamic_BTA.detach(), every(tokens, x_BTD[..., 0]))
         return y_BTF, {self.place.name: record}
 
@@ -135,9 +136,13 @@ class PolyGLU(Adjustable):
             return None
         return "context 'sequence' sees the future: generation with it is not what was trained"
 
-    def flops(self, width: int, tokens: float) -> float:
-        R = self.config.router_width
-        return 2.0 * tokens * R * (width + NUM_ACTIVATIONS)
+    def flops(self, tokens: float, oracle: bool) -> float:
+        contexts = min(tokens, 1) if self.config.context == "sequence" else tokens
+        return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
+
+    def cache_bytes(self, tokens: float) -> float:
+        """fp32 sums and a count, and the int64 slot."""
+        return tokens * (4 * (self.config.router_width + 1) + 8) if self.config.context == "running_mean" else 0
 
     def shares(self, record: ActivationRecord) -> Tensor:
         """Mean share of each activation over the neurons, [B, T or 1, A], of a noise-free pass."""

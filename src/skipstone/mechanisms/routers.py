@@ -48,7 +48,7 @@ class LinearRouter(nn.Module):
                 self.score_bias.fill_(score)
 
     def flops(self, tokens: float) -> float:
-        return 2.0 * tokens * self.weight.shape[1]
+        return 2 * tokens * self.weight.shape[1]
 
 
 class MLPRouter(nn.Module):
@@ -82,4 +82,4 @@ class MLPRouter(nn.Module):
             self.score_bias.fill_(score)
 
     def flops(self, tokens: float) -> float:
-        return 2.0 * tokens * (self.hidden_weight.numel() + self.weight.numel())
+        return 2 * tokens * (self.hidden_weight.numel() + self.weight.numel())

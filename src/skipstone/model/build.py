@@ -137,7 +137,7 @@ def _block(config: SkipstoneConfig, layer: int, entries: list[Placed]) -> Block:
         config.intermediate_size,
         _activation(config, layer),
         config.mlp_bias,
-        config.residual_dropout,
+        config.residual_dropout if config.mlp_dropout is None else config.mlp_dropout,
     )
     norms = (_norm(config, config.hidden_size), _norm(config, config.hidden_size))
     return Block(_attention(config, layer), feed, *norms, mechanisms, sites)

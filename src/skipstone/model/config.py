@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from skipstone.core.strict import unknown
+from skipstone.model.shim import AUTO_MAP, write_shim
 
 FORMAT_VERSION = 1
 DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
@@ -21,6 +24,7 @@ class SkipstoneConfig(PreTrainedConfig):
     `{name: polyglu, ...}`. mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
     attention_bias: biases on queries, keys and values; attention_output_bias: on their output projection.
     scaled_output_init: start the projections into the residual stream 1/sqrt(2 * layers) smaller (GPT-2, PolyGLU).
+    residual_dropout: on the output of attention and MLP; mlp_dropout: on the MLP's alone, where it differs.
     """
 
     model_type = "skipstone"
@@ -49,6 +53,7 @@ class SkipstoneConfig(PreTrainedConfig):
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    mlp_dropout: float | None = None
     initializer_range: float = 0.02
     scaled_output_init: bool = False
     tie_word_embeddings: bool = False
@@ -109,6 +114,16 @@ class SkipstoneConfig(PreTrainedConfig):
         """The activation as a dict with a name."""
         return {"name": self.activation} if isinstance(self.activation, str) else dict(self.activation)
 
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, with the shim that serves processes which never import this package."""
+        self.auto_map = dict(AUTO_MAP)
+        write_shim(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy this source file into saved folders, where the shim already is."""
+
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> SkipstoneConfig:
         """From a recipe: like the constructor, but a key that does not exist is an error naming the nearest one."""
@@ -116,7 +131,10 @@ class SkipstoneConfig(PreTrainedConfig):
         for key in values:
             if key not in fields:
                 raise ValueError(unknown("key in model", key, [f for f in fields if f in OWN_FIELDS]))
-        return cls(**values)
+        try:
+            return cls(**values)
+        except StrictDataclassError as error:  # transformers' own checks; the last line says what is wrong
+            raise ValueError(f"model: {str(error).splitlines()[-1].strip().removeprefix('ValueError: ')}") from None
 
 
 OWN_FIELDS = frozenset(SkipstoneConfig.__annotations__)

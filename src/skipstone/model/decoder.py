@@ -65,6 +65,10 @@ class SkipstonePreTrainedModel(PreTrainedModel):
             if not isinstance(module, nn.Linear):
                 module.reset_parameters()
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing, for the reason given in `SkipstoneConfig`."""
+
     def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True loses the records of routed blocks; use use_reentrant=False")

@@ -1,0 +1,1 @@
+"""Floor 4: measuring what a model does: quality, cost, speed."""

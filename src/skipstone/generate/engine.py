@@ -1,0 +1,197 @@
+"""Greedy decoding and sampling with a cache, and what each token cost.
+
+Routing is causal and noise is off, whatever mode the model is in. Rows of different length are padded on the left.
+Shape letters: B rows, T tokens of the prompt, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from skipstone.core.records import Records
+from skipstone.generate.compute import compute_shares
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One new token a row. token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended.
+
+    compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' work in the pass that predicted the token, which is the
+    pass of the token before it.
+    """
+
+    token_B: Tensor
+    live_B: Tensor
+    compute_B: Tensor
+
+
+def generate(
+    model: SkipstoneForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> Tensor:
+    """Prompt and continuation, int64 [B, T + N] with N <= max_new_tokens; arguments and errors as in `stream`."""
+    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id)
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device))
+    return torch.cat([input_ids, *(token_B[:, None] for token_B, _, _ in passes)], dim=1)
+
+
+def stream(
+    model: SkipstoneForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> Iterator[Step]:
+    """One `Step` for each new token, as it is decided; ends when every row has met an end-of-sequence id.
+
+    input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which stands on the left. temperature: 0 takes the
+    likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: of a
+    generator of our own; None draws one. eos_token_id, pad_token_id: default to the model's generation_config.
+    Raises ValueError, before the first step, for an empty prompt, padding on the right, a row that would outgrow the
+    model's context, values out of range, and a decision that cannot be made while generating.
+    """
+    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id)
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device))
+    return (_step(model, *decided) for decided in passes)
+
+
+def _step(model: SkipstoneForCausalLM, token_B: Tensor, live_B: Tensor, records: Sequence[Records]) -> Step:
+    share_BT = compute_shares(model.model.layers, records)
+    return Step(token_B=token_B, live_B=live_B, compute_B=share_BT[:, -1].expand(len(token_B)))
+
+
+class _Decoder:
+    """A checked prompt, ready to be gone on from."""
+
+    def __init__(
+        self,
+        model: SkipstoneForCausalLM,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        max_new_tokens: int,
+        pad_token_id: int | None,
+        eos_token_id: int | Sequence[int] | None,
+    ) -> None:
+        self.mask_BT = _checked(model, input_ids, attention_mask, max_new_tokens)
+        self.model, self.input_ids, self.max_new_tokens = model, input_ids, max_new_tokens
+        ends = _ends(model, eos_token_id)
+        pads = (pad_token_id, model.generation_config.pad_token_id, *ends)
+        self.pad = next((i for i in pads if i is not None), 0)
+        self.ends_E = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
+
+    @torch.no_grad()
+    def __call__(self, sample: Sampler) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
+        """The new token of each row, the rows that had not ended, and the records of the pass; one for each pass."""
+        cache, ids, mask_BT = DynamicCache(config=self.model.config), self.input_ids, self.mask_BT
+        live_B = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+        for _ in range(self.max_new_tokens):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask_BT,
+                past_key_values=cache,
+                use_cache=True,
+                routing="causal",
+                noise=False,
+                output_records=True,
+                logits_to_keep=1,
+            )
+            token_B = torch.where(live_B, sample(out.logits[:, -1]), self.pad)
+            yield token_B, live_B, out.records
+            live_B = live_B & ~torch.isin(token_B, self.ends_E)
+            if len(self.ends_E) and not bool(live_B.any()):
+                return
+            ids = token_B[:, None]
+            mask_BT = None if mask_BT is None else torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+
+
+class Sampler:
+    """From logits [B, V] to a token of each row."""
+
+    def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        self.temperature, self.top_k = temperature, top_k
+        self.generator = torch.Generator(device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits_BV.argmax(-1)
+        logits_BV = logits_BV.float()
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow when nearly greedy
+        if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
+            best_BK, index_BK = logits_BV.topk(self.top_k)
+            return index_BK.gather(1, self._draw(best_BK)[:, None])[:, 0]
+        return self._draw(logits_BV)
+
+    def _draw(self, logits_BV: Tensor) -> Tensor:
+        return torch.multinomial(logits_BV.softmax(-1), 1, generator=self.generator)[:, 0]
+
+
+def _checked(
+    model: SkipstoneForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
+) -> Tensor | None:
+    """The mask, or None where nothing is padding."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        got = list(input_ids.shape), None if attention_mask is None else list(attention_mask.shape)
+        raise ValueError(f"input_ids must be [rows, tokens], attention_mask of the same shape or None; got {got}")
+    mask_BT = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.long()
+    length = input_ids.shape[1] if mask_BT is None else int(mask_BT.sum(1).max())
+    if input_ids.numel() == 0 or (mask_BT is not None and not bool(mask_BT.any(1).all())):
+        raise ValueError("the prompt is empty: generation goes on from at least one token")
+    if mask_BT is not None and not bool(mask_BT[:, -1].all()):
+        raise ValueError("the prompt is padded on the right; rows of different length must be padded on the left")
+    check_length(model, length, max_new_tokens)
+    _check_causal(model)
+    return mask_BT
+
+
+def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
+    """Raises ValueError when `prompt` and `new` tokens together outgrow the model's context."""
+    limit = model.config.max_position_embeddings
+    if prompt + new > limit:
+        raise ValueError(
+            f"prompt of {prompt} tokens and {new} new tokens exceed the model's context of {limit} "
+            f"(max_position_embeddings); at most {max(limit - prompt, 0)} new tokens fit"
+        )
+
+
+def _check_causal(model: SkipstoneForCausalLM) -> None:
+    for mechanism in model.adjustables():
+        mechanism.require_causal()
+    for reason in {reason for mechanism in model.adjustables() if (reason := mechanism.unready())}:
+        warnings.warn(reason, stacklevel=4)
+
+
+def _ends(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+    if ends is None:
+        return []
+    return [ends] if isinstance(ends, int) else list(ends)

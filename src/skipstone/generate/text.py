@@ -1,0 +1,50 @@
+"""Token ids -> text as it comes.
+
+Two things stand in the way of decoding token by token: a character may be spread over several tokens, and some
+tokenizers write a word's space only when a token stands before it. So the last few ids are decoded together, and only
+what is new and complete is handed out. All that is handed out, joined, is the decoded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTEXT = 8  # ids decoded before the new ones; more than the four bytes of the longest UTF-8 character
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no character, or not one yet
+
+
+class Detokenizer:
+    """`prompt`: the ids before the first new one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)[-CONTEXT:]
+        self._done = len(self._decoded())  # characters of the window that are handed out
+
+    def push(self, token: int) -> str:
+        """Text that `token` completes; empty while a character waits for its other bytes."""
+        self._ids.append(token)
+        text = self._decoded()
+        waiting = text.endswith(INCOMPLETE)
+        # What stands before a last incomplete character cannot change any more, bytes that are no text included.
+        new = self._take(text[:-1] if waiting else text)
+        if not waiting:
+            self._ids = self._ids[-CONTEXT:]
+            self._done = len(self._decoded())
+        return new
+
+    def flush(self) -> str:
+        """What still waits: bytes that never became a character."""
+        return self._take(self._decoded())
+
+    def _take(self, text: str) -> str:
+        new, self._done = text[self._done :], max(self._done, len(text))
+        return new
+
+    def _decoded(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)

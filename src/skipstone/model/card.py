@@ -1,0 +1,112 @@
+"""The model card: README.md beside the weights, in the form that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+
+MARK = "<!-- written by skipstone -->"  # a card without it is a user's own and is not overwritten
+Realised = Mapping[int, Mapping[str, float]]
+
+
+def write_card(
+    model: SkipstoneForCausalLM,
+    folder: str | Path,
+    *,
+    title: str,
+    source: str | None = None,
+    realised: Realised | None = None,
+    losses: Mapping[str, float] | None = None,
+) -> None:
+    """Write `render_card(...)` to README.md. Raises FileExistsError if a card of the user's own is there."""
+    path = Path(folder) / "README.md"
+    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        raise FileExistsError(f"model card {str(path)!r} was not written by skipstone and is not overwritten")
+    card = render_card(model, title=title, source=source, realised=realised, losses=losses)
+    path.write_text(card, encoding="utf-8")
+
+
+def render_card(
+    model: SkipstoneForCausalLM,
+    *,
+    title: str,
+    source: str | None = None,
+    realised: Realised | None = None,
+    losses: Mapping[str, float] | None = None,
+) -> str:
+    """The card as Markdown, the same for the same arguments.
+
+    source: name of the checkpoint that was converted. realised: {block: {mechanism: share of tokens kept, in [0, 1]}} of
+    a causal pass, as executed; losses: name to value in nats per token. What is absent is said to be not measured.
+    """
+    sections = [
+        _header(model, source),
+        f"{MARK}\n\n# {title}\n\n{_summary(model.config)}" + (f" Converted from `{source}`." if source else ""),
+        "## Architecture\n\n" + _table(("part", "value"), _architecture(model)),
+        "## Mechanisms\n\n" + _mechanisms(model, realised),
+        "## Losses\n\n" + _losses(losses),
+        "## Loading\n\n" + LOADING,
+        "## Licence\n\nNot chosen: whoever publishes these weights adds `license:` to the header above.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+LOADING = """```python
+import skipstone  # registers the classes; a process that cannot import it passes trust_remote_code=True
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+```"""
+
+
+def _header(model: SkipstoneForCausalLM, source: str | None) -> str:
+    kinds = dict.fromkeys(mechanism.place.name.replace("_", "-") for mechanism in model.adjustables())
+    lines = ["library_name: skipstone", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {source}"] if source and "/" in source else []
+    lines += ["tags:", *(f"- {tag}" for tag in ("skipstone", "conditional-computation", *kinds))]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(config: SkipstoneConfig) -> str:
+    what = "with conditional computation" if config.mechanisms or not isinstance(config.activation, str) else "(dense)"
+    return f"A decoder of {config.num_hidden_layers} blocks {what}, in the format of the package skipstone."
+
+
+def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
+    config = model.config
+    activation = config.activation_options["name"]
+    yield "parameters", f"{model.num_parameters():,}"
+    yield "blocks, width", f"{config.num_hidden_layers}, {config.hidden_size}"
+    heads = f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads"
+    yield "attention", f"{heads} of size {config.head_dim}{', QK-norm' if config.qk_norm else ''}"
+    yield "MLP", f"{config.mlp}, {activation}, {config.intermediate_size} neurons"
+    yield "norm, positions", f"{config.norm}, {config.positions}"
+    head = "tied" if config.tie_word_embeddings else "untied"
+    yield "vocabulary, context", f"{config.vocab_size:,} ({head} head), {config.max_position_embeddings:,} tokens"
+
+
+def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
+    rows = []
+    for mechanism in model.adjustables():
+        layer, name = mechanism.place.layer, mechanism.place.name
+        capacity = getattr(mechanism.config, "capacity", None)
+        share = (realised or {}).get(layer, {}).get(name)
+        asked = "not set" if capacity is None else f"{capacity:g}"
+        rows.append((name, str(layer), asked, "not measured" if share is None else f"{share:.4f}"))
+    if not rows:
+        return "None: every token passes every block."
+    return _table(("mechanism", "block", "set capacity", "realised capacity"), rows)
+
+
+def _losses(losses: Mapping[str, float] | None) -> str:
+    if not losses:
+        return "Not measured."
+    return _table(("loss", "nats per token"), [(name, f"{value:.4f}") for name, value in losses.items()])
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    rule = tuple("---" for _ in head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

@@ -1,0 +1,277 @@
+"""What a model costs, from the shapes of its modules alone: no forward pass, and a model on the meta device will do.
+
+A multiply-accumulate counts 2 FLOPs. Counted: matrix products, attention, routers, head. Everything else is 0 by
+convention (docs/cost.md). With a token load of `given` and `asked` (core/load.py), S keys stored before, in one block:
+
+    2 (given (K + V) + asked (Q + O))      attention, linear; a capital is the size of the weight
+    4 H E asked (S + given)                attention, scores and their mean of values; not halved for causality
+    2 asked MLP                            and the routers' own
+
+`evaluate/flops.py` counts the same while operations execute; a law holds both equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from skipstone.core.load import Load
+from skipstone.core.records import DepthRecord, Records
+from skipstone.core.tokens import Routing
+
+Kept = Mapping[int, Mapping[str, Load | float]]
+SLOT_BYTES = 8  # int64, one for each pair of key and value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """FLOPs by kind. mlp: its matrices; router: all that mechanisms compute themselves, PolyGLU's gate included."""
+
+    attention_linear: float = 0
+    attention_score: float = 0
+    mlp: float = 0
+    router: float = 0
+    head: float = 0
+
+    @property
+    def linear(self) -> float:
+        """The blocks' weight matrices."""
+        return self.attention_linear + self.mlp
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(**{field.name: getattr(self, field.name) * factor for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of parameters. embedding: of tokens and positions (a tied head is the same); mechanism: part of total."""
+
+    total: int
+    embedding: int
+    mechanism: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One call with `batch` rows of `tokens` tokens after `past`.
+
+    forward: of the whole call, decided as `routing` says. training: forward and backward of the oracle form without
+    past, recomputation excluded. kv_bytes_per_token: keys, values and slots that a token of a row leaves in the cache,
+    skipped or not, in the mean; state_bytes_per_token: what mechanisms keep beside them. dense: the same model without
+    mechanisms; None in a dense cost itself.
+    """
+
+    tokens: int
+    past: int
+    batch: int
+    routing: Routing
+    parameters: Parameters
+    forward: Flops
+    training: Flops
+    kv_bytes_per_token: float
+    state_bytes_per_token: float
+    dense: Cost | None = None
+
+    @property
+    def forward_per_row(self) -> Flops:
+        return self.forward * (1 / self.batch)
+
+    @property
+    def forward_per_token(self) -> Flops:
+        return self.forward * (1 / (self.batch * self.tokens))
+
+    @property
+    def training_per_token(self) -> Flops:
+        return self.training * (1 / (self.batch * self.tokens))
+
+    @property
+    def ratio(self) -> float:
+        """Forward FLOPs as a share of the dense model's."""
+        return 1.0 if self.dense is None else self.forward.total / self.dense.forward.total
+
+
+def cost(
+    model: nn.Module,
+    tokens: int = 1024,
+    past: int = 0,
+    batch: int = 1,
+    kept: Kept | None = None,
+    stored: Mapping[int, float] | None = None,
+    routing: Routing = "causal",
+    logits_to_keep: int = 0,
+) -> Cost:
+    """Cost of one call.
+
+    kept: what each mechanism keeps of a row, by layer and name, from `kept_from_records` or as plain numbers; without
+    it an oracle Mixture-of-Depths keeps floor(capacity * tokens), a causal one capacity * tokens in the mean, and gates
+    keep all. stored: keys in the cache of each layer (`cache.layers[i].kv.width`); without it what `past` tokens leave
+    there by the same promise. logits_to_keep: as in forward, 0 for every token. Raises ValueError for sizes that make
+    no call.
+    """
+    if tokens < 1 or batch < 1 or past < 0:
+        raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
+    if routing not in ("oracle", "causal"):
+        raise ValueError(f"routing must be 'oracle' or 'causal', got {routing!r}")
+    call = _Call(tokens, past, batch, routing, min(tokens, logits_to_keep or tokens), kept or {}, stored or {})
+    dense = _cost(model, replace(call, kept={}, stored={}, mechanisms=False))
+    return replace(_cost(model, call), dense=dense)
+
+
+def kept_from_records(model: nn.Module, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
+    """What mechanisms kept in a forward pass, as `cost` wants it.
+
+    A gathered batch computes as many columns as its row with most tokens has: `widest` is what was executed, `mean`
+    what was useful. Padding is never kept.
+    """
+    kept: dict[int, dict[str, Load | float]] = {}
+    for i, (block, decided) in enumerate(zip(_blocks(model), records, strict=True)):
+        outer = list(block.sites["block"])
+        paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
+        kept[i] = {name: load for path in paths for name, load in _along(path, decided, rows)}
+    return kept
+
+
+def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, Load]]:
+    """Tokens kept by each mechanism from the outside in; asked for are those that all outer ones keep, too."""
+
+    def count(kept_BT: torch.Tensor) -> float:
+        count_B = kept_BT.sum(1)
+        return int(count_B.max()) if rows == "widest" else float(count_B.double().mean())
+
+    asked_BT = None
+    for name in path:
+        record = decided.get(name)
+        if isinstance(record, DepthRecord):  # missing where an outer mechanism kept nothing at all
+            asked_BT = record.kept_BT if asked_BT is None else asked_BT & record.kept_BT
+            yield name, Load(given=count(record.kept_BT), asked=count(asked_BT))
+
+
+@dataclass(frozen=True)
+class _Call:
+    tokens: int
+    past: int
+    batch: int
+    routing: Routing
+    logits: int
+    kept: Kept
+    stored: Mapping[int, float]
+    mechanisms: bool = True
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one block does for a row: loads of its sub-layers, and its mechanisms with the tokens that each is given."""
+
+    attention: Load
+    mlp: Load
+    mechanisms: list[tuple[Any, float]]
+
+
+def _cost(model: nn.Module, call: _Call) -> Cost:
+    forward = _head(model, call.logits)
+    training = _head(model, call.tokens) * 3
+    kv = state = 0.0
+    for i, block in enumerate(_blocks(model)):
+        oracle, kept = call.routing == "oracle", call.kept.get(i, {})
+        before = _work(block, call.past, {}, False, call.mechanisms)
+        work = _work(block, call.tokens, kept, oracle, call.mechanisms)
+        stored = call.stored.get(i, before.attention.given)
+        forward += _flops(block, work, stored, oracle)
+        training += _training(block, _work(block, call.tokens, kept, True, call.mechanisms))
+        kv += (stored + work.attention.given) * _entry_bytes(block.self_attn)
+        state += _state_bytes(before) + _state_bytes(work)
+    return Cost(
+        tokens=call.tokens,
+        past=call.past,
+        batch=call.batch,
+        routing=call.routing,
+        parameters=_parameters(model, call.mechanisms),
+        forward=forward * call.batch,
+        training=training * call.batch,
+        kv_bytes_per_token=kv / (call.past + call.tokens),
+        state_bytes_per_token=state / (call.past + call.tokens),
+    )
+
+
+def _work(block: Any, tokens: int, kept: Mapping[str, Load | float], oracle: bool, mechanisms: bool) -> _Work:
+    ran: list[tuple[Any, float]] = []
+
+    def inside(site: str, load: Load) -> Load:
+        for name in block.sites[site] if mechanisms else ():
+            ran.append((block.mechanisms[name], load.given))
+            load = block.mechanisms[name].narrow(load, kept.get(name), oracle)
+        return load
+
+    outer = inside("block", Load(given=tokens, asked=tokens))
+    attention, mlp = inside("attention", outer), inside("mlp", outer)
+    if mechanisms and hasattr(block.mlp.activation, "place"):
+        ran.append((block.mlp.activation, mlp.asked))
+    return _Work(attention, mlp, ran)
+
+
+def _flops(block: Any, work: _Work, stored: float, oracle: bool) -> Flops:
+    attention, load = block.self_attn, work.attention
+    given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
+    asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
+    keys = stored + max(load.given, 1)  # a mean below one token, as in decoding: who asks at all sees itself in full
+    return Flops(
+        attention_linear=2 * (load.given * given + load.asked * asked),
+        attention_score=4 * load.asked * keys * attention.q_proj.weight.shape[0],
+        mlp=2 * work.mlp.asked * _matrices(block.mlp),
+        router=sum(mechanism.flops(tokens, oracle) for mechanism, tokens in work.mechanisms),
+    )
+
+
+def _training(block: Any, work: _Work) -> Flops:
+    """Forward and backward: a product has two gradients of its own size; mechanisms know what they stop."""
+    forward = _flops(block, work, 0, oracle=True)
+    backward = sum(mechanism.backward_flops(tokens) for mechanism, tokens in work.mechanisms)
+    return replace(forward * 3, router=forward.router + backward)
+
+
+def _matrices(mlp: nn.Module) -> int:
+    return sum(child.weight.numel() for name, child in mlp.named_children() if name.endswith("_proj"))
+
+
+def _head(model: nn.Module, tokens: int) -> Flops:
+    head = getattr(model, "lm_head", None)
+    return Flops() if head is None else Flops(head=2 * tokens * head.weight.numel())
+
+
+def _entry_bytes(attention: Any) -> int:
+    """Of one token: key, value and slot, in the type of the weights."""
+    weight = attention.k_proj.weight
+    return 2 * weight.shape[0] * weight.element_size() + SLOT_BYTES
+
+
+def _state_bytes(work: _Work) -> float:
+    return sum(mechanism.cache_bytes(tokens) for mechanism, tokens in work.mechanisms)
+
+
+def _parameters(model: nn.Module, mechanisms: bool) -> Parameters:
+    own = sum(_numel(m) for block in _blocks(model) for m in block.adjustables().values())
+    decoder: Any = getattr(model, "model", model)
+    embedding = _numel(decoder.embed_tokens) + _numel(decoder.positions)
+    total = _numel(model)
+    return Parameters(
+        total=total if mechanisms else total - own, embedding=embedding, mechanism=own if mechanisms else 0
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _blocks(model: nn.Module) -> Any:
+    return getattr(model, "model", model).layers

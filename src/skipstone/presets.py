@@ -1,0 +1,167 @@
+"""Configurations by name: `presets.get("polychromatic-0.6b")`. Plain dicts in one table; every key may be overridden."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from skipstone.core.strict import choose
+from skipstone.model.config import SkipstoneConfig
+
+# The base model of Token-Selective Attention (arXiv 2605.05222). Its gates are soft in every pass and its sparse mode
+# gives kept tokens gain 1. The paper drops out the MLP, the embedding and the attention probabilities, not the
+# attention's output. How its weights start is not known; transformers' N(0, .02) is used.
+TSA_BASE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "positions": "learned",
+    "mlp": "plain",
+    "mlp_bias": True,
+    "activation": "gelu",
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "mlp_dropout": 0.1,
+    "tie_word_embeddings": True,
+}
+
+
+def _token_selective(depth_weight: float) -> list[dict[str, Any]]:
+    """Every block but the first is gated; lambda is .001 for language, .01 for the synthetic tasks."""
+    gate = {"name": "token_selective", "layers": "1:", "start_bias": -1.0, "depth_weight": depth_weight}
+    return [{**gate, "execution": "soft", "hard_gain": "one"}]
+
+
+LLAMA_3_2_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Small enough for a test.
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    },
+    # Dense models whose sizes are published.
+    "gpt2": {
+        "vocab_size": 50_257,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 1024,
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "positions": "learned",
+        "mlp": "plain",
+        "mlp_bias": True,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "activation": "gelu_tanh",
+        "embedding_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "residual_dropout": 0.1,
+        "scaled_output_init": True,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "norm_eps": 1e-5,
+        "rope_parameters": LLAMA_3_2_ROPE,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": {
+        "vocab_size": 151_936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40_960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "qk_norm": True,
+        "tie_word_embeddings": True,
+    },
+    # Mixture-of-Depths (arXiv 2404.02258): the paper names 220M parameters, every other block, capacity 12.5 % and
+    # context 2048, but neither width nor depth; those are ours.
+    "mod-220m": {
+        "vocab_size": 50_257,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "mechanisms": [{"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.125, "weight": "raw"}],
+    },
+    "tsa-shakespeare": {
+        **TSA_BASE,
+        "vocab_size": 65,
+        "max_position_embeddings": 128,
+        "mechanisms": _token_selective(0.001),
+    },
+    "tsa-enwik8": {
+        **TSA_BASE,
+        "vocab_size": 6064,
+        "max_position_embeddings": 256,
+        "mechanisms": _token_selective(0.001),
+    },
+    # Copy and sort share one model of context 2n + 2; n = 32 is ours, override max_position_embeddings for another.
+    "tsa-copy": {
+        **TSA_BASE,
+        "vocab_size": 32,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 66,
+        "mechanisms": _token_selective(0.01),
+    },
+    # PolychromaticLM (arXiv 2603.13347), context "sequence" as published: it sees the future and cannot generate with a
+    # cache. Override `activation` with {"name": "polyglu"} for the causal form.
+    "polychromatic-0.6b": {
+        "vocab_size": 151_669,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "qk_norm": True,
+        "activation": {"name": "polyglu", "context": "sequence"},
+        "scaled_output_init": True,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def names() -> list[str]:
+    """All presets."""
+    return list(PRESETS)
+
+
+def get(name: str, **overrides: Any) -> SkipstoneConfig:
+    """The configuration called `name`, with some keys set otherwise.
+
+    Raises ValueError for a name or a key that does not exist, naming the nearest one.
+    """
+    return SkipstoneConfig.from_plain(deepcopy({**choose("preset", name, PRESETS), **overrides}))

@@ -1,0 +1,94 @@
+"""From values to pixels: scales, round ticks, and the frame that every chart is drawn in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from skipstone.report import svg
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A straight map from [low, high] to [start, stop] pixels."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        span = self.high - self.low
+        return self.start + (self.stop - self.start) * ((value - self.low) / span if span else 0.5)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that lie within [low, high]."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if raw <= m * power * (1 + 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """A tick's label: 12k, 1.5M, 0.25."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
+    """The range of the finite values, a little wider; (0, 1) when there are none."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return 0.0, 1.0
+    low, high = min(finite), max(finite)
+    pad = (high - low) * margin or abs(high) * margin or 1.0
+    return low - pad, high + pad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The plot area inside a picture, with room for ticks and axis titles."""
+
+    width: float = 520
+    height: float = 300
+    left: float = 56
+    right: float = 14
+    top: float = 14
+    bottom: float = 46
+
+    @property
+    def floor(self) -> float:
+        return self.height - self.bottom
+
+    def across(self, low: float, high: float) -> Scale:
+        return Scale(low, high, self.left, self.width - self.right)
+
+    def up(self, low: float, high: float) -> Scale:
+        return Scale(low, high, self.floor, self.top)
+
+    def y_axis(self, scale: Scale, title: str) -> list[Markup]:
+        """Grid lines with their values, and the title along them."""
+        parts = []
+        for value in ticks(scale.low, scale.high):
+            y = scale(value)
+            parts += [svg.line(self.left, y, self.width - self.right, y, "grid")]
+            parts += [svg.text(self.left - 8, y + 4, short(value), "tick", text_anchor="end")]
+        middle = (self.top + self.floor) / 2
+        turned = f"rotate(-90 14 {svg.number(middle)})"
+        return [*parts, svg.text(14, middle, title, "axis", text_anchor="middle", transform=turned)]
+
+    def x_axis(self, title: str, marks: Iterable[tuple[float, str]]) -> list[Markup]:
+        """The base line, `marks` as (pixel, label), and the title below them."""
+        labels = [svg.text(x, self.floor + 17, label, "tick", text_anchor="middle") for x, label in marks]
+        middle = (self.left + self.width - self.right) / 2
+        base = svg.line(self.left, self.floor, self.width - self.right, self.floor, "base")
+        return [base, *labels, svg.text(middle, self.height - 8, title, "axis", text_anchor="middle")]

@@ -1,0 +1,112 @@
+"""The three charts of a report: lines over steps, bars by layer, shares by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from skipstone.report import svg
+from skipstone.report.axes import Frame, Scale, bounds, short, ticks
+from skipstone.report.palette import SERIES, Look
+
+MAX_POINTS = 600  # a curve needs no more points than the page has pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One curve: (x, y) points in order of x, values that are not finite left out of the line."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    look: Look
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS finite points: the means of neighbours, the last one always as it is."""
+    finite = [p for p in points if math.isfinite(p[1])]
+    size = -(-len(finite) // MAX_POINTS)
+    if size <= 1:
+        return finite
+    groups = [finite[i : i + size] for i in range(0, len(finite), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups] + [finite[-1]]
+
+
+def lines(
+    series: Sequence[Series], *, x_title: str, y_title: str, title: str, frame: Frame, y_range: tuple[float, float]
+) -> Markup:
+    """Curves on shared axes; one that has a single point is a dot."""
+    kept = [(s, points) for s in series if (points := thinned(s.points))]
+    xs = [x for _, points in kept for x, _ in points]
+    across = frame.across(*(min(xs), max(xs)) if xs and max(xs) > min(xs) else bounds(xs))
+    up = frame.up(*y_range)
+    parts = frame.y_axis(up, y_title)
+    parts += frame.x_axis(x_title, [(across(x), short(x)) for x in ticks(across.low, across.high)])
+    for s, points in kept:
+        parts += _curve(s, [(across(x), up(y)) for x, y in points])
+    if not kept:
+        parts.append(svg.text(frame.width / 2, frame.height / 2, "nothing was logged", "axis", text_anchor="middle"))
+    return svg.drawing(frame.width, frame.height, parts, title)
+
+
+def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
+    """The line, with dots where there are few enough points to tell apart."""
+    parts = [svg.polyline(pixels, s.look.colour, s.look.dash, s.label)] if len(pixels) > 1 else []
+    if len(pixels) <= 20:
+        parts += [svg.element("circle", svg.element("title", s.label), cx=x, cy=y, r=2.6, fill=s.look.colour) for x, y in pixels]
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One bar of a layer. value: in [0, 1]. mark: a value to compare with, drawn as a tick over the bar."""
+
+    layer: int
+    name: str
+    value: float
+    mark: float | None = None
+
+
+def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame) -> Markup:
+    """Bars by layer, one beside the other where a layer has several; colours follow the names."""
+    names = list(dict.fromkeys(bar.name for bar in data))
+    up = frame.up(0.0, 1.0)
+    slot, parts = _slots(frame, layers)
+    parts += frame.y_axis(up, y_title)
+    width = 0.68 * slot / max(len(names), 1)
+    for bar in data:
+        x = frame.left + slot * (bar.layer + 0.16) + width * names.index(bar.name)
+        hover = f"layer {bar.layer}, {bar.name}: {bar.value:.1%}" + ("" if bar.mark is None else f" (set: {bar.mark:.1%})")
+        parts.append(_column(x, width, up, 0.0, bar.value, SERIES[names.index(bar.name) % len(SERIES)], hover))
+        if bar.mark is not None:
+            parts.append(svg.line(x - 3, up(bar.mark), x + width + 3, up(bar.mark), "mark"))
+    return svg.drawing(frame.width, frame.height, parts, title)
+
+
+def stacked(shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame) -> Markup:
+    """Shares that sum to 1, one stack a layer, in the order of `names` from the bottom."""
+    up = frame.up(0.0, 1.0)
+    slot, parts = _slots(frame, layers)
+    parts += frame.y_axis(up, "share of activation")
+    for layer, parts_of_layer in shares.items():
+        base = 0.0
+        for k, share in enumerate(parts_of_layer):
+            x = frame.left + slot * (layer + 0.12)
+            hover = f"layer {layer}, {names[k]}: {share:.1%}"
+            parts.append(_column(x, 0.76 * slot, up, base, base + share, SERIES[k % len(SERIES)], hover))
+            base += share
+    return svg.drawing(frame.width, frame.height, parts, title)
+
+
+def _slots(frame: Frame, layers: int) -> tuple[float, list[Markup]]:
+    """The width of a layer's place, and the axis that numbers layers from 0 (every few when they are many)."""
+    slot = (frame.width - frame.right - frame.left) / max(layers, 1)
+    every = max(1, math.ceil(22 / slot))
+    marks = [(frame.left + slot * (i + 0.5), str(i)) for i in range(0, layers, every)]
+    return slot, frame.x_axis("layer", marks)
+
+
+def _column(x: float, width: float, up: Scale, low: float, high: float, colour: str, hover: str) -> Markup:
+    return svg.rectangle(x, up(high), width, up(low) - up(high), hover, fill=colour)

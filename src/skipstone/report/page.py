@@ -1,0 +1,124 @@
+"""From runs to what the template shows: tables of strings, pictures as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from skipstone.ops import reference as ops
+from skipstone.report import charts, layers
+from skipstone.report.axes import Frame, bounds
+from skipstone.report.charts import Bar, Series
+from skipstone.report.palette import SERIES
+from skipstone.report.shown import Shown
+
+WIDE, NARROW = Frame(), Frame(width=430, height=240)
+PICTURED = 84  # tokens across the tokens x layers picture: as many as stay readable on paper
+ACTIVATIONS = tuple(function.__name__ for function in ops.ACTIVATIONS)
+ABSENT = "–"
+Pieces = Sequence[tuple[str, float]]  # generated text and the share of the compute that each piece took
+
+FIGURES: tuple[tuple[str, Callable[[Shown], float | None], str], ...] = (
+    ("parameters", lambda run: run.result.get("parameters"), ",d"),
+    ("steps", lambda run: run.result.get("steps"), ",d"),
+    ("tokens", lambda run: run.result.get("tokens"), ",d"),
+    ("tokens/s", lambda run: run.result.get("tokens_per_second"), ",.0f"),
+    ("train loss", lambda run: run.result.get("train_loss"), ".4f"),
+    ("oracle loss", lambda run: (run.result.get("validation") or {}).get("oracle_loss"), ".4f"),
+    ("causal loss", lambda run: (run.result.get("validation") or {}).get("causal_loss"), ".4f"),
+    ("blocks computed", lambda run: None if run.anatomy is None else run.anatomy.depth, ".1%"),
+)
+
+
+def context(runs: Sequence[Shown], samples: Mapping[str, Pieces]) -> dict[str, Any]:
+    """The variables of `templates/page.html`. samples: generated text by the runs' names."""
+    return {
+        "runs": runs,
+        "figures": [title for title, _, _ in FIGURES],
+        "rows": [(run, [_figure(get(run), form) for _, get, form in FIGURES]) for run in runs],
+        "losses": _losses(runs),
+        "routed": [_routed(run) for run in runs if run.anatomy is not None and run.anatomy.routed],
+        "activations": [(run, _shares(run)) for run in runs if run.anatomy is not None and run.anatomy.shares],
+        "activation_names": list(zip(ACTIVATIONS, SERIES, strict=False)),
+        "entropy": _entropy(runs),
+        "samples": [(run, layers.coloured(samples[run.name])) for run in runs if run.name in samples],
+        "troubles": [run for run in runs if run.trouble],
+        "configurations": [(run, _yaml(run.config), _yaml(run.environment)) for run in runs],
+    }
+
+
+def _figure(value: float | None, form: str) -> str:
+    return ABSENT if value is None else format(int(value) if form.endswith("d") else value, form)
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _curve(run: Shown, split: str, key: str) -> list[tuple[float, float]]:
+    lines = (line for line in run.metrics if line.get("split") == split and line.get(key) is not None)
+    return [(float(line["step"]), float(line[key])) for line in lines]
+
+
+def _losses(runs: Sequence[Shown]) -> list[tuple[str, Markup]]:
+    """Training and validation on the same y range, so that they can be read across. Empty panels are left out."""
+    panels = {
+        "training": ("train", "loss", "training loss (nats a token)"),
+        "validation, causal decisions": ("validation", "causal_loss", "validation loss (nats a token)"),
+        "validation, oracle decisions": ("validation", "oracle_loss", "validation loss (nats a token)"),
+    }
+    curves = {title: [(run, _curve(run, split, key)) for run in runs] for title, (split, key, _) in panels.items()}
+    y_range = bounds(y for panel in curves.values() for _, points in panel for _, y in points)
+    drawn = []
+    for title, panel in curves.items():
+        if any(points for _, points in panel):
+            series = [Series(label=run.name, points=points, look=run.look) for run, points in panel]
+            y_title = panels[title][2]
+            picture = charts.lines(series, x_title="step", y_title=y_title, title=title, frame=NARROW, y_range=y_range)
+            drawn.append((title, picture))
+    return drawn
+
+
+def _routed(run: Shown) -> dict[str, Any]:
+    """The card of a run that skips: the picture, the capacities, the text."""
+    assert run.anatomy is not None
+    bars = [
+        Bar(layer=layer, name=name, value=share, mark=run.set_capacity.get(layer, {}).get(name))
+        for layer, shares in run.anatomy.capacity.items()
+        for name, share in shares.items()
+    ]
+    count = len(run.anatomy.weight_LT)
+    title = f"{run.name}: share of tokens kept by layer"
+    return {
+        "run": run,
+        "picture": layers.picture(run.anatomy, PICTURED, f"{run.name}: weight of each layer's update for each token"),
+        "capacity": charts.bars(bars, layers=count, y_title="tokens kept", title=title, frame=NARROW),
+        "names": list(zip(dict.fromkeys(bar.name for bar in bars), SERIES, strict=False)),
+        "marked": any(bar.mark is not None for bar in bars),
+        "text": layers.coloured(list(zip(run.anatomy.tokens, run.anatomy.depth_T, strict=True)), "{:.0%} of the blocks"),
+        "strongest": f"{run.anatomy.strongest:.2g}",
+        "negative": any(w < 0 for layer in run.anatomy.routed for w in run.anatomy.weight_LT[layer]),
+    }
+
+
+def _shares(run: Shown) -> Markup:
+    assert run.anatomy is not None
+    title = f"{run.name}: share of each activation by layer"
+    return charts.stacked(run.anatomy.shares, ACTIVATIONS, layers=len(run.anatomy.weight_LT), title=title, frame=NARROW)
+
+
+def _entropy(runs: Sequence[Shown]) -> Markup | None:
+    """How undecided the neurons still are: 1 all activations alike, 0 one chosen."""
+    series = [
+        Series(label=run.name, points=sorted(run.anatomy.entropy.items()), look=run.look)
+        for run in runs
+        if run.anatomy is not None and run.anatomy.entropy
+    ]
+    if not series:
+        return None
+    return charts.lines(
+        series, x_title="layer", y_title="entropy / ln 4", title="entropy by layer", frame=NARROW, y_range=(0.0, 1.02)
+    )

@@ -1,0 +1,21 @@
+"""Colours that the colour-blind can tell apart (the palette of Okabe and Ito, 2008), and dashes when they run out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+DASHES = ("", "7 3", "2 3", "9 3 2 3")
+
+
+class Look(NamedTuple):
+    """How a run is drawn wherever it appears. dash: an SVG stroke-dasharray, "" for a solid line."""
+
+    colour: str
+    dash: str
+
+
+def look(index: int) -> Look:
+    """The look of run `index`: all colours solid first, then all of them dashed; 24 differ."""
+    return Look(SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)])

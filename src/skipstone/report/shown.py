@@ -1,0 +1,84 @@
+"""What a report needs to know of a run, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skipstone.mechanisms import ACTIVATION
+from skipstone.model.build import placed
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.report.anatomy import Anatomy, dissect
+from skipstone.report.palette import Look, look
+from skipstone.runs import Run
+
+ROWS = 8  # validation rows that a capacity is measured on
+TOKENS = 256  # of the first row, shown as text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A run under the name and look it has on the page.
+
+    mechanisms: in words, "dense" for none. set_capacity: what the configuration promises, {layer: {mechanism: share}}.
+    anatomy: None where the model could not be looked into; `trouble` then says why.
+    """
+
+    name: str
+    look: Look
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    result: Mapping[str, Any]
+    mechanisms: str
+    set_capacity: Mapping[int, Mapping[str, float]]
+    anatomy: Anatomy | None
+    trouble: str
+
+
+def show(run: Run, name: str, index: int) -> Shown:
+    """Everything about one run. A model or a corpus that is not there costs its pictures, not the page."""
+    anatomy, mechanisms, capacity, trouble = None, "", {}, ""
+    try:
+        model = run.load_model()
+        mechanisms, capacity = describe(model), _set_capacity(model)
+        anatomy = _look_inside(run, model)
+    except (OSError, ValueError) as error:
+        trouble = " ".join(str(error).split())
+    return Shown(
+        name=name,
+        look=look(index),
+        config=run.config(),
+        environment=run.environment(),
+        metrics=run.metrics(),
+        result=run.result(),
+        mechanisms=mechanisms,
+        set_capacity=capacity,
+        anatomy=anatomy,
+        trouble=trouble,
+    )
+
+
+def describe(model: SkipstoneForCausalLM) -> str:
+    """`mixture_of_depths on blocks 1, 3, 5; polyglu`, or `dense`."""
+    names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in placed(model.config)]
+    activation = model.config.activation_options["name"]
+    return "; ".join([*names, *([activation] if activation in ACTIVATION else [])]) or "dense"
+
+
+def _set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
+    return {
+        layer: {name: m.config.capacity for name, m in block.mechanisms.items() if hasattr(m.config, "capacity")}
+        for layer, block in enumerate(model.model.layers)
+    }
+
+
+def _look_inside(run: Run, model: SkipstoneForCausalLM) -> Anatomy:
+    data = run.data()
+    rows = data.validation
+    batch = data.collate(rows.__getitems__(range(min(ROWS, len(rows)))))
+    ids = batch["input_ids"][0, :TOKENS].tolist()
+    names = [data.tokenizer.decode([i]) if data.tokenizer else str(i) for i in ids]
+    known_BT = batch["difficulty"] >= 0 if run.config()["train"].get("routing") == "difficulty" else None
+    return dissect(model, batch, names, known_BT)

@@ -1,0 +1,62 @@
+"""SVG elements as escaped strings: enough for charts without a plotting library, and valid inside HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from markupsafe import Markup, escape
+
+
+def number(value: float) -> str:
+    """A coordinate or length, with at most two decimals: pages stay small, and pictures the same to the eye."""
+    text = f"{value:.2f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def element(name: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
+    """`<name ...>children</name>`; strings are escaped, `Markup` is not.
+
+    Attribute names lose a trailing underscore (`class_`) and turn others into hyphens (`stroke_width`); None leaves the
+    attribute out.
+    """
+    shown = Markup().join(
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value if isinstance(value, str) else number(value))
+        for key, value in attributes.items()
+        if value is not None
+    )
+    inner = Markup().join(escape(child) for child in children)
+    return Markup("<{}{}>{}</{}>").format(name, shown, inner, name)
+
+
+def drawing(width: float, height: float, children: Iterable[Markup], title: str) -> Markup:
+    """A picture that scales with the page; `title` is what a screen reader says."""
+    return element(
+        "svg",
+        element("title", title),
+        *children,
+        viewBox=f"0 0 {number(width)} {number(height)}",
+        role="img",
+        style=f"max-width: {number(width)}px",
+    )
+
+
+def text(x: float, y: float, content: str, class_: str = "", **attributes: str | float | None) -> Markup:
+    return element("text", content, x=x, y=y, class_=class_ or None, **attributes)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+def rectangle(
+    x: float, y: float, width: float, height: float, hover: str = "", **attributes: str | float | None
+) -> Markup:
+    """`hover` is the text that a browser shows when the pointer rests on it."""
+    inside = [element("title", hover)] if hover else []
+    return element("rect", *inside, x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), **attributes)
+
+
+def polyline(points: Iterable[tuple[float, float]], colour: str, dash: str = "", hover: str = "") -> Markup:
+    path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
+    inside = [element("title", hover)] if hover else []
+    return element("polyline", *inside, points=path, class_="curve", stroke=colour, stroke_dasharray=dash or None)

@@ -1,0 +1,147 @@
+"""Run folders: what training writes and everything else reads.
+
+    RUN/config.yaml       the resolved recipe          RUN/tokenizer/     Hugging Face's format; text corpora only
+    RUN/environment.json  versions, commit, machine    RUN/checkpoints/   checkpoint-N, to resume from
+    RUN/metrics.jsonl     one line a log               RUN/model/         the trained model, written at the end
+    RUN/result.json       the summary, written last
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from skipstone.core.strict import from_dict
+from skipstone.data.prepare import DataConfig, PreparedData, prepare
+from skipstone.model.pretrained import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
+TOKENIZER, CHECKPOINTS, MODEL = "tokenizer", "checkpoints", "model"
+MODEL_CONFIG = "config.json"  # what makes a folder a saved model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, or the folder of a saved model (which has weights and perhaps a tokenizer, but no recipe).
+
+    Raises FileNotFoundError for a folder that does not exist and ValueError for one that is neither.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"run folder {str(self.folder)!r} does not exist")
+        if not (self.folder / CONFIG).is_file() and not self.is_saved_model:
+            raise ValueError(
+                f"{str(self.folder)!r} is no run folder (no {CONFIG}) and no saved model (no {MODEL_CONFIG})"
+            )
+
+    @property
+    def is_saved_model(self) -> bool:
+        """Whether this is the folder of a saved model and not of a run."""
+        return (self.folder / MODEL_CONFIG).is_file() and not (self.folder / CONFIG).is_file()
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def finished(self) -> bool:
+        """Whether training reached its end; the summary is the last thing that it writes."""
+        return (self.folder / RESULT).is_file()
+
+    def config(self) -> dict[str, Any]:
+        """The resolved recipe: {"model": ..., "data": ..., "train": ...}. ValueError for a saved model without one."""
+        values = yaml.safe_load(self._read(CONFIG))
+        if not isinstance(values, dict) or not {"model", "data", "train"} <= set(values):
+            raise ValueError(f"{str(self.folder / CONFIG)!r} is no recipe: it needs model, data and train")
+        return values
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, commit, machine, seed, start and command."""
+        return self._json(ENVIRONMENT)
+
+    def result(self) -> dict[str, Any]:
+        """The summary. ValueError for a run that has not reached its end."""
+        if not self.finished and not self.is_saved_model:
+            raise ValueError(f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` goes on with it")
+        return self._json(RESULT)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every line that was logged, in order of steps."""
+        return read_metrics(self._file(METRICS))
+
+    def model_folder(self) -> Path:
+        """Where the weights are: the final model or, with a warning, the last checkpoint. ValueError if there is none."""
+        if self.is_saved_model:
+            return self.folder
+        if (self.folder / MODEL / MODEL_CONFIG).is_file():
+            return self.folder / MODEL
+        last = last_checkpoint(self.folder)
+        if last is None:
+            raise ValueError(f"run {str(self.folder)!r} has neither a final model nor a checkpoint yet")
+        warnings.warn(f"run {str(self.folder)!r} is not finished: taking its {last.name}", stacklevel=3)
+        return last
+
+    def load_model(self) -> SkipstoneForCausalLM:
+        """The trained model in evaluation mode, loaded strictly: nothing missing, nothing left over."""
+        model = load_model(self.model_folder())
+        model.eval()
+        return model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of the run or of the saved model, None where there is none (synthetic tasks)."""
+        from transformers import AutoTokenizer
+
+        folder = self.folder if self.is_saved_model else self.folder / TOKENIZER
+        if not (folder / "tokenizer_config.json").is_file():
+            return None
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def data_config(self) -> DataConfig:
+        return from_dict(DataConfig, self.config()["data"], "data")
+
+    def data(self, split: str = "validation", *, train: bool = False) -> PreparedData:
+        """The run's rows, with its own tokenizer. `split` is what `PreparedData.validation` is made from."""
+        return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
+
+    def _file(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.is_file():
+            what = "is a saved model, not a run" if self.is_saved_model else "is incomplete"
+            raise ValueError(f"{str(self.folder)!r} {what}: it has no {name}")
+        return path
+
+    def _read(self, name: str) -> str:
+        return self._file(name).read_text(encoding="utf-8")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._read(name)))
+        except ValueError as error:
+            raise ValueError(f"{str(self.folder / name)!r} cannot be read: {error}") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file. A last line that a crash cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest `checkpoints/checkpoint-N` of a run folder."""
+    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,92 @@
+"""`RoutingCallback` moves thresholds and schedules, once an optimizer step; forward never does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from skipstone.core.records import Records
+
+NOTHING_SEEN = (
+    "RoutingCallback was shown no records, so that schedules move but thresholds do not: train with "
+    "skipstone.train.RoutingTrainer, or mix skipstone.train.RoutingMixin into your own trainer"
+)
+
+
+class RoutingCallback(TrainerCallback):
+    """For any `transformers.Trainer`.
+
+    Alone it moves what depends on progress only (PolyGLU's tau). Thresholds (`ema_threshold`) follow what the routers
+    did, so somebody must call `observe` with each micro-batch's records: `RoutingTrainer` and `RoutingMixin` do.
+    All state is in buffers of the model: checkpoints hold it, and a resumed run goes on exactly.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, str], Tensor] = {}  # each statistic's sums, then how many were summed
+        self._warned = False
+
+    @torch.no_grad()
+    def observe(self, model: Any, records: tuple[Records, ...] | None) -> None:
+        """One training micro-batch. Does not make the host wait."""
+        for mechanism in _mechanisms(model) if records is not None else ():
+            key = (mechanism.place.layer, mechanism.place.name)
+            record = records[key[0]].get(key[1])  # type: ignore[index]
+            statistics = None if record is None else mechanism.statistics(record)
+            if statistics is not None:
+                seen = statistics.isfinite()
+                pair = torch.stack((torch.where(seen, statistics, 0.0), seen.to(statistics)))
+                self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sums = {}
+        self._advance(kwargs["model"], state, {})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        means, self._sums = _means(self._sums), {}
+        self._advance(kwargs["model"], state, means)
+        if not means and not self._warned and any(_waiting(m) for m in _mechanisms(kwargs["model"])):
+            self._warned = True
+            warnings.warn(NOTHING_SEEN, stacklevel=2)
+
+    @torch.no_grad()
+    def _advance(self, model: Any, state: TrainerState, means: dict[tuple[int, str], Tensor]) -> None:
+        progress = state.global_step / max(state.max_steps, 1)
+        for mechanism in _mechanisms(model):
+            mechanism.advance(progress, means.get((mechanism.place.layer, mechanism.place.name)))
+
+
+def _mechanisms(model: Any) -> Iterator[Any]:
+    """Those of our models, inside whatever wraps them; none of other models."""
+    while not hasattr(model, "adjustables") and hasattr(model, "module"):
+        model = model.module
+    return model.adjustables() if hasattr(model, "adjustables") else iter(())
+
+
+def _waiting(mechanism: Any) -> bool:
+    """Whether it has a threshold that never moved."""
+    return mechanism.unready() is not None and any(name.endswith("threshold") for name, _ in mechanism.named_buffers())
+
+
+def _means(sums: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
+    """Over micro-batches and processes; statistics that nobody saw are left out. One host sync, if there is any."""
+    if not sums:
+        return {}
+    total = torch.cat(list(sums.values()), dim=1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    counts = total[1].tolist()
+    means: dict[tuple[int, str], Tensor] = {}
+    at = 0
+    for key, pair in sums.items():
+        end = at + pair.shape[1]
+        if all(counts[at:end]):
+            means[key] = total[0, at:end] / total[1, at:end]
+        at = end
+    return means

@@ -1,0 +1,117 @@
+"""`TrainConfig` and `Recipe`: what a training run is, read strictly from plain dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from skipstone.core.strict import from_dict, unknown
+from skipstone.data.prepare import DataConfig
+
+LOGGERS = ("jsonl", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. Everything here may change the result, but for the intervals, `loggers` and `keep_checkpoints`.
+
+    steps: optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches; so
+    gradient_accumulation, the number of micro-batches it is cut into, changes memory and not the result.
+    learning_rate: at the end of the linear warm-up of warmup_steps; it then falls as a cosine to
+    min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's; biases and norms do not decay.
+    max_grad_norm: gradients are clipped to this norm; 0: not at all.
+    precision: fp32, or bf16 (autocast; weights and optimizer stay fp32). compile: torch.compile of each block.
+    activation_checkpointing: recompute blocks in the backward pass instead of keeping what is inside them.
+    routing: learned, or difficulty: every block with a depth mechanism keeps exactly the tokens whose row entry
+    `difficulty` is not negative (the upper bound that Reset-S3 is measured against).
+    eval_every, log_every, save_every: in steps; 0: at the end only (log_every at least 1). eval_rows: validate on the
+    first so many rows only. eval_batch_size: rows of a forward pass; None: those of a micro-batch.
+    keep_checkpoints: the newest so many stay. seed: of weights, dropout and noise; `data.seed` draws the rows.
+    threads: of torch on the CPU; None: as it is. device: auto takes an accelerator where there is one.
+    loggers: where metrics go. jsonl is always written.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    routing: Literal["learned", "difficulty"] = "learned"
+    eval_every: int = 200
+    eval_rows: int | None = None
+    eval_batch_size: int | None = None
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    seed: int = 0
+    threads: int | None = None
+    device: Literal["auto", "cpu"] = "auto"
+    loggers: list[str] = field(default_factory=lambda: ["jsonl"])
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "batch_size", "gradient_accumulation", "log_every", "keep_checkpoints")
+        for name in (*at_least_one, "eval_rows", "eval_batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._check_shares()
+        self._check_relations()
+
+    def _check_shares(self) -> None:
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    def _check_relations(self) -> None:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation "
+                f"({self.gradient_accumulation}): it counts the rows of a whole optimizer step"
+            )
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ValueError(unknown("loggers", name, LOGGERS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. model: keys of SkipstoneConfig, or {preset: NAME, ...overrides}. name: of the default run folder."""
+
+    name: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0\n")):
+            raise ValueError(f"name must be the name of a folder, got {self.name!r}")
+        if self.train.routing == "difficulty" and self.data.corpus != "reset-s3":
+            raise ValueError(f"train.routing 'difficulty' needs corpus 'reset-s3', got {self.data.corpus!r}")
+
+
+def read_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of a plain dict. Raises ValueError, one line, naming the field and what is allowed."""
+    return from_dict(Recipe, values)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, as config.yaml keeps it."""
+    return {key: value for key, value in asdict(recipe).items() if value is not None}

@@ -1,0 +1,77 @@
+"""Where and with what a run was made: versions, commit, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def describe(seed: int) -> dict[str, Any]:
+    """What environment.json holds. `git_commit` and `git_dirty` are None where the package is not in a checkout."""
+    commit, dirty = git_state(PACKAGE)
+    return {
+        "skipstone": _own_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "machine": machine(),
+        "seed": seed,
+        **session(),
+    }
+
+
+def session() -> dict[str, str]:
+    """When this process began to train, and how it was called."""
+    return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv)}
+
+
+def machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """Commit of the checkout that tracks this folder, and whether it holds changes; (None, None) where there is none."""
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    commit = _git(folder, "rev-parse", "HEAD")
+    status = _git(folder, "status", "--porcelain")
+    return commit, None if status is None else bool(status)
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _own_version() -> str:
+    try:
+        return version("skipstone")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        from skipstone import __version__
+
+        return __version__
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

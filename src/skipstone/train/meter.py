@@ -1,0 +1,74 @@
+"""What mechanisms did in a pass, as numbers to log.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.core.records import ActivationRecord, DepthRecord, Record, Records
+
+ONE_ROW = slice(1)  # the entropy of a mix looks at every neuron of every token: one row is enough to log
+
+
+class Meter:
+    """Sums over micro-batches, on the device; `read` makes the host wait once.
+
+    capacity/L/NAME: share of the tokens asked in block L that NAME kept. gate/L/NAME: mean weight of the tokens asked.
+    entropy/L/NAME: mean entropy of the activation mix, as a share of its maximum.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # [numerator, denominator]
+
+    @torch.no_grad()
+    def add(self, mechanisms: Iterable[Any], records: tuple[Records, ...]) -> None:
+        for mechanism in mechanisms:
+            place = mechanism.place
+            record = records[place.layer].get(place.name)
+            for kind, pair in _pairs(mechanism, record):
+                key = f"{kind}/{place.layer}/{place.name}"
+                self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+
+    def read(self) -> dict[str, float]:
+        """The means so far, without those of nothing; the meter is empty afterwards."""
+        if not self._sums:
+            return {}
+        names, pairs = list(self._sums), torch.stack(list(self._sums.values())).tolist()
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+
+
+def _pairs(mechanism: Any, record: Record | None) -> list[tuple[str, Tensor]]:
+    if isinstance(record, DepthRecord):
+        asked_BT = record.asked_BT
+        count = asked_BT.sum()
+        kept = (record.kept_BT & asked_BT).sum()
+        weight = torch.where(asked_BT, record.weight_BT, 0.0).sum()
+        return [("capacity", _pair(kept, count)), ("gate", _pair(weight, count))]
+    if isinstance(record, ActivationRecord):
+        row = ActivationRecord(record.logits_BTA[ONE_ROW], record.asked_BT[ONE_ROW])
+        entropy_BT = mechanism.entropy(row)
+        return [("entropy", _pair(entropy_BT.nansum(), entropy_BT.isfinite().sum()))]
+    return []
+
+
+def _pair(total: Tensor, count: Tensor) -> Tensor:
+    return torch.stack((total.float(), count.float()))
+
+
+def moving(mechanisms: Iterable[Any]) -> dict[str, float]:
+    """What the callback moves: `tau` (one for the model) and `threshold/L/NAME`."""
+    found: dict[str, float] = {}
+    for mechanism in mechanisms:
+        for name, buffer in mechanism.named_buffers():
+            if name == "tau":
+                found["tau"] = buffer.item()
+            elif name.endswith("threshold"):
+                found[f"threshold/{mechanism.place.layer}/{mechanism.place.name}"] = buffer.item()
+    return found

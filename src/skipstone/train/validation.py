@@ -1,0 +1,51 @@
+"""Validation during training: the loss with sight of the whole row, and the loss with decisions generation can make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.data.prepare import PreparedData
+from skipstone.data.rows import IGNORE, Row
+from skipstone.train.meter import Meter
+
+
+def causal_obstacle(model: Any) -> str | None:
+    """Why the model has no causal pass, or None."""
+    try:
+        for mechanism in model.adjustables():
+            mechanism.require_causal()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def batches(data: PreparedData, rows: int | None, size: int, part: int = 0, parts: int = 1) -> Iterator[Row]:
+    """The first `rows` validation rows (None: all), `size` at a time; of `parts` processes each takes every parts-th."""
+    count = min(rows or len(data.validation), len(data.validation))
+    for start in range(part * size, count, parts * size):
+        yield data.collate(data.validation.__getitems__(list(range(start, min(start + size, count)))))
+
+
+@torch.no_grad()
+def loss_sums(
+    model: Any, rows: Iterator[Row], routing: Callable[[Row], Any], device: torch.device, meter: Meter
+) -> Tensor:
+    """fp64 [2]: cross-entropy in nats summed over predictions, and their number. The gathered executor, no noise."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in rows:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        out = model(**batch, routing=routing(batch), noise=False, use_cache=False, output_records=True, num_items_in_batch=1)
+        total[0] += out.token_loss
+        total[1] += predictions(batch)
+        meter.add(model.adjustables(), out.records)
+    return total
+
+
+def predictions(batch: Row) -> Tensor:
+    """How many labels of the batch are predicted."""
+    labels_BT = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    return (labels_BT != IGNORE).sum()

@@ -1,0 +1,45 @@
+"""The chunked mixture of activations equals the reference, forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skipstone.ops import lean, reference
+
+SHAPES = [(1, 1), (1, 7), (3, 1), (3, 7)]  # rows of the static part, tokens of the dynamic part
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize(("static_rows", "dynamic_tokens"), SHAPES)
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 16])
+def test_equals_reference(
+    static_rows: int, dynamic_tokens: int, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean, "CHUNK_ELEMENTS", chunk)
+    gate, static, dynamic = torch.randn(3, 7, 13), torch.randn(static_rows, 13, 4), 3 * torch.randn(3, dynamic_tokens, 4)
+    weight = torch.randn(3, 7, 13)
+    results = []
+    for backend in (reference, lean):
+        inputs = [x.clone().requires_grad_() for x in (gate, static, dynamic)]
+        y = backend.mix_activations(*inputs, temperature)
+        results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
+    for wanted, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    """Static and dynamic parts that disagree by far more than an exponential holds."""
+    static = torch.tensor([[[0.0, -60.0, -60.0, -60.0]]]).requires_grad_()
+    dynamic = torch.tensor([[[-40.0, 0.0, -90.0, -90.0]]])
+    gate = torch.tensor([[[1.5]]])
+    y = lean.mix_activations(gate, static, dynamic, 0.1)
+    torch.testing.assert_close(y, torch.tensor([[[1.5]]]))
+    y.sum().backward()
+    assert static.grad is not None
+    assert static.grad.isfinite().all()
+
+
+def test_no_tokens() -> None:
+    y = lean.mix_activations(torch.empty(2, 0, 5), torch.zeros(1, 5, 4), torch.zeros(2, 0, 4), 1.0)
+    assert y.shape == (2, 0, 5)
