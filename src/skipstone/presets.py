@@ -1,4 +1,4 @@
-"""Configurations by name: `presets.get("polychromatic-0.6b")`. Plain dicts in one table; every key may be overridden."""
+"""Configurations by name: `presets.get("polychromatic-0.6b")`. Plain dicts in one table, every key overridable."""
 
 from __future__ import annotations
 

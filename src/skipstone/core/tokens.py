@@ -6,9 +6,9 @@ An axis of size 1 in place of B means that all rows agree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class Tokens:
     def length(self) -> int:
         return self.slot_BT.shape[1]
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tokens:
+        """On another device: accelerate calls this where a model's blocks lie on several (`device_map`)."""
+        return _moved(self, lambda x: x.to(device, non_blocking=non_blocking))
+
     @property
     def group_BT(self) -> Tensor | None:
         """Document of each token with -1 for padding, as `select_top` wants it; None for one whole document a row."""
@@ -162,3 +166,16 @@ class Tokens:
     def scaled(self, gain_BT: Tensor) -> Tokens:
         """With this factor on the updates, on top of any that is there."""
         return replace(self, gain_BT=gain_BT if self.gain_BT is None else self.gain_BT * gain_BT)
+
+
+def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor inside it moved."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, tuple):
+        return tuple(_moved(x, move) for x in value)
+    if isinstance(value, Mapping):
+        return {name: _moved(x, move) for name, x in value.items()}
+    if isinstance(value, Tokens | Selection):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)})
+    return value

@@ -106,7 +106,7 @@ def _download(source: SourceFile, target: Path) -> None:
             _copy(response, out, size)
         _check(fetched, source.url, size, None if source.member else source.sha256)
         if source.member is None:
-            os.replace(fetched, target)
+            fetched.replace(target)
         else:
             _unpack(source, fetched, target)
 
@@ -123,7 +123,7 @@ def _unpack(source: SourceFile, archive: Path, target: Path) -> None:
         except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as error:
             raise ValueError(f"{source.url} is not the expected archive of {source.member}: {error}") from None
         _check(unpacked, f"{source.member} in {source.url}", source.size, source.sha256)
-        os.replace(unpacked, target)
+        unpacked.replace(target)
 
 
 def _copy(source: IO[bytes], out: IO[bytes], size: int | None) -> None:

@@ -18,11 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 aten = torch.ops.aten
 
-FREE = frozenset(
-    # softmax and losses, norms, embeddings, sorting, gathering, copying, filling, drawing: 0 by convention
-    """
-    """.split()
-)
+FREE_NAMES = """
+_softmax _safe_softmax tril _softmax_backward_data _log_softmax _log_softmax_backward_data
+nll_loss_forward nll_loss_backward binary_cross_entropy_with_logits
+native_layer_norm native_layer_norm_backward native_dropout
+embedding embedding_dense_backward constant_pad_nd slice_backward select_backward cat stack flip
+sort cumsum cummax cummin nonzero index index_put index_put_ _index_put_impl_ index_select index_add index_copy
+gather scatter scatter_add _local_scalar_dense item _to_copy copy_ _unsafe_view _reshape_alias lift_fresh
+arange empty empty_like new_empty empty_strided new_empty_strided scalar_tensor zeros zeros_like new_zeros
+ones ones_like new_ones full full_like new_full fill_ exponential_ bernoulli_ uniform_ rand_like
+"""  # softmax, losses, norms; looking up; sorting, gathering, copying; filling, drawing
+FREE = frozenset(FREE_NAMES.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ def count_flops(fn: Callable[[], Any]) -> Counted:
         return counted
 
     counter = FlopCounterMode(display=False, custom_mapping={op: tally(formula) for op, formula in TABLE.items()})
-    with counter, _Operations() as operations:
+    with _Operations() as operations, counter:
         fn()
     by_op = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     unknown = sorted({str(op) for op in operations.seen if op.overloadpacket not in TABLE and not is_free(op)})
@@ -112,6 +118,10 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        with self:  # inference mode hands over whole functions, such as linear; what they consist of is listed
+            out = func.decompose(*args, **(kwargs or {})) if hasattr(func, "decompose") else NotImplemented
+        if out is not NotImplemented:
+            return out
         out = func(*args, **(kwargs or {}))
         if isinstance(func, torch._ops.OpOverload):
             self.seen.append(func)

@@ -181,7 +181,8 @@ class Positional(Decision):
     is_causal = True
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        return self.causal(score_BT, x_BTD, tokens)
+        """The same pattern, filled up or cut to the quota where positions have gaps (inside another mechanism)."""
+        return ops.select_top(self.causal(score_BT, x_BTD, tokens).float(), self.capacity, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         step = tokens.position_BT.double() * self.capacity + ops.ROUNDING_SLACK

@@ -140,8 +140,11 @@ class MixtureOfDepths(DepthMechanism):
     def neutral(self) -> None:
         """Capacity 1 and weight 1: raw scores cannot be 1 everywhere by any choice of parameters."""
         self.capacity = self.decision.capacity = 1.0
-        if self.weighting != "tanh":
+        if self.tanh_scale is None:
             self.weighting = "none"
+        else:
+            with torch.no_grad():
+                self.tanh_scale.zero_()
 
     def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
         """Tokens that are not kept vanish. The quota of a static decision is executed whatever the scores."""

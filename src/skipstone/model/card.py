@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -39,8 +40,8 @@ def render_card(
 ) -> str:
     """The card as Markdown, the same for the same arguments.
 
-    source: name of the checkpoint that was converted. realised: {block: {mechanism: share of tokens kept, in [0, 1]}} of
-    a causal pass, as executed; losses: name to value in nats per token. What is absent is said to be not measured.
+    source: name of the checkpoint that was converted. realised: {block: {mechanism: share of tokens kept, in [0, 1]}}
+    of a causal pass, as executed; losses: name to value in nats per token. What is absent is said to be not measured.
     """
     sections = [
         _header(model, source),
@@ -66,7 +67,7 @@ def _header(model: SkipstoneForCausalLM, source: str | None) -> str:
     kinds = dict.fromkeys(mechanism.place.name.replace("_", "-") for mechanism in model.adjustables())
     lines = ["library_name: skipstone", "pipeline_tag: text-generation"]
     lines += [f"base_model: {source}"] if source and "/" in source else []
-    lines += ["tags:", *(f"- {tag}" for tag in ("skipstone", "conditional-computation", *kinds))]
+    lines += ["tags:", *(f"- {tag}" for tag in ("skipstone", *(["conditional-computation"] if kinds else []), *kinds))]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -90,12 +91,16 @@ def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
 
 def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
     rows = []
-    for mechanism in model.adjustables():
-        layer, name = mechanism.place.layer, mechanism.place.name
-        capacity = getattr(mechanism.config, "capacity", None)
-        share = (realised or {}).get(layer, {}).get(name)
-        asked = "not set" if capacity is None else f"{capacity:g}"
-        rows.append((name, str(layer), asked, "not measured" if share is None else f"{share:.4f}"))
+    block: Any
+    for layer, block in enumerate(model.model.layers):
+        for name, mechanism in block.adjustables().items():
+            asked = realised_share = "every token"  # of an activation mechanism, which leaves none out
+            if name in block.mechanisms:
+                capacity = getattr(mechanism.config, "capacity", None)
+                share = (realised or {}).get(layer, {}).get(name)
+                asked = "not set" if capacity is None else f"{capacity:g}"
+                realised_share = "not measured" if share is None else f"{share:.4f}"
+            rows.append((name, str(layer), asked, realised_share))
     if not rows:
         return "None: every token passes every block."
     return _table(("mechanism", "block", "set capacity", "realised capacity"), rows)
@@ -107,6 +112,6 @@ def _losses(losses: Mapping[str, float] | None) -> str:
     return _table(("loss", "nats per token"), [(name, f"{value:.4f}") for name, value in losses.items()])
 
 
-def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     rule = tuple("---" for _ in head)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

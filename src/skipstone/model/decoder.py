@@ -24,6 +24,7 @@ from skipstone.core.strict import unknown
 from skipstone.core.tokens import Executor, Mode, Tokens
 from skipstone.model.build import build_blocks, build_norm, build_positions
 from skipstone.model.config import SkipstoneConfig
+from skipstone.model.cost import Cost, cost
 from skipstone.model.tokens import Call, tokens_of
 from skipstone.nn.block import Block
 from skipstone.nn.linear import OutputLinear
@@ -68,6 +69,10 @@ class SkipstonePreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing, for the reason given in `SkipstoneConfig`."""
+
+    def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
+        """FLOPs, parameters and cache bytes of one call, equal to what executes; see `skipstone.model.cost.cost`."""
+        return cost(self, tokens, past, batch, **options)
 
     def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):

@@ -1,6 +1,6 @@
 """Families of pretrained decoders: how their configuration and their tensors are called here.
 
-A family is one line of `FAMILIES`. Parameters are named as in Hugging Face Llama, so four of the five map to themselves.
+A family is one line of `FAMILIES`. Parameters are named as in Hugging Face Llama: four of the five map to themselves.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ def family_of(values: Mapping[str, Any]) -> Family:
     raise ValueError(f"architecture {kind!r} is {what} ({supported})")
 
 
-def config_of(theirs: PreTrainedConfig, **overrides: Any) -> SkipstoneConfig:
+def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
     """Our configuration of the same model. Raises ValueError naming what this decoder does not compute."""
     family = family_of({"model_type": theirs.model_type})
     for reason in _refusals(theirs):
         raise ValueError(reason)
-    return SkipstoneConfig.from_plain({**family.options(theirs), **overrides})
+    return SkipstoneConfig.from_plain(family.options(theirs))
 
 
 def _refusals(theirs: PreTrainedConfig) -> Iterator[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
@@ -47,8 +48,8 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
     """A dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or a model of ours, from a folder, the hub or GGUF.
 
     dtype: "float32", "bfloat16", "float16" or a torch.dtype; the checkpoint's own by default. `source` may also be the
-    path of a .gguf file. Raises FileNotFoundError if there is nothing at `source`, and ValueError naming the architecture
-    or the setting that is not supported, or the weights that are missing or left over.
+    path of a .gguf file. Raises FileNotFoundError if there is nothing at `source`, and ValueError naming the
+    architecture or setting that is not supported, or the weights that are missing or left over.
     """
     name, gguf_file = _locate(source, gguf_file)
     values = _config_values(name, gguf_file)
@@ -57,7 +58,7 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
     with _about(name), _quiet():
         family_of(values)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
-        config_of(config)  # refuses before gigabytes are read
+        ours = config_of(config)  # refuses before gigabytes are read
         theirs, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -68,7 +69,7 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
             **_gguf(gguf_file),
         )
         _check_complete(info)
-        return _translate(theirs)
+        return _translate(theirs, ours)
 
 
 def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_file: str | None = None) -> None:
@@ -87,7 +88,7 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
         with _about(name), _quiet():
             model.save_pretrained(partial)
             _copy_tokenizer(name, partial, gguf_file)
-            write_card(model, partial, title=out.name, source=_public(name))
+            write_card(model, partial, title=out.name, source=_public(name, gguf_file))
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,13 +97,19 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
 def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """Folder or hub name, and the GGUF file in it if that is what `source` is."""
     path = Path(source).expanduser()
-    if not str(source).strip():
-        raise FileNotFoundError(f"source {source!r} names no folder and no model")
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name
     if path.is_file():
         raise ValueError(f"source {str(source)!r} is a file; a folder, a hub name or a .gguf file is expected")
-    return str(path) if path.is_dir() else str(source), gguf_file
+    if path.is_dir() and str(source).strip():
+        return str(path), gguf_file
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"source {str(source)!r} does not exist, and is no hub name either (owner/name)"
+        ) from None
+    return str(source), gguf_file
 
 
 def _config_values(name: str, gguf_file: str | None) -> dict[str, Any]:
@@ -110,10 +117,12 @@ def _config_values(name: str, gguf_file: str | None) -> dict[str, Any]:
     try:
         with _quiet():
             values, _ = PreTrainedConfig.get_config_dict(name, **_gguf(gguf_file))
-    except OSError as error:
-        if Path(name).is_dir():
+    except (OSError, ImportError, ValueError) as error:
+        if Path(name).is_dir() or not isinstance(error, OSError):
             raise ValueError(f"{name!r} holds no model that can be read: {_one_line(error)}") from None
-        raise FileNotFoundError(f"{name!r} is neither a folder nor a model that the hub has: {_one_line(error)}") from None
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor a model that the hub has: {_one_line(error)}"
+        ) from None
     if not values:
         raise ValueError(f"{name!r} has no config.json: it holds no model")
     return values
@@ -128,10 +137,9 @@ def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
     return model
 
 
-def _translate(theirs: PreTrainedModel) -> SkipstoneForCausalLM:
-    """The same model in our classes, sharing what memory it can."""
-    tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-    config = config_of(theirs.config, tie_word_embeddings=tied)
+def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneForCausalLM:
+    """The same model in our classes. Whether the head is tied is seen in the weights: configs are known to be wrong."""
+    config.tie_word_embeddings = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     tensors = FAMILIES[theirs.config.model_type].tensors(theirs.state_dict())
     model, info = SkipstoneForCausalLM.from_pretrained(
         None,
@@ -175,15 +183,15 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
     return {} if gguf_file is None else {"gguf_file": gguf_file}
 
 
-def _public(name: str) -> str:
-    """How a card may name the source: a hub name as it is, of a folder its last part only."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+def _public(name: str, gguf_file: str | None) -> str:
+    """How a card may name the source: a hub name as it is, of a file or folder its last part only."""
+    return gguf_file or (Path(name).resolve().name if Path(name).is_dir() else name)
 
 
 def _one_line(error: Exception) -> str:
     """The line that says what is wrong: the last one of a failed check, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1 if isinstance(error, StrictDataclassError) else 0]
+    return lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
 
 
 @contextmanager

@@ -26,8 +26,10 @@ class Call:
 
 
 def tokens_of(call: Call, mode: Mode) -> Tokens:
-    """Raises ValueError for a mask that is not [B, S + T] or [B, T]."""
+    """Raises ValueError for a mask that is not [B, S + T] or [B, T], and for ids that are not [B, T]."""
     B, T = call.shape
+    if call.document_ids is not None and call.document_ids.shape != call.shape:
+        raise ValueError(f"document_ids must have shape {list(call.shape)}, got {list(call.document_ids.shape)}")
     slot_BT = (torch.arange(T, device=call.device) + call.seen)[None]
     real_BT = _real(call)
     position_BT = call.position_ids if call.position_ids is not None else _positions(call, slot_BT, real_BT)
@@ -64,28 +66,29 @@ def _cheap(x: Tensor) -> bool:
 
 
 def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Counted over real tokens, so that a padded row is the row alone."""
+    """Counted over real tokens, and in each document anew, so that neither padding nor packing moves a token."""
+    if call.document_ids is not None:
+        if call.seen:
+            raise ValueError("document_ids need position_ids beside them once a cache holds earlier tokens")
+        return _within(call.document_ids, real_BT)
     mask = call.attention_mask
     if mask is not None and mask.shape[1] == call.seen + call.shape[1] and (real_BT is not None or call.seen):
         return (mask.long().cumsum(1) - 1).clamp(min=0)[:, call.seen :]
-    if call.document_ids is not None:
-        return _within(call.document_ids)
     return slot_BT
 
 
-def _within(document_BT: Tensor) -> Tensor:
-    """Index of each token in its run of equal documents."""
-    at_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+def _within(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
+    """Index of each token among the real ones of its run of equal documents."""
+    one_BT = torch.ones_like(document_BT) if real_BT is None else real_BT.long()
+    before_BT = one_BT.cumsum(1) - one_BT
     new_BT = torch.ones_like(document_BT, dtype=torch.bool)
     new_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    return at_T - torch.where(new_BT, at_T, 0).cummax(1).values
+    return before_BT - torch.where(new_BT, before_BT, 0).cummax(1).values
 
 
 def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
     """As given; or read from positions that start again, the convention of packed rows in transformers."""
     if call.document_ids is not None:
-        if call.document_ids.shape != call.shape:
-            raise ValueError(f"document_ids must have shape {list(call.shape)}, got {list(call.document_ids.shape)}")
         return call.document_ids
     if call.position_ids is None or call.attention_mask is not None or call.seen or torch.compiler.is_compiling():
         return None

@@ -5,7 +5,7 @@ Shape letters: B rows, T tokens, L layers, A activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,15 +55,20 @@ def dissect(
     known_BT: bool, decisions to impose on every block with a depth mechanism. Raises ValueError for a model that needs
     them and does not get them.
     """
+    blocks: list[Any] = list(model.model.layers)
     routing = _routing(model) if known_BT is None else "forced"
-    forced = {i: known_BT for i, block in enumerate(model.model.layers) if len(block.mechanisms)}
+    forced = {i: known_BT for i, block in enumerate(blocks) if len(block.mechanisms)}
     inputs = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
     was_training = model.training
-    out = model.eval()(**inputs, routing=routing if known_BT is None else forced, noise=False, use_cache=False, output_records=True)
+    out = model.eval()(
+        **inputs, routing=routing if known_BT is None else forced, noise=False, use_cache=False, output_records=True
+    )
     model.train(was_training)
     assert out.records is not None
-    real_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
-    halves = [_halves(block.sites, records, real_BT) for block, records in zip(model.model.layers, out.records, strict=True)]
+    real_BT = (
+        inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
+    )
+    halves = [_halves(block.sites, records, real_BT) for block, records in zip(blocks, out.records, strict=True)]
     weight_LBT = torch.stack([weight for weight, _ in halves]).float().cpu()
     kept_LBT = torch.stack([kept for _, kept in halves]).float().cpu()
     depth_BT, shown = kept_LBT.mean(0), len(names)
@@ -76,7 +81,7 @@ def dissect(
         routing=routing,
         routed=frozenset(i for i, records in enumerate(out.records) if any(_is_depth(r) for r in records.values())),
         capacity={i: shares for i, records in enumerate(out.records) if (shares := _capacity(records))},
-        **_activations(model, out.records),
+        **_activations(blocks, out.records),
     )
 
 
@@ -115,13 +120,22 @@ def _capacity(records: Records) -> dict[str, float]:
     }
 
 
-def _activations(model: SkipstoneForCausalLM, all_records: tuple[Records, ...]) -> dict[str, Any]:
+def _activations(blocks: Sequence[Any], all_records: tuple[Records, ...]) -> dict[str, Any]:
     shares, entropy = {}, {}
-    for layer, (block, records) in enumerate(zip(model.model.layers, all_records, strict=True)):
+    for layer, (block, records) in enumerate(zip(blocks, all_records, strict=True)):
         modules = block.adjustables()
         for name, record in records.items():
             if isinstance(record, ActivationRecord) and record.asked_BT.any():
-                asked_BT = record.asked_BT if record.logits_BTA.shape[1] > 1 else record.asked_BT[:, :1]
-                shares[layer] = modules[name].shares(record)[asked_BT].mean(0).tolist()
-                entropy[layer] = modules[name].entropy(record)[asked_BT].mean().item()
+                shares[layer] = _mean(modules[name].shares, record)
+                entropy[layer] = _mean(modules[name].entropy, record)
     return {"shares": shares, "entropy": entropy}
+
+
+def _mean(measure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Any:
+    """Mean of a statistic [1, T or 1, ...] over all asked tokens, a row at a time: each neuron has a mix of its own."""
+    total, count = torch.zeros(()), 0
+    for logits_TA, asked_T in zip(record.logits_BTA, record.asked_BT, strict=True):
+        value_T = measure(ActivationRecord(logits_TA[None], asked_T[None]))[0]
+        value_T = value_T.expand(len(asked_T), *value_T.shape[1:])
+        total, count = total + value_T[asked_T].sum(0).cpu(), count + int(asked_T.sum())
+    return (total / count).tolist()

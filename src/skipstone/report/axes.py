@@ -45,12 +45,12 @@ def short(value: float) -> str:
 
 
 def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
-    """The range of the finite values, a little wider; (0, 1) when there are none."""
+    """The range of the finite values, `margin` of it wider on both sides and never empty; (0, 1) without values."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return 0.0, 1.0
     low, high = min(finite), max(finite)
-    pad = (high - low) * margin or abs(high) * margin or 1.0
+    pad = (high - low) * margin if high > low else max(abs(high) * margin, 0.5)
     return low - pad, high + pad
 
 
@@ -58,12 +58,12 @@ def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]
 class Frame:
     """The plot area inside a picture, with room for ticks and axis titles."""
 
-    width: float = 520
-    height: float = 300
-    left: float = 56
-    right: float = 14
-    top: float = 14
-    bottom: float = 46
+    width: float = 350
+    height: float = 240
+    left: float = 52
+    right: float = 12
+    top: float = 12
+    bottom: float = 44
 
     @property
     def floor(self) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import Frame, Scale, bounds, short, ticks
+from skipstone.report.axes import Frame, Scale, short, ticks
 from skipstone.report.palette import SERIES, Look
 
 MAX_POINTS = 600  # a curve needs no more points than the page has pixels
@@ -35,13 +35,17 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def lines(
-    series: Sequence[Series], *, x_title: str, y_title: str, title: str, frame: Frame, y_range: tuple[float, float]
+    series: Sequence[Series],
+    x_title: str,
+    y_title: str,
+    title: str,
+    frame: Frame,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
 ) -> Markup:
     """Curves on shared axes; one that has a single point is a dot."""
     kept = [(s, points) for s in series if (points := thinned(s.points))]
-    xs = [x for _, points in kept for x, _ in points]
-    across = frame.across(*(min(xs), max(xs)) if xs and max(xs) > min(xs) else bounds(xs))
-    up = frame.up(*y_range)
+    across, up = frame.across(*x_range), frame.up(*y_range)
     parts = frame.y_axis(up, y_title)
     parts += frame.x_axis(x_title, [(across(x), short(x)) for x in ticks(across.low, across.high)])
     for s, points in kept:
@@ -55,7 +59,10 @@ def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
     """The line, with dots where there are few enough points to tell apart."""
     parts = [svg.polyline(pixels, s.look.colour, s.look.dash, s.label)] if len(pixels) > 1 else []
     if len(pixels) <= 20:
-        parts += [svg.element("circle", svg.element("title", s.label), cx=x, cy=y, r=2.6, fill=s.look.colour) for x, y in pixels]
+        parts += [
+            svg.element("circle", svg.element("title", s.label), cx=x, cy=y, r=2.6, fill=s.look.colour)
+            for x, y in pixels
+        ]
     return parts
 
 
@@ -78,14 +85,18 @@ def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: F
     width = 0.68 * slot / max(len(names), 1)
     for bar in data:
         x = frame.left + slot * (bar.layer + 0.16) + width * names.index(bar.name)
-        hover = f"layer {bar.layer}, {bar.name}: {bar.value:.1%}" + ("" if bar.mark is None else f" (set: {bar.mark:.1%})")
+        hover = f"layer {bar.layer}, {bar.name}: {bar.value:.1%}" + (
+            "" if bar.mark is None else f" (set: {bar.mark:.1%})"
+        )
         parts.append(_column(x, width, up, 0.0, bar.value, SERIES[names.index(bar.name) % len(SERIES)], hover))
         if bar.mark is not None:
             parts.append(svg.line(x - 3, up(bar.mark), x + width + 3, up(bar.mark), "mark"))
     return svg.drawing(frame.width, frame.height, parts, title)
 
 
-def stacked(shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame) -> Markup:
+def stacked(
+    shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame
+) -> Markup:
     """Shares that sum to 1, one stack a layer, in the order of `names` from the bottom."""
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from skipstone.report import svg
 from skipstone.report.anatomy import Anatomy
 
-CELL_WIDTH, CELL_HEIGHT, GAP = 10.2, 22, 1
+CELL_WIDTH, CELL_HEIGHT, GAP = 11.2, 23, 1
 LEFT, TOP = 62, 8
 MAX_LABEL = 10
 FAINTEST = 0.16  # opacity of a kept token whose weight is next to nothing: kept must not look skipped
@@ -19,7 +19,9 @@ VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
 def visible(token: str) -> str:
     """A token as a label: white space and control characters as signs that can be seen."""
-    return "".join(VISIBLE.get(c, "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c) for c in token)
+    return "".join(
+        VISIBLE.get(c, "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c) for c in token
+    )
 
 
 def picture(anatomy: Anatomy, count: int, title: str) -> Markup:
@@ -42,7 +44,9 @@ def _row(anatomy: Anatomy, layer: int, labels: Sequence[str], y: float) -> Marku
     name = svg.text(LEFT - 8, y + CELL_HEIGHT / 2 + 4, str(layer), "tick", text_anchor="end")
     if layer not in anatomy.routed:
         whole = CELL_WIDTH * len(labels) - GAP
-        return name + svg.rectangle(LEFT, y, whole, CELL_HEIGHT - GAP, f"layer {layer}: every token, in full", class_="plain")
+        return name + svg.rectangle(
+            LEFT, y, whole, CELL_HEIGHT - GAP, f"layer {layer}: every token, in full", class_="plain"
+        )
     strongest = anatomy.strongest or 1.0
     cells = []
     weights = anatomy.weight_LT[layer][: len(labels)]

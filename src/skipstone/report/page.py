@@ -15,7 +15,7 @@ from skipstone.report.charts import Bar, Series
 from skipstone.report.palette import SERIES
 from skipstone.report.shown import Shown
 
-WIDE, NARROW = Frame(), Frame(width=430, height=240)
+FRAME = Frame()
 PICTURED = 84  # tokens across the tokens x layers picture: as many as stay readable on paper
 ACTIVATIONS = tuple(function.__name__ for function in ops.ACTIVATIONS)
 ABSENT = "–"
@@ -64,20 +64,20 @@ def _curve(run: Shown, split: str, key: str) -> list[tuple[float, float]]:
 
 
 def _losses(runs: Sequence[Shown]) -> list[tuple[str, Markup]]:
-    """Training and validation on the same y range, so that they can be read across. Empty panels are left out."""
+    """Training and validation on the same ranges, so that they can be read across. Empty panels are left out."""
     panels = {
-        "training": ("train", "loss", "training loss (nats a token)"),
-        "validation, causal decisions": ("validation", "causal_loss", "validation loss (nats a token)"),
-        "validation, oracle decisions": ("validation", "oracle_loss", "validation loss (nats a token)"),
+        "training": ("train", "loss"),
+        "validation, causal decisions": ("validation", "causal_loss"),
+        "validation, oracle decisions": ("validation", "oracle_loss"),
     }
-    curves = {title: [(run, _curve(run, split, key)) for run in runs] for title, (split, key, _) in panels.items()}
-    y_range = bounds(y for panel in curves.values() for _, points in panel for _, y in points)
+    curves = {title: [(run, _curve(run, *where)) for run in runs] for title, where in panels.items()}
+    points = [point for panel in curves.values() for _, points in panel for point in points]
+    x_range, y_range = bounds((x for x, _ in points), 0), bounds(y for _, y in points)
     drawn = []
     for title, panel in curves.items():
         if any(points for _, points in panel):
             series = [Series(label=run.name, points=points, look=run.look) for run, points in panel]
-            y_title = panels[title][2]
-            picture = charts.lines(series, x_title="step", y_title=y_title, title=title, frame=NARROW, y_range=y_range)
+            picture = charts.lines(series, "step", "nats a token", f"loss in {title}", FRAME, x_range, y_range)
             drawn.append((title, picture))
     return drawn
 
@@ -95,10 +95,12 @@ def _routed(run: Shown) -> dict[str, Any]:
     return {
         "run": run,
         "picture": layers.picture(run.anatomy, PICTURED, f"{run.name}: weight of each layer's update for each token"),
-        "capacity": charts.bars(bars, layers=count, y_title="tokens kept", title=title, frame=NARROW),
+        "capacity": charts.bars(bars, layers=count, y_title="tokens kept", title=title, frame=FRAME),
         "names": list(zip(dict.fromkeys(bar.name for bar in bars), SERIES, strict=False)),
         "marked": any(bar.mark is not None for bar in bars),
-        "text": layers.coloured(list(zip(run.anatomy.tokens, run.anatomy.depth_T, strict=True)), "{:.0%} of the blocks"),
+        "text": layers.coloured(
+            list(zip(run.anatomy.tokens, run.anatomy.depth_T, strict=True)), "{:.0%} of the blocks"
+        ),
         "strongest": f"{run.anatomy.strongest:.2g}",
         "negative": any(w < 0 for layer in run.anatomy.routed for w in run.anatomy.weight_LT[layer]),
     }
@@ -107,7 +109,7 @@ def _routed(run: Shown) -> dict[str, Any]:
 def _shares(run: Shown) -> Markup:
     assert run.anatomy is not None
     title = f"{run.name}: share of each activation by layer"
-    return charts.stacked(run.anatomy.shares, ACTIVATIONS, layers=len(run.anatomy.weight_LT), title=title, frame=NARROW)
+    return charts.stacked(run.anatomy.shares, ACTIVATIONS, layers=len(run.anatomy.weight_LT), title=title, frame=FRAME)
 
 
 def _entropy(runs: Sequence[Shown]) -> Markup | None:
@@ -119,6 +121,5 @@ def _entropy(runs: Sequence[Shown]) -> Markup | None:
     ]
     if not series:
         return None
-    return charts.lines(
-        series, x_title="layer", y_title="entropy / ln 4", title="entropy by layer", frame=NARROW, y_range=(0.0, 1.02)
-    )
+    x_range = bounds((x for s in series for x, _ in s.points), 0)
+    return charts.lines(series, "layer", "entropy / ln 4", "entropy by layer", FRAME, x_range, (0.0, 1.02))

@@ -52,4 +52,4 @@ def _names(runs: Sequence[Path]) -> list[str]:
         names = ["/".join(parts[-depth:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
-    return [f"{'/'.join(parts[-1:])} ({i})" for i, parts in enumerate(paths, 1)]  # the same folder, twice
+    return [f"{parts[-1]} ({i})" for i, parts in enumerate(paths, 1)]  # the same folder, twice

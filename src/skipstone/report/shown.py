@@ -21,7 +21,7 @@ TOKENS = 256  # of the first row, shown as text
 class Shown:
     """A run under the name and look it has on the page.
 
-    mechanisms: in words, "dense" for none. set_capacity: what the configuration promises, {layer: {mechanism: share}}.
+    mechanisms: in words. set_capacity: what the configuration promises, {layer: {mechanism: share}}.
     anatomy: None where the model could not be looked into; `trouble` then says why.
     """
 
@@ -61,16 +61,17 @@ def show(run: Run, name: str, index: int) -> Shown:
 
 
 def describe(model: SkipstoneForCausalLM) -> str:
-    """`mixture_of_depths on blocks 1, 3, 5; polyglu`, or `dense`."""
+    """`mixture of depths on blocks 1, 3, 5; polyglu`, or `no mechanism`."""
     names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in placed(model.config)]
     activation = model.config.activation_options["name"]
-    return "; ".join([*names, *([activation] if activation in ACTIVATION else [])]) or "dense"
+    return "; ".join([*names, *([activation] if activation in ACTIVATION else [])]).replace("_", " ") or "no mechanism"
 
 
 def _set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
+    blocks: list[Any] = list(model.model.layers)
     return {
         layer: {name: m.config.capacity for name, m in block.mechanisms.items() if hasattr(m.config, "capacity")}
-        for layer, block in enumerate(model.model.layers)
+        for layer, block in enumerate(blocks)
     }
 
 

@@ -18,12 +18,13 @@ FILE = "window.json"
 class Window:
     """Sums on the device, so that adding to them never makes the host wait.
 
-    `tokens` and `seconds` also run over the whole training, evaluation and saving left out.
+    began: the step after which this window began. The totals run over the whole training. Time spent on evaluation and
+    on saving is left out.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, device=device)  # token loss, auxiliary loss
-        self.steps = self.tokens = self.total_tokens = 0
+        self.began = self.tokens = self.total_tokens = 0
         self.seconds = self.total_seconds = 0.0
         self._since: float | None = None
 
@@ -49,14 +50,13 @@ class Window:
         finally:
             self.start()
 
-    def clear(self) -> None:
-        """Begin the next window; the totals stay."""
+    def clear(self, step: int) -> None:
+        """Begin the next window after `step`; the totals stay."""
         self.sums.zero_()
-        self.steps = self.tokens = 0
-        self.seconds = 0.0
+        self.began, self.tokens, self.seconds = step, 0, 0.0
 
     def save(self, folder: Path) -> None:
-        state = {name: getattr(self, name) for name in ("steps", "tokens", "total_tokens", "seconds", "total_seconds")}
+        state = {name: getattr(self, name) for name in ("began", "tokens", "total_tokens", "seconds", "total_seconds")}
         (folder / FILE).write_text(json.dumps({**state, "sums": self.sums.tolist()}), encoding="utf-8")
 
     def load(self, folder: Path) -> None:

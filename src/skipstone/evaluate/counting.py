@@ -1,0 +1,75 @@
+"""FLOPs and host syncs of a forward pass, counted while it runs, beside what the cost model says of the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from skipstone.core.tokens import Routing
+from skipstone.evaluate.flops import count_flops, count_host_syncs
+from skipstone.evaluate.ways import Way
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.cost import cost, kept_from_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executed:
+    """Forward FLOPs per token of whole rows without a cache, padding counted as a token because it is computed.
+
+    counted: of the operations that ran. predicted: `cost` for what the records say was kept. needed: the same without
+    the columns that only fill up rows which keep fewer than the widest of their batch. dense: `cost` without mechanisms. syncs: times a forward pass made the host wait, in the mean. unknown: operations that ran and
+    that the counter does not know; the count is not to be trusted while there are any.
+    """
+
+    counted: float
+    predicted: float
+    needed: float
+    dense: float
+    syncs: float
+    unknown: tuple[str, ...]
+
+    @property
+    def agree(self) -> bool:
+        """Equal but for the rounding of a division."""
+        return abs(self.counted - self.predicted) <= 1e-9 * max(self.counted, 1) and not self.unknown
+
+    @property
+    def share(self) -> float:
+        """Of the dense model's."""
+        return self.counted / self.dense
+
+
+def count(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]]) -> Executed:
+    """Means over the batches."""
+    totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
+    unknown: set[str] = set()
+    for batch in batches:
+        found = count_flops(lambda batch=batch: way.run(model, batch))  # type: ignore[misc]
+        for name, value in {**_predicted(model, way, batch), "counted": found.total}.items():
+            totals[name] += value
+        totals["tokens"] += batch["input_ids"].numel()
+        totals["syncs"] += sum(count_host_syncs(lambda batch=batch: way.run(model, batch)).values())  # type: ignore[misc]
+        unknown |= {*found.unknown}
+        passes += 1
+    tokens, syncs = totals.pop("tokens"), totals.pop("syncs")
+    per_token = {name: value / tokens for name, value in totals.items()}
+    return Executed(**per_token, syncs=syncs / passes, unknown=tuple(sorted(unknown)))
+
+
+def _predicted(model: SkipstoneForCausalLM, way: Way, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """FLOPs of the batch by the cost model, for the decisions that the pass takes."""
+    rows, length = batch["input_ids"].shape
+    records = way.run(model, batch, output_records=True).records or ()
+    routing: Routing = "oracle" if way.routing == "oracle" else "causal"
+    widest, mean = (
+        cost(model, tokens=length, batch=rows, routing=routing, kept=kept_from_records(model, records, rows=which))
+        for which in ("widest", "mean")
+    )
+    assert widest.dense is not None
+    return {
+        "predicted": widest.forward.total,
+        "needed": mean.forward.total,
+        "dense": widest.dense.forward.total,
+    }

@@ -1,0 +1,43 @@
+"""What mechanisms did in each layer, as sections of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from skipstone.evaluate.statistics import ACTIVATION_NAMES
+from skipstone.evaluate.tables import Section, number, percent
+
+Layers = Sequence[Mapping[str, Mapping[str, Any]]]
+
+
+def layer_sections(layers: Layers, way: str) -> list[Section]:
+    """One for depth mechanisms and one for activation mechanisms, where there are any."""
+    entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]
+    depth = [entry for entry in entries if "capacity" in entry[2]]
+    activation = [entry for entry in entries if "shares" in entry[2]]
+    return [*_depth(depth, way), *_activation(activation, way)]
+
+
+def _depth(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+    if entries:
+        yield Section(
+            title=f"depth mechanisms by layer, {way}",
+            columns=["layer, mechanism", "kept", "99 % of rows keep at most", "weight of a kept update"],
+            rows=[
+                [f"{layer} {name}", percent(f["capacity"]), percent(f["capacity_p99"]), number(f["weight"], 3)]
+                for layer, name, f in entries
+            ],
+        )
+
+
+def _activation(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+    if entries:
+        yield Section(
+            title=f"activations by layer, {way}",
+            columns=["layer, mechanism", *ACTIVATION_NAMES, "entropy / maximum"],
+            rows=[
+                [f"{layer} {name}", *(percent(share) for share in f["shares"].values()), number(f["entropy"], 3)]
+                for layer, name, f in entries
+            ],
+        )

@@ -1,0 +1,179 @@
+"""`evaluate`: what a trained model is worth, as trained, as specified and as executed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipstone.evaluate.counting import Executed, count
+from skipstone.evaluate.layers import layer_sections
+from skipstone.evaluate.losses import Measured, measure
+from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent, plain, rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from skipstone.data.prepare import PreparedData
+
+COUNTED_BATCHES = 4  # FLOPs are counted on so many
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """Figures of one run on one split. measured: by way of running, see `ways`; lacking: why a way is missing.
+
+    executed: FLOPs of the way that stands for the model (as executed, else as trained). notes: what a reader must know.
+    """
+
+    name: str
+    corpus: str
+    split: str
+    rows: int
+    num_bytes: int | None
+    measured: dict[str, Measured]
+    lacking: dict[str, str]
+    main: str
+    executed: Executed
+    notes: tuple[str, ...]
+
+    @property
+    def executed_minus_causal(self) -> float | None:
+        """Nats a prediction by which the skipping pass differs from its specification: rounding, or an error."""
+        if "executed" not in self.measured:
+            return None
+        return self.measured["executed"].loss - self.measured["causal"].loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
+        ways = {
+            name: {
+                "loss": m.loss,
+                "perplexity": m.perplexity,
+                "bits_per_byte": m.bits_per_byte(self.num_bytes),
+                "accuracy": m.accuracy,
+                "layers": m.statistics.layers(),
+            }
+            for name, m in self.measured.items()
+        }
+        return plain(
+            {
+                "run": self.name,
+                "corpus": self.corpus,
+                "split": self.split,
+                "rows": self.rows,
+                "predictions": self.measured[self.main].predictions,
+                "bytes": self.num_bytes,
+                "ways": ways,
+                "lacking": self.lacking,
+                "executed_minus_causal": self.executed_minus_causal,
+                "main": self.main,
+                "flops_per_token": {
+                    "counted": self.executed.counted,
+                    "cost": self.executed.predicted,
+                    "needed": self.executed.needed,
+                    "dense": self.executed.dense,
+                    "unknown_operations": self.executed.unknown,
+                },
+                "host_syncs_per_forward": self.executed.syncs,
+                "notes": self.notes,
+            }
+        )
+
+    def markdown(self) -> str:
+        return markdown(self._sections())
+
+    def table(self) -> Table:
+        return rich_table(self._sections())
+
+    def _sections(self) -> list[Section]:
+        layers = self.measured[self.main].statistics.layers()
+        bins = [self._accuracy()] if self.measured[self.main].accuracy else []
+        return [self._losses(), *bins, *layer_sections(layers, self.main), self._cost()]
+
+    def _losses(self) -> Section:
+        rows = []
+        for name in ("oracle", "causal", "executed", "forced"):
+            if name in self.measured:
+                m = self.measured[name]
+                cells = [number(m.loss), number(m.bits_per_byte(self.num_bytes)), number(m.perplexity, 2)]
+                rows.append([name, *cells])
+            elif name in self.lacking:
+                rows.append([name, self.lacking[name], UNKNOWN, UNKNOWN])
+        gap = self.executed_minus_causal
+        notes = [] if gap is None else [f"executed - causal: {gap:+.1e} nats"]
+        predictions = self.measured[self.main].predictions
+        return Section(
+            title=f"{self.name}: {self.corpus}, {self.split}, {self.rows:,} rows, {predictions:,} predictions",
+            columns=["routing", "loss (nats)", "bits per byte", "perplexity"],
+            rows=rows,
+            notes=[*notes, *self.notes],
+        )
+
+    def _accuracy(self) -> Section:
+        found = {name: m.accuracy for name, m in self.measured.items() if m.accuracy}
+        bins = list(found[self.main])
+        return Section(
+            title="accuracy by difficulty (operations since the reset)",
+            columns=["routing", *bins],
+            rows=[[name, *(percent(accuracy[b]) for b in bins)] for name, accuracy in found.items()],
+        )
+
+    def _cost(self) -> Section:
+        e = self.executed
+        difference = "equal" if e.agree else f"differs by {amount(e.counted - e.predicted)}"
+        notes = [f"operations that the counter does not know: {', '.join(e.unknown)}"] if e.unknown else []
+        return Section(
+            title=f"forward pass, {self.main}",
+            columns=["per token", ""],
+            rows=[
+                ["FLOPs, counted while it ran", amount(e.counted)],
+                ["FLOPs by the cost model, same decisions", f"{amount(e.predicted)} ({difference})"],
+                ["of these needed, without filling up shorter rows", amount(e.needed)],
+                ["FLOPs without mechanisms", amount(e.dense)],
+                ["share of them executed", percent(e.share)],
+                ["host syncs a forward pass", number(e.syncs, 1)],
+            ],
+            notes=notes,
+        )
+
+
+def evaluate(
+    run: Path,
+    *,
+    split: str = "validation",
+    batch_size: int = 8,
+    corpus: str | None = None,
+    context: int | None = None,
+) -> Evaluation:
+    """Measure on the whole split, each token predicted once, noise off.
+
+    run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. Raises ValueError or
+    FileNotFoundError, one line, when there is no such folder, no data, or they do not fit.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    opened = open_run(run, split, corpus, context)
+    if opened.data is None:
+        raise ValueError(f"{run} is a saved model without a recipe; name the corpus to evaluate on")
+    return _evaluated(opened, opened.data, split, batch_size)
+
+
+def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) -> Evaluation:
+    model, main = opened.model, opened.main
+    if main is None:
+        raise ValueError(f"{opened.run.name}: decision 'forced' has no decisions of its own, and {data.config.corpus} none")
+    device = model.device
+    return Evaluation(
+        name=opened.run.name,
+        corpus=data.config.corpus,
+        split=split,
+        rows=len(data.validation),
+        num_bytes=data.validation_bytes,
+        measured={name: measure(model, way, batches(data, batch_size, device)) for name, way in opened.ways.items()},
+        lacking=opened.lacking,
+        main=main.name,
+        executed=count(model, main, batches(data, batch_size, device, rows=COUNTED_BATCHES * batch_size)),
+        notes=tuple(sorted({reason for mechanism in model.adjustables() if (reason := mechanism.unready())})),
+    )

@@ -1,0 +1,94 @@
+"""Figures as a rich table and as Markdown, from the same sections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A small table: `columns` are its head, the first column names the rows. `notes` stand below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+def rich_table(sections: Iterable[Section]) -> Table:
+    """All sections, one below the other."""
+    from rich.table import Table
+    from rich.text import Text
+
+    page = Table.grid()
+    for section in sections:
+        page.add_row(Text(section.title, style="bold"))
+        page.add_row(_rich(section))
+        for note in section.notes:
+            page.add_row(Text(note, style="italic"))
+    return page
+
+
+def _rich(section: Section) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(section.columns):
+        table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
+    for row in section.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def markdown(sections: Iterable[Section]) -> str:
+    """The same as Markdown tables under headings."""
+    return "\n".join(_markdown(section) for section in sections)
+
+
+def _markdown(section: Section) -> str:
+    rule = ["---", *["---:"] * (len(section.columns) - 1)]
+    lines = [f"### {section.title}", "", *(_line(cells) for cells in (section.columns, rule, *section.rows))]
+    notes = [line for note in section.notes for line in ("", note)]
+    return "\n".join([*lines, *notes, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Fixed point; a dash for what is unknown."""
+    return UNKNOWN if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return UNKNOWN if share is None or math.isnan(share) else f"{100 * share:.{digits}f} %"
+
+
+def amount(value: float | None) -> str:
+    """Whole up to a million, then with a letter: 12,345 or 12.35M."""
+    if value is None or math.isnan(value):
+        return UNKNOWN
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{letter}"
+    return f"{value:,.0f}"
+
+
+def plain(value: Any) -> Any:
+    """For JSON: nan and infinity, which it does not know, become None."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

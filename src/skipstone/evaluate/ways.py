@@ -1,0 +1,90 @@
+"""The ways to run a model that an evaluation tells apart, and which of them a model has.
+
+oracle     decisions with sight of the whole row, as in training, noise off; gates are soft
+causal     decisions that generation can make, computed by the masked executor: the specification
+executed   the same decisions by the gathered executor: the very pass that skips
+forced     Reset-S3 only: every depth mechanism keeps exactly the tokens whose known difficulty asks for depth
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.core.tokens import Executor
+from skipstone.data.synthetic import oracle_keep
+from skipstone.mechanisms.decisions import Forced
+from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
+from skipstone.model.decoder import Routing
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
+NO_CAUSAL_FORM = "no causal form"
+NEEDS_MASKS = "decided by the caller"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    name: str
+    routing: str
+    executor: Executor = "gathered"
+
+    def arguments(self, model: SkipstoneForCausalLM, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What forward is called with: no noise, no cache, no labels."""
+        routing: Routing = self.routing  # type: ignore[assignment]
+        if self.routing == "forced":
+            kept_BT = oracle_keep(batch["input_ids"])
+            routing = dict.fromkeys(depth_layers(model), kept_BT)
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return {**inputs, "routing": routing, "executor": self.executor, "noise": False, "use_cache": False}
+
+    @torch.no_grad()
+    def run(self, model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], **more: Any) -> CausalLMOutput:
+        return model(**self.arguments(model, batch), **more)
+
+
+WAYS = {
+    "oracle": Way(name="oracle", routing="oracle"),
+    "causal": Way(name="causal", routing="causal", executor="masked"),
+    "executed": Way(name="executed", routing="causal"),
+    "forced": Way(name="forced", routing="forced"),
+}
+
+
+def ways_of(model: SkipstoneForCausalLM, corpus: str | None) -> tuple[dict[str, Way], dict[str, str]]:
+    """The ways that the model has on this corpus, and why it lacks the others (where somebody could expect them)."""
+    lacking: dict[str, str] = {}
+    if any(isinstance(getattr(m, "decision", None), Forced) and m.capacity < 1 for m in model.adjustables()):
+        lacking = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
+    elif _refused(model):
+        lacking = dict.fromkeys(("causal", "executed"), NO_CAUSAL_FORM)
+    has_forced = corpus == "reset-s3" and bool(depth_layers(model))
+    found = {name: way for name, way in WAYS.items() if name not in lacking and (name != "forced" or has_forced)}
+    return found, lacking
+
+
+def main_way(ways: Mapping[str, Way]) -> Way | None:
+    """The one whose figures stand for the model: as executed if it can be, else as trained."""
+    return next((ways[name] for name in ("executed", "oracle", "forced") if name in ways), None)
+
+
+def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
+    """Blocks that carry a depth mechanism."""
+    return [i for i, block in enumerate(model.model.layers) if len(block.mechanisms)]
+
+
+def _refused(model: SkipstoneForCausalLM) -> bool:
+    try:
+        for mechanism in model.adjustables():
+            mechanism.require_causal()
+    except ValueError:
+        return True
+    return False
+
+
+def targets(batch: Mapping[str, Tensor]) -> Tensor:
+    """int64 [B, T]: what the logits at each token should say, -100 where nothing is asked."""
+    return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"])

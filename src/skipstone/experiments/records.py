@@ -1,0 +1,88 @@
+"""One JSON record a run: what was run, where, and what came out. Tables are rendered from these alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from skipstone.core.strict import from_dict
+
+FORMAT_VERSION = 1
+DIGEST_LENGTH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine, start.
+
+    command: what makes it again. figures: what was measured. sitting: when, and with which arms beside it, the
+    figures that compare arms were taken; None until they are.
+    """
+
+    experiment: str
+    scale: str
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    digest: str
+    environment: dict[str, Any]
+    command: str
+    figures: dict[str, Any]
+    sitting: dict[str, Any] | None = None
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version {self.format_version} is not {FORMAT_VERSION}: another release wrote it")
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """The same for equal recipes, whatever the order of their keys."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def folder(out: Path, name: str) -> Path:
+    return out / name / "records"
+
+
+def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
+    return folder(out, name) / scale / f"{arm}-seed{seed}.json"
+
+
+def write(record: Record, out: Path) -> Path:
+    """Written aside and renamed: a record that is there is whole."""
+    path = path_of(out, record.experiment, record.scale, record.arm, record.seed)
+    write_text(path, json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read(path: Path) -> Record:
+    """Raises ValueError naming the file when it is not a record."""
+    try:
+        return from_dict(Record, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is no record that can be read: {error}") from None
+
+
+def find(out: Path, name: str, scale: str, arm: str, seed: int) -> Record | None:
+    path = path_of(out, name, scale, arm, seed)
+    return read(path) if path.is_file() else None
+
+
+def read_all(out: Path, name: str) -> list[Record]:
+    """Every record of an experiment, ordered by scale, arm and seed."""
+    paths: Iterable[Path] = folder(out, name).glob("*/*.json")
+    return sorted(map(read, paths), key=lambda record: (record.scale, record.arm, record.seed))

@@ -1,0 +1,100 @@
+"""Training steps of several models, timed in turns, so that a noisy machine is equally noisy to all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipstone.data.rows import Row
+from skipstone.runs import Run
+
+ROUNDS = 7  # timed steps of each model; the median is reported
+WARM_UP = 1  # untimed ones before them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step over the same rows again and again. tokens: of those rows."""
+
+    tokens: int
+    take: Callable[[], None]
+
+
+def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
+    """Forward, backward, clipping and optimizer of each run's model on its own recipe's rows, by arm.
+
+    tokens_per_second: by the median step. step_seconds: of all rounds, in order. Every second round goes through the
+    models backwards, so that none always follows the same neighbour.
+    """
+    steps = {arm: training_step(Run(folder)) for arm, folder in runs.items()}
+    seconds = interleaved([step.take for step in steps.values()], rounds)
+    return {
+        arm: {"tokens_per_second": step.tokens / statistics.median(taken), "step_seconds": taken}
+        for (arm, step), taken in zip(steps.items(), seconds, strict=True)
+    }
+
+
+def interleaved(actions: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of each action in each of `rounds`, the actions in turns, after WARM_UP untimed turns."""
+    seconds: list[list[float]] = [[] for _ in actions]
+    for i in range(WARM_UP + rounds):
+        order = range(len(actions)) if i % 2 == 0 else reversed(range(len(actions)))
+        for which in order:
+            start = time.perf_counter()
+            actions[which]()
+            if i >= WARM_UP:
+                seconds[which].append(time.perf_counter() - start)
+    return seconds
+
+
+def training_step(run: Run) -> Step:
+    """As the run's recipe trains: its rows, micro-batches, precision, compilation and routing."""
+    recipe = run.config()["train"]
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.get("device") != "cpu" else "cpu")
+    model: Any = run.load_model().to(device).train()  # type: ignore[arg-type]
+    if recipe.get("activation_checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.get("compile"):
+        for block in model.model.layers:
+            block.compile()
+    batches = _micro_batches(run, recipe["batch_size"], recipe.get("gradient_accumulation", 1), device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)  # the weights hardly move: routing stays as trained
+    forward = [_arguments(model, batch, recipe.get("routing", "learned")) for batch in batches]
+
+    def take() -> None:
+        for arguments in forward:
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.get("precision") == "bf16"):
+                loss = model(**arguments).loss
+            (loss / len(forward)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return Step(tokens=sum(batch["input_ids"].numel() for batch in batches), take=take)
+
+
+def _micro_batches(run: Run, rows: int, parts: int, device: torch.device) -> list[Row]:
+    data = run.data(train=True)
+    assert data.train is not None
+    size = rows // parts
+    made = [data.collate(data.train.__getitems__(range(i * size, (i + 1) * size))) for i in range(parts)]
+    return [{name: x.to(device) for name, x in batch.items()} for batch in made]
+
+
+def _arguments(model: Any, batch: Row, routing: str) -> dict[str, Any]:
+    """What the trainer calls forward with."""
+    kept = ("input_ids", "attention_mask", "position_ids", "document_ids")
+    targets = "shift_labels" if "shift_labels" in batch else "labels"
+    arguments: dict[str, Any] = {name: batch[name] for name in (*kept, targets) if name in batch}
+    if routing == "difficulty":
+        known_BT = batch["difficulty"] >= 0
+        arguments["routing"] = {i: known_BT for i, block in enumerate(model.model.layers) if len(block.mechanisms)}
+    return arguments

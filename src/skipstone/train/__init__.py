@@ -1,0 +1,21 @@
+"""Floor 4: training, on transformers' Trainer.
+
+config.py       `TrainConfig` and `Recipe`: what a run is, read strictly
+run.py          `train`: from a recipe to a finished run folder
+setup.py        recipe -> model configuration, model, Trainer's arguments
+folder.py       a run folder while it is written
+environment.py  versions, commit, machine
+trainer.py      `RoutingMixin`, `RoutingTrainer` (for any training), and the trainer of `train`
+callback.py     `RoutingCallback`: moves thresholds and schedules once an optimizer step
+validation.py   oracle and causal loss on validation rows
+meter.py        realised capacity, gates, entropies
+window.py       what the next log line reports; survives a checkpoint
+watch.py        metrics.jsonl, progress bar, stop signals
+"""
+
+from __future__ import annotations
+
+from skipstone.train.callback import RoutingCallback
+from skipstone.train.trainer import RoutingMixin, RoutingTrainer
+
+__all__ = ["RoutingCallback", "RoutingMixin", "RoutingTrainer"]

@@ -1,0 +1,150 @@
+"""From a recipe to the model's configuration, the model, and Trainer's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from skipstone import presets
+from skipstone.data.prepare import DataConfig, PreparedData
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import OWN_FIELDS, SkipstoneConfig
+from skipstone.runs import CHECKPOINTS
+from skipstone.train.config import TrainConfig
+
+PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def model_config(values: Mapping[str, Any], context: int, defaults: Mapping[str, Any]) -> SkipstoneConfig:
+    """The configuration that a recipe's `model` names, its context and vocabulary taken from the data if not set.
+
+    `defaults`: what the data knows (vocabulary size, special tokens); empty before it is read, to check the rest early.
+    Raises ValueError for keys or values that cannot be, a context shorter than the rows and a vocabulary too small.
+    """
+    given = {"max_position_embeddings": context, **defaults, **values}
+    preset = given.pop("preset", None)
+    config = SkipstoneConfig.from_plain(given) if preset is None else presets.get(preset, **given)
+    if config.max_position_embeddings < context:
+        raise ValueError(
+            f"model.max_position_embeddings ({config.max_position_embeddings}) is shorter than data.context ({context})"
+        )
+    needed = defaults.get("vocab_size", 0)
+    if config.vocab_size < needed:
+        raise ValueError(f"model.vocab_size ({config.vocab_size}) is too small: the tokenizer has {needed} tokens")
+    return config
+
+
+def data_defaults(data: PreparedData) -> dict[str, Any]:
+    """What the model's configuration takes from the data."""
+    found: dict[str, Any] = {"vocab_size": data.vocab_size}
+    if data.tokenizer is not None:
+        eos, pad = data.tokenizer.eos_token_id, data.tokenizer.pad_token_id
+        found |= {"eos_token_id": eos, "bos_token_id": data.tokenizer.bos_token_id}
+        # The embedding of a pad token never learns: where another token also serves as pad, it must not be one.
+        found["pad_token_id"] = pad if pad not in (eos, data.tokenizer.bos_token_id) else None
+    return found
+
+
+def plain(config: SkipstoneConfig) -> dict[str, Any]:
+    """The whole configuration as plain values, as a recipe may hold it."""
+    names = [field.name for field in dataclasses.fields(config) if field.name in OWN_FIELDS]
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
+def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCausalLM:
+    """Fresh weights, a function of the seed; its blocks compiled if asked for."""
+    set_seed(train.seed)
+    model = SkipstoneForCausalLM(config)
+    if train.compile:
+        for block in model.model.layers:
+            block.compile()
+    return model
+
+
+def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
+    """The data with a training set of exactly as many rows as the training reads: one epoch, no wrap-around."""
+    rows = train.steps * train.batch_size
+    return dataclasses.replace(data, train=dataclasses.replace(data.train, rows=rows))  # type: ignore[type-var]
+
+
+def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
+    """Trainer's arguments. Raises ValueError if a step's rows cannot be shared out evenly."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows, rest = divmod(train.batch_size, train.gradient_accumulation * processes)
+    if rest:
+        raise ValueError(
+            f"train.batch_size ({train.batch_size}) must be a multiple of gradient_accumulation "
+            f"({train.gradient_accumulation}) times the number of processes ({processes})"
+        )
+    accelerated = train.device == "auto" and torch.accelerator.is_available()
+    found = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        run_name=folder.resolve().name,
+        max_steps=train.steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio},
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.precision == "bf16",
+        use_cpu=not accelerated,
+        seed=train.seed,
+        eval_strategy="steps",
+        eval_steps=train.eval_every or train.steps,
+        save_steps=train.save_every or train.steps,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide that a run has diverged
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=accelerated,
+        **_checkpointing(train.activation_checkpointing),
+    )
+    found._n_gpu = min(found.n_gpu, 1)  # several GPUs in one process would be nn.DataParallel, which loses records
+    return found
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """transformers 5.23 has renamed the switch."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def check_loggers(train: TrainConfig) -> None:
+    """Raise ValueError for a logger whose package is not installed."""
+    for name in train.loggers:
+        if name in PACKAGE_OF and importlib.util.find_spec(PACKAGE_OF[name]) is None:
+            raise ValueError(f"train.loggers: {name} needs a package: pip install 'skipstone[{name}]'")
+
+
+def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCallback]:
+    """Trainer's own callbacks for the loggers that are asked for."""
+    from transformers.integrations import TensorBoardCallback, WandbCallback
+
+    found: list[TrainerCallback] = []
+    if "tensorboard" in train.loggers:
+        from torch.utils.tensorboard import SummaryWriter
+
+        found.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)))
+    if "wandb" in train.loggers:
+        found.append(WandbCallback())
+    return found
+
+
+def check_context(values: Mapping[str, Any], data: DataConfig) -> None:
+    """Find what is wrong with a recipe's model before any corpus is read."""
+    model_config(values, data.context, {})

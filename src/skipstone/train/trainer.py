@@ -1,0 +1,178 @@
+"""Trainers: a mixin that shows records to the routing callback, and the trainer behind `skipstone train`."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from skipstone.data.prepare import PreparedData
+from skipstone.data.rows import Row
+from skipstone.train.callback import RoutingCallback
+from skipstone.train.config import TrainConfig
+from skipstone.train.meter import Meter, moving
+from skipstone.train.validation import batches, causal_obstacle, loss_sums
+from skipstone.train.window import Window
+
+PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
+
+
+class RoutingMixin:
+    """Before any Trainer among the bases: `class MyTrainer(RoutingMixin, SFTTrainer)`.
+
+    Asks the model for its records and shows them to a `RoutingCallback`, which is added if there is none.
+    """
+
+    routing: RoutingCallback
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        handler = self.callback_handler  # type: ignore[attr-defined]
+        present = [callback for callback in handler.callbacks if isinstance(callback, RoutingCallback)]
+        self.routing = present[0] if present else RoutingCallback()
+        if not present:
+            self.add_callback(self.routing)  # type: ignore[attr-defined]
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        asked = {**inputs, "output_records": True}
+        loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)  # type: ignore[misc]
+        if model.training:
+            self.routing.observe(model, outputs.get("records"))
+        return (loss, outputs) if return_outputs else loss
+
+
+class RoutingTrainer(RoutingMixin, Trainer):
+    """`transformers.Trainer` that also moves thresholds."""
+
+
+class RunTrainer(RoutingTrainer):
+    """What `skipstone train` runs: exact resume, own validation, metrics by name, checkpoints that appear complete."""
+
+    def __init__(self, *, recipe: TrainConfig, data: PreparedData, **kwargs: Any) -> None:
+        super().__init__(train_dataset=data.train, eval_dataset=data.validation, data_collator=data.collate, **kwargs)
+        self.recipe, self.data = recipe, data
+        self.window = Window(self.args.device)
+        self.meter = Meter()
+        self.obstacle = causal_obstacle(self.model)
+
+    # The order of rows: each row is already a random draw from (seed, index), so a step's rows follow from its number.
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer's rule of thumb counts a routed model as dense; the cost model and the evaluation count truly."""
+        return 0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
+        loss, outputs = super().compute_loss(model, {**inputs, **routing}, return_outputs=True, **kwargs)
+        self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], inputs["input_ids"].numel())
+        if self._logs_this_step():
+            self.meter.add(self._plain.adjustables(), outputs["records"])
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _plain(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _forced(self, batch: Row) -> dict[int, Tensor]:
+        """Exactly the tokens whose needed depth is known to be one or more, in every block that routes."""
+        kept_BT = batch["difficulty"] >= 0
+        return {i: kept_BT for i, block in enumerate(self._plain.model.layers) if len(block.mechanisms)}
+
+    def _logs_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        return step in (1, self.state.max_steps) or step % self.recipe.log_every == 0
+
+    # --- logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training losses are our own sums: means since the last line, exact across a resume."""
+        if "train_runtime" in logs:
+            return  # Trainer's closing summary; result.json has ours
+        if "loss" in logs:
+            logs = {**logs, **self._window_logs()}
+        super().log(logs, start_time)
+
+    def _window_logs(self) -> dict[str, float]:
+        window, processes = self.window, self.accelerator.num_processes
+        steps = self.state.global_step - window.began
+        token_loss, auxiliary_loss = (self.accelerator.reduce(window.sums, "sum") / max(steps, 1)).tolist()
+        self._check_finite(token_loss + auxiliary_loss)
+        logs = {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
+        if window.seconds:
+            logs["tokens_per_second"] = window.tokens * processes / window.seconds
+        logs |= self.meter.read() | moving(self._plain.adjustables())
+        window.clear(self.state.global_step)
+        return logs
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the training loss became {loss} between step {self.window.began} and step {self.state.global_step}, "
+                "so the run has stopped; lower train.learning_rate, lengthen train.warmup_steps or set train.precision=fp32"
+            )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            if self.args.device.type == "cuda":
+                torch.cuda.synchronize()  # what is still queued belongs to the time before
+            with self.window.paused():
+                super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # --- validation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`eval_oracle_loss` and, where the model has a causal pass, `eval_causal_loss`, with what that pass kept."""
+        model, was_training = self.model, self.model.training
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):  # other passes than the training step are not worth compiling
+            metrics = {"eval_oracle_loss": self._validation_loss("oracle", Meter())}
+            if self.obstacle is None:
+                meter = Meter()
+                metrics["eval_causal_loss"] = self._validation_loss("causal", meter)
+                metrics |= {f"eval_{name}": value for name, value in meter.read().items()}
+        model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validation_loss(self, routing: str, meter: Meter) -> float:
+        forced = self.recipe.routing == "difficulty"
+        size = self.recipe.eval_batch_size or self.args.per_device_train_batch_size
+        part, parts = self.accelerator.process_index, self.accelerator.num_processes
+        rows = batches(self.data, self.recipe.eval_rows, size, part, parts)
+        sums = loss_sums(self.model, rows, self._forced if forced else lambda _: routing, self.args.device, meter)
+        loss, count = self.accelerator.reduce(sums, "sum").tolist()
+        return loss / count
+
+    # --- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written aside and renamed, so that a checkpoint with a name is complete; a diverged model is not saved."""
+        self._check_finite(self.accelerator.reduce(self.window.sums, "sum").sum().item())
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        partial = folder / PARTIAL
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
+            self.window.save(partial / name)
+            os.replace(partial / name, folder / name)
+            partial.rmdir()
+            rotate_checkpoints(str(folder), self.recipe.keep_checkpoints)

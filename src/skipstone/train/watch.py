@@ -1,0 +1,121 @@
+"""Callbacks that watch a run: metrics.jsonl, the progress bar, stop signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+VALIDATION = "eval_"  # how Trainer and its integrations mark what validation measured
+LOSSES = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "causal"}
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a line: step, split, then what was measured. `causal_loss` is null where there is no causal pass."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics_line(state.global_step, logs)) + "\n")
+
+
+def metrics_line(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line of metrics.jsonl holds of Trainer's logs."""
+    values = {name: value for name, value in logs.items() if name != "epoch"}
+    if not any(name.startswith(VALIDATION) for name in values):
+        return {"step": step, "split": "train", **values}
+    values = {name.removeprefix(VALIDATION): value for name, value in values.items()}
+    return {"step": step, "split": "validation", "oracle_loss": None, "causal_loss": None, **values}
+
+
+class Progress(TrainerCallback):
+    """A bar on stderr where that is a terminal; elsewhere a line at each validation."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.bar: Any = None
+        self.shown: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.console.is_terminal and state.is_world_process_zero:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.bar = Bar(*columns, console=self.console)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.shown |= {short: logs[name] for name, short in LOSSES.items() if name in (logs or {})}
+        self.shown |= {"tokens/s": logs["tokens_per_second"]} if logs and "tokens_per_second" in logs else {}
+        if self.bar is not None:
+            self.bar.update(self.task, description=self.summary())
+        elif state.is_world_process_zero and logs and "eval_oracle_loss" in logs:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {self.summary()}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def summary(self) -> str:
+        return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
+
+
+class StopSignals(TrainerCallback):
+    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; a second one ends the process."""
+
+    HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Signals can be handled in the main thread only; elsewhere this does nothing."""
+        try:
+            before = {number: signal.signal(number, self._receive) for number in self.HANDLED}
+        except ValueError:
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        print("stopping after this step ...", file=sys.stderr)  # noqa: T201
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # Trainer logs at multiples of the interval only
+
+
+class Interrupted(SystemExit):
+    """Training was stopped by a signal and can be resumed; leaves the process with 128 + the signal's number."""

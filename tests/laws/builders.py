@@ -1,0 +1,212 @@
+"""Tiny models whose mechanisms really decide something: about half of the tokens go each way, and rows differ.
+
+A mechanism that is added to the tables is tested by every law without a change here, unless its decisions stay trivial
+with random weights: then `enliven` has to learn how to shift its scores (a law says so).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.mechanisms import ACTIVATION, DEPTH
+from skipstone.mechanisms.decisions import DECISIONS
+from skipstone.mechanisms.mixture_of_depths import WEIGHTS
+
+VOCAB, ROWS, LENGTH, LAYERS = 61, 3, 15, 3
+TOLERANCE = 2e-5  # fp32 logits of order 1
+ROUTED = [1, 2]
+OPTIONS: dict[str, dict[str, Any]] = {"mixture_of_depths": {"capacity": 0.5}}
+ACTIVATIONS = ["silu", *ACTIVATION]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One composition. `mechanisms` as in the config, as a tuple of item tuples so that models can be shared."""
+
+    name: str
+    mechanisms: tuple[tuple[tuple[str, Any], ...], ...] = ()
+    activation: str = "silu"
+    more: tuple[tuple[str, Any], ...] = field(default=())
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        return [dict(m) for m in self.mechanisms]
+
+    @property
+    def oracle_only(self) -> bool:
+        return any(e.get("decision") == "topk" for e in self.entries)
+
+
+def entry(name: str, **options: Any) -> tuple[tuple[str, Any], ...]:
+    values = {"name": name, "layers": tuple(ROUTED), **OPTIONS.get(name, {}), **options}
+    return tuple(sorted(values.items()))
+
+
+def case(*entries: tuple[tuple[str, Any], ...], activation: str = "silu", **more: Any) -> Case:
+    def short(e: tuple[tuple[str, Any], ...]) -> str:
+        values = dict(e)
+        shown = [str(v) for k, v in values.items() if k not in ("name", "layers") and OPTIONS.get(values["name"], {}).get(k) != v]
+        return "-".join([values["name"], *shown])
+
+    name = "+".join(short(e) for e in entries) or "dense"
+    extra = "".join(f"-{k}={v}" for k, v in more.items())
+    return Case(f"{name}/{activation}{extra}", entries, activation, tuple(more.items()))
+
+
+def orders() -> Iterator[tuple[str, ...]]:
+    """Every order of up to three mechanisms of the table."""
+    for count in range(4):
+        yield from itertools.permutations(DEPTH, count)
+
+
+ORDERS = [case(*map(entry, names), activation=a) for a in ACTIVATIONS for names in orders()]
+SITES = [case(entry(n, on=on), activation=a) for a in ACTIVATIONS for n in DEPTH for on in ("attention", "mlp")]
+NESTED = [
+    case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),
+    case(*[entry(n, on=on) for n in DEPTH for on in ("block", "attention", "mlp")], activation="polyglu"),
+    case(entry("early_exit"), entry("token_selective", on="attention"), entry("mixture_of_depths", on="mlp")),
+    case(entry("mixture_of_depths"), entry("early_exit", on="attention"), entry("early_exit", on="mlp")),
+    case(entry("token_selective", hard_gain="one"), entry("early_exit"), activation="polyglu"),
+    case(entry("token_selective", execution="soft"), entry("early_exit", execution="soft")),
+    case(entry("mixture_of_depths", layers=(1,)), entry("token_selective"), positions="learned", norm="layernorm"),
+    case(entry("mixture_of_depths", layers=(0, 2)), entry("early_exit", layers=(0, 1, 2)), mlp="plain", qk_norm=True),
+]
+EVERY_DECISION = [  # with every weight
+    case(entry("mixture_of_depths", decision=decision, weight=weight))
+    for decision in DECISIONS
+    for weight in WEIGHTS
+    if decision != "forced"
+]
+DECIDED = [c for c in EVERY_DECISION if c.entries[0]["weight"] == "raw" or c.entries[0]["decision"] == "predictor"]
+ALL = ORDERS + SITES + NESTED + DECIDED
+CAUSAL = [c for c in ALL if not c.oracle_only]
+
+
+def config(chosen: Case, **more: Any) -> SkipstoneConfig:
+    activation: Any = {"name": chosen.activation} if chosen.activation in ACTIVATION else chosen.activation
+    mechanisms = [{**e, "layers": list(e["layers"])} for e in chosen.entries]
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+    return SkipstoneConfig(**{**sizes, "activation": activation, "mechanisms": mechanisms, **dict(chosen.more), **more})
+
+
+def fresh(chosen: Case, **more: Any) -> SkipstoneForCausalLM:
+    """A model as it starts."""
+    torch.manual_seed(11)
+    return SkipstoneForCausalLM(config(chosen, **more)).eval()
+
+
+def ids(rows: int = ROWS, length: int = LENGTH, seed: int = 5) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def _lively(chosen: Case) -> SkipstoneForCausalLM:
+    model = fresh(chosen)
+    enliven(model)
+    return model
+
+
+def lively(chosen: Case) -> SkipstoneForCausalLM:
+    """A copy, in eval mode, of the one model of this case whose mechanisms decide."""
+    return copy.deepcopy(_lively(chosen))
+
+
+@torch.no_grad()
+def enliven(model: SkipstoneForCausalLM) -> None:
+    """Larger weights, routers with a wide spread of scores, and thresholds in the middle of what they see."""
+    torch.manual_seed(12)
+    for name, parameter in model.named_parameters():
+        if name.endswith("preference_bias") or name.endswith("tanh_scale"):
+            parameter.copy_(torch.randn_like(parameter) * 0.7)
+        elif "router" in name or "guess" in name or "mix_weight" in name or "context_weight" in name:
+            parameter.mul_(6)
+        elif parameter.dim() > 1:
+            parameter.mul_(4)
+        elif parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    for layer, block in enumerate(model.model.layers):
+        for name, mechanism in block.mechanisms.items():
+            for _ in range(2):  # a mechanism inside others of its block sees what they leave
+                _centre(model, layer, name, mechanism)
+
+
+def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Module) -> None:
+    record = model(ids(), routing="oracle", noise=False, output_records=True).records[layer].get(name)
+    if record is None or not record.asked_BT.any():
+        return
+    scores = record.score_BT[record.asked_BT]
+    decision = getattr(mechanism, "decision", None)
+    if hasattr(decision, "threshold"):
+        decision.threshold.copy_(_between(scores, 0.5))
+        decision.steps.fill_(1)
+    elif hasattr(decision, "guess"):
+        seen: list[Tensor] = []
+        hook = decision.guess.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        model(ids(), routing="oracle", noise=False)
+        hook.remove()
+        decision.guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
+    elif decision is None and record.carry:  # early exit: of those still in, seven in ten stay
+        survival = next(iter(record.carry.values()))[record.asked_BT]
+        before = survival / scores.sigmoid()
+        inside = before > 0.5
+        if inside.any():
+            needed = torch.logit((0.5 / before[inside]).clamp(max=1 - 1e-6)) - scores[inside]
+            mechanism.router.score_bias.add_(_between(needed, 0.7))
+    elif decision is None and getattr(mechanism.router, "score_bias", None) is not None:
+        mechanism.router.score_bias.add_(_between(scores, 0.4))
+
+
+def _between(values: Tensor, share: float) -> Tensor:
+    """A number between two of the values with about this share of them below."""
+    ordered = values.sort().values
+    at = min(max(round(share * len(ordered)), 1), max(len(ordered) - 1, 1))
+    return (ordered[at - 1] + ordered[min(at, len(ordered) - 1)]) / 2
+
+
+def depth_records(out: Any) -> Iterator[tuple[int, str, Any]]:
+    for layer, records in enumerate(out.records):
+        for name, record in records.items():
+            if hasattr(record, "kept_BT"):
+                yield layer, name, record
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradient of every parameter, 0 where there is none."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_close(a: Tensor, b: Tensor, what: str = "", tolerance: float = TOLERANCE) -> None:
+    assert a.shape == b.shape, f"{what}: {tuple(a.shape)} is not {tuple(b.shape)}"
+    assert a.isfinite().equal(b.isfinite()), f"{what}: not finite at different places"
+    worst = (a - b).nan_to_num(0, 0, 0).abs().max().item() if a.numel() else 0.0
+    assert worst <= tolerance, f"{what}: differs by {worst:.2e}"
+
+
+def assert_same_records(one: Any, other: Any, tolerance: float = TOLERANCE) -> None:
+    """Decisions equal exactly, numbers closely."""
+    for layer, (mine, yours) in enumerate(zip(one, other, strict=True)):
+        assert mine.keys() == yours.keys(), f"block {layer}: {sorted(mine)} is not {sorted(yours)}"
+        for name, record in mine.items():
+            for field_name, a in record._asdict().items():
+                b = getattr(yours[name], field_name)
+                where = f"block {layer} {name} {field_name}"
+                if isinstance(a, Tensor) and a.dtype == torch.bool:
+                    assert torch.equal(a, b), where
+                elif isinstance(a, Tensor):
+                    assert_close(a, b, where, tolerance * max(1.0, a.nan_to_num().abs().max().item()))
+                elif isinstance(a, dict):
+                    for key, value in a.items():
+                        assert_close(value, b[key], f"{where} {key}", tolerance)

@@ -1,0 +1,58 @@
+"""Law 5: at the default start gradients are finite, above zero, and reach the router."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, Case, fresh, ids
+
+from skipstone import SkipstoneForCausalLM
+
+START = ORDERS + SITES + NESTED
+
+
+def step(model: SkipstoneForCausalLM) -> dict[str, float]:
+    """Norm of the gradient of each parameter, NaN where there is none."""
+    model.train()(ids(), labels=ids()).loss.backward()
+    return {n: float("nan") if p.grad is None else p.grad.norm().item() for n, p in model.named_parameters()}
+
+
+
+
+@pytest.mark.parametrize("chosen", START, ids=str)
+def test_every_parameter_learns_from_the_first_step(chosen: Case) -> None:
+    norms = step(fresh(chosen))
+    dead = {name: norm for name, norm in norms.items() if not 0 < norm < float("inf")}
+    assert not dead
+
+
+@pytest.mark.parametrize("chosen", EVERY_DECISION, ids=str)
+def test_every_decision_and_weight(chosen: Case) -> None:
+    """A router learns unless nothing of it is executed: weight none, and a decision that does not train it.
+
+    The weight 1 + a tanh(r) starts at a = 0: then a learns in the first step, and the router from the second on.
+    """
+    options, model = chosen.entries[0], fresh(chosen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    first = step(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    second = step(model)
+    idle = options["weight"] == "none" and not model.model.layers[1].mechanisms["mixture_of_depths"].decision.trains_router
+    for norms in (first, second):
+        dead = {name for name, norm in norms.items() if not 0 < norm < float("inf")}
+        routers = {name for name in norms if name.endswith("router.weight")}
+        late = options["weight"] == "tanh" and options["decision"] != "threshold" and norms is first
+        assert dead == (routers if idle or late else set())
+
+
+@pytest.mark.parametrize("chosen", ORDERS, ids=str)
+def test_autocast_keeps_gradients_finite_and_scores_in_fp32(chosen: Case) -> None:
+    model = fresh(chosen).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids(), labels=ids(), output_records=True)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for records in out.records:
+        for record in records.values():
+            assert record[0].dtype == torch.float32
