@@ -202,6 +202,8 @@ def assert_same_records(one: Any, other: Any, tolerance: float = TOLERANCE) -> N
         for name, record in mine.items():
             for field_name, a in record._asdict().items():
                 b = getattr(yours[name], field_name)
+                if field_name in ("loss_BT", "carry") and not (record.asked_BT.any() and yours[name].asked_BT.any()):
+                    continue  # nobody asked: whether there is a loss of 0 or none is all the same
                 where = f"block {layer} {name} {field_name}"
                 if isinstance(a, Tensor) and a.dtype == torch.bool:
                     assert torch.equal(a, b), where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import DEPTH, LENGTH, NESTED, ORDERS, SITES, Case, assert_close, case, depth_records, entry, ids, lively
+from laws.builders import DEPTH, LENGTH, NESTED, ORDERS, SITES, Case, assert_close, case, depth_records, entry, fresh, ids, lively
 
 CASES = [c for c in ORDERS + SITES + NESTED if c.mechanisms]
 
@@ -39,7 +39,7 @@ def test_forcing_what_was_decided_changes_nothing(chosen: Case) -> None:
 
 @torch.no_grad()
 def test_one_mask_serves_all_rows_and_the_forced_decision_needs_one() -> None:
-    model = lively(case(entry("mixture_of_depths", decision="forced", layers=(1,))))
+    model = fresh(case(entry("mixture_of_depths", decision="forced", layers=(1,))))
     mask = torch.arange(LENGTH)[None] % 3 == 0
     out = model(ids(), routing={1: mask}, output_records=True)
     assert torch.equal(out.records[1]["mixture_of_depths"].kept_BT, mask.expand(3, -1))

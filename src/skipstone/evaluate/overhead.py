@@ -9,6 +9,7 @@ bound. The activation mechanism, whose work is the mixing of functions, is count
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
+from torch.autograd.profiler import profile, record_function
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
 
 from skipstone.evaluate.ways import Way
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
-STEP, ROUTING, UPDATE, ACTIVATION = (f"skipstone.{name}" for name in ("step", "routing", "update", "activation"))
+ROUTING, UPDATE, ACTIVATION = (f"skipstone.{name}" for name in ("routing", "update", "activation"))
 GATHERING = frozenset({"aten::index_select", "aten::index_copy", "aten::index_copy_", "aten::gather", "aten::scatter"})
 
 
@@ -38,25 +38,23 @@ class Overhead:
 def overhead(model: SkipstoneForCausalLM, way: Way, batch: Mapping[str, Tensor], steps: int = 3) -> Overhead:
     """Profile `steps` training steps (forward with noise, backward, no optimizer) after one to warm up."""
     arguments = {**way.arguments(model, batch), "noise": True, "labels": batch["input_ids"]}
-    training, activities = model.training, [ProfilerActivity.CPU]
-    if model.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines of its own to the terminal
+    training, on_device = model.training, model.device.type == "cuda"
     model.train()
     try:
         with torch.enable_grad(), _ranges(model):
             _step(model, arguments)
-            with profile(activities=activities, acc_events=True) as profiler:
+            with profile(use_device="cuda" if on_device else None) as profiler:
                 for _ in range(steps):
                     _step(model, arguments)
     finally:
         model.train(training)
         model.zero_grad(set_to_none=True)
-    return _shares(list(profiler.events() or ()), on_device=model.device.type == "cuda")
+    return _shares(list(profiler.function_events or ()), on_device)
 
 
 def _step(model: SkipstoneForCausalLM, arguments: Mapping[str, Any]) -> None:
-    with record_function(STEP):
-        model(**arguments).loss.backward()
+    model(**arguments).loss.backward()
 
 
 @contextmanager
@@ -110,8 +108,6 @@ def _shares(events: Sequence[FunctionEvent], on_device: bool) -> Overhead:
     spent = dict.fromkeys((ROUTING, ACTIVATION, UPDATE), 0.0)
     for event in events:
         kind = kinds[event.id] if _forward(event) else by_number.get(_number(event), UPDATE)
-        if event.is_async or kind is None:
-            continue
         spent[kind] += event.self_device_time_total if on_device else event.self_cpu_time_total
     total = sum(spent.values())
     return Overhead(routing=spent[ROUTING] / total, activation=spent[ACTIVATION] / total)
@@ -123,11 +119,11 @@ def _up(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
         event = event.cpu_parent
 
 
-def _kind(event: FunctionEvent) -> str | None:
-    """None outside a step."""
+def _kind(event: FunctionEvent) -> str:
+    """ROUTING, ACTIVATION, or UPDATE for all the rest of a step."""
     names = [above.name for above in _up(event)]
-    nearest = next((name for name in names if name in (ROUTING, UPDATE, ACTIVATION)), UPDATE)
-    return ROUTING if nearest == UPDATE and GATHERING.intersection(names) else nearest
+    nearest = next((name for name in names if name in (ROUTING, UPDATE, ACTIVATION)), None)
+    return ROUTING if nearest == UPDATE and GATHERING.intersection(names) else nearest or UPDATE
 
 
 def _node(event: FunctionEvent) -> FunctionEvent | None:

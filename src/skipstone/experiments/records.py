@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from skipstone.core.strict import from_dict
+from skipstone.evaluate.tables import plain
 
 FORMAT_VERSION = 1
 DIGEST_LENGTH = 16
@@ -18,7 +18,7 @@ DIGEST_LENGTH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine, start.
+    """config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine.
 
     command: what makes it again. figures: what was measured. sitting: when, and with which arms beside it, the
     figures that compare arms were taken; None until they are.
@@ -58,7 +58,9 @@ def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
 def write(record: Record, out: Path) -> Path:
     """Written aside and renamed: a record that is there is whole."""
     path = path_of(out, record.experiment, record.scale, record.arm, record.seed)
-    write_text(path, json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(plain(asdict(record)), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     return path
 
 
@@ -66,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def read(path: Path) -> Record:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skipstone.core.strict import choose
-from skipstone.experiments import measure
+from skipstone.experiments.measure import standard
+from skipstone.experiments.measure import together as timed
 
 SCALES = ("laptop", "paper")
 Recipe = dict[str, Any]  # as `skipstone train` reads it: {"model": ..., "data": ..., "train": ...}
@@ -20,13 +21,15 @@ Figures = Mapping[str, Any]
 class Column:
     """One column of the table.
 
-    key: path of the figure in a record's figures, its steps joined by dots. format: as Python's format() takes it.
+    key: path of the figure in a record's figures, its steps joined by dots. unit: what the figure is divided by.
+    format: as Python's format() takes it.
     better: which end is shown in bold, None for neither. relative: add each arm's ratio to the first arm.
     """
 
     key: str
     title: str
     format: str = ".3f"
+    unit: float = 1.0
     better: Literal["low", "high"] | None = None
     relative: bool = False
 
@@ -51,8 +54,8 @@ class Experiment:
     seeds: Mapping[str, Sequence[int]]
     about: str = ""
     corpora: Sequence[str] = ()
-    measure: Callable[[Path], Figures] = measure.standard
-    together: Callable[[Mapping[str, Path]], Mapping[str, Figures]] | None = measure.together
+    measure: Callable[[Path], Figures] = standard
+    together: Callable[[Mapping[str, Path]], Mapping[str, Figures]] | None = timed
     derive: Callable[[Mapping[str, Figures]], Mapping[str, Figures]] | None = None
     details: Callable[[Mapping[str, Figures]], str] | None = None
 

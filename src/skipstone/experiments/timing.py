@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from skipstone.data.rows import Row
+from skipstone.evaluate.speed import Lap, Task, take_turns
 from skipstone.runs import Run
 
-ROUNDS = 7  # timed steps of each model; the median is reported
-WARM_UP = 1  # untimed ones before them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One optimizer step over the same rows again and again. tokens: of those rows."""
-
-    tokens: int
-    take: Callable[[], None]
+ROUNDS = 7  # timed steps of each model, after one that warms up
 
 
 def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
     """Forward, backward, clipping and optimizer of each run's model on its own recipe's rows, by arm.
 
-    tokens_per_second: by the median step. step_seconds: of all rounds, in order. Every second round goes through the
-    models backwards, so that none always follows the same neighbour.
+    tokens_per_second: by the median of `rounds` steps. spread: half of their range, as a share of that.
     """
-    steps = {arm: training_step(Run(folder)) for arm, folder in runs.items()}
-    seconds = interleaved([step.take for step in steps.values()], rounds)
+    rates = take_turns({arm: training_step(Run(folder)) for arm, folder in runs.items()}, rounds)
     return {
-        arm: {"tokens_per_second": step.tokens / statistics.median(taken), "step_seconds": taken}
-        for (arm, step), taken in zip(steps.items(), seconds, strict=True)
+        arm: {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread, "rounds": rounds}
+        for arm, rate in rates.items()
     }
 
 
-def interleaved(actions: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each action in each of `rounds`, the actions in turns, after WARM_UP untimed turns."""
-    seconds: list[list[float]] = [[] for _ in actions]
-    for i in range(WARM_UP + rounds):
-        order = range(len(actions)) if i % 2 == 0 else reversed(range(len(actions)))
-        for which in order:
-            start = time.perf_counter()
-            actions[which]()
-            if i >= WARM_UP:
-                seconds[which].append(time.perf_counter() - start)
-    return seconds
-
-
-def training_step(run: Run) -> Step:
-    """As the run's recipe trains: its rows, micro-batches, precision, compilation and routing."""
+def training_step(run: Run) -> Task:
+    """One step as the run's recipe trains: its rows, micro-batches, precision, compilation and routing."""
     recipe = run.config()["train"]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.get("device") != "cpu" else "cpu")
     model: Any = run.load_model().to(device).train()  # type: ignore[arg-type]
@@ -65,9 +40,11 @@ def training_step(run: Run) -> Step:
             block.compile()
     batches = _micro_batches(run, recipe["batch_size"], recipe.get("gradient_accumulation", 1), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)  # the weights hardly move: routing stays as trained
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
     forward = [_arguments(model, batch, recipe.get("routing", "learned")) for batch in batches]
 
-    def take() -> None:
+    def step() -> Lap:
+        start = time.perf_counter()
         for arguments in forward:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.get("precision") == "bf16"):
                 loss = model(**arguments).loss
@@ -77,8 +54,9 @@ def training_step(run: Run) -> Step:
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
+        return Lap(tokens=tokens, seconds=time.perf_counter() - start, joules=None)
 
-    return Step(tokens=sum(batch["input_ids"].numel() for batch in batches), take=take)
+    return step
 
 
 def _micro_batches(run: Run, rows: int, parts: int, device: torch.device) -> list[Row]:

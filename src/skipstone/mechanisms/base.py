@@ -39,6 +39,10 @@ class Adjustable(nn.Module):
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         """Move thresholds and schedules; `progress` runs from 0 to 1 over the training."""
 
+    def unasked(self, x_BTD: Tensor) -> Record:
+        """The record of a call in which no token reached the mechanism."""
+        raise NotImplementedError
+
     def unready(self) -> str | None:
         """Why causal decisions cannot be trusted yet, or None."""
         return None
@@ -82,6 +86,10 @@ class DepthMechanism(Adjustable):
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Tensors [B, T] that cross blocks, as they are before block 0."""
         return {}
+
+    def unasked(self, x_BTD: Tensor) -> DepthRecord:
+        zero_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.float32)
+        return DepthRecord(zero_BT + float("nan"), zero_BT > 0, zero_BT, zero_BT > 0)
 
     def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
         """The load inside, by what was measured (`kept`: those that it keeps), else as the configuration promises.

@@ -131,6 +131,10 @@ class PolyGLU(Adjustable):
             self.preference_bias.zero_()
             self.preference_bias[:, SILU] = NEUTRAL_LOGIT * self.tau
 
+    def unasked(self, x_BTD: Tensor) -> ActivationRecord:
+        logits_BTA = x_BTD.new_full((*x_BTD.shape[:2], NUM_ACTIVATIONS), float("nan"), dtype=torch.float32)
+        return ActivationRecord(logits_BTA, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
+
     def unready(self) -> str | None:
         if self.config.context == "running_mean":
             return None

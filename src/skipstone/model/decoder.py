@@ -123,6 +123,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mode, forced = self._mode(routing, noise, executor)
+        self._check_masks(forced, x_BTD.shape[:2])
         past_key_values = self._cache(past_key_values, use_cache, mode)
         call = Call(
             shape=x_BTD.shape[:2],
@@ -154,10 +155,6 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         forced: Mapping[int, Tensor] = {}
         if isinstance(routing, Mapping):
             routing, forced = "causal", routing
-            if outside := [i for i in forced if not 0 <= i < len(self.layers)]:
-                raise ValueError(
-                    f"routing names block {outside[0]}, but the model has blocks 0 to {len(self.layers) - 1}"
-                )
         elif routing is None:
             routing = "oracle" if self.training else "causal"
         elif routing not in ("oracle", "causal"):
@@ -167,10 +164,25 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         noise = self.training and routing == "oracle" if noise is None else noise
         return Mode(routing=routing, noise=noise, executor=executor), forced
 
+    def _check_masks(self, forced: Mapping[int, Tensor], shape: torch.Size) -> None:
+        for i, mask in forced.items():
+            if i not in range(len(self.layers)):
+                raise ValueError(f"routing names block {i!r}, but the model has blocks 0 to {len(self.layers) - 1}")
+            if not self.layers[i].mechanisms:
+                raise ValueError(f"routing names block {i}, which has no depth mechanism")
+            if mask.dtype != torch.bool or tuple(mask.shape) not in ((1, shape[1]), tuple(shape)):
+                raise ValueError(
+                    f"routing[{i}] must be a bool mask of shape {list(shape)}, got {mask.dtype} {list(mask.shape)}"
+                )
+
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: Mode) -> Cache | None:
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
             return DynamicCache(config=self.config) if build else None
+        if self.training and any(block.gradient_checkpointing for block in self.layers):
+            raise ValueError(  # transformers would take the cache away from the blocks and only log it
+                "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
+            )
         if mode.routing == "oracle" and any(len(block.mechanisms) for block in self.layers):
             raise ValueError("routing 'oracle' sees the whole row and cannot use a cache; pass routing='causal'")
         if not past_key_values.layers or not isinstance(past_key_values.layers[0], SkipstoneCacheLayer):

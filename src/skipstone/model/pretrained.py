@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -205,13 +206,15 @@ def _about(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' reports and progress bars: what they would say is checked here, and raised."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Without the libraries' reports and progress bars: what they would say is checked here, and raised."""
+    level, hub_level, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         key, value, mask = self._remember(key, value, tokens, asking, past_key_values)
         if query.shape[2] == 0:
             return asking_x
-        y_BKHE = self._attend(query, key, value, mask, asking)
+        y_BKHE = self._attend(query, key, value, mask)
         return self.residual_dropout(self.o_proj(y_BKHE.flatten(2)))
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -111,12 +111,10 @@ class Attention(nn.Module):
             slot_BT = torch.where(tokens.real_BT, slot_BT, EMPTY)
         return slot_mask(slot_BT, tokens.document_BT, asking)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asking: Tokens) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         implementation = self.config._attn_implementation
         if implementation != "sdpa":
-            mask = _additive(
-                mask if mask is not None or query.shape[2] == 1 else slot_mask(asking.slot_BT, None, asking), query
-            )
+            mask = _additive(_by_column(query) if mask is None and query.shape[2] > 1 else mask, query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dropout = self.dropout if self.training else 0.0
         y_BKHE, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
@@ -131,6 +129,12 @@ def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, asking: Token
     if asking.real_BT is not None:
         mask = mask | ~asking.real_BT[:, :, None]
     return mask[:, None]
+
+
+def _by_column(query_BHTE: Tensor) -> Tensor:
+    """What SDPA's `is_causal` means: bool [1, 1, T, T]. Not by slot: padding behind a gathered row has earlier ones."""
+    at_T = torch.arange(query_BHTE.shape[2], device=query_BHTE.device)
+    return (at_T <= at_T[:, None])[None, None]
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:

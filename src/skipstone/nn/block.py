@@ -43,16 +43,21 @@ class Block(GradientCheckpointingLayer):
         if not self.sites["block"]:
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
             _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
-            return after_BTD + m_BTD, records
+            return after_BTD + m_BTD, self._complete(records, x_BTD)
         update = wrap(partial(self._update, past_key_values=past_key_values), self._at("block"))
         delta_BTD, records = update(x_BTD, tokens)
-        return x_BTD + delta_BTD, records
+        return x_BTD + delta_BTD, self._complete(records, x_BTD)
 
     def adjustables(self) -> dict[str, nn.Module]:
         """The mechanisms of this block by name, an activation mechanism included."""
         activation = self.mlp.activation
         named = dict(self.mechanisms.items())
         return {**named, activation.place.name: activation} if hasattr(activation, "place") else named
+
+    def _complete(self, records: Records, x_BTD: Tensor) -> Records:
+        """With those of mechanisms inside one that kept nobody: the names are the same in every call."""
+        missing = {name: m.unasked(x_BTD) for name, m in self.adjustables().items() if name not in records}  # type: ignore[operator]
+        return {**records, **missing} if missing else records
 
     def _at(self, site: str) -> list[nn.Module]:
         return [self.mechanisms[name] for name in self.sites[site]]

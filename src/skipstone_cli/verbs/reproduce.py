@@ -20,7 +20,14 @@ def reproduce(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered experiment; see --list.")] = None,
     scale: Annotated[Scale, typer.Option(help="How big the models and the runs are.")] = Scale.LAPTOP,
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds; the experiment's own if absent.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for runs and records; the default if absent.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of tables and records; that of --runs if absent.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of run folders.")] = Path("runs"),
+    readme: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table here too, between <!-- NAME:begin --> and end.")
+    ] = None,
+    render: Annotated[bool, typer.Option("--render", help="Run nothing, render from the records alone.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the experiments and leave.")] = False,
 ) -> None:
     """Run a registered experiment, or go on with it, and render its table from the records."""
@@ -34,7 +41,8 @@ def reproduce(
 
     from skipstone.experiments.run import reproduce as run
 
-    typer.echo(f"table: {run(name, scale=scale.value, seeds=numbers, out=out)}")
+    table = run(name, scale=scale.value, seeds=numbers, out=out, runs=runs, readme=readme, render_only=render)
+    typer.echo(f"table: {table}")
 
 
 def print_list() -> None:

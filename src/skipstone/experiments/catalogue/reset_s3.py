@@ -1,0 +1,115 @@
+"""Reset-S3: the task where it is known which tokens need depth. Does a learned router find them?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skipstone.data.synthetic import BINS
+from skipstone.evaluate.accuracy import MEASURED, OVERALL, headroom
+from skipstone.experiments import measure
+from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
+
+CAPACITY = 0.25  # the share of entries that are operations
+BLOCKS = 8  # of the routed models, and of the deepest dense one
+DENSE = (2, 4, 8)
+SIZES: dict[str, dict[str, Any]] = {
+    "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 2000, "batch_size": 32, "rate": 2e-3},
+    "paper": {"hidden_size": 256, "num_attention_heads": 8, "steps": 20000, "batch_size": 256, "rate": 1e-3},
+}
+SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
+
+
+def arms(scale: str) -> dict[str, Recipe]:
+    """Dense models of three depths; three routed ones that differ in who decides."""
+    mod = {"name": "mixture_of_depths", "capacity": CAPACITY}
+    return {
+        **{f"dense-{blocks}": _recipe(scale, blocks) for blocks in DENSE},
+        "mod-learned": _recipe(scale, BLOCKS, [mod]),
+        "mod-forced": _recipe(scale, BLOCKS, [{**mod, "decision": "forced"}], routing="difficulty"),
+        "mod-random": _recipe(scale, BLOCKS, [{**mod, "decision": "random"}]),
+    }
+
+
+def _recipe(scale: str, blocks: int, mechanisms: list[dict[str, Any]] | None = None, **train: Any) -> Recipe:
+    size = SIZES[scale]
+    steps = size["steps"]
+    return {
+        "model": {
+            "hidden_size": size["hidden_size"],
+            "num_attention_heads": size["num_attention_heads"],
+            "num_hidden_layers": blocks,
+            **({"mechanisms": mechanisms} if mechanisms else {}),
+        },
+        "data": {"corpus": "reset-s3"},
+        "train": {
+            "steps": steps,
+            "batch_size": size["batch_size"],
+            "learning_rate": size["rate"],
+            "warmup_steps": steps // 20,
+            "eval_every": steps // 8,
+            "eval_rows": 256,
+            "save_every": steps // 4,
+            **train,
+        },
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """The usual figures, with the accuracy and FLOPs of the way that stands for the model in one place."""
+    figures = measure.standard(folder)
+    evaluation = figures["evaluation"]
+    accuracy = evaluation["ways"][evaluation["main"]]["accuracy"]
+    return {**figures, "accuracy": accuracy, "flops": evaluation["flops_per_token"]["counted"]}
+
+
+def captured(figures: Mapping[str, Figures]) -> dict[str, Figures]:
+    """headroom of the routed arms: where they stand between dense models of equal executed FLOPs and the forced arm."""
+    dense = sorted((figures[arm]["flops"], figures[arm]["accuracy"]) for arm in figures if arm.startswith("dense-"))
+    forced = figures.get("mod-forced")
+    if not dense or forced is None:
+        return {}
+    found: dict[str, Figures] = {}
+    for arm in ("mod-learned", "mod-random"):
+        if arm in figures:
+            equal = {name: interpolate(figures[arm]["flops"], [(f, a[name]) for f, a in dense]) for name in MEASURED}
+            found[arm] = {"headroom": headroom(figures[arm]["accuracy"], equal, forced["accuracy"])}
+    return found
+
+
+def interpolate(x: float, points: list[tuple[float, float]]) -> float:
+    """y at `x` on straight lines between `points`, which are sorted by x; the end's y outside of them."""
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+RESET_S3 = Experiment(
+    name="reset_s3",
+    purpose="does a learned router find the tokens that are known to need depth?",
+    about=(
+        "Each entry of a row is a filler, or an operation on a state that is never shown: a reset, or an element of "
+        "S3. The label of an operation is the state, so it takes the more depth the more operations have passed since "
+        "the reset (the bins). *mod-learned* is Mixture-of-Depths as it comes, *mod-forced* keeps exactly the "
+        "operations, *mod-random* tokens at random. *Headroom captured* is (arm - dense) / (forced - dense) in "
+        "accuracy, dense being interpolated between the dense arms at the arm's executed FLOPs: 1 is as good as "
+        "knowing, 0 no better than dense."
+    ),
+    arms=arms,
+    seeds=SEEDS,
+    measure=measured,
+    together=None,
+    derive=captured,
+    columns=(
+        Column(key="flops", title="MFLOPs a token", format=".3f", unit=1e6),
+        *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),
+        Column(key=f"accuracy.{OVERALL}", title="accuracy, all", format=".1%", better="high"),
+        Column(key="headroom.16+", title="headroom captured, 16+", format=".2f"),
+        Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
+    ),
+)
