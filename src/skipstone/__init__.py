@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from skipstone import presets
 from skipstone.mechanisms import EarlyExit, MixtureOfDepths, PolyGLU, TokenSelective
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -28,4 +29,5 @@ __all__ = [
     "SkipstoneForCausalLM",
     "SkipstoneModel",
     "TokenSelective",
+    "presets",
 ]

@@ -17,7 +17,7 @@ class Load:
     asked: float
 
     def of(self, kept: Load | float) -> Load:
-        """The kept ones of these tokens. A bare number says nothing about who asks: then both are taken as independent."""
+        """The kept ones of these tokens. A bare number is taken as independent of who asks."""
         if isinstance(kept, Load):
             return kept
         return Load(given=kept, asked=self.asked * kept / self.given if self.given else 0.0)

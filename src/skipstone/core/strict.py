@@ -44,7 +44,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if name not in values and _required(field):
             raise ValueError(f"{_path(where, name)} is missing")
     try:
-        return cls(**{key: _convert(hints[key], value, _path(where, key)) for key, value in values.items()})
+        return cls(**{key: convert(hints[key], value, _path(where, key)) for key, value in values.items()})
     except ValueError as error:
         message = str(error)
         raise ValueError(message if not where or message.startswith(where) else f"{where}: {message}") from None
@@ -58,8 +58,11 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against a type hint; an int serves where a float is asked, a numeric string as YAML leaves `1e-3`."""
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as a type hint asks: an int serves for a float, and so does a string such as `1e-3`, as YAML leaves it.
+
+    `where` is the path shown in errors. Raises ValueError for a value of another type.
+    """
     origin = typing.get_origin(hint)
     if hint is Any:
         return value
@@ -73,7 +76,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         item = (typing.get_args(hint) or (Any,))[0]
-        return origin(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+        return origin(convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     return _convert_plain(hint, origin, value, where)
 
 
@@ -84,7 +87,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     for option in options:
         if option is not type(None):
             try:
-                return _convert(option, value, where)
+                return convert(option, value, where)
             except ValueError as error:
                 errors.append(error)
     raise errors[-1]

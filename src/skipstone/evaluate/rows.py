@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from skipstone.evaluate.accuracy import MEASURED
 from skipstone.evaluate.energy import NOT_MEASURABLE
 from skipstone.evaluate.measurements import DECODE_BATCHES, Measurements
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, number, percent
-from skipstone.evaluate.ways import NO_CAUSAL_FORM
+from skipstone.evaluate.ways import NEEDS_MASKS, NO_CAUSAL_FORM
 
+NOTHING = percent(0.0)
 Cell = Callable[[Measurements], str]
 
 
@@ -34,7 +35,7 @@ def _counted(run: Measurements) -> str:
 def _rate(name: str) -> Cell:
     def cell(run: Measurements) -> str:
         rate = run.rates.get(name)
-        return _absent(run) if rate is None else f"{amount(rate.tokens_per_second)} ±{rate.spread:.0%}"
+        return UNKNOWN if rate is None else f"{amount(rate.tokens_per_second)} ±{rate.spread:.0%}"
 
     return cell
 
@@ -43,19 +44,14 @@ def _joules(name: str) -> Cell:
     def cell(run: Measurements) -> str:
         rate = run.rates.get(name)
         if rate is None:
-            return _absent(run)
+            return UNKNOWN
         return NOT_MEASURABLE if rate.joules_per_token is None else f"{rate.joules_per_token:.3g}"
 
     return cell
 
 
 def _cache(field: str) -> Cell:
-    return lambda run: _absent(run) if run.cache is None else amount(getattr(run.cache, field))
-
-
-def _absent(run: Measurements) -> str:
-    """Why a figure of generation is missing."""
-    return UNKNOWN if run.way == "forced" else NO_CAUSAL_FORM
+    return lambda run: UNKNOWN if run.cache is None else amount(getattr(run.cache, field))
 
 
 ROWS: dict[str, Cell] = {
@@ -80,17 +76,27 @@ ROWS: dict[str, Cell] = {
 
 
 def main_section(runs: Sequence[Measurements]) -> Section:
-    """Metrics as rows, runs as columns. What all runs lack in the same words is said once, below."""
+    """Metrics as rows, runs as columns. A row that says nothing of any run is left out, or said once below."""
     rows, notes = [], []
     for name, cell in ROWS.items():
         cells = [cell(run) for run in runs]
-        if set(cells) == {NOT_MEASURABLE}:
+        said = {text for text in cells if text != UNKNOWN}
+        if said == {NOT_MEASURABLE}:
             notes.append(f"{name}: {NOT_MEASURABLE}")
-        elif set(cells) not in ({UNKNOWN}, {"0.0 %"}):
+        elif said and said != {NOTHING}:
             rows.append([name, *cells])
+    columns = ["", *(run.name for run in runs)]
+    return Section(title="comparison", columns=columns, rows=rows, notes=[*notes, *_notes(runs)])
+
+
+def _notes(runs: Sequence[Measurements]) -> Iterator[str]:
     agree = all(run.executed.agree for run in runs)
-    notes.append(f"FLOPs were counted while executing and {'equal' if agree else 'DO NOT all equal'} the cost model's")
-    return Section(title="comparison", columns=["", *(run.name for run in runs)], rows=rows, notes=notes)
+    yield f"FLOPs are counted while executing and {'equal' if agree else 'DO NOT all equal'} the cost model's."
+    for run in runs:
+        if run.way == "oracle":
+            yield f"{run.name}: {NO_CAUSAL_FORM}, so it cannot generate; its figures are those of training's decisions."
+        elif run.way == "forced":
+            yield f"{run.name}: {NEEDS_MASKS}, so it cannot generate; its figures are those of the known difficulty."
 
 
 def capacity_section(runs: Sequence[Measurements]) -> Section | None:

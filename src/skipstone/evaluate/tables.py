@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 UNKNOWN = "–"
+NAME_WIDTH = 36  # characters of a row's name that are not broken, however wide the table is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,10 @@ def _rich(section: Section) -> Table:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    named = max(len(cells[0]) for cells in (section.columns, *section.rows))
     for i, column in enumerate(section.columns):
-        table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
+        width = None if i else min(named, NAME_WIDTH)
+        table.add_column(Text(column), justify="right" if i else "left", overflow="fold", min_width=width)
     for row in section.rows:
         table.add_row(*map(Text, row))
     return table

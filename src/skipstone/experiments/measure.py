@@ -27,7 +27,7 @@ def together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     }
 
 
-def sample(folder: Path, prompt: str, *, max_new_tokens: int, seed: int = 0) -> dict[str, Any]:
-    """Generated text. pieces: (text, share of the model's compute that it took)."""
-    pieces = stream(folder, prompt, max_new_tokens=max_new_tokens, seed=seed)
+def sample(folder: Path, prompt: str, *, seed: int = 0) -> dict[str, Any]:
+    """Generated text, as much as `skipstone generate` writes unasked. pieces: (text, share of the model's compute that it took)."""
+    pieces = stream(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
@@ -57,24 +58,31 @@ def _section(experiment: Experiment, records: Sequence[Record]) -> list[str]:
 
 def block(experiment: Experiment, records: Sequence[Record]) -> str:
     """The table with its notes and the command that makes it: what a README shows."""
-    section = table(experiment, records, bold=lambda cell: f"**{cell}**")
+    columns = [(column, _cells(column, _figures(experiment, records))) for column in experiment.columns]
+    section = Section(
+        title=heading(records),
+        columns=["arm", *(column.title for column, _ in columns)],
+        rows=[[arm, *(_marked(cells[arm]) for _, cells in columns)] for arm in _arms(records)],
+        notes=_notes(records),
+    )
     # The heading above says what the table is; `markdown` would give it another.
     text = markdown([section]).partition("\n\n")[2]
     return text.strip("\n") + f"\n\n`{command(records)}`"
 
 
-def table(experiment: Experiment, records: Sequence[Record], bold: Callable[[str], str] = str) -> Section:
-    """One row an arm, one column a figure; the best mean of a column goes through `bold`."""
-    figures = _figures(experiment, records)
-    seeds = sorted({record.seed for record in records})
-    cells = [_cells(column, figures, bold) for column in experiment.columns]
-    rows = [[arm, *(column[arm] for column in cells)] for arm in figures]
-    return Section(
-        title=heading(records),
-        columns=["arm", *(column.title for column in experiment.columns)],
-        rows=rows,
-        notes=_notes(records, seeds),
-    )
+def terminal(experiment: Experiment, records: Sequence[Record]) -> Section:
+    """The same figures with arms as columns, because terminals are narrow, and ratios on lines of their own."""
+    rows = []
+    for column in experiment.columns:
+        cells = _cells(column, _figures(experiment, records))
+        rows.append([column.title, *(cell.text for cell in cells.values())])
+        if any(cell.ratio for cell in cells.values()):
+            rows.append([f"  × {_arms(records)[0]}", *(cell.ratio for cell in cells.values())])
+    return Section(title=heading(records), columns=["", *_arms(records)], rows=rows, notes=_notes(records))
+
+
+def _arms(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(record.arm for record in records))
 
 
 def _figures(experiment: Experiment, records: Sequence[Record]) -> dict[str, list[Mapping[str, Any]]]:
@@ -102,22 +110,35 @@ def _values(column: Column, seeds: Sequence[Mapping[str, Any]]) -> list[float]:
     return [value / column.unit for figures in seeds if (value := lookup(figures, column.key)) is not None]
 
 
-def _cells(
-    column: Column, figures: Mapping[str, Sequence[Mapping[str, Any]]], bold: Callable[[str], str]
-) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """text: mean and spread. ratio: to the first arm, "" where it is not asked for. best: of its column."""
+
+    text: str
+    ratio: str = ""
+    best: bool = False
+
+
+def _cells(column: Column, figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Cell]:
     values = {arm: _values(column, seeds) for arm, seeds in figures.items()}
     means = {arm: statistics.fmean(found) for arm, found in values.items() if found}
-    first = means.get(next(iter(values), ""))
-    best = None
+    first, best = next(iter(values), None), None
     if column.better is not None and len(means) > 1:
         best = (min if column.better == "low" else max)(means.values())
     cells = {}
     for arm, found in values.items():
-        cell = mean_and_spread(found, column.format)
-        if column.relative and first and arm in means:
-            cell += f" ({means[arm] / first:.2f}×)"
-        cells[arm] = bold(cell) if arm in means and means[arm] == best else cell
+        compared = column.relative and arm in means and arm != first and means.get(first)
+        cells[arm] = Cell(
+            text=mean_and_spread(found, column.format),
+            ratio=f"{means[arm] / means[first]:.2f}" if compared else "",
+            best=best is not None and means.get(arm) == best,
+        )
     return cells
+
+
+def _marked(cell: Cell) -> str:
+    text = f"{cell.text} ({cell.ratio}×)" if cell.ratio else cell.text
+    return f"**{text}**" if cell.best else text
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
@@ -132,7 +153,8 @@ def _shown(value: float, form: str) -> str:
     return format(round(value) if form.endswith("d") else value, form)
 
 
-def _notes(records: Sequence[Record], seeds: Sequence[int]) -> list[str]:
+def _notes(records: Sequence[Record]) -> list[str]:
+    seeds = sorted({record.seed for record in records})
     counts = {arm: sum(r.arm == arm for r in records) for arm in dict.fromkeys(r.arm for r in records)}
     some = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     notes = [f"{some} ({', '.join(map(str, seeds))})." + (f" {SPREAD}" if len(seeds) > 1 else "")]

@@ -15,7 +15,7 @@ from skipstone.experiments.catalogue import EXPERIMENTS
 from skipstone.experiments.corpus import first_available
 from skipstone.experiments.records import Record
 from skipstone.experiments.registry import Experiment, Recipe
-from skipstone.experiments.render import groups, render, table
+from skipstone.experiments.render import groups, render, terminal
 from skipstone.experiments.session import Session
 from skipstone.report.run import write_report
 
@@ -52,10 +52,14 @@ def reproduce(
         readmes.check(readme, name)
     out, console = runs if out is None else out, Console(stderr=True)
     failures = [] if render_only else _run(experiment, scale, chosen, runs, out, console)
-    path = _publish(experiment, scale, out, readme)
+    found = records.read_all(out, name)
+    if not found and not failures:
+        raise ValueError(f"no records of {name!r} in {str(out)!r}: nothing to render")
+    if found:
+        _publish(experiment, scale, found, out, readme)
     if failures:
         raise ValueError(f"{len(failures)} of {name}'s runs failed: {'; '.join(failures)}")
-    return path
+    return table_path(out, name)
 
 
 def _run(
@@ -63,7 +67,7 @@ def _run(
 ) -> list[str]:
     corpus, reason = first_available(experiment.corpora)
     if reason:
-        console.print(f"using {corpus}: {reason}", style="yellow", markup=False, highlight=False)
+        console.print(f"using {corpus}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     arms = experiment.recipes(scale, corpus)
     session = Session(experiment=experiment, scale=scale, arms=arms, runs=runs, out=out, console=console)
     done, total = session.finished(list(seeds)), len(arms) * len(seeds)
@@ -94,15 +98,14 @@ def _sample(record: Record) -> list[tuple[str, float]]:
     return [(sample["prompt"], 0.0), *((text, compute) for text, compute in sample["pieces"])]
 
 
-def _publish(experiment: Experiment, scale: str, out: Path, readme: Path | None) -> Path:
+def table_path(out: Path, name: str) -> Path:
+    return out / f"{name}.md"
+
+
+def _publish(experiment: Experiment, scale: str, found: Sequence[Record], out: Path, readme: Path | None) -> None:
     """Write the table, show that of `scale` on the terminal, and hand it to the README if one is named."""
-    found = records.read_all(out, experiment.name)
-    if not found:
-        raise ValueError(f"no records of {experiment.name!r} in {str(out)!r}: nothing to render")
-    path = out / f"{experiment.name}.md"
-    records.write_text(path, render(experiment, found))
+    records.write_text(table_path(out, experiment.name), render(experiment, found))
     for current in groups(experiment, found, scale):
-        Console().print(rich_table([table(experiment, current)]))
+        Console().print(rich_table([terminal(experiment, current)]))
         if readme is not None:
             readmes.write(readme, experiment, current)
-    return path

@@ -70,7 +70,7 @@ class Session:
             figures = self._trained_and_measured(arm, seed)
         except USER_ERRORS as error:
             self.failures.append(f"{where}: {' '.join(str(error).split())}")
-            self.console.print(self.failures[-1], style="red", markup=False, highlight=False)
+            self.console.print(self.failures[-1], style="red", markup=False, highlight=False, soft_wrap=True)
             return
         self._record(arm, seed, figures)
         self.spent.append(time.perf_counter() - start)
@@ -141,7 +141,7 @@ class Session:
         return bool(json.loads(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
-        self.console.print(f"[dim]{self.experiment.name}[/dim]  {text}", highlight=False)
+        self.console.print(f"[dim]{self.experiment.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def _time_left(self, left: int) -> str:
         """From the arms that this process has run; arms differ, so it is rough."""

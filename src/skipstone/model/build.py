@@ -8,12 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import initialization as init
 
 from skipstone.core.strict import choose, from_dict, unknown
 from skipstone.mechanisms import ACTIVATION, DEPTH, Place
 from skipstone.model.layers import parse_layers
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
+from skipstone.nn.linear import OutputLinear
 from skipstone.nn.mlp import FUNCTIONS, MLPS, FixedActivation
 from skipstone.nn.norm import NORMS
 from skipstone.nn.positions import STATIC_ROPE, Rotary
@@ -153,3 +155,13 @@ def build_positions(config: SkipstoneConfig) -> nn.Module:
     if config.positions == "rope":
         return Rotary(config)
     return nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+
+def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
+    """Start one module where transformers' own defaults are not ours."""
+    if isinstance(module, OutputLinear) and config.scaled_output_init:
+        init.normal_(module.weight, 0.0, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
+    elif type(module).__module__.startswith("skipstone.") and not isinstance(module, nn.Linear):
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()

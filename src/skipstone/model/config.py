@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from skipstone.core.strict import unknown
+from skipstone.core.strict import convert, unknown
 from skipstone.model.shim import AUTO_MAP, write_shim
 
 FORMAT_VERSION = 1
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
 
 
@@ -74,6 +83,8 @@ class SkipstoneConfig(PreTrainedConfig):
 
     def _fill(self) -> None:
         """Defaults that follow from other values."""
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}")
         gated = self.mlp == "gated"
         if self.intermediate_size is None:  # as many parameters as a plain MLP of 4 d, rounded up to 32
             self.intermediate_size = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
@@ -84,6 +95,9 @@ class SkipstoneConfig(PreTrainedConfig):
         self.mechanisms = [dict(entry) for entry in self.mechanisms or []]
 
     def _check(self) -> None:
+        for field in SIZES:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -95,9 +109,7 @@ class SkipstoneConfig(PreTrainedConfig):
                 f"rope_type {kind!r} changes its frequencies with the length of the input, so that cached keys go stale; "
                 "supported: default, linear, llama3, yarn"
             )
-        from skipstone.model.build import (
-            check,
-        )  # construction knows the parts; a config that cannot be built is refused
+        from skipstone.model.build import check  # it imports this module; a config that cannot be built is refused
 
         check(self)
 
@@ -126,15 +138,20 @@ class SkipstoneConfig(PreTrainedConfig):
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> SkipstoneConfig:
-        """From a recipe: like the constructor, but a key that does not exist is an error naming the nearest one."""
+        """From a recipe: like the constructor, but strict about keys and types, naming the nearest key."""
         fields = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
         for key in values:
             if key not in fields:
                 raise ValueError(unknown("key in model", key, [f for f in fields if f in OWN_FIELDS]))
+        typed = {k: convert(HINTS[k], v, f"model.{k}") if k in HINTS else v for k, v in values.items()}
         try:
-            return cls(**values)
+            return cls(**typed)
         except StrictDataclassError as error:  # transformers' own checks; the last line says what is wrong
             raise ValueError(f"model: {str(error).splitlines()[-1].strip().removeprefix('ValueError: ')}") from None
 
 
 OWN_FIELDS = frozenset(SkipstoneConfig.__annotations__)
+# The types of our own fields; transformers' own annotations do not all resolve.
+HINTS = get_type_hints(
+    type("Own", (), {"__annotations__": dict(SkipstoneConfig.__annotations__), "__module__": __name__})
+)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -22,12 +21,10 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records, carried
 from skipstone.core.strict import unknown
 from skipstone.core.tokens import Executor, Mode, Tokens
-from skipstone.model.build import build_blocks, build_norm, build_positions
+from skipstone.model.build import Block, build_blocks, build_norm, build_positions, initialise
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
 from skipstone.model.tokens import Call, tokens_of
-from skipstone.nn.block import Block
-from skipstone.nn.linear import OutputLinear
 
 Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
 
@@ -59,12 +56,7 @@ class SkipstonePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, OutputLinear) and self.config.scaled_output_init:
-            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.weight, 0.0, std)
-        elif type(module).__module__.startswith("skipstone.") and hasattr(module, "reset_parameters"):
-            if not isinstance(module, nn.Linear):
-                module.reset_parameters()
+        initialise(module, self.config)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

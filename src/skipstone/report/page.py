@@ -26,7 +26,7 @@ FIGURES: tuple[tuple[str, Callable[[Shown], float | None], str], ...] = (
     ("steps", lambda run: run.result.get("steps"), ",d"),
     ("tokens", lambda run: run.result.get("tokens"), ",d"),
     ("tokens/s", lambda run: run.result.get("tokens_per_second"), ",.0f"),
-    ("train loss", lambda run: run.result.get("train_loss"), ".4f"),
+    ("training loss", lambda run: _last(run, "train", "token_loss"), ".4f"),
     ("oracle loss", lambda run: (run.result.get("validation") or {}).get("oracle_loss"), ".4f"),
     ("causal loss", lambda run: (run.result.get("validation") or {}).get("causal_loss"), ".4f"),
     ("blocks computed", lambda run: None if run.anatomy is None else run.anatomy.depth, ".1%"),
@@ -63,10 +63,14 @@ def _curve(run: Shown, split: str, key: str) -> list[tuple[float, float]]:
     return [(float(line["step"]), float(line[key])) for line in lines]
 
 
+def _last(run: Shown, split: str, key: str) -> float | None:
+    return next((y for _, y in reversed(_curve(run, split, key))), None)
+
+
 def _losses(runs: Sequence[Shown]) -> list[tuple[str, Markup]]:
     """Training and validation on the same ranges, so that they can be read across. Empty panels are left out."""
     panels = {
-        "training": ("train", "loss"),
+        "training": ("train", "token_loss"),
         "validation, causal decisions": ("validation", "causal_loss"),
         "validation, oracle decisions": ("validation", "oracle_loss"),
     }

@@ -54,7 +54,6 @@ SIZES = {
 }
 SEEDS = {"laptop": (0,), "paper": (0, 1, 2)}
 PROMPTS = {"tiny-shakespeare": "ROMEO:\n", "python-stdlib": "def "}
-SAMPLE_TOKENS = 120
 
 
 def arms(scale: str) -> dict[str, Recipe]:
@@ -96,7 +95,7 @@ def _recipe(size: Size, **mechanisms: Any) -> Recipe:
 def measured(folder: Path) -> Figures:
     """The usual figures, and what the model writes."""
     prompt = PROMPTS[Run(folder).data_config().corpus]
-    return {**measure.standard(folder), "sample": measure.sample(folder, prompt, max_new_tokens=SAMPLE_TOKENS)}
+    return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}
 
 
 def samples(figures: Mapping[str, Figures]) -> str:
@@ -124,9 +123,9 @@ DEMO = Experiment(
     details=samples,
     columns=(
         Column(key="training.parameters", title="parameters (M)", format=".2f", unit=1e6),
-        Column(key="evaluation.ways.oracle.loss", title="oracle loss", better="low"),
-        Column(key="evaluation.ways.executed.loss", title="executed loss", better="low"),
-        Column(key="evaluation.flops_per_token.counted", title="MFLOPs a token", format=".2f", unit=1e6, relative=True),
+        Column(key="evaluation.ways.oracle.loss", title="loss, oracle", better="low"),
+        Column(key="evaluation.ways.executed.loss", title="loss, executed", better="low"),
+        Column(key="evaluation.flops_per_token.counted", title="MFLOPs/token", format=".2f", unit=1e6, relative=True),
         Column(
             key="training_speed.tokens_per_second",
             title="training tokens/s",
@@ -148,6 +147,6 @@ DEMO = Experiment(
             better="high",
             relative=True,
         ),
-        Column(key="comparison.cache_bytes_per_token.kv", title="KV bytes a token", format=",.0f", better="low"),
+        Column(key="comparison.cache_bytes_per_token.kv", title="KV bytes/token", format=",.0f", better="low"),
     ),
 )

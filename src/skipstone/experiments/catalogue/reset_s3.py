@@ -106,7 +106,7 @@ RESET_S3 = Experiment(
     together=None,
     derive=captured,
     columns=(
-        Column(key="flops", title="MFLOPs a token", format=".3f", unit=1e6),
+        Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
         *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),
         Column(key=f"accuracy.{OVERALL}", title="accuracy, all", format=".1%", better="high"),
         Column(key="headroom.16+", title="headroom captured, 16+", format=".2f"),
