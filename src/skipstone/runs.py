@@ -1,9 +1,9 @@
 """Run folders: what training writes and everything else reads.
 
-    RUN/config.yaml       the resolved recipe          RUN/tokenizer/     Hugging Face's format; text corpora only
-    RUN/environment.json  versions, commit, machine    RUN/checkpoints/   checkpoint-N, to resume from
-    RUN/metrics.jsonl     one line a log               RUN/model/         the trained model, written at the end
-    RUN/result.json       the summary, written last
+RUN/config.yaml       the resolved recipe          RUN/tokenizer/     Hugging Face's format; text corpora only
+RUN/environment.json  versions, commit, machine    RUN/checkpoints/   checkpoint-N, to resume from
+RUN/metrics.jsonl     one line a log               RUN/model/         the trained model, written at the end
+RUN/result.json       the summary, written last
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Run:
     def result(self) -> dict[str, Any]:
         """The summary. ValueError for a run that has not reached its end."""
         if not self.finished and not self.is_saved_model:
-            raise ValueError(f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` goes on with it")
+            raise ValueError(
+                f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` goes on with it"
+            )
         return self._json(RESULT)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -85,7 +87,7 @@ class Run:
         return read_metrics(self._file(METRICS))
 
     def model_folder(self) -> Path:
-        """Where the weights are: the final model or, with a warning, the last checkpoint. ValueError if there is none."""
+        """Where the weights are: the final model or, with a warning, the last checkpoint. ValueError without either."""
         if self.is_saved_model:
             return self.folder
         if (self.folder / MODEL / MODEL_CONFIG).is_file():

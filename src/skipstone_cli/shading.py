@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +15,7 @@ STEPS = ("white on #30346b", "white on #2d6a8a", "black on #2fa08b", "black on #
 
 
 class Piece(Protocol):
-    """A piece of generated text, and the share of the model's FLOPs per token that it took (0 to 1)."""
+    """A piece of generated text, and the share of the blocks' work that it took (0 to 1)."""
 
     @property
     def text(self) -> str: ...
@@ -24,26 +25,48 @@ class Piece(Protocol):
 
 
 def style(compute: float) -> str:
-    """The rich style of a token that took `compute` (0 to 1) of the full depth."""
+    """The rich style of a token that took `compute` (0 to 1) of the blocks' work."""
     return STEPS[min(int(max(compute, 0.0) * len(STEPS)), len(STEPS) - 1)]
 
 
 def show(pieces: Iterable[Piece], *, colour: bool, console: Console | None = None) -> None:
-    """Print `pieces` as they come: as they are, or with `colour` shaded and a legend after the text."""
+    """Print `pieces` as they come: as they are or, with `colour`, shaded, with a legend after the text.
+
+    Where there are no colours (a pipe, NO_COLOR), `colour` writes a line for each piece: per cent, tab, text as JSON.
+    """
     from rich.console import Console
-    from rich.text import Text
 
     console = console or Console(soft_wrap=True, highlight=False)
+    if colour and (console.no_color or not console.is_terminal):
+        _list(pieces, console)
+    elif colour:
+        _shade(pieces, console)
+    else:
+        for piece in pieces:
+            console.file.write(visible(piece.text) if console.is_terminal else piece.text)  # rich would expand tabs
+            console.file.flush()
+        console.print()
+
+
+def _list(pieces: Iterable[Piece], console: Console) -> None:
     for piece in pieces:
-        text = visible(piece.text) if console.is_terminal else piece.text
-        if colour:
-            console.print(Text(text, style=style(piece.compute)), end="")
-        else:
-            console.file.write(text)  # rich would expand tabs
+        console.file.write(f"{100 * piece.compute:.1f}\t{json.dumps(piece.text, ensure_ascii=False)}\n")
         console.file.flush()
-    console.print()
-    if colour:
-        console.print(Text.assemble("compute of a token: ", *((f" {bound} ", s) for bound, s in _legend())))
+
+
+def _shade(pieces: Iterable[Piece], console: Console) -> None:
+    from rich.text import Text
+
+    seen = []
+    for piece in pieces:
+        seen.append(piece.compute)
+        # A line's end has a width of its own, or nobody would see what it took.
+        text = visible(piece.text).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n")
+        console.print(Text(text, style=style(piece.compute)), end="")
+        console.file.flush()
+    console.print("\n")
+    average = f"   mean {100 * sum(seen) / len(seen):.0f}%" if seen else ""
+    console.print(Text.assemble("compute of a token: ", *((f" {bound} ", s) for bound, s in _legend()), average))
 
 
 def visible(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -41,8 +42,23 @@ def test_a_terminal_gets_no_escape_codes_from_a_model() -> None:
 def test_colour_tells_the_compute() -> None:
     text = shown(colour=True, terminal=True)
     assert "48;2;48;52;107" in text.split("def f()")[0]  # the darkest step before the cheapest token
+    assert "def f():\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}" in text  # a line's end can be seen
     assert "compute of a token" in text
+    assert "mean 67%" in text
     assert "[bold]1[/bold]" in text
+
+
+def test_without_colours_compute_is_a_number() -> None:
+    lines = shown(colour=True, terminal=False).splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["10.0", "90.0", "100.0"]
+    assert "".join(json.loads(line.split("\t")[1]) for line in lines) == "".join(piece.text for piece in PIECES)
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(colour=True, terminal=True)
+    assert "\x1b" not in text
+    assert text.startswith("10.0\t")
 
 
 @pytest.mark.parametrize(("compute", "step"), [(-0.1, 0), (0.0, 0), (0.19, 0), (0.2, 1), (0.99, 4), (1.0, 4), (1.3, 4)])

@@ -69,7 +69,8 @@ def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone.evaluate.run", "evaluate", Figures())
     command(monkeypatch, "eval", "run", "--split", "test", "--batch-size", "2", "--json", "new/a.json")
-    assert calls == [((Path("run"),), {"split": "test", "batch_size": 2})]
+    options = {"split": "test", "batch_size": 2, "corpus": None, "context": None}
+    assert calls == [((Path("run"),), options)]
     assert json.loads(Path("new/a.json").read_text(encoding="utf-8")) == {"loss": 1.5}
     assert "1.5" in capsys.readouterr().out
 
@@ -77,7 +78,7 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = listen(monkeypatch, "skipstone.evaluate.compare", "compare", Figures())
     command(monkeypatch, "compare", "run", "run", "--markdown", "a.md")
-    assert calls == [(([Path("run"), Path("run")],), {})]
+    assert calls == [(([Path("run"), Path("run")],), {"dense": None, "forced": None})]
     assert Path("a.md").read_text(encoding="utf-8") == "| loss |\n"
 
 

@@ -144,8 +144,10 @@ def enliven(model: SkipstoneForCausalLM) -> None:
 
 
 def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Module) -> None:
-    record = model(ids(), routing="oracle", noise=False, output_records=True).records[layer].get(name)
-    if record is None or not record.asked_BT.any():
+    decisions = [getattr(m, "decision", None) for m in model.adjustables()]
+    routing = "causal" if all(d is None or d.is_causal for d in decisions) else "oracle"
+    record = model(ids(), routing=routing, noise=False, output_records=True).records[layer][name]
+    if not record.asked_BT.any():
         return
     scores = record.score_BT[record.asked_BT]
     decision = getattr(mechanism, "decision", None)
@@ -155,7 +157,7 @@ def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Mo
     elif hasattr(decision, "guess"):
         seen: list[Tensor] = []
         hook = decision.guess.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        model(ids(), routing="oracle", noise=False)
+        model(ids(), routing=routing, noise=False)
         hook.remove()
         decision.guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
     elif decision is None and record.carry:  # early exit: of those still in, seven in ten stay

@@ -112,7 +112,8 @@ def test_cropped_cache_continues_as_if_never_longer(chosen: Case) -> None:
         if keep == 11:
             cache = DynamicCache(config=model.config)
             model(torch.cat((ids()[:, :keep], other[:, keep:]), 1), past_key_values=cache)
-        cache.crop(keep)
+        cache.crop(keep - cache.get_seq_length())
+        cache.crop(0)  # nothing to remove
         assert cache.get_seq_length() == keep
         logits = [model(ids()[:, a:b], past_key_values=cache).logits for a, b in [(keep, 12), (12, 13), (13, LENGTH)]]
         assert_close(torch.cat(logits, 1), whole[:, keep:], f"crop({keep})")

@@ -45,7 +45,7 @@ class Store:
         real_BT = torch.ones_like(slot_BT, dtype=torch.bool) if real_BT is None else real_BT.expand_as(slot_BT)
         before_B = self.row_lengths(slot_BT.shape[0], slot_BT.device)
         self.lengths_B = before_B + real_BT.sum(1)
-        width = int(self.lengths_B.max())  # host sync, with the routed block's own the only one
+        width = int(self.lengths_B.max())  # a host sync, like `nonzero` below: rows of their own length cost two
         self._reserve(width, entries)
         row, at = real_BT.nonzero(as_tuple=True)
         column = (before_B[:, None] + real_BT.cumsum(1) - 1)[row, at]
@@ -185,8 +185,8 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` slots; a negative number counts from the end."""
-        length = self.cumulative_length + max_length if max_length < 0 else max_length
+        """Forget as many of the newest slots as a negative number says, or all but the first `max_length`; 0: none."""
+        length = max_length if max_length > 0 else self.cumulative_length + max_length
         if length < self.cumulative_length:
             for store in self._all():
                 store.crop(length)

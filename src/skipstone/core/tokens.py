@@ -60,7 +60,9 @@ class Selection:
         return y_BKD if self.index_BK is None else ops.scatter_rows(y_BKD, self.index_BK, self.length, fill)
 
     def mask(self, rows: int, device: torch.device) -> Tensor:
-        """The kept tokens as a bool mask [B, T]."""
+        """The kept tokens as a bool mask [B, T]; `rows` is B where the selection itself does not tell."""
+        known_BK = self.valid_BK if self.index_BK is None else self.index_BK
+        rows = rows if known_BK is None else known_BK.shape[0]
         ones_BK = torch.ones(rows, self.width, dtype=torch.bool, device=device)
         return self.scatter(ones_BK, False)
 
@@ -119,21 +121,27 @@ class Tokens:
             return Selection(index_BK=None, valid_BK=kept_BT, length=self.length)
         count_B = kept_BT.sum(1)
         if width is None:
-            width = int(count_B.max())
-            exact = kept_BT.shape[0] == 1
+            fewest, width = torch.stack(torch.aminmax(count_B)).tolist()
+            exact = fewest == width
+        if width == self.length and (exact or width == 1):  # nobody to leave out, or one column to hold them all
+            return Selection(index_BK=None, valid_BK=None if exact else kept_BT, length=width)
         index_BK = ops.compact(kept_BT, width)
         valid_BK = None if exact else torch.arange(width, device=kept_BT.device) < count_B[:, None]
         return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length)
 
     def select(self, part: Selection) -> Tokens:
-        """The tokens of `part`, in its order. A wish of an outer mechanism is carried over to the new coordinates."""
+        """The tokens of `part`, in its order. A wish of an outer mechanism is carried over to the new coordinates.
+
+        Only real tokens are ever kept, so within a selection the valid entries are the real ones.
+        """
+        everyone = part.index_BK is None and part.valid_BK is None
+        if everyone and (self.wanted is None or self.wanted is part):
+            return replace(self, wanted=None)
 
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else part.gather(x)
 
-        real_BK = pick(self.real_BT)
-        if part.valid_BK is not None:
-            real_BK = part.valid_BK if real_BK is None else real_BK & part.valid_BK
+        real_BK = self.real_BT if everyone else part.valid_BK
         narrowed = replace(
             self,
             slot_BT=part.gather(self.slot_BT),
@@ -141,7 +149,7 @@ class Tokens:
             rotary=None if self.rotary is None else (part.gather(self.rotary[0]), part.gather(self.rotary[1])),
             document_BT=pick(self.document_BT),
             real_BT=real_BK,
-            aligned=part.index_BK is not None,
+            aligned=part.index_BK is not None or self.length == 1 or (everyone and self.aligned),
             gain_BT=pick(self.gain_BT),
             forced_BT=pick(self.forced_BT),
             state={name: part.gather(value) for name, value in self.state.items()},
@@ -161,7 +169,9 @@ class Tokens:
         """Ask for the update of these tokens only; a wish of an outer mechanism stays in force."""
         if self.wanted is not None:
             kept_BT = kept_BT & self.wanted.mask(kept_BT.shape[0], kept_BT.device)
-        return replace(self, wanted=self.narrow(kept_BT))
+        part = self.narrow(kept_BT)
+        everyone = part.index_BK is None and part.valid_BK is None
+        return replace(self, wanted=None if everyone else part)
 
     def scaled(self, gain_BT: Tensor) -> Tokens:
         """With this factor on the updates, on top of any that is there."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipstone.core.records import Records
 from skipstone.evaluate.accuracy import Accuracy
-from skipstone.evaluate.statistics import Statistics
+from skipstone.evaluate.statistics import ACTIVATION_ROWS, Statistics
 from skipstone.evaluate.ways import Way, targets
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
 
@@ -41,10 +41,12 @@ class Measured:
         return None if not num_bytes else self.nats / math.log(2) / num_bytes
 
 
-def measure(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]]) -> Measured:
+def measure(
+    model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]], activations: bool = True
+) -> Measured:
     """One pass over `batches`. No figure depends on how rows are batched, up to the rounding of the model's own type."""
     nats, predictions = 0.0, 0
-    statistics, accuracy = Statistics(model), None
+    statistics, accuracy = Statistics(model, activation_rows=ACTIVATION_ROWS if activations else 0), None
     for batch in batches:
         out = way.run(model, batch, output_records=True)
         target_BT = targets(batch)

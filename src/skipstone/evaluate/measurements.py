@@ -17,9 +17,9 @@ from skipstone.evaluate.overhead import Overhead, overhead
 from skipstone.evaluate.speed import Rate, Task, decode_task, prefill_task
 from skipstone.evaluate.statistics import Statistics
 
-ROWS, SAMPLE = 8, 64  # rows a batch; rows on which capacity and FLOPs are measured
+ROWS, SAMPLE = 8, 32  # rows a batch; rows on which capacity is measured
 DECODE_BATCHES = (1, 8)
-NEW_TOKENS = 64  # at most, while decoding is timed
+NEW_TOKENS = 32  # at most, while decoding is timed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +96,7 @@ def measurements(opened: Opened, others: Opened | None, rates: Mapping[str, Rate
         raise ValueError(f"{opened.run.name}: decision 'forced' has no decisions of its own; it can only be compared on reset-s3")
     ids_BT = sample_ids(opened, ROWS, opened.context, others)
     taught = opened.ways.get("oracle", way)
-    statistics = Statistics(model)
+    statistics = Statistics(model, activation_rows=0)
     for batch in _sample(opened, ids_BT):
         statistics.add(way.run(model, batch, output_records=True).records or ())
     return Measurements(
@@ -104,7 +104,7 @@ def measurements(opened: Opened, others: Opened | None, rates: Mapping[str, Rate
         parameters=model.num_parameters(),
         way=way.name,
         context=opened.context,
-        executed=count(model, way, _sample(opened, ids_BT)[:2]),
+        executed=count(model, way, _sample(opened, ids_BT)[:1]),
         layers=statistics.layers(),
         cache=cache_bytes(model, ids_BT) if "executed" in opened.ways else None,
         overhead=overhead(model, taught, {"input_ids": ids_BT}),
@@ -124,4 +124,5 @@ def _accuracy(opened: Opened) -> Mapping[str, float] | None:
     """On all evaluation rows, where the data know the difficulty."""
     if opened.data is None or opened.data.config.corpus != "reset-s3" or opened.main is None:
         return None
-    return measure(opened.model, opened.main, batches(opened.data, ROWS * 4, opened.model.device)).accuracy
+    rows = batches(opened.data, ROWS * 4, opened.model.device)
+    return measure(opened.model, opened.main, rows, activations=False).accuracy

@@ -47,7 +47,8 @@ def open_run(folder: Path, split: str = "validation", corpus: str | None = None,
     data = _data(run, model, split, corpus, context)
     if data is not None:
         _check(run, model, data)
-    ways, lacking = ways_of(model, None if data is None else data.config.corpus)
+    was_forced = not run.is_saved_model and run.config()["train"].get("routing") == "difficulty"
+    ways, lacking = ways_of(model, None if data is None else data.config.corpus, was_forced)
     return Opened(run=run, model=model, data=data, ways=ways, lacking=lacking)
 
 

@@ -35,7 +35,7 @@ class Overhead:
     activation: float
 
 
-def overhead(model: SkipstoneForCausalLM, way: Way, batch: Mapping[str, Tensor], steps: int = 3) -> Overhead:
+def overhead(model: SkipstoneForCausalLM, way: Way, batch: Mapping[str, Tensor], steps: int = 2) -> Overhead:
     """Profile `steps` training steps (forward with noise, backward, no optimizer) after one to warm up."""
     arguments = {**way.arguments(model, batch), "noise": True, "labels": batch["input_ids"]}
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines of its own to the terminal

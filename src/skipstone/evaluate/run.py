@@ -171,7 +171,10 @@ def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) 
         split=split,
         rows=len(data.validation),
         num_bytes=data.validation_bytes,
-        measured={name: measure(model, way, batches(data, batch_size, device)) for name, way in opened.ways.items()},
+        measured={
+            name: measure(model, way, batches(data, batch_size, device), activations=way is main)
+            for name, way in opened.ways.items()
+        },
         lacking=opened.lacking,
         main=main.name,
         executed=count(model, main, batches(data, batch_size, device, rows=COUNTED_BATCHES * batch_size)),

@@ -16,12 +16,18 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.ops import reference as ops
 
 ACTIVATION_NAMES = tuple(function.__name__ for function in ops.ACTIVATIONS)
+ACTIVATION_ROWS = 64
 
 
 class Statistics:
-    """Collects with `add`; `layers()` is the result so far."""
+    """Collects with `add`; `layers()` is the result so far.
 
-    def __init__(self, model: SkipstoneForCausalLM) -> None:
+    Activations are looked at in the first `activation_rows` rows only: it takes as long as the MLPs themselves, and the
+    means hardly move from row to row.
+    """
+
+    def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
+        self._activation_rows = activation_rows
         self._blocks = [block.adjustables() for block in model.model.layers]
         self._sums: list[dict[str, _Depth | _Activation]] = [{} for _ in self._blocks]
 
@@ -29,16 +35,18 @@ class Statistics:
     def add(self, records: Sequence[Records]) -> None:
         for mechanisms, sums, decided in zip(self._blocks, self._sums, records, strict=True):
             for name, record in decided.items():
-                if name not in sums:
-                    sums[name] = _Depth() if isinstance(record, DepthRecord) else _Activation()
-                sums[name].add(mechanisms[name], record)
+                if isinstance(record, DepthRecord):
+                    sums.setdefault(name, _Depth()).add(mechanisms[name], record)
+                elif self._activation_rows:
+                    sums.setdefault(name, _Activation(self._activation_rows)).add(mechanisms[name], record)
 
     def layers(self) -> list[dict[str, dict[str, Any]]]:
         """For each block and each of its mechanisms:
 
         depth: `capacity`, kept tokens by asked tokens; `capacity_p99`, that share's 99th percentile over rows (of rows
         in which somebody was asked); `weight`, the mean factor on a kept token's update, None where none was kept.
-        activation: `shares` of the four functions and `entropy` as a share of its maximum, means over tokens and neurons.
+        activation: `shares` of the four functions and `entropy` as a share of its maximum, means over tokens and neurons
+        of the first rows.
         """
         return [{name: total.result() for name, total in sums.items()} for sums in self._sums]
 
@@ -74,14 +82,16 @@ def _quantile(x_N: Tensor, q: float) -> float | None:
 
 
 class _Activation:
-    def __init__(self) -> None:
-        self.tokens = 0
+    def __init__(self, rows: int) -> None:
+        self.rows_left, self.tokens = rows, 0
         self.shares = torch.zeros(len(ACTIVATION_NAMES), dtype=torch.float64)
         self.entropy = 0.0
 
     def add(self, mechanism: Any, record: Record) -> None:
         assert isinstance(record, ActivationRecord)
-        for row in range(len(record.asked_BT)):  # one row at a time: [T, neurons, A] is the largest tensor here
+        rows = min(self.rows_left, len(record.asked_BT))
+        self.rows_left -= rows
+        for row in range(rows):  # one at a time: [T, neurons, A] is the largest tensor here
             asked_T = record.asked_BT[row]
             part = ActivationRecord(record.logits_BTA[row : row + 1], asked_T[None])
             shares_TA, entropy_T = mechanism.shares(part)[0].double(), mechanism.entropy(part)[0].double()

@@ -54,10 +54,16 @@ WAYS = {
 }
 
 
-def ways_of(model: SkipstoneForCausalLM, corpus: str | None) -> tuple[dict[str, Way], dict[str, str]]:
-    """The ways that the model has on this corpus, and why it lacks the others (where somebody could expect them)."""
+def ways_of(
+    model: SkipstoneForCausalLM, corpus: str | None, was_forced: bool = False
+) -> tuple[dict[str, Way], dict[str, str]]:
+    """The ways that the model has on this corpus, and why it lacks the others (where somebody could expect them).
+
+    was_forced: it was trained with the known difficulty, so its own routers have learned nothing.
+    """
     lacking: dict[str, str] = {}
-    if any(isinstance(getattr(m, "decision", None), Forced) and m.capacity < 1 for m in model.adjustables()):
+    waits = any(isinstance(getattr(m, "decision", None), Forced) and m.capacity < 1 for m in model.adjustables())
+    if waits or (was_forced and depth_layers(model)):
         lacking = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
     elif _refused(model):
         lacking = dict.fromkeys(("causal", "executed"), NO_CAUSAL_FORM)

@@ -28,6 +28,6 @@ def together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def sample(folder: Path, prompt: str, *, seed: int = 0) -> dict[str, Any]:
-    """Generated text, as much as `skipstone generate` writes unasked. pieces: (text, share of the model's compute that it took)."""
+    """Generated text, as much as `skipstone generate` writes unasked. pieces: (text, share of the compute it took)."""
     pieces = stream(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}

@@ -103,7 +103,7 @@ def lookup(figures: Mapping[str, Any], key: str) -> float | None:
         if not isinstance(at, Mapping) or step not in at:
             return None
         at = at[step]
-    return None if at is None or not math.isfinite(at) else float(at)
+    return float(at) if isinstance(at, (int, float)) and math.isfinite(at) else None
 
 
 def _values(column: Column, seeds: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -122,7 +122,7 @@ class Cell:
 def _cells(column: Column, figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Cell]:
     values = {arm: _values(column, seeds) for arm, seeds in figures.items()}
     means = {arm: statistics.fmean(found) for arm, found in values.items() if found}
-    first, best = next(iter(values), None), None
+    first, best = next(iter(values)), None
     if column.better is not None and len(means) > 1:
         best = (min if column.better == "low" else max)(means.values())
     cells = {}

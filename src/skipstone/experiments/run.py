@@ -46,8 +46,7 @@ def reproduce(
     everything else is done, if arms have failed. What is recorded is never run again.
     """
     experiment = choose("experiment", name, EXPERIMENTS)
-    chosen = list(experiment.seeds[scale] if seeds is None and scale in experiment.seeds else seeds or ())
-    experiment.recipes(scale)
+    chosen = _seeds(experiment, scale, seeds)
     if readme is not None:
         readmes.check(readme, name)
     out, console = runs if out is None else out, Console(stderr=True)
@@ -62,18 +61,24 @@ def reproduce(
     return table_path(out, name)
 
 
-def _run(
-    experiment: Experiment, scale: str, seeds: Sequence[int], runs: Path, out: Path, console: Console
-) -> list[str]:
+def _seeds(experiment: Experiment, scale: str, seeds: Sequence[int] | None) -> list[int]:
+    own = choose(f"scale of experiment {experiment.name!r}", scale, experiment.seeds)
+    chosen = list(own if seeds is None else seeds)
+    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds must be at least one seed, none negative, none twice; got {chosen}")
+    return chosen
+
+
+def _run(experiment: Experiment, scale: str, seeds: list[int], runs: Path, out: Path, console: Console) -> list[str]:
     corpus, reason = first_available(experiment.corpora)
     if reason:
         console.print(f"using {corpus}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     arms = experiment.recipes(scale, corpus)
     session = Session(experiment=experiment, scale=scale, arms=arms, runs=runs, out=out, console=console)
-    done, total = session.finished(list(seeds)), len(arms) * len(seeds)
+    done, total = session.finished(seeds), len(arms) * len(seeds)
     session.say(f"{experiment.purpose} ({done} of {total} runs recorded)")
     try:
-        session.run(list(seeds))
+        session.run(seeds)
     except (KeyboardInterrupt, SystemExit):
         session.say("stopped; the same command goes on from here")
         raise

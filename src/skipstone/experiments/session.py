@@ -98,8 +98,6 @@ class Session:
         records.write_text(note, json.dumps(recipe, indent=1) + "\n")
 
     def _record(self, arm: str, seed: int, figures: dict[str, Any]) -> None:
-        environment = Run(self.folder(arm, seed)).environment()
-        environment.pop("command", None)  # of that process: it holds paths of this machine
         record = Record(
             experiment=self.experiment.name,
             scale=self.scale,
@@ -107,7 +105,7 @@ class Session:
             seed=seed,
             config=self.arms[arm],
             digest=digest(self.arms[arm]),
-            environment=environment,
+            environment=_public(Run(self.folder(arm, seed)).environment()),
             command=self.command,
             figures=figures,
         )
@@ -148,6 +146,13 @@ class Session:
         if not self.spent:
             return f" ({left} to do)"
         return f" ({left} to do, about {_duration(left * sum(self.spent) / len(self.spent))})"
+
+
+def _public(environment: dict[str, Any]) -> dict[str, Any]:
+    """Without the command lines of the processes that trained, which hold paths of the machine."""
+    resumed = [{k: v for k, v in entry.items() if k != "command"} for entry in environment.get("resumed", [])]
+    kept = {name: value for name, value in environment.items() if name not in ("command", "resumed")}
+    return {**kept, "resumed": resumed} if resumed else kept
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +85,16 @@ def _ends(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _pieces(steps: Iterator[Step], text: Detokenizer) -> Iterator[Piece]:
-    waiting: list[float] = []  # of tokens whose text is not out yet
+    pending: list[float] = []  # of tokens whose text is not all out yet
     for step in steps:
-        waiting.append(float(step.compute_B[0]))
-        if piece := text.push(int(step.token_B[0])):
-            yield Piece(text=piece, compute=sum(waiting) / len(waiting))
-            waiting.clear()
+        pending.append(float(step.compute_B[0]))
+        piece, rest = text.push(int(step.token_B[0])), pending[-1:] if text.waiting else []
+        if piece:
+            yield _piece(piece, pending[: len(pending) - len(rest)] or pending)
+            pending = rest
     if piece := text.flush():
-        yield Piece(text=piece, compute=sum(waiting) / len(waiting))
+        yield _piece(piece, pending)
+
+
+def _piece(text: str, compute: Sequence[float]) -> Piece:
+    return Piece(text=text, compute=sum(compute) / len(compute))

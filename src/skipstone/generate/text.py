@@ -24,15 +24,16 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = list(prompt)[-CONTEXT:]
         self._done = len(self._decoded())  # characters of the window that are handed out
+        self.waiting = False  # whether the last character lacks bytes
 
     def push(self, token: int) -> str:
         """Text that `token` completes; empty while a character waits for its other bytes."""
         self._ids.append(token)
         text = self._decoded()
-        waiting = text.endswith(INCOMPLETE)
+        self.waiting = text.endswith(INCOMPLETE)
         # What stands before a last incomplete character cannot change any more, bytes that are no text included.
-        new = self._take(text[:-1] if waiting else text)
-        if not waiting:
+        new = self._take(text[:-1] if self.waiting else text)
+        if not self.waiting:
             self._ids = self._ids[-CONTEXT:]
             self._done = len(self._decoded())
         return new

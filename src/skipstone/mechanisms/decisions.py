@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
@@ -132,6 +133,11 @@ class EmaThreshold(Decision):
         super().__init__(capacity, width, seed)
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def reset_parameters(self) -> None:
+        """For checkpoints without these buffers, which transformers allocates without a value."""
+        init.zeros_(self.threshold)
+        init.zeros_(self.steps)
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return self.causal(score_BT, x_BTD, tokens)

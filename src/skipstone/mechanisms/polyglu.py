@@ -102,10 +102,8 @@ class PolyGLU(Adjustable):
         """beta * gate_net(context), fp32 [B, T or 1, A]."""
         z_BTR = linear_fp32(x_BTD, self.context_weight)
         if self.config.context == "sequence":
-            if cache is not None:
-                raise ValueError(
-                    "context 'sequence' sees the whole row and cannot be cached; use context 'running_mean'"
-                )
+            if tokens.mode.routing == "causal":
+                self.require_causal()
             mean_BTR = sequence_mean(z_BTR, tokens)
         else:
             mean_BTR = running_mean(z_BTR, tokens, cache, self.place.name)
@@ -135,10 +133,12 @@ class PolyGLU(Adjustable):
         logits_BTA = x_BTD.new_full((*x_BTD.shape[:2], NUM_ACTIVATIONS), float("nan"), dtype=torch.float32)
         return ActivationRecord(logits_BTA, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
-    def unready(self) -> str | None:
-        if self.config.context == "running_mean":
-            return None
-        return "context 'sequence' sees the future: generation with it is not what was trained"
+    def require_causal(self) -> None:
+        if self.config.context == "sequence":
+            raise ValueError(
+                "context 'sequence' of polyglu sees the whole row and cannot generate; train with context 'running_mean', "
+                "or pass routing='oracle' to evaluate with sight of the future"
+            )
 
     def flops(self, tokens: float, oracle: bool) -> float:
         contexts = min(tokens, 1) if self.config.context == "sequence" else tokens

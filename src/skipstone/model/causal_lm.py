@@ -135,7 +135,14 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             yield from block.adjustables().values()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generation, with causal decisions and without noise, whatever mode the model is in."""
+        """transformers' generation, with causal decisions and without noise, whatever mode the model is in.
+
+        Raises ValueError for decisions that see the whole row, and for caches that cannot hold rows of differing length.
+        """
+        settings = kwargs.get("generation_config") or self.generation_config
+        kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation {kind!r} cannot hold what blocks that skip tokens keep; leave it out")
         for mechanism in self.adjustables():
             mechanism.require_causal()
         for reason in {reason for m in self.adjustables() if (reason := m.unready())}:

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.o_proj = OutputLinear(inner, shape.hidden_size, bias=shape.output_bias)
         self.q_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
         self.k_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
-        self.residual_dropout = nn.Dropout(shape.residual_dropout)
+        self.residual_dropout = nn.Dropout(shape.residual_dropout) if shape.residual_dropout else nn.Identity()
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> Tensor:
         """Update of the tokens that ask, [B, K, D]: all T unless `tokens.wanted` names some of them."""

@@ -57,7 +57,7 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(width, neurons, bias=bias)
         self.down_proj = OutputLinear(neurons, width, bias=bias)
         self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
@@ -76,7 +76,7 @@ class PlainMLP(nn.Module):
         self.up_proj = nn.Linear(width, neurons, bias=bias)
         self.down_proj = OutputLinear(neurons, width, bias=bias)
         self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None

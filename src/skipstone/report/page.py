@@ -45,9 +45,18 @@ def context(runs: Sequence[Shown], samples: Mapping[str, Pieces]) -> dict[str, A
         "activation_names": list(zip(ACTIVATIONS, SERIES, strict=False)),
         "entropy": _entropy(runs),
         "samples": [(run, layers.coloured(samples[run.name])) for run in runs if run.name in samples],
-        "troubles": [run for run in runs if run.trouble],
+        "troubles": _troubles(runs),
         "configurations": [(run, _yaml(run.config), _yaml(run.environment)) for run in runs],
     }
+
+
+def _troubles(runs: Sequence[Shown]) -> dict[str, list[str]]:
+    """Why pictures are missing, with the names of the runs it is true of."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run.trouble:
+            found.setdefault(run.trouble, []).append(run.name)
+    return found
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -52,7 +52,7 @@ def show(run: Run, name: str, index: int) -> Shown:
         config=run.config(),
         environment=run.environment(),
         metrics=run.metrics(),
-        result=run.result(),
+        result=run.result() if run.finished else {},
         mechanisms=mechanisms,
         set_capacity=capacity,
         anatomy=anatomy,

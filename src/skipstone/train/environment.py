@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout that tracks this folder, and whether it holds changes; (None, None) where there is none."""
+    """Commit of the checkout that tracks this folder, and whether it holds changes; (None, None) without one."""
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None, None
     commit = _git(folder, "rev-parse", "HEAD")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import statistics
@@ -13,19 +12,15 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.config import SkipstoneConfig
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
 from skipstone.train import folder as folders
 from skipstone.train import setup
 from skipstone.train.config import Recipe, read_recipe, to_dict
 from skipstone.train.trainer import RunTrainer
-from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignals
-
-log = logging.getLogger(__name__)
+from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignals, quiet
 
 
 def train(config: Mapping[str, Any], *, out: Path | None = None, resume: bool = False, progress: bool = True) -> Path:
@@ -100,19 +95,20 @@ def _fit(
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.obstacle is not None and main:
-        print(f"validation without causal loss: {trainer.obstacle}", file=sys.stderr)  # noqa: T201
+        print(f"skipstone: no causal loss in validation: {trainer.obstacle}", file=sys.stderr)  # noqa: T201
     if checkpoint is not None:
         trainer.window.load(checkpoint)
     trainer.window.start()
     try:
-        with stop.installed():
+        with stop.installed(), quiet():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
     if trainer.state.global_step < recipe.train.steps:
         _interrupted(stop, folder, trainer.state.global_step)
     if main:
-        _finish(recipe, data, trainer, folder)
+        with quiet():
+            _finish(data, trainer, folder)
     return folder
 
 
@@ -127,7 +123,7 @@ def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
     raise Interrupted(128 + stop.received)
 
 
-def _finish(recipe: Recipe, data: PreparedData, trainer: RunTrainer, folder: Path) -> None:
+def _finish(data: PreparedData, trainer: RunTrainer, folder: Path) -> None:
     """The final model with its card, then the summary."""
     lines = Run(folder).metrics()
     training = [line for line in lines if line["split"] == "train"]

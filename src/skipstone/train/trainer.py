@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,7 @@ class RunTrainer(RoutingTrainer):
         if not math.isfinite(loss):
             raise ValueError(
                 f"the training loss became {loss} between step {self.window.began} and step {self.state.global_step}, "
-                "so the run has stopped; lower train.learning_rate, lengthen train.warmup_steps or set train.precision=fp32"
+                "so the run has stopped; lower train.learning_rate, or lengthen train.warmup_steps"
             )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -142,7 +141,8 @@ class RunTrainer(RoutingTrainer):
                 metrics |= {f"eval_{name}": value for name, value in meter.read().items()}
         model.train(was_training)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        handler = self.callback_handler
+        self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _validation_loss(self, routing: str, meter: Meter) -> float:
@@ -173,6 +173,6 @@ class RunTrainer(RoutingTrainer):
         if self.args.should_save:
             (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
             self.window.save(partial / name)
-            os.replace(partial / name, folder / name)
+            (partial / name).replace(folder / name)
             partial.rmdir()
             rotate_checkpoints(str(folder), self.recipe.keep_checkpoints)

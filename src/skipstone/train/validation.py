@@ -24,7 +24,7 @@ def causal_obstacle(model: Any) -> str | None:
 
 
 def batches(data: PreparedData, rows: int | None, size: int, part: int = 0, parts: int = 1) -> Iterator[Row]:
-    """The first `rows` validation rows (None: all), `size` at a time; of `parts` processes each takes every parts-th."""
+    """The first `rows` validation rows (None: all), `size` at a time; `parts` processes take turns."""
     count = min(rows or len(data.validation), len(data.validation))
     for start in range(part * size, count, parts * size):
         yield data.collate(data.validation.__getitems__(list(range(start, min(start + size, count)))))
@@ -38,7 +38,9 @@ def loss_sums(
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in rows:
         batch = {name: value.to(device) for name, value in batch.items()}
-        out = model(**batch, routing=routing(batch), noise=False, use_cache=False, output_records=True, num_items_in_batch=1)
+        out = model(
+            **batch, routing=routing(batch), noise=False, use_cache=False, output_records=True, num_items_in_batch=1
+        )
         total[0] += out.token_loss
         total[1] += predictions(batch)
         meter.add(model.adjustables(), out.records)

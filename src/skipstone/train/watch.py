@@ -12,13 +12,14 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 VALIDATION = "eval_"  # how Trainer and its integrations mark what validation measured
-LOSSES = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "causal"}
+SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "causal", "tokens_per_second": "tokens/s"}
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON object a line: step, split, then what was measured. `causal_loss` is null where there is no causal pass."""
+    """One JSON object a line: step, split, then what was measured. `causal_loss` is null without a causal pass."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,11 +64,11 @@ class Progress(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.shown |= {short: logs[name] for name, short in LOSSES.items() if name in (logs or {})}
-        self.shown |= {"tokens/s": logs["tokens_per_second"]} if logs and "tokens_per_second" in logs else {}
+        logs = logs or {}
+        self.shown |= {short: logs[name] for name, short in SHOWN.items() if name in logs}
         if self.bar is not None:
             self.bar.update(self.task, description=self.summary())
-        elif state.is_world_process_zero and logs and "eval_oracle_loss" in logs:
+        elif state.is_world_process_zero and "eval_oracle_loss" in logs:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {self.summary()}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -81,6 +82,18 @@ class Progress(TrainerCallback):
 
     def summary(self) -> str:
         return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars for every file that is written."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class StopSignals(TrainerCallback):

@@ -12,15 +12,17 @@ from skipstone_cli.paths import existing_dir
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, the first is the baseline.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of saved models.")],
+    dense: Annotated[Path | None, typer.Option(metavar="RUN", help="Reset-S3: dense run of equal FLOPs.")] = None,
+    forced: Annotated[Path | None, typer.Option(metavar="RUN", help="Reset-S3: run routed by known difficulty.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here as Markdown.")] = None,
 ) -> None:
     """Put runs beside each other: loss, executed FLOPs, capacity, speed, memory, energy."""
-    for run in runs:
+    for run in [*runs, *(twin for twin in (dense, forced) if twin is not None)]:
         existing_dir(run, "run folder")
     check_targets(json=json, markdown=markdown)
 
     from skipstone.evaluate.compare import compare as measure
 
-    publish(measure(runs), json=json, markdown=markdown)
+    publish(measure(runs, dense=dense, forced=forced), json=json, markdown=markdown)

@@ -15,8 +15,10 @@ from skipstone_cli.shading import show
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="Above 0; lower is safer.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many tokens; 128, or what the context leaves, if absent.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 0; lower is safer; 0.8 if absent.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.data.synthetic import BINS
-from skipstone.evaluate.accuracy import MEASURED, OVERALL, headroom
+from skipstone.evaluate.accuracy import MEASURED, OVERALL, headroom_captured
 from skipstone.experiments import measure
 from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
 
 CAPACITY = 0.25  # the share of entries that are operations
 BLOCKS = 8  # of the routed models, and of the deepest dense one
 DENSE = (2, 4, 8)
+JUDGED = ("mod-learned", "mod-random")  # the arms whose headroom is measured
 SIZES: dict[str, dict[str, Any]] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 2000, "batch_size": 32, "rate": 2e-3},
     "paper": {"hidden_size": 256, "num_attention_heads": 8, "steps": 20000, "batch_size": 256, "rate": 1e-3},
@@ -67,15 +68,21 @@ def measured(folder: Path) -> Figures:
 
 def captured(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """headroom of the routed arms: where they stand between dense models of equal executed FLOPs and the forced arm."""
-    dense = sorted((figures[arm]["flops"], figures[arm]["accuracy"]) for arm in figures if arm.startswith("dense-"))
+    dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get("mod-forced")
     if not dense or forced is None:
         return {}
-    found: dict[str, Figures] = {}
-    for arm in ("mod-learned", "mod-random"):
-        if arm in figures:
-            equal = {name: interpolate(figures[arm]["flops"], [(f, a[name]) for f, a in dense]) for name in MEASURED}
-            found[arm] = {"headroom": headroom(figures[arm]["accuracy"], equal, forced["accuracy"])}
+    used = [*dense, forced, *(figures[arm] for arm in JUDGED if arm in figures)]
+    bins = [name for name in MEASURED if all(found["accuracy"][name] is not None for found in used)]
+    return {arm: {"headroom": _headroom(figures[arm], dense, forced, bins)} for arm in JUDGED if arm in figures}
+
+
+def _headroom(arm: Figures, dense: list[Figures], forced: Figures, bins: list[str]) -> dict[str, float]:
+    found = {}
+    for name in bins:
+        points = sorted((model["flops"], model["accuracy"][name]) for model in dense)
+        equal = interpolate(arm["flops"], points)
+        found[name] = headroom_captured(arm["accuracy"][name], equal, forced["accuracy"][name])
     return found
 
 

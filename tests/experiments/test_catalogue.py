@@ -1,0 +1,132 @@
+"""The registered experiments are what they say, and what is published can be rendered again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skipstone.experiments import records
+from skipstone.experiments.catalogue import EXPERIMENTS
+from skipstone.experiments.catalogue.reset_s3 import captured, interpolate
+from skipstone.experiments.registry import SCALES, Experiment, seeded
+from skipstone.experiments.render import render
+from skipstone.experiments.timing import training_speeds
+from skipstone.model.config import SkipstoneConfig
+from skipstone.train.config import read_recipe
+from skipstone.train.run import train
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+ALL = [(name, scale) for name, e in EXPERIMENTS.items() for scale in e.seeds]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_names_and_scales(name: str) -> None:
+    assert EXPERIMENTS[name].name == name
+    assert set(EXPERIMENTS[name].seeds) <= set(SCALES)
+    assert "laptop" in EXPERIMENTS[name].seeds
+
+
+@pytest.mark.parametrize(("name", "scale"), ALL)
+def test_every_recipe_can_be_built(name: str, scale: str) -> None:
+    for arms in EXPERIMENTS[name].variants(scale):
+        assert len(arms) > 1
+        for recipe in arms.values():
+            read_recipe(seeded(recipe, 1))
+            SkipstoneConfig.from_plain(recipe["model"])
+
+
+@pytest.mark.parametrize(("name", "scale"), ALL)
+def test_recipes_are_fresh_values(name: str, scale: str) -> None:
+    experiment = EXPERIMENTS[name]
+    first = experiment.recipes(scale)
+    next(iter(first.values()))["train"]["steps"] = -1
+    assert next(iter(experiment.recipes(scale).values()))["train"]["steps"] > 0
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/records")), ids=lambda path: path.parent.name)
+def test_what_is_published_is_what_its_records_say(path: Path) -> None:
+    experiment = EXPERIMENTS[path.parent.name]
+    page = (RESULTS / f"{experiment.name}.md").read_bytes()
+    assert render(experiment, records.read_all(RESULTS, experiment.name)).encode() == page
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "demo": {"model": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}, "data": {"context": 32}},
+    "reset_s3": {"model": {"hidden_size": 16, "num_attention_heads": 2}, "data": {"context": 24}},
+}
+STEPS = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "eval_rows": 2}
+
+
+def shrunk(experiment: Experiment, arm: str) -> dict[str, Any]:
+    """An arm as it is, but for its size."""
+    recipe = experiment.recipes("laptop", next(iter(reversed(experiment.corpora)), None))[arm]
+    small = SMALL[experiment.name]
+    mechanisms = recipe["model"].get("mechanisms")
+    model = {**recipe["model"], **small["model"], **({"mechanisms": mechanisms} if mechanisms else {})}
+    data = {**recipe["data"], **small["data"], "validation_rows": 4}
+    return {"model": model, "data": data, "train": {**recipe["train"], **STEPS}}
+
+
+def test_reset_s3_from_training_to_headroom(tmp_path: Path) -> None:
+    experiment = EXPERIMENTS["reset_s3"]
+    figures = {}
+    for arm in experiment.recipes("laptop"):
+        figures[arm] = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / arm, progress=False))
+    assert figures["mod-learned"]["flops"] < figures["dense-8"]["flops"]
+    assert set(figures["mod-forced"]["evaluation"]["ways"]) == {"forced"}
+    derived = captured(figures)
+    assert set(derived) == {"mod-learned", "mod-random"}
+    assert set(derived["mod-learned"]["headroom"]) == set(figures["mod-learned"]["accuracy"])
+
+
+@pytest.mark.slow
+def test_the_demo_from_training_to_speeds(tmp_path: Path) -> None:
+    experiment = EXPERIMENTS["demo"]
+    runs = {
+        arm: train(shrunk(experiment, arm), out=tmp_path / arm, progress=False) for arm in experiment.recipes("laptop")
+    }
+    alone = {arm: experiment.measure(folder) for arm, folder in runs.items()}
+    assert experiment.together is not None
+    beside = experiment.together(runs)
+    assert experiment.details is not None
+    assert "def " in experiment.details(alone)
+    for column in experiment.columns:
+        for arm in runs:
+            steps, at = column.key.split("."), {**alone[arm], **beside[arm]}
+            for step in steps:
+                at = at[step]
+            assert at > 0, (arm, column.key)
+
+
+def test_training_is_timed_in_turns(tmp_path: Path) -> None:
+    experiment = EXPERIMENTS["reset_s3"]
+    runs = {
+        arm: train(shrunk(experiment, arm), out=tmp_path / arm, progress=False) for arm in ("dense-2", "mod-forced")
+    }
+    speeds = training_speeds(runs, rounds=2)
+    assert list(speeds) == list(runs)
+    assert all(speed["tokens_per_second"] > 0 and speed["rounds"] == 2 for speed in speeds.values())
+
+
+@pytest.mark.parametrize(("x", "y"), [(0.0, 1.0), (1.0, 1.0), (1.5, 2.0), (2.0, 3.0), (9.0, 3.0)])
+def test_interpolate(x: float, y: float) -> None:
+    assert interpolate(x, [(1.0, 1.0), (2.0, 3.0)]) == pytest.approx(y)
+
+
+def test_headroom_is_measured_at_equal_flops() -> None:
+    def arm(flops: float, accuracy: float) -> dict[str, Any]:
+        return {"flops": flops, "accuracy": dict.fromkeys(("0-3", "4-7", "8-15", "16+", "all operations"), accuracy)}
+
+    figures = {
+        "dense-2": arm(2.0, 0.2),
+        "dense-4": arm(4.0, 0.4),
+        "mod-learned": arm(3.0, 0.5),
+        "mod-random": arm(3.0, 0.3),
+        "mod-forced": arm(3.0, 0.7),
+    }
+    derived = captured(figures)
+    assert derived["mod-learned"]["headroom"]["16+"] == pytest.approx(0.5)
+    assert derived["mod-random"]["headroom"]["all operations"] == pytest.approx(0.0)
+    assert captured({"dense-2": arm(1.0, 0.1)}) == {}

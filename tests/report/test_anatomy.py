@@ -1,0 +1,100 @@
+"""What the pictures are drawn from agrees with the model's own records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.report.anatomy import Anatomy, dissect
+from skipstone.report.layers import coloured, visible
+from skipstone.runs import Run
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def model(*mechanisms: dict[str, object], **options: object) -> SkipstoneForCausalLM:
+    config = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, **options}
+    return SkipstoneForCausalLM(SkipstoneConfig.from_plain({**config, "mechanisms": list(mechanisms)}))
+
+
+def seen(routed: SkipstoneForCausalLM, **options: torch.Tensor) -> Anatomy:
+    return dissect(routed, {"input_ids": IDS}, list("abcdef"), **options)  # type: ignore[arg-type]
+
+
+def test_a_dense_model_does_everything_for_everyone() -> None:
+    anatomy = seen(model())
+    assert anatomy.depth == 1.0
+    assert anatomy.weight_LT == [[1.0] * 6] * 2
+    assert (anatomy.routed, anatomy.capacity, anatomy.shares) == (frozenset(), {}, {})
+
+
+def test_skipped_tokens_weigh_nothing() -> None:
+    mod = {"name": "mixture_of_depths", "layers": [1], "capacity": 0.5, "decision": "positional", "weight": "sigmoid"}
+    anatomy = seen(model(mod))
+    assert anatomy.routed == {1}
+    assert anatomy.capacity == {1: {"mixture_of_depths": 0.5}}
+    assert [weight > 0 for weight in anatomy.weight_LT[1]] == anatomy.kept_LT[1]
+    assert anatomy.depth == pytest.approx(0.75)
+    assert 0 < anatomy.strongest < 1
+
+
+def test_a_mechanism_on_the_mlp_counts_for_half_a_block() -> None:
+    mod = {"name": "mixture_of_depths", "layers": [0], "on": "mlp", "capacity": 0.5, "decision": "positional"}
+    anatomy = seen(model(mod))
+    assert anatomy.depth == pytest.approx(1 - 0.5 / 4)
+    assert all(anatomy.kept_LT[0]), "attention is computed for every token"
+
+
+def test_decisions_that_need_the_row_are_made_with_it() -> None:
+    anatomy = seen(model({"name": "mixture_of_depths", "layers": [1], "capacity": 0.5, "decision": "topk"}))
+    assert anatomy.routing == "oracle"
+    assert anatomy.capacity[1]["mixture_of_depths"] == 0.5
+
+
+def test_imposed_decisions_are_shown_as_imposed() -> None:
+    forced = model({"name": "mixture_of_depths", "layers": [1], "decision": "forced"})
+    with pytest.raises(ValueError, match="forced"):
+        seen(forced)
+    known_BT = torch.tensor([[True, False, True, False, False, False]] * 2)
+    anatomy = seen(forced, known_BT=known_BT)
+    assert anatomy.routing == "forced"
+    assert anatomy.kept_LT[1] == known_BT[0].tolist()
+
+
+def test_shares_of_activations_sum_to_one_and_start_undecided() -> None:
+    anatomy = seen(model(activation={"name": "polyglu"}))
+    assert set(anatomy.shares) == {0, 1}
+    for layer in (0, 1):
+        assert sum(anatomy.shares[layer]) == pytest.approx(1.0)
+        assert anatomy.entropy[layer] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_padding_does_not_count() -> None:
+    mask_BT = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
+    mod = {"name": "mixture_of_depths", "layers": [1], "capacity": 0.5, "decision": "positional"}
+    anatomy = dissect(model(mod), {"input_ids": IDS, "attention_mask": mask_BT}, list("abcdef"))
+    assert anatomy.capacity[1]["mixture_of_depths"] == 0.5
+    assert anatomy.depth == pytest.approx(0.75)
+
+
+def test_the_model_of_a_run_is_left_as_it_was(runs: dict[str, Path]) -> None:
+    run = Run(runs["routed"])
+    trained = run.load_model().train()
+    data = run.data()
+    dissect(trained, data.collate([data.validation[0]]), ["a"])
+    assert trained.training
+
+
+def test_white_space_and_control_characters_are_made_visible() -> None:
+    assert visible(" \n\t\x1b\x00a") == "·↵⇥��a"
+
+
+def test_coloured_text_is_escaped_and_keeps_its_lines() -> None:
+    html = coloured([("<a>\n", 0.5), ("\x00", 2.0)])
+    assert "&lt;a&gt;\n" in html
+    assert "\x00" not in html
+    assert "--depth-share: 0.5" in html
+    assert "--depth-share: 1" in html

@@ -1,0 +1,116 @@
+"""Law 10: a run that was stopped and resumed is the run that was not, bit for bit: weights and logged figures."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from train.tool import MODELS, at_step, equal, lines, recipe, train, weights
+
+from skipstone.data.packing import RandomWindows
+from skipstone.train.watch import Interrupted
+
+
+class PowerCut(RuntimeError):
+    pass
+
+
+def cut() -> None:
+    raise PowerCut
+
+
+def same(one: Path, other: Path) -> bool:
+    return equal(weights(one), weights(other)) and lines(one) == lines(other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_resume_is_exact(name: str, tmp_path: Path) -> None:
+    config = recipe(tmp_path, MODELS[name])
+    whole = train(config, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    with at_step(7, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted) as left:
+        train(config, stopped)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (stopped / "checkpoints").glob("*")] != []
+    assert (stopped / "checkpoints" / "checkpoint-7").is_dir()
+    assert not (stopped / "model").exists()
+    train(config, stopped, resume=True)
+    assert same(whole, stopped)
+
+
+@pytest.mark.parametrize("name", ["all", "random"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16"}, {"activation_checkpointing": True, "gradient_accumulation": 2}],
+    ids=["plain", "bf16", "checkpointed"],
+)
+def test_resume_after_a_crash_is_exact(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    config = recipe(tmp_path, MODELS[name], **options)
+    whole = train(config, tmp_path / "whole")
+    crashed = tmp_path / "crashed"
+    with at_step(10, cut), pytest.raises(PowerCut):
+        train(config, crashed)
+    assert [line["step"] for line in lines(crashed)] == [1, 3, 5, 6, 9]
+    train(config, crashed, resume=True)
+    assert same(whole, crashed)
+    resumed = json.loads((crashed / "environment.json").read_text())["resumed"]
+    assert [entry["step"] for entry in resumed] == [5]
+    assert resumed[0]["changed"] == {}
+
+
+def test_a_crash_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    config = recipe(tmp_path, MODELS["all"])
+    whole = train(config, tmp_path / "whole")
+    with at_step(4, cut), pytest.raises(PowerCut):
+        train(config, tmp_path / "crashed")
+    train(config, tmp_path / "crashed", resume=True)
+    assert same(whole, tmp_path / "crashed")
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(tmp_path, MODELS["polyglu"])
+    whole = train(config, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer._save_rng_state", lambda *_: cut())
+        with pytest.raises(PowerCut):
+            train(config, broken)
+    assert [path.name for path in (broken / "checkpoints").iterdir()] == [".partial"]
+    train(config, broken, resume=True)
+    assert same(whole, broken)
+
+
+def test_resuming_reads_no_row_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(tmp_path, MODELS["dense"])
+    with at_step(7, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    read: list[int] = []
+    batch = RandomWindows.batch
+
+    def watched(self: RandomWindows, index_B: np.ndarray[Any, Any]) -> Any:
+        read.extend(index_B.tolist())
+        return batch(self, index_B)
+
+    monkeypatch.setattr(RandomWindows, "batch", watched)
+    train(config, tmp_path / "run", resume=True)
+    assert read == list(range(7 * 4, 12 * 4))
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(tmp_path, MODELS["dense"], steps=2)
+    folder = train(config, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert train(config, folder, resume=True) == folder
+    assert "finished already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    folder = train(recipe(tmp_path, MODELS["dense"], save_every=2, keep_checkpoints=3), tmp_path / "run")
+    found = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert found == ["checkpoint-10", "checkpoint-12", "checkpoint-8"]
+    assert not list(folder.rglob("training_args.bin"))

@@ -1,0 +1,104 @@
+"""Stop signals, the progress line, metrics lines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from train.tool import DENSE, MODELS, equal, lines, recipe, train, weights
+
+from skipstone.runs import last_checkpoint
+from skipstone.train.watch import Progress, StopSignals, metrics_line
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+def test_lines_of_metrics() -> None:
+    assert metrics_line(3, {"loss": 1.0, "epoch": 0.5}) == {"step": 3, "split": "train", "loss": 1.0}
+    assert metrics_line(4, {"eval_oracle_loss": 2.0, "epoch": 1}) == {
+        "step": 4, "split": "validation", "oracle_loss": 2.0, "causal_loss": None,
+    }  # fmt: skip
+
+
+def test_progress_is_a_line_a_validation_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=9, global_step=3)
+    progress.on_train_begin(None, state, None)
+    progress.on_log(None, state, None, {"loss": 2.5, "tokens_per_second": 1234.5})
+    progress.on_log(None, state, None, {"eval_oracle_loss": 2.25})
+    progress.on_train_end(None, state, None)
+    assert capsys.readouterr().err == "step 3/9  loss 2.5000  tokens/s 1,234  oracle 2.2500\n"
+
+
+def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    progress = Progress()
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=9, global_step=0)
+    progress.on_train_begin(None, state, None)
+    state.global_step = 4
+    progress.on_step_end(None, state, None)
+    progress.on_log(None, state, None, {"loss": 2.5})
+    progress.close()
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "4/9" in shown
+    assert "loss 2.5000" in shown
+
+
+def test_a_second_signal_is_not_held_back() -> None:
+    stop = StopSignals()
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.installed():
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
+    config = recipe(tmp_path, MODELS["all"], steps=200, save_every=0, eval_every=0)
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "skipstone_cli.main", "train", str(file), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        while not (out / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    checkpoint = last_checkpoint(out)
+    assert checkpoint is not None
+    step = checkpoint.name.rpartition("-")[2]
+    assert f"stopped by {number.name} after step {step}; a checkpoint is saved. Go on with" in errors
+    assert f"--resume --out {out}" in errors
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, check=True)
+    assert f"run folder: {out}" in done.stdout
+    whole = train(config, tmp_path / "whole")
+    assert equal(weights(whole), weights(out))
+    assert lines(whole) == lines(out)
+
+
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(tmp_path, DENSE)))
+    command = [sys.executable, "-m", "skipstone_cli.main", "train", str(file), "train.lerning_rate=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)})
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert "did you mean 'learning_rate'" in done.stderr

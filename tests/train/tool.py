@@ -1,0 +1,97 @@
+"""Small runs: a model of width 32 on a few kilobytes of text, a second each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from skipstone.train import run
+from skipstone.train.watch import StopSignals
+
+SENTENCE = "It was the best of times, it was the worst of times, it was the age of wisdom, it was foolishness. "
+
+DENSE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def mod(decision: str, **options: Any) -> dict[str, Any]:
+    return {"name": "mixture_of_depths", "layers": ":", "capacity": 0.25, "decision": decision, **options}
+
+
+TSA = {"name": "token_selective", "layers": ":"}
+EXIT = {"name": "early_exit", "layers": ":"}
+POLYGLU = {"name": "polyglu"}
+
+# Every family, with whatever draws random numbers or keeps state of its own.
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {**DENSE, "embedding_dropout": 0.1, "residual_dropout": 0.1},
+    "topk": {**DENSE, "mechanisms": [mod("topk", weight="tanh")]},
+    "threshold": {**DENSE, "mechanisms": [mod("threshold")]},
+    "predictor": {**DENSE, "mechanisms": [mod("predictor")]},
+    "ema_threshold": {**DENSE, "mechanisms": [mod("ema_threshold")]},
+    "random": {**DENSE, "mechanisms": [mod("random", weight="none")]},
+    "token_selective": {**DENSE, "mechanisms": [TSA]},
+    "early_exit": {**DENSE, "mechanisms": [EXIT]},
+    "polyglu": {**DENSE, "activation": POLYGLU},
+    "all": {**DENSE, "mechanisms": [mod("ema_threshold"), TSA, EXIT], "activation": POLYGLU},
+}
+# Those whose training step draws no random numbers, so that it may be cut into micro-batches at will.
+QUIET = {name: model for name, model in MODELS.items() if name not in ("dense", "random", "polyglu", "all")}
+QUIET["polyglu"] = {**DENSE, "activation": {"name": "polyglu", "noise": False}}
+
+
+def text_file(folder: Path) -> Path:
+    """Its text varies from line to line, so that a row's place matters."""
+    path = folder / "text.txt"
+    path.write_text("".join(f"{i * i} {SENTENCE[i % 50 :]}" for i in range(60)), encoding="utf-8")
+    return path
+
+
+def recipe(folder: Path, model: dict[str, Any], **train: Any) -> dict[str, Any]:
+    """12 steps of 4 rows of 32 characters, on text written to `folder`."""
+    short = {"steps": 12, "batch_size": 4, "warmup_steps": 2, "learning_rate": 0.01, "log_every": 3}
+    often = {"eval_every": 5, "eval_rows": 6, "save_every": 5}
+    data = {"corpus": f"text:{text_file(folder)}", "tokenizer": "char", "context": 32}
+    return {"model": model, "data": data, "train": {**short, **often, **train}}
+
+
+def train(config: dict[str, Any], out: Path, resume: bool = False) -> Path:
+    return run.train(config, out=out, resume=resume, progress=False)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def lines(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """metrics.jsonl without times, which differ from run to run."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in found if split in (None, line["split"])
+    ]
+
+
+@contextmanager
+def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Do something at the end of a step, before anything is logged or saved."""
+    before = StopSignals.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            act()
+        before(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopSignals, "on_step_end", on_step_end)
+        yield
