@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # Five steps from the least to the most compute: dark blue to yellow, readable for the colour-blind.
-STEPS = ("white on #30346b", "white on #2d6a8a", "black on #2fa08b", "black on #84d05a", "black on #f4e04d")
+STEPS = (
+    "#ffffff on #30346b",
+    "#ffffff on #2d6a8a",
+    "#000000 on #2fa08b",
+    "#000000 on #84d05a",
+    "#000000 on #f4e04d",
+)
 
 
 class Piece(Protocol):
@@ -66,7 +72,9 @@ def _shade(pieces: Iterable[Piece], console: Console) -> None:
         console.file.flush()
     console.print("\n")
     average = f"   mean {100 * sum(seen) / len(seen):.0f}%" if seen else ""
-    console.print(Text.assemble("compute of a token: ", *((f" {bound} ", s) for bound, s in _legend()), average))
+    console.print(
+        Text.assemble("compute spent to choose a token: ", *((f" {bound} ", s) for bound, s in _legend()), average)
+    )
 
 
 def visible(text: str) -> str:

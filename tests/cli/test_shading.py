@@ -43,7 +43,7 @@ def test_colour_tells_the_compute() -> None:
     text = shown(colour=True, terminal=True)
     assert "48;2;48;52;107" in text.split("def f()")[0]  # the darkest step before the cheapest token
     assert "def f():\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}" in text  # a line's end can be seen
-    assert "compute of a token" in text
+    assert "compute spent to choose a token" in text
     assert "mean 67%" in text
     assert "[bold]1[/bold]" in text
 

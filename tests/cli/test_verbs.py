@@ -97,8 +97,9 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone.experiments.run", "reproduce", Path("results/demo.md"))
-    command(monkeypatch, "reproduce", "demo", "--scale", "paper", "--seeds", "0, 2")
-    assert calls == [(("demo",), {"scale": "paper", "seeds": [0, 2], "out": None})]
+    command(monkeypatch, "reproduce", "demo", "--scale", "paper", "--seeds", "0, 2", "--readme", "a.md", "--render")
+    places = {"out": None, "runs": Path("runs"), "readme": Path("a.md")}
+    assert calls == [(("demo",), {"scale": "paper", "seeds": [0, 2], **places, "render_only": True})]
     assert capsys.readouterr().out == "table: results/demo.md\n"
 
 

@@ -105,9 +105,10 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     tiny: Register, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(MetricsFile, "on_step_end", _signal_after_the_first_step)
-        reproduce("tiny")
+        with pytest.raises(SystemExit):
+            reproduce("tiny")
     assert "the same command goes on from here" in capsys.readouterr().err
     folder = Path("runs/tiny/laptop/dense-seed0")
     assert not (folder / "result.json").exists()

@@ -173,7 +173,7 @@ def test_wrong_input_is_one_clear_line(arguments: dict[str, Any], message: str) 
 
 def test_top_k_routing_is_refused_by_name() -> None:
     ids, _ = prompts()
-    with pytest.raises(ValueError, match="decision 'topk' .* cannot be made while generating"):
+    with pytest.raises(ValueError, match=r"decision 'topk' .* cannot be made while generating"):
         stream(tiny([{**MOD, "decision": "topk"}]), ids, max_new_tokens=4)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate.folders import MOD, TSA, reset_data, text_data, write_run
 
+from generate.folders import MOD, TSA, reset_data, text_data, write_run
 from skipstone.generate.engine import generate
 from skipstone.generate.run import stream
 from skipstone.runs import Run

@@ -30,7 +30,9 @@ def test_characters_come_whole() -> None:
     assert got == ["n", "", "é", "", "", "€", "", "", "", "🙂", "!", ""]
 
 
-@pytest.mark.parametrize("raw", [b"\xff\xff\xffok", b"a\xe2\x82", b"\xf0\x9f\xff\xe2\x82\xac", b"\xe2\x82\xe2\x82\xac.", b"\x80" * 30])
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xff\xffok", b"a\xe2\x82", b"\xf0\x9f\xff\xe2\x82\xac", b"\xe2\x82\xe2\x82\xac.", b"\x80" * 30]
+)
 def test_bytes_that_are_no_text_are_shown_and_lose_nothing(raw: bytes) -> None:
     got = pieces(byte_tokenizer(), [*raw], [*b"ab"])
     assert "".join(got) == raw.decode(errors="replace")

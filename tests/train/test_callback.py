@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train.tool import DENSE, MODELS, POLYGLU, mod
 from transformers import Trainer, TrainingArguments
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train import RoutingCallback, RoutingMixin, RoutingTrainer
 from skipstone.train.callback import NOTHING_SEEN
+from train.tool import DENSE, MODELS, POLYGLU, mod
 
 ROWS = [{"input_ids": row, "labels": row} for row in torch.arange(12 * 16).view(12, 16) ** 2 % 31]
 STEPS = 6
@@ -61,8 +61,8 @@ def test_nothing_is_said_where_there_is_no_threshold(name: str, tmp_path: Path) 
         fit(Trainer, build(MODELS[name]), tmp_path)
 
 
-def test_another_model_is_left_alone() -> None:
-    callback, arguments = RoutingCallback(), TrainingArguments(report_to="none", use_cpu=True)
+def test_another_model_is_left_alone(tmp_path: Path) -> None:
+    callback, arguments = RoutingCallback(), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = Trainer(model=torch.nn.Linear(1, 1), args=arguments)
     callback.observe(trainer.model, None)
     callback.on_train_begin(arguments, trainer.state, trainer.control, model=trainer.model)
@@ -104,7 +104,7 @@ def test_validation_is_not_observed(tmp_path: Path) -> None:
     assert thresholds(model) == before
 
 
-def test_statistics_of_nothing_are_left_out() -> None:
+def test_statistics_of_nothing_are_left_out(tmp_path: Path) -> None:
     model = build(MODELS["ema_threshold"])
     found = iter([[float("nan"), 1.0], [3.0, float("nan")], [float("nan"), float("nan")]])
     mechanisms = list(model.adjustables())
@@ -116,11 +116,12 @@ def test_statistics_of_nothing_are_left_out() -> None:
     advanced: list[Tensor | None] = []
     for mechanism in mechanisms:
         mechanism.advance = lambda progress, statistics: advanced.append(statistics)
-    arguments = TrainingArguments(report_to="none", use_cpu=True)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = Trainer(model=model, args=arguments)
     callback.on_step_end(arguments, trainer.state, trainer.control, model=model)
     assert advanced == [torch.tensor([3.0]), torch.tensor([1.0])]
-    callback.on_step_end(arguments, trainer.state, trainer.control, model=model)
+    with pytest.warns(UserWarning, match="was shown no records"):
+        callback.on_step_end(arguments, trainer.state, trainer.control, model=model)
     assert advanced[2:] == [None, None]
 
 

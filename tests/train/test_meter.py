@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.tool import DENSE, POLYGLU, mod
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.records import ActivationRecord, DepthRecord
 from skipstone.train.meter import Meter, moving
 from skipstone.train.window import Window
+from train.tool import DENSE, POLYGLU, mod
 
 PLACES = {**DENSE, "vocab_size": 31, "mechanisms": [{**mod("ema_threshold"), "layers": [1]}], "activation": POLYGLU}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train.tool import MODELS, at_step, equal, lines, recipe, train, weights
 
 from skipstone.data.packing import RandomWindows
 from skipstone.train.watch import Interrupted
+from train.tool import MODELS, at_step, equal, lines, recipe, train, weights
 
 
 class PowerCut(RuntimeError):

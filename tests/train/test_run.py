@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train.tool import DENSE, MODELS, POLYGLU, TSA, equal, lines, mod, recipe, train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipstone.runs import Run
 from skipstone.train import run
+from train.tool import DENSE, MODELS, POLYGLU, TSA, equal, lines, mod, recipe, train, weights
 
 
 def test_a_run_folder_is_complete(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.tool import MODELS, recipe, train, weights
 
 from skipstone.data.prepare import DataConfig
 from skipstone.runs import Run, last_checkpoint
+from train.tool import MODELS, recipe, train, weights
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_broken_files_are_one_line(folder: Path) -> None:
         run.result()
     with pytest.raises(ValueError, match="is no recipe: it needs model, data and train"):
         run.config()
-    with pytest.raises(ValueError, match="is incomplete: it has no environment.json"):
+    with pytest.raises(ValueError, match=r"is incomplete: it has no environment\.json"):
         run.environment()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "spl')

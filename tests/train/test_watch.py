@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from train.tool import DENSE, MODELS, equal, lines, recipe, train, weights
 
 from skipstone.runs import last_checkpoint
 from skipstone.train.watch import Progress, StopSignals, metrics_line
+from train.tool import DENSE, MODELS, equal, lines, recipe, train, weights
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 

@@ -1,4 +1,4 @@
-"""Reset-S3: how often the state is right, by the depth that it needs, and how much of the possible gain was captured."""
+"""Reset-S3: how often the state is right, by the depth that it needs, and how much of the gain was captured."""
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ def headroom_captured(learned: float, dense: float, forced: float) -> float:
     return math.nan if forced == dense else (learned - dense) / (forced - dense)
 
 
-def headroom(
-    learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]
-) -> dict[str, float]:
+def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
     """`headroom_captured` of each bin and overall."""
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}

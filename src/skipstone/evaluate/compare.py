@@ -68,7 +68,9 @@ class Comparison:
         found = [section for function in make for part in parts if (section := function(part)) is not None]
         if self.dense is not None and self.forced is not None:
             found.append(headroom_section(self.runs, self.dense, self.forced, self.captured))
-        found[-1] = replace(found[-1], notes=[*found[-1].notes, ", ".join(f"{k}: {v}" for k, v in self.machine.items())])
+        found[-1] = replace(
+            found[-1], notes=[*found[-1].notes, ", ".join(f"{k}: {v}" for k, v in self.machine.items())]
+        )
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -19,8 +20,9 @@ class Executed:
     """Forward FLOPs per token of whole rows without a cache, padding counted as a token because it is computed.
 
     counted: of the operations that ran. predicted: `cost` for what the records say was kept. needed: the same without
-    the columns that only fill up rows which keep fewer than the widest of their batch. dense: `cost` without mechanisms. syncs: times a forward pass made the host wait, in the mean. unknown: operations that ran and
-    that the counter does not know; the count is not to be trusted while there are any.
+    the columns that only fill up rows which keep fewer than the widest of their batch. dense: `cost` without
+    mechanisms. syncs: times a forward pass made the host wait, in the mean. unknown: operations that ran and that the
+    counter does not know; the count is not to be trusted while there are any.
     """
 
     counted: float
@@ -46,11 +48,12 @@ def count(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, 
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()
     for batch in batches:
-        found = count_flops(lambda batch=batch: way.run(model, batch))  # type: ignore[misc]
+        forward = partial(way.run, model, batch)
+        found = count_flops(forward)
         for name, value in {**_predicted(model, way, batch), "counted": found.total}.items():
             totals[name] += value
         totals["tokens"] += batch["input_ids"].numel()
-        totals["syncs"] += sum(count_host_syncs(lambda batch=batch: way.run(model, batch)).values())  # type: ignore[misc]
+        totals["syncs"] += count_host_syncs(forward).total()
         unknown |= {*found.unknown}
         passes += 1
     tokens, syncs = totals.pop("tokens"), totals.pop("syncs")

@@ -55,7 +55,7 @@ class _Wrapping:
 
 def _nvml(device: torch.device) -> Meter | None:
     try:
-        import pynvml
+        import pynvml  # type: ignore[import-not-found]
     except ImportError:
         return None
     try:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipstone.core.records import Records
 from skipstone.evaluate.accuracy import Accuracy
 from skipstone.evaluate.statistics import ACTIVATION_ROWS, Statistics
 from skipstone.evaluate.ways import Way, targets
@@ -44,15 +43,17 @@ class Measured:
 def measure(
     model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]], activations: bool = True
 ) -> Measured:
-    """One pass over `batches`. No figure depends on how rows are batched, up to the rounding of the model's own type."""
+    """One pass over `batches`. No figure depends on how rows are batched, but for rounding."""
     nats, predictions = 0.0, 0
     statistics, accuracy = Statistics(model, activation_rows=ACTIVATION_ROWS if activations else 0), None
     for batch in batches:
         out = way.run(model, batch, output_records=True)
+        assert out.logits is not None
+        assert out.records is not None
         target_BT = targets(batch)
         nats += float(token_nats(out.logits, target_BT).double().sum())
         predictions += int((target_BT != IGNORED).sum())
-        statistics.add(_records(out.records))
+        statistics.add(out.records)
         if "difficulty" in batch:
             accuracy = accuracy or Accuracy()
             accuracy.add(out.logits, target_BT, batch["difficulty"])
@@ -70,8 +71,3 @@ def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
         logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return flat.view_as(target_BT)
-
-
-def _records(records: tuple[Records, ...] | None) -> tuple[Records, ...]:
-    assert records is not None  # asked for above
-    return records

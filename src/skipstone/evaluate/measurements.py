@@ -24,7 +24,7 @@ NEW_TOKENS = 32  # at most, while decoding is timed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measurements:
-    """Figures of one run. `result`: what training wrote, empty for a saved model. `rates`: by "prefill", "decode 1", ...
+    """Figures of one run. result: what training wrote, empty for a saved model. rates: by "prefill", "decode 1", ...
 
     accuracy: of Reset-S3, by bin. None, or missing, is what cannot be measured or is not known.
     """
@@ -67,7 +67,7 @@ class Measurements:
 
 
 def sample_ids(opened: Opened, rows: int, length: int, others: Opened | None = None) -> Tensor:
-    """int64 [rows, length]: beginnings of evaluation rows, of `others` where the run has none and they fit; else random."""
+    """int64 [rows, length]: beginnings of evaluation rows; else of those of `others` if they fit, else random."""
     vocabulary = opened.model.config.vocab_size
     for source in (opened, others):
         if source is not None and source.data is not None and source.data.vocab_size <= vocabulary:
@@ -80,7 +80,7 @@ def sample_ids(opened: Opened, rows: int, length: int, others: Opened | None = N
 
 
 def speed_tasks(opened: Opened, ids_BT: Tensor) -> dict[str, Task]:
-    """What is timed, on rows of one length for all runs: half of it prompt, half of it new tokens. None without a cache."""
+    """What is timed, on rows of one length for all runs, the first half of them the prompt; nothing without a cache."""
     if "executed" not in opened.ways:
         return {}
     half = max(ids_BT.shape[1] // 2, 1)
@@ -90,10 +90,8 @@ def speed_tasks(opened: Opened, ids_BT: Tensor) -> dict[str, Task]:
 
 
 def measurements(opened: Opened, others: Opened | None, rates: Mapping[str, Rate]) -> Measurements:
-    """All but the speeds, which are taken in turns by all runs. Raises ValueError for a model that cannot run by itself."""
+    """All but the speeds, which all runs take in turns. Raises ValueError for a model that cannot run by itself."""
     model, way = opened.model, opened.main
-    if way is None:
-        raise ValueError(f"{opened.run.name}: decision 'forced' has no decisions of its own; it can only be compared on reset-s3")
     ids_BT = sample_ids(opened, ROWS, opened.context, others)
     taught = opened.ways.get("oracle", way)
     statistics = Statistics(model, activation_rows=0)
@@ -122,7 +120,7 @@ def _sample(opened: Opened, ids_BT: Tensor) -> list[dict[str, Tensor]]:
 
 def _accuracy(opened: Opened) -> Mapping[str, float] | None:
     """On all evaluation rows, where the data know the difficulty."""
-    if opened.data is None or opened.data.config.corpus != "reset-s3" or opened.main is None:
+    if opened.data is None or opened.data.config.corpus != "reset-s3":
         return None
     rows = batches(opened.data, ROWS * 4, opened.model.device)
     return measure(opened.model, opened.main, rows, activations=False).accuracy

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipstone.data.prepare import DataConfig, PreparedData, prepare
-from skipstone.evaluate.ways import Way, main_way, ways_of
+from skipstone.evaluate.ways import Way, ways_of
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 
@@ -26,8 +26,17 @@ class Opened:
     lacking: dict[str, str]
 
     @property
-    def main(self) -> Way | None:
-        return main_way(self.ways)
+    def main(self) -> Way:
+        """The way whose figures stand for the model: as executed if it can be, else as trained.
+
+        Raises ValueError for a model that waits for decisions which nobody gives.
+        """
+        for name in ("executed", "oracle", "forced"):
+            if name in self.ways:
+                return self.ways[name]
+        raise ValueError(
+            f"{self.run.name}: decision 'forced' decides nothing itself, it can be measured on reset-s3 only"
+        )
 
     @property
     def context(self) -> int:
@@ -74,7 +83,8 @@ def _check(run: Run, model: SkipstoneForCausalLM, data: PreparedData) -> None:
         )
     if data.config.context > model.config.max_position_embeddings:
         raise ValueError(
-            f"{run.name}: context {data.config.context} is longer than the model's {model.config.max_position_embeddings}"
+            f"{run.name}: context {data.config.context} is longer than the model's "
+            f"{model.config.max_position_embeddings}"
         )
 
 

@@ -60,8 +60,9 @@ def _step(model: SkipstoneForCausalLM, arguments: Mapping[str, Any]) -> None:
 @contextmanager
 def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
     """Profiler ranges around mechanisms, and around the updates inside them."""
+    blocks: Any = model.model.layers
     hooks = []
-    for block in model.model.layers:
+    for block in blocks:
         for name, module in block.adjustables().items():
             ranges: list[Any] = []
             enter = _enter_routing if name in block.mechanisms else _enter_activation
@@ -100,7 +101,7 @@ def _enter_activation(ranges: list[Any], args: Any) -> None:
 
 
 def _shares(events: Sequence[FunctionEvent], on_device: bool) -> Overhead:
-    """Self times of forward operations by their nearest range, and of backward ones by the forward one they belong to."""
+    """Self times of forward operations by their nearest range, and of backward ones by their forward one."""
     events = sorted(events, key=lambda event: event.time_range.start)
     kinds = {event.id: _kind(event) for event in events}
     # Several operations carry one number when not all of them need a gradient: the last of them made the node.

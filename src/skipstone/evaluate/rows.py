@@ -58,7 +58,7 @@ ROWS: dict[str, Cell] = {
     "parameters": lambda run: amount(run.parameters),
     "validation loss, oracle": lambda run: number(_trained("validation", "oracle_loss")(run)),
     "validation loss, causal": lambda run: number(_trained("validation", "causal_loss")(run)),
-    "decisions below": lambda run: run.way,
+    "decisions from here on": lambda run: run.way,
     "forward FLOPs/token": _counted,
     "of the dense model's": lambda run: percent(run.executed.share),
     "host syncs/forward": lambda run: number(run.executed.syncs, 1),

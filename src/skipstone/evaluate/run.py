@@ -149,8 +149,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure on the whole split, each token predicted once, noise off.
 
-    run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. Raises ValueError or
-    FileNotFoundError, one line, when there is no such folder, no data, or they do not fit.
+    run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. Raises ValueError
+    or FileNotFoundError, one line, when there is no such folder, no data, or they do not fit.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -162,8 +162,6 @@ def evaluate(
 
 def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) -> Evaluation:
     model, main = opened.model, opened.main
-    if main is None:
-        raise ValueError(f"{opened.run.name}: decision 'forced' has no decisions of its own, and {data.config.corpus} none")
     device = model.device
     return Evaluation(
         name=opened.run.name,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -54,13 +55,15 @@ class Rate:
         return sum(joules) / sum(lap.tokens for lap in self.laps) if len(joules) == len(self.laps) else None
 
 
+PREFILLS = 4  # in one lap: a single one is too short to be timed well
 Task = Callable[[], Lap]
+K = TypeVar("K", bound=Hashable)
 
 
-def take_turns(tasks: Mapping[str, Task], rounds: int) -> dict[str, Rate]:
+def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
     """Every task once a round, in alternating order; a first round, which pays for warming up, is thrown away."""
     names = list(tasks)
-    laps: dict[str, list[Lap]] = {name: [] for name in names}
+    laps: dict[K, list[Lap]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names if turn % 2 else names[::-1]:
             lap = tasks[name]()
@@ -70,24 +73,26 @@ def take_turns(tasks: Mapping[str, Task], rounds: int) -> dict[str, Rate]:
 
 
 def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
-    """The prompt alone, up to the first new token."""
+    """The prompt alone, up to the first new token, a few times in a row."""
+    meter = find_meter(model.device)
 
     def lap() -> Lap:
-        stop = _start(model.device)
-        prefill(model, ids_BP)
-        return stop(ids_BP.numel())
+        stop = _start(model.device, meter)
+        for _ in range(PREFILLS):
+            prefill(model, ids_BP)
+        return stop(ids_BP.numel() * PREFILLS)
 
     return lap
 
 
 def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) -> Task:
     """`new_tokens` passes of one token a row after the prompt, which is not timed."""
+    meter = find_meter(model.device)
 
     def lap() -> Lap:
         token_B1, cache = prefill(model, ids_BP)
-        stop = _start(model.device)
-        for token_B1 in _decoded(model, token_B1, cache, new_tokens):
-            pass
+        stop = _start(model.device, meter)
+        _decode(model, token_B1, cache, new_tokens)
         return stop(token_B1.numel() * new_tokens)
 
     return lap
@@ -101,16 +106,14 @@ def prefill(model: SkipstoneForCausalLM, ids_BP: Tensor) -> tuple[Tensor, Cache]
 
 
 @torch.no_grad()
-def _decoded(model: SkipstoneForCausalLM, token_B1: Tensor, cache: Cache, new_tokens: int) -> Iterator[Tensor]:
+def _decode(model: SkipstoneForCausalLM, token_B1: Tensor, cache: Cache, new_tokens: int) -> None:
     for _ in range(new_tokens):
         out = model(token_B1, past_key_values=cache, use_cache=True, routing="causal", noise=False, logits_to_keep=1)
         token_B1 = out.logits[:, -1:].argmax(-1)
-        yield token_B1
 
 
-def _start(device: torch.device) -> Callable[[int], Lap]:
+def _start(device: torch.device, meter: Meter | None) -> Callable[[int], Lap]:
     """Start clock and meter; the result stops them."""
-    meter = _meter(device)
     _finish(device)
     joules, seconds = meter.read() if meter else None, time.perf_counter()
 
@@ -124,15 +127,6 @@ def _start(device: torch.device) -> Callable[[int], Lap]:
         )
 
     return stop
-
-
-_METERS: dict[torch.device, Meter | None] = {}
-
-
-def _meter(device: torch.device) -> Meter | None:
-    if device not in _METERS:
-        _METERS[device] = find_meter(device)
-    return _METERS[device]
 
 
 def _finish(device: torch.device) -> None:

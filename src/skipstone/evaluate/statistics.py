@@ -28,7 +28,8 @@ class Statistics:
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
         self._activation_rows = activation_rows
-        self._blocks = [block.adjustables() for block in model.model.layers]
+        blocks: Any = model.model.layers
+        self._blocks = [block.adjustables() for block in blocks]
         self._sums: list[dict[str, _Depth | _Activation]] = [{} for _ in self._blocks]
 
     @torch.no_grad()
@@ -45,8 +46,8 @@ class Statistics:
 
         depth: `capacity`, kept tokens by asked tokens; `capacity_p99`, that share's 99th percentile over rows (of rows
         in which somebody was asked); `weight`, the mean factor on a kept token's update, None where none was kept.
-        activation: `shares` of the four functions and `entropy` as a share of its maximum, means over tokens and neurons
-        of the first rows.
+        activation: `shares` of the four functions and `entropy` as a share of its maximum, means over
+        tokens and neurons of the first rows.
         """
         return [{name: total.result() for name, total in sums.items()} for sums in self._sums]
 

@@ -31,6 +31,8 @@ def rich_table(sections: Iterable[Section]) -> Table:
 
     page = Table.grid()
     for section in sections:
+        if page.row_count:
+            page.add_row()
         page.add_row(Text(section.title, style="bold"))
         page.add_row(_rich(section))
         for note in section.notes:

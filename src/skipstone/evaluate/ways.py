@@ -72,14 +72,10 @@ def ways_of(
     return found, lacking
 
 
-def main_way(ways: Mapping[str, Way]) -> Way | None:
-    """The one whose figures stand for the model: as executed if it can be, else as trained."""
-    return next((ways[name] for name in ("executed", "oracle", "forced") if name in ways), None)
-
-
 def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
     """Blocks that carry a depth mechanism."""
-    return [i for i, block in enumerate(model.model.layers) if len(block.mechanisms)]
+    blocks: Any = model.model.layers
+    return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
 
 
 def _refused(model: SkipstoneForCausalLM) -> bool:

@@ -10,7 +10,8 @@ Shape letters: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from skipstone.nn.block import Block
 WHOLE = Load(given=1.0, asked=1.0)
 
 
-def compute_shares(blocks: Sequence[nn.Module], records: Sequence[Records]) -> Tensor:
+def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> Tensor:
     """fp32 [B, T] in [0, 1] on the CPU: the share of each token, from the records of the forward pass that it was in.
 
     Without any depth mechanism the records do not tell B and T, and the result is a one of shape [1, 1].
@@ -70,6 +71,7 @@ def _work(block: Block, kept: Mapping[str, float], attention: Mapping[str, int],
 
 
 def _narrowed(block: Block, site: str, kept: Mapping[str, float], load: Load) -> Load:
+    mechanisms: Any = block.mechanisms
     for name in block.sites[site]:
-        load = block.mechanisms[name].narrow(load, kept[name])
+        load = mechanisms[name].narrow(load, kept[name])
     return load

@@ -23,8 +23,8 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 class Step:
     """One new token a row. token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended.
 
-    compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' work in the pass that predicted the token, which is the
-    pass of the token before it.
+    compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' work in the pass that predicted the token: that of the
+    token before it.
     """
 
     token_B: Tensor

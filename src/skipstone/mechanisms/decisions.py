@@ -191,8 +191,9 @@ class Positional(Decision):
         return ops.select_top(self.causal(score_BT, x_BTD, tokens).float(), self.capacity, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        step = tokens.position_BT.double() * self.capacity + ops.ROUNDING_SLACK
-        return ((step + self.capacity).floor() > step.floor()).expand_as(score_BT)
+        position_BT = tokens.position_BT.double()
+        before_BT, after_BT = (x * self.capacity * ops.ROUNDING for x in (position_BT, position_BT + 1))
+        return (after_BT.floor() > before_BT.floor()).expand_as(score_BT)
 
 
 class Forced(Decision):

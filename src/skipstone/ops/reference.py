@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROUNDING_SLACK = 1e-6  # 0.29 * 100 is 28.999999999999996 in floating point: the quota is 29
+# 0.29 * 100 is 28.999999999999996 in floating point: the quota is 29. A factor, not a summand: then the quotas of a row's
+# documents never add up to more than the quota of the row, which is the number of columns that are gathered.
+ROUNDING = 1 + 1e-9
 
 
 def quota(capacity: float, length: int) -> int:
     """How many of `length` tokens a block of this capacity keeps: floor(capacity * length). The one rounding rule."""
-    return math.floor(capacity * length + ROUNDING_SLACK)
+    return math.floor(capacity * length * ROUNDING)
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def select_top(score_BT: Tensor, capacity: float, group_BT: Tensor | None = None
     sorted_BT = group_BT.gather(1, order_BT)
     start_BT, length_BT = _runs(sorted_BT)
     rank_BT = torch.arange(score_BT.shape[1], device=score_BT.device) - start_BT
-    quota_BT = (length_BT.double() * capacity + ROUNDING_SLACK).floor()
+    quota_BT = (length_BT.double() * capacity * ROUNDING).floor()
     return kept_BT.scatter(1, order_BT, (rank_BT < quota_BT) & (sorted_BT >= 0))
 
 

@@ -14,7 +14,9 @@ from skipstone_cli.paths import existing_dir
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of saved models.")],
     dense: Annotated[Path | None, typer.Option(metavar="RUN", help="Reset-S3: dense run of equal FLOPs.")] = None,
-    forced: Annotated[Path | None, typer.Option(metavar="RUN", help="Reset-S3: run routed by known difficulty.")] = None,
+    forced: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Reset-S3: run routed by known difficulty.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here as Markdown.")] = None,
 ) -> None:
