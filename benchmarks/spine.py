@@ -1,4 +1,4 @@
-"""The figures that the README names: parity with transformers, the laws' count, the command's start, speed beside Llama.
+"""The figures that the README names: parity with transformers, laws counted, start-up, a pace beside Llama.
 
     python benchmarks/spine.py [--out results] [--readme README.md]
 
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import every_case
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from parity import every_case
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train.environment import describe
 
@@ -53,7 +53,7 @@ def help_seconds() -> float:
 
 
 def beside_llama(width: int, layers: int, context: int, rows: int) -> dict[str, float]:
-    """Time of our dense decoder by that of transformers' Llama with the same weights' sizes; 1 is equal, less is faster."""
+    """Our dense decoder's time by that of transformers' Llama of the same sizes; less than 1 is faster."""
     ours = SkipstoneForCausalLM(
         SkipstoneConfig(vocab_size=256, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64)
     )
@@ -136,8 +136,9 @@ def render(figures: dict[str, Any]) -> str:
         lines.append(f"* Our dense decoder's time by that of transformers' Llama ({size}): {shown}.")
     machine, commit = environment["machine"], (environment["git_commit"] or "unknown")[:9]
     lines.append(
-        f"* `python benchmarks/spine.py --out results --readme README.md`, commit {commit}, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, {machine['cpu']}, {machine['threads']} threads."
+        f"* `python benchmarks/spine.py --out results --readme README.md`, commit {commit}, "
+        f"torch {environment['torch']}, transformers {environment['transformers']}, "
+        f"{machine['cpu']}, {machine['threads']} threads."
     )
     return "\n".join(lines) + "\n"
 

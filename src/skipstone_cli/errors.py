@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 # The library raises ValueError (or a subclass) for users and asserts for invariants, so these are all that is caught.
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -18,6 +20,7 @@ class UserError(ValueError):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn `USER_ERRORS` into `skipstone: ...` and exit code 2. SKIPSTONE_TRACEBACK=1 lets them through."""
+    warnings.showwarning = _show
     try:
         yield
     except USER_ERRORS as error:
@@ -25,6 +28,19 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"skipstone: {describe(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings as one line; those of libraries are for developers and stay away."""
+    if issubclass(category, UserWarning) and f"{os.sep}skipstone" in filename:
+        print(f"skipstone: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def describe(error: Exception) -> str:

@@ -89,7 +89,9 @@ def test_gains_multiply() -> None:
 
 
 def test_tokens_move_with_everything_inside() -> None:
-    inner = replace(tokens().want(WISH), state={"s": torch.ones(3, 5)}, rotary=(torch.ones(1, 5, 2), torch.ones(1, 5, 2)))
+    inner = replace(
+        tokens().want(WISH), state={"s": torch.ones(3, 5)}, rotary=(torch.ones(1, 5, 2), torch.ones(1, 5, 2))
+    )
     moved = inner.to("meta")
     assert moved.slot_BT.device.type == moved.state["s"].device.type == moved.rotary[0].device.type == "meta"
     assert moved.wanted.index_BK.device.type == "meta"

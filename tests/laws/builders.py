@@ -57,7 +57,11 @@ def entry(name: str, **options: Any) -> tuple[tuple[str, Any], ...]:
 def case(*entries: tuple[tuple[str, Any], ...], activation: str = "silu", **more: Any) -> Case:
     def short(e: tuple[tuple[str, Any], ...]) -> str:
         values = dict(e)
-        shown = [str(v) for k, v in values.items() if k not in ("name", "layers") and OPTIONS.get(values["name"], {}).get(k) != v]
+        shown = [
+            str(v)
+            for k, v in values.items()
+            if k not in ("name", "layers") and OPTIONS.get(values["name"], {}).get(k) != v
+        ]
         return "-".join([values["name"], *shown])
 
     name = "+".join(short(e) for e in entries) or "dense"
@@ -129,7 +133,7 @@ def enliven(model: SkipstoneForCausalLM) -> None:
     """Larger weights, routers with a wide spread of scores, and thresholds in the middle of what they see."""
     torch.manual_seed(12)
     for name, parameter in model.named_parameters():
-        if name.endswith("preference_bias") or name.endswith("tanh_scale"):
+        if name.endswith(("preference_bias", "tanh_scale")):
             parameter.copy_(torch.randn_like(parameter) * 0.7)
         elif "router" in name or "guess" in name or "mix_weight" in name or "context_weight" in name:
             parameter.mul_(6)
@@ -159,7 +163,8 @@ def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Mo
         hook = decision.guess.register_forward_hook(lambda module, inputs, output: seen.append(output))
         model(ids(), routing=routing, noise=False)
         hook.remove()
-        decision.guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
+        if seen:  # at capacity 1 nobody asks
+            decision.guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
     elif decision is None and record.carry:  # early exit: of those still in, seven in ten stay
         survival = next(iter(record.carry.values()))[record.asked_BT]
         before = survival / scores.sigmoid()

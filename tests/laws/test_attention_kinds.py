@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import LENGTH, NESTED, ORDERS, Case, assert_close, gradients, ids, lively
 from transformers import DynamicCache
+
+from laws.builders import LENGTH, NESTED, ORDERS, Case, assert_close, gradients, ids, lively
 
 CASES = [c for c in ORDERS if len(c.mechanisms) < 3] + NESTED
 
@@ -42,5 +43,7 @@ def test_eager_with_a_cache(chosen: Case) -> None:
     whole = model(ids(), use_cache=False).logits
     model.set_attn_implementation("eager")
     cache = DynamicCache(config=model.config)
-    parts = [model(ids()[:, a:b], past_key_values=cache).logits for a, b in [(0, 7), (7, 8), (8, 12), (12, 13), (13, 15)]]
+    parts = [
+        model(ids()[:, a:b], past_key_values=cache).logits for a, b in [(0, 7), (7, 8), (8, 12), (12, 13), (13, 15)]
+    ]
     assert_close(torch.cat(parts, 1), whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from laws.builders import ALL, DEPTH, ROUTED, Case, case, depth_records, entry, ids, lively
 
 TRIVIAL = ("soft", "topk", "random", "positional")  # keep all, or the same number or places in every row

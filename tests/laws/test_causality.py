@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import CAUSAL, LENGTH, NESTED, ORDERS, VOCAB, Case, assert_close, ids, lively
 from torch import Tensor
+
+from laws.builders import CAUSAL, LENGTH, NESTED, ORDERS, VOCAB, Case, assert_close, ids, lively
 
 CUTS = (4, 9, LENGTH - 1)
 SOME = [c for c in ORDERS + NESTED if c.mechanisms]

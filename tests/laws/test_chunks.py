@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from laws.builders import CAUSAL, DEPTH, LENGTH, NESTED, ORDERS, Case, assert_close, case, entry, ids, lively
 from torch import Tensor
 from transformers import DynamicCache
 
+from laws.builders import CAUSAL, DEPTH, LENGTH, NESTED, ORDERS, Case, assert_close, case, entry, ids, lively
 from skipstone import SkipstoneForCausalLM
 
 SOME = [c for c in ORDERS + NESTED if c.mechanisms]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from laws.builders import DEPTH, Case, assert_close, case, entry, gradients, ids, lively
 
 STATIC = [case(entry(name), activation=a) for name in DEPTH for a in ("silu", "polyglu")]

@@ -235,5 +235,5 @@ def test_sizes_that_make_no_call(sizes: dict[str, int]) -> None:
 
 
 def test_unknown_routing() -> None:
-    with pytest.raises(ValueError, match="'oracle' or 'causal', got 'orakel'"):
+    with pytest.raises(ValueError, match="unknown routing 'orakel'; did you mean 'oracle'"):
         fresh(case()).cost(routing="orakel")

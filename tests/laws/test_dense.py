@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from laws.builders import LENGTH, VOCAB, assert_close, ids
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from laws.builders import LENGTH, VOCAB, assert_close, ids
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 
 SIZES = {
@@ -37,7 +37,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # theirs, ours
     "gelu-tanh": ({"hidden_act": "gelu_pytorch_tanh"}, {"activation": "gelu_tanh"}),
     "tied": ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
     "eps": ({"rms_norm_eps": 1e-3}, {"norm_eps": 1e-3}),
-    "theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_parameters": {"rope_theta": 5e5}}),
+    "theta": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_theta": 5e5}},
+    ),
     "linear": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from laws.builders import (
     DEPTH,
     EVERY_DECISION,
@@ -21,8 +23,6 @@ from laws.builders import (
     ids,
     lively,
 )
-from torch import Tensor
-
 from skipstone import SkipstoneForCausalLM
 
 EVERY = ORDERS + SITES + NESTED + EVERY_DECISION

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import DEPTH, LENGTH, NESTED, ORDERS, SITES, Case, assert_close, case, depth_records, entry, fresh, ids, lively
+
+from laws.builders import (
+    DEPTH,
+    LENGTH,
+    NESTED,
+    ORDERS,
+    SITES,
+    Case,
+    assert_close,
+    case,
+    depth_records,
+    entry,
+    fresh,
+    ids,
+    lively,
+)
 
 CASES = [c for c in ORDERS + SITES + NESTED if c.mechanisms]
 

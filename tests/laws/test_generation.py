@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import CAUSAL, DECIDED, NESTED, ORDERS, Case, case, entry, fresh, ids, lively
 from torch import Tensor
 from transformers import DynamicCache
 
+from laws.builders import CAUSAL, DECIDED, NESTED, ORDERS, Case, case, entry, fresh, ids, lively
 from skipstone import SkipstoneForCausalLM
 
 NEW = 5
@@ -117,7 +117,9 @@ def test_stopped_rows_do_not_disturb_the_others() -> None:
 def test_oracle_decisions_cannot_generate() -> None:
     model = fresh(case(entry("mixture_of_depths", decision="topk")))
     for act in (lambda: model.generate(ids(), max_new_tokens=2), lambda: model(ids(), routing="causal")):
-        with pytest.raises(ValueError, match="decision 'topk' ranks the whole row .* train with one of threshold") as error:
+        with pytest.raises(
+            ValueError, match=r"decision 'topk' ranks the whole row .* train with one of threshold"
+        ) as error:
             act()
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="routing 'oracle' sees the whole row and cannot use a cache"):
@@ -129,7 +131,7 @@ def test_the_whole_row_context_of_polyglu_cannot_generate() -> None:
     model = fresh(chosen, activation={"name": "polyglu", "context": "sequence"})
     assert model(ids(), routing="oracle").logits.isfinite().all()
     for act in (lambda: model.generate(ids(), max_new_tokens=2), lambda: model(ids(), routing="causal")):
-        with pytest.raises(ValueError, match="context 'sequence' .*running_mean.*routing='oracle'"):
+        with pytest.raises(ValueError, match=r"context 'sequence' .*running_mean.*routing='oracle'"):
             act()
 
 

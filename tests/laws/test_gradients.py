@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, Case, fresh, ids
 
+from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, Case, fresh, ids
 from skipstone import SkipstoneForCausalLM
 
 START = ORDERS + SITES + NESTED
@@ -15,8 +15,6 @@ def step(model: SkipstoneForCausalLM) -> dict[str, float]:
     """Norm of the gradient of each parameter, NaN where there is none."""
     model.train()(ids(), labels=ids()).loss.backward()
     return {n: float("nan") if p.grad is None else p.grad.norm().item() for n, p in model.named_parameters()}
-
-
 
 
 @pytest.mark.parametrize("chosen", START, ids=str)
@@ -38,7 +36,9 @@ def test_every_decision_and_weight(chosen: Case) -> None:
     optimizer.step()
     optimizer.zero_grad()
     second = step(model)
-    idle = options["weight"] == "none" and not model.model.layers[1].mechanisms["mixture_of_depths"].decision.trains_router
+    idle = (
+        options["weight"] == "none" and not model.model.layers[1].mechanisms["mixture_of_depths"].decision.trains_router
+    )
     for norms in (first, second):
         dead = {name for name, norm in norms.items() if not 0 < norm < float("inf")}
         routers = {name for name in norms if name.endswith("router.weight")}

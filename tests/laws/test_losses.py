@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import DEPTH, LENGTH, ORDERS, Case, assert_close, case, entry, gradients, ids, lively
 from torch import Tensor
+
+from laws.builders import DEPTH, LENGTH, ORDERS, Case, assert_close, case, entry, gradients, ids, lively
 
 COMPOSED = [c for c in ORDERS if len(c.mechanisms) in (0, 1, 3)] + [
     case(entry("mixture_of_depths", decision="threshold", auxiliary_weight=0.5))
@@ -42,7 +43,9 @@ def test_labels_equal_shift_labels_and_the_parts_add_up(chosen: Case) -> None:
 
 def test_depth_loss_is_the_paper_s() -> None:
     """Token-Selective Attention: lambda times the mean over gated blocks and tokens of 1 - p."""
-    out = lively(case(entry("token_selective", depth_weight=0.25)))(ids(), labels=ids(), routing="oracle", output_records=True)
+    out = lively(case(entry("token_selective", depth_weight=0.25)))(
+        ids(), labels=ids(), routing="oracle", output_records=True
+    )
     weights = [records["token_selective"].weight_BT[:, :-1] for records in out.records if records]
     assert len(weights) == 2
     assert_close(out.auxiliary_loss, 0.25 * torch.stack(weights).mean())
@@ -61,7 +64,7 @@ def test_auxiliary_loss_of_mixture_of_depths_is_the_binary_cross_entropy() -> No
 
 @pytest.mark.parametrize("chosen", COMPOSED, ids=str)
 def test_accumulated_micro_batches_equal_one_batch(chosen: Case) -> None:
-    """Rows of very different numbers of labels; the sum over micro-batches is the loss of the batch, auxiliaries too."""
+    """Rows with very different numbers of labels: micro-batches add up to the loss of the batch, auxiliaries too."""
     model, wanted = lively(chosen).train(), labels()
     items = (shifted(wanted) != -100).sum()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, Case, assert_close, fresh, ids
 
+from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, Case, assert_close, fresh, ids
 from skipstone import SkipstoneForCausalLM
 from skipstone.mechanisms.mixture_of_depths import WEIGHTS
 
@@ -45,7 +45,9 @@ def check(chosen: Case, tolerance: float) -> None:
 
 @pytest.mark.parametrize("chosen", CASES, ids=str)
 def test_neutral_start(chosen: Case) -> None:
-    only_depth_choice = chosen.activation == "silu" and all(dict(m)["name"] == "mixture_of_depths" for m in chosen.mechanisms)
+    only_depth_choice = chosen.activation == "silu" and all(
+        dict(m)["name"] == "mixture_of_depths" for m in chosen.mechanisms
+    )
     check(chosen, 2e-6 if only_depth_choice else 1e-3)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.builders import ALL, LENGTH, Case, assert_close, ids, lively
 from torch import Tensor
 
+from laws.builders import ALL, LENGTH, Case, assert_close, ids, lively
 from skipstone.ops.reference import quota
 
 LENGTHS = (LENGTH, 9, 4)

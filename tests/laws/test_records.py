@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from laws.builders import ALL, DEPTH, LENGTH, Case, case, depth_records, entry, ids, lively
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from laws.builders import ALL, DEPTH, LENGTH, Case, case, depth_records, entry, ids, lively
 
 INSIDE = [n for n in DEPTH if n != "mixture_of_depths"]
 
@@ -53,7 +56,9 @@ def test_inner_records_are_lifted_to_the_outer_row(name: str) -> None:
 
 @torch.no_grad()
 def test_where_nobody_is_kept_the_names_stay() -> None:
-    model = lively(case(entry("mixture_of_depths"), entry("early_exit"), entry("token_selective"), activation="polyglu"))
+    model = lively(
+        case(entry("mixture_of_depths"), entry("early_exit"), entry("token_selective"), activation="polyglu")
+    )
     none = torch.zeros(1, LENGTH, dtype=torch.bool)
     records = model(ids(), routing={1: none}, output_records=True).records[1]
     assert records.keys() == {"mixture_of_depths", "early_exit", "token_selective", "polyglu"}
@@ -65,7 +70,7 @@ def test_where_nobody_is_kept_the_names_stay() -> None:
 def test_survival_only_falls_and_exits_are_final() -> None:
     model = lively(case(entry("early_exit", layers=(0, 1, 2))))
     records = [r["early_exit"] for r in model(ids(), output_records=True).records]
-    for before, after in zip(records, records[1:], strict=False):
+    for before, after in pairwise(records):
         assert (after.carry["early_exit"] < before.carry["early_exit"]).all()
         assert not (after.kept_BT & ~before.kept_BT).any()
         assert after.kept_BT.sum() < before.kept_BT.sum()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from laws.builders import EVERY_DECISION, NESTED, ORDERS, Case, case, entry, enliven, fresh, ids, lively
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from laws.builders import EVERY_DECISION, NESTED, ORDERS, Case, case, enliven, entry, fresh, ids, lively
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 
 CASES = [c for c in ORDERS + NESTED if len(c.mechanisms) != 2] + [c for c in EVERY_DECISION if "tanh" in c.name]
@@ -101,7 +101,9 @@ def test_order_of_mechanisms_may_change_after_saving(tmp_path: Path) -> None:
 
 
 def test_half_precision_keeps_routers_in_fp32(tmp_path: Path) -> None:
-    model = lively(case(entry("mixture_of_depths", decision="ema_threshold"), entry("early_exit"), activation="polyglu"))
+    model = lively(
+        case(entry("mixture_of_depths", decision="ema_threshold"), entry("early_exit"), activation="polyglu")
+    )
     model.save_pretrained(tmp_path)
     loaded = SkipstoneForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     block = loaded.model.layers[1]

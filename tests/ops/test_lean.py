@@ -17,7 +17,11 @@ def test_equals_reference(
     static_rows: int, dynamic_tokens: int, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lean, "CHUNK_ELEMENTS", chunk)
-    gate, static, dynamic = torch.randn(3, 7, 13), torch.randn(static_rows, 13, 4), 3 * torch.randn(3, dynamic_tokens, 4)
+    gate, static, dynamic = (
+        torch.randn(3, 7, 13),
+        torch.randn(static_rows, 13, 4),
+        3 * torch.randn(3, dynamic_tokens, 4),
+    )
     weight = torch.randn(3, 7, 13)
     results = []
     for backend in (reference, lean):

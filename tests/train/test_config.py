@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from skipstone.train.config import read_recipe, to_dict
-from skipstone.train.setup import check_context
+from skipstone.train.setup import check_early
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 
@@ -55,7 +55,7 @@ def test_a_wrong_value_is_one_clear_line(values: dict[str, Any], message: str) -
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_that_we_ship_can_be_built(path: Path) -> None:
     recipe = read_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
-    check_context(recipe.model, recipe.data)
+    check_early(recipe)
     assert recipe.name == path.stem
 
 

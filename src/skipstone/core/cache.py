@@ -181,7 +181,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.kv, self.stores, self.cumulative_length = Store(), {}, 0
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]  # as transformers declares them
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:

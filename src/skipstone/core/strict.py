@@ -1,4 +1,4 @@
-"""One strict way from plain dicts (YAML, config.json, command line) to keyword-only dataclasses, with near-match errors."""
+"""One strict way from plain dicts (YAML, config.json, command line) to dataclasses, with near-match errors."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from functools import partial
 
 from torch import Tensor
 
-from skipstone.core.tokens import Routing
 from skipstone.evaluate.flops import count_flops, count_host_syncs
 from skipstone.evaluate.ways import Way
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -65,9 +64,8 @@ def _predicted(model: SkipstoneForCausalLM, way: Way, batch: Mapping[str, Tensor
     """FLOPs of the batch by the cost model, for the decisions that the pass takes."""
     rows, length = batch["input_ids"].shape
     records = way.run(model, batch, output_records=True).records or ()
-    routing: Routing = "oracle" if way.routing == "oracle" else "causal"
     widest, mean = (
-        cost(model, tokens=length, batch=rows, routing=routing, kept=kept_from_records(model, records, rows=which))
+        cost(model, tokens=length, batch=rows, routing=way.routing, kept=kept_from_records(model, records, rows=which))
         for which in ("widest", "mean")
     )
     assert widest.dense is not None

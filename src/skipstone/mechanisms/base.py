@@ -54,13 +54,13 @@ class Adjustable(nn.Module):
         """Make the model behave as if the mechanism were not there, its gradients alive."""
         raise NotImplementedError
 
-    def flops(self, tokens: float, oracle: bool) -> float:
+    def flops(self, tokens: float, routing: str) -> float:
         """Matrix FLOPs of the mechanism itself in one forward pass that gives it `tokens` tokens of a row."""
         raise NotImplementedError
 
     def backward_flops(self, tokens: float) -> float:
         """The same of the backward pass after an oracle forward pass: a gradient for the input, one for the weight."""
-        return 2 * self.flops(tokens, oracle=True)
+        return 2 * self.flops(tokens, "oracle")
 
     def cache_bytes(self, tokens: float) -> float:
         """Bytes that the mechanism itself keeps of a row while generating, after `tokens` tokens."""

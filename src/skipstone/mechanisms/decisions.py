@@ -20,7 +20,7 @@ from skipstone.ops import reference as ops
 class Decision(nn.Module):
     """The paper's training decision: the best `capacity` of each document of each row. No causal form.
 
-    static: an oracle decision keeps a number of tokens that is known beforehand, so that it gathers without a host sync.
+    static: an oracle decision keeps a number of tokens that is known beforehand, and so gathers without a host sync.
     trains_router: its auxiliary loss sends gradients into the router.
     """
 
@@ -62,7 +62,7 @@ class Decision(nn.Module):
     def unready(self) -> str | None:
         return None
 
-    def flops(self, tokens: float, oracle: bool) -> float:
+    def flops(self, tokens: float, routing: str) -> float:
         """Matrix FLOPs of the decision itself, the router's not among them."""
         return 0
 
@@ -109,7 +109,7 @@ class Predictor(Decision):
         guess_BT = self.guess(x_BTD.detach())
         return F.binary_cross_entropy_with_logits(guess_BT, kept_BT.float(), reduction="none")
 
-    def flops(self, tokens: float, oracle: bool) -> float:
+    def flops(self, tokens: float, routing: str) -> float:
         return self.guess.flops(tokens)
 
     def backward_flops(self, tokens: float) -> float:

@@ -43,6 +43,8 @@ class EarlyExitConfig:
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
+        if self.depth_weight < 0:
+            raise ValueError(f"depth_weight must not be negative, got {self.depth_weight}")
 
 
 class EarlyExit(DepthMechanism):
@@ -85,5 +87,5 @@ class EarlyExit(DepthMechanism):
     def neutral(self) -> None:
         self.router.constant(NEUTRAL_SCORE)
 
-    def flops(self, tokens: float, oracle: bool) -> float:
+    def flops(self, tokens: float, routing: str) -> float:
         return self.router.flops(tokens)

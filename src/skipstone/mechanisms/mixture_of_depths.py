@@ -30,7 +30,7 @@ from skipstone.mechanisms.decisions import DECISIONS, Forced, build_decision
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.ops import reference as ops
 
-WEIGHTS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "raw": lambda score_BT, scale: score_BT,
     "sigmoid": lambda score_BT, scale: score_BT.sigmoid(),
     "tanh": lambda score_BT, scale: 1 + scale * score_BT.tanh(),
@@ -152,9 +152,9 @@ class MixtureOfDepths(DepthMechanism):
             kept = ops.quota(self.capacity, int(load.given))
         return load.of(self.capacity * load.given if kept is None else kept)
 
-    def flops(self, tokens: float, oracle: bool) -> float:
-        decides = oracle or self.capacity < 1
-        return self.router.flops(tokens) + (self.decision.flops(tokens, oracle) if decides else 0)
+    def flops(self, tokens: float, routing: str) -> float:
+        decides = routing == "oracle" or (routing == "causal" and self.capacity < 1)
+        return self.router.flops(tokens) + (self.decision.flops(tokens, routing) if decides else 0)
 
     def backward_flops(self, tokens: float) -> float:
         learns = self.weighting != "none" or self.decision.trains_router

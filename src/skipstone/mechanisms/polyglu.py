@@ -136,11 +136,11 @@ class PolyGLU(Adjustable):
     def require_causal(self) -> None:
         if self.config.context == "sequence":
             raise ValueError(
-                "context 'sequence' of polyglu sees the whole row and cannot generate; train with context 'running_mean', "
-                "or pass routing='oracle' to evaluate with sight of the future"
+                "context 'sequence' of polyglu sees the whole row and cannot generate; train with context "
+                "'running_mean', or pass routing='oracle' to evaluate with sight of the future"
             )
 
-    def flops(self, tokens: float, oracle: bool) -> float:
+    def flops(self, tokens: float, routing: str) -> float:
         contexts = min(tokens, 1) if self.config.context == "sequence" else tokens
         return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
 

@@ -88,7 +88,7 @@ def _norm(config: SkipstoneConfig, width: int) -> nn.Module:
     return NORMS[config.norm](width, config.norm_eps)
 
 
-def _activation(config: SkipstoneConfig, layer: int) -> nn.Module:
+def _activation(config: Any, layer: int) -> nn.Module:
     options = config.activation_options
     name = options.pop("name")
     if name in FUNCTIONS:
@@ -99,7 +99,7 @@ def _activation(config: SkipstoneConfig, layer: int) -> nn.Module:
     return ACTIVATION[name](config.hidden_size, config.intermediate_size, place, **options)
 
 
-def _attention(config: SkipstoneConfig, layer: int) -> Attention:
+def _attention(config: Any, layer: int) -> Attention:
     shape = AttentionShape(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,

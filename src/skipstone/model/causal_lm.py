@@ -69,9 +69,10 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput:
         """Logits, and with labels the loss.
 
-        labels: int64 [B, T], the input ids (shifted here), -100 for tokens not to predict. shift_labels: the same already
-        shifted, the target of each position. The other arguments are those of `SkipstoneModel.forward`. The auxiliary
-        losses are summed over labelled tokens and divided like the token loss, so gradient accumulation changes nothing.
+        labels: int64 [B, T], the input ids (shifted here), -100 for tokens not to predict. shift_labels: the same
+        already shifted, the target of each position. The other arguments are those of `SkipstoneModel.forward`. The
+        auxiliary losses are summed over labelled tokens and divided like the token loss, so that gradient accumulation
+        changes nothing.
         """
         out: DecoderOutput = self.model(
             input_ids=input_ids,
@@ -88,10 +89,12 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             output_hidden_states=kwargs.get("output_hidden_states", False),
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        assert out.last_hidden_state is not None
+        assert out.records is not None
         logits_BTV = self.lm_head(out.last_hidden_state[:, keep])
         loss = token_loss = auxiliary_loss = None
         if labels is not None or shift_labels is not None:
-            target_BT = shift_labels if shift_labels is not None else shifted(labels)
+            target_BT = shifted(labels) if shift_labels is None else shift_labels
             if logits_BTV.shape[1] != target_BT.shape[1]:
                 raise ValueError(
                     "logits_to_keep cannot be combined with labels: the loss needs the logits of every token"
@@ -131,18 +134,21 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
 
     def adjustables(self) -> Iterator[Any]:
         """Every mechanism of the model, in the order of the blocks."""
-        for block in self.model.layers:
+        blocks: Any = self.model.layers
+        for block in blocks:
             yield from block.adjustables().values()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generation, with causal decisions and without noise, whatever mode the model is in.
 
-        Raises ValueError for decisions that see the whole row, and for caches that cannot hold rows of differing length.
+        Raises ValueError for decisions that see the whole row, and for caches that cannot hold rows of unequal length.
         """
         settings = kwargs.get("generation_config") or self.generation_config
         kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
         if kind not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation {kind!r} cannot hold what blocks that skip tokens keep; leave it out")
+            raise ValueError(
+                f"cache_implementation {kind!r} cannot hold what blocks that skip tokens keep; leave it out"
+            )
         for mechanism in self.adjustables():
             mechanism.require_causal()
         for reason in {reason for m in self.adjustables() if (reason := m.unready())}:
@@ -154,6 +160,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return {"routing": "causal", "noise": False, **inputs}
 
 
-def shifted(labels_BT: Tensor) -> Tensor:
+def shifted(labels_BT: Tensor | None) -> Tensor:
     """The label of the next token at each position, none at the last."""
+    assert labels_BT is not None
     return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)

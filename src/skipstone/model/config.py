@@ -22,6 +22,7 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout")
 DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
 
 
@@ -98,15 +99,25 @@ class SkipstoneConfig(PreTrainedConfig):
         for field in SIZES:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        for field in DROPOUTS:
+            if not 0 <= (getattr(self, field) or 0) < 1:
+                raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}: heads turn as a whole"
+            )
+        kind = rope.get("rope_type", "default")
         if self.positions == "rope" and kind in DYNAMIC_ROPE:
             raise ValueError(
-                f"rope_type {kind!r} changes its frequencies with the length of the input, so that cached keys go stale; "
+                f"rope_type {kind!r} changes its frequencies with the input's length, so that cached keys go stale; "
                 "supported: default, linear, llama3, yarn"
             )
         from skipstone.model.build import check  # it imports this module; a config that cannot be built is refused

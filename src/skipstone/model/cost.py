@@ -21,10 +21,12 @@ from torch import nn
 
 from skipstone.core.load import Load
 from skipstone.core.records import DepthRecord, Records
-from skipstone.core.tokens import Routing
+from skipstone.core.strict import unknown
 
 Kept = Mapping[int, Mapping[str, Load | float]]
 SLOT_BYTES = 8  # int64, one for each pair of key and value
+
+ROUTINGS = ("oracle", "causal", "forced")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Cost:
     tokens: int
     past: int
     batch: int
-    routing: Routing
+    routing: str
     parameters: Parameters
     forward: Flops
     training: Flops
@@ -108,21 +110,21 @@ def cost(
     batch: int = 1,
     kept: Kept | None = None,
     stored: Mapping[int, float] | None = None,
-    routing: Routing = "causal",
+    routing: str = "causal",
     logits_to_keep: int = 0,
 ) -> Cost:
     """Cost of one call.
 
     kept: what each mechanism keeps of a row, by layer and name, from `kept_from_records` or as plain numbers; without
     it an oracle Mixture-of-Depths keeps floor(capacity * tokens), a causal one capacity * tokens in the mean, and gates
-    keep all. stored: keys in the cache of each layer (`cache.layers[i].kv.width`); without it what `past` tokens leave
-    there by the same promise. logits_to_keep: as in forward, 0 for every token. Raises ValueError for sizes that make
-    no call.
+    keep all. routing: "forced" is a causal pass whose decisions the caller imposes, so that no predictor runs.
+    stored: keys in the cache of each layer (`cache.layers[i].kv.width`); without it what `past` tokens leave there by
+    the same promise. logits_to_keep: as in forward, 0 for every token. Raises ValueError for sizes that make no call.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
-    if routing not in ("oracle", "causal"):
-        raise ValueError(f"routing must be 'oracle' or 'causal', got {routing!r}")
+    if routing not in ROUTINGS:
+        raise ValueError(unknown("routing", routing, ROUTINGS))
     call = _Call(tokens, past, batch, routing, min(tokens, logits_to_keep or tokens), kept or {}, stored or {})
     dense = _cost(model, replace(call, kept={}, stored={}, mechanisms=False))
     return replace(_cost(model, call), dense=dense)
@@ -162,7 +164,7 @@ class _Call:
     tokens: int
     past: int
     batch: int
-    routing: Routing
+    routing: str
     logits: int
     kept: Kept
     stored: Mapping[int, float]
@@ -187,7 +189,7 @@ def _cost(model: nn.Module, call: _Call) -> Cost:
         before = _work(block, call.past, {}, False, call.mechanisms)
         work = _work(block, call.tokens, kept, oracle, call.mechanisms)
         stored = call.stored.get(i, before.attention.given)
-        forward += _flops(block, work, stored, oracle)
+        forward += _flops(block, work, stored, call.routing)
         training += _training(block, _work(block, call.tokens, kept, True, call.mechanisms))
         kv += (stored + work.attention.given) * _entry_bytes(block.self_attn)
         state += _state_bytes(before) + _state_bytes(work)
@@ -220,7 +222,7 @@ def _work(block: Any, tokens: int, kept: Mapping[str, Load | float], oracle: boo
     return _Work(attention, mlp, ran)
 
 
-def _flops(block: Any, work: _Work, stored: float, oracle: bool) -> Flops:
+def _flops(block: Any, work: _Work, stored: float, routing: str) -> Flops:
     attention, load = block.self_attn, work.attention
     given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
@@ -229,13 +231,13 @@ def _flops(block: Any, work: _Work, stored: float, oracle: bool) -> Flops:
         attention_linear=2 * (load.given * given + load.asked * asked),
         attention_score=4 * load.asked * keys * attention.q_proj.weight.shape[0],
         mlp=2 * work.mlp.asked * _matrices(block.mlp),
-        router=sum(mechanism.flops(tokens, oracle) for mechanism, tokens in work.mechanisms),
+        router=sum(mechanism.flops(tokens, routing) for mechanism, tokens in work.mechanisms),
     )
 
 
 def _training(block: Any, work: _Work) -> Flops:
     """Forward and backward: a product has two gradients of its own size; mechanisms know what they stop."""
-    forward = _flops(block, work, 0, oracle=True)
+    forward = _flops(block, work, 0, "oracle")
     backward = sum(mechanism.backward_flops(tokens) for mechanism, tokens in work.mechanisms)
     return replace(forward * 3, router=forward.router + backward)
 

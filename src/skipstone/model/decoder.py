@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,9 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     ) -> DecoderOutput:
         """Hidden states of the last block, normed.
 
-        input_ids: int64 [B, T]. attention_mask: [B, seen + T], 0 for padding. document_ids: int64 [B, T] of packed rows.
+        input_ids: int64 [B, T]. attention_mask: [B, seen + T], 0 for padding. document_ids: int64 [B, T], packed rows.
         routing: "oracle" sees the whole row (the default in training mode), "causal" decides as generation does (the
-        default otherwise), or `{layer: bool mask [B, T]}` imposes decisions on these blocks and is causal in the others.
+        default otherwise), or `{layer: bool mask [B, T]}` imposes decisions on these blocks, the others being causal.
         noise: may mechanisms draw random numbers; default: in training mode with oracle routing. executor: "gathered"
         or "masked", which must agree. Raises ValueError for routing that the call cannot have.
         """
@@ -144,17 +144,15 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     def _mode(
         self, routing: Routing | None, noise: bool | None, executor: Executor
     ) -> tuple[Mode, Mapping[int, Tensor]]:
-        forced: Mapping[int, Tensor] = {}
-        if isinstance(routing, Mapping):
-            routing, forced = "causal", routing
-        elif routing is None:
-            routing = "oracle" if self.training else "causal"
-        elif routing not in ("oracle", "causal"):
-            raise ValueError(unknown("routing", routing, ["oracle", "causal", "{layer: mask}"]))
+        forced = routing if isinstance(routing, Mapping) else {}
+        default: str = "oracle" if self.training else "causal"
+        decided = "causal" if isinstance(routing, Mapping) else routing or default
+        if decided not in ("oracle", "causal"):
+            raise ValueError(unknown("routing", decided, ["oracle", "causal", "{layer: mask}"]))
         if executor not in ("gathered", "masked"):
             raise ValueError(unknown("executor", executor, ["gathered", "masked"]))
-        noise = self.training and routing == "oracle" if noise is None else noise
-        return Mode(routing=routing, noise=noise, executor=executor), forced
+        noise = self.training and decided == "oracle" if noise is None else noise
+        return Mode(routing=cast("Literal['oracle', 'causal']", decided), noise=noise, executor=executor), forced
 
     def _check_masks(self, forced: Mapping[int, Tensor], shape: torch.Size) -> None:
         for i, mask in forced.items():
@@ -175,7 +173,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             raise ValueError(  # transformers would take the cache away from the blocks and only log it
                 "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
             )
-        if mode.routing == "oracle" and any(len(block.mechanisms) for block in self.layers):
+        if mode.routing == "oracle" and any(block.mechanisms for block in self.layers):
             raise ValueError("routing 'oracle' sees the whole row and cannot use a cache; pass routing='causal'")
         if not past_key_values.layers or not isinstance(past_key_values.layers[0], SkipstoneCacheLayer):
             raise ValueError("past_key_values must be a DynamicCache(config=model.config) of this model")
@@ -189,7 +187,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
         x_BTD = self.embedding_dropout(x_BTD)
         state: dict[str, Tensor] = {}
-        for block in self.layers:
+        blocks: Any = self.layers
+        for block in blocks:
             for mechanism in block.mechanisms.values():
                 state.update(mechanism.initial_state(x_BTD))
         return x_BTD, replace(tokens, state=state)

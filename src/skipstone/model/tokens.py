@@ -51,8 +51,8 @@ def _real(call: Call) -> Tensor | None:
     B, T = call.shape
     if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] not in (T, call.seen + T):
         raise ValueError(
-            f"attention_mask must have shape [{B}, {call.seen + T}] (1 for tokens, 0 for padding), got {list(mask.shape)}; "
-            "masks with more axes are not supported, give document_ids for packed rows"
+            f"attention_mask must have shape [{B}, {call.seen + T}] (1 for tokens, 0 for padding), "
+            f"got {list(mask.shape)}; masks with more axes are not supported, give document_ids for packed rows"
         )
     real_BT = mask[:, -T:].bool()
     if not torch.compiler.is_compiling() and _cheap(mask) and bool(real_BT.all()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -50,7 +51,7 @@ class Block(GradientCheckpointingLayer):
 
     def adjustables(self) -> dict[str, nn.Module]:
         """The mechanisms of this block by name, an activation mechanism included."""
-        activation = self.mlp.activation
+        activation: Any = self.mlp.activation
         named = dict(self.mechanisms.items())
         return {**named, activation.place.name: activation} if hasattr(activation, "place") else named
 

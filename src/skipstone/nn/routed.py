@@ -19,12 +19,12 @@ from skipstone.core.tokens import Mode, Routing, Tokens
 class Routed(nn.Module):
     """A residual block inside one or more depth mechanisms, the first of them outermost.
 
-    `block` maps x [B, T, D] to a residual stream of the same shape (its input included), mixes tokens in order of their
+    `block` maps x [B, T, D] to a residual stream of that shape (its input included), mixes tokens in order of their
     index if at all, and takes no cache. It is called with the kept tokens only, so it must not depend on T. Gates scale
     its whole update; tokens that a hard gate leaves out are not computed at all, keys and values included.
 
-    Where it differs from the decoder's own blocks: positions that the block itself adds (rotary angles) are those of the
-    gathered rows; add positions before the blocks.
+    Where it differs from the decoder's own blocks: positions that the block itself adds (rotary angles) are those of
+    the gathered rows; add positions before the blocks.
     """
 
     def __init__(self, block: nn.Module, *mechanisms: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""PolyGLU's mixture without its [B, T, F, A] tensor: same meaning and signature as in `reference`, less memory and time.
+"""PolyGLU's mixture without its [B, T, F, A] tensor: meaning and signature of `reference`, less memory and time.
 
 Saves nothing but its inputs and recomputes in backward, in chunks of tokens small enough to stay in the cache.
 Shape letters: B rows, T tokens, N tokens of a chunk, F neurons, A activations.
@@ -51,7 +51,9 @@ class _Mix(torch.autograd.Function):
                 d_logit_NF = value_NF.sub_(y_NF).mul_(share_NF).mul_(dy_NF)
                 into_static[:, k] += d_logit_NF.sum(0)
                 per_token_N = d_logit_NF.sum(1)
-                into_dynamic[:, k] += per_token_N if into_dynamic.shape[0] == per_token_N.shape[0] else per_token_N.sum()
+                into_dynamic[:, k] += (
+                    per_token_N if into_dynamic.shape[0] == per_token_N.shape[0] else per_token_N.sum()
+                )
         return d_gate, d_static, d_dynamic
 
 

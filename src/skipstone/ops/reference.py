@@ -6,13 +6,14 @@ Shape letters: B rows, T tokens given, K tokens kept, H heads, E head size, D wi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# 0.29 * 100 is 28.999999999999996 in floating point: the quota is 29. A factor, not a summand: then the quotas of a row's
-# documents never add up to more than the quota of the row, which is the number of columns that are gathered.
+# 0.29 * 100 is 28.999999999999996 in floating point: the quota is 29. A factor, not a summand: then the quotas of the
+# documents of a row never add up to more than the quota of the row, which is how many columns are gathered.
 ROUNDING = 1 + 1e-9
 
 
@@ -38,7 +39,7 @@ def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
 
 
 def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0) -> Tensor:
-    """The inverse of `gather_rows`: [B, length, ...] with y at index and `fill` elsewhere. Indices of a row are distinct."""
+    """[B, length, ...] with y at index and `fill` elsewhere: undoes `gather_rows`. Indices of a row are distinct."""
     B, _, *rest = y_BKD.shape
     offset_B1 = torch.arange(B, device=index_BK.device)[:, None] * length
     base = y_BKD.new_full((B * length, *rest), fill)
@@ -81,7 +82,12 @@ def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
     return start_BT, end_BT - start_BT
 
 
-ACTIVATIONS = (F.relu, torch.tanh, F.silu, F.gelu)  # PolyGLU's palette in the paper's order; GELU by erf
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    F.relu,
+    torch.tanh,
+    F.silu,
+    F.gelu,
+)  # PolyGLU's palette in the paper's order; GELU by erf
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
@@ -92,4 +98,5 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
     """
     logits_BTFA = (static_BFA[:, None].float() + dynamic_BTA[:, :, None].float()) / temperature
     share_BTFA = logits_BTFA.softmax(-1).to(gate_BTF.dtype)
-    return sum(share_BTFA[..., k] * act(gate_BTF) for k, act in enumerate(ACTIVATIONS))  # type: ignore[return-value]
+    values_BTFA = torch.stack([activation(gate_BTF) for activation in ACTIVATIONS], dim=-1)
+    return (share_BTFA * values_BTFA).sum(-1)

@@ -32,8 +32,7 @@ def train(config: Mapping[str, Any], *, out: Path | None = None, resume: bool = 
     Raises ValueError, FileNotFoundError or FileExistsError, one line; `Interrupted` after a stop signal.
     """
     recipe = read_recipe(config)
-    setup.check_loggers(recipe.train)
-    setup.check_context(recipe.model, recipe.data)
+    setup.check_early(recipe)
     folder = _folder(recipe, out, resume)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from skipstone import presets
-from skipstone.data.prepare import DataConfig, PreparedData
+from skipstone.data.prepare import PreparedData
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import OWN_FIELDS, SkipstoneConfig
 from skipstone.runs import CHECKPOINTS
-from skipstone.train.config import TrainConfig
+from skipstone.train.config import Recipe, TrainConfig
 
 PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -145,6 +146,9 @@ def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCal
     return found
 
 
-def check_context(values: Mapping[str, Any], data: DataConfig) -> None:
-    """Find what is wrong with a recipe's model before any corpus is read."""
-    model_config(values, data.context, {})
+def check_early(recipe: Recipe) -> None:
+    """Find what is wrong with a recipe's model or loggers before any corpus is read."""
+    check_loggers(recipe.train)
+    model_config(recipe.model, recipe.data.context, {})
+    if recipe.data.train_rows is not None:
+        warnings.warn("data.train_rows has no effect on training, which reads steps * batch_size rows", stacklevel=3)

@@ -105,7 +105,6 @@ class RunTrainer(RoutingTrainer):
         window, processes = self.window, self.accelerator.num_processes
         steps = self.state.global_step - window.began
         token_loss, auxiliary_loss = (self.accelerator.reduce(window.sums, "sum") / max(steps, 1)).tolist()
-        self._check_finite(token_loss + auxiliary_loss)
         logs = {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
         if window.seconds:
             logs["tokens_per_second"] = window.tokens * processes / window.seconds
@@ -113,19 +112,24 @@ class RunTrainer(RoutingTrainer):
         window.clear(self.state.global_step)
         return logs
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _check_finite(self, grad_norm: Any) -> None:
+        """Before anything is written: what has diverged is neither logged nor saved. The host waits once for both."""
+        pair = torch.stack((self.window.sums.sum(), torch.as_tensor(grad_norm).to(self.window.sums)))
+        loss, norm = pair.tolist()
+        if not math.isfinite(loss + norm):
+            what = "training loss" if not math.isfinite(loss) else "gradient"
             raise ValueError(
-                f"the training loss became {loss} between step {self.window.began} and step {self.state.global_step}, "
+                f"the {what} was not finite between step {self.window.began} and step {self.state.global_step}, "
                 "so the run has stopped; lower train.learning_rate, or lengthen train.warmup_steps"
             )
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize()  # what is still queued belongs to the time before
+            self._check_finite(grad_norm)
             with self.window.paused():
-                super()._maybe_log_save_evaluate(*args, **kwargs)
+                super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     # --- validation
 
@@ -157,8 +161,7 @@ class RunTrainer(RoutingTrainer):
     # --- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written aside and renamed, so that a checkpoint with a name is complete; a diverged model is not saved."""
-        self._check_finite(self.accelerator.reduce(self.window.sums, "sum").sum().item())
+        """Written aside and renamed, so that a checkpoint with a name is complete."""
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         partial = folder / PARTIAL
         if self.args.should_save:
