@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from laws.builders import CAUSAL, DEPTH, LENGTH, NESTED, ORDERS, Case, assert_close, case, entry, ids, lively
+from laws.builders import CAUSAL, DEPTH, LENGTH, NESTED, ORDERS, Case, assert_close, case, entry, gradients, ids, lively
 from skipstone import SkipstoneForCausalLM
 
 SOME = [c for c in ORDERS + NESTED if c.mechanisms]
@@ -141,6 +141,31 @@ def test_cache_rows_can_be_reordered_selected_and_repeated(chosen: Case) -> None
         parts = [(9, 10), (10, 13), (13, LENGTH)]
         logits = [model(ids()[expected, a:b], past_key_values=cache).logits for a, b in parts]
         assert_close(torch.cat(logits, 1), whole[expected, 9:], act)
+
+
+@pytest.mark.parametrize("chosen", [c for c in SOME if len(c.mechanisms) == 3], ids=str)
+def test_gradients_flow_through_the_cache(chosen: Case) -> None:
+    """What later chunks save for the backward pass must not be overwritten by those after them."""
+    model, results = lively(chosen), []
+    for parts in ([(0, LENGTH)], [(0, 5), (5, 9), (9, 10), (10, LENGTH)]):
+        model.zero_grad()
+        in_chunks(model, ids(), parts).square().sum().backward()
+        results.append(gradients(model))
+    for name, gradient in results[0].items():
+        assert_close(results[1][name], gradient, name, 1e-5 * max(1.0, gradient.abs().max().item()))
+
+
+def test_a_cache_outlives_inference_mode_and_gradients() -> None:
+    model = lively(case(*map(entry, DEPTH), activation="polyglu"))
+    whole, cache = model(ids(), use_cache=False).logits.detach(), DynamicCache(config=model.config)
+    with torch.inference_mode():
+        logits = [model(ids()[:, :6], past_key_values=cache).logits]
+    logits.append(model(ids()[:, 6:9], past_key_values=cache).logits)
+    with torch.no_grad():
+        logits.append(model(ids()[:, 9:10], past_key_values=cache).logits)
+    with torch.inference_mode():
+        logits.append(model(ids()[:, 10:], past_key_values=cache).logits)
+    assert_close(torch.cat([x.detach().clone() for x in logits], 1), whole)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from laws.builders import CAUSAL, DECIDED, NESTED, ORDERS, Case, case, entry, fresh, ids, lively
+from laws.builders import CAUSAL, DECIDED, LENGTH, NESTED, ORDERS, Case, case, entry, fresh, ids, lively
 from skipstone import SkipstoneForCausalLM
 
 NEW = 5
@@ -92,6 +92,14 @@ def test_assisted_generation_crops_the_cache(chosen: Case) -> None:
     model, tokens = lively(chosen), ids()[:1, :4].repeat(1, 3)
     expected = plain_loop(model, tokens)
     assert torch.equal(greedy(model, tokens, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.parametrize("chosen", [c for c in ORDERS if len(c.mechanisms) == 1], ids=str)
+def test_generation_from_embeddings(chosen: Case) -> None:
+    model = lively(chosen)
+    embedded = model.model.embed_tokens(ids()).detach()
+    got = model.generate(inputs_embeds=embedded, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(got, plain_loop(model, ids())[:, LENGTH:])
 
 
 @pytest.mark.parametrize("chosen", [c for c in ORDERS if len(c.mechanisms) == 3], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from skipstone import SkipstoneForCausalLM, presets
 
@@ -66,5 +67,6 @@ def test_unknown_names_and_keys() -> None:
 
 def test_the_tsa_base_drops_out_what_the_paper_does() -> None:
     block = SkipstoneForCausalLM(presets.get("tsa-copy")).model.layers[0]
-    assert (block.mlp.dropout.p, block.self_attn.dropout, block.self_attn.residual_dropout.p) == (0.1, 0.1, 0.0)
+    assert (block.mlp.dropout.p, block.self_attn.dropout) == (0.1, 0.1)
+    assert isinstance(block.self_attn.residual_dropout, nn.Identity)
     assert not block.adjustables()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from skipstone.data.packing import RandomWindows
+from skipstone.runs import Run
 from skipstone.train.watch import Interrupted
 from train.tool import MODELS, at_step, equal, lines, recipe, train, weights
 
@@ -24,7 +25,10 @@ def cut() -> None:
 
 
 def same(one: Path, other: Path) -> bool:
-    return equal(weights(one), weights(other)) and lines(one) == lines(other)
+    untimed = [
+        {name: value for name, value in Run(folder).result().items() if "second" not in name} for folder in (one, other)
+    ]
+    return equal(weights(one), weights(other)) and lines(one) == lines(other) and untimed[0] == untimed[1]
 
 
 @pytest.mark.parametrize("name", MODELS)

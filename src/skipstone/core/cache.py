@@ -32,6 +32,8 @@ class Store:
         """Add the tokens of one call; those that are not real are left out. Slots of a row ascend from call to call."""
         rows = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT.expand(rows, -1)
+        if any(map(_not_ours_alone, (*self.entries.values(), *entries.values()))):
+            self.entries = {name: value.clone() for name, value in self.entries.items()}
         if real_BT is None and self.lengths_B is None:
             self._reserve(self.width + slot_BT.shape[1], entries)
             for name, new in entries.items():
@@ -116,6 +118,11 @@ class Store:
         if allocated:
             return sum(x.numel() * x.element_size() for x in self.entries.values())
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
+
+
+def _not_ours_alone(x: Tensor) -> bool:
+    """Whether writing in place would spoil what a backward pass has saved, or is forbidden outside inference mode."""
+    return x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled())
 
 
 class SkipstoneCacheLayer(CacheLayerMixin):

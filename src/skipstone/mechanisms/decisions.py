@@ -146,8 +146,8 @@ class EmaThreshold(Decision):
         return score_BT > self.threshold
 
     def statistics(self, score_BT: Tensor, asked_BT: Tensor) -> Tensor | None:
-        scores = score_BT[asked_BT]
-        return scores.quantile(1 - self.capacity)[None] if scores.numel() else None
+        """[1], the quantile that capacity asks for; NaN where nobody was asked."""
+        return torch.where(asked_BT, score_BT, torch.nan).nanquantile(1 - self.capacity)[None]
 
     def advance(self, statistics: Tensor | None) -> None:
         if statistics is not None:
@@ -158,7 +158,10 @@ class EmaThreshold(Decision):
     def unready(self) -> str | None:
         if self.steps.item():
             return None
-        return "ema_threshold was never advanced: train with skipstone.train.RoutingCallback, or use another decision"
+        return (
+            "ema_threshold was never advanced: train with skipstone.train.RoutingTrainer or its RoutingMixin, "
+            "or use another decision"
+        )
 
 
 class Random(Decision):

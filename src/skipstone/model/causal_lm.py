@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -95,13 +96,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         loss = token_loss = auxiliary_loss = None
         if labels is not None or shift_labels is not None:
             target_BT = shifted(labels) if shift_labels is None else shift_labels
-            if logits_BTV.shape[1] != target_BT.shape[1]:
-                raise ValueError(
-                    "logits_to_keep cannot be combined with labels: the loss needs the logits of every token"
-                )
-            token_loss, auxiliary_loss = self._losses(
-                logits_BTV, target_BT, out.records, kwargs.get("num_items_in_batch")
-            )
+            items = kwargs.get("num_items_in_batch")
+            token_loss, auxiliary_loss = self._losses(logits_BTV, target_BT, out.records, items)
             loss = token_loss + auxiliary_loss
         return CausalLMOutput(
             loss=loss,
@@ -117,6 +113,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         self, logits_BTV: Tensor, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and auxiliary losses: sums over labelled tokens by the number of labels (of the whole step)."""
+        if logits_BTV.shape[1] != target_BT.shape[1]:
+            raise ValueError("logits_to_keep cannot be combined with labels: the loss needs the logits of every token")
         token_loss = self.loss_function(
             logits=logits_BTV,
             labels=None,
@@ -155,6 +153,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             warnings.warn(reason, stacklevel=2)
         return super().generate(*args, **kwargs)
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature tells transformers what may be passed
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         return {"routing": "causal", "noise": False, **inputs}
