@@ -92,12 +92,12 @@ def test_none_and_all_kept(decision: str, order: int, capacity: float) -> None:
             assert record.kept_BT.all() if capacity == 1 else not record.kept_BT.any()
 
 
-@pytest.mark.parametrize("keep", ["none", "all", "ragged"])
+@pytest.mark.parametrize("keep", ["none", "ragged"])
 @pytest.mark.parametrize("chosen", [c for c in ORDERS + SITES + NESTED if c.mechanisms], ids=str)
 def test_forced(chosen: Case, keep: str) -> None:
-    mask = torch.zeros(3, LENGTH, dtype=torch.bool) if keep == "none" else torch.ones(3, LENGTH, dtype=torch.bool)
-    if keep == "ragged":
-        mask[0], mask[1, ::2] = False, False
+    mask = torch.zeros(3, LENGTH, dtype=torch.bool)
+    if keep == "ragged":  # nobody, every second, all
+        mask[1, 1::2], mask[2] = True, True
     both(lively(chosen).train(), ids(), routing={1: mask, 2: mask})
 
 

@@ -14,7 +14,7 @@ from skipstone.runs import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of all five models and of their training. capacity: MoD's, on every other block. eval_rows: while training only."""
+    """Of all five models and of their training. capacity: MoD's, on every other block. eval_rows: during training."""
 
     hidden_size: int
     num_hidden_layers: int
