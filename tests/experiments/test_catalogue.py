@@ -11,7 +11,7 @@ from skipstone.experiments import records
 from skipstone.experiments.catalogue import EXPERIMENTS
 from skipstone.experiments.catalogue.reset_s3 import captured, interpolate
 from skipstone.experiments.registry import SCALES, Experiment, seeded
-from skipstone.experiments.render import render
+from skipstone.experiments.render import lookup, render
 from skipstone.experiments.timing import training_speeds
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.config import read_recipe
@@ -57,6 +57,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "demo": {"model": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}, "data": {"context": 32}},
     "reset_s3": {"model": {"hidden_size": 16, "num_attention_heads": 2}, "data": {"context": 24}},
 }
+SMALL["mod_decisions"] = {
+    "model": {"hidden_size": 16, "num_attention_heads": 2},
+    "data": {"context": 32, "corpus": "python-stdlib"},
+}
 STEPS = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "eval_rows": 2}
 
 
@@ -81,6 +85,15 @@ def test_reset_s3_from_training_to_headroom(tmp_path: Path) -> None:
     assert set(derived) == {"mod-learned", "mod-random"}
     assert "16+" not in derived["mod-learned"]["headroom"], "rows so short have nothing in that bin"
     assert "0-3" in derived["mod-learned"]["headroom"]
+
+
+@pytest.mark.parametrize("arm", ["dense", "ema_threshold"])
+def test_mod_decisions_measures_what_it_shows(tmp_path: Path, arm: str) -> None:
+    experiment = EXPERIMENTS["mod_decisions"]
+    figures = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / "run", progress=False))
+    shown = {column.title: lookup(figures, column.key) for column in experiment.columns}
+    missing = [title for title, figure in shown.items() if figure is None]
+    assert missing == ([] if arm != "dense" else ["kept, block 1", "kept, block 3", "kept, block 5"])
 
 
 @pytest.mark.slow
