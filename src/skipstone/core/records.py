@@ -18,9 +18,9 @@ class DepthRecord(NamedTuple):
     """One depth mechanism in one block.
 
     score_BT: fp32 router logit, NaN for tokens that were never asked. kept_BT: bool. weight_BT: fp32 factor on the
-    update as executed, 0 where skipped. asked_BT: bool, real tokens that reached the mechanism. loss_BT: fp32 auxiliary
-    loss of each token, its coefficient included, 0 where not asked; None without one. carry: new values of the
-    mechanism's tensors in `Tokens.state`.
+    update as this mechanism decided, 0 where it skips (an outer one may skip more). asked_BT: bool, real tokens that
+    reached the mechanism. loss_BT: fp32 auxiliary loss of each token, its coefficient included, 0 where not asked; None
+    without one. carry: new values of the mechanism's tensors in `Tokens.state`.
     """
 
     score_BT: Tensor

@@ -42,7 +42,8 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 class MixtureOfDepthsConfig:
     """capacity: share of a document's tokens that a block keeps, in (0, 1]. decision: see `decisions`.
 
-    weight: the factor on a kept token's update: raw (the paper's), sigmoid, tanh (1 + a tanh r, a starts at 0), none.
+    weight: the factor on a kept token's update: raw (the paper's), sigmoid, tanh (1 + a tanh r, a starts at 0), none
+    (the router then learns from the auxiliary loss of `threshold` only).
     auxiliary_weight: coefficient of the decision's auxiliary loss.
     """
 

@@ -20,7 +20,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 from skipstone.core.records import DepthRecord, Records
 from skipstone.core.tokens import Executor
 from skipstone.model.config import SkipstoneConfig
-from skipstone.model.decoder import DecoderOutput, Routing, SkipstoneModel, SkipstonePreTrainedModel
+from skipstone.model.decoder import (
+    DecoderOutput,
+    Routing,
+    SkipstoneModel,
+    SkipstonePreTrainedModel,
+    refuse_mistyped,
+)
 
 IGNORED = -100  # label of a token that is not predicted, by convention of torch and transformers
 
@@ -75,6 +81,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         auxiliary losses are summed over labelled tokens and divided like the token loss, so that gradient accumulation
         changes nothing.
         """
+        refuse_mistyped(kwargs)
         out: DecoderOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

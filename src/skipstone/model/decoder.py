@@ -5,6 +5,7 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -37,6 +38,16 @@ class DecoderOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     records: tuple[Records, ...] | None = None
+
+
+OWN_ARGUMENTS = ("routing", "noise", "executor", "output_records", "document_ids", "shift_labels")
+
+
+def refuse_mistyped(arguments: Mapping[str, Any]) -> None:
+    """transformers passes arguments on that a model may ignore; one that is nearly ours was meant for us."""
+    for name in arguments:
+        if name not in OWN_ARGUMENTS and (near := difflib.get_close_matches(name, OWN_ARGUMENTS, n=1, cutoff=0.8)):
+            raise ValueError(f"unknown argument {name!r}; did you mean {near[0]!r}?")
 
 
 class SkipstonePreTrainedModel(PreTrainedModel):
@@ -111,6 +122,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         noise: may mechanisms draw random numbers; default: in training mode with oracle routing. executor: "gathered"
         or "masked", which must agree. Raises ValueError for routing that the call cannot have.
         """
+        refuse_mistyped(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
