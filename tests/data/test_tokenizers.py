@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -156,11 +155,3 @@ def test_bytes_of_a_prefix(documents: list[str], data: st.DataObject) -> None:
 def test_bytes_of_a_prefix_of_characters() -> None:
     encoded = encode_documents(CHAR, ["aé", "€Zb"])  # a é eos € ? b
     assert [text_bytes(CHAR, encoded, n) for n in range(7)] == [0, 1, 3, 3, 6, 6, 8]
-
-
-def test_a_megabyte_takes_no_time() -> None:
-    text = "to be or not to be " * 55_000
-    for tokenizer in (BYTE, CHAR):
-        start = time.perf_counter()
-        encode_documents(tokenizer, [text])
-        assert time.perf_counter() - start < 2

@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
-from skipstone.runs import last_checkpoint
-from skipstone.train.watch import Progress, StopSignals, metrics_line
+from skipstone.runs import Run, last_checkpoint
+from skipstone.train.watch import MetricsFile, Progress, StopSignals, metrics_line
 from train.tool import DENSE, MODELS, equal, lines, recipe, train, weights
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -102,3 +103,21 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [done.stderr.strip()]
     assert "did you mean 'learning_rate'" in done.stderr
+
+
+def test_a_signal_in_the_last_step_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is whole, but whoever runs several of them must hear that it shall stop."""
+    log = MetricsFile.on_log
+
+    def signalled(self: MetricsFile, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log(self, args, state, control, **kwargs)
+        if state.global_step == state.max_steps and not raised:
+            raised.append(state.global_step)
+            signal.raise_signal(signal.SIGINT)
+
+    raised: list[int] = []
+    monkeypatch.setattr(MetricsFile, "on_log", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(tmp_path, DENSE), tmp_path / "run")
+    assert raised
+    assert Run(tmp_path / "run").finished

@@ -108,6 +108,8 @@ def _fit(
     if main:
         with quiet():
             _finish(data, trainer, folder)
+    if stop.received is not None:
+        signal.raise_signal(stop.received)  # it came during the last step: the run is whole, but others may wait
     return folder
 
 
