@@ -113,7 +113,9 @@ def test_the_first_quantile_counts_in_full_and_padding_not_at_all() -> None:
     statistics = decision.statistics(score, torch.tensor([[True, True, False]]))
     decision.advance(statistics)
     assert decision.threshold.item() == 2.0
-    assert decision.statistics(score, torch.zeros(1, 3, dtype=torch.bool)) is None
+    nobody = decision.statistics(score, torch.zeros(1, 3, dtype=torch.bool))
+    assert nobody.isnan().all()
+    decision.advance(nobody)
     decision.advance(None)
     assert (decision.threshold.item(), decision.steps.item()) == (2.0, 1)
 

@@ -34,7 +34,7 @@ def test_rotary_angles() -> None:
     cos, sin = Rotary(config)(torch.tensor([[0, 3]]), torch.float32)
     assert cos.shape == sin.shape == (1, 2, 4)
     torch.testing.assert_close(cos[0, 1], torch.tensor([3.0, 0.3, 3.0, 0.3]).cos())
-    torch.testing.assert_close(sin[0, 1], torch.tensor([3.0, 0.3, 3.0, 0.3]).sin())
+    torch.testing.assert_close(sin[0, 1], torch.tensor([-3.0, -0.3, 3.0, 0.3]).sin())  # the first half negated
     assert (cos[0, 0] == 1).all()
     assert (sin[0, 0] == 0).all()
 

@@ -66,7 +66,7 @@ def test_scattering_keeps_type_and_poison_out() -> None:
 def test_rotation_is_a_complex_product() -> None:
     x, angle = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 4)
     both = torch.cat((angle, angle), -1)
-    got = rotate(x, both.cos(), both.sin())
+    got = rotate(x, both.cos(), torch.cat((-angle.sin(), angle.sin()), -1))
     z = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
     torch.testing.assert_close(got, torch.cat((z.real, z.imag), -1))
     torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1))

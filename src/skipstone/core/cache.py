@@ -34,6 +34,7 @@ class Store:
         entries["slot"] = slot_BT.expand(rows, -1)
         if any(map(_not_ours_alone, (*self.entries.values(), *entries.values()))):
             self.entries = {name: value.clone() for name, value in self.entries.items()}
+            self.lengths_B = None if self.lengths_B is None else self.lengths_B.clone()
         if real_BT is None and self.lengths_B is None:
             self._reserve(self.width + slot_BT.shape[1], entries)
             for name, new in entries.items():
@@ -46,6 +47,9 @@ class Store:
         slot_BT = entries["slot"]
         real_BT = torch.ones_like(slot_BT, dtype=torch.bool) if real_BT is None else real_BT.expand_as(slot_BT)
         before_B = self.row_lengths(slot_BT.shape[0], slot_BT.device)
+        if slot_BT.shape[1] == 1:
+            self._append_one(before_B, real_BT, entries)
+            return
         self.lengths_B = before_B + real_BT.sum(1)
         width = int(self.lengths_B.max())  # a host sync, like `nonzero` below: rows of their own length cost two
         self._reserve(width, entries)
@@ -54,6 +58,16 @@ class Store:
         for name, new in entries.items():
             self.entries[name][row, column] = new[row, at].to(self.entries[name].dtype)
         self.width = width
+
+    def _append_one(self, before_B: Tensor, real_B1: Tensor, entries: dict[str, Tensor]) -> None:
+        """Decoding: every row writes into its next column; what is not real stays EMPTY and is overwritten later."""
+        self._reserve(self.width + 1, entries)
+        row_B = torch.arange(before_B.shape[0], device=before_B.device)
+        entries["slot"] = torch.where(real_B1, entries["slot"], EMPTY)
+        for name, new in entries.items():
+            self.entries[name][row_B, before_B] = new[:, 0].to(self.entries[name].dtype)
+        self.lengths_B = before_B + real_B1[:, 0]
+        self.width = int(self.lengths_B.max())  # a host sync
 
     def _reserve(self, width: int, like: dict[str, Tensor]) -> None:
         for name, new in like.items():

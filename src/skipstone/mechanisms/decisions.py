@@ -125,7 +125,7 @@ class EmaThreshold(Decision):
 
     is_causal = True
     static = False
-    momentum = 0.95
+    momentum = 0.9  # a batch's quantile is exact to under a per cent of its tokens, while scores drift by more
     threshold: Tensor
     steps: Tensor
 
@@ -151,9 +151,10 @@ class EmaThreshold(Decision):
 
     def advance(self, statistics: Tensor | None) -> None:
         if statistics is not None:
-            self.steps += 1
-            momentum = torch.clamp(1 - 1 / self.steps, max=self.momentum)  # the first quantiles count in full
-            self.threshold.lerp_(statistics[0].to(self.threshold), 1 - momentum)
+            seen = statistics[0].isfinite()
+            self.steps += seen
+            momentum = torch.clamp(1 - 1 / self.steps.clamp(min=1), max=self.momentum)  # the first ones count in full
+            self.threshold.lerp_(torch.where(seen, statistics[0].to(self.threshold), self.threshold), 1 - momentum)
 
     def unready(self) -> str | None:
         if self.steps.item():

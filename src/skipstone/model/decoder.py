@@ -140,7 +140,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         x_BTD, tokens = self._start(x_BTD, tokens_of(call, mode))
         records = []
         for i, block in enumerate(self.layers):
-            x_BTD, decided = block(x_BTD, replace(tokens, forced_BT=forced.get(i)), past_key_values=past_key_values)
+            given = replace(tokens, forced_BT=forced[i]) if i in forced else tokens
+            x_BTD, decided = block(x_BTD, given, past_key_values=past_key_values)
             if carry := carried(decided.values()):
                 tokens = replace(tokens, state={**tokens.state, **carry})
             records.append(decided)

@@ -38,6 +38,7 @@ class Block(GradientCheckpointingLayer):
         self.input_layernorm, self.post_attention_layernorm = input_norm, post_norm
         self.mechanisms = nn.ModuleDict(mechanisms)
         self.sites = {site: list(sites.get(site, [])) for site in SITES}
+        self.num_adjustables = len(self.adjustables())
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
         """The residual stream after this block, and what its mechanisms decided."""
@@ -57,8 +58,10 @@ class Block(GradientCheckpointingLayer):
 
     def _complete(self, records: Records, x_BTD: Tensor) -> Records:
         """With those of mechanisms inside one that kept nobody: the names are the same in every call."""
+        if len(records) == self.num_adjustables:
+            return records
         missing = {name: m.unasked(x_BTD) for name, m in self.adjustables().items() if name not in records}  # type: ignore[operator]
-        return {**records, **missing} if missing else records
+        return {**records, **missing}
 
     def _at(self, site: str) -> list[nn.Module]:
         return [self.mechanisms[name] for name in self.sites[site]]

@@ -38,7 +38,7 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, E] in `dtype`, computed in fp32."""
+        """cos and sin [B, T, E] in `dtype`, computed in fp32; the first half of sin negated, for `ops.rotate`."""
         angle = position_BT[..., None].float() * self.inverse_E2.float()
-        angle = torch.cat((angle, angle), dim=-1)
-        return (angle.cos() * self.scale).to(dtype), (angle.sin() * self.scale).to(dtype)
+        cos, sin = angle.cos() * self.scale, angle.sin() * self.scale
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

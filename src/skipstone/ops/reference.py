@@ -23,10 +23,11 @@ def quota(capacity: float, length: int) -> int:
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
-    """Rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2))."""
-    first, second = x_BHTE.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x_BHTE * cos_BTE[:, None] + turned * sin_BTE[:, None]
+    """Rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2)).
+
+    The first half of `sin_BTE` comes negated, so that turning a pair needs no copy with another sign.
+    """
+    return x_BHTE * cos_BTE[:, None] + x_BHTE.roll(x_BHTE.shape[-1] // 2, -1) * sin_BTE[:, None]
 
 
 def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
