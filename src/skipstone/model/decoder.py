@@ -45,7 +45,7 @@ OWN_ARGUMENTS = ("routing", "noise", "executor", "output_records", "document_ids
 
 def refuse_mistyped(arguments: Mapping[str, Any]) -> None:
     """transformers passes arguments on that a model may ignore; one that is nearly ours was meant for us."""
-    for name in arguments:
+    for name in () if torch.compiler.is_compiling() else arguments:  # a compiler cannot follow the comparison of words
         if name not in OWN_ARGUMENTS and (near := difflib.get_close_matches(name, OWN_ARGUMENTS, n=1, cutoff=0.8)):
             raise ValueError(f"unknown argument {name!r}; did you mean {near[0]!r}?")
 
