@@ -9,7 +9,6 @@ marks. Times are taken side by side in one process, in turns; medians of ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from parity import every_case
+from publish import closing, keep, ratios_in_turns
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train.environment import describe
 
@@ -77,16 +77,7 @@ def beside_llama(width: int, layers: int, context: int, rows: int) -> dict[str, 
 
 
 def _ratio(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
-    ratios = []
-    for turn in range(ROUNDS + 1):
-        order = (ours, theirs) if turn % 2 else (theirs, ours)
-        taken = {}
-        for run in order:
-            start = time.perf_counter()
-            run()
-            taken[run] = time.perf_counter() - start
-        ratios.append(taken[ours] / taken[theirs])
-    return statistics.median(ratios[1:])
+    return statistics.median(ratios_in_turns(ours, theirs, ROUNDS))
 
 
 def _training_step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
@@ -122,7 +113,6 @@ def measure() -> dict[str, Any]:
 
 def render(figures: dict[str, Any]) -> str:
     """Markdown from the record alone."""
-    environment = figures["environment"]
     lines = [
         "| logits against transformers', the same weights | max relative error, fp32 | bf16 | greedy text equal |",
         "|---|---|---|---|",
@@ -134,12 +124,7 @@ def render(figures: dict[str, Any]) -> str:
     for size, ratios in figures["beside_llama"].items():
         shown = ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items())
         lines.append(f"* Our dense decoder's time by that of transformers' Llama ({size}): {shown}.")
-    machine, commit = environment["machine"], (environment["git_commit"] or "unknown")[:9]
-    lines.append(
-        f"* `python benchmarks/spine.py --out results --readme README.md`, commit {commit}, "
-        f"torch {environment['torch']}, transformers {environment['transformers']}, "
-        f"{machine['cpu']}, {machine['threads']} threads."
-    )
+    lines.append("* " + closing("python benchmarks/spine.py --out results --readme README.md", figures["environment"]))
     return "\n".join(lines) + "\n"
 
 
@@ -152,15 +137,11 @@ def main() -> None:
     logging.disable_progress_bar()
     figures = measure()
     text = render(figures)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "spine.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        (arguments.out / "spine.md").write_text(f"# The spine's figures\n\n{text}", encoding="utf-8")
+    keep(arguments.out, "spine", "The spine's figures", figures, text)
     if arguments.readme:
         page = arguments.readme.read_text(encoding="utf-8")
         head, tail = page.split(BEGIN)[0], page.split(END)[1]
         arguments.readme.write_text(f"{head}{BEGIN}\n{text}{END}{tail}", encoding="utf-8")
-    print(text)
 
 
 if __name__ == "__main__":
