@@ -28,6 +28,9 @@ from skipstone.train import RoutingTrainer
 from skipstone.train.environment import describe
 
 CAPACITY = 0.125
+ABOUT = f"""Seconds of a training step (forward, backward, AdamW) by those of the dense model of the same size, taken in
+turns, beside the FLOPs that the step executes by the dense step's. Every other block routed, capacity {CAPACITY}. *Asked*
+is how many times the FLOPs the time may be."""
 DECISIONS = ("topk", "predictor", "ema_threshold")
 
 
@@ -154,11 +157,7 @@ def measure(size: Size) -> dict[str, Any]:
 def render(figures: dict[str, Any]) -> str:
     """Markdown from the record alone."""
     lines = [
-        (
-            "Seconds of a training step (forward, backward, AdamW) by those of the dense model of the same size, taken in "
-            "turns, beside the FLOPs that the step executes by the dense step's. Every other block routed, capacity "
-            f"{CAPACITY}. The last column is what is asked: time no more than so many times the FLOPs."
-        ),
+        ABOUT,
         "",
         "| size | decision | way | FLOPs | time, median (least to greatest) | time / FLOPs | asked | host syncs |",
         "|---|---|---|---:|---:|---:|---:|---:|",

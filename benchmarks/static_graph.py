@@ -27,6 +27,8 @@ from skipstone.train.environment import describe
 
 STATIC = ("topk", "threshold", "predictor", "random", "positional")
 DYNAMIC = ("ema_threshold",)
+DYNAMIC_NOTE = """`ema_threshold` decides in training as in generation: how many it keeps depends on the input, so its shapes
+do too, and its capacity is met on average (*99 % of rows keep at most* of `skipstone eval`)."""
 ROWS, CONTEXT = 2, 128
 
 
@@ -93,25 +95,17 @@ def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bo
 def render(figures: dict[str, Any]) -> str:
     """Markdown from the record alone."""
     lines = [
-        (
-            f"{figures['inputs']:,} training passes over different inputs of one shape ({ROWS} rows of {CONTEXT} tokens; "
-            "FLOPs over a tenth of them)."
-        ),
+        f"{figures['inputs']:,} training passes, each over other inputs of one shape ({ROWS} rows of {CONTEXT} tokens).",
+        "FLOPs are counted over a tenth of them.",
         "",
-        "| decision | lists of operations and shapes | different FLOPs | graphs | recompilations after the first pass |",
+        "| decision | lists of operations, shapes | different FLOPs | graphs | recompilations after the first |",
         "|---|---:|---:|---:|---:|",
     ]
     for decision, found in figures["decisions"].items():
         lines.append(
             f"| `{decision}` | {found['lists']} | {found['flops']} | {found['graphs']} | {found['recompilations']} |"
         )
-    lines += [
-        "",
-        (
-            "`ema_threshold` decides in training as in generation: how many it keeps depends on the input, so its shapes "
-            "do too, and its capacity is met on average (*99 % of rows keep at most* of `skipstone eval`)."
-        ),
-    ]
+    lines += ["", DYNAMIC_NOTE]
     return "\n".join(lines) + "\n\n" + closing(figures["command"], figures["environment"]) + "\n"
 
 
