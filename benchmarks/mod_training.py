@@ -29,8 +29,8 @@ from skipstone.train.environment import describe
 
 CAPACITY = 0.125
 ABOUT = f"""Seconds of a training step (forward, backward, AdamW) by those of the dense model of the same size, taken in
-turns, beside the FLOPs that the step executes by the dense step's. Every other block routed, capacity {CAPACITY}. *Asked*
-is how many times the FLOPs the time may be."""
+turns, beside the FLOPs that the step executes by the dense step's. Every other block routed, capacity {CAPACITY}.
+*Asked* is how many times the FLOPs the time may be."""
 DECISIONS = ("topk", "predictor", "ema_threshold")
 
 

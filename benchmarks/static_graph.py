@@ -27,8 +27,8 @@ from skipstone.train.environment import describe
 
 STATIC = ("topk", "threshold", "predictor", "random", "positional")
 DYNAMIC = ("ema_threshold",)
-DYNAMIC_NOTE = """`ema_threshold` decides in training as in generation: how many it keeps depends on the input, so its shapes
-do too, and its capacity is met on average (*99 % of rows keep at most* of `skipstone eval`)."""
+DYNAMIC_NOTE = """`ema_threshold` decides in training as in generation: how many it keeps depends on the input, so its
+shapes do too, and its capacity is met on average (*99 % of rows keep at most* of `skipstone eval`)."""
 ROWS, CONTEXT = 2, 128
 
 
@@ -95,7 +95,7 @@ def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bo
 def render(figures: dict[str, Any]) -> str:
     """Markdown from the record alone."""
     lines = [
-        f"{figures['inputs']:,} training passes, each over other inputs of one shape ({ROWS} rows of {CONTEXT} tokens).",
+        f"{figures['inputs']:,} training passes, over different inputs of {ROWS} rows of {CONTEXT} tokens.",
         "FLOPs are counted over a tenth of them.",
         "",
         "| decision | lists of operations, shapes | different FLOPs | graphs | recompilations after the first |",
