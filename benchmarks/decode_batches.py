@@ -1,80 +1,204 @@
-"""Where a decoding step goes when rows disagree: forced decisions at several shares, beside the dense model.
+"""Decoding steps of a Mixture-of-Depths model beside the dense model's, by number of rows, in turns.
 
-    python benchmarks/decode_batches.py [--rows 8] [--width 256] [--blocks 6]
+    python benchmarks/decode_batches.py [--size small | large] [--rows 1 2 4 8 16 32 64] [--out results]
 
-Every other block routes; each row keeps its token with the given share, drawn anew each step. Milliseconds a step, the
-median of turns taken by all cases in one process.
+Every other block keeps 12.5 % of the tokens: random weights, and a threshold set where the scores of random text say
+so. Both models continue the same prompts with the same tokens, one a row and step. `--out` keeps decode.json and
+decode.md; a size that was measured before stays in them. Threads: OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
+from publish import closing, keep, middle
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.evaluate.speed import Lap, Task, take_turns
+from skipstone.train.environment import describe
 
-SHARES = (0.0, 0.125, 0.5, 1.0)
-PROMPT, STEPS, TURNS = 64, 48, 9
-
-
-def model_of(width: int, blocks: int, routed: bool) -> SkipstoneForCausalLM:
-    mechanisms = [{"name": "mixture_of_depths", "layers": "1::2", "decision": "forced"}] if routed else []
-    return SkipstoneForCausalLM(
-        SkipstoneConfig(
-            vocab_size=256,
-            hidden_size=width,
-            num_hidden_layers=blocks,
-            num_attention_heads=width // 64,
-            mechanisms=mechanisms,
-        )
-    ).eval()
+CAPACITY, ROWS = 0.125, (1, 2, 4, 8, 16, 32, 64)
+ABOUT = f"""One token a row and step, fp32, greedy decisions of a causal threshold that keeps {CAPACITY:.1%} in every
+other block. *Speed* is the dense model's seconds by the routed model's in the same turn, so tokens per second by the
+dense model's: above 1 is faster. *Rows computed* is the mean over routed blocks and steps."""
 
 
-def decoding(model: SkipstoneForCausalLM, rows: int, share: float | None) -> Callable[[], float]:
-    """A turn: seconds a step after a prompt, at one share of kept tokens; None for a model without routing."""
-    ids = torch.randint(0, 256, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
-    routed = [i for i, block in enumerate(model.model.layers) if block.mechanisms]
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model, the tokens of a prompt, the steps of a turn and the turns."""
+
+    width: int
+    blocks: int
+    vocabulary: int
+    prompt: int = 64
+    steps: int = 48
+    turns: int = 15
+
+
+SIZES = {
+    "small": Size(width=256, blocks=6, vocabulary=256),
+    "large": Size(width=1024, blocks=10, vocabulary=1024, prompt=48, steps=24, turns=7),
+}
+
+
+def model_of(size: Size, routed: bool) -> SkipstoneForCausalLM:
+    torch.manual_seed(0)
+    entry = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": "ema_threshold"}
+    config = SkipstoneConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        num_hidden_layers=size.blocks,
+        num_attention_heads=size.width // 64,
+        mechanisms=[entry] if routed else [],
+    )
+    model = SkipstoneForCausalLM(config).eval()
+    if routed:
+        calibrate(model, size)
+    return model
+
+
+def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
+    return torch.randint(0, size.vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def calibrate(model: SkipstoneForCausalLM, size: Size) -> None:
+    """Each threshold at the quantile of its scores, block after block, over the positions that a turn decodes."""
+    ids = text(size, 32, size.prompt + size.steps, seed=1)
+    for i, name, mechanism in routers(model):
+        record = model(ids, use_cache=False, output_records=True).records[i][name]
+        scores = record.score_BT[:, size.prompt :].flatten()
+        mechanism.decision.threshold.copy_(scores.quantile(1 - CAPACITY))
+        mechanism.decision.steps.fill_(1)
+
+
+def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
+    for i, block in enumerate(model.model.layers):
+        for name, mechanism in block.mechanisms.items():
+            yield i, name, mechanism
+
+
+class Decoding:
+    """A prompt in the cache, gone on from again and again; every turn feeds other tokens."""
+
+    def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
+        self.model, self.size, self.rows = model, size, rows
+        self.cache, self.turns = DynamicCache(config=model.config), itertools.count()
+        with torch.inference_mode():
+            model(text(size, rows, size.prompt, seed=2), past_key_values=self.cache)
 
     @torch.inference_mode()
-    def turn() -> float:
-        draw = torch.Generator().manual_seed(1)
-
-        def decisions(length: int) -> dict[int, torch.Tensor]:
-            return {i: torch.rand(rows, length, generator=draw) < (share or 0.0) for i in routed}
-
-        cache = DynamicCache(config=model.config)
-        token = model(ids, past_key_values=cache, routing=decisions(PROMPT)).logits[:, -1:].argmax(-1)
-        each = [decisions(1) for _ in range(STEPS)]
+    def lap(self) -> Lap:
+        fed = text(self.size, self.rows, self.size.steps, seed=100 + next(self.turns)).split(1, dim=1)
         start = time.perf_counter()
-        for routing in each:
-            token = model(token, past_key_values=cache, routing=routing).logits[:, -1:].argmax(-1)
-        return (time.perf_counter() - start) / STEPS
+        for token in fed:
+            self.model(token, past_key_values=self.cache).logits[:, -1].argmax(-1)
+        seconds = time.perf_counter() - start
+        self.cache.crop(-self.size.steps)
+        return Lap(tokens=self.rows * self.size.steps, seconds=seconds, joules=None)
 
-    return turn
+    @torch.inference_mode()
+    def computed(self) -> float:
+        """Rows a step that a routed block computes, in the mean of the turns."""
+        kept = []
+        for turn in range(self.size.turns + 1):
+            for token in text(self.size, self.rows, self.size.steps, seed=100 + turn).split(1, dim=1):
+                out = self.model(token, past_key_values=self.cache, output_records=True)
+                kept += [out.records[i][name].kept_BT.sum().item() for i, name, _ in routers(self.model)]
+            self.cache.crop(-self.size.steps)
+        return statistics.fmean(kept)
+
+    @torch.inference_mode()
+    def memory(self) -> dict[str, int]:
+        """Entries and bytes, slots included, that a prompt and a turn's tokens leave in a new cache."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(text(self.size, self.rows, self.size.prompt, seed=2), past_key_values=cache)
+        for token in text(self.size, self.rows, self.size.steps, seed=101).split(1, dim=1):
+            self.model(token, past_key_values=cache)
+        stores = [layer.kv for layer in cache.layers]  # type: ignore[attr-defined]
+        return {
+            "entries": sum(store.stored() for store in stores),
+            "bytes": sum(store.bytes() for store in stores),
+            "allocated": sum(store.bytes(allocated=True) for store in stores),
+        }
+
+
+def measure(size: Size, rows: Sequence[int]) -> dict[str, Any]:
+    models = {"dense": model_of(size, False), "routed": model_of(size, True)}
+    parameters = models["routed"].cost(1).parameters
+    found = {}
+    for count in rows:
+        decodings = {name: Decoding(model, size, count) for name, model in models.items()}
+        tasks: dict[str, Task] = {name: decoding.lap for name, decoding in decodings.items()}
+        rates = take_turns(tasks, size.turns)
+        seconds = {name: [lap.seconds / size.steps for lap in rate.laps] for name, rate in rates.items()}
+        found[str(count)] = {
+            "seconds": {name: statistics.median(each) for name, each in seconds.items()},
+            "speed": middle([a / b for a, b in zip(seconds["dense"], seconds["routed"], strict=True)]),
+            "computed": decodings["routed"].computed(),
+            "memory": {name: decoding.memory() for name, decoding in decodings.items()},
+        }
+        print(f"{count} rows: {found[str(count)]['speed']}", flush=True)
+    head = models["routed"].lm_head.weight.numel() + parameters.embedding
+    return {**vars(size), "parameters": parameters.total, "embedding_and_head": head / parameters.total, "rows": found}
+
+
+def render(figures: dict[str, Any]) -> str:
+    """Markdown from the record alone."""
+    lines = [ABOUT]
+    for name, found in figures["sizes"].items():
+        lines += [
+            "",
+            f"## {name}: d {found['width']}, {found['blocks']} blocks, {found['parameters'] / 1e6:.1f} M parameters",
+            "",
+            f"Embedding and head: {found['embedding_and_head']:.1%} of the parameters. "
+            + f"Prompts of {found['prompt']} tokens, {found['steps']} steps a turn, medians of {found['turns']} turns.",
+            "",
+            "| rows | dense, ms a step | routed, ms a step | speed (least to greatest) | rows computed | share |",
+            "|---:|---:|---:|---:|---:|---:|",
+        ]
+        for rows, one in found["rows"].items():
+            dense, routed = (1e3 * one["seconds"][kind] for kind in ("dense", "routed"))
+            speed = "{median:.2f} ({min:.2f} to {max:.2f})".format(**one["speed"])
+            share = one["computed"] / int(rows)
+            lines.append(f"| {rows} | {dense:.2f} | {routed:.2f} | {speed} | {one['computed']:.2f} | {share:.1%} |")
+        lines += ["", *_memory(found["rows"]), "", closing(found["command"], found["environment"])]
+    return "\n".join(lines) + "\n"
+
+
+def _memory(rows: dict[str, Any]) -> list[str]:
+    lines = ["| rows | KV entries, share of dense | KV bytes with slots | allocated | allocated but unused |"]
+    lines.append("|---:|---:|---:|---:|---:|")
+    for count, one in rows.items():
+        ours, dense = one["memory"]["routed"], one["memory"]["dense"]
+        shares = " | ".join(f"{ours[what] / dense[what]:.1%}" for what in ("entries", "bytes", "allocated"))
+        lines.append(f"| {count} | {shares} | {1 - ours['bytes'] / ours['allocated']:.1%} of it |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=6)
-    size = parser.parse_args()
-    dense, routed = (model_of(size.width, size.blocks, kind) for kind in (False, True))
-    cases = {"dense": decoding(dense, size.rows, None)}
-    cases |= {f"keeps {share:.1%}": decoding(routed, size.rows, share) for share in SHARES}
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(TURNS):
-        for name, turn in cases.items():
-            taken[name].append(turn())
-    middle = {name: statistics.median(times) for name, times in taken.items()}
-    print(f"| {size.rows} rows, d {size.width}, {size.blocks} blocks | ms a step | x dense speed |\n|---|---:|---:|")
-    for name, seconds in middle.items():
-        print(f"| {name} | {1e3 * seconds:.2f} | {middle['dense'] / seconds:.2f} |")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--out", type=Path, help="keep decode.json and decode.md in this folder")
+    arguments = parser.parse_args()
+    measured = measure(SIZES[arguments.size], arguments.rows)
+    command = f"python benchmarks/decode_batches.py --size {arguments.size} --out results"
+    kept = arguments.out / "decode.json" if arguments.out else None
+    figures = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.is_file() else {"sizes": {}}
+    figures["sizes"][arguments.size] = {**measured, "command": command, "environment": describe(seed=0)}
+    keep(arguments.out, "decode", "Decoding, by number of rows", figures, render(figures))
 
 
 if __name__ == "__main__":

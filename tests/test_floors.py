@@ -21,6 +21,7 @@ FLOORS: dict[str, float] = {
     "generate": 4,
     "evaluate": 4,
     "report": 4,
+    "adapt": 4.25,
     "experiments": 4.5,
     "skipstone_cli": 5,
 }

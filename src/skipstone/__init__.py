@@ -8,7 +8,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from skipstone import presets
-from skipstone.mechanisms import EarlyExit, MixtureOfDepths, PolyGLU, TokenSelective
+from skipstone.mechanisms import EarlyExit, GateSkip, MixtureOfDepths, PolyGLU, TokenSelective
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import SkipstoneModel
@@ -22,6 +22,7 @@ AutoModelForCausalLM.register(SkipstoneConfig, SkipstoneForCausalLM, exist_ok=Tr
 
 __all__ = [
     "EarlyExit",
+    "GateSkip",
     "MixtureOfDepths",
     "PolyGLU",
     "Routed",

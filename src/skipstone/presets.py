@@ -7,33 +7,17 @@ from typing import Any
 
 from skipstone.core.strict import choose
 from skipstone.model.config import SkipstoneConfig
+from skipstone.model.released import polychromatic, tsa
 
-# The base model of Token-Selective Attention (arXiv 2605.05222). Its gates are soft in every pass and its sparse mode
-# gives kept tokens gain 1. The paper drops out the MLP, the embedding and the attention probabilities, not the
-# attention's output. How its weights start is not known; transformers' N(0, .02) is used.
+# The base model of Token-Selective Attention (arXiv 2605.05222), as its released code builds and starts it.
 TSA_BASE: dict[str, Any] = {
+    **tsa.BASE,
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
-    "norm": "layernorm",
-    "norm_eps": 1e-5,
-    "positions": "learned",
-    "mlp": "plain",
-    "mlp_bias": True,
-    "activation": "gelu",
-    "embedding_dropout": 0.1,
-    "attention_dropout": 0.1,
-    "mlp_dropout": 0.1,
-    "tie_word_embeddings": True,
+    "mechanisms": [tsa.gate(tsa.LANGUAGE)],
 }
-
-
-def _token_selective(depth_weight: float) -> list[dict[str, Any]]:
-    """Every block but the first is gated; lambda is .001 for language, .01 for the synthetic tasks."""
-    gate = {"name": "token_selective", "layers": "1:", "start_bias": -1.0, "depth_weight": depth_weight}
-    return [{**gate, "execution": "soft", "hard_gain": "one"}]
-
 
 LLAMA_3_2_ROPE = {
     "rope_type": "llama3",
@@ -117,27 +101,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         **TSA_BASE,
         "vocab_size": 65,
         "max_position_embeddings": 128,
-        "mechanisms": _token_selective(0.001),
     },
     "tsa-enwik8": {
         **TSA_BASE,
         "vocab_size": 6064,
         "max_position_embeddings": 256,
-        "mechanisms": _token_selective(0.001),
     },
-    # Copy and sort share one model of context 2n + 2; n = 32 is ours, override max_position_embeddings for another.
+    # Copy and sort share one model: rows of 42 tokens (20 to copy or sort) in 64 positions, as in its code.
     "tsa-copy": {
         **TSA_BASE,
         "vocab_size": 32,
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_attention_heads": 4,
-        "max_position_embeddings": 66,
-        "mechanisms": _token_selective(0.01),
+        "max_position_embeddings": 64,
+        "mechanisms": [tsa.gate(tsa.SYNTHETIC)],
     },
     # PolychromaticLM (arXiv 2603.13347), context "sequence" as published: it sees the future and cannot generate with a
     # cache. Override `activation` with {"name": "polyglu"} for the causal form.
     "polychromatic-0.6b": {
+        **polychromatic.BASE,
         "vocab_size": 151_669,
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -146,10 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 64,
         "max_position_embeddings": 4096,
-        "qk_norm": True,
         "activation": {"name": "polyglu", "context": "sequence"},
-        "scaled_output_init": True,
-        "tie_word_embeddings": True,
     },
 }
 

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from skipstone_cli.errors import one_line_errors
+from skipstone_cli.verbs.adapt import adapt
 from skipstone_cli.verbs.compare import compare
 from skipstone_cli.verbs.convert import convert
 from skipstone_cli.verbs.eval import evaluate
 from skipstone_cli.verbs.generate import generate
+from skipstone_cli.verbs.isoflop import isoflop
 from skipstone_cli.verbs.report import report
 from skipstone_cli.verbs.reproduce import reproduce
 from skipstone_cli.verbs.train import train
@@ -22,7 +24,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "generate": generate,
     "convert": convert,
+    "adapt": adapt,
     "reproduce": reproduce,
+    "isoflop": isoflop,
     "report": report,
 }
 

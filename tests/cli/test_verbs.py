@@ -95,6 +95,14 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(("gpt2", Path("out")), {"dtype": "bfloat16"})]
 
 
+def test_adapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.adapt.run", "adapt", Path("runs/a"))
+    Path("a.yaml").write_text("adapt: {budget: 0.8}\n", encoding="utf-8")
+    command(monkeypatch, "adapt", "source", "a.yaml", "adapt.budget=0.7", "--out", "runs/a")
+    assert calls == [(("source", {"adapt": {"budget": 0.7}}), {"out": Path("runs/a"), "resume": False})]
+    assert capsys.readouterr().out == "run folder: runs/a\n"
+
+
 def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone.experiments.run", "reproduce", Path("results/demo.md"))
     command(monkeypatch, "reproduce", "demo", "--scale", "paper", "--seeds", "0, 2", "--readme", "a.md", "--render")

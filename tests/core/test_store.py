@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipstone.core.cache import EMPTY, Store
+from skipstone.core.rows import Rows
 
 
 class Lists:
@@ -36,7 +37,7 @@ class Lists:
             if last is not None:
                 assert last[r, 0].item() == (row[-1][1] if row else 0.0)
         assert store.row_lengths(len(counts), torch.device("cpu")).tolist() == counts
-        assert (store.lengths_B is None) <= (len(set(counts)) == 1)
+        assert (store.lengths is None) == (len(set(counts)) == 1)
 
 
 ACTS = st.lists(
@@ -44,6 +45,7 @@ ACTS = st.lists(
         st.tuples(st.just("even"), st.integers(1, 5)),
         st.tuples(st.just("ragged"), st.integers(1, 5)),
         st.tuples(st.just("none"), st.integers(1, 3)),
+        st.tuples(st.just("rows"), st.integers(1, 1)),
         st.tuples(st.just("crop"), st.integers(0, 8)),
         st.tuples(st.just("take"), st.integers(1, 4)),
     ),
@@ -71,8 +73,12 @@ def test_any_history_equals_lists(acts: list[tuple[str, int]], rows: int, seed: 
             at, value = (torch.arange(n) + slot)[None], torch.rand(rows, n, 2, generator=generator)
             real = None
             if act != "even":
-                real = torch.rand(rows, n, generator=generator) < (0.5 if act == "ragged" else 0.0)
-            store.append(at, real, value=value)
+                real = torch.rand(rows, n, generator=generator) < (0.0 if act == "none" else 0.5)
+            some = Rows.kept(real[:, 0]) if act == "rows" else None
+            if some is None or len(some.at) in (0, rows):
+                store.append(at, real, value=value)
+            else:
+                store.append(at, None, some, value=some.gather(value))
             lists.append(at, value, real)
             slot += n
         lists.check(store)

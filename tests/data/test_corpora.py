@@ -59,7 +59,19 @@ def test_hash_shares_are_90_5_5() -> None:
     assert abs(sizes["test"] - 200) < 50
 
 
-@pytest.mark.parametrize("text", ["", "100", "90-11", "90-0-10", "a-b", "-90-10", "25-25-25-25", "90 -10", "²0-80"])
+def test_hash_shares_may_be_small_and_leave_whole_per_cents_alone() -> None:
+    documents = tuple(map(str, range(4000)))
+    usual, fine = (by_hash(lambda: documents, parse_percent(text, "x")) for text in ("90-5-5", "89.5-0.5-10"))
+    assert usual["train"]() == by_hash(lambda: documents)["train"]()
+    assert 5 <= len(fine["validation"]()) <= 40
+    assert set(fine["train"]()) | set(fine["validation"]()) == set(usual["train"]())
+    assert sorted(fine["test"]()) == sorted(usual["validation"]() + usual["test"]())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "100", "99.555-0.445", "99.5-.5.", "90-11", "90-0-10", "a-b", "-90-10", "25-25-25-25", "90 -10", "²0-80"],
+)
 def test_a_cut_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="per cent, sum 100"):
         parse_percent(text, "corpus x")

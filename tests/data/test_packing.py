@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from skipstone.data import draws
-from skipstone.data.packing import CoveringWindows, RandomWindows, num_covering
+from skipstone.data.packing import CoveringWindows, RandomWindows, WindowsOnce, num_covering
 from skipstone.data.rows import collate
 
 IDS = np.arange(1000, dtype=np.uint16)
@@ -166,3 +166,20 @@ def test_draws_are_a_fixed_function() -> None:
     assert found.tolist() == [[plain_draw(7, 2, row, column) for column in range(5)] for row in rows]
     assert np.array_equal(draws.uniform(7, 2, rows[1:], 4), found[1:, :4])
     assert draws.integers(7, 2, rows, 5, 10).tolist() == (found * 10).astype(int).tolist()
+
+
+@given(st.integers(7, 60), st.integers(0, 3))
+def test_windows_once_reads_every_whole_window_once_in_an_order_of_its_seed(tokens: int, seed: int) -> None:
+    count = tokens // 7
+    rows = WindowsOnce(ids=IDS[:tokens], context=7, rows=count, seed=seed)
+    seen = sorted(int(row["input_ids"][0]) for row in rows)
+    assert seen == [7 * i for i in range(count)]
+    again = replace(rows, rows=max(1, count // 2))
+    assert all(torch.equal(again[i]["input_ids"], rows[i]["input_ids"]) for i in range(len(again)))
+    with pytest.raises(ValueError, match=r"with sampling 'once' none is read twice"):
+        replace(rows, rows=count + 1)
+
+
+def test_windows_once_depend_on_the_seed() -> None:
+    first, other = (WindowsOnce(ids=IDS, context=10, rows=100, seed=seed)[0]["input_ids"] for seed in (0, 1))
+    assert not torch.equal(first, other)

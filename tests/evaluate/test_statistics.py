@@ -10,6 +10,7 @@ import torch
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.records import ActivationRecord, DepthRecord
 from skipstone.evaluate.accuracy import OVERALL, Accuracy
+from skipstone.evaluate.agreement import Agreement
 from skipstone.evaluate.statistics import Statistics
 
 
@@ -29,20 +30,32 @@ def depth(kept: list[list[int]], asked: list[list[int]], weight: float) -> Depth
     return DepthRecord(torch.zeros(kept_BT.shape), kept_BT, kept_BT * weight, asked_BT)
 
 
+ROW = torch.ones(1, 16)
+
+
 def test_depth_by_hand() -> None:
     statistics = Statistics(model())
     statistics.add([{"mixture_of_depths": depth([[1, 0, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]], 0.5)}])
     statistics.add([{"mixture_of_depths": depth([[1, 1, 1], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]], 2.0)}])
     statistics.add([{}])  # nobody reached it
     assert statistics.layers() == [
-        {"mixture_of_depths": {"capacity": 5 / 9, "capacity_p99": 1.0, "weight": pytest.approx((2 * 0.5 + 3 * 2) / 5)}}
+        {
+            "mixture_of_depths": {
+                "capacity": 5 / 9,
+                "capacity_p99": 1.0,
+                "weight": pytest.approx((2 * 0.5 + 3 * 2) / 5),
+                "precision": 0.0,
+                "recall": None,  # an eighth of so few tokens is none
+                "f1": 0.0,
+            }
+        }
     ]
 
 
 def test_nobody_asked_is_no_capacity_of_zero() -> None:
     statistics = Statistics(model())
     statistics.add([{"mixture_of_depths": depth([[0]], [[0]], 1.0)}])
-    assert statistics.layers()[0]["mixture_of_depths"] == {"capacity": None, "capacity_p99": None, "weight": None}
+    assert set(statistics.layers()[0]["mixture_of_depths"].values()) == {None}
 
 
 def test_activations_leave_out_tokens_that_were_not_asked() -> None:
@@ -81,3 +94,25 @@ def test_accuracy_counts_operations_only() -> None:
     found = accuracy.by_bin()
     assert (found["0-3"], found["4-7"], found["16+"], found[OVERALL]) == (1.0, 0.5, 0.0, 4 / 6)
     assert math.isnan(found["8-15"])
+
+
+def test_agreement_counts_only_the_asked() -> None:
+    agreement = Agreement()
+    kept, wanted, asked = (
+        torch.tensor([row], dtype=torch.bool) for row in ([1, 1, 0, 0, 1], [1, 0, 1, 0, 1], [1] * 4 + [0])
+    )
+    agreement.add(kept, wanted, asked)
+    assert agreement.result() == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
+    assert Agreement().result() == {"precision": None, "recall": None, "f1": None}
+
+
+def test_the_kept_are_judged_by_the_scores_or_by_what_is_known() -> None:
+    record = DepthRecord(
+        torch.tensor([[3.0, 2.0, 1.0, 0.0] * 4]), torch.tensor([[True, False] * 8]), torch.ones(1, 16), ROW.bool()
+    )
+    by_scores, known = Statistics(model()), Statistics(model())
+    by_scores.add([{"mixture_of_depths": record}])  # two of sixteen at capacity .125: the first two threes
+    known.add([{"mixture_of_depths": record}], torch.tensor([[False, True] * 8]))
+    assert by_scores.layers()[0]["mixture_of_depths"]["recall"] == 1.0
+    assert by_scores.layers()[0]["mixture_of_depths"]["precision"] == 2 / 8
+    assert known.layers()[0]["mixture_of_depths"]["f1"] == 0.0

@@ -117,6 +117,17 @@ def test_a_seed_makes_samples_again() -> None:
     assert torch.equal(generate(model, ids, mask, seed=9, max_new_tokens=12, temperature=1e-8), greedy)
 
 
+@pytest.mark.parametrize("mechanisms", [[MOD], [TSA, MOD], [EXIT]], ids=described)
+def test_samples_of_a_seed_are_those_of_transformers(mechanisms: list[dict[str, Any]]) -> None:
+    """Every row draws, also where only some rows pass a block."""
+    model = tiny(mechanisms, "polyglu")
+    ids, mask = prompts()
+    torch.manual_seed(3)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0}
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=8, **options)
+    assert torch.equal(generate(model, ids, mask, max_new_tokens=8, temperature=0.8, seed=3), expected)
+
+
 def test_top_k_samples_among_the_likeliest() -> None:
     model = tiny([])
     ids, _ = prompts()

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.mechanisms import ACTIVATION, DEPTH
 from skipstone.mechanisms.decisions import DECISIONS
-from skipstone.mechanisms.mixture_of_depths import WEIGHTS
+from skipstone.mechanisms.mixture_options import WEIGHTS
 
 VOCAB, ROWS, LENGTH, LAYERS = 61, 3, 15, 3
 TOLERANCE = 2e-5  # fp32 logits of order 1
 ROUTED = [1, 2]
-OPTIONS: dict[str, dict[str, Any]] = {"mixture_of_depths": {"capacity": 0.5}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    # oracle and causal pass differ, and the weight has a gradient: more can go wrong than with the defaults
+    "mixture_of_depths": {"capacity": 0.5, "decision": "predictor", "weight": "raw"}
+}
 ACTIVATIONS = ["silu", *ACTIVATION]
 
 
@@ -49,6 +52,13 @@ class Case:
         return any(e.get("decision") == "topk" for e in self.entries)
 
 
+class Frozen(dict[str, Any]):
+    """An option that is a mapping, inside entries that are hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
 def entry(name: str, **options: Any) -> tuple[tuple[str, Any], ...]:
     values = {"name": name, "layers": tuple(ROUTED), **OPTIONS.get(name, {}), **options}
     return tuple(sorted(values.items()))
@@ -69,14 +79,38 @@ def case(*entries: tuple[tuple[str, Any], ...], activation: str = "silu", **more
     return Case(f"{name}/{activation}{extra}", entries, activation, tuple(more.items()))
 
 
+# One for each way to treat tokens: fewer of them, a gain and a wish, a state that crosses blocks.
+KINDS = ("mixture_of_depths", "token_selective", "early_exit")
+
+
 def orders() -> Iterator[tuple[str, ...]]:
-    """Every order of up to three mechanisms of the table."""
+    """Every order of up to three mechanisms of different kinds."""
     for count in range(4):
-        yield from itertools.permutations(DEPTH, count)
+        yield from itertools.permutations(KINDS, count)
 
 
-ORDERS = [case(*map(entry, names), activation=a) for a in ACTIVATIONS for names in orders()]
-SITES = [case(entry(n, on=on), activation=a) for a in ACTIVATIONS for n in DEPTH for on in ("attention", "mlp")]
+def others() -> Iterator[Case]:
+    """Every further mechanism of the table: alone, and outside and inside of one that narrows."""
+    for name in [name for name in DEPTH if name not in KINDS]:
+        yield case(entry(name))
+        yield case(entry("mixture_of_depths"), entry(name), activation="polyglu")
+        yield case(entry(name), entry("mixture_of_depths"), activation="polyglu")
+
+
+ORDERS = [*(case(*map(entry, names), activation=a) for a in ACTIVATIONS for names in orders()), *others()]
+SITES = [
+    case(entry(name, on=on), activation=activation)
+    for activation in ACTIVATIONS
+    for name in DEPTH
+    for on in ("attention", "mlp")
+    if name in KINDS or activation == "silu"
+]
+EXPERTS = [  # a mixture of experts alone, staged (inside Mixture-of-Depths), integrated (no-ops), inside all three
+    case(mlp="experts", experts=Frozen(count=4)),
+    case(entry("mixture_of_depths"), mlp="experts", experts=Frozen(count=4, top_k=1, renormalise=False)),
+    case(mlp="experts", experts=Frozen(count=4, no_op=2, balance_rate=0.1, z_weight=0.1)),
+    case(*map(entry, KINDS), mlp="experts", experts=Frozen(count=3, no_op=2, top_k=3)),
+]
 NESTED = [
     case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),
     case(*[entry(n, on=on) for n in DEPTH for on in ("block", "attention", "mlp")], activation="polyglu"),
@@ -86,6 +120,7 @@ NESTED = [
     case(entry("token_selective", execution="soft"), entry("early_exit", execution="soft")),
     case(entry("mixture_of_depths", layers=(1,)), entry("token_selective"), positions="learned", norm="layernorm"),
     case(entry("mixture_of_depths", layers=(0, 2)), entry("early_exit", layers=(0, 1, 2)), mlp="plain", qk_norm=True),
+    *EXPERTS,
 ]
 EVERY_DECISION = [  # with every weight
     case(entry("mixture_of_depths", decision=decision, weight=weight))
@@ -93,14 +128,34 @@ EVERY_DECISION = [  # with every weight
     for weight in WEIGHTS
     if decision != "forced"
 ]
+VARIANTS = [  # of Mixture-of-Depths, after later papers, and of a gate that has options of its own
+    case(entry("mixture_of_depths", kv="full")),
+    case(entry("mixture_of_depths", kv="full", decision="topk", skip="low_rank"), activation="polyglu"),
+    case(entry("mixture_of_depths", skip="low_rank", skip_rank=3, on="mlp", z_loss=0.1)),
+    case(entry("mixture_of_depths", capacity=Frozen(start=0.7, end=0.3), weight="tanh", router_norm=True)),
+    case(entry("mixture_of_depths", capacity=(0.3, 0.8), router="mlp", decision="threshold", exploration=0.5)),
+    case(entry("mixture_of_depths", decision="threshold_p", weight="sigmoid", router="mlp", exploration=0.5)),
+    case(entry("mixture_of_depths", decision="ema_threshold", capacity_warmup=0.5, exploration=0.5, kv="full")),
+    case(
+        entry("mixture_of_depths", capacity_warmup=0.5, warmup_shape="cosine", exploration=0.5, weight="none", z_loss=1)
+    ),
+    case(entry("mixture_of_depths", kv="full", skip="low_rank"), entry("mixture_of_depths", on="mlp", skip="low_rank")),
+    case(entry("token_selective"), entry("mixture_of_depths", skip="low_rank"), entry("early_exit")),
+    case(entry("mixture_of_depths", kv="full"), entry("token_selective"), entry("early_exit", on="mlp")),
+    case(entry("mixture_of_depths", decision="ema_threshold", guidance=True, weight="none", router_norm=True)),
+    case(entry("mixture_of_depths", guidance=True, router="mlp", kv="full"), entry("early_exit")),
+    case(entry("token_selective"), entry("mixture_of_depths", decision="ema_threshold", weight="none")),
+    case(entry("mixture_of_depths", on="attention"), entry("mixture_of_depths", on="mlp")),  # SkipGPT
+    case(entry("gate_skip", on="attention"), entry("gate_skip", on="mlp", gate="token"), activation="polyglu"),
+]
 DECIDED = [c for c in EVERY_DECISION if c.entries[0]["weight"] == "raw" or c.entries[0]["decision"] == "predictor"]
-ALL = ORDERS + SITES + NESTED + DECIDED
+ALL = ORDERS + SITES + NESTED + DECIDED + VARIANTS
 CAUSAL = [c for c in ALL if not c.oracle_only]
 
 
 def config(chosen: Case, **more: Any) -> SkipstoneConfig:
     activation: Any = {"name": chosen.activation} if chosen.activation in ACTIVATION else chosen.activation
-    mechanisms = [{**e, "layers": list(e["layers"])} for e in chosen.entries]
+    mechanisms = [{k: list(v) if isinstance(v, tuple) else v for k, v in e.items()} for e in chosen.entries]
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
     return SkipstoneConfig(**{**sizes, "activation": activation, "mechanisms": mechanisms, **dict(chosen.more), **more})
@@ -132,6 +187,9 @@ def lively(chosen: Case) -> SkipstoneForCausalLM:
 def enliven(model: SkipstoneForCausalLM) -> None:
     """Larger weights, routers with a wide spread of scores, and thresholds in the middle of what they see."""
     torch.manual_seed(12)
+    for mechanism in model.adjustables():
+        if "capacity_warmup" in vars(mechanism.config):
+            mechanism.advance(0.25, None)  # in the middle of a warm-up, if it has one
     for name, parameter in model.named_parameters():
         if name.endswith(("preference_bias", "tanh_scale")):
             parameter.copy_(torch.randn_like(parameter) * 0.7)
@@ -148,6 +206,8 @@ def enliven(model: SkipstoneForCausalLM) -> None:
 
 
 def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Module) -> None:
+    if hasattr(getattr(mechanism, "decision", None), "threshold") and mechanism.router.score_bias is not None:
+        mechanism.router.score_bias.zero_()  # gates that start open would all be 1
     decisions = [getattr(m, "decision", None) for m in model.adjustables()]
     routing = "causal" if all(d is None or d.is_causal for d in decisions) else "oracle"
     record = model(ids(), routing=routing, noise=False, output_records=True).records[layer][name]

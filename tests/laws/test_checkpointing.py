@@ -9,6 +9,7 @@ from laws.builders import (
     DECIDED,
     NESTED,
     ORDERS,
+    VARIANTS,
     Case,
     assert_close,
     assert_same_records,
@@ -20,7 +21,7 @@ from laws.builders import (
 )
 
 
-@pytest.mark.parametrize("chosen", ORDERS + NESTED + DECIDED, ids=str)
+@pytest.mark.parametrize("chosen", ORDERS + NESTED + DECIDED + VARIANTS, ids=str)
 def test_checkpointing_changes_nothing(chosen: Case) -> None:
     for routing in ["oracle"] if chosen.oracle_only else ["oracle", "causal"]:
         results = []

@@ -9,6 +9,7 @@ from laws.builders import DEPTH, Case, assert_close, case, entry, gradients, ids
 
 STATIC = [case(entry(name), activation=a) for name in DEPTH for a in ("silu", "polyglu")]
 STATIC.append(case(*map(entry, DEPTH), activation="polyglu"))
+STATIC.append(case(entry("mixture_of_depths", kv="full", skip="low_rank", router="mlp", router_norm=True, z_loss=0.1)))
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from laws.builders import (
     ORDERS,
     ROWS,
     SITES,
+    VARIANTS,
     VOCAB,
     Case,
     case,
@@ -42,8 +43,8 @@ PARTS = [
     case(entry("token_selective"), attention_dropout=0.1, embedding_dropout=0.1, residual_dropout=0.1),
     case(MOD, activation="polyglu", positions="learned"),
 ]
-BATCHED = SITES + NESTED + PARTS + [c for c in DECIDED if dict(c.entries[0])["weight"] == "none"]
-CACHED = [c for c in ORDERS if c.activation == "polyglu"] + SITES + NESTED
+BATCHED = SITES + NESTED + VARIANTS + PARTS + [c for c in DECIDED if dict(c.entries[0])["weight"] == "none"]
+CACHED = [c for c in ORDERS if c.activation == "polyglu"] + SITES + NESTED + [c for c in VARIANTS if not c.oracle_only]
 
 
 def counted(fn: Callable[[], Any]) -> tuple[dict[str, int], Any]:

@@ -13,6 +13,7 @@ from laws.builders import (
     NESTED,
     ORDERS,
     SITES,
+    VARIANTS,
     Case,
     assert_close,
     assert_same_records,
@@ -25,7 +26,7 @@ from laws.builders import (
 )
 from skipstone import SkipstoneForCausalLM
 
-EVERY = ORDERS + SITES + NESTED + EVERY_DECISION
+EVERY = ORDERS + SITES + NESTED + EVERY_DECISION + VARIANTS
 
 
 def both(model: SkipstoneForCausalLM, tokens: Tensor, **options: object) -> None:
@@ -93,7 +94,7 @@ def test_none_and_all_kept(decision: str, order: int, capacity: float) -> None:
 
 
 @pytest.mark.parametrize("keep", ["none", "ragged"])
-@pytest.mark.parametrize("chosen", [c for c in ORDERS + SITES + NESTED if c.mechanisms], ids=str)
+@pytest.mark.parametrize("chosen", [c for c in ORDERS + SITES + NESTED + VARIANTS if c.mechanisms], ids=str)
 def test_forced(chosen: Case, keep: str) -> None:
     mask = torch.zeros(3, LENGTH, dtype=torch.bool)
     if keep == "ragged":  # nobody, every second, all

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from laws.builders import CAUSAL, DECIDED, LENGTH, NESTED, ORDERS, Case, case, entry, fresh, ids, lively
+from laws.builders import CAUSAL, DECIDED, LENGTH, NESTED, ORDERS, VARIANTS, Case, case, entry, fresh, ids, lively
 from skipstone import SkipstoneForCausalLM
 
 NEW = 5
-SOME = [c for c in ORDERS if len(c.mechanisms) in (1, 3)] + NESTED + [c for c in DECIDED if not c.oracle_only]
+SOME = (
+    [c for c in ORDERS if len(c.mechanisms) in (1, 3)] + NESTED + [c for c in DECIDED + VARIANTS if not c.oracle_only]
+)
 
 
 @torch.no_grad()
@@ -134,6 +136,7 @@ def test_oracle_decisions_cannot_generate() -> None:
         fresh(case(entry("mixture_of_depths"))).generate(ids(), max_new_tokens=2, routing="oracle")
 
 
+@pytest.mark.filterwarnings("ignore:context 'sequence' of polyglu is not causal")
 def test_the_whole_row_context_of_polyglu_cannot_generate() -> None:
     chosen = case(entry("mixture_of_depths"))
     model = fresh(chosen, activation={"name": "polyglu", "context": "sequence"})
@@ -153,7 +156,7 @@ def test_caches_of_another_kind_are_refused() -> None:
     model = lively(case(entry("mixture_of_depths")))
     with pytest.raises(ValueError, match=r"past_key_values must be a DynamicCache\(config=model.config\)"):
         model(ids(), past_key_values=DynamicCache())
-    for kind in ("static", "offloaded", "quantized"):
+    for kind in ("offloaded", "offloaded_static", "quantized"):
         with pytest.raises(ValueError, match=f"cache_implementation '{kind}' cannot hold"):
             greedy(model, ids(), cache_implementation=kind)
     assert torch.equal(greedy(model, ids(), cache_implementation="dynamic"), greedy(model, ids()))

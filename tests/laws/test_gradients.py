@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, Case, fresh, ids
+from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, VARIANTS, Case, fresh, ids
 from skipstone import SkipstoneForCausalLM
+from skipstone.mechanisms.decisions import DECISIONS
 
 START = ORDERS + SITES + NESTED
+TRAIN_ROUTERS = {name for name, decision in DECISIONS.items() if decision.trains_router}
 
 
 def step(model: SkipstoneForCausalLM) -> dict[str, float]:
@@ -42,8 +44,22 @@ def test_every_decision_and_weight(chosen: Case) -> None:
     for norms in (first, second):
         dead = {name for name, norm in norms.items() if not 0 < norm < float("inf")}
         routers = {name for name in norms if name.endswith("router.weight")}
-        late = options["weight"] == "tanh" and options["decision"] != "threshold" and norms is first
+        late = options["weight"] == "tanh" and options["decision"] not in TRAIN_ROUTERS and norms is first
         assert dead == (routers if idle or late else set())
+
+
+@pytest.mark.parametrize("chosen", VARIANTS, ids=str)
+def test_every_variant_learns_from_the_second_step(chosen: Case) -> None:
+    """What starts at zero to be neutral (tanh weights, skip paths) lets parameters before it learn a step later."""
+    model = fresh(chosen)
+    for mechanism in model.adjustables():
+        mechanism.advance(0.25, None)  # some warm-ups would still keep everybody
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    late = {name for name, norm in step(model).items() if not 0 < norm < float("inf")}
+    assert all(name.endswith(("down_weight", "router.weight")) for name in late)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not {name for name, norm in step(model).items() if not 0 < norm < float("inf")}
 
 
 @pytest.mark.parametrize("chosen", ORDERS, ids=str)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, Case, assert_close, fresh, ids
+from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, VARIANTS, Case, assert_close, fresh, ids
 from skipstone import SkipstoneForCausalLM
-from skipstone.mechanisms.mixture_of_depths import WEIGHTS
+from skipstone.mechanisms.mixture_options import WEIGHTS
 
-CASES = [c for c in ORDERS + SITES + NESTED if c.mechanisms or c.activation != "silu"]
+CASES = [c for c in ORDERS + SITES + NESTED + VARIANTS if c.mechanisms or c.activation != "silu"]
 
 
 def neutral_and_dense(chosen: Case) -> tuple[SkipstoneForCausalLM, SkipstoneForCausalLM]:

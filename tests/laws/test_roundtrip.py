@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from laws.builders import EVERY_DECISION, NESTED, ORDERS, Case, case, enliven, entry, fresh, ids, lively
+from laws.builders import EVERY_DECISION, NESTED, ORDERS, VARIANTS, Case, case, enliven, entry, fresh, ids, lively
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 
-CASES = [c for c in ORDERS + NESTED if len(c.mechanisms) != 2] + [c for c in EVERY_DECISION if "tanh" in c.name]
+CASES = (
+    [c for c in ORDERS + NESTED if len(c.mechanisms) != 2] + VARIANTS + [c for c in EVERY_DECISION if "tanh" in c.name]
+)
 
 
 @torch.no_grad()

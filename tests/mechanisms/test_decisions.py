@@ -38,7 +38,7 @@ def test_static_oracles_keep_their_quota(name: str, capacity: float) -> None:
 
 
 def test_names() -> None:
-    assert causal_decisions() == ["threshold", "predictor", "ema_threshold", "random", "positional"]
+    assert causal_decisions() == ["threshold", "predictor", "ema_threshold", "threshold_p", "random", "positional"]
     assert {name for name, kind in DECISIONS.items() if not kind.is_causal} == {"topk"}
     with pytest.raises(ValueError, match="unknown decision 'top_k'; did you mean 'topk'"):
         made("top_k")
@@ -53,12 +53,13 @@ def test_scores_above_zero_pass_a_threshold() -> None:
 def test_the_loss_is_zero_for_a_perfect_guess_and_stays_off_the_input(name: str) -> None:
     decision, x = made(name), torch.randn(2, T, D, requires_grad=True)
     score, target = torch.randn(2, T, requires_grad=True), torch.rand(2, T) < 0.25
-    decision.loss(score, target, x).sum().backward()
+    asked = torch.ones(2, T, dtype=torch.bool)
+    decision.loss(score, target, x, asked).sum().backward()
     assert x.grad is None or (x.grad == 0).all()
     assert (score.grad is not None) == decision.trains_router
     sure = torch.where(target, 50.0, -50.0)
     if name == "threshold":
-        assert decision.loss(sure, target, x).max() < 1e-6
+        assert decision.loss(sure, target, x, asked).max() < 1e-6
 
 
 @pytest.mark.parametrize("capacity", [0.125, 0.3, 0.5])

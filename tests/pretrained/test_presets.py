@@ -18,9 +18,12 @@ PARAMETERS = {
     "mod-220m": (216_648_710, 1_582_086),
     "tsa-shakespeare": (4_782_336 + 5 * 16_513, 5 * 16_513),
     "tsa-enwik8": (6_433_413, 5 * 16_513),
-    "tsa-copy": (1_220_165, 5 * 4_161),
+    "tsa-copy": (1_219_909, 5 * 4_161),
     "polychromatic-0.6b": (597_153_888, 1_380_960),
 }
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:context 'sequence' of polyglu is not causal")
 
 
 def build(name: str) -> SkipstoneForCausalLM:
@@ -60,6 +63,10 @@ def test_unknown_names_and_keys() -> None:
         presets.get("tinny")
     with pytest.raises(ValueError, match="unknown key in model 'hiden_size'; did you mean 'hidden_size'"):
         presets.get("tiny", hiden_size=3)
+    with pytest.raises(ValueError, match="unknown linear_init 'tourch'; did you mean 'torch'"):
+        presets.get("tiny", linear_init="tourch")
+    with pytest.raises(ValueError, match="unknown auxiliary_loss_over 'labeled'; did you mean 'labelled'"):
+        presets.get("tiny", auxiliary_loss_over="labeled")
     with pytest.raises(ValueError, match="even rotary dimension") as caught:
         presets.get("tiny", hidden_size=36)
     assert "\n" not in str(caught.value)
@@ -67,6 +74,6 @@ def test_unknown_names_and_keys() -> None:
 
 def test_the_tsa_base_drops_out_what_the_paper_does() -> None:
     block = SkipstoneForCausalLM(presets.get("tsa-copy")).model.layers[0]
-    assert (block.mlp.dropout.p, block.self_attn.dropout) == (0.1, 0.1)
+    assert (block.mlp.dropout.p, block.mlp.hidden_dropout.p, block.self_attn.dropout) == (0.1, 0.1, 0.1)
     assert isinstance(block.self_attn.residual_dropout, nn.Identity)
     assert not block.adjustables()

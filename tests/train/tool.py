@@ -28,6 +28,8 @@ def mod(decision: str, **options: Any) -> dict[str, Any]:
 TSA = {"name": "token_selective", "layers": ":"}
 EXIT = {"name": "early_exit", "layers": ":"}
 POLYGLU = {"name": "polyglu"}
+SCHEDULES = {"capacity": {"start": 0.5, "end": 0.25}, "capacity_warmup": 0.7, "warmup_shape": "cosine"}
+SCHEDULES |= {"exploration": 0.5, "kv": "full", "skip": "low_rank"}
 
 # Every family, with whatever draws random numbers or keeps state of its own.
 MODELS: dict[str, dict[str, Any]] = {
@@ -36,14 +38,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "threshold": {**DENSE, "mechanisms": [mod("threshold")]},
     "predictor": {**DENSE, "mechanisms": [mod("predictor")]},
     "ema_threshold": {**DENSE, "mechanisms": [mod("ema_threshold")]},
+    "scheduled": {**DENSE, "mechanisms": [mod("ema_threshold", **SCHEDULES)]},
     "random": {**DENSE, "mechanisms": [mod("random", weight="none")]},
     "token_selective": {**DENSE, "mechanisms": [TSA]},
     "early_exit": {**DENSE, "mechanisms": [EXIT]},
     "polyglu": {**DENSE, "activation": POLYGLU},
+    "experts": {**DENSE, "mlp": "experts", "experts": {"count": 3, "no_op": 1, "balance_rate": 0.01}},
     "all": {**DENSE, "mechanisms": [mod("ema_threshold"), TSA, EXIT], "activation": POLYGLU},
 }
-# Those whose training step draws no random numbers, so that it may be cut into micro-batches at will.
-QUIET = {name: model for name, model in MODELS.items() if name not in ("dense", "random", "polyglu", "all")}
+# Those whose training step draws no random numbers, so that it may be cut into micro-batches at will. (The balancing
+# loss of experts is a product of two means over a micro-batch.)
+QUIET = {
+    name: model
+    for name, model in MODELS.items()
+    if name not in ("dense", "scheduled", "random", "polyglu", "experts", "all")
+}
 QUIET["polyglu"] = {**DENSE, "activation": {"name": "polyglu", "noise": False}}
 
 

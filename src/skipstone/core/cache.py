@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from skipstone.core.rows import Rows
+
 EMPTY = 2**62  # slot of an unused column: no query's slot reaches it, so causality masks it by itself
 GROWTH = 64  # columns added at a time, at least
 
@@ -20,112 +22,137 @@ GROWTH = 64  # columns added at a time, at least
 class Store:
     """Append-only entries of each row: named tensors [B, columns, ...] with the slot of each entry.
 
-    `lengths_B` is None while all rows are equally long, which is then known without looking at a tensor.
+    `lengths` counts the entries of each row, on the host; None while all rows are equally long. `width` is the longest
+    row's length. Where `rows` are given, tensors hold these rows only.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, Tensor] = {}
         self.width = 0
-        self.lengths_B: Tensor | None = None
+        self.lengths: list[int] | None = None
 
-    def append(self, slot_BT: Tensor, real_BT: Tensor | None, **entries: Tensor) -> None:
-        """Add the tokens of one call; those that are not real are left out. Slots of a row ascend from call to call."""
-        rows = max(x.shape[0] for x in entries.values())
-        entries["slot"] = slot_BT.expand(rows, -1)
-        if any(map(_not_ours_alone, (*self.entries.values(), *entries.values()))):
+    def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: Rows | None = None, **entries: Tensor) -> None:
+        """Add the tokens of one call, one for each row if `rows` names some; those that are not real are left out.
+
+        Slots of a row ascend from call to call.
+        """
+        given = max(x.shape[0] for x in entries.values())
+        entries["slot"] = slot_BT.expand(given, -1)
+        if _not_ours_alone(*self.entries.values(), *entries.values()):
             self.entries = {name: value.clone() for name, value in self.entries.items()}
-            self.lengths_B = None if self.lengths_B is None else self.lengths_B.clone()
-        if real_BT is None and self.lengths_B is None:
-            self._reserve(self.width + slot_BT.shape[1], entries)
+        if rows is None and real_BT is None and self.lengths is None:
+            before, self.width = self.width, self.width + slot_BT.shape[1]
+            self._reserve(self.width, entries, given)
             for name, new in entries.items():
-                self.entries[name][:, self.width : self.width + new.shape[1]] = new
-            self.width += slot_BT.shape[1]
+                self.entries[name][:, before : self.width] = new
+        elif slot_BT.shape[1] == 1:
+            self._append_one(real_BT, rows, entries)
         else:
+            assert rows is None
             self._append_ragged(real_BT, entries)
 
     def _append_ragged(self, real_BT: Tensor | None, entries: dict[str, Tensor]) -> None:
         slot_BT = entries["slot"]
         real_BT = torch.ones_like(slot_BT, dtype=torch.bool) if real_BT is None else real_BT.expand_as(slot_BT)
         before_B = self.row_lengths(slot_BT.shape[0], slot_BT.device)
-        if slot_BT.shape[1] == 1:
-            self._append_one(before_B, real_BT, entries)
-            return
-        self.lengths_B = before_B + real_BT.sum(1)
-        width = int(self.lengths_B.max())  # a host sync, like `nonzero` below: rows of their own length cost two
-        self._reserve(width, entries)
-        row, at = real_BT.nonzero(as_tuple=True)
+        row, at = real_BT.nonzero(as_tuple=True)  # the host waits here, and for the lengths
+        lengths = (before_B + real_BT.sum(1)).tolist()
+        self._reserve(max(lengths), entries, len(lengths))
         column = (before_B[:, None] + real_BT.cumsum(1) - 1)[row, at]
         for name, new in entries.items():
             self.entries[name][row, column] = new[row, at].to(self.entries[name].dtype)
-        self.width = width
+        self._settle(lengths)
 
-    def _append_one(self, before_B: Tensor, real_B1: Tensor, entries: dict[str, Tensor]) -> None:
-        """Decoding: every row writes into its next column; what is not real stays EMPTY and is overwritten later."""
-        self._reserve(self.width + 1, entries)
-        row_B = torch.arange(before_B.shape[0], device=before_B.device)
-        entries["slot"] = torch.where(real_B1, entries["slot"], EMPTY)
-        for name, new in entries.items():
-            self.entries[name][row_B, before_B] = new[:, 0].to(self.entries[name].dtype)
-        self.lengths_B = before_B + real_B1[:, 0]
-        self.width = int(self.lengths_B.max())  # a host sync
+    def _append_one(self, real_B1: Tensor | None, rows: Rows | None, entries: dict[str, Tensor]) -> None:
+        """Decoding: each row writes into its next column, and rows without a real token are not touched."""
+        given = entries["slot"].shape[0]
+        if real_B1 is not None:
+            real = Rows.kept(real_B1[:, 0].expand(given))  # the host waits here
+            entries, rows = {name: real.gather(new) for name, new in entries.items()}, real.within(rows)
+        total = given if rows is None else rows.total
+        at = range(total) if rows is None else rows.at
+        lengths = [self.width] * total if self.lengths is None else self.lengths.copy()
+        self._reserve(max((lengths[b] + 1 for b in at), default=0), entries, total)
+        place_R = self._places([(b, lengths[b]) for b in at])
+        for b in at:
+            lengths[b] += 1
+        for name, new in entries.items() if at else ():
+            self.entries[name].flatten(0, 1).index_copy_(0, place_R, new[:, 0].to(self.entries[name].dtype))
+        self._settle(lengths)
 
-    def _reserve(self, width: int, like: dict[str, Tensor]) -> None:
+    def _reserve(self, width: int, like: dict[str, Tensor], total: int) -> None:
         for name, new in like.items():
             have = self.entries.get(name)
             if have is None:
                 fill = EMPTY if name == "slot" else 0
-                self.entries[name] = new.new_full((new.shape[0], max(width, 1), *new.shape[2:]), fill)
+                self.entries[name] = new.new_full((total, max(width, 1), *new.shape[2:]), fill)
             elif have.shape[1] < width:
                 extra = max(width - have.shape[1], GROWTH, have.shape[1] // 2)
                 pad = (0, 0) * (have.dim() - 2) + (0, extra)
                 self.entries[name] = F.pad(have, pad, value=EMPTY if name == "slot" else 0)
 
+    def _settle(self, lengths: list[int]) -> None:
+        self.width = max(lengths, default=0)
+        self.lengths = None if min(lengths, default=0) == self.width else lengths
+
+    def _places(self, at: list[tuple[int, int]]) -> Tensor:
+        """int64, the places of (row, column) in entries whose first two axes are one."""
+        slot = self.entries["slot"]
+        return torch.tensor([row * slot.shape[1] + column for row, column in at], device=slot.device)
+
     def row_lengths(self, rows: int, device: torch.device) -> Tensor:
         """int64 [B], the number of entries of each row."""
-        if self.lengths_B is not None:
-            return self.lengths_B
+        if self.lengths is not None:
+            return torch.tensor(self.lengths, device=device)
         return torch.full((rows,), self.width, dtype=torch.long, device=device)
 
-    def view(self, name: str) -> Tensor:
-        """[B, C, ...] of the columns in use; columns beyond a row's length hold EMPTY slots."""
-        return self.entries[name][:, : self.width]
+    def even(self, rows: Rows | None = None) -> bool:
+        """Whether these rows are equally long, so that none has an unused column in its view."""
+        if self.lengths is None or (rows is not None and len(rows.at) == 1):
+            return True
+        return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
-    def last(self, name: str) -> Tensor | None:
+    def view(self, name: str, rows: Rows | None = None) -> Tensor:
+        """[B, C, ...] of the columns in use; columns beyond a row's length hold EMPTY slots."""
+        if rows is None:
+            return self.entries[name][:, : self.width]
+        longest = self.width if self.lengths is None else max(self.lengths[b] for b in rows.at)
+        return rows.gather(self.entries[name][:, :longest])
+
+    def last(self, name: str, rows: Rows | None = None) -> Tensor | None:
         """[B, ...] each row's newest entry, zeros where a row has none; None before the first append."""
         if name not in self.entries or self.width == 0:
             return None
         value = self.entries[name]
-        if self.lengths_B is None:
-            return value[:, self.width - 1]
-        newest = value[torch.arange(value.shape[0], device=value.device), (self.lengths_B - 1).clamp(min=0)]
-        has = (self.lengths_B > 0).view(-1, *[1] * (newest.dim() - 1))
-        return torch.where(has, newest, torch.zeros_like(newest))
+        if self.lengths is None:
+            newest = value[:, self.width - 1]
+            return newest if rows is None else rows.gather(newest)
+        at = range(len(self.lengths)) if rows is None else rows.at
+        newest = value.flatten(0, 1).index_select(0, self._places([(b, max(self.lengths[b] - 1, 0)) for b in at]))
+        if all(self.lengths[b] for b in at):
+            return newest
+        has = torch.tensor([self.lengths[b] > 0 for b in at], device=value.device)
+        return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int) -> None:
         """Forget entries of slot >= `slots`."""
         if not self.entries:
             return
-        self.entries["slot"] = torch.where(self.entries["slot"] < slots, self.entries["slot"], EMPTY)
-        self._settle()
+        stays = self.entries["slot"] < slots
+        self.entries["slot"] = torch.where(stays, self.entries["slot"], EMPTY)
+        self._settle(stays.sum(1).tolist())
 
     def take(self, rows: Tensor) -> None:
         """Keep these rows, in this order (beam search, batch select and repeat)."""
         self.entries = {name: value.index_select(0, rows.to(value.device)) for name, value in self.entries.items()}
-        if self.entries:
-            self._settle()
-
-    def _settle(self) -> None:
-        lengths_B = (self.entries["slot"] < EMPTY).sum(1)
-        self.width = int(lengths_B.max()) if lengths_B.numel() else 0
-        even = bool((lengths_B == self.width).all())
-        self.lengths_B = None if even else lengths_B
+        if self.lengths is not None:
+            self._settle([self.lengths[b] for b in rows.tolist()])
 
     def stored(self) -> int:
         """Number of entries held, over all rows."""
         if not self.entries:
             return 0
-        rows = self.entries["slot"].shape[0]
-        return rows * self.width if self.lengths_B is None else int(self.lengths_B.sum())
+        return self.entries["slot"].shape[0] * self.width if self.lengths is None else sum(self.lengths)
 
     def bytes(self, allocated: bool = False) -> int:
         """Bytes of the entries held (slots included), or of all that is allocated."""
@@ -134,9 +161,10 @@ class Store:
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
 
 
-def _not_ours_alone(x: Tensor) -> bool:
+def _not_ours_alone(*tensors: Tensor) -> bool:
     """Whether writing in place would spoil what a backward pass has saved, or is forbidden outside inference mode."""
-    return x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled())
+    forbidden = not torch.is_inference_mode_enabled()
+    return any(x.requires_grad or (forbidden and x.is_inference()) for x in tensors)
 
 
 class SkipstoneCacheLayer(CacheLayerMixin):
@@ -173,9 +201,14 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         slot_BT: Tensor,
         real_BT: Tensor | None = None,
         document_BT: Tensor | None = None,
+        rows: Rows | None = None,
+        asking: Rows | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, H, T, E] of the real tokens; returns all that are stored, [B, H, C, E]."""
+        """Append keys and values [B, H, T, E] of the real tokens; returns all that are stored, [B, H, C, E].
+
+        rows: those to which the tokens belong; asking: those whose stored keys and values are returned. None: all.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         entries = {"key": key_states.transpose(1, 2), "value": value_states.transpose(1, 2)}
@@ -183,8 +216,12 @@ class SkipstoneCacheLayer(CacheLayerMixin):
             entries["document"] = document_BT.expand(key_states.shape[0], -1)
         if self.kv.width and ("document" in self.kv.entries) != (document_BT is not None):
             raise ValueError("document_ids must be given in every call that shares a cache, or in none")
-        self.kv.append(slot_BT, real_BT, **entries)
-        self.keys, self.values = self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
+        self.kv.append(slot_BT, real_BT, rows, **entries)
+        return self._shown(asking)
+
+    def _shown(self, asking: Rows | None) -> tuple[Tensor, Tensor]:
+        self.keys = self.kv.view("key", asking).transpose(1, 2)
+        self.values = self.kv.view("value", asking).transpose(1, 2)
         return self.keys, self.values
 
     def advance(self, tokens: int) -> None:

@@ -1,6 +1,6 @@
 """What mechanisms decided, returned to the caller: pytrees of tensors, never stashed on a module.
 
-Shape letters: B rows, T tokens, A activations.
+Shape letters: B rows, T tokens, A activations, X experts (no-ops included).
 """
 
 from __future__ import annotations
@@ -59,7 +59,28 @@ class ActivationRecord(NamedTuple):
         return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.asked_BT, False))
 
 
-Record: TypeAlias = DepthRecord | ActivationRecord
+class ExpertsRecord(NamedTuple):
+    """A mixture of experts in one block.
+
+    logits_BTX: fp32 router logits, NaN for tokens that were never asked. chosen_BTX: bool, the experts that a token
+    chose, no-ops last. asked_BT, loss_BT: as in `DepthRecord`.
+    """
+
+    logits_BTX: Tensor
+    chosen_BTX: Tensor
+    asked_BT: Tensor
+    loss_BT: Tensor | None = None
+
+    def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
+        return ExpertsRecord(
+            part.scatter(self.logits_BTX, float("nan")),
+            part.scatter(self.chosen_BTX, False),
+            part.scatter(self.asked_BT, False),
+            None if self.loss_BT is None else part.scatter(self.loss_BT),
+        )
+
+
+Record: TypeAlias = DepthRecord | ActivationRecord | ExpertsRecord
 Records: TypeAlias = dict[str, Record]
 
 

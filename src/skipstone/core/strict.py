@@ -84,13 +84,23 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
     errors = []
-    for option in options:
+    for option in sorted(options, key=lambda option: _meant(option, value)):  # the last one's error is shown
         if option is not type(None):
             try:
                 return convert(option, value, where)
             except ValueError as error:
                 errors.append(error)
     raise errors[-1]
+
+
+def _meant(hint: Any, value: Any) -> bool:
+    """Whether a value of this shape (mapping, list or plain) was probably meant for this type hint."""
+    kind = typing.get_origin(hint) or hint
+    if isinstance(value, Mapping):
+        return kind is dict or dataclasses.is_dataclass(kind)
+    if isinstance(value, (list, tuple)):
+        return kind in (list, tuple)
+    return kind in (bool, int, float, str)
 
 
 def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:

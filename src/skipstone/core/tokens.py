@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from skipstone.core.rows import Rows
 from skipstone.ops import reference as ops
 
 Routing = Literal["oracle", "causal"]
@@ -25,12 +26,16 @@ class Mode:
 
     routing: "oracle" may look at the whole row (training); "causal" is what generation can do.
     noise: whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only, "masked" computes
-    all and throws away (the specification that the gathered one must equal).
+    all and throws away (the specification that the gathered one must equal). by_row: where each row has one token, the
+    gathered executor computes rows and leaves the others out; what is called with them must then expect fewer rows.
+    occupied: a selection that is gathered has at least one column, also where nobody is kept.
     """
 
     routing: Routing = "causal"
     noise: bool = False
     executor: Executor = "gathered"
+    by_row: bool = False
+    occupied: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +43,32 @@ class Selection:
     """Some tokens of each row. `index_BK` None: in place, K = T; `valid_BK` None: every entry is a kept token.
 
     Kept tokens come first and in order of slot, so attention over a gathered row stays causal without a mask; entries
-    that are not valid pad rows that keep fewer.
+    that are not valid pad rows that keep fewer. `rows`: these rows whole and no others, the two tensors being None.
     """
 
-    index_BK: Tensor | None
-    valid_BK: Tensor | None
+    index_BK: Tensor | None = None
+    valid_BK: Tensor | None = None
     length: int  # T
+    rows: Rows | None = None
+
+    @property
+    def everyone(self) -> bool:
+        """Whether every token is kept, known without looking."""
+        return self.index_BK is None and self.valid_BK is None and self.rows is None
 
     @property
     def width(self) -> int:
         return self.length if self.index_BK is None else self.index_BK.shape[1]
 
     def gather(self, x_BTD: Tensor) -> Tensor:
+        if self.rows is not None:
+            return self.rows.gather(x_BTD)
         return x_BTD if self.index_BK is None else ops.gather_rows(x_BTD, self.index_BK)
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, ...] with y at the kept tokens and `fill` at all others."""
+        if self.rows is not None:
+            return self.rows.scatter(y_BKD, fill)
         if self.valid_BK is not None:
             valid = self.valid_BK.view(*self.valid_BK.shape, *[1] * (y_BKD.dim() - 2))
             y_BKD = torch.where(valid, y_BKD, torch.as_tensor(fill, dtype=y_BKD.dtype, device=y_BKD.device))
@@ -63,6 +78,7 @@ class Selection:
         """The kept tokens as a bool mask [B, T]; `rows` is B where the selection itself does not tell."""
         known_BK = self.valid_BK if self.index_BK is None else self.index_BK
         rows = rows if known_BK is None else known_BK.shape[0]
+        rows = rows if self.rows is None else len(self.rows.at)
         ones_BK = torch.ones(rows, self.width, dtype=torch.bool, device=device)
         return self.scatter(ones_BK, False)
 
@@ -79,6 +95,7 @@ class Tokens:
     aligned: real tokens are known to come first in every row.
     gain_BT: factor on both sub-layers' updates, or None for 1.
     wanted: the tokens whose update is asked for; the others still serve as keys and values. None: all.
+    rows: the rows of the cache that these tokens continue. None: all.
     state: named tensors [B, T] that cross blocks, made before block 0.
     forced_BT: bool, the decision that the caller imposes on this block, or None.
     """
@@ -91,6 +108,7 @@ class Tokens:
     aligned: bool = False
     gain_BT: Tensor | None = None
     wanted: Selection | None = None
+    rows: Rows | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     forced_BT: Tensor | None = None
     mode: Mode = Mode()
@@ -118,14 +136,18 @@ class Tokens:
         which makes the host wait once. `exact`: every row keeps exactly `width`.
         """
         if self.mode.executor == "masked":
-            return Selection(index_BK=None, valid_BK=kept_BT, length=self.length)
+            return Selection(valid_BK=kept_BT, length=self.length)
+        if width is None and self.mode.by_row and self.length == 1:
+            return _by_row(kept_BT)
         count_B = kept_BT.sum(1)
         if width is None:
             both = int(count_B.amin() * (self.length + 1) + count_B.amax())  # two numbers for one host sync
             fewest, width = divmod(both, self.length + 1)
             exact = fewest == width
+        if width == 0 and self.mode.occupied:
+            width, exact = 1, False
         if width == self.length and (exact or width == 1):  # nobody to leave out, or one column to hold them all
-            return Selection(index_BK=None, valid_BK=None if exact else kept_BT, length=width)
+            return Selection(valid_BK=None if exact else kept_BT, length=width)
         index_BK = ops.compact(kept_BT, width)
         valid_BK = None if exact else torch.arange(width, device=kept_BT.device) < count_B[:, None]
         return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length)
@@ -135,7 +157,7 @@ class Tokens:
 
         Only real tokens are ever kept, so within a selection the valid entries are the real ones.
         """
-        everyone = part.index_BK is None and part.valid_BK is None
+        everyone = part.everyone
         if everyone and (self.wanted is None or self.wanted is part):
             return replace(self, wanted=None)
 
@@ -155,10 +177,12 @@ class Tokens:
             forced_BT=pick(self.forced_BT),
             state={name: part.gather(value) for name, value in self.state.items()},
             wanted=None,
+            rows=self.rows if part.rows is None else part.rows.within(self.rows),
         )
         if self.wanted is None or self.wanted is part:
             return narrowed
         rows = max(narrowed.slot_BT.shape[0], 1 if real_BK is None else real_BK.shape[0])
+        rows = rows if part.rows is None else part.rows.total
         wished_BK = part.gather(self.wanted.mask(rows, self.slot_BT.device))
         return narrowed.want(wished_BK if real_BK is None else wished_BK & real_BK)
 
@@ -166,17 +190,35 @@ class Tokens:
         """The tokens whose update is wanted, and only those."""
         return self if self.wanted is None else self.select(self.wanted)
 
-    def want(self, kept_BT: Tensor) -> Tokens:
-        """Ask for the update of these tokens only; a wish of an outer mechanism stays in force."""
+    def want(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Tokens:
+        """Ask for the update of these tokens only; a wish of an outer mechanism stays in force.
+
+        `width` and `exact` as in `narrow`.
+        """
         if self.wanted is not None:
             kept_BT = kept_BT & self.wanted.mask(kept_BT.shape[0], kept_BT.device)
-        part = self.narrow(kept_BT)
-        everyone = part.index_BK is None and part.valid_BK is None
-        return replace(self, wanted=None if everyone else part)
+            width, exact = None, False
+        part = self.narrow(kept_BT, width, exact)
+        return replace(self, wanted=None if part.everyone else part)
 
     def scaled(self, gain_BT: Tensor) -> Tokens:
         """With this factor on the updates, on top of any that is there."""
         return replace(self, gain_BT=gain_BT if self.gain_BT is None else self.gain_BT * gain_BT)
+
+
+def every(tokens: Tokens, like_BT: Tensor) -> Tensor:
+    """bool [B, T]: the real tokens."""
+    if tokens.real_BT is None:
+        return torch.ones_like(like_BT, dtype=torch.bool)
+    return tokens.real_BT.expand_as(like_BT)
+
+
+def _by_row(kept_B1: Tensor) -> Selection:
+    """Rows instead of tokens: no row waits for another, and a row alone has no width to be filled up to."""
+    rows = Rows.kept(kept_B1[:, 0])
+    if not rows.at:
+        return Selection(index_BK=rows.index_R.new_empty(rows.total, 0), length=1)
+    return Selection(length=1, rows=None if len(rows.at) == rows.total else rows)
 
 
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
@@ -187,6 +229,6 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         return tuple(_moved(x, move) for x in value)
     if isinstance(value, Mapping):
         return {name: _moved(x, move) for name, x in value.items()}
-    if isinstance(value, Tokens | Selection):
+    if isinstance(value, Tokens | Selection | Rows):
         return replace(value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)})
     return value

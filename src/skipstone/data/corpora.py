@@ -39,9 +39,15 @@ CORPORA: dict[str, Entry] = {
         argument="80-10-10",
         tokenizer="char",
     ),
-    "python-stdlib": Entry(summary="the running Python's own sources; on every machine", load=installed.python_stdlib),
+    "python-stdlib": Entry(
+        summary="the running Python's own sources; on every machine",
+        load=installed.python_stdlib,
+        argument="99-0.5-0.5",
+    ),
     "python-packages": Entry(
-        summary="python-stdlib and the installed torch and transformers; over 100 MB", load=installed.python_packages
+        summary="python-stdlib and the installed torch and transformers; over 100 MB",
+        load=installed.python_packages,
+        argument="99-0.5-0.5",
     ),
     "wikitext-2": Entry(summary="13 MB of word-tokenised Wikipedia articles", load=published.wikitext_2),
     "enwik8": Entry(summary="10^8 bytes of Wikipedia XML, cut 90M/5M/5M", load=published.enwik8),

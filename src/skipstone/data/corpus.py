@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
 
 from skipstone.core.strict import unknown
@@ -12,6 +14,7 @@ from skipstone.core.strict import unknown
 SPLITS = ("train", "validation", "test")
 Documents = tuple[str, ...]
 Reader = Callable[[], Documents]
+Percent = Sequence[int | Fraction]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +48,7 @@ class Corpus:
         return documents
 
 
-def contiguous(read: Reader, percent: Sequence[int]) -> dict[str, Reader]:
+def contiguous(read: Reader, percent: Percent) -> dict[str, Reader]:
     """Splits that follow each other in the text, cut at `percent` of its characters; a document may be cut in two.
 
     `percent` has two or three entries (train, validation, test) that sum to 100.
@@ -53,7 +56,7 @@ def contiguous(read: Reader, percent: Sequence[int]) -> dict[str, Reader]:
     read = cache(read)
     ends = [sum(percent[: i + 1]) for i in range(len(percent))]
 
-    def part(low: int, high: int) -> Documents:
+    def part(low: int | Fraction, high: int | Fraction) -> Documents:
         documents = read()
         total = sum(map(len, documents))
         return tuple(_between(documents, total * low // 100, total * high // 100))
@@ -70,28 +73,34 @@ def _between(documents: Documents, start: int, end: int) -> Iterable[str]:
         at += len(document)
 
 
-def by_hash(read: Reader) -> dict[str, Reader]:
-    """90 / 5 / 5 per cent by the SHA-256 of each document's text.
+def by_hash(read: Reader, percent: Percent = (90, 5, 5)) -> dict[str, Reader]:
+    """Shares (train, validation and perhaps test, sum 100) by the SHA-256 of each document's text.
 
     A document's split depends on nothing but its text: adding documents moves none, and equal documents stay together.
     """
     read = cache(read)
 
-    def part(low: int, high: int) -> Documents:
+    def part(low: int | Fraction, high: int | Fraction) -> Documents:
         return tuple(document for document in read() if low <= _bucket(document) < high)
 
-    return {"train": lambda: part(0, 90), "validation": lambda: part(90, 95), "test": lambda: part(95, 100)}
+    ends = [sum(percent[: i + 1]) for i in range(len(percent))]
+    return {split: partial(part, low, high) for split, low, high in zip(SPLITS, [0, *ends], ends, strict=False)}
 
 
-def _bucket(document: str) -> int:
+def _bucket(document: str) -> Fraction:
+    """In [0, 100), in steps of a hundredth; whole per cents come from digits of their own."""
     digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") % 100
+    hundredths, percent = divmod(int.from_bytes(digest[:8], "big"), 100)
+    return percent + Fraction(hundredths % 100, 100)
 
 
-def parse_percent(text: str, where: str) -> tuple[int, ...]:
-    """`"80-10-10"` -> (80, 10, 10). Raises ValueError unless it is two or three shares above zero that sum to 100."""
+def parse_percent(text: str, where: str) -> tuple[Fraction, ...]:
+    """`"80-10-10"` -> (80, 10, 10), `"99.5-.5"` likewise, to hundredths.
+
+    Raises ValueError unless it is two or three shares above zero that sum to 100.
+    """
     parts = text.split("-")
-    shares = tuple(int(part) for part in parts if part.isascii() and part.isdigit())
-    if len(shares) != len(parts) or len(shares) not in (2, 3) or min(shares) < 1 or sum(shares) != 100:
+    shares = tuple(Fraction(part) for part in parts if re.fullmatch(r"[0-9]+|[0-9]*\.[0-9]{1,2}", part))
+    if len(shares) != len(parts) or len(shares) not in (2, 3) or min(shares) <= 0 or sum(shares) != 100:
         raise ValueError(f"{where}: {text!r} is not a split such as 90-10 or 80-10-10 (per cent, sum 100)")
     return shares

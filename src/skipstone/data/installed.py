@@ -8,29 +8,33 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from skipstone.data.corpus import Corpus, Documents, by_hash
+from skipstone.data.corpus import Corpus, Documents, by_hash, parse_percent
 
 NOT_OURS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 PACKAGES = ("torch", "transformers")
+SPLIT = "90-5-5"
 
 
 def python_stdlib(argument: str) -> Corpus:
-    """Every .py file of the running interpreter's standard library (its tests too, where installed) is a document."""
+    """Every .py file of the running interpreter's standard library (its tests too, where installed) is a document.
+
+    argument: another split by hash, as 99-0.5-0.5.
+    """
     return Corpus(
         name="python-stdlib",
         description="sources of the running Python's standard library (12 to 31 MB)",
         licence="PSF-2.0",
-        readers=by_hash(lambda: sources(stdlib_folder())),
+        readers=by_hash(lambda: sources(stdlib_folder()), parse_percent(argument or SPLIT, "corpus python-stdlib")),
     )
 
 
 def python_packages(argument: str) -> Corpus:
-    """The standard library and the installed torch and transformers: more than 100 MB."""
+    """The standard library and the installed torch and transformers: more than 100 MB. argument: as there."""
     return Corpus(
         name="python-packages",
         description="sources of the standard library and of the installed torch and transformers (over 100 MB)",
         licence="PSF-2.0, BSD-3-Clause, Apache-2.0",
-        readers=by_hash(partial(_stdlib_and, PACKAGES)),
+        readers=by_hash(partial(_stdlib_and, PACKAGES), parse_percent(argument or SPLIT, "corpus python-packages")),
     )
 
 

@@ -13,6 +13,7 @@ Shapes: N tokens of a split, D documents, B rows, T tokens a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from skipstone.data import draws
 from skipstone.data.encode import Ids
 from skipstone.data.rows import IGNORE, Batch, RowDataset
 
-WINDOW_STREAM = 0
+WINDOW_STREAM, ORDER_STREAM = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +72,35 @@ class RandomWindows(_Windows):
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
         places = len(self.ids) - self.context + 1
         return self.window(draws.integers(self.seed, WINDOW_STREAM, index_B, 1, places)[:, 0])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowsOnce(_Windows):
+    """For training that reads nothing twice: the windows that lie side by side, in an order that `seed` shuffles.
+
+    Raises ValueError when `rows` asks for more windows than there are.
+    """
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows > self.count:
+            raise ValueError(
+                f"{self.rows:,} training rows of {self.context} tokens, and the text has {self.count:,}: with sampling "
+                "'once' none is read twice; train for fewer steps, take a larger corpus, or leave sampling out"
+            )
+
+    @property
+    def count(self) -> int:
+        return len(self.ids) // self.context
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(draws.uniform(self.seed, ORDER_STREAM, np.arange(self.count), 1)[:, 0], kind="stable")
+
+    def batch(self, index_B: NDArray[np.int64]) -> Batch:
+        return self.window(self._order[index_B] * self.context)
 
 
 def num_covering(tokens: int, context: int) -> int:

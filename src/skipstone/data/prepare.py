@@ -10,7 +10,7 @@ from skipstone.core.strict import unknown
 from skipstone.data import rows, sequences, synthetic
 from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.data.encode import Encoded, encode_documents, text_bytes
-from skipstone.data.packing import CoveringWindows, RandomWindows, num_covering
+from skipstone.data.packing import CoveringWindows, RandomWindows, WindowsOnce, num_covering
 from skipstone.data.rows import Row, RowDataset
 from skipstone.data.tokenizers import build_tokenizer, check_spec
 
@@ -30,9 +30,11 @@ class DataConfig:
     corpus: a name of `CORPORA`. tokenizer: `char`, `byte`, `pretrained:NAME_OR_PATH`; None: the corpus's default.
     context: tokens a row. packing: "stream" (documents follow each other through their eos) or "packed" (rows carry
     document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows.
+    sampling: None: training rows are windows at random places, without end; "once": those that lie side by side, in
+    random order, none of them twice.
     train_rows: length of the training set; None: as many windows as the text holds side by side, or 65,536 synthetic
     rows. Any length serves: row i does not depend on it. validation_rows: the first so many; None: the whole split, or
-    1,024 synthetic rows. Synthetic tasks take neither a tokenizer nor a packing.
+    1,024 synthetic rows. Synthetic tasks take no tokenizer, packing or sampling.
     """
 
     corpus: str = "tiny-shakespeare"
@@ -40,6 +42,7 @@ class DataConfig:
     context: int = 128
     packing: Literal["stream", "packed"] = "stream"
     seed: int = 0
+    sampling: Literal["once"] | None = None
     train_rows: int | None = None
     validation_rows: int | None = None
 
@@ -49,8 +52,10 @@ class DataConfig:
             check_spec(self.tokenizer)
         if self.packing not in PACKINGS:
             raise ValueError(unknown("packing", self.packing, PACKINGS))
-        if entry.kind == "synthetic" and (self.tokenizer is not None or self.packing != "stream"):
-            field = "tokenizer" if self.tokenizer is not None else "packing"
+        usual = {"tokenizer": None, "packing": "stream", "sampling": None}
+        changed = [name for name, value in usual.items() if getattr(self, name) != value]
+        if entry.kind == "synthetic" and changed:
+            field = changed[0]
             raise ValueError(f"corpus {self.corpus!r} is synthetic: leave {field} out, got {getattr(self, field)!r}")
         for name, least in (("context", 2), ("seed", 0), ("train_rows", 1), ("validation_rows", 1)):
             value = getattr(self, name)
@@ -129,9 +134,10 @@ def _windows(config: DataConfig, encoded: Encoded) -> dict[str, Any]:
     return {"ids": encoded.ids, "context": config.context, "document_starts": starts}
 
 
-def _train(config: DataConfig, encoded: Encoded) -> RandomWindows:
+def _train(config: DataConfig, encoded: Encoded) -> RandomWindows | WindowsOnce:
     length = config.train_rows or max(1, len(encoded.ids) // config.context)
-    return RandomWindows(**_windows(config, encoded), seed=config.seed, rows=length)
+    kind = WindowsOnce if config.sampling == "once" else RandomWindows
+    return kind(**_windows(config, encoded), seed=config.seed, rows=length)
 
 
 def _validation(config: DataConfig, encoded: Encoded) -> CoveringWindows:

@@ -24,7 +24,8 @@ nll_loss_forward nll_loss_backward binary_cross_entropy_with_logits
 native_layer_norm native_layer_norm_backward native_dropout
 embedding embedding_dense_backward constant_pad_nd slice_backward select_backward cat stack flip roll
 sort cumsum cummax cummin nonzero index index_put index_put_ _index_put_impl_ index_select index_add index_copy
-gather scatter scatter_add _local_scalar_dense item _to_copy copy_ _unsafe_view _reshape_alias lift_fresh
+gather scatter scatter_add topk searchsorted floor_divide _local_scalar_dense item _to_copy copy_
+masked_fill_ index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
 arange empty empty_like new_empty empty_strided new_empty_strided scalar_tensor zeros zeros_like new_zeros
 ones ones_like new_ones full full_like new_full fill_ exponential_ bernoulli_ uniform_ rand_like
 """  # softmax, losses, norms; looking up; sorting, gathering, copying; filling, drawing
@@ -85,7 +86,7 @@ def kind_of(modules: set[str]) -> str:
     if "self_attn" in parts:
         return "attention_linear" if any(part.endswith("_proj") for part in parts) else "attention_score"
     if "mlp" in parts:
-        return "router" if "activation" in parts else "mlp"
+        return "router" if parts & {"activation", "router"} else "mlp"
     if "lm_head" in parts:
         return "head"
     return "router" if any(".mechanisms." in name for name in modules) else "other"
@@ -144,6 +145,14 @@ def _attention_backward(
     return 2 * _attention(query, key, value)
 
 
+def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> int:
+    """Products of groups: rows of a (2 axes by 3), columns of b (3 by 2) or the summed axis (2 by 2) end at `offs`."""
+    inside = int(offs[-1]) if offs is not None and len(offs) else 0
+    if a.dim() == b.dim() == 2:
+        return 2 * a.shape[0] * inside * b.shape[1]
+    return 2 * inside * (a.shape[1] * b.shape[2] if a.dim() == 2 else a.shape[1] * a.shape[2])
+
+
 FORWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention,
@@ -162,4 +171,5 @@ TABLE: dict[Any, Callable[..., int]] = {
     **flop_registry,
     **dict.fromkeys(FORWARD, _attention),
     **dict.fromkeys(BACKWARD, _attention_backward),
+    aten._grouped_mm: _grouped,
 }

@@ -12,22 +12,30 @@ Layers = Sequence[Mapping[str, Mapping[str, Any]]]
 
 
 def layer_sections(layers: Layers, way: str) -> list[Section]:
-    """One for depth mechanisms and one for activation mechanisms, where there are any."""
+    """One for depth mechanisms, one for activation mechanisms and one for experts, where there are any."""
     entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]
     depth = [entry for entry in entries if "capacity" in entry[2]]
     activation = [entry for entry in entries if "shares" in entry[2]]
-    return [*_depth(depth, way), *_activation(activation, way)]
+    experts = [entry for entry in entries if "experts" in entry[2]]
+    return [*_depth(depth, way), *_activation(activation, way), *_experts(experts, way)]
 
 
 def _depth(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
     if entries:
         yield Section(
             title=f"depth mechanisms by layer, {way}",
-            columns=["layer, mechanism", "kept", "99 % of rows keep at most", "weight of a kept update"],
+            columns=["layer, mechanism", "kept", "99 % of rows keep at most", "weight of a kept update", "F1"],
             rows=[
-                [f"{layer} {name}", percent(f["capacity"]), percent(f["capacity_p99"]), number(f["weight"], 3)]
+                [
+                    f"{layer} {name}",
+                    percent(f["capacity"]),
+                    percent(f["capacity_p99"]),
+                    number(f["weight"], 3),
+                    number(f.get("f1"), 3),
+                ]
                 for layer, name, f in entries
             ],
+            notes=["F1 of the kept tokens: by those that need depth where that is known, else by the best of the row"],
         )
 
 
@@ -41,3 +49,18 @@ def _activation(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str)
                 for layer, name, f in entries
             ],
         )
+
+
+def _experts(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+    if entries:
+        yield Section(
+            title=f"experts by layer, {way}",
+            columns=["layer, part", "least chosen expert", "most chosen expert", "no-ops", "entropy / maximum"],
+            rows=[[f"{layer} {name}", *_choices(f), number(f["entropy"], 3)] for layer, name, f in entries],
+            notes=["shares of all choices of the tokens that reached the experts"],
+        )
+
+
+def _choices(figures: Mapping[str, Any]) -> list[str]:
+    shares = figures["experts"] or [None]
+    return [percent(min(shares)), percent(max(shares)), percent(figures["no_op"])]

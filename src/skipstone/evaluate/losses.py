@@ -53,7 +53,7 @@ def measure(
         target_BT = targets(batch)
         nats += float(token_nats(out.logits, target_BT).double().sum())
         predictions += int((target_BT != IGNORED).sum())
-        statistics.add(out.records)
+        statistics.add(out.records, batch["difficulty"] >= 0 if "difficulty" in batch else None)
         if "difficulty" in batch:
             accuracy = accuracy or Accuracy()
             accuracy.add(out.logits, target_BT, batch["difficulty"])

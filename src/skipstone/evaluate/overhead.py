@@ -64,6 +64,8 @@ def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
     hooks = []
     for block in blocks:
         for name, module in block.adjustables().items():
+            if module is block.mlp:
+                continue  # experts that choose are the block's own work
             ranges: list[Any] = []
             enter = _enter_routing if name in block.mechanisms else _enter_activation
             hooks.append(module.register_forward_pre_hook(_with(ranges, enter)))

@@ -1,6 +1,6 @@
 """What mechanisms did, layer by layer, summed up over batches of records.
 
-Shape letters: B rows, T tokens, A activations.
+Shape letters: B rows, T tokens, A activations, X experts (no-ops included).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, Record, Records
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Record, Records
+from skipstone.evaluate.agreement import Agreement
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.ops import reference as ops
 
@@ -30,14 +31,17 @@ class Statistics:
         self._activation_rows = activation_rows
         blocks: Any = model.model.layers
         self._blocks = [block.adjustables() for block in blocks]
-        self._sums: list[dict[str, _Depth | _Activation]] = [{} for _ in self._blocks]
+        self._sums: list[dict[str, Any]] = [{} for _ in self._blocks]
 
     @torch.no_grad()
-    def add(self, records: Sequence[Records]) -> None:
+    def add(self, records: Sequence[Records], known_BT: Tensor | None = None) -> None:
+        """The records of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
         for mechanisms, sums, decided in zip(self._blocks, self._sums, records, strict=True):
             for name, record in decided.items():
                 if isinstance(record, DepthRecord):
-                    sums.setdefault(name, _Depth()).add(mechanisms[name], record)
+                    sums.setdefault(name, _Depth()).add(mechanisms[name], record, known_BT)
+                elif isinstance(record, ExpertsRecord):
+                    sums.setdefault(name, _Experts()).add(mechanisms[name], record)
                 elif self._activation_rows:
                     sums.setdefault(name, _Activation(self._activation_rows)).add(mechanisms[name], record)
 
@@ -45,9 +49,13 @@ class Statistics:
         """For each block and each of its mechanisms:
 
         depth: `capacity`, kept tokens by asked tokens; `capacity_p99`, that share's 99th percentile over rows (of rows
-        in which somebody was asked); `weight`, the mean factor on a kept token's update, None where none was kept.
+        in which somebody was asked); `weight`, the mean factor on a kept token's update, None where none was kept;
+        `precision`, `recall` and `f1` of the kept tokens, measured by those that are known to need depth, or else by
+        those that the best of the row would be by the same scores (not for mechanisms without such an ideal).
         activation: `shares` of the four functions and `entropy` as a share of its maximum, means over
         tokens and neurons of the first rows.
+        experts: `experts`, share of each in all choices, `no_op`, share of the no-ops together, and `entropy` of a
+        token's softmax over both as a share of its maximum, in the mean; None where nobody was asked.
         """
         return [{name: total.result() for name, total in sums.items()} for sums in self._sums]
 
@@ -57,9 +65,14 @@ class _Depth:
         self.asked = self.kept = 0
         self.weight = 0.0
         self.rows: list[Tensor] = []
+        self.agreement: Agreement | None = None
 
-    def add(self, mechanism: Any, record: Record) -> None:
+    def add(self, mechanism: Any, record: Record, known_BT: Tensor | None) -> None:
         assert isinstance(record, DepthRecord)
+        wanted_BT = mechanism.ideal(record) if known_BT is None else known_BT
+        if wanted_BT is not None:
+            self.agreement = self.agreement or Agreement()
+            self.agreement.add(record.kept_BT, wanted_BT, record.asked_BT)
         asked_B, kept_B = record.asked_BT.sum(1), (record.kept_BT & record.asked_BT).sum(1)
         self.asked += int(asked_B.sum())
         self.kept += int(kept_B.sum())
@@ -72,6 +85,7 @@ class _Depth:
             "capacity": self.kept / self.asked if self.asked else None,
             "capacity_p99": _quantile(rows, 0.99),
             "weight": self.weight / self.kept if self.kept else None,
+            **({} if self.agreement is None else self.agreement.result()),
         }
 
 
@@ -106,3 +120,24 @@ class _Activation:
             "shares": dict(zip(ACTIVATION_NAMES, shares, strict=True)),
             "entropy": self.entropy / max(self.tokens, 1),
         }
+
+
+class _Experts:
+    def __init__(self) -> None:
+        self.tokens, self.entropy = 0, 0.0
+        self.chosen: Tensor | None = None  # of each expert, the no-ops as one at the end
+
+    def add(self, mechanism: Any, record: Record) -> None:
+        assert isinstance(record, ExpertsRecord)
+        chosen_X = record.chosen_BTX.sum((0, 1)).double().cpu()
+        experts, no_ops = chosen_X[: mechanism.config.count], chosen_X[mechanism.config.count :]
+        chosen = torch.cat((experts, no_ops.sum(0, keepdim=True)))
+        self.chosen = chosen if self.chosen is None else self.chosen + chosen
+        self.tokens += int(record.asked_BT.sum())
+        self.entropy += float(mechanism.entropy(record)[record.asked_BT].double().sum())
+
+    def result(self) -> dict[str, Any]:
+        if self.chosen is None or not self.tokens:
+            return {"experts": None, "no_op": None, "entropy": None}
+        *experts, no_op = (self.chosen / self.chosen.sum()).tolist()
+        return {"experts": experts, "no_op": no_op, "entropy": self.entropy / self.tokens}

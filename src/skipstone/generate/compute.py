@@ -4,7 +4,8 @@
 
 given and asked are the loads that the mechanisms leave of one token (core/load.py), from what they recorded. Weights
 are the matrices' sizes. Left out, because they depend on the length of the row: attention scores; because they are
-neither blocks nor saved: embeddings, head and routers. PolyGLU counts as a full MLP. A soft gate skips nothing.
+neither blocks nor saved: embeddings, head and routers. PolyGLU counts as a full MLP, an MLP of experts by the share of
+its choices that are no no-ops. A soft gate skips nothing.
 Shape letters: B rows, T tokens.
 """
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.core.load import Load
-from skipstone.core.records import DepthRecord, Records
+from skipstone.core.records import DepthRecord, ExpertsRecord, Records
+from skipstone.model.cost import mlp_weights
 from skipstone.nn.block import Block
 
 WHOLE = Load(given=1.0, asked=1.0)
@@ -31,31 +33,40 @@ def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> T
     full = executed = torch.zeros(1, 1)
     for block, decided in zip(blocks, records, strict=True):
         assert isinstance(block, Block)
-        attention, mlp = _matrices(block)
-        full = full + attention["given"] + attention["asked"] + mlp
-        executed = executed + _per_token(block, decided, attention, mlp)
+        attention, mlp = _matrices(block), mlp_weights(block.mlp)
+        passes, computed_BT = _passes(block, decided)
+        full = full + attention["given"] + attention["asked"] + mlp * passes
+        attended_BT, asked_BT = _per_token(block, decided, attention)
+        executed = executed + attended_BT + asked_BT * computed_BT * mlp
     return executed / full
 
 
-def _matrices(block: Block) -> tuple[dict[str, int], int]:
-    """Weights that a given token and that an asking token are multiplied with in attention, and those of the MLP."""
+def _matrices(block: Block) -> dict[str, int]:
+    """Weights that a given token and that an asking token are multiplied with in attention."""
     a = block.self_attn
     given = a.k_proj.weight.numel() + a.v_proj.weight.numel()
-    asked = a.q_proj.weight.numel() + a.o_proj.weight.numel()
-    mlp = sum(child.weight.numel() for child in block.mlp.children() if isinstance(child, nn.Linear))
-    return {"given": given, "asked": asked}, mlp
+    return {"given": given, "asked": a.q_proj.weight.numel() + a.o_proj.weight.numel()}
 
 
-def _per_token(block: Block, decided: Records, attention: Mapping[str, int], mlp: int) -> Tensor:
-    """Matrix work [B, T] of the block; one value for each way in which its mechanisms can decide."""
+def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
+    """How often a token that asks passes matrices of the MLP, at most and in truth ([B, T] or [1, 1])."""
+    mlp: Any = block.mlp
+    record = decided.get(mlp.place.name) if hasattr(mlp, "place") else None
+    if not isinstance(record, ExpertsRecord):
+        return 1, torch.ones(1, 1)
+    return mlp.config.top_k, record.chosen_BTX[..., : mlp.config.count].sum(-1).cpu()
+
+
+def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Matrix work of attention, and whether the MLP is asked, [B, T]; from each way in which mechanisms can decide."""
     names = [name for site in block.sites.values() for name in site]
     if not names:
-        return torch.full((1, 1), float(attention["given"] + attention["asked"] + mlp))
+        return torch.full((1, 1), float(attention["given"] + attention["asked"])), torch.ones(1, 1)
     kept = {name: record.kept_BT.cpu() for name, record in decided.items() if isinstance(record, DepthRecord)}
     # Inside a block that keeps nobody, no record is made: those inside kept nobody either.
     code_BT = torch.stack([kept[name].long() << bit for bit, name in enumerate(names) if name in kept]).sum(0)
-    work = [_work(block, way, attention, mlp) for way in _ways(names)]
-    return torch.tensor(work)[code_BT]
+    attended, asked = torch.tensor([_work(block, way, attention) for way in _ways(names)]).unbind(1)
+    return attended[code_BT], asked[code_BT]
 
 
 def _ways(names: Sequence[str]) -> Iterator[dict[str, float]]:
@@ -64,10 +75,10 @@ def _ways(names: Sequence[str]) -> Iterator[dict[str, float]]:
         yield {name: float(code >> bit & 1) for bit, name in enumerate(names)}
 
 
-def _work(block: Block, kept: Mapping[str, float], attention: Mapping[str, int], mlp: int) -> float:
+def _work(block: Block, kept: Mapping[str, float], attention: Mapping[str, int]) -> tuple[float, float]:
     outer = _narrowed(block, "block", kept, WHOLE)
     a, m = _narrowed(block, "attention", kept, outer), _narrowed(block, "mlp", kept, outer)
-    return a.given * attention["given"] + a.asked * attention["asked"] + m.asked * mlp
+    return a.given * attention["given"] + a.asked * attention["asked"], m.asked
 
 
 def _narrowed(block: Block, site: str, kept: Mapping[str, float], load: Load) -> Load:

@@ -7,16 +7,23 @@ Shape letters: B rows, T tokens of the prompt, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from skipstone.core.records import Records
+from skipstone.core.strict import choose
 from skipstone.generate.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+
+CACHES: dict[str, Callable[[SkipstoneConfig, int], Cache]] = {
+    "dynamic": lambda config, tokens: DynamicCache(config=config),
+    "static": lambda config, tokens: StaticCache(config=config, max_cache_len=tokens),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +50,10 @@ def generate(
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    cache: str = "dynamic",
 ) -> Tensor:
     """Prompt and continuation, int64 [B, T + N] with N <= max_new_tokens; arguments and errors as in `stream`."""
-    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id)
+    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     passes = decode(Sampler(temperature, top_k, seed, input_ids.device))
     return torch.cat([input_ids, *(token_B[:, None] for token_B, _, _ in passes)], dim=1)
 
@@ -61,16 +69,19 @@ def stream(
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    cache: str = "dynamic",
 ) -> Iterator[Step]:
     """One `Step` for each new token, as it is decided; ends when every row has met an end-of-sequence id.
 
     input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which stands on the left. temperature: 0 takes the
     likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: of a
     generator of our own; None draws one. eos_token_id, pad_token_id: default to the model's generation_config.
+    cache: "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens,
+    and a step's shapes depend on nothing.
     Raises ValueError, before the first step, for an empty prompt, padding on the right, a row that would outgrow the
     model's context, values out of range, and a decision that cannot be made while generating.
     """
-    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id)
+    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     passes = decode(Sampler(temperature, top_k, seed, input_ids.device))
     return (_step(model, *decided) for decided in passes)
 
@@ -91,7 +102,9 @@ class _Decoder:
         max_new_tokens: int,
         pad_token_id: int | None,
         eos_token_id: int | Sequence[int] | None,
+        cache: str,
     ) -> None:
+        self.new_cache = choose("cache", cache, CACHES)
         self.mask_BT = _checked(model, input_ids, attention_mask, max_new_tokens)
         self.model, self.input_ids, self.max_new_tokens = model, input_ids, max_new_tokens
         ends = _ends(model, eos_token_id)
@@ -102,12 +115,15 @@ class _Decoder:
     @torch.no_grad()
     def __call__(self, sample: Sampler) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
         """The new token of each row, the rows that had not ended, and the records of the pass; one for each pass."""
-        cache, ids, mask_BT = DynamicCache(config=self.model.config), self.input_ids, self.mask_BT
+        ids, mask_BT = self.input_ids, self.mask_BT
+        cache = self.new_cache(self.model.config, ids.shape[1] + self.max_new_tokens)
+        position_BT = None if mask_BT is None else (mask_BT.cumsum(1) - 1).clamp(min=0)
         live_B = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
         for _ in range(self.max_new_tokens):
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask_BT,
+                position_ids=position_BT,
                 past_key_values=cache,
                 use_cache=True,
                 routing="causal",
@@ -120,8 +136,8 @@ class _Decoder:
             live_B = live_B & ~torch.isin(token_B, self.ends_E)
             if len(self.ends_E) and not bool(live_B.any()):
                 return
-            ids = token_B[:, None]
-            mask_BT = None if mask_BT is None else torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            ids, mask_BT = token_B[:, None], None  # nothing new is padding
+            position_BT = None if position_BT is None else position_BT[:, -1:] + 1
 
 
 class Sampler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from skipstone.mechanisms.base import Adjustable, DepthMechanism, Place
 from skipstone.mechanisms.early_exit import EarlyExit
+from skipstone.mechanisms.gate_skip import GateSkip
 from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths
 from skipstone.mechanisms.polyglu import PolyGLU
 from skipstone.mechanisms.token_selective import TokenSelective
@@ -12,6 +13,7 @@ DEPTH: dict[str, type[DepthMechanism]] = {
     "mixture_of_depths": MixtureOfDepths,
     "token_selective": TokenSelective,
     "early_exit": EarlyExit,
+    "gate_skip": GateSkip,
 }
 
 ACTIVATION: dict[str, type[PolyGLU]] = {
@@ -24,6 +26,7 @@ __all__ = [
     "Adjustable",
     "DepthMechanism",
     "EarlyExit",
+    "GateSkip",
     "MixtureOfDepths",
     "Place",
     "PolyGLU",

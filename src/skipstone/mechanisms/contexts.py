@@ -55,16 +55,16 @@ def _before_document(total_BTS: Tensor, document_BT: Tensor) -> Tensor:
 def _continue(total_BTS: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer, name: str) -> Tensor:
     """Add what earlier calls summed, and remember the sums of this one."""
     store = cache.store(name)
-    last_BS = store.last("sum")
+    last_BS = store.last("sum", tokens.rows)
     if last_BS is not None:
         base_B1S = last_BS[:, None]
         if tokens.document_BT is not None:
-            last_document = store.last("document")
+            last_document = store.last("document", tokens.rows)
             assert last_document is not None
             base_B1S = base_B1S * (tokens.document_BT == last_document[:, None])[..., None]
         total_BTS = total_BTS + base_B1S
     entries = {"sum": total_BTS}
     if tokens.document_BT is not None:
         entries["document"] = tokens.document_BT.expand(total_BTS.shape[:2])
-    store.append(tokens.slot_BT, tokens.real_BT, **entries)
+    store.append(tokens.slot_BT, tokens.real_BT, tokens.rows, **entries)
     return total_BTS

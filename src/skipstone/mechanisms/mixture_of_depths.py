@@ -4,16 +4,18 @@
     x_i <- x_i                              otherwise
 
 Kept tokens attend to kept tokens only. Delta is what the block adds, so that capacity 1 with w = 1 is the dense model.
-Where we differ: k = floor(capacity * length) of each document, padding excluded; `tanh` weights are p-MoD's
-(arXiv 2412.04449); the causal decisions are named in `decisions`.
+Where we differ: k = floor(capacity * length) of each document, padding excluded; the causal decisions are named in
+`decisions`. Options after later papers, each in its file: `tanh` weights and a capacity that falls over depth (p-MoD,
+arXiv 2412.04449), a threshold in place of top-k (MoDification, arXiv 2410.14268), keys and values of skipped tokens
+(`kv: full`, FlexiDepth, arXiv 2503.23798; its adapter for skipped tokens is not here), a skip path that computes
+something (Informed Routing, arXiv 2510.13831), a z-loss and a warm-up of the capacity (Mixture-of-Recursions, arXiv
+2507.10524; with a single logit the z-loss is score^2). Routed attention or MLP alone is a matter of the site (`on`).
 
 Shape letters: B rows, T tokens, K kept tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,42 +25,16 @@ from transformers import initialization as init
 from skipstone.core.load import Load
 from skipstone.core.records import DepthRecord, Record, Records, lift
 from skipstone.core.seam import Update
-from skipstone.core.strict import choose
-from skipstone.core.tokens import Selection, Tokens
+from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Place, every
-from skipstone.mechanisms.decisions import DECISIONS, Forced, build_decision
-from skipstone.mechanisms.routers import LinearRouter
+from skipstone.mechanisms.decisions import Forced, build_decision
+from skipstone.mechanisms.exploration import Exploration
+from skipstone.mechanisms.guidance import guided
+from skipstone.mechanisms.mixture_options import WEIGHTS, MixtureOfDepthsConfig
+from skipstone.mechanisms.routers import build_router, normalised
+from skipstone.mechanisms.schedules import Capacity, capacity_at
+from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.ops import reference as ops
-
-WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    "raw": lambda score_BT, scale: score_BT,
-    "sigmoid": lambda score_BT, scale: score_BT.sigmoid(),
-    "tanh": lambda score_BT, scale: 1 + scale * score_BT.tanh(),
-    "none": lambda score_BT, scale: torch.ones_like(score_BT),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureOfDepthsConfig:
-    """capacity: share of a document's tokens that a block keeps, in (0, 1]. decision: see `decisions`.
-
-    weight: the factor on a kept token's update: raw (the paper's), sigmoid, tanh (1 + a tanh r, a starts at 0), none
-    (the router then learns from the auxiliary loss of `threshold` only).
-    auxiliary_weight: coefficient of the decision's auxiliary loss.
-    """
-
-    capacity: float = 0.125
-    decision: str = "predictor"
-    weight: str = "raw"
-    auxiliary_weight: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 < self.capacity <= 1:
-            raise ValueError(f"capacity must be in (0, 1], got {self.capacity}")
-        if self.auxiliary_weight < 0:
-            raise ValueError(f"auxiliary_weight must not be negative, got {self.auxiliary_weight}")
-        choose("decision", self.decision, DECISIONS)
-        choose("weight", self.weight, WEIGHTS)
 
 
 class MixtureOfDepths(DepthMechanism):
@@ -68,61 +44,122 @@ class MixtureOfDepths(DepthMechanism):
 
     def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
         super().__init__(hidden_size, place, **options)
-        self.capacity, self.weighting = self.config.capacity, self.config.weight
-        self.router = LinearRouter(hidden_size)
-        self.decision = build_decision(self.config.decision, self.capacity, hidden_size, seed=self.place.layer)
+        config: MixtureOfDepthsConfig = self.config
+        self.weighting = config.weight
+        self.router = build_router(config.router, hidden_size)
+        capacity = Capacity(capacity_at(config.capacity, self.place), config.capacity_warmup, config.warmup_shape)
+        self.decision = build_decision(config.decision, capacity, hidden_size, self.place.layer, config.threshold)
+        self.exploration = Exploration(config.exploration, config.exploration_until) if config.exploration else None
+        self.skip = LowRankSkip(hidden_size, config.skip_rank) if config.skip == "low_rank" else None
         self.tanh_scale = nn.Parameter(torch.zeros(())) if self.weighting == "tanh" else None
+
+    @property
+    def capacity(self) -> float:
+        """The set one, after any warm-up; `decision.capacity.now` is the one in force."""
+        return self.decision.capacity.final
 
     def reset_parameters(self) -> None:
         if self.tanh_scale is not None:
             init.zeros_(self.tanh_scale)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Update of the kept tokens, 0 for the others."""
-        score_BT = self.router(x_BTD)
+        """Update of the kept tokens; for the others 0, or what the skip path says."""
+        seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
+        seen_BTD = normalised(seen_BTD) if self.config.router_norm else seen_BTD
+        score_BT = self.router(seen_BTD)
         asked_BT = every(tokens, score_BT)
-        kept_BT = self.decide(score_BT, x_BTD, tokens) & asked_BT
+        kept_BT = self.decide(score_BT, seen_BTD, tokens) & asked_BT
         weight_BT = torch.where(kept_BT, WEIGHTS[self.weighting](score_BT, self.tanh_scale), 0.0)
+        execute = self._with_all_keys if self.config.kv == "full" else self._alone
+        delta_BTD, inner = execute(update, x_BTD, tokens, kept_BT, weight_BT)
+        if self.skip is not None:
+            delta_BTD = delta_BTD + self.skip(x_BTD, asked_BT & ~kept_BT, tokens)
+        guided_BT = None
+        if self.config.guidance and self.capacity < 1 and self._learns(tokens):
+            delta_BTD, guided_BT = guided(delta_BTD, score_BT, asked_BT, self.capacity)
         records = self.record(
             score_BT=score_BT,
             kept_BT=kept_BT,
             weight_BT=weight_BT,
             asked_BT=asked_BT,
-            loss_BT=self._loss(score_BT, kept_BT, asked_BT, x_BTD, tokens),
+            loss_BT=self._loss(score_BT, kept_BT, asked_BT, seen_BTD, guided_BT, tokens),
         )
-        part = self._narrow(kept_BT, tokens)
-        if part.width == 0:
-            return x_BTD * 0 + (weight_BT * 0)[..., None].to(x_BTD.dtype), records
-        delta_BKD, inner = update(part.gather(x_BTD), tokens.select(part))
-        delta_BKD = delta_BKD * part.gather(weight_BT)[..., None].to(delta_BKD.dtype)
-        return part.scatter(delta_BKD), {**records, **lift(inner, part, tokens.state)}
+        return delta_BTD, {**records, **inner}
 
-    def decide(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+    def decide(self, score_BT: Tensor, seen_BTD: Tensor, tokens: Tokens) -> Tensor:
         """bool [B, T]; padding may be among the kept."""
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(score_BT)
-        if self.capacity >= 1:
+        if self.decision.capacity.now >= 1:
             return torch.ones_like(score_BT, dtype=torch.bool)
-        decide = self.decision.oracle if tokens.mode.routing == "oracle" else self.decision.causal
-        return decide(score_BT, x_BTD, tokens)
+        if tokens.mode.routing == "causal":
+            self.require_causal()
+            return self.decision.causal(score_BT, seen_BTD, tokens)
+        if self._explores(tokens):
+            assert self.exploration is not None
+            held = None if self.decision.static else self.decision.capacity.now
+            score_BT = self.exploration(score_BT, every(tokens, score_BT), held)
+        return self.decision.oracle(score_BT, seen_BTD, tokens)
+
+    def _explores(self, tokens: Tokens) -> bool:
+        return self.exploration is not None and tokens.mode.noise and not self.exploration.progress.over
+
+    def _alone(
+        self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
+    ) -> tuple[Tensor, Records]:
+        """Skipped tokens do not exist inside."""
+        part = tokens.narrow(kept_BT, *self._width(tokens))
+        if part.width == 0 and not torch.is_grad_enabled():
+            return torch.zeros_like(x_BTD), {}
+        if part.width == 0:
+            return x_BTD * 0 + (weight_BT * 0)[..., None].to(x_BTD.dtype), {}
+        delta_BKD, inner = update(part.gather(x_BTD), tokens.select(part))
+        delta_BKD = delta_BKD * part.gather(weight_BT)[..., None].to(delta_BKD.dtype)
+        return part.scatter(delta_BKD), lift(inner, part, tokens.state)
+
+    def _with_all_keys(
+        self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
+    ) -> tuple[Tensor, Records]:
+        """Skipped tokens give keys and values."""
+        delta_BTD, inner = update(x_BTD, tokens.want(kept_BT, *self._width(tokens)))
+        return delta_BTD * weight_BT[..., None].to(delta_BTD.dtype), inner
+
+    def _width(self, tokens: Tokens) -> tuple[int | None, bool]:
+        """Columns to gather where they are known beforehand, and whether every row fills them."""
+        capacity = self.decision.capacity.now
+        static = capacity >= 1 or (tokens.mode.routing == "oracle" and self.decision.static)
+        if tokens.forced_BT is not None or not static or isinstance(self.decision, Forced):
+            return None, False
+        return ops.quota(capacity, tokens.length), tokens.group_BT is None
+
+    def _learns(self, tokens: Tokens) -> bool:
+        """Only an oracle's decision is a target: a causal one would teach the predictor its own guess."""
+        return tokens.mode.routing == "oracle" and tokens.forced_BT is None
 
     def _loss(
-        self, score_BT: Tensor, kept_BT: Tensor, asked_BT: Tensor, x_BTD: Tensor, tokens: Tokens
+        self,
+        score_BT: Tensor,
+        kept_BT: Tensor,
+        asked_BT: Tensor,
+        seen_BTD: Tensor,
+        guided_BT: Tensor | None,
+        tokens: Tokens,
     ) -> Tensor | None:
-        """Only an oracle's decision is a target: a causal one would teach the predictor its own guess."""
-        if tokens.mode.routing != "oracle" or tokens.forced_BT is not None:
+        if not self._learns(tokens):
             return None
-        loss_BT = self.decision.loss(score_BT, kept_BT, x_BTD)
-        return None if loss_BT is None else torch.where(asked_BT, loss_BT, 0.0) * self.config.auxiliary_weight
+        if self._explores(tokens) and self.decision.capacity.now < 1:  # what it would keep without the noise
+            kept_BT = self.decision.oracle(score_BT, seen_BTD, tokens) & asked_BT
+        loss_BT = self.decision.loss(score_BT, kept_BT, seen_BTD, asked_BT)
+        terms = [x_BT * self.config.auxiliary_weight for x_BT in (loss_BT, guided_BT) if x_BT is not None]
+        if self.config.z_loss:
+            terms.append(score_BT.square() * self.config.z_loss)
+        return torch.where(asked_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
-    def _narrow(self, kept_BT: Tensor, tokens: Tokens) -> Selection:
-        static = tokens.forced_BT is None and (
-            self.capacity >= 1 or (tokens.mode.routing == "oracle" and self.decision.static)
-        )
-        if not static or isinstance(self.decision, Forced):
-            return tokens.narrow(kept_BT)
-        whole = tokens.group_BT is None
-        return tokens.narrow(kept_BT, width=ops.quota(self.capacity, tokens.length), exact=whole)
+    def ideal(self, record: DepthRecord) -> Tensor | None:
+        """The best `capacity` of each row by score; None where the decision looks at no score."""
+        if not self.decision.reads_scores:
+            return None
+        return ops.select_top(record.score_BT, self.capacity, torch.where(record.asked_BT, 0, -1))
 
     def statistics(self, record: Record) -> Tensor | None:
         assert isinstance(record, DepthRecord)
@@ -130,9 +167,12 @@ class MixtureOfDepths(DepthMechanism):
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         self.decision.advance(statistics)
+        self.decision.capacity.advance(progress)
+        if self.exploration is not None:
+            self.exploration.progress.advance(progress)
 
     def unready(self) -> str | None:
-        return self.decision.unready() if self.capacity < 1 else None
+        return self.decision.capacity.unready() or self.decision.unready() if self.capacity < 1 else None
 
     def require_causal(self) -> None:
         if self.capacity < 1:
@@ -140,7 +180,7 @@ class MixtureOfDepths(DepthMechanism):
 
     def neutral(self) -> None:
         """Capacity 1 and weight 1: raw scores cannot be 1 everywhere by any choice of parameters."""
-        self.capacity = self.decision.capacity = 1.0
+        self.decision.capacity.pin(1.0)
         if self.tanh_scale is None:
             self.weighting = "none"
         else:
@@ -148,15 +188,29 @@ class MixtureOfDepths(DepthMechanism):
                 self.tanh_scale.zero_()
 
     def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
-        """Tokens that are not kept vanish. The quota of a static decision is executed whatever the scores."""
-        if oracle and self.decision.static:
-            kept = ops.quota(self.capacity, int(load.given))
-        return load.of(self.capacity * load.given if kept is None else kept)
+        """Tokens that are not kept vanish, or with `kv: full` ask for nothing.
+
+        A promise (`kept` None) is by the set capacity. What a static decision executes is the quota of the one that is
+        in force, whatever the scores.
+        """
+        static = oracle and self.decision.static
+        if kept is None:
+            inside = load.of(ops.quota(self.capacity, int(load.given)) if static else self.capacity * load.given)
+        else:
+            inside = load.of(kept)
+            if static:
+                width = ops.quota(self.decision.capacity.now, int(load.given))
+                inside = Load(given=width, asked=width if load.asked == load.given else inside.asked)
+        return Load(given=load.given, asked=inside.asked) if self.config.kv == "full" else inside
 
     def flops(self, tokens: float, routing: str) -> float:
         decides = routing == "oracle" or (routing == "causal" and self.capacity < 1)
-        return self.router.flops(tokens) + (self.decision.flops(tokens, routing) if decides else 0)
+        decision = self.decision.flops(tokens, routing) if decides else 0
+        return self.router.flops(tokens) + decision + (0 if self.skip is None else self.skip.flops(tokens))
 
     def backward_flops(self, tokens: float) -> float:
-        learns = self.weighting != "none" or self.decision.trains_router
-        return (2 * self.router.flops(tokens) if learns else 0) + self.decision.backward_flops(tokens)
+        learns = self.weighting != "none" or self.decision.trains_router or self.config.z_loss > 0
+        router = 2 * self.router.flops(tokens) if learns else 0
+        if self.config.guidance:
+            router = self.router.weight_flops(tokens) if learns or self.capacity < 1 else 0
+        return router + self.decision.backward_flops(tokens) + (0 if self.skip is None else 2 * self.skip.flops(tokens))

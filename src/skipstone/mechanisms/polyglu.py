@@ -34,6 +34,7 @@ from skipstone.ops import reference as ops
 
 NUM_ACTIVATIONS = len(ops.ACTIVATIONS)
 SILU = 2
+SEQUENCE = "context 'sequence' of polyglu"
 NEUTRAL_LOGIT = 10.0  # the other three then share 1.4e-4, their gradients still alive
 
 
@@ -104,6 +105,8 @@ class PolyGLU(Adjustable):
         if self.config.context == "sequence":
             if tokens.mode.routing == "causal":
                 self.require_causal()
+            if cache is not None:
+                raise ValueError(f"{SEQUENCE} needs the whole row in every call, not a cache; pass use_cache=False")
             mean_BTR = sequence_mean(z_BTR, tokens)
         else:
             mean_BTR = running_mean(z_BTR, tokens, cache, self.place.name)
@@ -133,11 +136,19 @@ class PolyGLU(Adjustable):
         logits_BTA = x_BTD.new_full((*x_BTD.shape[:2], NUM_ACTIVATIONS), float("nan"), dtype=torch.float32)
         return ActivationRecord(logits_BTA, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
+    def caution(self) -> str | None:
+        if self.config.context != "sequence":
+            return None
+        return (
+            f"{SEQUENCE} is not causal: every position sees a mean over later tokens too, so losses are not those of a "
+            "language model; the causal context is 'running_mean'"
+        )
+
     def require_causal(self) -> None:
         if self.config.context == "sequence":
             raise ValueError(
-                "context 'sequence' of polyglu sees the whole row and cannot generate; train with context "
-                "'running_mean', or pass routing='oracle' to evaluate with sight of the future"
+                f"{SEQUENCE} sees the whole row and cannot generate; train with context 'running_mean', or pass "
+                "routing='oracle' (to generate: and use_cache=False) for what the published model does"
             )
 
     def flops(self, tokens: float, routing: str) -> float:
@@ -150,11 +161,16 @@ class PolyGLU(Adjustable):
 
     def shares(self, record: ActivationRecord) -> Tensor:
         """Mean share of each activation over the neurons, [B, T or 1, A], of a noise-free pass."""
-        logits = (self.preference_bias.float() + record.logits_BTA[:, :, None]) / self.tau
-        return logits.softmax(-1).mean(2)
+        return self._mix(record, self.tau).mean(2)
 
     def entropy(self, record: ActivationRecord) -> Tensor:
         """Entropy of the activation mix as a share of its maximum (ln A), mean over neurons, [B, T or 1]."""
-        logits = (self.preference_bias.float() + record.logits_BTA[:, :, None]) / self.tau
-        share = logits.softmax(-1)
-        return torch.special.entr(share).sum(-1).mean(2) / math.log(NUM_ACTIVATIONS)
+        return torch.special.entr(self._mix(record, self.tau)).sum(-1).mean(2) / math.log(NUM_ACTIVATIONS)
+
+    def dynamic_entropy(self, record: ActivationRecord) -> Tensor:
+        """The paper's figure, in nats: of softmax(logits) without tau, so larger than what is executed. [B, T or 1]."""
+        return torch.special.entr(self._mix(record, 1.0)).sum(-1).mean(2)
+
+    def _mix(self, record: ActivationRecord, temperature: Tensor | float) -> Tensor:
+        """Share of each activation in each neuron, [B, T or 1, F, A]."""
+        return ((self.preference_bias.float() + record.logits_BTA[:, :, None]) / temperature).softmax(-1)

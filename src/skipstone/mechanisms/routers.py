@@ -7,29 +7,35 @@ Shape letters: B rows, T tokens, D width, R hidden width of the router.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from skipstone.core.strict import choose
+from skipstone.ops.reference import linear_fp32
 
-def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear in fp32 whatever the types and whatever autocast says."""
-    if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+EPSILON = 1e-6  # as in the decoder's norms: an input of zeros stays zero
+
+
+def normalised(x_BTD: Tensor) -> Tensor:
+    """x by its root mean square, in fp32, without parameters: scores then follow direction, not the stream's growth."""
+    x_BTD = x_BTD.float()
+    return x_BTD * torch.rsqrt(x_BTD.square().mean(-1, keepdim=True) + EPSILON)
 
 
 class LinearRouter(nn.Module):
-    """score = w . x (Mixture-of-Depths, arXiv 2404.02258, section 3.4), with an optional start bias."""
+    """score = w . x (Mixture-of-Depths, arXiv 2404.02258, section 3.4), with an optional start bias.
 
-    def __init__(self, width: int, start_bias: float | None = None) -> None:
+    outputs: scores of a token, where there are several.
+    """
+
+    def __init__(self, width: int, start_bias: float | None = None, outputs: int = 1) -> None:
         super().__init__()
         self.start_bias = start_bias
-        self.weight = nn.Parameter(torch.empty(1, width))
-        self.score_bias = None if start_bias is None else nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.empty(outputs, width))
+        self.score_bias = None if start_bias is None else nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -39,8 +45,12 @@ class LinearRouter(nn.Module):
             init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """fp32 score [B, T]."""
-        return linear_fp32(x_BTD, self.weight, self.score_bias).squeeze(-1)
+        """fp32 score [B, T], of a router with one output."""
+        return self.all(x_BTD).squeeze(-1)
+
+    def all(self, x_BTD: Tensor) -> Tensor:
+        """fp32 scores [B, T, outputs]."""
+        return linear_fp32(x_BTD, self.weight, self.score_bias)
 
     def constant(self, score: float) -> None:
         """Score every token the same, the weights' gradients alive."""
@@ -50,7 +60,11 @@ class LinearRouter(nn.Module):
                 self.score_bias.fill_(score)
 
     def flops(self, tokens: float) -> float:
-        return 2 * tokens * self.weight.shape[1]
+        return 2 * tokens * self.weight.numel()
+
+    def weight_flops(self, tokens: float) -> float:
+        """Of a backward pass that sends nothing to the input."""
+        return self.flops(tokens)
 
 
 class MLPRouter(nn.Module):
@@ -85,3 +99,23 @@ class MLPRouter(nn.Module):
 
     def flops(self, tokens: float) -> float:
         return 2 * tokens * (self.hidden_weight.numel() + self.weight.numel())
+
+    def weight_flops(self, tokens: float) -> float:
+        """Of a backward pass that sends nothing to the input."""
+        return 2 * self.flops(tokens) - 2 * tokens * self.hidden_weight.numel()
+
+
+def hidden_width(width: int) -> int:
+    """Of an MLP router unless told otherwise: a quarter, at least 16 (arXiv 2605.05222)."""
+    return max(width // 4, 16)
+
+
+def build_router(kind: str, width: int) -> LinearRouter | MLPRouter:
+    """Raises ValueError for an unknown kind."""
+    return choose("router", kind, ROUTERS)(width)
+
+
+ROUTERS: dict[str, Callable[[int], LinearRouter | MLPRouter]] = {
+    "linear": LinearRouter,
+    "mlp": lambda width: MLPRouter(width, hidden_width(width)),
+}

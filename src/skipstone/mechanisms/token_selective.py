@@ -25,7 +25,7 @@ from skipstone.core.seam import Update
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Place, every
 from skipstone.mechanisms.gating import gate, is_hard
-from skipstone.mechanisms.routers import MLPRouter
+from skipstone.mechanisms.routers import MLPRouter, hidden_width
 
 NEUTRAL_SCORE = 9.0  # an open gate of 1 - 1.2e-4, whose gradient is still alive
 
@@ -61,7 +61,7 @@ class TokenSelective(DepthMechanism):
 
     def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
         super().__init__(hidden_size, place, **options)
-        width = self.config.router_width or max(hidden_size // 4, 16)
+        width = self.config.router_width or hidden_width(hidden_size)
         self.router = MLPRouter(hidden_size, width, self.config.start_bias)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:

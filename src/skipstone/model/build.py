@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from skipstone.mechanisms import ACTIVATION, DEPTH, Place
 from skipstone.model.layers import parse_layers
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
+from skipstone.nn.experts import ROW_OF_16_BYTES, ExpertsConfig, ExpertsMLP
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.mlp import FUNCTIONS, MLPS, FixedActivation
 from skipstone.nn.norm import NORMS
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_LAYERS = {"mixture_of_depths": "1::2", "token_selective": "1:", "early_exit": "1:"}
 POSITIONS = ("rope", "learned")
+LINEAR_INITS = ("normal", "torch")
+AUXILIARY_LOSS_OVER = ("labelled", "all")
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,15 @@ def placed(config: SkipstoneConfig) -> list[Placed]:
 def check(config: SkipstoneConfig) -> None:
     """Raise ValueError for a configuration that cannot be built."""
     choose("norm", config.norm, NORMS)
-    choose("mlp", config.mlp, MLPS)
-    if config.positions not in POSITIONS:
-        raise ValueError(unknown("positions", config.positions, POSITIONS))
+    choose("mlp", config.mlp, {**MLPS, "experts": ExpertsMLP})
+    _check_experts(config)
+    for field, allowed in (
+        ("positions", POSITIONS),
+        ("linear_init", LINEAR_INITS),
+        ("auxiliary_loss_over", AUXILIARY_LOSS_OVER),
+    ):
+        if getattr(config, field) not in allowed:
+            raise ValueError(unknown(field, getattr(config, field), allowed))
     if config.positions == "rope":
         kind = (config.rope_parameters or {}).get("rope_type", "default")
         if kind not in STATIC_ROPE:
@@ -84,6 +94,21 @@ def check(config: SkipstoneConfig) -> None:
     placed(config)
 
 
+def _check_experts(config: SkipstoneConfig) -> None:
+    if config.mlp != "experts":
+        if config.experts is not None:
+            raise ValueError(f"experts is set, but mlp is {config.mlp!r}; it needs mlp 'experts'")
+        return
+    from_dict(ExpertsConfig, config.experts or {}, "experts")
+    if config.hidden_size % ROW_OF_16_BYTES:
+        raise ValueError(
+            f"hidden_size must be a multiple of {ROW_OF_16_BYTES} with mlp 'experts', got {config.hidden_size}"
+        )
+    for field in ("mlp_bias", "mlp_hidden_dropout"):
+        if getattr(config, field):
+            raise ValueError(f"mlp 'experts' has no {field}, got {getattr(config, field)}")
+
+
 def _norm(config: SkipstoneConfig, width: int) -> nn.Module:
     return NORMS[config.norm](width, config.norm_eps)
 
@@ -93,10 +118,14 @@ def _activation(config: Any, layer: int) -> nn.Module:
     name = options.pop("name")
     if name in FUNCTIONS:
         return FixedActivation(name)
-    place = Place(
-        layer=layer, num_layers=config.num_hidden_layers, index=layer, count=config.num_hidden_layers, name=name
-    )
+    place = _everywhere(config, layer, name)
     return ACTIVATION[name](config.hidden_size, config.intermediate_size, place, **options)
+
+
+def _everywhere(config: Any, layer: int, name: str) -> Place:
+    """The place of a part that every block has."""
+    layers = config.num_hidden_layers
+    return Place(layer=layer, num_layers=layers, index=layer, count=layers, name=name)
 
 
 def _attention(config: Any, layer: int) -> Attention:
@@ -115,11 +144,15 @@ def _attention(config: Any, layer: int) -> Attention:
 
 
 def build_blocks(config: SkipstoneConfig) -> list[Block]:
-    """All blocks of a model, mechanisms in place."""
+    """All blocks of a model, mechanisms in place. Warns once of each thing that a mechanism has to be trusted with."""
     entries = placed(config)
-    return [
+    blocks = [
         _block(config, layer, [e for e in entries if layer in e.layers]) for layer in range(config.num_hidden_layers)
     ]
+    mechanisms: list[Any] = [mechanism for block in blocks for mechanism in block.adjustables().values()]
+    for reason in sorted({reason for mechanism in mechanisms if (reason := mechanism.caution())}):
+        warnings.warn(reason, stacklevel=2)
+    return blocks
 
 
 def _block(config: SkipstoneConfig, layer: int, entries: list[Placed]) -> Block:
@@ -133,16 +166,20 @@ def _block(config: SkipstoneConfig, layer: int, entries: list[Placed]) -> Block:
             name=entry.key,
         )
         mechanisms[entry.key] = DEPTH[entry.kind](config.hidden_size, place, **entry.options)
-    mlp: Callable[..., nn.Module] = MLPS[config.mlp]
-    feed = mlp(
-        config.hidden_size,
-        config.intermediate_size,
-        _activation(config, layer),
-        config.mlp_bias,
-        config.residual_dropout if config.mlp_dropout is None else config.mlp_dropout,
-    )
+    feed = _mlp(config, layer)
     norms = (_norm(config, config.hidden_size), _norm(config, config.hidden_size))
     return Block(_attention(config, layer), feed, *norms, mechanisms, sites)
+
+
+def _mlp(config: Any, layer: int) -> nn.Module:
+    activation: Any = _activation(config, layer)
+    dropout = config.residual_dropout if config.mlp_dropout is None else config.mlp_dropout
+    sizes = (config.hidden_size, config.intermediate_size)
+    if config.mlp == "experts":
+        place = _everywhere(config, layer, "experts")
+        return ExpertsMLP(*sizes, activation, dropout, place, **(config.experts or {}))
+    mlp: Callable[..., nn.Module] = MLPS[config.mlp]
+    return mlp(*sizes, activation, config.mlp_bias, dropout, config.mlp_hidden_dropout)
 
 
 def build_norm(config: SkipstoneConfig) -> nn.Module:
@@ -159,9 +196,32 @@ def build_positions(config: SkipstoneConfig) -> nn.Module:
 
 def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
     """Start one module where transformers' own defaults are not ours."""
-    if isinstance(module, OutputLinear) and config.scaled_output_init:
+    if isinstance(module, nn.Linear) and config.linear_init == "torch":
+        _start_as_torch(module)
+    if isinstance(module, ExpertsMLP):
+        _start_experts(module, config)
+    elif isinstance(module, OutputLinear) and config.scaled_output_init:
         init.normal_(module.weight, 0.0, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
     elif type(module).__module__.startswith("skipstone.") and not isinstance(module, nn.Linear):
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+
+
+def _start_as_torch(module: nn.Linear) -> None:
+    """What nn.Linear does when it is built: weights and bias U(-1/sqrt(inputs), 1/sqrt(inputs))."""
+    bound = module.in_features**-0.5
+    for parameter in (module.weight, module.bias):
+        if parameter is not None:
+            init.uniform_(parameter, -bound, bound)
+
+
+def _start_experts(module: ExpertsMLP, config: SkipstoneConfig) -> None:
+    """As the linear layers of a dense MLP start."""
+    for weight in (module.gate_proj, module.up_proj, module.down_proj):
+        if weight is module.down_proj and config.scaled_output_init:
+            init.normal_(weight, 0.0, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
+        elif config.linear_init == "torch":
+            init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+        else:
+            init.normal_(weight, 0.0, config.initializer_range)

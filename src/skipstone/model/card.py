@@ -72,21 +72,34 @@ def _header(model: SkipstoneForCausalLM, source: str | None) -> str:
 
 
 def _summary(config: SkipstoneConfig) -> str:
-    what = "with conditional computation" if config.mechanisms or not isinstance(config.activation, str) else "(dense)"
+    routed = config.mechanisms or not isinstance(config.activation, str) or config.mlp == "experts"
+    what = "with conditional computation" if routed else "(dense)"
     return f"A decoder of {config.num_hidden_layers} blocks {what}, in the format of the package skipstone."
 
 
 def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
     config = model.config
     activation = config.activation_options["name"]
-    yield "parameters", f"{model.num_parameters():,}"
+    active = model.cost().parameters.active
+    chosen = "" if config.mlp != "experts" else f", of which a token uses {active:,}"
+    yield "parameters", f"{model.num_parameters():,}{chosen}"
     yield "blocks, width", f"{config.num_hidden_layers}, {config.hidden_size}"
     heads = f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads"
     yield "attention", f"{heads} of size {config.head_dim}{', QK-norm' if config.qk_norm else ''}"
-    yield "MLP", f"{config.mlp}, {activation}, {config.intermediate_size} neurons"
+    yield "MLP", experts_in_words(model) or f"{config.mlp}, {activation}, {config.intermediate_size} neurons"
     yield "norm, positions", f"{config.norm}, {config.positions}"
     head = "tied" if config.tie_word_embeddings else "untied"
     yield "vocabulary, context", f"{config.vocab_size:,} ({head} head), {config.max_position_embeddings:,} tokens"
+
+
+def experts_in_words(model: SkipstoneForCausalLM) -> str | None:
+    """`8 experts of 176 neurons (silu) and 2 no-ops, top 2`; None for a dense MLP."""
+    if model.config.mlp != "experts":
+        return None
+    mlp: Any = model.model.layers[0].mlp
+    options, activation = mlp.config, model.config.activation_options["name"]
+    beside = f" and {options.no_op} no-ops" if options.no_op else ""
+    return f"{options.count} experts of {mlp.down_proj.shape[-1]} neurons ({activation}){beside}, top {options.top_k}"
 
 
 def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
@@ -94,9 +107,11 @@ def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
     block: Any
     for layer, block in enumerate(model.model.layers):
         for name, mechanism in block.adjustables().items():
+            if mechanism is block.mlp:
+                continue  # told under Architecture
             asked = realised_share = "every token"  # of an activation mechanism, which leaves none out
             if name in block.mechanisms:
-                capacity = getattr(mechanism.config, "capacity", None)
+                capacity = getattr(mechanism, "capacity", None)
                 share = (realised or {}).get(layer, {}).get(name)
                 asked = "not set" if capacity is None else f"{capacity:g}"
                 realised_share = "not measured" if share is None else f"{share:.4f}"

@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
-from skipstone.core.records import DepthRecord, Records
+from skipstone.core.records import DepthRecord, ExpertsRecord, Records
 from skipstone.core.tokens import Executor
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
@@ -27,6 +27,7 @@ from skipstone.model.decoder import (
     SkipstonePreTrainedModel,
     refuse_mistyped,
 )
+from skipstone.model.tokens import within_documents
 
 IGNORED = -100  # label of a token that is not predicted, by convention of torch and transformers
 
@@ -79,7 +80,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         labels: int64 [B, T], the input ids (shifted here), -100 for tokens not to predict. shift_labels: the same
         already shifted, the target of each position. The other arguments are those of `SkipstoneModel.forward`. The
         auxiliary losses are summed over labelled tokens and divided like the token loss, so that gradient accumulation
-        changes nothing.
+        changes nothing; `config.auxiliary_loss_over` "all" takes the mean over all real tokens instead.
         """
         refuse_mistyped(kwargs)
         out: DecoderOutput = self.model(
@@ -130,12 +131,16 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             num_items_in_batch=items,
         )
         labelled_BT = target_BT != IGNORED
-        per_token = [r.loss_BT for layer in records for r in layer.values() if isinstance(r, DepthRecord)]
-        terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT in per_token if loss_BT is not None]
-        if not terms:
+        routed = [r for layer in records for r in layer.values() if isinstance(r, DepthRecord | ExpertsRecord)]
+        losses = [(r.loss_BT, r.asked_BT) for r in routed if r.loss_BT is not None]
+        if not losses:
             return token_loss, token_loss.new_zeros(())
-        count = labelled_BT.sum().clamp(min=1) if items is None else items
-        return token_loss, sum(terms) / count  # type: ignore[return-value]
+        labels = labelled_BT.sum().clamp(min=1)
+        if self.config.auxiliary_loss_over == "labelled":
+            terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT, _ in losses]
+        else:  # means over the tokens that were asked, times the labels, which the division takes out again
+            terms = [labels * loss_BT.sum() / asked_BT.sum().clamp(min=1) for loss_BT, asked_BT in losses]
+        return token_loss, sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
 
     def adjustables(self) -> Iterator[Any]:
         """Every mechanism of the model, in the order of the blocks."""
@@ -146,14 +151,23 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generation, with causal decisions and without noise, whatever mode the model is in.
 
-        Raises ValueError for decisions that see the whole row, and for caches that cannot hold rows of unequal length.
+        `routing="oracle", use_cache=False` generates as models with sight of the whole row are published to: every step
+        runs the text so far anew, decisions on earlier tokens included. `document_ids` [B, T] of a packed prompt: what
+        is generated goes on with the last document of each row. Raises ValueError for decisions that see the
+        whole row otherwise, and for caches that cannot hold rows of unequal length.
         """
         settings = kwargs.get("generation_config") or self.generation_config
         kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
-        if kind not in (None, "dynamic"):
+        if kind not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation {kind!r} cannot hold what blocks that skip tokens keep; leave it out"
+                f"cache_implementation {kind!r} cannot hold what blocks that skip tokens keep; "
+                "choose 'dynamic' or 'static'"
             )
+        if kwargs.get("document_ids") is not None and kwargs.get("position_ids") is None:
+            mask = kwargs.get("attention_mask")
+            kwargs["position_ids"] = within_documents(kwargs["document_ids"], None if mask is None else mask.bool())
+        if kwargs.get("routing") == "oracle" and kwargs.get("use_cache") is False:
+            return super().generate(*args, **kwargs)
         for mechanism in self.adjustables():
             mechanism.require_causal()
         for reason in {reason for m in self.adjustables() if (reason := m.unready())}:
@@ -163,7 +177,34 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature tells transformers what may be passed
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("document_ids") is not None:
+            inputs["document_ids"] = _documents(inputs)
         return {"routing": "causal", "noise": False, **inputs}
+
+    @staticmethod
+    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """What transformers asks for with a cache of fixed size: here the mask of this call's tokens alone."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Compiles steps of one token; a prompt's shapes follow from what is kept of it, and it runs as it is."""
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(*args: Any, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+            step = input_ids is not None and input_ids.shape[1] == 1
+            return (compiled if step else self)(*args, input_ids=input_ids, **kwargs)
+
+        return call
+
+
+def _documents(inputs: dict[str, Any]) -> Tensor:
+    """The documents of this call's tokens: what is generated goes on with the last document of the prompt."""
+    document_BT, cache = inputs["document_ids"], inputs.get("past_key_values")
+    given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    start = 0 if cache is None else int(cache.get_seq_length())
+    end = start + given.shape[1]
+    new = max(end - document_BT.shape[1], 0)
+    return torch.cat((document_BT, document_BT[:, -1:].expand(-1, new)), dim=1)[:, start:end]
 
 
 def shifted(labels_BT: Tensor | None) -> Tensor:

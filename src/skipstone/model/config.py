@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, get_type_hints
 
@@ -22,7 +23,7 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout")
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "mlp_hidden_dropout")
 DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
 
 
@@ -30,11 +31,15 @@ DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
 class SkipstoneConfig(PreTrainedConfig):
     """Sizes as in Llama; parts by name; mechanisms as a list of plain dicts, the outermost first.
 
-    norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain. activation: a function's name, or a dict
-    `{name: polyglu, ...}`. mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
+    norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain | experts, the last one's options in
+    `experts` (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`.
+    mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
     attention_bias: biases on queries, keys and values; attention_output_bias: on their output projection.
-    scaled_output_init: start the projections into the residual stream 1/sqrt(2 * layers) smaller (GPT-2, PolyGLU).
-    residual_dropout: on the output of attention and MLP; mlp_dropout: on the MLP's alone, where it differs.
+    linear_init: how linear layers start, normal (N(0, initializer_range), biases 0) or torch (nn.Linear's own).
+    scaled_output_init: start the projections into the residual stream N(0, initializer_range / sqrt(2 * layers)), as
+    GPT-2 and PolyGLU do. residual_dropout: on the output of attention and MLP; mlp_dropout: on the MLP's alone, where
+    it differs; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: which tokens the auxiliary losses are
+    averaged over, labelled or all (padding excepted).
     """
 
     model_type = "skipstone"
@@ -58,13 +63,17 @@ class SkipstoneConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     mlp: str = "gated"
     mlp_bias: bool = False
+    experts: dict[str, Any] | None = None
     activation: str | dict[str, Any] = "silu"
     mechanisms: list[dict[str, Any]] | None = None
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     mlp_dropout: float | None = None
+    mlp_hidden_dropout: float = 0.0
+    auxiliary_loss_over: str = "labelled"
     initializer_range: float = 0.02
+    linear_init: str = "normal"
     scaled_output_init: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -86,14 +95,14 @@ class SkipstoneConfig(PreTrainedConfig):
         """Defaults that follow from other values."""
         if self.num_attention_heads < 1:
             raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}")
-        gated = self.mlp == "gated"
+        gated = self.mlp != "plain"
         if self.intermediate_size is None:  # as many parameters as a plain MLP of 4 d, rounded up to 32
             self.intermediate_size = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self.mechanisms = [dict(entry) for entry in self.mechanisms or []]
+        self.mechanisms = [_entry(entry) for entry in self.mechanisms or []]
 
     def _check(self) -> None:
         for field in SIZES:
@@ -166,3 +175,8 @@ OWN_FIELDS = frozenset(SkipstoneConfig.__annotations__)
 HINTS = get_type_hints(
     type("Own", (), {"__annotations__": dict(SkipstoneConfig.__annotations__), "__module__": __name__})
 )
+
+
+def _entry(entry: Mapping[Any, Any]) -> dict[str, Any]:
+    """A mechanism as a plain dict of our own. YAML reads a bare `on` as true."""
+    return {"on" if key is True else key: value for key, value in entry.items()}

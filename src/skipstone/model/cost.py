@@ -5,7 +5,7 @@ convention (docs/cost.md). With a token load of `given` and `asked` (core/load.p
 
     2 (given (K + V) + asked (Q + O))      attention, linear; a capital is the size of the weight
     4 H E asked (S + given)                attention, scores and their mean of values; not halved for causality
-    2 asked MLP                            and the routers' own
+    2 asked MLP                            and the routers' own; of experts, the choices computed instead of asked
 
 `evaluate/flops.py` counts the same while operations execute; a law holds both equal.
 """
@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from skipstone.core.load import Load
-from skipstone.core.records import DepthRecord, Records
+from skipstone.core.records import DepthRecord, ExpertsRecord, Records
 from skipstone.core.strict import unknown
 
-Kept = Mapping[int, Mapping[str, Load | float]]
+Amount = Load | float | Fraction  # a fraction where the mean over rows must be exact
+Kept = Mapping[int, Mapping[str, Amount]]
 SLOT_BYTES = 8  # int64, one for each pair of key and value
 
 ROUTINGS = ("oracle", "causal", "forced")
@@ -57,11 +59,15 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of parameters. embedding: of tokens and positions (a tied head is the same); mechanism: part of total."""
+    """Numbers of parameters. embedding: of tokens and positions (a tied head is the same); mechanism: part of total.
+
+    active: without the experts that a token does not choose; total where every MLP is dense.
+    """
 
     total: int
     embedding: int
     mechanism: int
+    active: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,7 @@ class Cost:
     forward: of the whole call, decided as `routing` says. training: forward and backward of the oracle form without
     past, recomputation excluded. kv_bytes_per_token: keys, values and slots that a token of a row leaves in the cache,
     skipped or not, in the mean; state_bytes_per_token: what mechanisms keep beside them. dense: the same model without
-    mechanisms; None in a dense cost itself.
+    mechanisms and with no choice spent on a no-op; None in a dense cost itself.
     """
 
     tokens: int
@@ -118,8 +124,9 @@ def cost(
     kept: what each mechanism keeps of a row, by layer and name, from `kept_from_records` or as plain numbers; without
     it an oracle Mixture-of-Depths keeps floor(capacity * tokens), a causal one capacity * tokens in the mean, and gates
     keep all. routing: "forced" is a causal pass whose decisions the caller imposes, so that no predictor runs.
-    stored: keys in the cache of each layer (`cache.layers[i].kv.width`); without it what `past` tokens leave there by
-    the same promise. logits_to_keep: as in forward, 0 for every token. Raises ValueError for sizes that make no call.
+    stored: keys in the cache of each layer (`cache.layers[i].kv.width`; where rows differ, of the longest that asks);
+    without it what `past` tokens leave there by the same promise. logits_to_keep: as in forward, 0 for every token.
+    Raises ValueError for sizes that make no call.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
@@ -134,14 +141,22 @@ def kept_from_records(model: nn.Module, records: Sequence[Records], rows: Litera
     """What mechanisms kept in a forward pass, as `cost` wants it.
 
     A gathered batch computes as many columns as its row with most tokens has: `widest` is what was executed, `mean`
-    what was useful. Padding is never kept.
+    what was useful. With one token a row, as in decoding, only rows that keep it are computed, and both are the mean.
+    Padding is never kept.
     """
-    kept: dict[int, dict[str, Load | float]] = {}
+    kept: dict[int, dict[str, Amount]] = {}
     for i, (block, decided) in enumerate(zip(_blocks(model), records, strict=True)):
         outer = list(block.sites["block"])
         paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
         kept[i] = {name: load for path in paths for name, load in _along(path, decided, rows)}
+        kept[i] |= {n: _choices(block.mlp, r) for n, r in decided.items() if isinstance(r, ExpertsRecord)}
     return kept
+
+
+def _choices(experts: Any, record: ExpertsRecord) -> Fraction:
+    """Of a row, in the mean, without no-ops: experts compute nothing to fill up shorter rows."""
+    chosen_BTX = record.chosen_BTX[..., : experts.config.count]
+    return Fraction(int(chosen_BTX.sum()), len(chosen_BTX))
 
 
 def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, Load]]:
@@ -149,7 +164,8 @@ def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[s
 
     def count(kept_BT: torch.Tensor) -> float:
         count_B = kept_BT.sum(1)
-        return int(count_B.max()) if rows == "widest" else float(count_B.double().mean())
+        by_row = kept_BT.shape[1] == 1
+        return int(count_B.max()) if rows == "widest" and not by_row else float(count_B.double().mean())
 
     asked_BT = None
     for name in path:
@@ -173,11 +189,15 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Work:
-    """What one block does for a row: loads of its sub-layers, and its mechanisms with the tokens that each is given."""
+    """What one block does for a row: loads of its sub-layers, and what decides with the tokens that each is given.
+
+    passes: through the MLP, or through any one expert.
+    """
 
     attention: Load
     mlp: Load
     mechanisms: list[tuple[Any, float]]
+    passes: float | Fraction
 
 
 def _cost(model: nn.Module, call: _Call) -> Cost:
@@ -199,14 +219,18 @@ def _cost(model: nn.Module, call: _Call) -> Cost:
         batch=call.batch,
         routing=call.routing,
         parameters=_parameters(model, call.mechanisms),
-        forward=forward * call.batch,
-        training=training * call.batch,
+        forward=_whole(forward * call.batch),
+        training=_whole(training * call.batch),
         kv_bytes_per_token=kv / (call.past + call.tokens),
         state_bytes_per_token=state / (call.past + call.tokens),
     )
 
 
-def _work(block: Any, tokens: int, kept: Mapping[str, Load | float], oracle: bool, mechanisms: bool) -> _Work:
+def _whole(flops: Flops) -> Flops:
+    return replace(flops, mlp=float(flops.mlp))
+
+
+def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool) -> _Work:
     ran: list[tuple[Any, float]] = []
 
     def inside(site: str, load: Load) -> Load:
@@ -219,7 +243,12 @@ def _work(block: Any, tokens: int, kept: Mapping[str, Load | float], oracle: boo
     attention, mlp = inside("attention", outer), inside("mlp", outer)
     if mechanisms and hasattr(block.mlp.activation, "place"):
         ran.append((block.mlp.activation, mlp.asked))
-    return _Work(attention, mlp, ran)
+    if not _is_experts(block.mlp):
+        return _Work(attention, mlp, ran, mlp.asked)
+    ran.append((block.mlp, mlp.asked))
+    promised = block.mlp.promised_choices(mlp.asked) if mechanisms else mlp.asked * block.mlp.config.top_k
+    passes = kept.get(block.mlp.place.name, promised)
+    return _Work(attention, mlp, ran, passes.asked if isinstance(passes, Load) else passes)
 
 
 def _flops(block: Any, work: _Work, stored: float, routing: str) -> Flops:
@@ -230,7 +259,7 @@ def _flops(block: Any, work: _Work, stored: float, routing: str) -> Flops:
     return Flops(
         attention_linear=2 * (load.given * given + load.asked * asked),
         attention_score=4 * load.asked * keys * attention.q_proj.weight.shape[0],
-        mlp=2 * work.mlp.asked * _matrices(block.mlp),
+        mlp=2 * work.passes * mlp_weights(block.mlp),
         router=sum(mechanism.flops(tokens, routing) for mechanism, tokens in work.mechanisms),
     )
 
@@ -242,7 +271,14 @@ def _training(block: Any, work: _Work) -> Flops:
     return replace(forward * 3, router=forward.router + backward)
 
 
-def _matrices(mlp: Any) -> int:
+def _is_experts(mlp: Any) -> bool:
+    return hasattr(mlp, "promised_choices")
+
+
+def mlp_weights(mlp: Any) -> int:
+    """Sizes of the matrices of an MLP, or of one of its experts."""
+    if _is_experts(mlp):
+        return (_numel(mlp) - _numel(mlp.router)) // mlp.config.count
     return sum(child.weight.numel() for name, child in mlp.named_children() if name.endswith("_proj"))
 
 
@@ -262,13 +298,18 @@ def _state_bytes(work: _Work) -> float:
 
 
 def _parameters(model: nn.Module, mechanisms: bool) -> Parameters:
-    own = sum(_numel(m) for block in _blocks(model) for m in block.adjustables().values())
+    own = sum(_numel(m) for block in _blocks(model) for m in block.adjustables().values() if m is not block.mlp)
     decoder: Any = getattr(model, "model", model)
     embedding = _numel(decoder.embed_tokens) + _numel(decoder.positions)
     total = _numel(model)
-    return Parameters(
-        total=total if mechanisms else total - own, embedding=embedding, mechanism=own if mechanisms else 0
-    )
+    own, total = (own, total) if mechanisms else (0, total - own)
+    return Parameters(total=total, embedding=embedding, mechanism=own, active=total - _left_out(model))
+
+
+def _left_out(model: nn.Module) -> int:
+    """Parameters of the experts that a token which chooses no no-op does not choose."""
+    mlps = [block.mlp for block in _blocks(model) if _is_experts(block.mlp)]
+    return sum(mlp_weights(mlp) * max(mlp.config.count - mlp.config.top_k, 0) for mlp in mlps)
 
 
 def _numel(module: nn.Module) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records, carried
+from skipstone.core.static import SkipstoneStaticCacheLayer
 from skipstone.core.strict import unknown
 from skipstone.core.tokens import Executor, Mode, Tokens
 from skipstone.model.build import Block, build_blocks, build_norm, build_positions, initialise
@@ -46,8 +49,15 @@ OWN_ARGUMENTS = ("routing", "noise", "executor", "output_records", "document_ids
 def refuse_mistyped(arguments: Mapping[str, Any]) -> None:
     """transformers passes arguments on that a model may ignore; one that is nearly ours was meant for us."""
     for name in () if torch.compiler.is_compiling() else arguments:  # a compiler cannot follow the comparison of words
-        if name not in OWN_ARGUMENTS and (near := difflib.get_close_matches(name, OWN_ARGUMENTS, n=1, cutoff=0.8)):
-            raise ValueError(f"unknown argument {name!r}; did you mean {near[0]!r}?")
+        if (near := _meant(name)) is not None:
+            raise ValueError(f"unknown argument {name!r}; did you mean {near!r}?")
+
+
+@lru_cache
+def _meant(name: str) -> str | None:
+    """The argument of ours that `name` nearly is, or None."""
+    near = [] if name in OWN_ARGUMENTS else difflib.get_close_matches(name, OWN_ARGUMENTS, n=1, cutoff=0.8)
+    return near[0] if near else None
 
 
 class SkipstonePreTrainedModel(PreTrainedModel):
@@ -129,6 +139,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         mode, forced = self._mode(routing, noise, executor)
         self._check_masks(forced, x_BTD.shape[:2])
         past_key_values = self._cache(past_key_values, use_cache, mode)
+        mode = _of_fixed_size(mode, past_key_values, x_BTD.shape[1])
         call = Call(
             shape=x_BTD.shape[:2],
             device=x_BTD.device,
@@ -139,7 +150,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         )
         x_BTD, tokens = self._start(x_BTD, tokens_of(call, mode))
         records = []
-        for i, block in enumerate(self.layers):
+        # transformers lowers the number for a while to draft with the first blocks (`assistant_early_exit`)
+        for i, block in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             given = replace(tokens, forced_BT=forced[i]) if i in forced else tokens
             x_BTD, decided = block(x_BTD, given, past_key_values=past_key_values)
             if carry := carried(decided.values()):
@@ -165,7 +177,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if executor not in ("gathered", "masked"):
             raise ValueError(unknown("executor", executor, ["gathered", "masked"]))
         noise = self.training and decided == "oracle" if noise is None else noise
-        return Mode(routing=cast("Literal['oracle', 'causal']", decided), noise=noise, executor=executor), forced
+        mode = Mode(routing=cast(Literal["oracle", "causal"], decided), noise=noise, executor=executor, by_row=True)
+        return mode, forced
 
     def _check_masks(self, forced: Mapping[int, Tensor], shape: torch.Size) -> None:
         for i, mask in forced.items():
@@ -189,7 +202,14 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if mode.routing == "oracle" and any(block.mechanisms for block in self.layers):
             raise ValueError("routing 'oracle' sees the whole row and cannot use a cache; pass routing='causal'")
         if not past_key_values.layers or not isinstance(past_key_values.layers[0], SkipstoneCacheLayer):
-            raise ValueError("past_key_values must be a DynamicCache(config=model.config) of this model")
+            raise ValueError(
+                "past_key_values must be a DynamicCache(config=model.config) of this model, or a "
+                "StaticCache(config=model.config, max_cache_len=...)"
+            )
+        if past_key_values.offloading:
+            raise ValueError(
+                "past_key_values must not be offloaded: it would move keys and values but not what goes with them"
+            )
         return past_key_values
 
     def _start(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
@@ -202,12 +222,22 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         state: dict[str, Tensor] = {}
         blocks: Any = self.layers
         for block in blocks:
-            for mechanism in block.mechanisms.values():
+            for mechanism in block.mechanisms.values() if block.num_adjustables else ():
                 state.update(mechanism.initial_state(x_BTD))
-        return x_BTD, replace(tokens, state=state)
+        return x_BTD, replace(tokens, state=state) if state else tokens
 
     def _checked(self, position_BT: Tensor) -> Tensor:
         limit = self.config.max_position_embeddings
         if not torch.compiler.is_compiling() and position_BT.device.type == "cpu" and int(position_BT.max()) >= limit:
             raise ValueError(f"the input is longer than the model's context of {limit} learned positions")
         return position_BT
+
+
+def _of_fixed_size(mode: Mode, cache: Cache | None, length: int) -> Mode:
+    """With a cache of fixed size no shape of a step may follow from a decision: all is computed and what is not kept
+    thrown away. Prompts are not worth that, but nobody may be left out altogether, so that every store has its memory.
+    """
+    if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):
+        return mode
+    executor: Executor = "masked" if length == 1 or torch.compiler.is_compiling() else mode.executor
+    return replace(mode, executor=executor, by_row=False, occupied=True)

@@ -19,10 +19,15 @@ class Call:
 
     shape: torch.Size  # B, T
     device: torch.device
-    seen: int  # S
+    seen: int | Tensor  # S; a tensor [] where a cache of fixed size counts them on the device
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a cache has seen tokens before; one that counts on the device has, or is asked as if it had."""
+        return isinstance(self.seen, Tensor) or self.seen > 0
 
 
 def tokens_of(call: Call, mode: Mode) -> Tokens:
@@ -49,15 +54,22 @@ def _real(call: Call) -> Tensor | None:
     if mask is None:
         return None
     B, T = call.shape
-    if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] not in (T, call.seen + T):
+    if mask.dim() != 2 or mask.shape[0] != B or not (mask.shape[1] == T or _reaches_back(mask, call)):
         raise ValueError(
-            f"attention_mask must have shape [{B}, {call.seen + T}] (1 for tokens, 0 for padding), "
+            f"attention_mask must have shape [{B}, {int(call.seen) + T}] (1 for tokens, 0 for padding), "
             f"got {list(mask.shape)}; masks with more axes are not supported, give document_ids for packed rows"
         )
     real_BT = mask[:, -T:].bool()
-    if not torch.compiler.is_compiling() and _cheap(mask) and bool(real_BT.all()):
-        return None  # the common case: nothing is padding, so the fast paths stay open
-    return real_BT
+    if isinstance(call.seen, Tensor) or torch.compiler.is_compiling() or not _cheap(mask) or not bool(real_BT.all()):
+        return real_BT
+    return None  # the common case: nothing is padding, so the fast paths stay open
+
+
+def _reaches_back(mask: Tensor, call: Call) -> bool:
+    """Whether the mask is of all tokens so far. A compiled step cannot ask and takes any width but T for that."""
+    if isinstance(call.seen, Tensor) and torch.compiler.is_compiling():
+        return mask.shape[1] > call.shape[1]
+    return mask.shape[1] == int(call.seen) + call.shape[1]
 
 
 def _cheap(x: Tensor) -> bool:
@@ -68,16 +80,16 @@ def _cheap(x: Tensor) -> bool:
 def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
     """Counted over real tokens, and in each document anew, so that neither padding nor packing moves a token."""
     if call.document_ids is not None:
-        if call.seen:
+        if call.begun:
             raise ValueError("document_ids need position_ids beside them once a cache holds earlier tokens")
-        return _within(call.document_ids, real_BT)
-    mask = call.attention_mask
-    if mask is not None and mask.shape[1] == call.seen + call.shape[1] and (real_BT is not None or call.seen):
-        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, call.seen :]
-    return slot_BT
+        return within_documents(call.document_ids, real_BT)
+    mask, T = call.attention_mask, call.shape[1]
+    if mask is None or not _reaches_back(mask, call) or (real_BT is None and not call.begun):
+        return slot_BT
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
 
 
-def _within(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
+def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
     """Index of each token among the real ones of its run of equal documents."""
     one_BT = torch.ones_like(document_BT) if real_BT is None else real_BT.long()
     before_BT = one_BT.cumsum(1) - one_BT
@@ -90,7 +102,7 @@ def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
     """As given; or read from positions that start again, the convention of packed rows in transformers."""
     if call.document_ids is not None:
         return call.document_ids
-    if call.position_ids is None or call.attention_mask is not None or call.seen or torch.compiler.is_compiling():
+    if call.position_ids is None or call.attention_mask is not None or call.begun or torch.compiler.is_compiling():
         return None
     jump_BT = position_BT[:, 1:] != position_BT[:, :-1] + 1
     if _cheap(position_BT) and not bool(jump_BT.any()):

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.o_proj = OutputLinear(inner, shape.hidden_size, bias=shape.output_bias)
         self.q_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
         self.k_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
-        self.residual_dropout = nn.Dropout(shape.residual_dropout) if shape.residual_dropout else nn.Identity()
+        self.residual_dropout = nn.Dropout(shape.residual_dropout) if shape.residual_dropout else None
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> Tensor:
         """Update of the tokens that ask, [B, K, D]: all T unless `tokens.wanted` names some of them."""
@@ -68,8 +68,8 @@ class Attention(nn.Module):
         key, value, mask = self._remember(key, value, tokens, asking, past_key_values)
         if query.shape[2] == 0:
             return asking_x
-        y_BKHE = self._attend(query, key, value, mask)
-        return self.residual_dropout(self.o_proj(y_BKHE.flatten(2)))
+        y_BKD = self.o_proj(self._attend(query, key, value, mask).flatten(2))
+        return y_BKD if self.residual_dropout is None else self.residual_dropout(y_BKD)
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         y_BTHE = y.unflatten(-1, (-1, self.head_dim))
@@ -83,9 +83,8 @@ class Attention(nn.Module):
 
         The mask is None where slots need not be compared: a sorted row on itself, or one newest token on all.
         """
-        itself = tokens.wanted is None and tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned)
         if past_key_values is None:
-            return key, value, None if itself else self._mask_own(tokens, asking)
+            return self._own(key, value, tokens, asking)
         layer = past_key_values.layers[self.layer_idx]
         assert isinstance(layer, SkipstoneCacheLayer)
         first = layer.kv.width == 0
@@ -96,20 +95,28 @@ class Attention(nn.Module):
             slot_BT=tokens.slot_BT,
             real_BT=tokens.real_BT,
             document_BT=tokens.document_BT,
+            rows=tokens.rows,
+            asking=asking.rows,
         )
         if first:
-            return key, value, None if itself else self._mask_own(tokens, asking)
-        newest = tokens.length == 1 and tokens.real_BT is None and layer.kv.lengths_B is None
-        if newest and itself:
+            return self._own(key, value, tokens, asking)
+        newest = tokens.length == 1 and asking.real_BT is None and tokens.document_BT is None
+        if newest and layer.kv.even(asking.rows):
             return all_keys, all_values, None
-        document = layer.kv.view("document") if tokens.document_BT is not None else None
-        return all_keys, all_values, slot_mask(layer.kv.view("slot"), document, asking)
+        document = layer.kv.view("document", asking.rows) if tokens.document_BT is not None else None
+        return all_keys, all_values, slot_mask(layer.kv.view("slot", asking.rows), document, asking)
 
-    def _mask_own(self, tokens: Tokens, asking: Tokens) -> Tensor:
+    def _own(self, key: Tensor, value: Tensor, tokens: Tokens, asking: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This call's own keys and values, and the mask where slots must be compared."""
+        part = tokens.wanted
+        if part is not None and part.rows is not None:  # one token a row, which sees itself
+            return part.rows.gather(key), part.rows.gather(value), None
+        if part is None and tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned):
+            return key, value, None
         slot_BT = tokens.slot_BT
         if tokens.real_BT is not None:
             slot_BT = torch.where(tokens.real_BT, slot_BT, EMPTY)
-        return slot_mask(slot_BT, tokens.document_BT, asking)
+        return key, value, slot_mask(slot_BT, tokens.document_BT, asking)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         implementation = self.config._attn_implementation

@@ -5,7 +5,7 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skipstone.core.records import Records, lift
-from skipstone.core.seam import wrap
+from skipstone.core.seam import Update, wrap
 from skipstone.core.tokens import Tokens
 from skipstone.nn.attention import Attention
 
@@ -46,15 +46,14 @@ class Block(GradientCheckpointingLayer):
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
             _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
             return after_BTD + m_BTD, self._complete(records, x_BTD)
-        update = wrap(partial(self._update, past_key_values=past_key_values), self._at("block"))
+        update = self._inside("block", self._update, past_key_values)
         delta_BTD, records = update(x_BTD, tokens)
         return x_BTD + delta_BTD, self._complete(records, x_BTD)
 
     def adjustables(self) -> dict[str, nn.Module]:
-        """The mechanisms of this block by name, an activation mechanism included."""
-        activation: Any = self.mlp.activation
-        named = dict(self.mechanisms.items())
-        return {**named, activation.place.name: activation} if hasattr(activation, "place") else named
+        """What decides in this block, by name: its mechanisms, an activation mechanism, an MLP of experts."""
+        parts: list[Any] = [self.mlp, self.mlp.activation]
+        return {**dict(self.mechanisms.items()), **{part.place.name: part for part in parts if hasattr(part, "place")}}
 
     def _complete(self, records: Records, x_BTD: Tensor) -> Records:
         """With those of mechanisms inside one that kept nobody: the names are the same in every call."""
@@ -63,8 +62,11 @@ class Block(GradientCheckpointingLayer):
         missing = {name: m.unasked(x_BTD) for name, m in self.adjustables().items() if name not in records}  # type: ignore[operator]
         return {**records, **missing}
 
-    def _at(self, site: str) -> list[nn.Module]:
-        return [self.mechanisms[name] for name in self.sites[site]]
+    def _inside(self, site: str, update: Callable[..., Any], past_key_values: Cache | None) -> Update:
+        """`update` inside the mechanisms of this site."""
+        bound = partial(update, past_key_values=past_key_values)
+        names = self.sites[site]
+        return wrap(bound, [self.mechanisms[name] for name in names]) if names else bound
 
     def _update(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
         a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
@@ -74,10 +76,10 @@ class Block(GradientCheckpointingLayer):
         self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor, Tensor, Records]:
         """The attention's update, the stream after it, the MLP's update."""
-        attend = wrap(partial(self._attention, past_key_values=past_key_values), self._at("attention"))
-        feed = wrap(partial(self._mlp, past_key_values=past_key_values), self._at("mlp"))
+        attend = self._inside("attention", self._attention, past_key_values)
         a_BTD, records = attend(x_BTD, tokens)
         after_BTD = x_BTD + a_BTD
+        feed = self._inside("mlp", self._mlp, past_key_values)
         m_BTD, more = feed(after_BTD, tokens)
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 

@@ -50,7 +50,13 @@ class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
 
     def __init__(
-        self, width: int, neurons: int, activation: nn.Module, bias: bool = False, dropout: float = 0.0
+        self,
+        width: int,
+        neurons: int,
+        activation: nn.Module,
+        bias: bool = False,
+        dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, neurons, bias=bias)
@@ -58,31 +64,39 @@ class GatedMLP(nn.Module):
         self.down_proj = OutputLinear(neurons, width, bias=bias)
         self.activation = activation
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.hidden_dropout = nn.Dropout(hidden_dropout) if hidden_dropout else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
         y_BTF, records = self.activation(self.gate_proj(x_BTD), x_BTD, tokens, cache)
-        return self.dropout(self.down_proj(y_BTF * self.up_proj(x_BTD))), records
+        return self.dropout(self.down_proj(self.hidden_dropout(y_BTF * self.up_proj(x_BTD)))), records
 
 
 class PlainMLP(nn.Module):
     """down(act(up(x)))."""
 
     def __init__(
-        self, width: int, neurons: int, activation: nn.Module, bias: bool = False, dropout: float = 0.0
+        self,
+        width: int,
+        neurons: int,
+        activation: nn.Module,
+        bias: bool = False,
+        dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.up_proj = nn.Linear(width, neurons, bias=bias)
         self.down_proj = OutputLinear(neurons, width, bias=bias)
         self.activation = activation
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.hidden_dropout = nn.Dropout(hidden_dropout) if hidden_dropout else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
         y_BTF, records = self.activation(self.up_proj(x_BTD), x_BTD, tokens, cache)
-        return self.dropout(self.down_proj(y_BTF)), records
+        return self.dropout(self.down_proj(self.hidden_dropout(y_BTF))), records
 
 
 MLPS: dict[str, type[GatedMLP] | type[PlainMLP]] = {"gated": GatedMLP, "plain": PlainMLP}

@@ -40,5 +40,7 @@ class Rotary(nn.Module):
     def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, E] in `dtype`, computed in fp32; the first half of sin negated, for `ops.rotate`."""
         angle = position_BT[..., None].float() * self.inverse_E2.float()
-        cos, sin = angle.cos() * self.scale, angle.sin() * self.scale
+        cos, sin = angle.cos(), angle.sin()
+        if self.scale != 1:
+            cos, sin = cos * self.scale, sin * self.scale
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

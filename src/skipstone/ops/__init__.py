@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from skipstone.ops import lean, reference
+from skipstone.ops import grouped, lean, reference
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
     """`reference.mix_activations` by the backend that suits the device; a compiler fuses the plain one by itself."""
     chunked = gate_BTF.device.type == "cpu" and not torch.compiler.is_compiling()
     return (lean if chunked else reference).mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)
+
+
+def apply_experts(*args: Any) -> Tensor:
+    """`reference.apply_experts`; compiled, the plain one: PyTorch 2.13 compiles grouped products in bf16 only."""
+    return (reference if torch.compiler.is_compiling() else grouped).apply_experts(*args)

@@ -1,6 +1,7 @@
 """The specification of every tensor function, in plain PyTorch.
 
-Shape letters: B rows, T tokens given, K tokens kept, H heads, E head size, D width, F neurons, A activations.
+Shape letters: B rows, T tokens given, K tokens kept, H heads, E head size, D width, F neurons, A activations,
+N tokens of all rows, C choices of a token, X experts.
 """
 
 from __future__ import annotations
@@ -83,6 +84,14 @@ def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
     return start_BT, end_BT - start_BT
 
 
+def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear in fp32 whatever the types and whatever autocast says."""
+    if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     F.relu,
     torch.tanh,
@@ -101,3 +110,27 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
     share_BTFA = logits_BTFA.softmax(-1).to(gate_BTF.dtype)
     values_BTFA = torch.stack([activation(gate_BTF) for activation in ACTIVATIONS], dim=-1)
     return (share_BTFA * values_BTFA).sum(-1)
+
+
+def apply_experts(
+    x_ND: Tensor,
+    expert_NC: Tensor,
+    weight_NC: Tensor,
+    idle_NC: Tensor | None,
+    gate_XFD: Tensor,
+    up_XFD: Tensor,
+    down_XDF: Tensor,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """y_n = sum_c weight_nc down_e(act(gate_e x_n) * up_e x_n), e = expert_nc: a mixture of SwiGLU experts [N, D].
+
+    Choices of a token are distinct experts. `idle_NC` marks choices that add nothing (padding, no-ops), whatever their
+    expert and weight say; None: there are none.
+    """
+    y_ND = torch.zeros_like(x_ND)
+    for e, (gate_FD, up_FD, down_DF) in enumerate(zip(gate_XFD, up_XFD, down_XDF, strict=True)):
+        chosen_NC = expert_NC == e if idle_NC is None else (expert_NC == e) & ~idle_NC
+        weight_N = torch.where(chosen_NC, weight_NC, 0.0).sum(1).to(x_ND.dtype)
+        hidden_NF = activation(F.linear(x_ND, gate_FD)) * F.linear(x_ND, up_FD)
+        y_ND = y_ND + F.linear(hidden_NF, down_DF) * weight_N[:, None]
+    return y_ND

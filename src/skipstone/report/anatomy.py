@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, Records
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Records
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 SUBLAYERS = ("attention", "mlp")
@@ -25,6 +25,7 @@ class Anatomy:
     skipped. kept_LT: whether any of the update was computed. depth_T: share of all halves of blocks that were computed.
     routed: blocks with a depth mechanism. capacity: realised share of asked tokens kept, {layer: {mechanism: share}},
     over all rows. shares, entropy: of PolyGLU's activations by layer; entropy as a share of its maximum.
+    experts: shares of all choices by layer, of the most and the least chosen expert and of the no-ops together.
     depth: mean of the computed share over all tokens of all rows. routing: "causal"; "oracle" where a decision cannot
     be made otherwise; "forced" where it was imposed.
     """
@@ -39,6 +40,7 @@ class Anatomy:
     capacity: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     shares: Mapping[int, list[float]] = field(default_factory=dict)
     entropy: Mapping[int, float] = field(default_factory=dict)
+    experts: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def strongest(self) -> float:
@@ -82,6 +84,7 @@ def dissect(
         routed=frozenset(i for i, records in enumerate(out.records) if any(_is_depth(r) for r in records.values())),
         capacity={i: shares for i, records in enumerate(out.records) if (shares := _capacity(records))},
         **_activations(blocks, out.records),
+        experts=_experts(blocks, out.records),
     )
 
 
@@ -139,3 +142,14 @@ def _mean(measure: Callable[[ActivationRecord], Tensor], record: ActivationRecor
         value_T = value_T.expand(len(asked_T), *value_T.shape[1:])
         total, count = total + value_T[asked_T].sum(0).cpu(), count + int(asked_T.sum())
     return (total / count).tolist()
+
+
+def _experts(blocks: Sequence[Any], all_records: tuple[Records, ...]) -> dict[int, dict[str, float]]:
+    found = {}
+    for layer, (block, records) in enumerate(zip(blocks, all_records, strict=True)):
+        for record in records.values():
+            if isinstance(record, ExpertsRecord) and record.asked_BT.any():
+                usage, count = block.mlp.usage(record).tolist(), block.mlp.config.count
+                real, no_ops = usage[:count], sum(usage[count:])
+                found[layer] = {"most chosen expert": max(real), "least chosen expert": min(real), "no-ops": no_ops}
+    return found

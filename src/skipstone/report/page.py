@@ -18,6 +18,7 @@ from skipstone.report.shown import Shown
 FRAME = Frame()
 PICTURED = 84  # tokens across the tokens x layers picture: as many as stay readable on paper
 ACTIVATIONS = tuple(function.__name__ for function in ops.ACTIVATIONS)
+EXPERT_NAMES = ("most chosen expert", "least chosen expert", "no-ops")
 ABSENT = "–"
 Pieces = Sequence[tuple[str, float]]  # generated text and the share of the compute that each piece took
 
@@ -44,6 +45,8 @@ def context(runs: Sequence[Shown], samples: Mapping[str, Pieces]) -> dict[str, A
         "activations": [(run, _shares(run)) for run in runs if run.anatomy is not None and run.anatomy.shares],
         "activation_names": list(zip(ACTIVATIONS, SERIES, strict=False)),
         "entropy": _entropy(runs),
+        "experts": [(run, _experts(run)) for run in runs if run.anatomy is not None and run.anatomy.experts],
+        "expert_names": list(zip(EXPERT_NAMES, SERIES, strict=False)),
         "samples": [(run, layers.coloured(samples[run.name])) for run in runs if run.name in samples],
         "troubles": _troubles(runs),
         "configurations": [(run, _yaml(run.config), _yaml(run.environment)) for run in runs],
@@ -123,6 +126,17 @@ def _shares(run: Shown) -> Markup:
     assert run.anatomy is not None
     title = f"{run.name}: share of each activation by layer"
     return charts.stacked(run.anatomy.shares, ACTIVATIONS, layers=len(run.anatomy.weight_LT), title=title, frame=FRAME)
+
+
+def _experts(run: Shown) -> Markup:
+    assert run.anatomy is not None
+    bars = [
+        Bar(layer=layer, name=name, value=shares[name])
+        for layer, shares in run.anatomy.experts.items()
+        for name in EXPERT_NAMES
+    ]
+    title, count = f"{run.name}: share of all choices by layer", len(run.anatomy.weight_LT)
+    return charts.bars(bars, layers=count, y_title="share of choices", title=title, frame=FRAME)
 
 
 def _entropy(runs: Sequence[Shown]) -> Markup | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from skipstone.mechanisms import ACTIVATION
 from skipstone.model.build import placed
+from skipstone.model.card import experts_in_words
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.report.anatomy import Anatomy, dissect
 from skipstone.report.palette import Look, look
@@ -64,13 +65,14 @@ def describe(model: SkipstoneForCausalLM) -> str:
     """`mixture of depths on blocks 1, 3, 5; polyglu`, or `no mechanism`."""
     names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in placed(model.config)]
     activation = model.config.activation_options["name"]
-    return "; ".join([*names, *([activation] if activation in ACTIVATION else [])]).replace("_", " ") or "no mechanism"
+    parts = [*names, *([activation] if activation in ACTIVATION else []), experts_in_words(model)]
+    return "; ".join(filter(None, parts)).replace("_", " ") or "no mechanism"
 
 
 def _set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
     blocks: list[Any] = list(model.model.layers)
     return {
-        layer: {name: m.config.capacity for name, m in block.mechanisms.items() if hasattr(m.config, "capacity")}
+        layer: {name: m.capacity for name, m in block.mechanisms.items() if hasattr(m, "capacity")}
         for layer, block in enumerate(blocks)
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, Record, Records
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Record, Records
 
 ONE_ROW = slice(1)  # the entropy of a mix looks at every neuron of every token: one row is enough to log
 
@@ -20,7 +20,8 @@ class Meter:
     """Sums over micro-batches, on the device; `read` makes the host wait once.
 
     capacity/L/NAME: share of the tokens asked in block L that NAME kept. gate/L/NAME: mean weight of the tokens asked.
-    entropy/L/NAME: mean entropy of the activation mix, as a share of its maximum.
+    entropy/L/NAME: mean entropy of the activation mix, or of a token's softmax over experts, as a share of its maximum.
+    no_op/L/NAME, busiest/L/NAME: share of all choices that are no-ops, and that are a pass's most chosen expert.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,15 @@ def _pairs(mechanism: Any, record: Record | None) -> list[tuple[str, Tensor]]:
         row = ActivationRecord(record.logits_BTA[ONE_ROW], record.asked_BT[ONE_ROW])
         entropy_BT = mechanism.entropy(row)
         return [("entropy", _pair(entropy_BT.nansum(), entropy_BT.isfinite().sum()))]
+    if isinstance(record, ExpertsRecord):
+        chosen_X, entropy_BT = record.chosen_BTX.sum((0, 1)), mechanism.entropy(record)
+        count, real_X = chosen_X.sum(), chosen_X[: mechanism.config.count]
+        entropy = _pair(entropy_BT.nansum(), record.asked_BT.sum())
+        return [
+            ("no_op", _pair(count - real_X.sum(), count)),
+            ("busiest", _pair(real_X.max(), count)),
+            ("entropy", entropy),
+        ]
     return []
 
 

@@ -6,15 +6,15 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainingArguments
 
 from skipstone.data.prepare import PreparedData, prepare
-from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
 from skipstone.train import folder as folders
 from skipstone.train import setup
@@ -23,24 +23,31 @@ from skipstone.train.trainer import RunTrainer
 from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignals, quiet
 
 
-def train(config: Mapping[str, Any], *, out: Path | None = None, resume: bool = False, progress: bool = True) -> Path:
+def train(
+    config: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    data: PreparedData | None = None,
+) -> Path:
     """Train the recipe `config` into a run folder and return it.
 
     out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe without a name. resume: go on from the
     last checkpoint of an existing run (from the start, if it has none) with the recipe that it was started with; a
-    finished run is left as it is. progress: show a bar.
+    finished run is left as it is. progress: show a bar. data: the recipe's rows, where they are prepared already.
     Raises ValueError, FileNotFoundError or FileExistsError, one line; `Interrupted` after a stop signal.
     """
     recipe = read_recipe(config)
     setup.check_early(recipe)
-    folder = _folder(recipe, out, resume)
+    folder = run_folder(recipe, out, resume)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     run = Run(folder) if resume else None
     if run is not None and run.finished:
         print(f"run {str(folder)!r} is finished already; nothing to resume", file=sys.stderr)  # noqa: T201
         return folder
-    data = _data(recipe, run)
+    data = _data(recipe, run, data)
     model_config = setup.model_config(recipe.model, recipe.data.context, setup.data_defaults(data))
     resolved = to_dict(recipe) | {"model": setup.plain(model_config)}
     if run is not None:
@@ -51,10 +58,14 @@ def train(config: Mapping[str, Any], *, out: Path | None = None, resume: bool = 
         folders.create(folder, resolved, recipe.train.seed)
         if data.tokenizer is not None:
             data.tokenizer.save_pretrained(folder / TOKENIZER)
-    return _fit(recipe, data, model, arguments, folder, progress)
+
+    def trainer_of(callbacks: list[Any]) -> RunTrainer:
+        return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=callbacks)
+
+    return fit(recipe, arguments, folder, progress, trainer_of, partial(finish, data, folder))
 
 
-def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     folder = Path(out) if out is not None else folders.default_folder(recipe)
     if not resume:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -67,20 +78,31 @@ def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     return folder
 
 
-def _data(recipe: Recipe, run: Run | None) -> PreparedData:
+def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> PreparedData:
     """Rows to train and to validate on; a run that is resumed keeps its tokenizer."""
     if run is not None:
         saved = run.config()
         folders.check_same(
             {key: saved[key] for key in ("data", "train")}, {key: to_dict(recipe)[key] for key in ("data", "train")}
         )
-    data = prepare(recipe.data, tokenizer=None if run is None else run.load_tokenizer())
+    if ready is not None and ready.config != recipe.data:
+        raise ValueError(f"the rows were prepared for {ready.config}, not for {recipe.data}")
+    data = ready or prepare(recipe.data, tokenizer=None if run is None else run.load_tokenizer())
     return setup.training_rows(data, recipe.train)
 
 
-def _fit(
-    recipe: Recipe, data: PreparedData, model: SkipstoneForCausalLM, arguments: Any, folder: Path, progress: bool
+def fit(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    folder: Path,
+    progress: bool,
+    trainer_of: Callable[[list[Any]], RunTrainer],
+    finish: Callable[[RunTrainer], None],
 ) -> Path:
+    """Train to the end, from the folder's last checkpoint if there is one, then `finish`; returns the folder.
+
+    trainer_of: builds the trainer with the callbacks of a run. Raises `Interrupted` after a stop signal.
+    """
     checkpoint = last_checkpoint(folder)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     main = arguments.process_index == 0
@@ -89,9 +111,7 @@ def _fit(
         folders.cut_metrics(folder, step)
     stop, bar = StopSignals(), Progress()
     callbacks = [stop, *setup.integrations(recipe.train, folder, step), MetricsFile(folder / METRICS)]
-    trainer = RunTrainer(
-        recipe=recipe.train, data=data, model=model, args=arguments, callbacks=callbacks + ([bar] if progress else [])
-    )
+    trainer = trainer_of(callbacks + ([bar] if progress else []))
     trainer.remove_callback(PrinterCallback)
     if trainer.obstacle is not None and main:
         print(f"skipstone: no causal loss in validation: {trainer.obstacle}", file=sys.stderr)  # noqa: T201
@@ -107,7 +127,7 @@ def _fit(
         _interrupted(stop, folder, trainer.state.global_step)
     if main:
         with quiet():
-            _finish(data, trainer, folder)
+            finish(trainer)
     if stop.received is not None:
         signal.raise_signal(stop.received)  # it came during the last step: the run is whole, but others may wait
     return folder
@@ -124,8 +144,8 @@ def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
     raise Interrupted(128 + stop.received)
 
 
-def _finish(data: PreparedData, trainer: RunTrainer, folder: Path) -> None:
-    """The final model with its card, then the summary."""
+def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: Any) -> None:
+    """The final model with its card, then the summary, which holds `more`, too."""
     lines = Run(folder).metrics()
     training = [line for line in lines if line["split"] == "train"]
     validation = next(line for line in reversed(lines) if line["split"] == "validation")
@@ -151,5 +171,6 @@ def _finish(data: PreparedData, trainer: RunTrainer, folder: Path) -> None:
             "train_loss": training[-1]["loss"],
             "validation": losses,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **more,
         },
     )

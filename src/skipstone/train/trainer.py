@@ -73,10 +73,18 @@ class RunTrainer(RoutingTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         loss, outputs = super().compute_loss(model, {**inputs, **routing}, return_outputs=True, **kwargs)
+        loss = self.objective(loss, outputs, inputs, kwargs.get("num_items_in_batch"))
         self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], inputs["input_ids"].numel())
         if self._logs_this_step():
             self.meter.add(self._plain.adjustables(), outputs["records"])
         return (loss, outputs) if return_outputs else loss
+
+    def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
+        """What is minimised, the model's own loss here. Whoever changes it keeps `outputs` true for the log.
+
+        items: predicted tokens of the whole optimizer step, by which sums are divided.
+        """
+        return loss
 
     @property
     def _plain(self) -> Any:

@@ -7,20 +7,55 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.errors import UserError
 from skipstone_cli.paths import new_path
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or hub name of a dense checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    source: Annotated[str, typer.Argument(help="Folder or hub name of a dense checkpoint; with --from, a file.")],
+    out: Annotated[Path, typer.Argument(help="Folder (with --to: file) to write; it must not exist.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if absent.")
     ] = None,
+    from_layout: Annotated[
+        str | None, typer.Option("--from", help="Read weights as a paper released them: tsa or polychromatic.")
+    ] = None,
+    to_layout: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="Write a saved model otherwise: dense (without mechanisms, for transformers alone) or polychromatic.",
+        ),
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="With --from tsa: attention heads, which its weights do not tell.")
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="With --from polychromatic: temperature; else the file's own, or .1.")
+    ] = None,
 ) -> None:
-    """Turn a dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint into a Skipstone model."""
-    new_path(out, "output folder")
+    """Turn a dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or weights of a paper, into a Skipstone model."""
+    if from_layout is not None and to_layout is not None:
+        raise UserError("--from reads released weights and --to writes them; give one of the two")
+    for option, value in (("--num-heads", num_heads), ("--tau", tau)):
+        if value is not None and from_layout is None:
+            raise UserError(f"{option} has no effect without --from")
+    new_path(out, "output folder" if to_layout in (None, "dense") else "output file")
 
-    from skipstone.model.pretrained import convert as run
+    if from_layout is not None:
+        from skipstone.model.released.convert import convert_from
 
-    run(source, out, dtype=dtype)
+        convert_from(source, out, from_layout, dtype, num_heads=num_heads, tau=tau)
+    elif to_layout == "dense":
+        from skipstone.adapt.export import export_dense
+
+        export_dense(source, out, dtype)
+    elif to_layout is not None:
+        from skipstone.model.released.convert import convert_to
+
+        convert_to(source, out, to_layout, dtype)
+    else:
+        from skipstone.model.pretrained import convert as run
+
+        run(source, out, dtype=dtype)
     typer.echo(f"written: {out}")

@@ -1,0 +1,16 @@
+"""Between floors 4 and 5: a dense checkpoint becomes one that computes less, and dense again.
+
+config.py        `AdaptRecipe`: what an adaptation is, read strictly
+run.py           `adapt`: from a checkpoint to a finished run folder
+plan.py          everything up to the first step
+source.py        the dense checkpoint, its tokenizer, another teacher
+student.py       the source's weights with mechanisms that change nothing yet, and the proof of it
+influence.py     how much each block matters, and which to choose by it
+budget.py        executed FLOPs: what promises them, what meets them, what is reached
+stages.py        what trains when, learning rates, adapters
+distillation.py  losses against the dense model
+trainer.py       the trainer of `skipstone train` with all this
+export.py        back to a checkpoint of transformers' own classes
+"""
+
+from __future__ import annotations

@@ -1,0 +1,33 @@
+"""Learning from the dense model: its logits, and if wanted the stream after each of its blocks.
+
+Shape letters: B rows, T tokens, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def logit_divergence(student_BTV: Tensor, teacher_BTV: Tensor, asked_BT: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of the distributions at temperature T, summed over the asked tokens, fp32, in nats.
+
+    Hinton et al. 2015 (arXiv 1503.02531): T^2 keeps the size of the gradient when T changes.
+    """
+    ours_BTV, theirs_BTV = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student_BTV, teacher_BTV))
+    each_BT = F.kl_div(ours_BTV, theirs_BTV, log_target=True, reduction="none").sum(-1)
+    return torch.where(asked_BT, each_BT, 0.0).sum() * temperature**2
+
+
+def stream_error(student: Sequence[Tensor], teacher: Sequence[Tensor], asked_BT: Tensor) -> Tensor:
+    """Squared error of each stream [B, T, D] as a share of the teacher's mean square, mean over streams, summed over
+    the asked tokens, fp32."""
+    total = torch.zeros((), device=asked_BT.device)
+    for ours_BTD, theirs_BTD in zip(student, teacher, strict=True):
+        error_BT = (ours_BTD.float() - theirs_BTD.float()).square().mean(-1)
+        scale = theirs_BTD.float().square().mean(-1)[asked_BT].mean().clamp(min=torch.finfo(torch.float32).tiny)
+        total = total + torch.where(asked_BT, error_BT, 0.0).sum() / scale
+    return total / len(student)

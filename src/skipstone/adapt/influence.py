@@ -1,0 +1,88 @@
+"""How much each block matters, measured on text, and which blocks to choose by it.
+
+Shape letters: B rows, T tokens, D width, N tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipstone.core.strict import unknown
+from skipstone.data.rows import Row
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.layers import parse_layers
+
+SCORE = "block_influence"
+SCORE_KEYS = ("score", "count", "among")
+
+
+@torch.no_grad()
+def block_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """For each batch, what goes into and comes out of each block: pairs [N, D] of the real tokens."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    blocks: Any = model.model.layers
+    hooks = [block.register_forward_hook(lambda _, args, out: pairs.append((args[0], out[0]))) for block in blocks]
+    try:
+        for row in rows:
+            inputs = {
+                name: row[name]
+                for name in ("input_ids", "attention_mask", "document_ids", "position_ids")
+                if name in row
+            }
+            pairs.clear()
+            model(**{name: x.to(model.device) for name, x in inputs.items()}, use_cache=False, logits_to_keep=1)
+            real_BT = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool().to(model.device)
+            yield [(x_BTD[real_BT], y_BTD[real_BT]) for x_BTD, y_BTD in pairs]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """fp32 [N]: 1 - cos(x, y), how far a block turns a token's stream."""
+    return 1 - F.cosine_similarity(x_ND.float(), y_ND.float(), dim=-1)
+
+
+def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[float]:
+    """The mean over tokens of 1 - cos(x_in, x_out) for each block (ShortGPT, arXiv 2403.03853, equation 1)."""
+    sums = torch.zeros(len(model.model.layers), dtype=torch.float64)
+    count = 0
+    for pairs in block_streams(model, rows):
+        sums += torch.stack([token_influence(x, y).double().sum().cpu() for x, y in pairs])
+        count += len(pairs[0][0])
+    return [round(value, 6) for value in (sums / count).tolist()]
+
+
+def wants_score(layers: object) -> bool:
+    return isinstance(layers, Mapping)
+
+
+def choose_layers(layers: Mapping[str, Any], scores: Sequence[float], where: str) -> list[int]:
+    """The `count` blocks of least influence, those that are missed least, among the pattern `among` (all blocks).
+
+    Raises ValueError naming `where` for other keys, another score and a count that cannot be.
+    """
+    for key in layers:
+        if key not in SCORE_KEYS:
+            raise ValueError(unknown(f"key in {where}", key, SCORE_KEYS))
+    if layers.get("score") != SCORE:
+        raise ValueError(unknown(f"{where}.score", layers.get("score"), [SCORE]))
+    among = parse_layers(layers.get("among", ":"), len(scores), f"{where}.among")
+    count = layers.get("count")
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= len(among):
+        raise ValueError(f"{where}.count must be a number of blocks from 1 to {len(among)}, got {count!r}")
+    return sorted(sorted(among, key=lambda i: (scores[i], i))[:count])
+
+
+def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
+    """The scores as lines of text, least influence last, and what each block was chosen for."""
+    lines = ["block  influence  chosen for"]
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        marks = ", ".join(name for name, layers in chosen.items() if i in layers)
+        lines.append(f"{i:5d}  {scores[i]:9.4f}  {marks}".rstrip())
+    return "\n".join(lines)

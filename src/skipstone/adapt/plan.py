@@ -1,0 +1,194 @@
+"""What is about to be trained: everything up to the first step, measured and checked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from skipstone.adapt import budget as budgets
+from skipstone.adapt import influence, stages, student
+from skipstone.adapt.config import AdaptRecipe
+from skipstone.adapt.source import checked, load_dense, load_teacher, tokenizer_of
+from skipstone.data.corpora import find_entry
+from skipstone.data.prepare import PreparedData, prepare
+from skipstone.data.rows import Row
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.runs import Run
+from skipstone.train import setup
+
+NEUTRAL_ROWS = 4
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What is about to be trained. teacher: frozen; None where nothing is learned from one. rows: to calibrate on.
+    dense: the source's forward FLOPs of a token. passing: see `AdaptTrainer`. record: what
+    the run folder keeps of it."""
+
+    recipe: AdaptRecipe
+    teacher: SkipstoneForCausalLM | None
+    model: SkipstoneForCausalLM
+    data: PreparedData
+    rows: list[Row]
+    dense: float
+    passing: float | None
+    record: dict[str, Any]
+
+
+def check_early(recipe: AdaptRecipe) -> None:
+    """Find what is wrong with mechanisms, loggers or packages before any weights are read."""
+    setup.check_loggers(recipe.train)
+    stages.check_packages(recipe.adapt.stages)
+    for entry in _mechanisms(recipe):
+        SkipstoneConfig.from_plain({"mechanisms": [{k: v for k, v in entry.items() if k != "layers"}]})
+    if "activation" in recipe.model:
+        SkipstoneConfig.from_plain({"activation": recipe.model["activation"]})
+
+
+def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Plan:
+    """Everything up to the first step, the neutral start checked. Prints what was measured to stderr."""
+    dense = load_dense(source)
+    data = _data(recipe, source, dense, run)
+    count = min(recipe.adapt.calibration_rows, recipe.train.steps * recipe.train.batch_size)
+    rows = [data.collate([data.train[i]]) for i in range(count)]  # type: ignore[index]
+    flops = dense.cost(tokens=recipe.data.context).forward.total
+    scores = _scores(recipe, dense, rows)
+    base, dropped = _dropped(recipe, dense, scores)
+    config, capacity, passing = _config(recipe, base, _scores(recipe, base, rows) if dropped else scores, flops)
+    model = student.route(base, config, recipe.train.seed)
+    if recipe.adapt.router_start == "influence":
+        student.start_routers(model, base, rows)
+    neutral = student.neutral_start(model, base, rows[:NEUTRAL_ROWS])
+    chosen = {e["name"]: e["layers"] for e in config.mechanisms or [] if isinstance(e.get("layers"), list)}
+    if scores is not None:
+        say(influence.table(scores, {"drop_layers": dropped} if dropped else chosen))
+    say(str(neutral))
+    neutral.require(recipe.adapt.tolerance)
+    record = {
+        "source": source,
+        "neutral_start": asdict(neutral),
+        "dense_flops_per_token": flops / recipe.data.context,
+        "context": recipe.data.context,
+        influence.SCORE: scores,
+        "dropped_layers": dropped,
+        "mechanisms": config.mechanisms,
+        "budget": recipe.adapt.budget,
+        "capacity": capacity,
+        "gates_let_pass": passing,
+    }
+    return Plan(
+        recipe=recipe,
+        teacher=_teacher(recipe, dense, model, data),
+        model=model,
+        data=data,
+        rows=rows,
+        dense=flops / recipe.data.context,
+        passing=passing,
+        record=record,
+    )
+
+
+def _teacher(
+    recipe: AdaptRecipe, source: SkipstoneForCausalLM, model: SkipstoneForCausalLM, data: PreparedData
+) -> SkipstoneForCausalLM | None:
+    wanted = recipe.adapt.loss
+    if not wanted.teaches:
+        return None
+    teacher = source if wanted.teacher is None else load_teacher(wanted.teacher, model, data.tokenizer)
+    if wanted.hidden_states:
+        _check_streams(model, teacher)
+    return teacher
+
+
+def _data(recipe: AdaptRecipe, source: str, model: SkipstoneForCausalLM, run: Run | None) -> PreparedData:
+    """Rows in the source's own tokens."""
+    if find_entry(recipe.data.corpus)[0].kind != "text":
+        raise ValueError(f"data.corpus {recipe.data.corpus!r} is synthetic; a pretrained model is adapted on text")
+    if recipe.data.context > model.config.max_position_embeddings:
+        raise ValueError(
+            f"data.context ({recipe.data.context}) is longer than the source's {model.config.max_position_embeddings}"
+        )
+    tokenizer = None if run is None else run.load_tokenizer()
+    if tokenizer is None and recipe.data.tokenizer is None:
+        tokenizer = tokenizer_of(source, model)
+    data = prepare(recipe.data, tokenizer=tokenizer)
+    checked(data.tokenizer, f"data.tokenizer {recipe.data.tokenizer}", model)
+    return setup.training_rows(data, recipe.train)
+
+
+def _scores(recipe: AdaptRecipe, model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[float] | None:
+    wanted = [recipe.model.get("drop_layers"), *(entry.get("layers") for entry in _mechanisms(recipe))]
+    return influence.block_influence(model, rows) if any(map(influence.wants_score, wanted)) else None
+
+
+def _mechanisms(recipe: AdaptRecipe) -> list[dict[str, Any]]:
+    entries = recipe.model.get("mechanisms") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"model.mechanisms must be a list of mappings, got {entries!r}")
+    return [dict(entry) for entry in entries]
+
+
+def _dropped(
+    recipe: AdaptRecipe, source: SkipstoneForCausalLM, scores: Sequence[float] | None
+) -> tuple[SkipstoneForCausalLM, list[int]]:
+    """The source without the blocks that the recipe leaves out, and which these are."""
+    wanted = recipe.model.get("drop_layers")
+    if wanted is None:
+        return source, []
+    layers = _layers(wanted, scores, source.config.num_hidden_layers, "model.drop_layers")
+    return student.drop_blocks(source, layers), layers
+
+
+def _layers(wanted: Any, scores: Sequence[float] | None, count: int, where: str) -> list[int]:
+    if influence.wants_score(wanted):
+        assert scores is not None
+        return influence.choose_layers(wanted, scores, where)
+    return influence.parse_layers(wanted, count, where)
+
+
+def _config(
+    recipe: AdaptRecipe, base: SkipstoneForCausalLM, scores: Sequence[float] | None, flops: float
+) -> tuple[SkipstoneConfig, float | None, float | None]:
+    """The student's configuration, and what keeps the budget: a capacity, or the share that gates let pass."""
+    entries = student.with_defaults(_mechanisms(recipe))
+    for i, entry in enumerate(entries):
+        if influence.wants_score(entry.get("layers")):
+            where = f"model.mechanisms[{i}].layers"
+            entry["layers"] = _layers(entry["layers"], scores, base.config.num_hidden_layers, where)
+    budget = recipe.adapt.budget
+    mixtures = [entry for entry in entries if entry.get("name") in budgets.CAPACITIES]
+    for entry in mixtures if budget is not None else ():
+        if "capacity" in entry:
+            raise ValueError(f"adapt.budget sets the capacity of {entry['name']}: name one of them, not both")
+    values = {**setup.plain(base.config), "mechanisms": entries}
+    if "activation" in recipe.model:
+        values["activation"] = recipe.model["activation"]
+    config = SkipstoneConfig.from_plain(values)
+    if budget is None:
+        return config, None, None
+    capacity, passing = budgets.solve(config, budget, flops, recipe.data.context)
+    for entry in mixtures:
+        entry["capacity"] = capacity
+    config = SkipstoneConfig.from_plain(values)
+    what = f"capacity {capacity:g}" if capacity is not None else f"gates let {passing:.1%} of tokens pass"
+    say(f"budget: {budget:.1%} of the dense FLOPs a token at {recipe.data.context} tokens; {what}")
+    return config, capacity, passing
+
+
+def _check_streams(model: SkipstoneForCausalLM, teacher: SkipstoneForCausalLM) -> None:
+    shapes = [(m.config.num_hidden_layers, m.config.hidden_size) for m in (model, teacher)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"adapt.loss.hidden_states compares block by block, but the student has {shapes[0][0]} blocks of width "
+            f"{shapes[0][1]} and the teacher {shapes[1][0]} of {shapes[1][1]}"
+        )
+
+
+def say(text: str) -> None:
+    """To stderr, once."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr)  # noqa: T201

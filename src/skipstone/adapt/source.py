@@ -1,0 +1,50 @@
+"""The dense checkpoint to start from, and what has to be true of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.pretrained import load_pretrained, load_tokenizer
+
+
+def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
+    """A dense model in evaluation mode, its weights frozen. Raises as `load_pretrained` does, and for a routed one."""
+    model = load_pretrained(source, dtype)
+    if names := sorted({mechanism.place.name for mechanism in model.adjustables()}):
+        raise ValueError(
+            f"{source}: it is routed already ({', '.join(names)}); adapt a dense checkpoint, or make one of it with "
+            "`skipstone convert --to dense`"
+        )
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> Any:
+    """The source's tokenizer. Raises ValueError where there is none, or one with more tokens than the model."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(f"{source}: it has no tokenizer beside it; put one there, or name one as data.tokenizer")
+    return checked(tokenizer, source, model)
+
+
+def checked(tokenizer: Any, name: str, model: SkipstoneForCausalLM) -> Any:
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    return tokenizer
+
+
+def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: Any) -> SkipstoneForCausalLM:
+    """Another dense model to learn from. Raises ValueError unless its vocabulary is the student's."""
+    teacher = load_dense(name)
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours != theirs:
+        raise ValueError(
+            f"teacher {name}: its vocabulary has {theirs} tokens, the student's {ours}; they must be the same"
+        )
+    own = load_tokenizer(name)
+    if own is None:
+        print(f"skipstone: teacher {name} has no tokenizer; taken to be the student's", file=sys.stderr)  # noqa: T201
+    elif own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"teacher {name}: its tokenizer gives other ids than the student's; they must be the same")
+    return teacher

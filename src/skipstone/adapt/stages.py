@@ -1,0 +1,117 @@
+"""What trains when: parameters by role, learning rates by stage, adapters in and out."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipstone.adapt.config import LORA, Lora, Stage
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+ADAPTER = "default"
+TRAINED = {"routers": ("routers",), LORA: ("routers", "lora"), "all": ("routers", "weights")}
+
+
+def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
+    """routers, lora or weights for each parameter by name; routers are all that belongs to mechanisms."""
+    routers = {id(p) for mechanism in model.adjustables() for p in mechanism.parameters()}
+    return {
+        name: "routers" if id(p) in routers else "lora" if ".lora_" in name else "weights"
+        for name, p in model.named_parameters()
+    }
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
+    """The stage that optimizer step `step` (from 0) belongs to, and the step's number within it."""
+    for stage in stages:
+        assert stage.steps is not None
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    return stages[-1], (stages[-1].steps or 1) - 1
+
+
+def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> float:
+    """The learning rate of a role at a step: each stage warms up linearly and falls as a cosine to `min_ratio`."""
+    stage, at = stage_at(stages, step)
+    top = stage.router_learning_rate if role == "routers" else stage.learning_rate
+    assert top is not None
+    assert stage.steps is not None
+    warmup = stage.warmup_steps or 0
+    if at < warmup:
+        return top * (at + 1) / warmup
+    fallen = (1 - math.cos(math.pi * (at - warmup) / max(stage.steps - warmup, 1))) / 2
+    return top * (1 - fallen + min_ratio * fallen)
+
+
+def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[dict[str, Any]]:
+    """Optimizer groups of everything that some stage trains. The first one's rate is what is logged."""
+    used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
+    named = roles(model)
+    for role in ("weights", "lora", "routers"):
+        for decays in (True, False):
+            chosen = [p for n, p in model.named_parameters() if named[n] == role and _decays(n, p) == decays]
+            if chosen and role in used:
+                yield {"params": chosen, "lr": 1.0, "weight_decay": weight_decay if decays else 0.0, "role": role}
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices do, biases and norms do not; nor do adapters, which start at 0 and are small by construction."""
+    return parameter.dim() > 1 and not name.endswith("bias") and ".lora_" not in name
+
+
+def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_ratio: float) -> Any:
+    """The learning rates themselves, for groups whose own rate is 1."""
+    functions: list[Any] = [partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, functions)
+
+
+def thaw(model: SkipstoneForCausalLM, stage: Stage) -> None:
+    """Let exactly what this stage trains have gradients."""
+    trained, named = TRAINED[stage.train_only or "all"], roles(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(named[name] in trained)
+
+
+def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], processes: int) -> None:
+    """Raise ValueError for stages that cannot be, before anything is trained."""
+    if all(stage.train_only == "routers" for stage in stages) and not any(model.adjustables()):
+        raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")
+    if processes > 1 and len({stage.train_only for stage in stages}) > 1:
+        raise ValueError(
+            "stages that train different weights need one process: reducers are built for the first of them"
+        )
+
+
+def needs_adapters(stages: Sequence[Stage]) -> bool:
+    return any(stage.train_only == LORA for stage in stages)
+
+
+def check_packages(stages: Sequence[Stage]) -> None:
+    """Raise ValueError if a stage needs a package that is not installed."""
+    if needs_adapters(stages) and importlib.util.find_spec("peft") is None:
+        raise ValueError(f"train_only {LORA!r} needs a package: pip install 'skipstone[peft]'")
+
+
+def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
+    """Put PEFT's adapters, which change nothing yet, on every projection of the blocks; returns PEFT's tuner."""
+    from peft import LoraConfig, LoraModel
+
+    blocks: Any = model.model.layers
+    targets = {n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(targets), bias="none"
+    )
+    return LoraModel(model, {ADAPTER: config}, ADAPTER)
+
+
+def merge_adapters(model: SkipstoneForCausalLM, tuner: Any) -> None:
+    """The adapters into the weights: an ordinary model again, in place."""
+    tuner.merge_and_unload()
+    assert not hasattr(model, "peft_config")

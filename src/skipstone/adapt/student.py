@@ -1,0 +1,166 @@
+"""The model that will compute less: the source's weights, mechanisms added, and the proof that nothing has changed yet.
+
+Shape letters: B rows, T tokens, V vocabulary, N tokens of all rows, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from skipstone.adapt.influence import block_streams, token_influence
+from skipstone.data.rows import Row
+from skipstone.mechanisms import MixtureOfDepths
+from skipstone.mechanisms.routers import LinearRouter, normalised
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.train.setup import plain
+from skipstone.train.validation import causal_obstacle
+
+# What lets Mixture-of-Depths start as the dense model: every token kept at first, weight 1. Its decision is the same
+# in training and in generation; normed inputs, because a pretrained stream grows over depth.
+MIXTURE_DEFAULTS: dict[str, Any] = {
+    "weight": "tanh",
+    "decision": "ema_threshold",
+    "capacity_warmup": 0.5,
+    "router_norm": True,
+}
+RIDGE = 1e-3  # of the least squares that start routers, as a share of the mean variance of a feature
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeutralStart:
+    """difference: the largest |logit difference| between source and adapted model. largest: the source's |logit|."""
+
+    difference: float
+    largest: float
+    tokens: int
+
+    @property
+    def share(self) -> float:
+        return self.difference / self.largest if self.largest else self.difference
+
+    def require(self, tolerance: float) -> None:
+        """Raise ValueError if the start is not neutral."""
+        if not self.share <= tolerance:
+            raise ValueError(
+                f"the start is not neutral: logits differ by up to {self.difference:.3g}, {self.share:.2g} of the "
+                f"largest one (adapt.tolerance {tolerance:g}); mixture_of_depths needs weight tanh or none and a "
+                "capacity_warmup above 0, polyglu a source whose activation is silu"
+            )
+
+    def __str__(self) -> str:
+        return (
+            f"neutral start: max |logit difference| {self.difference:.2e} over {self.tokens:,} tokens "
+            f"(largest logit {self.largest:.1f})"
+        )
+
+
+def with_defaults(mechanisms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The recipe's mechanisms, with what adapting needs where they do not say."""
+    return [
+        {**MIXTURE_DEFAULTS, **entry} if entry.get("name") == "mixture_of_depths" else dict(entry)
+        for entry in mechanisms
+    ]
+
+
+def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
+    """The dense model without these blocks, the others unchanged. Raises ValueError if none is left."""
+    kept = [i for i in range(len(model.model.layers)) if i not in layers]
+    if not kept:
+        raise ValueError("model.drop_layers drops every block; keep at least one")
+    tensors = {}
+    for name, value in model.state_dict().items():
+        found = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+        if found is None:
+            tensors[name] = value
+        elif int(found[1]) in kept:
+            tensors[f"model.layers.{kept.index(int(found[1]))}.{found[2]}"] = value
+    config = SkipstoneConfig.from_plain({**plain(model.config), "num_hidden_layers": len(kept)})
+    smaller = SkipstoneForCausalLM(config).to(model.dtype)
+    smaller.load_state_dict(tensors)
+    return smaller.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> SkipstoneForCausalLM:
+    """A model of `config` with the source's weights, its mechanisms where they change nothing.
+
+    Gates are opened and PolyGLU prefers SiLU; Mixture-of-Depths keeps its own schedule, which starts at capacity 1.
+    """
+    set_seed(seed)
+    model = SkipstoneForCausalLM(config)
+    missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
+    own = {name for mechanism in model.adjustables() for name in _names(model, mechanism)}
+    assert not unexpected, unexpected
+    assert set(missing) <= own, sorted(set(missing) - own)
+    for mechanism in model.adjustables():
+        if not isinstance(mechanism, MixtureOfDepths):
+            mechanism.neutral()
+    model.generation_config = source.generation_config
+    return model
+
+
+def _names(model: SkipstoneForCausalLM, mechanism: Any) -> list[str]:
+    prefix = next(name for name, module in model.named_modules() if module is mechanism)
+    return [f"{prefix}.{name}" for name in mechanism.state_dict()]
+
+
+@torch.no_grad()
+def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> NeutralStart:
+    """Logits of both on the same rows, the adapted ones with oracle and with causal decisions; noise off."""
+    routings = ["oracle"] if causal_obstacle(model) else ["oracle", "causal"]
+    was_training = model.training
+    model.eval()
+    difference = largest = 0.0
+    tokens = 0
+    for row in rows:
+        inputs = {
+            name: row[name] for name in ("input_ids", "attention_mask", "document_ids", "position_ids") if name in row
+        }
+        real_BT = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
+        expected_NV = source(**inputs, use_cache=False).logits[real_BT]
+        largest = max(largest, float(expected_NV.abs().max()))
+        tokens += len(expected_NV)
+        for routing in routings:
+            got_NV = model(**inputs, routing=routing, noise=False, use_cache=False).logits[real_BT]
+            difference = max(difference, float((got_NV - expected_NV).abs().max()))
+    model.train(was_training)
+    return NeutralStart(difference=difference, largest=largest, tokens=tokens)
+
+
+def start_routers(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
+    """Each linear router of Mixture-of-Depths as the least-squares guess of its block's influence on a token.
+
+    The score then has mean 0 and variance 1 over the rows if the guess is perfect. Raises ValueError where there is no
+    linear router to start.
+    """
+    routed: dict[int, list[MixtureOfDepths]] = {}
+    for mechanism in model.adjustables():
+        if isinstance(mechanism, MixtureOfDepths) and isinstance(mechanism.router, LinearRouter):
+            routed.setdefault(mechanism.place.layer, []).append(mechanism)
+    if not routed:
+        raise ValueError("adapt.router_start 'influence' has no effect: no mixture_of_depths has a linear router")
+    streams = list(block_streams(source, rows))
+    for layer, mechanisms in routed.items():
+        x_ND, y_ND = (torch.cat([pairs[layer][side] for pairs in streams]) for side in (0, 1))
+        target_N = token_influence(x_ND, y_ND).clamp(min=1e-9).log()
+        for mechanism in mechanisms:
+            _fit(mechanism, x_ND, target_N)
+
+
+@torch.no_grad()
+def _fit(mechanism: MixtureOfDepths, x_ND: Tensor, target_N: Tensor) -> None:
+    seen_ND = (normalised(x_ND) if mechanism.config.router_norm else x_ND).double()
+    centred_ND = seen_ND - seen_ND.mean(0)
+    goal_N = ((target_N - target_N.mean()) / target_N.std()).double()
+    covariance_DD = centred_ND.T @ centred_ND / len(goal_N)
+    ridge = RIDGE * covariance_DD.diagonal().mean()
+    eye_DD = torch.eye(len(covariance_DD), dtype=torch.float64, device=x_ND.device)
+    weight_D = torch.linalg.solve(covariance_DD + ridge * eye_DD, centred_ND.T @ goal_N / len(goal_N))
+    mechanism.router.weight.copy_(weight_D[None].to(mechanism.router.weight))  # type: ignore[operator, arg-type, union-attr]

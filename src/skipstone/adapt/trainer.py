@@ -1,0 +1,126 @@
+"""The trainer behind `skipstone adapt`: that of `skipstone train` with stages, a teacher and a budget for gates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from skipstone.adapt import stages as staging
+from skipstone.adapt.budget import is_dial
+from skipstone.adapt.config import AdaptConfig, Stage
+from skipstone.adapt.distillation import logit_divergence, stream_error
+from skipstone.core.records import Records
+from skipstone.data.rows import Row
+from skipstone.evaluate.ways import INPUTS, targets
+from skipstone.mechanisms import EarlyExit
+from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
+from skipstone.train.trainer import RunTrainer
+
+
+class Thaw(TrainerCallback):
+    """At the first step of a stage, gradients for what it trains and for nothing else."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        self.stages = stages
+        self.now: Stage | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stage, _ = staging.stage_at(self.stages, state.global_step)
+        if stage is not self.now:
+            staging.thaw(kwargs["model"], stage)
+            self.now = stage
+
+
+class AdaptTrainer(RunTrainer):
+    """adapt: the recipe. teacher: a frozen dense model on the student's device, or None. passing: the share of tokens
+    that soft gates are to let pass, or None where no gate has a budget to keep."""
+
+    def __init__(
+        self, *, adapt: AdaptConfig, teacher: SkipstoneForCausalLM | None, passing: float | None, **kwargs: Any
+    ) -> None:
+        staging.thaw(kwargs["model"], adapt.stages[0])
+        super().__init__(**kwargs)
+        self.adapt, self.teacher, self.passing = adapt, teacher, passing
+        self.parts: Counter[str] = Counter()
+        self.add_callback(Thaw(adapt.stages))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if getattr(self, "optimizer", None) is None:
+            groups = staging.groups(self._plain, self.adapt.stages, self.args.weight_decay)
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer: Any = torch.optim.AdamW(list(groups), betas=betas, eps=self.args.adam_epsilon)
+        return self.optimizer  # type: ignore[no-any-return]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler: Any = staging.schedule(
+                optimizer or self.optimizer, self.adapt.stages, self.recipe.min_lr_ratio
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        more: dict[str, Any] = {"output_hidden_states": True} if self.adapt.loss.hidden_states else {}
+        if staging.stage_at(self.adapt.stages, self.state.global_step)[0].routing == "causal":
+            more |= {"routing": "causal", "noise": False, "use_cache": False}
+        return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
+
+    def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
+        """All terms of `Loss`. What comes on top of the token loss is logged as auxiliary, so the sum stays true."""
+        wanted, token_loss = self.adapt.loss, outputs["token_loss"]
+        asked_BT = targets(inputs) != IGNORED
+        items = asked_BT.sum().clamp(min=1) if items is None else items
+        terms = {"token_loss": wanted.language_modelling * token_loss, "auxiliary_loss": outputs["auxiliary_loss"]}
+        if self.teacher is not None:
+            terms |= self._taught(outputs, inputs, asked_BT, items)
+        if self.passing is not None:
+            share = asked_BT.sum() / items  # of a micro-batch in its optimizer step
+            terms["budget_loss"] = wanted.budget * share * self._excess(outputs["records"])
+        total: Tensor = sum(terms.values())  # type: ignore[assignment]
+        scale = loss.detach() / outputs["loss"].detach()  # what Trainer makes up for the mean over processes
+        outputs["auxiliary_loss"] = total - token_loss
+        if self._logs_this_step():
+            own = [name for name in terms if name not in ("token_loss", "auxiliary_loss")]
+            self.parts.update({name: terms[name].item() for name in own})
+        return total * torch.nan_to_num(scale, nan=1.0)
+
+    def _taught(self, outputs: Any, inputs: Any, asked_BT: Tensor, items: Any) -> dict[str, Tensor]:
+        assert self.teacher is not None
+        wanted = self.adapt.loss
+        given = {name: inputs[name] for name in INPUTS if name in inputs}
+        with torch.no_grad():
+            theirs = self.teacher(**given, use_cache=False, output_hidden_states=wanted.hidden_states > 0)
+        terms = {}
+        if wanted.distillation:
+            divergence = logit_divergence(outputs["logits"], theirs.logits, asked_BT, wanted.temperature)
+            terms["distillation_loss"] = wanted.distillation * divergence / items
+        if wanted.hidden_states:
+            error = stream_error(outputs["hidden_states"][1:], theirs.hidden_states[1:], asked_BT)
+            terms["hidden_loss"] = wanted.hidden_states * error / items
+        return terms
+
+    def _excess(self, records: tuple[Records, ...]) -> Tensor:
+        """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""
+        passed, means = [], []
+        for mechanism in filter(is_dial, self._plain.adjustables()):
+            record: Any = records[mechanism.place.layer][mechanism.place.name]
+            threshold = mechanism.config.threshold
+            least = threshold if isinstance(mechanism, EarlyExit) else 1 - threshold
+            count = record.asked_BT.sum().clamp(min=1)
+            passed.append(((record.weight_BT > least) & record.asked_BT).sum() / count)
+            means.append(torch.where(record.asked_BT, record.weight_BT, 0.0).sum() / count)
+        mean = torch.stack(means).mean()
+        assert self.passing is not None
+        return (torch.stack(passed).mean() + mean - mean.detach() - self.passing).square()
+
+    def _window_logs(self) -> dict[str, float]:
+        parts, self.parts = dict(self.parts), Counter()
+        return super()._window_logs() | parts
+
+
+def on_device(row: Row, device: torch.device) -> Row:
+    return {name: value.to(device) for name, value in row.items()}

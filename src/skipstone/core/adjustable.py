@@ -1,0 +1,65 @@
+"""What every part that decides declares, so that block, trainer, generation and cost need to know none by name.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from skipstone.core.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a mechanism sits. `index` counts the blocks that carry this mechanism, `count` is how many there are."""
+
+    layer: int = 0
+    num_layers: int = 1
+    index: int = 0
+    count: int = 1
+    name: str = ""
+
+
+class Adjustable(nn.Module):
+    """A mechanism with buffers that a trainer moves once an optimizer step, never in forward."""
+
+    def statistics(self, record: Record) -> Tensor | None:
+        """fp32 vector of what `advance` needs from one micro-batch, averaged over micro-batches and processes."""
+        return None
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        """Move thresholds and schedules; `progress` runs from 0 to 1 over the training."""
+
+    def unasked(self, x_BTD: Tensor) -> Record:
+        """The record of a call in which no token reached the mechanism."""
+        raise NotImplementedError
+
+    def unready(self) -> str | None:
+        """Why causal decisions cannot be trusted yet, or None."""
+        return None
+
+    def caution(self) -> str | None:
+        """What whoever builds the model has to know before trusting its losses, or None."""
+        return None
+
+    def require_causal(self) -> None:
+        """Raise ValueError if the mechanism cannot decide without sight of later tokens, naming what can."""
+
+    def neutral(self) -> None:
+        """Make the model behave as if the mechanism were not there, its gradients alive."""
+        raise NotImplementedError
+
+    def flops(self, tokens: float, routing: str) -> float:
+        """Matrix FLOPs of the mechanism itself in one forward pass that gives it `tokens` tokens of a row."""
+        raise NotImplementedError
+
+    def backward_flops(self, tokens: float) -> float:
+        """The same of the backward pass after an oracle forward pass: a gradient for the input, one for the weight."""
+        return 2 * self.flops(tokens, "oracle")
+
+    def cache_bytes(self, tokens: float) -> float:
+        """Bytes that the mechanism itself keeps of a row while generating, after `tokens` tokens."""
+        return 0

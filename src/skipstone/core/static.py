@@ -1,0 +1,198 @@
+"""A cache of fixed size, for compiled steps and CUDA graphs: nothing in it ever changes its shape or its address.
+
+`StaticCache(config=model.config, max_cache_len=...)` of transformers is made of these layers. Every block gets columns
+for `max_cache_len` tokens, also one that will skip most of them: a causal decision promises no number that it stays
+below. Writing takes no host sync; columns that hold nothing have EMPTY slots, which no query sees.
+
+Shape letters: B rows, T tokens of this call, C columns, H key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from skipstone.core.cache import EMPTY, SkipstoneCacheLayer, Store
+from skipstone.core.rows import Rows
+
+
+class StaticStore(Store):
+    """Entries in C columns that are allocated once, in the first call; a row fills them from the left.
+
+    Column 0 comes in addition and is never read: what is not real is written there, so that every call writes the same
+    number of entries, whoever is kept. `lengths_B` counts the entries of each row, on the device; `width` is 0 or C.
+    """
+
+    lengths_B: Tensor
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: Rows | None = None, **entries: Tensor) -> None:
+        """As `Store.append`, of all rows. Raises ValueError for rows that are full, and where gradients are wanted."""
+        assert rows is None
+        if any(x.requires_grad for x in entries.values()):
+            raise ValueError(
+                "a static cache is written in place and cannot be differentiated through; call the model under "
+                "torch.no_grad(), or use DynamicCache(config=model.config)"
+            )
+        given = max(x.shape[0] for x in entries.values())
+        entries["slot"] = slot_BT.expand(given, -1)
+        self._allocate(entries)
+        column_BT = self._columns(slot_BT.shape[1], real_BT)
+        row_B1 = torch.arange(given, device=slot_BT.device)[:, None]
+        try:
+            for name, new in entries.items():
+                self.entries[name][row_B1, column_BT] = new.to(self.entries[name].dtype)
+        except IndexError:
+            raise ValueError(
+                f"a row of the cache holds {self.columns} tokens and the call brings more; "
+                "build the cache with a larger max_cache_len"
+            ) from None
+        self.lengths_B.add_(slot_BT.shape[1] if real_BT is None else real_BT.sum(1))
+
+    def _columns(self, T: int, real_BT: Tensor | None) -> Tensor:
+        """int64 [B, T], where each token goes."""
+        before_B1 = self.lengths_B[:, None]
+        if real_BT is None:
+            return before_B1 + torch.arange(1, T + 1, device=before_B1.device)
+        return torch.where(real_BT, before_B1 + real_BT.cumsum(1), 0)
+
+    def _allocate(self, like: dict[str, Tensor]) -> None:
+        rows, device = like["slot"].shape[0], like["slot"].device
+        if self.width:
+            if rows != self.lengths_B.shape[0]:
+                raise ValueError(f"the cache holds {self.lengths_B.shape[0]} rows, but the call has {rows}")
+            return
+        self.width = self.columns
+        shapes = {name: (rows, self.columns + 1, *new.shape[2:]) for name, new in like.items()}
+        kinds = {name: (shapes[name], new.dtype, new.device) for name, new in like.items()}
+        if kinds == {name: (x.shape, x.dtype, x.device) for name, x in self.entries.items()}:
+            return  # of an earlier prompt: the addresses stay
+        self.entries = {name: _buffer(shapes[name], new, EMPTY if name == "slot" else 0) for name, new in like.items()}
+        self.lengths_B = _buffer((rows,), torch.empty(0, dtype=torch.long, device=device), 0)
+
+    def row_lengths(self, rows: int, device: torch.device) -> Tensor:
+        return self.lengths_B if self.width else torch.zeros(rows, dtype=torch.long, device=device)
+
+    def even(self, rows: Rows | None = None) -> bool:
+        """Never: unused columns are always in view."""
+        return False
+
+    def view(self, name: str, rows: Rows | None = None) -> Tensor:
+        """[B, C, ...]: all columns."""
+        assert rows is None
+        return self.entries[name][:, 1 : self.width + 1]
+
+    def last(self, name: str, rows: Rows | None = None) -> Tensor | None:
+        assert rows is None
+        if not self.width or name not in self.entries:
+            return None
+        value = self.entries[name]
+        newest = value[torch.arange(value.shape[0], device=value.device), self.lengths_B]
+        has = (self.lengths_B > 0).view(-1, *[1] * (newest.dim() - 1))
+        return torch.where(has, newest, torch.zeros_like(newest))
+
+    def crop(self, slots: int) -> None:
+        if self.width:
+            slot_BC = self.entries["slot"]
+            slot_BC.masked_fill_(slot_BC >= slots, EMPTY)
+            self.lengths_B.copy_((self.view("slot") < EMPTY).sum(1))
+
+    def take(self, rows: Tensor) -> None:
+        """In place while their number stays; another number of rows is another shape and another address."""
+        if not self.width:
+            return
+        taken = {name: value.index_select(0, rows.to(value.device)) for name, value in self.entries.items()}
+        lengths_B = self.lengths_B.index_select(0, rows.to(self.lengths_B.device))
+        if len(rows) == len(self.lengths_B):
+            for name, value in taken.items():
+                self.entries[name].copy_(value)
+            self.lengths_B.copy_(lengths_B)
+        else:
+            self.entries = {name: _buffer(tuple(x.shape), x, 0).copy_(x) for name, x in taken.items()}
+            self.lengths_B = _buffer(tuple(lengths_B.shape), lengths_B, 0).copy_(lengths_B)
+
+    def empty(self) -> None:
+        """Forget everything but the memory."""
+        if self.width:
+            for name, value in self.entries.items():
+                value.fill_(EMPTY if name == "slot" else 0)
+            self.lengths_B.zero_()
+            self.width = 0
+
+    def stored(self) -> int:
+        return int(self.lengths_B.sum()) if self.width else 0
+
+
+def _buffer(shape: tuple[int, ...], like: Tensor, fill: int) -> Tensor:
+    """A tensor that lives as long as the cache, whatever mode the call is made in."""
+    if torch.compiler.is_compiling():  # neither of the two can be traced; first calls are not meant to be compiled
+        return like.new_full(shape, fill)
+    with torch.inference_mode(False):
+        buffer = torch.full(shape, fill, dtype=like.dtype, device=like.device)
+    torch._dynamo.mark_static_address(buffer)
+    return buffer
+
+
+class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
+    """The cache of one block, for transformers' `StaticCache(config=..., max_cache_len=...)`.
+
+    `cumulative_length` is a tensor on the device once the first call was made, so that a step does not depend on its
+    value.
+    """
+
+    is_compileable = True
+    cumulative_length: Any
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        super().__init__(max_cache_len=max_cache_len, **kwargs)
+        self.kv = StaticStore(max_cache_len)
+        self.cumulative_length = _buffer((), torch.empty(0, dtype=torch.long), 0)
+
+    def store(self, name: str) -> Store:
+        return self.stores.setdefault(name, StaticStore(self.max_cache_len))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self.cumulative_length.device != key_states.device:
+            self.cumulative_length = _buffer((), key_states.new_zeros((), dtype=torch.long), 0)
+
+    def _shown(self, asking: Rows | None) -> tuple[Tensor, Tensor]:
+        """Not kept on the layer: a compiled step would hand such attributes out as results."""
+        key, value = (self.kv.view(name, asking).transpose(1, 2) for name in ("key", "value"))
+        return key, value
+
+    def advance(self, tokens: int) -> None:
+        self.cumulative_length.add_(tokens)
+
+    def get_seq_length(self) -> Any:
+        """0 before the first call, then an int64 tensor []."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def crop(self, max_length: int) -> None:
+        """As for the layer that grows; the host waits once."""
+        seen = int(self.cumulative_length)
+        length = max(max_length if max_length > 0 else seen + max_length, 0)
+        if length < seen:
+            for store in self._all():
+                store.crop(length)
+            self.cumulative_length.fill_(length)
+
+    def reset(self) -> None:
+        """Forget everything but the memory, which the next prompt takes over."""
+        for store in self._all():
+            assert isinstance(store, StaticStore)
+            store.empty()
+        self.cumulative_length.zero_()
+        self.is_initialized = False

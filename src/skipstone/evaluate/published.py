@@ -1,0 +1,60 @@
+"""Figures as the papers define them, beside which our own are put.
+
+    alpha = mean over gated blocks of the mean weight of a token's update
+    saved = 1 - (ungated blocks + sum of the gated blocks' means) / blocks                  ("TLOps", arXiv 2605.05222)
+    entropy of a block = mean over rows and neurons of H(softmax(alpha + beta * gate_net))  (PolyGLU, arXiv 2603.13347)
+
+In a soft pass the first two count scaled updates as saved ones, although every one is computed; in a pass that is
+executed hard with gain 1 they count what is skipped. The third leaves out the temperature at which the mix is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skipstone.core.records import ActivationRecord, DepthRecord, Records
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayers:
+    """alpha: mean weight in gated blocks, 1 where there is none. saved: share of token-layer operations, in [0, 1]."""
+
+    alpha: float
+    saved: float
+
+
+def token_layers(records: Sequence[Records]) -> TokenLayers:
+    """Of one forward pass, from its records. Gates that sit in one block multiply."""
+    weights = [_weight(decided) for decided in records]
+    gated = [weight for weight in weights if weight is not None]
+    total = sum(gated) + len(weights) - len(gated)
+    return TokenLayers(alpha=sum(gated) / len(gated) if gated else 1.0, saved=1 - total / len(weights))
+
+
+def _weight(decided: Records) -> float | None:
+    """Mean weight of the block's asked tokens, None for a block without a gate."""
+    found = [record for record in decided.values() if isinstance(record, DepthRecord)]
+    if not found:
+        return None
+    product_BT = torch.stack([record.weight_BT for record in found]).prod(0)
+    return float(product_BT[found[0].asked_BT].double().mean())
+
+
+@torch.no_grad()
+def dynamic_entropies(model: SkipstoneForCausalLM, records: Sequence[Records]) -> list[float | None]:
+    """Nats, one figure for each block; None where the activation does not route. ln 4 is the largest there can be."""
+    blocks: Any = model.model.layers
+    found: list[float | None] = []
+    for block, decided in zip(blocks, records, strict=True):
+        entropies = [
+            block.adjustables()[name].dynamic_entropy(record)
+            for name, record in decided.items()
+            if isinstance(record, ActivationRecord)
+        ]
+        found.append(float(entropies[0].nanmean()) if entropies else None)
+    return found

@@ -1,0 +1,135 @@
+"""What an isoFLOP experiment is asked for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from skipstone.core.strict import unknown
+from skipstone.data.corpora import find_entry
+from skipstone.data.prepare import DataConfig
+from skipstone.train.config import read_recipe
+
+Recipe = dict[str, Any]
+
+# laptop: an hour on one core. paper: arXiv 2404.02258, section 4.1: its budgets, and sizes over its range of
+# parameters (60M to 3B with a vocabulary of 32,000); it tells neither widths nor rates.
+GRIDS: dict[str, dict[str, Any]] = {
+    "laptop": {
+        "budgets": [5e11, 1.5e12],
+        "sizes": ["16x4", "24x4", "32x4", "48x4"],
+        "rates": [4e-3, 8e-3, 1.6e-2],
+    },
+    "paper": {
+        "budgets": [6e18, 2e19, 1e20],
+        "sizes": ["512x8", "768x12", "1024x12", "1280x16", "1536x18", "2048x18", "2560x22", "3072x24"],
+        "rates": [3e-4, 6e-4, 1.2e-3],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width of the residual stream, and blocks."""
+
+    width: int
+    blocks: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.blocks}"
+
+
+def parse_size(word: Any, blocks: int) -> Size:
+    """`128x6`, or `128` with as many blocks as the base model. Raises ValueError for anything else."""
+    found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(word).strip())
+    if found is None:
+        raise ValueError(f"size {str(word)!r} is neither WIDTH nor WIDTHxBLOCKS, such as 128 or 128x6")
+    return Size(int(found[1]), int(found[2] or blocks))
+
+
+def arms_of(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
+    """The mechanisms of each arm: none, those of the recipe, and those with Mixture-of-Depths deciding at random."""
+    entries = [dict(entry) for entry in recipe.get("model", {}).get("mechanisms") or []]
+    arms: dict[str, list[dict[str, Any]]] = {"dense": []}
+    if not entries:
+        return arms
+    mod = [entry for entry in entries if entry.get("name") == "mixture_of_depths"]
+    arms["mod" if len(mod) == len(entries) else "routed"] = entries
+    if any(entry.get("decision") != "random" for entry in mod):
+        arms["random"] = [{**entry, "decision": "random"} if entry in mod else entry for entry in entries]
+    return arms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """recipe: the base, as `skipstone train` reads it, its vocabulary size filled in. budgets: training FLOPs of a run.
+
+    sizes: WIDTH or WIDTHxBLOCKS; heads follow from the width, their size stays. arms: see `arms_of`; empty: all.
+    rates: learning rates that every arm tries at the smallest budget, middle size. rate_rule: the best one serves all
+    sizes (constant), or falls with the width (inverse_width). seed: of the grid. optimum_seeds: how many seeds the size
+    nearest each optimum gets, the grid's among them. allow_repeats: runs may read the corpus more than once.
+    """
+
+    name: str
+    recipe: Recipe
+    budgets: list[float]
+    sizes: list[str]
+    rates: list[float]
+    arms: list[str]
+    rate_rule: Literal["constant", "inverse_width"] = "constant"
+    seed: int = 0
+    optimum_seeds: int = 3
+    allow_repeats: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("budgets", "sizes", "rates"):
+            _check_list(field, getattr(self, field))
+        for field in ("budgets", "rates"):
+            for value in getattr(self, field):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{field} must be above 0, got {value}")
+        known = arms_of(self.recipe)
+        for arm in self.arms:
+            if arm not in known:
+                raise ValueError(unknown("arm of this recipe", arm, known))
+        _check_list("arms", self.arms)
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if self.optimum_seeds < 1:
+            raise ValueError(f"optimum_seeds must be at least 1, got {self.optimum_seeds}")
+
+    @property
+    def data(self) -> DataConfig:
+        """The recipe's, reading each window once unless repeats are allowed; synthetic rows have no end anyway."""
+        own = read_recipe(self.recipe).data
+        once = not self.allow_repeats and find_entry(own.corpus)[0].kind == "text"
+        return replace(own, sampling="once") if once else own
+
+    def parsed_sizes(self) -> list[Size]:
+        return [parse_size(word, 1) for word in self.sizes]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _check_list(field: str, values: Sequence[Any]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{field} must be at least one value, none twice; got {', '.join(map(str, values)) or 'none'}")
+
+
+def make_spec(recipe: Recipe, *, scale: str = "laptop", **given: Any) -> Spec:
+    """A spec with the grid of `scale` where nothing else is given; None counts as not given.
+
+    Raises ValueError, one line, for sizes, arms and numbers that cannot be.
+    """
+    if scale not in GRIDS:
+        raise ValueError(unknown("scale", scale, GRIDS))
+    values = {**GRIDS[scale], **{name: value for name, value in given.items() if value is not None}}
+    blocks = int(recipe.get("model", {}).get("num_hidden_layers") or 6)
+    sizes = [str(parse_size(word, blocks)) for word in values.pop("sizes")]
+    arms = list(values.pop("arms", None) or arms_of(recipe))
+    values = {**values, "budgets": [float(b) for b in values["budgets"]], "rates": [float(r) for r in values["rates"]]}
+    return Spec(name=str(recipe.get("name") or "isoflop"), recipe=recipe, sizes=sizes, arms=arms, **values)

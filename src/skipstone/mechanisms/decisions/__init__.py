@@ -1,0 +1,37 @@
+"""Decisions: from scores to who is kept. One class each, and a table.
+
+An oracle decision sees the whole row (training); a causal one is what generation can do.
+"""
+
+from __future__ import annotations
+
+from skipstone.core.strict import choose
+from skipstone.mechanisms.decisions.base import Decision
+from skipstone.mechanisms.decisions.controls import Forced, Positional, Random
+from skipstone.mechanisms.decisions.learned import Predictor, Threshold, ThresholdP, TopK
+from skipstone.mechanisms.decisions.running import EmaThreshold
+from skipstone.mechanisms.schedules import Capacity
+
+DECISIONS: dict[str, type[Decision]] = {
+    "topk": TopK,
+    "threshold": Threshold,
+    "predictor": Predictor,
+    "ema_threshold": EmaThreshold,
+    "threshold_p": ThresholdP,
+    "random": Random,
+    "positional": Positional,
+    "forced": Forced,
+}
+
+__all__ = ["DECISIONS", "Decision", "EmaThreshold", "Forced", "build_decision", "causal_decisions"]
+
+
+def causal_decisions() -> list[str]:
+    """Names of the decisions that generation can make."""
+    return [name for name, kind in DECISIONS.items() if kind.is_causal and kind is not Forced]
+
+
+def build_decision(
+    name: str, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5
+) -> Decision:
+    return choose("decision", name, DECISIONS)(capacity, width, seed, threshold)

@@ -1,0 +1,68 @@
+"""Decisions that learn nothing: what a router has to beat, and what a caller imposes.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skipstone.core.tokens import Tokens
+from skipstone.mechanisms.decisions.base import Decision
+from skipstone.mechanisms.schedules import Capacity
+from skipstone.ops import reference as ops
+
+
+class Random(Decision):
+    """Control: tokens drawn at random; without noise a fixed pseudo-random pattern of positions."""
+
+    is_causal = True
+    reads_scores = False
+
+    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5) -> None:
+        super().__init__(capacity, width, seed, threshold)
+        self.seed = seed
+
+    def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        if tokens.mode.noise:
+            return ops.select_top(torch.rand_like(score_BT), self.capacity.now, tokens.group_BT)
+        hashed_BT = self._hash(tokens.position_BT).expand_as(score_BT)
+        return ops.select_top(hashed_BT, self.capacity.now, tokens.group_BT)
+
+    def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        return self._hash(tokens.position_BT).expand_as(score_BT) < self.capacity.now
+
+    def _hash(self, position_BT: Tensor) -> Tensor:
+        """A number in [0, 1) from position and seed: the fractional part of a large sine, enough for a control."""
+        turned = torch.sin(position_BT.double() * 12.9898 + self.seed * 78.233) * 43758.5453
+        return (turned - turned.floor()).float()
+
+
+class Positional(Decision):
+    """Control: every 1/capacity-th position of a document."""
+
+    is_causal = True
+    reads_scores = False
+
+    def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        """The same pattern, filled up or cut to the quota where positions have gaps (inside another mechanism)."""
+        return ops.select_top(self.causal(score_BT, x_BTD, tokens).float(), self.capacity.now, tokens.group_BT)
+
+    def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        position_BT, share = tokens.position_BT.double(), self.capacity.now * ops.ROUNDING
+        before_BT, after_BT = (x * share for x in (position_BT, position_BT + 1))
+        return (after_BT.floor() > before_BT.floor()).expand_as(score_BT)
+
+
+class Forced(Decision):
+    """Only what the caller imposes: forward(routing={layer: mask})."""
+
+    is_causal = True
+    reads_scores = False
+
+    def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        return self.causal(score_BT, x_BTD, tokens)
+
+    def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        raise ValueError("decision 'forced' needs forward(routing={layer: bool mask [B, T]}) for every routed layer")

@@ -1,0 +1,63 @@
+"""A threshold that runs after the scores.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import initialization as init
+
+from skipstone.core.tokens import Tokens
+from skipstone.mechanisms.decisions.base import Decision
+from skipstone.mechanisms.schedules import Capacity
+
+
+class EmaThreshold(Decision):
+    """score > a running average of the (1 - capacity) quantile of the scores, the same in training and inference.
+
+    After Expert Threshold routing (arXiv 2603.11535), there for experts. The threshold moves once an optimizer step,
+    outside forward; without a trainer that advances it, it stays where it is.
+    """
+
+    is_causal = True
+    static = False
+    momentum = 0.9  # a batch's quantile is exact to under a per cent of its tokens, while scores drift by more
+    threshold: Tensor
+    steps: Tensor
+
+    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5) -> None:
+        super().__init__(capacity, width, seed, threshold)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def reset_parameters(self) -> None:
+        """For checkpoints without these buffers, which transformers allocates without a value."""
+        init.zeros_(self.threshold)
+        init.zeros_(self.steps)
+
+    def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        return self.causal(score_BT, x_BTD, tokens)
+
+    def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        return score_BT > self.threshold
+
+    def statistics(self, score_BT: Tensor, asked_BT: Tensor) -> Tensor | None:
+        """[1], the quantile that capacity asks for; NaN where nobody was asked."""
+        return torch.where(asked_BT, score_BT, torch.nan).nanquantile(1 - self.capacity.now)[None]
+
+    def advance(self, statistics: Tensor | None) -> None:
+        if statistics is not None:
+            seen = statistics[0].isfinite()
+            self.steps += seen
+            momentum = torch.clamp(1 - 1 / self.steps.clamp(min=1), max=self.momentum)  # the first ones count in full
+            self.threshold.lerp_(torch.where(seen, statistics[0].to(self.threshold), self.threshold), 1 - momentum)
+
+    def unready(self) -> str | None:
+        if self.steps.item():
+            return None
+        return (
+            "ema_threshold was never advanced: train with skipstone.train.RoutingTrainer or its RoutingMixin, "
+            "or use another decision"
+        )

@@ -1,0 +1,39 @@
+"""Exploration: noise on the scores while training selects, so that tokens just below the line are tried, too.
+
+A router learns only from the tokens that it keeps; what it never tries it cannot learn to value. Gumbel noise on the
+scores before a top-k draws without replacement from the softmax of score / scale (arXiv 1903.06059).
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from skipstone.mechanisms.schedules import UNIT, Progress
+
+
+class Exploration(nn.Module):
+    """score + scale * (1 - progress / until) * Gumbel noise, for the selection alone: weights see the plain score."""
+
+    def __init__(self, scale: float, until: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.progress = Progress(until)
+
+    def forward(self, score_BT: Tensor, asked_BT: Tensor, capacity: float | None = None) -> Tensor:
+        """fp32 [B, T], without a gradient.
+
+        capacity: for decisions by a threshold. Noise lifts the upper quantiles, so that a threshold would let too many
+        pass; with it the (1 - capacity) quantile of the whole call stays where it is.
+        """
+        score_BT = score_BT.detach()
+        # from the buffer and not from the Python number, which would compile a new graph in every step
+        amplitude = self.scale * (1 - self.progress.millionths / UNIT)
+        explored_BT = score_BT - amplitude * torch.empty_like(score_BT).exponential_().log()
+        if capacity is None:
+            return explored_BT
+        lifted, plain = (
+            torch.where(asked_BT, x_BT, torch.nan).nanquantile(1 - capacity) for x_BT in (explored_BT, score_BT)
+        )
+        return explored_BT - (lifted - plain)

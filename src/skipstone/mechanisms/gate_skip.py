@@ -1,0 +1,115 @@
+"""GateSkip (Laitenberger et al. 2025, arXiv 2510.13876): a gate behind each sub-layer that also tells who may skip it.
+
+    g_i = sigmoid(W h_i + b)                   one number for each channel, or one for the token
+    h  <- h + g * Attn(LN1(h))                 with `on: attention`
+    h  <- h + g * FFN(LN2(h))                  with `on: mlp`, another gate
+    loss = CE + sparsity_weight * mean over gates and tokens of mean(g)
+
+Training is soft: everything is computed and scaled. A causal pass leaves out tokens whose mean gate is low, with their
+keys and values computed as ever. Where we differ: the paper ranks tokens by their gates within a budget; here a running
+quantile of the gates in training is the threshold, which can be applied to one token at a time. It keeps the budget as
+far as gates in a hard pass are distributed like those of the soft ones.
+
+Shape letters: B rows, T tokens, D width, G gates of a token (D or 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from skipstone.core.load import Load
+from skipstone.core.records import DepthRecord, Record, Records
+from skipstone.core.seam import Update
+from skipstone.core.tokens import Tokens
+from skipstone.mechanisms.base import DepthMechanism, Place, every
+from skipstone.mechanisms.decisions import EmaThreshold
+from skipstone.mechanisms.gating import gate, is_hard
+from skipstone.mechanisms.routers import LinearRouter
+from skipstone.mechanisms.schedules import require_capacity
+
+NEUTRAL_SCORE = 12.0  # an open gate of 1 - 6e-6, whose gradient is still alive
+EPSILON = 1e-6  # a mean gate within this of 0 or 1 counts as that far away, so that its logit is finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSkipConfig:
+    """capacity: share of tokens that a hard causal pass computes, in (0, 1]. gate: one number a channel, or a token.
+
+    start_bias: b before training (5: gates start at .993). sparsity_weight: price of open gates in the loss.
+    execution: what a causal pass does, hard (skip) or soft (scale only).
+    """
+
+    capacity: float = 0.75
+    gate: Literal["channel", "token"] = "channel"
+    start_bias: float = 5.0
+    sparsity_weight: float = 0.001
+    execution: Literal["hard", "soft"] = "hard"
+
+    def __post_init__(self) -> None:
+        require_capacity("capacity", self.capacity)
+        if not self.sparsity_weight >= 0:
+            raise ValueError(f"sparsity_weight must not be negative, got {self.sparsity_weight}")
+
+
+class GateSkip(DepthMechanism):
+    """A gate scales what a sub-layer adds; executed hard, tokens with nearly closed gates skip it."""
+
+    Config = GateSkipConfig
+
+    def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
+        super().__init__(hidden_size, place, **options)
+        self.capacity: float = self.config.capacity
+        outputs = hidden_size if self.config.gate == "channel" else 1
+        self.router = LinearRouter(hidden_size, self.config.start_bias, outputs)
+        self.decision = EmaThreshold(self.capacity, hidden_size)
+
+    def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
+        """The inner update by the gate. The score is the logit of a token's mean gate."""
+        open_BTG = self.router.all(x_BTD).sigmoid()
+        mean_BT = open_BTG.mean(-1)
+        score_BT, asked_BT = torch.logit(mean_BT.detach(), eps=EPSILON), every(tokens, mean_BT)
+        kept_BT = asked_BT & self._keeps(score_BT, x_BTD, tokens) if is_hard(self.config.execution, tokens) else None
+        delta_BTD, inner = gate(update, x_BTD, tokens, None, kept_BT)
+        shown_BT = asked_BT if kept_BT is None else kept_BT
+        records = self.record(
+            score_BT=score_BT,
+            kept_BT=shown_BT,
+            weight_BT=torch.where(shown_BT, mean_BT, 0.0),
+            asked_BT=asked_BT,
+            loss_BT=torch.where(asked_BT, mean_BT, 0.0) * (self.config.sparsity_weight / self.place.count),
+        )
+        return delta_BTD * open_BTG.to(delta_BTD.dtype), {**records, **inner}
+
+    def _keeps(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        if tokens.forced_BT is not None:
+            return tokens.forced_BT
+        if self.capacity >= 1:
+            return torch.ones_like(score_BT, dtype=torch.bool)
+        return self.decision.causal(score_BT, x_BTD, tokens)
+
+    def statistics(self, record: Record) -> Tensor | None:
+        assert isinstance(record, DepthRecord)
+        return self.decision.statistics(record.score_BT, record.asked_BT)
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        self.decision.advance(statistics)
+
+    def unready(self) -> str | None:
+        return self.decision.unready() if self.capacity < 1 and self.config.execution == "hard" else None
+
+    def neutral(self) -> None:
+        """Open gates, and nobody left out."""
+        self.router.constant(NEUTRAL_SCORE)
+        self.capacity = 1.0
+
+    def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
+        if kept is None and self.config.execution == "hard":
+            kept = self.capacity * load.given
+        return super().narrow(load, kept, oracle)
+
+    def flops(self, tokens: float, routing: str) -> float:
+        return self.router.flops(tokens)

@@ -1,0 +1,146 @@
+"""What moves with the progress of a training: how far a schedule is, and the capacity that is in force.
+
+A trainer moves schedules between optimizer steps, never forward, which activation checkpointing repeats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from skipstone.mechanisms.base import Place
+
+Shape = Literal["linear", "cosine"]
+UNIT = 1_000_000  # an integer keeps its value whatever type the model is cast to
+
+
+def between(start: float, end: float, share: float, shape: Shape) -> float:
+    """From `start` at share 0 to `end` at share 1 and beyond, in a straight line or as half a cosine."""
+    share = min(max(share, 0.0), 1.0)
+    if shape == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return (1 - share) * start + share * end
+
+
+def require_capacity(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a share of tokens that a block may keep."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A capacity over depth: `start` in the first routed block, `end` in the last."""
+
+    start: float
+    end: float
+    shape: Shape = "linear"
+
+    def __post_init__(self) -> None:
+        require_capacity("start", self.start)
+        require_capacity("end", self.end)
+
+
+def capacity_at(capacity: float | list[float] | Ramp, place: Place) -> float:
+    """The capacity of one block. Raises ValueError for a list that has not one number for each routed block."""
+    if isinstance(capacity, Ramp):
+        return between(capacity.start, capacity.end, place.index / max(place.count - 1, 1), capacity.shape)
+    if not isinstance(capacity, list):
+        return capacity
+    if len(capacity) != place.count:
+        raise ValueError(
+            f"capacity lists {len(capacity)} numbers, but {place.count} blocks are routed; give one for each of them"
+        )
+    return capacity[place.index]
+
+
+class Progress(nn.Module):
+    """How far a schedule is that ends at `until` of the training: a buffer for checkpoints, Python values for the host.
+
+    They stand still from then on, or a compiler, which takes them for constants, would start anew in every step.
+    """
+
+    millionths: Tensor
+
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self.until = until
+        self.register_buffer("millionths", torch.zeros((), dtype=torch.long))
+        self._known: int | None = None  # None: look at the buffer, which makes the host wait once
+        self.over = False  # known to be; a schedule that is over and does not know it computes the same
+
+    def reset_parameters(self) -> None:
+        """For checkpoints without this buffer, which transformers allocates without a value."""
+        init.zeros_(self.millionths)
+        self._forget()
+
+    @property
+    def share(self) -> float:
+        """0 before the first step, 1 from the end of the schedule on."""
+        if self._known is None:
+            self._know(int(self.millionths.item()))
+        assert self._known is not None
+        return self._known / UNIT
+
+    def advance(self, progress: float) -> None:
+        """To this share of the training, exactly as a checkpoint holds it."""
+        self._know(round(min(max(progress / self.until, 0.0), 1.0) * UNIT))
+        self.millionths.fill_(self._known)  # type: ignore[arg-type]
+
+    def _know(self, millionths: int) -> None:
+        self._known, self.over = millionths, millionths == UNIT
+
+    def _forget(self) -> None:
+        self._known, self.over = None, False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Progress:
+        self._forget()  # the buffer may come from elsewhere, or hold nothing yet
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+
+class Capacity(nn.Module):
+    """The share of tokens that a block may keep. `now` falls from 1 to `final` over the first `warmup` of a training.
+
+    A warm-up lets a block learn what it does for every token before it has to choose (Mixture-of-Recursions,
+    arXiv 2507.10524, warms up the share of tokens of its expert-choice router, too).
+    """
+
+    def __init__(self, final: float, warmup: float = 0.0, shape: Shape = "linear") -> None:
+        super().__init__()
+        self.final, self.shape = final, shape
+        self.progress = Progress(warmup) if warmup else None
+
+    @property
+    def now(self) -> float:
+        if self.progress is None:
+            return self.final
+        return between(1.0, self.final, self.progress.share, self.shape)
+
+    def pin(self, capacity: float) -> None:
+        """This capacity from now on; a warm-up, if there is one, now falls towards it."""
+        self.final = capacity
+
+    def advance(self, progress: float) -> None:
+        if self.progress is not None:
+            self.progress.advance(progress)
+
+    def unready(self) -> str | None:
+        if self.progress is None or self.progress.share:
+            return None
+        return (
+            "capacity_warmup was never advanced, so that every token is still kept: train with "
+            "skipstone.train.RoutingTrainer or its RoutingMixin, or add its RoutingCallback"
+        )
+
+    def extra_repr(self) -> str:
+        return f"final={self.final}, shape={self.shape}"

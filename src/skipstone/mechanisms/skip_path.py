@@ -1,0 +1,49 @@
+"""What a token gets from a block that it skips, where that is not nothing.
+
+Shape letters: B rows, T tokens, D width, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from skipstone.core.tokens import Tokens
+
+
+class LowRankSkip(nn.Module):
+    """up (down x): a linear guess at the update, neutral at the start because `up` is zero.
+
+    After Informed Routing (arXiv 2510.13831), which approximates what it does not execute. There a forecast of the
+    unit's output also informs the router; here it is the skip path alone, and the decision does not see it.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down_weight = nn.Parameter(torch.empty(rank, width))
+        self.up_weight = nn.Parameter(torch.empty(width, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.down_weight.shape[1])
+        init.uniform_(self.down_weight, -bound, bound)
+        init.zeros_(self.up_weight)
+
+    def forward(self, x_BTD: Tensor, skipped_BT: Tensor, tokens: Tokens) -> Tensor:
+        """[B, T, D], with the gain of outer gates; 0 where not in `skipped_BT` and where nobody wants the update.
+
+        Computed for every token: at these ranks gathering would cost more than it saves.
+        """
+        if tokens.wanted is not None:
+            skipped_BT = skipped_BT & tokens.wanted.mask(skipped_BT.shape[0], skipped_BT.device)
+        update_BTD = F.linear(F.linear(x_BTD, self.down_weight), self.up_weight)
+        if tokens.gain_BT is not None:
+            update_BTD = update_BTD * tokens.gain_BT[..., None].to(update_BTD.dtype)
+        return torch.where(skipped_BT[..., None], update_BTD, 0.0)
+
+    def flops(self, tokens: float) -> float:
+        return 2 * tokens * (self.down_weight.numel() + self.up_weight.numel())

@@ -1,0 +1,79 @@
+"""The table of released layouts; file to model folder and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.core.strict import choose, unknown
+from skipstone.model.card import write_card
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.loading import Dtype, about, from_tensors, named_dtype, quiet
+from skipstone.model.pretrained import load_model
+from skipstone.model.released.files import read_weights, write_weights
+from skipstone.model.released.layout import Layout
+from skipstone.model.released.polychromatic import POLYCHROMATIC
+from skipstone.model.released.tsa import TSA
+from skipstone.model.writing import complete
+
+LAYOUTS: dict[str, Layout] = {"tsa": TSA, "polychromatic": POLYCHROMATIC}
+WRITTEN = (".pt", ".safetensors")
+
+
+def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options: Any) -> SkipstoneForCausalLM:
+    """The model that a file of released weights holds, in their own dtype unless another is named.
+
+    layout: `tsa` or `polychromatic`. options: what the weights do not tell, num_heads of `tsa` and tau of
+    `polychromatic` (default: as in the file, or .1). Raises FileNotFoundError if there is no such file, and ValueError
+    for a file, a tensor or an option that the layout does not have.
+    """
+    chosen, path = choose("layout", layout, LAYOUTS), Path(file).expanduser()
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in chosen.options:
+            raise ValueError(unknown(f"option of layout {layout!r}", name, chosen.options))
+    weights = read_weights(path)
+    with about(path.name), quiet():
+        found = chosen.read(weights, given)
+        config = SkipstoneConfig.from_plain(found.values)
+        return from_tensors(config, _copied(found.tensors), named_dtype(dtype, _dtype(found.tensors)))
+
+
+def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: Any) -> None:
+    """Write `load_released(...)` to the folder `out`, with a model card. Raises FileExistsError if it is taken."""
+    with complete(Path(out)) as partial:
+        model = load_released(file, layout, dtype, **options)
+        with quiet():
+            model.save_pretrained(partial)
+            write_card(model, partial, title=Path(out).name, source=Path(file).name)
+
+
+def convert_to(folder: str | Path, out: Path, layout: str, dtype: Dtype = None) -> None:
+    """Write a model of ours in a released layout to the file `out`, a .pt or .safetensors file by its suffix.
+
+    Raises FileExistsError if something is there, and ValueError for a layout that is only read, another suffix, and a
+    model that the released code would compute otherwise.
+    """
+    out, writers = Path(out), {name: found.write for name, found in LAYOUTS.items() if found.write is not None}
+    write = choose("layout to write", layout, writers)
+    if out.suffix not in WRITTEN:
+        raise ValueError(f"output {str(out)!r} must end in {' or '.join(WRITTEN)}")
+    with complete(out) as partial:
+        model = load_model(folder, dtype)
+        with about(str(folder)):
+            weights = write(model)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        write_weights(weights, partial, out.suffix)
+
+
+def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    return tensors["model.embed_tokens.weight"].dtype
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Off the file, which may be mapped into memory and may change."""
+    return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,81 @@
+"""Files of released weights. Tensors and plain values are read; whatever else a pickle holds is refused, not run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from skipstone.model.loading import one_line
+
+STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")  # where training scripts put it among other things
+SAFETENSORS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict, and the plain numbers that stood beside it in the file."""
+
+    tensors: dict[str, Tensor]
+    beside: dict[str, int | float] = field(default_factory=dict)
+
+
+def read_weights(path: Path) -> Weights:
+    """The state dict of a .safetensors file, or of a file of torch.save (by itself or inside a checkpoint).
+
+    The tensors of a .pt file stay on disk until they are used: optimizer states beside the weights cost no memory.
+    Raises FileNotFoundError if there is no such file, and ValueError for one that is something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"file {str(path)!r} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; the released file itself is expected (.pt or .safetensors)")
+    try:
+        found = load_file(path) if path.suffix == SAFETENSORS else _unpickled(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path.name}: {_why(error)}") from None
+    return _weights(found, path.name)
+
+
+def _unpickled(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _why(error: Exception) -> str:
+    if refused := re.search(r"Unsupported (?:global|class|operand).*?(?:GLOBAL\s+)?([\w.]+\.[\w.]+)", str(error)):
+        return f"holds more than tensors and plain values ({refused[1]}), which is not read; save its state dict alone"
+    return f"is no file of weights that can be read ({one_line(error)[:120]})"
+
+
+def _weights(found: Any, name: str) -> Weights:
+    inside = [
+        found[key] for key in STATE_DICT_KEYS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)
+    ]
+    tensors = inside[0] if inside else found
+    if not isinstance(tensors, Mapping) or not any(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{name}: holds no state dict (neither by itself nor under {', '.join(STATE_DICT_KEYS)})")
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: {key} is no tensor but {type(value).__name__}")
+    numbers = {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return Weights(dict(tensors), numbers)
+
+
+def write_weights(weights: Weights, path: Path, kind: str) -> None:
+    """Write to `path`: kind `.safetensors`, where tensors that share memory are written twice; else as torch.save does.
+
+    A .pt file holds the state dict under `model`, and the numbers beside it.
+    """
+    if kind == SAFETENSORS:
+        save_file({key: value.clone() for key, value in weights.tensors.items()}, path)
+    else:
+        torch.save({"model": weights.tensors, **weights.beside}, path)

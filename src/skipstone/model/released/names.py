@@ -1,0 +1,45 @@
+"""From released names to ours. A table maps patterns, in which `{i}` is a block and `{next}` the one behind it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from skipstone.model.loading import and_more
+
+Table = Mapping[str, str]
+
+
+def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many blocks the names `prefix.0...`, `prefix.1...` stand for. Raises ValueError if there is none."""
+    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
+    numbers = {int(match[1]) for match in found if match}
+    if not numbers:
+        raise ValueError(f"has no tensor {prefix}.0...: it is not of this layout")
+    return max(numbers) + 1
+
+
+def expand(table: Table, count: int) -> dict[str, str]:
+    """Every name of `count` blocks."""
+    return {k.format(i=i, next=i + 1): v.format(i=i, next=i + 1) for i in range(count) for k, v in table.items()}
+
+
+def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, object], ignored: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless the tensors are the expected ones; those `ignored` may be there or not."""
+    if missing := [name for name in expected if name not in tensors and name not in ignored]:
+        raise ValueError(f"lacks {and_more(missing)}")
+    if left := [name for name in tensors if name not in expected and name not in ignored]:
+        near = difflib.get_close_matches(left[0], expected, n=1)
+        hint = f" (the nearest name that it has is {near[0]})" if near else ""
+        raise ValueError(f"has {and_more(left)}, which this layout does not have{hint}")
+
+
+def sizes(tensors: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor. Raises ValueError if it has another number of axes."""
+    shape = tuple(tensors[name].shape)
+    if len(shape) != axes:
+        raise ValueError(f"{name} has shape {list(shape)}, {axes} axes are expected")
+    return shape

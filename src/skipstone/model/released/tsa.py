@@ -1,0 +1,116 @@
+"""Token-Selective Attention (Mohammed 2026, arXiv 2605.05222): the state dict of its released PyTorch code.
+
+Queries, keys and values are one matrix whose rows are first all queries, then all keys, then all values, each of them
+by heads; so the number of heads is the one size that the weights do not tell. Router r stands apart from the blocks; it
+reads the stream behind block r and gates block r + 1. The head shares the embedding's weights. lambda is a setting of
+the training and not in the weights: the converted model has the paper's for language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from skipstone.model.released.files import Weights
+from skipstone.model.released.layout import Layout, Options, Translated
+from skipstone.model.released.names import check_names, count_blocks, expand, sizes
+
+HEAD, EMBEDDING = "head.weight", "token_emb.weight"
+DEPTH_LOSS = "_last_depth_reg_loss"  # a buffer that remembers the last training step's loss; of no use here
+WHOLE = {
+    EMBEDDING: "model.embed_tokens.weight",
+    "pos_emb.weight": "model.positions.weight",
+    "ln_f.weight": "model.norm.weight",
+    "ln_f.bias": "model.norm.bias",
+}
+QKV = {"blocks.{i}.attn.qkv.weight": "model.layers.{i}.self_attn.{{}}_proj.weight"}
+BLOCK = {
+    "blocks.{i}.ln1.weight": "model.layers.{i}.input_layernorm.weight",
+    "blocks.{i}.ln1.bias": "model.layers.{i}.input_layernorm.bias",
+    "blocks.{i}.attn.proj.weight": "model.layers.{i}.self_attn.o_proj.weight",
+    "blocks.{i}.ln2.weight": "model.layers.{i}.post_attention_layernorm.weight",
+    "blocks.{i}.ln2.bias": "model.layers.{i}.post_attention_layernorm.bias",
+    "blocks.{i}.ffn.net.0.weight": "model.layers.{i}.mlp.up_proj.weight",
+    "blocks.{i}.ffn.net.0.bias": "model.layers.{i}.mlp.up_proj.bias",
+    "blocks.{i}.ffn.net.3.weight": "model.layers.{i}.mlp.down_proj.weight",
+    "blocks.{i}.ffn.net.3.bias": "model.layers.{i}.mlp.down_proj.bias",
+}
+ROUTER = {
+    "routers.{i}.mlp.0.weight": "model.layers.{next}.mechanisms.token_selective.router.hidden_weight",
+    "routers.{i}.mlp.0.bias": "model.layers.{next}.mechanisms.token_selective.router.hidden_bias",
+    "routers.{i}.mlp.2.weight": "model.layers.{next}.mechanisms.token_selective.router.weight",
+    "routers.{i}.mlp.2.bias": "model.layers.{next}.mechanisms.token_selective.router.score_bias",
+}
+
+# What the released code computes whatever its sizes are. How its weights start: embeddings N(0, .02), projections into
+# the stream 1/sqrt(2 L) of that, everything else as PyTorch builds it. Its gates are soft in every pass; its sparse
+# mode gives kept tokens gain 1; its depth loss averages over all tokens, labelled or not.
+BASE: dict[str, Any] = {
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "positions": "learned",
+    "mlp": "plain",
+    "mlp_bias": True,
+    "activation": "gelu",
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "mlp_dropout": 0.1,
+    "mlp_hidden_dropout": 0.1,
+    "linear_init": "torch",
+    "scaled_output_init": True,
+    "auxiliary_loss_over": "all",
+    "tie_word_embeddings": True,
+}
+LANGUAGE, SYNTHETIC = 0.001, 0.01  # the paper's lambdas
+
+
+def gate(depth_weight: float = LANGUAGE, **options: Any) -> dict[str, Any]:
+    """The mechanism on every block but the first."""
+    values = {"start_bias": -1.0, "depth_weight": depth_weight, "execution": "soft", "hard_gain": "one"}
+    return {"name": "token_selective", "layers": "1:", **values, **options}
+
+
+def _read(weights: Weights, options: Options) -> Translated:
+    tensors = weights.tensors
+    layers = count_blocks(tensors, "blocks")
+    if layers < 2:
+        raise ValueError("has one block, which is never gated: there is no Token-Selective Attention in it")
+    qkv, plain = expand(QKV, layers), {**WHOLE, **expand(BLOCK, layers), **expand(ROUTER, layers - 1)}
+    check_names(tensors, {**plain, **qkv, HEAD: None}, ignored=(DEPTH_LOSS,))
+    if not tensors[HEAD].equal(tensors[EMBEDDING]):
+        raise ValueError(f"{HEAD} differs from {EMBEDDING}; in this layout they are one matrix")
+    ours = {name: tensors[key] for key, name in plain.items()}
+    for key, pattern in qkv.items():
+        for letter, part in zip("qkv", _thirds(tensors, key), strict=True):
+            ours[pattern.format(letter)] = part
+    return Translated(values=_values(tensors, layers, options.get("num_heads")), tensors=ours)
+
+
+def _thirds(tensors: Mapping[str, Tensor], key: str) -> tuple[Tensor, ...]:
+    rows, width = sizes(tensors, key, 2)
+    if rows != 3 * width:
+        raise ValueError(f"{key} has shape [{rows}, {width}]; three square matrices above each other are expected")
+    return tensors[key].split(width)
+
+
+def _values(tensors: Mapping[str, Tensor], layers: int, num_heads: int | None) -> dict[str, Any]:
+    vocabulary, width = sizes(tensors, EMBEDDING, 2)
+    if num_heads is None:
+        raise ValueError("the weights do not tell how many heads the attention has: give num_heads (--num-heads)")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads must divide the width, which is {width}; got {num_heads}")
+    return {
+        **BASE,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": sizes(tensors, "blocks.0.ffn.net.0.weight", 2)[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": num_heads,
+        "max_position_embeddings": sizes(tensors, "pos_emb.weight", 2)[0],
+        "mechanisms": [gate(router_width=sizes(tensors, "routers.0.mlp.0.weight", 2)[0])],
+    }
+
+
+TSA = Layout(read=_read, options=("num_heads",))

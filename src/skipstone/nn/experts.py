@@ -1,0 +1,221 @@
+"""A mixture of experts as the MLP of a block: token choice among SwiGLU experts and, if asked for, no-ops.
+
+    p = softmax(W x)                    fp32, over the experts and behind them the no-ops
+    y = sum_{e in top k of p, e no no-op} g_e down_e(act(gate_e x) * up_e x)
+    g = p renormalised over the k chosen ones, no-ops included (`renormalise: false`: p itself)
+
+A no-op among the experts is the integrated form of Mixture-of-Depths-and-Experts (Raposo et al. 2024, arXiv 2404.02258,
+section 4.4); the staged form is Mixture-of-Depths around a block with this MLP. Each token chooses by itself alone, so
+that choosing is causal, and nothing is dropped; padding and tokens whose update nobody wants choose nothing.
+
+Auxiliary loss of a token t, whose mean over tokens is the balancing loss of Switch Transformer (arXiv 2101.03961,
+equations 4 to 6) for k choices, plus the z-loss of ST-MoE (arXiv 2202.08906, equation 5):
+
+    a X sum_e f_e p_te + b logsumexp(W x_t)^2      X experts and no-ops, f_e: share of e in the choices of this call
+
+Balancing without a loss (arXiv 2408.15664): a bias on p that only choosing sees, moved by u sign(mean - f_e) a step.
+
+Shape letters: B rows, T tokens, C choices of a token, X experts and no-ops, D width, F neurons of an expert.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from skipstone.core.adjustable import Adjustable, Place
+from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.records import ExpertsRecord, Record, Records
+from skipstone.core.strict import from_dict
+from skipstone.core.tokens import Tokens, every
+from skipstone.nn.mlp import FixedActivation
+from skipstone.ops import apply_experts
+from skipstone.ops.reference import linear_fp32
+
+ROW_OF_16_BYTES = 8  # elements, in the narrowest type: what grouped products ask of a width
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """count: experts. top_k: choices of a token. no_op: experts beside them that do nothing, at no FLOPs.
+
+    intermediate_size: neurons of one expert; by default the model's divided by top_k, so that a token costs what the
+    dense MLP costs. renormalise: whether the weights of the chosen ones add up to 1. balance_weight: a, 0 for none.
+    balance_rate: u, 0 for none. z_weight: b, 0 for none.
+    """
+
+    count: int = 8
+    top_k: int = 2
+    no_op: int = 0
+    intermediate_size: int | None = None
+    renormalise: bool = True
+    balance_weight: float = 0.01
+    balance_rate: float = 0.0
+    z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 1), ("top_k", 1), ("no_op", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("balance_weight", "balance_rate", "z_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.top_k > self.total:
+            raise ValueError(f"top_k must be at most count + no_op = {self.total}, got {self.top_k}")
+        if self.top_k == 1 and self.renormalise:
+            raise ValueError(
+                "renormalise must be false with top_k 1: a single weight would always be 1, and the router idle"
+            )
+        if self.intermediate_size is not None and (
+            self.intermediate_size < 1 or self.intermediate_size % ROW_OF_16_BYTES
+        ):
+            raise ValueError(f"intermediate_size must be a multiple of {ROW_OF_16_BYTES}, got {self.intermediate_size}")
+
+    @property
+    def total(self) -> int:
+        return self.count + self.no_op
+
+    def neurons(self, dense: int) -> int:
+        """Of one expert, where the dense MLP has `dense`: a multiple of 8."""
+        return self.intermediate_size or -(-dense // (self.top_k * ROW_OF_16_BYTES)) * ROW_OF_16_BYTES
+
+
+class ExpertRouter(nn.Module):
+    """logits = W x in fp32. A bare weight, so that adapters and quantisers that take every Linear leave it alone."""
+
+    def __init__(self, width: int, total: int, balanced: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(total, width))
+        self.balance_bias: Tensor | None
+        self.register_buffer("balance_bias", torch.zeros(total) if balanced else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, 0.0, 0.02)
+        if self.balance_bias is not None:
+            init.zeros_(self.balance_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return linear_fp32(x_BTD, self.weight)
+
+
+class ExpertsMLP(Adjustable):
+    """`options` as in `ExpertsConfig`. Widths must be multiples of 8."""
+
+    def __init__(
+        self,
+        width: int,
+        neurons: int,
+        activation: FixedActivation,
+        dropout: float = 0.0,
+        place: Place | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.config = from_dict(ExpertsConfig, options)
+        self.place = place or Place(name="experts")
+        neurons, count = self.config.neurons(neurons), self.config.count
+        self.router = ExpertRouter(width, self.config.total, self.config.balance_rate > 0)
+        self.gate_proj = nn.Parameter(torch.empty(count, neurons, width))
+        self.up_proj = nn.Parameter(torch.empty(count, neurons, width))
+        self.down_proj = nn.Parameter(torch.empty(count, width, neurons))
+        self.activation = activation
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.gate_proj, self.up_proj, self.down_proj):
+            init.normal_(weight, 0.0, 0.02)
+
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
+    ) -> tuple[Tensor, Records]:
+        """The experts' sum [B, T, D], 0 for padding, and who chose what."""
+        logits_BTX = self.router(x_BTD)
+        share_BTX = logits_BTX.softmax(-1)
+        expert_BTC, weight_BTC = self.choose(share_BTX)
+        asked_BT = every(tokens, x_BTD[..., 0])
+        idle_BTC = self._idle(expert_BTC, None if tokens.real_BT is None else asked_BT)
+        y_ND = apply_experts(
+            x_BTD.flatten(0, 1),
+            expert_BTC.flatten(0, 1),
+            weight_BTC.flatten(0, 1),
+            None if idle_BTC is None else idle_BTC.flatten(0, 1),
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+            self.activation.function,
+        )
+        chosen_BTX = torch.zeros_like(share_BTX, dtype=torch.bool).scatter(-1, expert_BTC, True) & asked_BT[..., None]
+        loss_BT = self._loss(logits_BTX, share_BTX, chosen_BTX, asked_BT)
+        seen_BTX = logits_BTX.detach().masked_fill(~asked_BT[..., None], float("nan"))
+        return self.dropout(y_ND.view_as(x_BTD)), {
+            self.place.name: ExpertsRecord(seen_BTX, chosen_BTX, asked_BT, loss_BT)
+        }
+
+    def choose(self, share_BTX: Tensor) -> tuple[Tensor, Tensor]:
+        """The k best of each token and their weights, [B, T, C]."""
+        bias_X = self.router.balance_bias
+        ranked_BTX = share_BTX if bias_X is None else share_BTX + bias_X
+        expert_BTC = ranked_BTX.topk(self.config.top_k, dim=-1).indices
+        weight_BTC = share_BTX.gather(-1, expert_BTC)
+        if self.config.renormalise:
+            weight_BTC = weight_BTC / weight_BTC.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return expert_BTC, weight_BTC
+
+    def _idle(self, expert_BTC: Tensor, real_BT: Tensor | None) -> Tensor | None:
+        """Choices that nobody computes; None where there are none."""
+        no_op_BTC = expert_BTC >= self.config.count if self.config.no_op else None
+        if real_BT is None:
+            return no_op_BTC
+        padding_BTC = ~real_BT[..., None].expand_as(expert_BTC)
+        return padding_BTC if no_op_BTC is None else no_op_BTC | padding_BTC
+
+    def _loss(self, logits_BTX: Tensor, share_BTX: Tensor, chosen_BTX: Tensor, asked_BT: Tensor) -> Tensor | None:
+        balance, z = self.config.balance_weight, self.config.z_weight
+        terms = []
+        if balance:
+            usage_X = self._usage(chosen_BTX, asked_BT).nan_to_num(0.0)
+            terms.append(balance * self.config.total * (share_BTX * usage_X).sum(-1))
+        if z:
+            terms.append(z * logits_BTX.logsumexp(-1).square())
+        return torch.where(asked_BT, sum(terms), 0.0) if terms else None
+
+    def _usage(self, chosen_BTX: Tensor, asked_BT: Tensor) -> Tensor:
+        return chosen_BTX.sum((0, 1)) / (asked_BT.sum() * self.config.top_k)
+
+    def usage(self, record: ExpertsRecord) -> Tensor:
+        """f: share of each expert, no-ops last, in all choices, fp32 [X]; NaN where nobody was asked."""
+        return self._usage(record.chosen_BTX, record.asked_BT)
+
+    def statistics(self, record: Record) -> Tensor | None:
+        assert isinstance(record, ExpertsRecord)
+        return self.usage(record) if self.config.balance_rate else None
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        if self.router.balance_bias is not None and statistics is not None:
+            self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
+
+    def unasked(self, x_BTD: Tensor) -> ExpertsRecord:
+        nan_BTX = x_BTD.new_full((*x_BTD.shape[:2], self.config.total), float("nan"), dtype=torch.float32)
+        return ExpertsRecord(nan_BTX, nan_BTX > 0, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
+
+    def neutral(self) -> None:
+        """Nothing: a part of the decoder, not something around it."""
+
+    def flops(self, tokens: float, routing: str) -> float:
+        """Of the router; the experts' products count as the block's MLP."""
+        return 2 * tokens * self.router.weight.numel()
+
+    def promised_choices(self, tokens: float) -> float:
+        """How many choices experts compute for so many tokens in the mean, if all are used alike, no-ops included."""
+        return tokens * self.config.top_k * self.config.count / self.config.total
+
+    def entropy(self, record: ExpertsRecord) -> Tensor:
+        """Of each token's p, as a share of its maximum (ln X); NaN where nobody was asked. [B, T]."""
+        return torch.special.entr(record.logits_BTX.softmax(-1)).sum(-1) / math.log(max(self.config.total, 2))

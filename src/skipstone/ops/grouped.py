@@ -1,0 +1,86 @@
+"""Experts by grouped matrix products: meaning and signature of `reference.apply_experts`, each choice computed once.
+
+Choices are sorted by expert, so that each expert's tokens lie together; idle choices come last, where no product looks.
+Nothing here makes the host wait, and every sum has a fixed order. Widths must be multiples of 8: the kernels ask for
+rows of 16 bytes.
+Shape letters: N tokens, C choices of a token, S = N C sorted choices, X experts, D width, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def apply_experts(
+    x_ND: Tensor,
+    expert_NC: Tensor,
+    weight_NC: Tensor,
+    idle_NC: Tensor | None,
+    gate_XFD: Tensor,
+    up_XFD: Tensor,
+    down_XDF: Tensor,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """See `reference.apply_experts`."""
+    dtype = _product_dtype(gate_XFD)
+    key_NC = expert_NC if idle_NC is None else torch.where(idle_NC, len(gate_XFD), expert_NC)
+    sorted_S, order_S = key_NC.flatten().sort(stable=True)
+    place_NC = order_S.argsort().view_as(expert_NC)  # where each choice went
+    experts_X = torch.arange(len(gate_XFD), device=x_ND.device)
+    end_X = torch.searchsorted(sorted_S, experts_X, right=True).to(torch.int32)
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return F.grouped_mm(x, weight.to(dtype).transpose(1, 2), offs=end_X)
+
+    x_SD = _Spread.apply(x_ND.to(dtype), order_S, place_NC, idle_NC)
+    y_SD = product(activation(product(x_SD, gate_XFD)) * product(x_SD, up_XFD), down_XDF)
+    y_NCD = _Collect.apply(y_SD, order_S, place_NC, idle_NC)
+    return (y_NCD * weight_NC[..., None].to(dtype)).sum(1)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What F.linear would compute in: grouped products know nothing of autocast."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _at(x_SD: Tensor, place_NC: Tensor, idle_NC: Tensor | None) -> Tensor:
+    """x of each choice [N, C, D]; 0 for idle ones, whose rows the products leave as they find the memory."""
+    x_NCD = x_SD.index_select(0, place_NC.flatten()).view(*place_NC.shape, -1)
+    return x_NCD if idle_NC is None else x_NCD.masked_fill_(idle_NC[..., None], 0.0)
+
+
+class _Spread(torch.autograd.Function):
+    """A copy of its token for each choice, sorted. Backward adds up by token: no scattering, so no order by chance."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_S: Tensor, place_NC: Tensor, idle_NC: Tensor | None) -> Tensor:
+        ctx.save_for_backward(place_NC, idle_NC)
+        return x_ND.index_select(0, order_S // place_NC.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None, None]:
+        place_NC, idle_NC = ctx.saved_tensors
+        return _at(grad_SD, place_NC, idle_NC).sum(1), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Sorted choices back in the order of tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SD: Tensor, order_S: Tensor, place_NC: Tensor, idle_NC: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order_S)
+        return _at(y_SD, place_NC, idle_NC)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NCD: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_S,) = ctx.saved_tensors
+        return grad_NCD.flatten(0, 1).index_select(0, order_S), None, None, None

@@ -1,0 +1,28 @@
+"""`skipstone adapt SOURCE RECIPE.yaml key=value ...`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def adapt(
+    source: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of a dense checkpoint.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to adapt by.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to write; the recipe's own if absent.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+) -> None:
+    """Make a dense checkpoint compute less, starting from exactly what it computes."""
+    from skipstone_cli.overrides import load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+
+    from skipstone.adapt.run import adapt as run
+
+    folder = run(source, config, out=out, resume=resume)
+    typer.echo(f"run folder: {folder}")

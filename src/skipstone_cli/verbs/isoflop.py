@@ -1,0 +1,127 @@
+"""`skipstone isoflop RECIPE.yaml`"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.errors import UserError
+
+
+class Scale(StrEnum):
+    LAPTOP = "laptop"
+    PAPER = "paper"
+
+
+class RateRule(StrEnum):
+    CONSTANT = "constant"
+    INVERSE_WIDTH = "inverse_width"
+
+
+Budgets = Annotated[str | None, typer.Option(metavar="1e12,3e12", help="Training FLOPs of a run.")]
+Sizes = Annotated[str | None, typer.Option(metavar="64,128x6", help="WIDTH, or WIDTHxBLOCKS.")]
+Rates = Annotated[str | None, typer.Option(metavar="1e-3,2e-3", help="Learning rates that each arm tries.")]
+Rule = Annotated[RateRule | None, typer.Option(help="The best rate for every size alike, or falling with the width.")]
+Arms = Annotated[str | None, typer.Option(metavar="dense,mod,random", help="All that the recipe has, if absent.")]
+Seed = Annotated[int | None, typer.Option(help="Of the grid; 0 if absent.")]
+OptimumSeeds = Annotated[int | None, typer.Option(help="Seeds at the size nearest each optimum; 3 if absent.")]
+Repeats = Annotated[bool, typer.Option("--allow-repeats", help="Runs may read the corpus more than once.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of table, page, records; --runs if absent.")]
+Estimate = Annotated[
+    bool, typer.Option("--estimate", help="Print every run with its FLOPs and time here; train nothing.")
+]
+Speed = Annotated[
+    float | None, typer.Option(metavar="4e14", help="With --estimate: of another machine, instead of timing this.")
+]
+
+
+def isoflop(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The base: its model is what sizes change.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
+    ] = None,
+    scale: Annotated[Scale, typer.Option(help="The grid, where nothing else is given.")] = Scale.LAPTOP,
+    budgets: Budgets = None,
+    sizes: Sizes = None,
+    rates: Rates = None,
+    rate_rule: Rule = None,
+    arms: Arms = None,
+    seed: Seed = None,
+    optimum_seeds: OptimumSeeds = None,
+    allow_repeats: Repeats = False,
+    out: Out = None,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of run folders.")] = Path("runs"),
+    estimate: Estimate = False,
+    flops_per_second: Speed = None,
+    render: Annotated[bool, typer.Option("--render", help="Run nothing, render from the records alone.")] = False,
+) -> None:
+    """Train arms and sizes for equal training FLOPs, fit their optima, and write the table and the page."""
+    from skipstone_cli.overrides import load_recipe
+
+    given = {
+        "budgets": _numbers("--budgets", budgets),
+        "sizes": _words("--sizes", sizes),
+        "rates": _numbers("--rates", rates),
+        "rate_rule": None if rate_rule is None else rate_rule.value,
+        "arms": _words("--arms", arms),
+        "seed": seed,
+        "optimum_seeds": optimum_seeds,
+        "allow_repeats": allow_repeats or None,
+    }
+    if flops_per_second is not None and not estimate:
+        raise UserError("--flops-per-second would have no effect: it is for --estimate")
+    if estimate and render:
+        raise UserError("--estimate and --render: take one of them")
+    config = load_recipe(recipe, overrides or [])
+
+    from skipstone.experiments.isoflop import run
+    from skipstone.experiments.isoflop.spec import make_spec
+
+    spec = make_spec(config, scale=scale.value, **given)
+    target = runs if out is None else out
+    if estimate:
+        run.estimate(spec, flops_per_second)
+        return
+    words = ["skipstone", "isoflop", str(recipe), *(overrides or []), *_options(given)]
+    words += [] if scale is Scale.LAPTOP else [f"--scale={scale.value}"]
+    command = " ".join(words)
+    written = run.render(target, spec.name) if render else run.isoflop(spec, out=target, runs=runs, command=command)
+    for path in written:
+        typer.echo(f"written: {path}")
+
+
+def _options(given: Mapping[str, object]) -> list[str]:
+    """The options as they can be given again; where files go is left out."""
+    found = []
+    for name, value in given.items():
+        if value is not None:
+            text = ",".join(map(_short, value)) if isinstance(value, list) else _short(value)
+            found += [f"--{name.replace('_', '-')}" + ("" if value is True else f"={text}")]
+    return found
+
+
+def _short(value: object) -> str:
+    return f"{value:g}".replace("e+", "e") if isinstance(value, float) else str(value)
+
+
+def _words(option: str, text: str | None) -> list[str] | None:
+    """`a,b` as a list without repetition. Raises UserError otherwise."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(words) or len({*words}) < len(words):
+        raise UserError(f"{option} must be different values separated by commas, got {text!r}")
+    return words
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """The same as numbers."""
+    words = _words(option, text)
+    try:
+        return None if words is None else [float(word) for word in words]
+    except ValueError:
+        raise UserError(f"{option} must be numbers separated by commas, got {text!r}") from None

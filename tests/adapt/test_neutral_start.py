@@ -1,0 +1,152 @@
+"""Law 1 for pretrained weights: step 0 of every mechanism and combination has the source's logits, and can learn."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from adapt.sources import VOCAB, mixture, source_model
+from skipstone.adapt import stages
+from skipstone.adapt.config import Lora, read_recipe
+from skipstone.adapt.plan import prepare_plan
+from skipstone.adapt.student import NeutralStart, neutral_start, route, start_routers, with_defaults
+from skipstone.mechanisms import ACTIVATION, DEPTH
+from skipstone.mechanisms.decisions import DECISIONS
+from skipstone.model.config import SkipstoneConfig
+from skipstone.train.callback import RoutingCallback
+from skipstone.train.setup import plain
+
+ROUNDING, GATES = 2e-6, 1e-3  # shares of the largest logit
+
+ENTRIES: dict[str, dict[str, Any]] = {name: {"name": name, "layers": ":"} for name in DEPTH}
+ENTRIES["mixture_of_depths"]["capacity"] = 0.25
+PAIRS = [names for count in range(3) for names in itertools.permutations(DEPTH, count)]
+COMBINATIONS = [
+    *PAIRS,
+    *(names for count in range(3, len(DEPTH) + 1) for names in itertools.combinations(DEPTH, count)),
+]
+SITES = [(name, site) for name in DEPTH for site in ("attention", "mlp")]
+RICH = [{"skip": "low_rank"}, {"kv": "full"}, {"router": "mlp"}, {"z_loss": 0.01}, {"router_norm": False}]
+
+
+@cache
+def dense() -> Any:
+    return source_model().requires_grad_(False)
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, VOCAB, (2, 3, 20), generator=torch.Generator().manual_seed(1))
+    padded = torch.ones(3, 20, dtype=torch.long)
+    padded[1, 15:] = 0
+    return [{"input_ids": ids[0]}, {"input_ids": ids[1], "attention_mask": padded}]
+
+
+def student(mechanisms: list[dict[str, Any]], activation: Any = "silu") -> Any:
+    values = {**plain(dense().config), "mechanisms": with_defaults(mechanisms), "activation": activation}
+    return route(dense(), SkipstoneConfig.from_plain(values), seed=0)
+
+
+def start(model: Any) -> NeutralStart:
+    return neutral_start(model, dense(), rows())
+
+
+def check(model: Any) -> None:
+    """Neutral, and every mechanism has a gradient to leave with."""
+    only_rounding = all(type(m).__name__ == "MixtureOfDepths" for m in model.adjustables())
+    found = start(model)
+    assert found.largest > 1
+    assert found.tokens == 2 * 3 * 20 - 5
+    assert found.share <= (ROUNDING if only_rounding else GATES)
+    found.require(1e-3)
+    ids = rows()[0]["input_ids"]
+    model.train()(ids, labels=ids, noise=False).loss.backward()
+    for mechanism in model.adjustables():
+        norms = [p.grad.norm() for p in mechanism.parameters() if p.grad is not None]
+        assert any(norm > 0 for norm in norms)
+        assert all(norm.isfinite() for norm in norms)
+
+
+@pytest.mark.parametrize("activation", ["silu", *ACTIVATION])
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_every_combination(names: tuple[str, ...], activation: str) -> None:
+    check(student([ENTRIES[name] for name in names], activation if activation == "silu" else {"name": activation}))
+
+
+@pytest.mark.parametrize(("name", "site"), SITES)
+def test_every_site(name: str, site: str) -> None:
+    check(student([{**ENTRIES[name], "on": site}]))
+
+
+@pytest.mark.parametrize("decision", [name for name in DECISIONS if name != "forced"])
+def test_every_decision(decision: str) -> None:
+    check(student([mixture(capacity=0.25, decision=decision)]))
+
+
+@pytest.mark.parametrize("options", RICH, ids=str)
+def test_the_options_of_mixture_of_depths(options: dict[str, Any]) -> None:
+    check(student([mixture(capacity=0.25, **options)]))
+
+
+def test_weight_one_and_a_falling_capacity() -> None:
+    model = student([mixture(capacity=0.25, weight="none", capacity_warmup=1.0)])
+    assert start(model).share <= ROUNDING
+    callback = RoutingCallback()
+    for step in (1, 2):  # no longer neutral once the capacity has begun to fall
+        callback._advance(model, type("State", (), {"global_step": step, "max_steps": 4})(), {})
+        assert start(model).difference > 1e-3
+
+
+def test_attention_and_mlp_alone_are_exact_to_the_last_bit() -> None:
+    """There the residual stream is summed in the order of the source."""
+    model = student([mixture(capacity=0.5, on="attention"), mixture(capacity=0.5, on="mlp")])
+    assert start(model).difference == 0
+
+
+def test_routers_that_start_as_guesses_of_influence_change_nothing_yet() -> None:
+    model = student([mixture(capacity=0.5)])
+    before = model.model.layers[1].mechanisms["mixture_of_depths"].router.weight.clone()
+    start_routers(model, dense(), rows())
+    router = model.model.layers[1].mechanisms["mixture_of_depths"].router
+    assert not torch.equal(before, router.weight)
+    assert start(model).share <= ROUNDING
+
+
+def test_adapters_change_nothing_yet() -> None:
+    model = student([mixture(capacity=0.5)])
+    stages.add_adapters(model, Lora())
+    assert start(model).share <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"weight": "raw"}, "weight tanh or none"), ({"weight": "sigmoid"}, "not neutral"),
+     ({"capacity_warmup": 0.0}, "capacity_warmup above 0")],
+)  # fmt: skip
+def test_what_is_not_neutral_is_refused(options: dict[str, Any], said: str) -> None:
+    found = start(student([mixture(capacity=0.25, **options)]))
+    with pytest.raises(ValueError, match=said):
+        found.require(1e-3)
+
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("adapt-*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_start_neutral_on_a_real_model(path: Path, data_dir: Path, tmp_path: Path) -> None:
+    from skipstone_cli.overrides import load_recipe
+
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl named Lily. " * 200)
+    words = [f"data.corpus=text:{tmp_path}", "data.context=128", "adapt.calibration_rows=4"]
+    plan = prepare_plan(str(data_dir / "stories260K"), read_recipe(load_recipe(path, words)))
+    assert plan.record["neutral_start"]["difference"] <= 1e-3 * plan.record["neutral_start"]["largest"]
+    theirs = AutoModelForCausalLM.from_pretrained(data_dir / "stories260K").eval()
+    ids = plan.rows[0]["input_ids"]
+    with torch.no_grad():
+        expected, got = theirs(ids).logits, plan.model.eval()(ids).logits
+    assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()
