@@ -2,8 +2,8 @@
 
     python benchmarks/decode_batches.py [--size small | large] [--rows 1 2 4 8 16 32 64] [--out results]
 
-Every other block keeps 12.5 % of the tokens: random weights, and a threshold set where the scores of random text say
-so. Both models continue the same prompts with the same tokens, one a row and step. `--out` keeps decode.json and
+Every other block keeps 12.5 % of the tokens: random weights, and thresholds set where the scores of random text after
+these prompts say so. Both models continue the same prompts with the same tokens, one a row and step. `--out` keeps decode.json and
 decode.md; a size that was measured before stays in them. Threads: OMP_NUM_THREADS.
 """
 
@@ -29,6 +29,7 @@ from skipstone.evaluate.speed import Lap, Task, take_turns
 from skipstone.train.environment import describe
 
 CAPACITY, ROWS = 0.125, (1, 2, 4, 8, 16, 32, 64)
+CALIBRATION = 32  # rows of text that a threshold is set by, at least
 ABOUT = f"""One token a row and step, fp32, greedy decisions of a causal threshold that keeps {CAPACITY:.1%} in every
 other block. *Speed* is the dense model's seconds by the routed model's in the same turn, so tokens per second by the
 dense model's: above 1 is faster. *Rows computed* is the mean over routed blocks and steps."""
@@ -62,10 +63,7 @@ def model_of(size: Size, routed: bool) -> SkipstoneForCausalLM:
         num_attention_heads=size.width // 64,
         mechanisms=[entry] if routed else [],
     )
-    model = SkipstoneForCausalLM(config).eval()
-    if routed:
-        calibrate(model, size)
-    return model
+    return SkipstoneForCausalLM(config).eval()
 
 
 def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
@@ -73,9 +71,10 @@ def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def calibrate(model: SkipstoneForCausalLM, size: Size) -> None:
+def calibrate(model: SkipstoneForCausalLM, size: Size, prompts: Tensor) -> None:
     """Each threshold at the quantile of its scores, block after block, over the positions that a turn decodes."""
-    ids = text(size, 32, size.prompt + size.steps, seed=1)
+    prompts = prompts.repeat(-(-CALIBRATION // len(prompts)), 1)
+    ids = torch.cat([prompts, text(size, len(prompts), size.steps, seed=1)], dim=1)
     for i, name, mechanism in routers(model):
         record = model(ids, use_cache=False, output_records=True).records[i][name]
         scores = record.score_BT[:, size.prompt :].flatten()
@@ -95,8 +94,10 @@ class Decoding:
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
         self.model, self.size, self.rows = model, size, rows
         self.cache, self.turns = DynamicCache(config=model.config), itertools.count()
+        self.prompts = text(size, rows, size.prompt, seed=2)
+        calibrate(model, size, self.prompts)
         with torch.inference_mode():
-            model(text(size, rows, size.prompt, seed=2), past_key_values=self.cache)
+            model(self.prompts, past_key_values=self.cache)
 
     @torch.inference_mode()
     def lap(self) -> Lap:
@@ -123,7 +124,7 @@ class Decoding:
     def memory(self) -> dict[str, int]:
         """Entries and bytes, slots included, that a prompt and a turn's tokens leave in a new cache."""
         cache = DynamicCache(config=self.model.config)
-        self.model(text(self.size, self.rows, self.size.prompt, seed=2), past_key_values=cache)
+        self.model(self.prompts, past_key_values=cache)
         for token in text(self.size, self.rows, self.size.steps, seed=101).split(1, dim=1):
             self.model(token, past_key_values=cache)
         stores = [layer.kv for layer in cache.layers]  # type: ignore[attr-defined]
@@ -162,8 +163,8 @@ def render(figures: dict[str, Any]) -> str:
             "",
             f"## {name}: d {found['width']}, {found['blocks']} blocks, {found['parameters'] / 1e6:.1f} M parameters",
             "",
-            f"Embedding and head: {found['embedding_and_head']:.1%} of the parameters. "
-            + f"Prompts of {found['prompt']} tokens, {found['steps']} steps a turn, medians of {found['turns']} turns.",
+            f"Embedding and head {found['embedding_and_head']:.1%} of the parameters; prompts of {found['prompt']} "
+            f"tokens, {found['steps']} steps a turn, medians of {found['turns']} turns.",
             "",
             "| rows | dense, ms a step | routed, ms a step | speed (least to greatest) | rows computed | share |",
             "|---:|---:|---:|---:|---:|---:|",

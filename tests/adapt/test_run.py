@@ -153,7 +153,7 @@ def test_gates_keep_a_budget_too(source: Path, tmp_path: Path) -> None:
 
 def test_a_gate_that_ranks_tokens_gets_its_capacity(source: Path, tmp_path: Path) -> None:
     """It starts with every token kept, so that it is neutral, and ends with the capacity of its options."""
-    model = {"mechanisms": [{"name": "gate_skip", "on": "mlp", "layers": ":", "capacity": 0.3}]}
+    model = {"mechanisms": [{"name": "gate_skip", "gate": "token", "on": "mlp", "layers": ":", "capacity": 0.3}]}
     folder = run(source, recipe(tmp_path, model, {"router_learning_rate": 0.03}, steps=4), tmp_path / "run")
     first, *_, last = lines(folder, "validation")
     assert first["capacity/0/gate_skip_on_mlp"] == 1

@@ -30,7 +30,10 @@ def double(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
 
 @pytest.mark.parametrize("weight", ["raw", "sigmoid", "tanh", "none"])
 def test_mixture_of_depths_weighs_the_update(weight: str) -> None:
-    layer, x = MixtureOfDepths(D, capacity=0.25, decision="topk", weight=weight, guidance=False, router_norm=False), torch.randn(2, T, D)
+    layer, x = (
+        MixtureOfDepths(D, capacity=0.25, decision="topk", weight=weight, guidance=False, router_norm=False),
+        torch.randn(2, T, D),
+    )
     if weight == "tanh":
         torch.nn.init.constant_(layer.tanh_scale, 0.5)
     delta, records = layer(double, x, tokens())

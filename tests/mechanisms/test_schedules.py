@@ -155,8 +155,8 @@ def test_checkpoints_keep_the_capacity_in_force(cast: torch.dtype, tmp_path: Pat
     assert [m.decision.capacity.now for m in mods(shapes)] == [now] * 3
 
 
-def test_defaults_keep_nothing_that_checkpoints_did_not_have() -> None:
-    assert not [name for name, _ in MixtureOfDepths(D).named_buffers()]
+def test_what_is_not_asked_for_leaves_no_tensor() -> None:
+    assert [name for name, _ in MixtureOfDepths(D).named_buffers()] == ["decision.threshold", "decision.steps"]
     assert [name for name, _ in MixtureOfDepths(D, decision="topk").named_parameters()] == ["router.weight"]
 
 

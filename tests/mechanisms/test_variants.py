@@ -60,11 +60,11 @@ def test_threshold_p_is_pulled_to_its_capacity() -> None:
 
 
 def test_z_loss_is_the_squared_score() -> None:
-    layer, x = MixtureOfDepths(D, decision="topk", z_loss=0.5), torch.randn(2, T, D)
+    layer, x = MixtureOfDepths(D, decision="topk", weight="raw", z_loss=0.5), torch.randn(2, T, D)
     real = torch.arange(T)[None] < torch.tensor([[T], [7]])
     record = layer(triple, x, tokens(real_BT=real))[1][NAME]
     torch.testing.assert_close(record.loss_BT, torch.where(real, 0.5 * (x @ layer.router.weight[0]) ** 2, 0.0))
-    both = MixtureOfDepths(D, decision="threshold", z_loss=0.5, auxiliary_weight=0.1)
+    both = MixtureOfDepths(D, decision="threshold", weight="raw", z_loss=0.5, auxiliary_weight=0.1)
     record = both(triple, x, tokens())[1][NAME]
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     expected = 0.1 * bce(record.score_BT, record.kept_BT.float(), reduction="none") + 0.5 * record.score_BT**2
