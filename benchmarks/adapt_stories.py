@@ -36,7 +36,7 @@ ABOUT = """A dense checkpoint that writes stories, adapted for a few hundred ste
 reads the same rows and learns from text and teacher alike. All that skip execute the FLOPs of the model without one
 block. *Nats* and *perplexity* are of the pass that skips, on rows that nobody trained on; wikitext-2 is text of another
 kind. FLOPs are counted, one row at a time."""
-LEAST = {"score": "block_influence", "count": 2}
+LEAST = {"score": "block_influence"}
 
 
 def write_stories(source: str, folder: Path) -> None:
@@ -56,21 +56,24 @@ def write_stories(source: str, folder: Path) -> None:
         path.write_text("\n".join(stories) + "\n", encoding="utf-8")
 
 
-def arms(budget: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def arms(budget: float, steps: int) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Name, model, what differs in `adapt`."""
-    mixture = {"name": "mixture_of_depths", "layers": LEAST}
-    low_rank = {**mixture, "skip": "low_rank"}
-    random = {**low_rank, "decision": "random", "weight": "none"}
+    mixture = {"name": "mixture_of_depths", "layers": {**LEAST, "count": 3}, "capacity_warmup": 0.15}
+    best = {**mixture, "kv": "full", "skip": "low_rank", "skip_rank": 16}
+    random = {**best, "decision": "random", "weight": "none"}
     gates = {"name": "token_selective", "layers": "1:", "depth_weight": 0.0}
-    routed = {"budget": budget, "router_learning_rate": 3e-3}
+    routed = {"budget": budget, "router_learning_rate": 3e-3, "start": "measured"}
     yield "dense, tuned", {}, {}
     yield "one block dropped", {"drop_layers": {**LEAST, "count": 1}}, {}
-    yield "random skipping", {"mechanisms": [random]}, {"budget": budget}
-    yield "mixture of depths", {"mechanisms": [low_rank]}, {**routed, "router_start": "influence"}
-    yield "same, nothing for skipped tokens", {"mechanisms": [mixture]}, {**routed, "router_start": "influence"}
-    yield "same, random start", {"mechanisms": [low_rank]}, routed
-    closing = {"loss": {**LOSS, "budget": 10.0}, "router_learning_rate": 1e-2}
-    yield "token-selective attention", {"mechanisms": [gates]}, {**routed, **closing}
+    yield "random skipping", {"mechanisms": [random]}, {**routed, "start": "random"}
+    yield "mixture of depths", {"mechanisms": [best]}, routed
+    yield "same, random start", {"mechanisms": [best]}, {**routed, "start": "random"}
+    yield "same, nothing for skipped tokens", {"mechanisms": [{**best, "skip": "identity"}]}, routed
+    yield "same, no keys of skipped tokens", {"mechanisms": [{**best, "kv": "kept"}]}, routed
+    soft = {"steps": steps * 3 // 5}
+    hard = {"steps": steps - soft["steps"], "routing": "causal", "learning_rate": 5e-4}
+    closing = {"loss": {**LOSS, "budget": 10.0}, "router_learning_rate": 1e-2, "stages": [soft, hard]}
+    yield "token-selective attention", {"mechanisms": [gates]}, {**closing, "budget": budget}
 
 
 LOSS = {"language_modelling": 0.5, "distillation": 0.5}
@@ -127,7 +130,7 @@ def main() -> None:
     smaller = Run(given.work / "source").load_model()
     whole, block = (smaller.cost(tokens=CONTEXT).forward.total, _block(smaller))
     for seed in given.seeds:
-        for arm, model, options in arms(1 - block / whole):
+        for arm, model, options in arms(1 - block / whole, given.steps):
             folder = given.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{given.steps}-seed{seed}"
             if not (folder / "result.json").is_file():
                 adapt(given.source, recipe(model, options, stories, given.steps, seed), out=folder)

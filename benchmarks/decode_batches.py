@@ -3,8 +3,8 @@
     python benchmarks/decode_batches.py [--size small | large] [--rows 1 2 4 8 16 32 64] [--out results]
 
 Every other block keeps 12.5 % of the tokens: random weights, and thresholds set where the scores of random text after
-these prompts say so. Both models continue the same prompts with the same tokens, one a row and step. `--out` keeps decode.json and
-decode.md; a size that was measured before stays in them. Threads: OMP_NUM_THREADS.
+these prompts say so. Both models continue the same prompts with the same tokens, one a row and step. `--out` keeps
+decode.json and decode.md; a size that was measured before stays in them. Threads: OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -159,12 +159,12 @@ def render(figures: dict[str, Any]) -> str:
     """Markdown from the record alone."""
     lines = [ABOUT]
     for name, found in figures["sizes"].items():
+        share = f"{found['embedding_and_head']:.1%} are embedding and head"
         lines += [
             "",
             f"## {name}: d {found['width']}, {found['blocks']} blocks, {found['parameters'] / 1e6:.1f} M parameters",
             "",
-            f"Embedding and head {found['embedding_and_head']:.1%} of the parameters; prompts of {found['prompt']} "
-            f"tokens, {found['steps']} steps a turn, medians of {found['turns']} turns.",
+            f"Of the parameters {share}. Prompts of {found['prompt']} tokens, {found['steps']} steps a turn.",
             "",
             "| rows | dense, ms a step | routed, ms a step | speed (least to greatest) | rows computed | share |",
             "|---:|---:|---:|---:|---:|---:|",
@@ -172,8 +172,8 @@ def render(figures: dict[str, Any]) -> str:
         for rows, one in found["rows"].items():
             dense, routed = (1e3 * one["seconds"][kind] for kind in ("dense", "routed"))
             speed = "{median:.2f} ({min:.2f} to {max:.2f})".format(**one["speed"])
-            share = one["computed"] / int(rows)
-            lines.append(f"| {rows} | {dense:.2f} | {routed:.2f} | {speed} | {one['computed']:.2f} | {share:.1%} |")
+            kept = one["computed"] / int(rows)
+            lines.append(f"| {rows} | {dense:.2f} | {routed:.2f} | {speed} | {one['computed']:.2f} | {kept:.1%} |")
         lines += ["", *_memory(found["rows"]), "", closing(found["command"], found["environment"])]
     return "\n".join(lines) + "\n"
 
@@ -195,7 +195,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep decode.json and decode.md in this folder")
     arguments = parser.parse_args()
     measured = measure(SIZES[arguments.size], arguments.rows)
-    command = f"python benchmarks/decode_batches.py --size {arguments.size} --out results"
+    rows = "" if arguments.rows == list(ROWS) else f" --rows {' '.join(map(str, arguments.rows))}"
+    command = f"python benchmarks/decode_batches.py --size {arguments.size}{rows} --out results"
     kept = arguments.out / "decode.json" if arguments.out else None
     figures = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.is_file() else {"sizes": {}}
     figures["sizes"][arguments.size] = {**measured, "command": command, "environment": describe(seed=0)}

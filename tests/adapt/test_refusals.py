@@ -112,7 +112,7 @@ SCORED = {"score": "block_influence", "count": 2}
         ({"drop_layers": ":"}, {}, "drops every block"),
         ({"mechanisms": [mixture(capacity=0.5)]}, {"train_only": "router"}, "unknown adapt.train_only 'router'"),
         ({}, {"train_only": "routers"}, "trains nothing"),
-        ({}, {"router_start": "influence"}, "has no effect"),
+        ({}, {"start": "measured"}, "has no effect"),
         ({}, {"stages": [{"steps": 0}]}, "stages[0].steps must be at least 1"),
         ({}, {"stages": [{"steps": 2, "warmup_steps": 3}]}, "warmup_steps must be in [0, 2]"),
         ({}, {"loss": {"language_modelling": 0.0}}, "nothing would be learned"),

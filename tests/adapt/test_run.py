@@ -35,7 +35,7 @@ ALL = {
 
 
 def everything(folder: Path, **train: Any) -> dict[str, Any]:
-    adapt = {"stages": STAGES, "loss": DISTILLED, "budget": 0.8, "router_start": "influence", "lora": {"dropout": 0.1}}
+    adapt = {"stages": STAGES, "loss": DISTILLED, "budget": 0.8, "start": "measured", "lora": {"dropout": 0.1}}
     return recipe(folder, ALL, adapt, **train)
 
 

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from adapt.sources import mixture, recipe, run, source_model
 from skipstone.adapt import stages
 from skipstone.adapt.config import Lora, Stage, read_recipe
+from skipstone.adapt.plan import check_early
 from skipstone.adapt.student import route, with_defaults
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
 from train.tool import weights
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("adapt-*.yaml"))
 
 
 def filled(**options: Any) -> Stage:
@@ -96,6 +100,14 @@ def _config(folder: Path) -> dict[str, Any]:
     return Run(folder).config()["model"]
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_that_we_ship_can_be_read(path: Path) -> None:
+    read = read_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
+    check_early(read)
+    assert read.name == path.stem
+    assert read.train.steps == sum(stage.steps or 0 for stage in read.adapt.stages)
+
+
 def test_a_recipe_is_complete_after_reading(tmp_path: Path) -> None:
     given = recipe(tmp_path, {}, {"stages": [{"steps": 3}, {"steps": 2, "train_only": "routers"}]}, warmup_steps=4)
     given["adapt"]["router_learning_rate"] = 0.5
@@ -106,5 +118,6 @@ def test_a_recipe_is_complete_after_reading(tmp_path: Path) -> None:
     assert first.learning_rate == second.learning_rate == read.train.learning_rate
     assert first.router_learning_rate == 0.5
     assert (first.warmup_steps, second.warmup_steps) == (3, 2)
+    assert read_recipe({**given, "train": {"warmup_steps": 99}}).adapt.stages[1].warmup_steps == 2
     alone = read_recipe(recipe(tmp_path, {}))
     assert [stage.steps for stage in alone.adapt.stages] == [12]

@@ -5,6 +5,7 @@ run.py           `adapt`: from a checkpoint to a finished run folder
 plan.py          everything up to the first step
 source.py        the dense checkpoint, its tokenizer, another teacher
 student.py       the source's weights with mechanisms that change nothing yet, and the proof of it
+start.py         routers and skip paths that start from what the source does
 influence.py     how much each block matters, and which to choose by it
 budget.py        executed FLOPs: what promises them, what meets them, what is reached
 stages.py        what trains when, learning rates, adapters

@@ -90,8 +90,9 @@ class AdaptConfig:
     train_only, router_learning_rate (None: the learning rate): for stages that do not say. stages: one after the other;
     none: a single one of train.steps. loss, lora: see there.
     budget: forward FLOPs a token to execute, as a share of the dense source's, at rows of data.context tokens; None:
-    whatever the mechanisms' options give. router_start: random, or influence: linear routers start as a least-squares
-    guess of how much the block changes a token, measured on the source.
+    whatever the mechanisms' options give. start: random, or measured: linear routers of Mixture-of-Depths start as a
+    least-squares guess of how much their site changes a token, low-rank skip paths as one of its update, both measured
+    on the source.
     calibration_rows: so many training rows (all, if there are fewer) on which blocks are scored, routers started and
     thresholds set.
     tolerance: of the neutral start, as a share of the source's largest logit.
@@ -103,7 +104,7 @@ class AdaptConfig:
     loss: Loss = field(default_factory=Loss)
     lora: Lora = field(default_factory=Lora)
     budget: float | None = None
-    router_start: Literal["random", "influence"] = "random"
+    start: Literal["random", "measured"] = "random"
     calibration_rows: int = 16
     tolerance: float = 1e-3
 
@@ -152,7 +153,8 @@ def read_recipe(values: Mapping[str, Any]) -> AdaptRecipe:
                 f"train.steps is {train['steps']}, but the stages have {total} steps together; leave it out"
             )
         train["steps"] = total
-        train.setdefault("warmup_steps", 0)
+        if isinstance(warmup := train.get("warmup_steps", 0), int):  # each stage has its own, cut to its length below
+            train["warmup_steps"] = min(warmup, total)
         values["train"] = train
     recipe = from_dict(AdaptRecipe, values)
     return replace(recipe, adapt=replace(recipe.adapt, stages=list(_stages(recipe))))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skipstone.core.strict import unknown
 from skipstone.data.rows import Row
+from skipstone.evaluate.ways import INPUTS
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.layers import parse_layers
 
@@ -22,22 +23,24 @@ SCORE_KEYS = ("score", "count", "among")
 
 
 @torch.no_grad()
-def block_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """For each batch, what goes into and comes out of each block: pairs [N, D] of the real tokens."""
-    pairs: list[tuple[Tensor, Tensor]] = []
+def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[list[dict[str, tuple[Tensor, Tensor]]]]:
+    """For each batch and each block of a dense model, the stream [N, D] of the real tokens before and after the whole
+    block, its attention and its MLP."""
+    seen: list[Tensor] = []
     blocks: Any = model.model.layers
-    hooks = [block.register_forward_hook(lambda _, args, out: pairs.append((args[0], out[0]))) for block in blocks]
+    hooks = [block.register_forward_hook(lambda _, args, out: seen.extend((args[0], out[0]))) for block in blocks]
+    hooks += [block.self_attn.register_forward_hook(lambda _, args, out: seen.append(out)) for block in blocks]
     try:
         for row in rows:
-            inputs = {
-                name: row[name]
-                for name in ("input_ids", "attention_mask", "document_ids", "position_ids")
-                if name in row
-            }
-            pairs.clear()
-            model(**{name: x.to(model.device) for name, x in inputs.items()}, use_cache=False, logits_to_keep=1)
-            real_BT = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool().to(model.device)
-            yield [(x_BTD[real_BT], y_BTD[real_BT]) for x_BTD, y_BTD in pairs]
+            seen.clear()
+            inputs = {name: row[name].to(model.device) for name in INPUTS if name in row}
+            model(**inputs, use_cache=False, logits_to_keep=1)
+            real_BT = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            found = []
+            for a_BTD, x_BTD, y_BTD in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+                before, between, after = x_BTD[real_BT], (x_BTD + a_BTD)[real_BT], y_BTD[real_BT]
+                found.append({"block": (before, after), "attention": (before, between), "mlp": (between, after)})
+            yield found
     finally:
         for hook in hooks:
             hook.remove()
@@ -52,9 +55,9 @@ def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[fl
     """The mean over tokens of 1 - cos(x_in, x_out) for each block (ShortGPT, arXiv 2403.03853, equation 1)."""
     sums = torch.zeros(len(model.model.layers), dtype=torch.float64)
     count = 0
-    for pairs in block_streams(model, rows):
-        sums += torch.stack([token_influence(x, y).double().sum().cpu() for x, y in pairs])
-        count += len(pairs[0][0])
+    for batch in site_streams(model, rows):
+        sums += torch.stack([token_influence(*sites["block"]).double().sum().cpu() for sites in batch])
+        count += len(batch[0]["block"][0])
     return [round(value, 6) for value in (sums / count).tolist()]
 
 

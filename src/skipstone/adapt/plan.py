@@ -12,6 +12,7 @@ from skipstone.adapt import budget as budgets
 from skipstone.adapt import influence, stages, student
 from skipstone.adapt.config import AdaptRecipe
 from skipstone.adapt.source import checked, load_dense, load_teacher, tokenizer_of
+from skipstone.adapt.start import start_measured
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
@@ -60,8 +61,8 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Pl
     base, dropped = _dropped(recipe, dense, scores)
     config, capacity, passing = _config(recipe, base, _scores(recipe, base, rows) if dropped else scores, flops)
     model = student.route(base, config, recipe.train.seed)
-    if recipe.adapt.router_start == "influence":
-        student.start_routers(model, base, rows)
+    if recipe.adapt.start == "measured":
+        start_measured(model, base, rows)
     neutral = student.neutral_start(model, base, rows[:NEUTRAL_ROWS])
     chosen = {e["name"]: e["layers"] for e in config.mechanisms or [] if isinstance(e.get("layers"), list)}
     if scores is not None:

@@ -1,6 +1,6 @@
 """The model that will compute less: the source's weights, mechanisms added, and the proof that nothing has changed yet.
 
-Shape letters: B rows, T tokens, V vocabulary, N tokens of all rows, D width.
+Shape letters: B rows, T tokens, V vocabulary, N tokens of all rows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
-from skipstone.adapt.influence import block_streams, token_influence
 from skipstone.data.rows import Row
+from skipstone.evaluate.ways import INPUTS
 from skipstone.mechanisms import MixtureOfDepths
-from skipstone.mechanisms.routers import LinearRouter, normalised
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
@@ -31,7 +29,6 @@ MIXTURE_DEFAULTS: dict[str, Any] = {
     "capacity_warmup": 0.5,
     "router_norm": True,
 }
-RIDGE = 1e-3  # of the least squares that start routers, as a share of the mean variance of a feature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +117,7 @@ def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, row
     difference = largest = 0.0
     tokens = 0
     for row in rows:
-        inputs = {
-            name: row[name] for name in ("input_ids", "attention_mask", "document_ids", "position_ids") if name in row
-        }
+        inputs = {name: row[name] for name in INPUTS if name in row}
         real_BT = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
         expected_NV = source(**inputs, use_cache=False).logits[real_BT]
         largest = max(largest, float(expected_NV.abs().max()))
@@ -132,35 +127,3 @@ def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, row
             difference = max(difference, float((got_NV - expected_NV).abs().max()))
     model.train(was_training)
     return NeutralStart(difference=difference, largest=largest, tokens=tokens)
-
-
-def start_routers(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
-    """Each linear router of Mixture-of-Depths as the least-squares guess of its block's influence on a token.
-
-    The score then has mean 0 and variance 1 over the rows if the guess is perfect. Raises ValueError where there is no
-    linear router to start.
-    """
-    routed: dict[int, list[MixtureOfDepths]] = {}
-    for mechanism in model.adjustables():
-        if isinstance(mechanism, MixtureOfDepths) and isinstance(mechanism.router, LinearRouter):
-            routed.setdefault(mechanism.place.layer, []).append(mechanism)
-    if not routed:
-        raise ValueError("adapt.router_start 'influence' has no effect: no mixture_of_depths has a linear router")
-    streams = list(block_streams(source, rows))
-    for layer, mechanisms in routed.items():
-        x_ND, y_ND = (torch.cat([pairs[layer][side] for pairs in streams]) for side in (0, 1))
-        target_N = token_influence(x_ND, y_ND).clamp(min=1e-9).log()
-        for mechanism in mechanisms:
-            _fit(mechanism, x_ND, target_N)
-
-
-@torch.no_grad()
-def _fit(mechanism: MixtureOfDepths, x_ND: Tensor, target_N: Tensor) -> None:
-    seen_ND = (normalised(x_ND) if mechanism.config.router_norm else x_ND).double()
-    centred_ND = seen_ND - seen_ND.mean(0)
-    goal_N = ((target_N - target_N.mean()) / target_N.std()).double()
-    covariance_DD = centred_ND.T @ centred_ND / len(goal_N)
-    ridge = RIDGE * covariance_DD.diagonal().mean()
-    eye_DD = torch.eye(len(covariance_DD), dtype=torch.float64, device=x_ND.device)
-    weight_D = torch.linalg.solve(covariance_DD + ridge * eye_DD, centred_ND.T @ goal_N / len(goal_N))
-    mechanism.router.weight.copy_(weight_D[None].to(mechanism.router.weight))  # type: ignore[operator, arg-type, union-attr]

@@ -177,7 +177,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if executor not in ("gathered", "masked"):
             raise ValueError(unknown("executor", executor, ["gathered", "masked"]))
         noise = self.training and decided == "oracle" if noise is None else noise
-        mode = Mode(routing=cast(Literal["oracle", "causal"], decided), noise=noise, executor=executor, by_row=True)
+        mode = Mode(routing=cast("Literal['oracle', 'causal']", decided), noise=noise, executor=executor, by_row=True)
         return mode, forced
 
     def _check_masks(self, forced: Mapping[int, Tensor], shape: torch.Size) -> None:

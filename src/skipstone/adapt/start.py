@@ -1,0 +1,77 @@
+"""Routers and skip paths that start from what the source does, by least squares on calibration rows.
+
+At step 0 every token is kept, so none of this changes the neutral start; it tells which tokens go first, and what they
+get instead.
+
+Shape letters: N tokens of all rows, D width, R rank of a skip path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from skipstone.adapt.influence import site_streams, token_influence
+from skipstone.data.rows import Row
+from skipstone.mechanisms import MixtureOfDepths
+from skipstone.mechanisms.routers import LinearRouter, normalised
+from skipstone.mechanisms.skip_path import LowRankSkip
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+RIDGE = 1e-3  # as a share of the mean square of a feature
+LEAST_SKIPPED = 0.1  # a skip path is fitted on at least this share of the tokens
+
+
+@torch.no_grad()
+def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
+    """Start every linear router and low-rank skip path of Mixture-of-Depths.
+
+    A router becomes the best linear guess of (the logarithm of) how much its site changes a token, scaled to variance
+    1; a skip path the best guess of its rank of the update of those tokens that a perfect router would skip.
+    Raises ValueError where there is nothing to start.
+    """
+    mixtures = [m for m in model.adjustables() if isinstance(m, MixtureOfDepths)]
+    mixtures = [m for m in mixtures if isinstance(m.router, LinearRouter) or m.skip is not None]
+    if not mixtures:
+        raise ValueError(
+            "adapt.start 'measured' has no effect: no mixture_of_depths has a linear router or a low-rank skip path"
+        )
+    streams = list(site_streams(source, rows))
+    for mechanism in mixtures:
+        site = mechanism.place.name.rpartition("_on_")[2] if "_on_" in mechanism.place.name else "block"
+        before, after = (torch.cat([batch[mechanism.place.layer][site][side] for batch in streams]) for side in (0, 1))
+        influence_N = token_influence(before, after)
+        if isinstance(mechanism.router, LinearRouter):
+            seen_ND = normalised(before) if mechanism.config.router_norm else before
+            mechanism.router.weight.copy_(guess_influence(seen_ND, influence_N)[None])
+        if mechanism.skip is not None:
+            share = max(1 - mechanism.capacity, LEAST_SKIPPED)
+            skipped_N = influence_N <= influence_N.quantile(share)
+            fit_skip(mechanism.skip, before[skipped_N], (after - before)[skipped_N])
+
+
+def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
+    """fp32 [D]: w, so that w . x guesses the influence's logarithm, centred and scaled."""
+    log_N = influence_N.clamp(min=1e-9).log()
+    goal_N = (log_N - log_N.mean()) / log_N.std().clamp(min=1e-9)
+    return _least_squares(seen_ND - seen_ND.mean(0), goal_N[:, None])[:, 0].float()
+
+
+def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
+    """Reduced-rank regression: the least-squares map, projected on the main directions of what it gives."""
+    map_DD = _least_squares(x_ND, update_ND)
+    _, _, directions_DD = torch.linalg.svd(x_ND.double() @ map_DD, full_matrices=False)
+    rank = skip.down_weight.shape[0]
+    chosen_RD = directions_DD[:rank]
+    skip.down_weight[: len(chosen_RD)] = (map_DD @ chosen_RD.T).T.to(skip.down_weight)
+    skip.up_weight[:, : len(chosen_RD)] = chosen_RD.T.to(skip.up_weight)
+
+
+def _least_squares(x_ND: Tensor, y_NK: Tensor) -> Tensor:
+    """fp64 [D, K], with a ridge against features that hardly vary."""
+    x_ND, y_NK = x_ND.double(), y_NK.double()
+    square_DD = x_ND.T @ x_ND
+    square_DD.diagonal().add_(RIDGE * square_DD.diagonal().mean())
+    return torch.linalg.solve(square_DD, x_ND.T @ y_NK)
