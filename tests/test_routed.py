@@ -64,7 +64,9 @@ def test_causal_routing_does_not_look_ahead() -> None:
 
 
 def test_gradients_reach_router_and_block() -> None:
-    routed = Routed(NanoBlock(16), MixtureOfDepths(16, capacity=0.5, decision="predictor", weight="raw"), TokenSelective(16))
+    routed = Routed(
+        NanoBlock(16), MixtureOfDepths(16, capacity=0.5, decision="predictor", weight="raw"), TokenSelective(16)
+    )
     routed(torch.randn(2, 8, 16)).square().sum().backward()
     silent = [n for n, p in routed.named_parameters() if p.grad is None or not p.grad.norm() > 0]
     assert all(".decision." in name for name in silent)  # the predictor learns from its own loss only

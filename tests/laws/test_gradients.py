@@ -28,7 +28,7 @@ def test_every_parameter_learns_from_the_first_step(chosen: Case) -> None:
 
 @pytest.mark.parametrize("chosen", EVERY_DECISION, ids=str)
 def test_every_decision_and_weight(chosen: Case) -> None:
-    """A router learns unless nothing of it is executed: weight none, and a decision that does not train it.
+    """A router learns unless nothing of it is executed: weight none, and neither guidance nor the decision train it.
 
     The weight 1 + a tanh(r) starts at a = 0: then a learns in the first step, and the router from the second on.
     """
@@ -38,9 +38,8 @@ def test_every_decision_and_weight(chosen: Case) -> None:
     optimizer.step()
     optimizer.zero_grad()
     second = step(model)
-    idle = (
-        options["weight"] == "none" and not model.model.layers[1].mechanisms["mixture_of_depths"].decision.trains_router
-    )
+    mechanism = model.model.layers[1].mechanisms["mixture_of_depths"]
+    idle = options["weight"] == "none" and not mechanism.decision.trains_router and not mechanism.config.guidance
     for norms in (first, second):
         dead = {name for name, norm in norms.items() if not 0 < norm < float("inf")}
         routers = {name for name in norms if name.endswith("router.weight")}
