@@ -95,7 +95,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
-        "mechanisms": [{"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.125, "weight": "raw"}],
+        "mechanisms": [
+            {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.125, "decision": "predictor", "weight": "raw"}
+        ],
     },
     "tsa-shakespeare": {
         **TSA_BASE,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from skipstone import SkipstoneForCausalLM, presets
 
@@ -75,5 +74,5 @@ def test_unknown_names_and_keys() -> None:
 def test_the_tsa_base_drops_out_what_the_paper_does() -> None:
     block = SkipstoneForCausalLM(presets.get("tsa-copy")).model.layers[0]
     assert (block.mlp.dropout.p, block.mlp.hidden_dropout.p, block.self_attn.dropout) == (0.1, 0.1, 0.1)
-    assert isinstance(block.self_attn.residual_dropout, nn.Identity)
+    assert block.self_attn.residual_dropout is None
     assert not block.adjustables()
