@@ -182,7 +182,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     figures = {
-        "command": "python benchmarks/mod_training.py --out results",
+        "command": f"python benchmarks/mod_training.py --sizes {' '.join(arguments.sizes)} --out results",
         "environment": describe(seed=0),
         "sizes": {name: measure(SIZES[name]) for name in arguments.sizes},
     }
