@@ -35,8 +35,8 @@ SCHEDULES |= {"exploration": 0.5, "kv": "full", "skip": "low_rank"}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {**DENSE, "embedding_dropout": 0.1, "residual_dropout": 0.1},
     "topk": {**DENSE, "mechanisms": [mod("topk", weight="tanh")]},
-    "threshold": {**DENSE, "mechanisms": [mod("threshold")]},
-    "predictor": {**DENSE, "mechanisms": [mod("predictor")]},
+    "threshold": {**DENSE, "mechanisms": [mod("threshold", weight="raw")]},
+    "predictor": {**DENSE, "mechanisms": [mod("predictor", weight="raw")]},
     "ema_threshold": {**DENSE, "mechanisms": [mod("ema_threshold")]},
     "scheduled": {**DENSE, "mechanisms": [mod("ema_threshold", **SCHEDULES)]},
     "random": {**DENSE, "mechanisms": [mod("random", weight="none")]},

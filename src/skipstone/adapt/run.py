@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from skipstone.adapt import budget as budgets
@@ -18,11 +16,11 @@ from skipstone.adapt.config import read_recipe
 from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
 from skipstone.adapt.trainer import AdaptTrainer, on_device
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.runs import TOKENIZER, Run
+from skipstone.runs import TOKENIZER
 from skipstone.train import folder as folders
 from skipstone.train import setup
 from skipstone.train.config import to_dict
-from skipstone.train.run import finish, fit, run_folder
+from skipstone.train.run import finish, fit, open_run
 from skipstone.train.trainer import RunTrainer
 
 RECORD = "adaptation.json"  # in the run folder: what was measured before the training began
@@ -39,12 +37,8 @@ def adapt(
     """
     recipe = read_recipe(config)
     check_early(recipe)
-    folder = run_folder(recipe, out, resume)
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
-    run = Run(folder) if resume else None
+    folder, run = open_run(recipe, out, resume)
     if run is not None and run.finished:
-        print(f"run {str(folder)!r} is finished already; nothing to resume", file=sys.stderr)  # noqa: T201
         return folder
     plan = prepare_plan(source, recipe, run)
     resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}

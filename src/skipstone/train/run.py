@@ -40,12 +40,8 @@ def train(
     """
     recipe = read_recipe(config)
     setup.check_early(recipe)
-    folder = run_folder(recipe, out, resume)
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
-    run = Run(folder) if resume else None
+    folder, run = open_run(recipe, out, resume)
     if run is not None and run.finished:
-        print(f"run {str(folder)!r} is finished already; nothing to resume", file=sys.stderr)  # noqa: T201
         return folder
     data = _data(recipe, run, data)
     model_config = setup.model_config(recipe.model, recipe.data.context, setup.data_defaults(data))
@@ -65,7 +61,18 @@ def train(
     return fit(recipe, arguments, folder, progress, trainer_of, partial(finish, data, folder))
 
 
-def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+def open_run(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Run | None]:
+    """The folder of a new run; or that of the run to go on with, and the run. Says so where it is finished already."""
+    folder = _run_folder(recipe, out, resume)
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    run = Run(folder) if resume else None
+    if run is not None and run.finished:
+        print(f"run {str(folder)!r} is finished already; nothing to resume", file=sys.stderr)  # noqa: T201
+    return folder, run
+
+
+def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     folder = Path(out) if out is not None else folders.default_folder(recipe)
     if not resume:
         if int(os.environ.get("RANK", "0")) == 0:
