@@ -21,10 +21,10 @@ ROUTED = "2:"
 DENSE = {"laptop": (2, 4), "paper": (2, 4, 8)}
 JUDGED = ("mod-guided", "mod-paper", "mod-random")  # the arms whose headroom is measured
 SIZES: dict[str, dict[str, Any]] = {
-    "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 1000, "batch_size": 32, "rate": 2e-3},
+    "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 2000, "batch_size": 32, "rate": 2e-3},
     "paper": {"hidden_size": 256, "num_attention_heads": 8, "steps": 20000, "batch_size": 256, "rate": 1e-3},
 }
-SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2, 3, 4)}
+SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # seed 0 chose the guided router: it is not counted
 
 
 def arms(scale: str) -> dict[str, Recipe]:
