@@ -6,14 +6,16 @@ VENV ?= .venv
 SCALE ?= laptop
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Heavy tools, in an environment of their own: torchao alone makes every import of transformers print warnings.
+TOOLS ?= $(EXTRAS),trl,eval,serve,torchao
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench clean
+.PHONY: help setup demo test test-all test-ecosystem check format bench clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP)  ## make the virtual environment and install Skipstone into it
 
@@ -36,6 +38,10 @@ test: $(STAMP)  ## the quick tests
 test-all: $(STAMP)  ## every test, the slow ones too
 	$(TEST_THREADS) $(BIN)/python -m pytest
 
+test-ecosystem:  ## the tests with other people's tools: TRL, lm-evaluation-harness, a server
+	$(MAKE) VENV=.venv-tools EXTRAS=$(TOOLS) setup
+	$(TEST_THREADS) .venv-tools/bin/python -m pytest tests/ecosystem
+
 check: $(STAMP)  ## format, lint, types, and the floors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,5 +56,5 @@ bench: $(STAMP)  ## run every file of benchmarks/
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 clean:  ## remove the virtual environment, caches and build folders (runs and results stay)
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

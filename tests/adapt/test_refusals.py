@@ -103,6 +103,7 @@ SCORED = {"score": "block_influence", "count": 2}
         ({"mechanism": []}, {}, "did you mean 'mechanisms'"),
         ({"mechanisms": {"name": "early_exit"}}, {}, "must be a list"),
         ({"mechanisms": [mixture(capacity=0.5)]}, {"budget": 0.8}, "name one of them, not both"),
+        ({"mechanisms": [{"name": "token_selective", "capacity": 0.5}]}, {}, "cannot keep a capacity"),
         ({"mechanisms": [mixture()]}, {"budget": 0.05}, "cannot be met"),
         ({}, {"budget": 0.8}, "needs a mechanism that skips"),
         ({"mechanisms": [mixture()]}, {"budget": 1.5}, "budget must be in (0, 1)"),

@@ -75,6 +75,13 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert "1.5" in capsys.readouterr().out
 
 
+def test_eval_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = listen(monkeypatch, "skipstone.evaluate.harness", "evaluate_tasks", Figures())
+    command(monkeypatch, "eval", "run", "--tasks", "a, b", "--include-path", "mine", "--limit", "3")
+    options = {"include_path": Path("mine"), "limit": 3, "batch_size": 8}
+    assert calls == [((Path("run"), ["a", "b"]), options)]
+
+
 def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = listen(monkeypatch, "skipstone.evaluate.compare", "compare", Figures())
     command(monkeypatch, "compare", "run", "run", "--markdown", "a.md")

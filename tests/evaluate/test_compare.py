@@ -159,7 +159,7 @@ def test_wrong_input_is_one_clear_line(root: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[Path], dict[str, Path], str]] = [
         ([], {}, "at least one run"),
         ([run], {"dense": run}, "name both the dense and the forced one"),
-        ([run], {"dense": s3, "forced": s3}, "mod was not trained on reset-s3"),
+        ([run], {"dense": s3, "forced": s3}, "mod was not trained on a corpus of known difficulty"),
         ([s3], {"dense": s3, "forced": s3}, "s3 has no depth mechanism that could be forced"),
         ([tmp_path / "nothing"], {}, "does not exist"),
     ]

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from generate.folders import MOD, TEXT, TSA, reset_data, text_data, write_run
 from skipstone.evaluate.run import Evaluation, evaluate
 from skipstone.evaluate.ways import NEEDS_MASKS, NO_CAUSAL_FORM
+from skipstone.ops import reference as ops
 from skipstone.runs import Run
 
 ARMS: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -81,8 +83,8 @@ def test_the_batch_size_changes_nothing(runs: Path, name: str) -> None:
 
 
 def flat(figures: dict[str, Any]) -> dict[str, float]:
-    shares = figures.get("shares", {})
-    return {**{k: v for k, v in figures.items() if k != "shares"}, **shares}
+    nested = {f"{k}.{n}": x for k, v in figures.items() if isinstance(v, dict) for n, x in v.items()}
+    return {**{k: v for k, v in figures.items() if not isinstance(v, dict)}, **nested}
 
 
 def test_realised_capacity_counts_kept_among_asked(runs: Path) -> None:
@@ -102,6 +104,23 @@ def test_realised_capacity_counts_kept_among_asked(runs: Path) -> None:
     assert set(layers[0]) == {"polyglu"}
     assert sum(layers[0]["polyglu"]["shares"].values()) == pytest.approx(1)
     assert 0 < layers[0]["polyglu"]["entropy"] <= 1
+
+
+def test_the_hard_mix_is_the_strongest_activation_of_each_neuron(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = evaluate(runs / "polyglu", batch_size=4)
+    assert found.hard_mix is not None
+
+    def strongest(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, _: Tensor) -> Tensor:
+        best_BTF = (static_BFA[:, None] + dynamic_BTA[:, :, None]).argmax(-1)
+        values = torch.stack([function(gate_BTF) for function in ops.ACTIVATIONS], dim=-1)
+        return values.gather(-1, best_BTF.expand_as(gate_BTF)[..., None])[..., 0]
+
+    monkeypatch.setattr("skipstone.mechanisms.polyglu.mix_activations", strongest)
+    assert found.hard_mix.loss == pytest.approx(by_hand(runs / "polyglu", routing="causal"), abs=1e-5)
+    assert found.hard_minus_soft == pytest.approx(found.hard_mix.loss - found.measured["executed"].loss)
+    assert found.hard_minus_soft != 0
+    assert f"mix: {found.hard_minus_soft:+.1e} nats" in found.markdown()
+    assert evaluate(runs / "dense", batch_size=4).hard_minus_soft is None
 
 
 @pytest.mark.parametrize("name", list(ARMS))

@@ -71,6 +71,20 @@ def test_activations_leave_out_tokens_that_were_not_asked() -> None:
     assert list(found["shares"].values()) == pytest.approx([(1 / 6 + 1 / 4) / 2] * 3 + [(1 / 2 + 1 / 4) / 2])
     entropy = -(3 / 6 * math.log(1 / 6) + 1 / 2 * math.log(1 / 2)) / math.log(4)
     assert found["entropy"] == pytest.approx((entropy + 1) / 2)
+    assert found["dynamic_entropy"] == pytest.approx((entropy + 1) / 2 * math.log(4))
+    assert found["static_entropy"] == pytest.approx(math.log(4))
+
+
+def test_neurons_are_counted_by_their_strongest_activation() -> None:
+    built = model("polyglu")
+    preference_FA = built.model.layers[0].mlp.activation.preference_bias.data
+    preference_FA.zero_()
+    preference_FA[:3, 1] = 5.0
+    statistics, logits = Statistics(built), torch.tensor([[[1.0, 0, 0, 0], [9, 0, 0, 0]]])
+    statistics.add([{"polyglu": ActivationRecord(logits, torch.tensor([[True, True]]))}])
+    found, minority = statistics.layers()[0]["polyglu"], 3 / len(preference_FA)
+    assert list(found["neurons"].values()) == pytest.approx([1 - minority / 2, minority / 2, 0, 0])
+    assert found["diversity"] == pytest.approx(minority / 2)
 
 
 def test_a_context_shared_by_the_row_counts_for_each_of_its_tokens() -> None:

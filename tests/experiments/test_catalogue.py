@@ -110,7 +110,7 @@ def test_the_demo_from_training_to_speeds(tmp_path: Path) -> None:
     assert experiment.together is not None
     beside = experiment.together(runs)
     assert experiment.details is not None
-    assert "def " in experiment.details(alone)
+    assert "def " in experiment.details({arm: {0: found} for arm, found in alone.items()})
     for column in experiment.columns:
         for arm in runs:
             steps, at = column.key.split("."), {**alone[arm], **beside[arm]}

@@ -131,9 +131,12 @@ def test_figures_that_follow_from_other_arms_are_derived_seed_by_seed() -> None:
     assert "| mod | -1.00 ± 0.00 |" in page or "| mod | -1.00 ± +0.00 |" in page
 
 
-def test_details_see_the_lowest_seed_of_each_arm() -> None:
-    page = render(experiment(details=lambda figures: f"{[f['loss'] for f in figures.values()]}"), RECORDS)
-    assert "[2.0, 1.0]" in page
+def test_details_see_every_seed_of_each_arm() -> None:
+    def losses(figures: Any) -> str:
+        return str({arm: {seed: found["loss"] for seed, found in seeds.items()} for arm, seeds in figures.items()})
+
+    page = render(experiment(details=losses), RECORDS)
+    assert "{'dense': {0: 2.0, 1: 2.2}, 'mod': {0: 1.0, 1: 1.2}}" in page
 
 
 def test_the_terminal_has_arms_as_columns() -> None:

@@ -29,6 +29,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixture_of_depths": {"capacity": 0.5, "decision": "predictor", "weight": "raw"}
 }
 ACTIVATIONS = ["silu", *ACTIVATION]
+FORMS: dict[str, dict[str, Any]] = {  # of activations, with options that change what is computed
+    "polyglu-exponential": {"name": "polyglu", "context": "exponential_mean", "decay": 0.7},
+    "polyglu-token": {"name": "polyglu", "context": "token"},
+    "polyglu-chunk": {"name": "polyglu", "context": "chunk", "chunk_size": 3},
+    "fixed_mix": {"name": "fixed_mix", "groups": {"gelu": 11, "relu": 9, "silu": 20, "tanh": 8}},
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ NESTED = [
     case(entry("token_selective", execution="soft"), entry("early_exit", execution="soft")),
     case(entry("mixture_of_depths", layers=(1,)), entry("token_selective"), positions="learned", norm="layernorm"),
     case(entry("mixture_of_depths", layers=(0, 2)), entry("early_exit", layers=(0, 1, 2)), mlp="plain", qk_norm=True),
+    *(case(*map(entry, names), activation=form) for form in FORMS for names in ((), KINDS[:1], KINDS)),
     *EXPERTS,
 ]
 EVERY_DECISION = [  # with every weight
@@ -128,7 +135,18 @@ EVERY_DECISION = [  # with every weight
     for weight in WEIGHTS
     if decision != "forced"
 ]
-VARIANTS = [  # of Mixture-of-Depths, after later papers, and of a gate that has options of its own
+GATES: list[dict[str, Any]] = [  # Token-Selective Attention trained as it is executed, and its controls
+    {"training": "hard", "capacity": (0.4, 0.7), "kv": "kept"},
+    {"training": "hard", "capacity": 0.5, "guidance": True, "hard_gain": "one", "router_norm": True},
+    {"training": "hard", "capacity": 0.5, "guidance": True, "capacity_warmup": 0.5, "kv": "kept"},
+    {"training": "straight_through", "capacity": 0.5, "hard_gain": "one"},
+    {"training": "straight_through", "guidance": True, "capacity": 0.5, "on": "mlp"},
+    {"training": "hard", "capacity": 0.5, "decision": "random"},
+    {"training": "hard", "capacity": 0.5, "decision": "positional", "gate": "constant", "kv": "kept"},
+    {"capacity": 0.5},
+    {"learn": False, "start_bias": 0.0},
+]
+VARIANTS = [  # of Mixture-of-Depths, after later papers, and of gates that have options of their own
     case(entry("mixture_of_depths", kv="full")),
     case(entry("mixture_of_depths", kv="full", decision="topk", skip="low_rank"), activation="polyglu"),
     case(entry("mixture_of_depths", skip="low_rank", skip_rank=3, on="mlp", z_loss=0.1)),
@@ -147,6 +165,10 @@ VARIANTS = [  # of Mixture-of-Depths, after later papers, and of a gate that has
     case(entry("token_selective"), entry("mixture_of_depths", decision="ema_threshold", weight="none")),
     case(entry("mixture_of_depths", on="attention"), entry("mixture_of_depths", on="mlp")),  # SkipGPT
     case(entry("gate_skip", on="attention"), entry("gate_skip", on="mlp", gate="token"), activation="polyglu"),
+    *(case(entry("token_selective", **options)) for options in GATES),
+    case(entry("token_selective", training="straight_through", capacity=0.5), entry("mixture_of_depths")),
+    case(entry("mixture_of_depths"), entry("token_selective", **GATES[0]), entry("early_exit"), activation="polyglu"),
+    case(entry("token_selective", **GATES[0]), entry("token_selective", on="mlp", **GATES[1])),
 ]
 DECIDED = [c for c in EVERY_DECISION if c.entries[0]["weight"] == "raw" or c.entries[0]["decision"] == "predictor"]
 ALL = ORDERS + SITES + NESTED + DECIDED + VARIANTS
@@ -154,7 +176,8 @@ CAUSAL = [c for c in ALL if not c.oracle_only]
 
 
 def config(chosen: Case, **more: Any) -> SkipstoneConfig:
-    activation: Any = {"name": chosen.activation} if chosen.activation in ACTIVATION else chosen.activation
+    named = {name: {"name": name} for name in ACTIVATION}
+    activation: Any = {**named, **FORMS}.get(chosen.activation, chosen.activation)
     mechanisms = [{k: list(v) if isinstance(v, tuple) else v for k, v in e.items()} for e in chosen.entries]
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}

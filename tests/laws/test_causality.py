@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.builders import CAUSAL, LENGTH, NESTED, ORDERS, VOCAB, Case, assert_close, ids, lively
+from laws.builders import CAUSAL, FORMS, LENGTH, NESTED, ORDERS, VOCAB, Case, assert_close, case, ids, lively
+from skipstone import SkipstoneForCausalLM
+from skipstone.mechanisms.polyglu import PolyGLUConfig
 
 CUTS = (4, 9, LENGTH - 1)
 SOME = [c for c in ORDERS + NESTED if c.mechanisms]
@@ -68,3 +70,28 @@ def test_oracle_routing_does_see_later_tokens() -> None:
             for cut in CUTS
         ]
         assert max(gap.abs().max() for gap in gaps) > 0.01
+
+
+def seeded(model: SkipstoneForCausalLM, tokens: Tensor, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return model(tokens).logits[:, :9]
+
+
+@pytest.mark.parametrize("chosen", [case(activation=n) for n in ("polyglu", *FORMS) if "polyglu" in n], ids=str)
+@torch.no_grad()
+def test_activations_do_not_see_later_tokens_in_training_either(chosen: Case) -> None:
+    """With its noise, which is drawn for rows and does not depend on tokens."""
+    model = lively(chosen).train()
+    before = seeded(model, ids(), 1)
+    assert_close(seeded(model, changed_after(9), 1), before)
+    assert (seeded(model, ids(), 2) - before).abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:context 'sequence' of polyglu is not causal")
+@torch.no_grad()
+def test_the_published_context_does_see_later_tokens() -> None:
+    """The counter-check."""
+    model = lively(case(activation="polyglu")).train()
+    for block in model.model.layers:
+        block.mlp.activation.config = PolyGLUConfig(context="sequence")
+    assert (seeded(model, changed_after(9), 1) - seeded(model, ids(), 1)).abs().max() > 0.01

@@ -14,9 +14,10 @@ TRAIN_ROUTERS = {name for name, decision in DECISIONS.items() if decision.trains
 
 
 def step(model: SkipstoneForCausalLM) -> dict[str, float]:
-    """Norm of the gradient of each parameter, NaN where there is none."""
+    """Norm of the gradient of each parameter that is to learn, NaN where there is none."""
     model.train()(ids(), labels=ids()).loss.backward()
-    return {n: float("nan") if p.grad is None else p.grad.norm().item() for n, p in model.named_parameters()}
+    learns = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {n: float("nan") if grad is None else grad.norm().item() for n, grad in learns.items()}
 
 
 @pytest.mark.parametrize("chosen", START, ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipstone.ops import lean, reference
+from skipstone.ops import fusible, lean, reference
 
 SHAPES = [(1, 1), (1, 7), (3, 1), (3, 7)]  # rows of the static part, tokens of the dynamic part
 
@@ -24,12 +24,36 @@ def test_equals_reference(
     )
     weight = torch.randn(3, 7, 13)
     results = []
-    for backend in (reference, lean):
+    for backend in (reference, lean, fusible):
         inputs = [x.clone().requires_grad_() for x in (gate, static, dynamic)]
         y = backend.mix_activations(*inputs, temperature)
         results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
-    for wanted, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+    for other in results[1:]:
+        for wanted, got in zip(results[0], other, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
+def test_parts_that_want_opposites(size: float) -> None:
+    """Products of exponentials that vanish one by one, or all of them: every gradient as from the sums."""
+    gate, weight, results = torch.randn(2, 9, 11), torch.randn(2, 9, 11), []
+    static, dynamic = size * torch.randn(1, 11, 4), size * torch.randn(2, 9, 4)
+    for backend in (reference, lean, fusible):
+        inputs = [x.clone().requires_grad_() for x in (gate, static, dynamic)]
+        y = backend.mix_activations(*inputs, 1.0)
+        results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
+    for other in results[1:]:
+        for wanted, got in zip(results[0], other, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_the_rounded_result() -> None:
+    gate, static, dynamic = torch.randn(2, 9, 11), torch.randn(2, 11, 4), torch.randn(2, 9, 4)
+    expected = reference.mix_activations(gate.bfloat16().float(), static, dynamic, 0.5)
+    for backend in (lean, fusible):
+        y = backend.mix_activations(gate.bfloat16(), static, dynamic, 0.5)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected.bfloat16()) or (y.float() - expected).abs().max() < 0.02
 
 
 def test_extreme_logits_stay_finite() -> None:

@@ -73,6 +73,6 @@ def test_unknown_names_and_keys() -> None:
 
 def test_the_tsa_base_drops_out_what_the_paper_does() -> None:
     block = SkipstoneForCausalLM(presets.get("tsa-copy")).model.layers[0]
-    assert (block.mlp.dropout.p, block.mlp.hidden_dropout.p, block.self_attn.dropout) == (0.1, 0.1, 0.1)
-    assert block.self_attn.residual_dropout is None
+    assert (block.mlp.dropout, block.mlp.hidden_dropout, block.self_attn.dropout) == (0.1, 0.1, 0.1)
+    assert block.self_attn.residual_dropout == 0
     assert not block.adjustables()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,12 @@ def test_entropy_leaves_tokens_out_that_were_never_asked() -> None:
     record = ActivationRecord(logits, torch.tensor([[True, True, True, False]]))
     meter = Meter()
     meter.add([mechanism], ({"polyglu": record}, {}))
-    assert meter.read() == pytest.approx({"entropy/0/polyglu": 2 / 3})
+    found = meter.read()
+    assert found["entropy/0/polyglu"] == pytest.approx(2 / 3)
+    assert found["dynamic_entropy/0/polyglu"] == pytest.approx(2 / 3 * math.log(4))
+    assert found["static_entropy/0/polyglu"] == pytest.approx(math.log(4))
+    assert found["diversity/0/polyglu"] == 0
+    assert len(found) == 4
 
 
 def test_what_the_callback_moves() -> None:

@@ -58,7 +58,8 @@ def test_metrics_have_their_names(tmp_path: Path) -> None:
     assert [line["step"] for line in validation] == [5, 10, 12]
     names = {f"{kind}/{layer}/{name}" for kind in ("capacity", "gate") for layer in (0, 1)
              for name in ("mixture_of_depths", "token_selective")}  # fmt: skip
-    names |= {f"entropy/{layer}/polyglu" for layer in (0, 1)}
+    mix = ("entropy", "diversity", "dynamic_entropy", "static_entropy")
+    names |= {f"{kind}/{layer}/polyglu" for kind in mix for layer in (0, 1)}
     assert all(line.keys() >= names for line in training + validation)
     moving = {"tau", "threshold/0/mixture_of_depths", "threshold/1/mixture_of_depths"}
     always = {"loss", "token_loss", "auxiliary_loss", "learning_rate", "grad_norm"}

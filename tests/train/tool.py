@@ -26,6 +26,7 @@ def mod(decision: str, **options: Any) -> dict[str, Any]:
 
 
 TSA = {"name": "token_selective", "layers": ":"}
+EXECUTED = {"training": "hard", "capacity": [0.7, 0.4], "capacity_warmup": 0.7, "guidance": True}
 EXIT = {"name": "early_exit", "layers": ":"}
 POLYGLU = {"name": "polyglu"}
 SCHEDULES = {"capacity": {"start": 0.5, "end": 0.25}, "capacity_warmup": 0.7, "warmup_shape": "cosine"}
@@ -41,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "scheduled": {**DENSE, "mechanisms": [mod("ema_threshold", **SCHEDULES)]},
     "random": {**DENSE, "mechanisms": [mod("random", weight="none")]},
     "token_selective": {**DENSE, "mechanisms": [TSA]},
+    "token_selective_hard": {**DENSE, "mechanisms": [{**TSA, **EXECUTED}]},
     "early_exit": {**DENSE, "mechanisms": [EXIT]},
     "polyglu": {**DENSE, "activation": POLYGLU},
     "experts": {**DENSE, "mlp": "experts", "experts": {"count": 3, "no_op": 1, "balance_rate": 0.01}},

@@ -12,6 +12,7 @@ stages.py        what trains when, learning rates, adapters
 distillation.py  losses against the dense model
 trainer.py       the trainer of `skipstone train` with all this
 export.py        back to a checkpoint of transformers' own classes
+harden.py        PolyGLU's neurons each with one activation for good, and no router
 """
 
 from __future__ import annotations

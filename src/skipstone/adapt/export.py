@@ -22,6 +22,7 @@ from skipstone.model.families import GPT2_NAMES, GPT2_PROJECTIONS
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import load_model, load_tokenizer
 from skipstone.model.writing import complete
+from skipstone.nn.mlp import FixedMix
 from skipstone.ops import reference as ops
 from skipstone.runs import Run
 
@@ -75,11 +76,11 @@ def dense_activation(model: SkipstoneForCausalLM) -> str:
     found: set[str] = set()
     for block in model.model.layers:
         activation: Any = block.mlp.activation  # type: ignore[union-attr]
-        assert isinstance(activation, PolyGLU)
-        found |= _pure(activation)
+        found |= set(activation.groups) if isinstance(activation, FixedMix) else _pure(activation)
     if len(found) != 1 or "" in found:
         what = "mix activations" if "" in found else f"use {', '.join(sorted(found))}"
-        raise ValueError(f"activation polyglu cannot be removed: its neurons {what}; dense families have one function")
+        name = model.config.activation_options["name"]
+        raise ValueError(f"activation {name} cannot be removed: its neurons {what}; dense families have one function")
     return found.pop()
 
 
@@ -91,7 +92,7 @@ def _pure(activation: PolyGLU) -> set[str]:
     """
     if activation.mix_weight.abs().max() > 0:
         return {""}
-    logits_FA = activation.preference_bias.float() + activation.scale.float() * activation.mix_bias.float()
+    logits_FA = activation.preference_FA + activation.scale.float() * activation.mix_bias.float()
     share_F, best_F = (logits_FA / activation.tau).softmax(-1).max(-1)
     if share_F.min() < PURE:
         return {""}

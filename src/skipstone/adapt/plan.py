@@ -165,6 +165,10 @@ def _config(
     for entry in mixtures if budget is not None else ():
         if "capacity" in entry:
             raise ValueError(f"adapt.budget sets the capacity of {entry['name']}: name one of them, not both")
+    if any(entry.get("name") == "token_selective" and "capacity" in entry for entry in entries):
+        raise ValueError(
+            "token_selective starts open here and cannot keep a capacity; leave it out and set adapt.budget"
+        )
     values = {**setup.plain(base.config), "mechanisms": entries}
     if "activation" in recipe.model:
         values["activation"] = recipe.model["activation"]

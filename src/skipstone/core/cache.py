@@ -36,9 +36,9 @@ class Store:
 
         Slots of a row ascend from call to call.
         """
-        given = max(x.shape[0] for x in entries.values())
-        entries["slot"] = slot_BT.expand(given, -1)
-        if _not_ours_alone(*self.entries.values(), *entries.values()):
+        given = max([x.shape[0] for x in entries.values()])
+        entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
+        if _not_ours_alone([*self.entries.values(), *entries.values()]):
             self.entries = {name: value.clone() for name, value in self.entries.items()}
         if rows is None and real_BT is None and self.lengths is None:
             before, self.width = self.width, self.width + slot_BT.shape[1]
@@ -81,6 +81,8 @@ class Store:
         self._settle(lengths)
 
     def _reserve(self, width: int, like: dict[str, Tensor], total: int) -> None:
+        if "slot" in self.entries and self.entries["slot"].shape[1] >= width:  # all are equally wide
+            return
         for name, new in like.items():
             have = self.entries.get(name)
             if have is None:
@@ -161,10 +163,11 @@ class Store:
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
 
 
-def _not_ours_alone(*tensors: Tensor) -> bool:
+def _not_ours_alone(tensors: list[Tensor]) -> bool:
     """Whether writing in place would spoil what a backward pass has saved, or is forbidden outside inference mode."""
-    forbidden = not torch.is_inference_mode_enabled()
-    return any(x.requires_grad or (forbidden and x.is_inference()) for x in tensors)
+    if any(x.requires_grad for x in tensors):
+        return True
+    return not torch.is_inference_mode_enabled() and any(x.is_inference() for x in tensors)
 
 
 class SkipstoneCacheLayer(CacheLayerMixin):

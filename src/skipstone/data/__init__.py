@@ -12,6 +12,8 @@ draws.py       random numbers that are a function of (seed, row, column), in any
 rows.py        the map-style dataset every kind of row shares, and `collate`
 packing.py     token ids -> rows: random windows to train on, every token once to evaluate on
 synthetic.py   Reset-S3: rows whose needed depth is known
+switched.py    the same where no symbol tells by itself whether it needs depth
+mixed.py       text with spans of these
 sequences.py   the copy and sort tasks
 prepare.py     `DataConfig` and `prepare`: all of the above in the one call that a trainer makes
 """

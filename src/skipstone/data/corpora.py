@@ -18,14 +18,16 @@ from skipstone.data.corpus import Corpus
 class Entry:
     """One line of the registry.
 
-    kind: "text" has documents and a tokenizer; "synthetic" makes rows of token ids (see `prepare`).
+    kind: "text" has documents and a tokenizer; "synthetic" makes rows of token ids; "mixed" puts such rows into the
+    text of another corpus (see `prepare`). known: its rows tell the `difficulty` of tokens.
     load: from what follows the colon in the name ("" when nothing does); None for the synthetic kind.
     argument: how that part is written, "" where there is none; `required` when the name means nothing without it.
     tokenizer: the one taken when the user names none; None for the synthetic kind.
     """
 
     summary: str
-    kind: Literal["text", "synthetic"] = "text"
+    kind: Literal["text", "synthetic", "mixed"] = "text"
+    known: bool = False
     load: Callable[[str], Corpus] | None = None
     argument: str = ""
     required: bool = False
@@ -60,7 +62,24 @@ CORPORA: dict[str, Entry] = {
         required=True,
     ),
     "reset-s3": Entry(
-        summary="products in S3 since the last reset: needed depth is known", kind="synthetic", tokenizer=None
+        summary="products in S3 since the last reset: needed depth is known",
+        kind="synthetic",
+        known=True,
+        tokenizer=None,
+    ),
+    "switched-s3": Entry(
+        summary="the same where only an earlier switch tells operations from fillers",
+        kind="synthetic",
+        known=True,
+        tokenizer=None,
+    ),
+    "mixed": Entry(
+        summary="a text corpus with spans of switched-s3 in half of its windows",
+        kind="mixed",
+        known=True,
+        load=lambda argument: load_corpus(argument),
+        argument="CORPUS",
+        required=True,
     ),
     "copy": Entry(summary="repeat n symbols", kind="synthetic", tokenizer=None),
     "sort": Entry(summary="sort n symbols", kind="synthetic", tokenizer=None),
@@ -79,6 +98,11 @@ def find_entry(name: str) -> tuple[Entry, str]:
     if not argument and (entry.required or colon):
         raise ValueError(f"corpus {name!r} is incomplete: write {head}:{entry.argument}")
     return entry, argument
+
+
+def knows_difficulty(name: str | None) -> bool:
+    """Whether rows of this corpus tell which tokens need depth."""
+    return name is not None and find_entry(name)[0].known
 
 
 def load_corpus(name: str) -> Corpus:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from skipstone.core.strict import unknown
-from skipstone.data import rows, sequences, synthetic
-from skipstone.data.corpora import find_entry, load_corpus
+from skipstone.data import rows, sequences, switched, synthetic
+from skipstone.data.corpora import find_entry, knows_difficulty, load_corpus
 from skipstone.data.encode import Encoded, encode_documents, text_bytes
+from skipstone.data.mixed import MixedWindows, with_spans
 from skipstone.data.packing import CoveringWindows, RandomWindows, WindowsOnce, num_covering
 from skipstone.data.rows import Row, RowDataset
 from skipstone.data.tokenizers import build_tokenizer, check_spec
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 PACKINGS = ("stream", "packed")
 SYNTHETIC_ROWS = {"train": 1 << 16, "validation": 1024, "test": 1024}
-SYNTHETIC_STREAM = {"train": 0, "validation": 1, "test": 2}
+SYNTHETIC_STREAM = {"train": 0, "validation": 1, "test": 2}  # of a mixed corpus's spans too
+VOCABULARIES = {
+    "reset-s3": synthetic.VOCAB_SIZE,
+    "switched-s3": switched.VOCAB_SIZE,
+    "copy": sequences.VOCAB_SIZE,
+    "sort": sequences.VOCAB_SIZE,
+}
 EVALUATION_SEED = 0  # every run is measured on the same synthetic rows, whatever its own seed
 
 
@@ -57,10 +64,17 @@ class DataConfig:
         if entry.kind == "synthetic" and changed:
             field = changed[0]
             raise ValueError(f"corpus {self.corpus!r} is synthetic: leave {field} out, got {getattr(self, field)!r}")
+        if entry.kind == "mixed" and self.packing != "stream":
+            raise ValueError(f"corpus {self.corpus!r} has spans that belong to no document: leave packing out")
         for name, least in (("context", 2), ("seed", 0), ("train_rows", 1), ("validation_rows", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    @property
+    def tells_difficulty(self) -> bool:
+        """Whether rows have `difficulty`: not negative where a token is known to need depth."""
+        return knows_difficulty(self.corpus)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,10 +84,11 @@ class PreparedData:
     train: rows 0, 1, 2, ... are meant to be read in that order (a sequential sampler): each is already a random draw
     from (seed, i). `dataclasses.replace(train, rows=steps * batch)` sets its length. None where it was not asked for.
     validation: every token of the split once (see `CoveringWindows`), or synthetic rows that do not depend on the seed.
-    tokenizer: None for a synthetic task. vocab_size: ids that occur are below it. pad_id: what `collate` fills with.
+    tokenizer: None for a synthetic task, with the spans' tokens for a mixed corpus. vocab_size: ids that occur are
+    below it. pad_id: what `collate` fills with.
     validation_labels: predictions in `validation`, all rows together. validation_bytes: UTF-8 bytes of the text these
     rows cover, so that bits per byte = summed loss in nats / ln 2 / validation_bytes (losses on eos count, eos has no
-    bytes; the bytes of the few tokens that nothing predicts count too). None for a synthetic task.
+    bytes; the bytes of the few tokens that nothing predicts count too). None for a synthetic task or a mixed corpus.
     """
 
     config: DataConfig
@@ -110,13 +125,14 @@ def prepare(
     corpus = load_corpus(config.corpus)
     if tokenizer is None:
         tokenizer = build_tokenizer(config.tokenizer or entry.tokenizer or "byte", corpus)
+    first_id = with_spans(tokenizer) if entry.kind == "mixed" else None
     try:
         training = _train(config, encode_documents(tokenizer, corpus.documents("train"))) if train else None
         encoded = encode_documents(tokenizer, corpus.documents(split))
         validation = _validation(config, encoded)
     except ValueError as error:
         raise ValueError(f"corpus {config.corpus!r}: {error}") from None
-    return PreparedData(
+    data = PreparedData(
         config=config,
         description=f"{corpus.description} ({corpus.licence})",
         train=training,
@@ -126,6 +142,23 @@ def prepare(
         pad_id=_pad_id(tokenizer),
         validation_labels=validation.num_labels,
         validation_bytes=text_bytes(tokenizer, encoded, validation.tokens),
+    )
+    return data if first_id is None else _mixed(data, first_id, split)
+
+
+def _mixed(data: PreparedData, first_id: int, split: str) -> PreparedData:
+    """The text's rows with spans in them."""
+
+    def over(text: Any, stream: str, seed: int) -> MixedWindows:
+        return MixedWindows(rows=len(text), text=text, first_id=first_id, seed=seed, stream=SYNTHETIC_STREAM[stream])
+
+    validation = over(data.validation, split, EVALUATION_SEED)
+    return replace(
+        data,
+        train=None if data.train is None else over(data.train, "train", data.config.seed),
+        validation=validation,
+        validation_labels=validation.num_labels,
+        validation_bytes=None,
     )
 
 
@@ -162,7 +195,7 @@ def _prepare_synthetic(config: DataConfig, description: str, train: bool, split:
         train=_synthetic(config, "train", config.train_rows, config.seed) if train else None,
         validation=validation,
         tokenizer=None,
-        vocab_size=synthetic.VOCAB_SIZE if config.corpus == "reset-s3" else sequences.VOCAB_SIZE,
+        vocab_size=VOCABULARIES[config.corpus],
         pad_id=0,
         validation_labels=per_row * len(validation),
         validation_bytes=None,
@@ -171,7 +204,9 @@ def _prepare_synthetic(config: DataConfig, description: str, train: bool, split:
 
 def _synthetic(config: DataConfig, split: str, length: int | None, seed: int) -> RowDataset:
     stream, length = SYNTHETIC_STREAM[split], length or SYNTHETIC_ROWS[split]
+    given: dict[str, Any] = {"rows": length, "seed": seed, "stream": stream, "context": config.context}
     if config.corpus == "reset-s3":
-        return synthetic.ResetS3(rows=length, seed=seed, stream=stream, context=config.context)
-    task: Literal["copy", "sort"] = "copy" if config.corpus == "copy" else "sort"
-    return sequences.Sequences(rows=length, task=task, context=config.context, seed=seed, stream=stream)
+        return synthetic.ResetS3(**given)
+    if config.corpus == "switched-s3":
+        return switched.SwitchedS3(**given)
+    return sequences.Sequences(task="copy" if config.corpus == "copy" else "sort", **given)

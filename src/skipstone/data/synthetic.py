@@ -65,10 +65,9 @@ class ResetS3(RowDataset):
 
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
         input_BT = self._inputs(index_B)
-        shift_BT, difficulty_BT = solve(input_BT)
-        labels_BT = np.full_like(shift_BT, IGNORE)
-        labels_BT[:, 1:] = shift_BT[:, :-1]
-        return {"input_ids": input_BT, "shift_labels": shift_BT, "labels": labels_BT, "difficulty": difficulty_BT}
+        operation_BT, reset_BT = oracle_keep(input_BT), input_BT == RESET
+        state_BT, difficulty_BT = solve(input_BT - FIRST_ELEMENT, reset_BT, operation_BT)
+        return aligned(input_BT, np.where(operation_BT, FIRST_STATE + state_BT, input_BT), difficulty_BT)
 
     def _inputs(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
         kind_BT, what_BT, which_BT = (
@@ -80,18 +79,29 @@ class ResetS3(RowDataset):
         return np.where(kind_BT < FILLER_SHARE, filler_BT, operation_BT)
 
 
-def solve(input_BT: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The labels and difficulties (B, T) of rows of entries, one column at a time over all rows."""
-    labels_BT, difficulty_BT = input_BT.copy(), np.full_like(input_BT, -1)
-    state_B, since_B = np.zeros(len(input_BT), np.int64), np.zeros(len(input_BT), np.int64)
-    for t, entry_B in enumerate(input_BT.T):
-        operation_B, reset_B = oracle_keep(entry_B), entry_B == RESET
-        element_B = np.where(operation_B & ~reset_B, entry_B - FIRST_ELEMENT, 0)  # 0, the identity, changes nothing
+def solve(
+    element_BT: NDArray[np.int64], reset_BT: NDArray[np.bool_], operation_BT: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The state after each entry and its difficulty (B, T), one column at a time over all rows.
+
+    element_BT: indices into ELEMENTS, read only where an operation is no reset. What is no operation changes nothing.
+    """
+    states_BT, difficulty_BT = np.zeros_like(element_BT), np.full_like(element_BT, -1)
+    state_B, since_B = np.zeros(len(element_BT), np.int64), np.zeros(len(element_BT), np.int64)
+    for t, (operation_B, reset_B) in enumerate(zip(operation_BT.T, (operation_BT & reset_BT).T, strict=True)):
+        element_B = np.where(operation_B & ~reset_B, element_BT[:, t], 0)  # 0, the identity, changes nothing
         state_B = np.where(reset_B, 0, MULTIPLY[state_B, element_B])
         since_B = np.where(reset_B, 0, since_B + operation_B)
-        labels_BT[operation_B, t] = FIRST_STATE + state_B[operation_B]
+        states_BT[:, t] = state_B
         difficulty_BT[operation_B, t] = since_B[operation_B]
-    return labels_BT, difficulty_BT
+    return states_BT, difficulty_BT
+
+
+def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficulty_BT: NDArray[np.int64]) -> Batch:
+    """Rows whose targets stand at the entry that they are of, and once more, one place later, for who shifts."""
+    labels_BT = np.full_like(target_BT, IGNORE)
+    labels_BT[:, 1:] = target_BT[:, :-1]
+    return {"input_ids": input_BT, "shift_labels": target_BT, "labels": labels_BT, "difficulty": difficulty_BT}
 
 
 def oracle_keep(input_ids: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reset-S3: how often the state is right, by the depth that it needs, and how much of the gain was captured."""
+"""How often the state is right, by the depth that it needs, and how much of the gain was captured: Reset-S3 and kin."""
 
 from __future__ import annotations
 

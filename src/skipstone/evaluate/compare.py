@@ -125,8 +125,8 @@ def _names(opened: Sequence[Opened]) -> list[str]:
 
 def _check_twins(opened: Sequence[Opened]) -> None:
     for o in opened:
-        if o.data is None or o.data.config.corpus != "reset-s3":
-            raise ValueError(f"{o.run.name} was not trained on reset-s3: headroom needs the known difficulty")
+        if o.data is None or not o.data.config.tells_difficulty:
+            raise ValueError(f"{o.run.name} was not trained on a corpus of known difficulty, which headroom needs")
     if "forced" not in opened[-1].ways:
         raise ValueError(f"{opened[-1].run.name} has no depth mechanism that could be forced")
 

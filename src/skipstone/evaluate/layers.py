@@ -9,6 +9,14 @@ from skipstone.evaluate.statistics import ACTIVATION_NAMES
 from skipstone.evaluate.tables import Section, number, percent
 
 Layers = Sequence[Mapping[str, Mapping[str, Any]]]
+MIX_FIGURES = {
+    "shares": {
+        "entropy / maximum": "entropy",
+        "dynamic entropy (nats)": "dynamic_entropy",
+        "static entropy (nats)": "static_entropy",
+    },
+    "neurons": {"differ from most": "diversity"},
+}
 
 
 def layer_sections(layers: Layers, way: str) -> list[Section]:
@@ -41,14 +49,19 @@ def _depth(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> I
 
 def _activation(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
     if entries:
-        yield Section(
-            title=f"activations by layer, {way}",
-            columns=["layer, mechanism", *ACTIVATION_NAMES, "entropy / maximum"],
-            rows=[
-                [f"{layer} {name}", *(percent(share) for share in f["shares"].values()), number(f["entropy"], 3)]
-                for layer, name, f in entries
-            ],
-        )
+        for kind, what in (("shares", "activations by layer"), ("neurons", "neurons by their strongest activation")):
+            yield Section(
+                title=f"{what}, {way}",
+                columns=["layer, mechanism", *ACTIVATION_NAMES, *MIX_FIGURES[kind]],
+                rows=[
+                    [
+                        f"{layer} {name}",
+                        *(percent(share) for share in f[kind].values()),
+                        *(number(f[figure], 4) for figure in MIX_FIGURES[kind].values()),
+                    ]
+                    for layer, name, f in entries
+                ],
+            )
 
 
 def _experts(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipstone.evaluate.accuracy import Accuracy
+from skipstone.evaluate.kinds import Kinds
 from skipstone.evaluate.statistics import ACTIVATION_ROWS, Statistics
 from skipstone.evaluate.ways import Way, targets
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
@@ -20,12 +23,17 @@ from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """nats: summed over `predictions`, in double precision. accuracy: by bin, where the data tell the difficulty."""
+    """nats: summed over `predictions`, in double precision. right: predictions whose likeliest token is the label.
+
+    accuracy: by bin, and kinds: by kind of token (see `kinds`), where the data tell the difficulty, else None.
+    """
 
     nats: float
     predictions: int
+    right: int
     statistics: Statistics
     accuracy: dict[str, float] | None
+    kinds: dict[str, dict[str, Any]] | None
 
     @property
     def loss(self) -> float:
@@ -44,25 +52,36 @@ def measure(
     model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]], activations: bool = True
 ) -> Measured:
     """One pass over `batches`. No figure depends on how rows are batched, but for rounding."""
-    nats, predictions = 0.0, 0
-    statistics, accuracy = Statistics(model, activation_rows=ACTIVATION_ROWS if activations else 0), None
+    nats, predictions, right = 0.0, 0, 0
+    statistics = Statistics(model, activation_rows=ACTIVATION_ROWS if activations else 0)
+    known: tuple[Accuracy, Kinds] | None = None
     for batch in batches:
         out = way.run(model, batch, output_records=True)
         assert out.logits is not None
         assert out.records is not None
         target_BT = targets(batch)
-        nats += float(token_nats(out.logits, target_BT).double().sum())
+        nats_BT = token_nats(out.logits, target_BT)
+        nats += float(nats_BT.double().sum())
         predictions += int((target_BT != IGNORED).sum())
+        right += int((out.logits.argmax(-1) == target_BT).sum())
         statistics.add(out.records, batch["difficulty"] >= 0 if "difficulty" in batch else None)
         if "difficulty" in batch:
-            accuracy = accuracy or Accuracy()
+            accuracy, kinds = known = known or (Accuracy(), Kinds())
             accuracy.add(out.logits, target_BT, batch["difficulty"])
+            kinds.add(nats_BT, target_BT, out.records, batch["difficulty"], _real(batch))
     return Measured(
         nats=nats,
         predictions=predictions,
+        right=right,
         statistics=statistics,
-        accuracy=None if accuracy is None else accuracy.by_bin(),
+        accuracy=None if known is None else known[0].by_bin(),
+        kinds=None if known is None else known[1].result(),
     )
+
+
+def _real(batch: Mapping[str, Tensor]) -> Tensor:
+    """bool [B, T]: no padding."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:

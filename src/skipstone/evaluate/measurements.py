@@ -26,7 +26,7 @@ NEW_TOKENS = 32  # at most, while decoding is timed
 class Measurements:
     """Figures of one run. result: what training wrote, empty for a saved model. rates: by "prefill", "decode 1", ...
 
-    accuracy: of Reset-S3, by bin. None, or missing, is what cannot be measured or is not known.
+    accuracy: by bin of the known difficulty. None, or missing, is what cannot be measured or is not known.
     """
 
     name: str
@@ -95,17 +95,18 @@ def measurements(opened: Opened, others: Opened | None, rates: Mapping[str, Rate
     ids_BT = sample_ids(opened, ROWS, opened.context, others)
     taught = opened.ways.get("oracle", way)
     statistics = Statistics(model, activation_rows=0)
-    for batch in _sample(opened, ids_BT):
+    sample = _sample(opened, ids_BT)
+    for batch in sample:
         statistics.add(way.run(model, batch, output_records=True).records or ())
     return Measurements(
         name=opened.run.name,
         parameters=model.num_parameters(),
         way=way.name,
         context=opened.context,
-        executed=count(model, way, _sample(opened, ids_BT)[:1]),
+        executed=count(model, way, sample[:1]),
         layers=statistics.layers(),
         cache=cache_bytes(model, ids_BT) if "executed" in opened.ways else None,
-        overhead=overhead(model, taught, {"input_ids": ids_BT}),
+        overhead=overhead(model, taught, sample[0]),
         result=opened.run.result() if opened.run.finished and not opened.run.is_saved_model else {},
         rates=rates,
         accuracy=_accuracy(opened),
@@ -120,7 +121,7 @@ def _sample(opened: Opened, ids_BT: Tensor) -> list[dict[str, Tensor]]:
 
 def _accuracy(opened: Opened) -> Mapping[str, float] | None:
     """On all evaluation rows, where the data know the difficulty."""
-    if opened.data is None or opened.data.config.corpus != "reset-s3":
+    if opened.data is None or not opened.data.config.tells_difficulty:
         return None
     rows = batches(opened.data, ROWS * 4, opened.model.device)
     return measure(opened.model, opened.main, rows, activations=False).accuracy

@@ -35,7 +35,7 @@ class Opened:
             if name in self.ways:
                 return self.ways[name]
         raise ValueError(
-            f"{self.run.name}: decision 'forced' decides nothing itself, it can be measured on reset-s3 only"
+            f"{self.run.name}: decision 'forced' decides nothing itself: measured on data of known difficulty only"
         )
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipstone.evaluate.counting import Executed, count
+from skipstone.evaluate.hard import measure_hard_mix
 from skipstone.evaluate.layers import layer_sections
 from skipstone.evaluate.losses import Measured, measure
 from skipstone.evaluate.opened import Opened, batches, open_run
@@ -24,6 +25,7 @@ COUNTED_BATCHES = 4  # FLOPs are counted on so many
 class Evaluation:
     """Figures of one run on one split. measured: by way of running, see `ways`; lacking: why a way is missing.
 
+    hard_mix: the main way with the strongest activation of each neuron alone, None where activations are not mixed.
     executed: FLOPs of the way that stands for the model (as executed, else as trained). notes: what a reader must know.
     """
 
@@ -37,6 +39,7 @@ class Evaluation:
     main: str
     executed: Executed
     notes: tuple[str, ...]
+    hard_mix: Measured | None = None
 
     @property
     def executed_minus_causal(self) -> float | None:
@@ -44,6 +47,11 @@ class Evaluation:
         if "executed" not in self.measured:
             return None
         return self.measured["executed"].loss - self.measured["causal"].loss
+
+    @property
+    def hard_minus_soft(self) -> float | None:
+        """Nats a prediction that a model loses whose neurons each use their strongest activation alone."""
+        return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.main].loss
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
@@ -53,6 +61,8 @@ class Evaluation:
                 "perplexity": m.perplexity,
                 "bits_per_byte": m.bits_per_byte(self.num_bytes),
                 "accuracy": m.accuracy,
+                "token_accuracy": m.right / m.predictions,
+                "kinds": m.kinds,
                 "layers": m.statistics.layers(),
             }
             for name, m in self.measured.items()
@@ -68,6 +78,7 @@ class Evaluation:
                 "ways": ways,
                 "lacking": self.lacking,
                 "executed_minus_causal": self.executed_minus_causal,
+                "hard_minus_soft": self.hard_minus_soft,
                 "main": self.main,
                 "flops_per_token": {
                     "counted": self.executed.counted,
@@ -89,7 +100,7 @@ class Evaluation:
 
     def _sections(self) -> list[Section]:
         layers = self.measured[self.main].statistics.layers()
-        bins = [self._accuracy()] if self.measured[self.main].accuracy else []
+        bins = [self._accuracy(), self._kinds()] if self.measured[self.main].accuracy else []
         return [self._losses(), *bins, *layer_sections(layers, self.main), self._cost()]
 
     def _losses(self) -> Section:
@@ -103,6 +114,8 @@ class Evaluation:
                 rows.append([name, self.lacking[name], UNKNOWN, UNKNOWN])
         gap = self.executed_minus_causal
         notes = [] if gap is None else [f"executed - causal: {gap:+.1e} nats"]
+        if self.hard_minus_soft is not None:
+            notes.append(f"strongest activation of each neuron alone - mix: {self.hard_minus_soft:+.1e} nats")
         predictions = self.measured[self.main].predictions
         return Section(
             title=f"{self.name}: {self.corpus}, {self.split}, {self.rows:,} rows, {predictions:,} predictions",
@@ -118,6 +131,14 @@ class Evaluation:
             title="accuracy by difficulty (operations since the reset)",
             columns=["routing", *bins],
             rows=[[name, *(percent(accuracy[b]) for b in bins)] for name, accuracy in found.items()],
+        )
+
+    def _kinds(self) -> Section:
+        kinds = self.measured[self.main].kinds or {}
+        return Section(
+            title=f"by kind of token, {self.main}",
+            columns=["kind", "loss (nats)", "blocks that update it"],
+            rows=[[name, number(found["loss"]), number(found["depth"], 2)] for name, found in kinds.items()],
         )
 
     def _cost(self) -> Section:
@@ -177,4 +198,5 @@ def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) 
         main=main.name,
         executed=count(model, main, batches(data, batch_size, device, rows=COUNTED_BATCHES * batch_size)),
         notes=tuple(sorted({reason for mechanism in model.adjustables() if (reason := mechanism.unready())})),
+        hard_mix=measure_hard_mix(model, main, batches(data, batch_size, device)),
     )

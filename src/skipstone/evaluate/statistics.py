@@ -52,8 +52,9 @@ class Statistics:
         in which somebody was asked); `weight`, the mean factor on a kept token's update, None where none was kept;
         `precision`, `recall` and `f1` of the kept tokens, measured by those that are known to need depth, or else by
         those that the best of the row would be by the same scores (not for mechanisms without such an ideal).
-        activation: `shares` of the four functions and `entropy` as a share of its maximum, means over
-        tokens and neurons of the first rows.
+        activation: `shares` of the four functions, `neurons`, the share of neurons in which each is the strongest,
+        `diversity`, the share of neurons that differ from most, `entropy` as a share of its maximum, `dynamic_entropy`
+        and `static_entropy` in nats without tau (`MixFigures`); means over tokens and neurons of the first rows.
         experts: `experts`, share of each in all choices, `no_op`, share of the no-ops together, and `entropy` of a
         token's softmax over both as a share of its maximum, in the mean; None where nobody was asked.
         """
@@ -97,28 +98,33 @@ def _quantile(x_N: Tensor, q: float) -> float | None:
 
 
 class _Activation:
+    SHARES, FIGURES = ("shares", "neurons"), ("diversity", "entropy", "dynamic_entropy")
+
     def __init__(self, rows: int) -> None:
         self.rows_left, self.tokens = rows, 0
-        self.shares = torch.zeros(len(ACTIVATION_NAMES), dtype=torch.float64)
-        self.entropy = 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.static_entropy = 0.0
 
     def add(self, mechanism: Any, record: Record) -> None:
         assert isinstance(record, ActivationRecord)
         rows = min(self.rows_left, len(record.asked_BT))
         self.rows_left -= rows
+        self.static_entropy = float(mechanism.static_entropy())
         for row in range(rows):  # one at a time: [T, neurons, A] is the largest tensor here
             asked_T = record.asked_BT[row]
             part = ActivationRecord(record.logits_BTA[row : row + 1], asked_T[None])
-            shares_TA, entropy_T = mechanism.shares(part)[0].double(), mechanism.entropy(part)[0].double()
-            self.shares += shares_TA.expand(len(asked_T), -1)[asked_T].sum(0).cpu()
-            self.entropy += float(entropy_T.expand(len(asked_T))[asked_T].sum())
+            for name in (*self.SHARES, *self.FIGURES):
+                figure_T = getattr(mechanism, name)(part)[0].double()
+                total = figure_T.expand(len(asked_T), *figure_T.shape[1:])[asked_T].sum(0).cpu()
+                self.sums[name] = self.sums[name] + total if name in self.sums else total
             self.tokens += int(asked_T.sum())
 
     def result(self) -> dict[str, Any]:
-        shares = (self.shares / max(self.tokens, 1)).tolist()
+        means = {name: (total / max(self.tokens, 1)).tolist() for name, total in self.sums.items()}
         return {
-            "shares": dict(zip(ACTIVATION_NAMES, shares, strict=True)),
-            "entropy": self.entropy / max(self.tokens, 1),
+            **{name: dict(zip(ACTIVATION_NAMES, means[name], strict=True)) for name in self.SHARES},
+            **{name: means[name] for name in self.FIGURES},
+            "static_entropy": self.static_entropy,
         }
 
 

@@ -3,7 +3,7 @@
 oracle     decisions with sight of the whole row, as in training, noise off; gates are soft
 causal     decisions that generation can make, computed by the masked executor: the specification
 executed   the same decisions by the gathered executor: the very pass that skips
-forced     Reset-S3 only: every depth mechanism keeps exactly the tokens whose known difficulty asks for depth
+forced     where the data tell it: every depth mechanism keeps exactly the tokens that are known to need depth
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.tokens import Executor
-from skipstone.data.synthetic import oracle_keep
+from skipstone.data.corpora import knows_difficulty
 from skipstone.mechanisms.decisions import Forced
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.model.decoder import Routing
@@ -36,8 +36,7 @@ class Way:
         """What forward is called with: no noise, no cache, no labels."""
         routing: Routing = self.routing  # type: ignore[assignment]
         if self.routing == "forced":
-            kept_BT = oracle_keep(batch["input_ids"])
-            routing = dict.fromkeys(depth_layers(model), kept_BT)
+            routing = dict.fromkeys(depth_layers(model), batch["difficulty"] >= 0)
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         return {**inputs, "routing": routing, "executor": self.executor, "noise": False, "use_cache": False}
 
@@ -67,7 +66,7 @@ def ways_of(
         lacking = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
     elif _refused(model):
         lacking = dict.fromkeys(("causal", "executed"), NO_CAUSAL_FORM)
-    has_forced = corpus == "reset-s3" and bool(depth_layers(model))
+    has_forced = knows_difficulty(corpus) and bool(depth_layers(model))
     found = {name: way for name, way in WAYS.items() if name not in lacking and (name != "forced" or has_forced)}
     return found, lacking
 

@@ -1,11 +1,13 @@
 """Floor 4.5: every table that is published, made by one command. Nothing is measured by a script of its own.
 
 registry.py   `Experiment` and `Column`: what an experiment is
-catalogue/    the experiments, a file each, and the table of them
+catalogue/    the experiments, a file each (a folder where there are many of one paper), and the table of them
 records.py    one JSON record a run
 render.py     records -> results/NAME.md, pure
 measure.py    what is measured of one run, and of all runs of a seed together
-timing.py     training steps of several models, timed interleaved
+timing.py     training steps and forward passes of several models, timed interleaved
+gates.py      what soft gates claim as saved, what is really skipped, the same weights executed otherwise
+claims.py     published figures beside ours, and which claims hold by rule
 corpus.py     the first of several corpora that can be had
 session.py    what is still to do, done so that it can be stopped anywhere
 run.py        `reproduce` and `describe`

@@ -44,7 +44,8 @@ class Experiment:
     columns: of the table. corpora: take the first that can be had in place of the recipes' own; () leaves them.
     measure: figures of one finished run. together: further figures of all runs of a seed, measured in one sitting so
     that arms compare fairly, by arm; None where nothing needs that. derive: figures that follow from those of all arms
-    of a seed, by arm; computed when the table is rendered. details: Markdown below a table, from its records' figures.
+    of a seed, by arm; computed when the table is rendered. details: Markdown below a table, from the figures of each
+    arm by seed, those that `derive` adds included.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Experiment:
     measure: Callable[[Path], Figures] = standard
     together: Callable[[Mapping[str, Path]], Mapping[str, Figures]] | None = timed
     derive: Callable[[Mapping[str, Figures]], Mapping[str, Figures]] | None = None
-    details: Callable[[Mapping[str, Figures]], str] | None = None
+    details: Callable[[Mapping[str, Mapping[int, Figures]]], str] | None = None
 
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, Recipe]:
         """The arms of `scale`, on `corpus` if one is named. Raises ValueError for a scale that is not declared."""

@@ -50,9 +50,7 @@ def heading(records: Sequence[Record]) -> str:
 
 
 def _section(experiment: Experiment, records: Sequence[Record]) -> list[str]:
-    lowest = {record.arm: record.figures for record in reversed(records)}  # figures of each arm's lowest seed
-    lowest = {record.arm: lowest[record.arm] for record in records}
-    details = [] if experiment.details is None else [experiment.details(lowest)]
+    details = [] if experiment.details is None else [experiment.details(_figures(experiment, records))]
     return [block(experiment, records), *details, provenance(records)]
 
 
@@ -85,14 +83,14 @@ def _arms(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(record.arm for record in records))
 
 
-def _figures(experiment: Experiment, records: Sequence[Record]) -> dict[str, list[Mapping[str, Any]]]:
-    """Figures of each arm, one entry a seed, those that follow from other arms included."""
-    found: dict[str, list[Mapping[str, Any]]] = {record.arm: [] for record in records}
+def _figures(experiment: Experiment, records: Sequence[Record]) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Figures of each arm by seed, in order, those that follow from other arms included."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
         of_seed: dict[str, Mapping[str, Any]] = {r.arm: r.figures for r in records if r.seed == seed}
         derived = {} if experiment.derive is None else experiment.derive(of_seed)
         for arm, figures in of_seed.items():
-            found[arm].append({**figures, **derived.get(arm, {})})
+            found[arm][seed] = {**figures, **derived.get(arm, {})}
     return found
 
 
@@ -106,8 +104,8 @@ def lookup(figures: Mapping[str, Any], key: str) -> float | None:
     return float(at) if isinstance(at, (int, float)) and math.isfinite(at) else None
 
 
-def _values(column: Column, seeds: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [value / column.unit for figures in seeds if (value := lookup(figures, column.key)) is not None]
+def _values(column: Column, seeds: Mapping[int, Mapping[str, Any]]) -> list[float]:
+    return [value / column.unit for figures in seeds.values() if (value := lookup(figures, column.key)) is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ class Cell:
     best: bool = False
 
 
-def _cells(column: Column, figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Cell]:
+def _cells(column: Column, figures: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Cell]:
     values = {arm: _values(column, seeds) for arm, seeds in figures.items()}
     means = {arm: statistics.fmean(found) for arm, found in values.items() if found}
     first, best = next(iter(values)), None

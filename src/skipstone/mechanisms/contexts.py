@@ -1,11 +1,16 @@
-"""What PolyGLU's gate looks at: a mean of projected tokens, over the whole row or over the tokens so far.
+"""What PolyGLU's gate looks at: a mean of projected tokens, over the whole row or over tokens that came before.
 
 The gate's first layer is linear, so projecting and then averaging equals averaging and then projecting; the cache then
-keeps 32 sums a token instead of the whole width, and crop and reorder stay exact.
-Shape letters: B rows, T tokens, R projected width.
+keeps 32 sums a token instead of the whole width, and crop and reorder stay exact. Tokens are counted as they reach the
+gate: padding, and what an outer mechanism leaves out, is in no mean.
+
+All means are fp32 [B, T, R]; `sequence` [B, 1, R] where a row is one document. A sum carries its count as last entry.
+Shape letters: B rows, T tokens, R projected width, S = R + 1 entries of a sum.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +19,38 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.tokens import Tokens
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What earlier calls left in the cache under this name; nothing without a cache."""
+
+    tokens: Tokens
+    cache: SkipstoneCacheLayer | None
+    name: str
+
+    def last(self, entry: str) -> Tensor | None:
+        """[B, 1, S], the entry of each row's newest token."""
+        value = None if self.cache is None else self.cache.store(self.name).last(entry, self.tokens.rows)
+        return None if value is None else value[:, None]
+
+    def here(self) -> Tensor | float:
+        """1 where the token's document is that of the row's newest token, 0 elsewhere, [B, T, 1]."""
+        last_B1 = self.last("document")
+        if self.tokens.document_BT is None or last_B1 is None:
+            return 1.0
+        return (self.tokens.document_BT == last_B1)[..., None].float()
+
+    def keep(self, **entries_BTS: Tensor) -> None:
+        """Remember the entries of this call's tokens."""
+        if self.cache is None:
+            return
+        document_BT, store = self.tokens.document_BT, self.cache.store(self.name)
+        if document_BT is not None:
+            entries_BTS["document"] = document_BT.expand(next(iter(entries_BTS.values())).shape[:2])
+        store.append(self.tokens.slot_BT, self.tokens.real_BT, self.tokens.rows, **entries_BTS)
+
+
 def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
-    """The paper's context, one mean a document: every token sees the future. [B, 1, R] where a row is one document."""
+    """The paper's context, one mean a document: every token sees the future."""
     real_BT1 = _real(z_BTR, tokens)
     if tokens.document_BT is None:
         return (z_BTR * real_BT1).sum(1, keepdim=True) / real_BT1.sum(1, keepdim=True).clamp(min=1)
@@ -24,14 +59,60 @@ def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
     return weight_BTT @ z_BTR / weight_BTT.sum(-1, keepdim=True).clamp(min=1)
 
 
-def running_mean(z_BTR: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None, name: str) -> Tensor:
-    """Mean over the tokens of the same document up to and including this one, [B, T, R] fp32, exact with a cache."""
-    real_BT1 = _real(z_BTR, tokens)
-    total_BTS = torch.cat((z_BTR * real_BT1, real_BT1.expand(z_BTR.shape[0], -1, -1)), dim=-1).cumsum(1)
+def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
+    """Over the tokens of the same document up to and including this one."""
+    total_BTS = _running_sum(z_BTR, tokens, memory)
+    memory.keep(sum=total_BTS)
+    return _mean(total_BTS)
+
+
+def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
+    """The same, the token that came n tokens ago weighing decay^n."""
+    x_BTS, real_BT1 = _counted(z_BTR, tokens), _real(z_BTR, tokens)
+    total_BTS = _scan(x_BTS, torch.where(real_BT1 > 0, decay, 1.0) * ~_begins(tokens.document_BT, x_BTS)[..., None])
+    last_B1S = memory.last("sum")
+    if last_B1S is not None:
+        total_BTS = total_BTS + last_B1S * decay ** real_BT1.cumsum(1) * memory.here()
+    memory.keep(sum=total_BTS)
+    return _mean(total_BTS)
+
+
+def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tensor:
+    """Over the tokens of all earlier chunks of `size` tokens of the same document; 0 in the first chunk."""
+    total_BTS = _running_sum(z_BTR, tokens, memory)
+    chunk_BT = _chunk(total_BTS, size)
+    begins_BT = _begins(chunk_BT, total_BTS) | _begins(tokens.document_BT, total_BTS)
+    last_B1S, done_B1S = memory.last("sum"), memory.last("done")
+    before_B1S = torch.zeros_like(total_BTS[:, :1])
+    if last_B1S is not None and done_B1S is not None:  # the chunk of the last call goes on, or is complete
+        goes_on_B1 = chunk_BT[:, :1] == _chunk(last_B1S, size)
+        before_B1S = torch.where(goes_on_B1[..., None], done_B1S, last_B1S)
+    done_BTS = _before(total_BTS, begins_BT, before_B1S) * (chunk_BT > 0)[..., None]
+    memory.keep(sum=total_BTS, done=done_BTS)
+    return _mean(done_BTS)
+
+
+def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
+    total_BTS = _counted(z_BTR, tokens).cumsum(1)
     if tokens.document_BT is not None:
-        total_BTS = total_BTS - _before_document(total_BTS, tokens.document_BT)
-    if cache is not None:
-        total_BTS = _continue(total_BTS, tokens, cache, name)
+        begins_BT = _begins(tokens.document_BT, total_BTS)
+        total_BTS = total_BTS - _before(total_BTS, begins_BT, torch.zeros_like(total_BTS[:, :1]))
+    last_B1S = memory.last("sum")
+    return total_BTS if last_B1S is None else total_BTS + last_B1S * memory.here()
+
+
+def _scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
+    """total_t = keep_t * total_(t-1) + x_t, by doubling: log2 T steps, products of shares only, no division."""
+    step = 1
+    while step < x_BTS.shape[1]:
+        x_BTS = torch.cat((x_BTS[:, :step], x_BTS[:, step:] + keep_BT1[:, step:] * x_BTS[:, :-step]), dim=1)
+        keep_BT1 = torch.cat((keep_BT1[:, :step], keep_BT1[:, step:] * keep_BT1[:, :-step]), dim=1)
+        step *= 2
+    return x_BTS
+
+
+def _mean(total_BTS: Tensor) -> Tensor:
+    """Counts are 0 or at least 1, with a decay too."""
     return total_BTS[..., :-1] / total_BTS[..., -1:].clamp(min=1)
 
 
@@ -41,30 +122,28 @@ def _real(z_BTR: Tensor, tokens: Tokens) -> Tensor:
     return tokens.real_BT[..., None].to(z_BTR.dtype)
 
 
-def _before_document(total_BTS: Tensor, document_BT: Tensor) -> Tensor:
-    """The running sum just before the token's document began, in this call."""
-    document_BT = document_BT.expand(total_BTS.shape[:2])
-    new_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    new_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    at_T = torch.arange(document_BT.shape[1], device=document_BT.device)
-    start_BT = torch.where(new_BT, at_T, 0).cummax(1).values
-    shifted_BTS = torch.cat((torch.zeros_like(total_BTS[:, :1]), total_BTS[:, :-1]), dim=1)
+def _counted(z_BTR: Tensor, tokens: Tokens) -> Tensor:
+    """[B, T, S], each token and a 1; zeros where it is not real."""
+    real_BT1 = _real(z_BTR, tokens)
+    return torch.cat((z_BTR * real_BT1, real_BT1.expand(z_BTR.shape[0], -1, -1)), dim=-1)
+
+
+def _chunk(total_BTS: Tensor, size: int) -> Tensor:
+    """Number of each token's chunk in its document, [B, T]."""
+    return ((total_BTS[..., -1] - 1) / size).floor().clamp(min=0)
+
+
+def _begins(key_BT: Tensor | None, like_BTS: Tensor) -> Tensor:
+    """bool [B, T]: the tokens of this call whose key is not that of the token before."""
+    new_BT = torch.zeros(like_BTS.shape[:2], dtype=torch.bool, device=like_BTS.device)
+    if key_BT is not None:
+        new_BT[:, 1:] = key_BT[:, 1:] != key_BT[:, :-1]
+    return new_BT
+
+
+def _before(total_BTS: Tensor, begins_BT: Tensor, first_B1S: Tensor) -> Tensor:
+    """The total just before the token's group began: `first` for the group with which the call starts."""
+    at_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
+    start_BT = torch.where(begins_BT, at_T, 0).cummax(1).values
+    shifted_BTS = torch.cat((first_B1S, total_BTS[:, :-1]), dim=1)
     return shifted_BTS.gather(1, start_BT[..., None].expand_as(total_BTS))
-
-
-def _continue(total_BTS: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer, name: str) -> Tensor:
-    """Add what earlier calls summed, and remember the sums of this one."""
-    store = cache.store(name)
-    last_BS = store.last("sum", tokens.rows)
-    if last_BS is not None:
-        base_B1S = last_BS[:, None]
-        if tokens.document_BT is not None:
-            last_document = store.last("document", tokens.rows)
-            assert last_document is not None
-            base_B1S = base_B1S * (tokens.document_BT == last_document[:, None])[..., None]
-        total_BTS = total_BTS + base_B1S
-    entries = {"sum": total_BTS}
-    if tokens.document_BT is not None:
-        entries["document"] = tokens.document_BT.expand(total_BTS.shape[:2])
-    store.append(tokens.slot_BT, tokens.real_BT, tokens.rows, **entries)
-    return total_BTS

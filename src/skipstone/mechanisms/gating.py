@@ -5,6 +5,7 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from skipstone.core.records import Records
@@ -24,3 +25,12 @@ def gate(
     if open_BT is not None:
         tokens = tokens.scaled(open_BT)
     return update(x_BTD, tokens if kept_BT is None else tokens.want(kept_BT))
+
+
+def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:
+    """The gains of a hard pass, `gain_BT` (None: 1) or 0, with the gradient of `open_BT` for every token.
+
+    A skipped token's gate then hears what its update would have brought, so the update has to be computed.
+    """
+    value_BT = torch.where(kept_BT, 1.0 if gain_BT is None else gain_BT, 0.0).detach()
+    return value_BT + (open_BT - open_BT.detach())

@@ -15,7 +15,7 @@ from torch import Tensor
 from skipstone.core.strict import choose
 from skipstone.mechanisms.decisions import DECISIONS
 from skipstone.mechanisms.routers import ROUTERS
-from skipstone.mechanisms.schedules import Ramp, Shape, require_capacity
+from skipstone.mechanisms.schedules import Ramp, Shape, require_capacities
 
 WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "raw": lambda score_BT, scale: score_BT,
@@ -62,8 +62,7 @@ class MixtureOfDepthsConfig:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        for number in [] if isinstance(self.capacity, Ramp) else _listed(self.capacity):
-            require_capacity("capacity", number)
+        require_capacities("capacity", self.capacity)
         for name in ("auxiliary_weight", "z_loss", "exploration"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -85,9 +84,3 @@ class MixtureOfDepthsConfig:
                 object.__setattr__(self, name, self.weight == "none" and decision.reads_scores)
         if self.guidance and not decision.reads_scores:
             raise ValueError(f"guidance trains scores, at which decision {self.decision!r} does not look")
-
-
-def _listed(capacity: float | list[float]) -> list[float]:
-    if capacity == []:
-        raise ValueError("capacity lists no number; give one for each routed block")
-    return capacity if isinstance(capacity, list) else [capacity]

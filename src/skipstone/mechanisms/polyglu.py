@@ -6,15 +6,16 @@
 
 Where we differ: the paper's context is the mean of the whole sequence, so that every position sees the future
 (`context: sequence`, for parity); the default is the mean of the tokens so far (`running_mean`), which generation can
-compute. The paper draws noise in evaluation too; here evaluation is deterministic. alpha is called `preference_bias`,
-because trainers exempt names with "bias" from weight decay. tau is a buffer that the trainer anneals.
+compute, and three more are causal (`contexts.py`). The paper draws noise in evaluation too; here evaluation is
+deterministic. alpha is `preference_scale` times `preference_bias`, whose name exempts it from weight decay; since the
+step of an adaptive optimizer does not depend on the size of the gradient, alpha moves `preference_scale` times as fast
+as other weights. tau is a buffer that the trainer anneals.
 
 Shape letters: B rows, T tokens, D width, F neurons, A activations, R projected width.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,8 +27,9 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ActivationRecord, Records
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens
-from skipstone.mechanisms.base import Adjustable, Place, every
-from skipstone.mechanisms.contexts import running_mean, sequence_mean
+from skipstone.mechanisms.base import Place, every
+from skipstone.mechanisms.contexts import Memory, chunk_mean, exponential_mean, running_mean, sequence_mean
+from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.mechanisms.routers import linear_fp32
 from skipstone.ops import mix_activations
 from skipstone.ops import reference as ops
@@ -37,32 +39,50 @@ SILU = 2
 SEQUENCE = "context 'sequence' of polyglu"
 NEUTRAL_LOGIT = 10.0  # the other three then share 1.4e-4, their gradients still alive
 
+Context = Literal["running_mean", "exponential_mean", "token", "chunk", "sequence"]
+OPTION_OF = {"decay": "exponential_mean", "chunk_size": "chunk"}
+SUMS = {"running_mean": 1, "exponential_mean": 1, "chunk": 2}  # of each token, in the cache
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolyGLUConfig:
-    """context: running_mean (causal) or sequence (the paper's, sees the future). tau: at the start and at the end.
+    """context: what the gate looks at. running_mean: the mean of the tokens so far; exponential_mean: the same, a token
+    weighing `decay` times the next one; token: the token alone; chunk: the mean of all earlier chunks of `chunk_size`
+    tokens, 0 in the first; sequence: the mean of the whole row, the paper's, which sees the future.
 
-    noise: Gumbel noise in training. router_width: R.
+    tau: at the start and at the end. noise: Gumbel noise in training. router_width: R. preference_scale: factor between
+    the learned preference of a neuron and its logits.
     """
 
-    context: Literal["running_mean", "sequence"] = "running_mean"
+    context: Context = "running_mean"
+    decay: float = 0.95
+    chunk_size: int = 64
     tau_start: float = 1.0
     tau_end: float = 0.1
     noise: bool = True
     router_width: int = 32
+    preference_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.tau_end <= self.tau_start:
             raise ValueError(f"tau_end must be in (0, tau_start = {self.tau_start}], got {self.tau_end}")
         if self.router_width < 1:
             raise ValueError(f"router_width must be at least 1, got {self.router_width}")
+        if not self.preference_scale > 0:
+            raise ValueError(f"preference_scale must be above 0, got {self.preference_scale}")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {self.decay}; 1 would be context 'running_mean'")
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
+        for option, context in OPTION_OF.items():
+            if context != self.context and getattr(self, option) != getattr(PolyGLUConfig, option):
+                raise ValueError(f"{option} has a meaning with context {context!r} only, got context {self.context!r}")
 
 
-class PolyGLU(Adjustable):
+class PolyGLU(MixFigures):
     """Fills the activation slot of an MLP."""
 
     Config: ClassVar[type[Any]] = PolyGLUConfig
-    tau: Tensor
 
     def __init__(self, hidden_size: int, neurons: int, place: Place | None = None, **options: Any) -> None:
         super().__init__()
@@ -92,26 +112,39 @@ class PolyGLU(Adjustable):
         """The mixed activation [B, T, F] of the gate's pre-activations."""
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
         noise = tokens.mode.noise and self.config.noise
-        static_BFA = self.preference_bias[None].float()
+        static_BFA = self.preference_FA[None]
         if noise:
             static_BFA = static_BFA + self._gumbel(gate_BTF)
         y_BTF = mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
         record = ActivationRecord(dynamic_BTA.detach(), every(tokens, x_BTD[..., 0]))
         return y_BTF, {self.place.name: record}
 
+    @property
+    def preference_FA(self) -> Tensor:
+        return self.preference_bias.float() * self.config.preference_scale
+
     def _dynamic(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """beta * gate_net(context), fp32 [B, T or 1, A]."""
-        z_BTR = linear_fp32(x_BTD, self.context_weight)
-        if self.config.context == "sequence":
-            if tokens.mode.routing == "causal":
-                self.require_causal()
-            if cache is not None:
-                raise ValueError(f"{SEQUENCE} needs the whole row in every call, not a cache; pass use_cache=False")
-            mean_BTR = sequence_mean(z_BTR, tokens)
-        else:
-            mean_BTR = running_mean(z_BTR, tokens, cache, self.place.name)
+        mean_BTR = self._context(linear_fp32(x_BTD, self.context_weight), tokens, cache)
         hidden_BTR = (mean_BTR + self.context_bias.float()).relu()
         return self.scale.float() * linear_fp32(hidden_BTR, self.mix_weight, self.mix_bias)
+
+    def _context(self, z_BTR: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
+        """fp32 [B, T or 1, R]."""
+        config, memory = self.config, Memory(tokens, cache, self.place.name)
+        if config.context == "running_mean":
+            return running_mean(z_BTR, tokens, memory)
+        if config.context == "exponential_mean":
+            return exponential_mean(z_BTR, tokens, memory, config.decay)
+        if config.context == "chunk":
+            return chunk_mean(z_BTR, tokens, memory, config.chunk_size)
+        if config.context == "token":
+            return z_BTR
+        if tokens.mode.routing == "causal":
+            self.require_causal()
+        if cache is not None:
+            raise ValueError(f"{SEQUENCE} needs the whole row in every call, not a cache; pass use_cache=False")
+        return sequence_mean(z_BTR, tokens)
 
     def _gumbel(self, gate_BTF: Tensor) -> Tensor:
         """Noise of each row, neuron and activation, the same for all tokens of the row."""
@@ -130,7 +163,7 @@ class PolyGLU(Adjustable):
             self.mix_weight.zero_()
             self.mix_bias.zero_()
             self.preference_bias.zero_()
-            self.preference_bias[:, SILU] = NEUTRAL_LOGIT * self.tau
+            self.preference_bias[:, SILU] = NEUTRAL_LOGIT * self.tau / self.config.preference_scale
 
     def unasked(self, x_BTD: Tensor) -> ActivationRecord:
         logits_BTA = x_BTD.new_full((*x_BTD.shape[:2], NUM_ACTIVATIONS), float("nan"), dtype=torch.float32)
@@ -157,20 +190,5 @@ class PolyGLU(Adjustable):
 
     def cache_bytes(self, tokens: float) -> float:
         """fp32 sums and a count, and the int64 slot."""
-        return tokens * (4 * (self.config.router_width + 1) + 8) if self.config.context == "running_mean" else 0
-
-    def shares(self, record: ActivationRecord) -> Tensor:
-        """Mean share of each activation over the neurons, [B, T or 1, A], of a noise-free pass."""
-        return self._mix(record, self.tau).mean(2)
-
-    def entropy(self, record: ActivationRecord) -> Tensor:
-        """Entropy of the activation mix as a share of its maximum (ln A), mean over neurons, [B, T or 1]."""
-        return torch.special.entr(self._mix(record, self.tau)).sum(-1).mean(2) / math.log(NUM_ACTIVATIONS)
-
-    def dynamic_entropy(self, record: ActivationRecord) -> Tensor:
-        """The paper's figure, in nats: of softmax(logits) without tau, so larger than what is executed. [B, T or 1]."""
-        return torch.special.entr(self._mix(record, 1.0)).sum(-1).mean(2)
-
-    def _mix(self, record: ActivationRecord, temperature: Tensor | float) -> Tensor:
-        """Share of each activation in each neuron, [B, T or 1, F, A]."""
-        return ((self.preference_bias.float() + record.logits_BTA[:, :, None]) / temperature).softmax(-1)
+        sums = SUMS.get(self.config.context, 0)
+        return tokens * (4 * sums * (self.config.router_width + 1) + 8) if sums else 0

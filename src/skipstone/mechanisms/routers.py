@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -21,8 +22,7 @@ EPSILON = 1e-6  # as in the decoder's norms: an input of zeros stays zero
 
 def normalised(x_BTD: Tensor) -> Tensor:
     """x by its root mean square, in fp32, without parameters: scores then follow direction, not the stream's growth."""
-    x_BTD = x_BTD.float()
-    return x_BTD * torch.rsqrt(x_BTD.square().mean(-1, keepdim=True) + EPSILON)
+    return F.rms_norm(x_BTD.float(), x_BTD.shape[-1:], eps=EPSILON)
 
 
 class LinearRouter(nn.Module):
@@ -103,6 +103,32 @@ class MLPRouter(nn.Module):
     def weight_flops(self, tokens: float) -> float:
         """Of a backward pass that sends nothing to the input."""
         return 2 * self.flops(tokens) - 2 * tokens * self.hidden_weight.numel()
+
+
+class ConstantRouter(nn.Module):
+    """score = b, the same for every token: what a gate can do that knows nothing of them."""
+
+    def __init__(self, start_bias: float = 0.0) -> None:
+        super().__init__()
+        self.start_bias = start_bias
+        self.score_bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.score_bias, self.start_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """fp32 score [B, T]."""
+        return self.score_bias.float() + x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.float32)
+
+    def constant(self, score: float) -> None:
+        with torch.no_grad():
+            self.score_bias.fill_(score)
+
+    def flops(self, tokens: float) -> float:
+        return 0
+
+    weight_flops = flops
 
 
 def hidden_width(width: int) -> int:

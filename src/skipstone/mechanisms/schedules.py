@@ -47,6 +47,14 @@ class Ramp:
         require_capacity("end", self.end)
 
 
+def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
+    """Raise ValueError unless all numbers are capacities, and there is one. A ramp has checked its own."""
+    if capacity == []:
+        raise ValueError(f"{name} lists no number; give one for each routed block")
+    for number in [] if isinstance(capacity, Ramp) else capacity if isinstance(capacity, list) else [capacity]:
+        require_capacity(name, number)
+
+
 def capacity_at(capacity: float | list[float] | Ramp, place: Place) -> float:
     """The capacity of one block. Raises ValueError for a list that has not one number for each routed block."""
     if isinstance(capacity, Ramp):

@@ -7,51 +7,32 @@
 
 Hard execution leaves tokens with p >= threshold out: no query, no output projection, no FFN; their keys and values are
 computed from the carried-forward h, as in the paper. Where we differ: a kept token keeps its gain 1 - p by default
-(`hard_gain: gate`); the paper's sparse mode gives it 1 (`hard_gain: one`), which costs up to .06 nats.
+(`hard_gain: gate`); the paper's sparse mode gives it 1 (`hard_gain: one`), which costs up to .06 nats. The paper trains
+softly only; training the pass that is executed, keeping a given share of tokens (`capacity`) and the controls are ours.
 
-Shape letters: B rows, T tokens, D width.
+Shape letters: B rows, T tokens, K kept tokens, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipstone.core.records import Records
+from skipstone.core.load import Load
+from skipstone.core.records import DepthRecord, Record, Records, lift
 from skipstone.core.seam import Update
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Place, every
-from skipstone.mechanisms.gating import gate, is_hard
-from skipstone.mechanisms.routers import MLPRouter, hidden_width
+from skipstone.mechanisms.decisions import Decision, build_decision
+from skipstone.mechanisms.gating import gate, is_hard, straight_through
+from skipstone.mechanisms.guidance import guided
+from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width, normalised
+from skipstone.mechanisms.schedules import Capacity, capacity_at
+from skipstone.mechanisms.selective_options import TokenSelectiveConfig
 
 NEUTRAL_SCORE = 9.0  # an open gate of 1 - 1.2e-4, whose gradient is still alive
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSelectiveConfig:
-    """start_bias: b2 before training (-1: p is .27). router_width: hidden width, default max(d / 4, 16).
-
-    depth_weight: lambda of the depth loss. execution: what a causal pass does, hard (skip) or soft (scale only).
-    threshold: p at and above which hard execution skips. hard_gain: gain of a kept token, gate (1 - p) or one.
-    """
-
-    start_bias: float = -1.0
-    router_width: int | None = None
-    depth_weight: float = 0.001
-    execution: Literal["hard", "soft"] = "hard"
-    threshold: float = 0.5
-    hard_gain: Literal["gate", "one"] = "gate"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
-        if self.depth_weight < 0:
-            raise ValueError(f"depth_weight must not be negative, got {self.depth_weight}")
-        if self.router_width is not None and self.router_width < 1:
-            raise ValueError(f"router_width must be at least 1, got {self.router_width}")
 
 
 class TokenSelective(DepthMechanism):
@@ -61,31 +42,133 @@ class TokenSelective(DepthMechanism):
 
     def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
         super().__init__(hidden_size, place, **options)
-        width = self.config.router_width or hidden_width(hidden_size)
-        self.router = MLPRouter(hidden_size, width, self.config.start_bias)
+        self.router = self._build_router().requires_grad_(self.config.learn)
+        self.decision = self._build_decision()
+
+    def _build_router(self) -> MLPRouter | ConstantRouter:
+        if self.config.gate == "constant":
+            return ConstantRouter(self.config.start_bias)
+        width = self.config.router_width or hidden_width(self.hidden_size)
+        return MLPRouter(self.hidden_size, width, self.config.start_bias)
+
+    def _build_decision(self) -> Decision | None:
+        """None: the threshold of the options decides."""
+        config: TokenSelectiveConfig = self.config
+        if config.capacity is None:
+            return None
+        capacity = Capacity(capacity_at(config.capacity, self.place), config.capacity_warmup)
+        return build_decision(config.decision, capacity, self.hidden_size, self.place.layer)
+
+    @property
+    def capacity(self) -> float:
+        """The share of tokens that a hard pass keeps by promise, after any warm-up: 1 where a threshold decides."""
+        return 1.0 if self.decision is None else self.decision.capacity.final
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """The inner update, each token's gated by 1 - p."""
-        halt_BT = self.router(x_BTD)  # logit of p
-        open_BT, asked_BT = torch.sigmoid(-halt_BT), every(tokens, halt_BT)
-        gain_BT: Tensor | None = open_BT
-        kept_BT = None
-        if is_hard(self.config.execution, tokens):
-            kept_BT = asked_BT & (open_BT > 1 - self.config.threshold if tokens.forced_BT is None else tokens.forced_BT)
-            gain_BT = open_BT if self.config.hard_gain == "gate" else None
-        delta_BTD, inner = gate(update, x_BTD, tokens, gain_BT, kept_BT)
+        """The inner update, each token's gated by 1 - p.
+
+        A pass that computes every token records every token as kept, those that it only pretends to skip with weight 0.
+        """
+        score_BT = self._score(x_BTD)
+        open_BT, asked_BT = score_BT.sigmoid(), every(tokens, score_BT)
+        gain_BT, kept_BT = self._decide(score_BT, open_BT, x_BTD, tokens)
+        kept_BT = kept_BT if kept_BT is None else asked_BT & kept_BT
+        alone = kept_BT is not None and self.config.kv == "kept"
+        delta_BTD, inner = (self._alone if alone else gate)(update, x_BTD, tokens, gain_BT, kept_BT)
+        loss_BT = open_BT * (self.config.depth_weight / self.place.count)
+        if self.config.guidance and self.capacity < 1 and self._trains(tokens):
+            delta_BTD, guided_BT = guided(delta_BTD, score_BT, asked_BT, self.capacity)
+            loss_BT = loss_BT + guided_BT * self.config.auxiliary_weight
         shown_BT = asked_BT if kept_BT is None else kept_BT
         records = self.record(
-            score_BT=-halt_BT,
+            score_BT=score_BT,
             kept_BT=shown_BT,
             weight_BT=torch.where(shown_BT, torch.ones_like(open_BT) if gain_BT is None else gain_BT, 0.0),
             asked_BT=asked_BT,
-            loss_BT=torch.where(asked_BT, open_BT, 0.0) * (self.config.depth_weight / self.place.count),
+            loss_BT=torch.where(asked_BT, loss_BT, 0.0),
         )
         return delta_BTD, {**records, **inner}
 
+    def _score(self, x_BTD: Tensor) -> Tensor:
+        """Logit of 1 - p, fp32 [B, T]."""
+        seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
+        score_BT = -self.router(normalised(seen_BTD) if self.config.router_norm else seen_BTD)
+        return score_BT if self.config.learn else score_BT.detach()
+
+    def _trains(self, tokens: Tokens) -> bool:
+        return tokens.mode.routing == "oracle" and tokens.forced_BT is None
+
+    def _decide(
+        self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gains (None: 1), and the tokens that are computed (None: all), padding perhaps among them."""
+        kept_BT = self._keeps(score_BT, open_BT, x_BTD, tokens)
+        if kept_BT is None:
+            return open_BT, None
+        gain_BT = open_BT if self.config.hard_gain == "gate" else None
+        if self.config.training == "straight_through" and self._trains(tokens):
+            return straight_through(open_BT, gain_BT, kept_BT), None
+        return gain_BT, kept_BT
+
+    def _keeps(self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor | None:
+        """bool [B, T], whom the hard pass keeps; None in a soft pass."""
+        if tokens.forced_BT is not None:
+            return tokens.forced_BT
+        hard = self.config.training != "soft" if self._trains(tokens) else is_hard(self.config.execution, tokens)
+        if not hard:
+            return None
+        if self.decision is None:
+            return open_BT > 1 - self.config.threshold
+        if self.decision.capacity.now >= 1:
+            return torch.ones_like(open_BT, dtype=torch.bool)
+        decide = self.decision.causal if tokens.mode.routing == "causal" else self.decision.oracle
+        return decide(score_BT, x_BTD, tokens)
+
+    def _alone(
+        self, update: Update, x_BTD: Tensor, tokens: Tokens, gain_BT: Tensor | None, kept_BT: Tensor | None
+    ) -> tuple[Tensor, Records]:
+        """As `gate`, but skipped tokens do not exist inside."""
+        assert kept_BT is not None
+        part = tokens.narrow(kept_BT)
+        if part.width == 0:
+            return x_BTD * 0, {}
+        inside = (tokens if gain_BT is None else tokens.scaled(gain_BT)).select(part)
+        delta_BKD, inner = update(part.gather(x_BTD), inside)
+        return part.scatter(delta_BKD), lift(inner, part, tokens.state)
+
+    def statistics(self, record: Record) -> Tensor | None:
+        assert isinstance(record, DepthRecord)
+        return None if self.decision is None else self.decision.statistics(record.score_BT.detach(), record.asked_BT)
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        if self.decision is not None:
+            self.decision.advance(statistics)
+            self.decision.capacity.advance(progress)
+
+    def unready(self) -> str | None:
+        if self.decision is None or self.capacity >= 1 or self.config.execution == "soft":
+            return None
+        return self.decision.capacity.unready() or self.decision.unready()
+
     def neutral(self) -> None:
+        """Open gates, and nobody left out."""
         self.router.constant(-NEUTRAL_SCORE)
+        if self.decision is not None:
+            self.decision.capacity.pin(1.0)
+
+    def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
+        """An oracle pass leaves tokens out with `training: hard` only."""
+        if oracle and self.config.training != "hard":
+            return load
+        if kept is None and (self.capacity >= 1 or self.config.execution == "soft"):
+            return load
+        inside = load.of(self.capacity * load.given if kept is None else kept)
+        return Load(given=load.given, asked=inside.asked) if self.config.kv == "full" else inside
 
     def flops(self, tokens: float, routing: str) -> float:
         return self.router.flops(tokens)
+
+    def backward_flops(self, tokens: float) -> float:
+        if not self.config.learn:
+            return 0
+        return self.router.weight_flops(tokens) if self.config.guidance else 2 * self.router.flops(tokens)

@@ -18,7 +18,7 @@ from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
 from skipstone.nn.experts import ROW_OF_16_BYTES, ExpertsConfig, ExpertsMLP
 from skipstone.nn.linear import OutputLinear
-from skipstone.nn.mlp import FUNCTIONS, MLPS, FixedActivation
+from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
 from skipstone.nn.positions import STATIC_ROPE, Rotary
 
@@ -29,6 +29,7 @@ DEFAULT_LAYERS = {"mixture_of_depths": "1::2", "token_selective": "1:", "early_e
 POSITIONS = ("rope", "learned")
 LINEAR_INITS = ("normal", "torch")
 AUXILIARY_LOSS_OVER = ("labelled", "all")
+ROUTINGS = ("oracle", "causal")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def check(config: SkipstoneConfig) -> None:
         ("positions", POSITIONS),
         ("linear_init", LINEAR_INITS),
         ("auxiliary_loss_over", AUXILIARY_LOSS_OVER),
+        ("training_routing", ROUTINGS),
     ):
         if getattr(config, field) not in allowed:
             raise ValueError(unknown(field, getattr(config, field), allowed))
@@ -82,16 +84,25 @@ def check(config: SkipstoneConfig) -> None:
         kind = (config.rope_parameters or {}).get("rope_type", "default")
         if kind not in STATIC_ROPE:
             raise ValueError(unknown("rope_type", kind, STATIC_ROPE))
-    activation = config.activation_options
-    name = activation.pop("name", None)
-    choose("activation", name, {**FUNCTIONS, **ACTIVATION})
-    if name in ACTIVATION:
-        if config.mlp != "gated":
-            raise ValueError(f"activation {name!r} needs mlp 'gated', got {config.mlp!r}")
-        from_dict(ACTIVATION[name].Config, activation, "activation")
-    elif activation:
-        raise ValueError(unknown(f"key in activation {name!r}", next(iter(activation)), ["name"]))
+    _check_activation(config)
     placed(config)
+
+
+def _check_activation(config: Any) -> None:
+    options = config.activation_options
+    name = options.pop("name", None)
+    choose("activation", name, {**FUNCTIONS, **ACTIVATION, FIXED_MIX: FixedMix})
+    if name in FUNCTIONS:
+        if options:
+            raise ValueError(unknown(f"key in activation {name!r}", next(iter(options)), ["name"]))
+        return
+    if config.mlp != "gated":
+        raise ValueError(f"activation {name!r} needs mlp 'gated', got {config.mlp!r}")
+    if name == FIXED_MIX:
+        groups = from_dict(FixedMixConfig, options, "activation")
+        groups.require(config.num_hidden_layers, config.intermediate_size)
+    else:
+        from_dict(ACTIVATION[name].Config, options, "activation")
 
 
 def _check_experts(config: SkipstoneConfig) -> None:
@@ -118,6 +129,8 @@ def _activation(config: Any, layer: int) -> nn.Module:
     name = options.pop("name")
     if name in FUNCTIONS:
         return FixedActivation(name)
+    if name == FIXED_MIX:
+        return FixedMix(FixedMixConfig(**options).of(layer))
     place = _everywhere(config, layer, name)
     return ACTIVATION[name](config.hidden_size, config.intermediate_size, place, **options)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.config import SkipstoneConfig
 
 MARK = "<!-- written by skipstone -->"  # a card without it is a user's own and is not overwritten
 Realised = Mapping[int, Mapping[str, float]]
@@ -45,7 +44,7 @@ def render_card(
     """
     sections = [
         _header(model, source),
-        f"{MARK}\n\n# {title}\n\n{_summary(model.config)}" + (f" Converted from `{source}`." if source else ""),
+        f"{MARK}\n\n# {title}\n\n{_summary(model)}" + (f" Converted from `{source}`." if source else ""),
         "## Architecture\n\n" + _table(("part", "value"), _architecture(model)),
         "## Mechanisms\n\n" + _mechanisms(model, realised),
         "## Losses\n\n" + _losses(losses),
@@ -71,10 +70,9 @@ def _header(model: SkipstoneForCausalLM, source: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _summary(config: SkipstoneConfig) -> str:
-    routed = config.mechanisms or not isinstance(config.activation, str) or config.mlp == "experts"
-    what = "with conditional computation" if routed else "(dense)"
-    return f"A decoder of {config.num_hidden_layers} blocks {what}, in the format of the package skipstone."
+def _summary(model: SkipstoneForCausalLM) -> str:
+    what = "with conditional computation" if any(model.adjustables()) else "(dense)"
+    return f"A decoder of {model.config.num_hidden_layers} blocks {what}, in the format of the package skipstone."
 
 
 def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:

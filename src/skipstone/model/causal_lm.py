@@ -67,7 +67,6 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         routing: Routing | None = None,
         noise: bool | None = None,
@@ -77,12 +76,13 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput:
         """Logits, and with labels the loss.
 
-        labels: int64 [B, T], the input ids (shifted here), -100 for tokens not to predict. shift_labels: the same
-        already shifted, the target of each position. The other arguments are those of `SkipstoneModel.forward`. The
-        auxiliary losses are summed over labelled tokens and divided like the token loss, so that gradient accumulation
-        changes nothing; `config.auxiliary_loss_over` "all" takes the mean over all real tokens instead.
+        labels: int64 [B, T], the input ids (shifted here), -100 for tokens not to predict. `shift_labels`, a keyword:
+        the same already shifted, the target of each position. The other arguments are those of
+        `SkipstoneModel.forward`. The auxiliary losses are summed over labelled tokens and divided like the token loss,
+        so that accumulation changes nothing; `config.auxiliary_loss_over` "all": the mean over all real tokens.
         """
         refuse_mistyped(kwargs)
+        shift_labels = kwargs.get("shift_labels")  # were it named above, Trainer would wait for it to report eval_loss
         out: DecoderOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -32,18 +32,20 @@ class SkipstoneConfig(PreTrainedConfig):
     """Sizes as in Llama; parts by name; mechanisms as a list of plain dicts, the outermost first.
 
     norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain | experts, the last one's options in
-    `experts` (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`.
+    `experts` (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`
+    or `{name: fixed_mix, groups: {silu: 96, gelu: 32}}` (see `nn/mlp.py`).
     mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
     attention_bias: biases on queries, keys and values; attention_output_bias: on their output projection.
     linear_init: how linear layers start, normal (N(0, initializer_range), biases 0) or torch (nn.Linear's own).
     scaled_output_init: start the projections into the residual stream N(0, initializer_range / sqrt(2 * layers)), as
     GPT-2 and PolyGLU do. residual_dropout: on the output of attention and MLP; mlp_dropout: on the MLP's alone, where
     it differs; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: which tokens the auxiliary losses are
-    averaged over, labelled or all (padding excepted).
+    averaged over, labelled or all (padding excepted). training_routing: the decisions of a forward pass in training
+    mode that is not told which, oracle or causal (those of generation, without noise: for preference and RL training).
     """
 
     model_type = "skipstone"
-    keys_to_ignore_at_inference = ["past_key_values", "records"]
+    keys_to_ignore_at_inference = ["past_key_values", "records", "token_loss", "auxiliary_loss"]
 
     format_version: int = FORMAT_VERSION
     vocab_size: int = 256
@@ -72,6 +74,7 @@ class SkipstoneConfig(PreTrainedConfig):
     mlp_dropout: float | None = None
     mlp_hidden_dropout: float = 0.0
     auxiliary_loss_over: str = "labelled"
+    training_routing: str = "oracle"
     initializer_range: float = 0.02
     linear_init: str = "normal"
     scaled_output_init: bool = False

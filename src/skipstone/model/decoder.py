@@ -35,11 +35,15 @@ Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """last_hidden_state [B, T, D]; records: for each block, what its mechanisms decided."""
+    """last_hidden_state [B, T, D]; records: for each block, what its mechanisms decided.
+
+    attentions: always None; transformers' own heads pass it on.
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     records: tuple[Records, ...] | None = None
 
 
@@ -100,7 +104,6 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.positions = build_positions(config)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(build_blocks(config))
         self.norm = build_norm(config)
         self.gradient_checkpointing = False
@@ -127,10 +130,11 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         """Hidden states of the last block, normed.
 
         input_ids: int64 [B, T]. attention_mask: [B, seen + T], 0 for padding. document_ids: int64 [B, T], packed rows.
-        routing: "oracle" sees the whole row (the default in training mode), "causal" decides as generation does (the
-        default otherwise), or `{layer: bool mask [B, T]}` imposes decisions on these blocks, the others being causal.
-        noise: may mechanisms draw random numbers; default: in training mode with oracle routing. executor: "gathered"
-        or "masked", which must agree. Raises ValueError for routing that the call cannot have.
+        routing: "oracle" sees the whole row (the default in training mode, unless `config.training_routing` says
+        "causal"), "causal" decides as generation does (the default otherwise), or `{layer: bool mask [B, T]}` imposes
+        decisions on these blocks, the others being causal. noise: may mechanisms draw random numbers; default: in
+        training mode with oracle routing. executor: "gathered" or "masked", which must agree. Raises ValueError for
+        routing that the call cannot have.
         """
         refuse_mistyped(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -170,7 +174,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self, routing: Routing | None, noise: bool | None, executor: Executor
     ) -> tuple[Mode, Mapping[int, Tensor]]:
         forced = routing if isinstance(routing, Mapping) else {}
-        default: str = "oracle" if self.training else "causal"
+        default: str = self.config.training_routing if self.training else "causal"
         decided = "causal" if isinstance(routing, Mapping) else routing or default
         if decided not in ("oracle", "causal"):
             raise ValueError(unknown("routing", decided, ["oracle", "causal", "{layer: mask}"]))
@@ -218,7 +222,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             tokens = replace(tokens, rotary=self.positions(tokens.position_BT, x_BTD.dtype))
         else:
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
-        x_BTD = self.embedding_dropout(x_BTD)
+        if self.config.embedding_dropout:
+            x_BTD = nn.functional.dropout(x_BTD, self.config.embedding_dropout, self.training)
         state: dict[str, Tensor] = {}
         blocks: Any = self.layers
         for block in blocks:

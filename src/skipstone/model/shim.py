@@ -14,6 +14,7 @@ CLASSES = {
     "AutoConfig": "SkipstoneConfig",
     "AutoModel": "SkipstoneModel",
     "AutoModelForCausalLM": "SkipstoneForCausalLM",
+    "AutoModelForSequenceClassification": "SkipstoneForSequenceClassification",
 }
 AUTO_MAP = {auto: f"{MODULE}.{name}" for auto, name in CLASSES.items()}
 

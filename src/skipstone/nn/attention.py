@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipstone.core.cache import EMPTY, SkipstoneCacheLayer
 from skipstone.core.tokens import Tokens
-from skipstone.nn.linear import OutputLinear
+from skipstone.nn.linear import OutputLinear, dropped
 from skipstone.ops import reference as ops
 
 
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer_idx, shape.head_dim
         self.num_key_value_groups = shape.num_heads // shape.num_key_value_heads
         self.scaling = shape.head_dim**-0.5
-        self.dropout = shape.dropout
+        self.dropout, self.residual_dropout = shape.dropout, shape.residual_dropout
         inner, grouped = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, inner, bias=shape.bias)
         self.k_proj = nn.Linear(shape.hidden_size, grouped, bias=shape.bias)
@@ -56,7 +56,6 @@ class Attention(nn.Module):
         self.o_proj = OutputLinear(inner, shape.hidden_size, bias=shape.output_bias)
         self.q_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
         self.k_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
-        self.residual_dropout = nn.Dropout(shape.residual_dropout) if shape.residual_dropout else None
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> Tensor:
         """Update of the tokens that ask, [B, K, D]: all T unless `tokens.wanted` names some of them."""
@@ -69,7 +68,7 @@ class Attention(nn.Module):
         if query.shape[2] == 0:
             return asking_x
         y_BKD = self.o_proj(self._attend(query, key, value, mask).flatten(2))
-        return y_BKD if self.residual_dropout is None else self.residual_dropout(y_BKD)
+        return dropped(y_BKD, self.residual_dropout, self.training)
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         y_BTHE = y.unflatten(-1, (-1, self.head_dim))

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skipstone.core.records import Records, lift
-from skipstone.core.seam import Update, wrap
+from skipstone.core.seam import wrap
 from skipstone.core.tokens import Tokens
 from skipstone.nn.attention import Attention
 
@@ -46,8 +46,7 @@ class Block(GradientCheckpointingLayer):
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
             _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
             return after_BTD + m_BTD, self._complete(records, x_BTD)
-        update = self._inside("block", self._update, past_key_values)
-        delta_BTD, records = update(x_BTD, tokens)
+        delta_BTD, records = self._inside("block", self._update, x_BTD, tokens, past_key_values)
         return x_BTD + delta_BTD, self._complete(records, x_BTD)
 
     def adjustables(self) -> dict[str, nn.Module]:
@@ -62,11 +61,15 @@ class Block(GradientCheckpointingLayer):
         missing = {name: m.unasked(x_BTD) for name, m in self.adjustables().items() if name not in records}  # type: ignore[operator]
         return {**records, **missing}
 
-    def _inside(self, site: str, update: Callable[..., Any], past_key_values: Cache | None) -> Update:
+    def _inside(
+        self, site: str, update: Callable[..., Any], x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
+    ) -> tuple[Tensor, Records]:
         """`update` inside the mechanisms of this site."""
-        bound = partial(update, past_key_values=past_key_values)
         names = self.sites[site]
-        return wrap(bound, [self.mechanisms[name] for name in names]) if names else bound
+        if not names:
+            return update(x_BTD, tokens, past_key_values)
+        bound = partial(update, past_key_values=past_key_values)
+        return wrap(bound, [self.mechanisms[name] for name in names])(x_BTD, tokens)
 
     def _update(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
         a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
@@ -76,11 +79,9 @@ class Block(GradientCheckpointingLayer):
         self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor, Tensor, Records]:
         """The attention's update, the stream after it, the MLP's update."""
-        attend = self._inside("attention", self._attention, past_key_values)
-        a_BTD, records = attend(x_BTD, tokens)
+        a_BTD, records = self._inside("attention", self._attention, x_BTD, tokens, past_key_values)
         after_BTD = x_BTD + a_BTD
-        feed = self._inside("mlp", self._mlp, past_key_values)
-        m_BTD, more = feed(after_BTD, tokens)
+        m_BTD, more = self._inside("mlp", self._mlp, after_BTD, tokens, past_key_values)
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 
     def _attention(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:

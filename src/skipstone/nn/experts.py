@@ -33,6 +33,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ExpertsRecord, Record, Records
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens, every
+from skipstone.nn.linear import dropped
 from skipstone.nn.mlp import FixedActivation
 from skipstone.ops import apply_experts
 from skipstone.ops.reference import linear_fp32
@@ -125,7 +126,7 @@ class ExpertsMLP(Adjustable):
         self.up_proj = nn.Parameter(torch.empty(count, neurons, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, neurons))
         self.activation = activation
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = dropout
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,7 +155,7 @@ class ExpertsMLP(Adjustable):
         chosen_BTX = torch.zeros_like(share_BTX, dtype=torch.bool).scatter(-1, expert_BTC, True) & asked_BT[..., None]
         loss_BT = self._loss(logits_BTX, share_BTX, chosen_BTX, asked_BT)
         seen_BTX = logits_BTX.detach().masked_fill(~asked_BT[..., None], float("nan"))
-        return self.dropout(y_ND.view_as(x_BTD)), {
+        return dropped(y_ND.view_as(x_BTD), self.dropout, self.training), {
             self.place.name: ExpertsRecord(seen_BTX, chosen_BTX, asked_BT, loss_BT)
         }
 

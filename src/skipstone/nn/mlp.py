@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens, D width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
+from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
-from skipstone.nn.linear import OutputLinear
+from skipstone.nn.linear import OutputLinear, dropped
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -46,6 +48,59 @@ class FixedActivation(nn.Module):
         return self.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class FixedMixConfig:
+    """groups: how many neurons use each function, `{silu: 96, gelu: 32}`; a list has one such mapping for each layer.
+
+    The neurons of a function are adjacent, and the groups lie in alphabetical order, as config.json keeps them.
+    """
+
+    groups: dict[str, int] | list[dict[str, int]]
+
+    def __post_init__(self) -> None:
+        for groups in [self.groups] if isinstance(self.groups, dict) else self.groups:
+            for name, count in groups.items():
+                choose("function in groups", name, FUNCTIONS)
+                if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                    raise ValueError(f"groups.{name} must be a number of neurons, got {count!r}")
+
+    def require(self, layers: int, neurons: int) -> None:
+        """Raise ValueError unless every one of so many layers has so many neurons in its groups."""
+        if isinstance(self.groups, list) and len(self.groups) != layers:
+            raise ValueError(f"activation.groups has {len(self.groups)} entries, but there are {layers} layers")
+        for layer in range(layers):
+            if (found := sum(self.of(layer).values())) != neurons:
+                raise ValueError(
+                    f"activation.groups of layer {layer} have {found} neurons, but intermediate_size is {neurons}"
+                )
+
+    def of(self, layer: int) -> dict[str, int]:
+        return self.groups if isinstance(self.groups, dict) else self.groups[layer]
+
+
+class FixedMix(nn.Module):
+    """Each neuron has one function, for good; those of one function are adjacent, see `FixedMixConfig`."""
+
+    def __init__(self, groups: dict[str, int]) -> None:
+        super().__init__()
+        self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
+        self.sizes, self.functions = list(self.groups.values()), [FUNCTIONS[name] for name in self.groups]
+
+    def forward(
+        self, gate_BTF: Tensor, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
+    ) -> tuple[Tensor, Records]:
+        if len(self.functions) == 1:
+            return self.functions[0](gate_BTF), {}
+        parts = zip(self.functions, gate_BTF.split(self.sizes, -1), strict=True)
+        return torch.cat([function(part) for function, part in parts], dim=-1), {}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{count} {name}" for name, count in self.groups.items())
+
+
+FIXED_MIX = "fixed_mix"
+
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
 
@@ -63,14 +118,14 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(width, neurons, bias=bias)
         self.down_proj = OutputLinear(neurons, width, bias=bias)
         self.activation = activation
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.hidden_dropout = nn.Dropout(hidden_dropout) if hidden_dropout else nn.Identity()
+        self.dropout, self.hidden_dropout = dropout, hidden_dropout
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
         y_BTF, records = self.activation(self.gate_proj(x_BTD), x_BTD, tokens, cache)
-        return self.dropout(self.down_proj(self.hidden_dropout(y_BTF * self.up_proj(x_BTD)))), records
+        y_BTF = dropped(y_BTF * self.up_proj(x_BTD), self.hidden_dropout, self.training)
+        return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
 
 
 class PlainMLP(nn.Module):
@@ -89,14 +144,14 @@ class PlainMLP(nn.Module):
         self.up_proj = nn.Linear(width, neurons, bias=bias)
         self.down_proj = OutputLinear(neurons, width, bias=bias)
         self.activation = activation
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.hidden_dropout = nn.Dropout(hidden_dropout) if hidden_dropout else nn.Identity()
+        self.dropout, self.hidden_dropout = dropout, hidden_dropout
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
         y_BTF, records = self.activation(self.up_proj(x_BTD), x_BTD, tokens, cache)
-        return self.dropout(self.down_proj(self.hidden_dropout(y_BTF))), records
+        y_BTF = dropped(y_BTF, self.hidden_dropout, self.training)
+        return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
 
 
 MLPS: dict[str, type[GatedMLP] | type[PlainMLP]] = {"gated": GatedMLP, "plain": PlainMLP}

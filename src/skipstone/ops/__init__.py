@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.ops import grouped, lean, reference
+from skipstone.ops import fusible, grouped, lean, reference
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """`reference.mix_activations` by the backend that suits the device; a compiler fuses the plain one by itself."""
-    chunked = gate_BTF.device.type == "cpu" and not torch.compiler.is_compiling()
-    return (lean if chunked else reference).mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)
+    """`reference.mix_activations` by what suits the device: a compiler, the CPU, or neither."""
+    eager = lean if gate_BTF.device.type == "cpu" else reference
+    chosen = fusible if torch.compiler.is_compiling() else eager
+    return chosen.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)
 
 
 def apply_experts(*args: Any) -> Tensor:

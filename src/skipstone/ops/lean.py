@@ -1,20 +1,28 @@
 """PolyGLU's mixture without its [B, T, F, A] tensor: meaning and signature of `reference`, less memory and time.
 
-Saves nothing but its inputs and recomputes in backward, in chunks of tokens small enough to stay in the cache.
-Shape letters: B rows, T tokens, N tokens of a chunk, F neurons, A activations.
+Saves nothing but its inputs and recomputes in backward, in chunks of tokens small enough to stay in the cache. With
+p = softmax(s + c) of a neuron's part s and a token's part c, h the activations, dy the gradient of y = sum_k p_k h_k:
+
+    d gate = sum_k dy p_k h'_k        d s_k = d c_k = dy p_k h_k - p_k sum_j dy p_j h_j,    which add up to 0 over k
+
+The powers of s + c are products, exp(s - max s) exp(c - max c): A exponentials of each neuron and token instead of each
+pair. Where those products are all next to 0 (s and c want opposites), the chunk is computed from the sums after all.
+
+Shape letters: B rows, T tokens, N tokens of a chunk (or 1 that serves all), F neurons, A activations.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 17  # of one [N, F] tensor: with its handful of companions about 4 MB in fp32
+CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with some dozen companions about 2 MB in fp32
+SMALLEST = 1e-20  # of a sum of products: what underflows beside it is below 1e-18 of it
+
+Parts = tuple[Tensor, Tensor]  # a part of the logits less its greatest, and the exponential of that
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
@@ -29,90 +37,112 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
 
 
 class _Mix(torch.autograd.Function):
-    """y = sum_k p_k h_k(g), p = softmax_k(s + c)."""
-
     @staticmethod
     def forward(ctx: Any, gate: Tensor, static: Tensor, dynamic: Tensor) -> Tensor:
         ctx.save_for_backward(gate, static, dynamic)
+        parts, work = (_parts(static), _parts(dynamic)), _workspace(gate, 2)
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         for b, at in _chunks(gate):
-            g_NF = gate[b, at].float()
-            out[b, at] = _mixed(_shares(_row(static, b), _tokens(dynamic, b, at)), _values(g_NF)).to(out.dtype)
+            power_ANF, values_ANF = work[:, :, : at.stop - at.start]
+            total_NF = _powers(*parts, b, at, power_ANF)
+            _values(gate[b, at].float(), values_ANF)
+            out[b, at] = _sum(power_ANF.mul_(values_ANF)).div_(total_NF)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, static, dynamic = ctx.saved_tensors
+        parts, work = (_parts(static), _parts(dynamic)), _workspace(gate, 3)
         d_gate, d_static, d_dynamic = torch.empty_like(gate), torch.zeros_like(static), torch.zeros_like(dynamic)
         for b, at in _chunks(gate):
-            g_NF, dy_NF = gate[b, at].float(), grad[b, at].float()
-            shares, values = _shares(_row(static, b), _tokens(dynamic, b, at)), _values(g_NF)
-            y_NF = _mixed(shares, values)
-            slope_NF = _mixed(shares, _slopes(g_NF, values))
-            d_gate[b, at] = slope_NF.mul_(dy_NF).to(d_gate.dtype)
-            into_static, into_dynamic = _row(d_static, b), _tokens(d_dynamic, b, at)
-            for k, (share_NF, value_NF) in enumerate(zip(shares, values, strict=True)):
-                d_logit_NF = value_NF.sub_(y_NF).mul_(share_NF).mul_(dy_NF)
-                into_static[:, k] += d_logit_NF.sum(0)
-                per_token_N = d_logit_NF.sum(1)
-                into_dynamic[:, k] += (
-                    per_token_N if into_dynamic.shape[0] == per_token_N.shape[0] else per_token_N.sum()
-                )
+            power_ANF, values_ANF, d_ANF = work[:, :, : at.stop - at.start]
+            g_NF, total_NF = gate[b, at].float(), _powers(*parts, b, at, power_ANF)
+            _values(g_NF, values_ANF)
+            torch.mul(power_ANF, grad[b, at].float() / total_NF, out=d_ANF)  # dy p_k
+            d_gate[b, at] = _slope(d_ANF, g_NF, values_ANF[1])
+            d_logit_ANF = _through_softmax(d_ANF.mul_(values_ANF), power_ANF, total_NF)
+            _row(d_static, b).add_(_with_last(d_logit_ANF.sum(1)).t())
+            into_NA, found_AN = _tokens(d_dynamic, b, at), _with_last(d_logit_ANF.sum(2))
+            into_NA.add_(found_AN.t() if len(into_NA) == found_AN.shape[1] else found_AN.sum(1))
         return d_gate, d_static, d_dynamic
+
+
+def _workspace(gate: Tensor, parts: int) -> Tensor:
+    """fp32 [parts, A, N, F], the same memory for every chunk: what is allocated anew is not in the cache."""
+    T, width = gate.shape[1:]
+    return torch.empty(parts, 4, min(_step(width), T), width, device=gate.device)
+
+
+def _step(width: int) -> int:
+    """Tokens of a chunk."""
+    return max(1, CHUNK_ELEMENTS // max(width, 1))
 
 
 def _chunks(gate: Tensor) -> list[tuple[int, slice]]:
     B, T, width = gate.shape
-    step = max(1, CHUNK_ELEMENTS // max(width, 1))
+    step = _step(width)
     return [(b, slice(start, min(start + step, T))) for b in range(B) for start in range(0, T, step)]
 
 
 def _row(static: Tensor, b: int) -> Tensor:
-    """[F, A] of row b; one row serves all where they agree."""
+    """What belongs to row b; one row serves all where they agree."""
     return static[b if static.shape[0] > 1 else 0]
 
 
 def _tokens(dynamic: Tensor, b: int, at: slice) -> Tensor:
-    """[N or 1, A] of a chunk; one token serves all where the row agrees."""
-    row = dynamic[b if dynamic.shape[0] > 1 else 0]
+    """What belongs to the tokens of a chunk; one token serves all where the row agrees."""
+    row = _row(dynamic, b)
     return row[at] if row.shape[0] > 1 else row
 
 
-def _shares(static_FA: Tensor, dynamic_NA: Tensor) -> list[Tensor]:
-    """The softmax over activations as one [N, F] tensor each."""
-    logits = [static_FA[:, k] + dynamic_NA[:, k, None] for k in range(static_FA.shape[1])]
-    top_NF = logits[0].clone()
-    for logit_NF in logits[1:]:
-        torch.maximum(top_NF, logit_NF, out=top_NF)
-    powers = [logit_NF.sub_(top_NF).exp_() for logit_NF in logits]
-    total_NF = torch.zeros_like(top_NF)
-    for power_NF in powers:
-        total_NF += power_NF
-    total_NF.reciprocal_()
-    return [power_NF.mul_(total_NF) for power_NF in powers]
+def _parts(logits: Tensor) -> Parts:
+    """[B, A, F or T], contiguous."""
+    low = (logits - logits.amax(-1, keepdim=True)).transpose(1, 2).contiguous()
+    return low, low.exp()
 
 
-def _values(g_NF: Tensor) -> list[Tensor]:
-    return [g_NF.relu(), g_NF.tanh(), F.silu(g_NF), F.gelu(g_NF)]
+def _powers(static: Parts, dynamic: Parts, b: int, at: slice, out_ANF: Tensor) -> Tensor:
+    """Shares [A, N, F] that have still to be divided by their sum [N, F], which is returned."""
+    at = at if dynamic[0].shape[2] > 1 else slice(None)
+    torch.mul(_row(static[1], b)[:, None], _row(dynamic[1], b)[:, at, None].expand_as(out_ANF), out=out_ANF)
+    total_NF = _sum(out_ANF)
+    if total_NF.numel() and not total_NF.amin() > SMALLEST:  # on the CPU the host waits for nothing here
+        torch.add(_row(static[0], b)[:, None], _row(dynamic[0], b)[:, at, None].expand_as(out_ANF), out=out_ANF)
+        total_NF = _sum(out_ANF.sub_(out_ANF.amax(0)).exp_())
+    return total_NF
 
 
-def _slopes(g_NF: Tensor, values: list[Tensor]) -> list[Tensor]:
-    """Derivatives of ReLU, Tanh, SiLU and GELU, in the order of `_values`."""
-    _, tanh_NF, silu_NF, _ = values
-    sigmoid_NF = g_NF.sigmoid()
-    density_NF = g_NF.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-    normal_NF = torch.special.ndtr(g_NF)
-    return [
-        (g_NF > 0).to(g_NF.dtype),
-        1 - tanh_NF.square(),
-        sigmoid_NF + silu_NF * (1 - sigmoid_NF),
-        normal_NF.addcmul_(g_NF, density_NF),
-    ]
+def _values(g_NF: Tensor, out_ANF: Tensor) -> None:
+    """The palette of `reference.ACTIVATIONS`."""
+    torch.clamp(g_NF, min=0, out=out_ANF[0])
+    torch.tanh(g_NF, out=out_ANF[1])
+    torch.ops.aten.silu.out(g_NF, out=out_ANF[2])
+    torch.ops.aten.gelu.out(g_NF, out=out_ANF[3])
 
 
-def _mixed(shares: list[Tensor], values: list[Tensor]) -> Tensor:
-    total_NF = shares[0] * values[0]
-    for share_NF, value_NF in zip(shares[1:], values[1:], strict=True):
-        total_NF.addcmul_(share_NF, value_NF)
+def _slope(d_ANF: Tensor, g_NF: Tensor, tanh_NF: Tensor) -> Tensor:
+    """sum_k d_k h'_k, [N, F]."""
+    total_NF = torch.ops.aten.threshold_backward(d_ANF[0], g_NF, 0)
+    total_NF += torch.ops.aten.tanh_backward(d_ANF[1], tanh_NF)
+    total_NF += torch.ops.aten.silu_backward(d_ANF[2], g_NF)
+    total_NF += torch.ops.aten.gelu_backward(d_ANF[3], g_NF)
+    return total_NF
+
+
+def _through_softmax(d_ANF: Tensor, power_ANF: Tensor, total_NF: Tensor) -> Tensor:
+    """d_k - p_k sum_j d_j without the last k, which is the negative sum of the others; overwrites its input."""
+    sum_NF = _sum(d_ANF).div_(total_NF)
+    return d_ANF[:-1].addcmul_(power_ANF[:-1], sum_NF, value=-1)
+
+
+def _with_last(d: Tensor) -> Tensor:
+    return torch.cat((d, -d.sum(0, keepdim=True)))
+
+
+def _sum(x_ANF: Tensor) -> Tensor:
+    """Over the first axis; several times as fast as `sum` over so few."""
+    total_NF = x_ANF[0] + x_ANF[1]
+    for part_NF in x_ANF[2:]:
+        total_NF += part_NF
     return total_NF

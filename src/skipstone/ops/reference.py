@@ -28,13 +28,14 @@ def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
 
     The first half of `sin_BTE` comes negated, so that turning a pair needs no copy with another sign.
     """
-    return x_BHTE * cos_BTE[:, None] + x_BHTE.roll(x_BHTE.shape[-1] // 2, -1) * sin_BTE[:, None]
+    cos_B1TE, sin_B1TE = cos_BTE.unsqueeze(1), sin_BTE.unsqueeze(1)
+    return x_BHTE * cos_B1TE + x_BHTE.roll(x_BHTE.shape[-1] // 2, -1) * sin_B1TE
 
 
 def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
     """x[b, index[b, k]] of shape [B, K, ...]; any number of trailing axes, none included."""
-    if x_BTD.shape[0] != index_BK.shape[0]:
-        x_BTD = x_BTD.expand(index_BK.shape[0], *x_BTD.shape[1:])
+    if x_BTD.shape[0] == 1:  # all rows agree: nothing is repeated
+        return x_BTD[0].index_select(0, index_BK.flatten()).view(*index_BK.shape, *x_BTD.shape[2:])
     offset_B1 = torch.arange(x_BTD.shape[0], device=index_BK.device)[:, None] * x_BTD.shape[1]
     flat = x_BTD.reshape(-1, *x_BTD.shape[2:]).index_select(0, (index_BK + offset_B1).flatten())
     return flat.view(*index_BK.shape, *x_BTD.shape[2:])
@@ -45,7 +46,7 @@ def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0
     B, _, *rest = y_BKD.shape
     offset_B1 = torch.arange(B, device=index_BK.device)[:, None] * length
     base = y_BKD.new_full((B * length, *rest), fill)
-    flat = base.index_copy(0, (index_BK + offset_B1).flatten(), y_BKD.reshape(-1, *rest))
+    flat = base.index_copy_(0, (index_BK + offset_B1).flatten(), y_BKD.reshape(-1, *rest))
     return flat.view(B, length, *rest)
 
 

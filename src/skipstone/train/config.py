@@ -103,8 +103,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.name is not None and (not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0\n")):
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")
-        if self.train.routing == "difficulty" and self.data.corpus != "reset-s3":
-            raise ValueError(f"train.routing 'difficulty' needs corpus 'reset-s3', got {self.data.corpus!r}")
+        if self.train.routing == "difficulty" and not self.data.tells_difficulty:
+            raise ValueError(
+                "train.routing 'difficulty' needs a corpus of known difficulty (reset-s3, switched-s3, mixed), "
+                f"got {self.data.corpus!r}"
+            )
 
 
 def read_recipe(values: Mapping[str, Any]) -> Recipe:

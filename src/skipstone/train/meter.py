@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Record, Records
 
-ONE_ROW = slice(1)  # the entropy of a mix looks at every neuron of every token: one row is enough to log
+ONE_ROW = slice(1)  # the figures of a mix look at every neuron of every token: one row is enough to log
 
 
 class Meter:
@@ -21,6 +21,8 @@ class Meter:
 
     capacity/L/NAME: share of the tokens asked in block L that NAME kept. gate/L/NAME: mean weight of the tokens asked.
     entropy/L/NAME: mean entropy of the activation mix, or of a token's softmax over experts, as a share of its maximum.
+    diversity/L/NAME: share of neurons whose strongest activation is not that of most. dynamic_entropy/L/NAME,
+    static_entropy/L/NAME: the paper's, in nats, without tau: of all logits, and of the neurons' preferences alone.
     no_op/L/NAME, busiest/L/NAME: share of all choices that are no-ops, and that are a pass's most chosen expert.
     """
 
@@ -54,8 +56,10 @@ def _pairs(mechanism: Any, record: Record | None) -> list[tuple[str, Tensor]]:
         return [("capacity", _pair(kept, count)), ("gate", _pair(weight, count))]
     if isinstance(record, ActivationRecord):
         row = ActivationRecord(record.logits_BTA[ONE_ROW], record.asked_BT[ONE_ROW])
-        entropy_BT = mechanism.entropy(row)
-        return [("entropy", _pair(entropy_BT.nansum(), entropy_BT.isfinite().sum()))]
+        figures = {name: getattr(mechanism, name)(row) for name in ("entropy", "diversity", "dynamic_entropy")}
+        pairs = [(name, _pair(x_BT.nansum(), x_BT.isfinite().sum())) for name, x_BT in figures.items()]
+        static = mechanism.static_entropy()
+        return [*pairs, ("static_entropy", _pair(static, torch.ones_like(static)))]
     if isinstance(record, ExpertsRecord):
         chosen_X, entropy_BT = record.chosen_BTX.sum((0, 1)), mechanism.entropy(record)
         count, real_X = chosen_X.sum(), chosen_X[: mechanism.config.count]

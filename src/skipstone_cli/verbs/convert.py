@@ -24,7 +24,8 @@ def convert(
         str | None,
         typer.Option(
             "--to",
-            help="Write a saved model otherwise: dense (without mechanisms, for transformers alone) or polychromatic.",
+            help="Write a saved model otherwise: dense (without mechanisms, for transformers alone), hardened (each "
+            "neuron of PolyGLU with one activation, no router) or polychromatic.",
         ),
     ] = None,
     num_heads: Annotated[
@@ -33,6 +34,9 @@ def convert(
     tau: Annotated[
         float | None, typer.Option(help="With --from polychromatic: temperature; else the file's own, or .1.")
     ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="With --to hardened: text to calibrate on, if not the run's own.")
+    ] = None,
 ) -> None:
     """Turn a dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or weights of a paper, into a Skipstone model."""
     if from_layout is not None and to_layout is not None:
@@ -40,7 +44,9 @@ def convert(
     for option, value in (("--num-heads", num_heads), ("--tau", tau)):
         if value is not None and from_layout is None:
             raise UserError(f"{option} has no effect without --from")
-    new_path(out, "output folder" if to_layout in (None, "dense") else "output file")
+    if corpus is not None and to_layout != "hardened":
+        raise UserError("--corpus has no effect without --to hardened")
+    new_path(out, "output folder" if to_layout in (None, "dense", "hardened") else "output file")
 
     if from_layout is not None:
         from skipstone.model.released.convert import convert_from
@@ -50,6 +56,10 @@ def convert(
         from skipstone.adapt.export import export_dense
 
         export_dense(source, out, dtype)
+    elif to_layout == "hardened":
+        from skipstone.adapt.harden import export_hardened
+
+        export_hardened(source, out, dtype, corpus)
     elif to_layout is not None:
         from skipstone.model.released.convert import convert_to
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.errors import UserError
 from skipstone_cli.output import check_targets, publish
 from skipstone_cli.paths import existing_dir
 
@@ -17,13 +18,38 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
     corpus: Annotated[str | None, typer.Option(help="Another corpus; needed for a saved model.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Another number of tokens a row.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness, in place of a corpus.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, as YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples of each task.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """Oracle, causal and executed loss on a whole split, and what the mechanisms did."""
+    """Oracle, causal and executed loss on a whole split, and what the mechanisms did; or scores of tasks."""
     existing_dir(run, "run folder")
     check_targets(json=json, markdown=None)
+    _check(tasks, corpus=corpus, context=context, include_path=include_path, limit=limit)
+    if tasks is not None:
+        from skipstone.evaluate.harness import evaluate_tasks
+
+        names = [name.strip() for name in tasks.split(",")]
+        publish(
+            evaluate_tasks(run, names, include_path=include_path, limit=limit, batch_size=batch_size),
+            json=json,
+            markdown=None,
+        )
+        return
 
     from skipstone.evaluate.run import evaluate as measure
 
     figures = measure(run, split=split, batch_size=batch_size, corpus=corpus, context=context)
     publish(figures, json=json, markdown=None)
+
+
+def _check(tasks: str | None, **given: object) -> None:
+    """An option that would have no effect is a mistake. Raises UserError."""
+    idle = ("corpus", "context") if tasks is not None else ("include_path", "limit")
+    for name in idle:
+        if given[name] is not None:
+            other = "with --tasks" if tasks is not None else "without --tasks"
+            raise UserError(f"--{name.replace('_', '-')} would have no effect {other}")

@@ -104,10 +104,11 @@ def measured(folder: Path) -> Figures:
     return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}
 
 
-def samples(figures: Mapping[str, Figures]) -> str:
+def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
     """What each arm's first seed wrote, as Markdown."""
     parts = ["### Samples"]
-    for arm, found in figures.items():
+    for arm, by_seed in figures.items():
+        found = by_seed[min(by_seed)]
         text = found["sample"]["prompt"] + "".join(piece for piece, _ in found["sample"]["pieces"])
         parts.append(f"{arm}:\n\n" + "\n".join(f"    {line}".rstrip() for line in text.splitlines()))
     return "\n\n".join(parts)

@@ -6,7 +6,7 @@ The first two blocks of the routed models are dense (`ROUTED`): what a token is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,25 @@ SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # seed 0 chose the guid
 
 def arms(scale: str) -> dict[str, Recipe]:
     """Dense models of several depths; routed ones that differ in who decides and in what their routers learn from."""
+    size = SIZES[scale]
     mod = {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY}
     return {
-        **{f"dense-{blocks}": _recipe(scale, blocks) for blocks in DENSE[scale]},
-        "mod-guided": _recipe(scale, BLOCKS, [mod]),
-        "mod-paper": _recipe(scale, BLOCKS, [{**mod, "decision": "predictor", "weight": "raw"}]),
-        "mod-random": _recipe(scale, BLOCKS, [{**mod, "decision": "random"}]),
-        "mod-forced": _recipe(scale, BLOCKS, [{**mod, "decision": "forced"}], routing="difficulty"),
+        **{f"dense-{blocks}": recipe(size, blocks) for blocks in DENSE[scale]},
+        "mod-guided": recipe(size, BLOCKS, [mod]),
+        "mod-paper": recipe(size, BLOCKS, [{**mod, "decision": "predictor", "weight": "raw"}]),
+        "mod-random": recipe(size, BLOCKS, [{**mod, "decision": "random"}]),
+        "mod-forced": recipe(size, BLOCKS, [{**mod, "decision": "forced"}], routing="difficulty"),
     }
 
 
-def _recipe(scale: str, blocks: int, mechanisms: list[dict[str, Any]] | None = None, **train: Any) -> Recipe:
-    size = SIZES[scale]
+def recipe(
+    size: Mapping[str, Any],
+    blocks: int,
+    mechanisms: list[dict[str, Any]] | None = None,
+    corpus: str = "reset-s3",
+    **train: Any,
+) -> Recipe:
+    """One arm. size: an entry of `SIZES`, or one like it."""
     steps = size["steps"]
     return {
         "model": {
@@ -49,7 +56,7 @@ def _recipe(scale: str, blocks: int, mechanisms: list[dict[str, Any]] | None = N
             "num_hidden_layers": blocks,
             **({"mechanisms": mechanisms} if mechanisms else {}),
         },
-        "data": {"corpus": "reset-s3"},
+        "data": {"corpus": corpus},
         "train": {
             "steps": steps,
             "batch_size": size["batch_size"],
@@ -71,15 +78,17 @@ def measured(folder: Path) -> Figures:
     return {**figures, "accuracy": accuracy, "flops": evaluation["flops_per_token"]["counted"]}
 
 
-def captured(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """headroom of the routed arms: where they stand between dense models of equal executed FLOPs and the forced arm."""
+def captured(
+    figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
+) -> dict[str, Figures]:
+    """headroom of the judged arms: where they stand between dense models of equal executed FLOPs and the forced arm."""
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
-    forced = figures.get("mod-forced")
+    forced = figures.get(knowing)
     if not dense or forced is None:
         return {}
-    used = [*dense, forced, *(figures[arm] for arm in JUDGED if arm in figures)]
+    used = [*dense, forced, *(figures[arm] for arm in judged if arm in figures)]
     bins = [name for name in MEASURED if all(found["accuracy"][name] is not None for found in used)]
-    return {arm: {"headroom": _headroom(figures[arm], dense, forced, bins)} for arm in JUDGED if arm in figures}
+    return {arm: {"headroom": _headroom(figures[arm], dense, forced, bins)} for arm in judged if arm in figures}
 
 
 def _headroom(arm: Figures, dense: list[Figures], forced: Figures, bins: list[str]) -> dict[str, float]:

@@ -159,6 +159,8 @@ def _check_config(model: SkipstoneForCausalLM) -> None:
     activation = config.activation_options
     if (activation["name"], activation.get("context")) != ("polyglu", "sequence"):
         raise ValueError(f"activation is {activation}, this layout has polyglu with context 'sequence' only")
+    if activation.get("preference_scale", 1) != 1:
+        raise ValueError(f"preference_scale is {activation['preference_scale']}, this layout has 1 only")
     if config.head_dim is None or config.num_attention_heads * config.head_dim != config.hidden_size:
         raise ValueError(
             f"head_dim ({config.head_dim}) times num_attention_heads ({config.num_attention_heads}) must be "

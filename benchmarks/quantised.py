@@ -1,0 +1,119 @@
+"""What is lost when weights are quantised, tokens skip, or both at once.
+
+    python benchmarks/quantised.py DENSE_RUN ADAPTED_RUN... [--rows 128] [--out results]
+
+Run folders of the same data, the first of a dense model, as `adapt_stories.py` leaves them. Each model is measured with
+its own weights, and with linear layers in int8 and int4 by torchao (weights only, one scale a row), after it was saved
+and loaded again. Routers, gates, norms and embeddings keep full precision: none of them is an nn.Linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis
+from transformers import TorchAoConfig
+
+from publish import closing, keep
+from skipstone import SkipstoneForCausalLM
+from skipstone.evaluate.losses import measure
+from skipstone.evaluate.measurements import sample_ids
+from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.speed import Rate, decode_task, take_turns
+from skipstone.train.environment import describe
+
+WEIGHTS = {
+    "as trained": None,
+    "int8": Int8WeightOnlyConfig(),
+    "int4": IntxWeightOnlyConfig(torch.int4, PerAxis(0)),
+}
+PROMPT, NEW, ROUNDS = 64, 32, 5
+ABOUT = """Weights of linear layers are quantised by torchao, weights only, one scale a row; routers, gates, norms and
+embeddings keep full precision. Every model was saved and loaded again before it was measured. *Nats* are of the pass
+that skips. *Interaction*: what skipping and quantising lose together, minus the sum of what each loses alone. *MB*: the
+weights' file; int4 values lie in bytes of their own here, packed they would take half. *Tokens/s*: decoding one row."""
+
+
+def variants(run: Path, folder: Path) -> Iterator[tuple[str, Opened, int]]:
+    """Name of the weights, the run with them, bytes of their file."""
+    opened = open_run(run)
+    source = opened.run.model_folder()
+    for name, config in WEIGHTS.items():
+        options = {} if config is None else {"quantization_config": TorchAoConfig(config)}
+        made = SkipstoneForCausalLM.from_pretrained(source, **options).eval()
+        saved = folder / f"{opened.run.name}-{name}"
+        made.save_pretrained(saved)
+        loaded = SkipstoneForCausalLM.from_pretrained(saved).eval()
+        ids_BT = sample_ids(opened, 2, PROMPT)
+        with torch.no_grad():
+            assert torch.equal(loaded(ids_BT).logits, made(ids_BT).logits), f"{saved} is not what was saved"
+        assert all(p.dtype.is_floating_point for n, p in loaded.named_parameters() if "router" in n)
+        yield name, replace(opened, model=loaded), (saved / "model.safetensors").stat().st_size
+
+
+def figures(runs: list[Path], rows: int) -> dict[str, dict[str, Any]]:
+    """By "run, weights": nats, bytes and tokens/s."""
+    found: dict[str, dict[str, Any]] = {}
+    tasks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for run in runs:
+            for weights, opened, size in variants(run, Path(folder)):
+                name = f"{run.name}, {weights}"
+                assert opened.data is not None
+                nats = measure(
+                    opened.model, opened.main, batches(opened.data, 8, opened.model.device, rows), activations=False
+                ).loss
+                found[name] = {"run": run.name, "weights": weights, "nats": nats, "bytes": size}
+                tasks[name] = decode_task(opened.model, sample_ids(opened, 1, PROMPT), NEW)
+        rates: dict[str, Rate] = take_turns(tasks, ROUNDS)
+    for name, rate in rates.items():
+        found[name] |= {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread}
+    return found
+
+
+def add_interactions(found: dict[str, dict[str, Any]]) -> None:
+    """Beside everything that is neither the first run nor as trained."""
+    nats = {(f["run"], f["weights"]): f["nats"] for f in found.values()}
+    first, plain = next(iter(nats))
+    for f in found.values():
+        if f["run"] != first and f["weights"] != plain:
+            alone = nats[f["run"], plain] + nats[first, f["weights"]] - nats[first, plain]
+            f["interaction"] = f["nats"] - alone
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| run | weights | MB | nats | perplexity | interaction, nats | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for f in found.values():
+        interaction = f"{f['interaction']:+.4f}" if "interaction" in f else "–"
+        speed = f"{f['tokens_per_second']:.0f} ± {f['spread']:.0%}"
+        cells = [f["run"], f["weights"], f"{f['bytes'] / 1e6:.2f}", f"{f['nats']:.4f}", f"{math.exp(f['nats']):.3f}"]
+        lines.append("| " + " | ".join([*cells, interaction, speed]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    found = figures(given.runs, given.rows)
+    add_interactions(found)
+    environment = {k: v for k, v in describe(0).items() if k != "command"}
+    command = f"python benchmarks/quantised.py {' '.join(run.name for run in given.runs)} --rows {given.rows}"
+    text = f"{ABOUT}\n\n{table(found)}\n\n{closing(command, environment)}\n"
+    keep(given.out, "quantised", "Skipping and quantised weights", {"figures": found, "environment": environment}, text)
+
+
+if __name__ == "__main__":
+    main()

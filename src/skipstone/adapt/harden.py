@@ -1,0 +1,109 @@
+"""PolyGLU without its router: every neuron keeps one activation for good, and neurons of one activation lie together.
+
+    k_f = argmax_k (preference_fk + mean over calibration tokens of the context's logit k)
+
+Gate and up rows and down columns are then sorted by k, and the activation becomes a `fixed_mix`. What is lost is what
+the mix had besides its strongest part, and what the context changed: nothing where the entropy of the mix is 0.
+
+Shape letters: B rows, T tokens, F neurons, A activations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.evaluate.opened import batches, open_run
+from skipstone.evaluate.ways import Way
+from skipstone.mechanisms import PolyGLU
+from skipstone.model.card import write_card
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.loading import from_tensors, named_dtype, quiet
+from skipstone.model.writing import complete
+from skipstone.nn.mlp import FIXED_MIX
+from skipstone.ops import reference as ops
+
+NAMES = tuple(function.__name__ for function in ops.ACTIVATIONS)
+ALPHABETICAL = sorted(range(len(NAMES)), key=NAMES.__getitem__)  # the order in which a fixed mix groups its neurons
+BATCH, BATCHES = 8, 8  # rows to calibrate on
+
+
+def export_hardened(
+    folder: str | Path, out: Path, dtype: str | None = None, corpus: str | None = None
+) -> SkipstoneForCausalLM:
+    """Write `harden(...)` of a run or saved model to the folder `out`, calibrated on training rows, and return it.
+
+    corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without PolyGLU or a
+    corpus, and FileExistsError if `out` holds something.
+    """
+    opened = open_run(Path(folder), "train", corpus)
+    require_polyglu(opened.model)
+    if opened.data is None:
+        raise ValueError(f"{str(folder)!r} is a saved model without a recipe; name the corpus to calibrate on")
+    rows = islice(batches(opened.data, BATCH, opened.model.device), BATCHES)
+    with complete(Path(out)) as partial, quiet():
+        hardened = harden(opened.model, mean_logits(opened.model, opened.main, rows)).to(
+            named_dtype(dtype, opened.model.dtype)
+        )
+        hardened.save_pretrained(partial)
+        write_card(hardened, partial, title=Path(out).name, source=Path(folder).name)
+        tokenizer = opened.run.load_tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return hardened
+
+
+@torch.no_grad()
+def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None) -> SkipstoneForCausalLM:
+    """A new model of the same function, but that each neuron uses its strongest activation alone, and no router.
+
+    dynamic: [A] for each layer, what the context adds to every neuron's preferences (`mean_logits`); None: nothing.
+    Raises ValueError for a model without PolyGLU.
+    """
+    require_polyglu(model)
+    tensors, groups = {n: x for n, x in model.state_dict().items() if ".mlp.activation." not in n}, []
+    for layer, block in enumerate(model.model.layers):
+        activation: Any = block.mlp.activation  # type: ignore[union-attr]
+        logits_FA = activation.preference_FA + (0 if dynamic is None else dynamic[layer])
+        best_F = logits_FA[:, ALPHABETICAL].argmax(-1)
+        groups.append({NAMES[k]: int((best_F == i).sum()) for i, k in enumerate(ALPHABETICAL)})
+        _sort_neurons(tensors, f"model.layers.{layer}.mlp.", best_F.argsort(stable=True))
+    config = copy.deepcopy(model.config)
+    config.activation = {"name": FIXED_MIX, "groups": groups}
+    hardened = from_tensors(config, {n: x.clone() for n, x in tensors.items()}, model.dtype)
+    hardened.generation_config = copy.deepcopy(model.generation_config)
+    return hardened.train(model.training)
+
+
+def mean_logits(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """[A] for each layer, fp32: the mean over tokens of what the context adds; 0 where no token arrived."""
+    layers: Any = model.model.layers
+    sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in layers]
+    for batch in batches:
+        records = way.run(model, batch, output_records=True).records
+        assert records is not None
+        for total, decided, block in zip(sums, records, layers, strict=True):
+            record: Any = decided[block.mlp.activation.place.name]
+            logits_NA = record.logits_BTA.expand(*record.asked_BT.shape, -1)[record.asked_BT].double().cpu()
+            total += torch.cat((logits_NA.sum(0), torch.tensor([float(len(logits_NA))]).double()))
+    return [(total[:-1] / total[-1].clamp(min=1)).float().to(model.device) for total in sums]
+
+
+def require_polyglu(model: SkipstoneForCausalLM) -> None:
+    """Raise ValueError for a model whose neurons do not route."""
+    if not isinstance(model.model.layers[0].mlp.activation, PolyGLU):  # type: ignore[union-attr]
+        name = model.config.activation_options["name"]
+        raise ValueError(f"only activation 'polyglu' can be hardened, this model has {name!r}")
+
+
+def _sort_neurons(tensors: dict[str, Tensor], prefix: str, order_F: Tensor) -> None:
+    for name in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias"):
+        if prefix + name in tensors:
+            tensors[prefix + name] = tensors[prefix + name][order_F]
+    tensors[f"{prefix}down_proj.weight"] = tensors[f"{prefix}down_proj.weight"][:, order_F]

@@ -1,0 +1,111 @@
+"""The mixed stream: text, and in half of its windows a span of 32 entries of Switched-S3 in the text's place.
+
+What the text needs is nobody's to know; the operations of a span need depth that is known. A model that spends depth
+where it is needed shows it here, and what it costs the text.
+
+A span stands at a uniform place, at least one token from either end of its window, and knows nothing of other spans.
+Its symbols are 15 tokens of their own behind the text's vocabulary. Targets are aligned with the inputs
+(`shift_labels`): at text the next token, at a span's entry the label that Switched-S3 gives it. Nothing is asked at the
+token before a span, whose first entry is random, and at the window's last. `difficulty` is -2 in text, and
+Switched-S3's in spans. Shapes: B rows, T tokens a row, S entries of a span.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.data import draws
+from skipstone.data.packing import CoveringWindows, RandomWindows, WindowsOnce
+from skipstone.data.rows import IGNORE, Batch, RowDataset
+from skipstone.data.switched import NAMES, SwitchedS3
+from skipstone.data.synthetic import aligned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPAN = 32
+SHARE = 0.5  # of windows
+TEXT = -2  # difficulty of text: unknown
+PLACE_STREAMS, SPAN_STREAM = 64, 32  # far from those that the windows themselves are drawn from
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedWindows(RowDataset):
+    """The windows of `text` with spans. Row i is a function of `text`'s row i and (seed, stream, i).
+
+    first_id: of the spans' tokens. Raises ValueError for a context that a span does not fit into.
+    """
+
+    text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)
+    first_id: int
+    seed: int
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text.context < SPAN + 2:
+            raise ValueError(
+                f"context must be at least {SPAN + 2}, a span and a token around it, got {self.text.context}"
+            )
+        object.__setattr__(self, "text", replace(self.text, rows=self.rows))
+
+    def batch(self, index_B: NDArray[np.int64]) -> Batch:
+        input_BT, target_BT = self._text(index_B)
+        difficulty_BT = np.full_like(input_BT, TEXT)
+        row_R1 = np.flatnonzero(self.spanned(index_B))[:, None]
+        index_R = index_B[row_R1[:, 0]]
+        span = SwitchedS3(rows=1, seed=self.seed, stream=SPAN_STREAM + self.stream, context=SPAN).batch(index_R)
+        start_R1 = 1 + draws.integers(self.seed, self._place + 1, index_R, 1, self.text.context - SPAN - 1)
+        slot_RS = start_R1 + np.arange(SPAN)
+        input_BT[row_R1, slot_RS] = self.first_id + span["input_ids"]
+        target_BT[row_R1, slot_RS] = self.first_id + span["shift_labels"]
+        target_BT[row_R1, start_R1 - 1] = IGNORE
+        difficulty_BT[row_R1, slot_RS] = span["difficulty"]
+        return aligned(input_BT, target_BT, difficulty_BT)
+
+    def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        return self.text.lengths(index_B)
+
+    def spanned(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rows hold a span; one that is cut short never does."""
+        drawn_B = draws.uniform(self.seed, self._place, index_B, 1)[:, 0] < SHARE
+        lengths_B = self.lengths(index_B)
+        return drawn_B if lengths_B is None else drawn_B & (lengths_B == self.text.context)
+
+    @property
+    def num_labels(self) -> int:
+        """Predictions in all rows of covering windows: those of the text, less one for each span."""
+        assert isinstance(self.text, CoveringWindows)
+        return self.text.num_labels - int(self.spanned(np.arange(self.rows)).sum())
+
+    @property
+    def _place(self) -> int:
+        return PLACE_STREAMS + 2 * self.stream
+
+    def _text(self, index_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and next tokens; the last real token of a row has none."""
+        text = self.text.batch(index_B)
+        target_BT = np.full_like(text["labels"], IGNORE)
+        target_BT[:, :-1] = text["labels"][:, 1:]
+        lengths_B = self.lengths(index_B)
+        if lengths_B is not None:
+            target_BT[np.arange(len(index_B)), lengths_B - 1] = IGNORE
+        return text["input_ids"], target_BT
+
+
+def with_spans(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the tokenizer the spans' tokens, unless it has them. The first one's id; the others follow it.
+
+    Raises ValueError where one of them is a token already that stands elsewhere.
+    """
+    names = [f"<{name}>" for name in NAMES]
+    tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    assert isinstance(ids, list)
+    if ids != [*range(ids[0], ids[0] + len(names))]:
+        raise ValueError(f"the tokenizer has a token of its own among {', '.join(names)}, which the spans need")
+    return ids[0]

@@ -1,0 +1,131 @@
+"""`evaluate_tasks`: lm-evaluation-harness on a run or a saved model, by the pass that generation executes."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skipstone.evaluate.tables import UNKNOWN, Section, markdown, number, plain, rich_table
+from skipstone.model.loading import one_line
+from skipstone.runs import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric of one task, as the harness reports it. error: its standard error, or None."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    shots: int | None
+    samples: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluation:
+    """Every score of a run, in the order of the harness."""
+
+    name: str
+    scores: tuple[Score, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
+
+    def markdown(self) -> str:
+        return markdown([self._section()])
+
+    def table(self) -> Table:
+        return rich_table([self._section()])
+
+    def _section(self) -> Section:
+        rows = [
+            [s.task, s.metric, number(s.value), number(s.error), _count(s.shots), _count(s.samples)]
+            for s in self.scores
+        ]
+        columns = ["task", "metric", "value", "±", "shots", "samples"]
+        return Section(title=f"{self.name}: lm-evaluation-harness, decisions as generated", columns=columns, rows=rows)
+
+
+def evaluate_tasks(
+    run: Path, tasks: Sequence[str], *, include_path: Path | None = None, limit: int | None = None, batch_size: int = 8
+) -> TaskEvaluation:
+    """Scores of the model on tasks of the harness, groups and tags among them.
+
+    run: a run folder or a saved model, with a tokenizer. include_path: a folder of further tasks, as YAML; those of the
+    harness are read only where one is asked for that is not in it. limit: the first so many samples of each task.
+    Raises ValueError or FileNotFoundError, one line, for what is not installed, not there or not known.
+    """
+    if find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs a package: pip install 'skipstone[eval]'")
+    opened = Run(run)
+    tokenizer = opened.load_tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{str(run)!r} has no tokenizer, and tasks are text")
+    manager = _manager(tasks, include_path)
+    model: Any = opened.load_model().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    for mechanism in model.adjustables():
+        mechanism.require_causal()
+
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, backend="causal", device=str(model.device), batch_size=batch_size
+    )
+    try:
+        found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
+    except ConnectionError as error:
+        raise ValueError(f"the data of {', '.join(tasks)} could not be fetched: {one_line(error)}") from None
+    return TaskEvaluation(name=opened.name, scores=tuple(_scores(found)))
+
+
+def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
+    """Knows every task that was asked for. Reading the harness's own takes many seconds, so they come last."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise FileNotFoundError(f"folder of tasks {str(include_path)!r} does not exist")
+    own = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=own)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown task {name!r}{hint} (`lm_eval ls tasks` lists them)")
+    return manager
+
+
+def _scores(found: Any) -> Iterator[Score]:
+    """The harness names a figure `metric,filter` and its error `metric_stderr,filter`."""
+    for task, figures in found["results"].items():
+        for key, value in figures.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = figures.get(f"{metric}_stderr,{kind}")
+            yield Score(
+                task=task,
+                metric=metric if kind == "none" else f"{metric} ({kind})",
+                value=float(value),
+                error=float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
+                shots=found["n-shot"].get(task),
+                samples=found["n-samples"].get(task, {}).get("effective"),
+            )
+
+
+def _count(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value:,}"

@@ -1,0 +1,94 @@
+"""Token-Selective Attention where it is known which tokens need depth: trained soft, and trained as it is executed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from skipstone.data.synthetic import BINS
+from skipstone.evaluate.accuracy import OVERALL
+from skipstone.experiments import gates
+from skipstone.experiments.catalogue import reset_s3
+from skipstone.experiments.catalogue.tsa.recipes import CONSTANT, HARD, LEARNED
+from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
+from skipstone.model.released import tsa
+
+ROUTED = reset_s3.ROUTED
+BLOCKS = reset_s3.BLOCKS
+DENSE = reset_s3.DENSE
+JUDGED = ("tsa-soft", "tsa-hard", "tsa-random")
+# The laptop's are smaller batches than Reset-S3's own table has: a soft gate computes every block for every token.
+SIZES = {
+    "laptop": {**reset_s3.SIZES["laptop"], "batch_size": 16, "steps": 1500},
+    "paper": reset_s3.SIZES["paper"],
+}
+SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
+
+
+def arms(scale: str, corpus: str) -> dict[str, Recipe]:
+    """Dense models; gates trained soft, as executed, forced by what is known, and drawn."""
+    make = partial(reset_s3.recipe, SIZES[scale], corpus=corpus)
+    quarter = {"capacity": reset_s3.CAPACITY}
+    return {
+        **{f"dense-{blocks}": make(blocks) for blocks in DENSE[scale]},
+        "tsa-soft": make(BLOCKS, [gate(depth_weight=tsa.SYNTHETIC)]),
+        "tsa-hard": make(BLOCKS, [gate(**HARD, **LEARNED, **quarter)]),
+        "tsa-random": make(BLOCKS, [gate(**HARD, **CONSTANT, **quarter, decision="random")]),
+        "tsa-forced": make(BLOCKS, [gate(**HARD, **CONSTANT)], routing="difficulty"),
+    }
+
+
+def gate(**options: Any) -> dict[str, Any]:
+    """On every block but the first two, executed hard."""
+    return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
+
+
+def measured(folder: Path) -> Figures:
+    """As for Reset-S3, and what is claimed and skipped."""
+    figures = reset_s3.measured(folder)
+    return {**figures, **gates.savings(figures["evaluation"])}
+
+
+ABOUT = (
+    "Operations need depth, the more of them have passed since a reset (the bins); one entry in four is one. Figures "
+    "are of the pass that skips unless they say *soft*. *tsa-soft* is Token-Selective Attention as published, with "
+    "lambda 0.01, executed hard; *tsa-hard* keeps a quarter of the tokens, trained as it is executed, its gates "
+    "learning from the gradient at the block's output; *tsa-random* draws them; *tsa-forced* keeps exactly the "
+    "operations. Skipped tokens give keys and values. The first two of 8 blocks are dense. *Headroom captured* is (arm "
+    "- dense) / (forced - dense) in accuracy, dense being interpolated between the dense arms at the arm's executed "
+    "FLOPs."
+)
+COLUMNS = (
+    Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
+    Column(key="claimed", title="saved by the paper's metric", format=".1%"),
+    Column(key="skipped", title="token-layers really skipped", format=".1%"),
+    Column(key=f"evaluation.ways.oracle.accuracy.{OVERALL}", title="accuracy, all, soft", format=".1%", better="high"),
+    Column(key=f"accuracy.{OVERALL}", title="accuracy, all", format=".1%", better="high"),
+    *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),
+    Column(key="headroom.4-7", title="headroom captured, 4-7", format=".2f"),
+    Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
+)
+
+
+def on(corpus: str, name: str, about: str) -> Experiment:
+    """The experiment on one task."""
+    return Experiment(
+        name=name,
+        purpose=f"Token-Selective Attention on {corpus}: do its gates find the tokens that need depth?",
+        about=f"{about} {ABOUT}",
+        arms=partial(arms, corpus=corpus),
+        seeds=SEEDS,
+        measure=measured,
+        together=None,
+        derive=partial(reset_s3.captured, judged=JUDGED, knowing="tsa-forced"),
+        columns=COLUMNS,
+    )
+
+
+TSA_RESET_S3 = on("reset-s3", "tsa_reset_s3", "Reset-S3: a symbol tells by itself whether it is an operation.")
+TSA_SWITCHED_S3 = on(
+    "switched-s3",
+    "tsa_switched_s3",
+    "Switched-S3: the same symbols are operations or fillers, as an earlier switch says, so no symbol tells by itself.",
+)

@@ -1,0 +1,26 @@
+"""PolyGLU's mixture as a compiler fuses it best: one expression per neuron, no axis of activations.
+
+Meaning and signature of `reference`. Compiled, the stack of the plain one is neither vectorised nor recomputed: on a
+CPU the whole MLP takes 2.4 to 3.7 times as long as with this and keeps twice as much for the backward pass.
+Shape letters: B rows, T tokens, F neurons, A activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skipstone.ops.reference import ACTIVATIONS
+
+
+def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
+    """See `reference.mix_activations`; in fp32 throughout."""
+    static, dynamic = static_BFA.float().unbind(-1), dynamic_BTA.float().unbind(-1)
+    logits = [(s_BF[:, None] + c_BT[..., None]) / temperature for s_BF, c_BT in zip(static, dynamic, strict=True)]
+    top = logits[0]
+    for logit in logits[1:]:
+        top = torch.maximum(top, logit)
+    powers = [(logit - top.detach()).exp() for logit in logits]
+    g_BTF = gate_BTF.float()
+    mixed_BTF = sum(power * activation(g_BTF) for power, activation in zip(powers, ACTIVATIONS, strict=True))
+    return (mixed_BTF / sum(powers)).to(gate_BTF.dtype)

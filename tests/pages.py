@@ -1,0 +1,56 @@
+"""The code of a page, as tests take it from there: what a reader copies is what was run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Page:
+    """A Markdown page of the repository: `Page("docs/ecosystem.md")`."""
+
+    def __init__(self, name: str) -> None:
+        self.text = (ROOT / name).read_text(encoding="utf-8")
+        self.folder = (ROOT / name).parent
+
+    def blocks(self, language: str = "python") -> list[str]:
+        """What stands between fences, in order."""
+        return re.findall(rf"```{language}\n(.*?)```", self.text, re.DOTALL)
+
+    def block(self, words: str, language: str = "python") -> str:
+        """The only block that holds these words. The test is skipped where a package that it imports is missing."""
+        [found] = [block for block in self.blocks(language) if words in block]
+        for name in _imported(found) if language == "python" else ():
+            if find_spec(name) is None:
+                pytest.skip(f"{name} is not installed")
+        return found
+
+    def command(self, words: str) -> list[str]:
+        """The only indented line that holds these words, split as a shell would."""
+        import shlex
+
+        [found] = [line for line in self.text.splitlines() if line.startswith("    ") and words in line]
+        return shlex.split(found, comments=True)
+
+    def files(self) -> list[Path]:
+        """What it links to within the repository, and recipes that it names."""
+        links = [self.folder / name for name in re.findall(r"\]\(((?!http)[^)#]+)\)", self.text)]
+        recipes = [ROOT / name for name in re.findall(r"\brecipes/[a-z_-]+\.yaml", self.text)]
+        return [*links, *recipes]
+
+
+def _imported(code: str) -> set[str]:
+    """Top-level packages that the code imports."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
