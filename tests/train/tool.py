@@ -49,11 +49,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "all": {**DENSE, "mechanisms": [mod("ema_threshold"), TSA, EXIT], "activation": POLYGLU},
 }
 # Those whose training step draws no random numbers, so that it may be cut into micro-batches at will. (The balancing
-# loss of experts is a product of two means over a micro-batch.)
+# loss of experts is a product of two means over a micro-batch, the target of guided gates a quantile of one.)
 QUIET = {
     name: model
     for name, model in MODELS.items()
-    if name not in ("dense", "scheduled", "random", "polyglu", "experts", "all")
+    if name not in ("dense", "scheduled", "random", "token_selective_hard", "polyglu", "experts", "all")
 }
 QUIET["polyglu"] = {**DENSE, "activation": {"name": "polyglu", "noise": False}}
 

@@ -54,7 +54,8 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, static, dynamic = ctx.saved_tensors
         parts, work = (_parts(static), _parts(dynamic)), _workspace(gate, 3)
-        d_gate, d_static, d_dynamic = torch.empty_like(gate), torch.zeros_like(static), torch.zeros_like(dynamic)
+        d_gate = torch.empty_like(gate)
+        d_static, d_dynamic = (torch.zeros_like(part[0][:, :-1]) for part in parts)
         for b, at in _chunks(gate):
             power_ANF, values_ANF, d_ANF = work[:, :, : at.stop - at.start]
             g_NF, total_NF = gate[b, at].float(), _powers(*parts, b, at, power_ANF)
@@ -62,10 +63,13 @@ class _Mix(torch.autograd.Function):
             torch.mul(power_ANF, grad[b, at].float() / total_NF, out=d_ANF)  # dy p_k
             d_gate[b, at] = _slope(d_ANF, g_NF, values_ANF[1])
             d_logit_ANF = _through_softmax(d_ANF.mul_(values_ANF), power_ANF, total_NF)
-            _row(d_static, b).add_(_with_last(d_logit_ANF.sum(1)).t())
-            into_NA, found_AN = _tokens(d_dynamic, b, at), _with_last(d_logit_ANF.sum(2))
-            into_NA.add_(found_AN.t() if len(into_NA) == found_AN.shape[1] else found_AN.sum(1))
-        return d_gate, d_static, d_dynamic
+            _row(d_static, b).add_(d_logit_ANF.sum(1))
+            into_AN, found_AN = _row(d_dynamic, b), d_logit_ANF.sum(2)
+            if into_AN.shape[1] > 1:
+                into_AN[:, at].add_(found_AN)
+            else:
+                into_AN.add_(found_AN.sum(1, keepdim=True))
+        return d_gate, _with_last(d_static), _with_last(d_dynamic)
 
 
 def _workspace(gate: Tensor, parts: int) -> Tensor:
@@ -88,12 +92,6 @@ def _chunks(gate: Tensor) -> list[tuple[int, slice]]:
 def _row(static: Tensor, b: int) -> Tensor:
     """What belongs to row b; one row serves all where they agree."""
     return static[b if static.shape[0] > 1 else 0]
-
-
-def _tokens(dynamic: Tensor, b: int, at: slice) -> Tensor:
-    """What belongs to the tokens of a chunk; one token serves all where the row agrees."""
-    row = _row(dynamic, b)
-    return row[at] if row.shape[0] > 1 else row
 
 
 def _parts(logits: Tensor) -> Parts:
@@ -136,8 +134,9 @@ def _through_softmax(d_ANF: Tensor, power_ANF: Tensor, total_NF: Tensor) -> Tens
     return d_ANF[:-1].addcmul_(power_ANF[:-1], sum_NF, value=-1)
 
 
-def _with_last(d: Tensor) -> Tensor:
-    return torch.cat((d, -d.sum(0, keepdim=True)))
+def _with_last(d_BAF: Tensor) -> Tensor:
+    """[B, F or T, A]."""
+    return torch.cat((d_BAF, -d_BAF.sum(1, keepdim=True)), dim=1).transpose(1, 2)
 
 
 def _sum(x_ANF: Tensor) -> Tensor:
