@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publish import closing, keep, middle, ratios_in_turns
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from publish import closing, keep, middle, ratios_in_turns
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.harden import harden
 from skipstone.core.tokens import Mode, Tokens
@@ -60,7 +60,8 @@ def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int
             seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         kept = mlp(x_BTD, tokens)
     del kept
     return sum(seen.values())

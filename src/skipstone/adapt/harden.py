@@ -76,7 +76,8 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
         _sort_neurons(tensors, f"model.layers.{layer}.mlp.", best_F.argsort(stable=True))
     config = copy.deepcopy(model.config)
     config.activation = {"name": FIXED_MIX, "groups": groups}
-    hardened = from_tensors(config, {n: x.clone() for n, x in tensors.items()}, model.dtype)
+    with quiet():
+        hardened = from_tensors(config, {n: x.clone() for n, x in tensors.items()}, model.dtype)
     hardened.generation_config = copy.deepcopy(model.generation_config)
     return hardened.train(model.training)
 

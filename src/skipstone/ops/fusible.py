@@ -22,5 +22,7 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
         top = torch.maximum(top, logit)
     powers = [(logit - top.detach()).exp() for logit in logits]
     g_BTF = gate_BTF.float()
-    mixed_BTF = sum(power * activation(g_BTF) for power, activation in zip(powers, ACTIVATIONS, strict=True))
-    return (mixed_BTF / sum(powers)).to(gate_BTF.dtype)
+    mixed_BTF = total_BTF = torch.zeros_like(g_BTF)
+    for power, activation in zip(powers, ACTIVATIONS, strict=True):
+        mixed_BTF, total_BTF = mixed_BTF + power * activation(g_BTF), total_BTF + power
+    return (mixed_BTF / total_BTF).to(gate_BTF.dtype)

@@ -5,9 +5,6 @@ p = softmax(s + c) of a neuron's part s and a token's part c, h the activations,
 
     d gate = sum_k dy p_k h'_k        d s_k = d c_k = dy p_k h_k - p_k sum_j dy p_j h_j,    which add up to 0 over k
 
-The powers of s + c are products, exp(s - max s) exp(c - max c): A exponentials of each neuron and token instead of each
-pair. Where those products are all next to 0 (s and c want opposites), the chunk is computed from the sums after all.
-
 Shape letters: B rows, T tokens, N tokens of a chunk (or 1 that serves all), F neurons, A activations.
 """
 
@@ -20,9 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with some dozen companions about 2 MB in fp32
-SMALLEST = 1e-20  # of a sum of products: what underflows beside it is below 1e-18 of it
-
-Parts = tuple[Tensor, Tensor]  # a part of the logits less its greatest, and the exponential of that
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
@@ -40,7 +34,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, static: Tensor, dynamic: Tensor) -> Tensor:
         ctx.save_for_backward(gate, static, dynamic)
-        parts, work = (_parts(static), _parts(dynamic)), _workspace(gate, 2)
+        parts, work = (_by_activation(static), _by_activation(dynamic)), _workspace(gate, 2)
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         for b, at in _chunks(gate):
             power_ANF, values_ANF = work[:, :, : at.stop - at.start]
@@ -53,9 +47,9 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, static, dynamic = ctx.saved_tensors
-        parts, work = (_parts(static), _parts(dynamic)), _workspace(gate, 3)
+        parts, work = (_by_activation(static), _by_activation(dynamic)), _workspace(gate, 3)
         d_gate = torch.empty_like(gate)
-        d_static, d_dynamic = (torch.zeros_like(part[0][:, :-1]) for part in parts)
+        d_static, d_dynamic = (torch.zeros_like(part[:, :-1]) for part in parts)
         for b, at in _chunks(gate):
             power_ANF, values_ANF, d_ANF = work[:, :, : at.stop - at.start]
             g_NF, total_NF = gate[b, at].float(), _powers(*parts, b, at, power_ANF)
@@ -94,21 +88,16 @@ def _row(static: Tensor, b: int) -> Tensor:
     return static[b if static.shape[0] > 1 else 0]
 
 
-def _parts(logits: Tensor) -> Parts:
+def _by_activation(logits: Tensor) -> Tensor:
     """[B, A, F or T], contiguous."""
-    low = (logits - logits.amax(-1, keepdim=True)).transpose(1, 2).contiguous()
-    return low, low.exp()
+    return logits.transpose(1, 2).contiguous()
 
 
-def _powers(static: Parts, dynamic: Parts, b: int, at: slice, out_ANF: Tensor) -> Tensor:
+def _powers(static_BAF: Tensor, dynamic_BAT: Tensor, b: int, at: slice, out_ANF: Tensor) -> Tensor:
     """Shares [A, N, F] that have still to be divided by their sum [N, F], which is returned."""
-    at = at if dynamic[0].shape[2] > 1 else slice(None)
-    torch.mul(_row(static[1], b)[:, None], _row(dynamic[1], b)[:, at, None].expand_as(out_ANF), out=out_ANF)
-    total_NF = _sum(out_ANF)
-    if total_NF.numel() and not total_NF.amin() > SMALLEST:  # on the CPU the host waits for nothing here
-        torch.add(_row(static[0], b)[:, None], _row(dynamic[0], b)[:, at, None].expand_as(out_ANF), out=out_ANF)
-        total_NF = _sum(out_ANF.sub_(out_ANF.amax(0)).exp_())
-    return total_NF
+    at = at if dynamic_BAT.shape[2] > 1 else slice(None)
+    torch.add(_row(static_BAF, b)[:, None], _row(dynamic_BAT, b)[:, at, None].expand_as(out_ANF), out=out_ANF)
+    return _sum(out_ANF.sub_(out_ANF.amax(0)).exp_())
 
 
 def _values(g_NF: Tensor, out_ANF: Tensor) -> None:
