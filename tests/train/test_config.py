@@ -42,7 +42,10 @@ def test_defaults_and_round_trip() -> None:
         ({"train": {"precision": "fp16"}}, "unknown train.precision 'fp16'"),
         ({"train": {"loggers": ["tensorbord"]}}, "unknown loggers 'tensorbord'; did you mean 'tensorboard'"),
         ({"train": {"log_every": 0}}, "log_every must be at least 1"),
-        ({"train": {"routing": "difficulty"}}, "'difficulty' needs a corpus of known difficulty .*, got 'tiny-shakespeare'"),
+        (
+            {"train": {"routing": "difficulty"}},
+            "'difficulty' needs a corpus of known difficulty .*, got 'tiny-shakespeare'",
+        ),
         ({"name": "a/b"}, "name must be the name of a folder, got 'a/b'"),
         ({"train": []}, "train must be a mapping"),
     ],
