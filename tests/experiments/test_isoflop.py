@@ -145,7 +145,7 @@ def test_the_page_is_whole(finished: Path) -> None:
     parser.feed(html)
     assert parser.open == []
     pictures = re.findall(r"<svg viewBox=\"0 0 500.*?</svg>", html, re.DOTALL)
-    assert len(pictures) == 2 + 2 + 3  # budgets; budgets against FLOPs; equal times and all seconds
+    assert len(pictures) == 2 + 2 + 2  # budgets; budgets against FLOPs; equal seconds and all seconds
     for picture in pictures:
         ElementTree.fromstring(picture)
         assert "nan" not in picture

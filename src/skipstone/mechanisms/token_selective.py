@@ -60,9 +60,13 @@ class TokenSelective(DepthMechanism):
         return build_decision(config.decision, capacity, self.hidden_size, self.place.layer)
 
     @property
-    def capacity(self) -> float:
-        """The share of tokens that a hard pass keeps by promise, after any warm-up: 1 where a threshold decides."""
-        return 1.0 if self.decision is None else self.decision.capacity.final
+    def capacity(self) -> float | None:
+        """The share of tokens that a hard pass keeps by promise, after any warm-up; None where a threshold decides."""
+        return None if self.decision is None else self.decision.capacity.final
+
+    @property
+    def _share(self) -> float:
+        return 1.0 if self.capacity is None else self.capacity
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """The inner update, each token's gated by 1 - p.
@@ -76,8 +80,8 @@ class TokenSelective(DepthMechanism):
         alone = kept_BT is not None and self.config.kv == "kept"
         delta_BTD, inner = (self._alone if alone else gate)(update, x_BTD, tokens, gain_BT, kept_BT)
         loss_BT = open_BT * (self.config.depth_weight / self.place.count)
-        if self.config.guidance and self.capacity < 1 and self._trains(tokens):
-            delta_BTD, guided_BT = guided(delta_BTD, score_BT, asked_BT, self.capacity)
+        if self.config.guidance and self._share < 1 and self._trains(tokens):
+            delta_BTD, guided_BT = guided(delta_BTD, score_BT, asked_BT, self._share)
             loss_BT = loss_BT + guided_BT * self.config.auxiliary_weight
         shown_BT = asked_BT if kept_BT is None else kept_BT
         records = self.record(
@@ -146,7 +150,7 @@ class TokenSelective(DepthMechanism):
             self.decision.capacity.advance(progress)
 
     def unready(self) -> str | None:
-        if self.decision is None or self.capacity >= 1 or self.config.execution == "soft":
+        if self.decision is None or self._share >= 1 or self.config.execution == "soft":
             return None
         return self.decision.capacity.unready() or self.decision.unready()
 
@@ -160,9 +164,9 @@ class TokenSelective(DepthMechanism):
         """An oracle pass leaves tokens out with `training: hard` only."""
         if oracle and self.config.training != "hard":
             return load
-        if kept is None and (self.capacity >= 1 or self.config.execution == "soft"):
+        if kept is None and (self._share >= 1 or self.config.execution == "soft"):
             return load
-        inside = load.of(self.capacity * load.given if kept is None else kept)
+        inside = load.of(self._share * load.given if kept is None else kept)
         return Load(given=load.given, asked=inside.asked) if self.config.kv == "full" else inside
 
     def flops(self, tokens: float, routing: str) -> float:

@@ -72,7 +72,7 @@ def describe(model: SkipstoneForCausalLM) -> str:
 def _set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
     blocks: list[Any] = list(model.model.layers)
     return {
-        layer: {name: m.capacity for name, m in block.mechanisms.items() if hasattr(m, "capacity")}
+        layer: {name: m.capacity for name, m in block.mechanisms.items() if getattr(m, "capacity", None) is not None}
         for layer, block in enumerate(blocks)
     }
 

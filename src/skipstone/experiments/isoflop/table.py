@@ -163,9 +163,8 @@ def times(findings: Findings) -> Section:
         rows=rows,
         notes=[
             (
-                "The times: what the dense arm's sizes take for the largest budget (median), and half way between "
-                "budgets. A size's loss at a time is read off a straight line between its budgets, over the logarithm "
-                "of seconds."
+                "The times: half way between budgets, by the median of what the dense arm's sizes take. A size's loss "
+                "at a time is read off a straight line between its budgets, over the logarithm of seconds."
             )
         ],
     )

@@ -34,17 +34,15 @@ def seconds_of(collected: Collected, point: Point) -> float:
 
 
 def equal_times(collected: Collected) -> list[EqualTime]:
-    """Half way between budgets, and at the largest, by the median time that the dense arm's sizes take for a budget.
+    """Half way between budgets, by the median time that the dense arm's sizes take for a budget.
 
     There most losses lie between two that were measured: the loss of a size at a time is read off a straight line
-    between its budgets, over the logarithm of the seconds. Needs two budgets.
+    between its budgets, over the logarithm of the seconds. Not at the largest budget: the sizes that are done sooner
+    would have to be guessed, and come out better than anything that was run. Needs two budgets.
     """
     of_budgets = [collected.curves.get((BASE, budget), []) for budget in collected.grid.budgets]
     medians = [statistics.median(seconds_of(collected, p) for p in points) for points in of_budgets if points]
-    if len(medians) < 2:
-        return []
-    between = [math.sqrt(first * second) for first, second in pairwise(medians)]
-    return [_at(collected, seconds) for seconds in [*between, medians[-1]]]
+    return [_at(collected, math.sqrt(first * second)) for first, second in pairwise(medians)]
 
 
 def _at(collected: Collected, seconds: float) -> EqualTime:
