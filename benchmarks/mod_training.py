@@ -31,7 +31,10 @@ CAPACITY = 0.125
 ABOUT = f"""Seconds of a training step (forward, backward, AdamW) by those of the dense model of the same size, taken in
 turns, beside the FLOPs that the step executes by the dense step's. Every other block routed, capacity {CAPACITY}.
 *Asked* is how many times the FLOPs the time may be. AdamW and the casts of the weights to bf16 cost the same for
-both models whatever is skipped: the fewer tokens a step has, the more of its time they are."""
+both models whatever is skipped: the fewer tokens a step has, the more of its time they are. `ema_threshold` keeps
+another number of tokens every step until its threshold has settled; the FLOPs beside it are those of one step, and are not
+to be divided by."""
+MOVING = ("ema_threshold",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +188,10 @@ def render(figures: dict[str, Any]) -> str:
     for found in figures["sizes"].values():
         for decision, one in found["decisions"].items():
             for way, times in one["ways"].items():
-                over = times["median"] / times["flops"]
+                over = "–" if decision in MOVING else f"{times['median'] / times['flops']:.2f}"
                 lines.append(
                     f"| {found['shown']} | `{decision}` | {way} | {times['flops']:.3f} | {times['median']:.3f} "
-                    f"({times['min']:.3f} to {times['max']:.3f}) | {over:.2f} | {found['limit']:.2f} "
+                    f"({times['min']:.3f} to {times['max']:.3f}) | {over} | {found['limit']:.2f} "
                     f"| {one['host_syncs']} |"
                 )
     return "\n".join(lines) + "\n\n" + closing(figures["command"], figures["environment"]) + "\n"

@@ -57,7 +57,7 @@ def test_neutral_mixture_of_depths_is_exact_under_every_decision_and_weight(chos
     check(chosen, 2e-6)
 
 
-@pytest.mark.parametrize("chosen", [c for c in EVERY_DECISION if "predictor" in c.name], ids=str)
+@pytest.mark.parametrize("chosen", [c for c in EVERY_DECISION if c.entries[0]["decision"] == "predictor"], ids=str)
 def test_a_trained_mechanism_becomes_neutral_too(chosen: Case) -> None:
     routed, dense = neutral_and_dense(chosen)
     with torch.no_grad():
