@@ -32,8 +32,8 @@ ABOUT = f"""Seconds of a training step (forward, backward, AdamW) by those of th
 turns, beside the FLOPs that the step executes by the dense step's. Every other block routed, capacity {CAPACITY}.
 *Asked* is how many times the FLOPs the time may be. AdamW and the casts of the weights to bf16 cost the same for
 both models whatever is skipped: the fewer tokens a step has, the more of its time they are. `ema_threshold` keeps
-another number of tokens every step until its threshold has settled; the FLOPs beside it are those of one step, and are not
-to be divided by."""
+another number of tokens every step until its threshold has settled; the FLOPs beside it are those of one step, and are
+not to be divided by."""
 MOVING = ("ema_threshold",)
 
 
