@@ -36,7 +36,7 @@ class Store:
 
         Slots of a row ascend from call to call.
         """
-        given = max([x.shape[0] for x in entries.values()])
+        given = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
         if _not_ours_alone([*self.entries.values(), *entries.values()]):
             self.entries = {name: value.clone() for name, value in self.entries.items()}
@@ -81,7 +81,7 @@ class Store:
         self._settle(lengths)
 
     def _reserve(self, width: int, like: dict[str, Tensor], total: int) -> None:
-        if "slot" in self.entries and self.entries["slot"].shape[1] >= width:  # all are equally wide
+        if like.keys() <= self.entries.keys() and self.entries["slot"].shape[1] >= width:  # all are equally wide
             return
         for name, new in like.items():
             have = self.entries.get(name)

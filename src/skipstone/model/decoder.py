@@ -29,6 +29,7 @@ from skipstone.model.build import Block, build_blocks, build_norm, build_positio
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
 from skipstone.model.tokens import Call, tokens_of
+from skipstone.ops.reference import dropped
 
 Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
 
@@ -222,8 +223,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             tokens = replace(tokens, rotary=self.positions(tokens.position_BT, x_BTD.dtype))
         else:
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
-        if self.config.embedding_dropout:
-            x_BTD = nn.functional.dropout(x_BTD, self.config.embedding_dropout, self.training)
+        x_BTD = dropped(x_BTD, self.config.embedding_dropout, self.training)
         state: dict[str, Tensor] = {}
         blocks: Any = self.layers
         for block in blocks:

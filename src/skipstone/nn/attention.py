@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipstone.core.cache import EMPTY, SkipstoneCacheLayer
 from skipstone.core.tokens import Tokens
-from skipstone.nn.linear import OutputLinear, dropped
+from skipstone.nn.linear import OutputLinear
 from skipstone.ops import reference as ops
 
 
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         if query.shape[2] == 0:
             return asking_x
         y_BKD = self.o_proj(self._attend(query, key, value, mask).flatten(2))
-        return dropped(y_BKD, self.residual_dropout, self.training)
+        return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         y_BTHE = y.unflatten(-1, (-1, self.head_dim))

@@ -33,10 +33,9 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ExpertsRecord, Record, Records
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens, every
-from skipstone.nn.linear import dropped
 from skipstone.nn.mlp import FixedActivation
 from skipstone.ops import apply_experts
-from skipstone.ops.reference import linear_fp32
+from skipstone.ops.reference import dropped, linear_fp32
 
 ROW_OF_16_BYTES = 8  # elements, in the narrowest type: what grouped products ask of a width
 

@@ -1,14 +1,8 @@
-"""Linear layers that are initialised in a way of their own, and dropout that costs nothing where there is none."""
+"""Linear layers that are initialised in a way of their own."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-
-def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout; without a module, whose call is felt in decoding."""
-    return F.dropout(x, probability, training) if probability else x
+from torch import nn
 
 
 class OutputLinear(nn.Linear):

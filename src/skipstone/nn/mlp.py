@@ -16,7 +16,8 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
-from skipstone.nn.linear import OutputLinear, dropped
+from skipstone.nn.linear import OutputLinear
+from skipstone.ops.reference import dropped
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -85,6 +85,11 @@ def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
     return start_BT, end_BT - start_BT
 
 
+def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
+    """Dropout; without a module, whose call is felt in decoding."""
+    return F.dropout(x, probability, training) if probability else x
+
+
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in fp32 whatever the types and whatever autocast says."""
     if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product

@@ -52,20 +52,29 @@ def convert(
         from skipstone.model.released.convert import convert_from
 
         convert_from(source, out, from_layout, dtype, num_heads=num_heads, tau=tau)
-    elif to_layout == "dense":
-        from skipstone.adapt.export import export_dense
-
-        export_dense(source, out, dtype)
-    elif to_layout == "hardened":
-        from skipstone.adapt.harden import export_hardened
-
-        export_hardened(source, out, dtype, corpus)
     elif to_layout is not None:
-        from skipstone.model.released.convert import convert_to
-
-        convert_to(source, out, to_layout, dtype)
+        _write(source, out, to_layout, dtype, corpus)
     else:
         from skipstone.model.pretrained import convert as run
 
         run(source, out, dtype=dtype)
     typer.echo(f"written: {out}")
+
+
+def _write(source: str, out: Path, form: str, dtype: str | None, corpus: str | None) -> None:
+    if form == "dense":
+        from skipstone.adapt.export import export_dense
+
+        export_dense(source, out, dtype)
+    elif form == "hardened":
+        from skipstone.adapt.harden import export_hardened
+
+        export_hardened(source, out, dtype, corpus)
+    elif form == "polychromatic":
+        from skipstone.model.released.convert import convert_to
+
+        convert_to(source, out, form, dtype)
+    else:
+        from skipstone.core.strict import unknown
+
+        raise UserError(unknown("--to", form, ["dense", "hardened", "polychromatic"]))
