@@ -13,13 +13,28 @@ from typing import Any
 from skipstone.data.synthetic import BINS
 from skipstone.evaluate.accuracy import MEASURED, OVERALL, headroom_captured
 from skipstone.experiments import measure
+from skipstone.experiments.catalogue.tsa.recipes import HARD, LEARNED
 from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
+from skipstone.model.released import tsa
 
 CAPACITY = 0.25  # the share of entries that are operations
 BLOCKS = 8  # of the routed models, and of the deepest dense one
 ROUTED = "2:"
 DENSE = {"laptop": (2, 4), "paper": (2, 4, 8)}
-JUDGED = ("mod-guided", "mod-paper", "mod-random")  # the arms whose headroom is measured
+DECISIONS: dict[str, dict[str, Any]] = {  # of Mixture-of-Depths; all cause what they execute from the past alone
+    "mod-guided": {},
+    "mod-guided-predictor": {"decision": "predictor"},
+    "mod-guided-threshold": {"decision": "threshold"},
+    "mod-unguided": {"decision": "ema_threshold", "weight": "raw"},
+    "mod-paper": {"decision": "predictor", "weight": "raw"},
+    "mod-random": {"decision": "random"},
+    "mod-positional": {"decision": "positional"},
+}
+GATES: dict[str, dict[str, Any]] = {  # of Token-Selective Attention
+    "tsa-hard": {**HARD, **LEARNED, "capacity": CAPACITY},
+    "tsa-soft": {"depth_weight": tsa.SYNTHETIC},
+}
+JUDGED = (*DECISIONS, *GATES)  # the arms whose headroom is measured
 SIZES: dict[str, dict[str, Any]] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 2000, "batch_size": 32, "rate": 2e-3},
     "paper": {"hidden_size": 256, "num_attention_heads": 8, "steps": 20000, "batch_size": 256, "rate": 1e-3},
@@ -30,14 +45,22 @@ SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # seed 0 chose the guid
 def arms(scale: str) -> dict[str, Recipe]:
     """Dense models of several depths; routed ones that differ in who decides and in what their routers learn from."""
     size = SIZES[scale]
-    mod = {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY}
     return {
         **{f"dense-{blocks}": recipe(size, blocks) for blocks in DENSE[scale]},
-        "mod-guided": recipe(size, BLOCKS, [mod]),
-        "mod-paper": recipe(size, BLOCKS, [{**mod, "decision": "predictor", "weight": "raw"}]),
-        "mod-random": recipe(size, BLOCKS, [{**mod, "decision": "random"}]),
-        "mod-forced": recipe(size, BLOCKS, [{**mod, "decision": "forced"}], routing="difficulty"),
+        **{name: recipe(size, BLOCKS, [mixture(**options)]) for name, options in DECISIONS.items()},
+        **{name: recipe(size, BLOCKS, [gate(**options)]) for name, options in GATES.items()},
+        "mod-forced": recipe(size, BLOCKS, [mixture(decision="forced")], routing="difficulty"),
     }
+
+
+def mixture(**options: Any) -> dict[str, Any]:
+    """Mixture-of-Depths on every block but the first two, as many tokens as there are operations."""
+    return {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY, **options}
+
+
+def gate(**options: Any) -> dict[str, Any]:
+    """A gate on every block but the first two, executed hard."""
+    return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
 
 
 def recipe(
@@ -114,9 +137,12 @@ ABOUT = (
     "Each entry of a row is a filler, or an operation on a state that is never shown: a reset, or an element of "
     "S3. The label of an operation is the state, so it takes the more depth the more operations have passed since "
     "the reset (the bins). All figures are of the pass that skips. *mod-guided* is Mixture-of-Depths as it comes: "
-    "a running threshold, and a router that learns from the gradient at its block's output. *mod-paper* is top-k "
-    "with raw weights and a predictor, *mod-forced* keeps exactly the operations, *mod-random* tokens at random. "
-    "The first two of 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, "
+    "a running threshold, and a router that learns from the gradient at its block's output; *-predictor* and "
+    "*-threshold* train top-k with that router and decide in other ways. *mod-unguided* has a running threshold and "
+    "raw weights, *mod-paper* is top-k with raw weights and a predictor, *mod-forced* keeps exactly the operations, "
+    "*mod-random* tokens at random, *mod-positional* every fourth. *tsa-hard* is Token-Selective Attention trained as "
+    "it is executed, its gates learning as in *mod-guided*; *tsa-soft* the published one with lambda 0.01, executed "
+    "hard. The first two of 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, "
     "dense being interpolated between the dense arms at the arm's executed FLOPs: 1 is as good as knowing, 0 no "
     "better than dense."
 )

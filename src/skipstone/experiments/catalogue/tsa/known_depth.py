@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from skipstone.data.synthetic import BINS
 from skipstone.evaluate.accuracy import OVERALL
 from skipstone.experiments import gates
 from skipstone.experiments.catalogue import reset_s3
+from skipstone.experiments.catalogue.reset_s3 import gate
 from skipstone.experiments.catalogue.tsa.recipes import CONSTANT, HARD, LEARNED
 from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
 from skipstone.model.released import tsa
 
-ROUTED = reset_s3.ROUTED
 BLOCKS = reset_s3.BLOCKS
 DENSE = reset_s3.DENSE
 JUDGED = ("tsa-soft", "tsa-hard", "tsa-random")
@@ -26,9 +25,9 @@ SIZES = {
 SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 
 
-def arms(scale: str, corpus: str) -> dict[str, Recipe]:
+def arms(scale: str) -> dict[str, Recipe]:
     """Dense models; gates trained soft, as executed, forced by what is known, and drawn."""
-    make = partial(reset_s3.recipe, SIZES[scale], corpus=corpus)
+    make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
     quarter = {"capacity": reset_s3.CAPACITY}
     return {
         **{f"dense-{blocks}": make(blocks) for blocks in DENSE[scale]},
@@ -39,17 +38,15 @@ def arms(scale: str, corpus: str) -> dict[str, Recipe]:
     }
 
 
-def gate(**options: Any) -> dict[str, Any]:
-    """On every block but the first two, executed hard."""
-    return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
-
-
 def measured(folder: Path) -> Figures:
     """As for Reset-S3, and what is claimed and skipped."""
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}
 
 
+TASK = (
+    "Switched-S3: the same symbols are operations or fillers, as an earlier switch says, so no symbol tells by itself."
+)
 ABOUT = (
     "Operations need depth, the more of them have passed since a reset (the bins); one entry in four is one. Figures "
     "are of the pass that skips unless they say *soft*. *tsa-soft* is Token-Selective Attention as published, with "
@@ -71,24 +68,14 @@ COLUMNS = (
 )
 
 
-def on(corpus: str, name: str, about: str) -> Experiment:
-    """The experiment on one task."""
-    return Experiment(
-        name=name,
-        purpose=f"Token-Selective Attention on {corpus}: do its gates find the tokens that need depth?",
-        about=f"{about} {ABOUT}",
-        arms=partial(arms, corpus=corpus),
-        seeds=SEEDS,
-        measure=measured,
-        together=None,
-        derive=partial(reset_s3.captured, judged=JUDGED, knowing="tsa-forced"),
-        columns=COLUMNS,
-    )
-
-
-TSA_RESET_S3 = on("reset-s3", "tsa_reset_s3", "Reset-S3: a symbol tells by itself whether it is an operation.")
-TSA_SWITCHED_S3 = on(
-    "switched-s3",
-    "tsa_switched_s3",
-    "Switched-S3: the same symbols are operations or fillers, as an earlier switch says, so no symbol tells by itself.",
+TSA_SWITCHED_S3 = Experiment(
+    name="tsa_switched_s3",
+    purpose="Token-Selective Attention where no symbol tells by itself what it needs: do its gates find it?",
+    about=f"{TASK} {ABOUT}",
+    arms=arms,
+    seeds=SEEDS,
+    measure=measured,
+    together=None,
+    derive=partial(reset_s3.captured, judged=JUDGED, knowing="tsa-forced"),
+    columns=COLUMNS,
 )

@@ -10,7 +10,7 @@ from typing import Any
 from skipstone.evaluate.accuracy import OVERALL
 from skipstone.experiments import gates
 from skipstone.experiments.catalogue import reset_s3
-from skipstone.experiments.catalogue.tsa.known_depth import gate
+from skipstone.experiments.catalogue.reset_s3 import gate
 from skipstone.experiments.catalogue.tsa.recipes import CONSTANT, HARD, LEARNED
 from skipstone.experiments.claims import ByArm, Claim, claims_table, mean
 from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
