@@ -11,9 +11,9 @@ import torch
 
 from skipstone.evaluate.published import token_layers
 from skipstone.evaluate.run import evaluate
-from skipstone.experiments import gates
+from skipstone.experiments import gates, stretches
 from skipstone.experiments.catalogue import EXPERIMENTS
-from skipstone.experiments.catalogue.tsa import judged, published
+from skipstone.experiments.catalogue.tsa import equal_flops, judged, published
 from skipstone.experiments.claims import Claim, Shown, beside, claims_table, paired
 from skipstone.experiments.render import lookup
 from skipstone.runs import Run
@@ -134,23 +134,59 @@ def test_the_published_metric() -> None:
 
 def figures(loss: float, flops: float, **more: Any) -> dict[str, Any]:
     ways = {"oracle": {"loss": loss - 0.1}, "executed": {"loss": loss}}
-    return {"evaluation": {"ways": ways, "flops_per_token": {"counted": flops}}, **more}
+    return {
+        "evaluation": {"ways": ways, "flops_per_token": {"counted": flops}},
+        "stretches": [loss - 0.2, loss + 0.2],
+        **more,
+    }
 
 
 def test_rivals_are_met_at_equal_flops() -> None:
-    exits = {"exits": {"30%": {"loss": 1.7, "flops": 3.0}, "90%": {"loss": 2.1, "flops": 1.0}}}
+    exits = {
+        "30%": {"loss": 1.7, "flops": 3.0, "stretches": [1.6, 1.8]},
+        "90%": {"loss": 2.1, "flops": 1.0, "stretches": [2.0, 2.2]},
+    }
     arms = {
         "dense": figures(1.5, 4.0),
         "dense-2": figures(2.0, 2.0),
         "tsa": figures(1.8, 3.0),
-        "early-exit": figures(1.7, 3.0, **exits),
+        "random=0.5": figures(1.9, 2.0),
+        "early-exit": figures(1.7, 3.0, exits=exits),
         "little": figures(3.0, 0.5),
     }
-    found = judged.at_equal_flops(arms)
-    assert found["tsa"] == pytest.approx({"over_dense": 0.05, "over_exit": 0.1})
-    assert found["dense"] == pytest.approx({"over_exit": -0.2})
-    assert found["early-exit"] == pytest.approx({"over_dense": -0.05})
-    assert found["little"] == {}
+    found = equal_flops.at_equal_flops(arms)
+    whole = {
+        arm: {name: over for name, over in own.items() if name in equal_flops.RIVALS} for arm, own in found.items()
+    }
+    assert whole["tsa"] == pytest.approx({"over_dense": 0.05, "over_random": 0.1, "over_exit": 0.1})
+    assert whole["dense"] == pytest.approx({"over_exit": -0.2})
+    assert whole["early-exit"] == pytest.approx({"over_dense": -0.05, "over_random": 0.0})
+    assert whole["random=0.5"] == pytest.approx({"over_dense": -0.1, "over_exit": 0.0})
+    assert whole["little"] == {}
+    assert found["tsa"]["over_exit_by_stretch"] == pytest.approx([0.0, 0.2])
+    shown = equal_flops.intervals({arm: {0: {**arms[arm], **own}} for arm, own in found.items()})
+    assert "| tsa | +0.050 [+0.050, +0.050] | +0.100 [+0.100, +0.100] | +0.100 [+0.000, +0.200] |" in shown
+    assert "little" not in shown
+
+
+def test_the_interval_is_that_of_seeds_and_of_stretches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, generator=generator).tolist()
+    low, high = stretches.interval({0: noise})
+    assert high - low == pytest.approx(2 * 1.645 / 400**0.5, rel=0.1), "one seed: 90 % of a mean of 400 normal draws"
+    low, high = stretches.interval({0: [0.0] * 9, 1: [1.0] * 9})
+    assert (low, high) == (0.0, 1.0), "stretches agree, seeds do not"
+
+
+def test_stretches_are_the_loss_in_parts(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stretches, "WINDOWS", 2)
+    folder = train(
+        shrunk(EXPERIMENTS["tsa_shakespeare"].recipes("laptop")["tsa"], text), out=tmp_path / "run", progress=False
+    )
+    found = stretches.stretches(folder)
+    assert len(found) == 2
+    whole = EXPERIMENTS["tsa_shakespeare"].measure(folder)["evaluation"]["ways"]["executed"]["loss"]
+    assert sum(found) / 2 == pytest.approx(whole, abs=1e-5)
 
 
 def test_claims_follow_from_figures_alone() -> None:

@@ -7,6 +7,7 @@ render.py     records -> results/NAME.md, pure
 measure.py    what is measured of one run, and of all runs of a seed together
 timing.py     training steps and forward passes of several models, timed interleaved
 gates.py      what soft gates claim as saved, what is really skipped, the same weights executed otherwise
+stretches.py  two runs compared on the same stretches of text
 claims.py     published figures beside ours, and which claims hold by rule
 corpus.py     the first of several corpora that can be had
 session.py    what is still to do, done so that it can be stopped anywhere

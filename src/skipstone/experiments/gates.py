@@ -20,6 +20,7 @@ from skipstone.evaluate.counting import count
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import Opened, batches, open_run
 from skipstone.evaluate.ways import WAYS, Way, depth_layers
+from skipstone.experiments import stretches
 from skipstone.mechanisms.early_exit import EarlyExit
 from skipstone.mechanisms.token_selective import TokenSelective
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -86,7 +87,9 @@ def variants(folder: Path) -> dict[str, float]:
 
 
 def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
-    """One model with early exit, executed with other thresholds: loss, skipped and flops by threshold; else empty.
+    """One model with early exit, executed with other thresholds: figures by threshold; else empty.
+
+    loss; stretches, as of `experiments.stretches`; skipped.
 
     flops: counted, a token; the stem, every token's keys and values, and the routers are among them, each once.
     """
@@ -98,6 +101,7 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
         rows = _batches(opened, 4 * ROWS)
         found[exit_name(threshold)] = {
             "loss": loss,
+            "stretches": list(stretches.of(opened)),
             "skipped": sum(1 - capacity for _, capacity in _gates(layers)) / len(layers),
             "flops": count(opened.model, WAYS["executed"], rows).counted,
         }

@@ -4,5 +4,5 @@ published.py   the paper's figures                recipes.py      its model and 
 text.py        what the experiments on text share judged.py       which claims hold
 shakespeare.py its table, its sweep, controls     large.py        enwik8, and budgets on a corpus as large
 copy_sort.py   its synthetic tasks                known_depth.py  tasks whose needed depth is known
-mixed.py       text with such tasks in it
+mixed.py       text with such tasks in it         equal_flops.py  arms and rivals at equal FLOPs
 """

@@ -19,13 +19,14 @@ ENWIK8: dict[str, dict[str, Any]] = {
 
 
 def enwik8_arms(scale: str) -> dict[str, Recipe]:
-    """The paper's two, a higher price, its rival, and fewer blocks."""
+    """The paper's two, a higher price, its rival, chance, and fewer blocks."""
     data = ENWIK8[scale]
     return {
         "dense": language(scale, data, []),
         "tsa": language(scale, data, gated()),
         "lambda=0.05": language(scale, data, gated(0.05)),
         "early-exit": language(scale, data, early_exit()),
+        "random=0.5": language(scale, data, random(0.5)),
         **shallower(scale, data),
     }
 

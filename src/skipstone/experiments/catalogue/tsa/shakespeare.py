@@ -13,13 +13,14 @@ SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 
 
 def claims_arms(scale: str) -> dict[str, Recipe]:
-    """The paper's table, its lambda sweep and its rival, and what it lacks: dense models of fewer blocks."""
+    """The paper's table, its lambda sweep and its rival, and what it lacks: chance, and dense models of fewer blocks."""
     data = SHAKESPEARE
     return {
         "dense": language(scale, data, []),
         "tsa": language(scale, data, gated()),
         **{f"lambda={weight:g}": language(scale, data, gated(weight)) for weight in LAMBDAS[scale]},
         "early-exit": language(scale, data, early_exit()),
+        "random=0.5": language(scale, data, random(0.5)),
         **shallower(scale, data),
     }
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.evaluate.tables import Section, markdown
-from skipstone.experiments import gates, measure
-from skipstone.experiments.catalogue.tsa import judged
+from skipstone.experiments import gates, measure, stretches
+from skipstone.experiments.catalogue.tsa import equal_flops, judged
 from skipstone.experiments.catalogue.tsa import published as paper
 from skipstone.experiments.catalogue.tsa.recipes import SEEDS
 from skipstone.experiments.claims import ByArm, Published, Shown, beside, claims_table, values
@@ -20,7 +20,11 @@ from skipstone.experiments.timing import forward_speeds
 def measured(folder: Path) -> Figures:
     """The usual figures; savings, other ways to execute the gates, and other thresholds of an early exit."""
     figures = measure.standard(folder)
-    further = {"variants": gates.variants(folder), "exits": gates.exits(folder)}
+    further = {
+        "variants": gates.variants(folder),
+        "exits": gates.exits(folder),
+        "stretches": stretches.stretches(folder),
+    }
     return {**figures, **gates.savings(figures["evaluation"]), **further}
 
 
@@ -29,7 +33,11 @@ def details(figures: ByArm, published: Published) -> str:
     parts = [claims_table("Which claims hold", judged.language(figures))]
     if published:
         parts.append(beside("Beside the paper", figures, published, BESIDE, paper.SOURCE))
-    return "\n\n".join(part for part in (*parts, ways_to_execute(figures), exit_thresholds(figures)) if part)
+    return "\n\n".join(
+        part
+        for part in (*parts, equal_flops.intervals(figures), ways_to_execute(figures), exit_thresholds(figures))
+        if part
+    )
 
 
 def ways_to_execute(figures: ByArm) -> str:
@@ -85,10 +93,7 @@ COLUMNS = (
         relative=True,
     ),
 )
-RIVALS = (
-    Column(key="over_dense", title="over fewer blocks", format="+.3f"),
-    Column(key="over_exit", title="over early exit", format="+.3f"),
-)
+RIVALS = tuple(Column(key=key, title=f"over {rival}", format="+.3f") for key, rival in equal_flops.RIVALS.items())
 ABOUT = (
     "Token-Selective Attention as published (arXiv 2605.05222): a gate 1 - p scales each token's update in every block "
     "but the first, and lambda prices open gates. *Soft* is the pass as trained: it computes everything. *Executed* is "
@@ -97,8 +102,8 @@ ABOUT = (
     "out, and MFLOPs are counted while it runs."
 )
 EQUAL = (
-    "The last columns are executed loss less that of dense models, and of early exit, at the arm's executed FLOPs, on "
-    "straight lines between what was run: above 0 is worse."
+    "The last columns are executed loss less that of dense models, of random tokens, and of early exit, at the arm's "
+    "executed FLOPs, on straight lines between what was run: above 0 is worse."
 )
 
 
@@ -108,7 +113,7 @@ def on_text(*, published: Published, **options: Any) -> Experiment:
         seeds=SEEDS,
         measure=measured,
         together=forward_speeds,
-        derive=judged.at_equal_flops,
+        derive=equal_flops.at_equal_flops,
         details=partial(details, published=published),
         **options,
     )
