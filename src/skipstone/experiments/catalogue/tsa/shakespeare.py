@@ -13,7 +13,7 @@ SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 
 
 def claims_arms(scale: str) -> dict[str, Recipe]:
-    """The paper's table, its lambda sweep and its rival, and what it lacks: chance, and dense models of fewer blocks."""
+    """The paper's table, its lambda sweep and its rival, and what it lacks: chance and fewer blocks."""
     data = SHAKESPEARE
     return {
         "dense": language(scale, data, []),
