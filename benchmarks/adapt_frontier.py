@@ -1,0 +1,217 @@
+"""What a pretrained model of any size loses at several budgets: Mixture-of-Depths, random skipping, fewer blocks.
+
+    python benchmarks/adapt_frontier.py SOURCE TEXT [--dropped 6 11] [--tokens 400000] [--seeds 0] [--out results]
+
+SOURCE is a dense checkpoint that `skipstone adapt` reads, TEXT a folder with train.txt and validation.txt. A budget is
+that of the source without so many of its blocks. All arms learn from the same rows, from text and source alike, and are
+judged as executed: on the test split of wikitext-2 and on a text of another kind. Finished runs in --work are not run
+again, so the command can be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from publish import closing, keep, middle
+from skipstone.adapt.run import adapt
+from skipstone.evaluate.counting import count
+from skipstone.evaluate.losses import measure
+from skipstone.evaluate.opened import batches, open_run
+from skipstone.evaluate.speed import decode_task, take_turns
+from skipstone.experiments.isoflop.charts import FRAME, Dot, Drawn, log_bounds, panel
+from skipstone.model.pretrained import convert
+from skipstone.report import svg
+from skipstone.report.axes import bounds
+from skipstone.report.palette import Look, look
+from skipstone.runs import Run
+from skipstone.train.environment import describe
+
+CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 256, 8
+JUDGED = {"wikitext-2": ("wikitext-2", "test"), "another kind": ("tiny-shakespeare", "validation")}
+PROMPT, STEPS, TURNS = 32, 48, 5  # of decoding, one row
+NAME, TUNED = "adapt_frontier", "dense, tuned"
+KINDS = ("fewer blocks", "mixture of depths", "random skipping")
+TITLE = "A pretrained model computes less: perplexity by executed FLOPs"
+LEAST = {"score": "block_influence"}
+LOSS = {"language_modelling": 0.5, "distillation": 0.5}
+ABOUT = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
+distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it. At each budget:
+as many whole blocks left out as it takes, those that change the stream least; Mixture-of-Depths on twice as many; the
+same with tokens skipped at random. Losses are of the pass that skips, FLOPs are counted while it runs, one row at a
+time, as shares of the source's. *Decode* is tokens/s of one row by the source's, in turns."""
+
+
+def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, model, what differs in `adapt`, at one budget."""
+    layers = {**LEAST, "count": 2 * dropped}
+    best = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
+    best |= {"skip": "low_rank", "skip_rank": 16}
+    routed = {"budget": budget, "router_learning_rate": 1e-3, "start": "measured"}
+    yield "fewer blocks", {"drop_layers": {**LEAST, "count": dropped}}, {}
+    yield "mixture of depths", {"mechanisms": [best]}, routed
+    random = {**best, "decision": "random", "weight": "none"}
+    yield "random skipping", {"mechanisms": [random]}, {**routed, "start": "random"}
+
+
+def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Namespace, seed: int) -> dict[str, Any]:
+    steps = max(1, given.tokens // (2 * BATCH * CONTEXT))
+    train = {"steps": steps, "batch_size": BATCH, "gradient_accumulation": 2, "learning_rate": given.rate}
+    train |= {"warmup_steps": steps // 10, "precision": "bf16", "seed": seed}
+    quiet = {"eval_every": 0, "eval_rows": 8, "save_every": 0, "log_every": max(1, steps // 10)}
+    data = {"corpus": f"text:{given.text}", "context": CONTEXT, "seed": seed}
+    whole = {"loss": LOSS, "calibration_rows": 12, **options}
+    return {"model": model, "data": data, "train": {**train, **quiet}, "adapt": whole}
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Nats a token on each text that is judged, and counted FLOPs a token."""
+    found: dict[str, Any] = {}
+    for name, (corpus, split) in JUDGED.items():
+        opened = open_run(folder, split, corpus, CONTEXT)
+        assert opened.data is not None
+        device = opened.model.device
+        rows = batches(opened.data, BATCH, device, ROWS)
+        found[name] = measure(opened.model, opened.main, rows, activations=False).loss
+        if not found.get("flops"):
+            one = count(opened.model, opened.main, batches(opened.data, 1, device, COUNTED))
+            found["flops"] = one.counted
+    return found
+
+
+def decode_speeds(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Tokens/s of one row by the source's, in turns."""
+    prompt = torch.randint(1, 255, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    models = {name: Run(folder).load_model().eval() for name, folder in folders.items()}
+    rates = take_turns({name: decode_task(model, prompt, STEPS) for name, model in models.items()}, TURNS)
+    base = rates["source"].each
+    return {name: middle([a / b for a, b in zip(rate.each, base, strict=True)]) for name, rate in rates.items()}
+
+
+def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], speeds: dict[str, dict[str, float]]) -> str:
+    names = list(JUDGED)
+    heads = [part for name in names for part in (f"{name}, perplexity", "by tuned")]
+    lines = [f"| arm | executed FLOPs | {' | '.join(heads)} | decode |", "|---|" + "---:|" * (len(heads) + 2)]
+    tuned = {name: statistics.fmean(seed[name] for seed in results[TUNED]) for name in names}
+    for arm, seeds in {"source": [source], **results}.items():
+        mean = {key: statistics.fmean(seed[key] for seed in seeds) for key in ("flops", *names)}
+        cells = [f"{mean['flops'] / source['flops']:.1%}"]
+        for name in names:
+            spread = max(seed[name] for seed in seeds) - min(seed[name] for seed in seeds)
+            shown = f" (range {math.exp(mean[name]) * spread:.2f})" if len(seeds) > 1 else ""
+            cells += [f"{math.exp(mean[name]):.2f}{shown}", f"{math.expm1(mean[name] - tuned[name]):+.1%}"]
+        cells.append(f"{speeds[arm]['median']:.2f}" if arm in speeds else "–")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
+    """An SVG: loss on the first text by share of FLOPs, a line an arm, from the tuned source on."""
+    name = next(iter(JUDGED))
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for arm, seeds in results.items():
+        point = (
+            statistics.fmean(s["flops"] for s in seeds) / source["flops"],
+            statistics.fmean(s[name] for s in seeds),
+        )
+        for kind in [arm.split(" at ")[0]] if arm != TUNED else KINDS:
+            kinds.setdefault(kind, []).append(point)
+    drawn = []
+    for i, (kind, points) in enumerate(kinds.items()):
+        dots = [Dot(x=x, y=y, hover=f"{kind}: {x:.1%}, {y:.3f} nats") for x, y in sorted(points)]
+        drawn.append(Drawn(look=look(i), dots=dots, line=sorted(points)))
+    every = [point for points in kinds.values() for point in points]
+    xs, ys = zip(*every, strict=True)
+    drawing = panel(
+        drawn,
+        x_title="executed FLOPs by the source's",
+        title=TITLE,
+        x_range=log_bounds(xs),
+        y_range=bounds(ys, 0.08),
+        label="{:.0%}".format,
+    )
+    return standalone(drawing, [(kind, each.look) for kind, each in zip(kinds, drawn, strict=True)])
+
+
+def standalone(drawing: str, names: Sequence[tuple[str, Look]]) -> str:
+    """A file of its own: the style that a page would give, and a legend."""
+    style = (files("skipstone.report") / "templates" / "style.css").read_text(encoding="utf-8")
+    legend = [
+        svg.text(
+            FRAME.width - FRAME.right,
+            FRAME.top + 14 * (i + 1),
+            name,
+            "said",
+            text_anchor="end",
+            style=f"fill: {to.colour}",
+        )
+        for i, (name, to) in enumerate(names)
+    ]
+    opened, rest = drawing.removeprefix("<svg"), "</svg>"
+    inner = opened.removesuffix(rest)
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{inner}<style>{style}</style>{"".join(legend)}{rest}\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--dropped", type=int, nargs="+", default=[6, 11])
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", help="train these arms alone, as two processes may share the work")
+    parser.add_argument("--work", type=Path, default=Path("runs/adapt_frontier"))
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if not (given.work / "source").is_dir():
+        convert(given.source, given.work / "source")
+    trained = train_all(given)
+    if given.only is None:
+        publish(given, trained)
+
+
+def train_all(given: argparse.Namespace) -> dict[str, list[Path]]:
+    """Folders of each arm's runs, a seed each."""
+    model = Run(given.work / "source").load_model()
+    whole = model.cost(tokens=CONTEXT).forward
+    block = (whole.total - whole.head) / model.config.num_hidden_layers
+    found: dict[str, list[Path]] = {}
+    for seed in given.seeds:
+        todo: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(TUNED, {}, {})]
+        for dropped in given.dropped:
+            budget = 1 - dropped * block / whole.total
+            todo += [(f"{kind} at {budget:.0%}", changed, options) for kind, changed, options in arms(dropped, budget)]
+        for arm, changed, options in todo:
+            folder = given.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{given.tokens}-seed{seed}"
+            if not (folder / "result.json").is_file() and (given.only is None or arm in given.only):
+                adapt(given.source, recipe(changed, options, given, seed), out=folder)
+            found.setdefault(arm, []).append(folder)
+    return found
+
+
+def publish(given: argparse.Namespace, trained: dict[str, list[Path]]) -> None:
+    source = figures(given.work / "source")
+    results = {arm: [figures(folder) for folder in folders] for arm, folders in trained.items()}
+    speeds = decode_speeds({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
+    environment = {k: v for k, v in describe(given.seeds[0]).items() if k != "command"}
+    told = {name: value for name, value in vars(given).items() if name not in ("source", "text", "work", "out", "only")}
+    record = {**told, "source": source, "arms": results, "decode": speeds, "environment": environment}
+    dropped, seeds = (" ".join(map(str, values)) for values in (given.dropped, given.seeds))
+    flags = f"--dropped {dropped} --tokens {given.tokens} --seeds {seeds}"
+    end = closing(f"python benchmarks/adapt_frontier.py SOURCE TEXT {flags}", environment)
+    shown = f"![{TITLE}]({NAME}.svg)\n\n" if given.out else ""
+    keep(given.out, NAME, TITLE, record, f"{ABOUT}\n\n{table(source, results, speeds)}\n\n{shown}{end}\n")
+    if given.out is not None:
+        (given.out / f"{NAME}.svg").write_text(picture(source, results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
