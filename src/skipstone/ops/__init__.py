@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,10 +15,16 @@ from skipstone.ops import fusible, grouped, lean, reference
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """`reference.mix_activations` by what suits the device: a compiler, the CPU, or neither."""
-    eager = lean if gate_BTF.device.type == "cpu" else reference
-    chosen = fusible if torch.compiler.is_compiling() else eager
-    return chosen.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)
+    """`reference.mix_activations` by what suits the device: a compiler, the CPU, CUDA with Triton, or none of them."""
+    chosen = fusible if torch.compiler.is_compiling() else _eager(gate_BTF.device.type)
+    return chosen.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)  # type: ignore[no-any-return]
+
+
+@cache
+def _eager(device: str) -> ModuleType:
+    if device == "cuda" and find_spec("triton") is not None:  # PyTorch for CUDA brings it along on Linux
+        return import_module("skipstone.ops.fused")
+    return lean if device == "cpu" else reference
 
 
 def apply_experts(*args: Any) -> Tensor:
