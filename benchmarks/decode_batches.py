@@ -10,42 +10,25 @@ decode.json and decode.md; a size that was measured before stays in them. Thread
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
+from decoding import Decoding, Size, text
 from publish import closing, keep, middle
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.evaluate.speed import Lap, Task, take_turns
+from skipstone.evaluate.speed import Task, take_turns
 from skipstone.train.environment import describe
 
 CAPACITY, ROWS = 0.125, (1, 2, 4, 8, 16, 32, 64)
-CALIBRATION = 32  # rows of text that a threshold is set by, at least
 ABOUT = f"""One token a row and step, fp32, greedy decisions of a causal threshold that keeps {CAPACITY:.1%} in every
 other block. *Speed* is the dense model's seconds by the routed model's in the same turn, so tokens per second by the
 dense model's: above 1 is faster. *Rows computed* is the mean over routed blocks and steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """A model, the tokens of a prompt, the steps of a turn and the turns."""
-
-    width: int
-    blocks: int
-    vocabulary: int
-    prompt: int = 64
-    steps: int = 48
-    turns: int = 15
-
 
 SIZES = {
     "small": Size(width=256, blocks=6, vocabulary=256),
@@ -66,73 +49,20 @@ def model_of(size: Size, routed: bool) -> SkipstoneForCausalLM:
     return SkipstoneForCausalLM(config).eval()
 
 
-def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
-    return torch.randint(0, size.vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 @torch.inference_mode()
-def calibrate(model: SkipstoneForCausalLM, size: Size, prompts: Tensor) -> None:
-    """Each threshold at the quantile of its scores, block after block, over the positions that a turn decodes."""
-    prompts = prompts.repeat(-(-CALIBRATION // len(prompts)), 1)
-    ids = torch.cat([prompts, text(size, len(prompts), size.steps, seed=1)], dim=1)
-    for i, name, mechanism in routers(model):
-        record = model(ids, use_cache=False, output_records=True).records[i][name]
-        scores = record.score_BT[:, size.prompt :].flatten()
-        mechanism.decision.threshold.copy_(scores.quantile(1 - CAPACITY))
-        mechanism.decision.steps.fill_(1)
-
-
-def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
-    for i, block in enumerate(model.model.layers):
-        for name, mechanism in block.mechanisms.items():
-            yield i, name, mechanism
-
-
-class Decoding:
-    """A prompt in the cache, gone on from again and again; every turn feeds other tokens."""
-
-    def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
-        self.model, self.size, self.rows = model, size, rows
-        self.cache, self.turns = DynamicCache(config=model.config), itertools.count()
-        self.prompts = text(size, rows, size.prompt, seed=2)
-        calibrate(model, size, self.prompts)
-        with torch.inference_mode():
-            model(self.prompts, past_key_values=self.cache)
-
-    @torch.inference_mode()
-    def lap(self) -> Lap:
-        fed = text(self.size, self.rows, self.size.steps, seed=100 + next(self.turns)).split(1, dim=1)
-        start = time.perf_counter()
-        for token in fed:
-            self.model(token, past_key_values=self.cache).logits[:, -1].argmax(-1)
-        seconds = time.perf_counter() - start
-        self.cache.crop(-self.size.steps)
-        return Lap(tokens=self.rows * self.size.steps, seconds=seconds, joules=None)
-
-    @torch.inference_mode()
-    def computed(self) -> float:
-        """Rows a step that a routed block computes, in the mean of the turns."""
-        kept = []
-        for turn in range(self.size.turns + 1):
-            for token in text(self.size, self.rows, self.size.steps, seed=100 + turn).split(1, dim=1):
-                out = self.model(token, past_key_values=self.cache, output_records=True)
-                kept += [out.records[i][name].kept_BT.sum().item() for i, name, _ in routers(self.model)]
-            self.cache.crop(-self.size.steps)
-        return statistics.fmean(kept)
-
-    @torch.inference_mode()
-    def memory(self) -> dict[str, int]:
-        """Entries and bytes, slots included, that a prompt and a turn's tokens leave in a new cache."""
-        cache = DynamicCache(config=self.model.config)
-        self.model(self.prompts, past_key_values=cache)
-        for token in text(self.size, self.rows, self.size.steps, seed=101).split(1, dim=1):
-            self.model(token, past_key_values=cache)
-        stores = [layer.kv for layer in cache.layers]  # type: ignore[attr-defined]
-        return {
-            "entries": sum(store.stored() for store in stores),
-            "bytes": sum(store.bytes() for store in stores),
-            "allocated": sum(store.bytes(allocated=True) for store in stores),
-        }
+def memory(decoding: Decoding) -> dict[str, int]:
+    """Entries and bytes, slots included, that a prompt and a turn's tokens leave in a new cache."""
+    model, size = decoding.model, decoding.size
+    cache = DynamicCache(config=model.config)
+    model(decoding.prompts, past_key_values=cache)
+    for token in text(size, decoding.rows, size.steps, seed=101).split(1, dim=1):
+        model(token, past_key_values=cache)
+    stores = [layer.kv for layer in cache.layers]  # type: ignore[attr-defined]
+    return {
+        "entries": sum(store.stored() for store in stores),
+        "bytes": sum(store.bytes() for store in stores),
+        "allocated": sum(store.bytes(allocated=True) for store in stores),
+    }
 
 
 def measure(size: Size, rows: Sequence[int]) -> dict[str, Any]:
@@ -148,7 +78,7 @@ def measure(size: Size, rows: Sequence[int]) -> dict[str, Any]:
             "seconds": {name: statistics.median(each) for name, each in seconds.items()},
             "speed": middle([a / b for a, b in zip(seconds["dense"], seconds["routed"], strict=True)]),
             "computed": decodings["routed"].computed(),
-            "memory": {name: decoding.memory() for name, decoding in decodings.items()},
+            "memory": {name: memory(decoding) for name, decoding in decodings.items()},
         }
         print(f"{count} rows: {found[str(count)]['speed']}", flush=True)
     head = models["routed"].lm_head.weight.numel() + parameters.embedding

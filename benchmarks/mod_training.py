@@ -1,6 +1,6 @@
 """Does a Mixture-of-Depths step take the time that its FLOPs say? Training steps beside the dense model's, in turns.
 
-    python benchmarks/mod_training.py [--sizes small large] [--out results]
+    python benchmarks/mod_training.py [--sizes small large small-32 large-16] [--out results]
 
 A step is forward, backward and AdamW. The FLOPs are counted while the step runs; the optimizer's,
 which multiplies no matrices, are not among them. `bf16` is autocast with fp32 weights, as `Trainer` does it.
@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,10 @@ SIZES = {
         rounds=3,
         trainer_steps=2,
     ),
+}
+SIZES |= {  # what a step does once whatever its tokens, AdamW and casts of weights, is a smaller part of these
+    "small-32": replace(SIZES["small"], rows=32, decisions=("topk",), rounds=9),
+    "large-16": replace(SIZES["large"], rows=16, decisions=("topk",), rounds=2),
 }
 
 

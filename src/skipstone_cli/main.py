@@ -9,19 +9,23 @@ import typer
 
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.verbs.adapt import adapt
+from skipstone_cli.verbs.calibrate import calibrate
 from skipstone_cli.verbs.compare import compare
 from skipstone_cli.verbs.convert import convert
 from skipstone_cli.verbs.eval import evaluate
 from skipstone_cli.verbs.generate import generate
 from skipstone_cli.verbs.isoflop import isoflop
+from skipstone_cli.verbs.prepare import prepare
 from skipstone_cli.verbs.report import report
 from skipstone_cli.verbs.reproduce import reproduce
 from skipstone_cli.verbs.train import train
 
 VERBS: dict[str, Callable[..., None]] = {
+    "prepare": prepare,
     "train": train,
     "eval": evaluate,
     "compare": compare,
+    "calibrate": calibrate,
     "generate": generate,
     "convert": convert,
     "adapt": adapt,

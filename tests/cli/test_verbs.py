@@ -66,10 +66,64 @@ def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "run folder: runs/a\n"
 
 
+def test_train_estimates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Answer:
+        def lines(self) -> list[str]:
+            return ["hours 3"]
+
+    calls = listen(monkeypatch, "skipstone.train.estimate", "estimate", Answer())
+    sys.modules["skipstone.train"].estimate = sys.modules["skipstone.train.estimate"]  # type: ignore[attr-defined]
+    sys.modules["skipstone.train.estimate"].MFU = 0.4  # type: ignore[attr-defined]
+    Path("a.yaml").write_text("train: {steps: 2}\n", encoding="utf-8")
+    command(monkeypatch, "train", "a.yaml", "train.steps=3", "--estimate", "--gpu", "L4")
+    assert calls == [(({"train": {"steps": 3}},), {"gpu": "L4", "mfu": 0.4})]
+    assert capsys.readouterr().out == "hours 3\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "a.yaml", "--gpu", "L4"], "--gpu would have no effect without --estimate"),
+        (["train", "a.yaml", "--estimate", "--out", "x"], "--out would have no effect with --estimate"),
+        (["prepare", "jsonl:x"], "--out is missing: name the folder for the shards"),
+        (["prepare", "run", "--check", "--split", "90-10"], "--check writes nothing, so --split would have no effect"),
+    ],
+)
+def test_options_without_effect(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["skipstone", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"skipstone: {message}")
+
+
+def test_prepare_and_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = "".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(20))
+    Path("a.jsonl").write_text(lines, encoding="utf-8")
+    words = ["prepare", "jsonl:a.jsonl", "--field", "body", "--split", "70-30", "--shard-tokens", "40"]
+    command(monkeypatch, *words, "--out", "shards")
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1] == "shards: shards"
+    assert sum(int(line.split()[1]) for line in told.out.splitlines()[:-1]) == 20
+    assert len(told.err.splitlines()) > 2, "a line a shard"
+    command(monkeypatch, "prepare", "shards", "--check")
+    assert "shards are what manifest.json says" in capsys.readouterr().out
+    path = Path("shards/train-00000.tokens")
+    path.write_bytes(path.read_bytes()[::-1])
+    monkeypatch.setattr("sys.argv", ["skipstone", "prepare", "shards", "--check"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "train-00000.tokens is damaged" in capsys.readouterr().err
+
+
 def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone.evaluate.run", "evaluate", Figures())
-    command(monkeypatch, "eval", "run", "--split", "test", "--batch-size", "2", "--json", "new/a.json")
-    options = {"split": "test", "batch_size": 2, "corpus": None, "context": None}
+    command(
+        monkeypatch, "eval", "run", "--split", "test", "--batch-size", "2", "--json", "new/a.json", "--budget", ".5,.75"
+    )
+    options = {"split": "test", "batch_size": 2, "corpus": None, "context": None, "budgets": [0.5, 0.75]}
     assert calls == [((Path("run"),), options)]
     assert json.loads(Path("new/a.json").read_text(encoding="utf-8")) == {"loss": 1.5}
     assert "1.5" in capsys.readouterr().out
@@ -92,7 +146,7 @@ def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = listen(monkeypatch, "skipstone.generate.run", "stream", [])
     command(monkeypatch, "generate", "run", "--prompt", "O, ", "--max-new-tokens", "5", "--top-k", "3", "--seed", "7")
-    options = {"max_new_tokens": 5, "temperature": None, "top_k": 3, "seed": 7, "greedy": False}
+    options = {"max_new_tokens": 5, "temperature": None, "top_k": 3, "seed": 7, "greedy": False, "budget": None}
     assert calls == [((Path("run"), "O, "), options)]
 
 
@@ -126,5 +180,6 @@ def test_the_list_of_experiments(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = listen(monkeypatch, "skipstone.report.run", "write_report", None)
-    command(monkeypatch, "report", "run", "--out", "a.html")
-    assert calls == [(([Path("run")], Path("a.html")), {})]
+    Path("a.json").touch()
+    command(monkeypatch, "report", "run", "--out", "a.html", "--evaluation", "a.json")
+    assert calls == [(([Path("run")], Path("a.html")), {"evaluations": [Path("a.json")]})]

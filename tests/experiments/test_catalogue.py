@@ -64,6 +64,7 @@ SMALL["mod_decisions"] = SMALL["mod_decisions_code"] = {
     "model": {"hidden_size": 16, "num_attention_heads": 2},
     "data": {"context": 32, "corpus": "python-stdlib"},
 }
+SMALL["ffn_groups"] = {**SMALL["mod_decisions"], "model": {**SMALL["mod_decisions"]["model"], "num_hidden_layers": 2}}
 STEPS = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "eval_rows": 2}
 
 
@@ -98,6 +99,22 @@ def test_mod_decisions_measures_what_it_shows(tmp_path: Path, arm: str) -> None:
     missing = [title for title, figure in shown.items() if figure is None]
     kept = [column.title for column in experiment.columns if not column.key.startswith("evaluation")][1:]
     assert missing == ([] if arm != "dense" else kept)
+
+
+def test_ffn_groups_at_equal_flops_beside_teal(tmp_path: Path) -> None:
+    experiment, figures = EXPERIMENTS["ffn_groups"], {}
+    for arm in ("dense", "narrow 0.4", "groups 0.4", "random 0.6"):
+        figures[arm] = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / arm, progress=False))
+    assert experiment.derive is not None
+    assert experiment.details is not None
+    derived = experiment.derive(figures)
+    shares = {arm: found["mlp_ratio"] for arm, found in derived.items()}
+    assert shares == pytest.approx({"dense": 1.0, "narrow 0.4": 0.4, "groups 0.4": 0.4, "random 0.6": 0.6})
+    assert derived["dense"]["loss_ratio"] == 0
+    page = experiment.details({arm: {0: found} for arm, found in figures.items()})
+    assert "TEAL" in page
+    assert "40.0 %" in page
+    assert figures["dense"]["teal"]["60%"]["executed"] == pytest.approx(0.6, abs=0.05)
 
 
 @pytest.mark.slow

@@ -117,6 +117,16 @@ EXPERTS = [  # a mixture of experts alone, staged (inside Mixture-of-Depths), in
     case(mlp="experts", experts=Frozen(count=4, no_op=2, balance_rate=0.1, z_weight=0.1)),
     case(*map(entry, KINDS), mlp="experts", experts=Frozen(count=3, no_op=2, top_k=3)),
 ]
+GROUPS = [  # of neurons: alone, as in the middle of a warm-up, drawn, and inside mechanisms that leave tokens out
+    case(neuron_groups=Frozen(group_size=8, capacity=0.5, chunk_size=4)),
+    case(
+        activation="polyglu",
+        neuron_groups=Frozen(group_size=4, capacity=0.4, capacity_warmup=0.5, chunk_size=3, balance_rate=0.1),
+    ),
+    case(entry("mixture_of_depths"), neuron_groups=Frozen(group_size=8, capacity=0.4, chunk_size=2, decay=0.5)),
+    case(entry("early_exit"), neuron_groups=Frozen(group_size=16, capacity=0.7, chunk_size=4, decision="random")),
+    case(*map(entry, KINDS), activation="polyglu", neuron_groups=Frozen(group_size=8, capacity=0.5, chunk_size=2)),
+]
 NESTED = [
     case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),
     case(*[entry(n, on=on) for n in DEPTH for on in ("block", "attention", "mlp")], activation="polyglu"),
@@ -128,6 +138,7 @@ NESTED = [
     case(entry("mixture_of_depths", layers=(0, 2)), entry("early_exit", layers=(0, 1, 2)), mlp="plain", qk_norm=True),
     *(case(*map(entry, names), activation=form) for form in FORMS for names in ((), KINDS[:1], KINDS)),
     *EXPERTS,
+    *GROUPS,
 ]
 EVERY_DECISION = [  # with every weight
     case(entry("mixture_of_depths", decision=decision, weight=weight))

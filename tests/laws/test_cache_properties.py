@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from laws.builders import VOCAB, Case, assert_close, case, entry, lively
+from laws.builders import GROUPS, VOCAB, Case, assert_close, case, entry, lively
 from skipstone import SkipstoneForCausalLM
 
 CASES = [
@@ -28,6 +28,8 @@ CASES = [
     case(entry("early_exit"), activation="polyglu"),
     case(*map(entry, ("mixture_of_depths", "token_selective", "early_exit")), activation="polyglu"),
     case(entry("early_exit"), entry("token_selective", on="attention"), entry("mixture_of_depths", on="mlp")),
+    *GROUPS[:3],
+    case(*map(entry, ("token_selective", "mixture_of_depths")), neuron_groups=GROUPS[0].more[0][1]),
 ]
 MOST_ROWS, MOST_SLOTS = 4, 40
 EXACT = 1e-5

@@ -9,7 +9,9 @@ from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, VARIANTS, Case,
 from skipstone import SkipstoneForCausalLM
 from skipstone.mechanisms.mixture_options import WEIGHTS
 
-CASES = [c for c in ORDERS + SITES + NESTED + VARIANTS if c.mechanisms or c.activation != "silu"]
+CASES = [
+    c for c in ORDERS + SITES + NESTED + VARIANTS if c.mechanisms or c.activation != "silu" or "neuron_groups" in c.name
+]
 
 
 def neutral_and_dense(chosen: Case) -> tuple[SkipstoneForCausalLM, SkipstoneForCausalLM]:
@@ -19,7 +21,8 @@ def neutral_and_dense(chosen: Case) -> tuple[SkipstoneForCausalLM, SkipstoneForC
             if parameter.dim() > 1 and ".layers." in name:
                 parameter.mul_(3)
     activation = "silu" if chosen.activation.startswith("polyglu") else chosen.activation
-    dense = fresh(Case("dense", (), activation, chosen.more))
+    more = tuple((option, value) for option, value in chosen.more if option != "neuron_groups")
+    dense = fresh(Case("dense", (), activation, more))
     dense.load_state_dict(routed.state_dict(), strict=False)
     for mechanism in routed.adjustables():
         mechanism.neutral()

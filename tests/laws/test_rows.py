@@ -23,9 +23,11 @@ from laws.builders import (
     lively,
 )
 from skipstone import SkipstoneForCausalLM
+from skipstone.core import tokens as tokens_module
 from skipstone.core.records import DepthRecord
 from skipstone.evaluate.flops import count_flops, count_host_syncs
 from skipstone.model.cost import kept_from_records
+from skipstone.nn import attention
 
 PROMPT, STEPS = 6, 7
 SINGLE = [c for c in ORDERS + SITES if len(c.mechanisms) == 1]
@@ -73,6 +75,24 @@ def test_rows_that_are_computed_alone_equal_all_that_is_thrown_away(chosen: Case
             assert_close(one.logits, other.logits, "logits")
             assert_same_records(one.records, other.records)
         assert_same_caches(held, expected)
+
+
+@pytest.mark.parametrize("way", ["all attend", "all computed"])
+@pytest.mark.parametrize("chosen", [*SINGLE, *THREE], ids=str)
+@torch.no_grad()
+def test_how_rows_are_computed_changes_nothing(chosen: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not ask may attend with the others, and blocks with few rows to skip compute all."""
+    model = lively(chosen)
+    slow, expected = decoded(model, 4, "masked", forced=True)
+    if way == "all attend":
+        monkeypatch.setattr(attention, "LEAST_COPY", 0)
+    else:
+        monkeypatch.setattr(tokens_module, "rows_pay", lambda *given: False)
+    fast, held = decoded(model, 4, "gathered", forced=True)
+    for one, other in zip(fast, slow, strict=True):
+        assert_close(one.logits, other.logits, "logits")
+        assert_same_records(one.records, other.records)
+    assert_same_caches(held, expected)
 
 
 def assert_same_caches(one: Any, other: Any) -> None:

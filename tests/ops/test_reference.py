@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipstone.ops.reference import ACTIVATIONS, compact, gather_rows, mix_activations, rotate, scatter_rows
+from skipstone.ops.reference import ACTIVATIONS, added, compact, gather_rows, mix_activations, rotate, scatter_rows
 
 
 def masks() -> st.SearchStrategy[Tensor]:
@@ -80,3 +80,11 @@ def test_mix_is_the_weighted_sum(rows: int, steps: int) -> None:
     expected = torch.stack([gate.relu(), gate.tanh(), F.silu(gate), F.gelu(gate)], -1) * share
     torch.testing.assert_close(mix_activations(gate, static, dynamic, 0.3), expected.sum(-1))
     assert len(ACTIVATIONS) == 4
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("update", [torch.float32, torch.bfloat16])
+def test_added_is_a_sum_of_the_same_type_and_value(stream: torch.dtype, update: torch.dtype) -> None:
+    x, y = torch.randn(3, 4).to(stream), torch.randn(3, 4).to(update)
+    assert torch.equal(added(x, y), x + y)
+    assert added(x, y).dtype == (x + y).dtype

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.nn.attention import Attention
 from skipstone.train import run
+from skipstone.train.config import TrainConfig
 from skipstone.train.trainer import RunTrainer
 from skipstone.train.watch import Interrupted
 from train.tool import DENSE, MODELS, QUIET, at_step, equal, lines, recipe, train, weights
@@ -140,6 +142,32 @@ def test_rows_are_those_of_the_step_however_they_are_cut(tmp_path: Path, monkeyp
         train(recipe(tmp_path, DENSE, steps=3, gradient_accumulation=parts), tmp_path / str(parts))
     assert [len(rows) for rows in seen] == [4] * 3 + [2] * 6
     assert torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:]))
+
+
+@pytest.mark.parametrize("name", ["predictor", "polyglu"])
+def test_the_loss_in_chunks_trains_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(recipe(tmp_path, QUIET[name], loss_chunk=0), tmp_path / "whole")
+    handed_out: list[bool] = []
+    forward = SkipstoneForCausalLM.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        handed_out.append(out.logits is not None)
+        return out
+
+    monkeypatch.setattr(SkipstoneForCausalLM, "forward", watched)
+    chunked = train(recipe(tmp_path, QUIET[name], loss_chunk=50, gradient_accumulation=2), tmp_path / "chunked")
+    assert set(handed_out) == {False}, "validation builds no logits either"
+    for split, key in (("train", "loss"), ("validation", "oracle_loss"), ("validation", "causal_loss")):
+        losses_of = [[line[key] for line in lines(folder, split)] for folder in (whole, chunked)]
+        assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
+
+
+def test_a_large_vocabulary_takes_chunks_by_itself() -> None:
+    asked = {None: (0, 1024), 0: (0, 0), 64: (64, 64)}
+    for given, expected in asked.items():
+        config = TrainConfig(loss_chunk=given)
+        assert (config.loss_chunk_of(49_152), config.loss_chunk_of(151_936)) == expected
 
 
 def test_biases_and_preferences_do_not_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,10 @@ def test_a_bare_on_that_yaml_takes_for_true_is_understood() -> None:
 
 @pytest.mark.parametrize("name", [name for name, recipe in MODELS.items() if "preset" not in recipe["model"]])
 def test_two_steps_and_a_few_tokens(name: str, tmp_path: Path) -> None:
-    model = SkipstoneForCausalLM(SkipstoneConfig.from_plain({**MODELS[name]["model"], **SMALL}))
+    values = {**MODELS[name]["model"], **SMALL}
+    if "neuron_groups" in values:
+        values["neuron_groups"] = {**values["neuron_groups"], "group_size": 16}
+    model = SkipstoneForCausalLM(SkipstoneConfig.from_plain(values))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",

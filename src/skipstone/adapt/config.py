@@ -137,6 +137,8 @@ class AdaptRecipe(Recipe):
                 raise ValueError(f"{unknown('key in model', key, MODEL_KEYS)}; all else is the source's")
         if self.train.routing != "learned":
             raise ValueError(f"train.routing must be 'learned' to adapt, got {self.train.routing!r}")
+        if self.train.no_decay is not None:
+            raise ValueError("train.no_decay has no effect here: matrices decay, biases, norms and adapters do not")
 
 
 def read_recipe(values: Mapping[str, Any]) -> AdaptRecipe:

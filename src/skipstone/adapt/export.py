@@ -102,6 +102,8 @@ def _pure(activation: PolyGLU) -> set[str]:
 
 def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
     """The configuration of the same dense model in a family of transformers. Raises ValueError if there is none."""
+    if config.neuron_groups is not None:
+        raise ValueError("no dense family has neuron_groups: what they compute is scaled anew in every chunk")
     for kind, (fits, options) in TARGETS.items():
         if fits(config):
             return AutoConfig.for_model(kind, **_shared(config), **options(config, HF_ACTIVATIONS[activation]))

@@ -101,6 +101,10 @@ def require_polyglu(model: SkipstoneForCausalLM) -> None:
     if not isinstance(model.model.layers[0].mlp.activation, PolyGLU):  # type: ignore[union-attr]
         name = model.config.activation_options["name"]
         raise ValueError(f"only activation 'polyglu' can be hardened, this model has {name!r}")
+    if model.config.neuron_groups is not None:
+        raise ValueError(
+            "a model with neuron_groups cannot be hardened: sorting by activation would tear the groups up"
+        )
 
 
 def _sort_neurons(tensors: dict[str, Tensor], prefix: str, order_F: Tensor) -> None:

@@ -107,8 +107,10 @@ def _teacher(
 
 def _data(recipe: AdaptRecipe, source: str, model: SkipstoneForCausalLM, run: Run | None) -> PreparedData:
     """Rows in the source's own tokens."""
-    if find_entry(recipe.data.corpus)[0].kind != "text":
-        raise ValueError(f"data.corpus {recipe.data.corpus!r} is synthetic; a pretrained model is adapted on text")
+    kind = find_entry(recipe.data.corpus)[0].kind
+    if kind != "text":
+        what = "is tokenised already" if kind == "shards" else "is synthetic"
+        raise ValueError(f"data.corpus {recipe.data.corpus!r} {what}; a pretrained model is adapted on text")
     if recipe.data.context > model.config.max_position_embeddings:
         raise ValueError(
             f"data.context ({recipe.data.context}) is longer than the source's {model.config.max_position_embeddings}"

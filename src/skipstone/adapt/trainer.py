@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from skipstone.adapt import stages as staging
-from skipstone.adapt.budget import is_dial
 from skipstone.adapt.config import AdaptConfig, Stage
 from skipstone.adapt.distillation import logit_divergence, stream_error
 from skipstone.core.records import Records
 from skipstone.data.rows import Row
+from skipstone.dial.knobs import is_gate
 from skipstone.evaluate.ways import INPUTS, targets
 from skipstone.mechanisms import EarlyExit
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
@@ -67,6 +67,8 @@ class AdaptTrainer(RunTrainer):
         more: dict[str, Any] = {"output_hidden_states": True} if self.adapt.loss.hidden_states else {}
         if staging.stage_at(self.adapt.stages, self.state.global_step)[0].routing == "causal":
             more |= {"routing": "causal", "noise": False, "use_cache": False}
+        if self.adapt.loss.distillation:
+            more["loss_chunk"] = 0  # it compares all logits
         return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
 
     def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
@@ -106,7 +108,7 @@ class AdaptTrainer(RunTrainer):
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
         """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""
         passed, means = [], []
-        for mechanism in filter(is_dial, self._plain.adjustables()):
+        for mechanism in filter(is_gate, self._plain.adjustables()):
             record: Any = records[mechanism.place.layer][mechanism.place.name]
             threshold = mechanism.config.threshold
             least = threshold if isinstance(mechanism, EarlyExit) else 1 - threshold

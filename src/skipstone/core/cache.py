@@ -59,8 +59,10 @@ class Store:
         lengths = (before_B + real_BT.sum(1)).tolist()
         self._reserve(max(lengths), entries, len(lengths))
         column = (before_B[:, None] + real_BT.cumsum(1) - 1)[row, at]
+        source, place = row * slot_BT.shape[1] + at, row * self.entries["slot"].shape[1] + column
         for name, new in entries.items():
-            self.entries[name][row, column] = new[row, at].to(self.entries[name].dtype)
+            given = new.flatten(0, 1).index_select(0, source)
+            self.entries[name].flatten(0, 1).index_copy_(0, place, given.to(self.entries[name].dtype))
         self._settle(lengths)
 
     def _append_one(self, real_B1: Tensor | None, rows: Rows | None, entries: dict[str, Tensor]) -> None:
@@ -185,6 +187,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.kv = Store()
         self.stores: dict[str, Store] = {}
+        self.held: dict[
+            str, Any
+        ] = {}  # what a step may take over from the one before, once it has made sure that it may
         self.cumulative_length = 0
 
     def store(self, name: str) -> Store:
@@ -241,7 +246,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.kv, self.stores, self.cumulative_length = Store(), {}, 0
+        self.kv, self.stores, self.held, self.cumulative_length = Store(), {}, {}, 0
         self.keys = self.values = None  # type: ignore[assignment]  # as transformers declares them
         self.is_initialized = False
 

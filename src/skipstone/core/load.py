@@ -11,10 +11,12 @@ class Load:
 
     given: tokens that reach the sub-layer; keys and values are computed for all of them.
     asked: tokens whose update is computed: queries, output projection, MLP.
+    packed: both without what pads shorter rows, where projections and MLP leave that out (`core/packing.py`).
     """
 
     given: float
     asked: float
+    packed: Load | None = None
 
     def of(self, kept: Load | float) -> Load:
         """The kept ones of these tokens. A bare number is taken as independent of who asks."""

@@ -1,6 +1,6 @@
 """What mechanisms decided, returned to the caller: pytrees of tensors, never stashed on a module.
 
-Shape letters: B rows, T tokens, A activations, X experts (no-ops included).
+Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G groups of neurons.
 """
 
 from __future__ import annotations
@@ -80,7 +80,25 @@ class ExpertsRecord(NamedTuple):
         )
 
 
-Record: TypeAlias = DepthRecord | ActivationRecord | ExpertsRecord
+class GroupsRecord(NamedTuple):
+    """The groups of neurons that are on in the MLP of one block.
+
+    score_BTG: fp32 scores, NaN for tokens that were never asked. kept_BTG: bool. asked_BT: bool.
+    """
+
+    score_BTG: Tensor
+    kept_BTG: Tensor
+    asked_BT: Tensor
+
+    def lift(self, part: Selection, state: Mapping[str, Tensor]) -> GroupsRecord:
+        return GroupsRecord(
+            part.scatter(self.score_BTG, float("nan")),
+            part.scatter(self.kept_BTG, False),
+            part.scatter(self.asked_BT, False),
+        )
+
+
+Record: TypeAlias = DepthRecord | ActivationRecord | ExpertsRecord | GroupsRecord
 Records: TypeAlias = dict[str, Record]
 
 

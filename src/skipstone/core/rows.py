@@ -7,7 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+UNKNOWN_SHARE = 0.5  # of tokens that a block keeps, where nothing is promised
+LEAST_IDLE = 0.1  # share of steps in which nobody needs a block, below which asking costs more than it saves
+
+
+def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
+    """Whether a decoding step should find out which of `total` rows keep their token, and compute these alone.
+
+    On a CPU always: looking costs nothing, and every row that is left out is time saved. On an accelerator the host
+    would have to wait for the decision, and the time of a block is that of reading its weights, whoever asks: only
+    steps without anyone save it. How many these are follows from figures that are known beforehand.
+    """
+    if device.type == "cpu":
+        return True
+    kept = UNKNOWN_SHARE if share is None else share
+    return (1 - kept) ** total >= LEAST_IDLE
 
 
 @dataclass(frozen=True, kw_only=True)

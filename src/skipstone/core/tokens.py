@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from skipstone.core.rows import Rows
+from skipstone.core.packing import Packing, packed
+from skipstone.core.rows import Rows, rows_pay
 from skipstone.ops import reference as ops
 
 Routing = Literal["oracle", "causal"]
@@ -44,12 +45,14 @@ class Selection:
 
     Kept tokens come first and in order of slot, so attention over a gathered row stays causal without a mask; entries
     that are not valid pad rows that keep fewer. `rows`: these rows whole and no others, the two tensors being None.
+    `packing`: the valid entries without the padding, where that is much.
     """
 
     index_BK: Tensor | None = None
     valid_BK: Tensor | None = None
     length: int  # T
     rows: Rows | None = None
+    packing: Packing | None = None
 
     @property
     def everyone(self) -> bool:
@@ -96,6 +99,7 @@ class Tokens:
     gain_BT: factor on both sub-layers' updates, or None for 1.
     wanted: the tokens whose update is asked for; the others still serve as keys and values. None: all.
     rows: the rows of the cache that these tokens continue. None: all.
+    packing: where the real ones stand, if much is padding. Projections and MLP then see them packed, [1, N, D].
     state: named tensors [B, T] that cross blocks, made before block 0.
     forced_BT: bool, the decision that the caller imposes on this block, or None.
     """
@@ -109,6 +113,7 @@ class Tokens:
     gain_BT: Tensor | None = None
     wanted: Selection | None = None
     rows: Rows | None = None
+    packing: Packing | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     forced_BT: Tensor | None = None
     mode: Mode = Mode()
@@ -139,10 +144,11 @@ class Tokens:
             return Selection(valid_BK=kept_BT, length=self.length)
         if width is None and self.mode.by_row and self.length == 1:
             return _by_row(kept_BT)
-        count_B = kept_BT.sum(1)
+        count_B, count = kept_BT.sum(1), None
         if width is None:
-            both = int(count_B.amin() * (self.length + 1) + count_B.amax())  # two numbers for one host sync
-            fewest, width = divmod(both, self.length + 1)
+            base = self.length + 1  # three numbers for one host sync
+            rest, width = divmod(int((count_B.sum() * base + count_B.amin()) * base + count_B.amax()), base)
+            count, fewest = divmod(rest, base)
             exact = fewest == width
         if width == 0 and self.mode.occupied:
             width, exact = 1, False
@@ -150,7 +156,8 @@ class Tokens:
             return Selection(valid_BK=None if exact else kept_BT, length=width)
         index_BK = ops.compact(kept_BT, width)
         valid_BK = None if exact else torch.arange(width, device=kept_BT.device) < count_B[:, None]
-        return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length)
+        packing = None if valid_BK is None or count is None else packed(index_BK, valid_BK, count, self.length)
+        return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length, packing=packing)
 
     def select(self, part: Selection) -> Tokens:
         """The tokens of `part`, in its order. A wish of an outer mechanism is carried over to the new coordinates.
@@ -178,6 +185,7 @@ class Tokens:
             state={name: part.gather(value) for name, value in self.state.items()},
             wanted=None,
             rows=self.rows if part.rows is None else part.rows.within(self.rows),
+            packing=self.packing if everyone else part.packing,
         )
         if self.wanted is None or self.wanted is part:
             return narrowed
@@ -190,15 +198,44 @@ class Tokens:
         """The tokens whose update is wanted, and only those."""
         return self if self.wanted is None else self.select(self.wanted)
 
-    def want(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Tokens:
+    def pack(self, x_BTD: Tensor) -> Tensor:
+        """x of the real tokens, [1, N, ...], if there is a packing; else as it is."""
+        return x_BTD if self.packing is None else self.packing.pack(x_BTD)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """Undoes `pack`, with 0 for padding."""
+        return y if self.packing is None else self.packing.unpack(y)
+
+    def gather_asked(self, x_BTD: Tensor) -> Tensor:
+        """x of the tokens that ask, packed."""
+        part = self.wanted
+        if part is None:
+            return self.pack(x_BTD)
+        return part.gather(x_BTD) if part.packing is None else part.packing.gather(x_BTD)
+
+    def scatter_asked(self, y: Tensor) -> Tensor:
+        """Undoes `gather_asked`, with 0 for all others."""
+        part = self.wanted
+        if part is None:
+            return self.unpack(y)
+        return part.scatter(y) if part.packing is None else part.packing.scatter(y, self.length)
+
+    def want(
+        self, kept_BT: Tensor, width: int | None = None, exact: bool = False, share: float | None = None
+    ) -> Tokens:
         """Ask for the update of these tokens only; a wish of an outer mechanism stays in force.
 
-        `width` and `exact` as in `narrow`.
+        `width` and `exact` as in `narrow`. share: the share of tokens that is kept in the long run, if it is known.
+        Where rows decide one by one and it makes a block that nobody needs too rare to look for, all rows are computed.
         """
         if self.wanted is not None:
             kept_BT = kept_BT & self.wanted.mask(kept_BT.shape[0], kept_BT.device)
             width, exact = None, False
-        part = self.narrow(kept_BT, width, exact)
+        by_row = self.mode.by_row and self.mode.executor == "gathered" and self.length == 1
+        if by_row and not rows_pay(kept_BT.shape[0], share, kept_BT.device):
+            part = Selection(valid_BK=kept_BT, length=1)
+        else:
+            part = self.narrow(kept_BT, width, exact)
         return replace(self, wanted=None if part.everyone else part)
 
     def scaled(self, gain_BT: Tensor) -> Tokens:
@@ -229,6 +266,6 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         return tuple(_moved(x, move) for x in value)
     if isinstance(value, Mapping):
         return {name: _moved(x, move) for name, x in value.items()}
-    if isinstance(value, Tokens | Selection | Rows):
+    if isinstance(value, Tokens | Selection | Rows | Packing):
         return replace(value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)})
     return value

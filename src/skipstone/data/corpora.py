@@ -19,14 +19,14 @@ class Entry:
     """One line of the registry.
 
     kind: "text" has documents and a tokenizer; "synthetic" makes rows of token ids; "mixed" puts such rows into the
-    text of another corpus (see `prepare`). known: its rows tell the `difficulty` of tokens.
-    load: from what follows the colon in the name ("" when nothing does); None for the synthetic kind.
+    text of another corpus (see `prepare`); "shards" has token ids and their tokenizer. known: its rows tell the
+    `difficulty` of tokens. load: from what follows the colon in the name ("" when nothing does); None without text.
     argument: how that part is written, "" where there is none; `required` when the name means nothing without it.
-    tokenizer: the one taken when the user names none; None for the synthetic kind.
+    tokenizer: the one taken when the user names none; None where none can be named.
     """
 
     summary: str
-    kind: Literal["text", "synthetic", "mixed"] = "text"
+    kind: Literal["text", "synthetic", "mixed", "shards"] = "text"
     known: bool = False
     load: Callable[[str], Corpus] | None = None
     argument: str = ""
@@ -55,11 +55,24 @@ CORPORA: dict[str, Entry] = {
     "enwik8": Entry(summary="10^8 bytes of Wikipedia XML, cut 90M/5M/5M", load=published.enwik8),
     "gcide": Entry(summary="40 MB of dictionary prose, from Debian's dict-gcide", load=published.gcide),
     "text": Entry(summary="a text file or a folder of them", load=users.text, argument="PATH", required=True),
+    "jsonl": Entry(
+        summary="JSON objects with a text, one a line; a file or a folder of them",
+        load=users.jsonl,
+        argument="PATH",
+        required=True,
+    ),
     "hf": Entry(
         summary="a dataset of the Hugging Face hub, or a folder of its file formats",
         load=users.huggingface,
         argument="OWNER/NAME[/CONFIG]",
         required=True,
+    ),
+    "shards": Entry(
+        summary="what skipstone prepare has written: token ids on disk, one source or several to blend",
+        kind="shards",
+        argument="FOLDER",
+        required=True,
+        tokenizer=None,
     ),
     "reset-s3": Entry(
         summary="products in S3 since the last reset: needed depth is known",
@@ -108,10 +121,11 @@ def knows_difficulty(name: str | None) -> bool:
 def load_corpus(name: str) -> Corpus:
     """The corpus called `name` (`name:argument` for some). Its documents are read when asked for.
 
-    Raises ValueError for a name that is not in the registry or that names a synthetic task, FileNotFoundError where
-    `text:` or `hf:` points at nothing. Files of published corpora are looked for by `Corpus.documents`.
+    Raises ValueError for a name that is not in the registry or that names rows without documents, FileNotFoundError
+    where `text:`, `jsonl:` or `hf:` points at nothing. Files of published corpora are looked for by `Corpus.documents`.
     """
     entry, argument = find_entry(name)
     if entry.load is None:
-        raise ValueError(f"corpus {name!r} is synthetic: it has rows (skipstone.data.prepare), not documents")
+        what = "is synthetic" if entry.kind == "synthetic" else "is tokenised already"
+        raise ValueError(f"corpus {name!r} {what}: it has rows (skipstone.data.prepare), not documents")
     return entry.load(argument)

@@ -80,11 +80,16 @@ def by_hash(read: Reader, percent: Percent = (90, 5, 5)) -> dict[str, Reader]:
     """
     read = cache(read)
 
-    def part(low: int | Fraction, high: int | Fraction) -> Documents:
-        return tuple(document for document in read() if low <= _bucket(document) < high)
+    def part(split: str) -> Documents:
+        return tuple(document for document in read() if split_by_hash(document, percent) == split)
 
-    ends = [sum(percent[: i + 1]) for i in range(len(percent))]
-    return {split: partial(part, low, high) for split, low, high in zip(SPLITS, [0, *ends], ends, strict=False)}
+    return {split: partial(part, split) for split in SPLITS[: len(percent)]}
+
+
+def split_by_hash(document: str, percent: Percent) -> str:
+    """The split that a document's text puts it into."""
+    bucket = _bucket(document)
+    return next(split for i, split in enumerate(SPLITS) if bucket < sum(percent[: i + 1]))
 
 
 def _bucket(document: str) -> Fraction:

@@ -7,8 +7,9 @@ faster and in little memory; tests hold the two equal.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from skipstone.data.shards import Stitched
 
 Ids = NDArray[np.unsignedinteger[Any]]
 CHUNK = 1 << 22  # characters at a time: bounds the memory that UTF-32 takes
@@ -27,12 +30,13 @@ LAST_CODE_POINT = 0x10FFFF
 class Encoded:
     """The documents of a split as token ids, joined: one `eos` after every document but the last.
 
-    ids (N,): uint16 or uint32, whichever fits the vocabulary. An eos belongs to the document that it ends.
+    ids (N,): uint16 or uint32, whichever fits the vocabulary, in memory or on disk. An eos belongs to the document that
+    it ends. Shards have one after their last document, too.
     document_starts (D,) int64: where each document's first token is; the first is 0.
     document_bytes (D,) int64: UTF-8 bytes of each document's text; an eos has none.
     """
 
-    ids: Ids
+    ids: Ids | Stitched
     document_starts: NDArray[np.int64]
     document_bytes: NDArray[np.int64]
 
@@ -45,7 +49,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str
     eos = tokenizer.eos_token_id
     if eos is None and len(documents) > 1:
         raise ValueError("this tokenizer has no eos token, which a corpus of several documents needs between them")
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    dtype = id_dtype(tokenizer)
     parts: list[Ids] = []
     lengths: list[int] = []
     for ids in encode_each(tokenizer, documents, dtype):
@@ -59,8 +63,13 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str
     )
 
 
-def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], dtype: np.dtype[Any]) -> Iterable[Ids]:
-    """The token ids of each document by itself, without any special token."""
+def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    """The smaller type that holds every id."""
+    return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+
+
+def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: np.dtype[Any]) -> Iterator[Ids]:
+    """The token ids of each document by itself, without any special token; documents are taken as they are needed."""
     kind, table = _simple(tokenizer)
     if kind == "byte":
         return (np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in documents)
@@ -76,9 +85,9 @@ def _look_up(table: Ids, text: str) -> Ids:
     return np.concatenate(found) if found else table[:0]
 
 
-def _call(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], dtype: np.dtype[Any]) -> Iterable[Ids]:
-    for at in range(0, len(documents), BATCH):
-        batch = list(documents[at : at + BATCH])
+def _call(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: np.dtype[Any]) -> Iterator[Ids]:
+    rest = iter(documents)
+    while batch := list(islice(rest, BATCH)):
         encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
         yield from (np.array(ids, dtype) for ids in encoded["input_ids"])
 

@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 from skipstone.data import draws
 from skipstone.data.encode import Ids
 from skipstone.data.rows import IGNORE, Batch, RowDataset
+from skipstone.data.shards import Stitched
 
-WINDOW_STREAM, ORDER_STREAM = 0, 1
+WINDOW_STREAM, ORDER_STREAM, AGAIN_STREAM = 0, 1, 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Windows(RowDataset):
     """Rows that are windows of `ids` (N,), `context` tokens wide."""
 
-    ids: Ids = field(repr=False)
+    ids: Ids | Stitched = field(repr=False)
     context: int
     document_starts: NDArray[np.int64] | None = field(default=None, repr=False)  # (D,) sorted, the first is 0
 
@@ -96,11 +97,25 @@ class WindowsOnce(_Windows):
         return len(self.ids) // self.context
 
     @cached_property
-    def _order(self) -> NDArray[np.int64]:
-        return np.argsort(draws.uniform(self.seed, ORDER_STREAM, np.arange(self.count), 1)[:, 0], kind="stable")
+    def _orders(self) -> dict[int, NDArray[np.int64]]:
+        return {}
+
+    def _order(self, time: int) -> NDArray[np.int64]:
+        if time not in self._orders:
+            drawn = draws.uniform(self.seed, AGAIN_STREAM + time if time else ORDER_STREAM, np.arange(self.count), 1)
+            self._orders[time] = np.argsort(drawn[:, 0], kind="stable")
+        return self._orders[time]
+
+    def nth(self, place_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the windows begin that are read at these places; after the last, all come again in another order."""
+        start_B = np.zeros_like(place_B)
+        for time in np.unique(place_B // self.count):
+            inside_B = place_B // self.count == time
+            start_B[inside_B] = self._order(int(time))[place_B[inside_B] % self.count] * self.context
+        return start_B
 
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
-        return self.window(self._order[index_B] * self.context)
+        return self.window(self.nth(index_B))
 
 
 def num_covering(tokens: int, context: int) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from skipstone.core.strict import unknown
 from skipstone.data import rows, sequences, switched, synthetic
+from skipstone.data.blend import Blend, BlendedWindows, InTurn, check_sources
 from skipstone.data.corpora import find_entry, knows_difficulty, load_corpus
 from skipstone.data.encode import Encoded, encode_documents, text_bytes
 from skipstone.data.mixed import MixedWindows, with_spans
 from skipstone.data.packing import CoveringWindows, RandomWindows, WindowsOnce, num_covering
 from skipstone.data.rows import Row, RowDataset
+from skipstone.data.shards import ShardSet, fingerprint, open_sources
 from skipstone.data.tokenizers import build_tokenizer, check_spec
 
 if TYPE_CHECKING:
@@ -38,10 +41,11 @@ class DataConfig:
     context: tokens a row. packing: "stream" (documents follow each other through their eos) or "packed" (rows carry
     document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows.
     sampling: None: training rows are windows at random places, without end; "once": those that lie side by side, in
-    random order, none of them twice.
+    random order, none of them twice. Rows of shards always lie side by side: None reads them all before any twice.
+    blend: of shards, how much of each source; None: as much as it has tokens.
     train_rows: length of the training set; None: as many windows as the text holds side by side, or 65,536 synthetic
     rows. Any length serves: row i does not depend on it. validation_rows: the first so many; None: the whole split, or
-    1,024 synthetic rows. Synthetic tasks take no tokenizer, packing or sampling.
+    1,024 synthetic rows. Synthetic tasks take no tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"
@@ -50,6 +54,7 @@ class DataConfig:
     packing: Literal["stream", "packed"] = "stream"
     seed: int = 0
     sampling: Literal["once"] | None = None
+    blend: Blend | None = None
     train_rows: int | None = None
     validation_rows: int | None = None
 
@@ -59,6 +64,10 @@ class DataConfig:
             check_spec(self.tokenizer)
         if self.packing not in PACKINGS:
             raise ValueError(unknown("packing", self.packing, PACKINGS))
+        if self.blend is not None and entry.kind != "shards":
+            raise ValueError(f"blend is for corpus shards:FOLDER alone, got it with {self.corpus!r}")
+        if self.tokenizer is not None and entry.kind == "shards":
+            raise ValueError(f"corpus {self.corpus!r} has its tokenizer: leave tokenizer out, got {self.tokenizer!r}")
         usual = {"tokenizer": None, "packing": "stream", "sampling": None}
         changed = [name for name, value in usual.items() if getattr(self, name) != value]
         if entry.kind == "synthetic" and changed:
@@ -89,6 +98,7 @@ class PreparedData:
     validation_labels: predictions in `validation`, all rows together. validation_bytes: UTF-8 bytes of the text these
     rows cover, so that bits per byte = summed loss in nats / ln 2 / validation_bytes (losses on eos count, eos has no
     bytes; the bytes of the few tokens that nothing predicts count too). None for a synthetic task or a mixed corpus.
+    fingerprint: of shards, which changes with any byte of them; else None.
     """
 
     config: DataConfig
@@ -100,6 +110,7 @@ class PreparedData:
     pad_id: int
     validation_labels: int
     validation_bytes: int | None
+    fingerprint: str | None = None
 
     def collate(self, items: Sequence[Row]) -> Row:
         """`rows.collate` with this data's pad id: pass it to a DataLoader or a Trainer."""
@@ -122,6 +133,8 @@ def prepare(
     entry, _ = find_entry(config.corpus)
     if entry.kind == "synthetic":
         return _prepare_synthetic(config, entry.summary, train, split)
+    if entry.kind == "shards":
+        return _prepare_shards(config, tokenizer, train, split)
     corpus = load_corpus(config.corpus)
     if tokenizer is None:
         tokenizer = build_tokenizer(config.tokenizer or entry.tokenizer or "byte", corpus)
@@ -181,6 +194,59 @@ def _validation(config: DataConfig, encoded: Encoded) -> CoveringWindows:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's pad, else its eos, else 0: padding is masked and has no label, so any id serves."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _prepare_shards(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, train: bool, split: str
+) -> PreparedData:
+    sets = open_sources(Path(find_entry(config.corpus)[1]).expanduser())
+    blend = config.blend or Blend(
+        start={name: opened.manifest.total("train", "tokens") for name, opened in sets.items()}
+    )
+    check_sources(blend, list(sets))
+    sets = {name: sets[name] for name in blend.sources}
+    tokenizer = tokenizer or next(iter(sets.values())).tokenizer()
+    encoded = {name: opened.encoded(split) for name, opened in sets.items()}
+    validation = _in_turn(config, list(encoded.values()))
+    reached = zip(encoded.values(), validation.reached(), strict=False)
+    return PreparedData(
+        config=config,
+        description=f"tokenised shards: {', '.join(sets)}",
+        train=_blended(config, blend, sets) if train else None,
+        validation=validation,
+        tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
+        pad_id=_pad_id(tokenizer),
+        validation_labels=sum(part.num_labels for part in validation.reached()),
+        validation_bytes=sum(text_bytes(tokenizer, source, part.tokens) for source, part in reached),
+        fingerprint=fingerprint(sets),
+    )
+
+
+def _blended(config: DataConfig, blend: Blend, sets: Mapping[str, ShardSet]) -> BlendedWindows:
+    windows = [_windows(config, opened.encoded("train")) for opened in sets.values()]
+    counts = [len(given["ids"]) // config.context for given in windows]
+    for name, count in zip(sets, counts, strict=True):
+        if not count:
+            raise ValueError(f"source {name!r} has fewer training tokens than one context of {config.context}")
+    sources = (WindowsOnce(**given, seed=config.seed, rows=n) for given, n in zip(windows, counts, strict=True))
+    return BlendedWindows(
+        rows=config.train_rows or (min if config.sampling == "once" else sum)(counts),
+        sources=tuple(sources),
+        names=tuple(sets),
+        blend=blend,
+        seed=config.seed,
+        once=config.sampling == "once",
+    )
+
+
+def _in_turn(config: DataConfig, encoded: Sequence[Encoded]) -> InTurn:
+    parts = [
+        CoveringWindows(**_windows(config, source), rows=max(1, num_covering(len(source.ids), config.context)))
+        for source in encoded
+    ]
+    whole = sum(map(len, parts))
+    return InTurn(parts=tuple(parts), rows=min(config.validation_rows or whole, whole))
 
 
 def _prepare_synthetic(config: DataConfig, description: str, train: bool, split: str) -> PreparedData:

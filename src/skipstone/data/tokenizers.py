@@ -6,6 +6,7 @@ loads them where this package is not installed.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipstone.core.strict import unknown
@@ -26,8 +27,8 @@ def check_spec(spec: str) -> None:
     raise ValueError(unknown("tokenizer", spec, KINDS))
 
 
-def build_tokenizer(spec: str, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer `spec` names.
+def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
+    """The tokenizer `spec` names; only `char` looks at the corpus.
 
     `char`: one id for every character of the corpus's train and validation text, by code point from 0, then `<unk>`,
     `<eos>`, `<pad>`; a character it has not seen becomes `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is
@@ -36,6 +37,7 @@ def build_tokenizer(spec: str, corpus: Corpus) -> PreTrainedTokenizerBase:
     """
     check_spec(spec)
     if spec == "char":
+        assert corpus is not None
         seen = {char for split in ("train", "validation") for text in corpus.documents(split) for char in set(text)}
         return char_tokenizer(seen)
     return byte_tokenizer() if spec == "byte" else _pretrained(spec.removeprefix("pretrained:"))
@@ -81,6 +83,11 @@ def _wrap(backend: Any, **specials: str) -> PreTrainedTokenizerBase:
         model_input_names=["input_ids", "attention_mask"],
         **specials,
     )
+
+
+def load_saved(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved to this folder."""
+    return _pretrained(str(folder))
 
 
 def _pretrained(name: str) -> PreTrainedTokenizerBase:

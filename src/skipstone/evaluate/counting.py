@@ -13,6 +13,8 @@ from skipstone.evaluate.ways import Way
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
 
+COUNTED_BATCHES = 4  # FLOPs are counted on so many
+
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:

@@ -20,12 +20,13 @@ MIX_FIGURES = {
 
 
 def layer_sections(layers: Layers, way: str) -> list[Section]:
-    """One for depth mechanisms, one for activation mechanisms and one for experts, where there are any."""
+    """One for depth mechanisms, for activation mechanisms, for experts and for neuron groups, where there are any."""
     entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]
     depth = [entry for entry in entries if "capacity" in entry[2]]
     activation = [entry for entry in entries if "shares" in entry[2]]
     experts = [entry for entry in entries if "experts" in entry[2]]
-    return [*_depth(depth, way), *_activation(activation, way), *_experts(experts, way)]
+    groups = [entry for entry in entries if "groups" in entry[2]]
+    return [*_depth(depth, way), *_activation(activation, way), *_experts(experts, way), *_groups(groups, way)]
 
 
 def _depth(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
@@ -71,6 +72,19 @@ def _experts(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) ->
             columns=["layer, part", "least chosen expert", "most chosen expert", "no-ops", "entropy / maximum"],
             rows=[[f"{layer} {name}", *_choices(f), number(f["entropy"], 3)] for layer, name, f in entries],
             notes=["shares of all choices of the tokens that reached the experts"],
+        )
+
+
+def _groups(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+    if entries:
+        yield Section(
+            title=f"neuron groups by layer, {way}",
+            columns=["layer, part", "groups", "on", "always on", "never on"],
+            rows=[
+                [f"{layer} {name}", str(len(f["groups"])), percent(f["on"]), str(f["always_on"]), str(f["never_on"])]
+                for layer, name, f in entries
+            ],
+            notes=["on: share of the groups, mean over the tokens that reached the MLP"],
         )
 
 

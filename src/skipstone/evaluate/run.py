@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstone.evaluate.counting import Executed, count
+from skipstone.evaluate.budgets import AtBudget, at_budgets, budget_section, dial_of
+from skipstone.evaluate.counting import COUNTED_BATCHES, Executed, count
 from skipstone.evaluate.hard import measure_hard_mix
 from skipstone.evaluate.layers import layer_sections
 from skipstone.evaluate.losses import Measured, measure
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
     from skipstone.data.prepare import PreparedData
 
-COUNTED_BATCHES = 4  # FLOPs are counted on so many
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
@@ -27,6 +27,7 @@ class Evaluation:
 
     hard_mix: the main way with the strongest activation of each neuron alone, None where activations are not mixed.
     executed: FLOPs of the way that stands for the model (as executed, else as trained). notes: what a reader must know.
+    budgets: the same model set to budgets, the first as trained; none unless asked for. dial: what set it, in words.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Evaluation:
     executed: Executed
     notes: tuple[str, ...]
     hard_mix: Measured | None = None
+    budgets: tuple[AtBudget, ...] = ()
+    dial: str = ""
 
     @property
     def executed_minus_causal(self) -> float | None:
@@ -88,6 +91,7 @@ class Evaluation:
                     "unknown_operations": self.executed.unknown,
                 },
                 "host_syncs_per_forward": self.executed.syncs,
+                "budgets": [vars(point) for point in self.budgets],
                 "notes": self.notes,
             }
         )
@@ -101,7 +105,8 @@ class Evaluation:
     def _sections(self) -> list[Section]:
         layers = self.measured[self.main].statistics.layers()
         bins = [self._accuracy(), self._kinds()] if self.measured[self.main].accuracy else []
-        return [self._losses(), *bins, *layer_sections(layers, self.main), self._cost()]
+        budgets = [budget_section(self.budgets, self.dial)] if self.budgets else []
+        return [self._losses(), *bins, *layer_sections(layers, self.main), self._cost(), *budgets]
 
     def _losses(self) -> Section:
         rows = []
@@ -167,18 +172,27 @@ def evaluate(
     batch_size: int = 8,
     corpus: str | None = None,
     context: int | None = None,
+    budgets: Sequence[float] = (),
 ) -> Evaluation:
     """Measure on the whole split, each token predicted once, noise off.
 
-    run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. Raises ValueError
-    or FileNotFoundError, one line, when there is no such folder, no data, or they do not fit.
+    run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. budgets: shares of
+    the dense FLOPs to set the model to, one after the other, by the dial beside its weights, or by one that is made for
+    the purpose from rows that are not evaluated. Raises ValueError or FileNotFoundError, one line, when there is no
+    such folder, no data, when they do not fit, or for a budget out of reach.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     opened = open_run(run, split, corpus, context)
     if opened.data is None:
         raise ValueError(f"{run} is a saved model without a recipe; name the corpus to evaluate on")
-    return _evaluated(opened, opened.data, split, batch_size)
+    dial = dial_of(opened, split) if budgets else None
+    if dial is None:
+        return _evaluated(opened, opened.data, split, batch_size)
+    for budget in budgets:
+        dial.lines(budget)  # out of reach is told before anything is measured
+    points = at_budgets(opened, opened.data, dial, budgets, batch_size)
+    return replace(_evaluated(opened, opened.data, split, batch_size), budgets=points, dial=str(dial))
 
 
 def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) -> Evaluation:

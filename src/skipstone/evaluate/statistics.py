@@ -1,6 +1,6 @@
 """What mechanisms did, layer by layer, summed up over batches of records.
 
-Shape letters: B rows, T tokens, A activations, X experts (no-ops included).
+Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G groups of neurons.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Record, Records
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, GroupsRecord, Record, Records
 from skipstone.evaluate.agreement import Agreement
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.ops import reference as ops
@@ -42,6 +42,8 @@ class Statistics:
                     sums.setdefault(name, _Depth()).add(mechanisms[name], record, known_BT)
                 elif isinstance(record, ExpertsRecord):
                     sums.setdefault(name, _Experts()).add(mechanisms[name], record)
+                elif isinstance(record, GroupsRecord):
+                    sums.setdefault(name, _Groups()).add(record)
                 elif self._activation_rows:
                     sums.setdefault(name, _Activation(self._activation_rows)).add(mechanisms[name], record)
 
@@ -57,6 +59,8 @@ class Statistics:
         and `static_entropy` in nats without tau (`MixFigures`); means over tokens and neurons of the first rows.
         experts: `experts`, share of each in all choices, `no_op`, share of the no-ops together, and `entropy` of a
         token's softmax over both as a share of its maximum, in the mean; None where nobody was asked.
+        neuron groups: `groups`, the share of tokens for which each is on, `on`, their mean, `always_on` and `never_on`,
+        how many are for all tokens and for none.
         """
         return [{name: total.result() for name, total in sums.items()} for sums in self._sums]
 
@@ -147,3 +151,23 @@ class _Experts:
             return {"experts": None, "no_op": None, "entropy": None}
         *experts, no_op = (self.chosen / self.chosen.sum()).tolist()
         return {"experts": experts, "no_op": no_op, "entropy": self.entropy / self.tokens}
+
+
+class _Groups:
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.on: Tensor | None = None  # tokens for which each group is
+
+    def add(self, record: GroupsRecord) -> None:
+        on_G = record.kept_BTG.sum((0, 1)).double().cpu()
+        self.on = on_G if self.on is None else self.on + on_G
+        self.tokens += int(record.asked_BT.sum())
+
+    def result(self) -> dict[str, Any]:
+        shares = [] if self.on is None or not self.tokens else (self.on / self.tokens).tolist()
+        return {
+            "groups": shares,
+            "on": sum(shares) / len(shares) if shares else None,
+            "always_on": sum(share == 1 for share in shares),
+            "never_on": sum(share == 0 for share in shares),
+        }

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from skipstone.core.tokens import Executor
 from skipstone.data.corpora import knows_difficulty
+from skipstone.dial.share import INPUTS
 from skipstone.mechanisms.decisions import Forced
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.model.decoder import Routing
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
 NO_CAUSAL_FORM = "no causal form"
 NEEDS_MASKS = "decided by the caller"
 

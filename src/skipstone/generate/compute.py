@@ -5,7 +5,7 @@
 given and asked are the loads that the mechanisms leave of one token (core/load.py), from what they recorded. Weights
 are the matrices' sizes. Left out, because they depend on the length of the row: attention scores; because they are
 neither blocks nor saved: embeddings, head and routers. PolyGLU counts as a full MLP, an MLP of experts by the share of
-its choices that are no no-ops. A soft gate skips nothing.
+its choices that are no no-ops, one with neuron groups by the share that is on. A soft gate skips nothing.
 Shape letters: B rows, T tokens.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.core.load import Load
-from skipstone.core.records import DepthRecord, ExpertsRecord, Records
+from skipstone.core.records import DepthRecord, ExpertsRecord, GroupsRecord, Records
 from skipstone.model.cost import mlp_weights
 from skipstone.nn.block import Block
 
@@ -52,9 +52,10 @@ def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
     """How often a token that asks passes matrices of the MLP, at most and in truth ([B, T] or [1, 1])."""
     mlp: Any = block.mlp
     record = decided.get(mlp.place.name) if hasattr(mlp, "place") else None
-    if not isinstance(record, ExpertsRecord):
-        return 1, torch.ones(1, 1)
-    return mlp.config.top_k, record.chosen_BTX[..., : mlp.config.count].sum(-1).cpu()
+    if isinstance(record, ExpertsRecord):
+        return mlp.config.top_k, record.chosen_BTX[..., : mlp.config.count].sum(-1).cpu()
+    groups = [record for record in decided.values() if isinstance(record, GroupsRecord)]
+    return 1, groups[0].kept_BTG.float().mean(-1).cpu() if groups else torch.ones(1, 1)
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from skipstone.core.records import Records
 from skipstone.core.strict import choose
+from skipstone.dial import Dial
 from skipstone.generate.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -24,6 +27,7 @@ CACHES: dict[str, Callable[[SkipstoneConfig, int], Cache]] = {
     "dynamic": lambda config, tokens: DynamicCache(config=config),
     "static": lambda config, tokens: StaticCache(config=config, max_cache_len=tokens),
 }
+Setting = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,12 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     cache: str = "dynamic",
+    budget: float | None = None,
+    dial: Dial | None = None,
 ) -> Tensor:
     """Prompt and continuation, int64 [B, T + N] with N <= max_new_tokens; arguments and errors as in `stream`."""
     decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device))
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, dial))
     return torch.cat([input_ids, *(token_B[:, None] for token_B, _, _ in passes)], dim=1)
 
 
@@ -70,6 +76,8 @@ def stream(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     cache: str = "dynamic",
+    budget: float | None = None,
+    dial: Dial | None = None,
 ) -> Iterator[Step]:
     """One `Step` for each new token, as it is decided; ends when every row has met an end-of-sequence id.
 
@@ -78,11 +86,14 @@ def stream(
     generator of our own; None draws one. eos_token_id, pad_token_id: default to the model's generation_config.
     cache: "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens,
     and a step's shapes depend on nothing.
+    budget: the share of the dense FLOPs to execute, by `dial`, or by the dial.json in the folder that the model was
+    loaded from; from the first step to the last the model is set to it, then it is as it was before.
     Raises ValueError, before the first step, for an empty prompt, padding on the right, a row that would outgrow the
-    model's context, values out of range, and a decision that cannot be made while generating.
+    model's context, values out of range, and a decision that cannot be made while generating; FileNotFoundError for a
+    budget without a dial.
     """
     decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device))
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, dial))
     return (_step(model, *decided) for decided in passes)
 
 
@@ -112,9 +123,13 @@ class _Decoder:
         self.pad = next((i for i in pads if i is not None), 0)
         self.ends_E = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
 
-    @torch.no_grad()
-    def __call__(self, sample: Sampler) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
+    def __call__(self, sample: Sampler, setting: Setting) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
         """The new token of each row, the rows that had not ended, and the records of the pass; one for each pass."""
+        with setting():
+            yield from self._passes(sample)
+
+    @torch.no_grad()
+    def _passes(self, sample: Sampler) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
         ids, mask_BT = self.input_ids, self.mask_BT
         cache = self.new_cache(self.model.config, ids.shape[1] + self.max_new_tokens)
         position_BT = None if mask_BT is None else (mask_BT.cumsum(1) - 1).clamp(min=0)
@@ -138,6 +153,17 @@ class _Decoder:
                 return
             ids, mask_BT = token_B[:, None], None  # nothing new is padding
             position_BT = None if position_BT is None else position_BT[:, -1:] + 1
+
+
+def _setting(model: SkipstoneForCausalLM, budget: float | None, dial: Dial | None) -> Setting:
+    """What the model is set to while it decodes. Raises ValueError or FileNotFoundError for what cannot be."""
+    if budget is None:
+        if dial is not None:
+            raise ValueError("a dial has no effect without a budget")
+        return nullcontext
+    dial = Dial.load(model.name_or_path) if dial is None else dial
+    dial.lines(budget)
+    return partial(dial.at, model, budget)
 
 
 class Sampler:

@@ -1,4 +1,4 @@
-"""What PolyGLU's gate looks at: a mean of projected tokens, over the whole row or over tokens that came before.
+"""What the gates of PolyGLU and neuron groups look at: a mean of projected tokens, of the whole row or of those so far.
 
 The gate's first layer is linear, so projecting and then averaging equals averaging and then projecting; the cache then
 keeps 32 sums a token instead of the whole width, and crop and reorder stay exact. Tokens are counted as they reach the
@@ -11,8 +11,10 @@ Shape letters: B rows, T tokens, R projected width, S = R + 1 entries of a sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skipstone.core.cache import SkipstoneCacheLayer
@@ -61,28 +63,24 @@ def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 
 def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
     """Over the tokens of the same document up to and including this one."""
-    total_BTS = _running_sum(z_BTR, tokens, memory)
+    total_BTS = _running_sum(z_BTR, tokens, memory, memory.last("sum"))
     memory.keep(sum=total_BTS)
     return _mean(total_BTS)
 
 
 def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
     """The same, the token that came n tokens ago weighing decay^n."""
-    x_BTS, real_BT1 = _counted(z_BTR, tokens), _real(z_BTR, tokens)
-    total_BTS = _scan(x_BTS, torch.where(real_BT1 > 0, decay, 1.0) * ~_begins(tokens.document_BT, x_BTS)[..., None])
-    last_B1S = memory.last("sum")
-    if last_B1S is not None:
-        total_BTS = total_BTS + last_B1S * decay ** real_BT1.cumsum(1) * memory.here()
+    total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)
     return _mean(total_BTS)
 
 
 def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tensor:
     """Over the tokens of all earlier chunks of `size` tokens of the same document; 0 in the first chunk."""
-    total_BTS = _running_sum(z_BTR, tokens, memory)
+    last_B1S, done_B1S = memory.last("sum"), memory.last("done")
+    total_BTS = _running_sum(z_BTR, tokens, memory, last_B1S)
     chunk_BT = _chunk(total_BTS, size)
     begins_BT = _begins(chunk_BT, total_BTS) | _begins(tokens.document_BT, total_BTS)
-    last_B1S, done_B1S = memory.last("sum"), memory.last("done")
     before_B1S = torch.zeros_like(total_BTS[:, :1])
     if last_B1S is not None and done_B1S is not None:  # the chunk of the last call goes on, or is complete
         goes_on_B1 = chunk_BT[:, :1] == _chunk(last_B1S, size)
@@ -92,13 +90,58 @@ def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tens
     return _mean(done_BTS)
 
 
-def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
+def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay: float) -> Tensor:
+    """The exponential mean up to and including the first token of the chunk of `size` tokens that the token is in.
+
+    So all tokens of a chunk see the same, and it is known when the chunk begins. Padding before the first token of a
+    row is a chunk of its own.
+    """
+    state, R = memory.last("state"), z_BTR.shape[-1]
+    last_B1S, last_B11, last_B1R = (None, None, None) if state is None else state.split((R + 1, 1, R), -1)
+    if last_B1S is not None and z_BTR.shape[1] == 1 and tokens.document_BT is None:
+        total_BTS, count_BT1, start_BTR = _next(z_BTR, tokens, (last_B1S, last_B11, last_B1R), size, decay)
+    else:
+        total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, last_B1S)
+        count_BT1 = _running_sum(z_BTR[..., :0], tokens, memory, last_B11)
+        chunk_BT = torch.where(count_BT1[..., 0] > 0, _chunk(count_BT1, size), -1.0)
+        begins_BT = _begins(chunk_BT, total_BTS) | _begins(tokens.document_BT, total_BTS)
+        first_B1R = _mean(total_BTS[:, :1])
+        if last_B11 is not None and last_B1R is not None:
+            goes_on_B11 = (chunk_BT[:, :1, None] == _chunk(last_B11, size)[..., None]) & (last_B11 > 0)
+            first_B1R = torch.where(goes_on_B11 & _first(memory.here()), last_B1R, first_B1R)
+        mean_BTR = torch.cat((first_B1R, _mean(total_BTS[:, 1:])), dim=1)
+        start_BTR = mean_BTR.gather(1, _start(begins_BT)[..., None].expand_as(mean_BTR))
+    memory.keep(state=torch.cat((total_BTS, count_BT1, start_BTR), dim=-1))
+    return start_BTR
+
+
+def _next(
+    z_B1R: Tensor, tokens: Tokens, last: tuple[Any, ...], size: int, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, count and start for one token of a text without documents: decoding, where every operation is felt."""
+    last_B1S, last_B11, last_B1R = last
+    x_B1S = _counted(z_B1R, tokens)
+    weight = decay if tokens.real_BT is None else torch.where(tokens.real_BT[..., None], decay, 1.0)
+    total_B1S, count_B11 = x_B1S + last_B1S * weight, last_B11 + x_B1S[..., -1:]
+    begins_B11 = count_B11.remainder(size) == 1 % size
+    return total_B1S, count_B11, torch.where(begins_B11, _mean(total_B1S), last_B1R)
+
+
+def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, last_B1S: Tensor | None) -> Tensor:
     total_BTS = _counted(z_BTR, tokens).cumsum(1)
     if tokens.document_BT is not None:
         begins_BT = _begins(tokens.document_BT, total_BTS)
         total_BTS = total_BTS - _before(total_BTS, begins_BT, torch.zeros_like(total_BTS[:, :1]))
-    last_B1S = memory.last("sum")
     return total_BTS if last_B1S is None else total_BTS + last_B1S * memory.here()
+
+
+def _decayed_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float, last_B1S: Tensor | None) -> Tensor:
+    """A token n tokens ago counts decay^n."""
+    x_BTS, real_BT1 = _counted(z_BTR, tokens), _real(z_BTR, tokens)
+    total_BTS = _scan(x_BTS, torch.where(real_BT1 > 0, decay, 1.0) * ~_begins(tokens.document_BT, x_BTS)[..., None])
+    if last_B1S is not None:
+        total_BTS = total_BTS + last_B1S * decay ** real_BT1.cumsum(1) * memory.here()
+    return total_BTS
 
 
 def _scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
@@ -116,6 +159,11 @@ def _mean(total_BTS: Tensor) -> Tensor:
     return total_BTS[..., :-1] / total_BTS[..., -1:].clamp(min=1)
 
 
+def _first(here: Tensor | float) -> Tensor | bool:
+    """Whether the first token is of the document that the row was at, [B, 1, 1]."""
+    return True if isinstance(here, float) else here[:, :1] > 0
+
+
 def _real(z_BTR: Tensor, tokens: Tokens) -> Tensor:
     if tokens.real_BT is None:
         return z_BTR.new_ones(1, z_BTR.shape[1], 1)
@@ -124,6 +172,8 @@ def _real(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 
 def _counted(z_BTR: Tensor, tokens: Tokens) -> Tensor:
     """[B, T, S], each token and a 1; zeros where it is not real."""
+    if tokens.real_BT is None:
+        return F.pad(z_BTR, (0, 1), value=1.0)
     real_BT1 = _real(z_BTR, tokens)
     return torch.cat((z_BTR * real_BT1, real_BT1.expand(z_BTR.shape[0], -1, -1)), dim=-1)
 
@@ -143,7 +193,11 @@ def _begins(key_BT: Tensor | None, like_BTS: Tensor) -> Tensor:
 
 def _before(total_BTS: Tensor, begins_BT: Tensor, first_B1S: Tensor) -> Tensor:
     """The total just before the token's group began: `first` for the group with which the call starts."""
-    at_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
-    start_BT = torch.where(begins_BT, at_T, 0).cummax(1).values
     shifted_BTS = torch.cat((first_B1S, total_BTS[:, :-1]), dim=1)
-    return shifted_BTS.gather(1, start_BT[..., None].expand_as(total_BTS))
+    return shifted_BTS.gather(1, _start(begins_BT)[..., None].expand_as(total_BTS))
+
+
+def _start(begins_BT: Tensor) -> Tensor:
+    """int64 [B, T], index of the first token of each token's group."""
+    at_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
+    return torch.where(begins_BT, at_T, 0).cummax(1).values

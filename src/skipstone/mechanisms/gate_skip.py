@@ -73,7 +73,7 @@ class GateSkip(DepthMechanism):
         mean_BT = open_BTG.mean(-1)
         score_BT, asked_BT = torch.logit(mean_BT.detach(), eps=EPSILON), every(tokens, mean_BT)
         kept_BT = asked_BT & self._keeps(score_BT, x_BTD, tokens) if is_hard(self.config.execution, tokens) else None
-        delta_BTD, inner = gate(update, x_BTD, tokens, None, kept_BT)
+        delta_BTD, inner = gate(update, x_BTD, tokens, None, kept_BT, self.capacity)
         shown_BT = asked_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,

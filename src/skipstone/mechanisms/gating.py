@@ -19,12 +19,20 @@ def is_hard(execution: str, tokens: Tokens) -> bool:
 
 
 def gate(
-    update: Update, x_BTD: Tensor, tokens: Tokens, open_BT: Tensor | None, kept_BT: Tensor | None
+    update: Update,
+    x_BTD: Tensor,
+    tokens: Tokens,
+    open_BT: Tensor | None,
+    kept_BT: Tensor | None,
+    share: float | None = None,
 ) -> tuple[Tensor, Records]:
-    """The update with gain `open_BT` (None: 1) inside the block, asked for `kept_BT` only (None: all)."""
+    """The update with gain `open_BT` (None: 1) inside the block, asked for `kept_BT` only (None: all).
+
+    share: of tokens that are kept in the long run, where it is known.
+    """
     if open_BT is not None:
         tokens = tokens.scaled(open_BT)
-    return update(x_BTD, tokens if kept_BT is None else tokens.want(kept_BT))
+    return update(x_BTD, tokens if kept_BT is None else tokens.want(kept_BT, share=share))
 
 
 def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:

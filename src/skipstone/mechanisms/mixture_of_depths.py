@@ -121,7 +121,7 @@ class MixtureOfDepths(DepthMechanism):
         self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
     ) -> tuple[Tensor, Records]:
         """Skipped tokens give keys and values."""
-        delta_BTD, inner = update(x_BTD, tokens.want(kept_BT, *self._width(tokens)))
+        delta_BTD, inner = update(x_BTD, tokens.want(kept_BT, *self._width(tokens), share=self.capacity))
         return delta_BTD * weight_BT[..., None].to(delta_BTD.dtype), inner
 
     def _width(self, tokens: Tokens) -> tuple[int | None, bool]:

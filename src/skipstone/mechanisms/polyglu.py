@@ -33,6 +33,7 @@ from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.mechanisms.routers import linear_fp32
 from skipstone.ops import mix_activations
 from skipstone.ops import reference as ops
+from skipstone.ops.neurons import Runs, mix_kept
 
 NUM_ACTIVATIONS = len(ops.ACTIVATIONS)
 SILU = 2
@@ -107,17 +108,33 @@ class PolyGLU(MixFigures):
         init.constant_(self.tau, self.config.tau_start)
 
     def forward(
-        self, gate_BTF: Tensor, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
+        self,
+        gate_BTF: Tensor,
+        x_BTD: Tensor,
+        tokens: Tokens,
+        cache: SkipstoneCacheLayer | None = None,
+        runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
-        """The mixed activation [B, T, F] of the gate's pre-activations."""
+        """The mixed activation [B, T, F] of the gate's pre-activations; with `runs` of those that are on, as packed."""
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
         noise = tokens.mode.noise and self.config.noise
         static_BFA = self.preference_FA[None]
         if noise:
-            static_BFA = static_BFA + self._gumbel(gate_BTF)
-        y_BTF = mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
+            static_BFA = static_BFA + self._gumbel(len(x_BTD), x_BTD.device)
+        y_BTF = self._mixed(gate_BTF, static_BFA, dynamic_BTA, tokens, runs)
         record = ActivationRecord(dynamic_BTA.detach(), every(tokens, x_BTD[..., 0]))
         return y_BTF, {self.place.name: record}
+
+    def _mixed(
+        self, gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, tokens: Tokens, runs: Runs | None
+    ) -> Tensor:
+        if runs is None:
+            return mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
+        B, T = len(dynamic_BTA), tokens.length
+        row_BT = torch.arange(B, device=dynamic_BTA.device)[:, None].expand(B, T)
+        dynamic_NA, row_N = tokens.pack(dynamic_BTA.expand(B, T, -1)).flatten(0, 1), tokens.pack(row_BT).flatten()
+        y_NF = mix_kept(gate_BTF.flatten(0, 1), static_BFA, dynamic_NA, self.tau, runs, row_N)
+        return y_NF.view(gate_BTF.shape)
 
     @property
     def preference_FA(self) -> Tensor:
@@ -146,10 +163,9 @@ class PolyGLU(MixFigures):
             raise ValueError(f"{SEQUENCE} needs the whole row in every call, not a cache; pass use_cache=False")
         return sequence_mean(z_BTR, tokens)
 
-    def _gumbel(self, gate_BTF: Tensor) -> Tensor:
+    def _gumbel(self, rows: int, device: torch.device) -> Tensor:
         """Noise of each row, neuron and activation, the same for all tokens of the row."""
-        shape = (gate_BTF.shape[0], gate_BTF.shape[2], NUM_ACTIVATIONS)
-        exponential = torch.empty(shape, device=gate_BTF.device).exponential_()
+        exponential = torch.empty(rows, *self.preference_bias.shape, device=device).exponential_()
         return -exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:

@@ -76,9 +76,12 @@ class TokenSelective(DepthMechanism):
         score_BT = self._score(x_BTD)
         open_BT, asked_BT = score_BT.sigmoid(), every(tokens, score_BT)
         gain_BT, kept_BT = self._decide(score_BT, open_BT, x_BTD, tokens)
-        kept_BT = kept_BT if kept_BT is None else asked_BT & kept_BT
-        alone = kept_BT is not None and self.config.kv == "kept"
-        delta_BTD, inner = (self._alone if alone else gate)(update, x_BTD, tokens, gain_BT, kept_BT)
+        if kept_BT is not None and tokens.real_BT is not None:
+            kept_BT = asked_BT & kept_BT
+        if kept_BT is not None and self.config.kv == "kept":
+            delta_BTD, inner = self._alone(update, x_BTD, tokens, gain_BT, kept_BT)
+        else:
+            delta_BTD, inner = gate(update, x_BTD, tokens, gain_BT, kept_BT, self.capacity)
         loss_BT = open_BT * (self.config.depth_weight / self.place.count)
         if self.config.guidance and self._share < 1 and self._trains(tokens):
             delta_BTD, guided_BT = guided(delta_BTD, score_BT, asked_BT, self._share)
@@ -87,9 +90,9 @@ class TokenSelective(DepthMechanism):
         records = self.record(
             score_BT=score_BT,
             kept_BT=shown_BT,
-            weight_BT=torch.where(shown_BT, torch.ones_like(open_BT) if gain_BT is None else gain_BT, 0.0),
+            weight_BT=shown_BT.float() if gain_BT is None else gain_BT * shown_BT,
             asked_BT=asked_BT,
-            loss_BT=torch.where(asked_BT, loss_BT, 0.0),
+            loss_BT=loss_BT if tokens.real_BT is None else torch.where(asked_BT, loss_BT, 0.0),
         )
         return delta_BTD, {**records, **inner}
 
@@ -117,7 +120,7 @@ class TokenSelective(DepthMechanism):
     def _keeps(self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor | None:
         """bool [B, T], whom the hard pass keeps; None in a soft pass."""
         if tokens.forced_BT is not None:
-            return tokens.forced_BT
+            return tokens.forced_BT.expand_as(open_BT)
         hard = self.config.training != "soft" if self._trains(tokens) else is_hard(self.config.execution, tokens)
         if not hard:
             return None
@@ -129,10 +132,9 @@ class TokenSelective(DepthMechanism):
         return decide(score_BT, x_BTD, tokens)
 
     def _alone(
-        self, update: Update, x_BTD: Tensor, tokens: Tokens, gain_BT: Tensor | None, kept_BT: Tensor | None
+        self, update: Update, x_BTD: Tensor, tokens: Tokens, gain_BT: Tensor | None, kept_BT: Tensor
     ) -> tuple[Tensor, Records]:
         """As `gate`, but skipped tokens do not exist inside."""
-        assert kept_BT is not None
         part = tokens.narrow(kept_BT)
         if part.width == 0:
             return x_BTD * 0, {}

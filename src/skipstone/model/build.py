@@ -13,10 +13,14 @@ from transformers import initialization as init
 
 from skipstone.core.strict import choose, from_dict, unknown
 from skipstone.mechanisms import ACTIVATION, DEPTH, Place
+from skipstone.mechanisms.neuron_groups import NAME as NEURON_GROUPS
+from skipstone.mechanisms.neuron_groups import NeuronGroups
+from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
 from skipstone.model.layers import parse_layers
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
 from skipstone.nn.experts import ROW_OF_16_BYTES, ExpertsConfig, ExpertsMLP
+from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
@@ -85,6 +89,7 @@ def check(config: SkipstoneConfig) -> None:
         if kind not in STATIC_ROPE:
             raise ValueError(unknown("rope_type", kind, STATIC_ROPE))
     _check_activation(config)
+    _check_neuron_groups(config)
     placed(config)
 
 
@@ -120,6 +125,22 @@ def _check_experts(config: SkipstoneConfig) -> None:
             raise ValueError(f"mlp 'experts' has no {field}, got {getattr(config, field)}")
 
 
+def _check_neuron_groups(config: Any) -> None:
+    if config.neuron_groups is None:
+        return
+    options = from_dict(NeuronGroupsConfig, config.neuron_groups, "neuron_groups")
+    if config.mlp != "gated":
+        raise ValueError(f"neuron_groups needs mlp 'gated', got {config.mlp!r}")
+    if config.activation_options["name"] == FIXED_MIX:
+        raise ValueError(
+            f"neuron_groups cannot be combined with activation {FIXED_MIX!r}, whose neurons lie in its order"
+        )
+    for field in ("mlp_bias", "mlp_hidden_dropout"):
+        if getattr(config, field):
+            raise ValueError(f"neuron_groups cannot be combined with {field}, got {getattr(config, field)}")
+    options.require(config.num_hidden_layers, config.intermediate_size)
+
+
 def _norm(config: SkipstoneConfig, width: int) -> nn.Module:
     return NORMS[config.norm](width, config.norm_eps)
 
@@ -132,7 +153,14 @@ def _activation(config: Any, layer: int) -> nn.Module:
     if name == FIXED_MIX:
         return FixedMix(FixedMixConfig(**options).of(layer))
     place = _everywhere(config, layer, name)
-    return ACTIVATION[name](config.hidden_size, config.intermediate_size, place, **options)
+    return ACTIVATION[name](config.hidden_size, _neurons(config, layer), place, **options)
+
+
+def _neurons(config: Any, layer: int) -> int:
+    """Of the layer's MLP: all, unless some were cut."""
+    if config.neuron_groups is None:
+        return config.intermediate_size  # type: ignore[no-any-return]
+    return NeuronGroupsConfig(**config.neuron_groups).neurons(layer, config.intermediate_size)
 
 
 def _everywhere(config: Any, layer: int, name: str) -> Place:
@@ -191,6 +219,9 @@ def _mlp(config: Any, layer: int) -> nn.Module:
     if config.mlp == "experts":
         place = _everywhere(config, layer, "experts")
         return ExpertsMLP(*sizes, activation, dropout, place, **(config.experts or {}))
+    if config.neuron_groups is not None:
+        router = NeuronGroups(*sizes, _everywhere(config, layer, NEURON_GROUPS), **config.neuron_groups)
+        return GroupedMLP(config.hidden_size, _neurons(config, layer), activation, router, dropout)
     mlp: Callable[..., nn.Module] = MLPS[config.mlp]
     return mlp(*sizes, activation, config.mlp_bias, dropout, config.mlp_hidden_dropout)
 

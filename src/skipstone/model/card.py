@@ -84,7 +84,8 @@ def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
     yield "blocks, width", f"{config.num_hidden_layers}, {config.hidden_size}"
     heads = f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads"
     yield "attention", f"{heads} of size {config.head_dim}{', QK-norm' if config.qk_norm else ''}"
-    yield "MLP", experts_in_words(model) or f"{config.mlp}, {activation}, {config.intermediate_size} neurons"
+    dense = f"{config.mlp}, {activation}, {config.intermediate_size} neurons"
+    yield "MLP", experts_in_words(model) or ", ".join(filter(None, (dense, groups_in_words(model))))
     yield "norm, positions", f"{config.norm}, {config.positions}"
     head = "tied" if config.tie_word_embeddings else "untied"
     yield "vocabulary, context", f"{config.vocab_size:,} ({head} head), {config.max_position_embeddings:,} tokens"
@@ -98,6 +99,16 @@ def experts_in_words(model: SkipstoneForCausalLM) -> str | None:
     options, activation = mlp.config, model.config.activation_options["name"]
     beside = f" and {options.no_op} no-ops" if options.no_op else ""
     return f"{options.count} experts of {mlp.down_proj.shape[-1]} neurons ({activation}){beside}, top {options.top_k}"
+
+
+def groups_in_words(model: SkipstoneForCausalLM) -> str | None:
+    """`12 of 20 neuron groups on`; None where all always are."""
+    if model.config.neuron_groups is None:
+        return None
+    mlp: Any = model.model.layers[0].mlp
+    router = mlp.router
+    groups = router.neurons // router.config.group_size
+    return f"{router.config.kept(router.neurons)} of {groups} neuron groups on"
 
 
 def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:

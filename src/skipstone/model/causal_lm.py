@@ -28,13 +28,12 @@ from skipstone.model.decoder import (
     refuse_mistyped,
 )
 from skipstone.model.tokens import within_documents
-
-IGNORED = -100  # label of a token that is not predicted, by convention of torch and transformers
+from skipstone.ops.head_loss import IGNORED, linear_cross_entropy
 
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """loss: token loss plus auxiliary losses. token_loss, auxiliary_loss: its two parts. logits [B, T, V]."""
+    """loss: token loss plus auxiliary losses. token_loss, auxiliary_loss: its two parts. logits [B, T, V], or None."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -72,6 +71,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         noise: bool | None = None,
         executor: Executor = "gathered",
         output_records: bool = False,
+        loss_chunk: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutput:
         """Logits, and with labels the loss.
@@ -80,6 +80,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         the same already shifted, the target of each position. The other arguments are those of
         `SkipstoneModel.forward`. The auxiliary losses are summed over labelled tokens and divided like the token loss,
         so that accumulation changes nothing; `config.auxiliary_loss_over` "all": the mean over all real tokens.
+        loss_chunk: with labels, make the logits of so many tokens at a time and hand none out; 0: of all at once.
         """
         refuse_mistyped(kwargs)
         shift_labels = kwargs.get("shift_labels")  # were it named above, Trainer would wait for it to report eval_loss
@@ -100,47 +101,72 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None
         assert out.records is not None
-        logits_BTV = self.lm_head(out.last_hidden_state[:, keep])
-        loss = token_loss = auxiliary_loss = None
-        if labels is not None or shift_labels is not None:
-            target_BT = shifted(labels) if shift_labels is None else shift_labels
+        hidden_BTD = out.last_hidden_state[:, keep]
+        target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
+        logits_BTV = self.lm_head(hidden_BTD) if target_BT is None or not loss_chunk else None
+        losses = {}
+        if target_BT is not None:
             items = kwargs.get("num_items_in_batch")
-            token_loss, auxiliary_loss = self._losses(logits_BTV, target_BT, out.records, items)
-            loss = token_loss + auxiliary_loss
+            losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk)
         return CausalLMOutput(
-            loss=loss,
             logits=logits_BTV,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             records=out.records if output_records else None,
-            token_loss=token_loss,
-            auxiliary_loss=auxiliary_loss,
+            **losses,
         )
 
     def _losses(
-        self, logits_BTV: Tensor, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and auxiliary losses: sums over labelled tokens by the number of labels (of the whole step)."""
-        if logits_BTV.shape[1] != target_BT.shape[1]:
+        self,
+        hidden_BTD: Tensor,
+        logits_BTV: Tensor | None,
+        target_BT: Tensor,
+        records: tuple[Records, ...],
+        items: Tensor | int | None,
+        chunk: int,
+    ) -> dict[str, Tensor]:
+        """The loss and its two parts."""
+        token_loss = self._token_loss(hidden_BTD, logits_BTV, target_BT, items, chunk)
+        auxiliary_loss = self._auxiliary_loss(target_BT, records, items, token_loss)
+        return {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
+
+    def _token_loss(
+        self, hidden_BTD: Tensor, logits_BTV: Tensor | None, target_BT: Tensor, items: Tensor | int | None, chunk: int
+    ) -> Tensor:
+        """Cross-entropy: the sum over labelled tokens by the number of labels, of the whole step where it is given."""
+        if hidden_BTD.shape[1] != target_BT.shape[1]:
             raise ValueError("logits_to_keep cannot be combined with labels: the loss needs the logits of every token")
-        token_loss = self.loss_function(
-            logits=logits_BTV,
-            labels=None,
-            shift_labels=target_BT,
-            vocab_size=self.config.vocab_size,
-            num_items_in_batch=items,
-        )
+        if logits_BTV is not None:
+            return self.loss_function(  # type: ignore[no-any-return]
+                logits=logits_BTV,
+                labels=None,
+                shift_labels=target_BT,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=items,
+            )
+        if type(self.lm_head) is not nn.Linear or type(self.lm_head.weight) is not nn.Parameter:
+            raise ValueError(
+                "loss_chunk needs the head's weight as it is, without adapter, quantisation or sharding; pass 0"
+            )
+        target_N = target_BT.flatten().to(hidden_BTD.device)
+        nats = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, target_N, chunk)
+        return nats / ((target_N != IGNORED).sum() if items is None else torch.as_tensor(items, device=nats.device))
+
+    def _auxiliary_loss(
+        self, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None, token_loss: Tensor
+    ) -> Tensor:
+        """The mechanisms' own losses, summed over labelled tokens and divided like the token loss."""
         labelled_BT = target_BT != IGNORED
         routed = [r for layer in records for r in layer.values() if isinstance(r, DepthRecord | ExpertsRecord)]
         losses = [(r.loss_BT, r.asked_BT) for r in routed if r.loss_BT is not None]
         if not losses:
-            return token_loss, token_loss.new_zeros(())
+            return token_loss.new_zeros(())
         labels = labelled_BT.sum().clamp(min=1)
         if self.config.auxiliary_loss_over == "labelled":
             terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT, _ in losses]
         else:  # means over the tokens that were asked, times the labels, which the division takes out again
             terms = [labels * loss_BT.sum() / asked_BT.sum().clamp(min=1) for loss_BT, asked_BT in losses]
-        return token_loss, sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
+        return sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
 
     def adjustables(self) -> Iterator[Any]:
         """Every mechanism of the model, in the order of the blocks."""
@@ -207,7 +233,6 @@ def _documents(inputs: dict[str, Any]) -> Tensor:
     return torch.cat((document_BT, document_BT[:, -1:].expand(-1, new)), dim=1)[:, start:end]
 
 
-def shifted(labels_BT: Tensor | None) -> Tensor:
+def shifted(labels_BT: Tensor) -> Tensor:
     """The label of the next token at each position, none at the last."""
-    assert labels_BT is not None
     return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)

@@ -33,7 +33,8 @@ class SkipstoneConfig(PreTrainedConfig):
 
     norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain | experts, the last one's options in
     `experts` (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`
-    or `{name: fixed_mix, groups: {silu: 96, gelu: 32}}` (see `nn/mlp.py`).
+    or `{name: fixed_mix, groups: {silu: 96, gelu: 32}}` (see `nn/mlp.py`). neuron_groups: options of groups of a gated
+    MLP's neurons that are off for a while (see `mechanisms/neuron_groups.py`); None: all are always on.
     mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
     attention_bias: biases on queries, keys and values; attention_output_bias: on their output projection.
     linear_init: how linear layers start, normal (N(0, initializer_range), biases 0) or torch (nn.Linear's own).
@@ -66,6 +67,7 @@ class SkipstoneConfig(PreTrainedConfig):
     mlp: str = "gated"
     mlp_bias: bool = False
     experts: dict[str, Any] | None = None
+    neuron_groups: dict[str, Any] | None = None
     activation: str | dict[str, Any] = "silu"
     mechanisms: list[dict[str, Any]] | None = None
     embedding_dropout: float = 0.0

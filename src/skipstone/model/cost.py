@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from skipstone.core.load import Load
-from skipstone.core.records import DepthRecord, ExpertsRecord, Records
+from skipstone.core.packing import pays
+from skipstone.core.records import DepthRecord, ExpertsRecord, GroupsRecord, Records
 from skipstone.core.strict import unknown
 
 Amount = Load | float | Fraction  # a fraction where the mean over rows must be exact
@@ -140,8 +141,9 @@ def cost(
 def kept_from_records(model: nn.Module, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
     """What mechanisms kept in a forward pass, as `cost` wants it.
 
-    A gathered batch computes as many columns as its row with most tokens has: `widest` is what was executed, `mean`
-    what was useful. With one token a row, as in decoding, only rows that keep it are computed, and both are the mean.
+    A gathered batch has as many columns as its row with most tokens: `widest` is what was executed, `mean` what was
+    useful. Attention computes all columns; projections and MLP leave out the padding where it is much. With one token a
+    row, as in decoding, only rows that keep it are computed, and both are the mean.
     Padding is never kept.
     """
     kept: dict[int, dict[str, Amount]] = {}
@@ -150,6 +152,7 @@ def kept_from_records(model: nn.Module, records: Sequence[Records], rows: Litera
         paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
         kept[i] = {name: load for path in paths for name, load in _along(path, decided, rows)}
         kept[i] |= {n: _choices(block.mlp, r) for n, r in decided.items() if isinstance(r, ExpertsRecord)}
+        kept[i] |= {n: _share_on(r) for n, r in decided.items() if isinstance(r, GroupsRecord) and r.asked_BT.any()}
     return kept
 
 
@@ -159,20 +162,37 @@ def _choices(experts: Any, record: ExpertsRecord) -> Fraction:
     return Fraction(int(chosen_BTX.sum()), len(chosen_BTX))
 
 
+def _share_on(record: GroupsRecord) -> Fraction:
+    """Of the groups, the same for every token."""
+    return Fraction(int(record.kept_BTG.sum()), int(record.asked_BT.sum()) * record.kept_BTG.shape[-1])
+
+
 def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, Load]]:
     """Tokens kept by each mechanism from the outside in; asked for are those that all outer ones keep, too."""
-
-    def count(kept_BT: torch.Tensor) -> float:
-        count_B = kept_BT.sum(1)
-        by_row = kept_BT.shape[1] == 1
-        return int(count_B.max()) if rows == "widest" and not by_row else float(count_B.double().mean())
 
     asked_BT = None
     for name in path:
         record = decided.get(name)
         if isinstance(record, DepthRecord):  # missing where an outer mechanism kept nothing at all
             asked_BT = record.kept_BT if asked_BT is None else asked_BT & record.kept_BT
-            yield name, Load(given=count(record.kept_BT), asked=count(asked_BT))
+            yield name, _load(record.kept_BT, asked_BT, rows)
+
+
+def _load(given_BT: torch.Tensor, asked_BT: torch.Tensor, rows: str) -> Load:
+    def mean(kept_BT: torch.Tensor) -> float:
+        return Fraction(int(kept_BT.sum()), len(kept_BT))  # type: ignore[return-value]
+
+    def columns(kept_BT: torch.Tensor) -> int:
+        return int(kept_BT.sum(1).max())
+
+    def computed(kept_BT: torch.Tensor) -> float:
+        packs = pays(int(kept_BT.sum()), len(kept_BT) * columns(kept_BT))
+        return mean(kept_BT) if packs else columns(kept_BT)
+
+    if rows == "mean" or given_BT.shape[1] == 1:
+        return Load(given=mean(given_BT), asked=mean(asked_BT))
+    packed = Load(given=computed(given_BT), asked=computed(asked_BT))
+    return Load(given=columns(given_BT), asked=columns(asked_BT), packed=packed)
 
 
 @dataclass(frozen=True)
@@ -191,7 +211,7 @@ class _Call:
 class _Work:
     """What one block does for a row: loads of its sub-layers, and what decides with the tokens that each is given.
 
-    passes: through the MLP, or through any one expert.
+    passes: through the MLP, all of whose neurons are on, or through any one expert.
     """
 
     attention: Load
@@ -209,8 +229,10 @@ def _cost(model: nn.Module, call: _Call) -> Cost:
         before = _work(block, call.past, {}, False, call.mechanisms)
         work = _work(block, call.tokens, kept, oracle, call.mechanisms)
         stored = call.stored.get(i, before.attention.given)
-        forward += _flops(block, work, stored, call.routing)
-        training += _training(block, _work(block, call.tokens, kept, True, call.mechanisms))
+        packed = {name: load.packed or load if isinstance(load, Load) else load for name, load in kept.items()}
+        forward += _flops(block, work, _work(block, call.tokens, packed, oracle, call.mechanisms), stored, call.routing)
+        trained, lean = (_work(block, call.tokens, which, True, call.mechanisms) for which in (kept, packed))
+        training += _training(block, trained, lean)
         kv += (stored + work.attention.given) * _entry_bytes(block.self_attn)
         state += _state_bytes(before) + _state_bytes(work)
     return Cost(
@@ -227,7 +249,7 @@ def _cost(model: nn.Module, call: _Call) -> Cost:
 
 
 def _whole(flops: Flops) -> Flops:
-    return replace(flops, mlp=float(flops.mlp))
+    return replace(flops, **{field.name: float(getattr(flops, field.name)) for field in fields(flops)})
 
 
 def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool) -> _Work:
@@ -244,29 +266,42 @@ def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mec
     if mechanisms and hasattr(block.mlp.activation, "place"):
         ran.append((block.mlp.activation, mlp.asked))
     if not _is_experts(block.mlp):
-        return _Work(attention, mlp, ran, mlp.asked)
+        return _Work(attention, mlp, ran, _through_groups(block.mlp, mlp.asked, kept, ran) if mechanisms else mlp.asked)
     ran.append((block.mlp, mlp.asked))
     promised = block.mlp.promised_choices(mlp.asked) if mechanisms else mlp.asked * block.mlp.config.top_k
     passes = kept.get(block.mlp.place.name, promised)
     return _Work(attention, mlp, ran, passes.asked if isinstance(passes, Load) else passes)
 
 
-def _flops(block: Any, work: _Work, stored: float, routing: str) -> Flops:
-    attention, load = block.self_attn, work.attention
+def _through_groups(
+    mlp: Any, asked: float, kept: Mapping[str, Amount], ran: list[tuple[Any, float]]
+) -> float | Fraction:
+    """Passes through the whole MLP that are as much as those through the groups of neurons that are on."""
+    router = getattr(mlp, "router", None)
+    if router is None:
+        return asked
+    ran.append((router, asked))
+    share = kept.get(router.place.name, router.share_on)
+    return Fraction(asked) * (share.asked if isinstance(share, Load) else share)  # type: ignore[operator]
+
+
+def _flops(block: Any, work: _Work, packed: _Work, stored: float, routing: str) -> Flops:
+    """packed: the work of what sees tokens one at a time, where that is less."""
+    attention, load, each = block.self_attn, work.attention, packed.attention
     given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
     keys = stored + max(load.given, 1)  # a mean below one token, as in decoding: who asks at all sees itself in full
     return Flops(
-        attention_linear=2 * (load.given * given + load.asked * asked),
+        attention_linear=2 * (each.given * given + each.asked * asked),
         attention_score=4 * load.asked * keys * attention.q_proj.weight.shape[0],
-        mlp=2 * work.passes * mlp_weights(block.mlp),
+        mlp=2 * packed.passes * mlp_weights(block.mlp),
         router=sum(mechanism.flops(tokens, routing) for mechanism, tokens in work.mechanisms),
     )
 
 
-def _training(block: Any, work: _Work) -> Flops:
+def _training(block: Any, work: _Work, packed: _Work) -> Flops:
     """Forward and backward: a product has two gradients of its own size; mechanisms know what they stop."""
-    forward = _flops(block, work, 0, "oracle")
+    forward = _flops(block, work, packed, 0, "oracle")
     backward = sum(mechanism.backward_flops(tokens) for mechanism, tokens in work.mechanisms)
     return replace(forward * 3, router=forward.router + backward)
 

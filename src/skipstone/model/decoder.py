@@ -48,7 +48,7 @@ class DecoderOutput(ModelOutput):
     records: tuple[Records, ...] | None = None
 
 
-OWN_ARGUMENTS = ("routing", "noise", "executor", "output_records", "document_ids", "shift_labels")
+OWN_ARGUMENTS = ("routing", "noise", "executor", "output_records", "document_ids", "shift_labels", "loss_chunk")
 
 
 def refuse_mistyped(arguments: Mapping[str, Any]) -> None:

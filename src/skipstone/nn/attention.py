@@ -15,9 +15,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipstone.core.cache import EMPTY, SkipstoneCacheLayer
+from skipstone.core.rows import Rows
 from skipstone.core.tokens import Tokens
 from skipstone.nn.linear import OutputLinear
 from skipstone.ops import reference as ops
+
+COPYING = 3  # times that memory is touched for a key that is copied before it is read
+LEAST_COPY = 1024  # keys of all rows, below which a copy costs next to nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +61,28 @@ class Attention(nn.Module):
         self.q_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
         self.k_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> Tensor:
-        """Update of the tokens that ask, [B, K, D]: all T unless `tokens.wanted` names some of them."""
-        asking = tokens.asked()
-        asking_x = x_BTD if tokens.wanted is None else tokens.wanted.gather(x_BTD)
-        query = self._heads(self.q_proj(asking_x), self.q_norm, asking.rotary)
-        key = self._heads(self.k_proj(x_BTD), self.k_norm, tokens.rotary)
-        value = self._heads(self.v_proj(x_BTD))
-        key, value, mask = self._remember(key, value, tokens, asking, past_key_values)
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None, asking: Tokens | None = None
+    ) -> Tensor:
+        """Update of the tokens that ask, [B, K, D] or packed: all T unless `tokens.wanted` names some of them.
+
+        asking: `tokens.asked()`, where the caller has it.
+        """
+        asking = asking or tokens.asked()
+        given = tokens.pack(x_BTD)
+        asking_x = given if tokens.wanted is None else tokens.gather_asked(x_BTD)
+        query = self._heads(asking.unpack(self.q_proj(asking_x)), self.q_norm, asking.rotary)
+        key = self._heads(tokens.unpack(self.k_proj(given)), self.k_norm, tokens.rotary)
+        value = self._heads(tokens.unpack(self.v_proj(given)))
+        among = None if query.requires_grad else self._among(asking, past_key_values)
+        rows = asking.rows if among is None else None
+        key, value, mask = self._remember(key, value, tokens, asking, past_key_values, rows)
         if query.shape[2] == 0:
             return asking_x
-        y_BKD = self.o_proj(self._attend(query, key, value, mask).flatten(2))
+        query = query if among is None else among.scatter(query)
+        y_BKHE = self._attend(query, key, value, mask)
+        y_BKHE = y_BKHE if among is None else among.gather(y_BKHE)
+        y_BKD = self.o_proj(asking.pack(y_BKHE.flatten(2)))
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -76,11 +91,18 @@ class Attention(nn.Module):
         return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
 
     def _remember(
-        self, key: Tensor, value: Tensor, tokens: Tokens, asking: Tokens, past_key_values: Cache | None
+        self,
+        key: Tensor,
+        value: Tensor,
+        tokens: Tokens,
+        asking: Tokens,
+        past_key_values: Cache | None,
+        rows: Rows | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask that the queries see; without a cache, or with an empty one, this call's own.
 
-        The mask is None where slots need not be compared: a sorted row on itself, or one newest token on all.
+        rows: whose stored ones; None: all. The mask is None where slots need not be compared: a sorted row on itself,
+        or one newest token on all.
         """
         if past_key_values is None:
             return self._own(key, value, tokens, asking)
@@ -95,15 +117,24 @@ class Attention(nn.Module):
             real_BT=tokens.real_BT,
             document_BT=tokens.document_BT,
             rows=tokens.rows,
-            asking=asking.rows,
+            asking=rows,
         )
         if first:
             return self._own(key, value, tokens, asking)
-        newest = tokens.length == 1 and asking.real_BT is None and tokens.document_BT is None
-        if newest and layer.kv.even(asking.rows):
+        newest = tokens.length == 1 and tokens.document_BT is None
+        if newest and layer.kv.even(rows):  # padding, too, sees all that is there
             return all_keys, all_values, None
-        document = layer.kv.view("document", asking.rows) if tokens.document_BT is not None else None
-        return all_keys, all_values, slot_mask(layer.kv.view("slot", asking.rows), document, asking)
+        document = layer.kv.view("document", rows) if tokens.document_BT is not None else None
+        return all_keys, all_values, slot_mask(layer.kv.view("slot", rows), document, asking)
+
+    def _among(self, asking: Tokens, past_key_values: Cache | None) -> Rows | None:
+        """The rows that ask, where all rows had better attend: else the stored keys of those that ask are copied."""
+        rows = asking.rows
+        if rows is None or past_key_values is None or len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total:
+            return None
+        alike = asking.slot_BT.shape[0] == 1 and asking.real_BT is None and asking.document_BT is None
+        long = rows.total * past_key_values.layers[self.layer_idx].kv.width >= LEAST_COPY  # type: ignore[attr-defined]
+        return rows if alike and long else None
 
     def _own(self, key: Tensor, value: Tensor, tokens: Tokens, asking: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
         """This call's own keys and values, and the mask where slots must be compared."""
@@ -129,11 +160,13 @@ class Attention(nn.Module):
 
 def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, asking: Tokens) -> Tensor:
     """bool [B, 1, K, C]: who may see whom. Padding that asks sees everything, which keeps its softmax finite."""
-    mask = key_slot_BC[:, None, :] <= asking.slot_BT[:, :, None]
+    slot_BK, real_BK = asking.slot_BT, asking.real_BT
+    if real_BK is not None:
+        slot_BK = torch.where(real_BK, slot_BK, EMPTY)
+    mask = key_slot_BC[:, None, :] <= slot_BK[:, :, None]
     if key_document_BC is not None and asking.document_BT is not None:
         mask = mask & (key_document_BC[:, None, :] == asking.document_BT[:, :, None])
-    if asking.real_BT is not None:
-        mask = mask | ~asking.real_BT[:, :, None]
+        mask = mask if real_BK is None else mask | ~real_BK[:, :, None]
     return mask[:, None]
 
 

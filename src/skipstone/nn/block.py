@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,6 +18,7 @@ from skipstone.core.records import Records, lift
 from skipstone.core.seam import wrap
 from skipstone.core.tokens import Tokens
 from skipstone.nn.attention import Attention
+from skipstone.ops.reference import added
 
 SITES = ("block", "attention", "mlp")
 
@@ -45,13 +47,13 @@ class Block(GradientCheckpointingLayer):
         if not self.sites["block"]:
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
             _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
-            return after_BTD + m_BTD, self._complete(records, x_BTD)
+            return added(after_BTD, m_BTD), self._complete(records, x_BTD)
         delta_BTD, records = self._inside("block", self._update, x_BTD, tokens, past_key_values)
-        return x_BTD + delta_BTD, self._complete(records, x_BTD)
+        return added(x_BTD, delta_BTD), self._complete(records, x_BTD)
 
     def adjustables(self) -> dict[str, nn.Module]:
-        """What decides in this block, by name: its mechanisms, an activation mechanism, an MLP of experts."""
-        parts: list[Any] = [self.mlp, self.mlp.activation]
+        """What decides in this block, by name: its mechanisms, an MLP of experts, or what decides in an MLP."""
+        parts: list[Any] = [self.mlp, *self.mlp.children()]
         return {**dict(self.mechanisms.items()), **{part.place.name: part for part in parts if hasattr(part, "place")}}
 
     def _complete(self, records: Records, x_BTD: Tensor) -> Records:
@@ -72,35 +74,49 @@ class Block(GradientCheckpointingLayer):
         return wrap(bound, [self.mechanisms[name] for name in names])(x_BTD, tokens)
 
     def _update(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
-        a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
-        return a_BTD + m_BTD, records
+        if self.sites["attention"] or self.sites["mlp"]:
+            a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
+            return a_BTD + m_BTD, records
+        asking = tokens.asked()  # nothing sits in between: tokens are gathered once
+        a = self._attended(x_BTD, tokens, asking, past_key_values)
+        if asking.length == 0:
+            return torch.zeros_like(x_BTD), {}
+        m, records = self._fed(added(tokens.gather_asked(x_BTD), a), asking, past_key_values)
+        return tokens.scatter_asked((a + m).to(x_BTD.dtype)), _lifted(records, tokens)
 
     def _sublayers(
         self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor, Tensor, Records]:
         """The attention's update, the stream after it, the MLP's update."""
         a_BTD, records = self._inside("attention", self._attention, x_BTD, tokens, past_key_values)
-        after_BTD = x_BTD + a_BTD
+        after_BTD = added(x_BTD, a_BTD)
         m_BTD, more = self._inside("mlp", self._mlp, after_BTD, tokens, past_key_values)
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 
     def _attention(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
-        a = self.self_attn(self.input_layernorm(x_BTD), tokens, past_key_values)
-        if tokens.wanted is not None:
-            a = tokens.wanted.scatter(a)
-        return _scaled(a, tokens), {}
+        return tokens.scatter_asked(self._attended(x_BTD, tokens, tokens.asked(), past_key_values)), {}
 
     def _mlp(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+        asking = tokens.asked()
+        if asking.length == 0:
+            return torch.zeros_like(x_BTD), {}
+        m, records = self._fed(tokens.gather_asked(x_BTD), asking, past_key_values)
+        return tokens.scatter_asked(m), _lifted(records, tokens)
+
+    def _attended(self, x_BTD: Tensor, tokens: Tokens, asking: Tokens, past_key_values: Cache | None) -> Tensor:
+        """The attention's update of the tokens that ask, packed."""
+        return _scaled(self.self_attn(self.input_layernorm(x_BTD), tokens, past_key_values, asking), asking)
+
+    def _fed(self, x: Tensor, asking: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+        """The MLP's update of the tokens that ask, packed as x is."""
         cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
-        part = tokens.wanted
-        if part is None:
-            m, records = self.mlp(self.post_attention_layernorm(x_BTD), tokens, cache)
-            return _scaled(m, tokens), records
-        if part.width == 0:
-            return x_BTD.new_zeros(x_BTD.shape), {}
-        m, records = self.mlp(self.post_attention_layernorm(part.gather(x_BTD)), tokens.asked(), cache)
-        return _scaled(part.scatter(m), tokens), lift(records, part, tokens.state)
+        m, records = self.mlp(self.post_attention_layernorm(x), asking, cache)
+        return _scaled(m, asking), records
 
 
-def _scaled(y_BTD: Tensor, tokens: Tokens) -> Tensor:
-    return y_BTD if tokens.gain_BT is None else y_BTD * tokens.gain_BT[..., None].to(y_BTD.dtype)
+def _scaled(y: Tensor, tokens: Tokens) -> Tensor:
+    return y if tokens.gain_BT is None else y * tokens.pack(tokens.gain_BT)[..., None].to(y.dtype)
+
+
+def _lifted(records: Records, tokens: Tokens) -> Records:
+    return records if tokens.wanted is None else lift(records, tokens.wanted, tokens.state)

@@ -135,7 +135,8 @@ class ExpertsMLP(Adjustable):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        """The experts' sum [B, T, D], 0 for padding, and who chose what."""
+        """The experts' sum [B, T, D], 0 for padding, and who chose what. Packed tokens go in and out packed."""
+        x_BTD = tokens.unpack(x_BTD)
         logits_BTX = self.router(x_BTD)
         share_BTX = logits_BTX.softmax(-1)
         expert_BTC, weight_BTC = self.choose(share_BTX)
@@ -154,7 +155,7 @@ class ExpertsMLP(Adjustable):
         chosen_BTX = torch.zeros_like(share_BTX, dtype=torch.bool).scatter(-1, expert_BTC, True) & asked_BT[..., None]
         loss_BT = self._loss(logits_BTX, share_BTX, chosen_BTX, asked_BT)
         seen_BTX = logits_BTX.detach().masked_fill(~asked_BT[..., None], float("nan"))
-        return dropped(y_ND.view_as(x_BTD), self.dropout, self.training), {
+        return dropped(tokens.pack(y_ND.view_as(x_BTD)), self.dropout, self.training), {
             self.place.name: ExpertsRecord(seen_BTX, chosen_BTX, asked_BT, loss_BT)
         }
 

@@ -1,4 +1,7 @@
-"""Feed-forward parts. The activation is a slot: `(gate, x, tokens, store) -> (y, records)`.
+"""Feed-forward parts. The activation is a slot: `(gate, x, tokens, store) -> (y, records)`. Where groups of neurons are
+off, gate has those that are on alone, and a fifth argument `runs` says which these are.
+
+Tokens come packed, [1, N, D] instead of [B, T, D], where `tokens.packing` says so.
 
 Shape letters: B rows, T tokens, D width, F neurons.
 """
@@ -17,6 +20,7 @@ from skipstone.core.records import Records
 from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
 from skipstone.nn.linear import OutputLinear
+from skipstone.ops.neurons import Runs
 from skipstone.ops.reference import dropped
 
 
@@ -36,12 +40,19 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FixedActivation(nn.Module):
     """One function for every neuron."""
 
+    by_token = True
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name, self.function = name, FUNCTIONS[name]
 
     def forward(
-        self, gate_BTF: Tensor, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
+        self,
+        gate_BTF: Tensor,
+        x_BTD: Tensor,
+        tokens: Tokens,
+        cache: SkipstoneCacheLayer | None,
+        runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
         return self.function(gate_BTF), {}
 
@@ -82,6 +93,8 @@ class FixedMixConfig:
 class FixedMix(nn.Module):
     """Each neuron has one function, for good; those of one function are adjacent, see `FixedMixConfig`."""
 
+    by_token = True
+
     def __init__(self, groups: dict[str, int]) -> None:
         super().__init__()
         self.groups = {name: groups[name] for name in sorted(groups) if groups[name]}
@@ -100,6 +113,16 @@ class FixedMix(nn.Module):
 
 
 FIXED_MIX = "fixed_mix"
+
+
+def activated(
+    activation: nn.Module, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
+) -> tuple[Tensor, Records]:
+    """`activation` of packed tokens, in rows if it looks at more than one token at a time (no `by_token`)."""
+    if tokens.packing is None or getattr(activation, "by_token", False):
+        return activation(gate, x, tokens, cache)  # type: ignore[no-any-return]
+    y_BTF, records = activation(tokens.unpack(gate), tokens.unpack(x), tokens, cache)
+    return tokens.pack(y_BTF), records
 
 
 class GatedMLP(nn.Module):
@@ -124,7 +147,7 @@ class GatedMLP(nn.Module):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        y_BTF, records = self.activation(self.gate_proj(x_BTD), x_BTD, tokens, cache)
+        y_BTF, records = activated(self.activation, self.gate_proj(x_BTD), x_BTD, tokens, cache)
         y_BTF = dropped(y_BTF * self.up_proj(x_BTD), self.hidden_dropout, self.training)
         return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
 
@@ -150,7 +173,7 @@ class PlainMLP(nn.Module):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        y_BTF, records = self.activation(self.up_proj(x_BTD), x_BTD, tokens, cache)
+        y_BTF, records = activated(self.activation, self.up_proj(x_BTD), x_BTD, tokens, cache)
         y_BTF = dropped(y_BTF, self.hidden_dropout, self.training)
         return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
 

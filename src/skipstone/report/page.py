@@ -9,7 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from skipstone.ops import reference as ops
-from skipstone.report import charts, layers
+from skipstone.report import budgets, charts, layers
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
 from skipstone.report.palette import SERIES
@@ -34,13 +34,17 @@ FIGURES: tuple[tuple[str, Callable[[Shown], float | None], str], ...] = (
 )
 
 
-def context(runs: Sequence[Shown], samples: Mapping[str, Pieces]) -> dict[str, Any]:
-    """The variables of `templates/page.html`. samples: generated text by the runs' names."""
+def context(
+    runs: Sequence[Shown], samples: Mapping[str, Pieces], measured: Mapping[str, budgets.Points]
+) -> dict[str, Any]:
+    """The variables of `templates/page.html`. samples: generated text, measured: budgets, both by the runs' names."""
     return {
         "runs": runs,
         "figures": [title for title, _, _ in FIGURES],
         "rows": [(run, [_figure(get(run), form) for _, get, form in FIGURES]) for run in runs],
         "losses": _losses(runs),
+        "budgets": budgets.curve(runs, measured),
+        "budget_rows": budgets.table(runs, measured),
         "routed": [_routed(run) for run in runs if run.anatomy is not None and run.anatomy.routed],
         "activations": [(run, _shares(run)) for run in runs if run.anatomy is not None and run.anatomy.shares],
         "activation_names": list(zip(ACTIVATIONS, SERIES, strict=False)),

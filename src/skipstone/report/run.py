@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from skipstone.report.budgets import read_budgets
 from skipstone.report.page import Pieces, context
 from skipstone.report.shown import show
 from skipstone.runs import Run
@@ -18,13 +19,16 @@ def write_report(
     *,
     names: Sequence[str] | None = None,
     samples: Mapping[str, Pieces] | None = None,
+    evaluations: Sequence[Path] = (),
     replace: bool = False,
 ) -> Path:
     """Write one self-contained page about `runs` to `out`: no script, nothing fetched.
 
     names: of the runs on the page, their folders' names if absent. samples: generated text of runs by name, as (piece,
-    share of the compute it took). replace: whether a file that is there may be overwritten.
-    Raises FileExistsError where it may not, FileNotFoundError for a folder that is no run, ValueError for no runs.
+    share of the compute it took). evaluations: files of `skipstone eval --budget --json`, whose losses by budget are
+    drawn. replace: whether a file that is there may be overwritten.
+    Raises FileExistsError where it may not, FileNotFoundError for a folder that is no run, ValueError for no runs and
+    for evaluations of others.
     """
     out = Path(out)
     if not runs:
@@ -32,8 +36,10 @@ def write_report(
     if out.exists() and not replace:
         raise FileExistsError(f"{str(out)!r} exists already; nothing is overwritten, name another or remove it")
     titles = list(names) if names is not None else _names([Path(run) for run in runs])
-    shown = [show(Run(Path(run)), name, i) for i, (run, name) in enumerate(zip(runs, titles, strict=True))]
-    html = environment().get_template("page.html").render(context(shown, samples or {}))
+    opened = [Run(Path(run)) for run in runs]
+    measured = read_budgets(evaluations, opened, titles)
+    shown = [show(run, name, i) for i, (run, name) in enumerate(zip(opened, titles, strict=True))]
+    html = environment().get_template("page.html").render(context(shown, samples or {}, measured))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
     return out

@@ -8,7 +8,7 @@ from typing import Any
 
 from skipstone.mechanisms import ACTIVATION
 from skipstone.model.build import placed
-from skipstone.model.card import experts_in_words
+from skipstone.model.card import experts_in_words, groups_in_words
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.report.anatomy import Anatomy, dissect
 from skipstone.report.palette import Look, look
@@ -65,7 +65,12 @@ def describe(model: SkipstoneForCausalLM) -> str:
     """`mixture of depths on blocks 1, 3, 5; polyglu`, or `no mechanism`."""
     names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in placed(model.config)]
     activation = model.config.activation_options["name"]
-    parts = [*names, *([activation] if activation in ACTIVATION else []), experts_in_words(model)]
+    parts = [
+        *names,
+        *([activation] if activation in ACTIVATION else []),
+        experts_in_words(model),
+        groups_in_words(model),
+    ]
     return "; ".join(filter(None, parts)).replace("_", " ") or "no mechanism"
 
 

@@ -1,7 +1,9 @@
 """Floor 4: training, on transformers' Trainer.
 
 config.py       `TrainConfig` and `Recipe`: what a run is, read strictly
+decay.py        which parameters weight decay spares
 run.py          `train`: from a recipe to a finished run folder
+estimate.py     FLOPs, memory and hours on a named GPU, before the start
 setup.py        recipe -> model configuration, model, Trainer's arguments
 folder.py       a run folder while it is written
 environment.py  versions, commit, machine

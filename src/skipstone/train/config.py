@@ -8,8 +8,13 @@ from typing import Any, Literal
 
 from skipstone.core.strict import from_dict, unknown
 from skipstone.data.prepare import DataConfig
+from skipstone.train import decay
 
 LOGGERS = ("jsonl", "tensorboard", "wandb")
+LARGE_VOCABULARY, LOSS_CHUNK = (
+    65_536,
+    1024,
+)  # from there on, the logits of a micro-batch outgrow the model's own tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +24,15 @@ class TrainConfig:
     steps: optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches; so
     gradient_accumulation, the number of micro-batches it is cut into, changes memory and not the result.
     learning_rate: at the end of the linear warm-up of warmup_steps; it then falls as a cosine to
-    min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's; biases and norms do not decay.
+    min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's.
+    no_decay: what weight decay spares, of preferences (of PolyGLU's neurons), biases, norms, embeddings (a tied head is
+    one) and routers (all else that mechanisms own); the matrices of attention and MLP always decay. None: the first
+    three.
     max_grad_norm: gradients are clipped to this norm; 0: not at all.
     precision: fp32, or bf16 (autocast; weights and optimizer stay fp32). compile: torch.compile of each block.
     activation_checkpointing: recompute blocks in the backward pass instead of keeping what is inside them.
+    loss_chunk: tokens whose logits exist at a time; 0: those of all at once; None: 1,024 where the vocabulary has
+    65,536 tokens or more, else all.
     routing: learned, or difficulty: every block with a depth mechanism keeps exactly the tokens whose row entry
     `difficulty` is not negative (the upper bound that Reset-S3 is measured against).
     eval_every, log_every, save_every: in steps; 0: at the end only (log_every at least 1). eval_rows: validate on the
@@ -38,6 +48,7 @@ class TrainConfig:
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
     weight_decay: float = 0.1
+    no_decay: list[str] | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
@@ -45,6 +56,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
+    loss_chunk: int | None = None
     routing: Literal["learned", "difficulty"] = "learned"
     eval_every: int = 200
     eval_rows: int | None = None
@@ -63,8 +75,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
-            if not getattr(self, name) >= 0:
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed", "loss_chunk"):
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         self._check_shares()
         self._check_relations()
@@ -78,6 +90,12 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
+    def loss_chunk_of(self, vocab_size: int) -> int:
+        """Tokens whose logits a model of this vocabulary makes at a time; 0: of all at once."""
+        if self.loss_chunk is not None:
+            return self.loss_chunk
+        return LOSS_CHUNK if vocab_size >= LARGE_VOCABULARY else 0
+
     def _check_relations(self) -> None:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
@@ -86,6 +104,7 @@ class TrainConfig:
                 f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation "
                 f"({self.gradient_accumulation}): it counts the rows of a whole optimizer step"
             )
+        decay.check(self.no_decay or ())
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ValueError(unknown("loggers", name, LOGGERS))

@@ -15,6 +15,8 @@ from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, rea
 from skipstone.train import environment
 from skipstone.train.config import Recipe
 
+DATA = "data_sha256"  # in environment.json
+
 
 def default_folder(recipe: Recipe) -> Path:
     """runs/NAME, or runs/CORPUS-TIME for a recipe without a name."""
@@ -33,11 +35,12 @@ def check_new(folder: Path) -> None:
         )
 
 
-def create(folder: Path, config: Mapping[str, Any], seed: int) -> None:
-    """A new run folder with its recipe and environment."""
+def create(folder: Path, config: Mapping[str, Any], seed: int, data: str | None = None) -> None:
+    """A new run folder with its recipe and environment. data: fingerprint of shards that it trains on."""
     check_new(folder)
     folder.mkdir(parents=True)
-    write_json(folder / ENVIRONMENT, environment.describe(seed))
+    more = {} if data is None else {DATA: data}
+    write_json(folder / ENVIRONMENT, environment.describe(seed) | more)
     write(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))  # last: now it is a run
 
 
@@ -52,6 +55,16 @@ def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], where: str = 
                 f"the recipe differs from the run's in {path}: {old!r} there, {new!r} now; a run is resumed with the "
                 "recipe it was started with"
             )
+
+
+def check_data(folder: Path, data: str | None) -> None:
+    """Raise ValueError if the shards are not those that the run began with."""
+    known = Run(folder).environment().get(DATA)
+    if known != data:
+        raise ValueError(
+            f"the shards have changed since the run {str(folder)!r} began (fingerprint {known} there, {data} now); "
+            "a run is resumed with the data it was started with"
+        )
 
 
 def note_resumption(folder: Path, step: int) -> None:

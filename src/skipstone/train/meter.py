@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Record, Records
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, GroupsRecord, Record, Records
 
 ONE_ROW = slice(1)  # the figures of a mix look at every neuron of every token: one row is enough to log
 
@@ -24,6 +24,8 @@ class Meter:
     diversity/L/NAME: share of neurons whose strongest activation is not that of most. dynamic_entropy/L/NAME,
     static_entropy/L/NAME: the paper's, in nats, without tau: of all logits, and of the neurons' preferences alone.
     no_op/L/NAME, busiest/L/NAME: share of all choices that are no-ops, and that are a pass's most chosen expert.
+    on/L/NAME: share of the groups of neurons that are on for a token, in the mean. changing/L/NAME: share of the groups
+    that are on for some tokens of a pass and off for others.
     """
 
     def __init__(self) -> None:
@@ -69,6 +71,10 @@ def _pairs(mechanism: Any, record: Record | None) -> list[tuple[str, Tensor]]:
             ("busiest", _pair(real_X.max(), count)),
             ("entropy", entropy),
         ]
+    if isinstance(record, GroupsRecord):
+        on_G, count = record.kept_BTG.sum((0, 1)), record.asked_BT.sum()
+        changing, total = ((on_G > 0) & (on_G < count)).sum(), torch.full_like(count, len(on_G))
+        return [("on", _pair(on_G.sum(), count * total)), ("changing", _pair(changing, total))]
     return []
 
 

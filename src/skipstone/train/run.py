@@ -48,10 +48,11 @@ def train(
     resolved = to_dict(recipe) | {"model": setup.plain(model_config)}
     if run is not None:
         folders.check_same(run.config(), resolved)
+        folders.check_data(folder, data.fingerprint)
     arguments = setup.arguments(recipe.train, folder)
     model = setup.build_model(model_config, recipe.train)
     if run is None and arguments.process_index == 0:
-        folders.create(folder, resolved, recipe.train.seed)
+        folders.create(folder, resolved, recipe.train.seed, data.fingerprint)
         if data.tokenizer is not None:
             data.tokenizer.save_pretrained(folder / TOKENIZER)
 

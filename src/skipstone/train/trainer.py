@@ -17,6 +17,7 @@ from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
 from skipstone.train.callback import RoutingCallback
 from skipstone.train.config import TrainConfig
+from skipstone.train.decay import decaying
 from skipstone.train.meter import Meter, moving
 from skipstone.train.validation import batches, causal_obstacle, loss_sums
 from skipstone.train.window import Window
@@ -58,6 +59,7 @@ class RunTrainer(RoutingTrainer):
     def __init__(self, *, recipe: TrainConfig, data: PreparedData, **kwargs: Any) -> None:
         super().__init__(train_dataset=data.train, eval_dataset=data.validation, data_collator=data.collate, **kwargs)
         self.recipe, self.data = recipe, data
+        self.loss_chunk = recipe.loss_chunk_of(self._plain.config.vocab_size)
         self.window = Window(self.args.device)
         self.meter = Meter()
         self.obstacle = causal_obstacle(self.model)
@@ -66,13 +68,17 @@ class RunTrainer(RoutingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decaying((name for name, _ in model.named_parameters()), self.recipe.no_decay)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Trainer's rule of thumb counts a routed model as dense; the cost model and the evaluation count truly."""
         return 0
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
-        loss, outputs = super().compute_loss(model, {**inputs, **routing}, return_outputs=True, **kwargs)
+        asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
+        loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
         loss = self.objective(loss, outputs, inputs, kwargs.get("num_items_in_batch"))
         self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], inputs["input_ids"].numel())
         if self._logs_this_step():
@@ -162,7 +168,8 @@ class RunTrainer(RoutingTrainer):
         size = self.recipe.eval_batch_size or self.args.per_device_train_batch_size
         part, parts = self.accelerator.process_index, self.accelerator.num_processes
         rows = batches(self.data, self.recipe.eval_rows, size, part, parts)
-        sums = loss_sums(self.model, rows, self._forced if forced else lambda _: routing, self.args.device, meter)
+        chosen = self._forced if forced else lambda _: routing
+        sums = loss_sums(self.model, rows, chosen, self.args.device, meter, self.loss_chunk)
         loss, count = self.accelerator.reduce(sums, "sum").tolist()
         return loss / count
 

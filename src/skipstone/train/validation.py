@@ -32,15 +32,19 @@ def batches(data: PreparedData, rows: int | None, size: int, part: int = 0, part
 
 @torch.no_grad()
 def loss_sums(
-    model: Any, rows: Iterator[Row], routing: Callable[[Row], Any], device: torch.device, meter: Meter
+    model: Any,
+    rows: Iterator[Row],
+    routing: Callable[[Row], Any],
+    device: torch.device,
+    meter: Meter,
+    loss_chunk: int = 0,
 ) -> Tensor:
     """fp64 [2]: cross-entropy in nats summed over predictions, and their number. The gathered executor, no noise."""
+    asked: dict[str, Any] = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in rows:
         batch = {name: value.to(device) for name, value in batch.items()}
-        out = model(
-            **batch, routing=routing(batch), noise=False, use_cache=False, output_records=True, num_items_in_batch=1
-        )
+        out = model(**batch, **asked, routing=routing(batch), num_items_in_batch=1)
         total[0] += out.token_loss
         total[1] += predictions(batch)
         meter.add(model.adjustables(), out.records)

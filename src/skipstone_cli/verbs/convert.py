@@ -10,6 +10,8 @@ import typer
 from skipstone_cli.errors import UserError
 from skipstone_cli.paths import new_path
 
+CALIBRATED = ("hardened", "pruned")
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or hub name of a dense checkpoint; with --from, a file.")],
@@ -25,7 +27,8 @@ def convert(
         typer.Option(
             "--to",
             help="Write a saved model otherwise: dense (without mechanisms, for transformers alone), hardened (each "
-            "neuron of PolyGLU with one activation, no router) or polychromatic.",
+            "neuron of PolyGLU with one activation, no router), pruned (without neuron groups that are never used) "
+            "or polychromatic.",
         ),
     ] = None,
     num_heads: Annotated[
@@ -35,7 +38,7 @@ def convert(
         float | None, typer.Option(help="With --from polychromatic: temperature; else the file's own, or .1.")
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="With --to hardened: text to calibrate on, if not the run's own.")
+        str | None, typer.Option(help="With --to hardened or pruned: text to calibrate on, if not the run's own.")
     ] = None,
 ) -> None:
     """Turn a dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or weights of a paper, into a Skipstone model."""
@@ -44,9 +47,9 @@ def convert(
     for option, value in (("--num-heads", num_heads), ("--tau", tau)):
         if value is not None and from_layout is None:
             raise UserError(f"{option} has no effect without --from")
-    if corpus is not None and to_layout != "hardened":
-        raise UserError("--corpus has no effect without --to hardened")
-    new_path(out, "output folder" if to_layout in (None, "dense", "hardened") else "output file")
+    if corpus is not None and to_layout not in CALIBRATED:
+        raise UserError("--corpus has no effect without --to hardened or --to pruned")
+    new_path(out, "output folder" if to_layout in (None, "dense", *CALIBRATED) else "output file")
 
     if from_layout is not None:
         from skipstone.model.released.convert import convert_from
@@ -70,6 +73,10 @@ def _write(source: str, out: Path, form: str, dtype: str | None, corpus: str | N
         from skipstone.adapt.harden import export_hardened
 
         export_hardened(source, out, dtype, corpus)
+    elif form == "pruned":
+        from skipstone.adapt.prune import export_pruned
+
+        export_pruned(source, out, dtype, corpus)
     elif form == "polychromatic":
         from skipstone.model.released.convert import convert_to
 
@@ -77,4 +84,4 @@ def _write(source: str, out: Path, form: str, dtype: str | None, corpus: str | N
     else:
         from skipstone.core.strict import unknown
 
-        raise UserError(unknown("--to", form, ["dense", "hardened", "polychromatic"]))
+        raise UserError(unknown("--to", form, ["dense", *CALIBRATED, "polychromatic"]))

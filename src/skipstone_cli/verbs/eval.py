@@ -18,6 +18,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
     corpus: Annotated[str | None, typer.Option(help="Another corpus; needed for a saved model.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Another number of tokens a row.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SHARE,...", help="Set the model to these shares of its dense FLOPs, too.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness, in place of a corpus.")
     ] = None,
@@ -28,7 +31,8 @@ def evaluate(
     """Oracle, causal and executed loss on a whole split, and what the mechanisms did; or scores of tasks."""
     existing_dir(run, "run folder")
     check_targets(json=json, markdown=None)
-    _check(tasks, corpus=corpus, context=context, include_path=include_path, limit=limit)
+    _check(tasks, corpus=corpus, context=context, budget=budget, include_path=include_path, limit=limit)
+    budgets = _shares(budget)
     if tasks is not None:
         from skipstone.evaluate.harness import evaluate_tasks
 
@@ -42,13 +46,20 @@ def evaluate(
 
     from skipstone.evaluate.run import evaluate as measure
 
-    figures = measure(run, split=split, batch_size=batch_size, corpus=corpus, context=context)
+    figures = measure(run, split=split, batch_size=batch_size, corpus=corpus, context=context, budgets=budgets)
     publish(figures, json=json, markdown=None)
+
+
+def _shares(budget: str | None) -> list[float]:
+    try:
+        return [] if budget is None else [float(share) for share in budget.split(",")]
+    except ValueError:
+        raise UserError(f"--budget takes shares of the dense FLOPs, such as 0.6 or .4,.6,.8; got {budget!r}") from None
 
 
 def _check(tasks: str | None, **given: object) -> None:
     """An option that would have no effect is a mistake. Raises UserError."""
-    idle = ("corpus", "context") if tasks is not None else ("include_path", "limit")
+    idle = ("corpus", "context", "budget") if tasks is not None else ("include_path", "limit")
     for name in idle:
         if given[name] is not None:
             other = "with --tasks" if tasks is not None else "without --tasks"

@@ -22,6 +22,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the dense FLOPs to execute; needs `skipstone calibrate`.")
+    ] = None,
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour tokens by the compute they took.")] = False,
 ) -> None:
     """Stream text from a model."""
@@ -36,6 +39,13 @@ def generate(
     from skipstone.generate.run import stream
 
     pieces = stream(
-        run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, greedy=greedy
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        greedy=greedy,
+        budget=budget,
     )
     show(pieces, colour=show_depth)

@@ -7,19 +7,24 @@ from typing import Annotated
 
 import typer
 
-from skipstone_cli.paths import existing_dir, new_path
+from skipstone_cli.paths import existing_dir, existing_file, new_path
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to show.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="From `eval --budget --json`; may be given again.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about runs."""
     for run in runs:
         existing_dir(run, "run folder")
+    for file in evaluation or []:
+        existing_file(file, "--evaluation")
     new_path(out, "--out")
 
     from skipstone.report.run import write_report
 
-    write_report(runs, out)
+    write_report(runs, out, evaluations=evaluation or [])
     typer.echo(f"written: {out}")

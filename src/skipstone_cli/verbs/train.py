@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from skipstone_cli.errors import UserError
 
 
 def train(
@@ -15,13 +17,34 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write; the recipe's own if absent.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print FLOPs, memory and hours on a GPU; train nothing.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="With --estimate: A100, H100, ...; H100 if absent.")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(metavar="0.4", help="With --estimate: the share of its peak FLOP/s that is reached.")
+    ] = None,
 ) -> None:
     """Train a model from a recipe into a run folder."""
     from skipstone_cli.overrides import load_recipe
 
+    idle = {"--gpu": gpu, "--mfu": mfu} if not estimate else {"--out": out, "--resume": resume or None}
+    for option, value in idle.items():
+        if value is not None:
+            raise UserError(f"{option} would have no effect {'with' if estimate else 'without'} --estimate")
     config = load_recipe(recipe, overrides or [])
+    if estimate:
+        _print_estimate(config, gpu, mfu)
+        return
 
     from skipstone.train.run import train as run
 
     folder = run(config, out=out, resume=resume)
     typer.echo(f"run folder: {folder}")
+
+
+def _print_estimate(config: dict[str, Any], gpu: str | None, mfu: float | None) -> None:
+    from skipstone.train import estimate
+
+    for line in estimate.estimate(config, gpu=gpu or "H100", mfu=estimate.MFU if mfu is None else mfu).lines():
+        typer.echo(line)

@@ -37,9 +37,10 @@ class Threshold(Decision):
 
     is_causal = True
     trains_router = True
+    line = 0.0
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        return score_BT > 0
+        return score_BT > self.line
 
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, asked_BT: Tensor) -> Tensor | None:
         return F.binary_cross_entropy_with_logits(score_BT, kept_BT.float(), reduction="none")

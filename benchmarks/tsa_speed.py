@@ -1,0 +1,179 @@
+"""Token-Selective Attention beside the dense model of its size, in turns: sparse prefill and decoding steps.
+
+    python benchmarks/tsa_speed.py [--sizes small large] [--prompts 8 64] [--rows 1 2 4 8 16 32 64] [--out results]
+
+Random weights; every block but the first has a gate, whose threshold is set where the scores of random text ask for the
+share of skipped tokens. Prefill: time and counted FLOPs of a prompt, by those of the dense model. Decoding: one token a
+row and step. `--out` keeps tsa_speed.json and tsa_speed.md; a size that was measured before stays in them. Threads:
+OMP_NUM_THREADS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoding import Decoding, Size, calibrate, routers, text
+from publish import closing, keep, middle, ratios_in_turns
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.evaluate.flops import count_flops
+from skipstone.evaluate.speed import prefill, take_turns
+from skipstone.train.environment import describe
+
+SKIPPED, KV = (0.25, 0.5, 0.75), ("full", "kept")
+PROMPTS, ROWS, CONTEXT, TURNS, CALIBRATION = (8, 64), (1, 2, 4, 8, 16, 32, 64), 512, 7, 8
+SIZES = {
+    "small": Size(width=256, blocks=8, vocabulary=256, steps=32, turns=11),
+    "large": Size(width=512, blocks=8, vocabulary=256, steps=24, turns=7),
+}
+ABOUT = f"""fp32, every block but the first gated, gates hard. *Skipped* is the share of tokens and gated blocks that
+was really skipped; *asked for* what the thresholds were set for. `kv: full` computes keys and values of skipped tokens.
+
+Prefill: prompts of {CONTEXT} tokens, with a cache. *FLOPs* are counted while they execute, gates included, by those of
+the dense model; *time* likewise, in the same turn. Asked is a time of at most 1.10 times the FLOPs.
+
+Decoding: *speed* is the dense model's seconds a step by the gated model's, so tokens per second by the dense model's.
+Asked is 1 or more."""
+
+
+def model_of(size: Size, skipped: float = 0.0, kv: str = "full") -> SkipstoneForCausalLM:
+    """Dense where nothing is skipped."""
+    torch.manual_seed(0)
+    gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - skipped, "training": "hard", "kv": kv}
+    config = SkipstoneConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        num_hidden_layers=size.blocks,
+        num_attention_heads=size.width // 64,
+        mechanisms=[gate] if skipped else [],
+    )
+    return SkipstoneForCausalLM(config).eval()
+
+
+def prompts(size: Size, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry for each number of rows, share and kind of keys."""
+    dense, found = model_of(size), []
+    for count in rows:
+        ids = text(size, count, CONTEXT, seed=3)
+        whole = count_flops(_prompt(dense, ids)).total
+        for skipped in SKIPPED:
+            for kv in KV:
+                model = model_of(size, skipped, kv)
+                calibrate(model, text(size, CALIBRATION, CONTEXT, seed=4))
+                ours = _prompt(model, ids)
+                found.append(
+                    {
+                        "rows": count,
+                        "asked": skipped,
+                        "kv": kv,
+                        "skipped": 1 - share_kept(model, ids),
+                        "flops": count_flops(ours).total / whole,
+                        "time": middle(ratios_in_turns(ours, _prompt(dense, ids), TURNS)),
+                    }
+                )
+                print(found[-1], flush=True)
+    return found
+
+
+def _prompt(model: SkipstoneForCausalLM, ids: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        prefill(model, ids)
+
+    return run
+
+
+@torch.inference_mode()
+def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
+    records = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
+    return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
+
+
+def steps(size: Size, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry for each number of rows and share; all shares and the dense model take turns."""
+    models = {0.0: model_of(size), **{skipped: model_of(size, skipped) for skipped in SKIPPED}}
+    found = []
+    for count in rows:
+        decodings = {skipped: Decoding(model, size, count) for skipped, model in models.items()}
+        rates = take_turns({skipped: decoding.lap for skipped, decoding in decodings.items()}, size.turns)
+        seconds = {skipped: [lap.seconds / size.steps for lap in rate.laps] for skipped, rate in rates.items()}
+        for skipped in SKIPPED:
+            found.append(
+                {
+                    "rows": count,
+                    "asked": skipped,
+                    "skipped": 1 - decodings[skipped].computed() / count,
+                    "dense_seconds": statistics.median(seconds[0.0]),
+                    "speed": middle([a / b for a, b in zip(seconds[0.0], seconds[skipped], strict=True)]),
+                }
+            )
+            print(found[-1], flush=True)
+    return found
+
+
+def render(figures: dict[str, Any]) -> str:
+    """Markdown from the record alone."""
+    lines = [ABOUT]
+    for name, found in figures["sizes"].items():
+        lines += ["", f"## {name}: d {found['width']}, {found['blocks']} blocks", "", *_prompts(found["prompts"])]
+        lines += ["", *_steps(found["steps"]), "", closing(found["command"], found["environment"])]
+    return "\n".join(lines) + "\n"
+
+
+def _prompts(found: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| prefill, rows | kv | asked for | skipped | FLOPs | time (least to greatest) | time / FLOPs |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    return lines + [
+        f"| {one['rows']} | {one['kv']} | {one['asked']:.0%} | {one['skipped']:.1%} | {one['flops']:.3f} "
+        f"| {_shown(one['time'])} | {one['time']['median'] / one['flops']:.2f} |"
+        for one in found
+    ]
+
+
+def _steps(found: list[dict[str, Any]]) -> list[str]:
+    speeds = {(one["rows"], one["asked"]): one for one in found}
+    heads = " | ".join(f"speed, {skipped:.0%} asked for (skipped)" for skipped in SKIPPED)
+    lines = [f"| decoding, rows | dense, ms a step | {heads} |", f"|---:|---:|{'---:|' * len(SKIPPED)}"]
+    for rows in dict.fromkeys(one["rows"] for one in found):
+        each = [speeds[rows, skipped] for skipped in SKIPPED]
+        cells = " | ".join(f"{_shown(one['speed'])}, {one['skipped']:.0%}" for one in each)
+        lines.append(f"| {rows} | {1e3 * each[0]['dense_seconds']:.2f} | {cells} |")
+    return lines
+
+
+def _shown(ratios: dict[str, float]) -> str:
+    return "{median:.3f} ({min:.3f} to {max:.3f})".format(**ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--prompts", nargs="*", type=int, default=list(PROMPTS), help="rows of a prefill")
+    parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS), help="rows of a decoding step")
+    parser.add_argument("--out", type=Path, help="keep tsa_speed.json and tsa_speed.md in this folder")
+    given = parser.parse_args()
+    kept = given.out / "tsa_speed.json" if given.out else None
+    figures = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.is_file() else {"sizes": {}}
+    for name in given.sizes:
+        size = SIZES[name]
+        parts = f"--prompts {' '.join(map(str, given.prompts))} --rows {' '.join(map(str, given.rows))}"
+        figures["sizes"][name] = {
+            **vars(size),
+            "prompts": prompts(size, given.prompts),
+            "steps": steps(size, given.rows),
+            "command": f"python benchmarks/tsa_speed.py --sizes {name} {parts} --out results",
+            "environment": describe(seed=0),
+        }
+    keep(given.out, "tsa_speed", "Token-Selective Attention: time beside the dense model", figures, render(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Cut the groups of neurons that a calibration set never uses out of the weights.
+
+On that set the pruned model computes what the whole one does: a group that was never among the kept ones is missed by
+nobody, and the others keep their order. Elsewhere a group that would have been chosen gives its place to the next best.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.evaluate.opened import batches, open_run
+from skipstone.evaluate.ways import Way
+from skipstone.mechanisms.neuron_groups import NAME
+from skipstone.model.card import write_card
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.loading import from_tensors, named_dtype, quiet
+from skipstone.model.writing import complete
+from skipstone.ops.neurons import kept_part
+
+BATCH, BATCHES = 8, 8  # rows to calibrate on
+
+
+def export_pruned(
+    folder: str | Path, out: Path, dtype: str | None = None, corpus: str | None = None
+) -> SkipstoneForCausalLM:
+    """Write `prune(...)` of a run or saved model to the folder `out`, calibrated on training rows, and return it.
+
+    corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without neuron groups or a
+    corpus, and FileExistsError if `out` holds something.
+    """
+    opened = open_run(Path(folder), "train", corpus)
+    require_groups(opened.model)
+    if opened.data is None:
+        raise ValueError(f"{str(folder)!r} is a saved model without a recipe; name the corpus to calibrate on")
+    rows = islice(batches(opened.data, BATCH, opened.model.device), BATCHES)
+    with complete(Path(out)) as partial, quiet():
+        pruned = prune(opened.model, used_groups(opened.model, opened.main, rows))
+        pruned = pruned.to(named_dtype(dtype, opened.model.dtype))
+        pruned.save_pretrained(partial)
+        write_card(pruned, partial, title=Path(out).name, source=Path(folder).name)
+        tokenizer = opened.run.load_tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return pruned
+
+
+@torch.no_grad()
+def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCausalLM:
+    """A new model with these groups alone: `used` is a bool mask [G] for each layer (`used_groups`).
+
+    Layers of which fewer groups are used than a token keeps have the first of the others as well. Raises ValueError for
+    a model without neuron groups.
+    """
+    require_groups(model)
+    tensors, left = dict(model.state_dict()), []
+    for layer, block in enumerate(model.model.layers):
+        router: Any = block.mlp.router  # type: ignore[union-attr]
+        used_first_G = (~used[layer]).to(torch.int8).argsort(stable=True)
+        count = max(int(used[layer].sum()), router.config.kept(router.neurons))
+        group_K = used_first_G[:count].sort().values
+        _cut(tensors, f"model.layers.{layer}.mlp.", group_K, router.total)
+        left.append(count)
+    config = copy.deepcopy(model.config)
+    config.neuron_groups = {**(config.neuron_groups or {}), "left": left}
+    with quiet():
+        pruned = from_tensors(config, {n: x.clone() for n, x in tensors.items()}, model.dtype)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned.train(model.training)
+
+
+def used_groups(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """bool [G] for each layer: the groups that some token of `batches` keeps."""
+    layers: Any = model.model.layers
+    used = [torch.zeros(block.mlp.router.total, dtype=torch.bool, device=model.device) for block in layers]
+    for batch in batches:
+        records = way.run(model, batch, output_records=True).records
+        assert records is not None
+        for used_G, decided in zip(used, records, strict=True):
+            record: Any = decided[NAME]
+            used_G |= record.kept_BTG.any(0).any(0)
+    return used
+
+
+def require_groups(model: SkipstoneForCausalLM) -> None:
+    """Raise ValueError for a model whose neurons are always on."""
+    if model.config.neuron_groups is None:
+        raise ValueError("only models with neuron_groups can be pruned; this one has none")
+    if model.config.neuron_groups.get("decision", "learned") != "learned":
+        raise ValueError("neuron_groups with decision 'random' use every group sooner or later; nothing can be pruned")
+
+
+def _cut(tensors: dict[str, Tensor], prefix: str, group_K: Tensor, total: int) -> None:
+    for name, axis in (("gate_proj.weight", 0), ("up_proj.weight", 0), ("down_proj.weight", 1)):
+        tensors[prefix + name] = kept_part(tensors[prefix + name], group_K, total, axis)
+    if prefix + "activation.preference_bias" in tensors:  # of PolyGLU, one for each neuron
+        name = prefix + "activation.preference_bias"
+        tensors[name] = kept_part(tensors[name], group_K, total, 0)
+    for name in ("router.score_weight", "router.score_bias", "router.balance_bias"):
+        if prefix + name in tensors:
+            tensors[prefix + name] = tensors[prefix + name].index_select(0, group_K)

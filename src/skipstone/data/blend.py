@@ -1,0 +1,165 @@
+"""Rows from several sources: how often each is read, and how that changes while a model trains.
+
+Nothing is drawn from a state: which source gives row i, and which of its windows that is, follow from the fields and i.
+Shapes: N rows in all, S sources, B rows of a batch, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.core.strict import unknown
+from skipstone.data import draws
+from skipstone.data.packing import CoveringWindows, WindowsOnce
+from skipstone.data.rows import Batch, RowDataset
+
+SOURCE_STREAM = 1 << 20  # far from those that windows are drawn from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """Shares of the rows by source, in any unit: `start` until `anneal_from` of the training, then in a straight line
+    to `end` at its last row. end: None: `start` to the end."""
+
+    start: dict[str, float]
+    end: dict[str, float] | None = None
+    anneal_from: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, shares in (("start", self.start), ("end", self.end)):
+            if shares is not None and not (all(map(_is_share, shares.values())) and sum(shares.values()) > 0):
+                raise ValueError(f"blend.{name} must be shares that are not negative and not all 0, got {shares}")
+        if not 0 <= self.anneal_from < 1:
+            raise ValueError(f"blend.anneal_from must be in [0, 1), got {self.anneal_from}")
+        if self.end is None and self.anneal_from:
+            raise ValueError("blend.anneal_from has no effect without blend.end")
+
+    @property
+    def sources(self) -> list[str]:
+        """Those that some row comes from, in order of their names."""
+        return sorted(name for name in {**self.start, **(self.end or {})} if self._share(name) > 0)
+
+    def _share(self, name: str) -> float:
+        return self.start.get(name, 0.0) + (self.end or {}).get(name, 0.0)
+
+    def shares(self, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[N, S], each row's sum 1. progress: 0 at the first row, 1 after the last."""
+        start_S, end_S = (_normalised(shares, self.sources) for shares in (self.start, self.end or self.start))
+        way_N1 = np.clip((progress_N[:, None] - self.anneal_from) / (1 - self.anneal_from), 0, 1)
+        return (1 - way_N1) * start_S + way_N1 * end_S
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")
+
+
+def _normalised(shares: Mapping[str, float], sources: Sequence[str]) -> NDArray[np.float64]:
+    found = np.array([shares.get(name, 0.0) for name in sources])
+    return found / found.sum()
+
+
+def check_sources(blend: Blend, known: Sequence[str]) -> None:
+    """Raise ValueError for a source that is not there."""
+    for name in {**blend.start, **(blend.end or {})}:
+        if name not in known:
+            raise ValueError(unknown("source in blend", name, known))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Joined(RowDataset):
+    """Rows of several parts; which row of which, `plan` says."""
+
+    @property
+    def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """For each row its part and its place in there, [N] each."""
+        raise NotImplementedError
+
+    def pick(self, part: int, place_B: NDArray[np.int64]) -> Batch:
+        """The rows of one part at these places."""
+        raise NotImplementedError
+
+    def batch(self, index_B: NDArray[np.int64]) -> Batch:
+        part_B, place_B = (of_row[index_B] for of_row in self.plan)
+        found: Batch = {}
+        for part in np.unique(part_B):
+            inside_B = part_B == part
+            for name, x_BT in self.pick(int(part), place_B[inside_B]).items():
+                found.setdefault(name, np.zeros((len(index_B), x_BT.shape[1]), np.int64))[inside_B] = x_BT
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlendedWindows(_Joined):
+    """For training. A source's windows lie side by side; they are read in an order that the seed shuffles, each once,
+    then in another order once more. Since the blend may change, row i depends on how many rows there are.
+
+    once: raise ValueError instead of reading a window again.
+    """
+
+    sources: tuple[WindowsOnce, ...] = field(repr=False)
+    names: tuple[str, ...]
+    blend: Blend
+    seed: int
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, source in zip(self.names, self.sources, strict=True) if self.once else ():
+            asked = int((self.plan[0] == self.names.index(name)).sum())
+            if asked > source.count:
+                raise ValueError(
+                    f"{asked:,} training rows of {source.context} tokens from source {name!r}, which has "
+                    f"{source.count:,}: with sampling 'once' none is read twice; train for fewer steps, take less of "
+                    "it, or leave sampling out"
+                )
+
+    @cached_property
+    def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """Place: how many rows of the same source came before."""
+        index_N = np.arange(self.rows)
+        ends_NS = np.cumsum(self.blend.shares(index_N / self.rows), axis=1)
+        drawn_N1 = draws.uniform(self.seed, SOURCE_STREAM, index_N, 1)
+        source_N = np.minimum((drawn_N1 >= ends_NS).sum(1), len(self.sources) - 1).astype(np.int16)
+        place_N = np.zeros(self.rows, np.int64)
+        for source in range(len(self.sources)):
+            inside_N = source_N == source
+            place_N[inside_N] = np.arange(inside_N.sum())
+        return source_N, place_N
+
+    def pick(self, part: int, place_B: NDArray[np.int64]) -> Batch:
+        source = self.sources[part]
+        return source.window(source.nth(place_B))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InTurn(_Joined):
+    """For evaluation: the first row of every part, the second of every part, ..., so that a prefix has some of each."""
+
+    parts: tuple[CoveringWindows, ...] = field(repr=False)
+
+    @cached_property
+    def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        part_N = np.concatenate([np.full(len(part), i) for i, part in enumerate(self.parts)])
+        place_N = np.concatenate([np.arange(len(part)) for part in self.parts])
+        order_N = np.lexsort((part_N, place_N))[: self.rows]
+        return part_N[order_N], place_N[order_N]
+
+    def pick(self, part: int, place_B: NDArray[np.int64]) -> Batch:
+        return self.parts[part].batch(place_B)
+
+    def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        part_B, place_B = (of_row[index_B] for of_row in self.plan)
+        found_B = np.zeros(len(index_B), np.int64)
+        for i, part in enumerate(self.parts):
+            found_B[part_B == i] = part.lengths(place_B[part_B == i])
+        return found_B
+
+    def reached(self) -> list[CoveringWindows]:
+        """The parts, cut to the rows that are here; a prefix of them, where not even each part's first row is."""
+        counts = np.bincount(self.plan[0], minlength=len(self.parts))
+        return [replace(part, rows=int(n)) for part, n in zip(self.parts, counts, strict=True) if n]

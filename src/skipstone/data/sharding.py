@@ -1,0 +1,247 @@
+"""Writing shards: documents are read, encoded and written one after the other, so that any amount of text will do.
+
+Every file is written aside and renamed when it is whole; the manifest comes last. What is finished is noted, so that
+the same call goes on where another one was stopped: the documents before are read again and not encoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipstone.data.corpora import find_entry, load_corpus
+from skipstone.data.corpus import parse_percent, split_by_hash
+from skipstone.data.encode import Ids, encode_each, id_dtype
+from skipstone.data.shards import (
+    DOCUMENTS,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    TOKENIZER,
+    TOKENS,
+    Manifest,
+    Shard,
+    file_sha256,
+    open_shards,
+)
+from skipstone.data.streams import open_source
+from skipstone.data.tokenizers import build_tokenizer, check_spec
+
+PROGRESS = ".progress.json"
+SHARD_TOKENS = 1 << 27
+USUAL_SPLIT = "98-1-1"
+Report = Callable[[str, int, int], None]
+
+
+def write_shards(
+    source: str,
+    out: Path,
+    *,
+    tokenizer: str,
+    field: str | None = None,
+    split: str | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    report: Report | None = None,
+) -> Manifest:
+    """Tokenise a source into the folder `out`; go on with it, if this call was stopped before.
+
+    source: `jsonl:PATH`, `hf:...` (both as a stream) or any text corpus. tokenizer: as in `DataConfig`. field: what of
+    a JSON object or row is the document. split: per cent by hash of the documents' text, where the source has no splits
+    of its own; "98-1-1" if None. shard_tokens: a shard ends with the first document that reaches so many. report:
+    called after each shard with its split and the split's documents and tokens so far.
+    A folder that is finished and was made by the same call is left as it is. Raises ValueError, FileNotFoundError or
+    FileExistsError, one line; never overwrites what it has not written.
+    """
+    if find_entry(source)[0].kind != "text":
+        raise ValueError(f"{source!r} has no text to tokenise: name a corpus of documents, jsonl:PATH or hf:OWNER/NAME")
+    check_spec(tokenizer)
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
+    opened = open_source(source, field)
+    if split is not None and "" not in opened.streams:
+        raise ValueError(f"{source!r} has splits of its own ({', '.join(opened.streams)}): leave split out")
+    if tokenizer == "char" and "" in opened.streams:
+        raise ValueError(f"tokenizer 'char' has to see all of the text first, and {source!r} is a stream: take byte")
+    percent = parse_percent(split or USUAL_SPLIT, "split")
+    built = build_tokenizer(tokenizer, load_corpus(source) if tokenizer == "char" else None)
+    settings = {"source": source, "field": field, "split": split, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
+    work = _Work(out, {**settings, "size": opened.size}, built, report)
+    if work.finished is not None:
+        return work.finished
+    for own, stream in opened.streams.items():
+        work.write(stream(), partial(split_by_hash, percent=percent) if not own else partial(_given, own))
+    return work.finish()
+
+
+def _given(split: str, document: str) -> str:
+    return split
+
+
+class _Work:
+    """The state of a folder while it is written: for each split its shards, and the place in its stream after them."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], tokenizer: Any, report: Report | None) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("this tokenizer has no eos token, which shards need after every document")
+        self.out, self.tokenizer, self.report = out, tokenizer, report
+        self.settings = settings
+        self.dtype = id_dtype(tokenizer)
+        self.shards: dict[str, list[Shard]] = {}
+        self.place: dict[str, int] = {}
+        self.finished: Manifest | None = None
+        known = self._known()
+        if known is None:
+            out.mkdir(parents=True, exist_ok=True)
+            self._save()
+        elif known != settings:
+            key = next(key for key in settings if known.get(key) != settings[key])
+            raise FileExistsError(
+                f"{str(out)!r} was begun with {key} {known.get(key)!r}, not {settings[key]!r}; go on as it was begun, "
+                "or name another folder"
+            )
+
+    def _known(self) -> dict[str, Any] | None:
+        """The settings that this folder was begun with, its state taken over; None for a folder that is new."""
+        if (self.out / MANIFEST).is_file():
+            self.finished = open_shards(self.out).manifest
+            return self.finished.settings
+        path = self.out / PROGRESS
+        if not path.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise FileExistsError(
+                    f"{str(self.out)!r} exists already and nothing is overwritten; name another folder"
+                )
+            return None
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.shards = {split: [Shard(**shard) for shard in shards] for split, shards in state["shards"].items()}
+        self.place = state["place"]
+        return dict(state["settings"])
+
+    def _save(self) -> None:
+        shards = {split: [dataclasses.asdict(shard) for shard in shards] for split, shards in self.shards.items()}
+        _write_json(self.out / PROGRESS, {"settings": self.settings, "place": self.place, "shards": shards})
+
+    def write(self, documents: Iterable[str], split_of: Callable[[str], str]) -> None:
+        """One stream to its end."""
+        open_files: dict[str, _File] = {}
+        try:
+            for place, split, size, ids in self._encoded(documents, split_of):
+                if split not in open_files:
+                    open_files[split] = _File(self.out, f"{split}-{len(self.shards.get(split, [])):05}", self.dtype)
+                open_files[split].add(ids, size)
+                if open_files[split].tokens >= self.settings["shard_tokens"]:
+                    self._close(split, open_files.pop(split), place + 1)
+            for split, file in sorted(open_files.items()):
+                self._close(split, file, place + 1)
+        finally:
+            for file in open_files.values():
+                file.file.close()
+
+    def _encoded(self, documents: Iterable[str], split_of: Callable[[str], str]) -> Iterator[tuple[int, str, int, Ids]]:
+        """Place in the stream, split, bytes and ids (its eos included) of each document that is still to be written."""
+        eos = np.array([self.tokenizer.eos_token_id], self.dtype)
+        waiting: deque[tuple[int, str, int]] = deque()
+
+        def wanted() -> Iterator[str]:
+            for place, text in enumerate(documents):
+                if text and place >= self.place.get(split := split_of(text), 0):
+                    waiting.append((place, split, _bytes(text, place, self.settings["source"])))
+                    yield text
+
+        for ids in encode_each(self.tokenizer, wanted(), self.dtype):
+            yield *waiting.popleft(), np.concatenate((ids, eos))
+
+    def _close(self, split: str, file: _File, place: int) -> None:
+        self.shards.setdefault(split, []).append(file.close())
+        self.place[split] = place
+        self._save()
+        if self.report is not None:
+            done = self.shards[split]
+            self.report(split, sum(shard.documents for shard in done), sum(shard.tokens for shard in done))
+
+    def finish(self) -> Manifest:
+        """Tokenizer and manifest."""
+        for split in ("train", "validation"):
+            if split not in self.shards:
+                raise ValueError(f"{self.settings['source']!r} has no text in its split {split!r}; name another split")
+        self.tokenizer.save_pretrained(self.out / TOKENIZER)
+        definition = self.out / TOKENIZER / "tokenizer.json"
+        if not definition.is_file():
+            raise ValueError("shards need a tokenizer of the tokenizers library, which is saved as tokenizer.json")
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            settings=self.settings,
+            tokenizer_sha256=file_sha256(definition),
+            vocab_size=len(self.tokenizer),
+            dtype=self.dtype.name,
+            splits=self.shards,
+        )
+        _write_json(self.out / MANIFEST, dataclasses.asdict(manifest))
+        (self.out / PROGRESS).unlink()
+        return manifest
+
+
+class _File:
+    """The files of a shard that is being written: hidden, then under their names."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self.folder, self.name, self.dtype = folder, name, dtype
+        self.partial = folder / f".{name}{TOKENS}.partial"
+        self.file = self.partial.open("wb")
+        self.sha256 = hashlib.sha256()
+        self.tokens = 0
+        self.index: list[tuple[int, int]] = []
+
+    def add(self, ids: Ids, size: int) -> None:
+        data = ids.astype(self.dtype, copy=False).tobytes()
+        self.file.write(data)
+        self.sha256.update(data)
+        self.index.append((self.tokens, size))
+        self.tokens += len(ids)
+
+    def close(self) -> Shard:
+        _sync(self.file)
+        index = np.array(self.index, INDEX).tobytes()
+        aside = self.folder / f".{self.name}{DOCUMENTS}.partial"
+        with aside.open("wb") as file:
+            file.write(index)
+            _sync(file)
+        aside.replace(self.folder / f"{self.name}{DOCUMENTS}")
+        self.partial.replace(self.folder / f"{self.name}{TOKENS}")
+        return Shard(
+            name=self.name,
+            tokens=self.tokens,
+            documents=len(self.index),
+            bytes=sum(size for _, size in self.index),
+            sha256=self.sha256.hexdigest(),
+            documents_sha256=hashlib.sha256(index).hexdigest(),
+        )
+
+
+def _sync(file: Any) -> None:
+    """On the disk before anything says that it is."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _bytes(text: str, place: int, source: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"document {place} of {source!r} is not text: half a surrogate at {error.start}") from None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)

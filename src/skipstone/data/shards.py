@@ -1,0 +1,190 @@
+"""Tokenised shards on disk: their manifest, and reading them without loading them.
+
+A folder of shards, written by `sharding.py`:
+
+    manifest.json                 what is in it, with the SHA-256 of every other file; written last
+    tokenizer/                    Hugging Face's format
+    train-00000.tokens            token ids, little-endian uint16 or uint32, an eos after every document
+    train-00000.documents         little-endian int64 [D, 2]: where each document starts, and its text's bytes
+
+Ids are memory-mapped: a row is read when it is asked for, and the system keeps in memory what it has room for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.core.strict import from_dict, unknown
+from skipstone.data.encode import Encoded, Ids
+from skipstone.data.tokenizers import load_saved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+TOKENS, DOCUMENTS = ".tokens", ".documents"  # what files of a shard end with
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+INDEX = np.dtype("<i8")
+AGAIN = "make the shards again with skipstone prepare"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One pair of files. name: without its ending. sha256, documents_sha256: of either file."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+    documents_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds. bytes: UTF-8 bytes of the text. settings: how it was made, for the reader."""
+
+    format_version: int
+    settings: dict[str, Any]
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str
+    splits: dict[str, list[Shard]]
+
+    def total(self, split: str, what: str) -> int:
+        """Sum of `tokens`, `documents` or `bytes` over the shards of a split."""
+        return sum(getattr(shard, what) for shard in self.splits[split])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardSet:
+    """An opened folder. sha256: of its manifest, which holds those of all its files."""
+
+    folder: Path
+    manifest: Manifest
+    sha256: str
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_saved(self.folder / TOKENIZER)
+
+    def encoded(self, split: str) -> Encoded:
+        """The documents of a split, its ids still on disk. Every file is read once, and its SHA-256 compared.
+
+        Raises ValueError for a split that is not there, and for a file that is not the one the manifest names.
+        """
+        if split not in self.manifest.splits:
+            raise ValueError(unknown(f"split of shards {str(self.folder)!r}", split, self.manifest.splits))
+        shards = self.manifest.splits[split]
+        check(self.folder, self.manifest, [split])
+        dtype = DTYPES[self.manifest.dtype]
+        ids = Stitched([np.memmap(self.folder / f"{shard.name}{TOKENS}", dtype, "r") for shard in shards])
+        index = [np.fromfile(self.folder / f"{shard.name}{DOCUMENTS}", INDEX).reshape(-1, 2) for shard in shards]
+        starts = [part[:, 0] + start for part, start in zip(index, ids.starts, strict=True)]
+        return Encoded(
+            ids=ids,
+            document_starts=np.concatenate(starts).astype(np.int64),
+            document_bytes=np.concatenate([part[:, 1] for part in index]).astype(np.int64),
+        )
+
+
+class Stitched:
+    """Arrays of token ids as if they were one; only what is indexed is read. `x[slice]` and `x[integers]` copy."""
+
+    def __init__(self, parts: Sequence[Ids]) -> None:
+        self.parts = parts
+        self.ends: NDArray[np.int64] = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self.starts = self.ends - np.array([len(part) for part in parts], np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, at: slice | NDArray[np.int64]) -> Ids:
+        slots = np.arange(*at.indices(len(self))) if isinstance(at, slice) else at
+        part_of = np.searchsorted(self.ends, slots, side="right")
+        found = np.empty(slots.shape, self.parts[0].dtype)
+        for part in np.unique(part_of):
+            inside = part_of == part
+            found[inside] = self.parts[part][slots[inside] - self.starts[part]]
+        return found
+
+
+def open_shards(folder: Path) -> ShardSet:
+    """Read the manifest and check the tokenizer against it; no token is read.
+
+    Raises FileNotFoundError for a folder without shards, or where they are not finished; ValueError for a manifest of
+    another form and a tokenizer that is another one.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no finished shards ({MANIFEST} is absent); {AGAIN}")
+    text = path.read_bytes()
+    try:
+        manifest = _manifest(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a manifest of shards ({error}); {AGAIN}") from None
+    if manifest.format_version != FORMAT_VERSION or manifest.dtype not in DTYPES:
+        raise ValueError(
+            f"{path}: format_version {manifest.format_version} with {manifest.dtype} is not known to this release, "
+            f"which reads {FORMAT_VERSION} with {' or '.join(DTYPES)}"
+        )
+    _compare(folder / TOKENIZER / "tokenizer.json", None, manifest.tokenizer_sha256)
+    return ShardSet(folder=folder, manifest=manifest, sha256=hashlib.sha256(text).hexdigest())
+
+
+def _manifest(values: Any) -> Manifest:
+    splits = {split: [from_dict(Shard, shard, split) for shard in shards] for split, shards in values["splits"].items()}
+    return from_dict(Manifest, {**values, "splits": splits})
+
+
+def open_sources(folder: Path) -> dict[str, ShardSet]:
+    """The shards of a folder under its name; or, of a folder of such folders, all of them under theirs.
+
+    Raises as `open_shards`, and ValueError where they were made with different tokenizers.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"corpus shards:FOLDER: there is no folder {str(folder)!r}")
+    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    several = inside and not (folder / MANIFEST).is_file()
+    opened = {path.name: open_shards(path) for path in (inside if several else [folder.resolve()])}
+    first, *others = opened
+    for other in others:
+        if opened[other].manifest.tokenizer_sha256 != opened[first].manifest.tokenizer_sha256:
+            raise ValueError(f"shards {str(folder)!r}: {first!r} and {other!r} were made with different tokenizers")
+    return opened
+
+
+def fingerprint(sets: Mapping[str, ShardSet]) -> str:
+    """One SHA-256 for all of them and their names."""
+    return hashlib.sha256("".join(f"{name} {sets[name].sha256}\n" for name in sorted(sets)).encode()).hexdigest()
+
+
+def check(folder: Path, manifest: Manifest, splits: Sequence[str]) -> None:
+    """Read all files of the splits. Raises ValueError, one line, for the first that differs from the manifest."""
+    itemsize = DTYPES[manifest.dtype].itemsize
+    for shard in (shard for split in splits for shard in manifest.splits[split]):
+        _compare(folder / f"{shard.name}{TOKENS}", shard.tokens * itemsize, shard.sha256)
+        _compare(folder / f"{shard.name}{DOCUMENTS}", shard.documents * 2 * INDEX.itemsize, shard.documents_sha256)
+
+
+def _compare(path: Path, size: int | None, sha256: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is named in {MANIFEST} and is not there; {AGAIN}")
+    actual = path.stat().st_size
+    if size is not None and actual != size:
+        raise ValueError(f"{path} is damaged: it has {actual} bytes, {MANIFEST} says {size}; {AGAIN}")
+    if (digest := file_sha256(path)) != sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {digest}, {MANIFEST} says {sha256}; {AGAIN}")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

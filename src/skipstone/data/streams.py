@@ -1,0 +1,80 @@
+"""Documents one after the other, for corpora that need not fit into memory: what `skipstone prepare` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from skipstone.core.strict import unknown
+from skipstone.data import users
+from skipstone.data.corpora import load_corpus
+from skipstone.data.corpus import Corpus
+
+TEXT = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Streams of documents. Each is either one split, or is shared out by the hash of the documents' text.
+
+    streams: by the split that they are; under "" the one that is to be shared out. size: bytes of the files that are
+    read, None where that is not known.
+    """
+
+    streams: Mapping[str, Callable[[], Iterator[str]]]
+    size: int | None = None
+
+
+def open_source(name: str, field: str | None = None) -> Source:
+    """`jsonl:PATH` and `hf:...`, read as a stream; any text corpus of the registry, with its own splits.
+
+    field: which one of a JSON object or a row is the document; `text` if None (of a dataset: or its only string).
+    Raises ValueError or FileNotFoundError, one line, for what cannot be read.
+    """
+    head, _, argument = name.partition(":")
+    if head == "jsonl":
+        files = users.jsonl_files(argument)
+        return Source(streams={"": partial(_lines, files, field or TEXT)}, size=sum(f.stat().st_size for f in files))
+    if head == "hf":
+        return _dataset(argument, field)
+    if field is not None:
+        raise ValueError(f"field is for jsonl: and hf: alone, got {field!r} with {name!r}")
+    corpus = load_corpus(name)
+    return Source(streams={split: partial(_documents, corpus, split) for split in corpus.splits})
+
+
+def _documents(corpus: Corpus, split: str) -> Iterator[str]:
+    return iter(corpus.documents(split))
+
+
+def _lines(files: list[Path], field: str) -> Iterator[str]:
+    return chain.from_iterable(users.read_jsonl(file, field) for file in files)
+
+
+def _dataset(argument: str, field: str | None) -> Source:
+    """Its own splits where it has train and validation; else its train split, to be shared out."""
+    loaded = users.load_dataset(argument, streaming=True)
+    found = {split: next((n for n in names if n in loaded), None) for split, names in users.OWN_SPLITS.items()}
+    if found["train"] is None:
+        raise ValueError(f"corpus hf:{argument} has no split 'train' (splits: {', '.join(map(str, loaded))})")
+    if found["validation"] is None:
+        found = {"": found["train"]}
+    return Source(
+        streams={split: partial(_rows, loaded[own], argument, field) for split, own in found.items() if own is not None}
+    )
+
+
+def _rows(rows: Any, argument: str, field: str | None) -> Iterator[str]:
+    for row in rows:
+        if field is None:
+            strings = [name for name, value in row.items() if isinstance(value, str)]
+            field = TEXT if TEXT in row or len(strings) != 1 else strings[0]
+        if field not in row:
+            raise ValueError(unknown(f"column of hf:{argument}", field, row))
+        if not isinstance(row[field], str | None):
+            raise ValueError(f"column {field!r} of hf:{argument} is not text: {str(row[field])[:40]!r}")
+        yield row[field] or ""

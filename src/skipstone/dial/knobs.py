@@ -1,0 +1,209 @@
+"""The thresholds of a model that say who is kept: one interface over mechanisms that keep them in different places.
+
+A token is kept where its score is above the knob's line. The score is what records hold, so that a calibration reads it
+from ordinary passes: a router's logit, or the logit of a gate's gain.
+
+Shape letters: B rows, T tokens, N tokens that were asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.core.records import DepthRecord, Records
+from skipstone.mechanisms import EarlyExit, TokenSelective
+from skipstone.mechanisms.decisions import EmaThreshold
+from skipstone.model.build import placed
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+State = list[float | None]
+LARGEST_LOGIT = 30.0  # a gain of 1 - 1e-13: above all that fp32 can hold, and still below 1
+EPSILON = 1e-12
+
+
+def is_gate(mechanism: Any) -> bool:
+    """Whether a threshold on its gain says who is left out."""
+    if isinstance(mechanism, TokenSelective):
+        return mechanism.decision is None and mechanism.config.execution == "hard"
+    return isinstance(mechanism, EarlyExit) and mechanism.config.execution == "hard"
+
+
+class Knob:
+    """One threshold, of one block or of several that share it.
+
+    name: blocks and mechanism. lasting: whether a saved model keeps what was turned.
+    """
+
+    lasting = True
+
+    def __init__(self, name: str, mechanisms: Sequence[Any]) -> None:
+        self.name, self.mechanisms = name, list(mechanisms)
+
+    @property
+    def line(self) -> float:
+        """The score above which a token is kept."""
+        raise NotImplementedError
+
+    def turn(self, line: float) -> None:
+        raise NotImplementedError
+
+    def state(self) -> State:
+        """All that `turn` changes, to the bit."""
+        raise NotImplementedError
+
+    def restore(self, state: State) -> None:
+        raise NotImplementedError
+
+    def scores(self, records: Sequence[Records]) -> Tensor:
+        """[N]: of all tokens that were asked in a pass."""
+        found = [records[m.place.layer].get(m.place.name) for m in self.mechanisms]
+        # None: inside a block that kept nobody
+        parts = [self._scores(r)[r.asked_BT] for r in found if isinstance(r, DepthRecord)]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _scores(self, record: DepthRecord) -> Tensor:
+        return record.score_BT
+
+
+class RunningKnob(Knob):
+    """The threshold of `ema_threshold`, a buffer of the model."""
+
+    @property
+    def _decision(self) -> EmaThreshold:
+        return self.mechanisms[0].decision  # type: ignore[no-any-return]
+
+    @property
+    def line(self) -> float:
+        return float(self._decision.threshold)
+
+    def turn(self, line: float) -> None:
+        self._decision.threshold.fill_(line)
+        self._decision.steps.clamp_(min=1)  # set from text, it is as ready as one that followed a training
+
+    def state(self) -> State:
+        return [self.line, float(self._decision.steps)]
+
+    def restore(self, state: State) -> None:
+        for buffer, value in zip((self._decision.threshold, self._decision.steps), state, strict=True):
+            buffer.fill_(value)  # type: ignore[arg-type]
+
+
+class FixedKnob(Knob):
+    """The line of `threshold` and `threshold_p`, a number that follows from the options when a model is loaded."""
+
+    lasting = False
+
+    @property
+    def line(self) -> float:
+        return float(self.mechanisms[0].decision.line)
+
+    def turn(self, line: float) -> None:
+        self.mechanisms[0].decision.line = line
+
+    def state(self) -> State:
+        return [self.line]
+
+    def restore(self, state: State) -> None:
+        self.mechanisms[0].decision.line = state[0]
+
+
+class GateKnob(Knob):
+    """The threshold of an entry of the configuration, which all of its blocks share.
+
+    Early exit needs them equal, or a token that has left could come back; gains are comparable between blocks as they
+    are, for each is the factor on an update.
+    """
+
+    def __init__(self, name: str, mechanisms: Sequence[Any], entry: dict[str, Any]) -> None:
+        super().__init__(name, mechanisms)
+        self.entry = entry
+
+    @property
+    def _skips_below(self) -> bool:
+        """Whether the threshold is of what is kept (survival), not of what is lost (p = 1 - gain)."""
+        return isinstance(self.mechanisms[0], EarlyExit)
+
+    @property
+    def line(self) -> float:
+        threshold = self.mechanisms[0].config.threshold
+        logit = math.log(threshold / (1 - threshold))
+        return logit if self._skips_below else -logit
+
+    def turn(self, line: float) -> None:
+        line = min(max(line, -LARGEST_LOGIT), LARGEST_LOGIT)
+        threshold = 1 / (1 + math.exp(-line if self._skips_below else line))
+        self.restore([threshold, threshold])
+
+    def state(self) -> State:
+        return [self.mechanisms[0].config.threshold, self.entry.get("threshold")]
+
+    def restore(self, state: State) -> None:
+        threshold, written = state
+        for mechanism in self.mechanisms:
+            mechanism.config = replace(mechanism.config, threshold=threshold)
+        if written is None:
+            self.entry.pop("threshold", None)
+        else:
+            self.entry["threshold"] = written
+
+    def _scores(self, record: DepthRecord) -> Tensor:
+        if not self._skips_below:
+            return record.score_BT
+        survival_BT = record.carry.get(self.mechanisms[0].place.name, record.score_BT)  # none where nobody was asked
+        return torch.logit(survival_BT.double(), eps=EPSILON)
+
+
+def find_knobs(model: SkipstoneForCausalLM) -> list[Knob]:
+    """Every threshold on scores in the model, outermost mechanisms first, then by block; none where nothing skips."""
+    blocks: Any = model.model.layers
+    knobs: list[Knob] = []
+    for entry, values in zip(placed(model.config), model.config.mechanisms or [], strict=True):
+        mechanisms = [blocks[layer].mechanisms[entry.key] for layer in entry.layers]
+        if mechanisms and is_gate(mechanisms[0]):
+            knobs.append(GateKnob(f"{_blocks(entry.layers)} {entry.key}", mechanisms, values))
+        else:
+            knobs += _single(mechanisms)
+    return knobs
+
+
+def _single(mechanisms: Sequence[Any]) -> Iterator[Knob]:
+    for m in mechanisms:
+        decision = getattr(m, "decision", None)
+        if decision is None or m.capacity >= 1 or getattr(m.config, "execution", "hard") == "soft":
+            continue
+        if isinstance(decision, EmaThreshold):
+            yield RunningKnob(f"{m.place.layer} {m.place.name}", [m])
+        elif hasattr(decision, "line"):
+            yield FixedKnob(f"{m.place.layer} {m.place.name}", [m])
+
+
+def require_knobs(model: SkipstoneForCausalLM) -> list[Knob]:
+    """`find_knobs`. Raises ValueError for a model without any, naming what it has, or without causal passes."""
+    for mechanism in model.adjustables():
+        mechanism.require_causal()
+    knobs = find_knobs(model)
+    if not knobs:
+        raise ValueError(
+            "a budget turns thresholds on scores: those of mixture_of_depths, token_selective and gate_skip with "
+            "decision ema_threshold, threshold or threshold_p, and of token_selective and early_exit executed hard; "
+            f"this model has {_described(model)}"
+        )
+    return knobs
+
+
+def _described(model: SkipstoneForCausalLM) -> str:
+    found = []
+    for values in model.config.mechanisms or []:
+        told = {key: values[key] for key in ("decision", "capacity", "execution") if key in values}
+        found.append(values["name"] + "".join(f", {key} {value!r}" for key, value in told.items()))
+    return "; ".join(found) or "no mechanism"
+
+
+def _blocks(layers: Sequence[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"

@@ -1,0 +1,149 @@
+"""Products of tokens with some groups of neurons only: what is off is not multiplied, forward or backward.
+
+Neurons lie in groups of equal size, behind each other. Tokens that follow each other and keep the same groups are a
+run; adjacent groups of a run are a block. A block's weights are multiplied where they lie: nothing is copied.
+
+Shape letters: N tokens behind each other, M runs, G groups, K kept groups of a token, S neurons of a group, F = G S
+neurons, J = K S neurons that are on, I and O inputs and outputs of a product, A activations, B rows. Neurons are the
+outputs of gate and up (axis 0 of the weight) and the inputs of down (axis 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from skipstone.ops import mix_activations
+
+Block = tuple[slice, slice]  # of neurons: where they lie among those that are on, and among all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """group_MK: int64, the groups that each run keeps, ascending. bounds: where runs start, and N; on the host.
+
+    blocks: of each run. total: G.
+    """
+
+    group_MK: Tensor
+    bounds: list[int]
+    blocks: list[list[Block]]
+    total: int
+
+    @classmethod
+    def of(cls, group_NK: Tensor, begins_N: Tensor, total: int, size: int) -> Runs:
+        """Runs start where `begins_N` says so, the first token included. The host waits here."""
+        start_M = begins_N.nonzero()[:, 0]
+        group_MK = group_NK.index_select(0, start_M)
+        bounds, *kept = torch.cat((start_M[None], group_MK.t())).tolist()
+        blocks = [blocks_of(groups, size) for groups in zip(*kept, strict=True)]
+        return cls(group_MK=group_MK, bounds=[*bounds, len(group_NK)], blocks=blocks, total=total)
+
+    def __iter__(self) -> Iterator[tuple[slice, list[Block]]]:
+        """The tokens of each run, and its blocks."""
+        for (start, end), blocks in zip(pairwise(self.bounds), self.blocks, strict=True):
+            yield slice(start, end), blocks
+
+
+def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
+    """The blocks of ascending groups of `size` neurons."""
+    starts = [k for k, group in enumerate(groups) if not k or groups[k - 1] != group - 1]
+    return [
+        (slice(a * size, b * size), slice(groups[a] * size, (groups[b - 1] + 1) * size))
+        for a, b in pairwise([*starts, len(groups)])
+    ]
+
+
+def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tensor:
+    """F.linear with the neurons that are on: those of axis 0 of the weight make [N, J], those of axis 1 take it."""
+    device, dtype = weight_OI.device.type, weight_OI.dtype
+    if torch.is_autocast_enabled(device):  # which knows nothing of functions of our own
+        dtype = torch.get_autocast_dtype(device)
+    product: Any = (_IntoNeurons, _OutOfNeurons)[axis]
+    return product.apply(x_NI.to(dtype), weight_OI.to(dtype), runs)  # type: ignore[no-any-return]
+
+
+def kept_part(weight_OI: Tensor, group_K: Tensor, total: int, axis: int) -> Tensor:
+    """A copy of the weights of these groups, [J, I] or [O, J]."""
+    return weight_OI.unflatten(axis, (total, -1)).index_select(axis, group_K).flatten(axis, axis + 1)
+
+
+def mix_kept(
+    gate_NJ: Tensor, static_BFA: Tensor, dynamic_NA: Tensor, temperature: Tensor | float, runs: Runs, row_N: Tensor
+) -> Tensor:
+    """`mix_activations` of the neurons that are on. row_N: int64, the row of each token, where B is not 1."""
+    static_BGSA, parts = static_BFA.unflatten(1, (runs.total, -1)), []
+    for (start, end), group_K in zip(pairwise(runs.bounds), runs.group_MK, strict=True):
+        at = slice(start, end)
+        rows = static_BGSA if len(static_BGSA) == 1 else static_BGSA.index_select(0, row_N[at][:1])
+        static_1JA = rows.index_select(1, group_K).flatten(1, 2)
+        parts.append(mix_activations(gate_NJ[at][None], static_1JA, dynamic_NA[at][None], temperature)[0])
+    return torch.cat(parts)
+
+
+class _IntoNeurons(torch.autograd.Function):
+    """Gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_FI: Tensor, runs: Runs) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_FI)
+        ctx.runs = runs
+        y_NJ = x_NI.new_empty(len(x_NI), runs.group_MK.shape[1] * (len(weight_FI) // runs.total))
+        for at, blocks in runs:
+            for on, among in blocks:
+                torch.mm(x_NI[at], weight_FI[among].t(), out=y_NJ[at, on])
+        return y_NJ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NJ: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_NI, weight_FI = ctx.saved_tensors
+        d_x, d_weight = _zeros(x_NI), _zeros(weight_FI)
+        for at, blocks in ctx.runs:
+            for on, among in blocks:
+                _add_product(d_x[at], grad_NJ[at, on], weight_FI[among])
+                _add_product(d_weight[among], grad_NJ[at, on].t(), x_NI[at])
+        return d_x.to(x_NI.dtype), d_weight.to(weight_FI.dtype), None
+
+
+class _OutOfNeurons(torch.autograd.Function):
+    """Down."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NJ: Tensor, weight_OF: Tensor, runs: Runs) -> Tensor:
+        ctx.save_for_backward(x_NJ, weight_OF)
+        ctx.runs = runs
+        y_NO = _zeros(x_NJ.new_empty(len(x_NJ), len(weight_OF)))
+        for at, blocks in runs:
+            for on, among in blocks:
+                _add_product(y_NO[at], x_NJ[at, on], weight_OF[:, among].t())
+        return y_NO.to(x_NJ.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_NJ, weight_OF = ctx.saved_tensors
+        d_x, d_weight = torch.empty_like(x_NJ), _zeros(weight_OF)
+        for at, blocks in ctx.runs:
+            for on, among in blocks:
+                torch.mm(grad_NO[at], weight_OF[:, among], out=d_x[at, on])
+                _add_product(d_weight[:, among], grad_NO[at].t(), x_NJ[at, on])
+        return d_x, d_weight.to(weight_OF.dtype), None
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """To add products up in: fp32 at least, or the sum of many runs would be rounded as many times."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    if into.dtype == a.dtype:
+        torch.addmm(into, a, b, out=into)
+    else:
+        into.add_(torch.mm(a, b))

@@ -1,0 +1,181 @@
+"""What a training will cost, before it starts: FLOPs, memory and hours on a named GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.core.strict import choose
+from skipstone.data.prepare import prepare
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.cost import cost
+from skipstone.train import setup
+from skipstone.train.config import Recipe, read_recipe
+
+MFU = 0.4  # what well-tuned dense training reaches on one GPU; an assumption, and stated as one
+FP32, BF16 = 4, 2  # bytes
+STATE = {"weights": FP32, "gradients": FP32, "AdamW": 2 * FP32}  # of a parameter; all fp32, also under autocast
+UPDATE = 7 * FP32  # that AdamW moves for a parameter: it reads four numbers and writes three
+SMALL, LARGE = 16, 32  # tokens of the passes from which activations are extrapolated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """flops: peak per second in bf16, dense, fp32 sums. memory: GB. bandwidth: of it, GB/s. All by their makers."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+GPUS: dict[str, Gpu] = {
+    "A100-40": Gpu(flops=312e12, memory=40, bandwidth=1555),
+    "A100": Gpu(flops=312e12, memory=80, bandwidth=2039),
+    "H100-PCIe": Gpu(flops=756e12, memory=80, bandwidth=2000),
+    "H100": Gpu(flops=989e12, memory=80, bandwidth=3350),
+    "H200": Gpu(flops=989e12, memory=141, bandwidth=4800),
+    "B200": Gpu(flops=2250e12, memory=180, bandwidth=8000),
+    "L4": Gpu(flops=121e12, memory=24, bandwidth=300),
+    "L40S": Gpu(flops=362e12, memory=48, bandwidth=864),
+    "RTX3090": Gpu(flops=71e12, memory=24, bandwidth=936),
+    "RTX4090": Gpu(flops=165e12, memory=24, bandwidth=1008),
+    "MI300X": Gpu(flops=1307e12, memory=192, bandwidth=5300),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """flops: of the whole training, recomputed blocks included. memory: bytes by what takes them; None: not known
+    before a pass. seconds: of one optimizer step. checkpoint: bytes of one on the disk."""
+
+    gpu: str
+    mfu: float
+    parameters: int
+    steps: int
+    tokens_per_step: int
+    flops: float
+    memory: Mapping[str, float | None]
+    seconds: float
+    checkpoint: float
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.seconds / 3600
+
+    def lines(self) -> list[str]:
+        """One figure a line, with what it rests on."""
+        card, tokens = GPUS[self.gpu], self.steps * self.tokens_per_step
+        known = [size for size in self.memory.values() if size is not None]
+        speed = self.tokens_per_step / self.seconds
+        more = "" if len(known) == len(self.memory) else ", and what is not known"
+        return [
+            f"parameters   {self.parameters:,}",
+            f"tokens       {tokens:,} in {self.steps:,} steps of {self.tokens_per_step:,}",
+            f"FLOPs        {self.flops:.3e}, {self.flops / tokens:.3e} a token",
+            *(f"memory       {_gb(size):>9}  {name}" for name, size in self.memory.items()),
+            f"memory       {_gb(sum(known)):>9}  in all{more}; the GPU has {card.memory:.0f} GB",
+            f"checkpoint   {_gb(self.checkpoint):>9}  on disk, each",
+            f"time         {self.hours:,.1f} hours on one {self.gpu}, {speed:,.0f} tokens/s",
+            f"assumed      {self.mfu:.0%} of {card.flops / 1e12:,.0f} TFLOP/s in bf16",
+            f"assumed      AdamW at the memory's {card.bandwidth:,.0f} GB/s",
+            "left out     validation, saving",
+        ]
+
+
+def _gb(size: float | None) -> str:
+    return "not known" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def estimate(values: Mapping[str, Any], gpu: str = "H100", mfu: float = MFU) -> Estimate:
+    """The estimate of a recipe as `train` takes it. Trains nothing, and reads data only for an unnamed vocabulary.
+
+    Raises ValueError for a GPU that is not in `GPUS`, an mfu outside (0, 1], and whatever is wrong with the recipe.
+    """
+    card = choose("gpu", gpu, GPUS)
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu must be in (0, 1], got {mfu}")
+    recipe = read_recipe(values)
+    config = setup.model_config(recipe.model, recipe.data.context, _known(recipe))
+    with torch.device("meta"):
+        model = SkipstoneForCausalLM(config)
+    train, context = recipe.train, recipe.data.context
+    found = cost(model, tokens=context, routing="oracle")
+    flops = found.training.total
+    if train.activation_checkpointing:
+        flops += found.forward.total - found.forward.head
+    parameters = found.parameters.total
+    flops_per_step = flops * train.batch_size
+    return Estimate(
+        gpu=gpu,
+        mfu=mfu,
+        parameters=parameters,
+        steps=train.steps,
+        tokens_per_step=train.batch_size * context,
+        flops=flops_per_step * train.steps,
+        memory={name: size * parameters for name, size in STATE.items()} | _passing(config, recipe),
+        seconds=flops_per_step / (mfu * card.flops) + UPDATE * parameters / (card.bandwidth * 1e9),
+        checkpoint=parameters * (FP32 + STATE["AdamW"]),
+    )
+
+
+def _known(recipe: Recipe) -> dict[str, Any]:
+    """What the model's configuration takes from the data, if it has not said it itself."""
+    if {"preset", "vocab_size"} & recipe.model.keys():
+        return {}
+    return setup.data_defaults(prepare(recipe.data, train=False))
+
+
+def _passing(config: SkipstoneConfig, recipe: Recipe) -> dict[str, float | None]:
+    """Bytes of one micro-batch: what its forward pass keeps for the backward pass, and its logits."""
+    train = recipe.train
+    tokens = train.batch_size // train.gradient_accumulation * recipe.data.context
+    chunk = train.loss_chunk_of(config.vocab_size)
+    bf16 = train.precision == "bf16"
+    # At once: logits and their gradient in the type of the products, and in fp32 one tensor, or three without chunks.
+    logits = config.vocab_size * (
+        min(chunk, tokens) * (2 * BF16 * bf16 + FP32) if chunk else tokens * (BF16 * bf16 + 3 * FP32)
+    )
+    try:
+        fixed, each = _kept(config, recipe)
+    except RuntimeError:  # what is kept depends on what the tokens are
+        return {"activations": None, "logits": logits}
+    if train.activation_checkpointing:  # the inputs of all blocks, and one block that is recomputed
+        each = config.num_hidden_layers * config.hidden_size * FP32 + each / config.num_hidden_layers
+    return {"copies of the weights": fixed, "activations": each * tokens, "logits": logits}
+
+
+def _kept(config: SkipstoneConfig, recipe: Recipe) -> tuple[float, float]:
+    """Bytes that the blocks keep for the backward pass: whatever the tokens' number, and for each token.
+
+    From two short passes of the model itself, as a CPU runs it, on tensors that have a shape and no data. Masks of
+    packed rows, which grow with the square of the row, are left out.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        decoder = SkipstoneForCausalLM(config).train().model
+        small, large = (_bytes(decoder, tokens, recipe.train.precision == "bf16") for tokens in (SMALL, LARGE))
+    each = (large - small) / (LARGE - SMALL)
+    return small - SMALL * each, each
+
+
+def _bytes(decoder: Any, tokens: int, bf16: bool) -> int:
+    own = {tensor.untyped_storage()._cdata for tensor in (*decoder.parameters(), *decoder.buffers())}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, or its address would serve again
+        return tensor
+
+    unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = decoder(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    del out
+    return sum(storage.nbytes() for storage in kept.values())

@@ -1,0 +1,25 @@
+"""`skipstone calibrate RUN`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.output import publish
+from skipstone_cli.paths import existing_dir
+
+
+def calibrate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
+    corpus: Annotated[str | None, typer.Option(help="Another corpus; needed for a saved model.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Another number of tokens a row.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows to calibrate on.")] = 32,
+) -> None:
+    """Write dial.json beside the weights: the thresholds for every budget that the model can execute."""
+    existing_dir(run, "run folder")
+
+    from skipstone.evaluate.budgets import calibrate_run
+
+    publish(calibrate_run(run, corpus=corpus, context=context, rows=rows), json=None, markdown=None)
