@@ -13,6 +13,8 @@ distillation.py  losses against the dense model
 trainer.py       the trainer of `skipstone train` with all this
 export.py        back to a checkpoint of transformers' own classes
 harden.py        PolyGLU's neurons each with one activation for good, and no router
+prune.py         neuron groups that calibration rows never use are cut out of the weights
+calibrated.py    what these two share
 """
 
 from __future__ import annotations

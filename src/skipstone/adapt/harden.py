@@ -12,26 +12,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipstone.evaluate.opened import batches, open_run
+from skipstone.adapt import calibrated
 from skipstone.evaluate.ways import Way
 from skipstone.mechanisms import PolyGLU
-from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.loading import from_tensors, named_dtype, quiet
-from skipstone.model.writing import complete
+from skipstone.model.loading import from_tensors, quiet
 from skipstone.nn.mlp import FIXED_MIX
 from skipstone.ops import reference as ops
 
 NAMES = tuple(function.__name__ for function in ops.ACTIVATIONS)
 ALPHABETICAL = sorted(range(len(NAMES)), key=NAMES.__getitem__)  # the order in which a fixed mix groups its neurons
-BATCH, BATCHES = 8, 8  # rows to calibrate on
 
 
 def export_hardened(
@@ -42,21 +38,14 @@ def export_hardened(
     corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without PolyGLU or a
     corpus, and FileExistsError if `out` holds something.
     """
-    opened = open_run(Path(folder), "train", corpus)
-    require_polyglu(opened.model)
-    if opened.data is None:
-        raise ValueError(f"{str(folder)!r} is a saved model without a recipe; name the corpus to calibrate on")
-    rows = islice(batches(opened.data, BATCH, opened.model.device), BATCHES)
-    with complete(Path(out)) as partial, quiet():
-        hardened = harden(opened.model, mean_logits(opened.model, opened.main, rows)).to(
-            named_dtype(dtype, opened.model.dtype)
-        )
-        hardened.save_pretrained(partial)
-        write_card(hardened, partial, title=Path(out).name, source=Path(folder).name)
-        tokenizer = opened.run.load_tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    return hardened
+    return calibrated.export(
+        folder,
+        out,
+        dtype,
+        corpus,
+        require=require_polyglu,
+        change=lambda model, way, rows: harden(model, mean_logits(model, way, rows)),
+    )
 
 
 @torch.no_grad()

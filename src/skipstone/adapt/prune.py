@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipstone.evaluate.opened import batches, open_run
+from skipstone.adapt import calibrated
 from skipstone.evaluate.ways import Way
 from skipstone.mechanisms.neuron_groups import NAME
-from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.loading import from_tensors, named_dtype, quiet
-from skipstone.model.writing import complete
+from skipstone.model.loading import from_tensors, quiet
 from skipstone.ops.neurons import kept_part
-
-BATCH, BATCHES = 8, 8  # rows to calibrate on
 
 
 def export_pruned(
@@ -35,20 +30,14 @@ def export_pruned(
     corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without neuron groups or a
     corpus, and FileExistsError if `out` holds something.
     """
-    opened = open_run(Path(folder), "train", corpus)
-    require_groups(opened.model)
-    if opened.data is None:
-        raise ValueError(f"{str(folder)!r} is a saved model without a recipe; name the corpus to calibrate on")
-    rows = islice(batches(opened.data, BATCH, opened.model.device), BATCHES)
-    with complete(Path(out)) as partial, quiet():
-        pruned = prune(opened.model, used_groups(opened.model, opened.main, rows))
-        pruned = pruned.to(named_dtype(dtype, opened.model.dtype))
-        pruned.save_pretrained(partial)
-        write_card(pruned, partial, title=Path(out).name, source=Path(folder).name)
-        tokenizer = opened.run.load_tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    return pruned
+    return calibrated.export(
+        folder,
+        out,
+        dtype,
+        corpus,
+        require=require_groups,
+        change=lambda model, way, rows: prune(model, used_groups(model, way, rows)),
+    )
 
 
 @torch.no_grad()
