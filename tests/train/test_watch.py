@@ -117,7 +117,11 @@ def test_a_signal_in_the_last_step_is_passed_on(tmp_path: Path, monkeypatch: pyt
 
     raised: list[int] = []
     monkeypatch.setattr(MetricsFile, "on_log", signalled)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe(tmp_path, DENSE), tmp_path / "run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(tmp_path, DENSE), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert raised
     assert Run(tmp_path / "run").finished

@@ -172,7 +172,10 @@ class _Work:
         """Tokenizer and manifest."""
         for split in ("train", "validation"):
             if split not in self.shards:
-                raise ValueError(f"{self.settings['source']!r} has no text in its split {split!r}; name another split")
+                raise ValueError(
+                    f"{self.settings['source']!r} has no text for its split {split!r}; name other shares, such as "
+                    "--split 90-10, or give more text"
+                )
         self.tokenizer.save_pretrained(self.out / TOKENIZER)
         definition = self.out / TOKENIZER / "tokenizer.json"
         if not definition.is_file():
