@@ -189,7 +189,7 @@ def test_refusals(source: str, more: dict[str, Any], message: str, tmp_path: Pat
 
 def test_a_split_without_text_is_named(lines: Path, tmp_path: Path) -> None:
     lines.write_text('{"text": "alone"}\n')
-    with pytest.raises(ValueError, match=r"has no text in its split '(train|validation)'"):
+    with pytest.raises(ValueError, match=r"has no text for its split '(train|validation)'; name other shares"):
         write(lines, tmp_path / "out")
 
 
