@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from publish import closing, keep, middle
+from publish import closing, keep, middle, surroundings
 from skipstone.adapt.run import adapt
 from skipstone.evaluate.counting import count
 from skipstone.evaluate.losses import measure
@@ -32,7 +32,6 @@ from skipstone.report import svg
 from skipstone.report.axes import bounds
 from skipstone.report.palette import Look, look
 from skipstone.runs import Run
-from skipstone.train.environment import describe
 
 CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 256, 8
 JUDGED = {"wikitext-2": ("wikitext-2", "test"), "another kind": ("tiny-shakespeare", "validation")}
@@ -201,7 +200,7 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]]) -> None:
     source = figures(given.work / "source")
     results = {arm: [figures(folder) for folder in folders] for arm, folders in trained.items()}
     speeds = decode_speeds({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
-    environment = {k: v for k, v in describe(given.seeds[0]).items() if k != "command"}
+    environment = surroundings(given.seeds[0])
     told = {name: value for name, value in vars(given).items() if name not in ("source", "text", "work", "out", "only")}
     record = {**told, "source": source, "arms": results, "decode": speeds, "environment": environment}
     dropped, seeds = (" ".join(map(str, values)) for values in (given.dropped, given.seeds))

@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from publish import closing, keep
+from publish import closing, keep, surroundings
 from skipstone.adapt.run import adapt
 from skipstone.evaluate.counting import count
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import batches, open_run
 from skipstone.model.pretrained import convert
 from skipstone.runs import Run
-from skipstone.train.environment import describe
 
 CONTEXT, ROWS, BATCH, TOKENS = 256, 128, 128, 384
 STORIES = {"train": (0, 14), "validation": (1, 1)}  # seed and batches of `BATCH` stories
@@ -136,7 +135,7 @@ def main() -> None:
                 adapt(given.source, recipe(model, options, stories, given.steps, seed), out=folder)
             results.setdefault(arm, []).append(figures(folder, stories, source["flops"]))
             print(table(results))
-    environment = {k: v for k, v in describe(given.seeds[0]).items() if k != "command"}
+    environment = surroundings(given.seeds[0])
     record = {"steps": given.steps, "seeds": given.seeds, "arms": results, "environment": environment}
     seeds = " ".join(map(str, given.seeds))
     command = f"python benchmarks/adapt_stories.py SOURCE --steps {given.steps} --seeds {seeds}"

@@ -20,10 +20,9 @@ import torch
 from transformers import DynamicCache
 
 from decoding import Decoding, Size, text
-from publish import closing, keep, middle
+from publish import closing, keep, middle, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.speed import Task, take_turns
-from skipstone.train.environment import describe
 
 CAPACITY, ROWS = 0.125, (1, 2, 4, 8, 16, 32, 64)
 ABOUT = f"""One token a row and step, fp32, greedy decisions of a causal threshold that keeps {CAPACITY:.1%} in every
@@ -129,7 +128,7 @@ def main() -> None:
     command = f"python benchmarks/decode_batches.py --size {arguments.size}{rows} --out results"
     kept = arguments.out / "decode.json" if arguments.out else None
     figures = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.is_file() else {"sizes": {}}
-    figures["sizes"][arguments.size] = {**measured, "command": command, "environment": describe(seed=0)}
+    figures["sizes"][arguments.size] = {**measured, "command": command, "environment": surroundings()}
     keep(arguments.out, "decode", "Decoding, by number of rows", figures, render(figures))
 
 

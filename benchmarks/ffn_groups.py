@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from publish import closing, keep
+from publish import closing, keep, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.tokens import Tokens
 from skipstone.evaluate.flops import count_flops
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.mlp import FixedActivation, GatedMLP
-from skipstone.train.environment import describe
 
 TOKENS, ROW, SIZE = 2048, 512, 64
 BLOCKS, STEPS = 4, 64
@@ -149,7 +148,7 @@ def main() -> None:
     figures = {
         "training": [training(*case, chunk, given.rounds) for case in cases for chunk in given.chunks],
         "decoding": [decoding(*case, given.chunks[0], given.rounds) for case in cases],
-        "environment": describe(0),
+        "environment": surroundings(),
     }
     keep(given.out, "ffn_groups_cost", "Neuron groups beside SwiGLU: cost", figures, page(figures))
 

@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from publish import closing, keep, middle, ratios_in_turns
+from publish import closing, keep, middle, ratios_in_turns, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.flops import count_flops, count_host_syncs
 from skipstone.train import RoutingTrainer
-from skipstone.train.environment import describe
 
 CAPACITY = 0.125
 ABOUT = f"""Seconds of a training step (forward, backward, AdamW) by those of the dense model of the same size, taken in
@@ -210,7 +209,7 @@ def main() -> None:
     logging.disable_progress_bar()
     figures = {
         "command": f"python benchmarks/mod_training.py --sizes {' '.join(arguments.sizes)} --out results",
-        "environment": describe(seed=0),
+        "environment": surroundings(),
         "sizes": {name: measure(SIZES[name]) for name in arguments.sizes},
     }
     keep(

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from publish import closing, keep, middle, ratios_in_turns
+from publish import closing, keep, middle, ratios_in_turns, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.harden import harden
 from skipstone.core.tokens import Mode, Tokens
 from skipstone.mechanisms import PolyGLU
 from skipstone.nn.mlp import FixedActivation, GatedMLP
-from skipstone.train.environment import describe
 
 ROWS = 8
 STEPS = 20  # decoded tokens a round
@@ -130,7 +129,7 @@ def main() -> None:
     figures = {
         "training": [row for width in given.widths for row in training(width, given.tokens, given.rounds)],
         "decoding": [decoding(width, given.rounds) for width in given.widths],
-        "environment": describe(0),
+        "environment": surroundings(),
     }
     keep(given.out, "polyglu_cost", "PolyGLU beside SwiGLU: cost", figures, page(figures))
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from skipstone.train.environment import describe
+
 
 def ratios_in_turns(ours: Callable[[], None], theirs: Callable[[], None], rounds: int) -> list[float]:
     """Our seconds by theirs, once a round, in alternating order; a first round, which warms up, is thrown away."""
@@ -26,6 +28,11 @@ def ratios_in_turns(ours: Callable[[], None], theirs: Callable[[], None], rounds
 def middle(ratios: list[float]) -> dict[str, float]:
     """Median, least and greatest."""
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def surroundings(seed: int = 0) -> dict[str, Any]:
+    """Versions, machine and commit; not the command as typed, which may name folders of the machine."""
+    return {name: value for name, value in describe(seed).items() if name != "command"}
 
 
 def closing(command: str, environment: dict[str, Any]) -> str:

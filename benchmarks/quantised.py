@@ -21,13 +21,12 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis
 from transformers import TorchAoConfig
 
-from publish import closing, keep
+from publish import closing, keep, surroundings
 from skipstone import SkipstoneForCausalLM
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.measurements import sample_ids
 from skipstone.evaluate.opened import Opened, batches, open_run
 from skipstone.evaluate.speed import Rate, decode_task, take_turns
-from skipstone.train.environment import describe
 
 WEIGHTS = {
     "as trained": None,
@@ -109,7 +108,7 @@ def main() -> None:
     given = parser.parse_args()
     found = figures(given.runs, given.rows)
     add_interactions(found)
-    environment = {k: v for k, v in describe(0).items() if k != "command"}
+    environment = surroundings()
     command = f"python benchmarks/quantised.py {' '.join(run.name for run in given.runs)} --rows {given.rows}"
     text = f"{ABOUT}\n\n{table(found)}\n\n{closing(command, environment)}\n"
     keep(given.out, "quantised", "Skipping and quantised weights", {"figures": found, "environment": environment}, text)

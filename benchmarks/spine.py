@@ -23,9 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from parity import every_case
-from publish import closing, keep, ratios_in_turns
+from publish import closing, keep, ratios_in_turns, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.train.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 9
@@ -103,7 +102,7 @@ def _decode(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     return {
-        "environment": describe(seed=0),
+        "environment": surroundings(),
         "parity": {name: vars(parity) for name, parity in every_case([])},
         "laws": count_laws(),
         "help_seconds": help_seconds(),

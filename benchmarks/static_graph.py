@@ -20,10 +20,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from publish import closing, keep
+from publish import closing, keep, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.flops import count_flops
-from skipstone.train.environment import describe
 
 STATIC = ("topk", "threshold", "predictor", "random", "positional")
 DYNAMIC = ("ema_threshold",)
@@ -117,7 +116,7 @@ def main() -> None:
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # a graph break is what is counted here
     figures = {
         "command": "python benchmarks/static_graph.py --out results",
-        "environment": describe(seed=0),
+        "environment": surroundings(),
         "inputs": arguments.inputs,
         "decisions": {decision: measure(decision, arguments.inputs) for decision in (*STATIC, *DYNAMIC)},
     }

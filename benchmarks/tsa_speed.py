@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from decoding import Decoding, Size, calibrate, routers, text
-from publish import closing, keep, middle, ratios_in_turns
+from publish import closing, keep, middle, ratios_in_turns, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.speed import prefill, take_turns
-from skipstone.train.environment import describe
 
 SKIPPED, KV = (0.25, 0.5, 0.75), ("full", "kept")
 PROMPTS, ROWS, CONTEXT, TURNS, CALIBRATION = (8, 64), (1, 2, 4, 8, 16, 32, 64), 512, 7, 8
@@ -170,7 +169,7 @@ def main() -> None:
             "prompts": prompts(size, given.prompts),
             "steps": steps(size, given.rows),
             "command": f"python benchmarks/tsa_speed.py --sizes {name} {parts} --out results",
-            "environment": describe(seed=0),
+            "environment": surroundings(),
         }
     keep(given.out, "tsa_speed", "Token-Selective Attention: time beside the dense model", figures, render(figures))
 
