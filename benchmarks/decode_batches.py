@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from decoding import Decoding, Size, text
+from decoding import Decoding, Size, model_of, text
 from publish import closing, keep, middle, surroundings
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.speed import Task, take_turns
 
 CAPACITY, ROWS = 0.125, (1, 2, 4, 8, 16, 32, 64)
+ROUTED = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": "ema_threshold"}
 ABOUT = f"""One token a row and step, fp32, greedy decisions of a causal threshold that keeps {CAPACITY:.1%} in every
 other block. *Speed* is the dense model's seconds by the routed model's in the same turn, so tokens per second by the
 dense model's: above 1 is faster. *Rows computed* is the mean over routed blocks and steps."""
@@ -33,19 +33,6 @@ SIZES = {
     "small": Size(width=256, blocks=6, vocabulary=256),
     "large": Size(width=1024, blocks=10, vocabulary=1024, prompt=48, steps=24, turns=7),
 }
-
-
-def model_of(size: Size, routed: bool) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    entry = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": "ema_threshold"}
-    config = SkipstoneConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.width,
-        num_hidden_layers=size.blocks,
-        num_attention_heads=size.width // 64,
-        mechanisms=[entry] if routed else [],
-    )
-    return SkipstoneForCausalLM(config).eval()
 
 
 @torch.inference_mode()
@@ -65,7 +52,7 @@ def memory(decoding: Decoding) -> dict[str, int]:
 
 
 def measure(size: Size, rows: Sequence[int]) -> dict[str, Any]:
-    models = {"dense": model_of(size, False), "routed": model_of(size, True)}
+    models = {"dense": model_of(size, []), "routed": model_of(size, [ROUTED])}
     parameters = models["routed"].cost(1).parameters
     found = {}
     for count in rows:

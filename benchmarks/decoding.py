@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from skipstone import SkipstoneForCausalLM
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.speed import Lap
 
 CALIBRATION = 32  # rows of text that a threshold is set by, at least
@@ -32,6 +32,19 @@ class Size:
     prompt: int = 64
     steps: int = 48
     turns: int = 15
+
+
+def model_of(size: Size, mechanisms: Sequence[dict[str, Any]]) -> SkipstoneForCausalLM:
+    """Random weights, the same whatever routes; heads of 64 channels."""
+    torch.manual_seed(0)
+    config = SkipstoneConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        num_hidden_layers=size.blocks,
+        num_attention_heads=size.width // 64,
+        mechanisms=list(mechanisms),
+    )
+    return SkipstoneForCausalLM(config).eval()
 
 
 def text(size: Size, rows: int, length: int, seed: int) -> Tensor:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoding import Decoding, Size, calibrate, routers, text
+from decoding import Decoding, Size, calibrate, model_of, routers, text
 from publish import closing, keep, middle, ratios_in_turns, surroundings
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone import SkipstoneForCausalLM
 from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.speed import prefill, take_turns
 
@@ -42,29 +42,21 @@ Decoding: *speed* is the dense model's seconds a step by the gated model's, so t
 Asked is 1 or more."""
 
 
-def model_of(size: Size, skipped: float = 0.0, kv: str = "full") -> SkipstoneForCausalLM:
+def gated(size: Size, skipped: float = 0.0, kv: str = "full") -> SkipstoneForCausalLM:
     """Dense where nothing is skipped."""
-    torch.manual_seed(0)
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - skipped, "training": "hard", "kv": kv}
-    config = SkipstoneConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.width,
-        num_hidden_layers=size.blocks,
-        num_attention_heads=size.width // 64,
-        mechanisms=[gate] if skipped else [],
-    )
-    return SkipstoneForCausalLM(config).eval()
+    return model_of(size, [gate] if skipped else [])
 
 
 def prompts(size: Size, rows: Sequence[int]) -> list[dict[str, Any]]:
     """One entry for each number of rows, share and kind of keys."""
-    dense, found = model_of(size), []
+    dense, found = gated(size), []
     for count in rows:
         ids = text(size, count, CONTEXT, seed=3)
         whole = count_flops(_prompt(dense, ids)).total
         for skipped in SKIPPED:
             for kv in KV:
-                model = model_of(size, skipped, kv)
+                model = gated(size, skipped, kv)
                 calibrate(model, text(size, CALIBRATION, CONTEXT, seed=4))
                 ours = _prompt(model, ids)
                 found.append(
@@ -96,7 +88,7 @@ def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
 
 def steps(size: Size, rows: Sequence[int]) -> list[dict[str, Any]]:
     """One entry for each number of rows and share; all shares and the dense model take turns."""
-    models = {0.0: model_of(size), **{skipped: model_of(size, skipped) for skipped in SKIPPED}}
+    models = {0.0: gated(size), **{skipped: gated(size, skipped) for skipped in SKIPPED}}
     found = []
     for count in rows:
         decodings = {skipped: Decoding(model, size, count) for skipped, model in models.items()}

@@ -62,7 +62,7 @@ class Store:
         source, place = row * slot_BT.shape[1] + at, row * self.entries["slot"].shape[1] + column
         for name, new in entries.items():
             given = new.flatten(0, 1).index_select(0, source)
-            self.entries[name].flatten(0, 1).index_copy_(0, place, given.to(self.entries[name].dtype))
+            _flat(self.entries[name]).index_copy_(0, place, given.to(self.entries[name].dtype))
         self._settle(lengths)
 
     def _append_one(self, real_B1: Tensor | None, rows: Rows | None, entries: dict[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ class Store:
         for b in at:
             lengths[b] += 1
         for name, new in entries.items() if at else ():
-            self.entries[name].flatten(0, 1).index_copy_(0, place_R, new[:, 0].to(self.entries[name].dtype))
+            _flat(self.entries[name]).index_copy_(0, place_R, new[:, 0].to(self.entries[name].dtype))
         self._settle(lengths)
 
     def _reserve(self, width: int, like: dict[str, Tensor], total: int) -> None:
@@ -165,6 +165,11 @@ class Store:
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
 
 
+def _flat(x: Tensor) -> Tensor:
+    """[B C, ...] in the same memory; `flatten` would copy what cannot be viewed, and lose what is then written."""
+    return x.view(-1, *x.shape[2:])
+
+
 def _not_ours_alone(tensors: list[Tensor]) -> bool:
     """Whether writing in place would spoil what a backward pass has saved, or is forbidden outside inference mode."""
     if any(x.requires_grad for x in tensors):
@@ -187,9 +192,8 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.kv = Store()
         self.stores: dict[str, Store] = {}
-        self.held: dict[
-            str, Any
-        ] = {}  # what a step may take over from the one before, once it has made sure that it may
+        # What a step may take over from the one before, once it has made sure that it may.
+        self.held: dict[str, Any] = {}
         self.cumulative_length = 0
 
     def store(self, name: str) -> Store:

@@ -33,6 +33,11 @@ class Column:
     better: Literal["low", "high"] | None = None
     relative: bool = False
 
+    @classmethod
+    def speed(cls, key: str, title: str) -> Column:
+        """Tokens/s at `key`."""
+        return cls(key=f"{key}.tokens_per_second", title=title, format=",.0f", better="high", relative=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:

@@ -5,3 +5,9 @@ compute.py  from records to the share of the blocks' work that a token got
 text.py     token ids -> text as it comes, whole characters only
 run.py      `stream` from a run folder or a saved model: what the command calls
 """
+
+from __future__ import annotations
+
+from skipstone.generate.engine import generate, stream
+
+__all__ = ["generate", "stream"]

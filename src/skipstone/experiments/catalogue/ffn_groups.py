@@ -139,19 +139,7 @@ FFN_GROUPS = Experiment(
         Column(key="loss_ratio", title="loss / dense - 1", format="+.2%"),
         Column(key="mlp_ratio", title="MLP FLOPs / dense", format=".3f"),
         Column(key="evaluation.flops_per_token.counted", title="MFLOPs/token", format=".2f", unit=1e6, relative=True),
-        Column(
-            key="training_speed.tokens_per_second",
-            title="training tokens/s",
-            format=",.0f",
-            better="high",
-            relative=True,
-        ),
-        Column(
-            key="comparison.speed.decode 1.tokens_per_second",
-            title="decoding tokens/s",
-            format=",.0f",
-            better="high",
-            relative=True,
-        ),
+        Column.speed("training_speed", "training tokens/s"),
+        Column.speed("comparison.speed.decode 1", "decoding tokens/s"),
     ),
 )

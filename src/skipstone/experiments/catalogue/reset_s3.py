@@ -143,8 +143,8 @@ ABOUT = (
     "*mod-random* tokens at random, *mod-positional* every fourth. *tsa-hard* is Token-Selective Attention trained as "
     "it is executed, its gates learning as in *mod-guided*; *tsa-soft* the published one with lambda 0.01, executed "
     "hard. The first two of 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, "
-    "dense being interpolated between the dense arms at the arm's executed FLOPs: 1 is as good as knowing, 0 no "
-    "better than dense."
+    "dense being interpolated between the dense arms at the arm's executed FLOPs (an arm with more FLOPs than the "
+    "deepest of them is held against that one, which flatters it): 1 is as good as knowing, 0 no better than dense."
 )
 RESET_S3 = Experiment(
     name="reset_s3",

@@ -85,13 +85,7 @@ COLUMNS = (
     Column(key="claimed", title="saved by the paper's metric", format=".1%"),
     Column(key="skipped", title="token-layers really skipped", format=".1%"),
     Column(key="evaluation.flops_per_token.counted", title="MFLOPs/token", format=".3f", unit=1e6, relative=True),
-    Column(
-        key="forward.tokens_per_second",
-        title="forward tokens/s, 64 rows",
-        format=",.0f",
-        better="high",
-        relative=True,
-    ),
+    Column.speed("forward", "forward tokens/s, 64 rows"),
 )
 RIVALS = tuple(Column(key=key, title=f"over {rival}", format="+.3f") for key, rival in equal_flops.RIVALS.items())
 ABOUT = (
