@@ -123,21 +123,24 @@ def test_resume_with_another_source_is_refused(finished: Path, source: Path, tmp
         run(other, config, stopped, resume=True)
 
 
-def test_micro_batches_change_nothing(source: Path, tmp_path: Path) -> None:
-    """Every term is a sum over tokens by the number of tokens of the whole step."""
+def test_micro_batches_and_chunks_change_nothing(source: Path, tmp_path: Path) -> None:
+    """Every term is a sum over tokens by the number of those of the whole step, however many logits exist at a time."""
     model = {"mechanisms": [mixture(capacity=0.5)]}
     # the share of kept tokens is measured on a micro-batch, so thresholds are compared where none has moved yet
-    parts = {
+    options = {"whole": {}, "parts": {"gradient_accumulation": 2}, "chunks": {"loss_chunk": 7}}
+    options["both"] = options["parts"] | options["chunks"]
+    folders = {
         name: run(
             source, recipe(tmp_path, model, {"loss": DISTILLED}, steps=1, warmup_steps=0, **more), tmp_path / name
         )
-        for name, more in {"whole": {}, "parts": {"gradient_accumulation": 2}}.items()
+        for name, more in options.items()
     }
-    one, two = (lines(parts[name], "train")[0] for name in parts)
-    for key in ("loss", "token_loss", "distillation_loss", "grad_norm"):
-        assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
-    ours, theirs = (weights(parts[name]) for name in parts)
-    assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours if "threshold" not in k)
+    one, ours = lines(folders["whole"], "train")[0], weights(folders["whole"])
+    for name in ("parts", "chunks", "both"):
+        two, theirs = lines(folders[name], "train")[0], weights(folders[name])
+        for key in ("loss", "token_loss", "auxiliary_loss", "distillation_loss", "hidden_loss", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), (name, key)
+        assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours if "threshold" not in k)
 
 
 def test_gates_keep_a_budget_too(source: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from skipstone.dial.knobs import is_gate
 from skipstone.evaluate.ways import INPUTS, targets
 from skipstone.mechanisms import EarlyExit
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
+from skipstone.ops.head_loss import Taught
 from skipstone.train.trainer import RunTrainer
 
 
@@ -67,8 +68,8 @@ class AdaptTrainer(RunTrainer):
         more: dict[str, Any] = {"output_hidden_states": True} if self.adapt.loss.hidden_states else {}
         if staging.stage_at(self.adapt.stages, self.state.global_step)[0].routing == "causal":
             more |= {"routing": "causal", "noise": False, "use_cache": False}
-        if self.adapt.loss.distillation:
-            more["loss_chunk"] = 0  # it compares all logits
+        if self.teacher is not None:
+            more |= self._ask(self.teacher, inputs)
         return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
 
     def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
@@ -76,34 +77,45 @@ class AdaptTrainer(RunTrainer):
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         asked_BT = targets(inputs) != IGNORED
         items = asked_BT.sum().clamp(min=1) if items is None else items
-        terms = {"token_loss": wanted.language_modelling * token_loss, "auxiliary_loss": outputs["auxiliary_loss"]}
-        if self.teacher is not None:
-            terms |= self._taught(outputs, inputs, asked_BT, items)
+        own: dict[str, Tensor] = {}
+        if outputs.get("distillation_loss") is not None:  # the model has put the three together already
+            total = outputs["loss"]
+            own["distillation_loss"] = wanted.distillation * outputs["distillation_loss"]
+        else:
+            total = wanted.language_modelling * token_loss + outputs["auxiliary_loss"]
+            if wanted.distillation:
+                divergence = logit_divergence(outputs["logits"], self.theirs.logits, asked_BT, wanted.temperature)
+                total = total + own.setdefault("distillation_loss", wanted.distillation * divergence / items)
+        if wanted.hidden_states:
+            error = stream_error(outputs["hidden_states"][1:], self.theirs.hidden_states[1:], asked_BT)
+            total = total + own.setdefault("hidden_loss", wanted.hidden_states * error / items)
         if self.passing is not None:
             share = asked_BT.sum() / items  # of a micro-batch in its optimizer step
-            terms["budget_loss"] = wanted.budget * share * self._excess(outputs["records"])
-        total: Tensor = sum(terms.values())  # type: ignore[assignment]
+            total = total + own.setdefault("budget_loss", wanted.budget * share * self._excess(outputs["records"]))
         scale = loss.detach() / outputs["loss"].detach()  # what Trainer makes up for the mean over processes
         outputs["auxiliary_loss"] = total - token_loss
         if self._logs_this_step():
-            own = [name for name in terms if name not in ("token_loss", "auxiliary_loss")]
-            self.parts.update({name: terms[name].item() for name in own})
+            self.parts.update({name: term.item() for name, term in own.items()})
         return total * torch.nan_to_num(scale, nan=1.0)
 
-    def _taught(self, outputs: Any, inputs: Any, asked_BT: Tensor, items: Any) -> dict[str, Tensor]:
-        assert self.teacher is not None
+    def _ask(self, teacher: SkipstoneForCausalLM, inputs: Any) -> dict[str, Any]:
+        """What the teacher says of a micro-batch, kept for `objective`; what the student's pass needs of it."""
         wanted = self.adapt.loss
         given = {name: inputs[name] for name in INPUTS if name in inputs}
+        given |= {"use_cache": False, "output_hidden_states": wanted.hidden_states > 0}
+        chunked = bool(self.loss_chunk and wanted.distillation)
         with torch.no_grad():
-            theirs = self.teacher(**given, use_cache=False, output_hidden_states=wanted.hidden_states > 0)
-        terms = {}
-        if wanted.distillation:
-            divergence = logit_divergence(outputs["logits"], theirs.logits, asked_BT, wanted.temperature)
-            terms["distillation_loss"] = wanted.distillation * divergence / items
-        if wanted.hidden_states:
-            error = stream_error(outputs["hidden_states"][1:], theirs.hidden_states[1:], asked_BT)
-            terms["hidden_loss"] = wanted.hidden_states * error / items
-        return terms
+            self.theirs = (teacher.model if chunked or not wanted.distillation else teacher)(**given)
+        if not chunked:
+            return {"loss_chunk": 0} if wanted.distillation else {}
+        taught = Taught(
+            hidden_BTE=self.theirs.last_hidden_state,
+            head_VE=teacher.lm_head.weight,
+            language_modelling=wanted.language_modelling,
+            distillation=wanted.distillation,
+            temperature=wanted.temperature,
+        )
+        return {"taught": taught}
 
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
         """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""

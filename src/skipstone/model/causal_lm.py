@@ -28,12 +28,15 @@ from skipstone.model.decoder import (
     refuse_mistyped,
 )
 from skipstone.model.tokens import within_documents
-from skipstone.ops.head_loss import IGNORED, linear_cross_entropy
+from skipstone.ops.head_loss import IGNORED, Taught, linear_cross_entropy, linear_taught_loss
 
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """loss: token loss plus auxiliary losses. token_loss, auxiliary_loss: its two parts. logits [B, T, V], or None."""
+    """loss: what is minimised, token loss plus auxiliary losses, and a teacher's where one is given.
+
+    token_loss, auxiliary_loss, distillation_loss: its parts, without coefficients. logits [B, T, V], or None.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -42,6 +45,7 @@ class CausalLMOutput(ModelOutput):
     records: tuple[Records, ...] | None = None
     token_loss: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    distillation_loss: Tensor | None = None
 
 
 class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
@@ -72,6 +76,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         executor: Executor = "gathered",
         output_records: bool = False,
         loss_chunk: int = 0,
+        taught: Taught | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
         """Logits, and with labels the loss.
@@ -81,6 +86,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         `SkipstoneModel.forward`. The auxiliary losses are summed over labelled tokens and divided like the token loss,
         so that accumulation changes nothing; `config.auxiliary_loss_over` "all": the mean over all real tokens.
         loss_chunk: with labels, make the logits of so many tokens at a time and hand none out; 0: of all at once.
+        taught: with labels and loss_chunk, what a teacher says of the same tokens. Its part of `loss` and the token
+        loss come with the coefficients given there; `token_loss` and `distillation_loss` then carry no gradient.
         """
         refuse_mistyped(kwargs)
         shift_labels = kwargs.get("shift_labels")  # were it named above, Trainer would wait for it to report eval_loss
@@ -107,7 +114,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         losses = {}
         if target_BT is not None:
             items = kwargs.get("num_items_in_batch")
-            losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk)
+            losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk, taught)
         return CausalLMOutput(
             logits=logits_BTV,
             past_key_values=out.past_key_values,
@@ -124,43 +131,60 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         records: tuple[Records, ...],
         items: Tensor | int | None,
         chunk: int,
+        taught: Taught | None,
     ) -> dict[str, Tensor]:
-        """The loss and its two parts."""
-        token_loss = self._token_loss(hidden_BTD, logits_BTV, target_BT, items, chunk)
-        auxiliary_loss = self._auxiliary_loss(target_BT, records, items, token_loss)
-        return {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
-
-    def _token_loss(
-        self, hidden_BTD: Tensor, logits_BTV: Tensor | None, target_BT: Tensor, items: Tensor | int | None, chunk: int
-    ) -> Tensor:
-        """Cross-entropy: the sum over labelled tokens by the number of labels, of the whole step where it is given."""
+        """The loss and its parts."""
         if hidden_BTD.shape[1] != target_BT.shape[1]:
             raise ValueError("logits_to_keep cannot be combined with labels: the loss needs the logits of every token")
         if logits_BTV is not None:
-            return self.loss_function(  # type: ignore[no-any-return]
-                logits=logits_BTV,
-                labels=None,
-                shift_labels=target_BT,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=items,
-            )
+            if taught is not None:
+                raise ValueError("taught needs a loss_chunk of 1 or more: all logits are not compared here")
+            parts = {"token_loss": self._token_loss(logits_BTV, target_BT, items)}
+        else:
+            parts = self._chunked(hidden_BTD, target_BT, items, chunk, taught)
+        minimised = parts.pop("minimised", parts["token_loss"])
+        auxiliary_loss = self._auxiliary_loss(target_BT, records, items, minimised)
+        return {"loss": minimised + auxiliary_loss, "auxiliary_loss": auxiliary_loss, **parts}
+
+    def _token_loss(self, logits_BTV: Tensor, target_BT: Tensor, items: Tensor | int | None) -> Tensor:
+        """Cross-entropy: the sum over labelled tokens by the number of labels, of the whole step where it is given."""
+        return self.loss_function(  # type: ignore[no-any-return]
+            logits=logits_BTV,
+            labels=None,
+            shift_labels=target_BT,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=items,
+        )
+
+    def _chunked(
+        self, hidden_BTD: Tensor, target_BT: Tensor, items: Tensor | int | None, chunk: int, taught: Taught | None
+    ) -> dict[str, Tensor]:
+        """The same, and with a teacher the divergence and what is minimised, all logits never at hand."""
         if type(self.lm_head) is not nn.Linear or type(self.lm_head.weight) is not nn.Parameter:
             raise ValueError(
                 "loss_chunk needs the head's weight as it is, without adapter, quantisation or sharding; pass 0"
             )
         target_N = target_BT.flatten().to(hidden_BTD.device)
-        nats = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, target_N, chunk)
-        return nats / ((target_N != IGNORED).sum() if items is None else torch.as_tensor(items, device=nats.device))
+        given = (hidden_BTD.flatten(0, 1), self.lm_head.weight, target_N)
+        count = (target_N != IGNORED).sum() if items is None else torch.as_tensor(items, device=target_N.device)
+        if taught is None:
+            return {"token_loss": linear_cross_entropy(*given, chunk) / count}
+        minimised, nats, divergence = linear_taught_loss(*given, taught, chunk)
+        return {
+            "minimised": minimised / count,
+            "token_loss": nats / count,
+            "distillation_loss": divergence / count,
+        }
 
     def _auxiliary_loss(
-        self, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None, token_loss: Tensor
+        self, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None, like: Tensor
     ) -> Tensor:
         """The mechanisms' own losses, summed over labelled tokens and divided like the token loss."""
         labelled_BT = target_BT != IGNORED
         routed = [r for layer in records for r in layer.values() if isinstance(r, DepthRecord | ExpertsRecord)]
         losses = [(r.loss_BT, r.asked_BT) for r in routed if r.loss_BT is not None]
         if not losses:
-            return token_loss.new_zeros(())
+            return like.new_zeros(())
         labels = labelled_BT.sum().clamp(min=1)
         if self.config.auxiliary_loss_over == "labelled":
             terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT, _ in losses]

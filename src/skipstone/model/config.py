@@ -46,7 +46,7 @@ class SkipstoneConfig(PreTrainedConfig):
     """
 
     model_type = "skipstone"
-    keys_to_ignore_at_inference = ["past_key_values", "records", "token_loss", "auxiliary_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "records", "token_loss", "auxiliary_loss", "distillation_loss"]
 
     format_version: int = FORMAT_VERSION
     vocab_size: int = 256

@@ -48,7 +48,16 @@ class DecoderOutput(ModelOutput):
     records: tuple[Records, ...] | None = None
 
 
-OWN_ARGUMENTS = ("routing", "noise", "executor", "output_records", "document_ids", "shift_labels", "loss_chunk")
+OWN_ARGUMENTS = (
+    "routing",
+    "noise",
+    "executor",
+    "output_records",
+    "document_ids",
+    "shift_labels",
+    "loss_chunk",
+    "taught",
+)
 
 
 def refuse_mistyped(arguments: Mapping[str, Any]) -> None:

@@ -7,11 +7,16 @@ The chunked form makes the logits of some tokens at a time and, while it has the
 so that backward only scales them. It computes the three products that the plain form computes, and keeps [chunk, V]
 where that keeps [N, V] several times over. (torch 2.13 has a function of this kind; we support older ones.)
 
-Shape letters: N tokens of all rows, D width, V vocabulary, C tokens of a chunk.
+`linear_taught_loss` adds what a teacher's logits ask for, made in the same chunks: at temperature T
+
+    T^2 KL(teacher || student)        d logits = T (softmax(logits / T) - softmax(teacher's logits / T))
+
+Shape letters: B rows, T tokens, N tokens of all rows, D width, E the teacher's, V vocabulary, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,60 +32,127 @@ def plain_linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor
     return F.cross_entropy(F.linear(x_ND, weight_VD).float(), target_N, ignore_index=IGNORED, reduction="sum")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What a teacher says of the same tokens, and what each part of the loss counts.
+
+    hidden_BTE, head_VE: its last normed stream and its head, whose product are its logits; no gradient reaches them.
+    language_modelling, distillation: coefficients of the cross-entropy and of T^2 KL(teacher || student), in nats;
+    temperature: T (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    hidden_BTE: Tensor
+    head_VE: Tensor
+    language_modelling: float
+    distillation: float
+    temperature: float = 1.0
+
+
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int) -> Tensor:
     """The same sum, its gradients computed `chunk` tokens at a time; what chunks add up to is fp32.
 
     target_N: int64, -100 for tokens not to predict. Can be differentiated once, and only once: gradients are handed
     out, not copied, and a second backward raises RuntimeError. Raises ValueError for a chunk below 1.
     """
+    return _loss(x_ND, weight_VD, target_N, None, chunk)[0]
+
+
+def linear_taught_loss(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, taught: Taught, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(what is minimised, cross-entropy, T^2 KL), summed over the tokens with a target, fp32 ().
+
+    The first is the sum of the other two with their coefficients, and the only one that can be differentiated. All else
+    as in `linear_cross_entropy`.
+    """
+    return _loss(x_ND, weight_VD, target_N, taught, chunk)
+
+
+def _loss(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, taught: Taught | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     grad = torch.is_grad_enabled()
     wanted = (grad and x_ND.requires_grad, grad and weight_VD.requires_grad)
-    return _Loss.apply(x_ND, weight_VD, target_N, chunk, wanted)  # type: ignore[no-any-return]
+    return _Loss.apply(x_ND, weight_VD, target_N, taught, chunk, wanted)  # type: ignore[no-any-return]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int, wanted: tuple[bool, bool]
-    ) -> Tensor:
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        target_N: Tensor,
+        taught: Taught | None,
+        chunk: int,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         device = x_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         with torch.autocast(device, enabled=False):
-            total, d_x, d_weight = _forward(x_ND.to(dtype), weight_VD.to(dtype), target_N, chunk, wanted)
+            teacher = None if taught is None else _Teacher(taught, dtype)
+            found, d_x, d_weight = _forward(x_ND.to(dtype), weight_VD.to(dtype), target_N, teacher, chunk, wanted)
         ctx.gradients = (
             None if d_x is None else d_x.to(x_ND.dtype),
             None if d_weight is None else d_weight.to(weight_VD.dtype),
         )
-        return total
+        nats, divergence = found
+        total = nats.clone() if taught is None else taught.language_modelling * nats + taught.distillation * divergence
+        ctx.mark_non_differentiable(nats, divergence)
+        return total, nats, divergence
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("this loss was differentiated already; pass loss_chunk=0 to differentiate it again")
         gradients, ctx.gradients = ctx.gradients, None  # no reference stays, so that they are taken and not copied
-        return *(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None, None
+        return *(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None, None, None
+
+
+class _Teacher:
+    """A teacher's side of the chunks, in the type that the products are made in."""
+
+    def __init__(self, taught: Taught, dtype: torch.dtype) -> None:
+        self.taught, self.temperature = taught, taught.temperature
+        self.x_NE, self.weight_VE = taught.hidden_BTE.flatten(0, 1).to(dtype), taught.head_VE.to(dtype)
+
+    def log_odds(self, at: slice) -> Tensor:
+        """Log-probabilities [C, V] at the temperature, fp32."""
+        return F.log_softmax(F.linear(self.x_NE[at], self.weight_VE).float().div_(self.temperature), dim=-1)
 
 
 def _forward(
-    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum, and the gradients that are wanted: of x in x's type, of the weight in fp32."""
-    total = torch.zeros((), device=x_ND.device)
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    teacher: _Teacher | None,
+    chunk: int,
+    wanted: tuple[bool, bool],
+) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+    """Both sums, and the gradients that are wanted: of x in x's type, of the weight in fp32."""
+    nats, divergence = torch.zeros((), device=x_ND.device), torch.zeros((), device=x_ND.device)
     d_x_ND = torch.empty_like(x_ND) if wanted[0] else None
     d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
     for start in range(0, len(x_ND), chunk):
         at = slice(start, start + chunk)
-        nats, d_logits_CV = _chunk(F.linear(x_ND[at], weight_VD).float(), target_N[at])
-        total += nats
+        logits_CV = F.linear(x_ND[at], weight_VD).float()
+        if teacher is None:
+            more, d_logits_CV = _chunk(logits_CV, target_N[at])
+        else:
+            far, pulled_CV = _taught_chunk(logits_CV, target_N[at], teacher.log_odds(at), teacher.temperature)
+            more, d_logits_CV = _chunk(logits_CV, target_N[at])
+            d_logits_CV.mul_(teacher.taught.language_modelling).add_(pulled_CV, alpha=teacher.taught.distillation)
+            divergence += far
+        nats += more
         d_logits_CV = d_logits_CV.to(x_ND.dtype)
         if d_x_ND is not None:
             torch.mm(d_logits_CV, weight_VD, out=d_x_ND[at])
         if d_weight_VD is not None:
             _add_product(d_weight_VD, d_logits_CV.T, x_ND[at])
-    return total, d_x_ND, d_weight_VD
+    return (nats, divergence), d_x_ND, d_weight_VD
 
 
 def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +166,16 @@ def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
     d_logits_CV = logits_CV.mul_(real_C[:, None] / sum_C1)
     d_logits_CV.index_put_((token_C, at_C), -real_C.float(), accumulate=True)
     return nats_C.sum(), d_logits_CV
+
+
+def _taught_chunk(logits_CV: Tensor, target_C: Tensor, teacher_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The chunk's T^2 KL against log-probabilities at T, and the gradient of its logits; these stay as they are."""
+    real_C1 = (target_C != IGNORED)[:, None]
+    ours_CV = F.log_softmax(logits_CV / temperature, dim=-1)
+    odds_CV = teacher_CV.exp()
+    far_C = (teacher_CV.sub_(ours_CV)).mul_(odds_CV).sum(1)
+    far_C = torch.where(real_C1[:, 0], far_C, 0.0) * temperature**2
+    return far_C.sum(), ours_CV.exp_().sub_(odds_CV).mul_(real_C1 * temperature)
 
 
 def _add_product(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
