@@ -63,10 +63,10 @@ def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dic
 def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Namespace, seed: int) -> dict[str, Any]:
     steps = max(1, given.tokens // (2 * BATCH * CONTEXT))
     train = {"steps": steps, "batch_size": BATCH, "gradient_accumulation": 2, "learning_rate": given.rate}
-    train |= {"warmup_steps": steps // 10, "precision": "bf16", "seed": seed}
+    train |= {"warmup_steps": steps // 10, "precision": "bf16", "loss_chunk": 256, "seed": seed}
     quiet = {"eval_every": 0, "eval_rows": 8, "save_every": 0, "log_every": max(1, steps // 10)}
     data = {"corpus": f"text:{given.text}", "context": CONTEXT, "seed": seed}
-    whole = {"loss": LOSS, "calibration_rows": 12, **options}
+    whole = {"loss": LOSS, "calibration_rows": 48, **options}
     return {"model": model, "data": data, "train": {**train, **quiet}, "adapt": whole}
 
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--dropped", type=int, nargs="+", default=[6, 11])
     parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="train these arms alone, as two processes may share the work")
     parser.add_argument("--work", type=Path, default=Path("runs/adapt_frontier"))
