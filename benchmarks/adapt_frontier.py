@@ -52,7 +52,7 @@ def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dic
     """Name, model, what differs in `adapt`, at one budget."""
     layers = {**LEAST, "count": 2 * dropped}
     best = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
-    best |= {"skip": "low_rank", "skip_rank": 16}
+    best |= {"skip": "low_rank", "skip_rank": 64}
     routed = {"budget": budget, "router_learning_rate": 1e-3, "start": "measured"}
     yield "fewer blocks", {"drop_layers": {**LEAST, "count": dropped}}, {}
     yield "mixture of depths", {"mechanisms": [best]}, routed
@@ -61,8 +61,8 @@ def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dic
 
 
 def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Namespace, seed: int) -> dict[str, Any]:
-    steps = max(1, given.tokens // (2 * BATCH * CONTEXT))
-    train = {"steps": steps, "batch_size": BATCH, "gradient_accumulation": 2, "learning_rate": given.rate}
+    steps = max(1, given.tokens // (BATCH * CONTEXT))
+    train = {"steps": steps, "batch_size": BATCH, "learning_rate": given.rate}
     train |= {"warmup_steps": steps // 10, "precision": "bf16", "loss_chunk": 256, "seed": seed}
     quiet = {"eval_every": 0, "eval_rows": 8, "save_every": 0, "log_every": max(1, steps // 10)}
     data = {"corpus": f"text:{given.text}", "context": CONTEXT, "seed": seed}
