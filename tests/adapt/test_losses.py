@@ -100,11 +100,11 @@ def test_a_measured_start_ranks_tokens_and_guesses_updates(norm: bool, site: str
     mechanism = next(iter(student.model.layers[1].mechanisms.values()))
     before, after = (torch.cat([b[1][site][side] for b in site_streams(model, rows(20))]) for side in (0, 1))
     score = mechanism.router((normalised(before) if norm else before)[None])[0]
-    target = token_influence(before, after).clamp(min=1e-9).log()
+    guess = mechanism.skip.guess(before)
+    target = token_influence(before + guess, after).clamp(min=1e-9).log()  # what the skip path leaves undone
     # what attention fetches from elsewhere, with random weights, is hardly to be seen in the token itself
-    assert torch.corrcoef(torch.stack((score, target)))[0, 1] > (0.2 if site == "attention" else 0.5)
+    assert torch.corrcoef(torch.stack((score, target)))[0, 1] > (0.15 if site == "attention" else 0.4)
     update, small = after - before, target <= target.quantile(0.75)
-    guess = before @ mechanism.skip.down_weight.T @ mechanism.skip.up_weight.T
     assert (update - guess)[small].square().sum() < (0.97 if site == "attention" else 0.8) * update[
         small
     ].square().sum()
@@ -129,7 +129,16 @@ def test_a_skip_path_of_full_rank_is_least_squares() -> None:
     x = torch.randn(200, 6)
     with torch.no_grad():
         fit_skip(skip, x, x @ map_DD)
-        assert torch.allclose(x @ skip.down_weight.T @ skip.up_weight.T, x @ map_DD, atol=2e-2)
+        assert torch.allclose(skip.guess(x), x @ map_DD, rtol=2e-2, atol=5e-2)  # a ridge of a per cent
+
+
+def test_a_huge_token_does_not_decide_the_skip_path() -> None:
+    """The first token of a row may be a hundred times as large as the others, and goes its own way."""
+    skip, map_DD = LowRankSkip(6, 6), torch.randn(6, 6)
+    x, huge = torch.randn(400, 6), 500 * torch.randn(4, 6)
+    with torch.no_grad():
+        fit_skip(skip, torch.cat((x, huge)), torch.cat((x @ map_DD, torch.zeros(4, 6))))
+        assert (skip.guess(x) - x @ map_DD).norm() < 0.2 * (x @ map_DD).norm()
 
 
 TSA, EXIT = {"name": "token_selective", "layers": ":"}, {"name": "early_exit", "layers": "1:"}

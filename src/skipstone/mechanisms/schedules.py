@@ -134,6 +134,11 @@ class Capacity(nn.Module):
             return self.final
         return between(1.0, self.final, self.progress.share, self.shape)
 
+    @property
+    def moves(self) -> bool:
+        """Whether a warm-up is still going on."""
+        return self.progress is not None and self.progress.share < 1
+
     def pin(self, capacity: float) -> None:
         """This capacity from now on; a warm-up, if there is one, now falls towards it."""
         self.final = capacity

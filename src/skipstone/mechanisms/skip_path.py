@@ -40,10 +40,14 @@ class LowRankSkip(nn.Module):
         """
         if tokens.wanted is not None:
             skipped_BT = skipped_BT & tokens.wanted.mask(skipped_BT.shape[0], skipped_BT.device)
-        update_BTD = F.linear(F.linear(x_BTD, self.down_weight), self.up_weight)
+        update_BTD = self.guess(x_BTD)
         if tokens.gain_BT is not None:
             update_BTD = update_BTD * tokens.gain_BT[..., None].to(update_BTD.dtype)
         return torch.where(skipped_BT[..., None], update_BTD, 0.0)
+
+    def guess(self, x: Tensor) -> Tensor:
+        """The update [..., D] of every token of x [..., D]."""
+        return F.linear(F.linear(x, self.down_weight), self.up_weight)
 
     def flops(self, tokens: float) -> float:
         return 2 * tokens * (self.down_weight.numel() + self.up_weight.numel())

@@ -18,7 +18,8 @@ class EmaThreshold(Decision):
     """score > a running average of the (1 - capacity) quantile of the scores, the same in training and inference.
 
     After Expert Threshold routing (arXiv 2603.11535), there for experts. The threshold moves once an optimizer step,
-    outside forward; without a trainer that advances it, it stays where it is.
+    outside forward; without a trainer that advances it, it stays where it is. While a warm-up moves the capacity, the
+    average starts anew each step: quantiles of other capacities lie far from where the threshold has to be.
     """
 
     is_causal = True
@@ -50,6 +51,8 @@ class EmaThreshold(Decision):
     def advance(self, statistics: Tensor | None) -> None:
         if statistics is not None:
             seen = statistics[0].isfinite()
+            if self.capacity.moves:
+                self.steps.zero_()
             self.steps += seen
             momentum = torch.clamp(1 - 1 / self.steps.clamp(min=1), max=self.momentum)  # the first ones count in full
             self.threshold.lerp_(torch.where(seen, statistics[0].to(self.threshold), self.threshold), 1 - momentum)
