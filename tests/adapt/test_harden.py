@@ -125,6 +125,8 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ([{"silu": 48}, {"silu": 40}, {"silu": 48}], "of layer 1 have 40 neurons"),
         ({"slu": 48}, "unknown function in groups 'slu'; did you mean 'silu'"),
         ({"silu": -1, "relu": 49}, "groups.silu must be a number of neurons, got -1"),
+        ({"silu": 0.5, "relu": 0.4}, "groups must be shares that add up to 1, got 0.9"),
+        ({"silu": 0.5, "relu": 24}, "groups.relu must be a share of neurons, as another one is, got 24"),
         (None, "activation.groups"),
     ],
 )
@@ -132,6 +134,13 @@ def test_groups_that_do_not_fit(groups: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         model(activation={"name": "fixed_mix", "groups": groups})
     assert "\n" not in str(error.value)
+
+
+def test_groups_may_be_shares() -> None:
+    mixes = [{"gelu": 0.5, "silu": 0.5}, {"relu": 1.0}, {"gelu": 0.3, "relu": 0.3, "silu": 0.4}]
+    built = model(activation={"name": "fixed_mix", "groups": mixes})
+    found = [layer.mlp.activation.groups for layer in built.model.layers]
+    assert found == [{"gelu": 24, "silu": 24}, {"relu": 48}, {"gelu": 14, "relu": 15, "silu": 19}]
 
 
 def test_a_fixed_mix_is_no_dense_family_unless_it_is_one_function(tmp_path: Path) -> None:

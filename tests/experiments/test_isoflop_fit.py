@@ -75,7 +75,7 @@ def arm(name: str, best: float, loss: float, cheaper: float = 1.0) -> Curve:
 
 def test_the_share_of_flops_for_the_same_loss() -> None:
     dense, mod = arm("dense", 6e5, 2.0), arm("mod", 8e5, 1.99, cheaper=0.5)
-    (found,) = same_loss({"dense": dense, "mod": mod}, None)
+    (found,) = same_loss({"dense": dense, "mod": mod}, "dense", None)
     x = 8e5 * math.exp(-math.sqrt(0.01 / 0.05))
     assert found.share == pytest.approx(x * 0.5 / 6e5, rel=1e-6)
     assert found.parameters == pytest.approx(x, rel=1e-6)
@@ -86,7 +86,7 @@ def test_the_share_of_flops_for_the_same_loss() -> None:
 def test_a_loss_that_is_never_reached_and_one_that_the_smallest_reaches() -> None:
     dense = arm("dense", 6e5, 2.0)
     worse, better = same_loss(
-        {"dense": dense, "worse": arm("worse", 6e5, 2.1), "better": arm("better", 6e5, 1.5)}, None
+        {"dense": dense, "worse": arm("worse", 6e5, 2.1), "better": arm("better", 6e5, 1.5)}, "dense", None
     )
     assert (worse.share, worse.parameters) == (None, None)
     assert worse.gap == pytest.approx(0.1)
@@ -95,13 +95,14 @@ def test_a_loss_that_is_never_reached_and_one_that_the_smallest_reaches() -> Non
 
 
 def test_nothing_is_compared_without_a_dense_arm() -> None:
-    assert same_loss({"mod": arm("mod", 6e5, 2.0)}, None) == []
+    assert same_loss({"mod": arm("mod", 6e5, 2.0)}, "dense", None) == []
 
 
 def test_the_spread_grows_with_the_noise_and_holds_the_value() -> None:
     curves = {"dense": arm("dense", 6e5, 2.0), "mod": arm("mod", 8e5, 1.97, cheaper=0.5)}
     narrow, wide = (
-        same_loss(curves, Noise(deviation=deviation, source="seeds", degrees=6))[0] for deviation in (1e-4, 3e-3)
+        same_loss(curves, "dense", Noise(deviation=deviation, source="seeds", degrees=6))[0]
+        for deviation in (1e-4, 3e-3)
     )
     for found in (narrow, wide):
         assert found.low is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from skipstone.core.strict import from_dict
 from skipstone.data.prepare import DataConfig
 from skipstone.experiments.isoflop.clock import paces, paces_at
 from skipstone.experiments.isoflop.corpus import Facts, check_once, look, look_if_cheap, share
@@ -83,6 +84,43 @@ def test_sizes(word: object, found: Size) -> None:
 def test_what_is_no_size(word: str) -> None:
     with pytest.raises(ValueError, match=r"is neither WIDTH nor WIDTHxBLOCKS"):
         parse_size(word, 6)
+
+
+OTHERS = {
+    "swiglu": None,
+    "mixed": {"activation": {"name": "fixed_mix", "groups": {"silu": 0.5, "tanh": 0.5}}},
+    "wide": {"intermediate_size": 96},
+}
+
+
+def test_a_recipe_may_name_its_arms() -> None:
+    """Each is the recipe's model with changes, at every size; the first one is what others are held against."""
+    found = spec({**RECIPE, "arms": OTHERS})
+    assert (found.arms, found.base) == (["swiglu", "mixed", "wide"], "swiglu")
+    assert "arms" not in found.recipe
+    assert spec({**RECIPE, "arms": OTHERS}, arms=["wide", "mixed"]).base == "wide"
+    assert spec({**RECIPE, "arms": {"other": {}, "dense": {}}}).base == "dense"
+    grid, size = Grid(found), Size(32, 2)
+    assert grid.shape("swiglu", size).model["mechanisms"] == [MOD]
+    assert grid.shape("wide", size).model["intermediate_size"] == 192
+    plain, mixed = (grid.shape(arm, size) for arm in ("swiglu", "mixed"))
+    assert (plain.parameters, plain.step_flops) == (mixed.parameters, mixed.step_flops)
+    assert from_dict(Spec, found.to_dict(), "plan") == found
+
+
+@pytest.mark.parametrize(
+    ("arms", "says"),
+    [
+        ([], "arms must be a mapping of names to changes of the model"),
+        ({"a": [1]}, r"arms.a must be a mapping, changes of the model, got \[1\]"),
+        ({"a": {"hidden_size": 3}}, "arms.a changes hidden_size, but sizes are the grid's"),
+        ({"a": {"actvation": "relu"}}, "did you mean 'activation'"),
+    ],
+)
+def test_arms_that_cannot_be(arms: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        Grid(spec({**RECIPE, "arms": arms}))
+    assert "\n" not in str(caught.value)
 
 
 def test_arms_follow_from_the_recipe() -> None:

@@ -151,7 +151,7 @@ def _activation(config: Any, layer: int) -> nn.Module:
     if name in FUNCTIONS:
         return FixedActivation(name)
     if name == FIXED_MIX:
-        return FixedMix(FixedMixConfig(**options).of(layer))
+        return FixedMix(FixedMixConfig(**options).of(layer, config.intermediate_size))
     place = _everywhere(config, layer, name)
     return ACTIVATION[name](config.hidden_size, _neurons(config, layer), place, **options)
 

@@ -8,8 +8,10 @@ Shape letters: B rows, T tokens, D width, F neurons.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -60,34 +62,49 @@ class FixedActivation(nn.Module):
         return self.name
 
 
+Groups = dict[str, int | float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FixedMixConfig:
-    """groups: how many neurons use each function, `{silu: 96, gelu: 32}`; a list has one such mapping for each layer.
+    """groups: how many neurons use each function, `{silu: 96, gelu: 32}`, or which share, `{silu: 0.75, gelu: 0.25}`; a
+    list has one such mapping for each layer.
 
     The neurons of a function are adjacent, and the groups lie in alphabetical order, as config.json keeps them.
     """
 
-    groups: dict[str, int] | list[dict[str, int]]
+    groups: Groups | list[Groups]
 
     def __post_init__(self) -> None:
         for groups in [self.groups] if isinstance(self.groups, dict) else self.groups:
+            shares = any(isinstance(count, float) for count in groups.values())
             for name, count in groups.items():
                 choose("function in groups", name, FUNCTIONS)
-                if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                    raise ValueError(f"groups.{name} must be a number of neurons, got {count!r}")
+                if isinstance(count, bool) or not (
+                    0 <= count <= 1 if shares else isinstance(count, int) and count >= 0
+                ):
+                    what = "share of neurons, as another one is" if shares else "number of neurons"
+                    raise ValueError(f"groups.{name} must be a {what}, got {count!r}")
+            if shares and not math.isclose(sum(groups.values()), 1):
+                raise ValueError(f"groups must be shares that add up to 1, got {sum(groups.values()):g}")
 
     def require(self, layers: int, neurons: int) -> None:
         """Raise ValueError unless every one of so many layers has so many neurons in its groups."""
         if isinstance(self.groups, list) and len(self.groups) != layers:
             raise ValueError(f"activation.groups has {len(self.groups)} entries, but there are {layers} layers")
         for layer in range(layers):
-            if (found := sum(self.of(layer).values())) != neurons:
+            if (found := sum(self.of(layer, neurons).values())) != neurons:
                 raise ValueError(
                     f"activation.groups of layer {layer} have {found} neurons, but intermediate_size is {neurons}"
                 )
 
-    def of(self, layer: int) -> dict[str, int]:
-        return self.groups if isinstance(self.groups, dict) else self.groups[layer]
+    def of(self, layer: int, neurons: int) -> dict[str, int]:
+        """Numbers of neurons by function; of shares whole numbers, each within one of its share of `neurons`."""
+        groups = self.groups if isinstance(self.groups, dict) else self.groups[layer]
+        if not any(isinstance(count, float) for count in groups.values()):
+            return dict(groups)  # type: ignore[arg-type]
+        ends = [round(neurons * end) for end in accumulate(groups.values())]
+        return {name: end - start for name, start, end in zip(groups, [0, *ends], ends, strict=False)}
 
 
 class FixedMix(nn.Module):

@@ -11,8 +11,6 @@ import numpy as np
 from skipstone.experiments.isoflop.fit import Fit, fit
 from skipstone.experiments.isoflop.points import Point
 
-BASE = "dense"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from skipstone.experiments.isoflop.curves import BASE, Curve, curve, make_curve
+from skipstone.experiments.isoflop.curves import Curve, curve, make_curve
 from skipstone.experiments.isoflop.points import Collected
 from skipstone.experiments.isoflop.times import EqualTime, equal_times
 
@@ -32,21 +32,25 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class SameLoss:
-    """How an arm compares with the dense optimum of the same budget.
+    """How an arm compares with the optimum of the base, the arm that others are held against, at the same budget.
 
-    share: FLOPs of its forward pass, at the smallest size that reaches the dense optimum's loss, by those of that
-    optimum; None where no size does. at_most: its smallest size reaches it already. parameters: of that size.
-    gap: its own best loss minus the dense one's. low, high: 90 % interval of the share over the draws that reach the
-    loss, whose part of all draws is `reached`; gap_low, gap_high: of the gap; None without noise.
+    share: FLOPs of its forward pass, at the smallest size that reaches the base's loss, by those of that optimum; None
+    where no size does. at_most: its smallest size reaches it already. parameters: of that size; ratio: by those of the
+    base's optimum. gap: its own best loss minus the base's. low, high, ratio_low, ratio_high: 90 % intervals of share
+    and ratio over the draws that reach the loss, whose part of all draws is `reached`; gap_low, gap_high: of the gap;
+    None without noise.
     """
 
     arm: str
     share: float | None
     at_most: bool
     parameters: float | None
+    ratio: float | None
     gap: float
     low: float | None = None
     high: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     reached: float | None = None
     gap_low: float | None = None
     gap_high: float | None = None
@@ -67,46 +71,53 @@ def noise(collected: Collected) -> Noise | None:
     return Noise(deviation=math.sqrt(squares / degrees), source="residuals", degrees=degrees)
 
 
-def same_loss(curves: Mapping[str, Curve], spread: Noise | None) -> list[SameLoss]:
-    """Every arm but the dense one, at one budget; nothing without a dense curve."""
-    base = curves.get(BASE)
+def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
+    """Every arm but the base, at one budget; nothing without a curve of the base."""
+    base = curves.get(name)
     if base is None:
         return []
-    return [_with_spread(base, other, spread) for arm, other in curves.items() if arm != BASE]
+    return [_with_spread(base, other, spread) for arm, other in curves.items() if arm != name]
 
 
-def _compared(base: Curve, other: Curve) -> tuple[float | None, bool, float | None, float]:
-    """share, at_most, parameters, gap."""
-    level = base.fit.optimum.loss
-    gap = other.fit.optimum.loss - level
-    x = other.fit.first_below(level)
-    if x is None:
-        return None, False, None, gap
-    return other.forward(x) / base.forward(base.fit.optimum.x), x <= other.fit.low, x, gap
+def _compared(base: Curve, other: Curve) -> SameLoss:
+    best, x = base.fit.optimum, other.fit.first_below(base.fit.optimum.loss)
+    return SameLoss(
+        arm=other.arm,
+        share=None if x is None else other.forward(x) / base.forward(best.x),
+        at_most=x is not None and x <= other.fit.low,
+        parameters=x,
+        ratio=None if x is None else x / best.x,
+        gap=other.fit.optimum.loss - best.loss,
+    )
 
 
 def _with_spread(base: Curve, other: Curve, spread: Noise | None) -> SameLoss:
-    share, at_most, parameters, gap = _compared(base, other)
-    plain = SameLoss(arm=other.arm, share=share, at_most=at_most, parameters=parameters, gap=gap)
+    plain = _compared(base, other)
     if spread is None:
         return plain
     generator = np.random.default_rng(0)
     drawn = [_compared(_noisy(base, spread, generator), _noisy(other, spread, generator)) for _ in range(DRAWS)]
-    shares = [found for found, _, _, _ in drawn if found is not None]
-    low, high = np.percentile(shares, INTERVAL).tolist() if shares else (None, None)
-    gap_low, gap_high = np.percentile([found for _, _, _, found in drawn], INTERVAL).tolist()
-    return SameLoss(
-        arm=other.arm,
-        share=share,
-        at_most=at_most,
-        parameters=parameters,
-        gap=gap,
+    low, high = _interval([each.share for each in drawn])
+    ratio_low, ratio_high = _interval([each.ratio for each in drawn])
+    gap_low, gap_high = _interval([each.gap for each in drawn])
+    return replace(
+        plain,
         low=low,
         high=high,
-        reached=len(shares) / DRAWS,
+        ratio_low=ratio_low,
+        ratio_high=ratio_high,
+        reached=sum(each.share is not None for each in drawn) / DRAWS,
         gap_low=gap_low,
         gap_high=gap_high,
     )
+
+
+def _interval(drawn: Sequence[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in drawn if value is not None]
+    if not known:
+        return None, None
+    low, high = np.percentile(known, INTERVAL).tolist()
+    return low, high
 
 
 def _noisy(curve: Curve, spread: Noise, generator: np.random.Generator) -> Curve:
@@ -121,13 +132,18 @@ def _noisy(curve: Curve, spread: Noise, generator: np.random.Generator) -> Curve
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """curves: by budget and arm. same: how the other arms compare with dense, by budget. noise: None if not known."""
+    """curves: by budget and arm. same: how the others compare with the base, by budget. noise: None if unknown."""
 
     collected: Collected
     curves: dict[float, dict[str, Curve]]
     noise: Noise | None
     same: dict[float, list[SameLoss]]
     times: list[EqualTime]
+
+    @property
+    def base(self) -> str:
+        """The arm that others are held against."""
+        return self.collected.grid.spec.base
 
 
 def find(collected: Collected) -> Findings:
@@ -142,6 +158,6 @@ def find(collected: Collected) -> Findings:
         collected=collected,
         curves=curves,
         noise=spread,
-        same={budget: same_loss(found, spread) for budget, found in curves.items()},
+        same={budget: same_loss(found, collected.grid.spec.base, spread) for budget, found in curves.items()},
         times=equal_times(collected),
     )

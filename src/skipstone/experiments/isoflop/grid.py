@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from skipstone.experiments.isoflop.spec import Recipe, Size, Spec, arms_of
+from skipstone.experiments.isoflop.spec import Changes, Recipe, Size, Spec
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train.config import Recipe as Checked
 from skipstone.train.config import read_recipe
@@ -86,7 +86,7 @@ class Grid:
     def shape(self, arm: str, size: Size) -> Shape:
         """Raises ValueError for widths that the heads do not fit, budgets apart, and for arms without a causal form."""
         if (arm, size) not in self._shapes:
-            self._shapes[arm, size] = _shape(self.base, arm, size, arms_of(self.spec.recipe)[arm])
+            self._shapes[arm, size] = _shape(self.base, arm, size, self.spec.known[arm])
         return self._shapes[arm, size]
 
     def cell(self, arm: str, budget: float, size: Size, rate: float) -> Cell:
@@ -149,8 +149,8 @@ class Grid:
         return range(self.spec.seed + 1, self.spec.seed + self.spec.optimum_seeds)
 
 
-def _shape(base: Checked, arm: str, size: Size, mechanisms: list[dict[str, Any]]) -> Shape:
-    model = sized(base, size, mechanisms)
+def _shape(base: Checked, arm: str, size: Size, changes: Changes) -> Shape:
+    model = sized(base, size, changes)
     config = model_config(model, base.data.context, {})
     with torch.device("meta"):
         built = SkipstoneForCausalLM(config)
@@ -168,8 +168,9 @@ def _shape(base: Checked, arm: str, size: Size, mechanisms: list[dict[str, Any]]
     )
 
 
-def sized(base: Checked, size: Size, mechanisms: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recipe's model at another size: heads of the same size, as many as the width holds; MLPs in proportion."""
+def sized(base: Checked, size: Size, changes: Changes) -> dict[str, Any]:
+    """The recipe's model, changed, at another size: as many heads of the same size as the width holds; MLPs in
+    proportion."""
     was = model_config(base.model, base.data.context, {})
     head_dim, groups = was.head_dim or 1, was.num_attention_heads // (was.num_key_value_heads or 1)
     if size.width % (head_dim * groups):
@@ -178,9 +179,9 @@ def sized(base: Checked, size: Size, mechanisms: list[dict[str, Any]]) -> dict[s
             f"({head_dim})" + (f" and {groups} share keys and values" if groups > 1 else "")
         )
     heads = size.width // head_dim
-    own = {key: base.model[key] for key in base.model if key != "mechanisms"}
-    if base.model.get("intermediate_size"):
-        own["intermediate_size"] = round(base.model["intermediate_size"] * size.width / was.hidden_size)
+    own = copy.deepcopy({**base.model, **changes})
+    if own.get("intermediate_size"):
+        own["intermediate_size"] = round(own["intermediate_size"] * size.width / was.hidden_size)
     return {
         **own,
         "hidden_size": size.width,
@@ -188,5 +189,4 @@ def sized(base: Checked, size: Size, mechanisms: list[dict[str, Any]]) -> dict[s
         "num_attention_heads": heads,
         "num_key_value_heads": heads // groups,
         "head_dim": head_dim,
-        "mechanisms": copy.deepcopy(mechanisms),
     }

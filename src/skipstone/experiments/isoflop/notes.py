@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from skipstone.experiments.isoflop.curves import BASE
 from skipstone.experiments.isoflop.findings import Findings
 from skipstone.experiments.isoflop.fit import INSIDE
 from skipstone.experiments.isoflop.grid import compact
@@ -95,4 +94,5 @@ def _runs(findings: Findings) -> list[str]:
         if timed
         else "Times are those of the runs themselves, one after the other."
     )
-    return [*found, *([] if BASE in collected.grid.spec.arms else ["There is no dense arm to compare with."])]
+    base = collected.grid.spec.base
+    return [*found, *([] if base in collected.grid.spec.arms else [f"There is no arm {base!r} to compare with."])]

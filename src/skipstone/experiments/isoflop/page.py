@@ -12,7 +12,7 @@ from markupsafe import Markup
 from skipstone.evaluate.tables import amount
 from skipstone.experiments.isoflop import table
 from skipstone.experiments.isoflop.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
-from skipstone.experiments.isoflop.curves import BASE, Curve
+from skipstone.experiments.isoflop.curves import Curve
 from skipstone.experiments.isoflop.findings import Findings
 from skipstone.experiments.isoflop.fit import INSIDE
 from skipstone.experiments.isoflop.grid import compact
@@ -41,8 +41,9 @@ def context(findings: Findings) -> dict[str, Any]:
     spec, found = findings.collected.grid.spec, findings.collected.records
     return {
         "title": spec.name,
+        "base": spec.base,
         "about": table.about(findings),
-        "arms": [(arm, _look(findings, arm), _mechanisms(findings, arm)) for arm in spec.arms],
+        "arms": [(arm, _look(findings, arm), _own(findings, arm)) for arm in spec.arms],
         "verdicts": table.verdicts(findings),
         "iso_flop": _iso_flop(findings),
         "relative": _relative(findings),
@@ -60,16 +61,20 @@ def _look(findings: Findings, arm: str) -> Look:
     return look(findings.collected.grid.spec.arms.index(arm))
 
 
-def _mechanisms(findings: Findings, arm: str) -> str:
-    grid = findings.collected.grid
-    entries = grid.shape(arm, grid.middle).model["mechanisms"]
-    return (
-        "; ".join(
-            f"{entry['name'].replace('_', ' ')} ({', '.join(f'{k} {v}' for k, v in entry.items() if k != 'name')})"
-            for entry in entries
-        )
-        or "no mechanism"
-    )
+def _own(findings: Findings, arm: str) -> str:
+    """What the arm's model has of its own, in words."""
+    parts = []
+    for key, value in findings.collected.grid.spec.known[arm].items():
+        if key == "mechanisms":
+            parts += [_entry(entry) for entry in value] or ["no mechanism"]
+        else:
+            parts.append(f"{key} {_entry(value) if isinstance(value, dict) and 'name' in value else value}")
+    return "; ".join(parts)
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
+    return f"{entry['name'].replace('_', ' ')}{f' ({options})' if options else ''}"
 
 
 def _loss_range(findings: Findings, margin: float = 0.06) -> tuple[float, float]:
@@ -131,9 +136,10 @@ def _star(curve: Curve, x: float) -> Dot | None:
 
 
 def _relative(findings: Findings) -> list[Figure]:
-    """Loss over the FLOPs of a forward pass by those of the dense optimum, a panel a budget."""
-    based = {budget: curves for budget, curves in findings.curves.items() if BASE in curves}
-    units = {budget: curves[BASE].forward(curves[BASE].fit.optimum.x) for budget, curves in based.items()}
+    """Loss over the FLOPs of a forward pass by those of the base's optimum, a panel a budget."""
+    base = findings.base
+    based = {budget: curves for budget, curves in findings.curves.items() if base in curves}
+    units = {budget: curves[base].forward(curves[base].fit.optimum.x) for budget, curves in based.items()}
     xs = [f / units[b] for b, curves in based.items() for curve in curves.values() for f in curve.forward_flops]
     made = []
     for budget, curves in based.items():
@@ -150,11 +156,11 @@ def _relative(findings: Findings) -> list[Figure]:
         title = f"{compact(budget)} training FLOPs"
         picture = panel(
             drawn,
-            x_title="FLOPs of a forward pass, dense optimum = 1",
+            x_title=f"FLOPs of a forward pass, {base} optimum = 1",
             title=title,
             x_range=log_bounds(xs),
             y_range=_loss_range(findings, 0.12),
-            level=Level(y=curves[BASE].fit.optimum.loss, label="dense optimum", drops=drops),
+            level=Level(y=curves[base].fit.optimum.loss, label=f"{base} optimum", drops=drops),
         )
         made.append((title, picture))
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,9 @@ from skipstone.data.prepare import DataConfig
 from skipstone.train.config import read_recipe
 
 Recipe = dict[str, Any]
+Changes = dict[str, Any]  # of the recipe's section model
+DENSE = "dense"
+SIZED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 # laptop: an hour on one core. paper: arXiv 2404.02258, section 4.1: its budgets, and sizes over its range of
 # parameters (60M to 3B with a vocabulary of 32,000); it tells neither widths nor rates.
@@ -50,16 +53,18 @@ def parse_size(word: Any, blocks: int) -> Size:
     return Size(int(found[1]), int(found[2] or blocks))
 
 
-def arms_of(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
-    """The mechanisms of each arm: none, those of the recipe, and those with Mixture-of-Depths deciding at random."""
+def arms_of(recipe: Recipe) -> dict[str, Changes]:
+    """What the model of each arm has of its own: no mechanisms, those of the recipe, and those with Mixture-of-Depths
+    deciding at random."""
     entries = [dict(entry) for entry in recipe.get("model", {}).get("mechanisms") or []]
-    arms: dict[str, list[dict[str, Any]]] = {"dense": []}
+    arms: dict[str, Changes] = {DENSE: {"mechanisms": []}}
     if not entries:
         return arms
     mod = [entry for entry in entries if entry.get("name") == "mixture_of_depths"]
-    arms["mod" if len(mod) == len(entries) else "routed"] = entries
+    arms["mod" if len(mod) == len(entries) else "routed"] = {"mechanisms": entries}
     if any(entry.get("decision") != "random" for entry in mod):
-        arms["random"] = [{**entry, "decision": "random"} if entry in mod else entry for entry in entries]
+        random = [{**entry, "decision": "random"} if entry in mod else entry for entry in entries]
+        arms["random"] = {"mechanisms": random}
     return arms
 
 
@@ -67,7 +72,9 @@ def arms_of(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
 class Spec:
     """recipe: the base, as `skipstone train` reads it, its vocabulary size filled in. budgets: training FLOPs of a run.
 
-    sizes: WIDTH or WIDTHxBLOCKS; heads follow from the width, their size stays. arms: see `arms_of`; empty: all.
+    sizes: WIDTH or WIDTHxBLOCKS; heads follow from the width, their size stays. arms: those to run; the first one, or
+    dense where it is among them, is what others are held against. changes: what the model of each arm that could run
+    has of its own; None: see `arms_of`.
     rates: learning rates that every arm tries at the smallest budget, middle size. rate_rule: the best one serves all
     sizes (constant), or falls with the width (inverse_width). seed: of the grid. optimum_seeds: how many seeds the size
     nearest each optimum gets, the grid's among them. allow_repeats: runs may read the corpus more than once.
@@ -79,6 +86,7 @@ class Spec:
     sizes: list[str]
     rates: list[float]
     arms: list[str]
+    changes: dict[str, Changes] | None = None
     rate_rule: Literal["constant", "inverse_width"] = "constant"
     seed: int = 0
     optimum_seeds: int = 3
@@ -91,7 +99,11 @@ class Spec:
             for value in getattr(self, field):
                 if not 0 < value < math.inf:
                     raise ValueError(f"{field} must be above 0, got {value}")
-        known = arms_of(self.recipe)
+        known = self.known
+        for arm, changes in known.items():
+            for key in SIZED:
+                if key in changes:
+                    raise ValueError(f"arms.{arm} changes {key}, but sizes are the grid's; leave it out")
         for arm in self.arms:
             if arm not in known:
                 raise ValueError(unknown("arm of this recipe", arm, known))
@@ -100,6 +112,16 @@ class Spec:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.optimum_seeds < 1:
             raise ValueError(f"optimum_seeds must be at least 1, got {self.optimum_seeds}")
+
+    @property
+    def known(self) -> dict[str, Changes]:
+        """What the model of each arm that could run has of its own."""
+        return arms_of(self.recipe) if self.changes is None else self.changes
+
+    @property
+    def base(self) -> str:
+        """The arm that others are held against."""
+        return DENSE if self.changes is None or DENSE in self.arms else self.arms[0]
 
     @property
     def data(self) -> DataConfig:
@@ -123,13 +145,28 @@ def _check_list(field: str, values: Sequence[Any]) -> None:
 def make_spec(recipe: Recipe, *, scale: str = "laptop", **given: Any) -> Spec:
     """A spec with the grid of `scale` where nothing else is given; None counts as not given.
 
-    Raises ValueError, one line, for sizes, arms and numbers that cannot be.
+    The recipe may have a section `arms`: what the model of each arm has of its own, by name. Raises ValueError, one
+    line, for sizes, arms and numbers that cannot be.
     """
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))
+    recipe = dict(recipe)
+    changes = _changes(recipe.pop("arms", None))
     values = {**GRIDS[scale], **{name: value for name, value in given.items() if value is not None}}
     blocks = int(recipe.get("model", {}).get("num_hidden_layers") or 6)
     sizes = [str(parse_size(word, blocks)) for word in values.pop("sizes")]
-    arms = list(values.pop("arms", None) or arms_of(recipe))
+    arms = list(values.pop("arms", None) or changes or arms_of(recipe))
     values = {**values, "budgets": [float(b) for b in values["budgets"]], "rates": [float(r) for r in values["rates"]]}
-    return Spec(name=str(recipe.get("name") or "isoflop"), recipe=recipe, sizes=sizes, arms=arms, **values)
+    name = str(recipe.get("name") or "isoflop")
+    return Spec(name=name, recipe=recipe, sizes=sizes, arms=arms, changes=changes, **values)
+
+
+def _changes(arms: Any) -> dict[str, Changes] | None:
+    if arms is None:
+        return None
+    if not isinstance(arms, Mapping) or not arms:
+        raise ValueError(f"arms must be a mapping of names to changes of the model, got {arms!r}")
+    for name, changes in arms.items():
+        if not isinstance(changes, Mapping | None):
+            raise ValueError(f"arms.{name} must be a mapping, changes of the model, got {changes!r}")
+    return {str(name): dict(changes or {}) for name, changes in arms.items()}

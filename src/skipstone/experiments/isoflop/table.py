@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent
-from skipstone.experiments.isoflop.curves import BASE, Curve
+from skipstone.experiments.isoflop.curves import Curve
 from skipstone.experiments.isoflop.findings import DRAWS, Findings, SameLoss
 from skipstone.experiments.isoflop.fit import DOWNWARD, FEW, HIGH, INSIDE, LOW
 from skipstone.experiments.isoflop.grid import compact
@@ -48,17 +48,17 @@ def about(findings: Findings) -> str:
 
 
 def verdicts(findings: Findings) -> list[str]:
-    """One plain sentence for each arm and budget, beside dense."""
+    """One plain sentence for each arm and budget, beside the base."""
     return [
-        f"At {compact(budget)}: {_verdict(found, findings.curves[budget])}"
+        f"At {compact(budget)}: {_verdict(found, findings.curves[budget], findings.base)}"
         for budget, compared in findings.same.items()
         for found in compared
     ]
 
 
-def _verdict(found: SameLoss, curves: dict[str, Curve]) -> str:
-    best, dense = curves[found.arm].fit.optimum, curves[BASE].fit.optimum
-    losses = f"{found.arm}'s best loss is {best.loss:.4f}, the dense optimum {dense.loss:.4f} ({found.gap:+.4f})"
+def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
+    best, level = curves[found.arm].fit.optimum, curves[base].fit.optimum
+    losses = f"{found.arm}'s best loss is {best.loss:.4f}, the {base} optimum {level.loss:.4f} ({found.gap:+.4f})"
     if not curves[found.arm].fit.usable:
         return f"{losses}; there is no parabola to read a share of FLOPs from."
     if found.share is None:
@@ -78,7 +78,10 @@ def same(findings: Findings) -> Section:
     told = [] if spread is None else [f"90 % intervals over {DRAWS} draws of the noise."]
     return Section(
         title="Same loss at what share of FLOPs a forward pass",
-        columns=["budget", "arm", "share", "90 %", "reached in", "parameters", "best loss − dense's", "90 % of it"],
+        columns=[
+            *("budget", "arm", "share", "90 %", "reached in", "parameters", "ratio", "90 % of it"),
+            *(f"best loss − {findings.base}'s", "90 % of it"),
+        ],
         rows=[
             [compact(budget), *_same(found, findings.curves[budget])]
             for budget, compared in findings.same.items()
@@ -87,8 +90,9 @@ def same(findings: Findings) -> Section:
         notes=[
             (
                 f"Share: forward FLOPs a token, as executed on batches of {COUNTED_ROWS} rows (shorter ones filled "
-                "up), of the arm's smallest size whose loss is that of the dense optimum, by those of the dense "
-                "optimum. *Reached in*: the part of the draws in which some size does."
+                f"up), of the arm's smallest size whose loss is that of the {findings.base} optimum, by those of that "
+                "optimum. *Reached in*: the part of the draws in which some size does. *Parameters*: of that size; "
+                f"*ratio*: by those of the {findings.base} optimum."
             ),
             *told,
         ],
@@ -105,6 +109,8 @@ def _same(found: SameLoss, curves: dict[str, Curve]) -> list[str]:
         _interval(found.low, found.high, percent),
         percent(found.reached, 0),
         amount(found.parameters),
+        number(found.ratio, 2),
+        _interval(found.ratio_low, found.ratio_high, lambda value: number(value, 2)),
         f"{found.gap:+.4f}",
         _interval(found.gap_low, found.gap_high, lambda value: f"{value:+.4f}"),
     ]
@@ -152,19 +158,19 @@ def _with_deviation(losses: Sequence[float]) -> str:
 def times(findings: Findings) -> Section:
     rows = []
     for time in findings.times:
-        base = time.curves.get(BASE)
+        base = time.curves.get(findings.base)
         for arm, curve in time.curves.items():
             best = curve.fit.optimum
-            gap = UNKNOWN if base is None or arm == BASE else f"{best.loss - base.fit.optimum.loss:+.4f}"
+            gap = UNKNOWN if base is None or arm == findings.base else f"{best.loss - base.fit.optimum.loss:+.4f}"
             rows.append([f"{time.seconds:,.0f} s", arm, number(best.loss), gap, amount(best.x), PLACES[best.where]])
     return Section(
         title="The same seconds of training",
-        columns=["time", "arm", "best loss", "− dense's", "parameters", "where"],
+        columns=["time", "arm", "best loss", f"− {findings.base}'s", "parameters", "where"],
         rows=rows,
         notes=[
             (
-                "The times: half way between budgets, by the median of what the dense arm's sizes take. A size's loss "
-                "at a time is read off a straight line between its budgets, over the logarithm of seconds."
+                f"The times: half way between budgets, by the median of what {findings.base}'s sizes take. The loss of "
+                "a size at a time is read off a straight line between its budgets, over the logarithm of seconds."
             )
         ],
     )
@@ -174,19 +180,19 @@ def speeds(findings: Findings) -> Section:
     grid, found = findings.collected.grid, findings.collected.speeds
     rows = []
     for size in grid.sizes:
-        dense = found.get((BASE, str(size)))
+        base = found.get((findings.base, str(size)))
         for arm in grid.spec.arms:
             speed = found.get((arm, str(size)))
             if speed is None:
                 continue
-            times_dense, flops = UNKNOWN, UNKNOWN
-            if dense is not None:
-                times_dense = f"{dense / speed:.2f}"
-                flops = f"{grid.shape(arm, size).step_flops / grid.shape(BASE, size).step_flops:.2f}"
-            rows.append([str(size), arm, f"{speed:,.0f}", times_dense, flops])
+            time, flops = UNKNOWN, UNKNOWN
+            if base is not None:
+                time = f"{base / speed:.2f}"
+                flops = f"{grid.shape(arm, size).step_flops / grid.shape(findings.base, size).step_flops:.2f}"
+            rows.append([str(size), arm, f"{speed:,.0f}", time, flops])
     return Section(
         title="Training steps, timed in turns",
-        columns=["size", "arm", "tokens/s", "time a step × dense", "FLOPs a step × dense"],
+        columns=["size", "arm", "tokens/s", *(f"{what} a step × {findings.base}" for what in ("time", "FLOPs"))],
         rows=rows,
     )
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from skipstone.experiments.isoflop.curves import BASE, Curve, make_curve
+from skipstone.experiments.isoflop.curves import Curve, make_curve
 from skipstone.experiments.isoflop.points import Collected, Point
 
 
@@ -34,13 +34,13 @@ def seconds_of(collected: Collected, point: Point) -> float:
 
 
 def equal_times(collected: Collected) -> list[EqualTime]:
-    """Half way between budgets, by the median time that the dense arm's sizes take for a budget.
+    """Half way between budgets, by the median time that the base's sizes take for a budget.
 
     There most losses lie between two that were measured: the loss of a size at a time is read off a straight line
     between its budgets, over the logarithm of the seconds. Not at the largest budget: the sizes that are done sooner
     would have to be guessed, and come out better than anything that was run. Needs two budgets.
     """
-    of_budgets = [collected.curves.get((BASE, budget), []) for budget in collected.grid.budgets]
+    of_budgets = [collected.curves.get((collected.grid.spec.base, budget), []) for budget in collected.grid.budgets]
     medians = [statistics.median(seconds_of(collected, p) for p in points) for points in of_budgets if points]
     return [_at(collected, math.sqrt(first * second)) for first, second in pairwise(medians)]
 
