@@ -11,6 +11,7 @@ again, so the command can be stopped and repeated.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ from skipstone.runs import Run
 CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 256, 8
 JUDGED = {"wikitext-2": ("wikitext-2", "test"), "another kind": ("tiny-shakespeare", "validation")}
 PROMPT, STEPS, TURNS = 32, 48, 5  # of decoding, one row
+PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
 NAME, TUNED = "adapt_frontier", "dense, tuned"
 KINDS = ("fewer blocks", "mixture of depths", "random skipping")
 TITLE = "A pretrained model computes less: perplexity by executed FLOPs"
@@ -72,8 +74,11 @@ def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Names
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Nats a token on each text that is judged, and counted FLOPs a token."""
-    found: dict[str, Any] = {}
+    """Nats a token on each text that is judged, counted FLOPs a token, and a sample; measured once and kept."""
+    record = folder / "judged.json"
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    found: dict[str, Any] = {"sample": sample(folder)}
     for name, (corpus, split) in JUDGED.items():
         opened = open_run(folder, split, corpus, CONTEXT)
         assert opened.data is not None
@@ -83,7 +88,18 @@ def figures(folder: Path) -> dict[str, Any]:
         if not found.get("flops"):
             one = count(opened.model, opened.main, batches(opened.data, 1, device, COUNTED))
             found["flops"] = one.counted
+    record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def sample(folder: Path) -> str:
+    """Greedy words after the prompt."""
+    run = Run(folder)
+    model, tokenizer = run.load_model().eval(), run.load_tokenizer()
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer.encode(PROMPT_TEXT)])
+    out = model.generate(ids, max_new_tokens=SAMPLED, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0, ids.shape[1] :].tolist())
 
 
 def decode_speeds(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -110,6 +126,13 @@ def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], spee
         cells.append(f"{speeds[arm]['median']:.2f}" if arm in speeds else "–")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def samples(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
+    """What each writes, the first seed's."""
+    told = {"source": source["sample"], **{arm: seeds[0]["sample"] for arm, seeds in results.items()}}
+    lines = [f"* {arm}: “{PROMPT_TEXT}**{' '.join(text.split())}**”" for arm, text in told.items()]
+    return "\n".join([f"Greedy, {SAMPLED} tokens after the same words:", "", *lines])
 
 
 def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
@@ -193,6 +216,8 @@ def train_all(given: argparse.Namespace) -> dict[str, list[Path]]:
             folder = given.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{given.tokens}-seed{seed}"
             if not (folder / "result.json").is_file() and (given.only is None or arm in given.only):
                 adapt(given.source, recipe(changed, options, given, seed), out=folder)
+            if (folder / "result.json").is_file():
+                figures(folder)
             found.setdefault(arm, []).append(folder)
     return found
 
@@ -207,8 +232,9 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]]) -> None:
     dropped, seeds = (" ".join(map(str, values)) for values in (given.dropped, given.seeds))
     flags = f"--dropped {dropped} --tokens {given.tokens} --seeds {seeds}"
     end = closing(f"python benchmarks/adapt_frontier.py SOURCE TEXT {flags}", environment)
-    shown = f"![{TITLE}]({NAME}.svg)\n\n" if given.out else ""
-    keep(given.out, NAME, TITLE, record, f"{ABOUT}\n\n{table(source, results, speeds)}\n\n{shown}{end}\n")
+    shown = f"![{TITLE}]({NAME}.svg)" if given.out else ""
+    parts = [ABOUT, table(source, results, speeds), *([shown] if shown else []), samples(source, results), end]
+    keep(given.out, NAME, TITLE, record, "\n\n".join(parts) + "\n")
     if given.out is not None:
         (given.out / f"{NAME}.svg").write_text(picture(source, results), encoding="utf-8")
 
