@@ -22,6 +22,7 @@ PLAIN = {"weight": "raw"}  # the paper's router
 ROUTED: dict[str, dict[str, Any]] = {
     "guided": {},  # as it comes
     "guided-predictor": {"decision": "predictor"},
+    "guided-threshold": {"decision": "threshold"},
     "ema_threshold": {**PLAIN, "decision": "ema_threshold"},
     "predictor": {**PLAIN, "decision": "predictor"},
     "threshold": {**PLAIN, "decision": "threshold"},
