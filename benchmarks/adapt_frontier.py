@@ -46,7 +46,7 @@ LOSS = {"language_modelling": 0.5, "distillation": 0.5}
 ABOUT = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
 distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it. At each budget:
 as many whole blocks left out as it takes, those that change the stream least; Mixture-of-Depths on 8/3 as many, a skip
-path of rank 64 beside each, both started as measured; the same with tokens skipped at random, skip paths as before. Losses are of the pass
+path of rank 64 beside each, both started as measured; the same with tokens skipped at random. Losses are of the pass
 that skips, FLOPs are counted while it runs, one row at a time, as shares of the source's. *Decode* is tokens/s of one
 row by the source's, in turns."""
 
