@@ -4,8 +4,8 @@
 
 SOURCE is a dense checkpoint that `skipstone adapt` reads, TEXT a folder with train.txt and validation.txt. A budget is
 that of the source without so many of its blocks. All arms learn from the same rows, from text and source alike, and are
-judged as executed: on the test split of wikitext-2 and on a text of another kind. Finished runs in --work are not run
-again, so the command can be stopped and repeated.
+judged as executed, on the first rows of two texts: the test split of wikitext-2, and one of another kind. Finished runs
+in --work are not run again, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ KINDS = ("fewer blocks", "mixture of depths", "random skipping")
 TITLE = "A pretrained model computes less: perplexity by executed FLOPs"
 LEAST = {"score": "block_influence"}
 LOSS = {"language_modelling": 0.5, "distillation": 0.5}
-ABOUT = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
+ABOUT = f"""Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
 distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it. At each budget:
 as many whole blocks left out as it takes, those that change the stream least; Mixture-of-Depths on 8/3 as many, a skip
 path of rank 64 beside each, both started as measured; the same with tokens skipped at random. Losses are of the pass
-that skips, FLOPs are counted while it runs, one row at a time, as shares of the source's. *Decode* is tokens/s of one
-row by the source's, in turns."""
+that skips, on {ROWS} rows of {CONTEXT} tokens of each text; FLOPs are counted while it runs, one row at a time, as
+shares of the source's (of each text's, for the same thresholds let more or fewer pass). *Decode* is tokens/s of one row
+by the source's, in turns. *Another kind* is Tiny-Shakespeare, which nobody trains on."""
 
 
 def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -84,10 +85,9 @@ def figures(folder: Path) -> dict[str, Any]:
         assert opened.data is not None
         device = opened.model.device
         rows = batches(opened.data, BATCH, device, ROWS)
-        found[name] = measure(opened.model, opened.main, rows, activations=False).loss
-        if not found.get("flops"):
-            one = count(opened.model, opened.main, batches(opened.data, 1, device, COUNTED))
-            found["flops"] = one.counted
+        loss = measure(opened.model, opened.main, rows, activations=False).loss
+        flops = count(opened.model, opened.main, batches(opened.data, 1, device, COUNTED)).counted
+        found[name] = {"loss": loss, "flops": flops}
     record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
@@ -113,16 +113,17 @@ def decode_speeds(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], speeds: dict[str, dict[str, float]]) -> str:
     names = list(JUDGED)
-    heads = [part for name in names for part in (f"{name}, perplexity", "by tuned")]
-    lines = [f"| arm | executed FLOPs | {' | '.join(heads)} | decode |", "|---|" + "---:|" * (len(heads) + 2)]
-    tuned = {name: statistics.fmean(seed[name] for seed in results[TUNED]) for name in names}
+    heads = [part for name in names for part in (f"{name}: FLOPs", "perplexity", "by tuned")]
+    lines = [f"| arm | {' | '.join(heads)} | decode |", "|---|" + "---:|" * (len(heads) + 1)]
     for arm, seeds in {"source": [source], **results}.items():
-        mean = {key: statistics.fmean(seed[key] for seed in seeds) for key in ("flops", *names)}
-        cells = [f"{mean['flops'] / source['flops']:.1%}"]
+        cells = []
         for name in names:
-            spread = max(seed[name] for seed in seeds) - min(seed[name] for seed in seeds)
-            shown = f" (range {math.exp(mean[name]) * spread:.2f})" if len(seeds) > 1 else ""
-            cells += [f"{math.exp(mean[name]):.2f}{shown}", f"{math.expm1(mean[name] - tuned[name]):+.1%}"]
+            losses = [seed[name]["loss"] for seed in seeds]
+            share = statistics.fmean(seed[name]["flops"] for seed in seeds) / source[name]["flops"]
+            loss = statistics.fmean(losses)
+            spread = f" (range {math.exp(loss) * (max(losses) - min(losses)):.2f})" if len(seeds) > 1 else ""
+            tuned = statistics.fmean(seed[name]["loss"] for seed in results[TUNED])
+            cells += [f"{share:.1%}", f"{math.exp(loss):.2f}{spread}", f"{math.expm1(loss - tuned):+.1%}"]
         cells.append(f"{speeds[arm]['median']:.2f}" if arm in speeds else "–")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -140,10 +141,8 @@ def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) ->
     name = next(iter(JUDGED))
     kinds: dict[str, list[tuple[float, float]]] = {}
     for arm, seeds in results.items():
-        point = (
-            statistics.fmean(s["flops"] for s in seeds) / source["flops"],
-            statistics.fmean(s[name] for s in seeds),
-        )
+        share = statistics.fmean(s[name]["flops"] for s in seeds) / source[name]["flops"]
+        point = (share, statistics.fmean(s[name]["loss"] for s in seeds))
         for kind in [arm.split(" at ")[0]] if arm != TUNED else KINDS:
             kinds.setdefault(kind, []).append(point)
     drawn = []
@@ -191,22 +190,26 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="train these arms alone, as two processes may share the work")
+    parser.add_argument("--render", action="store_true", help="train nothing, publish the arms that are finished")
     parser.add_argument("--work", type=Path, default=Path("runs/adapt_frontier"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if not (given.work / "source").is_dir():
         convert(given.source, given.work / "source")
-    trained = train_all(given)
+    trained, missing = train_all(given)
+    for folder in (folder for folders in trained.values() for folder in folders):
+        figures(folder)
     if given.only is None:
-        publish(given, trained)
+        publish(given, trained, missing)
 
 
-def train_all(given: argparse.Namespace) -> dict[str, list[Path]]:
-    """Folders of each arm's runs, a seed each."""
+def train_all(given: argparse.Namespace) -> tuple[dict[str, list[Path]], list[str]]:
+    """Folders of each arm's finished runs, a seed each; what is missing."""
     model = Run(given.work / "source").load_model()
     whole = model.cost(tokens=CONTEXT).forward
     block = (whole.total - whole.head) / model.config.num_hidden_layers
     found: dict[str, list[Path]] = {}
+    missing: list[str] = []
     for seed in given.seeds:
         todo: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(TUNED, {}, {})]
         for dropped in given.dropped:
@@ -214,27 +217,41 @@ def train_all(given: argparse.Namespace) -> dict[str, list[Path]]:
             todo += [(f"{kind} at {budget:.0%}", changed, options) for kind, changed, options in arms(dropped, budget)]
         for arm, changed, options in todo:
             folder = given.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{given.tokens}-seed{seed}"
-            if not (folder / "result.json").is_file() and (given.only is None or arm in given.only):
+            wanted = not given.render and (given.only is None or arm in given.only)
+            if wanted and not (folder / "result.json").is_file():
                 adapt(given.source, recipe(changed, options, given, seed), out=folder)
             if (folder / "result.json").is_file():
-                figures(folder)
-            found.setdefault(arm, []).append(folder)
-    return found
+                found.setdefault(arm, []).append(folder)
+            else:
+                missing.append(f"{arm} (seed {seed})")
+    return found, missing
 
 
-def publish(given: argparse.Namespace, trained: dict[str, list[Path]]) -> None:
+def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: list[str]) -> None:
     source = figures(given.work / "source")
     results = {arm: [figures(folder) for folder in folders] for arm, folders in trained.items()}
     speeds = decode_speeds({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
     environment = surroundings(given.seeds[0])
-    told = {name: value for name, value in vars(given).items() if name not in ("source", "text", "work", "out", "only")}
-    record = {**told, "source": source, "arms": results, "decode": speeds, "environment": environment}
+    told = {
+        name: value
+        for name, value in vars(given).items()
+        if name not in ("source", "text", "work", "out", "only", "render")
+    }
+    record = {
+        **told,
+        "missing": missing,
+        "source": source,
+        "arms": results,
+        "decode": speeds,
+        "environment": environment,
+    }
     dropped, seeds = (" ".join(map(str, values)) for values in (given.dropped, given.seeds))
     flags = f"--dropped {dropped} --tokens {given.tokens} --seeds {seeds}"
     end = closing(f"python benchmarks/adapt_frontier.py SOURCE TEXT {flags}", environment)
     shown = f"![{TITLE}]({NAME}.svg)" if given.out else ""
-    parts = [ABOUT, table(source, results, speeds), *([shown] if shown else []), samples(source, results), end]
-    keep(given.out, NAME, TITLE, record, "\n\n".join(parts) + "\n")
+    absent = f"Not run: {', '.join(missing)}." if missing else ""
+    parts = [ABOUT, table(source, results, speeds), absent, shown, samples(source, results), end]
+    keep(given.out, NAME, TITLE, record, "\n\n".join(part for part in parts if part) + "\n")
     if given.out is not None:
         (given.out / f"{NAME}.svg").write_text(picture(source, results), encoding="utf-8")
 

@@ -86,8 +86,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         `SkipstoneModel.forward`. The auxiliary losses are summed over labelled tokens and divided like the token loss,
         so that accumulation changes nothing; `config.auxiliary_loss_over` "all": the mean over all real tokens.
         loss_chunk: with labels, make the logits of so many tokens at a time and hand none out; 0: of all at once.
-        taught: with labels and loss_chunk, what a teacher says of the same tokens. Its part of `loss` and the token
-        loss come with the coefficients given there; `token_loss` and `distillation_loss` then carry no gradient.
+        taught: with loss_chunk, a teacher's part of `loss`; `token_loss` then carries no gradient of its own.
         """
         refuse_mistyped(kwargs)
         shift_labels = kwargs.get("shift_labels")  # were it named above, Trainer would wait for it to report eval_loss
@@ -111,9 +110,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         hidden_BTD = out.last_hidden_state[:, keep]
         target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
         logits_BTV = self.lm_head(hidden_BTD) if target_BT is None or not loss_chunk else None
-        losses = {}
+        losses, items = {}, kwargs.get("num_items_in_batch")
         if target_BT is not None:
-            items = kwargs.get("num_items_in_batch")
             losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk, taught)
         return CausalLMOutput(
             logits=logits_BTV,
