@@ -132,7 +132,7 @@ def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], spee
 def samples(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
     """What each writes, the first seed's."""
     told = {"source": source["sample"], **{arm: seeds[0]["sample"] for arm, seeds in results.items()}}
-    lines = [f"* {arm}: “{PROMPT_TEXT}**{' '.join(text.split())}**”" for arm, text in told.items()]
+    lines = [f"* {arm}: “{PROMPT_TEXT} **{' '.join(text.split())}**”" for arm, text in told.items()]
     return "\n".join([f"Greedy, {SAMPLED} tokens after the same words:", "", *lines])
 
 
@@ -140,10 +140,11 @@ def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) ->
     """An SVG: loss on the first text by share of FLOPs, a line an arm, from the tuned source on."""
     name = next(iter(JUDGED))
     kinds: dict[str, list[tuple[float, float]]] = {}
+    known = [kind for kind in KINDS if any(arm.startswith(kind) for arm in results)]
     for arm, seeds in results.items():
         share = statistics.fmean(s[name]["flops"] for s in seeds) / source[name]["flops"]
         point = (share, statistics.fmean(s[name]["loss"] for s in seeds))
-        for kind in [arm.split(" at ")[0]] if arm != TUNED else KINDS:
+        for kind in [arm.split(" at ")[0]] if arm != TUNED else known:
             kinds.setdefault(kind, []).append(point)
     drawn = []
     for i, (kind, points) in enumerate(kinds.items()):
