@@ -36,7 +36,7 @@ from skipstone.runs import Run
 
 CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 256, 8
 JUDGED = {"wikitext-2": ("wikitext-2", "test"), "another kind": ("tiny-shakespeare", "validation")}
-PROMPT, STEPS, TURNS = 32, 48, 5  # of decoding, one row
+PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
 PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
 NAME, TUNED = "adapt_frontier", "dense, tuned"
 KINDS = ("fewer blocks", "mixture of depths", "random skipping")
@@ -103,8 +103,11 @@ def sample(folder: Path) -> str:
 
 
 def decode_speeds(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Tokens/s of one row by the source's, in turns."""
-    prompt = torch.randint(1, 255, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    """Tokens/s of one row by the source's, in turns, after words of the first text: what is skipped depends on them."""
+    corpus, split = next(iter(JUDGED.values()))
+    data = open_run(folders["source"], split, corpus, CONTEXT).data
+    assert data is not None
+    prompt = data.collate([data.validation[ROWS]])["input_ids"][:, :PROMPT]
     models = {name: Run(folder).load_model().eval() for name, folder in folders.items()}
     rates = take_turns({name: decode_task(model, prompt, STEPS) for name, model in models.items()}, TURNS)
     base = rates["source"].each
