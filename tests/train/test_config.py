@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from skipstone.experiments.isoflop.grid import Grid
+from skipstone.experiments.isoflop.spec import make_spec
 from skipstone.train.config import read_recipe, to_dict
 from skipstone.train.setup import check_early
 
@@ -58,7 +60,13 @@ def test_a_wrong_value_is_one_clear_line(values: dict[str, Any], message: str) -
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_that_we_ship_can_be_built(path: Path) -> None:
-    recipe = read_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "arms" in values:
+        with pytest.raises(ValueError, match="a recipe with arms is a comparison: run it by `skipstone isoflop`"):
+            read_recipe(values)
+        Grid(make_spec(values)).everything()
+        values.pop("arms")
+    recipe = read_recipe(values)
     check_early(recipe)
     assert recipe.name == path.stem
 

@@ -131,6 +131,8 @@ class Recipe:
 
 def read_recipe(values: Mapping[str, Any]) -> Recipe:
     """The recipe of a plain dict. Raises ValueError, one line, naming the field and what is allowed."""
+    if "arms" in values:
+        raise ValueError("a recipe with arms is a comparison: run it by `skipstone isoflop`, or leave arms out")
     return from_dict(Recipe, values)
 
 
