@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from adapt.sources import VOCAB, mixture, source_model
+from skipstone.adapt import start
 from skipstone.adapt.budget import solve
 from skipstone.adapt.distillation import logit_divergence, stream_error
 from skipstone.adapt.influence import block_influence, choose_layers, site_streams, table, token_influence
@@ -108,6 +109,21 @@ def test_a_measured_start_ranks_tokens_and_guesses_updates(norm: bool, site: str
     assert (update - guess)[small].square().sum() < (0.97 if site == "attention" else 0.8) * update[
         small
     ].square().sum()
+
+
+def test_fitting_in_turns_leaves_less_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    undone = []
+    for rounds in (1, 3):
+        monkeypatch.setattr(start, "ROUNDS", rounds)
+        model = source_model().requires_grad_(False)
+        entry = mixture(capacity=0.5, skip="low_rank", skip_rank=8)
+        config = SkipstoneConfig.from_plain({**plain(model.config), "mechanisms": with_defaults([entry])})
+        student = route(model, config, 0)
+        start.start_measured(student, model, rows(20))
+        before, after = (torch.cat([b[1]["block"][side] for b in site_streams(model, rows(20))]) for side in (0, 1))
+        skip = next(iter(student.model.layers[1].mechanisms.values())).skip
+        undone.append(token_influence(before + skip.guess(before), after).sort().values[: len(before) // 2].mean())
+    assert undone[1] < undone[0]
 
 
 def test_streams_are_those_of_the_sites() -> None:

@@ -22,7 +22,7 @@ from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 RIDGE = 1e-2  # as a share of the mean square of a feature
-ROUNDS = 3  # of skip path and router; the loss of a model started by one round is well above that by two
+ROUNDS = 3  # of skip path and router; SmolLM2 before training, rank 16: 4.14 nats fitted once each, 4.03 in turns
 LEAST_SKIPPED = 0.1  # a skip path is fitted on at least this share of the tokens
 
 

@@ -47,6 +47,7 @@ class AdaptTrainer(RunTrainer):
         super().__init__(**kwargs)
         self.adapt, self.teacher, self.passing = adapt, teacher, passing
         self.parts: Counter[str] = Counter()
+        self.theirs: Any = None  # what the teacher says of the micro-batch at hand
         self.add_callback(Thaw(adapt.stages))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -75,6 +76,7 @@ class AdaptTrainer(RunTrainer):
     def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
         """All terms of `Loss`. What comes on top of the token loss is logged as auxiliary, so the sum stays true."""
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
+        theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it
         asked_BT = targets(inputs) != IGNORED
         items = asked_BT.sum().clamp(min=1) if items is None else items
         own: dict[str, Tensor] = {}
@@ -84,10 +86,10 @@ class AdaptTrainer(RunTrainer):
         else:
             total = wanted.language_modelling * token_loss + outputs["auxiliary_loss"]
             if wanted.distillation:
-                divergence = logit_divergence(outputs["logits"], self.theirs.logits, asked_BT, wanted.temperature)
+                divergence = logit_divergence(outputs["logits"], theirs.logits, asked_BT, wanted.temperature)
                 total = total + own.setdefault("distillation_loss", wanted.distillation * divergence / items)
         if wanted.hidden_states:
-            error = stream_error(outputs["hidden_states"][1:], self.theirs.hidden_states[1:], asked_BT)
+            error = stream_error(outputs["hidden_states"][1:], theirs.hidden_states[1:], asked_BT)
             total = total + own.setdefault("hidden_loss", wanted.hidden_states * error / items)
         if self.passing is not None:
             share = asked_BT.sum() / items  # of a micro-batch in its optimizer step

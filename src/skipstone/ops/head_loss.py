@@ -116,12 +116,12 @@ class _Teacher:
     """A teacher's side of the chunks, in the type that the products are made in."""
 
     def __init__(self, taught: Taught, dtype: torch.dtype) -> None:
-        self.taught, self.temperature = taught, taught.temperature
+        self.taught = taught
         self.x_NE, self.weight_VE = taught.hidden_BTE.flatten(0, 1).to(dtype), taught.head_VE.to(dtype)
 
     def log_odds(self, at: slice) -> Tensor:
         """Log-probabilities [C, V] at the temperature, fp32."""
-        return F.log_softmax(F.linear(self.x_NE[at], self.weight_VE).float().div_(self.temperature), dim=-1)
+        return F.log_softmax(F.linear(self.x_NE[at], self.weight_VE).float().div_(self.taught.temperature), dim=-1)
 
 
 def _forward(
@@ -142,7 +142,7 @@ def _forward(
         if teacher is None:
             more, d_logits_CV = _chunk(logits_CV, target_N[at])
         else:
-            far, pulled_CV = _taught_chunk(logits_CV, target_N[at], teacher.log_odds(at), teacher.temperature)
+            far, pulled_CV = _taught_chunk(logits_CV, target_N[at], teacher.log_odds(at), teacher.taught.temperature)
             more, d_logits_CV = _chunk(logits_CV, target_N[at])
             d_logits_CV.mul_(teacher.taught.language_modelling).add_(pulled_CV, alpha=teacher.taught.distillation)
             divergence += far
