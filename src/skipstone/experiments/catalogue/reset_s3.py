@@ -13,7 +13,7 @@ from typing import Any
 from skipstone.data.synthetic import BINS
 from skipstone.evaluate.accuracy import MEASURED, OVERALL, headroom_captured
 from skipstone.experiments import measure
-from skipstone.experiments.catalogue.tsa.recipes import HARD, LEARNED
+from skipstone.experiments.catalogue.tsa.recipes import ALONE, HARD, LEARNED
 from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
 from skipstone.model.released import tsa
 
@@ -32,6 +32,7 @@ DECISIONS: dict[str, dict[str, Any]] = {  # of Mixture-of-Depths; all cause what
 }
 GATES: dict[str, dict[str, Any]] = {  # of Token-Selective Attention
     "tsa-hard": {**HARD, **LEARNED, "capacity": CAPACITY},
+    "tsa-hard-kept": {**HARD, **LEARNED, **ALONE, "capacity": CAPACITY},
     "tsa-soft": {"depth_weight": tsa.SYNTHETIC},
 }
 JUDGED = (*DECISIONS, *GATES)  # the arms whose headroom is measured
@@ -134,17 +135,18 @@ def interpolate(x: float, points: list[tuple[float, float]]) -> float:
 
 
 ABOUT = (
-    "Each entry of a row is a filler, or an operation on a state that is never shown: a reset, or an element of "
-    "S3. The label of an operation is the state, so it takes the more depth the more operations have passed since "
-    "the reset (the bins). All figures are of the pass that skips. *mod-guided* is Mixture-of-Depths as it comes: "
-    "a running threshold, and a router that learns from the gradient at its block's output; *-predictor* and "
+    "Each entry of a row is a filler, or an operation on a state that is never shown: a reset, or an element of S3. "
+    "The label of an operation is the state, so it takes the more depth the more operations have passed since the "
+    "reset (the bins). All figures are of the pass that skips. *mod-guided* is Mixture-of-Depths as it comes: a "
+    "running threshold, and a router that learns from the gradient at its block's output; *-predictor* and "
     "*-threshold* train top-k with that router and decide in other ways. *mod-unguided* has a running threshold and "
     "raw weights, *mod-paper* is top-k with raw weights and a predictor, *mod-forced* keeps exactly the operations, "
-    "*mod-random* tokens at random, *mod-positional* every fourth. *tsa-hard* is Token-Selective Attention trained as "
-    "it is executed, its gates learning as in *mod-guided*; *tsa-soft* the published one with lambda 0.01, executed "
-    "hard. The first two of 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, "
-    "dense being interpolated between the dense arms at the arm's executed FLOPs (an arm with more FLOPs than the "
-    "deepest of them is held against that one, which flatters it): 1 is as good as knowing, 0 no better than dense."
+    "*mod-random* tokens at random, *mod-positional* every fourth. *tsa-hard* is Token-Selective Attention trained as"
+    " it is executed, its gates learning as in *mod-guided*; in *tsa-hard-kept* skipped tokens give no keys and "
+    "values, in *tsa-hard* they do; *tsa-soft* is the published one with lambda 0.01, executed hard. The first two of"
+    " 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, dense being "
+    "interpolated between the dense arms at the arm's executed FLOPs (an arm with more FLOPs than the deepest of them"
+    " is held against that one, which flatters it): 1 is as good as knowing, 0 no better than dense."
 )
 RESET_S3 = Experiment(
     name="reset_s3",

@@ -10,13 +10,13 @@ from skipstone.evaluate.accuracy import OVERALL
 from skipstone.experiments import gates
 from skipstone.experiments.catalogue import reset_s3
 from skipstone.experiments.catalogue.reset_s3 import gate
-from skipstone.experiments.catalogue.tsa.recipes import CONSTANT, HARD, LEARNED
+from skipstone.experiments.catalogue.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
 from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
 from skipstone.model.released import tsa
 
 BLOCKS = reset_s3.BLOCKS
 DENSE = reset_s3.DENSE
-JUDGED = ("tsa-soft", "tsa-hard", "tsa-random")
+JUDGED = ("tsa-soft", "tsa-hard", "tsa-hard-kept", "tsa-random")
 # The laptop's are smaller batches than Reset-S3's own table has: a soft gate computes every block for every token.
 SIZES = {
     "laptop": {**reset_s3.SIZES["laptop"], "batch_size": 16, "steps": 1500},
@@ -33,6 +33,7 @@ def arms(scale: str) -> dict[str, Recipe]:
         **{f"dense-{blocks}": make(blocks) for blocks in DENSE[scale]},
         "tsa-soft": make(BLOCKS, [gate(depth_weight=tsa.SYNTHETIC)]),
         "tsa-hard": make(BLOCKS, [gate(**HARD, **LEARNED, **quarter)]),
+        "tsa-hard-kept": make(BLOCKS, [gate(**HARD, **LEARNED, **ALONE, **quarter)]),
         "tsa-random": make(BLOCKS, [gate(**HARD, **CONSTANT, **quarter, decision="random")]),
         "tsa-forced": make(BLOCKS, [gate(**HARD, **CONSTANT)], routing="difficulty"),
     }
@@ -52,9 +53,9 @@ ABOUT = (
     "are of the pass that skips unless they say *soft*. *tsa-soft* is Token-Selective Attention as published, with "
     "lambda 0.01, executed hard; *tsa-hard* keeps a quarter of the tokens, trained as it is executed, its gates "
     "learning from the gradient at the block's output; *tsa-random* draws them; *tsa-forced* keeps exactly the "
-    "operations. Skipped tokens give keys and values. The first two of 8 blocks are dense. *Headroom captured* is (arm "
-    "- dense) / (forced - dense) in accuracy, dense being interpolated between the dense arms at the arm's executed "
-    "FLOPs."
+    "operations. Skipped tokens give keys and values, but not in *tsa-hard-kept*. The first two of 8 blocks are "
+    "dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, dense being interpolated between the"
+    " dense arms at the arm's executed FLOPs."
 )
 COLUMNS = (
     Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),

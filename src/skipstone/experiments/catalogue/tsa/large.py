@@ -6,7 +6,7 @@ from typing import Any
 
 from skipstone.experiments.catalogue.tsa import published as paper
 from skipstone.experiments.catalogue.tsa.recipes import early_exit, gated, hard, language, random, shallower
-from skipstone.experiments.catalogue.tsa.text import ABOUT, COLUMNS, EQUAL, RIVALS, on_text
+from skipstone.experiments.catalogue.tsa.text import ABOUT, COLUMNS, COUNTED, EQUAL, RIVALS, on_text
 from skipstone.experiments.registry import Recipe
 
 BUDGETS = (0.2, 0.4, 0.6, 0.8)  # share of tokens that each gated block keeps
@@ -55,8 +55,13 @@ TSA_ENWIK8 = on_text(
 TSA_FRONTIER = on_text(
     name="tsa_frontier",
     purpose="Token-Selective Attention trained as it is executed, at four budgets, against fewer blocks and chance",
-    about=f"{ABOUT} {EQUAL} *hard* keeps the named share of tokens in every gated block, in training as in execution; "
-    "*random* draws as many. By byte, no text read twice.",
+    about=(
+        "Token-Selective Attention trained by the pass that is executed: *hard* keeps the named share of tokens in "
+        "every block but the first, by a running quantile of its gates' scores. Kept tokens are scaled by their gate "
+        "1 - p, the others give keys and values and get no update. *random* draws as many, with one gain a block. "
+        "*Soft* is here the loss of the pass that is trained. "
+        f"{COUNTED} {EQUAL} By byte, no text read twice."
+    ),
     arms=frontier_arms,
     corpora=CORPORA,
     columns=(*COLUMNS, *RIVALS),

@@ -11,7 +11,7 @@ from skipstone.evaluate.accuracy import OVERALL
 from skipstone.experiments import gates
 from skipstone.experiments.catalogue import reset_s3
 from skipstone.experiments.catalogue.reset_s3 import gate
-from skipstone.experiments.catalogue.tsa.recipes import CONSTANT, HARD, LEARNED
+from skipstone.experiments.catalogue.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
 from skipstone.experiments.claims import ByArm, Claim, claims_table, mean
 from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
 from skipstone.model.released import tsa
@@ -38,13 +38,14 @@ def arms(scale: str) -> dict[str, Recipe]:
     size = SIZES[scale]
     make = partial(_recipe, size)
     learned = {f"tsa-hard={share:g}": gate(**HARD, **LEARNED, capacity=share) for share in CAPACITIES}
+    alone = {f"tsa-hard-kept={share:g}": gate(**HARD, **LEARNED, **ALONE, capacity=share) for share in CAPACITIES}
     drawn = {
         f"tsa-random={share:g}": gate(**HARD, **CONSTANT, capacity=share, decision="random") for share in CAPACITIES
     }
     return {
         **{f"dense-{blocks}": make(blocks) for blocks in (size["blocks"], size["blocks"] // 2)},
         "tsa-soft": make(size["blocks"], [gate(depth_weight=tsa.LANGUAGE)]),
-        **{arm: make(size["blocks"], [mechanism]) for arm, mechanism in {**learned, **drawn}.items()},
+        **{arm: make(size["blocks"], [mechanism]) for arm, mechanism in {**learned, **alone, **drawn}.items()},
     }
 
 
@@ -90,7 +91,8 @@ TSA_MIXED = Experiment(
     about=(
         "Half of the windows of 256 bytes hold a span of 32 entries of Switched-S3. All figures are of the pass that "
         "skips. *Depth* is the number of blocks that update a token. *tsa-hard* is trained as it is executed and keeps "
-        "the named share of tokens in every gated block, *tsa-random* draws as many, *tsa-soft* is as published. The "
+        "the named share of tokens in every gated block, *tsa-hard-kept* without keys and values of the others; "
+        "*tsa-random* draws as many, *tsa-soft* is as published. The "
         "first two blocks are dense."
     ),
     arms=arms,

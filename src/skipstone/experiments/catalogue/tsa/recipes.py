@@ -18,6 +18,7 @@ SEEDS = {"laptop": (0, 1, 2), "paper": (42, 43, 44)}
 # their block's output. CONSTANT is for arms whose scores nobody reads.
 HARD: dict[str, Any] = {"training": "hard", "hard_gain": "gate", "depth_weight": 0.0}
 LEARNED: dict[str, Any] = {"guidance": True}
+ALONE: dict[str, Any] = {"kv": "kept"}  # skipped tokens give no keys and values: cheaper, and kept ones are undisturbed
 CONSTANT: dict[str, Any] = {"gate": "constant"}
 # laptop: ours. A higher rate, because the steps are few; the paper's would hardly move the gates.
 LANGUAGE: dict[str, dict[str, Any]] = {
