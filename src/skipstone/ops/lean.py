@@ -1,32 +1,40 @@
 """PolyGLU's mixture without its [B, T, F, A] tensor: meaning and signature of `reference`, less memory and time.
 
-Saves nothing but its inputs and recomputes in backward, in chunks of tokens small enough to stay in the cache. With
-p = softmax(s + c) of a neuron's part s and a token's part c, h the activations, dy the gradient of y = sum_k p_k h_k:
+Saves nothing but its inputs and recomputes in backward, in chunks of tokens small enough to stay in the cache. A share
+is a product of what the neuron says, s, and what the token says, c, so that no pair of them needs an exponential:
 
-    d gate = sum_k dy p_k h'_k        d s_k = d c_k = dy p_k h_k - p_k sum_j dy p_j h_j,    which add up to 0 over k
+    p_k = exp(s_k) exp(c_k) / sum_j exp(s_j) exp(c_j)
 
-Shape letters: B rows, T tokens, N tokens of a chunk (or 1 that serves all), F neurons, A activations.
+With h the activations, y = sum_k p_k h_k, and dy its gradient:
+
+    d gate = sum_k dy p_k h'_k        d s_k = d c_k = dy p_k (h_k - y), which add up to 0 over k
+
+Shape letters: B rows, T tokens, N tokens of a chunk, F neurons, A activations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with some dozen companions about 2 MB in fp32
+CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with its companions 1.5 MB in fp32
+# How far below its largest logit, in nats, a neuron (or else a token) may have others: what vanishes of the other's
+# exponentials, below e^-87, is then less than e^-23 of the sum.
+NEAR = 64.0
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
     """See `reference.mix_activations`; the temperature gets no gradient."""
     static_BFA, dynamic_BTA = static_BFA.float() / temperature, dynamic_BTA.float() / temperature
+    dynamic_BTA = dynamic_BTA.expand(*gate_BTF.shape[:2], -1)
     if static_BFA.shape[0] > 1:
         return _Mix.apply(gate_BTF, static_BFA, dynamic_BTA)  # type: ignore[no-any-return]
     # Rows that share their static part are one long row: fewer and fuller chunks, above all in decoding.
-    dynamic_1NA = dynamic_BTA.expand(*gate_BTF.shape[:2], -1).flatten(0, 1)[None]
-    mixed_1NF = _Mix.apply(gate_BTF.flatten(0, 1)[None], static_BFA, dynamic_1NA)
+    mixed_1NF = _Mix.apply(gate_BTF.flatten(0, 1)[None], static_BFA, dynamic_BTA.flatten(0, 1)[None])
     return mixed_1NF.view(gate_BTF.shape)  # type: ignore[no-any-return]
 
 
@@ -34,103 +42,114 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, static: Tensor, dynamic: Tensor) -> Tensor:
         ctx.save_for_backward(gate, static, dynamic)
-        parts, work = (_by_activation(static), _by_activation(dynamic)), _workspace(gate, 2)
+        shares = _shares(static, dynamic)
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        for b, at in _chunks(gate):
-            power_ANF, values_ANF = work[:, :, : at.stop - at.start]
-            total_NF = _powers(*parts, b, at, power_ANF)
-            _values(gate[b, at].float(), values_ANF)
-            out[b, at] = _sum(power_ANF.mul_(values_ANF)).div_(total_NF)
+        for b, at, work, (*w, total_NF, h_NF, y_NF) in _chunks(gate, 7):
+            g_NF = gate[b, at].float()
+            shares.weigh(b, at, work[:4], total_NF)
+            for k, value in enumerate(_VALUES):
+                value(g_NF, h_NF)
+                _add_product(y_NF, w[k], h_NF, first=k == 0)
+            out[b, at] = y_NF.div_(total_NF)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, static, dynamic = ctx.saved_tensors
-        parts, work = (_by_activation(static), _by_activation(dynamic)), _workspace(gate, 3)
-        d_gate = torch.empty_like(gate)
-        d_static, d_dynamic = (torch.zeros_like(part[:, :-1]) for part in parts)
-        for b, at in _chunks(gate):
-            power_ANF, values_ANF, d_ANF = work[:, :, : at.stop - at.start]
-            g_NF, total_NF = gate[b, at].float(), _powers(*parts, b, at, power_ANF)
-            _values(g_NF, values_ANF)
-            torch.mul(power_ANF, grad[b, at].float() / total_NF, out=d_ANF)  # dy p_k
-            d_gate[b, at] = _slope(d_ANF, g_NF, values_ANF[1])
-            d_logit_ANF = _through_softmax(d_ANF.mul_(values_ANF), power_ANF, total_NF)
-            _row(d_static, b).add_(d_logit_ANF.sum(1))
-            into_AN, found_AN = _row(d_dynamic, b), d_logit_ANF.sum(2)
-            if into_AN.shape[1] > 1:
-                into_AN[:, at].add_(found_AN)
-            else:
-                into_AN.add_(found_AN.sum(1, keepdim=True))
+        shares, d_gate = _shares(static, dynamic), torch.empty_like(gate)
+        d_static, d_dynamic = (torch.zeros_like(part).transpose(1, 2).contiguous() for part in (static, dynamic))
+        for b, at, work, (*parts, total_NF, y_NF, d_NF, more_NF) in _chunks(gate, 12):
+            w, h, g_NF = parts[:4], parts[4:], gate[b, at].float()
+            shares.weigh(b, at, work[:4], total_NF)
+            for k, value in enumerate(_VALUES):
+                value(g_NF, h[k])
+                _add_product(y_NF, w[k], h[k], first=k == 0)
+            y_NF.div_(total_NF)
+            work[:4].mul_(torch.div(grad[b, at].float(), total_NF, out=total_NF))  # dy p_k
+            for k, slope in enumerate(_SLOPES):
+                slope(w[k], g_NF, h[k], more_NF if k else d_NF)
+                if k:
+                    d_NF.add_(more_NF)
+            d_gate[b, at] = d_NF
+            d_logit_ANF = work[4:7].sub_(y_NF).mul_(work[:3])  # the last is the negative sum of the others
+            d_static[b if len(d_static) > 1 else 0, :-1].add_(d_logit_ANF.sum(1))
+            d_dynamic[b, :-1, at] = d_logit_ANF.sum(2)
         return d_gate, _with_last(d_static), _with_last(d_dynamic)
 
 
-def _workspace(gate: Tensor, parts: int) -> Tensor:
-    """fp32 [parts, A, N, F], the same memory for every chunk: what is allocated anew is not in the cache."""
-    T, width = gate.shape[1:]
-    return torch.empty(parts, 4, min(_step(width), T), width, device=gate.device)
+class _Products:
+    """Shares as products, to be divided by their sum."""
+
+    def __init__(self, static_BFA: Tensor, dynamic_BTA: Tensor) -> None:
+        self.static_BAF = static_BFA.exp().transpose(1, 2).contiguous()
+        self.dynamic_BTA = dynamic_BTA.exp()
+
+    def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
+        """Write a chunk's parts and their sums."""
+        static_AF, dynamic_NA = self.static_BAF[b if len(self.static_BAF) > 1 else 0], self.dynamic_BTA[b, at]
+        torch.mul(dynamic_NA.T[:, :, None], static_AF[:, None], out=out_ANF)
+        torch.mm(dynamic_NA, static_AF, out=total_NF)
 
 
-def _step(width: int) -> int:
-    """Tokens of a chunk."""
-    return max(1, CHUNK_ELEMENTS // max(width, 1))
+class _Softmax(_Products):
+    """The same of sums, where both parts reach so far down that their exponentials vanish."""
+
+    def __init__(self, static_BFA: Tensor, dynamic_BTA: Tensor) -> None:
+        self.static_BFA, self.dynamic_BTA = static_BFA, dynamic_BTA
+
+    def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
+        static_FA = self.static_BFA[b if len(self.static_BFA) > 1 else 0]
+        out_ANF.copy_((static_FA + self.dynamic_BTA[b, at, None]).softmax(-1).permute(2, 0, 1))
+        total_NF.fill_(1)
 
 
-def _chunks(gate: Tensor) -> list[tuple[int, slice]]:
+def _shares(static_BFA: Tensor, dynamic_BTA: Tensor) -> _Products:
+    parts = [x - x.amax(-1, keepdim=True) for x in (dynamic_BTA, static_BFA)]
+    near = not dynamic_BTA.numel() or any(x.amin() >= -NEAR for x in parts)
+    return (_Products if near else _Softmax)(parts[1], parts[0])
+
+
+def _chunks(gate: Tensor, parts: int) -> Iterator[tuple[int, slice, Tensor, list[Tensor]]]:
+    """Row and tokens of each chunk with memory for it, fp32 [parts, N, F], whole and in parts.
+
+    It is the same memory for all, since what is allocated anew is not in the cache.
+    """
     B, T, width = gate.shape
-    step = _step(width)
-    return [(b, slice(start, min(start + step, T))) for b in range(B) for start in range(0, T, step)]
+    step = max(1, min(CHUNK_ELEMENTS // max(width, 1), T))
+    work = torch.empty(parts, step, width, device=gate.device)
+    whole = list(work)
+    for b in range(B):
+        for start in range(0, T, step):
+            at = slice(start, min(start + step, T))
+            rest = None if at.stop - start == step else work[:, : at.stop - start]
+            yield (b, at, work, whole) if rest is None else (b, at, rest, list(rest))
 
 
-def _row(static: Tensor, b: int) -> Tensor:
-    """What belongs to row b; one row serves all where they agree."""
-    return static[b if static.shape[0] > 1 else 0]
-
-
-def _by_activation(logits: Tensor) -> Tensor:
-    """[B, A, F or T], contiguous."""
-    return logits.transpose(1, 2).contiguous()
-
-
-def _powers(static_BAF: Tensor, dynamic_BAT: Tensor, b: int, at: slice, out_ANF: Tensor) -> Tensor:
-    """Shares [A, N, F] that have still to be divided by their sum [N, F], which is returned."""
-    at = at if dynamic_BAT.shape[2] > 1 else slice(None)
-    torch.add(_row(static_BAF, b)[:, None], _row(dynamic_BAT, b)[:, at, None].expand_as(out_ANF), out=out_ANF)
-    return _sum(out_ANF.sub_(out_ANF.amax(0)).exp_())
-
-
-def _values(g_NF: Tensor, out_ANF: Tensor) -> None:
-    """The palette of `reference.ACTIVATIONS`."""
-    torch.clamp(g_NF, min=0, out=out_ANF[0])
-    torch.tanh(g_NF, out=out_ANF[1])
-    torch.ops.aten.silu.out(g_NF, out=out_ANF[2])
-    torch.ops.aten.gelu.out(g_NF, out=out_ANF[3])
-
-
-def _slope(d_ANF: Tensor, g_NF: Tensor, tanh_NF: Tensor) -> Tensor:
-    """sum_k d_k h'_k, [N, F]."""
-    total_NF = torch.ops.aten.threshold_backward(d_ANF[0], g_NF, 0)
-    total_NF += torch.ops.aten.tanh_backward(d_ANF[1], tanh_NF)
-    total_NF += torch.ops.aten.silu_backward(d_ANF[2], g_NF)
-    total_NF += torch.ops.aten.gelu_backward(d_ANF[3], g_NF)
-    return total_NF
-
-
-def _through_softmax(d_ANF: Tensor, power_ANF: Tensor, total_NF: Tensor) -> Tensor:
-    """d_k - p_k sum_j d_j without the last k, which is the negative sum of the others; overwrites its input."""
-    sum_NF = _sum(d_ANF).div_(total_NF)
-    return d_ANF[:-1].addcmul_(power_ANF[:-1], sum_NF, value=-1)
+def _add_product(sum_NF: Tensor, x_NF: Tensor, y_NF: Tensor, *, first: bool) -> None:
+    """The first one is what the sum starts from."""
+    if first:
+        torch.mul(x_NF, y_NF, out=sum_NF)
+    else:
+        sum_NF.addcmul_(x_NF, y_NF)
 
 
 def _with_last(d_BAF: Tensor) -> Tensor:
-    """[B, F or T, A]."""
-    return torch.cat((d_BAF, -d_BAF.sum(1, keepdim=True)), dim=1).transpose(1, 2)
+    """[B, F or T, A], the last activation's being what the others leave."""
+    d_BAF[:, -1] = -d_BAF[:, :-1].sum(1)
+    return d_BAF.transpose(1, 2)
 
 
-def _sum(x_ANF: Tensor) -> Tensor:
-    """Over the first axis; several times as fast as `sum` over so few."""
-    total_NF = x_ANF[0] + x_ANF[1]
-    for part_NF in x_ANF[2:]:
-        total_NF += part_NF
-    return total_NF
+_aten = torch.ops.aten
+_VALUES = (  # the palette of `reference.ACTIVATIONS`, into the second argument
+    lambda g, out: torch.clamp(g, min=0, out=out),
+    lambda g, out: torch.tanh(g, out=out),
+    lambda g, out: _aten.silu.out(g, out=out),
+    lambda g, out: _aten.gelu.out(g, out=out),
+)
+_SLOPES = (  # d times the slope at g, where the value is h
+    lambda d, g, h, out: _aten.threshold_backward.grad_input(d, g, 0, grad_input=out),
+    lambda d, g, h, out: _aten.tanh_backward.grad_input(d, h, grad_input=out),
+    lambda d, g, h, out: _aten.silu_backward.grad_input(d, g, grad_input=out),
+    lambda d, g, h, out: _aten.gelu_backward.grad_input(d, g, grad_input=out),
+)
