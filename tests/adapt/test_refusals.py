@@ -136,6 +136,10 @@ def test_an_activation_that_polyglu_cannot_start_from(tmp_path: Path) -> None:
 def test_data_that_no_pretrained_model_reads(source: Path, tmp_path: Path) -> None:
     config = recipe(tmp_path, {})
     assert "is synthetic" in refusal(source, {**config, "data": {"corpus": "copy", "context": 16}}, tmp_path)
+    mixed = {"corpus": "mixed:python-stdlib", "context": 16}
+    assert "has tokens of its own; a pretrained model is adapted on text" in refusal(
+        source, {**config, "data": mixed}, tmp_path
+    )
     long = {**config, "data": {**config["data"], "context": 128}}
     assert "longer than the source's 64" in refusal(source, long, tmp_path)
 

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import skipstone
-from adapt.sources import mixture, recipe, run
+from adapt.sources import mixture, recipe, run, tokenizer
+from skipstone.data.sharding import write_shards
 from skipstone.evaluate.compare import compare
 from skipstone.evaluate.run import evaluate
 from skipstone.generate.run import stream
 from skipstone.report.run import write_report
 from skipstone.runs import Run
 from skipstone.train.watch import Interrupted
-from train.tool import at_step, equal, lines, weights
+from train.tool import at_step, equal, lines, text_file, weights
 
 DISTILLED = {"language_modelling": 0.5, "distillation": 0.5, "temperature": 2.0, "hidden_states": 0.1}
 STAGES = [
@@ -171,3 +172,18 @@ def test_blocks_can_be_dropped_for_comparison(source: Path, tmp_path: Path) -> N
     result = Run(folder).result()
     assert result["neutral_start"]["difference"] == 0, "compared with the source without that block"
     assert 0.6 < result["executed_share"] < 0.75
+
+
+def test_shards_of_several_texts_by_weight(source: Path, tmp_path: Path) -> None:
+    """What is prepared with the source's tokenizer trains it, mixed as the blend says; what is not, is refused."""
+    text = text_file(tmp_path)
+    for name in ("a", "b"):
+        write_shards(f"text:{text}", tmp_path / "shards" / name, tokenizer=f"pretrained:{source}")
+    write_shards(f"text:{text}", tmp_path / "bytes", tokenizer="byte")
+    given = recipe(tmp_path, {"mechanisms": [mixture(capacity=0.5)]})
+    blended = {"corpus": f"shards:{tmp_path / 'shards'}", "context": 32, "blend": {"start": {"a": 3, "b": 1}}}
+    folder = run(source, {**given, "data": blended}, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(folder / "model").get_vocab() == tokenizer().get_vocab()
+    assert run(source, {**given, "data": blended}, tmp_path / "out", resume=True) == folder
+    with pytest.raises(ValueError, match=r"made with another tokenizer than the source's; make it with --tokenizer"):
+        run(source, {**given, "data": {"corpus": f"shards:{tmp_path / 'bytes'}", "context": 32}}, tmp_path / "no")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from skipstone.adapt import budget as budgets
 from skipstone.adapt import influence, stages, student
 from skipstone.adapt.config import AdaptRecipe
-from skipstone.adapt.source import checked, load_dense, load_teacher, tokenizer_of
+from skipstone.adapt.source import checked, load_dense, load_teacher, same_tokens, tokenizer_of
 from skipstone.adapt.start import start_measured
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
+from skipstone.model.pretrained import load_tokenizer
 from skipstone.runs import Run
 from skipstone.train import setup
 
@@ -107,19 +108,23 @@ def _teacher(
 
 def _data(recipe: AdaptRecipe, source: str, model: SkipstoneForCausalLM, run: Run | None) -> PreparedData:
     """Rows in the source's own tokens."""
-    kind = find_entry(recipe.data.corpus)[0].kind
-    if kind != "text":
-        what = "is tokenised already" if kind == "shards" else "is synthetic"
-        raise ValueError(f"data.corpus {recipe.data.corpus!r} {what}; a pretrained model is adapted on text")
+    corpus, named = recipe.data.corpus, recipe.data.tokenizer
+    kind = find_entry(corpus)[0].kind
+    if kind not in ("text", "shards"):
+        what = "is synthetic" if kind == "synthetic" else "has tokens of its own"
+        raise ValueError(f"data.corpus {corpus!r} {what}; a pretrained model is adapted on text, or on shards of it")
     if recipe.data.context > model.config.max_position_embeddings:
         raise ValueError(
             f"data.context ({recipe.data.context}) is longer than the source's {model.config.max_position_embeddings}"
         )
-    tokenizer = None if run is None else run.load_tokenizer()
-    if tokenizer is None and recipe.data.tokenizer is None:
-        tokenizer = tokenizer_of(source, model)
-    data = prepare(recipe.data, tokenizer=tokenizer)
-    checked(data.tokenizer, f"data.tokenizer {recipe.data.tokenizer}", model)
+    own = None if run is None else run.load_tokenizer()
+    if own is None and named is None:
+        own = load_tokenizer(source) if kind == "shards" else tokenizer_of(source, model)
+    data = prepare(recipe.data, tokenizer=None if kind == "shards" else own)
+    if kind == "shards" and own is not None:
+        same_tokens(data.tokenizer, own, f"data.corpus {corpus!r}", source)
+        data = replace(data, tokenizer=own)
+    checked(data.tokenizer, f"data.corpus {corpus}" if named is None else f"data.tokenizer {named}", model)
     return setup.training_rows(data, recipe.train)
 
 

@@ -34,6 +34,14 @@ def checked(tokenizer: Any, name: str, model: SkipstoneForCausalLM) -> Any:
     return tokenizer
 
 
+def same_tokens(theirs: Any, own: Any, name: str, source: str) -> None:
+    """Raises ValueError unless `theirs`, the tokenizer of `name`, gives every token the id that the source's does."""
+    if theirs.get_vocab() != own.get_vocab():
+        raise ValueError(
+            f"{name}: made with another tokenizer than the source's; make it with --tokenizer pretrained:{source}"
+        )
+
+
 def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: Any) -> SkipstoneForCausalLM:
     """Another dense model to learn from. Raises ValueError unless its vocabulary is the student's."""
     teacher = load_dense(name)
