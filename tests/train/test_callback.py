@@ -24,12 +24,19 @@ def build(model: dict[str, Any]) -> SkipstoneForCausalLM:
     return SkipstoneForCausalLM(SkipstoneConfig.from_plain({"vocab_size": 31, **model}))
 
 
-def fit(kind: type[Trainer], model: SkipstoneForCausalLM, folder: Path, **options: Any) -> Trainer:
+def fit(
+    kind: type[Trainer],
+    model: SkipstoneForCausalLM,
+    folder: Path,
+    callback: RoutingCallback | None = None,
+    **options: Any,
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, use_cpu=True, report_to="none",
         disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, **options,
     )  # fmt: skip
-    callbacks = [RoutingCallback()] if kind is Trainer else None
+    callback = RoutingCallback() if callback is None and kind is Trainer else callback
+    callbacks = None if callback is None else [callback]
     trainer = kind(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
     trainer.train()
     return trainer
@@ -44,6 +51,22 @@ def test_schedules_move_in_any_trainer(kind: type[Trainer], tmp_path: Path) -> N
     model = build({**DENSE, "activation": {**POLYGLU, "tau_end": 0.4}})
     fit(kind, model, tmp_path)
     assert [mechanism.tau.item() for mechanism in model.adjustables()] == pytest.approx([0.4, 0.4])
+
+
+@pytest.mark.parametrize(("schedules", "expected"), [(True, (1.0, 1.0)), (False, (0.5, 0.4))])
+def test_a_trained_model_is_tuned_further(schedules: bool, expected: tuple[float, float], tmp_path: Path) -> None:
+    """Without schedules, capacity and tau stay where training ended, and thresholds go on."""
+    warming = {**mod("ema_threshold", capacity_warmup=0.5), "capacity": 0.5}
+    model = build({**DENSE, "mechanisms": [warming], "activation": {**POLYGLU, "tau_end": 0.4}})
+    trainer = fit(RoutingTrainer, model, tmp_path)
+    routed, mixed = ([m for m in model.adjustables() if hasattr(m, name)] for name in ("decision", "tau"))
+    callback, before = RoutingCallback(schedules=schedules), [m.decision.threshold.item() for m in routed]
+    trainer.state.global_step = 0
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    assert {m.decision.capacity.now for m in routed} == {expected[0]}
+    assert [m.tau.item() for m in mixed] == pytest.approx([expected[1]] * 2)
+    fit(RoutingTrainer, model, tmp_path, callback)
+    assert [m.decision.threshold.item() for m in routed] != before
 
 
 def test_a_stock_trainer_leaves_thresholds_and_says_so_once(tmp_path: Path) -> None:

@@ -24,9 +24,13 @@ class RoutingCallback(TrainerCallback):
     Alone it moves what depends on progress only (PolyGLU's tau). Thresholds (`ema_threshold`) follow what the routers
     did, so somebody must call `observe` with each micro-batch's records: `RoutingTrainer` and `RoutingMixin` do.
     All state is in buffers of the model: checkpoints hold it, and a resumed run goes on exactly.
+
+    schedules: False for a model whose training is over and which is tuned further: what depends on progress (warm-ups
+    of capacities, exploration, tau) stays at its end, while thresholds go on following the routers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, schedules: bool = True) -> None:
+        self.schedules = schedules
         self._sums: dict[tuple[int, str], Tensor] = {}  # each statistic's sums, then how many were summed
         self._warned = False
 
@@ -57,7 +61,7 @@ class RoutingCallback(TrainerCallback):
 
     @torch.no_grad()
     def _advance(self, model: Any, state: TrainerState, means: dict[tuple[int, str], Tensor]) -> None:
-        progress = state.global_step / max(state.max_steps, 1)
+        progress = state.global_step / max(state.max_steps, 1) if self.schedules else 1.0
         for mechanism in _mechanisms(model):
             mechanism.advance(progress, means.get((mechanism.place.layer, mechanism.place.name)))
 
