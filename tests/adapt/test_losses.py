@@ -15,7 +15,6 @@ from skipstone.adapt.distillation import logit_divergence, stream_error
 from skipstone.adapt.influence import block_influence, choose_layers, site_streams, table, token_influence
 from skipstone.adapt.start import fit_skip, start_measured
 from skipstone.adapt.student import drop_blocks, route, with_defaults
-from skipstone.mechanisms.routers import normalised
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
@@ -100,7 +99,7 @@ def test_a_measured_start_ranks_tokens_and_guesses_updates(norm: bool, site: str
     start_measured(student, model, rows(20))
     mechanism = next(iter(student.model.layers[1].mechanisms.values()))
     before, after = (torch.cat([b[1][site][side] for b in site_streams(model, rows(20))]) for side in (0, 1))
-    score = mechanism.router((normalised(before) if norm else before)[None])[0]
+    score = mechanism.router(before[None])[0]
     guess = mechanism.skip.guess(before)
     target = token_influence(before + guess, after).clamp(min=1e-9).log()  # what the skip path leaves undone
     # what attention fetches from elsewhere, with random weights, is hardly to be seen in the token itself

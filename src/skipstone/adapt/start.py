@@ -17,9 +17,10 @@ from torch import Tensor
 from skipstone.adapt.influence import site_streams, token_influence
 from skipstone.data.rows import Row
 from skipstone.mechanisms import MixtureOfDepths
-from skipstone.mechanisms.routers import LinearRouter, normalised
+from skipstone.mechanisms.routers import LinearRouter
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.ops.reference import normalised
 
 RIDGE = 1e-2  # as a share of the mean square of a feature
 ROUNDS = 3  # of skip path and router; SmolLM2 before training, rank 16: 4.14 nats fitted once each, 4.03 in turns
@@ -52,7 +53,7 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
                 fit_skip(skip, before[skipped_N], (after - before)[skipped_N])
                 influence_N = token_influence(before + skip.guess(before), after)
         if isinstance(mechanism.router, LinearRouter):
-            seen_ND = normalised(before) if mechanism.config.router_norm else before
+            seen_ND = normalised(before) if mechanism.router.norm else before
             mechanism.router.weight.copy_(guess_influence(seen_ND, influence_N)[None])
 
 

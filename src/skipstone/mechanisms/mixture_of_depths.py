@@ -31,7 +31,7 @@ from skipstone.mechanisms.decisions import Forced, build_decision
 from skipstone.mechanisms.exploration import Exploration
 from skipstone.mechanisms.guidance import guided
 from skipstone.mechanisms.mixture_options import WEIGHTS, MixtureOfDepthsConfig
-from skipstone.mechanisms.routers import build_router, normalised
+from skipstone.mechanisms.routers import build_router
 from skipstone.mechanisms.schedules import Capacity, capacity_at
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.ops import reference as ops
@@ -46,9 +46,11 @@ class MixtureOfDepths(DepthMechanism):
         super().__init__(hidden_size, place, **options)
         config: MixtureOfDepthsConfig = self.config
         self.weighting = config.weight
-        self.router = build_router(config.router, hidden_size)
+        self.router = build_router(config.router, hidden_size, bool(config.router_norm))
         capacity = Capacity(capacity_at(config.capacity, self.place), config.capacity_warmup, config.warmup_shape)
-        self.decision = build_decision(config.decision, capacity, hidden_size, self.place.layer, config.threshold)
+        self.decision = build_decision(
+            config.decision, capacity, hidden_size, self.place.layer, config.threshold, norm=bool(config.router_norm)
+        )
         self.exploration = Exploration(config.exploration, config.exploration_until) if config.exploration else None
         self.skip = LowRankSkip(hidden_size, config.skip_rank) if config.skip == "low_rank" else None
         self.tanh_scale = nn.Parameter(torch.zeros(())) if self.weighting == "tanh" else None
@@ -65,7 +67,6 @@ class MixtureOfDepths(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Update of the kept tokens; for the others 0, or what the skip path says."""
         seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
-        seen_BTD = normalised(seen_BTD) if self.config.router_norm else seen_BTD
         score_BT = self.router(seen_BTD)
         asked_BT = every(tokens, score_BT)
         kept_BT = self.decide(score_BT, seen_BTD, tokens) & asked_BT

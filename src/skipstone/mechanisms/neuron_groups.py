@@ -32,8 +32,8 @@ from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens, every
 from skipstone.mechanisms.contexts import Memory, chunk_start
 from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
-from skipstone.mechanisms.routers import linear_fp32
 from skipstone.mechanisms.schedules import Capacity
+from skipstone.ops import score_linear
 
 NAME = "neuron_groups"
 
@@ -104,10 +104,10 @@ class NeuronGroups(Adjustable):
         return GroupsRecord(seen_BTG, kept_BTG, asked_BT)
 
     def _scores(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        z_BTR = linear_fp32(x_BTD, self.context_weight)
+        z_BTR = score_linear(x_BTD, self.context_weight)
         memory = Memory(tokens, cache, self.place.name)
         start_BTR = chunk_start(z_BTR, tokens, memory, self.config.chunk_size, self.config.decay)
-        return linear_fp32((start_BTR + self.context_bias.float()).relu(), self.score_weight, self.score_bias)
+        return score_linear((start_BTR + self.context_bias.float()).relu(), self.score_weight, self.score_bias)
 
     def _random(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Control: the fractional part of a large sine of chunk of positions, group and layer."""

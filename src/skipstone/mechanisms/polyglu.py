@@ -30,8 +30,7 @@ from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import Place, every
 from skipstone.mechanisms.contexts import Memory, chunk_mean, exponential_mean, running_mean, sequence_mean
 from skipstone.mechanisms.mix_figures import MixFigures
-from skipstone.mechanisms.routers import linear_fp32
-from skipstone.ops import mix_activations
+from skipstone.ops import mix_activations, score_linear
 from skipstone.ops import reference as ops
 from skipstone.ops.neurons import Runs, mix_kept
 
@@ -142,9 +141,9 @@ class PolyGLU(MixFigures):
 
     def _dynamic(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """beta * gate_net(context), fp32 [B, T or 1, A]."""
-        mean_BTR = self._context(linear_fp32(x_BTD, self.context_weight), tokens, cache)
+        mean_BTR = self._context(score_linear(x_BTD, self.context_weight), tokens, cache)
         hidden_BTR = (mean_BTR + self.context_bias.float()).relu()
-        return self.scale.float() * linear_fp32(hidden_BTR, self.mix_weight, self.mix_bias)
+        return self.scale.float() * score_linear(hidden_BTR, self.mix_weight, self.mix_bias)
 
     def _context(self, z_BTR: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """fp32 [B, T or 1, R]."""

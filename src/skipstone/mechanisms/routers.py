@@ -14,27 +14,18 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from skipstone.core.strict import choose
-from skipstone.ops.reference import linear_fp32
-
-EPSILON = 1e-6  # as in the decoder's norms: an input of zeros stays zero
-
-
-def normalised(x_BTD: Tensor) -> Tensor:
-    """x by its root mean square, in fp32, without parameters: scores then follow direction, not the stream's growth."""
-    x_BTD = x_BTD.float()
-    length_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)  # one pass; F.rms_norm takes four on a CPU
-    return x_BTD * torch.rsqrt(length_BT1.square() / x_BTD.shape[-1] + EPSILON)
+from skipstone.ops import score_linear
 
 
 class LinearRouter(nn.Module):
     """score = w . x (Mixture-of-Depths, arXiv 2404.02258, section 3.4), with an optional start bias.
 
-    outputs: scores of a token, where there are several.
+    outputs: scores of a token, where there are several. norm: x is divided by its root mean square.
     """
 
-    def __init__(self, width: int, start_bias: float | None = None, outputs: int = 1) -> None:
+    def __init__(self, width: int, start_bias: float | None = None, outputs: int = 1, norm: bool = False) -> None:
         super().__init__()
-        self.start_bias = start_bias
+        self.start_bias, self.norm = start_bias, norm
         self.weight = nn.Parameter(torch.empty(outputs, width))
         self.score_bias = None if start_bias is None else nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
@@ -51,7 +42,7 @@ class LinearRouter(nn.Module):
 
     def all(self, x_BTD: Tensor) -> Tensor:
         """fp32 scores [B, T, outputs]."""
-        return linear_fp32(x_BTD, self.weight, self.score_bias)
+        return score_linear(x_BTD, self.weight, self.score_bias, self.norm)
 
     def constant(self, score: float) -> None:
         """Score every token the same, the weights' gradients alive."""
@@ -69,11 +60,14 @@ class LinearRouter(nn.Module):
 
 
 class MLPRouter(nn.Module):
-    """score = w2 . relu(W1 x + b1) + b2 (Token-Selective Attention, arXiv 2605.05222, equation of the router)."""
+    """score = w2 . relu(W1 x + b1) + b2 (Token-Selective Attention, arXiv 2605.05222, equation of the router).
 
-    def __init__(self, width: int, hidden: int, start_bias: float = 0.0) -> None:
+    norm: x is divided by its root mean square.
+    """
+
+    def __init__(self, width: int, hidden: int, start_bias: float = 0.0, norm: bool = False) -> None:
         super().__init__()
-        self.start_bias = start_bias
+        self.start_bias, self.norm = start_bias, norm
         self.hidden_weight = nn.Parameter(torch.empty(hidden, width))
         self.hidden_bias = nn.Parameter(torch.empty(hidden))
         self.weight = nn.Parameter(torch.empty(1, hidden))
@@ -89,8 +83,8 @@ class MLPRouter(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """fp32 score [B, T]."""
-        hidden_BTR = linear_fp32(x_BTD, self.hidden_weight, self.hidden_bias).relu()
-        return linear_fp32(hidden_BTR, self.weight, self.score_bias).squeeze(-1)
+        hidden_BTR = score_linear(x_BTD, self.hidden_weight, self.hidden_bias, self.norm).relu()
+        return score_linear(hidden_BTR, self.weight, self.score_bias).squeeze(-1)
 
     def constant(self, score: float) -> None:
         """Score every token the same, the last layer's gradients alive."""
@@ -137,12 +131,12 @@ def hidden_width(width: int) -> int:
     return max(width // 4, 16)
 
 
-def build_router(kind: str, width: int) -> LinearRouter | MLPRouter:
+def build_router(kind: str, width: int, norm: bool = False) -> LinearRouter | MLPRouter:
     """Raises ValueError for an unknown kind."""
-    return choose("router", kind, ROUTERS)(width)
+    return choose("router", kind, ROUTERS)(width, norm)
 
 
-ROUTERS: dict[str, Callable[[int], LinearRouter | MLPRouter]] = {
-    "linear": LinearRouter,
-    "mlp": lambda width: MLPRouter(width, hidden_width(width)),
+ROUTERS: dict[str, Callable[[int, bool], LinearRouter | MLPRouter]] = {
+    "linear": lambda width, norm: LinearRouter(width, norm=norm),
+    "mlp": lambda width, norm: MLPRouter(width, hidden_width(width), norm=norm),
 }

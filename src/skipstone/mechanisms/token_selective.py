@@ -28,7 +28,7 @@ from skipstone.mechanisms.base import DepthMechanism, Place, every
 from skipstone.mechanisms.decisions import Decision, build_decision
 from skipstone.mechanisms.gating import gate, is_hard, straight_through
 from skipstone.mechanisms.guidance import guided
-from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width, normalised
+from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width
 from skipstone.mechanisms.schedules import Capacity, capacity_at
 from skipstone.mechanisms.selective_options import TokenSelectiveConfig
 
@@ -49,7 +49,7 @@ class TokenSelective(DepthMechanism):
         if self.config.gate == "constant":
             return ConstantRouter(self.config.start_bias)
         width = self.config.router_width or hidden_width(self.hidden_size)
-        return MLPRouter(self.hidden_size, width, self.config.start_bias)
+        return MLPRouter(self.hidden_size, width, self.config.start_bias, bool(self.config.router_norm))
 
     def _build_decision(self) -> Decision | None:
         """None: the threshold of the options decides."""
@@ -99,7 +99,7 @@ class TokenSelective(DepthMechanism):
     def _score(self, x_BTD: Tensor) -> Tensor:
         """Logit of 1 - p, fp32 [B, T]."""
         seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
-        score_BT = -self.router(normalised(seen_BTD) if self.config.router_norm else seen_BTD)
+        score_BT = -self.router(seen_BTD)
         return score_BT if self.config.learn else score_BT.detach()
 
     def _trains(self, tokens: Tokens) -> bool:

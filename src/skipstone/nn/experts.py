@@ -34,8 +34,8 @@ from skipstone.core.records import ExpertsRecord, Record, Records
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens, every
 from skipstone.nn.mlp import FixedActivation
-from skipstone.ops import apply_experts
-from skipstone.ops.reference import dropped, linear_fp32
+from skipstone.ops import apply_experts, score_linear
+from skipstone.ops.reference import dropped
 
 ROW_OF_16_BYTES = 8  # elements, in the narrowest type: what grouped products ask of a width
 
@@ -101,7 +101,7 @@ class ExpertRouter(nn.Module):
             init.zeros_(self.balance_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return linear_fp32(x_BTD, self.weight)
+        return score_linear(x_BTD, self.weight)
 
 
 class ExpertsMLP(Adjustable):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from skipstone.ops import fusible, grouped, lean, reference
+from skipstone.ops import score_linear as thrifty
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
@@ -30,3 +31,8 @@ def _eager(device: str) -> ModuleType:
 def apply_experts(*args: Any) -> Tensor:
     """`reference.apply_experts`; compiled, the plain one: PyTorch 2.13 compiles grouped products in bf16 only."""
     return (reference if torch.compiler.is_compiling() else grouped).apply_experts(*args)
+
+
+def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
+    """`reference.score_linear`; uncompiled, the one that keeps less for the backward pass."""
+    return (reference if torch.compiler.is_compiling() else thrifty).score_linear(x, weight, bias, norm)

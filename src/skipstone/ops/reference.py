@@ -104,6 +104,28 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
+EPSILON = 1e-6  # as in the decoder's norms: an input of zeros stays zero
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / root mean square over the last axis, fp32 [..., 1]."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # one pass; F.rms_norm takes four
+    return torch.rsqrt(length.square() / x.shape[-1] + EPSILON)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """x by its root mean square, in fp32, without parameters: scores then follow direction, not the stream's growth."""
+    return x.float() * inverse_rms(x)
+
+
+def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
+    """`linear_fp32`, of the normalised x where `norm`. The norm is divided by behind the product, which is smaller."""
+    if not norm:
+        return linear_fp32(x, weight, bias)
+    y = linear_fp32(x, weight) * inverse_rms(x)
+    return y if bias is None else y + bias.float()
+
+
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     F.relu,
     torch.tanh,

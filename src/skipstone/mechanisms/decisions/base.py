@@ -25,8 +25,11 @@ class Decision(nn.Module):
     trains_router = False
     reads_scores = True
 
-    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5) -> None:
-        """width: D. seed: for controls that draw. threshold: the probability of decisions with a fixed one."""
+    def __init__(
+        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
+    ) -> None:
+        """width: D. seed: for controls that draw. threshold: the probability of decisions with a fixed one. norm: the
+        router's input is normalised."""
         super().__init__()
         self.capacity = capacity if isinstance(capacity, Capacity) else Capacity(capacity)
 

@@ -20,8 +20,10 @@ class Random(Decision):
     is_causal = True
     reads_scores = False
 
-    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5) -> None:
-        super().__init__(capacity, width, seed, threshold)
+    def __init__(
+        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
+    ) -> None:
+        super().__init__(capacity, width, seed, threshold, norm)
         self.seed = seed
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:

@@ -54,9 +54,11 @@ class Predictor(Decision):
 
     is_causal = True
 
-    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5) -> None:
-        super().__init__(capacity, width, seed, threshold)
-        self.guess = MLPRouter(width, hidden_width(width), start_bias=-1.0)
+    def __init__(
+        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
+    ) -> None:
+        super().__init__(capacity, width, seed, threshold, norm)
+        self.guess = MLPRouter(width, hidden_width(width), -1.0, norm)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return self.guess(x_BTD) > 0
@@ -84,8 +86,10 @@ class ThresholdP(Decision):
     static = False
     trains_router = True
 
-    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5) -> None:
-        super().__init__(capacity, width, seed, threshold)
+    def __init__(
+        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
+    ) -> None:
+        super().__init__(capacity, width, seed, threshold, norm)
         self.line = math.log(threshold / (1 - threshold))  # the score whose sigmoid is p
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:

@@ -28,8 +28,10 @@ class EmaThreshold(Decision):
     threshold: Tensor
     steps: Tensor
 
-    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5) -> None:
-        super().__init__(capacity, width, seed, threshold)
+    def __init__(
+        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
+    ) -> None:
+        super().__init__(capacity, width, seed, threshold, norm)
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 

@@ -1,0 +1,55 @@
+"""A router's fp32 product that keeps nothing for the backward pass but its input as it came: `reference.score_linear`.
+
+What the plain one keeps, an fp32 copy of a bf16 input or the normalised input, is as large as the stream or twice as
+large, and a routed block that computes an eighth of the tokens keeps little else. With n = |x| / sqrt(D), the root mean
+square:
+
+    y = W x / n        dW = sum (dy / n) x        dx = W^T dy / n - x (dy . y) / (D n^2)
+
+Shape letters: D width, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from skipstone.ops import reference
+
+
+def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
+    """See `reference.score_linear`. Can be differentiated once."""
+    if not torch.is_grad_enabled() or not (norm or x.dtype != torch.float32):
+        return reference.score_linear(x, weight, bias, norm)
+    y = _Product.apply(x, weight, norm)
+    return y if bias is None else y + bias.float()
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, norm: bool) -> Tensor:
+        y = reference.linear_fp32(x, weight)
+        inverse = reference.inverse_rms(x) if norm else None
+        y = y if inverse is None else y * inverse
+        ctx.save_for_backward(x, weight, inverse, y if norm and x.requires_grad else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse, y = ctx.saved_tensors
+        flat_ND, scaled_NO = x.flatten(0, -2).float(), (grad if inverse is None else grad * inverse).flatten(0, -2)
+        d_x = d_weight = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                d_ND = scaled_NO @ weight.float()
+                if y is not None:
+                    along_N1 = (grad * y).sum(-1, keepdim=True).mul_(inverse.square()).flatten(0, -2)
+                    d_ND.addcmul_(flat_ND, along_N1, value=-1 / x.shape[-1])
+                d_x = d_ND.view(x.shape).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                d_weight = (scaled_NO.T @ flat_ND).to(weight.dtype)
+        return d_x, d_weight, None
