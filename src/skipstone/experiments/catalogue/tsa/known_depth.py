@@ -35,7 +35,7 @@ def arms(scale: str) -> dict[str, Recipe]:
         "tsa-hard": make(BLOCKS, [gate(**HARD, **LEARNED, **quarter)]),
         "tsa-hard-kept": make(BLOCKS, [gate(**HARD, **LEARNED, **ALONE, **quarter)]),
         "tsa-random": make(BLOCKS, [gate(**HARD, **CONSTANT, **quarter, decision="random")]),
-        "tsa-forced": make(BLOCKS, [gate(**HARD, **CONSTANT)], routing="difficulty"),
+        "tsa-forced": make(BLOCKS, [gate(**HARD, **CONSTANT, **ALONE)], routing="difficulty"),
     }
 
 
@@ -53,9 +53,9 @@ ABOUT = (
     "are of the pass that skips unless they say *soft*. *tsa-soft* is Token-Selective Attention as published, with "
     "lambda 0.01, executed hard; *tsa-hard* keeps a quarter of the tokens, trained as it is executed, its gates "
     "learning from the gradient at the block's output; *tsa-random* draws them; *tsa-forced* keeps exactly the "
-    "operations. Skipped tokens give keys and values, but not in *tsa-hard-kept*. The first two of 8 blocks are "
-    "dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, dense being interpolated between the"
-    " dense arms at the arm's executed FLOPs."
+    "operations. Skipped tokens give keys and values, but neither in *tsa-hard-kept* nor in *tsa-forced*. The first "
+    "two of 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, dense being "
+    "interpolated between the dense arms at the arm's executed FLOPs."
 )
 COLUMNS = (
     Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
