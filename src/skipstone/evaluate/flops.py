@@ -21,7 +21,7 @@ aten = torch.ops.aten
 FREE_NAMES = """
 _softmax _safe_softmax tril _softmax_backward_data _log_softmax _log_softmax_backward_data
 nll_loss_forward nll_loss_backward binary_cross_entropy_with_logits
-native_layer_norm native_layer_norm_backward native_dropout gelu
+native_layer_norm native_layer_norm_backward native_dropout gelu gelu_backward threshold_backward
 embedding embedding_dense_backward constant_pad_nd slice_backward select_backward cat stack flip roll
 sort cumsum cummax cummin nonzero index index_put index_put_ _index_put_impl_ index_select index_add index_copy
 gather scatter scatter_add topk searchsorted floor_divide _local_scalar_dense item _to_copy copy_

@@ -89,7 +89,7 @@ class _Products:
         """Write a chunk's parts and their sums."""
         static_AF, dynamic_NA = self.static_BAF[b if len(self.static_BAF) > 1 else 0], self.dynamic_BTA[b, at]
         torch.mul(dynamic_NA.T[:, :, None], static_AF[:, None], out=out_ANF)
-        torch.mm(dynamic_NA, static_AF, out=total_NF)
+        torch.add(out_ANF[0], out_ANF[1], out=total_NF).add_(out_ANF[2]).add_(out_ANF[3])
 
 
 class _Softmax(_Products):
