@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with its companions 1.5 MB in fp32
@@ -105,9 +106,15 @@ class _Softmax(_Products):
 
 
 def _shares(static_BFA: Tensor, dynamic_BTA: Tensor) -> _Products:
-    parts = [x - x.amax(-1, keepdim=True) for x in (dynamic_BTA, static_BFA)]
-    near = not dynamic_BTA.numel() or any(x.amin() >= -NEAR for x in parts)
-    return (_Products if near else _Softmax)(parts[1], parts[0])
+    parts = [x - x.amax(-1, keepdim=True) for x in (static_BFA, dynamic_BTA)]
+    return (_Products if any(map(_near, reversed(parts))) else _Softmax)(*parts)
+
+
+def _near(logits: Tensor) -> bool:
+    """Whether all are, of logits whose largest is 0; taken to be so where there are no numbers (fake tensors)."""
+    if isinstance(logits, FakeTensor) or not logits.numel():
+        return True
+    return bool(logits.amin().numpy() >= -NEAR)  # by numpy, since a CPU waits for nobody
 
 
 def _chunks(gate: Tensor, parts: int) -> Iterator[tuple[int, slice, Tensor, list[Tensor]]]:
