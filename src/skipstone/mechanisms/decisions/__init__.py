@@ -34,4 +34,4 @@ def causal_decisions() -> list[str]:
 def build_decision(
     name: str, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
 ) -> Decision:
-    return choose("decision", name, DECISIONS)(capacity, width, seed, threshold, norm)
+    return choose("decision", name, DECISIONS)(capacity, width, seed=seed, threshold=threshold, norm=norm)

@@ -29,7 +29,7 @@ class Decision(nn.Module):
         self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
     ) -> None:
         """width: D. seed: for controls that draw. threshold: the probability of decisions with a fixed one. norm: the
-        router's input is normalised."""
+        router's input is normalised. Each decision names those that it reads."""
         super().__init__()
         self.capacity = capacity if isinstance(capacity, Capacity) else Capacity(capacity)
 

@@ -5,6 +5,8 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,8 @@ class Random(Decision):
     is_causal = True
     reads_scores = False
 
-    def __init__(
-        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
-    ) -> None:
-        super().__init__(capacity, width, seed, threshold, norm)
+    def __init__(self, capacity: Capacity | float, width: int, seed: int = 0, **options: Any) -> None:
+        super().__init__(capacity, width, **options)
         self.seed = seed
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:

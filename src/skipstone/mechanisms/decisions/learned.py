@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens, D width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,8 @@ class Predictor(Decision):
 
     is_causal = True
 
-    def __init__(
-        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
-    ) -> None:
-        super().__init__(capacity, width, seed, threshold, norm)
+    def __init__(self, capacity: Capacity | float, width: int, norm: bool = False, **options: Any) -> None:
+        super().__init__(capacity, width, **options)
         self.guess = MLPRouter(width, hidden_width(width), -1.0, norm)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
@@ -86,10 +85,8 @@ class ThresholdP(Decision):
     static = False
     trains_router = True
 
-    def __init__(
-        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
-    ) -> None:
-        super().__init__(capacity, width, seed, threshold, norm)
+    def __init__(self, capacity: Capacity | float, width: int, threshold: float = 0.5, **options: Any) -> None:
+        super().__init__(capacity, width, **options)
         self.line = math.log(threshold / (1 - threshold))  # the score whose sigmoid is p
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:

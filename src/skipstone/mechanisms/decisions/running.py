@@ -5,6 +5,8 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import initialization as init
@@ -28,10 +30,8 @@ class EmaThreshold(Decision):
     threshold: Tensor
     steps: Tensor
 
-    def __init__(
-        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
-    ) -> None:
-        super().__init__(capacity, width, seed, threshold, norm)
+    def __init__(self, capacity: Capacity | float, width: int, **options: Any) -> None:
+        super().__init__(capacity, width, **options)
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
