@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/polyglu.py [--widths 256 512] [--tokens 2048] [--rounds 15] [--out FOLDER]
 
-Training: forward and backward of one MLP, Gumbel noise on and off, in fp32 and under bf16 autocast. Saved: bytes that
+Training: forward and backward of one MLP, Gumbel noise on and off, in fp32 and under bf16 autocast, with the logits of
+a model that begins (tau 1) and with some nats between them at the tau where training ends (.1). Saved: bytes that
 autograd keeps for the backward pass, parameters left out. Decoding: one token of one row through a whole model with a
 cache. Everything in turns, SwiGLU and the other; medians of the ratios.
 """
@@ -10,6 +11,7 @@ cache. Everything in turns, SwiGLU and the other; medians of the ratios.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from skipstone.nn.mlp import FixedActivation, GatedMLP
 
 ROWS = 8
 STEPS = 20  # decoded tokens a round
+TAUS = (1.0, 0.1)  # of routers as they start, and as if trained
 
 
 def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
@@ -66,18 +69,28 @@ def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int
     return sum(seen.values())
 
 
+@torch.no_grad()
+def as_if_trained(activation: PolyGLU) -> None:
+    """Some five nats between the logits of a token, a third of a nat between those of neurons; tau at its end."""
+    for weight, spread in ((activation.context_weight, 0.3), (activation.mix_weight, 1.0)):
+        nn.init.normal_(weight, 0.0, spread)
+    nn.init.normal_(activation.preference_bias, 0.0, 0.3)
+    activation.tau.fill_(TAUS[1])
+
+
 def training(width: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
-    ours, theirs = mlps(width)
     x_BTD = torch.randn(ROWS, tokens // ROWS, width, requires_grad=True)
     slot = torch.arange(tokens // ROWS)[None]
-    for bf16 in (False, True):
-        for noise in (False, True):
-            given = Tokens(slot_BT=slot, position_BT=slot, mode=Mode(noise=noise))
-            ratios = ratios_in_turns(step(ours, x_BTD, given, bf16), step(theirs, x_BTD, given, bf16), rounds)
-            saved = [saved_bytes(mlp, x_BTD, given, bf16) for mlp in (ours, theirs)]
-            named = {"width": width, "precision": "bf16" if bf16 else "fp32", "noise": noise}
-            rows.append({**named, "time": middle(ratios), "saved": saved[0] / saved[1]})
+    for tau, bf16, noise in itertools.product(TAUS, (False, True), (False, True)):
+        ours, theirs = mlps(width)
+        if tau < 1:
+            as_if_trained(ours.activation)  # type: ignore[arg-type]
+        given = Tokens(slot_BT=slot, position_BT=slot, mode=Mode(noise=noise))
+        ratios = ratios_in_turns(step(ours, x_BTD, given, bf16), step(theirs, x_BTD, given, bf16), rounds)
+        saved = [saved_bytes(mlp, x_BTD, given, bf16) for mlp in (ours, theirs)]
+        named = {"width": width, "precision": "bf16" if bf16 else "fp32", "noise": noise, "tau": tau}
+        rows.append({**named, "time": middle(ratios), "saved": saved[0] / saved[1]})
     return rows
 
 
@@ -104,13 +117,13 @@ def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
 
 
 def page(figures: dict[str, Any]) -> str:
-    lines = ["| width | precision | noise | time / SwiGLU | least to greatest | saved bytes / SwiGLU |"]
-    lines.append("|---|---|---|---:|---:|---:|")
+    lines = ["| width | precision | tau | noise | time / SwiGLU | least to greatest | saved bytes / SwiGLU |"]
+    lines.append("|---|---|---:|---|---:|---:|---:|")
     for row in figures["training"]:
         time, noise = row["time"], "on" if row["noise"] else "off"
         spread = f"{time['min']:.2f} to {time['max']:.2f}"
         shown = f"| {time['median']:.2f} | {spread} | {row['saved']:.2f} |"
-        lines.append(f"| {row['width']} | {row['precision']} | {noise} {shown}")
+        lines.append(f"| {row['width']} | {row['precision']} | {row['tau']:g} | {noise} {shown}")
     lines += ["", "| width | decoding, hardened / SwiGLU | least to greatest |", "|---|---:|---:|"]
     for row in figures["decoding"]:
         time = row["time"]

@@ -31,7 +31,7 @@ from skipstone.runs import Run
 from skipstone.train.run import train
 
 NAME, TITLE = "sft_stability", "PolyGLU's routing through supervised fine-tuning"
-VOCABULARY, CONTEXT, ROWS, HELD_OUT = 1024, 256, 8, 64
+VOCABULARY, CONTEXT, ROWS, HELD_OUT = 1024, 256, 2, 64
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -46,7 +46,7 @@ ABOUT = f"""Width 64, 4 blocks, a vocabulary of {VOCABULARY:,}, context {CONTEXT
 layers and over the tokens of {HELD_OUT} chats that are never trained on, noise off (ln 4 = 1.386). *Drift*: of the mean
 entropy from the start of the tuning to its end, as a share of the start; *largest*, of any time between. *Flips*: the
 share of neurons whose strongest activation on these chats is another one at the end. Stable: a drift of at most
-{DRIFT:.0%} and flips of at most {FLIPS:.0%}. Mean and range over seeds."""
+{DRIFT:.0%} and flips of at most {FLIPS:.0%}. {ROWS} chats a step. Mean and range over seeds."""
 
 
 def chats(path: Path) -> list[dict[str, Any]]:
@@ -163,6 +163,7 @@ def tune(run: Path, rows: list[dict[str, Any]], tokenizer: Any, given: argparse.
         max_steps=given.steps,
         learning_rate=2e-5,
         per_device_train_batch_size=ROWS,
+        gradient_checkpointing=False,
         max_length=CONTEXT,
         assistant_only_loss=True,
         logging_steps=max(1, given.steps // LINES),

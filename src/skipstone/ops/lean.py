@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with its companions 1.5 MB in fp32
-# How far below its largest logit, in nats, a neuron (or else a token) may have others: what vanishes of the other's
-# exponentials, below e^-87, is then less than e^-23 of the sum.
-NEAR = 64.0
+# Nats below the largest logit. Of two parts one must stay within NEAR, or the tokens of a chunk that far from each
+# other: their sum is then above e^-32 (e^-16), and what the other part has below FAR is less than e^-21 of it. FAR is
+# put in its place, since products of smaller numbers are denormal and take many times as long.
+NEAR, FAR = 32.0, -53.0
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
@@ -83,35 +84,55 @@ class _Products:
     """Shares as products, to be divided by their sum."""
 
     def __init__(self, static_BFA: Tensor, dynamic_BTA: Tensor) -> None:
-        self.static_BAF = static_BFA.exp().transpose(1, 2).contiguous()
-        self.dynamic_BTA = dynamic_BTA.exp()
+        self.static_BAF = static_BFA.clamp(min=FAR).exp_().transpose(1, 2).contiguous()
+        self.dynamic_BTA = dynamic_BTA.clamp(min=FAR).exp_()
 
     def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
         """Write a chunk's parts and their sums."""
-        static_AF, dynamic_NA = self.static_BAF[b if len(self.static_BAF) > 1 else 0], self.dynamic_BTA[b, at]
-        torch.mul(dynamic_NA.T[:, :, None], static_AF[:, None], out=out_ANF)
-        torch.add(out_ANF[0], out_ANF[1], out=total_NF).add_(out_ANF[2]).add_(out_ANF[3])
+        static_AF = self.static_BAF[b if len(self.static_BAF) > 1 else 0]
+        _multiply(static_AF, self.dynamic_BTA[b, at], out_ANF, total_NF)
 
 
-class _Softmax(_Products):
-    """The same of sums, where both parts reach so far down that their exponentials vanish."""
+class _Centred(_Products):
+    """The same where both parts reach so far down that their exponentials vanish.
+
+    Tokens of a chunk say nearly the same, for their contexts are means: what they have in common is added to what the
+    neurons say, and the rest is near 0. Where it is not, sums are taken in place of products.
+    """
 
     def __init__(self, static_BFA: Tensor, dynamic_BTA: Tensor) -> None:
-        self.static_BFA, self.dynamic_BTA = static_BFA, dynamic_BTA
+        self.static_BAF, self.dynamic_BTA = static_BFA.transpose(1, 2).contiguous(), dynamic_BTA
 
     def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
-        static_FA = self.static_BFA[b if len(self.static_BFA) > 1 else 0]
-        out_ANF.copy_((static_FA + self.dynamic_BTA[b, at, None]).softmax(-1).permute(2, 0, 1))
-        total_NF.fill_(1)
+        static_AF, dynamic_NA = self.static_BAF[b if len(self.static_BAF) > 1 else 0], self.dynamic_BTA[b, at]
+        least_A, most_A = dynamic_NA.aminmax(dim=0)
+        if _near(least_A - most_A):
+            middle_A = (least_A + most_A) / 2
+            static_AF = static_AF + middle_A[:, None]
+            static_AF = static_AF.sub_(static_AF.amax(0)).clamp_(min=FAR).exp_()
+            _multiply(static_AF, (dynamic_NA - middle_A).exp(), out_ANF, total_NF)
+        else:
+            torch.add(dynamic_NA.T[:, :, None], static_AF[:, None], out=out_ANF)
+            out_ANF.sub_(torch.amax(out_ANF, 0, out=total_NF)).clamp_(min=FAR).exp_()
+            _add_up(out_ANF, total_NF)
+
+
+def _multiply(static_AF: Tensor, dynamic_NA: Tensor, out_ANF: Tensor, total_NF: Tensor) -> None:
+    torch.mul(dynamic_NA.T[:, :, None], static_AF[:, None], out=out_ANF)
+    _add_up(out_ANF, total_NF)
+
+
+def _add_up(x_ANF: Tensor, total_NF: Tensor) -> None:
+    torch.add(x_ANF[0], x_ANF[1], out=total_NF).add_(x_ANF[2]).add_(x_ANF[3])
 
 
 def _shares(static_BFA: Tensor, dynamic_BTA: Tensor) -> _Products:
     parts = [x - x.amax(-1, keepdim=True) for x in (static_BFA, dynamic_BTA)]
-    return (_Products if any(map(_near, reversed(parts))) else _Softmax)(*parts)
+    return (_Products if any(map(_near, reversed(parts))) else _Centred)(*parts)
 
 
 def _near(logits: Tensor) -> bool:
-    """Whether all are, of logits whose largest is 0; taken to be so where there are no numbers (fake tensors)."""
+    """Whether all are, of logits that are at most 0; taken to be so where there are no numbers (fake tensors)."""
     if isinstance(logits, FakeTensor) or not logits.numel():
         return True
     return bool(logits.amin().numpy() >= -NEAR)  # by numpy, since a CPU waits for nobody
