@@ -23,7 +23,7 @@ from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
 from skipstone.nn.linear import OutputLinear
 from skipstone.ops.neurons import Runs
-from skipstone.ops.reference import dropped
+from skipstone.ops.reference import autocast, dropped
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -164,6 +164,7 @@ class GatedMLP(nn.Module):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
+        x_BTD = autocast(x_BTD)
         y_BTF, records = activated(self.activation, self.gate_proj(x_BTD), x_BTD, tokens, cache)
         y_BTF = dropped(y_BTF * self.up_proj(x_BTD), self.hidden_dropout, self.training)
         return dropped(self.down_proj(y_BTF), self.dropout, self.training), records

@@ -96,9 +96,17 @@ def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
     return F.dropout(x, probability, training) if probability else x
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x in the type that autocast makes of it: several products of it then keep one copy for the backward pass."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in fp32 whatever the types and whatever autocast says."""
     if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product
+        if x.dtype == weight.dtype == torch.float32:
+            return F.linear(x, weight, bias)
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
