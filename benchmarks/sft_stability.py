@@ -1,7 +1,8 @@
 """Does routing stay as it is through supervised fine-tuning? The claim of arXiv 2603.13347, on a tiny model.
 
     pip install trl
-    python benchmarks/sft_stability.py GSM8K.jsonl [--seeds 0 1 2] [--steps 13067] [--base-steps 3000] [--out results]
+    python benchmarks/sft_stability.py GSM8K.jsonl [--seeds 0 1 2] [--steps 13067] [--base-steps 3000] [--arms ARM ...]
+        [--out results]
 
 GSM8K.jsonl: rows of `question` and `answer`. A PolyGLU model learns Python code with Gumbel noise, tau falling to .1,
 and is then tuned on the chats by TRL's SFTTrainer, unchanged: ChatML, loss on the assistant's tokens alone (the token
@@ -233,17 +234,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=13_067)
     parser.add_argument("--base-steps", type=int, default=3000)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs/sft_stability"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rows, results = chats(given.gsm8k), {}
     tokenizer = make_tokenizer(rows, given.work / "tokenizer")
     for seed in given.seeds:
-        for arm in ARMS:
+        for arm in given.arms:
             run = base(arm, given.work / "tokenizer", given, seed)
             results.setdefault(arm, []).append(tune(run, rows, tokenizer, given, seed))
     seeds = " ".join(map(str, given.seeds))
-    command = f"python benchmarks/sft_stability.py GSM8K.jsonl --seeds {seeds} --steps {given.steps}"
+    arms = " ".join(f'"{arm}"' for arm in given.arms)
+    command = f"python benchmarks/sft_stability.py GSM8K.jsonl --seeds {seeds} --steps {given.steps} --arms {arms}"
     environment = surroundings(given.seeds[0])
     record = {"base_steps": given.base_steps, "seeds": given.seeds, "arms": results, "environment": environment}
     keep(given.out, NAME, TITLE, record, f"{ABOUT}\n\n{table(results)}\n\n{closing(command, environment)}\n")

@@ -166,10 +166,10 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         records = []
         # transformers lowers the number for a while to draft with the first blocks (`assistant_early_exit`)
         for i, block in enumerate(islice(self.layers, self.config.num_hidden_layers)):
-            given = replace(tokens, forced_BT=forced[i]) if i in forced else tokens
+            given = tokens.but(forced_BT=forced[i]) if i in forced else tokens
             x_BTD, decided = block(x_BTD, given, past_key_values=past_key_values)
             if carry := carried(decided.values()):
-                tokens = replace(tokens, state={**tokens.state, **carry})
+                tokens = tokens.but(state={**tokens.state, **carry})
             records.append(decided)
         if past_key_values is not None:
             for layer in past_key_values.layers:
@@ -229,7 +229,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     def _start(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """Positions, embedding dropout, and the tensors that cross blocks."""
         if self.config.positions == "rope":
-            tokens = replace(tokens, rotary=self.positions(tokens.position_BT, x_BTD.dtype))
+            tokens = tokens.but(rotary=self.positions(tokens.position_BT, x_BTD.dtype))
         else:
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
         x_BTD = dropped(x_BTD, self.config.embedding_dropout, self.training)
@@ -238,7 +238,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         for block in blocks:
             for mechanism in block.mechanisms.values() if block.num_adjustables else ():
                 state.update(mechanism.initial_state(x_BTD))
-        return x_BTD, replace(tokens, state=state) if state else tokens
+        return x_BTD, tokens.but(state=state) if state else tokens
 
     def _checked(self, position_BT: Tensor) -> Tensor:
         limit = self.config.max_position_embeddings

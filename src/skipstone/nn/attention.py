@@ -21,7 +21,7 @@ from skipstone.nn.linear import OutputLinear
 from skipstone.ops import reference as ops
 
 COPYING = 3  # times that memory is touched for a key that is copied before it is read
-LEAST_COPY = 1024  # keys of all rows, below which a copy costs next to nothing
+LEAST_COPY = 128  # keys of all rows, below which a copy costs next to nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,29 +68,51 @@ class Attention(nn.Module):
 
         asking: `tokens.asked()`, where the caller has it.
         """
-        asking = asking or tokens.asked()
         given = tokens.pack(x_BTD)
+        if tokens.nobody:
+            key, value = self._keys(given, tokens)
+            if past_key_values is not None:
+                self._append(key, value, tokens, past_key_values, None)
+            return x_BTD[:, :0]
+        asking = asking or tokens.asked()
         asking_x = given if tokens.wanted is None else tokens.gather_asked(x_BTD)
         query = self._heads(asking.unpack(self.q_proj(asking_x)), self.q_norm, asking.rotary)
-        key = self._heads(tokens.unpack(self.k_proj(given)), self.k_norm, tokens.rotary)
-        value = self._heads(tokens.unpack(self.v_proj(given)))
+        key, value = self._keys(given, tokens)
         among = None if query.requires_grad else self._among(asking, past_key_values)
         rows = asking.rows if among is None else None
-        key, value, mask = self._remember(key, value, tokens, asking, past_key_values, rows)
-        if query.shape[2] == 0:
-            return asking_x
+        key, value, mask = self._seen(key, value, tokens, asking, past_key_values, rows)
         query = query if among is None else among.scatter(query)
         y_BKHE = self._attend(query, key, value, mask)
         y_BKHE = y_BKHE if among is None else among.gather(y_BKHE)
         y_BKD = self.o_proj(asking.pack(y_BKHE.flatten(2)))
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
+    def _keys(self, given: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, E] of all tokens that are given, packed or not."""
+        key = self._heads(tokens.unpack(self.k_proj(given)), self.k_norm, tokens.rotary)
+        return key, self._heads(tokens.unpack(self.v_proj(given)))
+
+    def _append(
+        self, key: Tensor, value: Tensor, tokens: Tokens, past_key_values: Cache, rows: Rows | None
+    ) -> tuple[Tensor, Tensor]:
+        """Into the cache; all that is there afterwards, of these rows (None: of all)."""
+        return past_key_values.update(  # type: ignore[no-any-return]
+            key,
+            value,
+            self.layer_idx,
+            slot_BT=tokens.slot_BT,
+            real_BT=tokens.real_BT,
+            document_BT=tokens.document_BT,
+            rows=tokens.rows,
+            asking=rows,
+        )
+
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         y_BTHE = y.unflatten(-1, (-1, self.head_dim))
         y_BHTE = (y_BTHE if norm is None else norm(y_BTHE)).transpose(1, 2)
         return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
 
-    def _remember(
+    def _seen(
         self,
         key: Tensor,
         value: Tensor,
@@ -109,16 +131,7 @@ class Attention(nn.Module):
         layer = past_key_values.layers[self.layer_idx]
         assert isinstance(layer, SkipstoneCacheLayer)
         first = layer.kv.width == 0
-        all_keys, all_values = past_key_values.update(
-            key,
-            value,
-            self.layer_idx,
-            slot_BT=tokens.slot_BT,
-            real_BT=tokens.real_BT,
-            document_BT=tokens.document_BT,
-            rows=tokens.rows,
-            asking=rows,
-        )
+        all_keys, all_values = self._append(key, value, tokens, past_key_values, rows)
         if first:
             return self._own(key, value, tokens, asking)
         newest = tokens.length == 1 and tokens.document_BT is None
@@ -133,8 +146,8 @@ class Attention(nn.Module):
         if rows is None or past_key_values is None or len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total:
             return None
         alike = asking.slot_BT.shape[0] == 1 and asking.real_BT is None and asking.document_BT is None
-        long = rows.total * past_key_values.layers[self.layer_idx].kv.width >= LEAST_COPY  # type: ignore[attr-defined]
-        return rows if alike and long else None
+        width = past_key_values.layers[self.layer_idx].kv.width  # type: ignore[attr-defined]
+        return rows if alike and width > 0 and rows.total * width >= LEAST_COPY else None
 
     def _own(self, key: Tensor, value: Tensor, tokens: Tokens, asking: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
         """This call's own keys and values, and the mask where slots must be compared."""

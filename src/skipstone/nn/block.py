@@ -77,10 +77,10 @@ class Block(GradientCheckpointingLayer):
         if self.sites["attention"] or self.sites["mlp"]:
             a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
             return a_BTD + m_BTD, records
+        if tokens.nobody:
+            return self._remembered(x_BTD, tokens, past_key_values), {}
         asking = tokens.asked()  # nothing sits in between: tokens are gathered once
         a = self._attended(x_BTD, tokens, asking, past_key_values)
-        if asking.length == 0:
-            return torch.zeros_like(x_BTD), {}
         m, records = self._fed(added(tokens.gather_asked(x_BTD), a), asking, past_key_values)
         return tokens.scatter_asked((a + m).to(x_BTD.dtype)), _lifted(records, tokens)
 
@@ -94,14 +94,21 @@ class Block(GradientCheckpointingLayer):
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 
     def _attention(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+        if tokens.nobody:
+            return self._remembered(x_BTD, tokens, past_key_values), {}
         return tokens.scatter_asked(self._attended(x_BTD, tokens, tokens.asked(), past_key_values)), {}
 
     def _mlp(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
-        asking = tokens.asked()
-        if asking.length == 0:
+        if tokens.nobody:
             return torch.zeros_like(x_BTD), {}
+        asking = tokens.asked()
         m, records = self._fed(tokens.gather_asked(x_BTD), asking, past_key_values)
         return tokens.scatter_asked(m), _lifted(records, tokens)
+
+    def _remembered(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> Tensor:
+        """No update, for nobody asks for one; keys and values all the same."""
+        self.self_attn(self.input_layernorm(x_BTD), tokens, past_key_values)
+        return torch.zeros_like(x_BTD)
 
     def _attended(self, x_BTD: Tensor, tokens: Tokens, asking: Tokens, past_key_values: Cache | None) -> Tensor:
         """The attention's update of the tokens that ask, packed."""
