@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,20 @@ SMALL["mod_decisions"] = SMALL["mod_decisions_code"] = {
     "model": {"hidden_size": 16, "num_attention_heads": 2},
     "data": {"context": 32, "corpus": "python-stdlib"},
 }
+SMALL["polyglu_routing"] = {
+    **SMALL["mod_decisions"],
+    "model": {**SMALL["mod_decisions"]["model"], "num_hidden_layers": 2},
+}
 SMALL["ffn_groups"] = {**SMALL["mod_decisions"], "model": {**SMALL["mod_decisions"]["model"], "num_hidden_layers": 2}}
-STEPS = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "eval_rows": 2}
+STEPS = {
+    "log_every": 1,
+    "steps": 2,
+    "batch_size": 2,
+    "warmup_steps": 1,
+    "eval_every": 0,
+    "save_every": 0,
+    "eval_rows": 2,
+}
 
 
 def shrunk(experiment: Experiment, arm: str) -> dict[str, Any]:
@@ -115,6 +128,24 @@ def test_ffn_groups_at_equal_flops_beside_teal(tmp_path: Path) -> None:
     assert "TEAL" in page
     assert "40.0 %" in page
     assert figures["dense"]["teal"]["60%"]["executed"] == pytest.approx(0.6, abs=0.05)
+
+
+def test_polyglu_routing_tells_what_the_routing_came_to(tmp_path: Path) -> None:
+    experiment, figures = EXPERIMENTS["polyglu_routing"], {}
+    for arm in ("swiglu", "scale 1, noise", "scale 64, quiet"):
+        figures[arm] = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / arm, progress=False))
+    for column in experiment.columns:
+        assert lookup(figures["scale 1, noise"], column.key) is not None, column.key
+    assert "diversity" not in figures["swiglu"]
+    fresh = figures["scale 1, noise"]
+    assert fresh["static_entropy"] == pytest.approx(math.log(4), rel=1e-3), "two steps leave preferences at 0"
+    assert fresh["static_entropy"] > figures["scale 64, quiet"]["static_entropy"]
+    assert list(fresh["course"]) == ["20%", "40%", "60%", "80%", "100%"]
+    assert all(sum(layer.values()) == pytest.approx(1, abs=1e-5) for layer in fresh["neurons"])
+    assert experiment.details is not None
+    page = experiment.details({arm: {0: found} for arm, found in figures.items()})
+    assert "| static entropy stays at ln 4" in page
+    assert "| scale 64, quiet | 0 |" in page
 
 
 @pytest.mark.slow
