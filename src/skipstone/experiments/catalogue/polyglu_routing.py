@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -71,12 +71,8 @@ def measured(folder: Path) -> Figures:
         return figures
     means = {name: statistics.fmean(layer[name] for layer in layers) for name in ROUTING}
     hardened = _hardened(folder, open_run(folder)) - ways[main]["loss"]
-    return {**figures, **means, "hardened": hardened, "neurons": _neurons(layers), "course": course(Run(folder))}
-
-
-def _neurons(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """By layer, the share of neurons whose strongest activation is each."""
-    return [{name: layer["neurons"][name] for name in layer["neurons"]} for layer in layers]
+    neurons = [layer["neurons"] for layer in layers]  # by layer, the share whose strongest activation is each
+    return {**figures, **means, "hardened": hardened, "neurons": neurons, "course": course(Run(folder))}
 
 
 def _hardened(folder: Path, opened: Opened) -> float:
@@ -147,7 +143,7 @@ def details(figures: ByArm) -> str:
 
 
 def _layers(figures: ByArm) -> Section:
-    """What most neurons of each layer use, first seed by first seed."""
+    """What most neurons of each layer use, seed by seed."""
     rows = []
     for arm, seeds in figures.items():
         for seed, found in seeds.items():
