@@ -10,6 +10,7 @@ import torch
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.report.anatomy import Anatomy, dissect
 from skipstone.report.layers import coloured, visible
+from skipstone.report.mixing import KINDS, kind_of
 from skipstone.runs import Run
 
 IDS = torch.arange(12).view(2, 6)
@@ -28,7 +29,7 @@ def test_a_dense_model_does_everything_for_everyone() -> None:
     anatomy = seen(model())
     assert anatomy.depth == 1.0
     assert anatomy.weight_LT == [[1.0] * 6] * 2
-    assert (anatomy.routed, anatomy.capacity, anatomy.shares) == (frozenset(), {}, {})
+    assert (anatomy.routed, anatomy.capacity, anatomy.mixing) == (frozenset(), {}, {})
 
 
 def test_skipped_tokens_weigh_nothing() -> None:
@@ -66,10 +67,38 @@ def test_imposed_decisions_are_shown_as_imposed() -> None:
 
 def test_shares_of_activations_sum_to_one_and_start_undecided() -> None:
     anatomy = seen(model(activation={"name": "polyglu"}))
-    assert set(anatomy.shares) == {0, 1}
-    for layer in (0, 1):
-        assert sum(anatomy.shares[layer]) == pytest.approx(1.0)
-        assert anatomy.entropy[layer] == pytest.approx(1.0, abs=1e-3)
+    assert set(anatomy.mixing) == {0, 1}
+    for mixing in anatomy.mixing.values():
+        assert sum(mixing.shares) == pytest.approx(1.0)
+        assert mixing.entropy == pytest.approx(1.0, abs=1e-3)
+        assert mixing.by_kind == {}, "nobody said what the tokens are"
+
+
+def test_kinds_of_tokens_and_neurons_that_differ() -> None:
+    """A router that looks at the token alone and neurons that prefer by themselves: both must show."""
+    routed = model(activation={"name": "polyglu", "context": "token"})
+    activation = routed.model.layers[0].mlp.activation
+    with torch.no_grad():
+        activation.context_weight.normal_(0, 3)
+        activation.mix_weight.normal_(0, 3)
+        activation.preference_bias[:5, 1] = 1e4
+        activation.preference_bias[5:, 3] = 1e4
+    kind_BT = (IDS >= 6).long()  # the first row is all letters, the second one all digits
+    first, second = seen(routed, kind_BT=kind_BT).mixing.values()
+    assert first.strongest == [1] * 5 + [3] * (len(first.strongest) - 5)
+    assert list(second.by_kind) == ["letters", "digits"]
+    mean = torch.tensor(list(second.by_kind.values())).mean(0)
+    assert mean.tolist() == pytest.approx(second.shares, abs=1e-6), "both rows have as many tokens"
+    assert first.shift("letters") < 1e-3, "no context outweighs such preferences"
+    assert second.shift("letters") == pytest.approx(second.shift("digits"), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("token", "kind"),
+    [(" the", "letters"), ("x1", "letters"), ("42", "digits"), ("=", "signs"), ("\n ", "white space")],
+)
+def test_kinds(token: str, kind: str) -> None:
+    assert KINDS[kind_of(token)] == kind
 
 
 def test_padding_does_not_count() -> None:

@@ -79,6 +79,22 @@ def test_the_picture_shows_what_was_kept(runs: dict[str, Path], tmp_path: Path) 
     assert cells.count("more") + cells.count("less") + cells.count("skipped") == 2 * 32
 
 
+def test_what_neurons_chose_by_layer_neuron_and_kind(runs: dict[str, Path], tmp_path: Path) -> None:
+    text, _ = page_of([runs["routed"]], tmp_path)
+    for caption in (
+        "entropy while it trained",
+        "for letters",
+        "for signs",
+        "for white space",
+        "how far routing shifts",
+    ):
+        assert caption in text, caption
+    assert "for digits" not in text, "the text has none"
+    assert "one of" not in text, "few enough neurons to show all"
+    assert re.findall(r"layer 2, neurons 0 to \d+: \w+", text)
+    assert "<figcaption>tau</figcaption>" in text
+
+
 def test_a_dense_run_alone(runs: dict[str, Path], tmp_path: Path) -> None:
     text, page = page_of([runs["dense"]], tmp_path)
     assert page.headings == ["Report on one run", "Figures", "Loss", "Configuration"]

@@ -6,6 +6,8 @@ axes.py      scales, ticks, the frame of a chart
 charts.py    lines, bars, stacked bars
 layers.py    the tokens x layers picture and coloured text
 anatomy.py   one causal pass over validation text, as plain numbers
+mixing.py    what PolyGLU's neurons mix, of the same pass
+mixes.py     its pictures
 budgets.py   loss by budget, from files of `skipstone eval --budget --json`
 page.py      runs -> what the template shows
 run.py       `write_report`

@@ -1,19 +1,20 @@
 """One pass over validation text without a cache: which tokens each layer updated, and how, as plain numbers.
 
-Shape letters: B rows, T tokens, L layers, A activations.
+Shape letters: B rows, T tokens, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Records
+from skipstone.core.records import DepthRecord, ExpertsRecord, Records
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.report.mixing import Mixing, look_at
 
 SUBLAYERS = ("attention", "mlp")
 INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
@@ -24,7 +25,7 @@ class Anatomy:
     """tokens: text of the first row's tokens. weight_LT: factor on the block's update, its two halves averaged, 0 where
     skipped. kept_LT: whether any of the update was computed. depth_T: share of all halves of blocks that were computed.
     routed: blocks with a depth mechanism. capacity: realised share of asked tokens kept, {layer: {mechanism: share}},
-    over all rows. shares, entropy: of PolyGLU's activations by layer; entropy as a share of its maximum.
+    over all rows. mixing: of PolyGLU's activations, by layer.
     experts: shares of all choices by layer, of the most and the least chosen expert and of the no-ops together.
     depth: mean of the computed share over all tokens of all rows. routing: "causal"; "oracle" where a decision cannot
     be made otherwise; "forced" where it was imposed.
@@ -38,8 +39,7 @@ class Anatomy:
     routing: str
     routed: frozenset[int] = frozenset()
     capacity: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    shares: Mapping[int, list[float]] = field(default_factory=dict)
-    entropy: Mapping[int, float] = field(default_factory=dict)
+    mixing: Mapping[int, Mixing] = field(default_factory=dict)
     experts: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -50,11 +50,16 @@ class Anatomy:
 
 @torch.no_grad()
 def dissect(
-    model: SkipstoneForCausalLM, batch: Mapping[str, Any], names: list[str], known_BT: Tensor | None = None
+    model: SkipstoneForCausalLM,
+    batch: Mapping[str, Any],
+    names: list[str],
+    known_BT: Tensor | None = None,
+    kind_BT: Tensor | None = None,
 ) -> Anatomy:
     """What `model` does to `batch` ([B, T] tensors as the data hands them out); `names` are the first row's tokens.
 
-    known_BT: bool, decisions to impose on every block with a depth mechanism. Raises ValueError for a model that needs
+    known_BT: bool, decisions to impose on every block with a depth mechanism. kind_BT: int64, the kinds of all tokens
+    (`mixing.KINDS`), if they are known. Raises ValueError for a model that needs
     them and does not get them.
     """
     blocks: list[Any] = list(model.model.layers)
@@ -83,7 +88,7 @@ def dissect(
         routing=routing,
         routed=frozenset(i for i, records in enumerate(out.records) if any(_is_depth(r) for r in records.values())),
         capacity={i: shares for i, records in enumerate(out.records) if (shares := _capacity(records))},
-        **_activations(blocks, out.records),
+        mixing=look_at(blocks, out.records, kind_BT),
         experts=_experts(blocks, out.records),
     )
 
@@ -121,27 +126,6 @@ def _capacity(records: Records) -> dict[str, float]:
         for name, record in records.items()
         if isinstance(record, DepthRecord)
     }
-
-
-def _activations(blocks: Sequence[Any], all_records: tuple[Records, ...]) -> dict[str, Any]:
-    shares, entropy = {}, {}
-    for layer, (block, records) in enumerate(zip(blocks, all_records, strict=True)):
-        modules = block.adjustables()
-        for name, record in records.items():
-            if isinstance(record, ActivationRecord) and record.asked_BT.any():
-                shares[layer] = _mean(modules[name].shares, record)
-                entropy[layer] = _mean(modules[name].entropy, record)
-    return {"shares": shares, "entropy": entropy}
-
-
-def _mean(measure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Any:
-    """Mean of a statistic [1, T or 1, ...] over all asked tokens, a row at a time: each neuron has a mix of its own."""
-    total, count = torch.zeros(()), 0
-    for logits_TA, asked_T in zip(record.logits_BTA, record.asked_BT, strict=True):
-        value_T = measure(ActivationRecord(logits_TA[None], asked_T[None]))[0]
-        value_T = value_T.expand(len(asked_T), *value_T.shape[1:])
-        total, count = total + value_T[asked_T].sum(0).cpu(), count + int(asked_T.sum())
-    return (total / count).tolist()
 
 
 def _experts(blocks: Sequence[Any], all_records: tuple[Records, ...]) -> dict[int, dict[str, float]]:

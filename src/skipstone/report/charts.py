@@ -76,10 +76,10 @@ class Bar:
     mark: float | None = None
 
 
-def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame) -> Markup:
-    """Bars by layer, one beside the other where a layer has several; colours follow the names."""
+def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame, high: float = 1.0) -> Markup:
+    """Bars by layer, one beside the other where a layer has several; colours follow the names. high: of the axis."""
     names = list(dict.fromkeys(bar.name for bar in data))
-    up = frame.up(0.0, 1.0)
+    up = frame.up(0.0, high)
     slot, parts = _slots(frame, layers)
     parts += frame.y_axis(up, y_title)
     width = 0.68 * slot / max(len(names), 1)

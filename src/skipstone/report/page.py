@@ -8,16 +8,14 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from skipstone.ops import reference as ops
-from skipstone.report import budgets, charts, layers
+from skipstone.report import budgets, charts, layers, mixes
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
 from skipstone.report.palette import SERIES
 from skipstone.report.shown import Shown
 
-FRAME = Frame()
+FRAME, SMALL = Frame(), Frame(width=250, height=180)
 PICTURED = 84  # tokens across the tokens x layers picture: as many as stay readable on paper
-ACTIVATIONS = tuple(function.__name__ for function in ops.ACTIVATIONS)
 EXPERT_NAMES = ("most chosen expert", "least chosen expert", "no-ops")
 ABSENT = "–"
 Pieces = Sequence[tuple[str, float]]  # generated text and the share of the compute that each piece took
@@ -46,9 +44,9 @@ def context(
         "budgets": budgets.curve(runs, measured),
         "budget_rows": budgets.table(runs, measured),
         "routed": [_routed(run) for run in runs if run.anatomy is not None and run.anatomy.routed],
-        "activations": [(run, _shares(run)) for run in runs if run.anatomy is not None and run.anatomy.shares],
-        "activation_names": list(zip(ACTIVATIONS, SERIES, strict=False)),
-        "entropy": _entropy(runs),
+        "training": _training(runs),
+        "mixes": [mixes.card(run) for run in runs if run.anatomy is not None and run.anatomy.mixing],
+        "activation_names": list(zip(mixes.ACTIVATIONS, SERIES, strict=False)),
         "experts": [(run, _experts(run)) for run in runs if run.anatomy is not None and run.anatomy.experts],
         "expert_names": list(zip(EXPERT_NAMES, SERIES, strict=False)),
         "samples": [(run, layers.coloured(samples[run.name])) for run in runs if run.name in samples],
@@ -102,6 +100,21 @@ def _losses(runs: Sequence[Shown]) -> list[tuple[str, Markup]]:
     return drawn
 
 
+COURSES = {"learning rate": "learning_rate", "tokens/s": "tokens_per_second", "tau": "tau"}
+
+
+def _training(runs: Sequence[Shown]) -> list[tuple[str, Markup]]:
+    """What else was logged at every step, each on ranges of its own; what no run has is left out."""
+    drawn = []
+    for title, key in COURSES.items():
+        series = [Series(label=run.name, points=_curve(run, "train", key), look=run.look) for run in runs]
+        points = [point for s in series for point in s.points]
+        if points:
+            x_range, y_range = bounds((x for x, _ in points), 0), bounds([0.0, *(y for _, y in points)])
+            drawn.append((title, charts.lines(series, "step", "", f"{title} in training", SMALL, x_range, y_range)))
+    return drawn
+
+
 def _routed(run: Shown) -> dict[str, Any]:
     """The card of a run that skips: the picture, the capacities, the text."""
     assert run.anatomy is not None
@@ -126,12 +139,6 @@ def _routed(run: Shown) -> dict[str, Any]:
     }
 
 
-def _shares(run: Shown) -> Markup:
-    assert run.anatomy is not None
-    title = f"{run.name}: share of each activation by layer"
-    return charts.stacked(run.anatomy.shares, ACTIVATIONS, layers=len(run.anatomy.weight_LT), title=title, frame=FRAME)
-
-
 def _experts(run: Shown) -> Markup:
     assert run.anatomy is not None
     bars = [
@@ -141,16 +148,3 @@ def _experts(run: Shown) -> Markup:
     ]
     title, count = f"{run.name}: share of all choices by layer", len(run.anatomy.weight_LT)
     return charts.bars(bars, layers=count, y_title="share of choices", title=title, frame=FRAME)
-
-
-def _entropy(runs: Sequence[Shown]) -> Markup | None:
-    """How undecided the neurons still are: 1 all activations alike, 0 one chosen."""
-    series = [
-        Series(label=run.name, points=sorted(run.anatomy.entropy.items()), look=run.look)
-        for run in runs
-        if run.anatomy is not None and run.anatomy.entropy
-    ]
-    if not series:
-        return None
-    x_range = bounds((x for s in series for x, _ in s.points), 0)
-    return charts.lines(series, "layer", "entropy / ln 4", "entropy by layer", FRAME, x_range, (0.0, 1.02))

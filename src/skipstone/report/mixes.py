@@ -1,0 +1,118 @@
+"""Pictures of what PolyGLU's neurons chose: by layer, by neuron, by kind of token, and while training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from skipstone.ops import reference as ops
+from skipstone.report import charts, svg
+from skipstone.report.axes import Frame, bounds
+from skipstone.report.charts import Bar, Series
+from skipstone.report.mixing import KINDS, Mixing
+from skipstone.report.palette import SERIES, look
+from skipstone.report.shown import Shown
+
+FRAME, WIDE, SMALL = Frame(), Frame(left=64), Frame(width=240, height=190)
+ACTIVATIONS = tuple(function.__name__ for function in ops.ACTIVATIONS)
+MAP_WIDTH, ROW, LEFT, GAP = 900, 15, 46, 2
+MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
+
+
+def card(run: Shown) -> dict[str, Any]:
+    """Everything about one run that mixes activations."""
+    assert run.anatomy is not None
+    mixing, count = run.anatomy.mixing, len(run.anatomy.weight_LT)
+    kinds = [kind for kind in KINDS if any(kind in layer.by_kind for layer in mixing.values())]
+    return {
+        "run": run,
+        "shares": _stacked({i: one.shares for i, one in mixing.items()}, count, f"{run.name}: activations", FRAME),
+        "entropy": _entropy(run, mixing),
+        "course": _course(run),
+        "map": neuron_map(mixing, f"{run.name}: strongest activation of each neuron"),
+        "every": _every(mixing),
+        "kinds": [(kind, _of_kind(run, mixing, kind, count)) for kind in kinds],
+        "kind_names": list(zip(kinds, SERIES, strict=False)),
+        "shift": _shift(run, mixing, kinds, count),
+    }
+
+
+def _stacked(shares: Mapping[int, Sequence[float]], layers: int, title: str, frame: Frame) -> Markup:
+    return charts.stacked(shares, ACTIVATIONS, layers=layers, title=title, frame=frame)
+
+
+def _of_kind(run: Shown, mixing: Mapping[int, Mixing], kind: str, layers: int) -> Markup:
+    shares = {i: one.by_kind[kind] for i, one in mixing.items() if kind in one.by_kind}
+    return _stacked(shares, layers, f"{run.name}: activations for {kind}", SMALL)
+
+
+def _shift(run: Shown, mixing: Mapping[int, Mixing], kinds: Sequence[str], layers: int) -> Markup | None:
+    """How far each kind's shares lie from those of all tokens."""
+    bars = [
+        Bar(layer=layer, name=kind, value=one.shift(kind))
+        for layer, one in mixing.items()
+        for kind in kinds
+        if kind in one.by_kind
+    ]
+    if not bars:
+        return None
+    title = f"{run.name}: distance of each kind's shares from those of all tokens"
+    high = max(0.02, *(1.1 * bar.value for bar in bars))
+    return charts.bars(bars, layers=layers, y_title="distance", title=title, frame=WIDE, high=min(high, 1.0))
+
+
+def _entropy(run: Shown, mixing: Mapping[int, Mixing]) -> Markup:
+    """How undecided the neurons still are: 1 all activations alike, 0 one chosen."""
+    points = [(float(layer), one.entropy) for layer, one in sorted(mixing.items())]
+    series = [Series(label=run.name, points=points, look=run.look)]
+    x_range = bounds((x for x, _ in points), 0)
+    return charts.lines(series, "layer", "entropy / ln 4", f"{run.name}: entropy", FRAME, x_range, (0.0, 1.02))
+
+
+def _course(run: Shown) -> Markup | None:
+    """Entropy over training, a line a layer; None where it was not logged."""
+    series = []
+    for line_of in sorted(_logged(run), key=lambda key: int(key.split("/")[1])):
+        points = [(float(line["step"]), float(line[line_of])) for line in run.metrics if _trains(line, line_of)]
+        layer = int(line_of.split("/")[1])
+        series.append(Series(label=f"layer {layer}", points=points, look=look(layer)))
+    if not series:
+        return None
+    x_range = bounds((x for s in series for x, _ in s.points), 0)
+    return charts.lines(series, "step", "entropy / ln 4", f"{run.name}: entropy by step", FRAME, x_range, (0.0, 1.02))
+
+
+def _logged(run: Shown) -> set[str]:
+    return {key for line in run.metrics if line.get("split") == "train" for key in line if key.startswith("entropy/")}
+
+
+def _trains(line: Mapping[str, Any], key: str) -> bool:
+    return line.get("split") == "train" and line.get(key) is not None
+
+
+def _every(mixing: Mapping[int, Mixing]) -> int:
+    """Neurons between two that the map shows, so that they fit."""
+    return -(-max(len(one.strongest) for one in mixing.values()) // MOST_NEURONS)
+
+
+def neuron_map(mixing: Mapping[int, Mixing], title: str) -> Markup:
+    """Neurons across, layers up; the colour is that of the strongest activation. Neighbours alike are one bar."""
+    every, layers = _every(mixing), max(mixing) + 1
+    cell = MAP_WIDTH / -(-max(len(one.strongest) for one in mixing.values()) // every)
+    parts = []
+    for layer, one in mixing.items():
+        y, at = ROW * (layers - 1 - layer), 0
+        parts.append(svg.text(LEFT - 8, y + ROW / 2 + 4, str(layer), "tick", text_anchor="end"))
+        for k, alike in itertools.groupby(one.strongest[::every]):
+            count = len(list(alike))
+            hover = f"layer {layer}, neurons {at * every} to {(at + count) * every - 1}: {ACTIVATIONS[k]}"
+            box = (LEFT + cell * at, y, cell * count, ROW - GAP)
+            parts.append(svg.rectangle(*box, hover, fill=SERIES[k % len(SERIES)]))
+            at += count
+    turned = f"rotate(-90 12 {svg.number(ROW * layers / 2)})"
+    parts.append(svg.text(12, ROW * layers / 2, "layer", "axis", text_anchor="middle", transform=turned))
+    parts.append(svg.text(LEFT + MAP_WIDTH / 2, ROW * layers + 16, "neuron", "axis", text_anchor="middle"))
+    return svg.drawing(LEFT + MAP_WIDTH + 8, ROW * layers + 24, parts, title)
