@@ -33,11 +33,16 @@ def test_equals_reference(
             torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("size", [1.0, 10.0, 30.0, 300.0])
-def test_parts_that_want_opposites(size: float) -> None:
-    """Products of exponentials that vanish one by one, or all of them: every gradient as from the sums."""
+def test_parts_that_want_opposites(size: float, apart: float) -> None:
+    """Products of exponentials that vanish one by one, or all of them: every gradient as from the sums.
+
+    apart: how far tokens differ, by how far neurons do; where it is little, what they agree on goes to the neurons.
+    """
     gate, weight, results = torch.randn(2, 9, 11), torch.randn(2, 9, 11), []
-    static, dynamic = size * torch.randn(1, 11, 4), size * torch.randn(2, 9, 4)
+    static = size * torch.randn(1, 11, 4)
+    dynamic = size * (torch.randn(2, 1, 4) + apart * torch.randn(2, 9, 4))
     for backend in (reference, lean, fusible):
         inputs = [x.clone().requires_grad_() for x in (gate, static, dynamic)]
         y = backend.mix_activations(*inputs, 1.0)
