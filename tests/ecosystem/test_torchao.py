@@ -10,6 +10,8 @@ import torch
 
 from ecosystem.tool import TOOLS_OWN_WARNINGS, load, logits
 from pages import Page
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.adapt.prune import prune
 
 pytest.importorskip("torchao")
 pytestmark = pytest.mark.filterwarnings(TOOLS_OWN_WARNINGS)
@@ -34,3 +36,30 @@ def test_quantised_models_save_load_and_generate(page: Page, names: dict[str, An
     greedy = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(again.generate(ids, **greedy), small.generate(ids, **greedy))
     assert Path("my-model-int8/model.safetensors").stat().st_size < Path("my-model/model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"activation": "polyglu"}, {"mechanisms": [{"name": "mixture_of_depths"}]}], ids=str
+)
+def test_neuron_groups_of_quantised_weights(tmp_path: Path, more: dict[str, Any]) -> None:
+    """Parts of quantised weights are computed with: as the masked pass does, and after they were cut out, too."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    groups = {"group_size": 16, "capacity": 0.5, "chunk_size": 4}
+    small = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = SkipstoneForCausalLM(SkipstoneConfig(**small, intermediate_size=96, neuron_groups=groups, **more)).eval()
+    used = [torch.tensor([True, False] * 3), torch.tensor([True] * 6)]
+    for name, whole in (("whole", model), ("pruned", prune(model, used))):
+        whole.save_pretrained(tmp_path / name)
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+        made = SkipstoneForCausalLM.from_pretrained(tmp_path / name, quantization_config=config).eval()
+        made.save_pretrained(tmp_path / f"{name}-int8")
+        again = SkipstoneForCausalLM.from_pretrained(tmp_path / f"{name}-int8").eval()
+        ids = torch.arange(24).view(2, 12)
+        with torch.no_grad():
+            gathered, masked = (again(ids, executor=executor).logits for executor in ("gathered", "masked"))
+        torch.testing.assert_close(gathered, masked, rtol=1e-4, atol=1e-5)
+        assert torch.equal(logits(again), logits(made))
+        greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(again.generate(ids, **greedy), made.generate(ids, **greedy))
