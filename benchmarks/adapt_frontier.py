@@ -2,10 +2,11 @@
 
     python benchmarks/adapt_frontier.py SOURCE TEXT [--dropped 6 11] [--tokens 400000] [--seeds 0] [--out results]
 
-SOURCE is a dense checkpoint that `skipstone adapt` reads, TEXT a folder with train.txt and validation.txt. A budget is
-that of the source without so many of its blocks. All arms learn from the same rows, from text and source alike, and are
-judged as executed, on the first rows of two texts: the test split of wikitext-2, and one of another kind. Finished runs
-in --work are not run again, so the command can be stopped and repeated.
+SOURCE is a dense checkpoint that `skipstone adapt` reads, TEXT a folder with train.txt and validation.txt, or a YAML
+file whose section `data` is taken, such as a blend of shards. A budget is that of the source without so many of its
+blocks. All arms learn from the same rows, from text and source alike, and are judged as executed, on the first rows of
+two texts: the test split of wikitext-2, and one of another kind. Finished runs in --work are not run again, so the
+command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from publish import closing, keep, middle, surroundings
 from skipstone.adapt.run import adapt
@@ -69,9 +71,16 @@ def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Names
     train = {"steps": steps, "batch_size": BATCH, "learning_rate": given.rate}
     train |= {"warmup_steps": steps // 10, "precision": "bf16", "loss_chunk": 256, "seed": seed}
     quiet = {"eval_every": 0, "eval_rows": 8, "save_every": 0, "log_every": max(1, steps // 10)}
-    data = {"corpus": f"text:{given.text}", "context": CONTEXT, "seed": seed}
+    data = {**texts(given.text), "context": CONTEXT, "seed": seed}
     whole = {"loss": LOSS, "calibration_rows": 48, **options}
     return {"model": model, "data": data, "train": {**train, **quiet}, "adapt": whole}
+
+
+def texts(path: Path) -> dict[str, Any]:
+    """What of the recipe's section `data` tells the text."""
+    if path.is_dir():
+        return {"corpus": f"text:{path}"}
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
 
 
 def figures(folder: Path) -> dict[str, Any]:

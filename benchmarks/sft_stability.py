@@ -187,6 +187,7 @@ def tune(run: Path, rows: list[dict[str, Any]], tokenizer: Any, given: argparse.
     assert [float(a.tau) for a in model.adjustables()] == tau, "tau has moved"
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     found = {"steps": given.steps, "tau": tau[0], "losses": losses, "course": watch.course}
+    found["environment"] = surroundings(seed)
     record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
