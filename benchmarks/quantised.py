@@ -1,16 +1,19 @@
 """What is lost when weights are quantised, tokens skip, or both at once.
 
-    python benchmarks/quantised.py DENSE_RUN ADAPTED_RUN... [--rows 128] [--out results]
+    python benchmarks/quantised.py DENSE_RUN OTHER_RUN... [--rows 128] [--name quantised] [--out results]
 
-Run folders of the same data, the first of a dense model, as `adapt_stories.py` leaves them. Each model is measured with
-its own weights, and with linear layers in int8 and int4 by torchao (weights only, one scale a row), after it was saved
-and loaded again. Routers, gates, norms and embeddings keep full precision: none of them is an nn.Linear.
+Run folders of the same data, the first of a dense model, as `adapt_stories.py` and the experiment `ffn_groups` leave
+them. A model with neuron groups is measured once more with the groups cut out that training rows do not use. Each model
+is measured with its own weights, and with linear layers in int8 and int4 by torchao (weights only, one scale a row),
+after it was saved and loaded again. Routers, gates, norms and embeddings keep full precision: none of them is an
+nn.Linear.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +26,7 @@ from transformers import TorchAoConfig
 
 from publish import closing, keep, surroundings
 from skipstone import SkipstoneForCausalLM
+from skipstone.adapt.prune import export_pruned
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.measurements import sample_ids
 from skipstone.evaluate.opened import Opened, batches, open_run
@@ -37,17 +41,26 @@ PROMPT, NEW, ROUNDS = 64, 32, 5
 ABOUT = """Weights of linear layers are quantised by torchao, weights only, one scale a row; routers, gates, norms and
 embeddings keep full precision. Every model was saved and loaded again before it was measured. *Nats* are of the pass
 that skips. *Interaction*: what skipping and quantising lose together, minus the sum of what each loses alone. *MB*: the
-weights' file; int4 values lie in bytes of their own here, packed they would take half. *Tokens/s*: decoding one row."""
+weights' file; int4 values lie in bytes of their own here, packed they would take half. *Tokens/s*: decoding one row.
+*Pruned*: without the groups of neurons that 64 training rows do not use."""
 
 
-def variants(run: Path, folder: Path) -> Iterator[tuple[str, Opened, int]]:
+def models(opened: Opened, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The run's name and its model's folder; the same of its pruned one."""
+    name = opened.run.name
+    yield name, opened.run.model_folder()
+    if opened.model.config.neuron_groups is not None:
+        pruned = folder / f"{name}-pruned"
+        export_pruned(opened.run.folder, pruned)
+        yield f"{name}, pruned", pruned
+
+
+def variants(opened: Opened, source: Path, folder: Path) -> Iterator[tuple[str, Opened, int]]:
     """Name of the weights, the run with them, bytes of their file."""
-    opened = open_run(run)
-    source = opened.run.model_folder()
     for name, config in WEIGHTS.items():
         options = {} if config is None else {"quantization_config": TorchAoConfig(config)}
         made = SkipstoneForCausalLM.from_pretrained(source, **options).eval()
-        saved = folder / f"{opened.run.name}-{name}"
+        saved = folder / f"{source.name}-{opened.run.name}-{name}"
         made.save_pretrained(saved)
         loaded = SkipstoneForCausalLM.from_pretrained(saved).eval()
         ids_BT = sample_ids(opened, 2, PROMPT)
@@ -62,14 +75,16 @@ def figures(runs: list[Path], rows: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     tasks = {}
     with tempfile.TemporaryDirectory() as folder:
-        for run in runs:
-            for weights, opened, size in variants(run, Path(folder)):
-                name = f"{run.name}, {weights}"
+        opened_runs = [open_run(run) for run in runs]
+        listed = [(whole, *model) for whole in opened_runs for model in models(whole, Path(folder))]
+        for whole, model_name, source in listed:
+            for weights, opened, size in variants(whole, source, Path(folder)):
+                name = f"{model_name}, {weights}"
                 assert opened.data is not None
                 nats = measure(
                     opened.model, opened.main, batches(opened.data, 8, opened.model.device, rows), activations=False
                 ).loss
-                found[name] = {"run": run.name, "weights": weights, "nats": nats, "bytes": size}
+                found[name] = {"run": model_name, "weights": weights, "nats": nats, "bytes": size}
                 tasks[name] = decode_task(opened.model, sample_ids(opened, 1, PROMPT), NEW)
         rates: dict[str, Rate] = take_turns(tasks, ROUNDS)
     for name, rate in rates.items():
@@ -104,14 +119,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--name", default="quantised", help="of the page")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     found = figures(given.runs, given.rows)
     add_interactions(found)
     environment = surroundings()
-    command = f"python benchmarks/quantised.py {' '.join(run.name for run in given.runs)} --rows {given.rows}"
+    command = f"python benchmarks/quantised.py {shlex.join(run.name for run in given.runs)} --rows {given.rows}"
+    if given.name != parser.get_default("name"):
+        command += f" --name {given.name}"
     text = f"{ABOUT}\n\n{table(found)}\n\n{closing(command, environment)}\n"
-    keep(given.out, "quantised", "Skipping and quantised weights", {"figures": found, "environment": environment}, text)
+    keep(given.out, given.name, "Skipping and quantised weights", {"figures": found, "environment": environment}, text)
 
 
 if __name__ == "__main__":
