@@ -35,13 +35,17 @@ def test_equals_reference(
 
 @pytest.mark.parametrize("apart", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("size", [1.0, 10.0, 30.0, 300.0])
-def test_parts_that_want_opposites(size: float, apart: float) -> None:
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 1 << 15), (1, 22), (2, 22)])
+def test_parts_that_want_opposites(
+    rows: int, chunk: int, size: float, apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Products of exponentials that vanish one by one, or all of them: every gradient as from the sums.
 
     apart: how far tokens differ, by how far neurons do; where it is little, what they agree on goes to the neurons.
     """
+    monkeypatch.setattr(lean, "CHUNK_ELEMENTS", chunk)
     gate, weight, results = torch.randn(2, 9, 11), torch.randn(2, 9, 11), []
-    static = size * torch.randn(1, 11, 4)
+    static = size * torch.randn(rows, 11, 4)
     dynamic = size * (torch.randn(2, 1, 4) + apart * torch.randn(2, 9, 4))
     for backend in (reference, lean, fusible):
         inputs = [x.clone().requires_grad_() for x in (gate, static, dynamic)]
