@@ -21,7 +21,7 @@ from skipstone.experiments.registry import Column, Experiment, Figures, Recipe
 from skipstone.experiments.render import mean_and_spread
 from skipstone.runs import Run
 
-SWIGLU, PAPER = "swiglu", "scale 1, noise"
+SWIGLU = "swiglu"
 SCALES = (1, 16, 64)  # of the learned preferences; the paper's is 1
 SIZES: dict[str, dict[str, Any]] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4},
