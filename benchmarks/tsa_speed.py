@@ -4,8 +4,8 @@
 
 Random weights; every block but the first has a gate, whose threshold is set where the scores of random text ask for the
 share of skipped tokens. Prefill: time and counted FLOPs of a prompt, by those of the dense model. Decoding: one token a
-row and step. `--out` keeps tsa_speed.json and tsa_speed.md; a size that was measured before stays in them. Threads:
-OMP_NUM_THREADS.
+row and step. `--out` keeps tsa_speed.json and tsa_speed.md; what was measured before stays in them: other sizes, and
+the part whose option is given without numbers (`--prompts --rows 1 8`: decoding alone). Threads: OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.speed import prefill, take_turns
 
 SKIPPED, KV = (0.25, 0.5, 0.75), ("full", "kept")
+DENSE = (0.0, "full")
 PROMPTS, ROWS, CONTEXT, TURNS, CALIBRATION = (8, 64), (1, 2, 4, 8, 16, 32, 64), 512, 7, 8
 SIZES = {
     "small": Size(width=256, blocks=8, vocabulary=256, steps=32, turns=11),
@@ -87,21 +88,23 @@ def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
 
 
 def steps(size: Size, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """One entry for each number of rows and share; all shares and the dense model take turns."""
-    models = {0.0: gated(size), **{skipped: gated(size, skipped) for skipped in SKIPPED}}
+    """One entry for each number of rows, share and kind of keys; all of them and the dense model take turns."""
+    kinds = [(skipped, kv) for kv in KV for skipped in SKIPPED]
+    models = {DENSE: gated(size), **{kind: gated(size, *kind) for kind in kinds}}
     found = []
     for count in rows:
-        decodings = {skipped: Decoding(model, size, count) for skipped, model in models.items()}
-        rates = take_turns({skipped: decoding.lap for skipped, decoding in decodings.items()}, size.turns)
-        seconds = {skipped: [lap.seconds / size.steps for lap in rate.laps] for skipped, rate in rates.items()}
-        for skipped in SKIPPED:
+        decodings = {kind: Decoding(model, size, count) for kind, model in models.items()}
+        rates = take_turns({kind: decoding.lap for kind, decoding in decodings.items()}, size.turns)
+        seconds = {kind: [lap.seconds / size.steps for lap in rate.laps] for kind, rate in rates.items()}
+        for kind in kinds:
             found.append(
                 {
                     "rows": count,
-                    "asked": skipped,
-                    "skipped": 1 - decodings[skipped].computed() / count,
-                    "dense_seconds": statistics.median(seconds[0.0]),
-                    "speed": middle([a / b for a, b in zip(seconds[0.0], seconds[skipped], strict=True)]),
+                    "asked": kind[0],
+                    "kv": kind[1],
+                    "skipped": 1 - decodings[kind].computed() / count,
+                    "dense_seconds": statistics.median(seconds[DENSE]),
+                    "speed": middle([a / b for a, b in zip(seconds[DENSE], seconds[kind], strict=True)]),
                 }
             )
             print(found[-1], flush=True)
@@ -112,8 +115,11 @@ def render(figures: dict[str, Any]) -> str:
     """Markdown from the record alone."""
     lines = [ABOUT]
     for name, found in figures["sizes"].items():
-        lines += ["", f"## {name}: d {found['width']}, {found['blocks']} blocks", "", *_prompts(found["prompts"])]
-        lines += ["", *_steps(found["steps"]), "", closing(found["command"], found["environment"])]
+        lines += ["", f"## {name}: d {found['width']}, {found['blocks']} blocks"]
+        for part, table in (("prompts", _prompts), ("steps", _steps)):
+            if found.get(part):
+                made = found["made"][part]
+                lines += ["", *table(found[part]), "", closing(made["command"], made["environment"])]
     return "\n".join(lines) + "\n"
 
 
@@ -130,13 +136,13 @@ def _prompts(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _steps(found: list[dict[str, Any]]) -> list[str]:
-    speeds = {(one["rows"], one["asked"]): one for one in found}
+    speeds = {(one["rows"], one["kv"], one["asked"]): one for one in found}
     heads = " | ".join(f"speed, {skipped:.0%} asked for (skipped)" for skipped in SKIPPED)
-    lines = [f"| decoding, rows | dense, ms a step | {heads} |", f"|---:|---:|{'---:|' * len(SKIPPED)}"]
-    for rows in dict.fromkeys(one["rows"] for one in found):
-        each = [speeds[rows, skipped] for skipped in SKIPPED]
+    lines = [f"| decoding, rows | kv | dense, ms a step | {heads} |", f"|---:|---|---:|{'---:|' * len(SKIPPED)}"]
+    for rows, kv in dict.fromkeys((one["rows"], one["kv"]) for one in found):
+        each = [speeds[rows, kv, skipped] for skipped in SKIPPED]
         cells = " | ".join(f"{_shown(one['speed'])}, {one['skipped']:.0%}" for one in each)
-        lines.append(f"| {rows} | {1e3 * each[0]['dense_seconds']:.2f} | {cells} |")
+        lines.append(f"| {rows} | {kv} | {1e3 * each[0]['dense_seconds']:.2f} | {cells} |")
     return lines
 
 
@@ -154,15 +160,14 @@ def main() -> None:
     kept = given.out / "tsa_speed.json" if given.out else None
     figures = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.is_file() else {"sizes": {}}
     for name in given.sizes:
-        size = SIZES[name]
-        parts = f"--prompts {' '.join(map(str, given.prompts))} --rows {' '.join(map(str, given.rows))}"
-        figures["sizes"][name] = {
-            **vars(size),
-            "prompts": prompts(size, given.prompts),
-            "steps": steps(size, given.rows),
-            "command": f"python benchmarks/tsa_speed.py --sizes {name} {parts} --out results",
-            "environment": surroundings(),
-        }
+        size, found = SIZES[name], figures["sizes"].setdefault(name, {"made": {}})
+        found |= {"width": size.width, "blocks": size.blocks}
+        options = " ".join(["--prompts", *map(str, given.prompts), "--rows", *map(str, given.rows)])
+        made = {"command": f"python benchmarks/tsa_speed.py --sizes {name} {options}", "environment": surroundings()}
+        for part, measured, counts in (("prompts", prompts, given.prompts), ("steps", steps, given.rows)):
+            if counts:
+                found[part] = measured(size, counts)
+                found["made"][part] = made
     keep(given.out, "tsa_speed", "Token-Selective Attention: time beside the dense model", figures, render(figures))
 
 
