@@ -1,6 +1,6 @@
 """Training steps of the whole 597,153,888-parameter model, for real: memory, seconds, FLOPs.
 
-    OMP_NUM_THREADS=1 python benchmarks/full_size.py [--tokens 128] [--steps 2] [--device cpu] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/full_size.py [--tokens 128] [--steps 2] [--device cpu] [--out results]
 
 The model, the optimizer and its groups, the clipping, the autocast and the loss in chunks are those of
 recipes/polychromatic-0.6b.yaml, at the rate of the end of its warm-up; the row is short, two documents of random
@@ -12,7 +12,6 @@ Weights, gradients and both moments are fp32. Speeds are by CPU time on a CPU, b
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -22,10 +21,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from publish import closing, keep, surroundings
 from skipstone.train import setup
 from skipstone.train.config import Recipe, read_recipe
 from skipstone.train.decay import decaying
 
+TITLE = "Training steps of the whole 597M-parameter PolyGLU model"
 RECIPE = Path(__file__).parents[1] / "recipes" / "polychromatic-0.6b.yaml"
 
 
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     recipe = read_recipe(yaml.safe_load(RECIPE.read_text(encoding="utf-8")))
     config = setup.model_config(recipe.model, recipe.data.context, {})
@@ -114,10 +115,28 @@ def main() -> None:
     found |= {"peak_gb": peak(asked.device), "flops": flops}
     found["flops_per_second"] = flops / (taken["forward"] + taken["backward"])
     found["tokens_per_second"] = asked.tokens / sum(taken.values())
-    print(json.dumps(found, indent=2))
-    if asked.json is not None:
-        with asked.json.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(found, indent=2) + "\n")
+    environment = surroundings()
+    command = f"python benchmarks/full_size.py --tokens {asked.tokens} --steps {asked.steps} --device {asked.device}"
+    text = f"{page(found)}\n\n{closing(command, environment)}\n"
+    keep(asked.out, "full_size", TITLE, {**found, "environment": environment}, text)
+
+
+def page(found: dict[str, Any]) -> str:
+    """A table of what was measured."""
+    losses = ", ".join(f"{loss:.3f}" for loss in found["losses"])
+    parts = ", ".join(f"{name} {taken['cpu']:.1f}" for name, taken in found["seconds"].items())
+    rows = [
+        ("parameters, of them for routing", f"{found['parameters']:,}, {found['routing']:,}"),
+        ("tokens a step", f"{found['tokens']:,}"),
+        (f"loss, step by step (uniform: {found['uniform_loss']:.3f})", losses),
+        ("norm of the gradient", ", ".join(f"{norm:.2f}" for norm in found["gradient_norms"])),
+        ("CPU seconds of the last step", parts),
+        ("most memory, GB", f"{found['peak_gb']:.1f}"),
+        ("training FLOPs a step, by the cost model", f"{found['flops']:.3g}"),
+        ("FLOPs a second, forward and backward", f"{found['flops_per_second']:.3g}"),
+        ("tokens a second, optimizer included", f"{found['tokens_per_second']:.1f}"),
+    ]
+    return "\n".join(["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 if __name__ == "__main__":
