@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from skipstone.core.tokens import Tokens
+from skipstone.mechanisms import PolyGLU
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import Block
 from skipstone.nn.mlp import FUNCTIONS, FixedActivation, GatedMLP, PlainMLP
@@ -47,6 +48,24 @@ def test_mlps(name: str) -> None:
     torch.testing.assert_close(y, gated.down_proj(FUNCTIONS[name](gated.gate_proj(x)) * gated.up_proj(x)))
     assert records == {}
     torch.testing.assert_close(plain(x, tokens())[0], plain.down_proj(FUNCTIONS[name](plain.up_proj(x))))
+
+
+@pytest.mark.parametrize("activation", [FixedActivation("silu"), PolyGLU(16, 24)], ids=["silu", "polyglu"])
+def test_an_mlp_keeps_one_copy_of_its_input_under_autocast(activation: nn.Module) -> None:
+    mlp, x, kept = GatedMLP(16, 24, activation), torch.randn(3, 5, 16, requires_grad=True), set()
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        if saved.numel() == x.numel() and saved.shape[-1] == 16:
+            kept.add((saved.untyped_storage().data_ptr(), saved.dtype))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved), torch.autocast("cpu", torch.bfloat16):
+        y, _ = mlp(x, tokens())
+    assert {dtype for _, dtype in kept} == {torch.bfloat16}
+    assert len(kept) == 1
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
 
 
 def block(dropout: float = 0.0) -> Block:

@@ -10,7 +10,7 @@ import torch
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.report.anatomy import Anatomy, dissect
 from skipstone.report.layers import coloured, visible
-from skipstone.report.mixing import KINDS, kind_of
+from skipstone.report.mixing import CATEGORIES, category_of
 from skipstone.runs import Run
 
 IDS = torch.arange(12).view(2, 6)
@@ -71,10 +71,10 @@ def test_shares_of_activations_sum_to_one_and_start_undecided() -> None:
     for mixing in anatomy.mixing.values():
         assert sum(mixing.shares) == pytest.approx(1.0)
         assert mixing.entropy == pytest.approx(1.0, abs=1e-3)
-        assert mixing.by_kind == {}, "nobody said what the tokens are"
+        assert mixing.by_category == {}, "nobody said what the tokens are"
 
 
-def test_kinds_of_tokens_and_neurons_that_differ() -> None:
+def test_categories_of_tokens_and_neurons_that_differ() -> None:
     """A router that looks at the token alone and neurons that prefer by themselves: both must show."""
     routed = model(activation={"name": "polyglu", "context": "token"})
     activation = routed.model.layers[0].mlp.activation
@@ -83,22 +83,22 @@ def test_kinds_of_tokens_and_neurons_that_differ() -> None:
         activation.mix_weight.normal_(0, 3)
         activation.preference_bias[:5, 1] = 1e4
         activation.preference_bias[5:, 3] = 1e4
-    kind_BT = (IDS >= 6).long()  # the first row is all letters, the second one all digits
-    first, second = seen(routed, kind_BT=kind_BT).mixing.values()
+    category_BT = (IDS >= 6).long()  # the first row is all letters, the second one all digits
+    first, second = seen(routed, category_BT=category_BT).mixing.values()
     assert first.strongest == [1] * 5 + [3] * (len(first.strongest) - 5)
-    assert list(second.by_kind) == ["letters", "digits"]
-    mean = torch.tensor(list(second.by_kind.values())).mean(0)
+    assert list(second.by_category) == ["letters", "digits"]
+    mean = torch.tensor(list(second.by_category.values())).mean(0)
     assert mean.tolist() == pytest.approx(second.shares, abs=1e-6), "both rows have as many tokens"
     assert first.shift("letters") < 1e-3, "no context outweighs such preferences"
     assert second.shift("letters") == pytest.approx(second.shift("digits"), abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("token", "kind"),
+    ("token", "category"),
     [(" the", "letters"), ("x1", "letters"), ("42", "digits"), ("=", "signs"), ("\n ", "white space")],
 )
-def test_kinds(token: str, kind: str) -> None:
-    assert KINDS[kind_of(token)] == kind
+def test_categories(token: str, category: str) -> None:
+    assert CATEGORIES[category_of(token)] == category
 
 
 def test_padding_does_not_count() -> None:

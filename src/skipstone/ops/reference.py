@@ -99,7 +99,8 @@ def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
 def autocast(x: Tensor) -> Tensor:
     """x in the type that autocast makes of it: several products of it then keep one copy for the backward pass."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone, too
+    return x.to(torch.get_autocast_dtype(kind)) if casts else x
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

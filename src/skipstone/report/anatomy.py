@@ -54,13 +54,12 @@ def dissect(
     batch: Mapping[str, Any],
     names: list[str],
     known_BT: Tensor | None = None,
-    kind_BT: Tensor | None = None,
+    category_BT: Tensor | None = None,
 ) -> Anatomy:
     """What `model` does to `batch` ([B, T] tensors as the data hands them out); `names` are the first row's tokens.
 
-    known_BT: bool, decisions to impose on every block with a depth mechanism. kind_BT: int64, the kinds of all tokens
-    (`mixing.KINDS`), if they are known. Raises ValueError for a model that needs
-    them and does not get them.
+    known_BT: bool, decisions to impose on every block with a depth mechanism. category_BT: int64, the categories of all
+    tokens (`mixing.CATEGORIES`), if they are known. Raises ValueError for a model that needs decisions and gets none.
     """
     blocks: list[Any] = list(model.model.layers)
     routing = _routing(model) if known_BT is None else "forced"
@@ -88,7 +87,7 @@ def dissect(
         routing=routing,
         routed=frozenset(i for i, records in enumerate(out.records) if any(_is_depth(r) for r in records.values())),
         capacity={i: shares for i, records in enumerate(out.records) if (shares := _capacity(records))},
-        mixing=look_at(blocks, out.records, kind_BT),
+        mixing=look_at(blocks, out.records, category_BT),
         experts=_experts(blocks, out.records),
     )
 

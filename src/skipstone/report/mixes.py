@@ -1,4 +1,4 @@
-"""Pictures of what PolyGLU's neurons chose: by layer, by neuron, by kind of token, and while training."""
+"""Pictures of what PolyGLU's neurons chose: by layer, by neuron, by category of token, and while training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skipstone.ops import reference as ops
 from skipstone.report import charts, svg
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
-from skipstone.report.mixing import KINDS, Mixing
+from skipstone.report.mixing import CATEGORIES, Mixing
 from skipstone.report.palette import SERIES, look
 from skipstone.report.shown import Shown
 
@@ -26,7 +26,9 @@ def card(run: Shown) -> dict[str, Any]:
     """Everything about one run that mixes activations."""
     assert run.anatomy is not None
     mixing, count = run.anatomy.mixing, len(run.anatomy.weight_LT)
-    kinds = [kind for kind in KINDS if any(kind in layer.by_kind for layer in mixing.values())]
+    categories = [
+        category for category in CATEGORIES if any(category in layer.by_category for layer in mixing.values())
+    ]
     return {
         "run": run,
         "shares": _stacked({i: one.shares for i, one in mixing.items()}, count, f"{run.name}: activations", FRAME),
@@ -34,9 +36,9 @@ def card(run: Shown) -> dict[str, Any]:
         "course": _course(run),
         "map": neuron_map(mixing, f"{run.name}: strongest activation of each neuron"),
         "every": _every(mixing),
-        "kinds": [(kind, _of_kind(run, mixing, kind, count)) for kind in kinds],
-        "kind_names": list(zip(kinds, SERIES, strict=False)),
-        "shift": _shift(run, mixing, kinds, count),
+        "categories": [(category, _of_category(run, mixing, category, count)) for category in categories],
+        "category_names": list(zip(categories, SERIES, strict=False)),
+        "shift": _shift(run, mixing, categories, count),
     }
 
 
@@ -44,22 +46,22 @@ def _stacked(shares: Mapping[int, Sequence[float]], layers: int, title: str, fra
     return charts.stacked(shares, ACTIVATIONS, layers=layers, title=title, frame=frame)
 
 
-def _of_kind(run: Shown, mixing: Mapping[int, Mixing], kind: str, layers: int) -> Markup:
-    shares = {i: one.by_kind[kind] for i, one in mixing.items() if kind in one.by_kind}
-    return _stacked(shares, layers, f"{run.name}: activations for {kind}", SMALL)
+def _of_category(run: Shown, mixing: Mapping[int, Mixing], category: str, layers: int) -> Markup:
+    shares = {i: one.by_category[category] for i, one in mixing.items() if category in one.by_category}
+    return _stacked(shares, layers, f"{run.name}: activations for {category}", SMALL)
 
 
-def _shift(run: Shown, mixing: Mapping[int, Mixing], kinds: Sequence[str], layers: int) -> Markup | None:
-    """How far each kind's shares lie from those of all tokens."""
+def _shift(run: Shown, mixing: Mapping[int, Mixing], categories: Sequence[str], layers: int) -> Markup | None:
+    """How far each category's shares lie from those of all tokens."""
     bars = [
-        Bar(layer=layer, name=kind, value=one.shift(kind))
+        Bar(layer=layer, name=category, value=one.shift(category))
         for layer, one in mixing.items()
-        for kind in kinds
-        if kind in one.by_kind
+        for category in categories
+        if category in one.by_category
     ]
     if not bars:
         return None
-    title = f"{run.name}: distance of each kind's shares from those of all tokens"
+    title = f"{run.name}: distance of each category's shares from those of all tokens"
     high = max(0.02, *(1.1 * bar.value for bar in bars))
     return charts.bars(bars, layers=layers, y_title="distance", title=title, frame=WIDE, high=min(high, 1.0))
 
@@ -108,7 +110,8 @@ def neuron_map(mixing: Mapping[int, Mixing], title: str) -> Markup:
         parts.append(svg.text(LEFT - 8, y + ROW / 2 + 4, str(layer), "tick", text_anchor="end"))
         for k, alike in itertools.groupby(one.strongest[::every]):
             count = len(list(alike))
-            hover = f"layer {layer}, neurons {at * every} to {(at + count) * every - 1}: {ACTIVATIONS[k]}"
+            shown = "neurons" if every == 1 else f"one of {every} neurons,"
+            hover = f"layer {layer}, {shown} {at * every} to {(at + count - 1) * every}: {ACTIVATIONS[k]}"
             box = (LEFT + cell * at, y, cell * count, ROW - GAP)
             parts.append(svg.rectangle(*box, hover, fill=SERIES[k % len(SERIES)]))
             at += count

@@ -1,4 +1,4 @@
-"""What the neurons of each layer mix, of a pass without noise: overall, neuron by neuron, and by kind of token.
+"""What the neurons of each layer mix, of a pass without noise: overall, neuron by neuron, and by category of token.
 
 Shape letters: B rows, T tokens, F neurons, A activations.
 """
@@ -14,60 +14,65 @@ from torch import Tensor
 
 from skipstone.core.records import ActivationRecord, Records
 
-KINDS = ("letters", "digits", "signs", "white space")
+CATEGORIES = ("letters", "digits", "signs", "white space")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
     """One layer. shares: mean share of each activation. entropy: of the mix, as a share of its maximum. strongest: of
-    each neuron, the activation that its mean logits favour. by_kind: shares for the tokens of each kind that occurs.
+    each neuron, the activation that its mean logits favour. by_category: shares for the tokens of each category that
+    occurs.
     """
 
     shares: list[float]
     entropy: float
     strongest: list[int]
-    by_kind: Mapping[str, list[float]]
+    by_category: Mapping[str, list[float]]
 
-    def shift(self, kind: str) -> float:
-        """Total variation distance between the shares for this kind and those for all tokens: 0 alike, 1 disjoint."""
-        return sum(abs(a - b) for a, b in zip(self.by_kind[kind], self.shares, strict=True)) / 2
+    def shift(self, category: str) -> float:
+        """Total variation distance between this category's shares and those of all tokens: 0 alike, 1 disjoint."""
+        return sum(abs(a - b) for a, b in zip(self.by_category[category], self.shares, strict=True)) / 2
 
 
-def kind_of(token: str) -> int:
-    """The place in KINDS of a token's text."""
-    for kind, belongs in enumerate((str.isalpha, str.isdigit)):
+def category_of(token: str) -> int:
+    """The place in CATEGORIES of a token's text."""
+    for category, belongs in enumerate((str.isalpha, str.isdigit)):
         if any(map(belongs, token)):
-            return kind
+            return category
     return 2 if token.strip() else 3
 
 
-def look_at(blocks: Sequence[Any], records: Sequence[Records], kind_BT: Tensor | None) -> dict[int, Mixing]:
-    """By layer, where neurons mix. kind_BT: int64, the kinds of the tokens; None where their text is not known."""
+def look_at(blocks: Sequence[Any], records: Sequence[Records], category_BT: Tensor | None) -> dict[int, Mixing]:
+    """By layer, where neurons mix. category_BT: int64, of the tokens; None where their text is not known."""
     found = {}
     for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
         modules = block.adjustables()
         for name, record in decided.items():
             if isinstance(record, ActivationRecord) and record.asked_BT.any():
-                found[layer] = _mixing(modules[name], record, kind_BT)
+                found[layer] = _mixing(modules[name], record, category_BT)
     return found
 
 
-def _mixing(module: Any, record: ActivationRecord, kind_BT: Tensor | None) -> Mixing:
+def _mixing(module: Any, record: ActivationRecord, category_BT: Tensor | None) -> Mixing:
     asked_BT = record.asked_BT.cpu()
     shares_NA, entropy_N = _each(module.shares, record), _each(module.entropy, record)
     logits_NA = record.logits_BTA.expand(*record.asked_BT.shape, -1)[record.asked_BT].float()
-    by_kind = {} if kind_BT is None else _by_kind(shares_NA, kind_BT.expand_as(asked_BT)[asked_BT])
+    by_category = {} if category_BT is None else _by_category(shares_NA, category_BT.expand_as(asked_BT)[asked_BT])
     return Mixing(
         shares=shares_NA.mean(0).tolist(),
         entropy=entropy_N.mean().item(),
         strongest=(module.preference_FA + logits_NA.mean(0)).argmax(-1).tolist(),
-        by_kind=by_kind,
+        by_category=by_category,
     )
 
 
-def _by_kind(shares_NA: Tensor, kind_N: Tensor) -> dict[str, list[float]]:
-    """Means over the tokens of each kind that occurs."""
-    return {kind: shares_NA[kind_N == k].mean(0).tolist() for k, kind in enumerate(KINDS) if kind_N.eq(k).any()}
+def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]]:
+    """Means over the tokens of each category that occurs."""
+    return {
+        category: shares_NA[category_N == k].mean(0).tolist()
+        for k, category in enumerate(CATEGORIES)
+        if category_N.eq(k).any()
+    }
 
 
 def _each(measure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Tensor:

@@ -14,7 +14,7 @@ from skipstone.model.build import placed
 from skipstone.model.card import experts_in_words, groups_in_words
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.report.anatomy import Anatomy, dissect
-from skipstone.report.mixing import kind_of
+from skipstone.report.mixing import category_of
 from skipstone.report.palette import Look, look
 from skipstone.runs import Run
 
@@ -93,12 +93,12 @@ def _look_inside(run: Run, model: SkipstoneForCausalLM) -> Anatomy:
     ids = batch["input_ids"][0, :TOKENS].tolist()
     names = [data.tokenizer.decode([i]) if data.tokenizer else str(i) for i in ids]
     known_BT = batch["difficulty"] >= 0 if run.config()["train"].get("routing") == "difficulty" else None
-    return dissect(model, batch, names, known_BT, _kinds(batch["input_ids"], data.tokenizer))
+    return dissect(model, batch, names, known_BT, _categories(batch["input_ids"], data.tokenizer))
 
 
-def _kinds(ids_BT: Tensor, tokenizer: Any) -> Tensor | None:
+def _categories(ids_BT: Tensor, tokenizer: Any) -> Tensor | None:
     """int64 [B, T]; None for tokens that stand for no text."""
     if tokenizer is None:
         return None
     known, at_BT = ids_BT.unique(return_inverse=True)
-    return torch.tensor([kind_of(tokenizer.decode([i])) for i in known.tolist()])[at_BT]
+    return torch.tensor([category_of(tokenizer.decode([i])) for i in known.tolist()])[at_BT]
