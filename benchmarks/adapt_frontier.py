@@ -37,7 +37,11 @@ from skipstone.report.palette import Look, look
 from skipstone.runs import Run
 
 CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 256, 8
-JUDGED = {"wikitext-2": ("wikitext-2", "test"), "another kind": ("tiny-shakespeare", "validation")}
+JUDGED = {
+    "wikitext-2": ("wikitext-2", "test"),
+    "dictionary": ("gcide", "validation"),
+    "plays": ("tiny-shakespeare", "validation"),
+}
 PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
 PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
 NAME, TUNED = "adapt_frontier", "dense, tuned"
