@@ -36,7 +36,7 @@ from skipstone.report.axes import bounds
 from skipstone.report.palette import Look, look
 from skipstone.runs import Run
 
-CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 256, 8
+CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 128, 8
 JUDGED = {
     "wikitext-2": ("wikitext-2", "test"),
     "dictionary": ("gcide", "validation"),
