@@ -76,7 +76,7 @@ def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Names
     train |= {"warmup_steps": steps // 10, "precision": "bf16", "loss_chunk": 256, "seed": seed}
     quiet = {"eval_every": 0, "eval_rows": 8, "save_every": 0, "log_every": max(1, steps // 10)}
     data = {**texts(given.text), "context": CONTEXT, "seed": seed}
-    whole = {"loss": LOSS, "calibration_rows": 48, **options}
+    whole = {"loss": LOSS, "calibration_rows": 192, **options}
     return {"model": model, "data": data, "train": {**train, **quiet}, "adapt": whole}
 
 

@@ -93,8 +93,8 @@ class AdaptConfig:
     whatever the mechanisms' options give. start: random, or measured: linear routers of Mixture-of-Depths start as a
     least-squares guess of how much their site changes a token, low-rank skip paths as one of its update, both measured
     on the source.
-    calibration_rows: so many training rows (all, if there are fewer) on which blocks are scored, routers started and
-    thresholds set.
+    calibration_rows: so many training rows (all, if there are fewer) on which blocks are scored and routers started;
+    thresholds are set on the first 32 of them.
     tolerance: of the neutral start, as a share of the source's largest logit.
     """
 

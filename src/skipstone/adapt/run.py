@@ -25,6 +25,7 @@ from skipstone.train.trainer import RunTrainer
 
 RECORD = "adaptation.json"  # in the run folder: what was measured before the training began
 COUNTED_ROWS = 16
+THRESHOLD_ROWS = 32  # of the calibration rows: a threshold is one number, and every try is a pass over all of them
 
 
 def adapt(
@@ -84,7 +85,7 @@ def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
     model: Any = plan.model.requires_grad_(True)
     if tuner is not None:
         stages.merge_adapters(model, tuner)
-    rows = [on_device(row, model.device) for row in plan.rows]
+    rows = [on_device(row, model.device) for row in plan.rows[:THRESHOLD_ROWS]]
     asked = plan.recipe.adapt.budget
     changed = budgets.close(model) or asked is not None or tuner is not None
     if asked is not None:

@@ -41,10 +41,10 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
         raise ValueError(
             "adapt.start 'measured' has no effect: no mixture_of_depths has a linear router or a low-rank skip path"
         )
-    streams = list(site_streams(source, rows))
-    for mechanism in mixtures:
-        site = mechanism.place.name.rpartition("_on_")[2] if "_on_" in mechanism.place.name else "block"
-        before, after = (torch.cat([batch[mechanism.place.layer][site][side] for batch in streams]) for side in (0, 1))
+    places = [(mechanism.place.layer, _site(mechanism)) for mechanism in mixtures]
+    streams = [{place: batch[place[0]][place[1]] for place in places} for batch in site_streams(source, rows)]
+    for mechanism, place in zip(mixtures, places, strict=True):
+        before, after = (torch.cat([batch[place][side] for batch in streams]) for side in (0, 1))
         influence_N = token_influence(before, after)
         if (skip := mechanism.skip) is not None:
             share = max(1 - mechanism.capacity, LEAST_SKIPPED)
@@ -55,6 +55,11 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
         if isinstance(mechanism.router, LinearRouter):
             seen_ND = normalised(before) if mechanism.router.norm else before
             mechanism.router.weight.copy_(guess_influence(seen_ND, influence_N)[None])
+
+
+def _site(mechanism: MixtureOfDepths) -> str:
+    """What it sits on, as `site_streams` calls it."""
+    return mechanism.place.name.rpartition("_on_")[2] if "_on_" in mechanism.place.name else "block"
 
 
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
@@ -72,9 +77,8 @@ def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
     size_N1 = torch.linalg.vector_norm(x_ND.double(), dim=-1, keepdim=True).clamp(min=1e-9)
     x_ND, update_ND = x_ND / size_N1, update_ND / size_N1
     map_DD = _least_squares(x_ND, update_ND)
-    _, _, directions_DD = torch.linalg.svd(x_ND @ map_DD, full_matrices=False)
-    rank = skip.down_weight.shape[0]
-    chosen_RD = directions_DD[:rank]
+    given_DD = map_DD.T @ (x_ND.T @ x_ND) @ map_DD  # its eigenvectors are the directions, at a fraction of an SVD's cost
+    chosen_RD = torch.linalg.eigh(given_DD).eigenvectors.T.flip(0)[: skip.down_weight.shape[0]]
     skip.down_weight[: len(chosen_RD)] = (map_DD @ chosen_RD.T).T.to(skip.down_weight)
     skip.up_weight[:, : len(chosen_RD)] = chosen_RD.T.to(skip.up_weight)
 
