@@ -17,42 +17,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from publish import closing, keep, surroundings
 from skipstone.adapt.run import adapt
+from skipstone.adapt.written import write
 from skipstone.evaluate.counting import count
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import batches, open_run
 from skipstone.model.pretrained import convert
 from skipstone.runs import Run
 
-CONTEXT, ROWS, BATCH, TOKENS = 256, 128, 128, 384
-STORIES = {"train": (0, 14), "validation": (1, 1)}  # seed and batches of `BATCH` stories
+CONTEXT, ROWS, STORIES = 256, 128, 600_000
 CORPORA = {"stories": None, "wikitext-2": "test"}
 ABOUT = """A dense checkpoint that writes stories, adapted for a few hundred steps on stories of its own. Every arm
 reads the same rows and learns from text and teacher alike. All that skip execute the FLOPs of the model without one
 block. *Nats* and *perplexity* are of the pass that skips, on rows that nobody trained on; wikitext-2 is text of another
 kind. FLOPs are counted, one row at a time."""
 LEAST = {"score": "block_influence"}
-
-
-def write_stories(source: str, folder: Path) -> None:
-    """train.txt and validation.txt: what the source writes, one story after the other."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
-    start = torch.full((BATCH, 1), tokenizer.bos_token_id)
-    for name, (seed, number) in STORIES.items():
-        path = folder / f"{name}.txt"
-        if path.is_file():
-            continue
-        torch.manual_seed(seed)
-        stories: list[str] = []
-        for _ in range(number):
-            ids = model.generate(start, do_sample=True, top_k=0, max_new_tokens=TOKENS, pad_token_id=0)
-            stories += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(stories) + "\n", encoding="utf-8")
 
 
 def arms(budget: float, steps: int) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -121,7 +101,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     stories = given.work / "stories"
-    write_stories(given.source, stories)
+    if not stories.is_dir():
+        write(given.source, stories, tokens=STORIES, length=384, batch=128)
     if not (given.work / "source").is_dir():
         convert(given.source, given.work / "source")
     source = figures(given.work / "source", stories)

@@ -19,6 +19,7 @@ from skipstone_cli.verbs.prepare import prepare
 from skipstone_cli.verbs.report import report
 from skipstone_cli.verbs.reproduce import reproduce
 from skipstone_cli.verbs.train import train
+from skipstone_cli.verbs.write import write
 
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
@@ -28,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "generate": generate,
     "convert": convert,
+    "write": write,
     "adapt": adapt,
     "reproduce": reproduce,
     "isoflop": isoflop,

@@ -156,6 +156,17 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(("gpt2", Path("out")), {"dtype": "bfloat16"})]
 
 
+def test_write(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.adapt.written", "write", None)
+    command(monkeypatch, "write", "source", "text", "--tokens", "900", "--start", "Once")
+    (arguments, options), told = calls[0], capsys.readouterr()
+    assert arguments == ("source", Path("text"))
+    options.pop("report")(450)
+    assert options == {"tokens": 900, "length": 256, "batch": 64, "start": "Once", "seed": 0, "dtype": None}
+    assert told.out == "text: text\n"
+    assert capsys.readouterr().err == "450 of 900 tokens\n"
+
+
 def test_adapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone.adapt.run", "adapt", Path("runs/a"))
     Path("a.yaml").write_text("adapt: {budget: 0.8}\n", encoding="utf-8")

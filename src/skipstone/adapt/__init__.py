@@ -3,6 +3,7 @@
 config.py        `AdaptRecipe`: what an adaptation is, read strictly
 run.py           `adapt`: from a checkpoint to a finished run folder
 plan.py          everything up to the first step
+written.py       text that the source writes, to adapt it on
 source.py        the dense checkpoint, its tokenizer, another teacher
 student.py       the source's weights with mechanisms that change nothing yet, and the proof of it
 start.py         routers and skip paths that start from what the source does

@@ -1,0 +1,99 @@
+"""Text that a checkpoint writes by itself, to adapt it on where the text that it was trained on cannot be had.
+
+After LLM-QAT (Liu et al. 2023, arXiv 2305.17888), which trains a quantised model on what the whole one generates; there
+the first tokens are taken greedily from every start, here everything is sampled at temperature 1, so that texts come as
+often as the model finds them likely.
+
+Shape letters: B texts of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.adapt.source import load_dense, tokenizer_of
+from skipstone.generate import generate
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+VALIDATION = 20  # of so many texts, one goes to validation.txt: the second, so that a few are enough
+
+
+def write(
+    source: str,
+    out: Path,
+    *,
+    tokens: int = 300_000,
+    length: int = 256,
+    batch: int = 64,
+    start: str | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    report: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Write `train.txt` and `validation.txt` to the new folder `out`, an empty line between texts.
+
+    source: what `adapt` takes. tokens: of all texts together, at least. length: of a text, at most. batch: texts at a
+    time. start: text that stands before each of them and is not written; None: the token that begins a text, or else
+    the one that ends it. dtype: of the weights, None: float32. report: told after each batch how many tokens are in the
+    files. Raises what `load_dense` raises, and ValueError for numbers out of range, a
+    source without a tokenizer or such a token, and one that writes nothing.
+    """
+    for name, value in (("tokens", tokens), ("length", length), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    model = load_dense(source, dtype or "float32")
+    tokenizer = tokenizer_of(source, model)
+    begun = _begin(tokenizer, start, source)
+    if len(begun) + length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"length ({length}) and start ({len(begun)}) are longer than the source's context, "
+            f"{model.config.max_position_embeddings} tokens"
+        )
+    out.mkdir(parents=True)
+    done = number = 0
+    for texts in _batches(model, tokenizer, torch.tensor([begun] * batch, device=model.device), length, seed):
+        if not texts:
+            raise ValueError(f"{source}: it writes nothing after {tokenizer.decode(begun)!r}; name another start")
+        for text, size in texts:
+            name = "validation.txt" if number % VALIDATION == 1 else "train.txt"
+            with (out / name).open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n\n")
+            done, number = done + size, number + 1
+        report(done)
+        if done >= tokens and number > 1:
+            return
+
+
+def _begin(tokenizer: Any, start: str | None, source: str) -> list[int]:
+    if start is not None:
+        ids: list[int] = tokenizer(start, add_special_tokens=False)["input_ids"]
+    else:
+        ids = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
+    if not ids:
+        raise ValueError(f"{source}: its tokenizer has no token that begins or ends a text; name a start")
+    return ids
+
+
+def _batches(
+    model: SkipstoneForCausalLM, tokenizer: Any, begun_BT: Tensor, length: int, seed: int
+) -> Iterator[list[tuple[str, int]]]:
+    """Texts that are not empty, and their numbers of tokens; without end."""
+    ends = {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
+    for number in count():
+        ids_BT = generate(
+            model, begun_BT, max_new_tokens=length, temperature=1.0, seed=seed + number, eos_token_id=sorted(ends)
+        )
+        rows = [_until(row, ends) for row in ids_BT[:, begun_BT.shape[1] :].tolist()]
+        texts = [(tokenizer.decode(row, skip_special_tokens=True).strip(), len(row)) for row in rows]
+        yield [text for text in texts if text[0]]
+
+
+def _until(row: list[int], ends: set[int]) -> list[int]:
+    """What stands before the first of these ids."""
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

@@ -1,0 +1,38 @@
+"""`skipstone write SOURCE FOLDER`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.paths import new_path
+
+
+def write(
+    source: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of a dense checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Of all texts together, at least.")] = 300_000,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a text, at most.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are written at a time.")] = 64,
+    start: Annotated[
+        str | None, typer.Option(help="What stands before each text; the model's own beginning of a text if absent.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 while writing; float32 if absent.")
+    ] = None,
+) -> None:
+    """Let a dense checkpoint write text at temperature 1, to adapt it on with data.corpus=text:FOLDER."""
+    new_path(out, "output folder")
+
+    from skipstone.adapt.written import write as write_texts
+
+    def report(done: int) -> None:
+        typer.echo(f"{done:,} of {tokens:,} tokens", err=True)
+
+    write_texts(
+        source, out, tokens=tokens, length=length, batch=batch, start=start, seed=seed, dtype=dtype, report=report
+    )
+    typer.echo(f"text: {out}")
