@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ import yaml
 
 from publish import closing, keep, middle, surroundings
 from skipstone.adapt.run import adapt
+from skipstone.dial import Dial
+from skipstone.evaluate.budgets import calibrate_run
 from skipstone.evaluate.counting import count
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import batches, open_run
@@ -42,20 +45,22 @@ JUDGED = {
     "dictionary": ("gcide", "validation"),
     "plays": ("tiny-shakespeare", "validation"),
 }
+DIALLED = 16  # rows
 PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
 PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
 NAME, TUNED = "adapt_frontier", "dense, tuned"
 KINDS = ("fewer blocks", "mixture of depths", "random skipping")
-TITLE = "A pretrained model computes less: perplexity by executed FLOPs"
+TITLE = "A pretrained model computes less: loss by executed FLOPs"
 LEAST = {"score": "block_influence"}
 LOSS = {"language_modelling": 0.5, "distillation": 0.5}
 ABOUT = f"""Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
 distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it. At each budget:
 as many whole blocks left out as it takes, those that change the stream least; Mixture-of-Depths on 8/3 as many, a skip
-path of rank 64 beside each, both started as measured; the same with tokens skipped at random. Losses are of the pass
-that skips, on {ROWS} rows of {CONTEXT} tokens of each text; FLOPs are counted while it runs, one row at a time, as
-shares of the source's (of each text's, for the same thresholds let more or fewer pass). *Decode* is tokens/s of one row
-by the source's, in turns. *Another kind* is Tiny-Shakespeare, which nobody trains on."""
+path of rank 64 beside each, both started as measured; the same with tokens skipped at random. *Dialled*: the same
+weights with other thresholds (`skipstone calibrate`). Losses are of the pass that skips, on {ROWS} rows of {CONTEXT}
+tokens of each text; FLOPs are counted while it runs, one row at a time, as shares of the source's (of each text's, for
+the same thresholds let more or fewer pass). *Decode* is tokens/s of one row by the source's, in turns. Nobody trains on
+the dictionary (GCIDE) or the plays (Tiny-Shakespeare)."""
 
 
 def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -87,22 +92,33 @@ def texts(path: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
 
 
-def figures(folder: Path) -> dict[str, Any]:
-    """Nats a token on each text that is judged, counted FLOPs a token, and a sample; measured once and kept."""
-    record = folder / "judged.json"
+def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
+    """Nats a token on each text that is judged, counted FLOPs a token, and a sample; measured once and kept.
+
+    budget: with thresholds turned to it, for which the run has a dial.
+    """
+    record = folder / ("judged.json" if budget is None else f"judged-{budget:g}.json")
     if record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    found: dict[str, Any] = {"sample": sample(folder)}
+    found: dict[str, Any] = {"sample": sample(folder)} if budget is None else {}
     for name, (corpus, split) in JUDGED.items():
         opened = open_run(folder, split, corpus, CONTEXT)
         assert opened.data is not None
-        device = opened.model.device
-        rows = batches(opened.data, BATCH, device, ROWS)
-        loss = measure(opened.model, opened.main, rows, activations=False).loss
-        flops = count(opened.model, opened.main, batches(opened.data, 1, device, COUNTED)).counted
+        model, data, device = opened.model, opened.data, opened.model.device
+        turned = nullcontext() if budget is None else Dial.load(opened.run.model_folder()).at(model, budget)
+        with turned:
+            loss = measure(model, opened.main, batches(data, BATCH, device, ROWS), activations=False).loss
+            flops = count(model, opened.main, batches(data, 1, device, COUNTED)).counted
         found[name] = {"loss": loss, "flops": flops}
     record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def dialled(folder: Path, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """The same weights at other budgets."""
+    if budgets and not (Run(folder).model_folder() / "dial.json").is_file():
+        calibrate_run(folder, rows=DIALLED)
+    return {f"dialled mixture of depths at {budget:.0%}": figures(folder, budget) for budget in budgets}
 
 
 def sample(folder: Path) -> str:
@@ -147,14 +163,16 @@ def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], spee
 
 def samples(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
     """What each writes, the first seed's."""
-    told = {"source": source["sample"], **{arm: seeds[0]["sample"] for arm, seeds in results.items()}}
+    told = {
+        "source": source["sample"],
+        **{arm: seeds[0]["sample"] for arm, seeds in results.items() if "sample" in seeds[0]},
+    }
     lines = [f"* {arm}: “{PROMPT_TEXT} **{' '.join(text.split())}**”" for arm, text in told.items()]
     return "\n".join([f"Greedy, {SAMPLED} tokens after the same words:", "", *lines])
 
 
-def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
-    """An SVG: loss on the first text by share of FLOPs, a line an arm, from the tuned source on."""
-    name = next(iter(JUDGED))
+def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], name: str) -> str:
+    """An SVG: loss on the text `name` by share of FLOPs, a line an arm, from the tuned source on."""
     kinds: dict[str, list[tuple[float, float]]] = {}
     known = [kind for kind in KINDS if any(arm.startswith(kind) for arm in results)]
     for arm, seeds in results.items():
@@ -171,7 +189,7 @@ def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) ->
     drawing = panel(
         drawn,
         x_title="executed FLOPs by the source's",
-        title=TITLE,
+        title=f"{TITLE}: {name}",
         x_range=log_bounds(xs),
         y_range=bounds(ys, 0.08),
         label="{:.0%}".format,
@@ -208,6 +226,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="train these arms alone, as two processes may share the work")
     parser.add_argument("--render", action="store_true", help="train nothing, publish the arms that are finished")
+    parser.add_argument("--dial", type=float, nargs="*", default=[], help="judge the first routed model here, too")
     parser.add_argument("--work", type=Path, default=Path("runs/adapt_frontier"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -247,6 +266,9 @@ def train_all(given: argparse.Namespace) -> tuple[dict[str, list[Path]], list[st
 def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: list[str]) -> None:
     source = figures(given.work / "source")
     results = {arm: [figures(folder) for folder in folders] for arm, folders in trained.items()}
+    routed = next((folders[0] for arm, folders in trained.items() if arm.startswith("mixture")), None)
+    if routed is not None:
+        results |= {arm: [found] for arm, found in dialled(routed, given.dial).items()}
     speeds = decode_speeds({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
     environment = surroundings(given.seeds[0])
     told = {
@@ -264,13 +286,15 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: 
     }
     dropped, seeds = (" ".join(map(str, values)) for values in (given.dropped, given.seeds))
     flags = f"--dropped {dropped} --tokens {given.tokens} --seeds {seeds}"
+    flags += f" --dial {' '.join(f'{budget:g}' for budget in given.dial)}" if given.dial else ""
     end = closing(f"python benchmarks/adapt_frontier.py SOURCE TEXT {flags}", environment)
-    shown = f"![{TITLE}]({NAME}.svg)" if given.out else ""
+    drawings = {name: f"{NAME}-{name}.svg" for name in JUDGED} if given.out else {}
+    shown = "\n\n".join(f"![{TITLE}: {name}]({file})" for name, file in drawings.items())
     absent = f"Not run: {', '.join(missing)}." if missing else ""
     parts = [ABOUT, table(source, results, speeds), absent, shown, samples(source, results), end]
     keep(given.out, NAME, TITLE, record, "\n\n".join(part for part in parts if part) + "\n")
-    if given.out is not None:
-        (given.out / f"{NAME}.svg").write_text(picture(source, results), encoding="utf-8")
+    for name, file in drawings.items():
+        (given.out / file).write_text(picture(source, results, name), encoding="utf-8")
 
 
 if __name__ == "__main__":

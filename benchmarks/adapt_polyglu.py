@@ -1,6 +1,6 @@
 """PolyGLU adapted from a SwiGLU checkpoint, beside PolyGLU trained from scratch for the same FLOPs.
 
-    python benchmarks/adapt_polyglu.py [--steps 600] [--more 300] [--seeds 0 1 2] [--work FOLDER] [--out results]
+    python benchmarks/adapt_polyglu.py [--steps 400] [--more 200] [--seeds 0 1 2] [--work FOLDER] [--out results]
 
 A small SwiGLU model is trained for `steps` steps; what follows costs the FLOPs of `more` steps of PolyGLU: the
 checkpoint trained on as it is, or adapted to PolyGLU. Beside it, from scratch: PolyGLU and SwiGLU for the FLOPs of both
@@ -123,8 +123,8 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--more", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--more", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("runs/adapt_polyglu"))
     parser.add_argument("--out", type=Path)
