@@ -77,9 +77,8 @@ def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
     size_N1 = torch.linalg.vector_norm(x_ND.double(), dim=-1, keepdim=True).clamp(min=1e-9)
     x_ND, update_ND = x_ND / size_N1, update_ND / size_N1
     map_DD = _least_squares(x_ND, update_ND)
-    given_DD = (
-        map_DD.T @ (x_ND.T @ x_ND) @ map_DD
-    )  # its eigenvectors are the directions, at a fraction of an SVD's cost
+    # The main directions are eigenvectors of what it gives, squared: a fraction of an SVD's time.
+    given_DD = map_DD.T @ (x_ND.T @ x_ND) @ map_DD
     chosen_RD = torch.linalg.eigh(given_DD).eigenvectors.T.flip(0)[: skip.down_weight.shape[0]]
     skip.down_weight[: len(chosen_RD)] = (map_DD @ chosen_RD.T).T.to(skip.down_weight)
     skip.up_weight[:, : len(chosen_RD)] = chosen_RD.T.to(skip.up_weight)
