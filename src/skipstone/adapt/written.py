@@ -41,8 +41,8 @@ def write(
     source: what `adapt` takes. tokens: of all texts together, at least. length: of a text, at most. batch: texts at a
     time. start: text that stands before each of them and is not written; None: the token that begins a text, or else
     the one that ends it. dtype: of the weights, None: float32. report: told after each batch how many tokens are in the
-    files. Raises what `load_dense` raises, and ValueError for numbers out of range, a source without a tokenizer or such
-    a token, and one that writes nothing.
+    files. Raises what `load_dense` raises, and ValueError for numbers out of range, a source without a tokenizer or
+    without such a token, and one that writes nothing.
     """
     for name, value in (("tokens", tokens), ("length", length), ("batch", batch)):
         if value < 1:
