@@ -227,6 +227,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="train these arms alone, as two processes may share the work")
     parser.add_argument("--render", action="store_true", help="train nothing, publish the arms that are finished")
     parser.add_argument("--dial", type=float, nargs="*", default=[], help="judge the first routed model here, too")
+    parser.add_argument("--name", default=NAME, help="of the page")
+    parser.add_argument("--describe", default="", help="what TEXT is, a sentence for the page")
     parser.add_argument("--work", type=Path, default=Path("runs/adapt_frontier"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -274,7 +276,7 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: 
     told = {
         name: value
         for name, value in vars(given).items()
-        if name not in ("source", "text", "work", "out", "only", "render")
+        if name not in ("source", "text", "work", "out", "only", "render", "name")
     }
     record = {
         **told,
@@ -288,11 +290,18 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: 
     flags = f"--dropped {dropped} --tokens {given.tokens} --seeds {seeds}"
     flags += f" --dial {' '.join(f'{budget:g}' for budget in given.dial)}" if given.dial else ""
     end = closing(f"python benchmarks/adapt_frontier.py SOURCE TEXT {flags}", environment)
-    drawings = {name: f"{NAME}-{name}.svg" for name in JUDGED} if given.out else {}
+    drawings = {name: f"{given.name}-{name}.svg" for name in JUDGED} if given.out else {}
     shown = "\n\n".join(f"![{TITLE}: {name}]({file})" for name, file in drawings.items())
     absent = f"Not run: {', '.join(missing)}." if missing else ""
-    parts = [ABOUT, table(source, results, speeds), absent, shown, samples(source, results), end]
-    keep(given.out, NAME, TITLE, record, "\n\n".join(part for part in parts if part) + "\n")
+    parts = [
+        f"{ABOUT} {given.describe}".strip(),
+        table(source, results, speeds),
+        absent,
+        shown,
+        samples(source, results),
+        end,
+    ]
+    keep(given.out, given.name, TITLE, record, "\n\n".join(part for part in parts if part) + "\n")
     for name, file in drawings.items():
         (given.out / file).write_text(picture(source, results, name), encoding="utf-8")
 
