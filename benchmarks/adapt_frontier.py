@@ -27,6 +27,7 @@ import yaml
 from publish import closing, keep, middle, surroundings
 from skipstone.adapt.run import adapt
 from skipstone.dial import Dial
+from skipstone.dial.dial import FILE
 from skipstone.evaluate.budgets import calibrate_run
 from skipstone.evaluate.counting import count
 from skipstone.evaluate.losses import measure
@@ -116,7 +117,7 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
 
 def dialled(folder: Path, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
     """The same weights at other budgets."""
-    if budgets and not (Run(folder).model_folder() / "dial.json").is_file():
+    if budgets and not (Run(folder).model_folder() / FILE).is_file():
         calibrate_run(folder, rows=DIALLED)
     return {f"dialled mixture of depths at {budget:.0%}": figures(folder, budget) for budget in budgets}
 

@@ -20,6 +20,7 @@ import torch
 
 from publish import closing, keep, surroundings
 from skipstone.adapt.run import adapt
+from skipstone.data.prepare import DataConfig, prepare
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import batches, open_run
 from skipstone.mechanisms.mix_figures import MixFigures
@@ -28,7 +29,7 @@ from skipstone.model.config import SkipstoneConfig
 from skipstone.train.run import train
 
 CONTEXT, BATCH, TINY = 128, 16, {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-DATA = {"corpus": "tiny-shakespeare", "context": CONTEXT}
+DATA: dict[str, Any] = {"corpus": "tiny-shakespeare", "context": CONTEXT}
 RATE, LATER = 3e-3, 1e-3  # of a training from scratch, and of what goes on with a checkpoint
 FEWEST = {"noise": False, "tau_end": 1.0}  # what a neutral start needs
 SOURCE, ADAPTED, TUNED = "SwiGLU, the checkpoint", "checkpoint, adapted to PolyGLU", "checkpoint, trained on"
@@ -43,7 +44,8 @@ layers and tokens."""
 
 def forward_flops(activation: Any) -> float:
     """Of a row, dense or with PolyGLU."""
-    model = SkipstoneForCausalLM(SkipstoneConfig.from_plain({**TINY, "activation": activation, "vocab_size": 65}))
+    size = prepare(DataConfig(**DATA)).vocab_size
+    model = SkipstoneForCausalLM(SkipstoneConfig.from_plain({**TINY, "activation": activation, "vocab_size": size}))
     return float(model.cost(tokens=CONTEXT).forward.total)
 
 

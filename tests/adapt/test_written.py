@@ -23,6 +23,9 @@ def test_a_source_is_adapted_on_what_it_wrote(tmp_path: Path) -> None:
         assert text.strip()
     train = (tmp_path / "text" / "train.txt").read_text(encoding="utf-8").split("\n\n")
     assert len(set(train)) > 15, "texts differ"
+    write(source, tmp_path / "next", tokens=900, length=40, batch=8, start="the", seed=2)
+    other = (tmp_path / "next" / "train.txt").read_text(encoding="utf-8").split("\n\n")
+    assert len(set(train) & set(other)) < 3, "the next seed does not write the same"
     words = recipe(tmp_path, {})
     words["data"]["corpus"] = f"text:{tmp_path / 'text'}"
     assert (adapt(source, words, out=tmp_path / "run", progress=False) / "result.json").is_file()
@@ -50,6 +53,7 @@ def test_the_token_that_ends_a_text_is_the_start_and_is_not_written(tmp_path: Pa
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"length": 64}, r"length \(64\) and start \(1\) are longer than the source's context, 64 tokens"),
         ({"dtype": "int8"}, "dtype"),
+        ({"start": ""}, "start must not be empty, got ''; leave it out for the token that begins a text"),
     ],
 )
 def test_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

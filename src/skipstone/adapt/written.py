@@ -10,8 +10,8 @@ Shape letters: B texts of a batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ def write(
 def _begin(tokenizer: Any, start: str | None, source: str) -> list[int]:
     if start is not None:
         ids: list[int] = tokenizer(start, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"start must not be empty, got {start!r}; leave it out for the token that begins a text")
     else:
         ids = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
     if not ids:
@@ -85,10 +87,10 @@ def _batches(
 ) -> Iterator[list[tuple[str, int]]]:
     """Texts that are not empty, and their numbers of tokens; without end."""
     ends = {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
-    for number in count():
-        ids_BT = generate(
-            model, begun_BT, max_new_tokens=length, temperature=1.0, seed=seed + number, eos_token_id=sorted(ends)
-        )
+    seeds = Random(seed)  # not seed + 1, + 2: the next seed would write the same texts
+    while True:
+        own = seeds.getrandbits(48)
+        ids_BT = generate(model, begun_BT, max_new_tokens=length, temperature=1.0, seed=own, eos_token_id=sorted(ends))
         rows = [_until(row, ends) for row in ids_BT[:, begun_BT.shape[1] :].tolist()]
         texts = [(tokenizer.decode(row, skip_special_tokens=True).strip(), len(row)) for row in rows]
         yield [text for text in texts if text[0]]
