@@ -81,3 +81,10 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gguf|GGUF") as caught:
         load_pretrained(tmp_path / "a.gguf")
     assert "\n" not in str(caught.value)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"a.gguf' needs a package: pip install 'skipstone\[gguf\]'"):
+        load_pretrained(tmp_path / "a.gguf")

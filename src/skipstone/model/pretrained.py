@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]
     """Folder or hub name, and the GGUF file in it if that is what `source` is."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f"source {str(source)!r} needs a package: pip install 'skipstone[gguf]'")
         return str(path.parent), path.name
     if path.is_file():
         raise ValueError(
