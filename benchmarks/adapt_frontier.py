@@ -4,9 +4,9 @@
 
 SOURCE is a dense checkpoint that `skipstone adapt` reads, TEXT a folder with train.txt and validation.txt, or a YAML
 file whose section `data` is taken, such as a blend of shards. A budget is that of the source without so many of its
-blocks. All arms learn from the same rows, from text and source alike, and are judged as executed, on the first rows of
-two texts: the test split of wikitext-2, and one of another kind. Finished runs in --work are not run again, so the
-command can be stopped and repeated.
+blocks. All arms learn from the same rows, from text and source alike (from the source alone: --language-modelling 0),
+and are judged as executed, on the first rows of three texts, two of which nobody trains on. Finished runs in --work
+are not run again, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ NAME, TUNED = "adapt_frontier", "dense, tuned"
 KINDS = ("fewer blocks", "mixture of depths", "random skipping")
 TITLE = "A pretrained model computes less: loss by executed FLOPs"
 LEAST = {"score": "block_influence"}
-LOSS = {"language_modelling": 0.5, "distillation": 0.5}
-ABOUT = f"""Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
-distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it. At each budget:
+LEARNED = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
+distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it."""
+DISTILLED = """Every arm is the same checkpoint, trained on the same rows to give the distribution that the whole one
+gives, and nothing else: the source has nothing to learn from that, and perplexities are held against it."""
+ABOUT = f"""At each budget:
 as many whole blocks left out as it takes, those that change the stream least; Mixture-of-Depths on 8/3 as many, a skip
 path of rank 64 beside each, both started as measured; the same with tokens skipped at random. *Dialled*: the same
 weights with other thresholds (`skipstone calibrate`). Losses are of the pass that skips, on {ROWS} rows of {CONTEXT}
@@ -82,7 +84,8 @@ def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Names
     train |= {"warmup_steps": steps // 10, "precision": "bf16", "loss_chunk": 256, "seed": seed}
     quiet = {"eval_every": 0, "eval_rows": 8, "save_every": 0, "log_every": max(1, steps // 10)}
     data = {**texts(given.text), "context": CONTEXT, "seed": seed}
-    whole = {"loss": LOSS, "calibration_rows": 192, **options}
+    loss = {"language_modelling": given.language_modelling, "distillation": 1 - given.language_modelling}
+    whole = {"loss": loss, "calibration_rows": 192, **options}
     return {"model": model, "data": data, "train": {**train, **quiet}, "adapt": whole}
 
 
@@ -145,8 +148,8 @@ def decode_speeds(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 
 def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], speeds: dict[str, dict[str, float]]) -> str:
-    names = list(JUDGED)
-    heads = [part for name in names for part in (f"{name}: FLOPs", "perplexity", "by tuned")]
+    names, tuned = list(JUDGED), results.get(TUNED)
+    heads = [part for name in names for part in (f"{name}: FLOPs", "perplexity", "by tuned" if tuned else "by source")]
     lines = [f"| arm | {' | '.join(heads)} | decode |", "|---|" + "---:|" * (len(heads) + 1)]
     for arm, seeds in {"source": [source], **results}.items():
         cells = []
@@ -155,8 +158,8 @@ def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], spee
             share = statistics.fmean(seed[name]["flops"] for seed in seeds) / source[name]["flops"]
             loss = statistics.fmean(losses)
             spread = f" (range {math.exp(loss) * (max(losses) - min(losses)):.2f})" if len(seeds) > 1 else ""
-            tuned = statistics.fmean(seed[name]["loss"] for seed in results[TUNED])
-            cells += [f"{share:.1%}", f"{math.exp(loss):.2f}{spread}", f"{math.expm1(loss - tuned):+.1%}"]
+            base = statistics.fmean(seed[name]["loss"] for seed in tuned or [source])
+            cells += [f"{share:.1%}", f"{math.exp(loss):.2f}{spread}", f"{math.expm1(loss - base):+.1%}"]
         cells.append(f"{speeds[arm]['median']:.2f}" if arm in speeds else "–")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -173,10 +176,10 @@ def samples(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) ->
 
 
 def picture(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], name: str) -> str:
-    """An SVG: loss on the text `name` by share of FLOPs, a line an arm, from the tuned source on."""
+    """An SVG: loss on the text `name` by share of FLOPs, a line an arm, from the tuned source on (or the source)."""
     kinds: dict[str, list[tuple[float, float]]] = {}
     known = [kind for kind in KINDS if any(arm.startswith(kind) for arm in results)]
-    for arm, seeds in results.items():
+    for arm, seeds in ({TUNED: [source]} | results).items():  # results may bring a tuned one of their own
         share = statistics.fmean(s[name]["flops"] for s in seeds) / source[name]["flops"]
         point = (share, statistics.fmean(s[name]["loss"] for s in seeds))
         for kind in [arm.split(" at ")[0]] if arm != TUNED else known:
@@ -224,6 +227,7 @@ def main() -> None:
     parser.add_argument("--dropped", type=int, nargs="+", default=[6, 11])
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--language-modelling", type=float, default=0.5, help="its weight; the rest is distillation's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="train these arms alone, as two processes may share the work")
     parser.add_argument("--render", action="store_true", help="train nothing, publish the arms that are finished")
@@ -250,7 +254,7 @@ def train_all(given: argparse.Namespace) -> tuple[dict[str, list[Path]], list[st
     found: dict[str, list[Path]] = {}
     missing: list[str] = []
     for seed in given.seeds:
-        todo: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(TUNED, {}, {})]
+        todo: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(TUNED, {}, {})] if given.language_modelling else []
         for dropped in given.dropped:
             budget = 1 - dropped * block / whole.total
             todo += [(f"{kind} at {budget:.0%}", changed, options) for kind, changed, options in arms(dropped, budget)]
@@ -289,13 +293,14 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: 
     }
     dropped, seeds = (" ".join(map(str, values)) for values in (given.dropped, given.seeds))
     flags = f"--dropped {dropped} --tokens {given.tokens} --seeds {seeds}"
+    flags += f" --rate {given.rate:g} --language-modelling {given.language_modelling:g}"
     flags += f" --dial {' '.join(f'{budget:g}' for budget in given.dial)}" if given.dial else ""
     end = closing(f"python benchmarks/adapt_frontier.py SOURCE TEXT {flags}", environment)
     drawings = {name: f"{given.name}-{name}.svg" for name in JUDGED} if given.out else {}
     shown = "\n\n".join(f"![{TITLE}: {name}]({file})" for name, file in drawings.items())
     absent = f"Not run: {', '.join(missing)}." if missing else ""
     parts = [
-        f"{ABOUT} {given.describe}".strip(),
+        f"{LEARNED if given.language_modelling else DISTILLED} {ABOUT} {given.describe}".strip(),
         table(source, results, speeds),
         absent,
         shown,
