@@ -1,10 +1,12 @@
 """What is lost when weights are quantised, tokens skip, or both at once.
 
-    python benchmarks/quantised.py DENSE_RUN OTHER_RUN... [--rows 128] [--name quantised] [--out results]
+    python benchmarks/quantised.py DENSE_RUN OTHER_RUN... [--rows 128] [--group 0] [--name quantised] [--out results]
+    python benchmarks/quantised.py SAVED_MODEL OTHER_RUN... --corpus wikitext-2 --split test --context 256
 
 Run folders of the same data, the first of a dense model, as `adapt_stories.py` and the experiment `ffn_groups` leave
-them. A model with neuron groups is measured once more with the groups cut out that training rows do not use. Each model
-is measured with its own weights, and with linear layers in int8 and int4 by torchao (weights only, one scale a row),
+them; or run folders and saved models, and the text to measure them on. A model with neuron groups is measured once more
+with the groups cut out that training rows do not use. Each model is measured with its own weights, and with linear
+layers in int8 and int4 by torchao (weights only, one scale a row, or for int4 one for every --group weights of it),
 after it was saved and loaded again. Routers, gates, norms and embeddings keep full precision: none of them is an
 nn.Linear.
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
 from transformers import TorchAoConfig
 
 from publish import closing, keep, surroundings
@@ -32,17 +34,13 @@ from skipstone.evaluate.measurements import sample_ids
 from skipstone.evaluate.opened import Opened, batches, open_run
 from skipstone.evaluate.speed import Rate, decode_task, take_turns
 
-WEIGHTS = {
-    "as trained": None,
-    "int8": Int8WeightOnlyConfig(),
-    "int4": IntxWeightOnlyConfig(torch.int4, PerAxis(0)),
-}
+WEIGHTS = ("as trained", "int8", "int4")
 PROMPT, NEW, ROUNDS = 64, 32, 5
-ABOUT = """Weights of linear layers are quantised by torchao, weights only, one scale a row; routers, gates, norms and
-embeddings keep full precision. Every model was saved and loaded again before it was measured. *Nats* are of the pass
-that skips. *Interaction*: what skipping and quantising lose together, minus the sum of what each loses alone. *MB*: the
-weights' file; int4 values lie in bytes of their own here, packed they would take half. *Tokens/s*: decoding one row.
-*Pruned*: without the groups of neurons that 64 training rows do not use."""
+ABOUT = """Weights of linear layers are quantised by torchao, weights only, one scale for {scale}; routers, gates,
+norms and embeddings keep full precision. Every model was saved and loaded again before it was measured. *Nats* are of
+the pass that skips. *Interaction*: what skipping and quantising lose together, minus the sum of what each loses alone.
+*MB*: the weights' file; int4 values lie in bytes of their own here, packed they would take half. *Tokens/s*: decoding
+one row. *Pruned*: without the groups of neurons that 64 training rows do not use."""
 
 
 def models(opened: Opened, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -55,10 +53,19 @@ def models(opened: Opened, folder: Path) -> Iterator[tuple[str, Path]]:
         yield f"{name}, pruned", pruned
 
 
-def variants(opened: Opened, source: Path, folder: Path) -> Iterator[tuple[str, Opened, int]]:
+def quantised(name: str, group: int) -> dict[str, Any]:
+    """What `from_pretrained` is told to load weights as `name` says."""
+    if name == "as trained":
+        return {}
+    spread = PerGroup(group) if group else PerAxis(0)
+    config = Int8WeightOnlyConfig() if name == "int8" else IntxWeightOnlyConfig(torch.int4, spread)
+    return {"quantization_config": TorchAoConfig(config)}
+
+
+def variants(opened: Opened, source: Path, folder: Path, group: int) -> Iterator[tuple[str, Opened, int]]:
     """Name of the weights, the run with them, bytes of their file."""
-    for name, config in WEIGHTS.items():
-        options = {} if config is None else {"quantization_config": TorchAoConfig(config)}
+    for name in WEIGHTS:
+        options = quantised(name, group)
         made = SkipstoneForCausalLM.from_pretrained(source, **options).eval()
         saved = folder / f"{source.name}-{opened.run.name}-{name}"
         made.save_pretrained(saved)
@@ -70,19 +77,22 @@ def variants(opened: Opened, source: Path, folder: Path) -> Iterator[tuple[str, 
         yield name, replace(opened, model=loaded), (saved / "model.safetensors").stat().st_size
 
 
-def figures(runs: list[Path], rows: int) -> dict[str, dict[str, Any]]:
+def figures(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """By "run, weights": nats, bytes and tokens/s."""
     found: dict[str, dict[str, Any]] = {}
     tasks = {}
     with tempfile.TemporaryDirectory() as folder:
-        opened_runs = [open_run(run) for run in runs]
+        opened_runs = [open_run(run, given.split, given.corpus, given.context) for run in given.runs]
         listed = [(whole, *model) for whole in opened_runs for model in models(whole, Path(folder))]
         for whole, model_name, source in listed:
-            for weights, opened, size in variants(whole, source, Path(folder)):
+            for weights, opened, size in variants(whole, source, Path(folder), given.group):
                 name = f"{model_name}, {weights}"
                 assert opened.data is not None
                 nats = measure(
-                    opened.model, opened.main, batches(opened.data, 8, opened.model.device, rows), activations=False
+                    opened.model,
+                    opened.main,
+                    batches(opened.data, 8, opened.model.device, given.rows),
+                    activations=False,
                 ).loss
                 found[name] = {"run": model_name, "weights": weights, "nats": nats, "bytes": size}
                 tasks[name] = decode_task(opened.model, sample_ids(opened, 1, PROMPT), NEW)
@@ -119,16 +129,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--group", type=int, default=0, help="weights of a row that share an int4 scale; 0: all")
+    parser.add_argument("--corpus", help="text to measure on; the runs' own if absent")
+    parser.add_argument("--split", default="validation", help="of that text")
+    parser.add_argument("--context", type=int, help="tokens of its rows; the runs' own if absent")
     parser.add_argument("--name", default="quantised", help="of the page")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    found = figures(given.runs, given.rows)
+    found = figures(given)
     add_interactions(found)
     environment = surroundings()
     command = f"python benchmarks/quantised.py {shlex.join(run.name for run in given.runs)} --rows {given.rows}"
-    if given.name != parser.get_default("name"):
-        command += f" --name {given.name}"
-    text = f"{ABOUT}\n\n{table(found)}\n\n{closing(command, environment)}\n"
+    for option in ("group", "corpus", "split", "context", "name"):
+        if (value := getattr(given, option)) != parser.get_default(option):
+            command += f" --{option} {value}"
+    about = ABOUT.format(scale="a row" if not given.group else f"a row, or in int4 for {given.group} weights of it")
+    text = f"{about}\n\n{table(found)}\n\n{closing(command, environment)}\n"
     keep(given.out, given.name, "Skipping and quantised weights", {"figures": found, "environment": environment}, text)
 
 

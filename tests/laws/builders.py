@@ -126,6 +126,16 @@ GROUPS = [  # of neurons: alone, as in the middle of a warm-up, drawn, and insid
     case(entry("mixture_of_depths"), neuron_groups=Frozen(group_size=8, capacity=0.4, chunk_size=2, decay=0.5)),
     case(entry("early_exit"), neuron_groups=Frozen(group_size=16, capacity=0.7, chunk_size=4, decision="random")),
     case(*map(entry, KINDS), activation="polyglu", neuron_groups=Frozen(group_size=8, capacity=0.5, chunk_size=2)),
+    case(neuron_groups=Frozen(decision="magnitude", group_size=1, capacity=0.5)),
+    case(
+        *map(entry, KINDS),
+        activation="polyglu",
+        neuron_groups=Frozen(decision="magnitude", group_size=4, capacity=0.4, capacity_warmup=0.5),
+    ),
+    case(
+        entry("mixture_of_depths", decision="ema_threshold", kv="full"),
+        neuron_groups=Frozen(decision="magnitude", group_size=1, capacity=0.6),
+    ),
 ]
 NESTED = [
     case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),

@@ -82,7 +82,10 @@ def require_groups(model: SkipstoneForCausalLM) -> None:
     if model.config.neuron_groups is None:
         raise ValueError("only models with neuron_groups can be pruned; this one has none")
     if model.config.neuron_groups.get("decision", "learned") != "learned":
-        raise ValueError("neuron_groups with decision 'random' use every group sooner or later; nothing can be pruned")
+        raise ValueError(
+            f"neuron_groups with decision {model.config.neuron_groups['decision']!r} use every group sooner or later; "
+            "nothing can be pruned"
+        )
 
 
 def _cut(tensors: dict[str, Tensor], prefix: str, group_K: Tensor, total: int) -> None:

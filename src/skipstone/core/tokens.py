@@ -29,7 +29,8 @@ class Mode:
     noise: whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only, "masked" computes
     all and throws away (the specification that the gathered one must equal). by_row: where each row has one token, the
     gathered executor computes rows and leaves the others out; what is called with them must then expect fewer rows.
-    occupied: a selection that is gathered has at least one column, also where nobody is kept.
+    occupied: a selection that is gathered has at least one column, also where nobody is kept. lone: the call has one
+    token a row and no gradients, as in decoding, so that weights may be read in part.
     """
 
     routing: Routing = "causal"
@@ -37,6 +38,7 @@ class Mode:
     executor: Executor = "gathered"
     by_row: bool = False
     occupied: bool = False
+    lone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

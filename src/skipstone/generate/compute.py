@@ -55,7 +55,10 @@ def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
     if isinstance(record, ExpertsRecord):
         return mlp.config.top_k, record.chosen_BTX[..., : mlp.config.count].sum(-1).cpu()
     groups = [record for record in decided.values() if isinstance(record, GroupsRecord)]
-    return 1, groups[0].kept_BTG.float().mean(-1).cpu() if groups else torch.ones(1, 1)
+    if not groups:
+        return 1, torch.ones(1, 1)
+    share_BT, lone = groups[0].kept_BTG.double().mean(-1).cpu(), groups[0].kept_BTG.shape[1] == 1
+    return 1, mlp.router.multiplied(share_BT, lone).float()
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from skipstone.ops.reference import quota
 class NeuronGroupsConfig:
     """group_size: neurons of a group. capacity: share of the groups that is on. capacity_warmup: share of the training
     over which it falls from 1. chunk_size: tokens of a document that share a decision. decay: a token weighs that much
-    of the next one. router_width: R. balance_rate: u, 0 for none. decision: learned, or random as a control.
+    of the next one. router_width: R. balance_rate: u, 0 for none. decision: learned, magnitude, or random as a control;
+    with magnitude every token has groups of its own, and chunk_size, decay and router_width are not read.
     left: groups that each layer still has after pruning; None: all.
     """
 
@@ -24,7 +25,7 @@ class NeuronGroupsConfig:
     decay: float = 0.95
     router_width: int = 32
     balance_rate: float = 0.0
-    decision: Literal["learned", "random"] = "learned"
+    decision: Literal["learned", "magnitude", "random"] = "learned"
     left: list[int] | None = None
 
     def __post_init__(self) -> None:
@@ -38,6 +39,8 @@ class NeuronGroupsConfig:
             raise ValueError(f"decay must be in (0, 1), got {self.decay}")
         if not self.balance_rate >= 0:
             raise ValueError(f"balance_rate must not be negative, got {self.balance_rate}")
+        if self.balance_rate and self.decision == "magnitude":
+            raise ValueError(f"balance_rate must be 0 with decision 'magnitude', got {self.balance_rate}")
 
     def require(self, layers: int, neurons: int) -> None:
         """Raise ValueError unless so many neurons can be grouped in so many layers, and one group at least is kept."""

@@ -20,8 +20,8 @@ from skipstone.model.layers import parse_layers
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
 from skipstone.nn.experts import ROW_OF_16_BYTES, ExpertsConfig, ExpertsMLP
-from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.linear import OutputLinear
+from skipstone.nn.magnitude_mlp import mlp_of
 from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
 from skipstone.nn.positions import STATIC_ROPE, Rotary
@@ -221,7 +221,7 @@ def _mlp(config: Any, layer: int) -> nn.Module:
         return ExpertsMLP(*sizes, activation, dropout, place, **(config.experts or {}))
     if config.neuron_groups is not None:
         router = NeuronGroups(*sizes, _everywhere(config, layer, NEURON_GROUPS), **config.neuron_groups)
-        return GroupedMLP(config.hidden_size, _neurons(config, layer), activation, router, dropout)
+        return mlp_of(router.config.decision)(config.hidden_size, _neurons(config, layer), activation, router, dropout)
     mlp: Callable[..., nn.Module] = MLPS[config.mlp]
     return mlp(*sizes, activation, config.mlp_bias, dropout, config.mlp_hidden_dropout)
 

@@ -266,7 +266,9 @@ def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mec
     if mechanisms and hasattr(block.mlp.activation, "place"):
         ran.append((block.mlp.activation, mlp.asked))
     if not _is_experts(block.mlp):
-        return _Work(attention, mlp, ran, _through_groups(block.mlp, mlp.asked, kept, ran) if mechanisms else mlp.asked)
+        lone = tokens == 1 and not oracle
+        through = _through_groups(block.mlp, mlp.asked, kept, ran, lone) if mechanisms else mlp.asked
+        return _Work(attention, mlp, ran, through)
     ran.append((block.mlp, mlp.asked))
     promised = block.mlp.promised_choices(mlp.asked) if mechanisms else mlp.asked * block.mlp.config.top_k
     passes = kept.get(block.mlp.place.name, promised)
@@ -274,15 +276,19 @@ def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mec
 
 
 def _through_groups(
-    mlp: Any, asked: float, kept: Mapping[str, Amount], ran: list[tuple[Any, float]]
+    mlp: Any, asked: float, kept: Mapping[str, Amount], ran: list[tuple[Any, float]], lone: bool
 ) -> float | Fraction:
-    """Passes through the whole MLP that are as much as those through the groups of neurons that are on."""
+    """Passes through the whole MLP that are as much as those through the groups of neurons that are on.
+
+    lone: in a call of one token a row without gradients.
+    """
     router = getattr(mlp, "router", None)
     if router is None:
         return asked
     ran.append((router, asked))
     share = kept.get(router.place.name, router.share_on)
-    return Fraction(asked) * (share.asked if isinstance(share, Load) else share)  # type: ignore[operator]
+    on = Fraction(share.asked if isinstance(share, Load) else share)
+    return Fraction(asked) * router.multiplied(on, lone)  # type: ignore[no-any-return]
 
 
 def _flops(block: Any, work: _Work, packed: _Work, stored: float, routing: str) -> Flops:

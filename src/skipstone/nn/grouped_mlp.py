@@ -77,11 +77,11 @@ class GroupedMLP(GatedMLP):
         begins_N, size = tokens.pack(begins_BT).flatten(), self.gate_proj.out_features // self.total
         runs = Runs.of(tokens.pack(group_BTK).flatten(0, 1), begins_N, self.total, size)
         x_ND, shape = x_BTD.flatten(0, 1), (*x_BTD.shape[:2], -1)
-        gate_BTJ = kept_linear(x_ND, _numbers(self.gate_proj), runs, 0).view(shape)
-        up_BTJ = kept_linear(x_ND, _numbers(self.up_proj), runs, 0).view(shape)
+        gate_BTJ = kept_linear(x_ND, whole_weight(self.gate_proj), runs, 0).view(shape)
+        up_BTJ = kept_linear(x_ND, whole_weight(self.up_proj), runs, 0).view(shape)
         y_BTJ, records = self.activation(gate_BTJ, tokens.unpack(x_BTD), tokens, cache, runs)
         y_BTJ = _by_group(y_BTJ * up_BTJ, tokens.pack(choice.gain_BTK))
-        return kept_linear(y_BTJ.flatten(0, 1), _numbers(self.down_proj), runs, 1).view(x_BTD.shape), records
+        return kept_linear(y_BTJ.flatten(0, 1), whole_weight(self.down_proj), runs, 1).view(x_BTD.shape), records
 
     def _decoded(
         self, x_B1D: Tensor, choice: Any, tokens: Tokens, cache: SkipstoneCacheLayer
@@ -107,10 +107,10 @@ class GroupedMLP(GatedMLP):
 
     def _part(self, group_K: Tensor) -> tuple[Tensor, ...]:
         linears = ((self.gate_proj, 0), (self.up_proj, 0), (self.down_proj, 1))
-        return tuple(kept_part(_numbers(linear), group_K, self.total, axis) for linear, axis in linears)
+        return tuple(kept_part(whole_weight(linear), group_K, self.total, axis) for linear, axis in linears)
 
 
-def _numbers(linear: nn.Linear) -> Tensor:
+def whole_weight(linear: nn.Linear) -> Tensor:
     """The weight; of a quantised one (torchao's), which cannot be taken in parts, the numbers that it stands for."""
     weight: Any = linear.weight
     return weight.dequantize() if type(weight).dequantize is not Tensor.dequantize else weight  # type: ignore[no-any-return]
