@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import DynamicCache
 
 from publish import closing, keep, middle, surroundings
 from skipstone.adapt.run import adapt
@@ -30,10 +31,12 @@ from skipstone.dial import Dial
 from skipstone.dial.dial import FILE
 from skipstone.evaluate.budgets import calibrate_run
 from skipstone.evaluate.counting import count
+from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import batches, open_run
 from skipstone.evaluate.speed import decode_task, take_turns
 from skipstone.experiments.isoflop.charts import FRAME, Dot, Drawn, log_bounds, panel
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.pretrained import convert
 from skipstone.report import svg
 from skipstone.report.axes import bounds
@@ -50,7 +53,7 @@ DIALLED = 16  # rows
 PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
 PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
 NAME, TUNED = "adapt_frontier", "dense, tuned"
-KINDS = ("fewer blocks", "mixture of depths", "random skipping")
+KINDS = ("fewer blocks", "mixture of depths", "random skipping", "neurons by magnitude")
 TITLE = "A pretrained model computes less: loss by executed FLOPs"
 LEAST = {"score": "block_influence"}
 LEARNED = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
@@ -59,15 +62,17 @@ DISTILLED = """Every arm is the same checkpoint, trained on the same rows to giv
 gives, and nothing else: the source has nothing to learn from that, and perplexities are held against it."""
 ABOUT = f"""At each budget:
 as many whole blocks left out as it takes, those that change the stream least; Mixture-of-Depths on 8/3 as many, a skip
-path of rank 64 beside each, both started as measured; the same with tokens skipped at random. *Dialled*: the same
-weights with other thresholds (`skipstone calibrate`). Losses are of the pass that skips, on {ROWS} rows of {CONTEXT}
-tokens of each text; FLOPs are counted while it runs, one row at a time, as shares of the source's (of each text's, for
-the same thresholds let more or fewer pass). *Decode* is tokens/s of one row by the source's, in turns. Nobody trains on
-the dictionary (GCIDE) or the plays (Tiny-Shakespeare)."""
+path of rank 64 beside each, both started as measured; the same with tokens skipped at random; all blocks for all
+tokens, but of each token's neurons only those with the largest activations (`decision: magnitude`), which saves in
+decoding. *Dialled*: the same weights with other thresholds (`skipstone calibrate`). Losses are of the pass that skips,
+on {ROWS} rows of {CONTEXT} tokens of each text; FLOPs are counted while it runs, one row at a time, as shares of the
+source's (of each text's, for the same thresholds let more or fewer pass). *Decode*: one row of wikitext-2, {STEPS}
+tokens after {PROMPT}; FLOPs counted and tokens/s in turns, both by the source's. Nobody trains on the dictionary
+(GCIDE) or the plays (Tiny-Shakespeare)."""
 
 
-def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, model, what differs in `adapt`, at one budget."""
+def arms(dropped: int, budget: float, on: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, model, what differs in `adapt`, at one budget. on: share of the neurons that meets it in decoding."""
     layers = {**LEAST, "count": 8 * dropped // 3}  # a wide optimum: see docs/log.md
     best = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
     best |= {"skip": "low_rank", "skip_rank": 64}
@@ -76,6 +81,13 @@ def arms(dropped: int, budget: float) -> Iterator[tuple[str, dict[str, Any], dic
     yield "mixture of depths", {"mechanisms": [best]}, routed
     random = {**best, "decision": "random", "weight": "none"}
     yield "random skipping", {"mechanisms": [random]}, routed
+    yield "neurons by magnitude", {"neuron_groups": {"capacity": on}}, {}
+
+
+def share_on(model: SkipstoneForCausalLM, budget: float) -> float:
+    """Share of a dense model's neurons that meets the budget in decoding: the gate's matrix, a third, is whole."""
+    step = model.cost(tokens=1, past=CONTEXT // 2).forward
+    return round(1 - (1 - budget) * step.total / (step.mlp * 2 / 3), 4)
 
 
 def recipe(model: dict[str, Any], options: dict[str, Any], given: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -105,6 +117,7 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
     if record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     found: dict[str, Any] = {"sample": sample(folder)} if budget is None else {}
+    found["tokens"] = 0 if Run(folder).is_saved_model else Run(folder).result()["tokens"]
     for name, (corpus, split) in JUDGED.items():
         opened = open_run(folder, split, corpus, CONTEXT)
         assert opened.data is not None
@@ -135,24 +148,41 @@ def sample(folder: Path) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :].tolist())
 
 
-def decode_speeds(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Tokens/s of one row by the source's, in turns, after words of the first text: what is skipped depends on them."""
+def decode_figures(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """FLOPs and tokens/s of one row by the source's, after words of the first text: what is skipped depends on them."""
     corpus, split = next(iter(JUDGED.values()))
     data = open_run(folders["source"], split, corpus, CONTEXT).data
     assert data is not None
     prompt = data.collate([data.validation[ROWS]])["input_ids"][:, :PROMPT]
     models = {name: Run(folder).load_model().eval() for name, folder in folders.items()}
+    flops = {name: decoding_flops(model, prompt) for name, model in models.items()}
     rates = take_turns({name: decode_task(model, prompt, STEPS) for name, model in models.items()}, TURNS)
     base = rates["source"].each
-    return {name: middle([a / b for a, b in zip(rate.each, base, strict=True)]) for name, rate in rates.items()}
+    return {
+        name: {**middle([a / b for a, b in zip(rate.each, base, strict=True)]), "flops": flops[name] / flops["source"]}
+        for name, rate in rates.items()
+    }
+
+
+@torch.no_grad()
+def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
+    """Of the steps that follow the prompt, counted while they run."""
+    cache = DynamicCache(config=model.config)
+    token, total = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1), 0
+    for _ in range(STEPS):
+        said: list[Any] = []
+        total += count_flops(lambda given=token, said=said: said.append(model(given, past_key_values=cache))).total  # type: ignore[misc]
+        token = said[0].logits.argmax(-1)
+    return total
 
 
 def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], speeds: dict[str, dict[str, float]]) -> str:
     names, tuned = list(JUDGED), results.get(TUNED)
     heads = [part for name in names for part in (f"{name}: FLOPs", "perplexity", "by tuned" if tuned else "by source")]
-    lines = [f"| arm | {' | '.join(heads)} | decode |", "|---|" + "---:|" * (len(heads) + 1)]
+    heads = ["arm", "learned from, tokens", *heads, "decode: FLOPs", "tokens/s"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for arm, seeds in {"source": [source], **results}.items():
-        cells = []
+        cells = [f"{seeds[0]['tokens']:,}"]
         for name in names:
             losses = [seed[name]["loss"] for seed in seeds]
             share = statistics.fmean(seed[name]["flops"] for seed in seeds) / source[name]["flops"]
@@ -160,7 +190,7 @@ def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], spee
             spread = f" (range {math.exp(loss) * (max(losses) - min(losses)):.2f})" if len(seeds) > 1 else ""
             base = statistics.fmean(seed[name]["loss"] for seed in tuned or [source])
             cells += [f"{share:.1%}", f"{math.exp(loss):.2f}{spread}", f"{math.expm1(loss - base):+.1%}"]
-        cells.append(f"{speeds[arm]['median']:.2f}" if arm in speeds else "–")
+        cells += [f"{speeds[arm]['flops']:.1%}", f"{speeds[arm]['median']:.2f}"] if arm in speeds else ["–", "–"]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -257,17 +287,27 @@ def train_all(given: argparse.Namespace) -> tuple[dict[str, list[Path]], list[st
         todo: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(TUNED, {}, {})] if given.language_modelling else []
         for dropped in given.dropped:
             budget = 1 - dropped * block / whole.total
-            todo += [(f"{kind} at {budget:.0%}", changed, options) for kind, changed, options in arms(dropped, budget)]
+            at = arms(dropped, budget, share_on(model, budget))
+            todo += [(f"{kind} at {budget:.0%}", changed, options) for kind, changed, options in at]
         for arm, changed, options in todo:
             folder = given.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{given.tokens}-seed{seed}"
             wanted = not given.render and (given.only is None or arm in given.only)
             if wanted and not (folder / "result.json").is_file():
                 adapt(given.source, recipe(changed, options, given, seed), out=folder)
-            if (folder / "result.json").is_file():
-                found.setdefault(arm, []).append(folder)
+            if (ready := longest(folder)) is not None:
+                found.setdefault(arm, []).append(ready)
             else:
                 missing.append(f"{arm} (seed {seed})")
     return found, missing
+
+
+def longest(folder: Path) -> Path | None:
+    """The finished run of this folder's name; else the one of its arm and seed that has learned most."""
+    if (folder / "result.json").is_file():
+        return folder
+    arm, _, seed = folder.name.rsplit("-", 2)
+    others = [path.parent for path in folder.parent.glob(f"{arm}-*-{seed}/result.json")]
+    return max(others, key=lambda run: Run(run).result()["tokens"], default=None)
 
 
 def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: list[str]) -> None:
@@ -276,7 +316,7 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: 
     routed = next((folders[0] for arm, folders in trained.items() if arm.startswith("mixture")), None)
     if routed is not None:
         results |= {arm: [found] for arm, found in dialled(routed, given.dial).items()}
-    speeds = decode_speeds({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
+    speeds = decode_figures({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
     environment = surroundings(given.seeds[0])
     told = {
         name: value

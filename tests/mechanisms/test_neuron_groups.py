@@ -210,3 +210,34 @@ def test_scores_are_fp32_whatever_the_model_is() -> None:
     built = model().bfloat16()
     assert record(built, ids()).score_BTG.dtype == torch.float32
     assert isinstance(built.model.layers[0].mlp.router, NeuronGroups)
+
+
+def alone(**options: Any) -> SkipstoneForCausalLM:
+    return model(decision="magnitude", group_size=1, **options)
+
+
+def test_by_magnitude_every_token_keeps_its_own_largest_activations() -> None:
+    built, tokens, seen = alone(), ids(), []
+    mlp: Any = built.model.layers[0].mlp
+    mlp.activation.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    kept_BTG = record(built, tokens).kept_BTG
+    assert (kept_BTG.sum(-1) == TOTAL * 4).all()
+    sizes = seen[0].abs()
+    least, most = (sizes.masked_fill(which, fill) for which, fill in ((~kept_BTG, torch.inf), (kept_BTG, -torch.inf)))
+    assert (least.amin(-1) >= most.amax(-1)).all()
+    assert len({tuple(row) for row in kept_BTG.flatten(0, 1).int().tolist()}) == kept_BTG[..., 0].numel()
+
+
+def test_by_magnitude_one_token_at_a_time_multiplies_its_neurons_alone() -> None:
+    built, token = alone(), ids(2, 1)
+    whole = 2 * 2 * 2 * 3 * 32 * TOTAL * 8  # layers, rows, FLOPs, matrices
+    with torch.no_grad():
+        assert count_flops(lambda: built(token)).by_kind["mlp"] == whole * 2 / 3
+        assert count_flops(lambda: built(token, executor="masked")).by_kind["mlp"] == whole
+        assert count_flops(lambda: built(ids(1, 2))).by_kind["mlp"] == whole
+    assert count_flops(lambda: built(token)).by_kind["mlp"] == whole  # gradients are wanted
+
+
+def test_by_magnitude_nothing_can_be_balanced() -> None:
+    with pytest.raises(ValueError, match=r"balance_rate must be 0 with decision 'magnitude', got 0\.1"):
+        alone(balance_rate=0.1)

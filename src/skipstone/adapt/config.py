@@ -9,7 +9,7 @@ from typing import Any, Literal
 from skipstone.core.strict import from_dict, unknown
 from skipstone.train.config import Recipe
 
-MODEL_KEYS = ("mechanisms", "activation", "drop_layers")
+MODEL_KEYS = ("mechanisms", "activation", "neuron_groups", "drop_layers")
 LORA = "routers+lora"
 Trained = Literal["routers", "routers+lora", "all"]
 
@@ -122,7 +122,7 @@ class AdaptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptRecipe(Recipe):
-    """A whole adaptation. model: mechanisms, activation, drop_layers; everything else is the source's.
+    """A whole adaptation. model: mechanisms, activation, neuron_groups, drop_layers; all else is the source's.
 
     In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`; `drop_layers` takes the same forms and
     leaves whole blocks out, which is what routing has to beat.
@@ -135,6 +135,14 @@ class AdaptRecipe(Recipe):
         for key in self.model:
             if key not in MODEL_KEYS:
                 raise ValueError(f"{unknown('key in model', key, MODEL_KEYS)}; all else is the source's")
+        groups = self.model.get("neuron_groups") or {}
+        if not isinstance(groups, Mapping):
+            raise ValueError(f"model.neuron_groups must be a mapping, got {groups!r}")
+        if (decision := groups.get("decision", "magnitude")) != "magnitude":
+            raise ValueError(
+                f"model.neuron_groups.decision must be 'magnitude' to adapt, got {decision!r}: the gains of a router "
+                "would change what the source computes"
+            )
         if self.train.routing != "learned":
             raise ValueError(f"train.routing must be 'learned' to adapt, got {self.train.routing!r}")
         if self.train.no_decay is not None:

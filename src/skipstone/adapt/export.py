@@ -57,16 +57,19 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """What is lost by leaving each kind of depth mechanism out."""
+    """What is lost by leaving each kind of depth mechanism out, and neuron groups that are chosen by magnitude."""
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.model.layers):
         for name in block.mechanisms:  # type: ignore[union-attr]
             layers.setdefault(name, []).append(i)
-    return [
+    lost = [
         f"{name} is left out of blocks {', '.join(map(str, blocks))}: every token passes them with weight 1, which is "
         "not what the model was trained to, and nothing is saved"
         for name, blocks in layers.items()
     ]
+    if model.config.neuron_groups is not None:
+        lost.append("neuron_groups are left out: all neurons are on for every token, and nothing is saved")
+    return lost
 
 
 def dense_activation(model: SkipstoneForCausalLM) -> str:
@@ -102,7 +105,7 @@ def _pure(activation: PolyGLU) -> set[str]:
 
 def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
     """The configuration of the same dense model in a family of transformers. Raises ValueError if there is none."""
-    if config.neuron_groups is not None:
+    if config.neuron_groups is not None and config.neuron_groups.get("decision") != "magnitude":
         raise ValueError("no dense family has neuron_groups: what they compute is scaled anew in every chunk")
     for kind, (fits, options) in TARGETS.items():
         if fits(config):
@@ -179,7 +182,8 @@ TARGETS: dict[str, Target] = {
 
 def tensors_of(model: SkipstoneForCausalLM, kind: str) -> dict[str, Tensor]:
     """The weights under the family's names, those of mechanisms left out."""
-    ours = {n: x for n, x in model.state_dict().items() if ".mechanisms." not in n and ".mlp.activation." not in n}
+    own = (".mechanisms.", ".mlp.activation.", ".mlp.router.")
+    ours = {name: x for name, x in model.state_dict().items() if not any(part in name for part in own)}
     return _gpt2_tensors(ours) if kind == "gpt2" else ours
 
 

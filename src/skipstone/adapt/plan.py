@@ -13,9 +13,11 @@ from skipstone.adapt import influence, stages, student
 from skipstone.adapt.config import AdaptRecipe
 from skipstone.adapt.source import checked, load_dense, load_teacher, same_tokens, tokenizer_of
 from skipstone.adapt.start import start_measured
+from skipstone.core.strict import from_dict
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
+from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.pretrained import load_tokenizer
@@ -49,6 +51,7 @@ def check_early(recipe: AdaptRecipe) -> None:
         SkipstoneConfig.from_plain({"mechanisms": [{k: v for k, v in entry.items() if k != "layers"}]})
     if "activation" in recipe.model:
         SkipstoneConfig.from_plain({"activation": recipe.model["activation"]})
+    from_dict(NeuronGroupsConfig, recipe.model.get("neuron_groups") or {}, "model.neuron_groups")
 
 
 def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Plan:
@@ -79,6 +82,7 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Pl
         "dropped_layers": dropped,
         "mechanisms": config.mechanisms,
         "budget": recipe.adapt.budget,
+        "neuron_groups": config.neuron_groups,
         "capacity": capacity,
         "gates_let_pass": passing,
     }
@@ -179,6 +183,8 @@ def _config(
     values = {**setup.plain(base.config), "mechanisms": entries}
     if "activation" in recipe.model:
         values["activation"] = recipe.model["activation"]
+    if recipe.model.get("neuron_groups") is not None:
+        values["neuron_groups"] = {**student.NEURON_DEFAULTS, **recipe.model["neuron_groups"]}
     config = SkipstoneConfig.from_plain(values)
     if budget is None:
         return config, None, None

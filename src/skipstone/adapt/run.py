@@ -94,6 +94,9 @@ def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
         trainer.evaluate()
     reached = None if trainer.obstacle else _reached(plan, model)
     more = {"neutral_start": plan.record["neutral_start"], "executed_share": reached, "budget": asked}
+    if model.config.neuron_groups is not None:  # which save where one token is computed at a time
+        more["decoding_share"] = round(model.cost(tokens=1, past=plan.recipe.data.context).ratio, 4)
+        say(f"in decoding: {more['decoding_share']:.1%} of the dense FLOPs a token")
     if asked is not None and reached is not None:
         within = abs(reached / asked - 1) <= budgets.WITHIN
         say(f"executed: {reached:.1%} of the dense FLOPs a token, budget {asked:.1%}")

@@ -16,6 +16,7 @@ from transformers import set_seed
 from skipstone.data.rows import Row
 from skipstone.evaluate.ways import INPUTS
 from skipstone.mechanisms import MixtureOfDepths
+from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
@@ -29,6 +30,8 @@ MIXTURE_DEFAULTS: dict[str, Any] = {
     "capacity_warmup": 0.5,
     "router_norm": True,
 }
+# The same for neurons that are left out by their magnitude; one by one, for in groups they are not sparse.
+NEURON_DEFAULTS: dict[str, Any] = {"decision": "magnitude", "group_size": 1, "capacity_warmup": 0.15}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class NeutralStart:
             raise ValueError(
                 f"the start is not neutral: logits differ by up to {self.difference:.3g}, {self.share:.2g} of the "
                 f"largest one (adapt.tolerance {tolerance:g}); mixture_of_depths needs weight tanh or none and a "
-                "capacity_warmup above 0, polyglu a source whose activation is silu"
+                "capacity_warmup above 0, as neuron_groups do, polyglu a source whose activation is silu"
             )
 
     def __str__(self) -> str:
@@ -88,7 +91,8 @@ def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> Skipstone
 def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> SkipstoneForCausalLM:
     """A model of `config` with the source's weights, its mechanisms where they change nothing.
 
-    Gates are opened and PolyGLU prefers SiLU; Mixture-of-Depths keeps its own schedule, which starts at capacity 1.
+    Gates are opened and PolyGLU prefers SiLU; Mixture-of-Depths and neuron groups keep their schedules, which start at
+    capacity 1.
     """
     set_seed(seed)
     model = SkipstoneForCausalLM(config)
@@ -97,7 +101,7 @@ def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> S
     assert not unexpected, unexpected
     assert set(missing) <= own, sorted(set(missing) - own)
     for mechanism in model.adjustables():
-        if not isinstance(mechanism, MixtureOfDepths):
+        if not isinstance(mechanism, MixtureOfDepths | NeuronGroups):
             mechanism.neutral()
     model.generation_config = source.generation_config
     return model
