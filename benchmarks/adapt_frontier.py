@@ -117,7 +117,6 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
     if record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     found: dict[str, Any] = {"sample": sample(folder)} if budget is None else {}
-    found["tokens"] = 0 if Run(folder).is_saved_model else Run(folder).result()["tokens"]
     for name, (corpus, split) in JUDGED.items():
         opened = open_run(folder, split, corpus, CONTEXT)
         assert opened.data is not None
@@ -311,11 +310,15 @@ def longest(folder: Path) -> Path | None:
 
 
 def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: list[str]) -> None:
-    source = figures(given.work / "source")
-    results = {arm: [figures(folder) for folder in folders] for arm, folders in trained.items()}
+    source = {**figures(given.work / "source"), "tokens": 0}
+    results = {
+        arm: [{**figures(folder), "tokens": Run(folder).result()["tokens"]} for folder in folders]
+        for arm, folders in trained.items()
+    }
     routed = next((folders[0] for arm, folders in trained.items() if arm.startswith("mixture")), None)
     if routed is not None:
-        results |= {arm: [found] for arm, found in dialled(routed, given.dial).items()}
+        learned = Run(routed).result()["tokens"]
+        results |= {arm: [{**found, "tokens": learned}] for arm, found in dialled(routed, given.dial).items()}
     speeds = decode_figures({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
     environment = surroundings(given.seeds[0])
     told = {
