@@ -16,6 +16,7 @@ from skipstone.adapt.config import read_recipe
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.plan import prepare_plan
 from skipstone.evaluate.flops import count_flops
+from skipstone.evaluate.run import evaluate
 from skipstone.mechanisms.neuron_groups import NAME
 from skipstone.runs import Run
 
@@ -58,6 +59,12 @@ def test_decoding_executes_the_share_that_is_promised(finished: Path) -> None:
     assert found.total / dense.forward.total == pytest.approx(result["decoding_share"], abs=1e-4)
     assert found.by_kind["mlp"] == dense.forward.mlp * 2 / 3
     assert result["executed_share"] == 1.0  # a prompt is computed in full
+
+
+def test_an_evaluation_tells_what_decoding_saves(finished: Path) -> None:
+    notes = evaluate(finished).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("FLOPs of whole rows; neurons by magnitude save in decoding, ")
 
 
 def test_it_generates(finished: Path) -> None:

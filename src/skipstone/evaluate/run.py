@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from skipstone.data.prepare import PreparedData
+    from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,6 +212,14 @@ def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) 
         lacking=opened.lacking,
         main=main.name,
         executed=count(model, main, batches(data, batch_size, device, rows=COUNTED_BATCHES * batch_size)),
-        notes=tuple(sorted({reason for mechanism in model.adjustables() if (reason := mechanism.unready())})),
+        notes=_notes(model, data.config.context),
         hard_mix=measure_hard_mix(model, main, batches(data, batch_size, device)),
     )
+
+
+def _notes(model: SkipstoneForCausalLM, context: int) -> tuple[str, ...]:
+    found = sorted({reason for mechanism in model.adjustables() if (reason := mechanism.unready())})
+    if (model.config.neuron_groups or {}).get("decision") == "magnitude":
+        share = model.cost(tokens=1, past=context // 2).ratio
+        found.append(f"FLOPs of whole rows; neurons by magnitude save in decoding, {share:.1%} of dense a token")
+    return tuple(found)
