@@ -109,7 +109,9 @@ class NeuronGroups(Adjustable):
 
     def by_magnitude(self, y_BTF: Tensor, tokens: Tokens) -> Choice:
         """y_BTF: the activations of all neurons, not packed."""
-        return self._choose(y_BTF.detach().float().abs().unflatten(-1, (self.total, -1)).mean(-1), tokens)
+        size_BTF = y_BTF.detach().float().abs()
+        alone = size_BTF.shape[-1] == self.total
+        return self._choose(size_BTF if alone else size_BTF.unflatten(-1, (self.total, -1)).mean(-1), tokens)
 
     def _choose(self, score_BTG: Tensor, tokens: Tokens) -> Choice:
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
