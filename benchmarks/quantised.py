@@ -47,7 +47,8 @@ def models(opened: Opened, folder: Path) -> Iterator[tuple[str, Path]]:
     """The run's name and its model's folder; the same of its pruned one."""
     name = opened.run.name
     yield name, opened.run.model_folder()
-    if opened.model.config.neuron_groups is not None:
+    groups = opened.model.config.neuron_groups
+    if groups is not None and groups.get("decision", "learned") == "learned":
         pruned = folder / f"{name}-pruned"
         export_pruned(opened.run.folder, pruned)
         yield f"{name}, pruned", pruned
