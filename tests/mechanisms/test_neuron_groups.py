@@ -228,16 +228,27 @@ def test_by_magnitude_every_token_keeps_its_own_largest_activations() -> None:
     assert len({tuple(row) for row in kept_BTG.flatten(0, 1).int().tolist()}) == kept_BTG[..., 0].numel()
 
 
-def test_by_magnitude_one_token_at_a_time_multiplies_its_neurons_alone() -> None:
-    built, token = alone(), ids(2, 1)
-    whole = 2 * 2 * 2 * 3 * 32 * TOTAL * 8  # layers, rows, FLOPs, matrices
+def test_by_magnitude_a_single_token_multiplies_its_neurons_alone() -> None:
+    built, token = alone(), ids(1, 1)
+    whole = 2 * 2 * 3 * 32 * TOTAL * 8  # layers, FLOPs, matrices
     with torch.no_grad():
         assert count_flops(lambda: built(token)).by_kind["mlp"] == whole * 2 / 3
         assert count_flops(lambda: built(token, executor="masked")).by_kind["mlp"] == whole
-        assert count_flops(lambda: built(ids(1, 2))).by_kind["mlp"] == whole
+        for others in (ids(1, 2), ids(2, 1)):
+            assert count_flops(lambda given=others: built(given)).by_kind["mlp"] == 2 * whole  # type: ignore[misc]
     assert count_flops(lambda: built(token)).by_kind["mlp"] == whole  # gradients are wanted
 
 
 def test_by_magnitude_nothing_can_be_balanced() -> None:
     with pytest.raises(ValueError, match=r"balance_rate must be 0 with decision 'magnitude', got 0\.1"):
         alone(balance_rate=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 4, "capacity": 0.25}])
+@pytest.mark.parametrize("activation", ["silu", "polyglu"])
+def test_by_magnitude_decoding_in_part_is_the_whole_forward_pass(activation: str, options: dict[str, Any]) -> None:
+    built, tokens = model(activation, **{"decision": "magnitude", "group_size": 1, **options}), ids(1, 12)
+    cache = DynamicCache(config=built.config)
+    with torch.no_grad():
+        logits = [built(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(12)]
+        torch.testing.assert_close(torch.cat(logits, 1), built(tokens).logits)

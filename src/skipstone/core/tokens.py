@@ -30,7 +30,7 @@ class Mode:
     all and throws away (the specification that the gathered one must equal). by_row: where each row has one token, the
     gathered executor computes rows and leaves the others out; what is called with them must then expect fewer rows.
     occupied: a selection that is gathered has at least one column, also where nobody is kept. lone: the call has one
-    token a row and no gradients, as in decoding, so that weights may be read in part.
+    token and no gradients, as in decoding one row, so that weights may be read in part.
     """
 
     routing: Routing = "causal"

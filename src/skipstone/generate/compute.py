@@ -57,7 +57,7 @@ def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
     groups = [record for record in decided.values() if isinstance(record, GroupsRecord)]
     if not groups:
         return 1, torch.ones(1, 1)
-    share_BT, lone = groups[0].kept_BTG.double().mean(-1).cpu(), groups[0].kept_BTG.shape[1] == 1
+    share_BT, lone = groups[0].kept_BTG.double().mean(-1).cpu(), groups[0].kept_BTG.shape[:2] == (1, 1)
     return 1, mlp.router.multiplied(share_BT, lone).float()
 
 

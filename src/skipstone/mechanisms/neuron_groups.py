@@ -16,7 +16,7 @@ gain of 1; the gate's matrix, which tells, is multiplied in full:
     y      = W_down[kept] ( a[kept] * W_up[kept] x )
 
 After CATS (Lee et al. 2024, arXiv 2404.08763), which keeps what lies above a threshold for each layer; here every token
-keeps the same number, so that FLOPs are known before and nothing is calibrated. It saves in calls of one token a row.
+keeps the same number, so that FLOPs are known before and nothing is calibrated. It saves in calls of one token.
 
 All else is ours. Related: a prompt's neurons serve what follows it (GRIFFIN, arXiv 2404.01365, training-free);
 mixtures of many small experts, of which this is one with a decision for a chunk and the storage of a dense MLP.
@@ -98,7 +98,7 @@ class NeuronGroups(Adjustable):
         return Fraction(self.config.kept(self.neurons, self.schedule.final), self.total)
 
     def multiplied(self, share: Any, lone: bool) -> Any:
-        """Of the MLP's matrices, for a share of groups that is on; lone: in a call of one token a row."""
+        """Of the MLP's matrices, for a share of groups that is on; lone: in a call of one token."""
         if not self.alone:
             return share
         return (1 + 2 * share) / 3 if lone else 1 + 0 * share  # the gate in full, up and down in part
@@ -110,8 +110,8 @@ class NeuronGroups(Adjustable):
     def by_magnitude(self, y_BTF: Tensor, tokens: Tokens) -> Choice:
         """y_BTF: the activations of all neurons, not packed."""
         size_BTF = y_BTF.detach().float().abs()
-        alone = size_BTF.shape[-1] == self.total
-        return self._choose(size_BTF if alone else size_BTF.unflatten(-1, (self.total, -1)).mean(-1), tokens)
+        single = size_BTF.shape[-1] == self.total
+        return self._choose(size_BTF if single else size_BTF.unflatten(-1, (self.total, -1)).mean(-1), tokens)
 
     def _choose(self, score_BTG: Tensor, tokens: Tokens) -> Choice:
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias

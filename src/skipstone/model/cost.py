@@ -227,10 +227,12 @@ def _cost(model: nn.Module, call: _Call) -> Cost:
     for i, block in enumerate(_blocks(model)):
         oracle, kept = call.routing == "oracle", call.kept.get(i, {})
         before = _work(block, call.past, {}, False, call.mechanisms)
-        work = _work(block, call.tokens, kept, oracle, call.mechanisms)
+        lone = call.tokens == call.batch == 1 and not oracle
+        work = _work(block, call.tokens, kept, oracle, call.mechanisms, lone)
         stored = call.stored.get(i, before.attention.given)
         packed = {name: load.packed or load if isinstance(load, Load) else load for name, load in kept.items()}
-        forward += _flops(block, work, _work(block, call.tokens, packed, oracle, call.mechanisms), stored, call.routing)
+        seen = _work(block, call.tokens, packed, oracle, call.mechanisms, lone)
+        forward += _flops(block, work, seen, stored, call.routing)
         trained, lean = (_work(block, call.tokens, which, True, call.mechanisms) for which in (kept, packed))
         training += _training(block, trained, lean)
         kv += (stored + work.attention.given) * _entry_bytes(block.self_attn)
@@ -252,7 +254,10 @@ def _whole(flops: Flops) -> Flops:
     return replace(flops, **{field.name: float(getattr(flops, field.name)) for field in fields(flops)})
 
 
-def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool) -> _Work:
+def _work(
+    block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool, lone: bool = False
+) -> _Work:
+    """lone: in a call of one token without gradients."""
     ran: list[tuple[Any, float]] = []
 
     def inside(site: str, load: Load) -> Load:
@@ -266,7 +271,6 @@ def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mec
     if mechanisms and hasattr(block.mlp.activation, "place"):
         ran.append((block.mlp.activation, mlp.asked))
     if not _is_experts(block.mlp):
-        lone = tokens == 1 and not oracle
         through = _through_groups(block.mlp, mlp.asked, kept, ran, lone) if mechanisms else mlp.asked
         return _Work(attention, mlp, ran, through)
     ran.append((block.mlp, mlp.asked))
@@ -278,10 +282,7 @@ def _work(block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mec
 def _through_groups(
     mlp: Any, asked: float, kept: Mapping[str, Amount], ran: list[tuple[Any, float]], lone: bool
 ) -> float | Fraction:
-    """Passes through the whole MLP that are as much as those through the groups of neurons that are on.
-
-    lone: in a call of one token a row without gradients.
-    """
+    """Passes through the whole MLP that are as much as those through the groups of neurons that are on."""
     router = getattr(mlp, "router", None)
     if router is None:
         return asked

@@ -154,7 +154,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self._check_masks(forced, x_BTD.shape[:2])
         past_key_values = self._cache(past_key_values, use_cache, mode)
         mode = _of_fixed_size(mode, past_key_values, x_BTD.shape[1])
-        mode = replace(mode, lone=x_BTD.shape[1] == 1 and mode.routing == "causal" and not torch.is_grad_enabled())
+        lone = x_BTD.shape[:2] == (1, 1) and mode.routing == "causal" and not torch.is_grad_enabled()
+        mode = replace(mode, lone=lone)
         call = Call(
             shape=x_BTD.shape[:2],
             device=x_BTD.device,
