@@ -19,7 +19,7 @@ from skipstone.model.released.files import Weights
 from skipstone.model.released.tsa import TSA
 
 HEADS, CONTEXT = 4, 24
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
+CLOSE = {"rtol": 0.0, "atol": 2e-5}  # fp32, the tolerance of the laws: processors add in different orders
 
 
 @pytest.fixture
