@@ -281,9 +281,12 @@ def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Mo
 
 
 def _between(values: Tensor, share: float) -> Tensor:
-    """A number between two of the values with about this share of them below."""
+    """A number between two of the values with about this share of them below; not between two that rounding swaps."""
     ordered = values.sort().values
     at = min(max(round(share * len(ordered)), 1), max(len(ordered) - 1, 1))
+    near = 1e-4 * (ordered[-1] - ordered[0])
+    while at < len(ordered) - 1 and ordered[at] - ordered[at - 1] < near:
+        at += 1
     return (ordered[at - 1] + ordered[min(at, len(ordered) - 1)]) / 2
 
 
