@@ -54,6 +54,7 @@ PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
 PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
 NAME, TUNED = "adapt_frontier", "dense, tuned"
 KINDS = ("fewer blocks", "mixture of depths", "random skipping", "neurons by magnitude")
+IN_DECODING = "neurons by magnitude"  # the only kind whose FLOPs fall there and nowhere else
 TITLE = "A pretrained model computes less: loss by executed FLOPs"
 LEAST = {"score": "block_influence"}
 LEARNED = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
@@ -68,8 +69,7 @@ decoding. *Dialled*: the same weights with other thresholds (`skipstone calibrat
 on {ROWS} rows of {CONTEXT} tokens of each text; FLOPs are counted while it runs, one row at a time, as shares of the
 source's (of each text's, for the same thresholds let more or fewer pass). *Decode*: one row of wikitext-2, {STEPS}
 tokens after {PROMPT}; FLOPs counted and tokens/s in turns, both by the source's. What saves in decoding only stands
-there in the pictures with these FLOPs. Nobody trains on the dictionary
-(GCIDE) or the plays (Tiny-Shakespeare)."""
+in the pictures with these FLOPs. Nobody trains on the dictionary (GCIDE) or the plays (Tiny-Shakespeare)."""
 
 
 def arms(dropped: int, budget: float, on: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -216,7 +216,7 @@ def picture(
     known = [kind for kind in KINDS if any(arm.startswith(kind) for arm in results)]
     for arm, seeds in ({TUNED: [source]} | results).items():  # results may bring a tuned one of their own
         share = statistics.fmean(s[name]["flops"] for s in seeds) / source[name]["flops"]
-        share = speeds[arm]["flops"] if arm in speeds and share == 1 else share  # what saves in decoding only
+        share = speeds[arm]["flops"] if arm.startswith(IN_DECODING) else share
         point = (share, statistics.fmean(s[name]["loss"] for s in seeds))
         for kind in [arm.split(" at ")[0]] if arm != TUNED else known:
             kinds.setdefault(kind, []).append(point)
@@ -234,7 +234,8 @@ def picture(
         y_range=bounds(ys, 0.08),
         label="{:.0%}".format,
     )
-    return standalone(drawing, [(kind, each.look) for kind, each in zip(kinds, drawn, strict=True)])
+    names = [f"{kind}, decoding" if kind == IN_DECODING else kind for kind in kinds]
+    return standalone(drawing, [(name, each.look) for name, each in zip(names, drawn, strict=True)])
 
 
 def standalone(drawing: str, names: Sequence[tuple[str, Look]]) -> str:

@@ -36,7 +36,8 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
     gates = [m for m in model.adjustables() if is_gate(m)]
     if not mixtures and not gates:
         raise ValueError(
-            "adapt.budget needs a mechanism that skips: mixture_of_depths, token_selective, early_exit or gate_skip"
+            "adapt.budget needs a mechanism that skips: mixture_of_depths, token_selective, early_exit or gate_skip "
+            "(neuron_groups take a capacity instead)"
         )
 
     def share(kept: float) -> float:
