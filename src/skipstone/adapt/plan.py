@@ -12,7 +12,7 @@ from skipstone.adapt import budget as budgets
 from skipstone.adapt import influence, stages, student
 from skipstone.adapt.config import AdaptRecipe
 from skipstone.adapt.source import checked, load_dense, load_teacher, same_tokens, tokenizer_of
-from skipstone.adapt.start import start_measured
+from skipstone.adapt.start import measure_neurons, start_measured
 from skipstone.core.strict import from_dict
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
@@ -65,6 +65,7 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Pl
     base, dropped = _dropped(recipe, dense, scores)
     config, capacity, passing = _config(recipe, base, _scores(recipe, base, rows) if dropped else scores, flops)
     model = student.route(base, config, recipe.train.seed)
+    measure_neurons(model, rows)
     if recipe.adapt.start == "measured":
         start_measured(model, base, rows)
     neutral = student.neutral_start(model, base, rows[:NEUTRAL_ROWS])

@@ -84,17 +84,20 @@ class GroupsRecord(NamedTuple):
     """The groups of neurons that are on in the MLP of one block.
 
     score_BTG: fp32 scores, NaN for tokens that were never asked. kept_BTG: bool. asked_BT: bool.
+    tried_BTG: bool, those whose products were made to tell which are kept; the same as kept_BTG where no more were.
     """
 
     score_BTG: Tensor
     kept_BTG: Tensor
     asked_BT: Tensor
+    tried_BTG: Tensor
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> GroupsRecord:
         return GroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
             part.scatter(self.kept_BTG, False),
             part.scatter(self.asked_BT, False),
+            part.scatter(self.tried_BTG, False),
         )
 
 

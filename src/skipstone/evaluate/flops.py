@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from skipstone.ops import rows
+
 aten = torch.ops.aten
 
 FREE_NAMES = """
@@ -23,9 +25,9 @@ _softmax _safe_softmax tril _softmax_backward_data _log_softmax _log_softmax_bac
 nll_loss_forward nll_loss_backward binary_cross_entropy_with_logits
 native_layer_norm native_layer_norm_backward native_dropout gelu gelu_backward threshold_backward
 embedding embedding_dense_backward constant_pad_nd slice_backward select_backward cat stack flip roll
-sort cumsum cummax cummin nonzero index index_put index_put_ _index_put_impl_ index_select index_add index_copy
-gather scatter scatter_add topk searchsorted floor_divide _local_scalar_dense item _to_copy copy_
-masked_fill_ index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
+sort cumsum cummax cummin nonzero nonzero_static index index_put index_put_ _index_put_impl_ index_select
+index_add index_copy gather scatter scatter_ scatter_add topk searchsorted floor_divide _local_scalar_dense item
+_to_copy copy_ masked_fill_ index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
 arange empty empty_like new_empty empty_strided new_empty_strided scalar_tensor zeros zeros_like new_zeros
 ones ones_like new_ones full full_like new_full fill_ exponential_ bernoulli_ uniform_ rand_like
 """  # softmax, losses, norms; looking up; sorting, gathering, copying; filling, drawing
@@ -153,6 +155,10 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None,
     return 2 * inside * (a.shape[1] * b.shape[2] if a.dim() == 2 else a.shape[1] * a.shape[2])
 
 
+def _rows(x: torch.Tensor, weight: torch.Tensor, row: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * len(row) * weight.shape[1]
+
+
 FORWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention,
@@ -172,4 +178,6 @@ TABLE: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(FORWARD, _attention),
     **dict.fromkeys(BACKWARD, _attention_backward),
     aten._grouped_mm: _grouped,
+    rows.PRODUCTS: _rows,
+    rows.TOTAL: _rows,
 }

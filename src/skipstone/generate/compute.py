@@ -57,8 +57,8 @@ def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
     groups = [record for record in decided.values() if isinstance(record, GroupsRecord)]
     if not groups:
         return 1, torch.ones(1, 1)
-    share_BT, lone = groups[0].kept_BTG.double().mean(-1).cpu(), groups[0].kept_BTG.shape[:2] == (1, 1)
-    return 1, mlp.router.multiplied(share_BT, lone).float()
+    tried_BT, kept_BT = (on_BTG.double().mean(-1).cpu() for on_BTG in (groups[0].tried_BTG, groups[0].kept_BTG))
+    return 1, mlp.router.multiplied((tried_BT + kept_BT) / 2, lone=kept_BT.shape == (1, 1)).float()
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,9 @@ The best groups of a chunk are taken, not the best tokens of a row, so the share
 training decides and computes as generation does. The router learns from the gain of the groups that it keeps. The chunk
 exists for decoding: while it lasts, the same part of the weights is read in every step.
 
-With `decision: magnitude` there is no router. Each token keeps the groups whose own activations are largest, with a
-gain of 1; the gate's matrix, which tells, is multiplied in full:
+`decision: magnitude` does without a router: `magnitude.py`.
 
-    a      = act(W_gate x),    score = mean |a| over the group
-    y      = W_down[kept] ( a[kept] * W_up[kept] x )
-
-After CATS (Lee et al. 2024, arXiv 2404.08763), which keeps what lies above a threshold for each layer; here every token
-keeps the same number, so that FLOPs are known before and nothing is calibrated. It saves in calls of one token.
-
-All else is ours. Related: a prompt's neurons serve what follows it (GRIFFIN, arXiv 2404.01365, training-free);
+All is ours. Related: a prompt's neurons serve what follows it (GRIFFIN, arXiv 2404.01365, training-free);
 mixtures of many small experts, of which this is one with a decision for a chunk and the storage of a dense MLP.
 Balancing without a loss is that of arXiv 2408.15664: a bias that only choosing sees, moved by u sign(mean - share of
 tokens) a step.
@@ -69,14 +62,17 @@ class NeuronGroups(Adjustable):
         self.schedule = Capacity(self.config.capacity, self.config.capacity_warmup)
         self.balance_bias: Tensor | None
         self.register_buffer("balance_bias", torch.zeros(self.total) if self.config.balance_rate else None)
-        self.learns, self.alone = (self.config.decision == name for name in ("learned", "magnitude"))
+        self.learns = self.config.decision == "learned"
+        self._build(hidden_size)
+        self.reset_parameters()
+
+    def _build(self, hidden_size: int) -> None:
         if self.learns:
             R = self.config.router_width
             self.context_weight = nn.Parameter(torch.empty(R, hidden_size))
             self.context_bias = nn.Parameter(torch.empty(R))
             self.score_weight = nn.Parameter(torch.empty(self.total, R))
             self.score_bias = nn.Parameter(torch.empty(self.total))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.balance_bias is not None:
@@ -99,25 +95,13 @@ class NeuronGroups(Adjustable):
 
     def multiplied(self, share: Any, lone: bool) -> Any:
         """Of the MLP's matrices, for a share of groups that is on; lone: in a call of one token."""
-        if not self.alone:
-            return share
-        return (1 + 2 * share) / 3 if lone else 1 + 0 * share  # the gate in full, up and down in part
+        return share
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> Choice:
         """x_BTD: the MLP's input, not packed."""
-        return self._choose(self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens), tokens)
-
-    def by_magnitude(self, y_BTF: Tensor, tokens: Tokens) -> Choice:
-        """y_BTF: the activations of all neurons, not packed."""
-        size_BTF = y_BTF.detach().float().abs()
-        single = size_BTF.shape[-1] == self.total
-        return self._choose(size_BTF if single else size_BTF.unflatten(-1, (self.total, -1)).mean(-1), tokens)
-
-    def _choose(self, score_BTG: Tensor, tokens: Tokens) -> Choice:
+        score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
-        group_BTK = ranked_BTG.topk(self.kept, dim=-1, sorted=False).indices
-        if not self.alone:  # runs of tokens are told by it; of many small groups it costs more than it brings
-            group_BTK = group_BTK.sort(-1).values
+        group_BTK = ranked_BTG.topk(self.kept, dim=-1, sorted=False).indices.sort(-1).values
         gain_BTK = 2 * score_BTG.gather(-1, group_BTK).sigmoid() if self.learns else torch.ones_like(group_BTK).float()
         return Choice(group_BTK, gain_BTK, self._record(score_BTG, group_BTK, tokens))
 
@@ -127,7 +111,7 @@ class NeuronGroups(Adjustable):
         if tokens.real_BT is not None:
             kept_BTG = kept_BTG & asked_BT[..., None]
             seen_BTG = seen_BTG.masked_fill(~asked_BT[..., None], float("nan"))
-        return GroupsRecord(seen_BTG, kept_BTG, asked_BT)
+        return GroupsRecord(seen_BTG, kept_BTG, asked_BT, kept_BTG)
 
     def _scores(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         z_BTR = score_linear(x_BTD, self.context_weight)
@@ -157,7 +141,8 @@ class NeuronGroups(Adjustable):
 
     def unasked(self, x_BTD: Tensor) -> GroupsRecord:
         nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], self.total), float("nan"), dtype=torch.float32)
-        return GroupsRecord(nan_BTG, nan_BTG > 0, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
+        none_BTG = nan_BTG > 0
+        return GroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
 
     def unready(self) -> str | None:
         return self.schedule.unready()

@@ -15,6 +15,7 @@ class NeuronGroupsConfig:
     over which it falls from 1. chunk_size: tokens of a document that share a decision. decay: a token weighs that much
     of the next one. router_width: R. balance_rate: u, 0 for none. decision: learned, magnitude, or random as a control;
     with magnitude every token has groups of its own, and chunk_size, decay and router_width are not read.
+    down_capacity: with magnitude, the share of the groups that the last matrix is multiplied for; None: `capacity`.
     left: groups that each layer still has after pruning; None: all.
     """
 
@@ -26,6 +27,7 @@ class NeuronGroupsConfig:
     router_width: int = 32
     balance_rate: float = 0.0
     decision: Literal["learned", "magnitude", "random"] = "learned"
+    down_capacity: float | None = None
     left: list[int] | None = None
 
     def __post_init__(self) -> None:
@@ -41,6 +43,12 @@ class NeuronGroupsConfig:
             raise ValueError(f"balance_rate must not be negative, got {self.balance_rate}")
         if self.balance_rate and self.decision == "magnitude":
             raise ValueError(f"balance_rate must be 0 with decision 'magnitude', got {self.balance_rate}")
+        if self.down_capacity is None:
+            return
+        if self.decision != "magnitude":
+            raise ValueError(f"down_capacity is for decision 'magnitude' alone, got it with {self.decision!r}")
+        if not 0 < self.down_capacity <= self.capacity:
+            raise ValueError(f"down_capacity must be in (0, capacity = {self.capacity}], got {self.down_capacity}")
 
     def require(self, layers: int, neurons: int) -> None:
         """Raise ValueError unless so many neurons can be grouped in so many layers, and one group at least is kept."""
@@ -49,8 +57,9 @@ class NeuronGroupsConfig:
                 f"neuron_groups.group_size must divide intermediate_size, got {self.group_size} and {neurons}"
             )
         groups, kept = neurons // self.group_size, self.kept(neurons)
-        if not kept:
-            raise ValueError(f"neuron_groups.capacity {self.capacity} keeps none of {groups} groups")
+        for name, share in (("capacity", self.capacity), ("down_capacity", self.down_capacity)):
+            if share is not None and not self.kept(neurons, share):
+                raise ValueError(f"neuron_groups.{name} {share} keeps none of {groups} groups")
         if self.left is None:
             return
         if len(self.left) != layers:

@@ -13,6 +13,7 @@ from transformers import initialization as init
 
 from skipstone.core.strict import choose, from_dict, unknown
 from skipstone.mechanisms import ACTIVATION, DEPTH, Place
+from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.mechanisms.neuron_groups import NAME as NEURON_GROUPS
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
@@ -20,8 +21,9 @@ from skipstone.model.layers import parse_layers
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
 from skipstone.nn.experts import ROW_OF_16_BYTES, ExpertsConfig, ExpertsMLP
+from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.linear import OutputLinear
-from skipstone.nn.magnitude_mlp import mlp_of
+from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
 from skipstone.nn.positions import STATIC_ROPE, Rotary
@@ -220,10 +222,18 @@ def _mlp(config: Any, layer: int) -> nn.Module:
         place = _everywhere(config, layer, "experts")
         return ExpertsMLP(*sizes, activation, dropout, place, **(config.experts or {}))
     if config.neuron_groups is not None:
-        router = NeuronGroups(*sizes, _everywhere(config, layer, NEURON_GROUPS), **config.neuron_groups)
-        return mlp_of(router.config.decision)(config.hidden_size, _neurons(config, layer), activation, router, dropout)
+        return _grouped_mlp(config, layer, activation, dropout)
     mlp: Callable[..., nn.Module] = MLPS[config.mlp]
     return mlp(*sizes, activation, config.mlp_bias, dropout, config.mlp_hidden_dropout)
+
+
+def _grouped_mlp(config: Any, layer: int, activation: nn.Module, dropout: float) -> GroupedMLP:
+    """What chooses the groups, and the MLP that executes it."""
+    by_magnitude = config.neuron_groups.get("decision") == "magnitude"
+    router, mlp = (MagnitudeGroups, MagnitudeMLP) if by_magnitude else (NeuronGroups, GroupedMLP)
+    width, place = config.hidden_size, _everywhere(config, layer, NEURON_GROUPS)
+    chooses = router(width, config.intermediate_size, place, **config.neuron_groups)
+    return mlp(width, _neurons(config, layer), activation, chooses, dropout)
 
 
 def build_norm(config: SkipstoneConfig) -> nn.Module:

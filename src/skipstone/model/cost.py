@@ -163,8 +163,9 @@ def _choices(experts: Any, record: ExpertsRecord) -> Fraction:
 
 
 def _share_on(record: GroupsRecord) -> Fraction:
-    """Of the groups, the same for every token."""
-    return Fraction(int(record.kept_BTG.sum()), int(record.asked_BT.sum()) * record.kept_BTG.shape[-1])
+    """Of the groups, the same for every token; where more are tried than kept, the mean of both."""
+    on = int(record.kept_BTG.sum()) + int(record.tried_BTG.sum())
+    return Fraction(on, 2 * int(record.asked_BT.sum()) * record.kept_BTG.shape[-1])
 
 
 def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, Load]]:

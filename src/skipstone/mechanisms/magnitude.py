@@ -1,0 +1,100 @@
+"""Neurons by magnitude: each token keeps those that its own activations call for. Nothing is learned.
+
+    a      = act(W_gate x)
+    tried  = the floor(capacity G) groups with the largest mean |a| r
+    h      = a[tried] * W_up[tried] x
+    kept   = of these, the floor(down_capacity G) groups with the largest mean |h|
+    y      = W_down[kept] h[kept]
+
+r is the typical size of W_up x, neuron by neuron: 1, or its root mean square over some text (`adapt/start.py`), so that
+|a| r stands for the |h| that is not known yet. The gate's matrix, which tells, is multiplied in full.
+
+After CATS (Lee et al. 2024, arXiv 2404.08763), which keeps what lies above a threshold of |a| for each layer. Ours: a
+fixed number for every token, so that FLOPs are known before; r; and the second choice, by the product itself, as TEAL
+(arXiv 2408.14690) chooses the inputs of a matrix. It saves in calls of one token.
+
+Shape letters: B rows, T tokens, F neurons, G groups.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import initialization as init
+
+from skipstone.core.records import GroupsRecord
+from skipstone.core.tokens import Tokens, every
+from skipstone.mechanisms.neuron_groups import NeuronGroups
+from skipstone.mechanisms.schedules import Capacity
+
+
+class MagnitudeGroups(NeuronGroups):
+    """Decides which groups are tried, and which of these are kept; the MLP executes it."""
+
+    typical_F: Tensor
+
+    def _build(self, hidden_size: int) -> None:
+        config = self.config
+        down = config.capacity if config.down_capacity is None else config.down_capacity
+        self.down_schedule = Capacity(down, config.capacity_warmup)
+        self.register_buffer("typical_F", torch.empty(self.total * config.group_size))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.ones_(self.typical_F)
+
+    @property
+    def kept(self) -> int:
+        """Groups that go through the last matrix, in force."""
+        return min(self.config.kept(self.neurons, self.down_schedule.now), self.total)
+
+    @property
+    def tried(self) -> int:
+        """Groups that the second matrix is multiplied for, in force."""
+        return super().kept
+
+    @property
+    def share_on(self) -> Fraction:
+        """The mean of both shares once a warm-up is over."""
+        tried, kept = (self.config.kept(self.neurons, s.final) for s in (self.schedule, self.down_schedule))
+        return Fraction(tried + kept, 2 * self.total)
+
+    def multiplied(self, share: Any, lone: bool) -> Any:
+        return (1 + 2 * share) / 3 if lone else 1 + 0 * share  # the gate in full, up and down in part
+
+    def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
+        score_BTG = self._sizes(a_BTF.detach().float().abs() * self.typical_F.float())
+        return score_BTG, _largest(score_BTG, self.tried)
+
+    def worth_keeping(self, h_BTF: Tensor) -> Tensor:
+        """bool [B, T, groups of `h_BTF`]; h_BTF: products."""
+        return _largest(self._sizes(h_BTF.detach().float().abs()), self.kept)
+
+    def _sizes(self, size_BTF: Tensor) -> Tensor:
+        width = self.config.group_size
+        return size_BTF if width == 1 else size_BTF.unflatten(-1, (-1, width)).mean(-1)
+
+    def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> GroupsRecord:
+        asked_BT = every(tokens, score_BTG[..., 0])
+        if tokens.real_BT is not None:
+            tried_BTG, kept_BTG = (on_BTG & asked_BT[..., None] for on_BTG in (tried_BTG, kept_BTG))
+            score_BTG = score_BTG.masked_fill(~asked_BT[..., None], float("nan"))
+        return GroupsRecord(score_BTG, kept_BTG, asked_BT, tried_BTG)
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        super().advance(progress, statistics)
+        self.down_schedule.advance(progress)
+
+    def neutral(self) -> None:
+        super().neutral()
+        self.down_schedule.pin(1.0)
+
+
+def _largest(size_BTG: Tensor, count: int) -> Tensor:
+    """bool [B, T, G]."""
+    none_BTG = torch.zeros_like(size_BTG, dtype=torch.bool)
+    return none_BTG.scatter_(-1, size_BTG.topk(count, dim=-1, sorted=False).indices, True)
