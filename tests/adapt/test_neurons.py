@@ -20,7 +20,7 @@ from skipstone.evaluate.run import evaluate
 from skipstone.mechanisms.neuron_groups import NAME
 from skipstone.runs import Run
 
-HALF = {"neuron_groups": {"capacity": 0.5}}
+HALF = {"neuron_groups": {"capacity": 0.75, "down_capacity": 0.25}}  # in the mean
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,27 @@ def test_it_starts_as_the_source_and_ends_with_half_of_the_neurons(finished: Pat
         "decision": "magnitude",
         "group_size": 1,
         "capacity_warmup": 0.15,
-        "capacity": 0.5,
+        "capacity": 0.75,
+        "down_capacity": 0.25,
     }
     ids = torch.arange(12)[None] + 3
     with torch.no_grad():
         records = model(ids, output_records=True).records
-    assert all((decided[NAME].kept_BTG.sum(-1) == 24).all() for decided in records)
+    assert all((decided[NAME].tried_BTG.sum(-1) == 36).all() for decided in records)
+    assert all((decided[NAME].kept_BTG.sum(-1) == 12).all() for decided in records)
+
+
+@torch.no_grad()
+def test_it_knows_how_large_the_other_factor_typically_is(source: Path, tmp_path: Path) -> None:
+    plan = prepare_plan(str(source), read_recipe(recipe(tmp_path, HALF)))
+    mlp: Any = plan.model.model.layers[0].mlp
+    seen: list[torch.Tensor] = []
+    mlp.up_proj.register_forward_hook(lambda module, args, out: seen.append(out))
+    for row in plan.rows:
+        plan.model(**{name: row[name] for name in ("input_ids", "attention_mask") if name in row})
+    expected_F = torch.cat([x.flatten(0, 1) for x in seen]).square().mean(0).sqrt()
+    torch.testing.assert_close(mlp.router.typical_F, expected_F)
+    assert expected_F.std() > 0
 
 
 @torch.no_grad()
@@ -90,6 +105,8 @@ def test_it_comes_back_as_a_dense_checkpoint(source: Path, finished: Path, tmp_p
         ([0.5], r"model.neuron_groups must be a mapping, got \[0.5\]"),
         ({"capacity": 1.5}, r"capacity must be in \(0, 1\], got 1.5"),
         ({"capasity": 0.5}, "capasity"),
+        ({"capacity": 0.5, "down_capacity": 0.6}, r"down_capacity must be in \(0, capacity = 0.5\], got 0.6"),
+        ({"capacity": 0.5, "down_capacity": 0.01}, r"neuron_groups.down_capacity 0.01 keeps none of 48 groups"),
         ({"capacity": 0.5, "group_size": 7}, "group_size must divide intermediate_size, got 7 and 48"),
         ({"capacity": 0.5, "capacity_warmup": 0.0}, "the start is not neutral"),
     ],
@@ -105,4 +122,4 @@ def test_beside_tokens_that_skip(source: Path, tmp_path: Path) -> None:
     both = {**HALF, "mechanisms": [{"name": "mixture_of_depths", "layers": [1], "capacity": 0.5}]}
     plan = prepare_plan(str(source), read_recipe(recipe(tmp_path, both)))
     assert plan.record["neutral_start"]["difference"] <= 1e-5 * plan.record["neutral_start"]["largest"]
-    assert plan.record["neuron_groups"]["capacity"] == 0.5
+    assert plan.record["neuron_groups"]["capacity"] == 0.75

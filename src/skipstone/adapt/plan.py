@@ -51,7 +51,8 @@ def check_early(recipe: AdaptRecipe) -> None:
         SkipstoneConfig.from_plain({"mechanisms": [{k: v for k, v in entry.items() if k != "layers"}]})
     if "activation" in recipe.model:
         SkipstoneConfig.from_plain({"activation": recipe.model["activation"]})
-    from_dict(NeuronGroupsConfig, recipe.model.get("neuron_groups") or {}, "model.neuron_groups")
+    if (groups := recipe.model.get("neuron_groups")) is not None:
+        from_dict(NeuronGroupsConfig, {**student.NEURON_DEFAULTS, **groups}, "model.neuron_groups")
 
 
 def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Plan:

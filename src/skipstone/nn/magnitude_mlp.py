@@ -60,7 +60,7 @@ class MagnitudeMLP(GroupedMLP):
             at_K = _listed(self.router.worth_keeping(h_J[None, None]), kept)
             at_J, group_K = _neurons(at_K, size), group_K[at_K]
             h_J, on_J = h_J[at_J], on_J[at_J]
-            kept_11G = torch.zeros_like(tried_11G).index_fill_(-1, group_K, True)
+            kept_11G = torch.zeros_like(tried_11G).scatter_(-1, group_K[None, None], True)
         return rows.total(h_J, self._down(cache), on_J)[None, None], kept_11G
 
     def _down(self, cache: SkipstoneCacheLayer | None) -> Tensor:
