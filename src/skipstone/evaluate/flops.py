@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from skipstone.ops import rows
+from skipstone.ops import magnitude
 
 aten = torch.ops.aten
 
@@ -155,8 +155,10 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None,
     return 2 * inside * (a.shape[1] * b.shape[2] if a.dim() == 2 else a.shape[1] * a.shape[2])
 
 
-def _rows(x: torch.Tensor, weight: torch.Tensor, row: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * len(row) * weight.shape[1]
+def _magnitude(*args: Any, **kwargs: Any) -> int:
+    """Rows of two matrices: those that are tried, those that are kept."""
+    up_FD, tried, kept, size = args[3], *args[5:8]
+    return 2 * (tried + kept) * size * up_FD.shape[1]  # type: ignore[no-any-return]
 
 
 FORWARD = (
@@ -178,6 +180,5 @@ TABLE: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(FORWARD, _attention),
     **dict.fromkeys(BACKWARD, _attention_backward),
     aten._grouped_mm: _grouped,
-    rows.PRODUCTS: _rows,
-    rows.TOTAL: _rows,
+    magnitude.NATIVE: _magnitude,
 }

@@ -13,7 +13,7 @@ After CATS (Lee et al. 2024, arXiv 2404.08763), which keeps what lies above a th
 fixed number for every token, so that FLOPs are known before; r; and the second choice, by the product itself, as TEAL
 (arXiv 2408.14690) chooses the inputs of a matrix. It saves in calls of one token.
 
-Shape letters: B rows, T tokens, F neurons, G groups.
+Shape letters: B rows, T tokens, D width, F neurons, G groups.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from skipstone.core.records import GroupsRecord
 from skipstone.core.tokens import Tokens, every
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.mechanisms.schedules import Capacity
+from skipstone.ops.magnitude import largest, sizes
 
 
 class MagnitudeGroups(NeuronGroups):
@@ -67,16 +68,16 @@ class MagnitudeGroups(NeuronGroups):
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
-        score_BTG = self._sizes(a_BTF.detach().float().abs() * self.typical_F.float())
-        return score_BTG, _largest(score_BTG, self.tried)
+        score_BTG = sizes(a_BTF, self.config.group_size, self.typical_F)
+        return score_BTG, largest(score_BTG, self.tried)
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """bool [B, T, groups of `h_BTF`]; h_BTF: products."""
-        return _largest(self._sizes(h_BTF.detach().float().abs()), self.kept)
+        """bool [B, T, G]; h_BTF: products of those that are tried, else 0."""
+        return largest(sizes(h_BTF, self.config.group_size), self.kept)
 
-    def _sizes(self, size_BTF: Tensor) -> Tensor:
-        width = self.config.group_size
-        return size_BTF if width == 1 else size_BTF.unflatten(-1, (-1, width)).mean(-1)
+    def parts(self, up_FD: Tensor, down_FD: Tensor) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+        """What `ops.magnitude.one_token` needs to know, besides the token."""
+        return self.typical_F, up_FD, down_FD, self.tried, self.kept, self.config.group_size
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> GroupsRecord:
         asked_BT = every(tokens, score_BTG[..., 0])
@@ -92,9 +93,3 @@ class MagnitudeGroups(NeuronGroups):
     def neutral(self) -> None:
         super().neutral()
         self.down_schedule.pin(1.0)
-
-
-def _largest(size_BTG: Tensor, count: int) -> Tensor:
-    """bool [B, T, G]."""
-    none_BTG = torch.zeros_like(size_BTG, dtype=torch.bool)
-    return none_BTG.scatter_(-1, size_BTG.topk(count, dim=-1, sorted=False).indices, True)

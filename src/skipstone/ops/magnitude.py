@@ -1,0 +1,94 @@
+"""Choosing neurons by magnitude, and one token's MLP from the rows of those that are chosen, and no others.
+
+With numba at hand, on a CPU, rows are read where they lie (`magnitude_native.py`). Elsewhere their part is copied and
+then multiplied, which costs no more FLOPs, but as much time as multiplying all of them where memory is the limit.
+
+Shape letters: D width, F neurons, J neurons that are on, G groups, K groups that are on.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_library = torch.library.Library("skipstone", "FRAGMENT")  # an operation of torch, so that a counter sees it
+_library.define(
+    "magnitude_mlp(Tensor x_11D, Tensor a_11F, Tensor typical_F, Tensor up_FD, Tensor down_FD, int tried, int kept, "
+    "int size) -> (Tensor y_11D, Tensor score_11G, Tensor tried_11G, Tensor kept_11G)"
+)
+NATIVE = torch.ops.skipstone.magnitude_mlp
+
+
+class Part(NamedTuple):
+    """y_11D: what the MLP gives. score_11G: fp32. tried_11G, kept_11G: bool."""
+
+    y_11D: Tensor
+    score_11G: Tensor
+    tried_11G: Tensor
+    kept_11G: Tensor
+
+
+def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
+    """fp32 [.., G], the mean magnitude of each group of `size` neurons [.., F]; typical_F: factors of the neurons."""
+    magnitude = value.detach().float().abs()
+    if typical_F is not None:
+        magnitude = magnitude * typical_F.float()
+    return magnitude if size == 1 else magnitude.unflatten(-1, (-1, size)).mean(-1)
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """bool [.., G], True at the `count` largest scores."""
+    none = torch.zeros_like(score, dtype=torch.bool)
+    return none.scatter_(-1, score.topk(count, dim=-1, sorted=False).indices, True)
+
+
+def one_token(
+    x_11D: Tensor, a_11F: Tensor, typical_F: Tensor, up_FD: Tensor, down_FD: Tensor, tried: int, kept: int, size: int
+) -> Part:
+    """Of groups of `size` neurons, `tried` by |a| times what is typical, and of these `kept` by |a * up x|."""
+    if down_FD.stride(1) == 1 and served(down_FD):
+        return Part(*NATIVE(x_11D, a_11F, typical_F, up_FD, down_FD, tried, kept, size))
+    score_11G = sizes(a_11F, size, typical_F)
+    kept_11G = tried_11G = largest(score_11G, tried)
+    group_K = _listed(tried_11G, tried)
+    on_J = _neurons(group_K, size)
+    h_1J = a_11F[0, :, on_J] * F.linear(x_11D[0], up_FD.index_select(0, on_J))
+    if kept < tried:
+        at_K = _listed(largest(sizes(h_1J, size), kept)[None], kept)
+        kept_11G = torch.zeros_like(tried_11G).scatter_(-1, group_K[at_K][None, None], True)
+        at_J = _neurons(at_K, size)
+        h_1J, on_J = h_1J[:, at_J], on_J[at_J]
+    y_1D = F.linear(h_1J, down_FD.t().index_select(1, on_J))
+    return Part(y_1D[None], score_11G, tried_11G, kept_11G)
+
+
+def served(weight: Tensor) -> bool:
+    """Whether rows of this matrix, once they are contiguous, are read where they lie."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (torch.float32, torch.bfloat16)
+    return plain and weight.device.type == "cpu" and _compiled()
+
+
+@cache
+def _compiled() -> bool:
+    if find_spec("numba") is None:
+        return False
+    _library.impl("magnitude_mlp", import_module("skipstone.ops.magnitude_native").one_token, "CPU")
+    return True
+
+
+def _listed(on_11G: Tensor, count: int) -> Tensor:
+    """int64 [K], ascending: columns in their order are copied four times as fast as in any other."""
+    return torch.nonzero_static(on_11G[0, 0], size=count)[:, 0]
+
+
+def _neurons(group_K: Tensor, size: int) -> Tensor:
+    """int64 [J], those of these groups."""
+    if size == 1:
+        return group_K
+    return (group_K[:, None] * size + torch.arange(size, device=group_K.device)).flatten()

@@ -1,0 +1,192 @@
+"""One token's MLP from the rows of the neurons that are chosen, compiled for this processor by numba.
+
+Meaning as in `magnitude.one_token`. Rows are read where they lie, eight at a time, for one stream after the other would
+leave the memory idle. Sums are of fp32, whatever the weights are; bf16 is read as the upper half of an fp32 number, for
+the compiler has no such type. Of equal scores the first ones are chosen. Tensors are handed over by their addresses:
+numpy's arrays of them would cost a small model as much time as its rows.
+
+Shape letters: D width, F neurons, J neurons that are on, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+AT_ONCE = 8  # four: a quarter more time
+KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
+# Any order of adding, but NaN stays what it is. Kept on disk, for compiling takes seconds.
+compiled: Any = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
+
+
+def one_token(
+    x_11D: Tensor, a_11F: Tensor, typical_F: Tensor, up_FD: Tensor, down_FD: Tensor, tried: int, kept: int, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    F, D = up_FD.shape
+    given = [x_11D.float().contiguous(), a_11F.float().contiguous(), typical_F.float(), up_FD, down_FD]
+    y_11D, score_11G = torch.zeros(1, 1, D), torch.empty(1, 1, F // size)
+    tried_11G, kept_11G = (torch.zeros(1, 1, F // size, dtype=torch.bool) for _ in range(2))
+    addresses = tuple([x.data_ptr() for x in (*given, y_11D, score_11G, tried_11G, kept_11G)])
+    _one_token(addresses, (D, F, size, tried, kept), KINDS[up_FD.dtype])
+    return y_11D.to(x_11D.dtype), score_11G, tried_11G, kept_11G
+
+
+@compiled
+def _one_token(addresses: Any, sizes: Any, kind: Any) -> None:
+    x_at, a_at, typical_at, up_at, down_at, y_at, score_at, tried_at, kept_at = addresses
+    D, F, size, tried, kept = sizes
+    single, groups = np.float32(0), F // size
+    x, a, typical = _lying(x_at, (D,), single), _lying(a_at, (F,), single), _lying(typical_at, (F,), single)
+    up, down, y = _lying(up_at, (F, D), kind), _lying(down_at, (F, D), kind), _lying(y_at, (D,), single)
+    score = _lying(score_at, (groups,), single)
+    on, left = _lying(tried_at, (groups,), False), _lying(kept_at, (groups,), False)
+    for g in range(groups):
+        total = np.float32(0)
+        for f in range(g * size, (g + 1) * size):
+            total += abs(a[f]) * typical[f]
+        score[g] = total / size
+    _mark(score, tried, on)
+    row, h = np.empty(tried * size, np.int64), np.empty(tried * size, np.float32)
+    _list(on, size, row)
+    _products(x, up, row, h)
+    for j in range(len(row)):
+        h[j] *= a[row[j]]
+    if kept == tried:
+        left[:] = on
+    else:
+        h, row = _keep(h, row, kept, size, left)
+    _total(h, down, row, y)
+
+
+@compiled
+def _keep(h: Any, row: Any, kept: int, size: int, left: Any) -> Any:
+    """What is largest of h, with its rows; marks its groups."""
+    magnitude, chosen = np.empty(len(h) // size, np.float32), np.zeros(len(h) // size, np.bool_)
+    for k in range(len(magnitude)):
+        total = np.float32(0)
+        for j in range(k * size, (k + 1) * size):
+            total += abs(h[j])
+        magnitude[k] = total
+    _mark(magnitude, kept, chosen)
+    at = np.empty(kept * size, np.int64)
+    _list(chosen, size, at)
+    for j in range(len(at)):
+        left[row[at[j]] // size] = True
+    return h[at], row[at]
+
+
+@compiled
+def _mark(score: Any, count: int, on: Any) -> None:
+    """True at the `count` largest. Numbers that are not negative are in the order of their bits, NaN above all."""
+    bits, least, places = score.view(np.int32), np.int32(0), count
+    for power in range(30, -1, -1):  # the largest number that `count` scores reach
+        more, reached = least | np.int32(1 << power), np.int32(0)
+        for g in range(len(bits)):
+            reached += np.int32(bits[g] >= more)
+        least = more if reached >= count else least
+    for g in range(len(bits)):
+        if bits[g] > least:
+            on[g] = True
+            places -= 1
+    for g in range(len(bits)):
+        if places and bits[g] == least:
+            on[g] = True
+            places -= 1
+
+
+@compiled
+def _list(on: Any, size: int, row: Any) -> None:
+    """The neurons of the groups that are on, ascending."""
+    count = 0
+    for g in range(len(on)):
+        if on[g]:
+            for f in range(g * size, (g + 1) * size):
+                row[count] = f
+                count += 1
+
+
+@compiled
+def _products(x: Any, weight: Any, row: Any, out: Any) -> None:
+    """out[j] = weight[row[j]] x."""
+    whole = len(row) - len(row) % AT_ONCE
+    for j in range(0, whole, AT_ONCE):
+        r0, r1, r2, r3, r4, r5, r6, r7 = _eight(row, j)
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
+        for i in range(len(x)):
+            s0 += _fp32(weight[r0, i]) * x[i]
+            s1 += _fp32(weight[r1, i]) * x[i]
+            s2 += _fp32(weight[r2, i]) * x[i]
+            s3 += _fp32(weight[r3, i]) * x[i]
+            s4 += _fp32(weight[r4, i]) * x[i]
+            s5 += _fp32(weight[r5, i]) * x[i]
+            s6 += _fp32(weight[r6, i]) * x[i]
+            s7 += _fp32(weight[r7, i]) * x[i]
+        out[j], out[j + 1], out[j + 2], out[j + 3] = s0, s1, s2, s3
+        out[j + 4], out[j + 5], out[j + 6], out[j + 7] = s4, s5, s6, s7
+    for j in range(whole, len(row)):
+        alone = np.float32(0)
+        for i in range(len(x)):
+            alone += _fp32(weight[row[j], i]) * x[i]
+        out[j] = alone
+
+
+@compiled
+def _total(h: Any, weight: Any, row: Any, out: Any) -> None:
+    """out += h weight[row]."""
+    whole = len(row) - len(row) % AT_ONCE
+    for j in range(0, whole, AT_ONCE):
+        r0, r1, r2, r3, r4, r5, r6, r7 = _eight(row, j)
+        h0, h1, h2, h3, h4, h5, h6, h7 = _eight(h, j)
+        for o in range(len(out)):
+            a = h0 * _fp32(weight[r0, o]) + h1 * _fp32(weight[r1, o])
+            b = h2 * _fp32(weight[r2, o]) + h3 * _fp32(weight[r3, o])
+            c = h4 * _fp32(weight[r4, o]) + h5 * _fp32(weight[r5, o])
+            out[o] += a + b + c + (h6 * _fp32(weight[r6, o]) + h7 * _fp32(weight[r7, o]))
+    for j in range(whole, len(row)):
+        for o in range(len(out)):
+            out[o] += h[j] * _fp32(weight[row[j], o])
+
+
+@compiled
+def _eight(x: Any, j: int) -> Any:
+    return x[j], x[j + 1], x[j + 2], x[j + 3], x[j + 4], x[j + 5], x[j + 6], x[j + 7]
+
+
+# What follows has a meaning in compiled code only.
+
+
+def _fp32(number):  # type: ignore[no-untyped-def]
+    """The number as fp32."""
+    raise NotImplementedError
+
+
+def _lying(address, shape, kind):  # type: ignore[no-untyped-def]
+    """An array at an address, of numbers like `kind`."""
+    raise NotImplementedError
+
+
+@overload(_fp32, inline="always")
+def _fp32_of(number):  # type: ignore[no-untyped-def]
+    if number == types.uint16:
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: number
+
+
+@overload(_lying)
+def _lying_of(address, shape, kind):  # type: ignore[no-untyped-def]
+    dtype = np.dtype(str(kind).replace("boolean", "bool"))
+    return lambda address, shape, kind: carray(_pointer(address), shape, dtype)
+
+
+@intrinsic
+def _pointer(context, address):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(given[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate

@@ -1,0 +1,89 @@
+"""Neurons by magnitude, tried and kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.evaluate.flops import count_flops
+from skipstone.ops import magnitude
+
+NEURONS = 48
+
+
+def model(**options: Any) -> SkipstoneForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": NEURONS, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    groups = {"decision": "magnitude", "group_size": 1, "capacity": 0.75, "down_capacity": 0.5, **options}
+    return SkipstoneForCausalLM(SkipstoneConfig(**shape, **heads, neuron_groups=groups)).eval()  # type: ignore[arg-type]
+
+
+def ids(count: int) -> torch.Tensor:
+    return torch.arange(count)[None] * 7 % 60 + 3
+
+
+@torch.no_grad()
+def test_the_largest_products_of_those_that_are_tried_are_kept() -> None:
+    built, products = model(), []
+    mlp: Any = built.model.layers[0].mlp
+    mlp.router.typical_F.uniform_(0.2, 2.0)
+    mlp.activation.register_forward_hook(lambda module, inputs, output: products.append(output[0]))
+    mlp.up_proj.register_forward_hook(lambda module, inputs, output: products.append(output))
+    found: Any = built(ids(20), output_records=True).records[0]["neuron_groups"]
+    a, up = products
+    tried = (a.abs() * mlp.router.typical_F).topk(36, -1).indices
+    assert found.tried_BTG.gather(-1, tried).all()
+    assert (found.tried_BTG.sum(-1) == 36).all()
+    kept = ((a * up).abs() * found.tried_BTG).topk(24, -1).indices
+    assert found.kept_BTG.gather(-1, kept).all()
+    assert (found.kept_BTG.sum(-1) == 24).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("options", [{}, {"group_size": 4}, {"down_capacity": None}])
+def test_decoding_reads_rows_in_place_or_copied_to_the_same_end(
+    native: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(magnitude, "_compiled", lambda: False)
+    built, tokens = model(**options), ids(10)
+    cache = DynamicCache(config=built.config)
+    logits = [built(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(10)]
+    torch.testing.assert_close(torch.cat(logits, 1), built(tokens).logits)
+    counted = count_flops(lambda: built(tokens[:, -1:], past_key_values=cache))
+    assert not counted.unknown
+    tried, kept = built.model.layers[0].mlp.router.tried, built.model.layers[0].mlp.router.kept  # type: ignore[union-attr]
+    on = (tried + kept) * options.get("group_size", 1)
+    assert counted.by_kind["mlp"] == 2 * 2 * 32 * (NEURONS + on)
+    assert counted.by_kind["mlp"] == built.cost(tokens=1, past=10).forward.mlp
+
+
+def test_what_is_typical_is_saved_and_loaded(tmp_path: Any) -> None:
+    built = model()
+    for block in built.model.layers:
+        block.mlp.router.typical_F.uniform_(0.2, 2.0)  # type: ignore[union-attr]
+    built.save_pretrained(tmp_path)
+    again = SkipstoneForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.state_dict(), built.state_dict())
+
+
+def test_options_for_another_decision_are_refused() -> None:
+    with pytest.raises(ValueError, match="down_capacity is for decision 'magnitude' alone, got it with 'learned'"):
+        model(decision="learned")
+
+
+def test_a_warm_up_ends_at_both_shares() -> None:
+    router: Any = model(capacity_warmup=0.5).model.layers[0].mlp.router
+    seen = []
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        router.advance(progress, None)
+        seen.append((router.tried, router.kept))
+    assert seen == [(48, 48), (42, 36), (36, 24), (36, 24)]

@@ -1,0 +1,82 @@
+"""One token of an MLP in part: rows read in place, and copied, are what the whole gives with the rest taken by 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from skipstone.ops import magnitude
+from skipstone.ops.magnitude import Part, largest, one_token, sizes
+
+WIDTH, NEURONS = 37, 96  # one that no vector register divides
+
+
+@pytest.fixture(params=["in place", "copied"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "in place":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(magnitude, "_compiled", lambda: False)
+    return request.param  # type: ignore[no-any-return]
+
+
+def given(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """x, a, typical, up and down by neuron."""
+    torch.manual_seed(0)
+    x, a = torch.randn(1, 1, WIDTH), F.silu(torch.randn(1, 1, NEURONS))
+    up, down = (torch.randn(NEURONS, WIDTH) * 0.2 for _ in range(2))
+    return x.to(dtype), a.to(dtype), torch.rand(NEURONS) + 0.5, up.to(dtype), down.to(dtype)
+
+
+def specified(*given: torch.Tensor, tried: int, kept: int, size: int) -> Part:
+    x, a, typical, up, down = given
+    score = sizes(a, size, typical)
+    tried_11G = largest(score, tried)
+    h = a * F.linear(x, up) * tried_11G.repeat_interleave(size, -1)
+    kept_11G = largest(sizes(h, size), kept)
+    return Part(F.linear(h * kept_11G.repeat_interleave(size, -1), down.t()), score, tried_11G, kept_11G)
+
+
+@pytest.mark.parametrize(
+    ("tried", "kept", "size"), [(61, 40, 1), (61, 61, 1), (96, 7, 1), (3, 1, 1), (96, 96, 1), (9, 5, 8), (4, 4, 24)]
+)
+def test_it_is_what_the_whole_mlp_gives(way: str, tried: int, kept: int, size: int) -> None:
+    counts = {"tried": tried, "kept": kept, "size": size}
+    expected, found = specified(*given(), **counts), one_token(*given(), **counts)
+    torch.testing.assert_close(found, expected)
+    assert found.tried_11G.sum() == tried
+    assert found.kept_11G.sum() == kept
+
+
+def test_bf16_weights_are_added_up_in_fp32(way: str) -> None:
+    counts = {"tried": 61, "kept": 40, "size": 1}
+    x, a, typical, up, down = given(torch.bfloat16)
+    expected = specified(x.float(), a.float(), typical, up.float(), down.float(), **counts)
+    found = one_token(x, a, typical, up, down, **counts)
+    assert found.y_11D.dtype == torch.bfloat16
+    torch.testing.assert_close(found.score_11G, expected.score_11G)
+    assert torch.equal(found.tried_11G, expected.tried_11G)
+    if way == "in place":
+        assert torch.equal(found.kept_11G, expected.kept_11G)
+        torch.testing.assert_close(found.y_11D, expected.y_11D.bfloat16())
+
+
+def test_nan_is_not_hidden(way: str) -> None:
+    x, a, *rest = given()
+    a[..., 5] = float("nan")
+    assert one_token(x, a, *rest, tried=61, kept=40, size=1).y_11D.isnan().all()  # type: ignore[arg-type]
+
+
+def test_as_many_as_asked_where_scores_are_equal(way: str) -> None:
+    x, a, typical, up, down = given()
+    found = one_token(x, torch.ones_like(a), torch.ones_like(typical), up, down, tried=30, kept=10, size=1)
+    assert (int(found.tried_11G.sum()), int(found.kept_11G.sum())) == (30, 10)
+    assert not (found.kept_11G & ~found.tried_11G).any()
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 4, dtype=torch.float16), torch.zeros(4, 4, device="meta")])
+def test_other_weights_are_copied(weight: Any) -> None:
+    assert not magnitude.served(weight)
