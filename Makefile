@@ -52,7 +52,7 @@ format: $(STAMP)  ## rewrite the code as ruff would
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-BENCHES := $(filter-out %/publish.py %/decoding.py %/adapt_frontier.py %/adapt_stories.py %/quantised.py %/sft_stability.py,\
+BENCHES := $(filter-out %/publish.py %/decoding.py %/adapt_frontier.py %/adapt_pictures.py %/adapt_stories.py %/quantised.py %/sft_stability.py,\
 	$(wildcard benchmarks/*.py))
 
 bench: $(STAMP)  ## run the benchmarks that need no checkpoint

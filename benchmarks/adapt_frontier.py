@@ -16,8 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from importlib.resources import files
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 import yaml
 from transformers import DynamicCache
 
+from adapt_pictures import IN_DECODING, TITLE, TUNED, picture
 from publish import closing, keep, middle, surroundings
 from skipstone.adapt.run import adapt
 from skipstone.dial import Dial
@@ -35,12 +35,9 @@ from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import batches, open_run
 from skipstone.evaluate.speed import decode_task, take_turns
-from skipstone.experiments.isoflop.charts import FRAME, Dot, Drawn, log_bounds, panel
+from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.pretrained import convert
-from skipstone.report import svg
-from skipstone.report.axes import bounds
-from skipstone.report.palette import Look, look
 from skipstone.runs import Run
 
 CONTEXT, BATCH, ROWS, COUNTED = 256, 8, 128, 8
@@ -53,10 +50,7 @@ APART = 0.08  # shares of neurons tried and kept, from their mean: a wide optimu
 DIALLED = 16  # rows
 PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
 PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
-NAME, TUNED = "adapt_frontier", "dense, tuned"
-KINDS = ("fewer blocks", "mixture of depths", "random skipping", "neurons by magnitude")
-IN_DECODING = "neurons by magnitude"  # the only kind whose FLOPs fall there and nowhere else
-TITLE = "A pretrained model computes less: loss by executed FLOPs"
+NAME = "adapt_frontier"
 LEAST = {"score": "block_influence"}
 LEARNED = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
 distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it."""
@@ -65,12 +59,14 @@ gives, and nothing else: the source has nothing to learn from that, and perplexi
 ABOUT = f"""At each budget:
 as many whole blocks left out as it takes, those that change the stream least; Mixture-of-Depths on 8/3 as many, a skip
 path of rank 64 beside each, both started as measured; the same with tokens skipped at random; all blocks for all
-tokens, but of each token's neurons only those with the largest activations (`decision: magnitude`), which saves in
-decoding. *Dialled*: the same weights with other thresholds (`skipstone calibrate`). Losses are of the pass that skips,
-on {ROWS} rows of {CONTEXT} tokens of each text; FLOPs are counted while it runs, one row at a time, as shares of the
-source's (of each text's, for the same thresholds let more or fewer pass). *Decode*: one row of wikitext-2, {STEPS}
-tokens after {PROMPT}; FLOPs counted and tokens/s in turns, both by the source's. What saves in decoding only stands
-in the pictures with these FLOPs. Nobody trains on the dictionary (GCIDE) or the plays (Tiny-Shakespeare)."""
+tokens, but of each token's neurons only some (`decision: magnitude`): the second matrix for those whose activation,
+times the typical size of what that matrix gives, is largest, the third for those whose product is, which saves in
+decoding. *Dialled*: the same weights with other thresholds (`skipstone calibrate`) or other numbers of neurons. Losses
+are of the pass that skips, on {ROWS} rows of {CONTEXT} tokens of each text; FLOPs are counted while it runs, one row at
+a time, as shares of the source's (of each text's, for the same thresholds let more or fewer pass). *Decode*: one row of
+wikitext-2, {STEPS} tokens after {PROMPT}; FLOPs counted and tokens/s in turns, both by the source's. What saves in
+decoding only stands in the pictures with these FLOPs. Nobody trains on the dictionary (GCIDE) or the plays
+(Tiny-Shakespeare)."""
 
 
 def arms(dropped: int, budget: float, on: float) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -90,7 +86,8 @@ def arms(dropped: int, budget: float, on: float) -> Iterator[tuple[str, dict[str
 
 def share_on(model: SkipstoneForCausalLM, budget: float) -> float:
     """Share of a dense model's neurons that meets the budget in decoding: the gate's matrix, a third, is whole."""
-    step = model.cost(tokens=1, past=CONTEXT // 2).forward
+    cost = model.cost(tokens=1, past=CONTEXT // 2)
+    step = (cost.dense or cost).forward
     return round(1 - (1 - budget) * step.total / (step.mlp * 2 / 3), 4)
 
 
@@ -125,8 +122,7 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
         opened = open_run(folder, split, corpus, CONTEXT)
         assert opened.data is not None
         model, data, device = opened.model, opened.data, opened.model.device
-        turned = nullcontext() if budget is None else Dial.load(opened.run.model_folder()).at(model, budget)
-        with turned:
+        with turned(model, opened.run, budget):
             loss = measure(model, opened.main, batches(data, BATCH, device, ROWS), activations=False).loss
             flops = count(model, opened.main, batches(data, 1, device, COUNTED)).counted
         found[name] = {"loss": loss, "flops": flops}
@@ -134,11 +130,28 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
     return found
 
 
-def dialled(folder: Path, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+def turned(model: SkipstoneForCausalLM, run: Run, budget: float | None) -> AbstractContextManager[Any]:
+    """The model at another budget: by its dial, or, of neurons by magnitude, by taking more or fewer of them."""
+    routers = [m for m in model.adjustables() if isinstance(m, MagnitudeGroups)]
+    if budget is None:
+        return nullcontext()
+    if not routers:
+        return Dial.load(run.model_folder()).at(model, budget)
+    for router in routers:
+        on = share_on(model, budget)
+        router.schedule.pin(on + APART)
+        router.down_schedule.pin(on - APART)
+    return nullcontext()
+
+
+def dialled(arm: str, folder: Path, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
     """The same weights at other budgets."""
-    if budgets and not (Run(folder).model_folder() / FILE).is_file():
+    routes = not arm.startswith(IN_DECODING)
+    if routes and budgets and not (Run(folder).model_folder() / FILE).is_file():
         calibrate_run(folder, rows=DIALLED)
-    return {f"dialled mixture of depths at {budget:.0%}": figures(folder, budget) for budget in budgets}
+    learned = Run(folder).result()["tokens"]
+    kind = arm.split(" at ")[0]
+    return {f"dialled {kind} at {b:.0%}": {**figures(folder, b), "tokens": learned} for b in budgets}
 
 
 def sample(folder: Path) -> str:
@@ -151,13 +164,18 @@ def sample(folder: Path) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :].tolist())
 
 
-def decode_figures(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """FLOPs and tokens/s of one row by the source's, after words of the first text: what is skipped depends on them."""
+def decode_figures(runs: dict[str, tuple[Path, float | None]]) -> dict[str, dict[str, float]]:
+    """FLOPs and tokens/s of one row by the source's, after words of the first text: what is skipped depends on them.
+
+    runs: folders, and the budgets that they are turned to.
+    """
     corpus, split = next(iter(JUDGED.values()))
-    data = open_run(folders["source"], split, corpus, CONTEXT).data
+    data = open_run(runs["source"][0], split, corpus, CONTEXT).data
     assert data is not None
     prompt = data.collate([data.validation[ROWS]])["input_ids"][:, :PROMPT]
-    models = {name: Run(folder).load_model().eval() for name, folder in folders.items()}
+    models = {name: Run(folder).load_model().eval() for name, (folder, _) in runs.items()}
+    for name, (folder, budget) in runs.items():
+        turned(models[name], Run(folder), budget).__enter__()
     flops = {name: decoding_flops(model, prompt) for name, model in models.items()}
     rates = take_turns({name: decode_task(model, prompt, STEPS) for name, model in models.items()}, TURNS)
     base = rates["source"].each
@@ -208,58 +226,6 @@ def samples(source: dict[str, Any], results: dict[str, list[dict[str, Any]]]) ->
     return "\n".join([f"Greedy, {SAMPLED} tokens after the same words:", "", *lines])
 
 
-def picture(
-    source: dict[str, Any],
-    results: dict[str, list[dict[str, Any]]],
-    speeds: dict[str, dict[str, float]],
-    name: str,
-) -> str:
-    """An SVG: loss on the text `name` by share of FLOPs, a line an arm, from the tuned source on (or the source)."""
-    kinds: dict[str, list[tuple[float, float]]] = {}
-    known = [kind for kind in KINDS if any(arm.startswith(kind) for arm in results)]
-    for arm, seeds in ({TUNED: [source]} | results).items():  # results may bring a tuned one of their own
-        share = statistics.fmean(s[name]["flops"] for s in seeds) / source[name]["flops"]
-        share = speeds[arm]["flops"] if arm.startswith(IN_DECODING) else share
-        point = (share, statistics.fmean(s[name]["loss"] for s in seeds))
-        for kind in [arm.split(" at ")[0]] if arm != TUNED else known:
-            kinds.setdefault(kind, []).append(point)
-    drawn = []
-    for i, (kind, points) in enumerate(kinds.items()):
-        dots = [Dot(x=x, y=y, hover=f"{kind}: {x:.1%}, {y:.3f} nats") for x, y in sorted(points)]
-        drawn.append(Drawn(look=look(i), dots=dots, line=sorted(points)))
-    every = [point for points in kinds.values() for point in points]
-    xs, ys = zip(*every, strict=True)
-    drawing = panel(
-        drawn,
-        x_title="executed FLOPs by the source's",
-        title=f"{TITLE}: {name}",
-        x_range=log_bounds(xs),
-        y_range=bounds(ys, 0.08),
-        label="{:.0%}".format,
-    )
-    names = [f"{kind}, decoding" if kind == IN_DECODING else kind for kind in kinds]
-    return standalone(drawing, [(name, each.look) for name, each in zip(names, drawn, strict=True)])
-
-
-def standalone(drawing: str, names: Sequence[tuple[str, Look]]) -> str:
-    """A file of its own: the style that a page would give, and a legend."""
-    style = (files("skipstone.report") / "templates" / "style.css").read_text(encoding="utf-8")
-    legend = [
-        svg.text(
-            FRAME.width - FRAME.right,
-            FRAME.top + 14 * (i + 1),
-            name,
-            "said",
-            text_anchor="end",
-            style=f"fill: {to.colour}",
-        )
-        for i, (name, to) in enumerate(names)
-    ]
-    opened, rest = drawing.removeprefix("<svg"), "</svg>"
-    inner = opened.removesuffix(rest)
-    return f'<svg xmlns="http://www.w3.org/2000/svg"{inner}<style>{style}</style>{"".join(legend)}{rest}\n'
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
@@ -271,7 +237,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="train these arms alone, as two processes may share the work")
     parser.add_argument("--render", action="store_true", help="train nothing, publish the arms that are finished")
-    parser.add_argument("--dial", type=float, nargs="*", default=[], help="judge the first routed model here, too")
+    parser.add_argument("--dial", type=float, nargs="*", default=[], help="judge the first run of what skips here, too")
     parser.add_argument("--name", default=NAME, help="of the page")
     parser.add_argument("--describe", default="", help="what TEXT is, a sentence for the page")
     parser.add_argument("--work", type=Path, default=Path("runs/adapt_frontier"))
@@ -326,11 +292,15 @@ def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: 
         arm: [{**figures(folder), "tokens": Run(folder).result()["tokens"]} for folder in folders]
         for arm, folders in trained.items()
     }
-    routed = next((folders[0] for arm, folders in trained.items() if arm.startswith("mixture")), None)
-    if routed is not None:
-        learned = Run(routed).result()["tokens"]
-        results |= {arm: [{**found, "tokens": learned}] for arm, found in dialled(routed, given.dial).items()}
-    speeds = decode_figures({"source": given.work / "source", **{arm: folders[0] for arm, folders in trained.items()}})
+    runs: dict[str, tuple[Path, float | None]] = {"source": (given.work / "source", None)}
+    runs |= {arm: (folders[0], None) for arm, folders in trained.items()}
+    for kind in ("mixture of depths", IN_DECODING):
+        arm = next((arm for arm in trained if arm.startswith(kind)), None)
+        if arm is not None:
+            more = dialled(arm, trained[arm][0], given.dial)
+            results |= {name: [found] for name, found in more.items()}
+            runs |= {name: (trained[arm][0], budget) for name, budget in zip(more, given.dial, strict=True)}
+    speeds = decode_figures(runs)
     environment = surroundings(given.seeds[0])
     told = {
         name: value

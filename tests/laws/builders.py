@@ -130,11 +130,11 @@ GROUPS = [  # of neurons: alone, as in the middle of a warm-up, drawn, and insid
     case(
         *map(entry, KINDS),
         activation="polyglu",
-        neuron_groups=Frozen(decision="magnitude", group_size=4, capacity=0.4, capacity_warmup=0.5),
+        neuron_groups=Frozen(decision="magnitude", group_size=4, capacity=0.4, capacity_warmup=0.5, down_capacity=0.25),
     ),
     case(
         entry("mixture_of_depths", decision="ema_threshold", kv="full"),
-        neuron_groups=Frozen(decision="magnitude", group_size=1, capacity=0.6),
+        neuron_groups=Frozen(decision="magnitude", group_size=1, capacity=0.7, down_capacity=0.5),
     ),
 ]
 NESTED = [

@@ -75,6 +75,14 @@ def test_what_is_typical_is_saved_and_loaded(tmp_path: Any) -> None:
     torch.testing.assert_close(again.state_dict(), built.state_dict())
 
 
+def test_a_saved_model_takes_other_numbers(tmp_path: Any) -> None:
+    model().save_pretrained(tmp_path)
+    fewer = {"decision": "magnitude", "group_size": 1, "capacity": 0.5, "down_capacity": 0.25}
+    again = SkipstoneForCausalLM.from_pretrained(tmp_path, neuron_groups=fewer)
+    router: Any = again.model.layers[0].mlp.router
+    assert (router.tried, router.kept) == (24, 12)
+
+
 def test_options_for_another_decision_are_refused() -> None:
     with pytest.raises(ValueError, match="down_capacity is for decision 'magnitude' alone, got it with 'learned'"):
         model(decision="learned")

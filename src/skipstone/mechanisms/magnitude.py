@@ -50,12 +50,12 @@ class MagnitudeGroups(NeuronGroups):
     @property
     def kept(self) -> int:
         """Groups that go through the last matrix, in force."""
-        return min(self.config.kept(self.neurons, self.down_schedule.now), self.total)
+        return self._in_force(self.down_schedule)
 
     @property
     def tried(self) -> int:
         """Groups that the second matrix is multiplied for, in force."""
-        return super().kept
+        return self._in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:

@@ -85,8 +85,12 @@ class NeuronGroups(Adjustable):
 
     @property
     def kept(self) -> int:
-        """K in force: after pruning there may be fewer groups than a warm-up would keep."""
-        return min(self.config.kept(self.neurons, self.schedule.now), self.total)
+        """K in force."""
+        return self._in_force(self.schedule)
+
+    def _in_force(self, schedule: Capacity) -> int:
+        """Groups, which after pruning may be fewer than a warm-up would keep."""
+        return min(self.config.kept(self.neurons, schedule.now), self.total)
 
     @property
     def share_on(self) -> Fraction:
