@@ -53,7 +53,7 @@ def test_decoding_reads_rows_in_place_or_copied_to_the_same_end(
     if native:
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(magnitude, "_compiled", lambda: False)
+        monkeypatch.setattr(magnitude, "_kernels", lambda: None)
     built, tokens = model(**options), ids(10)
     cache = DynamicCache(config=built.config)
     logits = [built(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(10)]

@@ -19,7 +19,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in place":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(magnitude, "_compiled", lambda: False)
+        monkeypatch.setattr(magnitude, "_kernels", lambda: None)
     return request.param  # type: ignore[no-any-return]
 
 
@@ -75,6 +75,14 @@ def test_as_many_as_asked_where_scores_are_equal(way: str) -> None:
     found = one_token(x, torch.ones_like(a), torch.ones_like(typical), up, down, tried=30, kept=10, size=1)
     assert (int(found.tried_11G.sum()), int(found.kept_11G.sum())) == (30, 10)
     assert not (found.kept_11G & ~found.tried_11G).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_is_turned(dtype: torch.dtype) -> None:
+    pytest.importorskip("numba")
+    weight = torch.randn(37, 50).to(dtype)
+    assert torch.equal(magnitude.turned(weight), weight.t())
+    assert magnitude.turned(weight).is_contiguous()
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(4, 4, dtype=torch.float16), torch.zeros(4, 4, device="meta")])

@@ -21,7 +21,7 @@ from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
 from skipstone.nn.grouped_mlp import GroupedMLP, whole_weight
 from skipstone.nn.mlp import activated, autocast
-from skipstone.ops.magnitude import one_token, served
+from skipstone.ops.magnitude import one_token, served, turned
 from skipstone.ops.reference import dropped
 
 
@@ -57,10 +57,10 @@ class MagnitudeMLP(GroupedMLP):
         """What `one_token` needs to know; where rows are read in place, the cache keeps it, the last matrix turned."""
         held = None if cache is None else cache.held.get(self.router.place.name)
         if held is None:
-            up_FD, down_FD = whole_weight(self.up_proj).detach(), whole_weight(self.down_proj).detach().t()
-            if cache is None or not served(down_FD):
-                return self.router.parts(up_FD, down_FD)  # type: ignore[no-any-return]
-            held = cache.held[self.router.place.name] = self.router.parts(up_FD, down_FD.contiguous())
+            up_FD, down_DF = (whole_weight(linear).detach() for linear in (self.up_proj, self.down_proj))
+            if cache is None or not served(down_DF):
+                return self.router.parts(up_FD, down_DF.t())  # type: ignore[no-any-return]
+            held = cache.held[self.router.place.name] = self.router.parts(up_FD, turned(down_DF))
         return held  # type: ignore[no-any-return]
 
 

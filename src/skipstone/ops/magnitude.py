@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -71,15 +72,23 @@ def one_token(
 def served(weight: Tensor) -> bool:
     """Whether rows of this matrix, once they are contiguous, are read where they lie."""
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (torch.float32, torch.bfloat16)
-    return plain and weight.device.type == "cpu" and _compiled()
+    return plain and weight.device.type == "cpu" and _kernels() is not None
+
+
+def turned(weight_DF: Tensor) -> Tensor:
+    """The transpose of a matrix that is served, contiguous."""
+    kernels = _kernels()
+    assert kernels is not None
+    return kernels.turned(weight_DF)  # type: ignore[no-any-return]
 
 
 @cache
-def _compiled() -> bool:
+def _kernels() -> ModuleType | None:
     if find_spec("numba") is None:
-        return False
-    _library.impl("magnitude_mlp", import_module("skipstone.ops.magnitude_native").one_token, "CPU")
-    return True
+        return None
+    kernels = import_module("skipstone.ops.magnitude_native")
+    _library.impl("magnitude_mlp", kernels.one_token, "CPU")
+    return kernels
 
 
 def _listed(on_11G: Tensor, count: int) -> Tensor:
