@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from ecosystem.tool import TOOLS_OWN_WARNINGS, load, logits
 from pages import Page
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(TOOLS_OWN_WARNINGS)
@@ -43,3 +45,27 @@ def test_lora_reaches_projections_and_no_router(work: Path) -> None:
     torch.testing.assert_close(logits(again), tuned)
     again.merge_and_unload().save_pretrained("merged")
     torch.testing.assert_close(logits(load("merged")), tuned, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [{"group_size": 8, "chunk_size": 4}, {"decision": "magnitude", "group_size": 1, "down_capacity": 0.5}],
+    ids=str,
+)
+def test_adapters_of_neurons_that_are_left_out(groups: dict[str, Any]) -> None:
+    """Where parts of the weights were taken, adapters beside them would be left out."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = SkipstoneForCausalLM(SkipstoneConfig(**small, intermediate_size=48, neuron_groups=groups)).eval()
+    assert model.cost(tokens=1).forward.mlp < model.cost(tokens=1).dense.forward.mlp  # type: ignore[union-attr]
+    config = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    ids, cache = torch.arange(10)[None], DynamicCache(config=model.config)
+    with torch.no_grad():
+        masked = adapted(ids, executor="masked").logits
+        torch.testing.assert_close(adapted(ids).logits, masked)
+        steps = [adapted(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10)]
+        torch.testing.assert_close(torch.cat(steps, 1), masked)
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, masked, rtol=1e-4, atol=1e-5)

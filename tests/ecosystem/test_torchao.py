@@ -63,3 +63,21 @@ def test_neuron_groups_of_quantised_weights(tmp_path: Path, more: dict[str, Any]
         assert torch.equal(logits(again), logits(made))
         greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(again.generate(ids, **greedy), made.generate(ids, **greedy))
+
+
+@torch.no_grad()
+def test_neurons_by_magnitude_of_quantised_weights(tmp_path: Path) -> None:
+    """Their parts are not taken, for restoring them would take longer: decoding is what the whole pass is."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import DynamicCache, TorchAoConfig
+
+    groups = {"decision": "magnitude", "group_size": 1, "capacity": 0.75, "down_capacity": 0.5}
+    small = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    SkipstoneForCausalLM(SkipstoneConfig(**small, intermediate_size=96, neuron_groups=groups)).save_pretrained(tmp_path)
+    made = SkipstoneForCausalLM.from_pretrained(
+        tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    ).eval()
+    ids, cache = torch.arange(12)[None], DynamicCache(config=made.config)
+    steps = [made(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12)]
+    torch.testing.assert_close(torch.cat(steps, 1), made(ids).logits, rtol=1e-4, atol=1e-5)
+    assert made.cost(tokens=1, past=8).forward.mlp == made.cost(tokens=1, past=8).dense.forward.mlp  # type: ignore[union-attr]

@@ -58,7 +58,7 @@ def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
     if not groups:
         return 1, torch.ones(1, 1)
     tried_BT, kept_BT = (on_BTG.double().mean(-1).cpu() for on_BTG in (groups[0].tried_BTG, groups[0].kept_BTG))
-    return 1, mlp.router.multiplied((tried_BT + kept_BT) / 2, lone=kept_BT.shape == (1, 1)).float()
+    return 1, mlp.multiplied((tried_BT + kept_BT) / 2, lone=kept_BT.shape == (1, 1)).float()
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:

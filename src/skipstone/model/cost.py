@@ -290,7 +290,7 @@ def _through_groups(
     ran.append((router, asked))
     share = kept.get(router.place.name, router.share_on)
     on = Fraction(share.asked if isinstance(share, Load) else share)
-    return Fraction(asked) * router.multiplied(on, lone)  # type: ignore[no-any-return]
+    return Fraction(asked) * mlp.multiplied(on, lone)  # type: ignore[no-any-return]
 
 
 def _flops(block: Any, work: _Work, packed: _Work, stored: float, routing: str) -> Flops:

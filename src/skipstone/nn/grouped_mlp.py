@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
+from skipstone.nn.linear import OutputLinear
 from skipstone.nn.mlp import GatedMLP, activated
 from skipstone.ops.neurons import Runs, kept_linear, kept_part
 from skipstone.ops.reference import dropped
@@ -46,11 +47,23 @@ class GroupedMLP(GatedMLP):
         """Groups of neurons."""
         return self.router.total  # type: ignore[no-any-return]
 
+    @property
+    def divisible(self) -> bool:
+        """Whether parts of its matrices may be taken: what an adapter has put beside them (PEFT) would be left out."""
+        return all(type(linear) in (nn.Linear, OutputLinear) for linear in self._matrices())
+
+    def multiplied(self, share: Any, lone: bool) -> Any:
+        """Of its matrices, for a share of groups that is on; lone: in a call of one token."""
+        return self.router.multiplied(share, lone) if self.divisible else 1 + 0 * share
+
+    def _matrices(self) -> tuple[nn.Linear, ...]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
         choice: Any = self.router(tokens.unpack(x_BTD), tokens, cache)
-        everything = choice.group_BTK.shape[-1] == self.total
+        everything = choice.group_BTK.shape[-1] == self.total or not self.divisible
         if everything or tokens.mode.executor == "masked" or torch.compiler.is_compiling():
             y_BTD, records = self._masked(x_BTD, choice, tokens, cache)
         elif cache is not None and x_BTD.shape[1] == 1 and tokens.packing is None and not torch.is_grad_enabled():
@@ -113,7 +126,12 @@ class GroupedMLP(GatedMLP):
 def whole_weight(linear: nn.Linear) -> Tensor:
     """The weight; of a quantised one (torchao's), which cannot be taken in parts, the numbers that it stands for."""
     weight: Any = linear.weight
-    return weight.dequantize() if type(weight).dequantize is not Tensor.dequantize else weight  # type: ignore[no-any-return]
+    return weight.dequantize() if is_quantised(linear) else weight  # type: ignore[no-any-return]
+
+
+def is_quantised(linear: nn.Linear) -> bool:
+    """Whether its weight stands for other numbers than it holds (torchao)."""
+    return type(linear.weight).dequantize is not Tensor.dequantize
 
 
 def _by_group(y: Tensor, gain: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
-from skipstone.nn.grouped_mlp import GroupedMLP, whole_weight
+from skipstone.nn.grouped_mlp import GroupedMLP, is_quantised
 from skipstone.nn.mlp import activated, autocast
 from skipstone.ops.magnitude import one_token, served, turned
 from skipstone.ops.reference import dropped
@@ -50,14 +50,20 @@ class MagnitudeMLP(GroupedMLP):
             h_BTF = _without(h_BTF, tokens.pack(kept_BTG))
         return self.down_proj(h_BTF), score_BTG, tried_BTG, kept_BTG
 
+    @property
+    def divisible(self) -> bool:
+        """Not of quantised weights either: restoring them for every token would take longer than multiplying all."""
+        return super().divisible and not any(map(is_quantised, self._matrices()))
+
     def _reads_in_part(self, tokens: Tokens) -> bool:
-        return tokens.mode.lone and tokens.mode.executor == "gathered" and not torch.compiler.is_compiling()
+        alone = tokens.mode.lone and tokens.mode.executor == "gathered" and not torch.compiler.is_compiling()
+        return alone and self.divisible
 
     def _parts(self, cache: SkipstoneCacheLayer | None) -> tuple[Any, ...]:
         """What `one_token` needs to know; where rows are read in place, the cache keeps it, the last matrix turned."""
         held = None if cache is None else cache.held.get(self.router.place.name)
         if held is None:
-            up_FD, down_DF = (whole_weight(linear).detach() for linear in (self.up_proj, self.down_proj))
+            up_FD, down_DF = self.up_proj.weight.detach(), self.down_proj.weight.detach()
             if cache is None or not served(down_DF):
                 return self.router.parts(up_FD, down_DF.t())  # type: ignore[no-any-return]
             held = cache.held[self.router.place.name] = self.router.parts(up_FD, turned(down_DF))
