@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from skipstone.ops import magnitude
-from skipstone.ops.magnitude import Part, largest, one_token, sizes
+from skipstone.ops.magnitude import Part, Parts, largest, sizes
 
 WIDTH, NEURONS = 37, 96  # one that no vector register divides
 
@@ -29,6 +29,10 @@ def given(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     x, a = torch.randn(1, 1, WIDTH), F.silu(torch.randn(1, 1, NEURONS))
     up, down = (torch.randn(NEURONS, WIDTH) * 0.2 for _ in range(2))
     return x.to(dtype), a.to(dtype), torch.rand(NEURONS) + 0.5, up.to(dtype), down.to(dtype)
+
+
+def one_token(x: torch.Tensor, a: torch.Tensor, *weights: torch.Tensor, **counts: int) -> Part:
+    return magnitude.one_token(x, a, Parts(*weights, **counts))
 
 
 def specified(*given: torch.Tensor, tried: int, kept: int, size: int) -> Part:
@@ -85,6 +89,12 @@ def test_a_matrix_is_turned(dtype: torch.dtype) -> None:
     assert magnitude.turned(weight).is_contiguous()
 
 
+def test_a_copy_shares_the_weights() -> None:
+    parts = Parts(*given()[2:], tried=3, kept=2, size=1)
+    assert copy.deepcopy({"held": parts})["held"].up_FD is parts.up_FD
+
+
 @pytest.mark.parametrize("weight", [torch.zeros(4, 4, dtype=torch.float16), torch.zeros(4, 4, device="meta")])
-def test_other_weights_are_copied(weight: Any) -> None:
-    assert not magnitude.served(weight)
+def test_other_weights_are_copied(weight: torch.Tensor) -> None:
+    assert not magnitude.served(weight, weight)
+    assert not magnitude.served(torch.zeros(4, 4), torch.zeros(4, 4).bfloat16())

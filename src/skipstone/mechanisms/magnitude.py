@@ -29,7 +29,7 @@ from skipstone.core.records import GroupsRecord
 from skipstone.core.tokens import Tokens, every
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.mechanisms.schedules import Capacity
-from skipstone.ops.magnitude import largest, sizes
+from skipstone.ops.magnitude import Parts, largest, sizes
 
 
 class MagnitudeGroups(NeuronGroups):
@@ -75,9 +75,9 @@ class MagnitudeGroups(NeuronGroups):
         """bool [B, T, G]; h_BTF: products of those that are tried, else 0."""
         return largest(sizes(h_BTF, self.config.group_size), self.kept)
 
-    def parts(self, up_FD: Tensor, down_FD: Tensor) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+    def parts(self, up_FD: Tensor, down_FD: Tensor) -> Parts:
         """What `ops.magnitude.one_token` needs to know, besides the token."""
-        return self.typical_F, up_FD, down_FD, self.tried, self.kept, self.config.group_size
+        return Parts(self.typical_F, up_FD, down_FD, self.tried, self.kept, self.config.group_size)
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> GroupsRecord:
         asked_BT = every(tokens, score_BTG[..., 0])

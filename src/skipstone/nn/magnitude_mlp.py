@@ -11,8 +11,6 @@ Shape letters: B rows, T tokens, D width, F neurons, G groups.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
 from skipstone.nn.grouped_mlp import GroupedMLP, is_quantised
 from skipstone.nn.mlp import activated, autocast
-from skipstone.ops.magnitude import one_token, served, turned
+from skipstone.ops.magnitude import Parts, one_token, served, turned
 from skipstone.ops.reference import dropped
 
 
@@ -33,10 +31,8 @@ class MagnitudeMLP(GroupedMLP):
     ) -> tuple[Tensor, Records]:
         x_BTD = autocast(x_BTD)
         a_BTF, records = activated(self.activation, self.gate_proj(x_BTD), x_BTD, tokens, cache)
-        if self._reads_in_part(tokens):
-            y_BTD, *chosen = one_token(x_BTD, a_BTF, *self._parts(cache))
-        else:
-            y_BTD, *chosen = self._in_full(x_BTD, a_BTF, tokens)
+        parts = self._parts(cache) if tokens.mode.lone and tokens.mode.executor == "gathered" else None
+        y_BTD, *chosen = self._in_full(x_BTD, a_BTF, tokens) if parts is None else one_token(x_BTD, a_BTF, parts)
         record = self.router.record(*chosen, tokens)
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.place.name: record}
 
@@ -55,19 +51,21 @@ class MagnitudeMLP(GroupedMLP):
         """Not of quantised weights either: restoring them for every token would take longer than multiplying all."""
         return super().divisible and not any(map(is_quantised, self._matrices()))
 
-    def _reads_in_part(self, tokens: Tokens) -> bool:
-        alone = tokens.mode.lone and tokens.mode.executor == "gathered" and not torch.compiler.is_compiling()
-        return alone and self.divisible
+    def _parts(self, cache: SkipstoneCacheLayer | None) -> Parts | None:
+        """What `one_token` needs to know; None where everything has to be multiplied.
 
-    def _parts(self, cache: SkipstoneCacheLayer | None) -> tuple[Any, ...]:
-        """What `one_token` needs to know; where rows are read in place, the cache keeps it, the last matrix turned."""
-        held = None if cache is None else cache.held.get(self.router.place.name)
-        if held is None:
-            up_FD, down_DF = self.up_proj.weight.detach(), self.down_proj.weight.detach()
-            if cache is None or not served(down_DF):
-                return self.router.parts(up_FD, down_DF.t())  # type: ignore[no-any-return]
-            held = cache.held[self.router.place.name] = self.router.parts(up_FD, turned(down_DF))
-        return held  # type: ignore[no-any-return]
+        Where rows are read in place, the cache keeps it, with a copy of the last matrix that is turned.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        held: Parts | None = None if cache is None else cache.held.get(self.router.place.name)
+        if held is not None or not self.divisible:
+            return held
+        up_FD, down_DF = self.up_proj.weight.detach(), self.down_proj.weight.detach()
+        if cache is None or not served(up_FD, down_DF):
+            return self.router.parts(up_FD, down_DF.t())  # type: ignore[no-any-return]
+        held = cache.held[self.router.place.name] = self.router.parts(up_FD.contiguous(), turned(down_DF))
+        return held
 
 
 def _without(h: Tensor, on: Tensor) -> Tensor:

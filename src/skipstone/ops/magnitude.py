@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,21 @@ _library.define(
     "int size) -> (Tensor y_11D, Tensor score_11G, Tensor tried_11G, Tensor kept_11G)"
 )
 NATIVE = torch.ops.skipstone.magnitude_mlp
+
+
+class Parts(NamedTuple):
+    """What one token's MLP is made of. tried, kept: numbers of groups; size: neurons of each."""
+
+    typical_F: Tensor
+    up_FD: Tensor
+    down_FD: Tensor
+    tried: int
+    kept: int
+    size: int
+
+    def __deepcopy__(self, memo: Any) -> Parts:
+        """Itself: a copy of a cache that keeps it shares the weights."""
+        return self
 
 
 class Part(NamedTuple):
@@ -49,12 +63,11 @@ def largest(score: Tensor, count: int) -> Tensor:
     return none.scatter_(-1, score.topk(count, dim=-1, sorted=False).indices, True)
 
 
-def one_token(
-    x_11D: Tensor, a_11F: Tensor, typical_F: Tensor, up_FD: Tensor, down_FD: Tensor, tried: int, kept: int, size: int
-) -> Part:
-    """Of groups of `size` neurons, `tried` by |a| times what is typical, and of these `kept` by |a * up x|."""
-    if down_FD.stride(1) == 1 and served(down_FD):
-        return Part(*NATIVE(x_11D, a_11F, typical_F, up_FD, down_FD, tried, kept, size))
+def one_token(x_11D: Tensor, a_11F: Tensor, parts: Parts) -> Part:
+    """Groups are tried by |a| times what is typical, and of these kept by |a * up x|."""
+    typical_F, up_FD, down_FD, tried, kept, size = parts
+    if up_FD.is_contiguous() and down_FD.is_contiguous() and served(up_FD, down_FD):
+        return Part(*NATIVE(x_11D, a_11F, *parts))
     score_11G = sizes(a_11F, size, typical_F)
     kept_11G = tried_11G = largest(score_11G, tried)
     group_K = _listed(tried_11G, tried)
@@ -69,10 +82,9 @@ def one_token(
     return Part(y_1D[None], score_11G, tried_11G, kept_11G)
 
 
-def served(weight: Tensor) -> bool:
-    """Whether rows of this matrix, once they are contiguous, are read where they lie."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (torch.float32, torch.bfloat16)
-    return plain and weight.device.type == "cpu" and _kernels() is not None
+def served(up: Tensor, down: Tensor) -> bool:
+    """Whether rows of these matrices, once they are contiguous, are read where they lie."""
+    return up.dtype == down.dtype in (torch.float32, torch.bfloat16) and up.is_cpu and _kernels() is not None
 
 
 def turned(weight_DF: Tensor) -> Tensor:
@@ -84,9 +96,10 @@ def turned(weight_DF: Tensor) -> Tensor:
 
 @cache
 def _kernels() -> ModuleType | None:
-    if find_spec("numba") is None:
+    try:
+        kernels = import_module("skipstone.ops.magnitude_native")
+    except ImportError:  # no numba, or one that does not take the numpy at hand
         return None
-    kernels = import_module("skipstone.ops.magnitude_native")
     _library.impl("magnitude_mlp", kernels.one_token, "CPU")
     return kernels
 
