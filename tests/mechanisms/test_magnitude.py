@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.flops import count_flops
+from skipstone.model.card import render_card
 from skipstone.ops import magnitude
 
 NEURONS = 48
@@ -81,6 +82,17 @@ def test_a_saved_model_takes_other_numbers(tmp_path: Any) -> None:
     again = SkipstoneForCausalLM.from_pretrained(tmp_path, neuron_groups=fewer)
     router: Any = again.model.layers[0].mlp.router
     assert (router.tried, router.kept) == (24, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "36 of 48 neurons tried, 24 kept"),
+        ({"group_size": 4, "down_capacity": None}, "9 of 12 neuron groups on"),
+    ],
+)
+def test_the_card_tells_how_many(options: dict[str, Any], words: str) -> None:
+    assert f", {words} |" in render_card(model(**options), title="small")
 
 
 def test_options_for_another_decision_are_refused() -> None:

@@ -102,13 +102,16 @@ def experts_in_words(model: SkipstoneForCausalLM) -> str | None:
 
 
 def groups_in_words(model: SkipstoneForCausalLM) -> str | None:
-    """`12 of 20 neuron groups on`; None where all always are."""
+    """`12 of 20 neuron groups on`, or `12 of 20 neurons tried, 8 kept`; None where all always are."""
     if model.config.neuron_groups is None:
         return None
     mlp: Any = model.model.layers[0].mlp
-    router = mlp.router
-    groups = router.neurons // router.config.group_size
-    return f"{router.config.kept(router.neurons)} of {groups} neuron groups on"
+    options, neurons = mlp.router.config, mlp.router.neurons
+    kinds = "neurons" if options.group_size == 1 else "neuron groups"
+    first = f"{options.kept(neurons)} of {neurons // options.group_size} {kinds}"
+    if options.down_capacity is None:
+        return f"{first} on"
+    return f"{first} tried, {options.kept(neurons, options.down_capacity)} kept"
 
 
 def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
