@@ -81,6 +81,18 @@ def test_as_many_as_asked_where_scores_are_equal(way: str) -> None:
     assert not (found.kept_11G & ~found.tried_11G).any()
 
 
+@pytest.mark.parametrize("count", [1, 40, 96])
+def test_the_largest_of_every_row(way: str, count: int) -> None:
+    torch.manual_seed(0)
+    score = torch.rand(3, 5, NEURONS).transpose(0, 1)
+    expected = torch.zeros(5, 3, NEURONS, dtype=torch.bool).scatter(-1, score.topk(count, -1).indices, True)
+    assert torch.equal(largest(score, count), expected)
+    score[1, 2, 7] = float("nan")
+    found = largest(score, count)
+    assert found[1, 2, 7]
+    assert (found.sum(-1) == count).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_is_turned(dtype: torch.dtype) -> None:
     pytest.importorskip("numba")

@@ -26,8 +26,9 @@ nll_loss_forward nll_loss_backward binary_cross_entropy_with_logits
 native_layer_norm native_layer_norm_backward native_dropout gelu gelu_backward threshold_backward
 embedding embedding_dense_backward constant_pad_nd slice_backward select_backward cat stack flip roll
 sort cumsum cummax cummin nonzero nonzero_static index index_put index_put_ _index_put_impl_ index_select
-index_add index_copy gather scatter scatter_ scatter_add topk searchsorted floor_divide _local_scalar_dense item
-_to_copy copy_ masked_fill_ index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
+index_add index_copy gather scatter scatter_ scatter_add topk magnitude_largest searchsorted
+floor_divide _local_scalar_dense item _to_copy copy_ masked_fill_
+index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
 arange empty empty_like new_empty empty_strided new_empty_strided scalar_tensor zeros zeros_like new_zeros
 ones ones_like new_ones full full_like new_full fill_ exponential_ bernoulli_ uniform_ rand_like
 """  # softmax, losses, norms; looking up; sorting, gathering, copying; filling, drawing

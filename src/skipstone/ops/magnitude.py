@@ -22,7 +22,8 @@ _library.define(
     "magnitude_mlp(Tensor x_11D, Tensor a_11F, Tensor typical_F, Tensor up_FD, Tensor down_FD, int tried, int kept, "
     "int size) -> (Tensor y_11D, Tensor score_11G, Tensor tried_11G, Tensor kept_11G)"
 )
-NATIVE = torch.ops.skipstone.magnitude_mlp
+_library.define("magnitude_largest(Tensor score, int count) -> Tensor")
+NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.magnitude_largest
 
 
 class Parts(NamedTuple):
@@ -58,7 +59,9 @@ def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """bool [.., G], True at the `count` largest scores."""
+    """bool [.., G], True at the `count` largest of fp32 scores that are not negative."""
+    if score.is_cpu and not torch.compiler.is_compiling() and _kernels() is not None:
+        return NATIVE_LARGEST(score, count)  # type: ignore[no-any-return]
     none = torch.zeros_like(score, dtype=torch.bool)
     return none.scatter_(-1, score.topk(count, dim=-1, sorted=False).indices, True)
 
@@ -101,6 +104,7 @@ def _kernels() -> ModuleType | None:
     except ImportError:  # no numba, or one that does not take the numpy at hand
         return None
     _library.impl("magnitude_mlp", kernels.one_token, "CPU")
+    _library.impl("magnitude_largest", kernels.largest, "CPU")
     return kernels
 
 
