@@ -26,7 +26,7 @@ nll_loss_forward nll_loss_backward binary_cross_entropy_with_logits
 native_layer_norm native_layer_norm_backward native_dropout gelu gelu_backward threshold_backward
 embedding embedding_dense_backward constant_pad_nd slice_backward select_backward cat stack flip roll
 sort cumsum cummax cummin nonzero nonzero_static index index_put index_put_ _index_put_impl_ index_select
-index_add index_copy gather scatter scatter_ scatter_add topk magnitude_largest searchsorted
+index_add index_copy gather scatter scatter_ scatter_add topk searchsorted
 floor_divide _local_scalar_dense item _to_copy copy_ masked_fill_
 index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
 arange empty empty_like new_empty empty_strided new_empty_strided scalar_tensor zeros zeros_like new_zeros
@@ -182,4 +182,5 @@ TABLE: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(BACKWARD, _attention_backward),
     aten._grouped_mm: _grouped,
     magnitude.NATIVE: _magnitude,
+    magnitude.NATIVE_LARGEST: lambda *args, **kwargs: 0,
 }
