@@ -53,7 +53,8 @@ PROMPT_TEXT, SAMPLED = "The old bridge across the river was built in", 40
 NAME = "adapt_frontier"
 LEAST = {"score": "block_influence"}
 LEARNED = """Every arm is the same checkpoint, trained on the same rows, from the text and from the checkpoint's own
-distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against it."""
+distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held against that of the same
+seeds."""
 DISTILLED = """Every arm is the same checkpoint, trained on the same rows to give the distribution that the whole one
 gives, and nothing else: the source has nothing to learn from that, and perplexities are held against it."""
 ABOUT = f"""At each budget:
@@ -149,9 +150,14 @@ def dialled(arm: str, folder: Path, budgets: Sequence[float]) -> dict[str, dict[
     routes = not arm.startswith(IN_DECODING)
     if routes and budgets and not (Run(folder).model_folder() / FILE).is_file():
         calibrate_run(folder, rows=DIALLED)
-    learned = Run(folder).result()["tokens"]
     kind = arm.split(" at ")[0]
-    return {f"dialled {kind} at {b:.0%}": {**figures(folder, b), "tokens": learned} for b in budgets}
+    return {f"dialled {kind} at {b:.0%}": known(folder, b) for b in budgets}
+
+
+def known(folder: Path, budget: float | None = None) -> dict[str, Any]:
+    """A run's figures, the tokens that it has learned from, and its seed."""
+    seed = int(folder.name.rpartition("seed")[2])
+    return {**figures(folder, budget), "tokens": Run(folder).result()["tokens"], "seed": seed}
 
 
 def sample(folder: Path) -> str:
@@ -209,7 +215,8 @@ def table(source: dict[str, Any], results: dict[str, list[dict[str, Any]]], spee
             share = statistics.fmean(seed[name]["flops"] for seed in seeds) / source[name]["flops"]
             loss = statistics.fmean(losses)
             spread = f" (range {math.exp(loss) * (max(losses) - min(losses)):.2f})" if len(seeds) > 1 else ""
-            base = statistics.fmean(seed[name]["loss"] for seed in tuned or [source])
+            same = [one for one in tuned or () if any(one["seed"] == seed.get("seed") for seed in seeds)]
+            base = statistics.fmean(one[name]["loss"] for one in same or tuned or [source])
             cells += [f"{share:.1%}", f"{math.exp(loss):.2f}{spread}", f"{math.expm1(loss - base):+.1%}"]
         cells += [f"{speeds[arm]['flops']:.1%}", f"{speeds[arm]['median']:.2f}"] if arm in speeds else ["–", "–"]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
@@ -288,10 +295,7 @@ def longest(folder: Path) -> Path | None:
 
 def publish(given: argparse.Namespace, trained: dict[str, list[Path]], missing: list[str]) -> None:
     source = {**figures(given.work / "source"), "tokens": 0}
-    results = {
-        arm: [{**figures(folder), "tokens": Run(folder).result()["tokens"]} for folder in folders]
-        for arm, folders in trained.items()
-    }
+    results = {arm: [known(folder) for folder in folders] for arm, folders in trained.items()}
     runs: dict[str, tuple[Path, float | None]] = {"source": (given.work / "source", None)}
     runs |= {arm: (folders[0], None) for arm, folders in trained.items()}
     for kind in ("mixture of depths", IN_DECODING):
