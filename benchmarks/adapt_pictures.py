@@ -31,7 +31,8 @@ def picture(
         share = statistics.fmean(s[name]["flops"] for s in seeds) / source[name]["flops"]
         share = speeds[arm]["flops"] if IN_DECODING in arm else share
         point = (share, statistics.fmean(s[name]["loss"] for s in seeds))
-        for kind in [arm.split(" at ")[0]] if arm != TUNED else known:
+        own = IN_DECODING if IN_DECODING in arm else arm.split(" at ")[0]  # more or fewer neurons are one line
+        for kind in [own] if arm != TUNED else known:
             kinds.setdefault(kind, []).append(point)
     drawn = []
     for i, (kind, points) in enumerate(kinds.items()):
@@ -47,7 +48,7 @@ def picture(
         y_range=bounds(ys, 0.08),
         label="{:.0%}".format,
     )
-    names = [f"{kind}, decoding" if IN_DECODING in kind else kind for kind in kinds]
+    names = [f"{kind}, decoding" if kind == IN_DECODING else kind for kind in kinds]
     return standalone(drawing, [(name, each.look) for name, each in zip(names, drawn, strict=True)])
 
 
