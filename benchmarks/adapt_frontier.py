@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,8 @@ def turned(model: SkipstoneForCausalLM, run: Run, budget: float | None) -> Abstr
         return nullcontext()
     if not routers:
         return Dial.load(run.model_folder()).at(model, budget)
+    on = share_on(model, budget)
     for router in routers:
-        on = share_on(model, budget)
         router.schedule.pin(on + APART)
         router.down_schedule.pin(on - APART)
     return nullcontext()
@@ -180,10 +180,11 @@ def decode_figures(runs: dict[str, tuple[Path, float | None]]) -> dict[str, dict
     assert data is not None
     prompt = data.collate([data.validation[ROWS]])["input_ids"][:, :PROMPT]
     models = {name: Run(folder).load_model().eval() for name, (folder, _) in runs.items()}
-    for name, (folder, budget) in runs.items():
-        turned(models[name], Run(folder), budget).__enter__()
-    flops = {name: decoding_flops(model, prompt) for name, model in models.items()}
-    rates = take_turns({name: decode_task(model, prompt, STEPS) for name, model in models.items()}, TURNS)
+    with ExitStack() as stack:
+        for name, (folder, budget) in runs.items():
+            stack.enter_context(turned(models[name], Run(folder), budget))
+        flops = {name: decoding_flops(model, prompt) for name, model in models.items()}
+        rates = take_turns({name: decode_task(model, prompt, STEPS) for name, model in models.items()}, TURNS)
     base = rates["source"].each
     return {
         name: {**middle([a / b for a, b in zip(rate.each, base, strict=True)]), "flops": flops[name] / flops["source"]}

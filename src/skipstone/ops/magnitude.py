@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_library = torch.library.Library("skipstone", "FRAGMENT")  # an operation of torch, so that a counter sees it
-_library.define(
+_namespace = torch.library.Library("skipstone", "FRAGMENT")  # operations of torch, so that a counter sees them
+_namespace.define(
     "magnitude_mlp(Tensor x_11D, Tensor a_11F, Tensor typical_F, Tensor up_FD, Tensor down_FD, int tried, int kept, "
     "int size) -> (Tensor y_11D, Tensor score_11G, Tensor tried_11G, Tensor kept_11G)"
 )
-_library.define("magnitude_largest(Tensor score, int count) -> Tensor")
+_namespace.define("magnitude_largest(Tensor score, int count) -> Tensor")
 NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.magnitude_largest
 
 
@@ -103,8 +103,8 @@ def _kernels() -> ModuleType | None:
         kernels = import_module("skipstone.ops.magnitude_native")
     except ImportError:  # no numba, or one that does not take the numpy at hand
         return None
-    _library.impl("magnitude_mlp", kernels.one_token, "CPU")
-    _library.impl("magnitude_largest", kernels.largest, "CPU")
+    _namespace.impl("magnitude_mlp", kernels.one_token, "CPU")
+    _namespace.impl("magnitude_largest", kernels.largest, "CPU")
     return kernels
 
 
