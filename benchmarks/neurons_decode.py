@@ -26,6 +26,7 @@ SHAPES: dict[str, dict[str, int]] = {  # the second: of a model of 1.2 G paramet
 KEY_HEADS = {"smollm2-135m": 3, "d2048": 8}
 VOCABULARY = {"smollm2-135m": 49152, "d2048": 8192}
 PARTS = ((0.82, 0.66), (0.66, 0.5), (0.5, 0.34))  # of up, of down
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT, STEPS, TURNS = 32, 32, 7
 TITLE = "Decoding by a part of the neurons"
 ABOUT = f"""One row, {STEPS} tokens after {PROMPT}, greedy; neurons by magnitude, one by one, the second matrix for the
@@ -86,10 +87,10 @@ def render(figures: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--out", type=Path, help="keep neurons_decode.json and neurons_decode.md in this folder")
     given = parser.parse_args()
-    rows = [row for shape in given.shapes for name in given.dtypes for row in measure(shape, getattr(torch, name))]
+    rows = [row for shape in given.shapes for name in given.dtypes for row in measure(shape, DTYPES[name])]
     command = f"python benchmarks/neurons_decode.py --shapes {' '.join(given.shapes)} --dtypes {' '.join(given.dtypes)}"
     figures = {"rows": rows, "command": command, "environment": surroundings()}
     keep(given.out, "neurons_decode", TITLE, figures, render(figures))
