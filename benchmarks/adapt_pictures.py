@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from skipstone.experiments.isoflop.charts import FRAME, Dot, Drawn, log_bounds, panel
 from skipstone.report import svg
 from skipstone.report.axes import bounds
 from skipstone.report.palette import Look, look
+from skipstone_studies.isoflop.charts import FRAME, Dot, Drawn, log_bounds, panel
 
 TUNED = "dense, tuned"
 KINDS = ("fewer blocks", "mixture of depths", "random skipping", "neurons by magnitude")

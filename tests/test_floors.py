@@ -23,7 +23,7 @@ FLOORS: dict[str, float] = {
     "evaluate": 4,
     "report": 4,
     "adapt": 4.25,
-    "experiments": 4.5,
+    "skipstone_studies": 4.5,
     "skipstone_cli": 5,
 }
 # Modules straight under skipstone/ (its __init__, presets) are the facade: they hand out what lies on floors up to 3,
@@ -46,7 +46,7 @@ def part_of(module: str) -> str | None:
     """The part of the house that a dotted module belongs to; None when it is not ours."""
     parts = module.split(".")
     if parts[0] != "skipstone":
-        return parts[0] if parts[0] == "skipstone_cli" else None
+        return parts[0] if parts[0] in ("skipstone_cli", "skipstone_studies") else None
     return FACADE if len(parts) == 1 or (len(parts) == 2 and parts[1] not in FLOORS) else parts[1]
 
 
@@ -151,10 +151,10 @@ def test_functions_are_short() -> None:
         ("skipstone/model/decoder.py", "from skipstone.nn import norm"),
         ("skipstone/model/build.py", "from skipstone.data import corpora"),
         ("skipstone/train/a.py", "from skipstone.evaluate.run import evaluate"),
-        ("skipstone/evaluate/a.py", "from skipstone.experiments import run"),
+        ("skipstone/evaluate/a.py", "from skipstone_studies import run"),
         ("skipstone/report/a.py", "import skipstone_cli.main"),
         ("skipstone/presets.py", "from skipstone.train import run"),
-        ("skipstone/__init__.py", "def f():\n    from skipstone.experiments import run"),
+        ("skipstone/__init__.py", "def f():\n    from skipstone_studies import run"),
         ("skipstone/gadgets/a.py", "import os"),
     ],
 )
@@ -172,8 +172,8 @@ def test_an_import_up_or_sideways_is_found(file: str, source: str) -> None:
         ("skipstone/train/run.py", "from skipstone import presets\nfrom skipstone.model import config"),
         ("skipstone/__init__.py", "from .model.config import SkipstoneConfig\nfrom . import presets"),
         ("skipstone/presets.py", "def f():\n    from skipstone.train import run"),
-        ("skipstone/experiments/demo.py", "from skipstone.report import run"),
-        ("skipstone_cli/verbs/eval.py", "def f():\n    from skipstone.experiments import run"),
+        ("skipstone_studies/demo.py", "from skipstone.report import run"),
+        ("skipstone_cli/verbs/eval.py", "def f():\n    from skipstone_studies import run"),
     ],
 )
 def test_an_import_down_is_fine(file: str, source: str) -> None:

@@ -176,7 +176,7 @@ def test_adapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 
 def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = listen(monkeypatch, "skipstone.experiments.run", "reproduce", Path("results/demo.md"))
+    calls = listen(monkeypatch, "skipstone_studies.run", "reproduce", Path("results/demo.md"))
     command(monkeypatch, "reproduce", "demo", "--scale", "paper", "--seeds", "0, 2", "--readme", "a.md", "--render")
     places = {"out": None, "runs": Path("runs"), "readme": Path("a.md")}
     assert calls == [(("demo",), {"scale": "paper", "seeds": [0, 2], **places, "render_only": True})]
@@ -184,7 +184,7 @@ def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_the_list_of_experiments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    listen(monkeypatch, "skipstone.experiments.run", "describe", {"demo": "five models side by side"})
+    listen(monkeypatch, "skipstone_studies.run", "describe", {"demo": "five models side by side"})
     command(monkeypatch, "reproduce", "--list")
     assert capsys.readouterr().out.split(maxsplit=1) == ["demo", "five models side by side\n"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from skipstone.experiments.isoflop.grid import Grid
-from skipstone.experiments.isoflop.spec import make_spec
 from skipstone.train.config import read_recipe, to_dict
 from skipstone.train.setup import check_early
+from skipstone_studies.isoflop.grid import Grid
+from skipstone_studies.isoflop.spec import make_spec
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(FOLDER.glob("adapt-*.yaml")))  # those are read by tests/adapt

@@ -78,8 +78,8 @@ def isoflop(
         raise UserError("--estimate and --render: take one of them")
     config = load_recipe(recipe, overrides or [])
 
-    from skipstone.experiments.isoflop import run
-    from skipstone.experiments.isoflop.spec import make_spec
+    from skipstone_studies.isoflop import run
+    from skipstone_studies.isoflop.spec import make_spec
 
     spec = make_spec(config, scale=scale.value, **given)
     target = runs if out is None else out

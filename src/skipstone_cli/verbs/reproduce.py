@@ -39,14 +39,14 @@ def reproduce(
         print_list()
         return
 
-    from skipstone.experiments.run import reproduce as run
+    from skipstone_studies.run import reproduce as run
 
     table = run(name, scale=scale.value, seeds=numbers, out=out, runs=runs, readme=readme, render_only=render)
     typer.echo(f"table: {table}")
 
 
 def print_list() -> None:
-    from skipstone.experiments.run import describe
+    from skipstone_studies.run import describe
 
     for name, purpose in describe().items():
         typer.echo(f"{name:<24}{purpose}")

@@ -1,0 +1,15 @@
+"""Floor 4.5: every table that is published, made by one command. Nothing is measured by a script of its own.
+
+study.py      `Experiment` and `Column`: what an experiment is
+quality/      the experiments, a file each (a folder where there are many of one paper), and the table of them
+record.py     one JSON record a run
+page.py       records -> results/NAME.md, pure
+measure.py    what is measured of one run, and of all runs of a seed together
+timing.py     training steps and forward passes of several models, timed interleaved
+gates.py      what soft gates claim as saved, what is really skipped, the same weights executed otherwise
+stretches.py  two runs compared on the same stretches of text
+claims.py     published figures beside ours, and which claims hold by rule
+corpus.py     the first of several corpora that can be had
+session.py    what is still to do, done so that it can be stopped anywhere
+run.py        `reproduce` and `describe`
+"""

@@ -1,0 +1,147 @@
+"""Figures of models whose gates are trained soft and executed hard: what is claimed as saved, and what is skipped.
+
+A token-layer is one token in one block. `claimed` is the share of them that the paper's metric counts as saved: it
+takes the mean of soft gates for work that is left out (arXiv 2605.05222). `skipped` is the share that the executed pass
+really leaves out; both over all blocks, gated or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.evaluate.counting import count
+from skipstone.evaluate.losses import measure
+from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.ways import WAYS, Way, depth_layers
+from skipstone.mechanisms.early_exit import EarlyExit
+from skipstone.mechanisms.token_selective import TokenSelective
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone_studies import stretches
+
+ROWS = 64  # rows of a forward pass
+EXITS = (0.3, 0.5, 0.7, 0.9)
+EPSILON = 1e-6  # a mean gate within this of 0 or 1 counts as that far away, so that its logit is finite
+Figures = dict[str, Any]
+Layers = Sequence[Mapping[str, Mapping[str, Any]]]
+
+
+def savings(evaluation: Mapping[str, Any]) -> Figures:
+    """alpha, claimed and skipped, gap (executed less soft loss, nats) from the figures of `skipstone eval`."""
+    ways = evaluation["ways"]
+    found: Figures = {}
+    if "oracle" in ways:
+        open_L = [weight * capacity for weight, capacity in _gates(ways["oracle"]["layers"])]
+        found |= {"alpha": _mean(open_L, 1.0), "claimed": sum(1 - a for a in open_L) / len(ways["oracle"]["layers"])}
+    main = ways[evaluation["main"]]
+    found["skipped"] = sum(1 - capacity for _, capacity in _gates(main["layers"])) / len(main["layers"])
+    if "oracle" in ways and "executed" in ways:
+        found["gap"] = ways["executed"]["loss"] - ways["oracle"]["loss"]
+    return found
+
+
+def _gates(layers: Layers) -> Iterator[tuple[float, float]]:
+    """Mean weight of a kept update and share of kept tokens, of each gated block."""
+    for layer in layers:
+        for figures in layer.values():
+            if "capacity" in figures:
+                yield figures["weight"] or 0.0, figures["capacity"]
+
+
+def _mean(values: Sequence[float], empty: float) -> float:
+    return sum(values) / len(values) if values else empty
+
+
+def variants(folder: Path) -> dict[str, float]:
+    """Losses of further passes of a model with softly trained Token-Selective Attention; empty for any other.
+
+    at_start: no loss, but what the paper's metric counts as saved before training, from the start bias alone.
+
+    one, gate: executed hard, kept tokens with gain 1 (the paper's sparse mode) or with 1 - p. random: as `one`, but
+    with tokens drawn at random, in each block as many as its gates keep. constant: soft, each gate replaced by its
+    block's mean; what is lost is all that the gates tell of tokens.
+    """
+    opened = open_run(folder)
+    gates = [gate for gate in _found(opened.model, TokenSelective) if gate.decision is None and gate.config.learn]
+    if not gates:
+        return {}
+    start = sum(1 / (1 + math.exp(-gate.config.start_bias)) for gate in gates)
+    found = {"at_start": start / opened.model.config.num_hidden_layers}
+    for gain in ("gate", "one"):
+        _reset(gates, hard_gain=gain)
+        found[gain], layers = _pass(opened, WAYS["executed"])
+    shares = tuple(capacity for _, capacity in _gates(layers))
+    found["random"], _ = _pass(opened, RandomMasks(name="random", routing="forced", shares=shares))
+    _, layers = _pass(opened, WAYS["oracle"])
+    for gate, (weight, _) in zip(gates, _gates(layers), strict=True):
+        weight = min(max(weight, EPSILON), 1 - EPSILON)
+        gate.router.constant(math.log((1 - weight) / weight))
+    found["constant"], _ = _pass(opened, WAYS["oracle"])
+    return found
+
+
+def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
+    """One model with early exit, executed with other thresholds: figures by threshold; else empty.
+
+    loss; stretches, as of `experiments.stretches`; skipped.
+
+    flops: counted, a token; the stem, every token's keys and values, and the routers are among them, each once.
+    """
+    opened = open_run(folder)
+    gates, found = _found(opened.model, EarlyExit), {}
+    for threshold in thresholds if gates else ():
+        _reset(gates, threshold=threshold)
+        loss, layers = _pass(opened, WAYS["executed"])
+        rows = _batches(opened, 4 * ROWS)
+        found[exit_name(threshold)] = {
+            "loss": loss,
+            "stretches": list(stretches.of(opened)),
+            "skipped": sum(1 - capacity for _, capacity in _gates(layers)) / len(layers),
+            "flops": count(opened.model, WAYS["executed"], rows).counted,
+        }
+    return found
+
+
+def exit_name(threshold: float) -> str:
+    return f"{threshold:.0%}"  # no dot: it is a step of a path into the figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomMasks(Way):
+    """Forced decisions, drawn: block i of those that are gated keeps each token with probability shares[i]."""
+
+    shares: tuple[float, ...]
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def arguments(self, model: SkipstoneForCausalLM, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        ids_BT = batch["input_ids"]
+        masks = {
+            layer: (torch.rand(ids_BT.shape, generator=self.generator) < share).to(ids_BT.device)
+            for layer, share in zip(depth_layers(model), self.shares, strict=True)
+        }
+        return {**WAYS["oracle"].arguments(model, batch), "routing": masks}
+
+
+def _found(model: SkipstoneForCausalLM, kind: type[Any]) -> list[Any]:
+    return [module for module in model.adjustables() if isinstance(module, kind)]
+
+
+def _reset(gates: Sequence[Any], **options: Any) -> None:
+    for gate in gates:
+        gate.config = replace(gate.config, **options)
+
+
+def _pass(opened: Opened, way: Way) -> tuple[float, Layers]:
+    found = measure(opened.model, way, _batches(opened), activations=False)
+    return found.loss, found.statistics.layers()
+
+
+def _batches(opened: Opened, rows: int | None = None) -> Iterator[dict[str, Tensor]]:
+    assert opened.data is not None
+    return batches(opened.data, ROWS, opened.model.device, rows)

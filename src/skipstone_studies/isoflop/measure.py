@@ -1,0 +1,109 @@
+"""Figures of one finished run: the causal loss as executed on the whole validation set, FLOPs, seconds."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipstone.evaluate.counting import count
+from skipstone.evaluate.losses import measure
+from skipstone.evaluate.opened import batches
+from skipstone.evaluate.run import COUNTED_BATCHES
+from skipstone.evaluate.ways import WAYS
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.cost import cost
+from skipstone.runs import Run
+from skipstone_studies.isoflop.corpus import Facts
+from skipstone_studies.isoflop.grid import Cell
+
+COUNTED_ROWS = 8  # rows of a batch whose FLOPs are counted, as `skipstone eval` takes them
+EXECUTED = WAYS["executed"]
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Of the process that trained a run to its end. busy: CPU seconds by wall seconds and thread: 1: it had them."""
+
+    busy: float = 0.0
+    load: float = 0.0
+
+
+@contextmanager
+def watched() -> Iterator[Clock]:
+    """How much of its core this process had, and the machine's load average (a minute's) at the end."""
+    clock = Clock()
+    wall, own = time.perf_counter(), time.process_time()
+    yield clock
+    clock.busy = (time.process_time() - own) / max(time.perf_counter() - wall, 1e-9) / torch.get_num_threads()
+    clock.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
+def figures(cell: Cell, folder: Path, facts: Facts, clock: Clock) -> dict[str, Any]:
+    """Losses in nats, FLOPs of training or (forward) of a token."""
+    assert facts.data is not None
+    run = Run(folder)
+    model = run.load_model()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    data, device, train = facts.data, model.device, run.config()["train"]
+    rows = train["eval_batch_size"] or train["batch_size"]
+    found = measure(model, EXECUTED, batches(data, rows, device), activations=False)
+    counted = count(model, EXECUTED, batches(data, COUNTED_ROWS, device, rows=COUNTED_BATCHES * COUNTED_ROWS))
+    result = run.result()
+    return {
+        "cell": {
+            "arm": cell.arm,
+            "budget": cell.budget,
+            "size": str(cell.size),
+            "rate": cell.rate,
+            "steps": cell.steps,
+            "parameters": cell.shape.parameters,
+        },
+        "loss": found.loss,
+        "bits_per_byte": found.bits_per_byte(data.validation_bytes),
+        "predictions": found.predictions,
+        "capacity": {str(i): layer for i, layer in enumerate(_capacities(found.statistics.layers())) if layer},
+        "forward_flops": counted.counted,
+        "forward_flops_needed": counted.needed,
+        "forward_flops_dense": counted.dense,
+        "training_flops": {"planned": cell.flops, "executed": executed_training(model, run, cell)},
+        "training": result,
+        "sharing": {"busy": clock.busy, "load": clock.load},
+        "corpus": {**facts.to_dict(), "seen": None if facts.tokens is None else result["tokens"] / facts.tokens},
+    }
+
+
+def _capacities(layers: list[dict[str, dict[str, Any]]]) -> list[dict[str, float]]:
+    return [{name: found["capacity"] for name, found in layer.items() if "capacity" in found} for layer in layers]
+
+
+def executed_training(model: SkipstoneForCausalLM, run: Run, cell: Cell) -> float:
+    """Training FLOPs with the capacities that the log says were realised, in the mean over its lines."""
+    config = run.config()
+    context, rows = config["data"]["context"], config["train"]["batch_size"]
+    kept = {
+        layer: {name: share * context for name, share in shares.items()}
+        for layer, shares in realised(run.metrics()).items()
+    }
+    return cost(model, tokens=context, batch=rows, kept=kept).training.total * cell.steps
+
+
+def realised(metrics: list[dict[str, Any]]) -> Mapping[int, Mapping[str, float]]:
+    """{layer: {mechanism: mean share kept}} of the training lines."""
+    lines: dict[tuple[int, str], list[float]] = {}
+    for line in metrics:
+        for key, value in line.items() if line["split"] == "train" else ():
+            if key.startswith("capacity/"):
+                _, layer, name = key.split("/")
+                lines.setdefault((int(layer), name), []).append(value)
+    found: dict[int, dict[str, float]] = {}
+    for (block, mechanism), values in lines.items():
+        found.setdefault(block, {})[mechanism] = statistics.fmean(values)
+    return found

@@ -1,0 +1,236 @@
+"""Findings -> one self-contained HTML page, as `skipstone report` writes them: no script, nothing fetched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import ChoiceLoader, PackageLoader
+from markupsafe import Markup
+
+from skipstone.evaluate.tables import amount
+from skipstone.report.axes import bounds, short
+from skipstone.report.palette import Look, look
+from skipstone.report.run import environment
+from skipstone_studies.isoflop import table
+from skipstone_studies.isoflop.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
+from skipstone_studies.isoflop.curves import Curve
+from skipstone_studies.isoflop.findings import Findings
+from skipstone_studies.isoflop.fit import INSIDE
+from skipstone_studies.isoflop.grid import compact
+from skipstone_studies.isoflop.notes import notes
+from skipstone_studies.isoflop.points import Point
+from skipstone_studies.isoflop.times import EqualTime, seconds_of
+from skipstone_studies.page import provenance
+
+Figure = tuple[str, Markup]
+
+
+def render(findings: Findings) -> str:
+    """The page of what is recorded so far."""
+    pages = environment()
+    ours = PackageLoader("skipstone_studies.isoflop", "templates")
+    assert pages.loader is not None
+    pages.loader = ChoiceLoader([ours, pages.loader])
+    return pages.get_template("isoflop.html").render(context(findings))
+
+
+def context(findings: Findings) -> dict[str, Any]:
+    """The variables of `templates/isoflop.html`."""
+    spec, found = findings.collected.grid.spec, findings.collected.records
+    return {
+        "title": spec.name,
+        "base": spec.base,
+        "about": table.about(findings),
+        "arms": [(arm, _look(findings, arm), _own(findings, arm)) for arm in spec.arms],
+        "verdicts": table.verdicts(findings),
+        "iso_flop": _iso_flop(findings),
+        "relative": _relative(findings),
+        "iso_time": _iso_time(findings),
+        "first": [table.same(findings), table.optima(findings)],
+        "second": [section for section in (table.times(findings), table.speeds(findings)) if section.rows],
+        "last": [section for section in (table.rates(findings), table.runs(findings)) if section.rows],
+        "notes": notes(findings),
+        "commands": list(dict.fromkeys(record.command for record in found)),
+        "provenance": provenance(found),
+    }
+
+
+def _look(findings: Findings, arm: str) -> Look:
+    return look(findings.collected.grid.spec.arms.index(arm))
+
+
+def _own(findings: Findings, arm: str) -> str:
+    """What the arm's model has of its own, in words."""
+    parts = []
+    for key, value in findings.collected.grid.spec.known[arm].items():
+        if key == "mechanisms":
+            parts += [_entry(entry) for entry in value] or ["no mechanism"]
+        else:
+            parts.append(f"{key} {_entry(value) if isinstance(value, dict) and 'name' in value else value}")
+    return "; ".join(parts)
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
+    return f"{entry['name'].replace('_', ' ')}{f' ({options})' if options else ''}"
+
+
+def _loss_range(findings: Findings, margin: float = 0.06) -> tuple[float, float]:
+    """One for all panels of a row, so that they can be read across."""
+    losses = [loss for point in findings.collected for loss in point.losses]
+    curves = [curve for arms in findings.curves.values() for curve in arms.values()]
+    return bounds([*losses, *(curve.fit.optimum.loss for curve in curves)], margin)
+
+
+def _iso_flop(findings: Findings) -> list[Figure]:
+    """Loss over parameters, a panel a budget."""
+    xs = [point.parameters for point in findings.collected]
+    made = []
+    for budget, curves in findings.curves.items():
+        drawn = [
+            Drawn(
+                look=_look(findings, arm),
+                dots=_dots(findings.collected.curves[arm, budget]),
+                line=_parabola(curve),
+                star=_star(curve, curve.fit.optimum.x),
+            )
+            for arm, curve in curves.items()
+        ]
+        title = f"{compact(budget)} training FLOPs"
+        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(findings))
+        made.append((title, picture))
+    return made
+
+
+def _dots(points: Sequence[Point]) -> list[Dot]:
+    """The mean of each cell, with its seeds behind it where there are several."""
+    made = []
+    for point in points:
+        said = f"{point.cell.arm} {point.cell.size}, {point.parameters:,} parameters, {point.cell.steps:,} steps"
+        seeds = point.losses if len(point.losses) > 1 else []
+        made += [Dot(x=point.parameters, y=loss, hover=f"{said}: one seed {loss:.4f}", faint=True) for loss in seeds]
+        made.append(Dot(x=point.parameters, y=point.loss, hover=f"{said}: loss {point.loss:.4f}"))
+    return made
+
+
+def _sizes(curve: Curve) -> list[float]:
+    """From the smallest to the largest size, evenly on a logarithmic axis."""
+    low, high = math.log(curve.fit.low), math.log(curve.fit.high)
+    return [math.exp(low + (high - low) * i / STEPS) for i in range(STEPS + 1)]
+
+
+def _parabola(curve: Curve) -> list[tuple[float, float]]:
+    if len(curve.parameters) < 3:
+        return []
+    return [(x, curve.fit(min(max(x, curve.fit.low), curve.fit.high))) for x in _sizes(curve)]
+
+
+def _star(curve: Curve, x: float) -> Dot | None:
+    best = curve.fit.optimum
+    if not curve.fit.usable:
+        return None
+    said = f"{curve.arm}: optimum {best.loss:.4f} at {amount(best.x)} parameters, {best.where}"
+    return Dot(x=x, y=best.loss, hover=said, hollow=best.where != INSIDE)
+
+
+def _relative(findings: Findings) -> list[Figure]:
+    """Loss over the FLOPs of a forward pass by those of the base's optimum, a panel a budget."""
+    base = findings.base
+    based = {budget: curves for budget, curves in findings.curves.items() if base in curves}
+    units = {budget: curves[base].forward(curves[base].fit.optimum.x) for budget, curves in based.items()}
+    xs = [f / units[b] for b, curves in based.items() for curve in curves.values() for f in curve.forward_flops]
+    made = []
+    for budget, curves in based.items():
+        unit = units[budget]
+        drawn = [
+            _against_flops(findings, curve, findings.collected.curves[arm, budget], unit)
+            for arm, curve in curves.items()
+        ]
+        drops = [
+            (found.share, f"{found.arm} {'≤ ' if found.at_most else ''}{found.share:.2f}")
+            for found in findings.same[budget]
+            if found.share is not None
+        ]
+        title = f"{compact(budget)} training FLOPs"
+        picture = panel(
+            drawn,
+            x_title=f"FLOPs of a forward pass, {base} optimum = 1",
+            title=title,
+            x_range=log_bounds(xs),
+            y_range=_loss_range(findings, 0.12),
+            level=Level(y=curves[base].fit.optimum.loss, label=f"{base} optimum", drops=drops),
+        )
+        made.append((title, picture))
+    return made
+
+
+def _against_flops(findings: Findings, curve: Curve, points: Sequence[Point], unit: float) -> Drawn:
+    star = _star(curve, curve.forward(curve.fit.optimum.x) / unit)
+    dots = [
+        Dot(
+            x=point.forward_flops / unit,
+            y=point.loss,
+            hover=f"{curve.arm} {point.cell.size}: {amount(point.forward_flops)} FLOPs a token, loss {point.loss:.4f}",
+        )
+        for point in points
+    ]
+    line = [(curve.forward(min(max(x, curve.fit.low), curve.fit.high)) / unit, y) for x, y in _parabola(curve)]
+    return Drawn(look=_look(findings, curve.arm), dots=dots, line=line, star=star)
+
+
+def _iso_time(findings: Findings) -> list[Figure]:
+    """Loss over parameters after equal seconds, a panel a time; then every run over its seconds."""
+    xs = [point.parameters for point in findings.collected]
+    made = []
+    for time in findings.times:
+        title = f"{time.seconds:,.0f} seconds of training"
+        drawn = [_at_time(findings, time, curve) for curve in time.curves.values()]
+        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(findings))
+        made.append((title, picture))
+    return [*made, ("every cell over its seconds", _all_seconds(findings))]
+
+
+def _at_time(findings: Findings, time: EqualTime, curve: Curve) -> Drawn:
+    beyond = time.stretched[curve.arm]
+    dots = [
+        Dot(x=x, y=y, hover=f"{curve.arm}, {amount(x)} parameters: {y:.4f}", hollow=x in beyond)
+        for x, y in zip(curve.parameters, curve.losses, strict=True)
+    ]
+    star = _star(curve, curve.fit.optimum.x)
+    return Drawn(look=_look(findings, curve.arm), dots=dots, line=_parabola(curve), star=star)
+
+
+def _all_seconds(findings: Findings) -> Markup:
+    collected = findings.collected
+    drawn = []
+    for arm in collected.grid.spec.arms:
+        points = [point for (name, _), found in collected.curves.items() if name == arm for point in found]
+        dots = [
+            Dot(
+                x=seconds_of(collected, point),
+                y=point.loss,
+                hover=f"{arm} {point.cell.size} at {compact(point.cell.budget)}: {point.loss:.4f}",
+            )
+            for point in points
+        ]
+        drawn.append(Drawn(look=_look(findings, arm), dots=dots, line=_frontier(dots)))
+    seconds = [seconds_of(collected, point) for point in collected] or [1.0, 10.0]
+    return panel(
+        drawn,
+        x_title="seconds of training",
+        title="loss over seconds of training; the line joins the best so far",
+        x_range=log_bounds(seconds),
+        y_range=_loss_range(findings),
+        label=short,
+    )
+
+
+def _frontier(dots: Sequence[Dot]) -> list[tuple[float, float]]:
+    """The points that no quicker one beats."""
+    best: list[tuple[float, float]] = []
+    for dot in sorted(dots, key=lambda dot: dot.x):
+        if not best or dot.y < best[-1][1]:
+            best.append((dot.x, dot.y))
+    return best

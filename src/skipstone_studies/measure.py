@@ -1,0 +1,33 @@
+"""What is measured of one finished run, and of all runs of a seed in one sitting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skipstone.evaluate.compare import compare
+from skipstone.evaluate.run import evaluate
+from skipstone.generate.run import stream
+from skipstone.runs import Run
+from skipstone_studies.timing import training_speeds
+
+
+def standard(folder: Path) -> dict[str, Any]:
+    """training: the run's own summary. evaluation: losses, capacities and FLOPs on the validation rows."""
+    return {"training": Run(folder).result(), "evaluation": evaluate(folder).to_dict()}
+
+
+def together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """training_speed, comparison: taken in turns by all arms, so that the machine's mood is the same for each."""
+    speeds = training_speeds(runs)
+    compared = compare(list(runs.values())).to_dict()["runs"]
+    return {
+        arm: {"training_speed": speeds[arm], "comparison": figures} for arm, figures in zip(runs, compared, strict=True)
+    }
+
+
+def sample(folder: Path, prompt: str, *, seed: int = 0) -> dict[str, Any]:
+    """Generated text, as much as `skipstone generate` writes unasked. pieces: (text, share of the compute it took)."""
+    pieces = stream(folder, prompt, seed=seed)
+    return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}

@@ -1,0 +1,186 @@
+"""Records -> Markdown. Pure: no clock, no machine, no file, so the same records give the same bytes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skipstone.evaluate.tables import UNKNOWN, Section, markdown
+from skipstone_studies.record import Record, digest
+from skipstone_studies.study import SCALES, Column, Experiment
+
+SPREAD = "Mean ± standard deviation over seeds."
+OTHER_SITTING = "Speeds of a seed's arms were not all taken in one sitting, so they compare less well."
+
+
+def render(experiment: Experiment, records: Sequence[Record]) -> str:
+    """The whole of results/NAME.md. Records of configurations that the experiment no longer has are left out."""
+    parts = [f"# {experiment.name}", experiment.purpose, experiment.about]
+    shown = 0
+    for current in groups(experiment, records):
+        parts += [f"## {heading(current)}", *_section(experiment, current)]
+        shown += len(current)
+    if shown < len(records):
+        parts.append(f"{len(records) - shown} records of other configurations are left out.")
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def groups(experiment: Experiment, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
+    """The records that make a table each: one for every scale (or `scale` alone) and corpus that has any."""
+    for name in (name for name in SCALES if name in experiment.seeds and scale in (None, name)):
+        for arms in experiment.variants(name):
+            if current := current_records(arms, [record for record in records if record.scale == name]):
+                yield current
+
+
+def current_records(arms: Mapping[str, Mapping[str, Any]], records: Iterable[Record]) -> list[Record]:
+    """Those that were made with the arms' recipes as they are now, in the arms' order, then by seed."""
+    order = list(arms)
+    kept = [record for record in records if record.arm in arms and record.digest == digest(arms[record.arm])]
+    return sorted(kept, key=lambda record: (order.index(record.arm), record.seed))
+
+
+def heading(records: Sequence[Record]) -> str:
+    """`laptop, tiny-shakespeare`."""
+    corpora = dict.fromkeys(record.config.get("data", {}).get("corpus") for record in records)
+    return ", ".join([records[0].scale, *(str(corpus) for corpus in corpora if corpus)])
+
+
+def _section(experiment: Experiment, records: Sequence[Record]) -> list[str]:
+    details = [] if experiment.details is None else [experiment.details(_figures(experiment, records))]
+    return [block(experiment, records), *details, provenance(records)]
+
+
+def block(experiment: Experiment, records: Sequence[Record]) -> str:
+    """The table with its notes and the command that makes it: what a README shows."""
+    columns = [(column, _cells(column, _figures(experiment, records))) for column in experiment.columns]
+    section = Section(
+        title=heading(records),
+        columns=["arm", *(column.title for column, _ in columns)],
+        rows=[[arm, *(_marked(cells[arm]) for _, cells in columns)] for arm in _arms(records)],
+        notes=_notes(records),
+    )
+    # The heading above says what the table is; `markdown` would give it another.
+    text = markdown([section]).partition("\n\n")[2]
+    return text.strip("\n") + f"\n\n`{command(records)}`"
+
+
+def terminal(experiment: Experiment, records: Sequence[Record]) -> Section:
+    """The same figures with arms as columns, because terminals are narrow, and ratios on lines of their own."""
+    rows = []
+    for column in experiment.columns:
+        cells = _cells(column, _figures(experiment, records))
+        rows.append([column.title, *(cell.text for cell in cells.values())])
+        if any(cell.ratio for cell in cells.values()):
+            rows.append([f"  × {_arms(records)[0]}", *(cell.ratio for cell in cells.values())])
+    return Section(title=heading(records), columns=["", *_arms(records)], rows=rows, notes=_notes(records))
+
+
+def _arms(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(record.arm for record in records))
+
+
+def _figures(experiment: Experiment, records: Sequence[Record]) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Figures of each arm by seed, in order, those that follow from other arms included."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {record.arm: {} for record in records}
+    for seed in sorted({record.seed for record in records}):
+        of_seed: dict[str, Mapping[str, Any]] = {r.arm: r.figures for r in records if r.seed == seed}
+        derived = {} if experiment.derive is None else experiment.derive(of_seed)
+        for arm, figures in of_seed.items():
+            found[arm][seed] = {**figures, **derived.get(arm, {})}
+    return found
+
+
+def lookup(figures: Mapping[str, Any], key: str) -> float | None:
+    """The figure at a dotted path, None where there is none."""
+    at: Any = figures
+    for step in key.split("."):
+        if not isinstance(at, Mapping) or step not in at:
+            return None
+        at = at[step]
+    return float(at) if isinstance(at, (int, float)) and math.isfinite(at) else None
+
+
+def _values(column: Column, seeds: Mapping[int, Mapping[str, Any]]) -> list[float]:
+    return [value / column.unit for figures in seeds.values() if (value := lookup(figures, column.key)) is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """text: mean and spread. ratio: to the first arm, "" where it is not asked for. best: of its column."""
+
+    text: str
+    ratio: str = ""
+    best: bool = False
+
+
+def _cells(column: Column, figures: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Cell]:
+    values = {arm: _values(column, seeds) for arm, seeds in figures.items()}
+    means = {arm: statistics.fmean(found) for arm, found in values.items() if found}
+    first, best = next(iter(values)), None
+    if column.better is not None and len(means) > 1:
+        best = (min if column.better == "low" else max)(means.values())
+    cells = {}
+    for arm, found in values.items():
+        compared = column.relative and arm in means and arm != first and means.get(first)
+        cells[arm] = Cell(
+            text=mean_and_spread(found, column.format),
+            ratio=f"{means[arm] / means[first]:.2f}" if compared else "",
+            best=best is not None and means.get(arm) == best,
+        )
+    return cells
+
+
+def _marked(cell: Cell) -> str:
+    text = f"{cell.text} ({cell.ratio}×)" if cell.ratio else cell.text
+    return f"**{text}**" if cell.best else text
+
+
+def mean_and_spread(values: Sequence[float], form: str) -> str:
+    """`1.234`, with more than one value `1.234 ± 0.005`, a dash for none."""
+    if not values:
+        return UNKNOWN
+    mean = _shown(statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {_shown(statistics.stdev(values), form)}"
+
+
+def _shown(value: float, form: str) -> str:
+    return format(round(value) if form.endswith("d") else value, form)
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    seeds = sorted({record.seed for record in records})
+    counts = {arm: sum(r.arm == arm for r in records) for arm in dict.fromkeys(r.arm for r in records)}
+    some = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    notes = [f"{some} ({', '.join(map(str, seeds))})." + (f" {SPREAD}" if len(seeds) > 1 else "")]
+    short = [f"{arm} {count}" for arm, count in counts.items() if count < len(seeds)]
+    notes += [f"Fewer seeds so far: {', '.join(short)}."] if short else []
+    sittings: dict[int, set[str]] = {}
+    for record in records:
+        sittings.setdefault(record.seed, set()).add((record.sitting or {}).get("time", ""))
+    return notes + ([OTHER_SITTING] if any(len(times) > 1 for times in sittings.values()) else [])
+
+
+def command(records: Sequence[Record]) -> str:
+    """The one that makes all of these records."""
+    base = min(record.command for record in records)
+    return f"{base} --seeds {','.join(map(str, sorted({record.seed for record in records})))}"
+
+
+def provenance(records: Sequence[Record]) -> str:
+    """With what, at which commit and on which machine the records were made."""
+    made = dict.fromkeys(_made_with(record.environment) for record in records)
+    return "Made with " + "; and with ".join(made) + "."
+
+
+def _made_with(environment: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("skipstone", "torch", "transformers", "python"))
+    commit = environment.get("git_commit")
+    state = " with uncommitted changes" if environment.get("git_dirty") else ""
+    machine = environment["machine"]
+    place = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    return f"{versions}, {f'commit {commit[:12]}{state}' if commit else 'no commit known'}, on {place}{gpu}"

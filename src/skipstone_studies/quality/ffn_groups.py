@@ -1,0 +1,145 @@
+"""Does switching neurons off save more than it costs? Neuron groups beside narrower MLPs of equal FLOPs, and TEAL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.tables import Section, markdown, number, percent
+from skipstone.evaluate.teal import measure_teal
+from skipstone_studies import measure
+from skipstone_studies.claims import ByArm, values
+from skipstone_studies.page import mean_and_spread
+from skipstone_studies.study import Column, Experiment, Figures, Recipe
+
+DENSE = "dense"
+SHARES = (0.6, 0.4)  # of the MLP's FLOPs that are executed
+SIZES: dict[str, dict[str, Any]] = {
+    "laptop": {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 640},
+    "paper": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 8, "intermediate_size": 2560},
+}
+TRAIN: dict[str, dict[str, Any]] = {
+    "laptop": {"steps": 600, "batch_size": 8, "learning_rate": 2e-3},
+    "paper": {"steps": 5000, "batch_size": 32, "learning_rate": 6e-4},
+}
+CONTEXT = {"laptop": 256, "paper": 512}
+GROUPS = 20
+CHUNK = 64
+CONTROLS: dict[str, dict[str, Any]] = {  # at the first share
+    "no warm-up": {"capacity_warmup": 0.0},
+    "balanced": {"balance_rate": 0.001},
+    "random": {"capacity_warmup": 0.0, "decision": "random"},
+}
+SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
+BATCH, CALIBRATION = 16, 4  # rows of a pass, passes to calibrate on
+
+
+def arms(scale: str, corpus: str = "python-packages") -> dict[str, Recipe]:
+    """SwiGLU; at each share a narrower SwiGLU and neuron groups; at the first one these in other ways, too."""
+    full = SIZES[scale]["intermediate_size"]
+    recipe = partial(_recipe, scale, corpus)
+    found = {DENSE: recipe(full)}
+    for share in SHARES:
+        found[f"narrow {share:g}"] = recipe(round(full * share))
+        found[f"groups {share:g}"] = recipe(full, {"capacity": share})
+    for name, options in CONTROLS.items():
+        found[f"{name} {SHARES[0]:g}"] = recipe(full, {"capacity": SHARES[0], **options})
+    return found
+
+
+def _recipe(scale: str, corpus: str, neurons: int, options: dict[str, Any] | None = None) -> Recipe:
+    model = {**SIZES[scale], "intermediate_size": neurons}
+    if options is not None:
+        usual = {"group_size": neurons // GROUPS, "chunk_size": CHUNK, "capacity_warmup": 0.4}
+        model["neuron_groups"] = {**usual, **options}
+    steps = TRAIN[scale]["steps"]
+    return {
+        "model": model,
+        "data": {"corpus": corpus, "context": CONTEXT[scale], "sampling": "once", "validation_rows": 512},
+        "train": {**TRAIN[scale], "warmup_steps": steps // 12, "eval_every": 0, "save_every": steps // 2},
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """The usual figures; the FLOPs of the MLPs alone; of SwiGLU also the loss with small inputs set to 0."""
+    figures, opened = measure.standard(folder), open_run(folder)
+    cost = opened.model.cost(opened.context)
+    figures = {**figures, "mlp_flops": cost.forward_per_token.mlp}
+    if opened.model.config.neuron_groups is not None:
+        return figures
+    return {**figures, "teal": {_step(share): _teal(folder, opened, 1 - share) for share in SHARES}}
+
+
+def _step(share: float) -> str:
+    """Of a path into the figures, so without a dot."""
+    return f"{share:.0%}"
+
+
+def _teal(folder: Path, opened: Opened, sparsity: float) -> Figures:
+    train = open_run(folder, "train")
+    assert opened.data is not None
+    assert train.data is not None
+    rows = batches(train.data, BATCH, opened.model.device)
+    found = measure_teal(
+        opened.model, opened.main, islice(rows, CALIBRATION), batches(opened.data, BATCH, opened.model.device), sparsity
+    )
+    return {"loss": found.loss, "executed": 1 - found.sparsity}
+
+
+def derive(figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
+    """loss_ratio and mlp_ratio: by those of SwiGLU, less 1, and as a share."""
+    if DENSE not in figures:
+        return {}
+    loss, flops = _loss(figures[DENSE]), figures[DENSE]["mlp_flops"]
+    return {
+        arm: {"loss_ratio": _loss(found) / loss - 1, "mlp_ratio": found["mlp_flops"] / flops}
+        for arm, found in figures.items()
+    }
+
+
+def _loss(figures: Figures) -> float:
+    return float(figures["evaluation"]["ways"]["executed"]["loss"])
+
+
+def details(figures: ByArm) -> str:
+    """SwiGLU with small inputs set to 0, which is not trained for it."""
+    rows = []
+    for share in SHARES:
+        losses, executed = (values(figures, DENSE, f"teal.{_step(share)}.{name}") for name in ("loss", "executed"))
+        if losses:
+            rows.append([percent(1 - share), mean_and_spread(losses, ".4f"), number(sum(executed) / len(executed), 3)])
+    note = "The dense arm after training, thresholds calibrated on training rows; nothing is skipped in this pass."
+    columns = ["inputs below their threshold", "loss", "MLP FLOPs left, share"]
+    section = Section(title="Training-free thresholds (TEAL)", columns=columns, rows=rows, notes=[note])
+    return markdown([section]).strip("\n") if rows else ""
+
+
+FFN_GROUPS = Experiment(
+    name="ffn_groups",
+    purpose="neuron groups switched off by chunk, beside narrower MLPs of equal FLOPs, random groups and TEAL",
+    about=(
+        f"An MLP's neurons lie in {GROUPS} groups; for each chunk of {CHUNK} tokens a router that has seen the tokens "
+        "before it keeps a share of them, and the others are not multiplied, in training neither. *narrow* is a SwiGLU "
+        "with that share of the neurons. The capacity falls from 1 over the first 40 % of the training, but in *no "
+        "warm-up* and in *random*, which draws the groups; *balanced* adds a bias for groups that are on less than "
+        "others. Losses are those of the executed pass."
+    ),
+    arms=arms,
+    seeds=SEEDS,
+    measure=measured,
+    derive=derive,
+    details=details,
+    columns=(
+        Column(key="training.parameters", title="parameters (M)", format=".2f", unit=1e6),
+        Column(key="evaluation.ways.executed.loss", title="loss, executed", format=".4f", better="low"),
+        Column(key="loss_ratio", title="loss / dense - 1", format="+.2%"),
+        Column(key="mlp_ratio", title="MLP FLOPs / dense", format=".3f"),
+        Column(key="evaluation.flops_per_token.counted", title="MFLOPs/token", format=".2f", unit=1e6, relative=True),
+        Column.speed("training_speed", "training tokens/s"),
+        Column.speed("comparison.speed.decode 1", "decoding tokens/s"),
+    ),
+)

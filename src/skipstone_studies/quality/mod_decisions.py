@@ -1,0 +1,113 @@
+"""Which decision should Mixture-of-Depths make? All of them on the same text, oracle beside causal, with controls."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from skipstone_studies import measure
+from skipstone_studies.study import Column, Experiment, Figures, Recipe
+
+CAPACITY = 0.125
+SIZES: dict[str, dict[str, Any]] = {
+    "laptop": {"hidden_size": 128, "num_attention_heads": 4, "context": 128, "steps": 300, "rate": 2e-3},
+    "paper": {"hidden_size": 512, "num_attention_heads": 8, "context": 512, "steps": 5000, "rate": 6e-4},
+}
+BLOCKS = 6
+ROWS: dict[str, dict[str, Any]] = {"python-packages": {"validation_rows": 1024}}  # its whole validation set is 5 MB
+SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
+PLAIN = {"weight": "raw"}  # the paper's router
+ROUTED: dict[str, dict[str, Any]] = {
+    "guided": {},  # as it comes
+    "guided-predictor": {"decision": "predictor"},
+    "guided-threshold": {"decision": "threshold"},
+    "ema_threshold": {**PLAIN, "decision": "ema_threshold"},
+    "predictor": {**PLAIN, "decision": "predictor"},
+    "threshold": {**PLAIN, "decision": "threshold"},
+    "random": {**PLAIN, "decision": "random"},
+    "positional": {**PLAIN, "decision": "positional"},
+}
+
+
+def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, Recipe]:
+    """A dense model, one of half its depth, and one routed model a decision."""
+    mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY}
+    return {
+        "dense": _recipe(scale, corpus, BLOCKS),
+        "dense-half-depth": _recipe(scale, corpus, BLOCKS // 2),
+        **{name: _recipe(scale, corpus, BLOCKS, [{**mod, **options}]) for name, options in ROUTED.items()},
+    }
+
+
+def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> Recipe:
+    size = SIZES[scale]
+    return {
+        "model": {
+            "hidden_size": size["hidden_size"],
+            "num_attention_heads": size["num_attention_heads"],
+            "num_hidden_layers": blocks,
+            **({"mechanisms": mechanisms} if mechanisms else {}),
+        },
+        "data": {"corpus": corpus, "context": size["context"], **ROWS.get(corpus, {})},
+        "train": {
+            "steps": size["steps"],
+            "batch_size": 16,
+            "learning_rate": size["rate"],
+            "warmup_steps": size["steps"] // 12,
+            "eval_every": 0,
+            "save_every": size["steps"] // 2,
+        },
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """The usual figures, with the gap between oracle and executed loss and the realised capacity in one place."""
+    figures = measure.standard(folder)
+    ways = figures["evaluation"]["ways"]
+    gap = ways["executed"]["loss"] / ways["oracle"]["loss"] - 1
+    blocks = [block["mixture_of_depths"] for block in ways["executed"]["layers"] if block]
+    if not blocks:
+        return {**figures, "gap": gap}
+    kept = {str(i): block["capacity"] for i, block in enumerate(blocks)}
+    judged = {name: [b[name] for b in blocks if b.get(name) is not None] for name in ("precision", "recall", "f1")}
+    means = {name: statistics.mean(values) for name, values in judged.items() if values}
+    overshoot = max(block["capacity_p99"] for block in blocks) / CAPACITY - 1
+    return {**figures, "gap": gap, "capacity": kept, "overshoot": overshoot, **means}
+
+
+COLUMNS = (
+    Column(key="evaluation.ways.oracle.loss", title="loss, oracle", format=".4f", better="low"),
+    Column(key="evaluation.ways.executed.loss", title="loss, executed", format=".4f", better="low"),
+    Column(key="gap", title="executed / oracle - 1", format="+.2%"),
+    Column(key="evaluation.flops_per_token.counted", title="MFLOPs/token", format=".2f", unit=1e6, relative=True),
+    *(Column(key=f"capacity.{i}", title=f"kept, block {2 * i + 1}", format=".3f") for i in range(BLOCKS // 2)),
+    Column(key="overshoot", title="kept above capacity, p99 of rows", format="+.0%"),
+    *(Column(key=name, title=name, format=".2f") for name in ("precision", "recall", "f1")),
+)
+ABOUT = (
+    "Mixture-of-Depths on every other block at capacity 0.125, trained alike but for the decision and for what "
+    "its router learns from; whole validation set. *Oracle* is the pass as trained, *executed* the one that "
+    "generates and skips. *guided* is Mixture-of-Depths as it comes. *random* and *positional* are controls: a "
+    "learned router that does no better has learned nothing. Precision, recall and F1 compare the executed "
+    "decision with the best of the row by the same scores, in the mean over routed blocks."
+)
+
+
+def on(corpus: str, name: str) -> Experiment:
+    """The experiment on one corpus."""
+    return Experiment(
+        name=name,
+        purpose=f"every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",
+        about=ABOUT,
+        arms=partial(arms, corpus=corpus),
+        seeds=SEEDS,
+        measure=measured,
+        together=None,
+        columns=COLUMNS,
+    )
+
+
+MOD_DECISIONS = on("tiny-shakespeare", "mod_decisions")
+MOD_DECISIONS_CODE = on("python-packages", "mod_decisions_code")

@@ -1,0 +1,200 @@
+"""What does PolyGLU's routing come to? Entropies, who departs from the majority, and what a fixed choice would lose."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from skipstone.adapt.calibrated import BATCH, BATCHES
+from skipstone.adapt.harden import NAMES, harden, mean_logits
+from skipstone.evaluate.losses import measure as measure_loss
+from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.tables import Section, markdown, percent
+from skipstone.runs import Run
+from skipstone_studies import measure
+from skipstone_studies.claims import ByArm, Claim, claims_table, mean, paired, values
+from skipstone_studies.page import mean_and_spread
+from skipstone_studies.study import Column, Experiment, Figures, Recipe
+
+SWIGLU = "swiglu"
+SCALES = (1, 16, 64)  # of the learned preferences; the paper's is 1
+SIZES: dict[str, dict[str, Any]] = {
+    "laptop": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4},
+    "paper": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12},
+}
+TRAIN: dict[str, dict[str, Any]] = {
+    "laptop": {"steps": 500, "batch_size": 16, "learning_rate": 2e-3},
+    "paper": {"steps": 5000, "batch_size": 32, "learning_rate": 6e-4},
+}
+CONTEXT = {"laptop": 128, "paper": 512}
+SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
+POINTS = 5  # of the course that are shown
+ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
+
+
+def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, Recipe]:
+    """SwiGLU; PolyGLU with preferences of three scales, each with Gumbel noise in training and without."""
+    recipe = partial(_recipe, scale, corpus)
+    found = {SWIGLU: recipe("silu")}
+    for factor in SCALES:
+        for name, noise in (("noise", True), ("quiet", False)):
+            found[f"scale {factor}, {name}"] = recipe({"name": "polyglu", "preference_scale": factor, "noise": noise})
+    return found
+
+
+def _recipe(scale: str, corpus: str, activation: str | dict[str, Any]) -> Recipe:
+    steps = TRAIN[scale]["steps"]
+    return {
+        "model": {**SIZES[scale], "activation": activation},
+        "data": {"corpus": corpus, "context": CONTEXT[scale]},
+        "train": {
+            **TRAIN[scale],
+            "warmup_steps": steps // 12,
+            "eval_every": 0,
+            "save_every": steps // 2,
+            "log_every": steps // (POINTS * 5),
+        },
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """The usual figures; of PolyGLU also its routing by layer and in the mean, its course, what hardening loses."""
+    figures = measure.standard(folder)
+    ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]
+    layers = [one for layer in ways[main]["layers"] for one in layer.values() if "diversity" in one]
+    if not layers:
+        return figures
+    means = {name: statistics.fmean(layer[name] for layer in layers) for name in ROUTING}
+    hardened = _hardened(folder, open_run(folder)) - ways[main]["loss"]
+    neurons = [layer["neurons"] for layer in layers]  # by layer, the share whose strongest activation is each
+    return {**figures, **means, "hardened": hardened, "neurons": neurons, "course": course(Run(folder))}
+
+
+def _hardened(folder: Path, opened: Opened) -> float:
+    """Nats of the model whose neurons keep one activation for good, chosen on training rows."""
+    train = open_run(folder, "train")
+    assert opened.data is not None
+    assert train.data is not None
+    rows = islice(batches(train.data, BATCH, opened.model.device), BATCHES)
+    model = harden(opened.model, mean_logits(opened.model, opened.main, rows)).eval()
+    rest = batches(opened.data, BATCH, opened.model.device)
+    return measure_loss(model, opened.main, rest, activations=False).loss
+
+
+def course(run: Run) -> dict[str, dict[str, float]]:
+    """Means over layers of what training logged, at the ends of so many equal parts of it, by percent of the steps."""
+    lines = [line for line in run.metrics() if line.get("split") == "train" and _logged(line, "diversity")]
+    last, found = lines[-1]["step"], {}
+    for part in range(1, POINTS + 1):
+        line = min(lines, key=lambda line, at=part / POINTS * last: abs(line["step"] - at))  # type: ignore[misc]
+        found[f"{part / POINTS:.0%}"] = {name: statistics.fmean(_logged(line, name)) for name in ROUTING}
+    return found
+
+
+def _logged(line: Mapping[str, Any], name: str) -> list[float]:
+    return [value for key, value in line.items() if key.startswith(f"{name}/")]
+
+
+LOSS = "evaluation.ways.executed.loss"
+DETERMINISTIC, UNUSED, REACHED, LOST = 1e-3, 0.01, 0.05, 0.01
+RULES: tuple[tuple[str, str, str, Callable[[float], bool]], ...] = (
+    (
+        f"routing is nearly deterministic: dynamic entropy at most {DETERMINISTIC:.1%} of ln 4 (paper: 0.03 %)",
+        "dynamic_entropy",
+        ".2%",
+        lambda share: share <= DETERMINISTIC,
+    ),
+    (
+        f"static entropy stays at ln 4, within {UNUSED:.0%} (paper: yes)",
+        "static_entropy",
+        ".1%",
+        lambda share: share >= 1 - UNUSED,
+    ),
+)
+
+
+def claims(figures: ByArm) -> Iterator[Claim]:
+    """The paper's two, in each arm; whether neurons are reached; whether a fixed choice loses anything."""
+    for arm in figures:
+        for text, key, form, rule in RULES:
+            if (found := mean(figures, arm, key)) is not None:
+                share = found / math.log(len(NAMES))
+                yield Claim(arm=arm, text=text, found=format(share, form), holds=rule(share))
+        if (found := mean(figures, arm, "diversity")) is not None:
+            text = f"neurons route, not layers: at least {REACHED:.0%} of a layer's neurons depart from its majority"
+            yield Claim(arm=arm, text=text, found=percent(found), holds=found >= REACHED)
+        if (found := mean(figures, arm, "hardened")) is not None:
+            text = f"hardened, it loses at most {LOST} nats"
+            yield Claim(arm=arm, text=text, found=f"{found:+.4f}", holds=found <= LOST)
+        less = paired(figures, arm, SWIGLU, LOSS)
+        if less and arm != SWIGLU:
+            text = "its loss is below SwiGLU's, in every seed"
+            yield Claim(arm=arm, text=text, found=mean_and_spread(less, "+.4f"), holds=max(less) < 0)
+
+
+def details(figures: ByArm) -> str:
+    sections = [section for section in (_layers(figures), _course(figures)) if section.rows]
+    parts = [claims_table("Which claims hold", claims(figures)), markdown(sections).strip("\n") if sections else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _layers(figures: ByArm) -> Section:
+    """What most neurons of each layer use, seed by seed."""
+    rows = []
+    for arm, seeds in figures.items():
+        for seed, found in seeds.items():
+            layers = found.get("neurons")
+            if layers:
+                rows.append([arm, str(seed), *(_most(layer) for layer in layers)])
+    width = max((len(row) for row in rows), default=2)
+    columns = ["arm", "seed", *(f"layer {i}" for i in range(width - 2))]
+    return Section(title="Neurons of each layer by their strongest activation", columns=columns, rows=rows)
+
+
+def _most(layer: Mapping[str, float]) -> str:
+    """Those of at least 5 %, the largest first."""
+    shown = sorted(((share, name) for name, share in layer.items() if share >= REACHED), reverse=True)
+    return ", ".join(f"{name} {percent(share)}" for share, name in shown)
+
+
+def _course(figures: ByArm) -> Section:
+    rows = []
+    parts = [f"{part / POINTS:.0%}" for part in range(1, POINTS + 1)]
+    for arm in figures:
+        for name in ROUTING:
+            found = [values(figures, arm, f"course.{part}.{name}") for part in parts]
+            if any(found):
+                rows.append([arm, name.replace("_", " "), *(mean_and_spread(each, ".3f") for each in found)])
+    note = "Mean over layers, entropies in nats without tau (ln 4 = 1.386); tau falls from 1 to .1 meanwhile."
+    return Section(title="While it trains", columns=["arm", "figure", *parts], rows=rows, notes=[note])
+
+
+POLYGLU_ROUTING = Experiment(
+    name="polyglu_routing",
+    purpose="PolyGLU's routing: entropies, neurons that depart from their layer, what a fixed choice loses",
+    about=(
+        "PolyGLU with preferences that are learned 1 (the paper's), 16 or 64 times as fast, with Gumbel noise in "
+        "training or without. *Diversity* is the share of neurons whose strongest activation is not that of most "
+        "neurons of the layer. *Hard mix*: what the loss becomes when each neuron uses its strongest activation of the "
+        "moment; *hardened*: when it keeps one for good, chosen on training rows. Evaluation draws no noise."
+    ),
+    arms=arms,
+    seeds=SEEDS,
+    measure=measured,
+    together=None,
+    details=details,
+    columns=(
+        Column(key="training.parameters", title="parameters (K)", format=".1f", unit=1e3),
+        Column(key=LOSS, title="loss", format=".4f", better="low"),
+        Column(key="evaluation.hard_minus_soft", title="hard mix", format="+.4f"),
+        Column(key="hardened", title="hardened", format="+.4f"),
+        Column(key="diversity", title="diversity", format=".3f"),
+        Column(key="dynamic_entropy", title="dynamic entropy", format=".4f"),
+        Column(key="static_entropy", title="static entropy", format=".4f"),
+    ),
+)

@@ -1,0 +1,167 @@
+"""Reset-S3: the task where it is known which tokens need depth. Does a learned router find them?
+
+The first two blocks of the routed models are dense (`ROUTED`): what a token is worth shows after some mixing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from skipstone.data.synthetic import BINS
+from skipstone.evaluate.accuracy import MEASURED, OVERALL, headroom_captured
+from skipstone.model.released import tsa
+from skipstone_studies import measure
+from skipstone_studies.quality.tsa.recipes import ALONE, HARD, LEARNED
+from skipstone_studies.study import Column, Experiment, Figures, Recipe
+
+CAPACITY = 0.25  # the share of entries that are operations
+BLOCKS = 8  # of the routed models, and of the deepest dense one
+ROUTED = "2:"
+DENSE = {"laptop": (2, 4), "paper": (2, 4, 8)}
+DECISIONS: dict[str, dict[str, Any]] = {  # of Mixture-of-Depths; all cause what they execute from the past alone
+    "mod-guided": {},
+    "mod-guided-predictor": {"decision": "predictor"},
+    "mod-guided-threshold": {"decision": "threshold"},
+    "mod-unguided": {"decision": "ema_threshold", "weight": "raw"},
+    "mod-paper": {"decision": "predictor", "weight": "raw"},
+    "mod-random": {"decision": "random"},
+    "mod-positional": {"decision": "positional"},
+}
+GATES: dict[str, dict[str, Any]] = {  # of Token-Selective Attention
+    "tsa-hard": {**HARD, **LEARNED, "capacity": CAPACITY},
+    "tsa-hard-kept": {**HARD, **LEARNED, **ALONE, "capacity": CAPACITY},
+    "tsa-soft": {"depth_weight": tsa.SYNTHETIC},
+}
+JUDGED = (*DECISIONS, *GATES)  # the arms whose headroom is measured
+SIZES: dict[str, dict[str, Any]] = {
+    "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 2000, "batch_size": 32, "rate": 2e-3},
+    "paper": {"hidden_size": 256, "num_attention_heads": 8, "steps": 20000, "batch_size": 256, "rate": 1e-3},
+}
+SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # seed 0 chose the guided router: it is not counted
+
+
+def arms(scale: str) -> dict[str, Recipe]:
+    """Dense models of several depths; routed ones that differ in who decides and in what their routers learn from."""
+    size = SIZES[scale]
+    return {
+        **{f"dense-{blocks}": recipe(size, blocks) for blocks in DENSE[scale]},
+        **{name: recipe(size, BLOCKS, [mixture(**options)]) for name, options in DECISIONS.items()},
+        **{name: recipe(size, BLOCKS, [gate(**options)]) for name, options in GATES.items()},
+        "mod-forced": recipe(size, BLOCKS, [mixture(decision="forced")], routing="difficulty"),
+    }
+
+
+def mixture(**options: Any) -> dict[str, Any]:
+    """Mixture-of-Depths on every block but the first two, as many tokens as there are operations."""
+    return {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY, **options}
+
+
+def gate(**options: Any) -> dict[str, Any]:
+    """A gate on every block but the first two, executed hard."""
+    return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
+
+
+def recipe(
+    size: Mapping[str, Any],
+    blocks: int,
+    mechanisms: list[dict[str, Any]] | None = None,
+    corpus: str = "reset-s3",
+    **train: Any,
+) -> Recipe:
+    """One arm. size: an entry of `SIZES`, or one like it."""
+    steps = size["steps"]
+    return {
+        "model": {
+            "hidden_size": size["hidden_size"],
+            "num_attention_heads": size["num_attention_heads"],
+            "num_hidden_layers": blocks,
+            **({"mechanisms": mechanisms} if mechanisms else {}),
+        },
+        "data": {"corpus": corpus},
+        "train": {
+            "steps": steps,
+            "batch_size": size["batch_size"],
+            "learning_rate": size["rate"],
+            "warmup_steps": steps // 20,
+            "eval_every": steps // 8,
+            "eval_rows": 256,
+            "save_every": steps // 4,
+            **train,
+        },
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """The usual figures, with the accuracy and FLOPs of the way that stands for the model in one place."""
+    figures = measure.standard(folder)
+    evaluation = figures["evaluation"]
+    accuracy = evaluation["ways"][evaluation["main"]]["accuracy"]
+    return {**figures, "accuracy": accuracy, "flops": evaluation["flops_per_token"]["counted"]}
+
+
+def captured(
+    figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
+) -> dict[str, Figures]:
+    """headroom of the judged arms: where they stand between dense models of equal executed FLOPs and the forced arm."""
+    dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
+    forced = figures.get(knowing)
+    if not dense or forced is None:
+        return {}
+    used = [*dense, forced, *(figures[arm] for arm in judged if arm in figures)]
+    bins = [name for name in MEASURED if all(found["accuracy"][name] is not None for found in used)]
+    return {arm: {"headroom": _headroom(figures[arm], dense, forced, bins)} for arm in judged if arm in figures}
+
+
+def _headroom(arm: Figures, dense: list[Figures], forced: Figures, bins: list[str]) -> dict[str, float]:
+    found = {}
+    for name in bins:
+        points = sorted((model["flops"], model["accuracy"][name]) for model in dense)
+        equal = interpolate(arm["flops"], points)
+        found[name] = headroom_captured(arm["accuracy"][name], equal, forced["accuracy"][name])
+    return found
+
+
+def interpolate(x: float, points: list[tuple[float, float]]) -> float:
+    """y at `x` on straight lines between `points`, which are sorted by x; the end's y outside of them."""
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+ABOUT = (
+    "Each entry of a row is a filler, or an operation on a state that is never shown: a reset, or an element of S3. "
+    "The label of an operation is the state, so it takes the more depth the more operations have passed since the "
+    "reset (the bins). All figures are of the pass that skips. *mod-guided* is Mixture-of-Depths as it comes: a "
+    "running threshold, and a router that learns from the gradient at its block's output; *-predictor* and "
+    "*-threshold* train top-k with that router and decide in other ways. *mod-unguided* has a running threshold and "
+    "raw weights, *mod-paper* is top-k with raw weights and a predictor, *mod-forced* keeps exactly the operations, "
+    "*mod-random* tokens at random, *mod-positional* every fourth. *tsa-hard* is Token-Selective Attention trained as"
+    " it is executed, its gates learning as in *mod-guided*; in *tsa-hard-kept* skipped tokens give no keys and "
+    "values, in *tsa-hard* they do; *tsa-soft* is the published one with lambda 0.01, executed hard. The first two of"
+    " 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, dense being "
+    "interpolated between the dense arms at the arm's executed FLOPs (an arm with more FLOPs than the deepest of them"
+    " is held against that one, which flatters it): 1 is as good as knowing, 0 no better than dense."
+)
+RESET_S3 = Experiment(
+    name="reset_s3",
+    purpose="does a learned router find the tokens that are known to need depth?",
+    about=ABOUT,
+    arms=arms,
+    seeds=SEEDS,
+    measure=measured,
+    together=None,
+    derive=captured,
+    columns=(
+        Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
+        *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),
+        Column(key=f"accuracy.{OVERALL}", title="accuracy, all", format=".1%", better="high"),
+        Column(key="headroom.4-7", title="headroom captured, 4-7", format=".2f"),
+        Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
+    ),
+)

@@ -1,0 +1,103 @@
+"""What an arm's skipping is worth: its executed loss less that of rivals at the same executed FLOPs, with intervals."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skipstone.evaluate.tables import UNKNOWN, Section, markdown
+from skipstone_studies import stretches
+from skipstone_studies.claims import ByArm, BySeed
+from skipstone_studies.page import lookup
+from skipstone_studies.quality.reset_s3 import interpolate
+from skipstone_studies.study import Figures
+
+EXECUTED = "evaluation.ways.executed.loss"
+FLOPS = "evaluation.flops_per_token.counted"
+RIVALS = {"over_dense": "fewer blocks", "over_random": "chance", "over_exit": "early exit"}
+BY_STRETCH = "_by_stretch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A model on the plane of executed FLOPs a token and executed loss. losses: whole, then of each stretch."""
+
+    flops: float
+    losses: tuple[float, ...]
+
+
+def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
+    """Each arm's executed loss less that of its `RIVALS` at its FLOPs, and the same by stretches of the text.
+
+    In nats, on straight lines between the dense models of several depths, between the shares of tokens drawn at random
+    (and all of them), and between the thresholds of early exit. An arm that needs more FLOPs than the best of them is
+    held against that one; one that needs less than all is not.
+    """
+    points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
+    dense = [point for arm, point in points.items() if arm.startswith("dense")]
+    drawn = [point for arm, point in points.items() if arm.startswith("random=")]
+    whole_model = [points["dense"]] if "dense" in points else []
+    exits = _exit_points(figures.get("early-exit", {}))
+    over: dict[str, Figures] = {}
+    for arm, own in points.items():
+        kind = next((name for name in ("dense", "random", "early-exit") if arm.startswith(name)), "")
+        rivals = {
+            "over_dense": dense if kind != "dense" else [],
+            "over_random": [*drawn, *whole_model] if drawn and kind not in ("dense", "random") else [],
+            "over_exit": exits if kind != "early-exit" else [],
+        }
+        found: dict[str, Any] = {}
+        for name, rival in rivals.items():
+            if rival and min(point.flops for point in rival) <= own.flops:
+                whole, *by_stretch = _over(own, rival)
+                found |= {name: whole, name + BY_STRETCH: by_stretch}
+        over[arm] = found
+    return over
+
+
+def _over(own: Point, rival: Sequence[Point]) -> list[float]:
+    lines = zip(*(point.losses for point in rival), strict=True)
+    flops = [point.flops for point in rival]
+    at_own = [interpolate(own.flops, sorted(zip(flops, losses, strict=True))) for losses in lines]
+    return [mine - theirs for mine, theirs in zip(own.losses, at_own, strict=True)]
+
+
+def _point(figures: Figures) -> Point | None:
+    flops, loss = lookup(figures, FLOPS), lookup(figures, EXECUTED)
+    if flops is None or loss is None:
+        return None
+    return Point(flops=flops, losses=(loss, *figures["stretches"]))
+
+
+def _exit_points(figures: Figures) -> list[Point]:
+    return [
+        Point(flops=found["flops"], losses=(found["loss"], *found["stretches"]))
+        for found in figures.get("exits", {}).values()
+    ]
+
+
+def intervals(figures: ByArm) -> str:
+    """Markdown: differences at equal FLOPs with their interval over seeds and stretches of the text."""
+    rows = []
+    for arm, seeds in figures.items():
+        cells = [_cell(seeds, rival) for rival in RIVALS]
+        rows += [[arm, *cells]] if any(cell != UNKNOWN for cell in cells) else []
+    note = (
+        f"Nats; in brackets, where the mean of {stretches.SHARE:.0%} of {stretches.DRAWS} bootstrap draws lies, seeds "
+        f"and stretches of {stretches.WINDOWS} neighbouring windows being drawn with replacement. Below 0: the arm is "
+        "better than its rival at the same executed FLOPs."
+    )
+    columns = ["arm", *(f"over {name}" for name in RIVALS.values())]
+    section = Section(title="At equal executed FLOPs", columns=columns, rows=rows, notes=[note])
+    return markdown([section]).strip("\n") if rows else ""
+
+
+def _cell(seeds: BySeed, rival: str) -> str:
+    paired = {seed: found[rival + BY_STRETCH] for seed, found in seeds.items() if found.get(rival + BY_STRETCH)}
+    if not paired:
+        return UNKNOWN
+    low, high = stretches.interval(paired)
+    whole = statistics.fmean(seeds[seed][rival] for seed in paired)
+    return f"{whole:+.3f} [{low:+.3f}, {high:+.3f}]"

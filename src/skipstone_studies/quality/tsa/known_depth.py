@@ -1,0 +1,82 @@
+"""Token-Selective Attention where it is known which tokens need depth: trained soft, and trained as it is executed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from skipstone.data.synthetic import BINS
+from skipstone.evaluate.accuracy import OVERALL
+from skipstone.model.released import tsa
+from skipstone_studies import gates
+from skipstone_studies.quality import reset_s3
+from skipstone_studies.quality.reset_s3 import gate
+from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
+from skipstone_studies.study import Column, Experiment, Figures, Recipe
+
+BLOCKS = reset_s3.BLOCKS
+DENSE = reset_s3.DENSE
+JUDGED = ("tsa-soft", "tsa-hard", "tsa-hard-kept", "tsa-random")
+# The laptop's are smaller batches than Reset-S3's own table has: a soft gate computes every block for every token.
+SIZES = {
+    "laptop": {**reset_s3.SIZES["laptop"], "batch_size": 16, "steps": 1500},
+    "paper": reset_s3.SIZES["paper"],
+}
+SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
+
+
+def arms(scale: str) -> dict[str, Recipe]:
+    """Dense models; gates trained soft, as executed, forced by what is known, and drawn."""
+    make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
+    quarter = {"capacity": reset_s3.CAPACITY}
+    return {
+        **{f"dense-{blocks}": make(blocks) for blocks in DENSE[scale]},
+        "tsa-soft": make(BLOCKS, [gate(depth_weight=tsa.SYNTHETIC)]),
+        "tsa-hard": make(BLOCKS, [gate(**HARD, **LEARNED, **quarter)]),
+        "tsa-hard-kept": make(BLOCKS, [gate(**HARD, **LEARNED, **ALONE, **quarter)]),
+        "tsa-random": make(BLOCKS, [gate(**HARD, **CONSTANT, **quarter, decision="random")]),
+        "tsa-forced": make(BLOCKS, [gate(**HARD, **CONSTANT, **ALONE)], routing="difficulty"),
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """As for Reset-S3, and what is claimed and skipped."""
+    figures = reset_s3.measured(folder)
+    return {**figures, **gates.savings(figures["evaluation"])}
+
+
+TASK = (
+    "Switched-S3: the same symbols are operations or fillers, as an earlier switch says, so no symbol tells by itself."
+)
+ABOUT = (
+    "Operations need depth, the more of them have passed since a reset (the bins); one entry in four is one. Figures "
+    "are of the pass that skips unless they say *soft*. *tsa-soft* is Token-Selective Attention as published, with "
+    "lambda 0.01, executed hard; *tsa-hard* keeps a quarter of the tokens, trained as it is executed, its gates "
+    "learning from the gradient at the block's output; *tsa-random* draws them; *tsa-forced* keeps exactly the "
+    "operations. Skipped tokens give keys and values, but neither in *tsa-hard-kept* nor in *tsa-forced*. The first "
+    "two of 8 blocks are dense. *Headroom captured* is (arm - dense) / (forced - dense) in accuracy, dense being "
+    "interpolated between the dense arms at the arm's executed FLOPs."
+)
+COLUMNS = (
+    Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
+    Column(key="claimed", title="saved by the paper's metric", format=".1%"),
+    Column(key="skipped", title="token-layers really skipped", format=".1%"),
+    Column(key=f"evaluation.ways.oracle.accuracy.{OVERALL}", title="accuracy, all, soft", format=".1%", better="high"),
+    Column(key=f"accuracy.{OVERALL}", title="accuracy, all", format=".1%", better="high"),
+    *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),
+    Column(key="headroom.4-7", title="headroom captured, 4-7", format=".2f"),
+    Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
+)
+
+
+TSA_SWITCHED_S3 = Experiment(
+    name="tsa_switched_s3",
+    purpose="Token-Selective Attention where no symbol tells by itself what it needs: do its gates find it?",
+    about=f"{TASK} {ABOUT}",
+    arms=arms,
+    seeds=SEEDS,
+    measure=measured,
+    together=None,
+    derive=partial(reset_s3.captured, judged=JUDGED, knowing="tsa-forced"),
+    columns=COLUMNS,
+)

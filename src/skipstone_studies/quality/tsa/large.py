@@ -1,0 +1,69 @@
+"""Large corpora, read once: the paper's enwik8, and what is reached at several budgets when training is as executed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skipstone_studies.quality.tsa import published as paper
+from skipstone_studies.quality.tsa.recipes import early_exit, gated, hard, language, random, shallower
+from skipstone_studies.quality.tsa.text import ABOUT, COLUMNS, COUNTED, EQUAL, RIVALS, on_text
+from skipstone_studies.study import Recipe
+
+BUDGETS = (0.2, 0.4, 0.6, 0.8)  # share of tokens that each gated block keeps
+CORPORA = ("enwik8", "gcide", "python-packages")
+# The paper's is by character, of the whole file; a laptop reads bytes, none twice, and judges by 2 MB of the split.
+ENWIK8: dict[str, dict[str, Any]] = {
+    "laptop": {"corpus": "enwik8", "tokenizer": "byte", "sampling": "once", "validation_rows": 2048},
+    "paper": {"corpus": "enwik8", "tokenizer": "char", "context": 256},
+}
+
+
+def enwik8_arms(scale: str) -> dict[str, Recipe]:
+    """The paper's two, a higher price, its rival, chance, and fewer blocks."""
+    data = ENWIK8[scale]
+    return {
+        "dense": language(scale, data, []),
+        "tsa": language(scale, data, gated()),
+        "lambda=0.05": language(scale, data, gated(0.05)),
+        "early-exit": language(scale, data, early_exit()),
+        "random=0.5": language(scale, data, random(0.5)),
+        **shallower(scale, data),
+    }
+
+
+def frontier_arms(scale: str) -> dict[str, Recipe]:
+    """Loss by executed FLOPs: gates trained as executed, fewer blocks, early exit, chance."""
+    data = ENWIK8["laptop"]
+    return {
+        "dense": language(scale, data, []),
+        **shallower(scale, data),
+        **{f"hard={share:g}": language(scale, data, hard(share)) for share in BUDGETS},
+        **{f"random={share:g}": language(scale, data, random(share)) for share in BUDGETS},
+        "early-exit": language(scale, data, early_exit()),
+    }
+
+
+TSA_ENWIK8 = on_text(
+    name="tsa_enwik8",
+    purpose="Token-Selective Attention on enwik8 (or a corpus as large), beside early exit and fewer blocks",
+    about=f"{ABOUT} {EQUAL} At laptop scale by byte, no text read twice, on enwik8 or the first large corpus there is.",
+    arms=enwik8_arms,
+    corpora=CORPORA,
+    columns=(*COLUMNS, *RIVALS),
+    published=paper.ENWIK8,
+)
+TSA_FRONTIER = on_text(
+    name="tsa_frontier",
+    purpose="Token-Selective Attention trained as it is executed, at four budgets, against fewer blocks and chance",
+    about=(
+        "Token-Selective Attention trained by the pass that is executed: *hard* keeps the named share of tokens in "
+        "every block but the first, by a running quantile of its gates' scores. Kept tokens are scaled by their gate "
+        "1 - p, the others give keys and values and get no update. *random* draws as many, with one gain a block. "
+        "*Soft* is here the loss of the pass that is trained. "
+        f"{COUNTED} {EQUAL} By byte, no text read twice."
+    ),
+    arms=frontier_arms,
+    corpora=CORPORA,
+    columns=(*COLUMNS, *RIVALS),
+    published={},
+)

@@ -1,0 +1,114 @@
+"""Text with spans of operations in it: does depth go where it is needed, and what does the text pay for it?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from skipstone.evaluate.accuracy import OVERALL
+from skipstone.model.released import tsa
+from skipstone_studies import gates
+from skipstone_studies.claims import ByArm, Claim, claims_table, mean
+from skipstone_studies.quality import reset_s3
+from skipstone_studies.quality.reset_s3 import gate
+from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
+from skipstone_studies.study import Column, Experiment, Figures, Recipe
+
+SIZES: dict[str, dict[str, Any]] = {
+    "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 800, "batch_size": 8, "rate": 2e-3, "blocks": 6},
+    "paper": {
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "steps": 20000,
+        "batch_size": 64,
+        "rate": 1e-3,
+        "blocks": 8,
+    },
+}
+SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
+CAPACITIES = (0.25, 0.5)
+TEXT, WORK = "kinds.text.loss", f"accuracy.{OVERALL}"
+NEAR, DEEPER = 0.005, 2.0  # of text loss; times the text's depth on operations
+
+
+def arms(scale: str) -> dict[str, Recipe]:
+    """Dense models, gates trained soft and as executed, and chance."""
+    size = SIZES[scale]
+    make = partial(_recipe, size)
+    learned = {f"tsa-hard={share:g}": gate(**HARD, **LEARNED, capacity=share) for share in CAPACITIES}
+    alone = {f"tsa-hard-kept={share:g}": gate(**HARD, **LEARNED, **ALONE, capacity=share) for share in CAPACITIES}
+    drawn = {
+        f"tsa-random={share:g}": gate(**HARD, **CONSTANT, capacity=share, decision="random") for share in CAPACITIES
+    }
+    return {
+        **{f"dense-{blocks}": make(blocks) for blocks in (size["blocks"], size["blocks"] // 2)},
+        "tsa-soft": make(size["blocks"], [gate(depth_weight=tsa.LANGUAGE)]),
+        **{arm: make(size["blocks"], [mechanism]) for arm, mechanism in {**learned, **alone, **drawn}.items()},
+    }
+
+
+def _recipe(size: Mapping[str, Any], blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> Recipe:
+    recipe = reset_s3.recipe(size, blocks, mechanisms)
+    return {**recipe, "data": {"corpus": "mixed:python-stdlib", "context": 256, "validation_rows": 1024}}
+
+
+def measured(folder: Path) -> Figures:
+    """The usual figures, with what the executed pass does to each kind of token in one place."""
+    figures = reset_s3.measured(folder)
+    evaluation = figures["evaluation"]
+    kinds = evaluation["ways"][evaluation["main"]]["kinds"]
+    deeper = kinds["operations"]["depth"] / kinds["text"]["depth"]
+    return {**figures, **gates.savings(evaluation), "kinds": kinds, "deeper": deeper}
+
+
+def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
+    """text_cost: each arm's text loss by that of the first, deepest dense arm, less 1."""
+    dense = next((found for arm, found in figures.items() if arm.startswith("dense-")), None)
+    if dense is None:
+        return {}
+    reference = dense["kinds"]["text"]["loss"]
+    return {arm: {"text_cost": found["kinds"]["text"]["loss"] / reference - 1} for arm, found in figures.items()}
+
+
+def details(figures: ByArm) -> str:
+    """Whether each gated arm reaches what is aimed at."""
+    claims = []
+    for arm in (arm for arm in figures if arm.startswith("tsa")):
+        cost, deeper = mean(figures, arm, "text_cost"), mean(figures, arm, "deeper")
+        if cost is not None and deeper is not None:
+            found = f"{cost:+.2%}"
+            claims.append(Claim(arm=arm, text=f"text within {NEAR:.1%} of dense", found=found, holds=cost <= NEAR))
+            text, found = f"operations {DEEPER:g} times as deep as text", f"{deeper:.2f} times"
+            claims.append(Claim(arm=arm, text=text, found=found, holds=deeper >= DEEPER))
+    return claims_table("What is aimed at", claims)
+
+
+TSA_MIXED = Experiment(
+    name="tsa_mixed",
+    purpose="text with spans of switched-s3: does depth go to the operations, and what does the text pay?",
+    about=(
+        "Half of the windows of 256 bytes hold a span of 32 entries of Switched-S3. All figures are of the pass that "
+        "skips. *Depth* is the number of blocks that update a token. *tsa-hard* is trained as it is executed and keeps "
+        "the named share of tokens in every gated block, *tsa-hard-kept* without keys and values of the others; "
+        "*tsa-random* draws as many, *tsa-soft* is as published. The "
+        "first two blocks are dense."
+    ),
+    arms=arms,
+    seeds=SEEDS,
+    measure=measured,
+    together=None,
+    derive=text_cost,
+    details=details,
+    columns=(
+        Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6, relative=True),
+        Column(key=TEXT, title="loss on text", format=".4f", better="low"),
+        Column(key="text_cost", title="by the deepest dense", format="+.2%"),
+        Column(key=WORK, title="accuracy on operations", format=".1%", better="high"),
+        Column(key="kinds.text.depth", title="depth of text", format=".2f"),
+        Column(key="kinds.operations.depth", title="depth of operations", format=".2f"),
+        Column(key="deeper", title="operations by text", format=".2f"),
+        Column(key="skipped", title="token-layers really skipped", format=".1%"),
+    ),
+)

@@ -1,0 +1,77 @@
+"""The paper's model and training, at its sizes and at a laptop's. What its code leaves open is named where we choose.
+
+One difference at either scale: its AdamW leaves the embeddings undecayed, ours decays them like every matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skipstone.model.released import tsa
+from skipstone.presets import TSA_BASE
+from skipstone_studies.study import Recipe
+
+Mechanisms = list[dict[str, Any]]
+GATED = "1:"  # every block but the first
+SEEDS = {"laptop": (0, 1, 2), "paper": (42, 43, 44)}
+# As recipes/tsa-hard.yaml: the pass that is executed is the one that is trained, and gates learn from the gradient at
+# their block's output. CONSTANT is for arms whose scores nobody reads.
+HARD: dict[str, Any] = {"training": "hard", "hard_gain": "gate", "depth_weight": 0.0}
+LEARNED: dict[str, Any] = {"guidance": True}
+ALONE: dict[str, Any] = {"kv": "kept"}  # skipped tokens give no keys and values: cheaper, and kept ones are undisturbed
+CONSTANT: dict[str, Any] = {"gate": "constant"}
+# laptop: ours. A higher rate, because the steps are few; the paper's would hardly move the gates.
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "laptop": {
+        "model": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
+        "context": 64,
+        "train": {"steps": 600, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 30},
+    },
+    "paper": {
+        "model": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8},
+        "context": 128,
+        "train": {"steps": 5000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 0},
+    },
+}
+
+
+def language(scale: str, data: dict[str, Any], mechanisms: Mechanisms, blocks: int | None = None) -> Recipe:
+    """One arm on text. blocks: another number of them."""
+    size = LANGUAGE[scale]
+    depth = {} if blocks is None else {"num_hidden_layers": blocks}
+    return recipe({**size["model"], **depth}, {"context": size["context"], **data}, size["train"], mechanisms)
+
+
+def recipe(model: dict[str, Any], data: dict[str, Any], train: dict[str, Any], mechanisms: Mechanisms) -> Recipe:
+    """The paper's decoder in these sizes, with these mechanisms in place of its own."""
+    base = {name: value for name, value in TSA_BASE.items() if name != "mechanisms"}
+    return {
+        "model": {**base, **model, **({"mechanisms": mechanisms} if mechanisms else {})},
+        "data": data,
+        "train": {"weight_decay": 0.1, "eval_every": 0, "save_every": train["steps"] // 2, **train},
+    }
+
+
+def gated(depth_weight: float = tsa.LANGUAGE, **options: Any) -> Mechanisms:
+    """The paper's gates, trained soft as in the paper, and executed as its sparse mode executes."""
+    return [tsa.gate(depth_weight, execution="hard", **options)]
+
+
+def early_exit() -> Mechanisms:
+    return [{"name": "early_exit", "layers": GATED}]
+
+
+def hard(capacity: float) -> Mechanisms:
+    """Each gated block keeps a share of the tokens, in training as in execution."""
+    return [tsa.gate(execution="hard", capacity=capacity, **HARD, **LEARNED)]
+
+
+def random(capacity: float) -> Mechanisms:
+    """A share of the tokens, drawn at random, through each gated block; trained as executed, with one gain a block."""
+    return [tsa.gate(execution="hard", capacity=capacity, decision="random", **HARD, **CONSTANT)]
+
+
+def shallower(scale: str, data: dict[str, Any]) -> dict[str, Recipe]:
+    """Dense models of fewer blocks, from two on."""
+    blocks = LANGUAGE[scale]["model"]["num_hidden_layers"]
+    return {f"dense-{fewer}": language(scale, data, [], fewer) for fewer in range(2, blocks)}

@@ -1,0 +1,57 @@
+"""Tiny-Shakespeare: the paper's table and its sweep beside ours, and the controls that it lacks."""
+
+from __future__ import annotations
+
+from skipstone_studies.quality.tsa import published as paper
+from skipstone_studies.quality.tsa.recipes import early_exit, gated, language, random, shallower
+from skipstone_studies.quality.tsa.text import ABOUT, COLUMNS, EQUAL, RIVALS, on_text
+from skipstone_studies.study import Recipe
+
+LAMBDAS = {"laptop": (0.0, 0.01, 0.05, 0.1), "paper": (0.0, 0.005, 0.01, 0.05, 0.1, 0.5)}
+BIASES = (-5, -3, 0, 1)
+SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
+
+
+def claims_arms(scale: str) -> dict[str, Recipe]:
+    """The paper's table, its lambda sweep and its rival, and what it lacks: chance and fewer blocks."""
+    data = SHAKESPEARE
+    return {
+        "dense": language(scale, data, []),
+        "tsa": language(scale, data, gated()),
+        **{f"lambda={weight:g}": language(scale, data, gated(weight)) for weight in LAMBDAS[scale]},
+        "early-exit": language(scale, data, early_exit()),
+        "random=0.5": language(scale, data, random(0.5)),
+        **shallower(scale, data),
+    }
+
+
+def control_arms(scale: str) -> dict[str, Recipe]:
+    """Does the saving come from the start? Do the gates tell tokens apart? Would chance do as well?"""
+    data = SHAKESPEARE
+    return {
+        "tsa": language(scale, data, gated()),
+        **{f"b2={bias}": language(scale, data, gated(start_bias=float(bias))) for bias in BIASES},
+        "frozen": language(scale, data, gated(learn=False)),
+        "constant": language(scale, data, gated(gate="constant")),
+        **{f"random={share:g}": language(scale, data, random(share)) for share in (0.75, 0.5)},
+    }
+
+
+TSA_SHAKESPEARE = on_text(
+    name="tsa_shakespeare",
+    purpose="Token-Selective Attention on Tiny-Shakespeare: the paper's table and sweep, soft and as executed",
+    about=f"{ABOUT} {EQUAL} *early-exit* is the learned one of this package, not the paper's, which is by confidence.",
+    arms=claims_arms,
+    columns=(*COLUMNS, *RIVALS),
+    published=paper.SHAKESPEARE,
+)
+TSA_CONTROLS = on_text(
+    name="tsa_controls",
+    purpose="the controls that Token-Selective Attention's paper lacks: start bias, frozen and constant gates, chance",
+    about=f"{ABOUT} *b2* is the router's start bias (the paper's and *tsa*'s is -1), *frozen* keeps every gate's "
+    "weights as they start, *constant* learns one gate a block, *random* draws the share of tokens that each gated "
+    "block keeps.",
+    arms=control_arms,
+    columns=COLUMNS,
+    published={},
+)

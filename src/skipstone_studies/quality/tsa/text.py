@@ -1,0 +1,118 @@
+"""What the experiments on text share: what is measured of a run, and what the page says of all of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from skipstone.evaluate.tables import Section, markdown
+from skipstone_studies import gates, measure, stretches
+from skipstone_studies.claims import ByArm, Published, Shown, beside, claims_table, values
+from skipstone_studies.page import mean_and_spread
+from skipstone_studies.quality.tsa import equal_flops, judged
+from skipstone_studies.quality.tsa import published as paper
+from skipstone_studies.quality.tsa.recipes import SEEDS
+from skipstone_studies.study import Column, Experiment, Figures
+from skipstone_studies.timing import forward_speeds
+
+
+def measured(folder: Path) -> Figures:
+    """The usual figures; savings, other ways to execute the gates, and other thresholds of an early exit."""
+    figures = measure.standard(folder)
+    further = {
+        "variants": gates.variants(folder),
+        "exits": gates.exits(folder),
+        "stretches": stretches.stretches(folder),
+    }
+    return {**figures, **gates.savings(figures["evaluation"]), **further}
+
+
+def details(figures: ByArm, published: Published) -> str:
+    """Below the table: the paper's figures beside ours, other ways to execute, thresholds, claims."""
+    parts = [claims_table("Which claims hold", judged.language(figures))]
+    if published:
+        parts.append(beside("Beside the paper", figures, published, BESIDE, paper.SOURCE))
+    return "\n\n".join(
+        part
+        for part in (*parts, equal_flops.intervals(figures), ways_to_execute(figures), exit_thresholds(figures))
+        if part
+    )
+
+
+def ways_to_execute(figures: ByArm) -> str:
+    """Losses of the same soft-trained weights in further passes; nothing where no arm has them."""
+    keys = ("gate", "one", "random", "constant")
+    rows = [
+        [arm, *(mean_and_spread(values(figures, arm, f"variants.{key}"), ".3f") for key in keys)]
+        for arm in figures
+        if values(figures, arm, "variants.one")
+    ]
+    note = (
+        "Losses in nats of one set of weights, trained soft. The first three skip alike in number: kept tokens with "
+        "their gate 1 - p; with gain 1, as in the paper's sparse mode; random tokens, as many in each block, with "
+        "gain 1. The last skips nothing: each gate is replaced by its block's mean."
+    )
+    columns = ["arm", "kept with gain 1 - p", "kept with gain 1", "random tokens", "soft, one constant a block"]
+    section = Section(title="The same weights, executed otherwise", columns=columns, rows=rows, notes=[note])
+    return markdown([section]).strip("\n") if rows else ""
+
+
+def exit_thresholds(figures: ByArm) -> str:
+    """One trained model by threshold; nothing without the arm."""
+    rows = []
+    for threshold in gates.EXITS:
+        path = f"exits.{gates.exit_name(threshold)}"
+        loss, skipped, flops = (values(figures, "early-exit", f"{path}.{key}") for key in ("loss", "skipped", "flops"))
+        shown = ((loss, ".3f"), (skipped, ".1%"), ([value / 1e6 for value in flops], ".3f"))
+        rows += [[f"{threshold:g}", *(mean_and_spread(found, form) for found, form in shown)]] if loss else []
+    columns = ["survival at which a token leaves", "loss, executed", "really skipped", "MFLOPs/token"]
+    note = "One model, executed with several thresholds. FLOPs are counted while it runs, so the stem counts once."
+    section = Section(title="Early exit by threshold", columns=columns, rows=rows, notes=[note])
+    return markdown([section]).strip("\n") if rows else ""
+
+
+BESIDE = (
+    Shown(title="loss, soft", key="evaluation.ways.oracle.loss", published="loss", format=".4f"),
+    Shown(title="alpha", key="alpha", published="alpha"),
+    Shown(title="saved by the paper's metric", key="claimed", published="saved", format=".1%"),
+    Shown(title="really skipped", key="skipped", format=".1%"),
+)
+COLUMNS = (
+    Column(key="evaluation.ways.oracle.loss", title="loss, soft", better="low"),
+    Column(key="evaluation.ways.executed.loss", title="loss, executed", better="low"),
+    Column(key="gap", title="executed - soft", format="+.3f"),
+    Column(key="claimed", title="saved by the paper's metric", format=".1%"),
+    Column(key="skipped", title="token-layers really skipped", format=".1%"),
+    Column(key="evaluation.flops_per_token.counted", title="MFLOPs/token", format=".3f", unit=1e6, relative=True),
+    Column.speed("forward", "forward tokens/s, 64 rows"),
+)
+RIVALS = tuple(Column(key=key, title=f"over {rival}", format="+.3f") for key, rival in equal_flops.RIVALS.items())
+GATES = (
+    "Token-Selective Attention as published (arXiv 2605.05222): a gate 1 - p scales each token's update in every block "
+    "but the first, and lambda prices open gates."
+)
+COUNTED = (
+    "The paper's metric counts soft gates as saved work; *really skipped* counts the token-layers that the executed "
+    "pass leaves out, and MFLOPs are counted while it runs."
+)
+ABOUT = (
+    f"{GATES} *Soft* is the pass as trained: it computes everything. *Executed* is the pass that skips tokens with "
+    f"p >= 0.5 and gives kept ones gain 1, as the paper's sparse mode does. {COUNTED}"
+)
+EQUAL = (
+    "The last columns are executed loss less that of dense models, of random tokens, and of early exit, at the arm's "
+    "executed FLOPs, on straight lines between what was run: above 0 is worse."
+)
+
+
+def on_text(*, published: Published, **options: Any) -> Experiment:
+    """What the experiments of this file share."""
+    return Experiment(
+        seeds=SEEDS,
+        measure=measured,
+        together=forward_speeds,
+        derive=equal_flops.at_equal_flops,
+        details=partial(details, published=published),
+        **options,
+    )

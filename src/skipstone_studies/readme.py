@@ -1,0 +1,32 @@
+"""An experiment's table inside a README, between two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from skipstone_studies.page import block, heading
+from skipstone_studies.record import Record, write_text
+from skipstone_studies.study import Experiment
+
+
+def check(path: Path, name: str) -> None:
+    """Raise FileNotFoundError or ValueError where there is no place for the table."""
+    if not path.is_file():
+        raise FileNotFoundError(f"README {str(path)!r} does not exist")
+    _cut(path.read_text(encoding="utf-8"), path, name)
+
+
+def write(path: Path, experiment: Experiment, records: Sequence[Record]) -> None:
+    """Put the table of `records` between the marks, and change nothing else."""
+    before, after = _cut(path.read_text(encoding="utf-8"), path, experiment.name)
+    write_text(path, f"{before}\n**{heading(records)}**\n\n{block(experiment, records)}\n{after}")
+
+
+def _cut(text: str, path: Path, name: str) -> tuple[str, str]:
+    """What stands before and after, marks included."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(f"{str(path)!r} has no place for the table: it needs one line {begin} and below it one {end}")
+    head, _, rest = text.partition(begin)
+    return head + begin, end + rest.partition(end)[2]

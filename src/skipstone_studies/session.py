@@ -1,0 +1,161 @@
+"""What is still to do of one seed of an experiment, done so that it can be stopped at any moment and gone on with.
+
+A run's folder is RUNS/NAME/SCALE/ARM-seedN; beside it, ARM-seedN.recipe.json tells which recipe it belongs to. A folder
+of an earlier recipe is moved aside, never overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from skipstone.runs import Run
+from skipstone.train.run import train
+from skipstone_studies import record as records
+from skipstone_studies.record import Record, digest
+from skipstone_studies.study import Experiment, Recipe, seeded
+
+USER_ERRORS = (ValueError, OSError)
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One experiment at one scale. arms: its recipes, without seeds. failures: one line each."""
+
+    experiment: Experiment
+    scale: str
+    arms: Mapping[str, Recipe]
+    runs: Path
+    out: Path
+    console: Console
+    failures: list[str] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)  # seconds of each arm that was run in this process
+
+    @property
+    def command(self) -> str:
+        return f"skipstone reproduce {self.experiment.name} --scale {self.scale}"
+
+    def folder(self, arm: str, seed: int) -> Path:
+        return self.runs / self.experiment.name / self.scale / f"{arm}-seed{seed}"
+
+    def recorded(self, arm: str, seed: int) -> Record | None:
+        """The record of this very recipe, if there is one."""
+        record = records.find(self.out, self.experiment.name, self.scale, arm, seed)
+        return record if record is not None and record.digest == digest(self.arms[arm]) else None
+
+    def finished(self, seeds: list[int]) -> int:
+        return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
+
+    def run(self, seeds: list[int]) -> None:
+        """Everything that is not recorded yet; arms that fail are noted and left out."""
+        left = len(self.arms) * len(seeds) - self.finished(seeds)
+        for seed in seeds:
+            for arm in self.arms:
+                if self.recorded(arm, seed) is None:
+                    self._guarded(arm, seed, left)
+                    left -= 1
+            self._sit_together(seed)
+
+    def _guarded(self, arm: str, seed: int, left: int) -> None:
+        where, start = f"{self.experiment.name}, arm {arm!r}, seed {seed}", time.perf_counter()
+        self.say(f"[bold]{arm}[/bold], seed {seed}: training{self._time_left(left)}")
+        try:
+            figures = self._trained_and_measured(arm, seed)
+        except USER_ERRORS as error:
+            self.failures.append(f"{where}: {' '.join(str(error).split())}")
+            self.console.print(self.failures[-1], style="red", markup=False, highlight=False, soft_wrap=True)
+            return
+        self._record(arm, seed, figures)
+        self.spent.append(time.perf_counter() - start)
+        self.say(f"[bold]{arm}[/bold], seed {seed}: recorded after {_duration(self.spent[-1])}")
+
+    def _trained_and_measured(self, arm: str, seed: int) -> dict[str, Any]:
+        folder, recipe = self.folder(arm, seed), seeded(self.arms[arm], seed)
+        self._claim(folder, recipe)
+        if not (folder.is_dir() and Run(folder).finished):
+            train(recipe, out=folder, resume=folder.is_dir(), progress=True)
+        self.say(f"[bold]{arm}[/bold], seed {seed}: measuring")
+        return dict(self.experiment.measure(folder))
+
+    def _claim(self, folder: Path, recipe: Recipe) -> None:
+        """Make sure that what is at `folder`, if anything, belongs to `recipe`."""
+        note = folder.with_name(f"{folder.name}.recipe.json")
+        if folder.exists() and not note.is_file():
+            raise ValueError(f"{str(folder)!r} is there but was not made by this command; remove it or use --runs")
+        if folder.exists() and (before := json.loads(note.read_text(encoding="utf-8"))) != recipe:
+            aside = folder.with_name(f"{folder.name}.{digest(before)}")
+            if aside.exists():
+                raise ValueError(f"{str(aside)!r} is in the way of moving {str(folder)!r} aside; remove one of them")
+            folder.rename(aside)
+            self.say(f"an earlier run with another recipe is now {aside}")
+        records.write_text(note, json.dumps(recipe, indent=1) + "\n")
+
+    def _record(self, arm: str, seed: int, figures: dict[str, Any]) -> None:
+        record = Record(
+            experiment=self.experiment.name,
+            scale=self.scale,
+            arm=arm,
+            seed=seed,
+            config=self.arms[arm],
+            digest=digest(self.arms[arm]),
+            environment=_public(Run(self.folder(arm, seed)).environment()),
+            command=self.command,
+            figures=figures,
+        )
+        records.write(record, self.out)
+
+    def _sit_together(self, seed: int) -> None:
+        """Measure what compares arms, where an arm lacks it: all arms whose folders are here take part."""
+        if self.experiment.together is None:
+            return
+        found = {arm: record for arm in self.arms if (record := self.recorded(arm, seed)) is not None}
+        here = {arm: self.folder(arm, seed) for arm in found if self._is_here(arm, seed)}
+        if all(record.sitting is not None for record in found.values()) or not here:
+            return
+        self.say(f"seed {seed}: timing {', '.join(here)} in turns")
+        try:
+            figures = self.experiment.together(here)
+        except USER_ERRORS as error:
+            self.failures.append(f"{self.experiment.name}, seed {seed}, timing: {' '.join(str(error).split())}")
+            return
+        sitting = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "arms": list(here)}
+        for arm in here:
+            record = found[arm]
+            records.write(replace(record, figures={**record.figures, **figures[arm]}, sitting=sitting), self.out)
+
+    def _is_here(self, arm: str, seed: int) -> bool:
+        """Whether the run folder exists, is finished and belongs to the recipe."""
+        folder = self.folder(arm, seed)
+        note = folder.with_name(f"{folder.name}.recipe.json")
+        if not (folder.is_dir() and note.is_file() and Run(folder).finished):
+            return False
+        return bool(json.loads(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
+
+    def say(self, text: str) -> None:
+        self.console.print(f"[dim]{self.experiment.name}[/dim]  {text}", highlight=False, soft_wrap=True)
+
+    def _time_left(self, left: int) -> str:
+        """From the arms that this process has run; arms differ, so it is rough."""
+        if not self.spent:
+            return f" ({left} to do)"
+        return f" ({left} to do, about {_duration(left * sum(self.spent) / len(self.spent))})"
+
+
+def _public(environment: dict[str, Any]) -> dict[str, Any]:
+    """Without the command lines of the processes that trained, which hold paths of the machine."""
+    resumed = [{k: v for k, v in entry.items() if k != "command"} for entry in environment.get("resumed", [])]
+    kept = {name: value for name, value in environment.items() if name not in ("command", "resumed")}
+    return {**kept, "resumed": resumed} if resumed else kept
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
