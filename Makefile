@@ -12,7 +12,7 @@ TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-ecosystem check format bench clean
+.PHONY: help setup demo test test-all test-ecosystem check format bench docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -58,6 +58,12 @@ BENCHES := $(filter-out %/publish.py %/decoding.py %/adapt_frontier.py %/adapt_p
 bench: $(STAMP)  ## run the benchmarks that need no checkpoint
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python "$$file"; done
 
+# The site has an environment of its own: its tools read the sources as text and need neither torch nor Skipstone.
+docs:  ## build the documentation site into site/, strictly and offline
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -q 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0'
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 clean:  ## remove the virtual environment, caches and build folders (runs and results stay)
-	rm -rf $(VENV) .venv-tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-tools .venv-docs site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

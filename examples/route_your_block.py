@@ -1,0 +1,117 @@
+"""Route tokens around blocks of your own: a small byte-level model with and without Mixture-of-Depths.
+
+Run it with `python examples/route_your_block.py`. It trains two models on the Python sources of the standard library:
+one whose blocks see every token, and one in which every second block computes only a quarter of the tokens of a row.
+It prints the loss, the training time, and which bytes of a line the routed blocks kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from skipstone import MixtureOfDepths, Routed
+
+WIDTH, BLOCKS, CONTEXT, ROWS = 96, 4, 256, 8
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+
+
+class Block(nn.Module):
+    """A residual block as you have one: causal attention and an MLP. It knows nothing of routing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Add attention and MLP to the residual stream."""
+        qkv = self.qkv(self.norm1(x_BTD)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in qkv)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTD = x_BTD + self.out(attended.transpose(1, 2).flatten(2))
+        return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+class Model(nn.Module):
+    """Bytes in, logits of the next byte out. Every second block is routed if `capacity` is given."""
+
+    def __init__(self, capacity: float | None = None) -> None:
+        super().__init__()
+        self.byte, self.position = nn.Embedding(256, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        blocks = [Block() for _ in range(BLOCKS)]
+        if capacity is not None:
+            for index in range(1, BLOCKS, 2):
+                # "topk" keeps exactly this share of each row, so a training step never waits for a decision.
+                blocks[index] = Routed(
+                    blocks[index],
+                    MixtureOfDepths(WIDTH, capacity=capacity, decision="topk", guidance=False, weight="raw"),
+                )
+        self.blocks, self.norm, self.head = nn.Sequential(*blocks), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256)
+
+    def stream(self, bytes_BT: Tensor) -> Tensor:
+        """The residual stream before the first block."""
+        return self.byte(bytes_BT) + self.position.weight[: bytes_BT.shape[1]]
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        """Logits [B, T, 256]."""
+        return self.head(self.norm(self.blocks(self.stream(bytes_BT))))
+
+
+def corpus() -> Tensor:
+    """The Python files of the standard library, as one tensor of bytes."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    text = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:60])
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+def train(model: Model, text: Tensor) -> tuple[float, float]:
+    """Train for `STEPS` steps; the mean loss of the last ten in nats a byte, and the CPU seconds of all steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    draw = torch.Generator().manual_seed(0)
+    losses, start = [], time.process_time()
+    for _ in range(STEPS):
+        begins = torch.randint(len(text) - CONTEXT - 1, (ROWS,), generator=draw)
+        rows = torch.stack([text[begin : begin + CONTEXT + 1] for begin in begins.tolist()])
+        logits = model(rows[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-10:]) / len(losses[-10:]), time.process_time() - start
+
+
+@torch.no_grad()
+def kept(model: Model, line: bytes) -> str:
+    """The line, with the bytes that the first routed block left out shown as dots."""
+    x_BTD = model.stream(torch.tensor([list(line)]))
+    x_BTD = model.blocks[0](x_BTD)
+    # Top-k looks at the whole row, so this is what training does; a decision such as "threshold" generates, too.
+    _, records = model.blocks[1](x_BTD, routing="oracle", return_records=True)
+    keeps = records["MixtureOfDepths"].kept_BT[0].tolist()
+    return "".join(chr(byte) if keep else "·" for byte, keep in zip(line, keeps, strict=True))
+
+
+def main() -> None:
+    """Train both models and print what routing changed."""
+    text = corpus()
+    print(f"{len(text):,} bytes of Python, {STEPS} steps of {ROWS} rows of {CONTEXT} bytes")
+    models = {}
+    for name, capacity in (("every token", None), ("routed, 25 %", 0.25)):
+        torch.manual_seed(0)
+        models[name] = Model(capacity)
+        loss, seconds = train(models[name], text)
+        print(f"{name:<14} loss {loss:.3f} nats a byte, {seconds:.1f} CPU seconds of training")
+    line = b"def forward(self, hidden_states, attention_mask=None):"
+    print("what the first routed block computes:", kept(models["routed, 25 %"].eval(), line), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
