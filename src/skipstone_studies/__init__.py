@@ -1,7 +1,7 @@
 """Floor 4.5: every table that is published, made by one command. Nothing is measured by a script of its own.
 
-study.py      `Experiment` and `Column`: what an experiment is
-quality/      the experiments, a file each (a folder where there are many of one paper), and the table of them
+study.py      `Study` and `Column`: what a study is
+quality/      the studies, a file each (a folder where there are many of one paper), and the table of them
 record.py     one JSON record a run
 page.py       records -> results/NAME.md, pure
 measure.py    what is measured of one run, and of all runs of a seed together

@@ -16,7 +16,7 @@ Published = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class PublishedColumn:
     """One kind of figure. key: where ours is in the figures. published: its name in the published ones, "" for none."""
 
     title: str
@@ -54,7 +54,7 @@ def paired(figures: ByArm, arm: str, other: str, key: str, other_key: str | None
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
-def beside(title: str, figures: ByArm, published: Published, shown: Sequence[Shown], source: str) -> str:
+def beside(title: str, figures: ByArm, published: Published, shown: Sequence[PublishedColumn], source: str) -> str:
     """A table of each arm's figures, the published one before ours."""
     columns = ["arm"]
     for one in shown:

@@ -89,7 +89,7 @@ def variants(folder: Path) -> dict[str, float]:
 def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
     """One model with early exit, executed with other thresholds: figures by threshold; else empty.
 
-    loss; stretches, as of `experiments.stretches`; skipped.
+    loss; stretches, as of `skipstone_studies.stretches`; skipped.
 
     flops: counted, a token; the stem, every token's keys and values, and the routers are among them, each once.
     """

@@ -1,4 +1,4 @@
-"""What is measured of one finished run, and of all runs of a seed in one sitting."""
+"""What is measured of one finished run, and of all runs of a seed in one timing session."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def standard(folder: Path) -> dict[str, Any]:
     return {"training": Run(folder).result(), "evaluation": evaluate(folder).to_dict()}
 
 
-def together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def measure_together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """training_speed, comparison: taken in turns by all arms, so that the machine's mood is the same for each."""
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]

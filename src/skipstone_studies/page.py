@@ -10,36 +10,36 @@ from typing import Any
 
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
 from skipstone_studies.record import Record, digest
-from skipstone_studies.study import SCALES, Column, Experiment
+from skipstone_studies.study import SCALES, Column, Study
 
 SPREAD = "Mean ± standard deviation over seeds."
-OTHER_SITTING = "Speeds of a seed's arms were not all taken in one sitting, so they compare less well."
+OTHER_SESSION = "Speeds of a seed's arms were not all taken in one timing session, so they compare less well."
 
 
-def render(experiment: Experiment, records: Sequence[Record]) -> str:
-    """The whole of results/NAME.md. Records of configurations that the experiment no longer has are left out."""
-    parts = [f"# {experiment.name}", experiment.purpose, experiment.about]
+def render(study: Study, records: Sequence[Record]) -> str:
+    """The whole of results/NAME.md. Records of configurations that the study no longer has are left out."""
+    parts = [f"# {study.name}", study.purpose, study.about]
     shown = 0
-    for current in groups(experiment, records):
-        parts += [f"## {heading(current)}", *_section(experiment, current)]
+    for current in groups(study, records):
+        parts += [f"## {heading(current)}", *_section(study, current)]
         shown += len(current)
     if shown < len(records):
         parts.append(f"{len(records) - shown} records of other configurations are left out.")
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def groups(experiment: Experiment, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
+def groups(study: Study, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
     """The records that make a table each: one for every scale (or `scale` alone) and corpus that has any."""
-    for name in (name for name in SCALES if name in experiment.seeds and scale in (None, name)):
-        for arms in experiment.variants(name):
+    for name in (name for name in SCALES if name in study.seeds and scale in (None, name)):
+        for arms in study.variants(name):
             if current := current_records(arms, [record for record in records if record.scale == name]):
                 yield current
 
 
 def current_records(arms: Mapping[str, Mapping[str, Any]], records: Iterable[Record]) -> list[Record]:
-    """Those that were made with the arms' recipes as they are now, in the arms' order, then by seed."""
+    """Those that were made with the arms' recipes as they are now, and converted ones; in the arms' order, by seed."""
     order = list(arms)
-    kept = [record for record in records if record.arm in arms and record.digest == digest(arms[record.arm])]
+    kept = [r for r in records if r.arm in arms and (r.converted is not None or r.digest == digest(arms[r.arm]))]
     return sorted(kept, key=lambda record: (order.index(record.arm), record.seed))
 
 
@@ -49,14 +49,14 @@ def heading(records: Sequence[Record]) -> str:
     return ", ".join([records[0].scale, *(str(corpus) for corpus in corpora if corpus)])
 
 
-def _section(experiment: Experiment, records: Sequence[Record]) -> list[str]:
-    details = [] if experiment.details is None else [experiment.details(_figures(experiment, records))]
-    return [block(experiment, records), *details, provenance(records)]
+def _section(study: Study, records: Sequence[Record]) -> list[str]:
+    details = [] if study.details is None else [study.details(_figures(study, records))]
+    return [block(study, records), *details, provenance(records)]
 
 
-def block(experiment: Experiment, records: Sequence[Record]) -> str:
+def block(study: Study, records: Sequence[Record]) -> str:
     """The table with its notes and the command that makes it: what a README shows."""
-    columns = [(column, _cells(column, _figures(experiment, records))) for column in experiment.columns]
+    columns = [(column, _cells(column, _figures(study, records))) for column in study.columns]
     section = Section(
         title=heading(records),
         columns=["arm", *(column.title for column, _ in columns)],
@@ -68,11 +68,11 @@ def block(experiment: Experiment, records: Sequence[Record]) -> str:
     return text.strip("\n") + f"\n\n`{command(records)}`"
 
 
-def terminal(experiment: Experiment, records: Sequence[Record]) -> Section:
+def terminal(study: Study, records: Sequence[Record]) -> Section:
     """The same figures with arms as columns, because terminals are narrow, and ratios on lines of their own."""
     rows = []
-    for column in experiment.columns:
-        cells = _cells(column, _figures(experiment, records))
+    for column in study.columns:
+        cells = _cells(column, _figures(study, records))
         rows.append([column.title, *(cell.text for cell in cells.values())])
         if any(cell.ratio for cell in cells.values()):
             rows.append([f"  × {_arms(records)[0]}", *(cell.ratio for cell in cells.values())])
@@ -83,12 +83,12 @@ def _arms(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(record.arm for record in records))
 
 
-def _figures(experiment: Experiment, records: Sequence[Record]) -> dict[str, dict[int, Mapping[str, Any]]]:
+def _figures(study: Study, records: Sequence[Record]) -> dict[str, dict[int, Mapping[str, Any]]]:
     """Figures of each arm by seed, in order, those that follow from other arms included."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
         of_seed: dict[str, Mapping[str, Any]] = {r.arm: r.figures for r in records if r.seed == seed}
-        derived = {} if experiment.derive is None else experiment.derive(of_seed)
+        derived = {} if study.derive is None else study.derive(of_seed)
         for arm, figures in of_seed.items():
             found[arm][seed] = {**figures, **derived.get(arm, {})}
     return found
@@ -105,7 +105,17 @@ def lookup(figures: Mapping[str, Any], key: str) -> float | None:
 
 
 def _values(column: Column, seeds: Mapping[int, Mapping[str, Any]]) -> list[float]:
-    return [value / column.unit for figures in seeds.values() if (value := lookup(figures, column.key)) is not None]
+    key = f"{column.key}.median" if column.spread else column.key
+    return [value / column.unit for figures in seeds.values() if (value := lookup(figures, key)) is not None]
+
+
+def _range(column: Column, seeds: Mapping[int, Mapping[str, Any]]) -> str:
+    """` (least to greatest)` of the turns of all seeds."""
+    ends = []
+    for end, best in (("min", min), ("max", max)):
+        found = [value for figures in seeds.values() if (value := lookup(figures, f"{column.key}.{end}")) is not None]
+        ends += [_shown(best(found) / column.unit, column.format)] if found else []
+    return f" ({' to '.join(ends)})" if ends else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +137,7 @@ def _cells(column: Column, figures: Mapping[str, Mapping[int, Mapping[str, Any]]
     for arm, found in values.items():
         compared = column.relative and arm in means and arm != first and means.get(first)
         cells[arm] = Cell(
-            text=mean_and_spread(found, column.format),
+            text=mean_and_spread(found, column.format) + (_range(column, figures[arm]) if column.spread else ""),
             ratio=f"{means[arm] / means[first]:.2f}" if compared else "",
             best=best is not None and means.get(arm) == best,
         )
@@ -158,10 +168,10 @@ def _notes(records: Sequence[Record]) -> list[str]:
     notes = [f"{some} ({', '.join(map(str, seeds))})." + (f" {SPREAD}" if len(seeds) > 1 else "")]
     short = [f"{arm} {count}" for arm, count in counts.items() if count < len(seeds)]
     notes += [f"Fewer seeds so far: {', '.join(short)}."] if short else []
-    sittings: dict[int, set[str]] = {}
+    sessions: dict[int, set[str]] = {}
     for record in records:
-        sittings.setdefault(record.seed, set()).add((record.sitting or {}).get("time", ""))
-    return notes + ([OTHER_SITTING] if any(len(times) > 1 for times in sittings.values()) else [])
+        sessions.setdefault(record.seed, set()).add((record.timing_session or {}).get("time", ""))
+    return notes + ([OTHER_SESSION] if any(len(times) > 1 for times in sessions.values()) else [])
 
 
 def command(records: Sequence[Record]) -> str:
@@ -173,7 +183,13 @@ def command(records: Sequence[Record]) -> str:
 def provenance(records: Sequence[Record]) -> str:
     """With what, at which commit and on which machine the records were made."""
     made = dict.fromkeys(_made_with(record.environment) for record in records)
-    return "Made with " + "; and with ".join(made) + "."
+    text = "Made with " + "; and with ".join(made) + "."
+    files = dict.fromkeys(record.converted["file"] for record in records if record.converted is not None)
+    if files:
+        text += (
+            f"\n\nThe records were converted from `{'`, `'.join(files)}` of an earlier script; they carry no digest."
+        )
+    return text
 
 
 def _made_with(environment: Mapping[str, Any]) -> str:

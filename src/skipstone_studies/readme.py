@@ -1,4 +1,4 @@
-"""An experiment's table inside a README, between two marks."""
+"""A study's table inside a README, between two marks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from skipstone_studies.page import block, heading
 from skipstone_studies.record import Record, write_text
-from skipstone_studies.study import Experiment
+from skipstone_studies.study import Study
 
 
 def check(path: Path, name: str) -> None:
@@ -17,10 +17,10 @@ def check(path: Path, name: str) -> None:
     _cut(path.read_text(encoding="utf-8"), path, name)
 
 
-def write(path: Path, experiment: Experiment, records: Sequence[Record]) -> None:
+def write(path: Path, study: Study, records: Sequence[Record]) -> None:
     """Put the table of `records` between the marks, and change nothing else."""
-    before, after = _cut(path.read_text(encoding="utf-8"), path, experiment.name)
-    write_text(path, f"{before}\n**{heading(records)}**\n\n{block(experiment, records)}\n{after}")
+    before, after = _cut(path.read_text(encoding="utf-8"), path, study.name)
+    write_text(path, f"{before}\n**{heading(records)}**\n\n{block(study, records)}\n{after}")
 
 
 def _cut(text: str, path: Path, name: str) -> tuple[str, str]:

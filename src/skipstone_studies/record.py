@@ -14,17 +14,20 @@ from skipstone.evaluate.tables import plain
 
 FORMAT_VERSION = 1
 DIGEST_LENGTH = 16
+ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # the names that records have always had in files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine.
+    """What one run of one arm gave.
 
-    command: what makes it again. figures: what was measured. sitting: when, and with which arms beside it, the
-    figures that compare arms were taken; None until they are.
+    config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine.
+    command: what makes it again. figures: what was measured. timing_session: when, and with which arms beside it, the
+    figures that compare arms were taken; None until they are. converted: of a record that was converted from the file
+    of an earlier script, {"file", "commit"}; its config tells what that file says of the run, and it has no digest.
     """
 
-    experiment: str
+    study: str
     scale: str
     arm: str
     seed: int
@@ -33,7 +36,8 @@ class Record:
     environment: dict[str, Any]
     command: str
     figures: dict[str, Any]
-    sitting: dict[str, Any] | None = None
+    timing_session: dict[str, Any] | None = None
+    converted: dict[str, Any] | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -57,10 +61,11 @@ def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
 
 def write(record: Record, out: Path) -> Path:
     """Written aside and renamed: a record that is there is whole."""
-    path = path_of(out, record.experiment, record.scale, record.arm, record.seed)
-    write_text(
-        path, json.dumps(plain(asdict(record)), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    path = path_of(out, record.study, record.scale, record.arm, record.seed)
+    values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
+    if record.converted is None:
+        del values["converted"]
+    write_text(path, json.dumps(plain(values), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
@@ -74,7 +79,11 @@ def write_text(path: Path, text: str) -> None:
 def read(path: Path) -> Record:
     """Raises ValueError naming the file when it is not a record."""
     try:
-        return from_dict(Record, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        names = {there: here for here, there in ON_DISK.items()}
+        if isinstance(values, dict):
+            values = {names.get(name, name): value for name, value in values.items()}
+        return from_dict(Record, values)
     except ValueError as error:
         raise ValueError(f"{path} is no record that can be read: {error}") from None
 
@@ -85,6 +94,6 @@ def find(out: Path, name: str, scale: str, arm: str, seed: int) -> Record | None
 
 
 def read_all(out: Path, name: str) -> list[Record]:
-    """Every record of an experiment, ordered by scale, arm and seed."""
+    """Every record of a study, ordered by scale, arm and seed."""
     paths: Iterable[Path] = folder(out, name).glob("*/*.json")
     return sorted(map(read, paths), key=lambda record: (record.scale, record.arm, record.seed))

@@ -10,21 +10,22 @@ from rich.console import Console
 from skipstone.core.strict import choose
 from skipstone.evaluate.tables import rich_table
 from skipstone.report.run import write_report
+from skipstone.runs import METRICS
 from skipstone_studies import readme as readmes
 from skipstone_studies import record as records
 from skipstone_studies.corpus import first_available
 from skipstone_studies.page import groups, render, terminal
-from skipstone_studies.quality import EXPERIMENTS
+from skipstone_studies.quality import STUDIES
 from skipstone_studies.record import Record
 from skipstone_studies.session import Session
-from skipstone_studies.study import Experiment, Recipe
+from skipstone_studies.study import RecipeDict, Study
 
 RUNS = Path("runs")  # where runs go and, unless `out` is named, tables too: a folder that git ignores
 
 
 def describe() -> dict[str, str]:
-    """Purposes by name, of every experiment."""
-    return {name: experiment.purpose for name, experiment in EXPERIMENTS.items()}
+    """Purposes by name, of every study."""
+    return {name: study.purpose for name, study in STUDIES.items()}
 
 
 def reproduce(
@@ -37,46 +38,46 @@ def reproduce(
     readme: Path | None = None,
     render_only: bool = False,
 ) -> Path:
-    """Run what is not recorded yet of experiment `name`, render OUT/NAME.md and return its path.
+    """Run what is not recorded yet of study `name`, render OUT/NAME.md and return its path.
 
-    seeds: the experiment's own if None. out: folder of tables and records, `runs` if None. runs: folder of run folders.
+    seeds: the study's own if None. out: folder of tables and records, `runs` if None. runs: folder of run folders.
     readme: a file in which the table is written between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
     render_only: train and measure nothing, render from records alone.
     Raises ValueError, one line, for unknown names and scales, for records that cannot be read, and at the end, when
     everything else is done, if arms have failed. What is recorded is never run again.
     """
-    experiment = choose("experiment", name, EXPERIMENTS)
-    chosen = _seeds(experiment, scale, seeds)
+    study = choose("study", name, STUDIES)
+    chosen = _seeds(study, scale, seeds)
     if readme is not None:
         readmes.check(readme, name)
     out, console = runs if out is None else out, Console(stderr=True)
-    failures = [] if render_only else _run(experiment, scale, chosen, runs, out, console)
+    failures = [] if render_only else _run(study, scale, chosen, runs, out, console)
     found = records.read_all(out, name)
     if not found and not failures:
         raise ValueError(f"no records of {name!r} in {str(out)!r}: nothing to render")
     if found:
-        _publish(experiment, scale, found, out, readme)
+        _publish(study, scale, found, out, readme)
     if failures:
         raise ValueError(f"{len(failures)} of {name}'s runs failed: {'; '.join(failures)}")
     return table_path(out, name)
 
 
-def _seeds(experiment: Experiment, scale: str, seeds: Sequence[int] | None) -> list[int]:
-    own = choose(f"scale of experiment {experiment.name!r}", scale, experiment.seeds)
+def _seeds(study: Study, scale: str, seeds: Sequence[int] | None) -> list[int]:
+    own = choose(f"scale of study {study.name!r}", scale, study.seeds)
     chosen = list(own if seeds is None else seeds)
     if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds must be at least one seed, none negative, none twice; got {chosen}")
     return chosen
 
 
-def _run(experiment: Experiment, scale: str, seeds: list[int], runs: Path, out: Path, console: Console) -> list[str]:
-    corpus, reason = first_available(experiment.corpora)
+def _run(study: Study, scale: str, seeds: list[int], runs: Path, out: Path, console: Console) -> list[str]:
+    corpus, reason = first_available(study.corpora)
     if reason:
         console.print(f"using {corpus}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    arms = experiment.recipes(scale, corpus)
-    session = Session(experiment=experiment, scale=scale, arms=arms, runs=runs, out=out, console=console)
+    arms = study.recipes(scale, corpus)
+    session = Session(study=study, scale=scale, arms=arms, runs=runs, out=out, console=console)
     done, total = session.finished(seeds), len(arms) * len(seeds)
-    session.say(f"{experiment.purpose} ({done} of {total} runs recorded)")
+    session.say(f"{study.purpose} ({done} of {total} runs recorded)")
     try:
         session.run(seeds)
     except (KeyboardInterrupt, SystemExit):
@@ -86,14 +87,14 @@ def _run(experiment: Experiment, scale: str, seeds: list[int], runs: Path, out: 
     return session.failures
 
 
-def _report(session: Session, arms: dict[str, Recipe], seed: int) -> None:
+def _report(session: Session, arms: dict[str, RecipeDict], seed: int) -> None:
     """report.html beside the run folders, of those of one seed that are here."""
     found = {arm: record for arm in arms if (record := session.recorded(arm, seed)) is not None}
-    here = {arm: session.folder(arm, seed) for arm in found if session.folder(arm, seed).is_dir()}
+    here = {arm: session.folder(arm, seed) for arm in found if (session.folder(arm, seed) / METRICS).is_file()}
     if not here:
         return
     samples = {arm: _sample(record) for arm, record in found.items() if "sample" in record.figures}
-    path = session.runs / session.experiment.name / session.scale / "report.html"
+    path = session.runs / session.study.name / session.scale / "report.html"
     write_report(list(here.values()), path, names=list(here), samples=samples, replace=True)
     session.say(f"report: {path}")
 
@@ -107,10 +108,10 @@ def table_path(out: Path, name: str) -> Path:
     return out / f"{name}.md"
 
 
-def _publish(experiment: Experiment, scale: str, found: Sequence[Record], out: Path, readme: Path | None) -> None:
+def _publish(study: Study, scale: str, found: Sequence[Record], out: Path, readme: Path | None) -> None:
     """Write the table, show that of `scale` on the terminal, and hand it to the README if one is named."""
-    records.write_text(table_path(out, experiment.name), render(experiment, found))
-    for current in groups(experiment, found, scale):
-        Console().print(rich_table([terminal(experiment, current)]))
+    records.write_text(table_path(out, study.name), render(study, found))
+    for current in groups(study, found, scale):
+        Console().print(rich_table([terminal(study, current)]))
         if readme is not None:
-            readmes.write(readme, experiment, current)
+            readmes.write(readme, study, current)

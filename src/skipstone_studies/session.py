@@ -1,4 +1,4 @@
-"""What is still to do of one seed of an experiment, done so that it can be stopped at any moment and gone on with.
+"""What is still to do of one seed of a study, done so that it can be stopped at any moment and gone on with.
 
 A run's folder is RUNS/NAME/SCALE/ARM-seedN; beside it, ARM-seedN.recipe.json tells which recipe it belongs to. A folder
 of an earlier recipe is moved aside, never overwritten.
@@ -7,6 +7,7 @@ of an earlier recipe is moved aside, never overwritten.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,22 +17,22 @@ from typing import Any
 
 from rich.console import Console
 
-from skipstone.runs import Run
-from skipstone.train.run import train
+from skipstone.runs import CONFIG, MODEL_CONFIG, Run, last_checkpoint
+from skipstone.train.environment import describe
 from skipstone_studies import record as records
 from skipstone_studies.record import Record, digest
-from skipstone_studies.study import Experiment, Recipe, seeded
+from skipstone_studies.study import RecipeDict, Study, seeded
 
 USER_ERRORS = (ValueError, OSError)
 
 
 @dataclass(kw_only=True)
 class Session:
-    """One experiment at one scale. arms: its recipes, without seeds. failures: one line each."""
+    """One study at one scale. arms: its recipes, without seeds. failures: one line each."""
 
-    experiment: Experiment
+    study: Study
     scale: str
-    arms: Mapping[str, Recipe]
+    arms: Mapping[str, RecipeDict]
     runs: Path
     out: Path
     console: Console
@@ -40,14 +41,14 @@ class Session:
 
     @property
     def command(self) -> str:
-        return f"skipstone reproduce {self.experiment.name} --scale {self.scale}"
+        return f"skipstone reproduce {self.study.name} --scale {self.scale}"
 
     def folder(self, arm: str, seed: int) -> Path:
-        return self.runs / self.experiment.name / self.scale / f"{arm}-seed{seed}"
+        return self.runs / self.study.name / self.scale / f"{arm}-seed{seed}"
 
     def recorded(self, arm: str, seed: int) -> Record | None:
         """The record of this very recipe, if there is one."""
-        record = records.find(self.out, self.experiment.name, self.scale, arm, seed)
+        record = records.find(self.out, self.study.name, self.scale, arm, seed)
         return record if record is not None and record.digest == digest(self.arms[arm]) else None
 
     def finished(self, seeds: list[int]) -> int:
@@ -61,13 +62,14 @@ class Session:
                 if self.recorded(arm, seed) is None:
                     self._guarded(arm, seed, left)
                     left -= 1
-            self._sit_together(seed)
+            self._measure_together(seed)
 
     def _guarded(self, arm: str, seed: int, left: int) -> None:
-        where, start = f"{self.experiment.name}, arm {arm!r}, seed {seed}", time.perf_counter()
-        self.say(f"[bold]{arm}[/bold], seed {seed}: training{self._time_left(left)}")
+        where, start = f"{self.study.name}, arm {arm!r}, seed {seed}", time.perf_counter()
+        doing = "running" if self.study.clock is None else "timing"
+        self.say(f"[bold]{arm}[/bold], seed {seed}: {doing}{self._time_left(left)}")
         try:
-            figures = self._trained_and_measured(arm, seed)
+            figures = self._made_and_measured(arm, seed)
         except USER_ERRORS as error:
             self.failures.append(f"{where}: {' '.join(str(error).split())}")
             self.console.print(self.failures[-1], style="red", markup=False, highlight=False, soft_wrap=True)
@@ -76,15 +78,19 @@ class Session:
         self.spent.append(time.perf_counter() - start)
         self.say(f"[bold]{arm}[/bold], seed {seed}: recorded after {_duration(self.spent[-1])}")
 
-    def _trained_and_measured(self, arm: str, seed: int) -> dict[str, Any]:
+    def _made_and_measured(self, arm: str, seed: int) -> dict[str, Any]:
         folder, recipe = self.folder(arm, seed), seeded(self.arms[arm], seed)
+        if self.study.clock is not None:
+            return dict(self.study.clock(recipe))
         self._claim(folder, recipe)
-        if not (folder.is_dir() and Run(folder).finished):
-            train(recipe, out=folder, resume=folder.is_dir(), progress=True)
+        if not is_made(folder):
+            if folder.is_dir() and last_checkpoint(folder) is None:
+                shutil.rmtree(folder)  # stopped before its first checkpoint, perhaps while the folder was written
+            self.study.make(recipe, folder, folder.is_dir())
         self.say(f"[bold]{arm}[/bold], seed {seed}: measuring")
-        return dict(self.experiment.measure(folder))
+        return dict(self.study.measure(folder))
 
-    def _claim(self, folder: Path, recipe: Recipe) -> None:
+    def _claim(self, folder: Path, recipe: RecipeDict) -> None:
         """Make sure that what is at `folder`, if anything, belongs to `recipe`."""
         note = folder.with_name(f"{folder.name}.recipe.json")
         if folder.exists() and not note.is_file():
@@ -99,53 +105,66 @@ class Session:
 
     def _record(self, arm: str, seed: int, figures: dict[str, Any]) -> None:
         record = Record(
-            experiment=self.experiment.name,
+            study=self.study.name,
             scale=self.scale,
             arm=arm,
             seed=seed,
             config=self.arms[arm],
             digest=digest(self.arms[arm]),
-            environment=_public(Run(self.folder(arm, seed)).environment()),
+            environment=_public(self._environment(arm, seed)),
             command=self.command,
             figures=figures,
         )
         records.write(record, self.out)
 
-    def _sit_together(self, seed: int) -> None:
+    def _environment(self, arm: str, seed: int) -> dict[str, Any]:
+        """The run's own; of this process where nothing was trained."""
+        folder = self.folder(arm, seed)
+        trained = self.study.clock is None and not Run(folder).is_saved_model
+        return Run(folder).environment() if trained else describe(seed)
+
+    def _measure_together(self, seed: int) -> None:
         """Measure what compares arms, where an arm lacks it: all arms whose folders are here take part."""
-        if self.experiment.together is None:
+        if self.study.measure_together is None or self.study.clock is not None:
             return
         found = {arm: record for arm in self.arms if (record := self.recorded(arm, seed)) is not None}
         here = {arm: self.folder(arm, seed) for arm in found if self._is_here(arm, seed)}
-        if all(record.sitting is not None for record in found.values()) or not here:
+        if all(record.timing_session is not None for record in found.values()) or not here:
             return
-        self.say(f"seed {seed}: timing {', '.join(here)} in turns")
+        self.say(f"seed {seed}: timing {', '.join(here)}, interleaved")
         try:
-            figures = self.experiment.together(here)
+            figures = self.study.measure_together(here)
         except USER_ERRORS as error:
-            self.failures.append(f"{self.experiment.name}, seed {seed}, timing: {' '.join(str(error).split())}")
+            self.failures.append(f"{self.study.name}, seed {seed}, timing: {' '.join(str(error).split())}")
             return
-        sitting = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "arms": list(here)}
+        session = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "arms": list(here)}
         for arm in here:
             record = found[arm]
-            records.write(replace(record, figures={**record.figures, **figures[arm]}, sitting=sitting), self.out)
+            records.write(replace(record, figures={**record.figures, **figures[arm]}, timing_session=session), self.out)
 
     def _is_here(self, arm: str, seed: int) -> bool:
         """Whether the run folder exists, is finished and belongs to the recipe."""
         folder = self.folder(arm, seed)
         note = folder.with_name(f"{folder.name}.recipe.json")
-        if not (folder.is_dir() and note.is_file() and Run(folder).finished):
+        if not (note.is_file() and is_made(folder)):
             return False
         return bool(json.loads(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
-        self.console.print(f"[dim]{self.experiment.name}[/dim]  {text}", highlight=False, soft_wrap=True)
+        self.console.print(f"[dim]{self.study.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def _time_left(self, left: int) -> str:
         """From the arms that this process has run; arms differ, so it is rough."""
         if not self.spent:
             return f" ({left} to do)"
         return f" ({left} to do, about {_duration(left * sum(self.spent) / len(self.spent))})"
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a run folder is finished, or holds a saved model; both are complete once they are there."""
+    if not folder.is_dir() or not any((folder / name).is_file() for name in (CONFIG, MODEL_CONFIG)):
+        return False
+    return Run(folder).finished or Run(folder).is_saved_model
 
 
 def _public(environment: dict[str, Any]) -> dict[str, Any]:

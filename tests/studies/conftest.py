@@ -1,4 +1,4 @@
-"""An experiment small enough to be run for real: two arms of three steps, registered as `tiny`."""
+"""A study small enough to be run for real: two arms of three steps, registered as `tiny`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from skipstone.runs import Run
-from skipstone_studies.quality import EXPERIMENTS
-from skipstone_studies.study import Column, Experiment
+from skipstone_studies.quality import STUDIES
+from skipstone_studies.study import Column, Study
 
 COLUMNS = (
     Column(key="training.parameters", title="parameters", format=",d"),
@@ -28,8 +28,8 @@ def clocks(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Experiment]:
-    """A function that registers the experiment, anew with other steps or hooks if wanted."""
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Study]:
+    """A function that registers the study, anew with other steps or hooks if wanted."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a stone that skips over water\n" * 60, encoding="utf-8")
 
@@ -40,7 +40,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exper
             "train": {"steps": steps, "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 1},
         }
 
-    def register(steps: int = 3, **options: Any) -> Experiment:
+    def register(steps: int = 3, **options: Any) -> Study:
         mod = [{"name": "mixture_of_depths", "layers": [1], "capacity": 0.5}]
         given: dict[str, Any] = {
             "name": "tiny",
@@ -49,10 +49,10 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exper
             "seeds": {"laptop": (0,)},
             "columns": COLUMNS,
             "measure": summary,
-            "together": clocks,
+            "measure_together": clocks,
         }
-        experiment = Experiment(**{**given, **options})
-        monkeypatch.setitem(EXPERIMENTS, "tiny", experiment)
-        return experiment
+        study = Study(**{**given, **options})
+        monkeypatch.setitem(STUDIES, "tiny", study)
+        return study
 
     return register

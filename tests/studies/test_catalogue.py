@@ -1,4 +1,4 @@
-"""The registered experiments are what they say, and what is published can be rendered again."""
+"""The registered studies are what they say, and what is published can be rendered again."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from skipstone.train.run import train
 from skipstone_studies import record as records
 from skipstone_studies.isoflop.run import PLAN
 from skipstone_studies.page import lookup, render
-from skipstone_studies.quality import EXPERIMENTS
+from skipstone_studies.quality import STUDIES
 from skipstone_studies.quality.reset_s3 import JUDGED, captured, interpolate
-from skipstone_studies.study import SCALES, Experiment, seeded
+from skipstone_studies.study import SCALES, Study, seeded
 from skipstone_studies.timing import training_speeds
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-ALL = [(name, scale) for name, e in EXPERIMENTS.items() for scale in e.seeds]
+ALL = [(name, scale) for name, e in STUDIES.items() for scale in e.seeds]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", STUDIES)
 def test_names_and_scales(name: str) -> None:
-    assert EXPERIMENTS[name].name == name
-    assert set(EXPERIMENTS[name].seeds) <= set(SCALES)
-    assert "laptop" in EXPERIMENTS[name].seeds
+    assert STUDIES[name].name == name
+    assert set(STUDIES[name].seeds) <= set(SCALES)
+    assert "laptop" in STUDIES[name].seeds
 
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
 def test_every_recipe_can_be_built(name: str, scale: str) -> None:
-    for arms in EXPERIMENTS[name].variants(scale):
+    for arms in STUDIES[name].variants(scale):
         assert len(arms) > 1
         for recipe in arms.values():
             read_recipe(seeded(recipe, 1))
@@ -41,20 +41,20 @@ def test_every_recipe_can_be_built(name: str, scale: str) -> None:
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
 def test_recipes_are_fresh_values(name: str, scale: str) -> None:
-    experiment = EXPERIMENTS[name]
-    first = experiment.recipes(scale)
+    study = STUDIES[name]
+    first = study.recipes(scale)
     next(iter(first.values()))["train"]["steps"] = -1
-    assert next(iter(experiment.recipes(scale).values()))["train"]["steps"] > 0
+    assert next(iter(study.recipes(scale).values()))["train"]["steps"] > 0
 
 
 def test_what_is_published_is_what_its_records_say() -> None:
     for path in RESULTS.glob("*/records"):
         if (path.parent / PLAN).is_file():
-            continue  # an isoFLOP experiment, which has a test of its own
-        experiment = EXPERIMENTS[path.parent.name]
-        page = render(experiment, records.read_all(RESULTS, experiment.name))
-        assert (RESULTS / f"{experiment.name}.md").read_text(encoding="utf-8") == page
-        assert "left out" not in page, f"{experiment.name}: delete the records of earlier configurations"
+            continue  # an isoFLOP study, which has a test of its own
+        study = STUDIES[path.parent.name]
+        page = render(study, records.read_all(RESULTS, study.name))
+        assert (RESULTS / f"{study.name}.md").read_text(encoding="utf-8") == page
+        assert "left out" not in page, f"{study.name}: delete the records of earlier configurations"
 
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -81,10 +81,10 @@ STEPS = {
 }
 
 
-def shrunk(experiment: Experiment, arm: str) -> dict[str, Any]:
+def shrunk(study: Study, arm: str) -> dict[str, Any]:
     """An arm as it is, but for its size."""
-    recipe = experiment.recipes("laptop", next(iter(reversed(experiment.corpora)), None))[arm]
-    small = SMALL[experiment.name]
+    recipe = study.recipes("laptop", next(iter(reversed(study.corpora)), None))[arm]
+    small = SMALL[study.name]
     mechanisms = recipe["model"].get("mechanisms")
     model = {**recipe["model"], **small["model"], **({"mechanisms": mechanisms} if mechanisms else {})}
     data = {**recipe["data"], **small["data"], "validation_rows": 4}
@@ -92,10 +92,10 @@ def shrunk(experiment: Experiment, arm: str) -> dict[str, Any]:
 
 
 def test_reset_s3_from_training_to_headroom(tmp_path: Path) -> None:
-    experiment = EXPERIMENTS["reset_s3"]
+    study = STUDIES["reset_s3"]
     figures = {}
-    for arm in experiment.recipes("laptop"):
-        figures[arm] = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / arm, progress=False))
+    for arm in study.recipes("laptop"):
+        figures[arm] = study.measure(train(shrunk(study, arm), out=tmp_path / arm, progress=False))
     assert figures["mod-guided"]["flops"] < 2 * figures["dense-4"]["flops"]
     assert set(figures["mod-forced"]["evaluation"]["ways"]) == {"forced"}
     derived = captured(figures)
@@ -106,35 +106,35 @@ def test_reset_s3_from_training_to_headroom(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arm", ["dense", "ema_threshold"])
 def test_mod_decisions_measures_what_it_shows(tmp_path: Path, arm: str) -> None:
-    experiment = EXPERIMENTS["mod_decisions"]
-    figures = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / "run", progress=False))
-    shown = {column.title: lookup(figures, column.key) for column in experiment.columns}
+    study = STUDIES["mod_decisions"]
+    figures = study.measure(train(shrunk(study, arm), out=tmp_path / "run", progress=False))
+    shown = {column.title: lookup(figures, column.key) for column in study.columns}
     missing = [title for title, figure in shown.items() if figure is None]
-    kept = [column.title for column in experiment.columns if not column.key.startswith("evaluation")][1:]
+    kept = [column.title for column in study.columns if not column.key.startswith("evaluation")][1:]
     assert missing == ([] if arm != "dense" else kept)
 
 
 def test_ffn_groups_at_equal_flops_beside_teal(tmp_path: Path) -> None:
-    experiment, figures = EXPERIMENTS["ffn_groups"], {}
+    study, figures = STUDIES["ffn_groups"], {}
     for arm in ("dense", "narrow 0.4", "groups 0.4", "random 0.6"):
-        figures[arm] = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / arm, progress=False))
-    assert experiment.derive is not None
-    assert experiment.details is not None
-    derived = experiment.derive(figures)
+        figures[arm] = study.measure(train(shrunk(study, arm), out=tmp_path / arm, progress=False))
+    assert study.derive is not None
+    assert study.details is not None
+    derived = study.derive(figures)
     shares = {arm: found["mlp_ratio"] for arm, found in derived.items()}
     assert shares == pytest.approx({"dense": 1.0, "narrow 0.4": 0.4, "groups 0.4": 0.4, "random 0.6": 0.6})
     assert derived["dense"]["loss_ratio"] == 0
-    page = experiment.details({arm: {0: found} for arm, found in figures.items()})
+    page = study.details({arm: {0: found} for arm, found in figures.items()})
     assert "TEAL" in page
     assert "40.0 %" in page
     assert figures["dense"]["teal"]["60%"]["executed"] == pytest.approx(0.6, abs=0.05)
 
 
 def test_polyglu_routing_tells_what_the_routing_came_to(tmp_path: Path) -> None:
-    experiment, figures = EXPERIMENTS["polyglu_routing"], {}
+    study, figures = STUDIES["polyglu_routing"], {}
     for arm in ("swiglu", "scale 1, noise", "scale 64, quiet"):
-        figures[arm] = experiment.measure(train(shrunk(experiment, arm), out=tmp_path / arm, progress=False))
-    for column in experiment.columns:
+        figures[arm] = study.measure(train(shrunk(study, arm), out=tmp_path / arm, progress=False))
+    for column in study.columns:
         assert lookup(figures["scale 1, noise"], column.key) is not None, column.key
     assert "diversity" not in figures["swiglu"]
     fresh = figures["scale 1, noise"]
@@ -142,24 +142,22 @@ def test_polyglu_routing_tells_what_the_routing_came_to(tmp_path: Path) -> None:
     assert fresh["static_entropy"] > figures["scale 64, quiet"]["static_entropy"]
     assert list(fresh["course"]) == ["20%", "40%", "60%", "80%", "100%"]
     assert all(sum(layer.values()) == pytest.approx(1, abs=1e-5) for layer in fresh["neurons"])
-    assert experiment.details is not None
-    page = experiment.details({arm: {0: found} for arm, found in figures.items()})
+    assert study.details is not None
+    page = study.details({arm: {0: found} for arm, found in figures.items()})
     assert "| static entropy stays at ln 4" in page
     assert "| scale 64, quiet | 0 |" in page
 
 
 @pytest.mark.slow
 def test_the_demo_from_training_to_speeds(tmp_path: Path) -> None:
-    experiment = EXPERIMENTS["demo"]
-    runs = {
-        arm: train(shrunk(experiment, arm), out=tmp_path / arm, progress=False) for arm in experiment.recipes("laptop")
-    }
-    alone = {arm: experiment.measure(folder) for arm, folder in runs.items()}
-    assert experiment.together is not None
-    beside = experiment.together(runs)
-    assert experiment.details is not None
-    assert "def " in experiment.details({arm: {0: found} for arm, found in alone.items()})
-    for column in experiment.columns:
+    study = STUDIES["demo"]
+    runs = {arm: train(shrunk(study, arm), out=tmp_path / arm, progress=False) for arm in study.recipes("laptop")}
+    alone = {arm: study.measure(folder) for arm, folder in runs.items()}
+    assert study.measure_together is not None
+    beside = study.measure_together(runs)
+    assert study.details is not None
+    assert "def " in study.details({arm: {0: found} for arm, found in alone.items()})
+    for column in study.columns:
         for arm in runs:
             steps, at = column.key.split("."), {**alone[arm], **beside[arm]}
             for step in steps:
@@ -168,10 +166,8 @@ def test_the_demo_from_training_to_speeds(tmp_path: Path) -> None:
 
 
 def test_training_is_timed_in_turns(tmp_path: Path) -> None:
-    experiment = EXPERIMENTS["reset_s3"]
-    runs = {
-        arm: train(shrunk(experiment, arm), out=tmp_path / arm, progress=False) for arm in ("dense-2", "mod-forced")
-    }
+    study = STUDIES["reset_s3"]
+    runs = {arm: train(shrunk(study, arm), out=tmp_path / arm, progress=False) for arm in ("dense-2", "mod-forced")}
     speeds = training_speeds(runs, rounds=2)
     assert list(speeds) == list(runs)
     assert all(speed["tokens_per_second"] > 0 and speed["rounds"] == 2 for speed in speeds.values())

@@ -9,7 +9,7 @@ import pytest
 
 from skipstone_studies.page import command, groups, lookup, mean_and_spread, render, terminal
 from skipstone_studies.record import Record, digest, read, read_all, write
-from skipstone_studies.study import Column, Experiment
+from skipstone_studies.study import Column, Study
 
 ENVIRONMENT = {
     "skipstone": "0.1.0",
@@ -26,7 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def experiment(**options: Any) -> Experiment:
+def study(**options: Any) -> Study:
     given: dict[str, Any] = {
         "name": "e",
         "purpose": "a purpose",
@@ -38,12 +38,12 @@ def experiment(**options: Any) -> Experiment:
             Column(key="speed.decode 1", title="speed (k)", format=",.1f", unit=1e3, better="high", relative=True),
         ),
     }
-    return Experiment(**{**given, **options})
+    return Study(**{**given, **options})
 
 
 def record(arm: str, seed: int, loss: float | None, speed: float, **changes: Any) -> Record:
     given: dict[str, Any] = {
-        "experiment": "e",
+        "study": "e",
         "scale": "laptop",
         "arm": arm,
         "seed": seed,
@@ -52,7 +52,7 @@ def record(arm: str, seed: int, loss: float | None, speed: float, **changes: Any
         "environment": ENVIRONMENT,
         "command": "skipstone reproduce e --scale laptop",
         "figures": {"loss": loss, "speed": {"decode 1": speed}},
-        "sitting": {"time": f"t{seed}", "arms": ["dense", "mod"]},
+        "timing_session": {"time": f"t{seed}", "arms": ["dense", "mod"]},
     }
     return Record(**{**given, **changes})
 
@@ -66,7 +66,7 @@ RECORDS = [
 
 
 def test_the_whole_page() -> None:
-    assert render(experiment(), RECORDS) == (
+    assert render(study(), RECORDS) == (
         "# e\n\n"
         "a purpose\n\n"
         "All about it.\n\n"
@@ -83,38 +83,38 @@ def test_the_whole_page() -> None:
 
 
 def test_the_order_of_records_does_not_matter_and_files_give_the_same_bytes(tmp_path: Path) -> None:
-    page = render(experiment(), RECORDS)
-    assert render(experiment(), RECORDS[::-1]) == page
+    page = render(study(), RECORDS)
+    assert render(study(), RECORDS[::-1]) == page
     for entry in RECORDS:
         write(entry, tmp_path)
-    assert render(experiment(), read_all(tmp_path, "e")) == page
+    assert render(study(), read_all(tmp_path, "e")) == page
 
 
 def test_scales_are_tables_of_their_own() -> None:
-    page = render(experiment(), [*RECORDS, record("dense", 0, 9.0, 1.0, scale="paper")])
+    page = render(study(), [*RECORDS, record("dense", 0, 9.0, 1.0, scale="paper")])
     assert page.index("## laptop") < page.index("## paper")
 
 
 def test_what_another_configuration_gave_is_left_out_and_counted() -> None:
-    page = render(experiment(), [*RECORDS, record("dense", 2, 9.0, 1.0, digest="0" * 16)])
+    page = render(study(), [*RECORDS, record("dense", 2, 9.0, 1.0, digest="0" * 16)])
     assert "2 seeds" in page
     assert page.endswith("1 records of other configurations are left out.\n")
 
 
 def test_missing_figures_and_seeds_are_shown_as_missing() -> None:
-    page = render(experiment(), [*RECORDS[1:3], record("dense", 1, None, 1.0)])
+    page = render(study(), [*RECORDS[1:3], record("dense", 1, None, 1.0)])
     assert "| dense | 2.000 |" in page
     assert "Fewer seeds so far: mod 1." in page
 
 
 def test_speeds_of_different_sittings_are_marked() -> None:
-    late = record("mod", 0, 1.0, 1.0, sitting={"time": "later", "arms": ["mod"]})
-    assert "not all taken in one sitting" in render(experiment(), [RECORDS[1], late])
-    assert "not all taken in one sitting" not in render(experiment(), RECORDS)
+    late = record("mod", 0, 1.0, 1.0, timing_session={"time": "later", "arms": ["mod"]})
+    assert "not all taken in one timing session" in render(study(), [RECORDS[1], late])
+    assert "not all taken in one timing session" not in render(study(), RECORDS)
 
 
 def test_corpora_are_tables_of_their_own() -> None:
-    either = experiment(corpora=("c", "d"))
+    either = study(corpora=("c", "d"))
     found = []
     for corpus in ("d", "c"):
         recipe = either.recipes("laptop", corpus)["dense"]
@@ -126,7 +126,7 @@ def test_figures_that_follow_from_other_arms_are_derived_seed_by_seed() -> None:
     def gap(figures: Any) -> Any:
         return {"mod": {"gap": figures["mod"]["loss"] - figures["dense"]["loss"]}}
 
-    page = render(experiment(derive=gap, columns=(Column(key="gap", title="gap", format="+.2f"),)), RECORDS)
+    page = render(study(derive=gap, columns=(Column(key="gap", title="gap", format="+.2f"),)), RECORDS)
     assert "| dense | – |" in page
     assert "| mod | -1.00 ± 0.00 |" in page or "| mod | -1.00 ± +0.00 |" in page
 
@@ -135,12 +135,12 @@ def test_details_see_every_seed_of_each_arm() -> None:
     def losses(figures: Any) -> str:
         return str({arm: {seed: found["loss"] for seed, found in seeds.items()} for arm, seeds in figures.items()})
 
-    page = render(experiment(details=losses), RECORDS)
+    page = render(study(details=losses), RECORDS)
     assert "{'dense': {0: 2.0, 1: 2.2}, 'mod': {0: 1.0, 1: 1.2}}" in page
 
 
 def test_the_terminal_has_arms_as_columns() -> None:
-    section = terminal(experiment(), next(iter(groups(experiment(), RECORDS))))
+    section = terminal(study(), next(iter(groups(study(), RECORDS))))
     assert section.columns == ["", "dense", "mod"]
     assert section.rows[-1] == ["  × dense", "", "2.50"]
 

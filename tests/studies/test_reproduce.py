@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from skipstone.train.watch import MetricsFile
-from skipstone_studies import session
+from skipstone_studies import study
 from skipstone_studies.run import describe, reproduce
-from skipstone_studies.study import Experiment
+from skipstone_studies.study import Study
 
-Register = Callable[..., Experiment]
+Register = Callable[..., Study]
 RECORD = Path("runs/tiny/records/laptop/mod-seed0.json")
 
 
@@ -24,13 +24,13 @@ RECORD = Path("runs/tiny/records/laptop/mod-seed0.json")
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the run folders that were given to training."""
     folders: list[str] = []
-    train = session.train
+    train = study.train
 
     def note(recipe: Any, *, out: Path, **options: Any) -> Path:
         folders.append(out.name)
         return train(recipe, out=out, **options)
 
-    monkeypatch.setattr(session, "train", note)
+    monkeypatch.setattr(study, "train", note)
     return folders
 
 
@@ -48,10 +48,10 @@ def test_from_nothing_to_table_report_and_records(tiny: Register, trained: list[
 
 
 def test_a_record_is_complete(tiny: Register) -> None:
-    experiment = tiny()
+    made = tiny()
     reproduce("tiny", seeds=[4])
     record = json.loads(Path("runs/tiny/records/laptop/mod-seed4.json").read_text(encoding="utf-8"))
-    assert record["config"] == experiment.recipes("laptop")["mod"]
+    assert record["config"] == made.recipes("laptop")["mod"]
     assert (record["seed"], record["environment"]["seed"]) == (4, 4)
     assert {"skipstone", "torch", "transformers", "python", "git_commit", "git_dirty", "machine", "started"} <= set(
         record["environment"]
@@ -126,8 +126,8 @@ def _signal_after_the_first_step(self: Any, args: Any, state: Any, control: Any,
 
 
 def test_an_arm_that_fails_is_one_line_and_the_others_go_on(tiny: Register, capsys: pytest.CaptureFixture[str]) -> None:
-    experiment = tiny()
-    arms = experiment.recipes("laptop")
+    made = tiny()
+    arms = made.recipes("laptop")
     arms["dense"]["train"]["learning_rate"] = -1.0
     tiny(arms=lambda scale: arms)
     with pytest.raises(ValueError, match=r"1 of tiny's runs failed: tiny, arm 'dense', seed 0: .*learning_rate"):
@@ -200,8 +200,8 @@ def test_a_readme_without_a_place_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("dmeo", {}, "unknown experiment 'dmeo'; did you mean 'demo'"),
-        ("tiny", {"scale": "paper"}, "unknown scale of experiment 'tiny' 'paper'"),
+        ("dmeo", {}, "unknown study 'dmeo'; did you mean 'demo'"),
+        ("tiny", {"scale": "paper"}, "unknown scale of study 'tiny' 'paper'"),
         ("tiny", {"scale": "labtop"}, "did you mean 'laptop'"),
         ("tiny", {"seeds": []}, "at least one seed"),
         ("tiny", {"seeds": [-1]}, "none negative"),
@@ -222,5 +222,5 @@ def test_the_first_corpus_that_can_be_had_is_taken(tiny: Register, capsys: pytes
     assert "## laptop, text:text.txt" in Path("runs/tiny.md").read_text(encoding="utf-8")
 
 
-def test_describe_names_every_experiment() -> None:
+def test_describe_names_every_study() -> None:
     assert {"demo", "reset_s3"} <= set(describe())

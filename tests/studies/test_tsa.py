@@ -1,4 +1,4 @@
-"""The experiments of Token-Selective Attention, each arm trained for two steps, measured and rendered."""
+"""The studies of Token-Selective Attention, each arm trained for two steps, measured and rendered."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from skipstone.evaluate.run import evaluate
 from skipstone.runs import Run
 from skipstone.train.run import train
 from skipstone_studies import gates, stretches
-from skipstone_studies.claims import Claim, Shown, beside, claims_table, paired
+from skipstone_studies.claims import Claim, PublishedColumn, beside, claims_table, paired
 from skipstone_studies.page import lookup
-from skipstone_studies.quality import EXPERIMENTS
+from skipstone_studies.quality import STUDIES
 from skipstone_studies.quality.tsa import equal_flops, judged, published
 
-NAMES = [name for name in EXPERIMENTS if name.startswith("tsa_")]
+NAMES = [name for name in STUDIES if name.startswith("tsa_")]
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 STEPS = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "eval_rows": 2}
 TEXT = "a stone that skips over water, and another that sinks.\n"
@@ -48,19 +48,19 @@ def shrunk(recipe: dict[str, Any], text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_arm_from_training_to_the_page(name: str, text: str, tmp_path: Path) -> None:
-    experiment, figures = EXPERIMENTS[name], {}
-    for arm, recipe in experiment.recipes("laptop").items():
-        figures[arm] = dict(experiment.measure(train(shrunk(recipe, text), out=tmp_path / arm, progress=False)))
-    if experiment.together is not None:
-        for arm, found in experiment.together({arm: tmp_path / arm for arm in figures}).items():
+    study, figures = STUDIES[name], {}
+    for arm, recipe in study.recipes("laptop").items():
+        figures[arm] = dict(study.measure(train(shrunk(recipe, text), out=tmp_path / arm, progress=False)))
+    if study.measure_together is not None:
+        for arm, found in study.measure_together({arm: tmp_path / arm for arm in figures}).items():
             figures[arm] |= found
-    derived = {} if experiment.derive is None else experiment.derive(figures)
+    derived = {} if study.derive is None else study.derive(figures)
     whole = {arm: {0: {**found, **derived.get(arm, {})}} for arm, found in figures.items()}
-    for column in experiment.columns:
+    for column in study.columns:
         shown = [arm for arm in whole if lookup(whole[arm][0], column.key) is not None]
         assert shown or "16+" in column.key or "headroom" in column.key, column.title
-    if experiment.details is not None:
-        page = experiment.details(whole)
+    if study.details is not None:
+        page = study.details(whole)
         assert "### " in page
         assert "| claim, by rule |" in page
 
@@ -68,7 +68,7 @@ def test_every_arm_from_training_to_the_page(name: str, text: str, tmp_path: Pat
 @pytest.fixture(scope="module")
 def gated(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run whose gates stand on both sides of the threshold."""
-    recipe = shrunk(EXPERIMENTS["tsa_shakespeare"].recipes("laptop")["tsa"], text)
+    recipe = shrunk(STUDIES["tsa_shakespeare"].recipes("laptop")["tsa"], text)
     recipe["model"]["mechanisms"][0]["start_bias"] = 0.0
     return train(recipe, out=tmp_path_factory.mktemp("run") / "tsa", progress=False)
 
@@ -107,7 +107,7 @@ def test_variants_are_the_passes_that_they_say(gated: Path) -> None:
 
 
 def test_exits_execute_less_the_higher_the_threshold(text: str, tmp_path: Path) -> None:
-    recipe = shrunk(EXPERIMENTS["tsa_shakespeare"].recipes("laptop")["early-exit"], text)
+    recipe = shrunk(STUDIES["tsa_shakespeare"].recipes("laptop")["early-exit"], text)
     recipe["model"]["mechanisms"][0]["start_bias"] = 0.5
     found = gates.exits(train(recipe, out=tmp_path / "exit", progress=False))
     skipped = [found[gates.exit_name(threshold)]["skipped"] for threshold in gates.EXITS]
@@ -122,7 +122,7 @@ def test_headroom_lies_between_dense_and_forced() -> None:
         return {"flops": flops, "accuracy": dict.fromkeys(("0-3", "4-7", "8-15", "16+", "all operations"), accuracy)}
 
     arms = {"dense-2": arm(2.0, 0.2), "dense-4": arm(4.0, 0.4), "tsa-hard": arm(3.0, 0.5), "tsa-forced": arm(3.0, 0.7)}
-    derive = EXPERIMENTS["tsa_switched_s3"].derive
+    derive = STUDIES["tsa_switched_s3"].derive
     assert derive is not None
     assert derive(arms)["tsa-hard"]["headroom"]["all operations"] == pytest.approx(0.5)
 
@@ -181,11 +181,11 @@ def test_the_interval_is_that_of_seeds_and_of_stretches() -> None:
 def test_stretches_are_the_loss_in_parts(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stretches, "WINDOWS", 2)
     folder = train(
-        shrunk(EXPERIMENTS["tsa_shakespeare"].recipes("laptop")["tsa"], text), out=tmp_path / "run", progress=False
+        shrunk(STUDIES["tsa_shakespeare"].recipes("laptop")["tsa"], text), out=tmp_path / "run", progress=False
     )
     found = stretches.stretches(folder)
     assert len(found) == 2
-    whole = EXPERIMENTS["tsa_shakespeare"].measure(folder)["evaluation"]["ways"]["executed"]["loss"]
+    whole = STUDIES["tsa_shakespeare"].measure(folder)["evaluation"]["ways"]["executed"]["loss"]
     assert sum(found) / 2 == pytest.approx(whole, abs=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_claims_follow_from_figures_alone() -> None:
 def test_tables_of_claims_and_of_published_figures() -> None:
     arms = {"dense": {0: {"a": 1.0}, 1: {"a": 1.5}}, "mod": {1: {"a": 2.0}}}
     assert paired(arms, "mod", "dense", "a") == [0.5]
-    shown = (Shown(title="loss", key="a", published="loss", format=".2f"),)
+    shown = (PublishedColumn(title="loss", key="a", published="loss", format=".2f"),)
     page = beside("Beside", arms, {"dense": {"loss": 1.1}}, shown, "a source")
     assert "| arm | loss, paper | loss, ours |" in page
     assert "| dense | 1.10 | 1.25 ± 0.35 |" in page

@@ -17,9 +17,9 @@ class Scale(StrEnum):
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered experiment; see --list.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered study; see --list.")] = None,
     scale: Annotated[Scale, typer.Option(help="How big the models and the runs are.")] = Scale.LAPTOP,
-    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds; the experiment's own if absent.")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds; the study's own if absent.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of tables and records; that of --runs if absent.")
     ] = None,
@@ -28,12 +28,12 @@ def reproduce(
         Path | None, typer.Option(metavar="FILE", help="Write the table here too, between <!-- NAME:begin --> and end.")
     ] = None,
     render: Annotated[bool, typer.Option("--render", help="Run nothing, render from the records alone.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="List the experiments and leave.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies and leave.")] = False,
 ) -> None:
-    """Run a registered experiment, or go on with it, and render its table from the records."""
+    """Run a registered study, or go on with it, and render its table from the records."""
     numbers = parse_seeds(seeds)
     if name is None and not list_:
-        raise UserError("name an experiment to reproduce; `skipstone reproduce --list` shows them")
+        raise UserError("name a study to reproduce; `skipstone reproduce --list` shows them")
 
     if name is None or list_:
         print_list()

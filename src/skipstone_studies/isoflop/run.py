@@ -21,7 +21,7 @@ from skipstone_studies.isoflop.plan import Estimate
 from skipstone_studies.isoflop.points import FOLDER, Collected, collect, lookup, nearest_optimum
 from skipstone_studies.isoflop.session import GridSession
 from skipstone_studies.isoflop.spec import Spec
-from skipstone_studies.study import Experiment
+from skipstone_studies.study import Study
 
 PLAN = "plan.json"  # the spec that the table and the page were last rendered for, beside the records
 
@@ -52,12 +52,12 @@ def isoflop(spec: Spec, *, out: Path, runs: Path, command: str) -> list[Path]:
 def _session(grid: Grid, facts: Facts, out: Path, runs: Path, command: str) -> GridSession:
     spec = grid.spec
     records.write_text(out / spec.name / PLAN, json.dumps(spec.to_dict(), indent=1) + "\n")
-    experiment = Experiment(
+    study = Study(
         name=spec.name, purpose="equal training FLOPs", arms=lambda scale: {}, columns=(), seeds={FOLDER: (spec.seed,)}
     )
     planned = Estimate(grid=grid, facts=facts, paces={}).parts()
     return GridSession(
-        experiment=experiment,
+        study=study,
         scale=FOLDER,
         arms={},
         runs=runs,

@@ -106,12 +106,12 @@ class GridSession(Session):
                 arm: record for arm, cell in cells.items() if (record := self.recorded(cell.label, seed)) is not None
             }
             here = {arm: self.folder(cells[arm].label, seed) for arm in found if self._is_here(cells[arm].label, seed)}
-            if not here or all(record.sitting is not None for record in found.values()):
+            if not here or all(record.timing_session is not None for record in found.values()):
                 continue
             self.say(f"timing the steps of {', '.join(here)} at {size} in turns")
             speeds = training_speeds(here)
-            sitting = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "arms": list(here)}
+            session = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "arms": list(here)}
             for arm in here:
                 figures_now = {**found[arm].figures, "training_speed": speeds[arm]}
-                records.write(replace(found[arm], figures=figures_now, sitting=sitting), self.out)
+                records.write(replace(found[arm], figures=figures_now, timing_session=session), self.out)
         self.after()

@@ -1,4 +1,4 @@
-"""The experiments by name. A new one is a file here and a line in the table."""
+"""The studies by name. A new one is a file here and a line in the table."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from skipstone_studies.quality.tsa.known_depth import TSA_SWITCHED_S3
 from skipstone_studies.quality.tsa.large import TSA_ENWIK8, TSA_FRONTIER
 from skipstone_studies.quality.tsa.mixed import TSA_MIXED
 from skipstone_studies.quality.tsa.shakespeare import TSA_CONTROLS, TSA_SHAKESPEARE
-from skipstone_studies.study import Experiment
+from skipstone_studies.study import Study
 
 PAPER = (TSA_SHAKESPEARE, TSA_CONTROLS, TSA_ENWIK8, TSA_COPY_SORT)
 BEYOND = (TSA_FRONTIER, TSA_SWITCHED_S3, TSA_MIXED)
 ALL = (DEMO, MOD_DECISIONS, MOD_DECISIONS_CODE, RESET_S3, POLYGLU_ROUTING, FFN_GROUPS, *PAPER, *BEYOND)
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in ALL}
+STUDIES: dict[str, Study] = {study.name: study for study in ALL}

@@ -9,7 +9,7 @@ from typing import Any
 
 from skipstone.runs import Run
 from skipstone_studies import measure
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ VALIDATED = 512  # rows: more than Tiny-Shakespeare has; the library, its stand-
 PROMPTS = {"tiny-shakespeare": "ROMEO:\n", "python-stdlib": "def "}
 
 
-def arms(scale: str) -> dict[str, Recipe]:
+def arms(scale: str) -> dict[str, RecipeDict]:
     """The same recipe five times, but for the mechanisms."""
     size = SIZES[scale]
     # ema_threshold decides in training as it does while generating, so nothing is lost between the two.
@@ -77,7 +77,7 @@ def arms(scale: str) -> dict[str, Recipe]:
     }
 
 
-def _recipe(size: Size, **mechanisms: Any) -> Recipe:
+def _recipe(size: Size, **mechanisms: Any) -> RecipeDict:
     return {
         "model": {
             "hidden_size": size.hidden_size,
@@ -115,7 +115,7 @@ def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
     return "\n\n".join(parts)
 
 
-DEMO = Experiment(
+DEMO = Study(
     name="demo",
     purpose="dense, MoD, TSA, PolyGLU and all three beside each other on real text, minutes each",
     about=(

@@ -14,7 +14,7 @@ from skipstone.evaluate.teal import measure_teal
 from skipstone_studies import measure
 from skipstone_studies.claims import ByArm, values
 from skipstone_studies.page import mean_and_spread
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 DENSE = "dense"
 SHARES = (0.6, 0.4)  # of the MLP's FLOPs that are executed
@@ -38,7 +38,7 @@ SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 BATCH, CALIBRATION = 16, 4  # rows of a pass, passes to calibrate on
 
 
-def arms(scale: str, corpus: str = "python-packages") -> dict[str, Recipe]:
+def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
     """SwiGLU; at each share a narrower SwiGLU and neuron groups; at the first one these in other ways, too."""
     full = SIZES[scale]["intermediate_size"]
     recipe = partial(_recipe, scale, corpus)
@@ -51,7 +51,7 @@ def arms(scale: str, corpus: str = "python-packages") -> dict[str, Recipe]:
     return found
 
 
-def _recipe(scale: str, corpus: str, neurons: int, options: dict[str, Any] | None = None) -> Recipe:
+def _recipe(scale: str, corpus: str, neurons: int, options: dict[str, Any] | None = None) -> RecipeDict:
     model = {**SIZES[scale], "intermediate_size": neurons}
     if options is not None:
         usual = {"group_size": neurons // GROUPS, "chunk_size": CHUNK, "capacity_warmup": 0.4}
@@ -118,7 +118,7 @@ def details(figures: ByArm) -> str:
     return markdown([section]).strip("\n") if rows else ""
 
 
-FFN_GROUPS = Experiment(
+FFN_GROUPS = Study(
     name="ffn_groups",
     purpose="neuron groups switched off by chunk, beside narrower MLPs of equal FLOPs, random groups and TEAL",
     about=(

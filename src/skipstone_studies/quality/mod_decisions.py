@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone_studies import measure
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 CAPACITY = 0.125
 SIZES: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ ROUTED: dict[str, dict[str, Any]] = {
 }
 
 
-def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, Recipe]:
+def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     """A dense model, one of half its depth, and one routed model a decision."""
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY}
     return {
@@ -41,7 +41,7 @@ def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, Recipe]:
     }
 
 
-def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> Recipe:
+def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> RecipeDict:
     size = SIZES[scale]
     return {
         "model": {
@@ -95,16 +95,16 @@ ABOUT = (
 )
 
 
-def on(corpus: str, name: str) -> Experiment:
-    """The experiment on one corpus."""
-    return Experiment(
+def on(corpus: str, name: str) -> Study:
+    """The study on one corpus."""
+    return Study(
         name=name,
         purpose=f"every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",
         about=ABOUT,
         arms=partial(arms, corpus=corpus),
         seeds=SEEDS,
         measure=measured,
-        together=None,
+        measure_together=None,
         columns=COLUMNS,
     )
 

@@ -19,7 +19,7 @@ from skipstone.runs import Run
 from skipstone_studies import measure
 from skipstone_studies.claims import ByArm, Claim, claims_table, mean, paired, values
 from skipstone_studies.page import mean_and_spread
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 SWIGLU = "swiglu"
 SCALES = (1, 16, 64)  # of the learned preferences; the paper's is 1
@@ -37,7 +37,7 @@ POINTS = 5  # of the course that are shown
 ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
 
 
-def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, Recipe]:
+def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     """SwiGLU; PolyGLU with preferences of three scales, each with Gumbel noise in training and without."""
     recipe = partial(_recipe, scale, corpus)
     found = {SWIGLU: recipe("silu")}
@@ -47,7 +47,7 @@ def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, Recipe]:
     return found
 
 
-def _recipe(scale: str, corpus: str, activation: str | dict[str, Any]) -> Recipe:
+def _recipe(scale: str, corpus: str, activation: str | dict[str, Any]) -> RecipeDict:
     steps = TRAIN[scale]["steps"]
     return {
         "model": {**SIZES[scale], "activation": activation},
@@ -174,7 +174,7 @@ def _course(figures: ByArm) -> Section:
     return Section(title="While it trains", columns=["arm", "figure", *parts], rows=rows, notes=[note])
 
 
-POLYGLU_ROUTING = Experiment(
+POLYGLU_ROUTING = Study(
     name="polyglu_routing",
     purpose="PolyGLU's routing: entropies, neurons that depart from their layer, what a fixed choice loses",
     about=(
@@ -186,7 +186,7 @@ POLYGLU_ROUTING = Experiment(
     arms=arms,
     seeds=SEEDS,
     measure=measured,
-    together=None,
+    measure_together=None,
     details=details,
     columns=(
         Column(key="training.parameters", title="parameters (K)", format=".1f", unit=1e3),

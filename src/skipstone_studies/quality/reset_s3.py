@@ -15,7 +15,7 @@ from skipstone.evaluate.accuracy import MEASURED, OVERALL, headroom_captured
 from skipstone.model.released import tsa
 from skipstone_studies import measure
 from skipstone_studies.quality.tsa.recipes import ALONE, HARD, LEARNED
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 CAPACITY = 0.25  # the share of entries that are operations
 BLOCKS = 8  # of the routed models, and of the deepest dense one
@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
 SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # seed 0 chose the guided router: it is not counted
 
 
-def arms(scale: str) -> dict[str, Recipe]:
+def arms(scale: str) -> dict[str, RecipeDict]:
     """Dense models of several depths; routed ones that differ in who decides and in what their routers learn from."""
     size = SIZES[scale]
     return {
@@ -70,7 +70,7 @@ def recipe(
     mechanisms: list[dict[str, Any]] | None = None,
     corpus: str = "reset-s3",
     **train: Any,
-) -> Recipe:
+) -> RecipeDict:
     """One arm. size: an entry of `SIZES`, or one like it."""
     steps = size["steps"]
     return {
@@ -148,14 +148,14 @@ ABOUT = (
     "interpolated between the dense arms at the arm's executed FLOPs (an arm with more FLOPs than the deepest of them"
     " is held against that one, which flatters it): 1 is as good as knowing, 0 no better than dense."
 )
-RESET_S3 = Experiment(
+RESET_S3 = Study(
     name="reset_s3",
     purpose="does a learned router find the tokens that are known to need depth?",
     about=ABOUT,
     arms=arms,
     seeds=SEEDS,
     measure=measured,
-    together=None,
+    measure_together=None,
     derive=captured,
     columns=(
         Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),

@@ -14,11 +14,11 @@ from typing import Any
 
 from skipstone.model.released import tsa
 from skipstone_studies import gates, measure
-from skipstone_studies.claims import ByArm, Claim, Shown, beside, claims_table, mean
+from skipstone_studies.claims import ByArm, Claim, PublishedColumn, beside, claims_table, mean
 from skipstone_studies.quality.tsa import published as paper
 from skipstone_studies.quality.tsa.recipes import SEEDS, gated, recipe
 from skipstone_studies.quality.tsa.text import ways_to_execute
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 TASKS = ("copy", "sort")
 SIZES: dict[str, dict[str, Any]] = {
@@ -37,11 +37,11 @@ FEW = (1, 2)  # blocks of further dense models: how much depth does the task ask
 POINT = 0.01  # of accuracy: what counts as no loss of it
 
 
-def arms(scale: str) -> dict[str, Recipe]:
+def arms(scale: str) -> dict[str, RecipeDict]:
     """Dense, gated, and dense with few blocks, on either task."""
     size = SIZES[scale]
     model = {"max_position_embeddings": 64, **size["model"]}
-    found: dict[str, Recipe] = {}
+    found: dict[str, RecipeDict] = {}
     for task in TASKS:
         make = partial(recipe, data=_data(task, size["symbols"]), train=size["train"])
         found[f"{task}-dense"] = make(model, mechanisms=[])
@@ -99,12 +99,12 @@ SOURCE = (
     "that training does not see."
 )
 BESIDE = (
-    Shown(title="accuracy, soft", key=SOFT, published="accuracy", format=".2%"),
-    Shown(title="alpha", key="alpha", published="alpha"),
-    Shown(title="saved by the paper's metric", key="claimed", published="saved", format=".1%"),
-    Shown(title="really skipped", key="skipped", format=".1%"),
+    PublishedColumn(title="accuracy, soft", key=SOFT, published="accuracy", format=".2%"),
+    PublishedColumn(title="alpha", key="alpha", published="alpha"),
+    PublishedColumn(title="saved by the paper's metric", key="claimed", published="saved", format=".1%"),
+    PublishedColumn(title="really skipped", key="skipped", format=".1%"),
 )
-TSA_COPY_SORT = Experiment(
+TSA_COPY_SORT = Study(
     name="tsa_copy_sort",
     purpose="Token-Selective Attention on copy and sort: accuracy, soft and as executed",
     about=(
@@ -115,7 +115,7 @@ TSA_COPY_SORT = Experiment(
     arms=arms,
     seeds=SEEDS,
     measure=measured,
-    together=None,
+    measure_together=None,
     details=details,
     columns=(
         Column(key=SOFT, title="accuracy, soft", format=".2%", better="high"),

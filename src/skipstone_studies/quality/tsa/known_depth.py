@@ -12,7 +12,7 @@ from skipstone_studies import gates
 from skipstone_studies.quality import reset_s3
 from skipstone_studies.quality.reset_s3 import gate
 from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 BLOCKS = reset_s3.BLOCKS
 DENSE = reset_s3.DENSE
@@ -25,7 +25,7 @@ SIZES = {
 SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 
 
-def arms(scale: str) -> dict[str, Recipe]:
+def arms(scale: str) -> dict[str, RecipeDict]:
     """Dense models; gates trained soft, as executed, forced by what is known, and drawn."""
     make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
     quarter = {"capacity": reset_s3.CAPACITY}
@@ -69,14 +69,14 @@ COLUMNS = (
 )
 
 
-TSA_SWITCHED_S3 = Experiment(
+TSA_SWITCHED_S3 = Study(
     name="tsa_switched_s3",
     purpose="Token-Selective Attention where no symbol tells by itself what it needs: do its gates find it?",
     about=f"{TASK} {ABOUT}",
     arms=arms,
     seeds=SEEDS,
     measure=measured,
-    together=None,
+    measure_together=None,
     derive=partial(reset_s3.captured, judged=JUDGED, knowing="tsa-forced"),
     columns=COLUMNS,
 )

@@ -7,7 +7,7 @@ from typing import Any
 from skipstone_studies.quality.tsa import published as paper
 from skipstone_studies.quality.tsa.recipes import early_exit, gated, hard, language, random, shallower
 from skipstone_studies.quality.tsa.text import ABOUT, COLUMNS, COUNTED, EQUAL, RIVALS, on_text
-from skipstone_studies.study import Recipe
+from skipstone_studies.study import RecipeDict
 
 BUDGETS = (0.2, 0.4, 0.6, 0.8)  # share of tokens that each gated block keeps
 CORPORA = ("enwik8", "gcide", "python-packages")
@@ -18,7 +18,7 @@ ENWIK8: dict[str, dict[str, Any]] = {
 }
 
 
-def enwik8_arms(scale: str) -> dict[str, Recipe]:
+def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
     """The paper's two, a higher price, its rival, chance, and fewer blocks."""
     data = ENWIK8[scale]
     return {
@@ -31,7 +31,7 @@ def enwik8_arms(scale: str) -> dict[str, Recipe]:
     }
 
 
-def frontier_arms(scale: str) -> dict[str, Recipe]:
+def frontier_arms(scale: str) -> dict[str, RecipeDict]:
     """Loss by executed FLOPs: gates trained as executed, fewer blocks, early exit, chance."""
     data = ENWIK8["laptop"]
     return {

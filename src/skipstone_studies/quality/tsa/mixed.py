@@ -14,7 +14,7 @@ from skipstone_studies.claims import ByArm, Claim, claims_table, mean
 from skipstone_studies.quality import reset_s3
 from skipstone_studies.quality.reset_s3 import gate
 from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
-from skipstone_studies.study import Column, Experiment, Figures, Recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 SIZES: dict[str, dict[str, Any]] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 800, "batch_size": 8, "rate": 2e-3, "blocks": 6},
@@ -33,7 +33,7 @@ TEXT, WORK = "kinds.text.loss", f"accuracy.{OVERALL}"
 NEAR, DEEPER = 0.005, 2.0  # of text loss; times the text's depth on operations
 
 
-def arms(scale: str) -> dict[str, Recipe]:
+def arms(scale: str) -> dict[str, RecipeDict]:
     """Dense models, gates trained soft and as executed, and chance."""
     size = SIZES[scale]
     make = partial(_recipe, size)
@@ -49,7 +49,7 @@ def arms(scale: str) -> dict[str, Recipe]:
     }
 
 
-def _recipe(size: Mapping[str, Any], blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> Recipe:
+def _recipe(size: Mapping[str, Any], blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> RecipeDict:
     recipe = reset_s3.recipe(size, blocks, mechanisms)
     return {**recipe, "data": {"corpus": "mixed:python-stdlib", "context": 256, "validation_rows": 1024}}
 
@@ -85,7 +85,7 @@ def details(figures: ByArm) -> str:
     return claims_table("What is aimed at", claims)
 
 
-TSA_MIXED = Experiment(
+TSA_MIXED = Study(
     name="tsa_mixed",
     purpose="text with spans of switched-s3: does depth go to the operations, and what does the text pay?",
     about=(
@@ -98,7 +98,7 @@ TSA_MIXED = Experiment(
     arms=arms,
     seeds=SEEDS,
     measure=measured,
-    together=None,
+    measure_together=None,
     derive=text_cost,
     details=details,
     columns=(

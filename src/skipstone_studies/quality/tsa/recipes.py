@@ -9,7 +9,7 @@ from typing import Any
 
 from skipstone.model.released import tsa
 from skipstone.presets import TSA_BASE
-from skipstone_studies.study import Recipe
+from skipstone_studies.study import RecipeDict
 
 Mechanisms = list[dict[str, Any]]
 GATED = "1:"  # every block but the first
@@ -35,14 +35,14 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 }
 
 
-def language(scale: str, data: dict[str, Any], mechanisms: Mechanisms, blocks: int | None = None) -> Recipe:
+def language(scale: str, data: dict[str, Any], mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
     """One arm on text. blocks: another number of them."""
     size = LANGUAGE[scale]
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
     return recipe({**size["model"], **depth}, {"context": size["context"], **data}, size["train"], mechanisms)
 
 
-def recipe(model: dict[str, Any], data: dict[str, Any], train: dict[str, Any], mechanisms: Mechanisms) -> Recipe:
+def recipe(model: dict[str, Any], data: dict[str, Any], train: dict[str, Any], mechanisms: Mechanisms) -> RecipeDict:
     """The paper's decoder in these sizes, with these mechanisms in place of its own."""
     base = {name: value for name, value in TSA_BASE.items() if name != "mechanisms"}
     return {
@@ -71,7 +71,7 @@ def random(capacity: float) -> Mechanisms:
     return [tsa.gate(execution="hard", capacity=capacity, decision="random", **HARD, **CONSTANT)]
 
 
-def shallower(scale: str, data: dict[str, Any]) -> dict[str, Recipe]:
+def shallower(scale: str, data: dict[str, Any]) -> dict[str, RecipeDict]:
     """Dense models of fewer blocks, from two on."""
     blocks = LANGUAGE[scale]["model"]["num_hidden_layers"]
     return {f"dense-{fewer}": language(scale, data, [], fewer) for fewer in range(2, blocks)}

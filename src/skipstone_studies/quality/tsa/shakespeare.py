@@ -5,14 +5,14 @@ from __future__ import annotations
 from skipstone_studies.quality.tsa import published as paper
 from skipstone_studies.quality.tsa.recipes import early_exit, gated, language, random, shallower
 from skipstone_studies.quality.tsa.text import ABOUT, COLUMNS, EQUAL, RIVALS, on_text
-from skipstone_studies.study import Recipe
+from skipstone_studies.study import RecipeDict
 
 LAMBDAS = {"laptop": (0.0, 0.01, 0.05, 0.1), "paper": (0.0, 0.005, 0.01, 0.05, 0.1, 0.5)}
 BIASES = (-5, -3, 0, 1)
 SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 
 
-def claims_arms(scale: str) -> dict[str, Recipe]:
+def claims_arms(scale: str) -> dict[str, RecipeDict]:
     """The paper's table, its lambda sweep and its rival, and what it lacks: chance and fewer blocks."""
     data = SHAKESPEARE
     return {
@@ -25,7 +25,7 @@ def claims_arms(scale: str) -> dict[str, Recipe]:
     }
 
 
-def control_arms(scale: str) -> dict[str, Recipe]:
+def control_arms(scale: str) -> dict[str, RecipeDict]:
     """Does the saving come from the start? Do the gates tell tokens apart? Would chance do as well?"""
     data = SHAKESPEARE
     return {

@@ -1,4 +1,4 @@
-"""What the experiments on text share: what is measured of a run, and what the page says of all of them."""
+"""What the studies on text share: what is measured of a run, and what the page says of all of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from skipstone.evaluate.tables import Section, markdown
 from skipstone_studies import gates, measure, stretches
-from skipstone_studies.claims import ByArm, Published, Shown, beside, claims_table, values
+from skipstone_studies.claims import ByArm, Published, PublishedColumn, beside, claims_table, values
 from skipstone_studies.page import mean_and_spread
 from skipstone_studies.quality.tsa import equal_flops, judged
 from skipstone_studies.quality.tsa import published as paper
 from skipstone_studies.quality.tsa.recipes import SEEDS
-from skipstone_studies.study import Column, Experiment, Figures
+from skipstone_studies.study import Column, Figures, Study
 from skipstone_studies.timing import forward_speeds
 
 
@@ -73,10 +73,10 @@ def exit_thresholds(figures: ByArm) -> str:
 
 
 BESIDE = (
-    Shown(title="loss, soft", key="evaluation.ways.oracle.loss", published="loss", format=".4f"),
-    Shown(title="alpha", key="alpha", published="alpha"),
-    Shown(title="saved by the paper's metric", key="claimed", published="saved", format=".1%"),
-    Shown(title="really skipped", key="skipped", format=".1%"),
+    PublishedColumn(title="loss, soft", key="evaluation.ways.oracle.loss", published="loss", format=".4f"),
+    PublishedColumn(title="alpha", key="alpha", published="alpha"),
+    PublishedColumn(title="saved by the paper's metric", key="claimed", published="saved", format=".1%"),
+    PublishedColumn(title="really skipped", key="skipped", format=".1%"),
 )
 COLUMNS = (
     Column(key="evaluation.ways.oracle.loss", title="loss, soft", better="low"),
@@ -106,12 +106,12 @@ EQUAL = (
 )
 
 
-def on_text(*, published: Published, **options: Any) -> Experiment:
-    """What the experiments of this file share."""
-    return Experiment(
+def on_text(*, published: Published, **options: Any) -> Study:
+    """What the studies of this file share."""
+    return Study(
         seeds=SEEDS,
         measure=measured,
-        together=forward_speeds,
+        measure_together=forward_speeds,
         derive=equal_flops.at_equal_flops,
         details=partial(details, published=published),
         **options,
