@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 # Heavy tools, in an environment of their own: torchao alone makes every import of transformers print warnings.
 TOOLS ?= $(EXTRAS),trl,eval,serve,torchao
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# As many processes of tests as cores, at most four: each holds a gigabyte. WORKERS=0 runs them in this one.
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -33,10 +36,10 @@ demo: $(STAMP)  ## train and compare dense, MoD, TSA, PolyGLU and all three (min
 	$(BIN)/skipstone reproduce demo --scale $(SCALE)
 
 test: $(STAMP)  ## the quick tests
-	$(TEST_THREADS) $(BIN)/python -m pytest -m "not slow"
+	$(TEST_THREADS) $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
-test-all: $(STAMP)  ## every test, the slow ones too
-	$(TEST_THREADS) $(BIN)/python -m pytest
+test-all: $(STAMP)  ## every test, the slow ones and the whole product of every law too
+	$(TEST_THREADS) $(BIN)/python -m pytest $(PARALLEL)
 
 test-ecosystem:  ## the tests with other people's tools: TRL, lm-evaluation-harness, a server
 	$(MAKE) VENV=.venv-tools EXTRAS=$(TOOLS) setup

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import tempfile
 from pathlib import Path
 
@@ -45,3 +46,12 @@ def data_dir() -> Path:
     if not path or not Path(path).is_dir():
         pytest.skip("SKIPSTONE_DATA names no folder of corpora")
     return Path(path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Decide which cases of the laws are slow, before `-m` looks at the marks."""
+    if "laws.builders" in sys.modules:  # some law was collected
+        from laws.selection import leave_out
+
+        leave_out(items)
