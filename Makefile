@@ -15,7 +15,7 @@ PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-ecosystem check format bench docs clean
+.PHONY: help setup demo test test-all test-ecosystem check format bench count docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,6 +60,9 @@ BENCHES := $(filter-out %/publish.py %/decoding.py %/adapt_frontier.py %/adapt_p
 
 bench: $(STAMP)  ## run the benchmarks that need no checkpoint
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python "$$file"; done
+
+count:  ## count lines, files, imports, Any, class checks and circles of imports
+	$(PYTHON) tools/count.py
 
 # The site has an environment of its own: its tools read the sources as text and need neither torch nor Skipstone.
 docs:  ## build the documentation site into site/, strictly and offline

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.data.ids import Ids, Stitched
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from skipstone.data.shards import Stitched
-
-Ids = NDArray[np.unsignedinteger[Any]]
 CHUNK = 1 << 22  # characters at a time: bounds the memory that UTF-32 takes
 BATCH = 256  # documents at a time
 LAST_CODE_POINT = 0x10FFFF

@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.data import draws
-from skipstone.data.encode import Ids
+from skipstone.data.ids import Ids, Stitched
 from skipstone.data.rows import IGNORE, Batch, RowDataset
-from skipstone.data.shards import Stitched
 
 WINDOW_STREAM, ORDER_STREAM, AGAIN_STREAM = 0, 1, 1 << 24
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.data.corpus import parse_percent, split_by_hash
-from skipstone.data.encode import Ids, encode_each, id_dtype
+from skipstone.data.encode import encode_each, id_dtype
+from skipstone.data.ids import Ids
 from skipstone.data.shards import (
     DOCUMENTS,
     FORMAT_VERSION,

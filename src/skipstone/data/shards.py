@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from skipstone.core.strict import from_dict, unknown
-from skipstone.data.encode import Encoded, Ids
+from skipstone.data.encode import Encoded
+from skipstone.data.ids import Stitched
 from skipstone.data.tokenizers import load_saved
 
 if TYPE_CHECKING:
@@ -94,27 +94,6 @@ class ShardSet:
             document_starts=np.concatenate(starts).astype(np.int64),
             document_bytes=np.concatenate([part[:, 1] for part in index]).astype(np.int64),
         )
-
-
-class Stitched:
-    """Arrays of token ids as if they were one; only what is indexed is read. `x[slice]` and `x[integers]` copy."""
-
-    def __init__(self, parts: Sequence[Ids]) -> None:
-        self.parts = parts
-        self.ends: NDArray[np.int64] = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self.starts = self.ends - np.array([len(part) for part in parts], np.int64)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, at: slice | NDArray[np.int64]) -> Ids:
-        slots = np.arange(*at.indices(len(self))) if isinstance(at, slice) else at
-        part_of = np.searchsorted(self.ends, slots, side="right")
-        found = np.empty(slots.shape, self.parts[0].dtype)
-        for part in np.unique(part_of):
-            inside = part_of == part
-            found[inside] = self.parts[part][slots[inside] - self.starts[part]]
-        return found
 
 
 def open_shards(folder: Path) -> ShardSet:

@@ -1,0 +1,32 @@
+"""Arrays of token ids, in memory or joined from files on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
+
+
+class Stitched:
+    """Arrays of token ids as if they were one; only what is indexed is read. `x[slice]` and `x[integers]` copy."""
+
+    def __init__(self, parts: Sequence[Ids]) -> None:
+        self.parts = parts
+        self.ends: NDArray[np.int64] = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self.starts = self.ends - np.array([len(part) for part in parts], np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, at: slice | NDArray[np.int64]) -> Ids:
+        slots = np.arange(*at.indices(len(self))) if isinstance(at, slice) else at
+        part_of = np.searchsorted(self.ends, slots, side="right")
+        found = np.empty(slots.shape, self.parts[0].dtype)
+        for part in np.unique(part_of):
+            inside = part_of == part
+            found[inside] = self.parts[part][slots[inside] - self.starts[part]]
+        return found
