@@ -18,8 +18,8 @@ from skipstone_cli.errors import one_line_errors
 from skipstone_cli.main import main
 from skipstone_studies.isoflop import run as runs
 from skipstone_studies.isoflop import session
-from skipstone_studies.isoflop.findings import find
-from skipstone_studies.isoflop.spec import Spec, make_spec
+from skipstone_studies.isoflop.result import find
+from skipstone_studies.isoflop.spec import GridSpec, make_spec
 from skipstone_studies.isoflop.table import optima, same
 from skipstone_studies.isoflop.table import runs as all_runs
 
@@ -38,7 +38,7 @@ RECIPE: dict[str, Any] = {
 COMMAND = "skipstone isoflop tiny.yaml"
 
 
-def spec(**given: Any) -> Spec:
+def spec(**given: Any) -> GridSpec:
     grid = {
         "budgets": [1.5e7, 3e7],
         "sizes": ["16", "24", "32"],
@@ -225,7 +225,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(here: Path, monkeypatch:
         (["--arms", "dense,mood"], "unknown arm of this recipe 'mood'; did you mean 'mod'?"),
         (["--estimate", "--render"], "take one of them"),
         (["--flops-per-second", "1e9"], "--flops-per-second would have no effect"),
-        (["--render"], "no isoFLOP experiment 'tiny' was begun there"),
+        (["--render"], "no isoFLOP study 'tiny' was begun there"),
         (["model.hiden_size=3"], "did you mean 'hidden_size'"),
     ],
 )

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipstone_studies.isoflop.curves import Curve, make_curve
-from skipstone_studies.isoflop.findings import Noise, same_loss
-from skipstone_studies.isoflop.fit import DOWNWARD, FEW, HIGH, INSIDE, LOW, fit
+from skipstone_studies.isoflop.curves import DOWNWARD, FEW, HIGH, INSIDE, LOW, Curve, fit, make_curve
+from skipstone_studies.isoflop.result import Noise, same_loss
 
 SIZES = (1e5, 3e5, 9e5, 2.7e6)
 

@@ -13,12 +13,18 @@ from skipstone.data.prepare import DataConfig
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.config import read_recipe
-from skipstone_studies.isoflop.clock import paces, paces_at
-from skipstone_studies.isoflop.corpus import Facts, check_once, look, look_if_cheap, share
-from skipstone_studies.isoflop.grid import Grid, compact
-from skipstone_studies.isoflop.plan import Estimate, duration
+from skipstone_studies.isoflop.estimate import GridEstimate, duration, step_times, step_times_at
+from skipstone_studies.isoflop.grid import (
+    CorpusFacts,
+    Grid,
+    check_once,
+    compact,
+    corpus_share,
+    read_corpus,
+    read_corpus_if_cheap,
+)
 from skipstone_studies.isoflop.run import with_vocabulary
-from skipstone_studies.isoflop.spec import Size, Spec, arms_of, make_spec, parse_size
+from skipstone_studies.isoflop.spec import GridSize, GridSpec, arms_of, make_spec, parse_size
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MOD = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.25, "decision": "ema_threshold"}
@@ -36,7 +42,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def spec(recipe: dict[str, Any] = RECIPE, **given: Any) -> Spec:
+def spec(recipe: dict[str, Any] = RECIPE, **given: Any) -> GridSpec:
     return make_spec(recipe, **{"budgets": [2e7, 6e7], "sizes": ["16", "32x4", "24"], "rates": [1e-3, 2e-3], **given})
 
 
@@ -56,7 +62,7 @@ def test_every_run_is_within_half_a_step_of_its_budget() -> None:
 
 def test_an_arm_that_skips_takes_more_steps() -> None:
     grid = Grid(spec())
-    dense, mod, random = (grid.cell(arm, 6e7, Size(32, 4), 1e-3) for arm in ("dense", "mod", "random"))
+    dense, mod, random = (grid.cell(arm, 6e7, GridSize(32, 4), 1e-3) for arm in ("dense", "mod", "random"))
     assert mod.steps == random.steps > 1.2 * dense.steps
     assert dense.recipe["model"]["mechanisms"] == []
     assert [entry["decision"] for entry in random.recipe["model"]["mechanisms"]] == ["random"]
@@ -66,7 +72,7 @@ def test_an_arm_that_skips_takes_more_steps() -> None:
 def test_heads_follow_the_width_and_keep_their_size() -> None:
     model = {**RECIPE["model"], "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
     grid = Grid(spec({**RECIPE, "model": model}, sizes=["16", "32"]))
-    made = grid.shape("dense", Size(32, 2)).model
+    made = grid.shape("dense", GridSize(32, 2)).model
     assert (made["num_attention_heads"], made["num_key_value_heads"], made["head_dim"]) == (8, 4, 4)
     assert made["intermediate_size"] == 80
     with pytest.raises(ValueError, match=r"multiple of 8, because heads keep their size \(4\) and 2 share"):
@@ -74,9 +80,10 @@ def test_heads_follow_the_width_and_keep_their_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "found"), [("128", Size(128, 6)), ("128x4", Size(128, 4)), (" 64x2 ", Size(64, 2)), (96, Size(96, 6))]
+    ("word", "found"),
+    [("128", GridSize(128, 6)), ("128x4", GridSize(128, 4)), (" 64x2 ", GridSize(64, 2)), (96, GridSize(96, 6))],
 )
-def test_sizes(word: object, found: Size) -> None:
+def test_sizes(word: object, found: GridSize) -> None:
     assert parse_size(word, 6) == found
 
 
@@ -100,12 +107,12 @@ def test_a_recipe_may_name_its_arms() -> None:
     assert "arms" not in found.recipe
     assert spec({**RECIPE, "arms": OTHERS}, arms=["wide", "mixed"]).base == "wide"
     assert spec({**RECIPE, "arms": {"other": {}, "dense": {}}}).base == "dense"
-    grid, size = Grid(found), Size(32, 2)
+    grid, size = Grid(found), GridSize(32, 2)
     assert grid.shape("swiglu", size).model["mechanisms"] == [MOD]
     assert grid.shape("wide", size).model["intermediate_size"] == 192
     plain, mixed = (grid.shape(arm, size) for arm in ("swiglu", "mixed"))
     assert (plain.parameters, plain.step_flops) == (mixed.parameters, mixed.step_flops)
-    assert from_dict(Spec, found.to_dict(), "plan") == found
+    assert from_dict(GridSpec, found.to_dict(), "plan") == found
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_an_arm_without_a_causal_form_is_refused() -> None:
 def test_rates_are_tried_alike_by_every_arm() -> None:
     grid = Grid(spec(rate_rule="inverse_width"))
     assert [str(size) for size in grid.sizes] == ["16x2", "24x2", "32x4"]
-    assert grid.middle == Size(24, 2)
+    assert grid.middle == GridSize(24, 2)
     for arm in grid.spec.arms:
         assert [(c.rate, c.budget, c.size) for c in grid.sweep(arm)] == [(r, 2e7, grid.middle) for r in (1e-3, 2e-3)]
     assert {c.rate for c in grid.cells("mod", 2e-3) if c.size == grid.middle} == {2e-3}
@@ -176,33 +183,33 @@ def test_rates_are_tried_alike_by_every_arm() -> None:
 def test_text_is_read_once_unless_that_is_allowed() -> None:
     grid = Grid(spec())
     most = max(cell.steps for cell in grid.everything()) * 2 * 16
-    check_once(grid, Facts(tokens=most))
+    check_once(grid, CorpusFacts(tokens=most))
     with pytest.raises(ValueError, match=r"it would see text 1\.\d times.*--allow-repeats") as caught:
-        check_once(grid, Facts(tokens=most - 16))
+        check_once(grid, CorpusFacts(tokens=most - 16))
     assert "\n" not in str(caught.value)
     allowed = Grid(spec(allow_repeats=True))
-    check_once(allowed, Facts(tokens=100))
+    check_once(allowed, CorpusFacts(tokens=100))
     cell = grid.everything()[0]
     assert cell.recipe["data"]["sampling"] == "once"
     assert "sampling" not in allowed.everything()[0].recipe["data"]
-    assert share(grid, cell, Facts(tokens=cell.steps * 64)) == 0.5
+    assert corpus_share(grid, cell, CorpusFacts(tokens=cell.steps * 64)) == 0.5
 
 
 def test_the_corpus_is_looked_at(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("a stone that skips over water\n" * 60, encoding="utf-8")
-    facts = look(DataConfig(corpus=f"text:{path}", tokenizer="byte", context=16))
+    facts = read_corpus(DataConfig(corpus=f"text:{path}", tokenizer="byte", context=16))
     assert (facts.vocab_size, facts.tokens) == (258, 1620)
     assert facts.data is not None
-    assert facts.sha256 == look(DataConfig(corpus=f"text:{path}", tokenizer="byte", context=8)).sha256
-    assert "was not read" in look_if_cheap(DataConfig(corpus="hf:nobody/nothing")).trouble
+    assert facts.sha256 == read_corpus(DataConfig(corpus=f"text:{path}", tokenizer="byte", context=8)).sha256
+    assert "was not read" in read_corpus_if_cheap(DataConfig(corpus="hf:nobody/nothing")).trouble
     with pytest.raises(ValueError, match=r"was not read; set model\.vocab_size"):
-        with_vocabulary(spec({**RECIPE, "model": {}}, sizes=["64"]), Facts(trouble="corpus x was not read"))
+        with_vocabulary(spec({**RECIPE, "model": {}}, sizes=["64"]), CorpusFacts(trouble="corpus x was not read"))
 
 
 def test_an_estimate_names_every_run() -> None:
     grid = Grid(spec(budgets=[2e7], rates=[1e-3]))
-    estimate = Estimate(grid=grid, facts=Facts(tokens=10_000), paces=paces(grid))
+    estimate = GridEstimate(grid=grid, facts=CorpusFacts(tokens=10_000), step_times=step_times(grid))
     runs, total = estimate.sections()
     assert len(runs.rows) == 9
     assert [row[0] for row in total.rows][-1] == "all"
@@ -213,11 +220,11 @@ def test_an_estimate_names_every_run() -> None:
 
 def test_an_estimate_for_another_machine_is_flops_by_speed() -> None:
     grid = Grid(spec())
-    estimate = Estimate(grid=grid, facts=Facts(), paces=paces_at(grid, 1e6), source="made")
+    estimate = GridEstimate(grid=grid, facts=CorpusFacts(), step_times=step_times_at(grid, 1e6), source="made")
     for cell in grid.everything():
         assert estimate.seconds(cell) == pytest.approx(cell.flops / 1e6)
     with pytest.raises(ValueError, match="must be above 0"):
-        paces_at(grid, 0.0)
+        step_times_at(grid, 0.0)
 
 
 def test_the_papers_grid_is_a_recipe() -> None:

@@ -1,15 +1,217 @@
-"""An arm's points at one budget, or at one time, with the parabola through them."""
+"""Records -> the points of the grid -> an arm's loss over the logarithm of size: the parabola and its optimum.
+
+Nothing is known here that is not in the spec and the records.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from skipstone_studies.isoflop.fit import Fit, fit
-from skipstone_studies.isoflop.points import Point
+from skipstone_studies import record as records
+from skipstone_studies.isoflop.grid import Grid, GridCell
+from skipstone_studies.record import Record, digest
+
+Where = Literal["inside", "smallest size", "largest size", "opens downward", "too few sizes"]
+INSIDE: Final = "inside"
+LOW: Final = "smallest size"
+HIGH: Final = "largest size"
+DOWNWARD: Final = "opens downward"
+FEW: Final = "too few sizes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """x: the size; loss: there. where: inside the grid, or why the lowest measured point stands in for an optimum."""
+
+    x: float
+    loss: float
+    where: Where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """loss(x) = a (ln x - middle)^2 + b (ln x - middle) + c, for x within [low, high]; coefficients (a, b, c).
+
+    optimum: the vertex if it is a minimum within the grid. residuals: of the points, in nats.
+    """
+
+    coefficients: tuple[float, float, float]
+    middle: float
+    low: float
+    high: float
+    optimum: Optimum
+    residuals: tuple[float, ...]
+
+    def __call__(self, x: float) -> float:
+        a, b, c = self.coefficients
+        u = math.log(x) - self.middle
+        return (a * u + b) * u + c
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a parabola, and it opens upward."""
+        return self.optimum.where not in (DOWNWARD, FEW)
+
+    def first_below(self, level: float) -> float | None:
+        """The smallest x in [low, high] whose loss is at most `level`; None where there is none, or no parabola.
+
+        One that opens downward says nothing: it is below the level at its ends and not between them.
+        """
+        if not self.usable:
+            return None
+        if self(self.low) <= level:
+            return self.low
+        a, b, c = self.coefficients
+        discriminant = b * b - 4 * a * (c - level)
+        if discriminant < 0:
+            return None
+        u = (-b - math.sqrt(discriminant)) / (2 * a)
+        x = math.exp(u + self.middle)
+        return x if self.low <= x <= self.high * (1 + 1e-12) else None
+
+
+def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
+    """Least squares through at least one point; fewer than three sizes make no parabola. x above 0, all different."""
+    u = np.log(np.asarray(xs, np.float64))
+    y = np.asarray(losses, np.float64)
+    middle = float(u.mean())
+    if len(xs) < 3:
+        best = int(y.argmin())
+        optimum = Optimum(x=float(xs[best]), loss=float(y[best]), where=FEW)
+        coefficients, residuals = (0.0, 0.0, float(y.mean())), ()
+    else:
+        a, b, c = (float(value) for value in np.polyfit(u - middle, y, 2))
+        coefficients = (a, b, c)
+        residuals = tuple((y - np.polyval(coefficients, u - middle)).tolist())
+        optimum = _optimum(coefficients, u - middle, y, xs)
+    return Fit(
+        coefficients=coefficients,
+        middle=middle,
+        low=float(min(xs)),
+        high=float(max(xs)),
+        optimum=optimum,
+        residuals=residuals,
+    )
+
+
+def _optimum(
+    coefficients: tuple[float, float, float], u: NDArray[np.float64], y: NDArray[np.float64], xs: Sequence[float]
+) -> Optimum:
+    a, b, c = coefficients
+    vertex = -b / (2 * a) if a > 0 else math.nan
+    if u.min() <= vertex <= u.max():
+        log_x = vertex + float(np.log(np.asarray(xs, np.float64)).mean())
+        return Optimum(x=math.exp(log_x), loss=c - b * b / (4 * a), where=INSIDE)
+    best = int(y.argmin())
+    where: Where = DOWNWARD if not a > 0 else LOW if vertex < u.min() else HIGH
+    if where in (LOW, HIGH):  # the parabola falls towards that end, so that is where its best is
+        best = int(u.argmin() if where == LOW else u.argmax())
+    return Optimum(x=float(xs[best]), loss=float(y[best]), where=where)
+
+
+FOLDER = "grid"  # of the records, where `reproduce` has its scales
+Lookup = Callable[[GridCell, int], Record | None]
+
+
+def lookup(out: Path, name: str) -> Lookup:
+    """Finds the record of a run, if it was made with the recipe that the run has now."""
+    return partial(_find, out, name)
+
+
+def _find(out: Path, name: str, cell: GridCell, seed: int) -> Record | None:
+    record = records.find(out, name, FOLDER, cell.label, seed)
+    return record if record is not None and record.digest == digest(cell.recipe) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridPoint:
+    """A cell with the records of its seeds, the grid's first."""
+
+    cell: GridCell
+    records: tuple[Record, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        return [record.figures["loss"] for record in self.records]
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def parameters(self) -> int:
+        return self.cell.shape.parameters
+
+    @property
+    def forward_flops(self) -> float:
+        """Of a token, as executed."""
+        return statistics.fmean(record.figures["forward_flops"] for record in self.records)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, as the runs took."""
+        return statistics.fmean(record.figures["training"]["seconds"] for record in self.records)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridRecords:
+    """sweep: losses by arm and rate. chosen: the best rate of each arm. curves: points by size, for (arm, budget).
+
+    speeds: training tokens a second by (arm, size), timed in turns; what is not there yet is missing everywhere.
+    """
+
+    grid: Grid
+    sweep: dict[str, dict[float, float]]
+    chosen: dict[str, float]
+    curves: dict[tuple[str, float], list[GridPoint]]
+    speeds: dict[tuple[str, str], float]
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for points in self.curves.values() for point in points for record in point.records]
+
+    def __iter__(self) -> Iterator[GridPoint]:
+        return (point for points in self.curves.values() for point in points)
+
+
+def collect(grid: Grid, find: Lookup) -> GridRecords:
+    sweep = {arm: _sweep(grid, arm, find) for arm in grid.spec.arms}
+    chosen = {arm: min(losses, key=losses.__getitem__) for arm, losses in sweep.items() if losses}
+    if len(grid.spec.rates) == 1:  # nothing to choose
+        chosen = dict.fromkeys(grid.spec.arms, grid.spec.rates[0])
+    curves: dict[tuple[str, float], list[GridPoint]] = {}
+    speeds: dict[tuple[str, str], float] = {}
+    for arm, rate in chosen.items():
+        for cell in grid.cells(arm, rate):
+            seeds = [grid.spec.seed, *grid.other_seeds]
+            found = tuple(record for seed in seeds if (record := find(cell, seed)) is not None)
+            if found and found[0].seed == grid.spec.seed:
+                curves.setdefault((arm, cell.budget), []).append(GridPoint(cell=cell, records=found))
+            for record in found:
+                if "training_speed" in record.figures:
+                    speeds[arm, str(cell.size)] = record.figures["training_speed"]["tokens_per_second"]
+    return GridRecords(grid=grid, sweep=sweep, chosen=chosen, curves=curves, speeds=speeds)
+
+
+def _sweep(grid: Grid, arm: str, find: Lookup) -> dict[float, float]:
+    found = {cell.rate: find(cell, grid.spec.seed) for cell in grid.sweep(arm)}
+    return {rate: record.figures["loss"] for rate, record in found.items() if record is not None}
+
+
+def nearest_optimum(points: list[GridPoint]) -> GridCell:
+    """The grid's size nearest to the optimum that the first seeds show."""
+    xs, ys = [point.parameters for point in points], [point.losses[0] for point in points]
+    best = fit(xs, ys).optimum.x
+    return min(points, key=lambda point: abs(point.parameters / best - 1)).cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +231,7 @@ class Curve:
         return float(np.exp(np.interp(math.log(parameters), xs, ys)))
 
 
-def curve(points: Sequence[Point]) -> Curve:
+def curve(points: Sequence[GridPoint]) -> Curve:
     return make_curve(
         points[0].cell.arm,
         [point.parameters for point in points],

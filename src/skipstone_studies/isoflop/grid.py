@@ -1,4 +1,4 @@
-"""Which runs an isoFLOP experiment makes, and what each of them costs.
+"""Which runs an isoFLOP study makes, what each of them costs, and whether the corpus has enough text for them.
 
 Equal budget means equal training FLOPs by `model.cost`, so an arm that skips gets more steps:
 steps = budget / (training FLOPs of one step as that arm executes it).
@@ -7,6 +7,7 @@ steps = budget / (training FLOPs of one step as that arm executes it).
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,25 +15,26 @@ from typing import Any
 
 import torch
 
+from skipstone.data.corpora import find_entry
+from skipstone.data.prepare import DataConfig, PreparedData, prepare
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.train.config import Recipe as Checked
-from skipstone.train.config import read_recipe
+from skipstone.train.config import Recipe, read_recipe
 from skipstone.train.setup import model_config
 from skipstone.train.validation import causal_obstacle
-from skipstone_studies.isoflop.spec import Changes, Recipe, Size, Spec
+from skipstone_studies.isoflop.spec import Changes, GridSize, GridSpec, RecipeDict
 
 LOG_LINES = 60  # of a run's training curve, about
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ModelShape:
     """An arm at a size. step_flops: training FLOPs of one optimizer step. forward_flops: of a token, causal, promised.
 
     parameters: all; model: the recipe's section.
     """
 
     arm: str
-    size: Size
+    size: GridSize
     model: dict[str, Any] = field(repr=False, hash=False, compare=False)
     parameters: int
     step_flops: float
@@ -40,21 +42,21 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class GridCell:
     """One run but for its seed."""
 
-    shape: Shape
+    shape: ModelShape
     budget: float
     rate: float
     steps: int
-    recipe: Recipe = field(repr=False)
+    recipe: RecipeDict = field(repr=False)
 
     @property
     def arm(self) -> str:
         return self.shape.arm
 
     @property
-    def size(self) -> Size:
+    def size(self) -> GridSize:
         return self.shape.size
 
     @property
@@ -75,21 +77,21 @@ def compact(value: float) -> str:
 class Grid:
     """The runs of a spec. Nothing here is trained or read from disk; models are built without memory."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: GridSpec) -> None:
         self.spec = spec
         self.base = read_recipe(spec.recipe)
         self.once = spec.data.sampling == "once"
-        self._shapes: dict[tuple[str, Size], Shape] = {}
+        self._shapes: dict[tuple[str, GridSize], ModelShape] = {}
         self.sizes = sorted(spec.parsed_sizes(), key=lambda size: self.shape(spec.arms[0], size).parameters)
         self.budgets = sorted(spec.budgets)
 
-    def shape(self, arm: str, size: Size) -> Shape:
+    def shape(self, arm: str, size: GridSize) -> ModelShape:
         """Raises ValueError for widths that the heads do not fit, budgets apart, and for arms without a causal form."""
         if (arm, size) not in self._shapes:
             self._shapes[arm, size] = _shape(self.base, arm, size, self.spec.known[arm])
         return self._shapes[arm, size]
 
-    def cell(self, arm: str, budget: float, size: Size, rate: float) -> Cell:
+    def cell(self, arm: str, budget: float, size: GridSize, rate: float) -> GridCell:
         shape = self.shape(arm, size)
         steps = round(budget / shape.step_flops)
         if budget < shape.step_flops:
@@ -97,30 +99,30 @@ class Grid:
                 f"budget {compact(budget)} is less than one step of {arm} {size}, which takes {shape.step_flops:.3g} "
                 "training FLOPs; take a larger budget, a smaller size or fewer rows a step (train.batch_size)"
             )
-        return Cell(shape=shape, budget=budget, rate=rate, steps=steps, recipe=self._recipe(shape, steps, rate))
+        return GridCell(shape=shape, budget=budget, rate=rate, steps=steps, recipe=self._recipe(shape, steps, rate))
 
     @property
-    def middle(self) -> Size:
+    def middle(self) -> GridSize:
         """Where learning rates are tried: of an even number of sizes the lower middle one."""
         return self.sizes[(len(self.sizes) - 1) // 2]
 
-    def sweep(self, arm: str) -> list[Cell]:
+    def sweep(self, arm: str) -> list[GridCell]:
         """Every rate once, at the smallest budget and the middle size; nothing where there is one rate only."""
         if len(self.spec.rates) == 1:
             return []
         return [self.cell(arm, self.budgets[0], self.middle, rate) for rate in self.spec.rates]
 
-    def rate(self, chosen: float, size: Size) -> float:
+    def rate(self, chosen: float, size: GridSize) -> float:
         """The rate of a size, by the rule, from the one that was best at the middle size. To three digits."""
         if self.spec.rate_rule == "constant":
             return chosen
         return float(f"{chosen * self.middle.width / size.width:.3g}")
 
-    def cells(self, arm: str, chosen: float) -> list[Cell]:
+    def cells(self, arm: str, chosen: float) -> list[GridCell]:
         """The arm's part of the grid."""
         return [self.cell(arm, budget, size, self.rate(chosen, size)) for budget in self.budgets for size in self.sizes]
 
-    def everything(self) -> list[Cell]:
+    def everything(self) -> list[GridCell]:
         """All cells of the grid at the first rate, in the order in which they run: the arms of a size side by side."""
         rate = self.spec.rates[0]
         return [
@@ -130,7 +132,7 @@ class Grid:
             for arm in self.spec.arms
         ]
 
-    def _recipe(self, shape: Shape, steps: int, rate: float) -> Recipe:
+    def _recipe(self, shape: ModelShape, steps: int, rate: float) -> RecipeDict:
         """Warm-up keeps its share of the steps. Validation is left to `measure`: once, when the run is finished."""
         train = {
             **(self.spec.recipe.get("train") or {}),
@@ -149,7 +151,7 @@ class Grid:
         return range(self.spec.seed + 1, self.spec.seed + self.spec.optimum_seeds)
 
 
-def _shape(base: Checked, arm: str, size: Size, changes: Changes) -> Shape:
+def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelShape:
     model = sized(base, size, changes)
     config = model_config(model, base.data.context, {})
     with torch.device("meta"):
@@ -158,7 +160,7 @@ def _shape(base: Checked, arm: str, size: Size, changes: Changes) -> Shape:
     if obstacle is not None:
         raise ValueError(f"arm {arm!r} has no causal loss to compare: {obstacle}")
     cost = built.cost(tokens=base.data.context, batch=base.train.batch_size)
-    return Shape(
+    return ModelShape(
         arm=arm,
         size=size,
         model=model,
@@ -168,7 +170,7 @@ def _shape(base: Checked, arm: str, size: Size, changes: Changes) -> Shape:
     )
 
 
-def sized(base: Checked, size: Size, changes: Changes) -> dict[str, Any]:
+def sized(base: Recipe, size: GridSize, changes: Changes) -> dict[str, Any]:
     """The recipe's model, changed, at another size: as many heads of the same size as the width holds; MLPs in
     proportion."""
     was = model_config(base.model, base.data.context, {})
@@ -190,3 +192,66 @@ def sized(base: Checked, size: Size, changes: Changes) -> dict[str, Any]:
         "num_key_value_heads": heads // groups,
         "head_dim": head_dim,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFacts:
+    """vocab_size: None where the corpus was not read. tokens: of the training split; None: without end or unknown.
+
+    sha256: of the training split's token ids. data: its rows; None where it was not read. trouble: why
+    it was not, "" if it was.
+    """
+
+    vocab_size: int | None = None
+    tokens: int | None = None
+    sha256: str | None = None
+    data: PreparedData | None = None
+    trouble: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "sha256": self.sha256}
+
+
+def read_corpus(config: DataConfig) -> CorpusFacts:
+    """Read the corpus. Raises ValueError or FileNotFoundError, one line, when it cannot be had."""
+    data = prepare(config)
+    ids: Any = getattr(data.train, "ids", None)
+    return CorpusFacts(
+        vocab_size=data.vocab_size,
+        tokens=None if ids is None else len(ids),
+        sha256=None if ids is None else hashlib.sha256(ids.tobytes()).hexdigest(),
+        data=data,
+    )
+
+
+def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
+    """Read the corpus for an estimate, but no dataset of the hub. A corpus that is absent is no error."""
+    if config.corpus.startswith("hf:") or find_entry(config.corpus)[0].kind == "synthetic":
+        return CorpusFacts(trouble=f"corpus {config.corpus} was not read")
+    try:
+        return read_corpus(config)
+    except FileNotFoundError as error:
+        return CorpusFacts(trouble=str(error))
+
+
+def corpus_share(grid: Grid, cell: GridCell, facts: CorpusFacts) -> float | None:
+    """How often a run reads the corpus; None where it has no end, or is not known."""
+    return None if facts.tokens is None else cell.steps * tokens_per_step(grid) / facts.tokens
+
+
+def tokens_per_step(grid: Grid) -> int:
+    return grid.base.train.batch_size * grid.base.data.context
+
+
+def check_once(grid: Grid, facts: CorpusFacts) -> None:
+    """Raise ValueError if a run would read text twice and the spec does not allow it."""
+    if not grid.once or facts.tokens is None:
+        return
+    greedy = max(grid.everything(), key=lambda cell: cell.steps)
+    rows, there = greedy.steps * grid.base.train.batch_size, facts.tokens // grid.base.data.context
+    if rows > there:
+        raise ValueError(
+            f"{greedy.arm} {greedy.size} at budget {greedy.budget:.3g} reads {rows:,} rows of {grid.base.data.context} "
+            f"tokens, and {grid.base.data.corpus} has {there:,}: it would see text {rows / there:.1f} times; take a "
+            "larger corpus, smaller budgets or larger sizes, or allow it (--allow-repeats)"
+        )

@@ -21,15 +21,14 @@ from skipstone.evaluate.ways import WAYS
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost
 from skipstone.runs import Run
-from skipstone_studies.isoflop.corpus import Facts
-from skipstone_studies.isoflop.grid import Cell
+from skipstone_studies.isoflop.grid import CorpusFacts, GridCell
 
 COUNTED_ROWS = 8  # rows of a batch whose FLOPs are counted, as `skipstone eval` takes them
 EXECUTED = WAYS["executed"]
 
 
 @dataclass(kw_only=True)
-class Clock:
+class CoreUse:
     """Of the process that trained a run to its end. busy: CPU seconds by wall seconds and thread: 1: it had them."""
 
     busy: float = 0.0
@@ -37,16 +36,16 @@ class Clock:
 
 
 @contextmanager
-def watched() -> Iterator[Clock]:
+def watched() -> Iterator[CoreUse]:
     """How much of its core this process had, and the machine's load average (a minute's) at the end."""
-    clock = Clock()
+    clock = CoreUse()
     wall, own = time.perf_counter(), time.process_time()
     yield clock
     clock.busy = (time.process_time() - own) / max(time.perf_counter() - wall, 1e-9) / torch.get_num_threads()
     clock.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
-def figures(cell: Cell, folder: Path, facts: Facts, clock: Clock) -> dict[str, Any]:
+def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> dict[str, Any]:
     """Losses in nats, FLOPs of training or (forward) of a token."""
     assert facts.data is not None
     run = Run(folder)
@@ -84,7 +83,7 @@ def _capacities(layers: list[dict[str, dict[str, Any]]]) -> list[dict[str, float
     return [{name: found["capacity"] for name, found in layer.items() if "capacity" in found} for layer in layers]
 
 
-def executed_training(model: SkipstoneForCausalLM, run: Run, cell: Cell) -> float:
+def executed_training(model: SkipstoneForCausalLM, run: Run, cell: GridCell) -> float:
     """Training FLOPs with the capacities that the log says were realised, in the mean over its lines."""
     config = run.config()
     context, rows = config["data"]["context"], config["train"]["batch_size"]

@@ -13,26 +13,32 @@ from skipstone.core.strict import from_dict
 from skipstone.evaluate.tables import rich_table
 from skipstone_studies import record as records
 from skipstone_studies.isoflop import page, table
-from skipstone_studies.isoflop.clock import paces, paces_at
-from skipstone_studies.isoflop.corpus import Facts, check_once, look, look_if_cheap
-from skipstone_studies.isoflop.findings import find
-from skipstone_studies.isoflop.grid import Cell, Grid, compact
-from skipstone_studies.isoflop.plan import Estimate
-from skipstone_studies.isoflop.points import FOLDER, Collected, collect, lookup, nearest_optimum
+from skipstone_studies.isoflop.curves import FOLDER, GridRecords, collect, lookup, nearest_optimum
+from skipstone_studies.isoflop.estimate import GridEstimate, step_times, step_times_at
+from skipstone_studies.isoflop.grid import (
+    CorpusFacts,
+    Grid,
+    GridCell,
+    check_once,
+    compact,
+    read_corpus,
+    read_corpus_if_cheap,
+)
+from skipstone_studies.isoflop.result import find
 from skipstone_studies.isoflop.session import GridSession
-from skipstone_studies.isoflop.spec import Spec
+from skipstone_studies.isoflop.spec import GridSpec
 from skipstone_studies.study import Study
 
 PLAN = "plan.json"  # the spec that the table and the page were last rendered for, beside the records
 
 
-def isoflop(spec: Spec, *, out: Path, runs: Path, command: str) -> list[Path]:
+def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path]:
     """Train what is not recorded yet, and render after every stage. Returns the table's and the page's path.
 
     Raises ValueError or FileNotFoundError, one line, before anything is trained when a run cannot be; ValueError at the
     end if runs have failed, when everything else is done.
     """
-    facts = look(spec.data)
+    facts = read_corpus(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
     grid.everything()
     check_once(grid, facts)
@@ -49,13 +55,13 @@ def isoflop(spec: Spec, *, out: Path, runs: Path, command: str) -> list[Path]:
     return written
 
 
-def _session(grid: Grid, facts: Facts, out: Path, runs: Path, command: str) -> GridSession:
+def _session(grid: Grid, facts: CorpusFacts, out: Path, runs: Path, command: str) -> GridSession:
     spec = grid.spec
     records.write_text(out / spec.name / PLAN, json.dumps(spec.to_dict(), indent=1) + "\n")
     study = Study(
         name=spec.name, purpose="equal training FLOPs", arms=lambda scale: {}, columns=(), seeds={FOLDER: (spec.seed,)}
     )
-    planned = Estimate(grid=grid, facts=facts, paces={}).parts()
+    planned = GridEstimate(grid=grid, facts=facts, step_times={}).parts()
     return GridSession(
         study=study,
         scale=FOLDER,
@@ -85,9 +91,9 @@ def _stages(session: GridSession) -> None:
     session.run_all("seeds", [(cell, seed) for seed in grid.other_seeds for cell in best])
 
 
-def _by_size(grid: Grid, cells: Mapping[str, list[Cell]]) -> dict[str, dict[str, Cell]]:
+def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[str, GridCell]]:
     """At the smallest budget."""
-    found: dict[str, dict[str, Cell]] = {}
+    found: dict[str, dict[str, GridCell]] = {}
     for arm, row in cells.items():
         for cell in row:
             if cell.budget == grid.budgets[0]:
@@ -95,29 +101,29 @@ def _by_size(grid: Grid, cells: Mapping[str, list[Cell]]) -> dict[str, dict[str,
     return found
 
 
-def with_vocabulary(spec: Spec, facts: Facts) -> Spec:
+def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
     """The spec with the corpus's vocabulary in its recipe, so that costs follow from the spec alone."""
     model: dict[str, Any] = dict(spec.recipe.get("model") or {})
     if facts.vocab_size is None and "vocab_size" not in model:
         raise ValueError(f"{facts.trouble}; set model.vocab_size, on which the cost depends")
     values = {**spec.to_dict(), "recipe": {**spec.recipe, "model": {"vocab_size": facts.vocab_size, **model}}}
-    return from_dict(Spec, values)
+    return from_dict(GridSpec, values)
 
 
-def estimate(spec: Spec, flops_per_second: float | None = None) -> None:
+def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
     """Print every run with its FLOPs and its time, on this machine or at so many FLOPs a second; train nothing.
 
     Raises ValueError, one line, for runs that cannot be.
     """
-    facts = look_if_cheap(spec.data)
+    facts = read_corpus_if_cheap(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
     grid.everything()
     check_once(grid, facts)
     if flops_per_second is None:
-        shown = Estimate(grid=grid, facts=facts, paces=paces(grid))
+        shown = GridEstimate(grid=grid, facts=facts, step_times=step_times(grid))
     else:
         source = f"training and validation at {compact(flops_per_second)} FLOPs a second"
-        shown = Estimate(grid=grid, facts=facts, paces=paces_at(grid, flops_per_second), source=source)
+        shown = GridEstimate(grid=grid, facts=facts, step_times=step_times_at(grid, flops_per_second), source=source)
     Console().print(rich_table(shown.sections()))
 
 
@@ -133,12 +139,12 @@ def render(out: Path, name: str) -> list[Path]:
     return list(written)
 
 
-def load(out: Path, name: str) -> Collected:
-    """Raises FileNotFoundError where no isoFLOP experiment of that name was begun."""
+def load(out: Path, name: str) -> GridRecords:
+    """Raises FileNotFoundError where no isoFLOP study of that name was begun."""
     path = out / name / PLAN
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP experiment {name!r} was begun there")
-    spec = from_dict(Spec, json.loads(path.read_text(encoding="utf-8")))
+        raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP study {name!r} was begun there")
+    spec = from_dict(GridSpec, json.loads(path.read_text(encoding="utf-8")))
     return collect(Grid(spec), lookup(out, name))
 
 

@@ -1,4 +1,4 @@
-"""The runs of an isoFLOP experiment, a line each. It can be stopped anywhere; what is recorded is never run again."""
+"""The runs of an isoFLOP study, a line each. It can be stopped anywhere; what is recorded is never run again."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from skipstone.data.prepare import PreparedData
 from skipstone.runs import Run
 from skipstone.train.run import train
 from skipstone_studies import record as records
-from skipstone_studies.isoflop.corpus import Facts
-from skipstone_studies.isoflop.grid import Cell, Grid
-from skipstone_studies.isoflop.measure import Clock, figures, watched
-from skipstone_studies.isoflop.plan import duration
+from skipstone_studies.isoflop.estimate import duration
+from skipstone_studies.isoflop.grid import CorpusFacts, Grid, GridCell
+from skipstone_studies.isoflop.measure import CoreUse, figures, watched
 from skipstone_studies.session import USER_ERRORS, Session
 from skipstone_studies.study import seeded
 from skipstone_studies.timing import training_speeds
 
-Wanted = tuple[Cell, int]  # a run: cell and seed
+Wanted = tuple[GridCell, int]  # a run: cell and seed
 
 
 @dataclass(kw_only=True)
@@ -28,9 +27,9 @@ class GridSession(Session):
     """`Session` with cells for arms; its arms are the cells' recipes by label, filled in as stages begin."""
 
     grid: Grid
-    facts: Facts
+    facts: CorpusFacts
     line: str
-    cells: dict[str, Cell] = field(default_factory=dict)
+    cells: dict[str, GridCell] = field(default_factory=dict)
     done_flops: float = 0.0  # in this process
     left_flops: float = 0.0  # of everything still to do, later stages included
     after: Callable[[], object]
@@ -39,7 +38,7 @@ class GridSession(Session):
     def command(self) -> str:
         return self.line
 
-    def add(self, cells: Sequence[Cell]) -> None:
+    def add(self, cells: Sequence[GridCell]) -> None:
         self.cells |= {cell.label: cell for cell in cells}
         self.arms = {label: cell.recipe for label, cell in self.cells.items()}
 
@@ -55,7 +54,7 @@ class GridSession(Session):
         if left:
             self.after()
 
-    def _one(self, where: str, cell: Cell, seed: int) -> None:
+    def _one(self, where: str, cell: GridCell, seed: int) -> None:
         start, label = time.perf_counter(), cell.label
         try:
             found = self._trained(cell, seed)
@@ -72,10 +71,10 @@ class GridSession(Session):
             f"{duration(self.spent[-1])}; {duration(left)} to go"
         )
 
-    def _trained(self, cell: Cell, seed: int) -> dict[str, Any]:
+    def _trained(self, cell: GridCell, seed: int) -> dict[str, Any]:
         folder, recipe = self.folder(cell.label, seed), seeded(cell.recipe, seed)
         self._claim(folder, recipe)
-        clock = Clock()
+        clock = CoreUse()
         if not (folder.is_dir() and Run(folder).finished):
             with watched() as clock:
                 train(
@@ -95,7 +94,7 @@ class GridSession(Session):
         changed: dict[str, Any] = {"seed": seed}
         return replace(data, config=replace(data.config, **changed), train=replace(data.train, **changed))
 
-    def time_in_turns(self, sizes: Mapping[str, Mapping[str, Cell]], seed: int) -> None:
+    def time_in_turns(self, sizes: Mapping[str, Mapping[str, GridCell]], seed: int) -> None:
         """Training steps of each size's arms, interleaved, so that they compare whatever else the machine does.
 
         sizes: by size, the cells by arm; one budget's, because a step does not depend on how many there are.

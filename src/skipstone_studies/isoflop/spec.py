@@ -1,4 +1,4 @@
-"""What an isoFLOP experiment is asked for."""
+"""The specification of an isoFLOP study: its recipe, budgets, sizes, learning rates and arms."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from skipstone.core.strict import unknown
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import DataConfig
 from skipstone.train.config import read_recipe
+from skipstone_studies.study import RecipeDict
 
-Recipe = dict[str, Any]
 Changes = dict[str, Any]  # of the recipe's section model
 DENSE = "dense"
 SIZED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -35,7 +35,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Size:
+class GridSize:
     """Width of the residual stream, and blocks."""
 
     width: int
@@ -45,15 +45,15 @@ class Size:
         return f"{self.width}x{self.blocks}"
 
 
-def parse_size(word: Any, blocks: int) -> Size:
+def parse_size(word: Any, blocks: int) -> GridSize:
     """`128x6`, or `128` with as many blocks as the base model. Raises ValueError for anything else."""
     found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(word).strip())
     if found is None:
         raise ValueError(f"size {str(word)!r} is neither WIDTH nor WIDTHxBLOCKS, such as 128 or 128x6")
-    return Size(int(found[1]), int(found[2] or blocks))
+    return GridSize(int(found[1]), int(found[2] or blocks))
 
 
-def arms_of(recipe: Recipe) -> dict[str, Changes]:
+def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
     """What the model of each arm has of its own: no mechanisms, those of the recipe, and those with Mixture-of-Depths
     deciding at random."""
     entries = [dict(entry) for entry in recipe.get("model", {}).get("mechanisms") or []]
@@ -69,7 +69,7 @@ def arms_of(recipe: Recipe) -> dict[str, Changes]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class GridSpec:
     """recipe: the base, as `skipstone train` reads it, its vocabulary size filled in. budgets: training FLOPs of a run.
 
     sizes: WIDTH or WIDTHxBLOCKS; heads follow from the width, their size stays. arms: those to run; the first one, or
@@ -81,7 +81,7 @@ class Spec:
     """
 
     name: str
-    recipe: Recipe
+    recipe: RecipeDict
     budgets: list[float]
     sizes: list[str]
     rates: list[float]
@@ -130,7 +130,7 @@ class Spec:
         once = not self.allow_repeats and find_entry(own.corpus)[0].kind == "text"
         return replace(own, sampling="once") if once else own
 
-    def parsed_sizes(self) -> list[Size]:
+    def parsed_sizes(self) -> list[GridSize]:
         return [parse_size(word, 1) for word in self.sizes]
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _check_list(field: str, values: Sequence[Any]) -> None:
         raise ValueError(f"{field} must be at least one value, none twice; got {', '.join(map(str, values)) or 'none'}")
 
 
-def make_spec(recipe: Recipe, *, scale: str = "laptop", **given: Any) -> Spec:
+def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: Any) -> GridSpec:
     """A spec with the grid of `scale` where nothing else is given; None counts as not given.
 
     The recipe may have a section `arms`: what the model of each arm has of its own, by name. Raises ValueError, one
@@ -158,7 +158,7 @@ def make_spec(recipe: Recipe, *, scale: str = "laptop", **given: Any) -> Spec:
     arms = list(values.pop("arms", None) or changes or arms_of(recipe))
     values = {**values, "budgets": [float(b) for b in values["budgets"]], "rates": [float(r) for r in values["rates"]]}
     name = str(recipe.get("name") or "isoflop")
-    return Spec(name=name, recipe=recipe, sizes=sizes, arms=arms, changes=changes, **values)
+    return GridSpec(name=name, recipe=recipe, sizes=sizes, arms=arms, changes=changes, **values)
 
 
 def _changes(arms: Any) -> dict[str, Changes] | None:

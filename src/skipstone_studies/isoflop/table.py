@@ -1,4 +1,4 @@
-"""Findings -> tables. Pure: the same records give the same bytes."""
+"""Result -> tables and the notes that a reader must know beside them. Pure: the same records give the same bytes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import statistics
 from collections.abc import Sequence
 
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent
-from skipstone_studies.isoflop.curves import Curve
-from skipstone_studies.isoflop.findings import DRAWS, Findings, SameLoss
-from skipstone_studies.isoflop.fit import DOWNWARD, FEW, HIGH, INSIDE, LOW
+from skipstone_studies.isoflop.curves import DOWNWARD, FEW, HIGH, INSIDE, LOW, Curve, GridPoint
 from skipstone_studies.isoflop.grid import compact
 from skipstone_studies.isoflop.measure import COUNTED_ROWS
-from skipstone_studies.isoflop.notes import notes
-from skipstone_studies.isoflop.points import Point
+from skipstone_studies.isoflop.result import DRAWS, IsoFlopResult, SameLoss
 from skipstone_studies.page import provenance
 
 PLACES = {
@@ -24,7 +21,7 @@ PLACES = {
 }
 
 
-def page(findings: Findings) -> str:
+def page(findings: IsoFlopResult) -> str:
     """The whole of OUT/NAME.md."""
     spec = findings.collected.grid.spec
     said = "\n".join(f"* {line}" for line in verdicts(findings))
@@ -36,7 +33,7 @@ def page(findings: Findings) -> str:
     return "\n\n".join([*parts, provenance(found)]) + "\n"
 
 
-def about(findings: Findings) -> str:
+def about(findings: IsoFlopResult) -> str:
     grid = findings.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
@@ -47,7 +44,7 @@ def about(findings: Findings) -> str:
     )
 
 
-def verdicts(findings: Findings) -> list[str]:
+def verdicts(findings: IsoFlopResult) -> list[str]:
     """One plain sentence for each arm and budget, beside the base."""
     return [
         f"At {compact(budget)}: {_verdict(found, findings.curves[budget], findings.base)}"
@@ -67,13 +64,13 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
     return f"{losses}; {found.arm} comes down to that with {bound}{found.share:.0%} of the FLOPs a forward pass."
 
 
-def sections(findings: Findings) -> list[Section]:
+def sections(findings: IsoFlopResult) -> list[Section]:
     """Every table, those that have nothing yet left out."""
     made = [same(findings), optima(findings), times(findings), speeds(findings), rates(findings), runs(findings)]
     return [section for section in made if section.rows]
 
 
-def same(findings: Findings) -> Section:
+def same(findings: IsoFlopResult) -> Section:
     spread = findings.noise
     told = [] if spread is None else [f"90 % intervals over {DRAWS} draws of the noise."]
     return Section(
@@ -121,7 +118,7 @@ def _interval(low: float | None, high: float | None, shown: object) -> str:
     return UNKNOWN if low is None or high is None else f"{shown(low)} to {shown(high)}"
 
 
-def optima(findings: Findings) -> Section:
+def optima(findings: IsoFlopResult) -> Section:
     rows = []
     for budget, curves in findings.curves.items():
         for arm, curve in curves.items():
@@ -146,7 +143,7 @@ def optima(findings: Findings) -> Section:
     )
 
 
-def _nearest(points: Sequence[Point], parameters: float) -> Point:
+def _nearest(points: Sequence[GridPoint], parameters: float) -> GridPoint:
     return min(points, key=lambda point: abs(point.parameters / parameters - 1))
 
 
@@ -155,7 +152,7 @@ def _with_deviation(losses: Sequence[float]) -> str:
     return mean if len(losses) < 2 else f"{mean} ± {statistics.stdev(losses):.4f} ({len(losses)})"
 
 
-def times(findings: Findings) -> Section:
+def times(findings: IsoFlopResult) -> Section:
     rows = []
     for time in findings.times:
         base = time.curves.get(findings.base)
@@ -176,7 +173,7 @@ def times(findings: Findings) -> Section:
     )
 
 
-def speeds(findings: Findings) -> Section:
+def speeds(findings: IsoFlopResult) -> Section:
     grid, found = findings.collected.grid, findings.collected.speeds
     rows = []
     for size in grid.sizes:
@@ -197,7 +194,7 @@ def speeds(findings: Findings) -> Section:
     )
 
 
-def rates(findings: Findings) -> Section:
+def rates(findings: IsoFlopResult) -> Section:
     collected = findings.collected
     tried = sorted({rate for losses in collected.sweep.values() for rate in losses})
     rows = []
@@ -215,7 +212,7 @@ def rates(findings: Findings) -> Section:
     )
 
 
-def runs(findings: Findings) -> Section:
+def runs(findings: IsoFlopResult) -> Section:
     return Section(
         title="All runs of the grid",
         columns=[
@@ -226,7 +223,7 @@ def runs(findings: Findings) -> Section:
     )
 
 
-def _run(point: Point, i: int) -> list[str]:
+def _run(point: GridPoint, i: int) -> list[str]:
     record, cell = point.records[i], point.cell
     figures = record.figures
     return [
@@ -244,3 +241,95 @@ def _run(point: Point, i: int) -> list[str]:
         number(figures["loss"]),
         f"{figures['training']['seconds']:,.0f}",
     ]
+
+
+ALONE = 0.9  # of its core: a run that had less of it shared the machine
+
+
+def notes(findings: IsoFlopResult) -> list[str]:
+    """One plain sentence each."""
+    return [*_unfinished(findings), *_optima(findings), *_noise(findings), *_rates(findings), *_runs(findings)]
+
+
+def _unfinished(findings: IsoFlopResult) -> list[str]:
+    collected = findings.collected
+    spec, there = collected.grid.spec, len(list(collected))
+    total = len(spec.arms) * len(spec.budgets) * len(spec.sizes)
+    return [f"Not finished: {there} of the grid's {total} cells are recorded."] if there < total else []
+
+
+def _optima(findings: IsoFlopResult) -> list[str]:
+    outside = [
+        f"{arm} at {compact(budget)}"
+        for budget, curves in findings.curves.items()
+        for arm, curve in curves.items()
+        if curve.fit.optimum.where != INSIDE
+    ]
+    if not outside:
+        return ["Every optimum lies inside the grid."]
+    return [
+        (
+            f"The optimum does not lie inside the grid for {', '.join(outside)}: a better size may be beyond its "
+            "edge, so losses and shares that rest on it are those of the grid, not of the arm."
+        )
+    ]
+
+
+def _noise(findings: IsoFlopResult) -> list[str]:
+    spread = findings.noise
+    if spread is None:
+        return ["There is nothing to tell the noise from (no second seed, too few sizes): no intervals."]
+    source = "seeds of the same run" if spread.source == "seeds" else "the parabolas' residuals (no second seed yet)"
+    return [
+        (
+            f"Noise of one run's loss: standard deviation {spread.deviation:.4f} nats, from {source}, {spread.degrees} "
+            "degrees of freedom. It does not cover that a parabola may be the wrong curve, nor other corpora."
+        )
+    ]
+
+
+def _rates(findings: IsoFlopResult) -> list[str]:
+    collected = findings.collected
+    if len(collected.grid.spec.rates) < 2:
+        return ["One learning rate for all arms: none was tuned."]
+    ends = [arm for arm, rate in collected.chosen.items() if rate in _ends(list(collected.sweep[arm]))]
+    if not ends:
+        return []
+    return [f"The best learning rate is at an end of the list for {', '.join(ends)}: one beyond it might be better."]
+
+
+def _ends(rates: list[float]) -> tuple[float, float]:
+    return min(rates), max(rates)
+
+
+def _runs(findings: IsoFlopResult) -> list[str]:
+    collected = findings.collected
+    records = collected.records
+    if not records:
+        return []
+    executed = [r.figures["training_flops"]["executed"] / r.figures["cell"]["budget"] for r in records]
+    seen = [r.figures["corpus"]["seen"] for r in records if r.figures["corpus"]["seen"] is not None]
+    found = [
+        (
+            f"Training FLOPs with the capacities that were realised: {min(executed):.3f} to {max(executed):.3f} of the "
+            "budget (an arm whose decision keeps more or fewer tokens than its capacity differs)."
+        )
+    ]
+    once = (
+        " Windows lie side by side and none is read twice." if collected.grid.once else " Windows lie at random places."
+    )
+    found += [f"No run reads more than {max(seen):.1%} of the corpus.{once}"] if seen else []
+    shared = sum(r.figures["sharing"]["busy"] < ALONE for r in records)
+    if shared:
+        found.append(
+            f"{shared} of {len(records)} runs had less than {ALONE:.0%} of the cores that they asked for: the machine "
+            "was shared, and the seconds of single runs compare badly."
+        )
+    timed = len(collected.speeds) == len(collected.grid.sizes) * len(collected.grid.spec.arms)
+    found.append(
+        "Times are tokens by the training speed of each arm and size, which the arms of a size measured in turns."
+        if timed
+        else "Times are those of the runs themselves, one after the other."
+    )
+    base = collected.grid.spec.base
+    return [*found, *([] if base in collected.grid.spec.arms else [f"There is no arm {base!r} to compare with."])]

@@ -1,4 +1,4 @@
-"""Points -> what they say: optima, the FLOPs a forward pass for the same loss, and their spread; equal times.
+"""Points -> optima, the FLOPs of a forward pass at the same loss, losses after equal times; all with their spread.
 
 The spread is a parametric bootstrap: every loss gets normal noise of the size that seeds show (pooled over all cells
 with more than one; else that of the parabolas' residuals), and everything is fitted again.
@@ -10,13 +10,82 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
-from skipstone_studies.isoflop.curves import Curve, curve, make_curve
-from skipstone_studies.isoflop.points import Collected
-from skipstone_studies.isoflop.times import EqualTime, equal_times
+from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, curve, make_curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualTime:
+    """Losses after the same seconds of training. stretched: sizes whose loss lies beyond the budgets that were run."""
+
+    seconds: float
+    curves: dict[str, Curve]
+    stretched: dict[str, tuple[float, ...]]
+
+
+STRETCH = 0.3  # of the distance between the outermost budgets, in logarithms: how far beyond them a loss is guessed
+
+
+def seconds_of(collected: GridRecords, point: GridPoint) -> float:
+    """Of training: its tokens at the speed that was timed in turns, else as the run took."""
+    speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
+    tokens = point.records[0].figures["training"]["tokens"]
+    return point.seconds if speed is None else tokens / speed
+
+
+def equal_times(collected: GridRecords) -> list[EqualTime]:
+    """Half way between budgets, by the median time that the base's sizes take for a budget.
+
+    There most losses lie between two that were measured: the loss of a size at a time is read off a straight line
+    between its budgets, over the logarithm of the seconds. Not at the largest budget: the sizes that are done sooner
+    would have to be guessed, and come out better than anything that was run. Needs two budgets.
+    """
+    of_budgets = [collected.curves.get((collected.grid.spec.base, budget), []) for budget in collected.grid.budgets]
+    medians = [statistics.median(seconds_of(collected, p) for p in points) for points in of_budgets if points]
+    return [_at(collected, math.sqrt(first * second)) for first, second in pairwise(medians)]
+
+
+def _at(collected: GridRecords, seconds: float) -> EqualTime:
+    curves: dict[str, Curve] = {}
+    stretched: dict[str, tuple[float, ...]] = {}
+    for arm in collected.grid.spec.arms:
+        points: list[tuple[GridPoint, float, bool]] = []
+        for size in map(str, collected.grid.sizes):
+            of_size = [
+                p for (name, _), ps in collected.curves.items() if name == arm for p in ps if str(p.cell.size) == size
+            ]
+            read = _read_off([(seconds_of(collected, p), p.loss) for p in of_size], seconds)
+            if read is not None:
+                points.append((of_size[0], *read))
+        if points:
+            curves[arm] = make_curve(
+                arm,
+                [p.parameters for p, _, _ in points],
+                [p.forward_flops for p, _, _ in points],
+                [loss for _, loss, _ in points],
+                [1] * len(points),
+            )
+            stretched[arm] = tuple(float(p.parameters) for p, _, beyond in points if beyond)
+    return EqualTime(seconds=seconds, curves=curves, stretched=stretched)
+
+
+def _read_off(pairs: Sequence[tuple[float, float]], seconds: float) -> tuple[float, bool] | None:
+    """(loss at `seconds`, whether that is beyond the pairs); None with fewer than two pairs, or too far beyond."""
+    if len(pairs) < 2:
+        return None
+    pairs = sorted(pairs)
+    times, x = [math.log(t) for t, _ in pairs], math.log(seconds)
+    room = STRETCH * (times[-1] - times[0])
+    if not times[0] - room <= x <= times[-1] + room:
+        return None
+    i = min(max(int(np.searchsorted(times, x)), 1), len(pairs) - 1)
+    (_, y0), (_, y1) = pairs[i - 1], pairs[i]
+    return y0 + (y1 - y0) * (x - times[i - 1]) / (times[i] - times[i - 1]), not times[0] <= x <= times[-1]
+
 
 DRAWS, INTERVAL = 1000, (5.0, 95.0)  # per cent
 
@@ -56,7 +125,7 @@ class SameLoss:
     gap_high: float | None = None
 
 
-def noise(collected: Collected) -> Noise | None:
+def noise(collected: GridRecords) -> Noise | None:
     """None where neither seeds nor residuals tell anything."""
     groups = [point.losses for point in collected if len(point.losses) > 1]
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in groups)
@@ -131,10 +200,10 @@ def _noisy(curve: Curve, spread: Noise, generator: np.random.Generator) -> Curve
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class IsoFlopResult:
     """curves: by budget and arm. same: how the others compare with the base, by budget. noise: None if unknown."""
 
-    collected: Collected
+    collected: GridRecords
     curves: dict[float, dict[str, Curve]]
     noise: Noise | None
     same: dict[float, list[SameLoss]]
@@ -146,7 +215,7 @@ class Findings:
         return self.collected.grid.spec.base
 
 
-def find(collected: Collected) -> Findings:
+def find(collected: GridRecords) -> IsoFlopResult:
     """What the records say so far. Budgets without a point are left out."""
     curves: dict[float, dict[str, Curve]] = {}
     for budget in collected.grid.budgets:
@@ -154,7 +223,7 @@ def find(collected: Collected) -> Findings:
         if of_budget:
             curves[budget] = of_budget
     spread = noise(collected)
-    return Findings(
+    return IsoFlopResult(
         collected=collected,
         curves=curves,
         noise=spread,
