@@ -27,8 +27,7 @@ from transformers import DynamicCache
 from adapt_pictures import IN_DECODING, TITLE, TUNED, picture
 from publish import closing, keep, middle, surroundings
 from skipstone.adapt.run import adapt
-from skipstone.dial import Dial
-from skipstone.dial.dial import FILE
+from skipstone.budget import BudgetTable
 from skipstone.evaluate.budgets import calibrate_run
 from skipstone.evaluate.counting import count
 from skipstone.evaluate.flops import count_flops
@@ -113,7 +112,7 @@ def texts(path: Path) -> dict[str, Any]:
 def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
     """Nats a token on each text that is judged, counted FLOPs a token, and a sample; measured once and kept.
 
-    budget: with thresholds turned to it, for which the run has a dial.
+    budget: with thresholds turned to it, for which the run has a budget table.
     """
     record = folder / ("judged.json" if budget is None else f"judged-{budget:g}.json")
     if record.is_file():
@@ -132,12 +131,13 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
 
 
 def turned(model: SkipstoneForCausalLM, run: Run, budget: float | None) -> AbstractContextManager[Any]:
-    """The model at another budget: by its dial, or, of neurons by magnitude, by taking more or fewer of them."""
+    """The model at another budget: by its budget table, or, of neurons by magnitude, by taking more or fewer of them.
+    """
     routers = [m for m in model.adjustables() if isinstance(m, MagnitudeGroups)]
     if budget is None:
         return nullcontext()
     if not routers:
-        return Dial.load(run.model_folder()).at(model, budget)
+        return BudgetTable.load(run.model_folder()).at(model, budget)
     on = share_on(model, budget)
     for router in routers:
         router.schedule.pin(on + APART)
@@ -148,7 +148,7 @@ def turned(model: SkipstoneForCausalLM, run: Run, budget: float | None) -> Abstr
 def dialled(arm: str, folder: Path, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
     """The same weights at other budgets."""
     routes = not arm.startswith(IN_DECODING)
-    if routes and budgets and not (Run(folder).model_folder() / FILE).is_file():
+    if routes and budgets and BudgetTable.find(Run(folder).model_folder()) is None:
         calibrate_run(folder, rows=DIALLED)
     kind = arm.split(" at ")[0]
     return {f"dialled {kind} at {b:.0%}": known(folder, b) for b in budgets}

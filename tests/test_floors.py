@@ -17,7 +17,7 @@ FLOORS: dict[str, float] = {
     "mechanisms": 2,
     "model": 3,
     "data": 3,
-    "dial": 3.5,
+    "budget": 3.5,
     "train": 4,
     "generate": 4,
     "evaluate": 4,

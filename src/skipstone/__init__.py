@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from skipstone import presets
-from skipstone.dial import Dial, calibrate
+from skipstone.budget import BudgetTable, calibrate
 from skipstone.mechanisms import EarlyExit, GateSkip, MixtureOfDepths, PolyGLU, TokenSelective
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.classifier import SkipstoneForSequenceClassification
@@ -31,7 +31,7 @@ _transformers: Any = sys.modules["transformers"]
 _transformers.SkipstoneForCausalLM = SkipstoneForCausalLM
 
 __all__ = [
-    "Dial",
+    "BudgetTable",
     "EarlyExit",
     "GateSkip",
     "MixtureOfDepths",

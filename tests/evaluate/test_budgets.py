@@ -1,4 +1,4 @@
-"""`evaluate` at budgets, and the dial beside a run's weights."""
+"""`evaluate` at budgets, and the budget table beside a run's weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from generate.folders import MOD, TSA, text_data, write_run
-from skipstone.dial import Dial
+from skipstone.budget import BudgetTable
 from skipstone.evaluate.budgets import calibrate_run
 from skipstone.evaluate.run import evaluate
 from skipstone.generate.run import stream
@@ -25,16 +25,16 @@ def test_the_table_of_budgets(run: Path) -> None:
     plain = evaluate(run, batch_size=4)
     found = evaluate(run, batch_size=4, budgets=[0.6, 0.8])
     trained, *points = found.budgets
-    assert (trained.asked, trained.loss) == (None, pytest.approx(plain.measured["executed"].loss))
+    assert (trained.target, trained.loss) == (None, pytest.approx(plain.measured["executed"].loss))
     assert trained.realised == pytest.approx(plain.executed.needed / plain.executed.dense, rel=0.02)
     for point in points:
-        assert point.realised == pytest.approx(point.asked, rel=0.1)
+        assert point.realised == pytest.approx(point.target, rel=0.1)
         assert point.counted_per_token > point.flops_per_token, "shorter rows are filled up"
         assert abs(point.loss - trained.loss) > 1e-3
     assert found.measured["executed"].loss == plain.measured["executed"].loss
     assert f"| 60.0 % | {100 * points[0].realised:.1f} % |" in found.markdown()
     assert "calibrated on" in found.markdown()
-    assert json.loads(json.dumps(found.to_dict()))["budgets"][1]["asked"] == 0.6
+    assert json.loads(json.dumps(found.to_dict()))["budgets"][1]["target"] == 0.6
     assert plain.to_dict()["budgets"] == []
     assert "budget" not in plain.markdown()
     one = evaluate(run, batch_size=1, budgets=[0.6]).budgets[1]
@@ -42,23 +42,23 @@ def test_the_table_of_budgets(run: Path) -> None:
 
 
 def test_rows_that_are_evaluated_are_not_calibrated_on(run: Path) -> None:
-    assert "text" in evaluate(run, budgets=[0.7]).dial
-    assert evaluate(run, budgets=[0.7]).dial.endswith(", train")
-    assert evaluate(run, split="train", budgets=[0.7]).dial.endswith(", validation")
+    assert "text" in evaluate(run, budgets=[0.7]).budget_table
+    assert evaluate(run, budgets=[0.7]).budget_table.endswith(", train")
+    assert evaluate(run, split="train", budgets=[0.7]).budget_table.endswith(", validation")
 
 
 def test_a_dial_is_written_once_and_used(run: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = shutil.copytree(run, tmp_path / "copy")
-    with pytest.raises(FileNotFoundError, match=r"has no dial\.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no budget\.json"):
         stream(copy, "für ", max_new_tokens=2, budget=0.6)
     written = calibrate_run(copy, rows=6)
-    assert written.path == copy / "model" / "dial.json"
-    assert written.dial == Dial.load(copy / "model")
-    assert written.dial.rows == 6
-    assert f"| {100 * written.dial.stops[0].share:.1f} % | 0.0 % | 0.0 % | 0.0 % |" in written.markdown()
-    assert evaluate(copy, budgets=[0.6]).dial == str(written.dial)
+    assert written.path == copy / "model" / "budget.json"
+    assert written.budget_table == BudgetTable.load(copy / "model")
+    assert written.budget_table.rows == 6
+    assert f"| {100 * written.budget_table.points[0].share:.1f} % | 0.0 % | 0.0 % | 0.0 % |" in written.markdown()
+    assert evaluate(copy, budgets=[0.6]).budget_table == str(written.budget_table)
     assert "".join(piece.text for piece in stream(copy, "für ", max_new_tokens=4, budget=0.6, greedy=True))
     with pytest.raises(ValueError, match="out of reach"):
         stream(copy, "für ", budget=0.01)
@@ -73,7 +73,7 @@ def test_a_saved_model_needs_a_corpus(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name the corpus to calibrate on"):
         calibrate_run(saved)
     corpus = f"text:{run.parent / 'text'}"
-    assert calibrate_run(saved, corpus=corpus, context=24).path == saved / "dial.json"
+    assert calibrate_run(saved, corpus=corpus, context=24).path == saved / "budget.json"
 
 
 def test_what_cannot_be_set_is_told_before_anything_is_measured(run: Path, tmp_path: Path) -> None:

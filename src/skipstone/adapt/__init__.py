@@ -8,7 +8,7 @@ source.py        the dense checkpoint, its tokenizer, another teacher
 student.py       the source's weights with mechanisms that change nothing yet, and the proof of it
 start.py         routers and skip paths that start from what the source does
 influence.py     how much each block matters, and which to choose by it
-budget.py        executed FLOPs: what promises them, what is reached; `dial` has what meets them
+budget.py        executed FLOPs: what promises them, what is reached; the package `budget` has what meets them
 stages.py        what trains when, learning rates, adapters
 distillation.py  losses against the dense model
 trainer.py       the trainer of `skipstone train` with all this

@@ -1,4 +1,5 @@
-"""The executed-FLOPs budget: what capacities promise it, which thresholds meet it (see `dial`), and what is reached.
+"""The executed-FLOPs budget: what capacities promise it, which thresholds meet it (package `budget`), and what is
+reached.
 
 A budget is a share of the dense source's forward FLOPs a token, at rows of one length, one row at a time: in a batch,
 rows that keep fewer tokens are filled up, and that is the batch's doing.
@@ -10,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from skipstone.budget.calibration import meet
+from skipstone.budget.handles import find_handles, is_gate
 from skipstone.data.rows import Row
-from skipstone.dial.calibration import meet
-from skipstone.dial.knobs import find_knobs, is_gate
 from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.ways import WAYS
 from skipstone.mechanisms import GateSkip, MixtureOfDepths
@@ -22,7 +23,7 @@ from skipstone.model.cost import cost
 
 HALVINGS = 30
 WITHIN = 0.05  # the reached share may be this much of the budget away from it
-CAPACITIES = ("mixture_of_depths", "gate_skip")  # mechanisms whose capacity is the dial
+CAPACITIES = ("mixture_of_depths", "gate_skip")  # mechanisms whose capacity sets the budget
 
 
 def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> tuple[float | None, float | None]:
@@ -86,9 +87,9 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
     dense: the source's FLOPs a token. Decisions by a trained predictor or a fixed threshold stay as they are.
     """
     model.eval()
-    knobs = [knob for knob in find_knobs(model) if knob.lasting]
-    if knobs:
-        meet(model, knobs, rows, budget * dense)
+    handles = [handle for handle in find_handles(model) if handle.saved]
+    if handles:
+        meet(model, handles, rows, budget * dense)
 
 
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:

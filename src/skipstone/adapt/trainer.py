@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 from skipstone.adapt import stages as staging
 from skipstone.adapt.config import AdaptConfig, Stage
 from skipstone.adapt.distillation import logit_divergence, stream_error
+from skipstone.budget.handles import is_gate
 from skipstone.core.records import Records
 from skipstone.data.rows import Row
-from skipstone.dial.knobs import is_gate
 from skipstone.evaluate.ways import INPUTS, targets
 from skipstone.mechanisms import EarlyExit
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM

@@ -3,7 +3,7 @@
 run.py           `evaluate`: losses, accuracy, mechanisms and FLOPs of one run
 harness.py       `evaluate_tasks`: lm-evaluation-harness on one run
 compare.py       `compare`: runs beside each other; measurements.py what is measured of each, rows.py how it is written
-budgets.py       what one model executes and loses at several budgets; `calibrate_run`: the dial beside its weights
+budgets.py       what one model executes and loses at several budgets; `calibrate_run` measures its budget table
 ways.py          oracle, causal, executed, forced: the ways to run a model, and which of them it has
 opened.py        a run or a saved model, ready to be measured
 losses.py        loss and accuracy of one way over all rows; accuracy.py bins of difficulty and headroom; kinds.py

@@ -1,4 +1,4 @@
-"""One model at several budgets: what it executes and what it loses. And the dial that sets it, from a run's text."""
+"""One model at several budgets: what it executes, what it loses, and its budget table measured on a run's text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from skipstone.budget import BudgetTable, calibrate
+from skipstone.budget.share import observe
+from skipstone.budget.table import OperatingPoint
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
-from skipstone.dial import Dial, calibrate
-from skipstone.dial.dial import FILE, Stop
-from skipstone.dial.share import observe
 from skipstone.evaluate.counting import COUNTED_BATCHES, count
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import Opened, batches, open_run
@@ -29,11 +29,12 @@ BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class AtBudget:
-    """asked: the budget, None for the model as trained. realised: the share of the dense FLOPs that the decisions of
-    the whole split need, one row at a time. flops_per_token: these FLOPs. counted_per_token: those of the operations
-    that ran on the first batches, shorter rows filled up. loss: nats a prediction of the executed pass."""
+    """The model at one budget. target: the budget, None for the model as trained. realised: the share of the dense
+    FLOPs that the decisions of the whole split need, one row at a time. flops_per_token: these FLOPs.
+    counted_per_token: those of the operations that ran on the first batches, shorter rows filled up. loss: nats a
+    prediction of the executed pass."""
 
-    asked: float | None
+    target: float | None
     realised: float
     flops_per_token: float
     counted_per_token: float
@@ -41,22 +42,24 @@ class AtBudget:
 
 
 def at_budgets(
-    opened: Opened, data: PreparedData, dial: Dial, budgets: Iterable[float], batch_size: int
+    opened: Opened, data: PreparedData, budget_table: BudgetTable, budgets: Iterable[float], batch_size: int
 ) -> tuple[AtBudget, ...]:
     """The model as trained, then at each budget."""
-    return tuple(_measured(opened, data, dial, asked, batch_size) for asked in (None, *budgets))
+    return tuple(_measured(opened, data, budget_table, target, batch_size) for target in (None, *budgets))
 
 
-def _measured(opened: Opened, data: PreparedData, dial: Dial, asked: float | None, batch_size: int) -> AtBudget:
+def _measured(
+    opened: Opened, data: PreparedData, budget_table: BudgetTable, target: float | None, batch_size: int
+) -> AtBudget:
     model, way = opened.model, opened.ways["executed"]
 
     def rows(most: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         return batches(data, batch_size, model.device, most)
 
-    with nullcontext() if asked is None else dial.at(model, asked):
+    with nullcontext() if target is None else budget_table.at(model, target):
         seen = observe(model, rows())
         return AtBudget(
-            asked=asked,
+            target=target,
             realised=seen.share,
             flops_per_token=seen.needed,
             counted_per_token=count(model, way, rows(COUNTED_BATCHES * batch_size)).counted,
@@ -64,42 +67,48 @@ def _measured(opened: Opened, data: PreparedData, dial: Dial, asked: float | Non
         )
 
 
-def budget_section(points: Sequence[AtBudget], dial: str) -> Section:
+def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
     return Section(
         title="loss by budget, executed",
         columns=["budget", "share of dense FLOPs", "off by", "FLOPs a token", "counted in batches", "loss (nats)"],
         rows=[
             [
-                "as trained" if p.asked is None else percent(p.asked),
+                "as trained" if p.target is None else percent(p.target),
                 percent(p.realised),
-                UNKNOWN if p.asked is None else f"{100 * (p.realised / p.asked - 1):+.1f} %",
+                UNKNOWN if p.target is None else f"{100 * (p.realised / p.target - 1):+.1f} %",
                 amount(p.flops_per_token),
                 amount(p.counted_per_token),
                 number(p.loss),
             ]
             for p in points
         ],
-        notes=[f"{dial}; rows one at a time, but for the FLOPs counted in batches, where shorter rows are filled up"],
+        notes=[f"{budget_table}; one row at a time, except FLOPs counted in batches, where shorter rows are padded"],
     )
 
 
-def dial_of(opened: Opened, split: str) -> Dial:
-    """The dial beside the weights, or one made from text that is not in `split`."""
+def table_of(opened: Opened, split: str) -> BudgetTable:
+    """The budget table beside the weights, or one made from text that is not in `split`."""
     folder = opened.run.model_folder()
-    if (folder / FILE).is_file():
-        return Dial.load(folder)
+    if BudgetTable.find(folder) is not None:
+        return BudgetTable.load(folder)
     return _calibrated(opened, "validation" if split == "train" else "train", ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A dial that was made and written to `path`."""
+    """A budget table that was made and written to `path`."""
 
     path: Path
-    dial: Dial
+    budget_table: BudgetTable
 
     def to_dict(self) -> dict[str, Any]:
-        return plain({"path": str(self.path), "reach": self.dial.reach, "stops": [vars(s) for s in self.dial.stops]})
+        return plain(
+            {
+                "path": str(self.path),
+                "range": self.budget_table.range,
+                "points": [vars(p) for p in self.budget_table.points],
+            }
+        )
 
     def markdown(self) -> str:
         return markdown([self._section()])
@@ -113,30 +122,30 @@ class Calibrated:
             columns=["share of dense FLOPs", "tokens kept, mean", "least", "most"],
             rows=[
                 [percent(s.share), *map(percent, (sum(s.kept) / len(s.kept), min(s.kept), max(s.kept)))]
-                for s in _shown(self.dial.stops)
+                for s in _shown(self.budget_table.points)
             ],
-            notes=[f"mean, least and most of {', '.join(self.dial.knobs)}", str(self.dial)],
+            notes=[f"mean, least and most of {', '.join(self.budget_table.handles)}", str(self.budget_table)],
         )
 
 
 def calibrate_run(
     folder: Path, *, corpus: str | None = None, context: int | None = None, rows: int = ROWS
 ) -> Calibrated:
-    """Make the dial of a run or a saved model from `rows` training rows, and write it beside the weights.
+    """Make the budget table of a run or a saved model from `rows` training rows, and write it beside the weights.
 
-    corpus, context: replace those of the run; a saved model has none. Raises FileExistsError where there is a dial,
-    ValueError without text, and for a model whose thresholds no budget can turn.
+    corpus, context: replace those of the run; a saved model has none. Raises FileExistsError where there is a budget
+    table, ValueError without text, and for a model without thresholds to set.
     """
     opened = open_run(folder, "train", corpus, context)
     where = opened.run.model_folder()
-    Dial.refuse(where)
+    BudgetTable.refuse(where)
     if opened.data is None:
         raise ValueError(f"{folder} is a saved model without a recipe; name the corpus to calibrate on")
-    dial = _calibrated(opened, "train", rows)
-    return Calibrated(path=dial.save(where), dial=dial)
+    budget_table = _calibrated(opened, "train", rows)
+    return Calibrated(path=budget_table.save(where), budget_table=budget_table)
 
 
-def _calibrated(opened: Opened, split: str, count: int) -> Dial:
+def _calibrated(opened: Opened, split: str, count: int) -> BudgetTable:
     assert opened.data is not None
     found = list(_spread(opened, split, count))
     return calibrate(opened.model, found, text=f"{opened.data.config.corpus}, {split}")
@@ -153,7 +162,7 @@ def _spread(opened: Opened, split: str, count: int) -> Iterator[Row]:
         yield data.collate(data.validation.__getitems__(places[start : start + BATCH]))
 
 
-def _shown(stops: Sequence[Stop], most: int = 12) -> list[Stop]:
+def _shown(points: Sequence[OperatingPoint], most: int = 12) -> list[OperatingPoint]:
     """From the first to the last, evenly."""
-    count = min(most, len(stops))
-    return [stops[round(i * (len(stops) - 1) / max(count - 1, 1))] for i in range(count)]
+    count = min(most, len(points))
+    return [points[round(i * (len(points) - 1) / max(count - 1, 1))] for i in range(count)]

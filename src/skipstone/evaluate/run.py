@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstone.evaluate.budgets import AtBudget, at_budgets, budget_section, dial_of
+from skipstone.evaluate.budgets import AtBudget, at_budgets, budget_section, table_of
 from skipstone.evaluate.counting import COUNTED_BATCHES, Executed, count
 from skipstone.evaluate.hard import measure_hard_mix
 from skipstone.evaluate.layers import layer_sections
@@ -28,7 +28,8 @@ class Evaluation:
 
     hard_mix: the main way with the strongest activation of each neuron alone, None where activations are not mixed.
     executed: FLOPs of the way that stands for the model (as executed, else as trained). notes: what a reader must know.
-    budgets: the same model set to budgets, the first as trained; none unless asked for. dial: what set it, in words.
+    budgets: the same model set to budgets, the first as trained; none unless asked for. budget_table: what set it, in
+    words.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Evaluation:
     notes: tuple[str, ...]
     hard_mix: Measured | None = None
     budgets: tuple[AtBudget, ...] = ()
-    dial: str = ""
+    budget_table: str = ""
 
     @property
     def executed_minus_causal(self) -> float | None:
@@ -106,7 +107,7 @@ class Evaluation:
     def _sections(self) -> list[Section]:
         layers = self.measured[self.main].statistics.layers()
         bins = [self._accuracy(), self._kinds()] if self.measured[self.main].accuracy else []
-        budgets = [budget_section(self.budgets, self.dial)] if self.budgets else []
+        budgets = [budget_section(self.budgets, self.budget_table)] if self.budgets else []
         return [self._losses(), *bins, *layer_sections(layers, self.main), self._cost(), *budgets]
 
     def _losses(self) -> Section:
@@ -178,22 +179,22 @@ def evaluate(
     """Measure on the whole split, each token predicted once, noise off.
 
     run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. budgets: shares of
-    the dense FLOPs to set the model to, one after the other, by the dial beside its weights, or by one that is made for
-    the purpose from rows that are not evaluated. Raises ValueError or FileNotFoundError, one line, when there is no
-    such folder, no data, when they do not fit, or for a budget out of reach.
+    the dense FLOPs to set the model to, one after the other, by the budget table beside its weights, or by one that is
+    made for the purpose from rows that are not evaluated. Raises ValueError or FileNotFoundError, one line, when there
+    is no such folder, no data, when they do not fit, or for a budget out of reach.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     opened = open_run(run, split, corpus, context)
     if opened.data is None:
         raise ValueError(f"{run} is a saved model without a recipe; name the corpus to evaluate on")
-    dial = dial_of(opened, split) if budgets else None
-    if dial is None:
+    budget_table = table_of(opened, split) if budgets else None
+    if budget_table is None:
         return _evaluated(opened, opened.data, split, batch_size)
     for budget in budgets:
-        dial.lines(budget)  # out of reach is told before anything is measured
-    points = at_budgets(opened, opened.data, dial, budgets, batch_size)
-    return replace(_evaluated(opened, opened.data, split, batch_size), budgets=points, dial=str(dial))
+        budget_table.thresholds(budget)  # out of reach is told before anything is measured
+    points = at_budgets(opened, opened.data, budget_table, budgets, batch_size)
+    return replace(_evaluated(opened, opened.data, split, batch_size), budgets=points, budget_table=str(budget_table))
 
 
 def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) -> Evaluation:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.budget.share import INPUTS
 from skipstone.core.tokens import Executor
 from skipstone.data.corpora import knows_difficulty
-from skipstone.dial.share import INPUTS
 from skipstone.mechanisms.decisions import Forced
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.model.decoder import Routing

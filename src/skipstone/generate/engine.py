@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from skipstone.budget import BudgetTable
 from skipstone.core.records import Records
 from skipstone.core.strict import choose
-from skipstone.dial import Dial
 from skipstone.generate.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -56,11 +56,11 @@ def generate(
     pad_token_id: int | None = None,
     cache: str = "dynamic",
     budget: float | None = None,
-    dial: Dial | None = None,
+    budget_table: BudgetTable | None = None,
 ) -> Tensor:
     """Prompt and continuation, int64 [B, T + N] with N <= max_new_tokens; arguments and errors as in `stream`."""
     decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, dial))
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, budget_table))
     return torch.cat([input_ids, *(token_B[:, None] for token_B, _, _ in passes)], dim=1)
 
 
@@ -77,23 +77,22 @@ def stream(
     pad_token_id: int | None = None,
     cache: str = "dynamic",
     budget: float | None = None,
-    dial: Dial | None = None,
+    budget_table: BudgetTable | None = None,
 ) -> Iterator[Step]:
     """One `Step` for each new token, as it is decided; ends when every row has met an end-of-sequence id.
 
     input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which stands on the left. temperature: 0 takes the
     likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: of a
-    generator of our own; None draws one. eos_token_id, pad_token_id: default to the model's generation_config.
-    cache: "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens,
-    and a step's shapes depend on nothing.
-    budget: the share of the dense FLOPs to execute, by `dial`, or by the dial.json in the folder that the model was
-    loaded from; from the first step to the last the model is set to it, then it is as it was before.
-    Raises ValueError, before the first step, for an empty prompt, padding on the right, a row that would outgrow the
-    model's context, values out of range, and a decision that cannot be made while generating; FileNotFoundError for a
-    budget without a dial.
+    generator of our own; None draws one. eos_token_id, pad_token_id: default to the model's generation_config. cache:
+    "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens, and a
+    step's shapes depend on nothing. budget: the share of the dense FLOPs to execute, by `budget_table`, or by the
+    budget.json in the folder that the model was loaded from; from the first step to the last the model is set to it,
+    then it is as it was before. Raises ValueError, before the first step, for an empty prompt, padding on the right, a
+    row that would outgrow the model's context, values out of range, and a decision that cannot be made while
+    generating; FileNotFoundError for a budget without a budget table.
     """
     decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, dial))
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, budget_table))
     return (_step(model, *decided) for decided in passes)
 
 
@@ -155,15 +154,15 @@ class _Decoder:
             position_BT = None if position_BT is None else position_BT[:, -1:] + 1
 
 
-def _setting(model: SkipstoneForCausalLM, budget: float | None, dial: Dial | None) -> Setting:
+def _setting(model: SkipstoneForCausalLM, budget: float | None, budget_table: BudgetTable | None) -> Setting:
     """What the model is set to while it decodes. Raises ValueError or FileNotFoundError for what cannot be."""
     if budget is None:
-        if dial is not None:
-            raise ValueError("a dial has no effect without a budget")
+        if budget_table is not None:
+            raise ValueError("a budget table has no effect without a budget")
         return nullcontext
-    dial = Dial.load(model.name_or_path) if dial is None else dial
-    dial.lines(budget)
-    return partial(dial.at, model, budget)
+    budget_table = BudgetTable.load(model.name_or_path) if budget_table is None else budget_table
+    budget_table.thresholds(budget)
+    return partial(budget_table.at, model, budget)
 
 
 class Sampler:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skipstone.dial import Dial
+from skipstone.budget import BudgetTable
 from skipstone.generate.engine import Step, check_length
 from skipstone.generate.engine import stream as stream_steps
 from skipstone.generate.text import Detokenizer
@@ -46,9 +46,10 @@ def stream(
     """The continuation of `prompt`, ready to be iterated once everything has been checked.
 
     max_new_tokens: None is 128, or what the model's context leaves. temperature: None is 0.8. greedy: take the
-    likeliest token. budget: the share of the dense FLOPs to execute, by the dial beside the weights. Raises ValueError
-    or FileNotFoundError, one line, for a folder without a model or a tokenizer, an empty prompt, one that outgrows the
-    context, a model whose decisions cannot be made while generating, and a budget without a dial or out of its reach.
+    likeliest token. budget: the share of the dense FLOPs to execute, by the budget table beside the weights. Raises
+    ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer, an empty prompt, one that
+    outgrows the context, a model whose decisions cannot be made while generating, and a budget without a budget table
+    or out of its reach.
     """
     opened = Run(run)
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
@@ -67,7 +68,7 @@ def stream(
         seed=seed,
         eos_token_id=_ends(model, tokenizer),
         budget=budget,
-        dial=None if budget is None else Dial.load(opened.model_folder()),
+        budget_table=None if budget is None else BudgetTable.load(opened.model_folder()),
     )
     return _pieces(steps, Detokenizer(tokenizer, ids))
 

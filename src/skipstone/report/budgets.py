@@ -39,12 +39,18 @@ def _read(file: Path) -> tuple[str, Points]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         run, points = str(values["run"]), list(values["budgets"])
-        assert all({"asked", "realised", "flops_per_token", "loss"} <= set(point) for point in points)
+        points = [_of_today(point) for point in points]
+        assert all({"target", "realised", "flops_per_token", "loss"} <= set(point) for point in points)
     except (ValueError, KeyError, TypeError, AssertionError):
         points = []
     if not points:
         raise ValueError(f"{str(file)!r} has no budgets: `skipstone eval RUN --budget .5,.75 --json FILE` writes them")
     return run, points
+
+
+def _of_today(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions before 0.2 called the target `asked`."""
+    return {"target" if key == "asked" else key: value for key, value in point.items()}
 
 
 def curve(runs: Sequence[Shown], budgets: Mapping[str, Points]) -> Markup | None:
@@ -73,12 +79,12 @@ def curve(runs: Sequence[Shown], budgets: Mapping[str, Points]) -> Markup | None
 
 
 def table(runs: Sequence[Shown], budgets: Mapping[str, Points]) -> list[tuple[Shown, list[str]]]:
-    """Rows of asked, realised, FLOPs a token, loss."""
+    """Rows of target, realised share, FLOPs a token, loss."""
     return [
         (
             run,
             [
-                "as trained" if p["asked"] is None else f"{p['asked']:.1%}",
+                "as trained" if p["target"] is None else f"{p['target']:.1%}",
                 f"{p['realised']:.1%}",
                 f"{p['flops_per_token']:,.0f}",
                 f"{p['loss']:.4f}",

@@ -17,7 +17,7 @@ def calibrate(
     context: Annotated[int | None, typer.Option(min=2, help="Another number of tokens a row.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Training rows to calibrate on.")] = 32,
 ) -> None:
-    """Write dial.json beside the weights: the thresholds for every budget that the model can execute."""
+    """Write budget.json beside the weights: the thresholds for every budget that the model can execute."""
     existing_dir(run, "run folder")
 
     from skipstone.evaluate.budgets import calibrate_run

@@ -14,10 +14,10 @@ from transformers import TrainingArguments
 
 import skipstone
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.dial import Dial, calibrate
-from skipstone.dial.calibration import meet, quantile
-from skipstone.dial.knobs import find_knobs
-from skipstone.dial.share import observe
+from skipstone.budget import BudgetTable, calibrate
+from skipstone.budget.calibration import meet, quantile
+from skipstone.budget.handles import find_handles
+from skipstone.budget.share import observe
 from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.ways import WAYS
 from skipstone.generate.engine import generate, stream
@@ -72,7 +72,7 @@ def trained(name: str, folder: Path) -> SkipstoneForCausalLM:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A trained model and its dial."""
+    """A trained model and its budget table."""
     model = trained(request.param, tmp_path_factory.mktemp(request.param))
     return model, calibrate(model, text(2, 2 * ROWS))
 
@@ -80,7 +80,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def everything(model: SkipstoneForCausalLM) -> tuple[dict[str, Tensor], str, list[Any]]:
     """All that says what the model computes."""
     state = {name: x.clone() for name, x in model.state_dict().items()}
-    return state, json.dumps(model.config.to_dict(), default=str), [knob.state() for knob in find_knobs(model)]
+    return state, json.dumps(model.config.to_dict(), default=str), [handle.state() for handle in find_handles(model)]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -96,54 +96,54 @@ def counted(model: SkipstoneForCausalLM, rows: Tensor) -> float:
 
 
 def test_budgets_are_met_on_other_rows(case: Any) -> None:
-    model, dial = case
-    low, high = dial.reach
+    model, budget_table = case
+    low, high = budget_table.range
     other = text(7)
     assert high - low > 0.25
     for way in (0.15, 0.5, 0.85):
         budget = low + way * (high - low)
-        with dial.at(model, budget):
+        with budget_table.at(model, budget):
             assert counted(model, other) == pytest.approx(budget, rel=0.1)
 
 
 def test_the_share_by_decisions_is_that_of_the_operations(case: Any) -> None:
-    model, dial = case
+    model, budget_table = case
     other = text(7, 5)
-    with dial.at(model, sum(dial.reach) / 2):
+    with budget_table.at(model, sum(budget_table.range) / 2):
         one_at_a_time = observe(model, [{"input_ids": row[None]} for row in other])
         assert one_at_a_time.share == pytest.approx(counted(model, other), rel=1e-9)
         assert observe(model, [{"input_ids": other}]).share == pytest.approx(one_at_a_time.share, rel=1e-9)
 
 
 def test_the_ends_keep_nobody_and_everybody(case: Any) -> None:
-    _, dial = case
-    assert set(dial.stops[-1].kept) == {1.0}
-    assert set(dial.stops[0].kept) == {0.0}
-    shares = [stop.share for stop in dial.stops]
+    _, budget_table = case
+    assert set(budget_table.points[-1].kept) == {1.0}
+    assert set(budget_table.points[0].kept) == {0.0}
+    shares = [stop.share for stop in budget_table.points]
     assert all(other <= one * 1.1 for one, other in pairwise(shares))
 
 
 def test_the_trained_setting_is_on_the_way(case: Any) -> None:
-    model, dial = case
+    model, budget_table = case
     share = observe(model, [{"input_ids": text(2, 2 * ROWS)}]).share
-    stop = min(dial.stops, key=lambda stop: abs(stop.share - share))
-    lines = [knob.line for knob in find_knobs(model)]
-    assert any(list(stop.lines) == lines for stop in dial.stops)
+    stop = min(budget_table.points, key=lambda stop: abs(stop.share - share))
+    thresholds = [handle.threshold for handle in find_handles(model)]
+    assert any(list(stop.thresholds) == thresholds for stop in budget_table.points)
     assert stop.share == pytest.approx(share, rel=0.03)
 
 
 def test_nothing_is_left_behind(case: Any) -> None:
-    model, dial = case
+    model, budget_table = case
     before = everything(model)
-    with dial.at(model, dial.reach[0]):
+    with budget_table.at(model, budget_table.range[0]):
         assert not same(before, everything(model))
     assert same(before, everything(model))
-    with pytest.raises(RuntimeError, match="stop"), dial.at(model, dial.reach[0]):
+    with pytest.raises(RuntimeError, match="stop"), budget_table.at(model, budget_table.range[0]):
         raise RuntimeError("stop")
     assert same(before, everything(model))
-    dial.set(model, dial.reach[0])
-    dial.set(model, dial.reach[1])
-    dial.reset(model)
+    budget_table.set(model, budget_table.range[0])
+    budget_table.set(model, budget_table.range[1])
+    budget_table.reset(model)
     assert same(before, everything(model))
     calibrate(model.train(), text(2, 2))
     assert model.training
@@ -151,16 +151,16 @@ def test_nothing_is_left_behind(case: Any) -> None:
 
 
 def test_generation_with_a_budget(case: Any) -> None:
-    model, dial = case
-    budget, prompt = dial.reach[0] + 0.4 * (dial.reach[1] - dial.reach[0]), text(3, 2)[:, :16]
+    model, budget_table = case
+    budget, prompt = budget_table.range[0] + 0.4 * (budget_table.range[1] - budget_table.range[0]), text(3, 2)[:, :16]
     before = everything(model)
-    ours = generate(model, prompt, max_new_tokens=8, budget=budget, dial=dial)
+    ours = generate(model, prompt, max_new_tokens=8, budget=budget, budget_table=budget_table)
     assert same(before, everything(model))
-    dial.set(model, budget)
+    budget_table.set(model, budget)
     theirs = model.generate(prompt, max_new_tokens=8, do_sample=False)
-    dial.reset(model)
+    budget_table.reset(model)
     assert torch.equal(ours, theirs)
-    steps = stream(model, prompt, max_new_tokens=8, budget=budget, dial=dial)
+    steps = stream(model, prompt, max_new_tokens=8, budget=budget, budget_table=budget_table)
     next(steps)
     assert not same(before, everything(model))
     steps.close()  # type: ignore[attr-defined]
@@ -168,50 +168,50 @@ def test_generation_with_a_budget(case: Any) -> None:
 
 
 def test_a_saved_model_keeps_the_setting_where_it_can(case: Any, tmp_path: Path) -> None:
-    model, dial = case
-    lasting = all(knob.lasting for knob in find_knobs(model))
+    model, budget_table = case
+    saved = all(handle.saved for handle in find_handles(model))
     rows = [{"input_ids": text(7, 4)}]
-    with dial.at(model, sum(dial.reach) / 2):
+    with budget_table.at(model, sum(budget_table.range) / 2):
         share = observe(model, rows).share
         model.save_pretrained(tmp_path)
     loaded = SkipstoneForCausalLM.from_pretrained(tmp_path).eval()
-    assert (observe(loaded, rows).share == pytest.approx(share, rel=1e-6)) == lasting
+    assert (observe(loaded, rows).share == pytest.approx(share, rel=1e-6)) == saved
 
 
-def test_a_dial_is_read_from_beside_the_weights(tmp_path: Path) -> None:
+def test_a_budget_table_is_read_from_beside_the_weights(tmp_path: Path) -> None:
     build(MECHANISMS["gates"]).save_pretrained(tmp_path)
     model, prompt = SkipstoneForCausalLM.from_pretrained(tmp_path).eval(), text(3, 1)[:, :8]
-    with pytest.raises(FileNotFoundError, match=r"has no dial\.json, which a budget needs: `skipstone calibrate`"):
+    with pytest.raises(FileNotFoundError, match=r"has no budget\.json, which a budget needs: `skipstone calibrate`"):
         generate(model, prompt, max_new_tokens=2, budget=0.7)
-    dial = skipstone.calibrate(model, text(0), text="walks")
-    assert dial.save(tmp_path).name == "dial.json"
-    assert Dial.load(tmp_path) == dial
-    assert str(dial).endswith("calibrated on 16 rows of 48 tokens of walks")
+    budget_table = skipstone.calibrate(model, text(0), text="walks")
+    assert budget_table.save(tmp_path).name == "budget.json"
+    assert BudgetTable.load(tmp_path) == budget_table
+    assert str(budget_table).endswith("calibrated on 16 rows of 48 tokens of walks")
     ours = generate(model, prompt, max_new_tokens=6, budget=0.5)
-    assert torch.equal(ours, generate(model, prompt, max_new_tokens=6, budget=0.5, dial=dial))
+    assert torch.equal(ours, generate(model, prompt, max_new_tokens=6, budget=0.5, budget_table=budget_table))
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        dial.save(tmp_path)
-    (tmp_path / "dial.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"dial\.json' cannot be read"):
-        Dial.load(tmp_path)
-    (tmp_path / "dial.json").write_text('{"knob": []}', encoding="utf-8")
-    with pytest.raises(ValueError, match="did you mean 'knobs'"):
-        Dial.load(tmp_path)
+        budget_table.save(tmp_path)
+    (tmp_path / "budget.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"budget\.json' cannot be read"):
+        BudgetTable.load(tmp_path)
+    (tmp_path / "budget.json").write_text('{"handle": []}', encoding="utf-8")
+    with pytest.raises(ValueError, match="did you mean 'handles'"):
+        BudgetTable.load(tmp_path)
 
 
-def test_budgets_out_of_reach_name_the_reach() -> None:
+def test_budgets_out_of_reach_name_the_range() -> None:
     model = build(MECHANISMS["gates"])
-    dial, prompt = calibrate(model, text(0)), text(3, 1)[:, :8]
-    low, high = dial.reach
+    budget_table, prompt = calibrate(model, text(0)), text(3, 1)[:, :8]
+    low, high = budget_table.range
     for budget in (low - 0.01, high + 0.01, float("nan"), -1.0):
         with pytest.raises(ValueError, match=f"out of reach: this model can execute from {low:g} to {high:g} of its"):
-            generate(model, prompt, max_new_tokens=2, budget=budget, dial=dial)
-    for budget in dial.reach:
-        dial.lines(budget)
-    with pytest.raises(ValueError, match="a dial has no effect without a budget"):
-        generate(model, prompt, max_new_tokens=2, dial=dial)
-    with pytest.raises(ValueError, match=r"another model: it turns 1\.\.3 token_selective, here are 1 mix"):
-        dial.set(build(MECHANISMS["mixture_of_depths"]), 0.8)
+            generate(model, prompt, max_new_tokens=2, budget=budget, budget_table=budget_table)
+    for budget in budget_table.range:
+        budget_table.thresholds(budget)
+    with pytest.raises(ValueError, match="a budget table has no effect without a budget"):
+        generate(model, prompt, max_new_tokens=2, budget_table=budget_table)
+    with pytest.raises(ValueError, match=r"another model: it sets 1\.\.3 token_selective, here are 1 mix"):
+        budget_table.set(build(MECHANISMS["mixture_of_depths"]), 0.8)
 
 
 MIXTURE = {"name": "mixture_of_depths", "layers": "1:", "capacity": 0.5}
@@ -244,16 +244,16 @@ def test_rows_that_are_none() -> None:
 
 def test_a_gate_that_tells_no_tokens_apart_has_gaps() -> None:
     model = build([{**GATE, "gate": "constant"}])
-    dial = calibrate(model, text(0, 2))
+    budget_table = calibrate(model, text(0, 2))
     with pytest.raises(ValueError, match=r"cannot be met: the scores tell no tokens apart between 0\.\d+ and 1\.\d+"):
-        dial.lines(0.7)
+        budget_table.thresholds(0.7)
 
 
 def test_one_budget_is_met_closely() -> None:
     model = build([{**MIXTURE, "capacity": 0.3}])
     rows = [{"input_ids": text(0)}]
     dense = model.eval().cost(tokens=TOKENS).dense.forward.total / TOKENS
-    meet(model, find_knobs(model), rows, 0.7 * dense)
+    meet(model, find_handles(model), rows, 0.7 * dense)
     assert observe(model, rows).share == pytest.approx(0.7, rel=0.015)
 
 

@@ -1,6 +1,6 @@
-"""The thresholds of a model that say who is kept: one interface over mechanisms that keep them in different places.
+"""The thresholds of a model that decide which tokens are kept, behind one interface wherever a mechanism holds them.
 
-A token is kept where its score is above the knob's line. The score is what records hold, so that a calibration reads it
+A token is kept where its score is above the threshold. The score is what records hold, so that a calibration reads it
 from ordinary passes: a router's logit, or the logit of a gate's gain.
 
 Shape letters: B rows, T tokens, N tokens that were asked.
@@ -28,40 +28,40 @@ EPSILON = 1e-12
 
 
 def is_gate(mechanism: Any) -> bool:
-    """Whether a threshold on its gain says who is left out."""
+    """Whether a threshold on the mechanism's gain decides which tokens are left out."""
     if isinstance(mechanism, TokenSelective):
         return mechanism.decision is None and mechanism.config.execution == "hard"
     return isinstance(mechanism, EarlyExit) and mechanism.config.execution == "hard"
 
 
-class Knob:
+class ThresholdHandle:
     """One threshold, of one block or of several that share it.
 
-    name: blocks and mechanism. lasting: whether a saved model keeps what was turned.
+    name: blocks and mechanism. saved: whether a saved model keeps what was set.
     """
 
-    lasting = True
+    saved = True
 
     def __init__(self, name: str, mechanisms: Sequence[Any]) -> None:
         self.name, self.mechanisms = name, list(mechanisms)
 
     @property
-    def line(self) -> float:
+    def threshold(self) -> float:
         """The score above which a token is kept."""
         raise NotImplementedError
 
-    def turn(self, line: float) -> None:
+    def set(self, threshold: float) -> None:
         raise NotImplementedError
 
     def state(self) -> State:
-        """All that `turn` changes, to the bit."""
+        """Return everything that `set` changes, to the bit."""
         raise NotImplementedError
 
     def restore(self, state: State) -> None:
         raise NotImplementedError
 
     def scores(self, records: Sequence[Records]) -> Tensor:
-        """[N]: of all tokens that were asked in a pass."""
+        """Return the scores [N] of all tokens of a pass that reached the mechanism."""
         found = [records[m.place.layer].get(m.place.name) for m in self.mechanisms]
         # None: inside a block that kept nobody
         parts = [self._scores(r)[r.asked_BT] for r in found if isinstance(r, DepthRecord)]
@@ -71,7 +71,7 @@ class Knob:
         return record.score_BT
 
 
-class RunningKnob(Knob):
+class EmaHandle(ThresholdHandle):
     """The threshold of `ema_threshold`, a buffer of the model."""
 
     @property
@@ -79,41 +79,43 @@ class RunningKnob(Knob):
         return self.mechanisms[0].decision  # type: ignore[no-any-return]
 
     @property
-    def line(self) -> float:
+    def threshold(self) -> float:
         return float(self._decision.threshold)
 
-    def turn(self, line: float) -> None:
-        self._decision.threshold.fill_(line)
+    def set(self, threshold: float) -> None:
+        self._decision.threshold.fill_(threshold)
         self._decision.steps.clamp_(min=1)  # set from text, it is as ready as one that followed a training
 
     def state(self) -> State:
-        return [self.line, float(self._decision.steps)]
+        return [self.threshold, float(self._decision.steps)]
 
     def restore(self, state: State) -> None:
         for buffer, value in zip((self._decision.threshold, self._decision.steps), state, strict=True):
             buffer.fill_(value)  # type: ignore[arg-type]
 
 
-class FixedKnob(Knob):
-    """The line of `threshold` and `threshold_p`, a number that follows from the options when a model is loaded."""
+class FixedHandle(ThresholdHandle):
+    """The threshold of decisions `threshold` and `threshold_p`, a number that follows from the options when a model is
+    loaded.
+    """
 
-    lasting = False
+    saved = False
 
     @property
-    def line(self) -> float:
+    def threshold(self) -> float:
         return float(self.mechanisms[0].decision.line)
 
-    def turn(self, line: float) -> None:
-        self.mechanisms[0].decision.line = line
+    def set(self, threshold: float) -> None:
+        self.mechanisms[0].decision.line = threshold
 
     def state(self) -> State:
-        return [self.line]
+        return [self.threshold]
 
     def restore(self, state: State) -> None:
         self.mechanisms[0].decision.line = state[0]
 
 
-class GateKnob(Knob):
+class GateHandle(ThresholdHandle):
     """The threshold of an entry of the configuration, which all of its blocks share.
 
     Early exit needs them equal, or a token that has left could come back; gains are comparable between blocks as they
@@ -130,15 +132,15 @@ class GateKnob(Knob):
         return isinstance(self.mechanisms[0], EarlyExit)
 
     @property
-    def line(self) -> float:
+    def threshold(self) -> float:
         threshold = self.mechanisms[0].config.threshold
         logit = math.log(threshold / (1 - threshold))
         return logit if self._skips_below else -logit
 
-    def turn(self, line: float) -> None:
-        line = min(max(line, -LARGEST_LOGIT), LARGEST_LOGIT)
-        threshold = 1 / (1 + math.exp(-line if self._skips_below else line))
-        self.restore([threshold, threshold])
+    def set(self, threshold: float) -> None:
+        logit = min(max(threshold, -LARGEST_LOGIT), LARGEST_LOGIT)
+        gain = 1 / (1 + math.exp(-logit if self._skips_below else logit))
+        self.restore([gain, gain])
 
     def state(self) -> State:
         return [self.mechanisms[0].config.threshold, self.entry.get("threshold")]
@@ -159,42 +161,42 @@ class GateKnob(Knob):
         return torch.logit(survival_BT.double(), eps=EPSILON)
 
 
-def find_knobs(model: SkipstoneForCausalLM) -> list[Knob]:
+def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """Every threshold on scores in the model, outermost mechanisms first, then by block; none where nothing skips."""
     blocks: Any = model.model.layers
-    knobs: list[Knob] = []
+    handles: list[ThresholdHandle] = []
     for entry, values in zip(placed(model.config), model.config.mechanisms or [], strict=True):
         mechanisms = [blocks[layer].mechanisms[entry.key] for layer in entry.layers]
         if mechanisms and is_gate(mechanisms[0]):
-            knobs.append(GateKnob(f"{_blocks(entry.layers)} {entry.key}", mechanisms, values))
+            handles.append(GateHandle(f"{_blocks(entry.layers)} {entry.key}", mechanisms, values))
         else:
-            knobs += _single(mechanisms)
-    return knobs
+            handles += _single(mechanisms)
+    return handles
 
 
-def _single(mechanisms: Sequence[Any]) -> Iterator[Knob]:
+def _single(mechanisms: Sequence[Any]) -> Iterator[ThresholdHandle]:
     for m in mechanisms:
         decision = getattr(m, "decision", None)
         if decision is None or m.capacity >= 1 or getattr(m.config, "execution", "hard") == "soft":
             continue
         if isinstance(decision, EmaThreshold):
-            yield RunningKnob(f"{m.place.layer} {m.place.name}", [m])
+            yield EmaHandle(f"{m.place.layer} {m.place.name}", [m])
         elif hasattr(decision, "line"):
-            yield FixedKnob(f"{m.place.layer} {m.place.name}", [m])
+            yield FixedHandle(f"{m.place.layer} {m.place.name}", [m])
 
 
-def require_knobs(model: SkipstoneForCausalLM) -> list[Knob]:
-    """`find_knobs`. Raises ValueError for a model without any, naming what it has, or without causal passes."""
+def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
+    """`find_handles`. Raises ValueError for a model without any, naming what it has, or without causal passes."""
     for mechanism in model.adjustables():
         mechanism.require_causal()
-    knobs = find_knobs(model)
-    if not knobs:
+    handles = find_handles(model)
+    if not handles:
         raise ValueError(
-            "a budget turns thresholds on scores: those of mixture_of_depths, token_selective and gate_skip with "
+            "a budget sets thresholds on scores: those of mixture_of_depths, token_selective and gate_skip with "
             "decision ema_threshold, threshold or threshold_p, and of token_selective and early_exit executed hard; "
             f"this model has {_described(model)}"
         )
-    return knobs
+    return handles
 
 
 def _described(model: SkipstoneForCausalLM) -> str:

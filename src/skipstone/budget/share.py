@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from skipstone.budget.handles import ThresholdHandle
 from skipstone.core.records import Records
-from skipstone.dial.knobs import Knob
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
 
@@ -25,7 +25,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
 @dataclass(frozen=True, kw_only=True)
 class Seen:
     """needed, dense: FLOPs a token by the cost model, of what was decided and without mechanisms. scores: of the tokens
-    that each knob's blocks were asked about, [N] each; kept: the share of them above its line."""
+    that reached each handle's blocks, [N] each; kept: the share of them above its threshold."""
 
     needed: float
     dense: float
@@ -38,19 +38,24 @@ class Seen:
 
 
 @torch.no_grad()
-def observe(model: SkipstoneForCausalLM, rows: Iterable[Mapping[str, Tensor]], knobs: Sequence[Knob] = ()) -> Seen:
+def observe(
+    model: SkipstoneForCausalLM, rows: Iterable[Mapping[str, Tensor]], handles: Sequence[ThresholdHandle] = ()
+) -> Seen:
     """One causal pass over `rows` (batches of any size), noise off; the model is in evaluation mode."""
-    scores: list[list[Tensor]] = [[] for _ in knobs]
+    scores: list[list[Tensor]] = [[] for _ in handles]
     needed = dense = tokens = 0.0
     for row in rows:
         inputs = {name: row[name] for name in INPUTS if name in row}
         out = model(**inputs, routing="causal", noise=False, use_cache=False, output_records=True)
-        for knob, found in zip(knobs, scores, strict=True):
-            found.append(knob.scores(out.records).to(row["input_ids"].device))
+        for handle, found in zip(handles, scores, strict=True):
+            found.append(handle.scores(out.records).to(row["input_ids"].device))
         spent = _spent(model, row["input_ids"], out.records)
         needed, dense, tokens = needed + spent[0], dense + spent[1], tokens + row["input_ids"].numel()
     joined = [torch.cat(found) for found in scores]
-    kept = [float((s > knob.line).double().mean()) if len(s) else 0.0 for knob, s in zip(knobs, joined, strict=True)]
+    kept = [
+        float((s > handle.threshold).double().mean()) if len(s) else 0.0
+        for handle, s in zip(handles, joined, strict=True)
+    ]
     return Seen(needed=needed / tokens, dense=dense / tokens, scores=joined, kept=kept)
 
 

@@ -1,0 +1,151 @@
+"""`BudgetTable`: the thresholds of a model for every budget in its range."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from skipstone.budget.handles import ThresholdHandle, find_handles
+from skipstone.core.strict import from_dict
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+FILE = "budget.json"
+LEGACY = "dial.json"  # what versions before 0.2 wrote, read where there is no FILE
+LEGACY_KEYS = {"knobs": "handles", "stops": "points", "lines": "thresholds"}
+GAP = 1.1  # between points further apart than this no budget is promised
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """The thresholds for one share. share: of the dense FLOPs a token, measured with these `thresholds`.
+
+    kept: the share of tokens that each threshold keeps.
+    """
+
+    share: float
+    thresholds: tuple[float, ...]
+    kept: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetTable:
+    """Thresholds of one model at operating points from the least to the most FLOPs that it can execute.
+
+    A budget is the share of the dense model's forward FLOPs a token, of causal passes over one row at a time. Between
+    two points thresholds are interpolated linearly. handles: names of the thresholds. trained: their state as trained.
+    tokens, rows: of the calibration text, which `text` describes.
+    """
+
+    handles: tuple[str, ...]
+    trained: tuple[tuple[float | None, ...], ...]
+    points: tuple[OperatingPoint, ...]
+    tokens: int
+    rows: int
+    text: str = ""
+
+    def __str__(self) -> str:
+        low, high = self.range
+        text = f" of {self.text}" if self.text else ""
+        return f"budgets from {low:g} to {high:g}, calibrated on {self.rows} rows of {self.tokens} tokens{text}"
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest budget, to three digits."""
+        low, high = self.points[0].share, self.points[-1].share
+        return math.ceil(low * 1000 - 1e-9) / 1000, math.floor(high * 1000 + 1e-9) / 1000
+
+    def thresholds(self, budget: float) -> list[float]:
+        """Return the threshold of each handle. Raises ValueError, naming the range, for a budget outside of it."""
+        low, high = self.range
+        if not low <= budget <= high:
+            raise ValueError(
+                f"budget {budget:g} is out of reach: this model can execute from {low:g} to {high:g} of its dense "
+                f"FLOPs a token (rows of {self.tokens} tokens)"
+            )
+        one, other = next((a, b) for a, b in pairwise(self.points) if a.share <= budget <= b.share)
+        if other.share > one.share * GAP:
+            raise ValueError(
+                f"budget {budget:g} cannot be met: the scores tell no tokens apart between {one.share:.3f} and "
+                f"{other.share:.3f} of the dense FLOPs; take one of these"
+            )
+        part = (budget - one.share) / (other.share - one.share) if other.share > one.share else 0.0
+        return [(1 - part) * a + part * b for a, b in zip(one.thresholds, other.thresholds, strict=True)]
+
+    def set(self, model: SkipstoneForCausalLM, budget: float) -> None:
+        """Set the model's thresholds to this budget, until `reset`.
+
+        Raises ValueError as `thresholds` does, and for another model than the one that was calibrated.
+        """
+        thresholds = self.thresholds(budget)
+        for handle, threshold in zip(self._handles(model), thresholds, strict=True):
+            handle.set(threshold)
+
+    def reset(self, model: SkipstoneForCausalLM) -> None:
+        """Restore every threshold as it was trained, to the bit."""
+        for handle, state in zip(self._handles(model), self.trained, strict=True):
+            handle.restore(list(state))
+
+    @contextmanager
+    def at(self, model: SkipstoneForCausalLM, budget: float) -> Iterator[None]:
+        """Set the model to the budget inside a `with` block; afterwards it is as it was before."""
+        before = [(handle, handle.state()) for handle in self._handles(model)]
+        try:
+            self.set(model, budget)
+            yield
+        finally:
+            for handle, state in before:
+                handle.restore(state)
+
+    def _handles(self, model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
+        handles = find_handles(model)
+        if tuple(handle.name for handle in handles) != self.handles:
+            found = ", ".join(handle.name for handle in handles) or "no thresholds"
+            raise ValueError(
+                f"this budget table belongs to another model: it sets {', '.join(self.handles)}, here are {found}"
+            )
+        return handles
+
+    def save(self, folder: str | Path) -> Path:
+        """Write budget.json beside the weights. Raises FileExistsError where there is a table already."""
+        path = self.refuse(folder)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @staticmethod
+    def find(folder: str | Path) -> Path | None:
+        """Return the file of the table in `folder`, by its name of today or the one before 0.2; None without either."""
+        return next((path for name in (FILE, LEGACY) if (path := Path(folder) / name).is_file()), None)
+
+    @classmethod
+    def refuse(cls, folder: str | Path) -> Path:
+        """Return where `save` would write. Raises FileExistsError as it does."""
+        if (path := cls.find(folder)) is not None:
+            raise FileExistsError(f"{str(path)!r} exists already; nothing is overwritten, remove it to calibrate anew")
+        return Path(folder) / FILE
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BudgetTable:
+        """Read what `save` wrote. Raises FileNotFoundError without a file, ValueError for one that cannot be read."""
+        path = cls.find(folder)
+        if path is None:
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {FILE}, which a budget needs: `skipstone calibrate` writes it"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+        return from_dict(cls, _of_today(values) if path.name == LEGACY else values, path.name)
+
+
+def _of_today(values: Any) -> Any:
+    """Values of a legacy file under the names of today."""
+    if isinstance(values, Mapping):
+        return {LEGACY_KEYS.get(key, key): _of_today(value) for key, value in values.items()}
+    return [_of_today(value) for value in values] if isinstance(values, list) else values
