@@ -102,9 +102,9 @@ def figures(folder: Path) -> dict[str, float]:
     rows = list(batches(opened.data, 32, opened.model.device))
     found = {"nats": measure(opened.model, opened.main, rows, activations=False).loss}
     records = opened.model(**rows[0], routing="causal", output_records=True).records
-    mixes: list[Any] = [module for module in opened.model.adjustables() if isinstance(module, MixFigures)]
+    mixes: list[Any] = [module for module in opened.model.routing_modules() if isinstance(module, MixFigures)]
     if mixes:
-        each = [mix.diversity(records[mix.place.layer][mix.place.name]).nanmean() for mix in mixes]
+        each = [mix.diversity(records[mix.placement.layer][mix.placement.name]).nanmean() for mix in mixes]
         found["apart"] = float(torch.stack(each).mean())
     return found
 

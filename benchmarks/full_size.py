@@ -96,7 +96,7 @@ def main() -> None:
         model = setup.build_model(config, recipe.train).train()
     found: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "routing": sum(p.numel() for m in model.adjustables() for p in m.parameters()),
+        "routing": sum(p.numel() for m in model.routing_modules() for p in m.parameters()),
         "tokens": asked.tokens,
         "threads": torch.get_num_threads(),
         "build_seconds": time.perf_counter() - began,

@@ -122,7 +122,7 @@ def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) ->
 
 def advance(model: SkipstoneForCausalLM, records: Any) -> None:
     for block, record in zip(model.model.layers, records, strict=True):
-        for name, mechanism in block.adjustables().items():
+        for name, mechanism in block.routing_modules().items():
             mechanism.advance(0.5, mechanism.statistics(record[name]))
 
 

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from publish import closing, keep, middle, ratios_in_turns, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.harden import harden
-from skipstone.core.tokens import Mode, Tokens
+from skipstone.core.tokens import PassMode, Tokens
 from skipstone.mechanisms import PolyGLU
 from skipstone.nn.mlp import FixedActivation, GatedMLP
 
@@ -86,7 +86,7 @@ def training(width: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
         ours, theirs = mlps(width)
         if tau < 1:
             as_if_trained(ours.activation)  # type: ignore[arg-type]
-        given = Tokens(slot_BT=slot, position_BT=slot, mode=Mode(noise=noise))
+        given = Tokens(slot_BT=slot, position_BT=slot, mode=PassMode(noise=noise))
         ratios = ratios_in_turns(step(ours, x_BTD, given, bf16), step(theirs, x_BTD, given, bf16), rounds)
         saved = [saved_bytes(mlp, x_BTD, given, bf16) for mlp in (ours, theirs)]
         named = {"width": width, "precision": "bf16" if bf16 else "fp32", "noise": noise, "tau": tau}
@@ -98,7 +98,7 @@ def decoding(width: int, rounds: int) -> dict[str, Any]:
     """A hardened model with a quarter of the neurons for each activation, and SwiGLU."""
     values = {"vocab_size": 256, "hidden_size": width, "num_hidden_layers": 6, "num_attention_heads": width // 64}
     routed = SkipstoneForCausalLM(SkipstoneConfig(**values, activation={"name": "polyglu"})).eval()
-    for mechanism in routed.adjustables():
+    for mechanism in routed.routing_modules():
         nn.init.normal_(mechanism.preference_bias)
     theirs = SkipstoneForCausalLM(SkipstoneConfig(**values)).eval()
     return {"width": width, "time": middle(ratios_in_turns(decode(harden(routed)), decode(theirs), rounds))}

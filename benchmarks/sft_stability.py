@@ -121,8 +121,8 @@ class Routing:
             records = WAYS["executed"].run(self.model, row, output_records=True).records
             for layer, (decided, block) in enumerate(zip(records, self.model.model.layers, strict=True)):
                 activation: Any = block.mlp.activation  # type: ignore[union-attr]
-                record: Any = decided[activation.place.name]
-                entropy = activation.dynamic_entropy(record).expand(record.asked_BT.shape)[record.asked_BT]
+                record: Any = decided[activation.placement.name]
+                entropy = activation.dynamic_entropy(record).expand(record.reached_BT.shape)[record.reached_BT]
                 sums[layer] += entropy.double().sum()
             count += int(row["input_ids"].numel())
         flips = torch.cat([a != b for a, b in zip(self.first, self._strongest(), strict=True)]).double().mean()
@@ -182,9 +182,9 @@ def tune(run: Path, rows: list[dict[str, Any]], tokenizer: Any, given: argparse.
         processing_class=tokenizer,
         callbacks=[watch],
     )
-    tau = [float(a.tau) for a in model.adjustables()]
+    tau = [float(a.tau) for a in model.routing_modules()]
     trainer.train()
-    assert [float(a.tau) for a in model.adjustables()] == tau, "tau has moved"
+    assert [float(a.tau) for a in model.routing_modules()] == tau, "tau has moved"
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     found = {"steps": given.steps, "tau": tau[0], "losses": losses, "course": watch.course}
     found["environment"] = surroundings(seed)

@@ -47,7 +47,7 @@ def test_neutral_mechanisms_leave_the_block_as_it_is() -> None:
     block = NanoBlock(16)
     mechanisms = [MixtureOfDepths(16), TokenSelective(16), EarlyExit(16)]
     for mechanism in mechanisms:
-        mechanism.neutral()
+        mechanism.set_identity()
     x = torch.randn(2, 9, 16)
     for routing in ("oracle", "causal"):
         torch.testing.assert_close(Routed(block, *mechanisms)(x, routing=routing), block(x), rtol=1e-3, atol=1e-3)

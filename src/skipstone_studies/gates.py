@@ -129,7 +129,7 @@ class RandomMasks(Way):
 
 
 def _found(model: SkipstoneForCausalLM, kind: type[Any]) -> list[Any]:
-    return [module for module in model.adjustables() if isinstance(module, kind)]
+    return [module for module in model.routing_modules() if isinstance(module, kind)]
 
 
 def _reset(gates: Sequence[Any], **options: Any) -> None:

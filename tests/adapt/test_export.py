@@ -57,8 +57,8 @@ def test_a_routed_model_says_what_is_lost(source: Path, tmp_path: Path) -> None:
 def test_polyglu_is_removed_while_every_neuron_uses_one_function(source: Path, tmp_path: Path) -> None:
     values = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
     model = SkipstoneForCausalLM(SkipstoneConfig(**values, activation={"name": "polyglu"})).eval()
-    for mechanism in model.adjustables():
-        mechanism.neutral()
+    for mechanism in model.routing_modules():
+        mechanism.set_identity()
     model.save_pretrained(tmp_path / "neutral")
     export_dense(tmp_path / "neutral", tmp_path / "back")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()

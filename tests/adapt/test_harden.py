@@ -31,7 +31,7 @@ def model(**more: Any) -> SkipstoneForCausalLM:
             **{**values, "vocab_size": 19, "activation": {"name": "polyglu"}, "initializer_range": 0.3, **more}
         )
     )
-    for mechanism in (m for m in built.adjustables() if m.place.name == "polyglu"):
+    for mechanism in (m for m in built.routing_modules() if m.placement.name == "polyglu"):
         mechanism.preference_bias.data.normal_()
         mechanism.mix_weight.data.zero_()
         mechanism.mix_bias.data.normal_()
@@ -67,13 +67,13 @@ def test_equals_the_strongest_activations(more: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_is_exact_where_nothing_is_mixed(tmp_path: Path) -> None:
     built = model()
-    for mechanism in built.adjustables():
+    for mechanism in built.routing_modules():
         best_F = mechanism.preference_bias.argmax(-1)
         mechanism.preference_bias.copy_(1000 * torch.nn.functional.one_hot(best_F, 4))
         mechanism.mix_bias.zero_()
     hardened = harden(built)
     assert not [name for name in hardened.state_dict() if "activation" in name]
-    assert not list(hardened.adjustables())
+    assert not list(hardened.routing_modules())
     hardened.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(IDS).logits, built(IDS).logits, rtol=0, atol=1e-5)
@@ -84,7 +84,7 @@ def test_is_exact_where_nothing_is_mixed(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_what_the_context_adds_is_a_mean_over_tokens() -> None:
     built = model()
-    for mechanism in built.adjustables():
+    for mechanism in built.routing_modules():
         mechanism.mix_weight.normal_()
     records = built(IDS, output_records=True).records
     for found, decided in zip(dynamic(built), records, strict=True):

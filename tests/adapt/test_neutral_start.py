@@ -59,7 +59,7 @@ def start(model: Any) -> NeutralStart:
 
 def check(model: Any) -> None:
     """Neutral, and every mechanism has a gradient to leave with."""
-    only_rounding = all(type(m).__name__ == "MixtureOfDepths" for m in model.adjustables())
+    only_rounding = all(type(m).__name__ == "MixtureOfDepths" for m in model.routing_modules())
     found = start(model)
     assert found.largest > 1
     assert found.tokens == 2 * 3 * 20 - 5
@@ -67,7 +67,7 @@ def check(model: Any) -> None:
     found.require(1e-3)
     ids = rows()[0]["input_ids"]
     model.train()(ids, labels=ids, noise=False).loss.backward()
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         norms = [p.grad.norm() for p in mechanism.parameters() if p.grad is not None]
         assert any(norm > 0 for norm in norms)
         assert all(norm.isfinite() for norm in norms)

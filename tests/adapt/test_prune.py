@@ -28,7 +28,7 @@ def model(balance_rate: float = 0.0, **more: Any) -> SkipstoneForCausalLM:
     torch.manual_seed(1)
     config = SkipstoneConfig(**sizes, num_attention_heads=4, initializer_range=0.3, neuron_groups=groups, **more)
     built = SkipstoneForCausalLM(config).eval()
-    for mechanism in built.adjustables():
+    for mechanism in built.routing_modules():
         if hasattr(mechanism, "preference_bias"):
             mechanism.preference_bias.data.normal_()
         else:

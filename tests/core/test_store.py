@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipstone.core.cache import EMPTY, Store
-from skipstone.core.rows import Rows
+from skipstone.core.cache import EMPTY, RaggedStore
+from skipstone.core.row_subset import RowSubset
 
 
 class Lists:
@@ -24,7 +24,7 @@ class Lists:
                 if real is None or bool(real[r, t]):
                     row.append((int(slot[0, t]), float(value[r, t, 0])))
 
-    def check(self, store: Store) -> None:
+    def check(self, store: RaggedStore) -> None:
         counts = [len(row) for row in self.rows]
         assert store.stored() == sum(counts)
         if not store.entries:
@@ -57,7 +57,7 @@ ACTS = st.lists(
 @given(ACTS, st.integers(1, 3), st.integers(0, 10_000))
 def test_any_history_equals_lists(acts: list[tuple[str, int]], rows: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    store, lists, slot = Store(), Lists(rows), 0
+    store, lists, slot = RaggedStore(), Lists(rows), 0
     for act, n in acts:
         rows = len(lists.rows)
         if act == "crop":
@@ -74,7 +74,7 @@ def test_any_history_equals_lists(acts: list[tuple[str, int]], rows: int, seed: 
             real = None
             if act != "even":
                 real = torch.rand(rows, n, generator=generator) < (0.0 if act == "none" else 0.5)
-            some = Rows.kept(real[:, 0]) if act == "rows" else None
+            some = RowSubset.from_mask(real[:, 0]) if act == "rows" else None
             if some is None or len(some.at) in (0, rows):
                 store.append(at, real, value=value)
             else:
@@ -85,7 +85,7 @@ def test_any_history_equals_lists(acts: list[tuple[str, int]], rows: int, seed: 
 
 
 def test_it_grows_in_steps_and_tells_its_size() -> None:
-    store = Store()
+    store = RaggedStore()
     store.append(torch.arange(3)[None], None, value=torch.zeros(2, 3, 4))
     assert store.bytes() == 2 * 3 * (4 * 4 + 8)
     held = [store.entries["value"].data_ptr()]
@@ -98,7 +98,7 @@ def test_it_grows_in_steps_and_tells_its_size() -> None:
 
 
 def test_nothing_before_the_first_token() -> None:
-    store = Store()
+    store = RaggedStore()
     assert store.last("value") is None
     assert store.stored() == store.bytes() == 0
     store.crop(0)
@@ -110,7 +110,7 @@ def test_nothing_before_the_first_token() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_types_are_kept(dtype: torch.dtype) -> None:
-    store = Store()
+    store = RaggedStore()
     real = torch.tensor([[True, False], [True, True]])
     store.append(torch.arange(2)[None], real, value=torch.ones(2, 2, 1, dtype=dtype))
     assert store.view("value").dtype == dtype

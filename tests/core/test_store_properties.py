@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipstone.core.cache import EMPTY, SkipstoneCacheLayer, Store
+from skipstone.core.cache import EMPTY, RaggedStore, SkipstoneCacheLayer
 from skipstone.core.static import SkipstoneStaticCacheLayer
 
 H, E, R, MOST = 2, 3, 4, 40
@@ -94,7 +94,7 @@ class Lists:
         C = slot_BC.shape[1]
         assert slot_BC.tolist() == [[e.slot for e in row] + [EMPTY] * (C - len(row)) for row in self.rows]
 
-    def check_last(self, store: Store) -> None:
+    def check_last(self, store: RaggedStore) -> None:
         last = store.last("total")
         if last is None:
             assert not any(self.rows)

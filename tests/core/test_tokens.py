@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.records import ActivationRecord, DepthRecord
-from skipstone.core.tokens import Executor, Mode, Selection, Tokens
+from skipstone.core.tokens import Executor, PassMode, Selection, Tokens
 
 KEPT = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
 WISH = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
@@ -17,7 +17,7 @@ WISH = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
 
 def tokens(executor: Executor = "gathered", real: Tensor | None = None, length: int = 5) -> Tokens:
     slot = torch.arange(length)[None]
-    return Tokens(slot_BT=slot, position_BT=slot + 10, real_BT=real, mode=Mode(executor=executor))
+    return Tokens(slot_BT=slot, position_BT=slot + 10, real_BT=real, mode=PassMode(executor=executor))
 
 
 def mask_of(selection: Selection | None) -> list[list[bool]]:
@@ -27,7 +27,7 @@ def mask_of(selection: Selection | None) -> list[list[bool]]:
 
 @pytest.mark.parametrize("executor", ["gathered", "masked"])
 def test_a_selection_is_its_mask(executor: Executor) -> None:
-    part = tokens(executor).narrow(KEPT)
+    part = tokens(executor).select_kept(KEPT)
     assert part.width == (3 if executor == "gathered" else 5)
     assert torch.equal(part.mask(3, KEPT.device), KEPT)
     x = torch.randn(3, 5, 2)
@@ -41,11 +41,11 @@ def test_a_selection_is_its_mask(executor: Executor) -> None:
 @pytest.mark.parametrize("executor", ["gathered", "masked"])
 def test_wishes_intersect_and_survive_a_narrowing(executor: Executor) -> None:
     whole = tokens(executor)
-    assert mask_of(whole.want(WISH).want(KEPT).wanted) == (WISH & KEPT).tolist()
-    part = whole.narrow(KEPT)
-    inner = whole.want(WISH).select(part)
-    assert inner.wanted is not None
-    back = part.scatter(inner.wanted.mask(3, KEPT.device))
+    assert mask_of(whole.restrict_queries(WISH).restrict_queries(KEPT).queries) == (WISH & KEPT).tolist()
+    part = whole.select_kept(KEPT)
+    inner = whole.restrict_queries(WISH).select(part)
+    assert inner.queries is not None
+    back = part.scatter(inner.queries.mask(3, KEPT.device))
     assert torch.equal(back, WISH & KEPT)
 
 
@@ -56,20 +56,20 @@ def test_wishes_of_rows_that_agree(length: int, everyone: bool) -> None:
     whole = tokens(length=length)
     wish = torch.tensor([[True], [False], [True]]).expand(3, length)
     kept = torch.ones(3, length, dtype=torch.bool) if everyone else wish.roll(1, 0)
-    part = whole.narrow(kept)
-    inner = whole.want(wish).select(part)
-    assert torch.equal(part.scatter(inner.wanted.mask(3, kept.device)), wish & kept)
-    assert inner.asked().slot_BT.shape[1] <= length
+    part = whole.select_kept(kept)
+    inner = whole.restrict_queries(wish).select(part)
+    assert torch.equal(part.scatter(inner.queries.mask(3, kept.device)), wish & kept)
+    assert inner.query_tokens().slot_BT.shape[1] <= length
 
 
 def test_everybody_kept_stays_in_place() -> None:
-    part = tokens().narrow(torch.ones(2, 5, dtype=torch.bool))
+    part = tokens().select_kept(torch.ones(2, 5, dtype=torch.bool))
     assert part.index_BK is None
     assert part.valid_BK is None
 
 
 def test_nobody_kept() -> None:
-    part = tokens().narrow(torch.zeros(2, 5, dtype=torch.bool))
+    part = tokens().select_kept(torch.zeros(2, 5, dtype=torch.bool))
     assert part.width == 0
     assert not part.mask(2, KEPT.device).any()
 
@@ -90,21 +90,23 @@ def test_gains_multiply() -> None:
 
 def test_tokens_move_with_everything_inside() -> None:
     inner = replace(
-        tokens().want(WISH), state={"s": torch.ones(3, 5)}, rotary=(torch.ones(1, 5, 2), torch.ones(1, 5, 2))
+        tokens().restrict_queries(WISH),
+        state={"s": torch.ones(3, 5)},
+        rotary=(torch.ones(1, 5, 2), torch.ones(1, 5, 2)),
     )
     moved = inner.to("meta")
     assert moved.slot_BT.device.type == moved.state["s"].device.type == moved.rotary[0].device.type == "meta"
-    assert moved.wanted.index_BK.device.type == "meta"
+    assert moved.queries.index_BK.device.type == "meta"
     assert moved.mode == inner.mode
 
 
 def test_records_are_lifted() -> None:
-    part, state = tokens().narrow(KEPT), {"s": torch.arange(15.0).view(3, 5)}
+    part, state = tokens().select_kept(KEPT), {"s": torch.arange(15.0).view(3, 5)}
     one = torch.ones(3, 3)
     inner = DepthRecord(one, one.bool(), one, one.bool(), one, {"s": -one})
     outer = inner.lift(part, state)
     assert torch.equal(outer.kept_BT, KEPT)
-    assert torch.equal(outer.asked_BT, KEPT)
+    assert torch.equal(outer.reached_BT, KEPT)
     assert torch.equal(outer.score_BT.isnan(), ~KEPT)
     assert torch.equal(outer.weight_BT, KEPT.float())
     assert torch.equal(outer.loss_BT, KEPT.float())
@@ -112,4 +114,4 @@ def test_records_are_lifted() -> None:
     for steps in (1, 3):
         lifted = ActivationRecord(torch.ones(3, steps, 4), one.bool()).lift(part, state)
         assert torch.equal(lifted.logits_BTA.isnan().any(-1), ~KEPT)
-        assert torch.equal(lifted.asked_BT, KEPT)
+        assert torch.equal(lifted.reached_BT, KEPT)

@@ -96,7 +96,7 @@ def test_measuring_leaves_the_model_as_it_was(root: Path) -> None:
     assert not model.training
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.adjustables())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.routing_modules())
 
 
 def test_cache_bytes_are_those_of_what_was_kept(root: Path) -> None:

@@ -96,8 +96,8 @@ def test_realised_capacity_counts_kept_among_asked(runs: Path) -> None:
         records = model(row["input_ids"][None], routing="causal", output_records=True).records
         decided = records[1].get("token_selective")
         if decided is not None:
-            kept, asked = kept + int(decided.kept_BT.sum()), asked + int(decided.asked_BT.sum())
-            rows += [float(decided.kept_BT.sum() / decided.asked_BT.sum())] if decided.asked_BT.any() else []
+            kept, asked = kept + int(decided.kept_BT.sum()), asked + int(decided.reached_BT.sum())
+            rows += [float(decided.kept_BT.sum() / decided.reached_BT.sum())] if decided.reached_BT.any() else []
     assert 0 < kept < asked
     assert layers[1]["token_selective"]["capacity"] == pytest.approx(kept / asked)
     assert layers[1]["token_selective"]["capacity_p99"] == pytest.approx(max(rows))

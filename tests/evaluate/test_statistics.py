@@ -26,8 +26,8 @@ def model(activation: str = "silu") -> SkipstoneForCausalLM:
 
 
 def depth(kept: list[list[int]], asked: list[list[int]], weight: float) -> DepthRecord:
-    kept_BT, asked_BT = torch.tensor(kept).bool(), torch.tensor(asked).bool()
-    return DepthRecord(torch.zeros(kept_BT.shape), kept_BT, kept_BT * weight, asked_BT)
+    kept_BT, reached_BT = torch.tensor(kept).bool(), torch.tensor(asked).bool()
+    return DepthRecord(torch.zeros(kept_BT.shape), kept_BT, kept_BT * weight, reached_BT)
 
 
 ROW = torch.ones(1, 16)

@@ -231,7 +231,7 @@ def lively(chosen: Case) -> SkipstoneForCausalLM:
 def enliven(model: SkipstoneForCausalLM) -> None:
     """Larger weights, routers with a wide spread of scores, and thresholds in the middle of what they see."""
     torch.manual_seed(12)
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         if "capacity_warmup" in vars(mechanism.config):
             mechanism.advance(0.25, None)  # in the middle of a warm-up, if it has one
     for name, parameter in model.named_parameters():
@@ -252,12 +252,12 @@ def enliven(model: SkipstoneForCausalLM) -> None:
 def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Module) -> None:
     if hasattr(getattr(mechanism, "decision", None), "threshold") and mechanism.router.score_bias is not None:
         mechanism.router.score_bias.zero_()  # gates that start open would all be 1
-    decisions = [getattr(m, "decision", None) for m in model.adjustables()]
+    decisions = [getattr(m, "decision", None) for m in model.routing_modules()]
     routing = "causal" if all(d is None or d.is_causal for d in decisions) else "oracle"
     record = model(ids(), routing=routing, noise=False, output_records=True).records[layer][name]
-    if not record.asked_BT.any():
+    if not record.reached_BT.any():
         return
-    scores = record.score_BT[record.asked_BT]
+    scores = record.score_BT[record.reached_BT]
     decision = getattr(mechanism, "decision", None)
     if hasattr(decision, "threshold"):
         decision.threshold.copy_(_between(scores, 0.5))
@@ -270,7 +270,7 @@ def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Mo
         if seen:  # at capacity 1 nobody asks
             decision.guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
     elif decision is None and record.carry:  # early exit: of those still in, seven in ten stay
-        survival = next(iter(record.carry.values()))[record.asked_BT]
+        survival = next(iter(record.carry.values()))[record.reached_BT]
         before = survival / scores.sigmoid()
         inside = before > 0.5
         if inside.any():
@@ -316,7 +316,9 @@ def assert_same_records(one: Any, other: Any, tolerance: float = TOLERANCE) -> N
         for name, record in mine.items():
             for field_name, a in record._asdict().items():
                 b = getattr(yours[name], field_name)
-                if field_name in ("loss_BT", "carry") and not (record.asked_BT.any() and yours[name].asked_BT.any()):
+                if field_name in ("loss_BT", "carry") and not (
+                    record.reached_BT.any() and yours[name].reached_BT.any()
+                ):
                     continue  # nobody asked: whether there is a loss of 0 or none is all the same
                 where = f"block {layer} {name} {field_name}"
                 if isinstance(a, Tensor) and a.dtype == torch.bool:

@@ -18,7 +18,7 @@ def test_decisions_are_not_trivial(chosen: Case) -> None:
     assert {layer for layer, _, _ in depth_records(out)} <= {0, *ROUTED}
     differ = 0
     for layer, name, record in depth_records(out):
-        share = record.kept_BT[record.asked_BT].float().mean().item()
+        share = record.kept_BT[record.reached_BT].float().mean().item()
         if "soft" in chosen.name:
             assert record.weight_BT.std() > 0.05
         else:

@@ -169,7 +169,7 @@ def test_dense_twin_is_the_model_without_mechanisms() -> None:
 
 def test_parameters() -> None:
     model = fresh(case(MOD, entry("token_selective"), activation="polyglu", positions="learned"))
-    mechanisms = sum(p.numel() for m in model.adjustables() for p in m.parameters())
+    mechanisms = sum(p.numel() for m in model.routing_modules() for p in m.parameters())
     found = model.cost(LENGTH).parameters
     assert found.total == sum(p.numel() for p in model.parameters())
     assert found.embedding == VOCAB * 32 + 64 * 32
@@ -203,7 +203,7 @@ def test_prefill_that_keeps_one_logit() -> None:
 def test_plain_numbers_serve_where_nothing_is_nested() -> None:
     model = lively(case(MOD))
     measured = kept_from_records(model, model(ids(1), output_records=True).records)
-    numbers = {i: {name: load.given for name, load in kept.items()} for i, kept in measured.items()}  # type: ignore[union-attr]
+    numbers = {i: {name: counts.kv_tokens for name, counts in kept.items()} for i, kept in measured.items()}  # type: ignore[union-attr]
     assert model.cost(LENGTH, kept=numbers).forward == model.cost(LENGTH, kept=measured).forward
 
 

@@ -164,6 +164,6 @@ def test_caches_of_another_kind_are_refused() -> None:
 
 def test_every_causal_case_is_ready_to_generate() -> None:
     for chosen in CAUSAL:
-        for mechanism in lively(chosen).adjustables():
+        for mechanism in lively(chosen).routing_modules():
             mechanism.require_causal()
-            assert mechanism.unready() is None
+            assert mechanism.not_ready_reason() is None

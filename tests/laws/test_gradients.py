@@ -52,7 +52,7 @@ def test_every_decision_and_weight(chosen: Case) -> None:
 def test_every_variant_learns_from_the_second_step(chosen: Case) -> None:
     """What starts at zero to be neutral (tanh weights, skip paths) lets parameters before it learn a step later."""
     model = fresh(chosen)
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         mechanism.advance(0.25, None)  # some warm-ups would still keep everybody
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     late = {name for name, norm in step(model).items() if not 0 < norm < float("inf")}

@@ -24,8 +24,8 @@ def neutral_and_dense(chosen: Case) -> tuple[SkipstoneForCausalLM, SkipstoneForC
     more = tuple((option, value) for option, value in chosen.more if option != "neuron_groups")
     dense = fresh(Case("dense", (), activation, more))
     dense.load_state_dict(routed.state_dict(), strict=False)
-    for mechanism in routed.adjustables():
-        mechanism.neutral()
+    for mechanism in routed.routing_modules():
+        mechanism.set_identity()
     return routed, dense
 
 
@@ -39,7 +39,7 @@ def check(chosen: Case, tolerance: float) -> None:
             assert_close(got, expected, routing, tolerance * 3)
     routed.train()(ids(), labels=ids(), noise=False).loss.backward()
     for layer in routed.model.layers:
-        for mechanism in layer.adjustables().values():
+        for mechanism in layer.routing_modules().values():
             norms = [p.grad.norm() for p in mechanism.parameters() if p.grad is not None]
             assert all(n.isfinite() for n in norms)
             learns = any(p.requires_grad for p in mechanism.parameters())
@@ -64,9 +64,9 @@ def test_neutral_mixture_of_depths_is_exact_under_every_decision_and_weight(chos
 def test_a_trained_mechanism_becomes_neutral_too(chosen: Case) -> None:
     routed, dense = neutral_and_dense(chosen)
     with torch.no_grad():
-        for mechanism in routed.adjustables():
+        for mechanism in routed.routing_modules():
             for parameter in mechanism.parameters():
                 parameter.normal_()
-            mechanism.neutral()
+            mechanism.set_identity()
         assert_close(routed(ids()).logits, dense(ids()).logits, tolerance=2e-6)
     assert dict(chosen.mechanisms[0])["weight"] in WEIGHTS

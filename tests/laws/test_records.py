@@ -22,23 +22,23 @@ def test_records_are_complete_and_consistent(chosen: Case) -> None:
     for routing in ["oracle"] if chosen.oracle_only else ["oracle", "causal"]:
         out = model(ids(), attention_mask=mask, routing=routing, noise=False, output_records=True)
         for block, records in zip(model.model.layers, out.records, strict=True):
-            assert records.keys() == block.adjustables().keys()
+            assert records.keys() == block.routing_modules().keys()
             for record in records.values():
-                assert record.asked_BT.shape == (3, LENGTH)
-                assert not (record.asked_BT & ~mask.bool()).any()
+                assert record.reached_BT.shape == (3, LENGTH)
+                assert not (record.reached_BT & ~mask.bool()).any()
                 numbers = record[0]
                 if numbers.shape[1] == LENGTH:
                     real = mask.bool() if numbers.dim() == 2 else mask.bool()[..., None].expand_as(numbers)
-                    asked = record.asked_BT if numbers.dim() == 2 else record.asked_BT[..., None].expand_as(numbers)
+                    asked = record.reached_BT if numbers.dim() == 2 else record.reached_BT[..., None].expand_as(numbers)
                     assert torch.equal(numbers.isfinite() & real, asked)
         for _, _, record in depth_records(out):
             assert record.score_BT.dtype == record.weight_BT.dtype == torch.float32
-            assert record.kept_BT.dtype == record.asked_BT.dtype == torch.bool
-            assert not (record.kept_BT & ~record.asked_BT).any()
+            assert record.kept_BT.dtype == record.reached_BT.dtype == torch.bool
+            assert not (record.kept_BT & ~record.reached_BT).any()
             assert (record.weight_BT[~record.kept_BT] == 0).all()
             assert record.weight_BT.isfinite().all()
             if record.loss_BT is not None:
-                assert (record.loss_BT[~record.asked_BT] == 0).all()
+                assert (record.loss_BT[~record.reached_BT] == 0).all()
 
 
 @pytest.mark.parametrize("name", INSIDE)
@@ -48,10 +48,10 @@ def test_inner_records_are_lifted_to_the_outer_row(name: str) -> None:
     model = lively(case(entry("mixture_of_depths"), entry(name), activation="polyglu"))
     for records in model(ids(), output_records=True).records[1:]:
         outer, inner, activation = records["mixture_of_depths"], records[name], records["polyglu"]
-        assert torch.equal(inner.asked_BT, outer.kept_BT)
-        assert torch.equal(activation.asked_BT, inner.kept_BT)
+        assert torch.equal(inner.reached_BT, outer.kept_BT)
+        assert torch.equal(activation.reached_BT, inner.kept_BT)
         assert not inner.score_BT[~outer.kept_BT].isfinite().any()
-        assert 0 < inner.kept_BT.sum() < inner.asked_BT.sum() < ids().numel()
+        assert 0 < inner.kept_BT.sum() < inner.reached_BT.sum() < ids().numel()
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def test_where_nobody_is_kept_the_names_stay() -> None:
     records = model(ids(), routing={1: none}, output_records=True).records[1]
     assert records.keys() == {"mixture_of_depths", "early_exit", "token_selective", "polyglu"}
     for name, record in records.items():
-        assert record.asked_BT.all() if name == "mixture_of_depths" else not record.asked_BT.any()
+        assert record.reached_BT.all() if name == "mixture_of_depths" else not record.reached_BT.any()
 
 
 @torch.no_grad()

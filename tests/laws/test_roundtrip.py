@@ -38,7 +38,7 @@ def logits(model: SkipstoneForCausalLM, chosen: Case) -> torch.Tensor:
 @pytest.mark.parametrize("chosen", CASES, ids=str)
 def test_saved_and_loaded_is_the_same(chosen: Case, tmp_path: Path) -> None:
     model = lively(chosen)
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         mechanism.advance(0.3, torch.tensor([0.2]))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
@@ -56,7 +56,7 @@ def test_saved_and_loaded_is_the_same(chosen: Case, tmp_path: Path) -> None:
 
 def test_moved_buffers_survive(tmp_path: Path) -> None:
     model = fresh(case(entry("mixture_of_depths", decision="ema_threshold"), activation="polyglu"))
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         mechanism.advance(0.5, torch.tensor([0.7]))
     model.save_pretrained(tmp_path)
     block = AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[1]
@@ -64,7 +64,7 @@ def test_moved_buffers_survive(tmp_path: Path) -> None:
     decision = block.mechanisms["mixture_of_depths"].decision
     assert decision.threshold.item() == pytest.approx(0.7)
     assert decision.steps.item() == 1
-    assert decision.unready() is None
+    assert decision.not_ready_reason() is None
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -104,7 +104,7 @@ def test_dense_weights_load_into_any_composition_and_the_rest_starts_fresh(tmp_p
                 assert torch.equal(state[name], value), name
             else:
                 assert 0.5 < state[name].std() / value.std() < 2, name
-    assert loaded.model.layers[1].mechanisms["mixture_of_depths"].decision.unready()
+    assert loaded.model.layers[1].mechanisms["mixture_of_depths"].decision.not_ready_reason()
 
 
 def test_order_of_mechanisms_may_change_after_saving(tmp_path: Path) -> None:

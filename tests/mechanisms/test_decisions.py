@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipstone.core.tokens import Mode, Tokens
+from skipstone.core.tokens import PassMode, Tokens
 from skipstone.mechanisms.decisions import DECISIONS, Decision, EmaThreshold, build_decision, causal_decisions
 from skipstone.ops.reference import quota
 
@@ -15,7 +15,7 @@ T, D = 24, 8
 
 def tokens(noise: bool = False, position: Tensor | None = None) -> Tokens:
     slot = torch.arange(T)[None]
-    return Tokens(slot_BT=slot, position_BT=slot if position is None else position, mode=Mode(noise=noise))
+    return Tokens(slot_BT=slot, position_BT=slot if position is None else position, mode=PassMode(noise=noise))
 
 
 def made(name: str, capacity: float = 0.25, seed: int = 0) -> Decision:
@@ -99,12 +99,12 @@ def test_the_running_threshold_follows_the_quantile() -> None:
     decision = made("ema_threshold", 0.25)
     assert isinstance(decision, EmaThreshold)
     assert not decision.static
-    assert "never advanced" in decision.unready()
+    assert "never advanced" in decision.not_ready_reason()
     torch.manual_seed(0)
     for _ in range(200):
         score = torch.randn(8, 64) + 2
         decision.advance(decision.statistics(score, torch.ones(8, 64, dtype=torch.bool)))
-    assert decision.unready() is None
+    assert decision.not_ready_reason() is None
     assert (torch.randn(100_000) + 2 > decision.threshold).float().mean() == pytest.approx(0.25, abs=0.02)
     assert torch.equal(kept(decision, "oracle"), kept(decision, "causal"))
 
@@ -125,7 +125,7 @@ def test_the_first_quantile_counts_in_full_and_padding_not_at_all() -> None:
 def test_others_are_always_ready_and_never_move(name: str) -> None:
     decision = made(name)
     before = {k: v.clone() for k, v in decision.state_dict().items()}
-    assert decision.unready() is None
+    assert decision.not_ready_reason() is None
     assert decision.statistics(torch.randn(2, T), torch.ones(2, T, dtype=torch.bool)) is None
     decision.advance(None)
     assert all(torch.equal(v, before[k]) for k, v in decision.state_dict().items())

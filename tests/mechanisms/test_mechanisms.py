@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from skipstone.core.records import Records
-from skipstone.core.tokens import Mode, Tokens
-from skipstone.mechanisms import DEPTH, EarlyExit, MixtureOfDepths, Place, PolyGLU, TokenSelective
+from skipstone.core.tokens import PassMode, Tokens
+from skipstone.mechanisms import DEPTH, EarlyExit, MixtureOfDepths, Placement, PolyGLU, TokenSelective
 from skipstone.mechanisms.polyglu import NUM_ACTIVATIONS
 from skipstone.mechanisms.routers import LinearRouter, MLPRouter
 
@@ -19,13 +19,13 @@ D, T = 16, 12
 
 def tokens(routing: str = "oracle", T: int = T, **more: Any) -> Tokens:
     slot = torch.arange(T)[None]
-    return Tokens(slot_BT=slot, position_BT=slot, mode=Mode(routing=routing), **more)
+    return Tokens(slot_BT=slot, position_BT=slot, mode=PassMode(routing=routing), **more)
 
 
 def double(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
     """An update that is easy to follow: twice the input, by the gain, for those that are wanted."""
     delta = 2 * x if tokens.gain_BT is None else 2 * x * tokens.gain_BT[..., None]
-    return (delta if tokens.wanted is None else tokens.wanted.scatter(tokens.wanted.gather(delta))), {}
+    return (delta if tokens.queries is None else tokens.queries.scatter(tokens.queries.gather(delta))), {}
 
 
 @pytest.mark.parametrize("weight", ["raw", "sigmoid", "tanh", "none"])
@@ -46,7 +46,7 @@ def test_mixture_of_depths_weighs_the_update(weight: str) -> None:
 
 
 def test_token_selective_gates_by_one_minus_p() -> None:
-    layer, x = TokenSelective(D, Place(count=4, name="tsa"), depth_weight=0.2), torch.randn(2, T, D)
+    layer, x = TokenSelective(D, Placement(count=4, name="tsa"), depth_weight=0.2), torch.randn(2, T, D)
     hidden = torch.relu(x @ layer.router.hidden_weight.T + layer.router.hidden_bias)
     p = torch.sigmoid(hidden @ layer.router.weight[0] + layer.router.score_bias)
     delta, records = layer(double, x, tokens())
@@ -72,7 +72,7 @@ def test_token_selective_executed_hard(hard_gain: str, threshold: float) -> None
 
 
 def test_early_exit_multiplies_survival() -> None:
-    layer, x = EarlyExit(D, Place(name="exit", count=2), threshold=0.4, depth_weight=0.1), torch.randn(2, T, D)
+    layer, x = EarlyExit(D, Placement(name="exit", count=2), threshold=0.4, depth_weight=0.1), torch.randn(2, T, D)
     assert (layer.initial_state(x)["exit"] == 1).all()
     before = torch.rand(2, T)
     s = before * torch.sigmoid(x @ layer.router.weight[0] + layer.router.score_bias)
@@ -144,7 +144,7 @@ def test_wrong_options_are_one_line(name: str, options: dict[str, Any], message:
 
 def polyglu(**options: Any) -> PolyGLU:
     torch.manual_seed(0)
-    layer = PolyGLU(D, 6, Place(name="polyglu"), **options)
+    layer = PolyGLU(D, 6, Placement(name="polyglu"), **options)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
@@ -186,7 +186,7 @@ def test_polyglu_noise_is_gumbel_of_each_row_and_neuron() -> None:
     assert noise.mean() == pytest.approx(0.5772, abs=0.03)
     assert noise.var() == pytest.approx(torch.pi**2 / 6, abs=0.1)
     gate, x = torch.randn(1, T, 6).expand(2, -1, -1), torch.randn(1, T, D).expand(2, -1, -1)
-    noisy = Tokens(slot_BT=torch.arange(T)[None], position_BT=torch.arange(T)[None], mode=Mode(noise=True))
+    noisy = Tokens(slot_BT=torch.arange(T)[None], position_BT=torch.arange(T)[None], mode=PassMode(noise=True))
     first, second = layer(gate, x, noisy)[0]
     assert not torch.allclose(first, second)
     quiet = polyglu(noise=False)

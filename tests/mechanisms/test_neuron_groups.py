@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from generate.folders import text_data, write_run
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.core.records import GroupsRecord
+from skipstone.core.records import NeuronGroupsRecord
 from skipstone.evaluate.flops import count_flops
 from skipstone.evaluate.run import evaluate
 from skipstone.generate.compute import compute_shares
@@ -39,10 +39,10 @@ def ids(rows: int = 2, length: int = 18) -> Tensor:
     return torch.randint(0, 19, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def record(built: SkipstoneForCausalLM, tokens: Tensor, layer: int = 0, **more: Any) -> GroupsRecord:
+def record(built: SkipstoneForCausalLM, tokens: Tensor, layer: int = 0, **more: Any) -> NeuronGroupsRecord:
     with torch.no_grad():
         found = built(tokens, output_records=True, **more).records[layer][NAME]
-    assert isinstance(found, GroupsRecord)
+    assert isinstance(found, NeuronGroupsRecord)
     return found
 
 
@@ -104,7 +104,7 @@ def test_decoding_in_inference_mode_and_out_of_it() -> None:
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(logits, 1), built(tokens).logits)
     cache.reset()
-    assert not cache.layers[0].held  # type: ignore[attr-defined]
+    assert not cache.layers[0].scratch  # type: ignore[attr-defined]
 
 
 def test_flops_fall_by_the_share_that_is_off() -> None:
@@ -132,14 +132,14 @@ def test_capacity_falls_during_the_warm_up() -> None:
     with pytest.warns(UserWarning, match="capacity_warmup was never advanced"):
         built.generate(ids(1, 3), max_new_tokens=1, pad_token_id=0)
     for progress, kept in ((0.0, TOTAL), (0.25, 4), (0.5, KEPT), (1.0, KEPT)):
-        for mechanism in built.adjustables():
+        for mechanism in built.routing_modules():
             mechanism.advance(progress, None)
         assert (record(built, ids()).kept_BTG.sum(-1) == kept).all()
 
 
 def test_balance_moves_towards_groups_that_are_on_less() -> None:
     built = model(balance_rate=0.5)
-    router: Any = next(built.adjustables())
+    router: Any = next(built.routing_modules())
     found = router.statistics(record(built, ids()))
     assert found.shape == (TOTAL,)
     assert found.sum() == pytest.approx(KEPT)
@@ -148,7 +148,7 @@ def test_balance_moves_towards_groups_that_are_on_less() -> None:
     for _ in range(200):
         router.advance(0.5, router.statistics(record(built, ids())))
     assert record(built, ids()).kept_BTG.any(0).any(0).all()
-    assert next(model().adjustables()).statistics(record(model(), ids())) is None
+    assert next(model().routing_modules()).statistics(record(model(), ids())) is None
 
 
 def test_the_card_and_the_report_tell() -> None:
@@ -159,7 +159,7 @@ def test_the_card_and_the_report_tell() -> None:
 def test_figures_of_training_and_of_evaluation(tmp_path: Path) -> None:
     built, meter = model(), Meter()
     with torch.no_grad():
-        meter.add(list(built.adjustables()), built(ids(), output_records=True).records)
+        meter.add(list(built.routing_modules()), built(ids(), output_records=True).records)
     figures = meter.read()
     assert figures[f"on/0/{NAME}"] == pytest.approx(0.5)
     assert 0 < figures[f"changing/0/{NAME}"] <= 1

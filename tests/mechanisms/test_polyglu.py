@@ -85,7 +85,7 @@ def test_a_preference_scale_multiplies_preferences_and_their_gradients() -> None
         gradients.append(layer.preference_bias.grad)
     torch.testing.assert_close(plain(gate, x, tokens())[0], scaled(gate, x, tokens())[0])
     torch.testing.assert_close(4 * gradients[0], gradients[1])
-    scaled.neutral()
+    scaled.set_identity()
     assert scaled(gate, x, tokens())[1]["polyglu"].logits_BTA.abs().max() == 0
     torch.testing.assert_close(
         scaled.shares(scaled(gate, x, tokens())[1]["polyglu"])[..., 2].min().item(), 1.0, atol=1e-3, rtol=0

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.core.tokens import Mode, Tokens
-from skipstone.mechanisms import MixtureOfDepths, Place
+from skipstone.core.tokens import PassMode, Tokens
+from skipstone.mechanisms import MixtureOfDepths, Placement
 from skipstone.mechanisms.exploration import Exploration
 from skipstone.mechanisms.schedules import Capacity, between
 from skipstone.ops.reference import quota
@@ -37,7 +37,7 @@ def kept_share(model: SkipstoneForCausalLM, **call: Any) -> list[float]:
 
 def tokens(noise: bool) -> Tokens:
     slot = torch.arange(T)[None]
-    return Tokens(slot_BT=slot, position_BT=slot, mode=Mode(routing="oracle", noise=noise))
+    return Tokens(slot_BT=slot, position_BT=slot, mode=PassMode(routing="oracle", noise=noise))
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -131,10 +131,10 @@ def test_a_running_threshold_follows_the_warm_up() -> None:
 def test_a_warm_up_that_nobody_advanced_says_so() -> None:
     built = model(decision="positional", capacity_warmup=0.5)
     assert kept_share(built) == [1, 1, 1]
-    assert all("capacity_warmup was never advanced" in m.unready() for m in mods(built))
+    assert all("capacity_warmup was never advanced" in m.not_ready_reason() for m in mods(built))
     for mechanism in mods(built):
         mechanism.advance(0.1, None)
-        assert mechanism.unready() is None
+        assert mechanism.not_ready_reason() is None
 
 
 @pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16])
@@ -164,7 +164,9 @@ def test_what_is_not_asked_for_leaves_no_tensor() -> None:
 
 @pytest.mark.parametrize("decision", ["topk", "threshold", "predictor", "ema_threshold", "threshold_p"])
 def test_exploration_changes_who_is_kept_and_fades(decision: str) -> None:
-    mechanism = MixtureOfDepths(D, Place(), decision=decision, capacity=0.25, exploration=2.0, exploration_until=0.5)
+    mechanism = MixtureOfDepths(
+        D, Placement(), decision=decision, capacity=0.25, exploration=2.0, exploration_until=0.5
+    )
     x = torch.randn(64, T, D)
     score = mechanism.router(x)
     if decision == "ema_threshold":

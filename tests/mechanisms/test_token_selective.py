@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mechanisms.test_mechanisms import D, T, double, tokens
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.core.load import Load
+from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord
-from skipstone.core.tokens import Mode, Tokens
-from skipstone.mechanisms import MixtureOfDepths, Place, TokenSelective
+from skipstone.core.tokens import PassMode, Tokens
+from skipstone.mechanisms import MixtureOfDepths, Placement, TokenSelective
 
 PASSES = ("hard", "straight_through")
 
@@ -21,7 +21,7 @@ PASSES = ("hard", "straight_through")
 def built(**options: Any) -> TokenSelective:
     """A gate whose threshold lies among its scores."""
     torch.manual_seed(0)
-    layer = TokenSelective(D, Place(name="tsa"), **options)
+    layer = TokenSelective(D, Placement(name="tsa"), **options)
     if options.get("capacity") and hasattr(layer.decision, "threshold"):
         scores = layer(double, inputs(), tokens())[1]["tsa"].score_BT
         layer.decision.threshold.copy_(scores.quantile(1 - layer.capacity))
@@ -106,7 +106,7 @@ def test_guidance_tells_every_token_and_the_model_hears_nothing() -> None:
 def test_guided_with_gain_one_it_is_mixture_of_depths(kv: str) -> None:
     """Not like it: the same numbers. What is left of the paper's idea is the gain 1 - p and its gradient."""
     gate = built(training="hard", hard_gain="one", capacity=0.25, guidance=True, router_norm=True, kv=kv)
-    mixture = MixtureOfDepths(D, Place(name="tsa"), capacity=0.25, router="mlp", kv=kv)
+    mixture = MixtureOfDepths(D, Placement(name="tsa"), capacity=0.25, router="mlp", kv=kv)
     mixture.load_state_dict(gate.state_dict())
     with torch.no_grad():
         mixture.router.weight.neg_()
@@ -142,7 +142,7 @@ def test_nobody_kept_leaves_the_stream_alone() -> None:
 
 def test_a_capacity_is_met_whatever_the_scores_do() -> None:
     """Scores that drift, ever slower, as with the learning rate of a training."""
-    layer, generator = TokenSelective(D, Place(name="tsa"), training="hard", capacity=0.3), torch.Generator()
+    layer, generator = TokenSelective(D, Placement(name="tsa"), training="hard", capacity=0.3), torch.Generator()
     generator.manual_seed(3)
     shares = []
     for step in range(100):
@@ -170,7 +170,7 @@ def test_a_warm_up_goes_from_the_soft_pass_to_the_hard_one() -> None:
 def test_random_skipping_of_the_same_share(gate: str, routing: str) -> None:
     layer, x = TokenSelective(D, capacity=0.25, decision="random", training="hard", gate=gate), torch.randn(4, 400, D)
     slot = torch.arange(400)[None]
-    noisy = Tokens(slot_BT=slot, position_BT=slot, mode=Mode(routing=routing, noise=routing == "oracle"))
+    noisy = Tokens(slot_BT=slot, position_BT=slot, mode=PassMode(routing=routing, noise=routing == "oracle"))
     record = layer(double, x, noisy)[1]["TokenSelective"]
     assert record.kept_BT.float().mean() == pytest.approx(0.25, abs=0.06)
     assert abs(torch.corrcoef(torch.stack((record.kept_BT.float().flatten(), x.norm(dim=-1).flatten())))[0, 1]) < 0.1
@@ -205,8 +205,8 @@ def trained(entry: dict[str, Any], steps: int = 70) -> tuple[SkipstoneForCausalL
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        for mechanism in model.adjustables():
-            record = out.records[mechanism.place.layer]["token_selective"]
+        for mechanism in model.routing_modules():
+            record = out.records[mechanism.placement.layer]["token_selective"]
             mechanism.advance((step + 1) / steps, mechanism.statistics(record))
             shares.append((record.weight_BT > 0).float().mean().item())
     return before, model, sum(shares[-20:]) / 20
@@ -216,7 +216,7 @@ def trained(entry: dict[str, Any], steps: int = 70) -> tuple[SkipstoneForCausalL
 def test_training_meets_the_capacity(more: dict[str, Any]) -> None:
     _, model, share = trained({**FULL, **more})
     assert share == pytest.approx(0.5, abs=0.05)
-    assert all(mechanism.unready() is None for mechanism in model.adjustables())
+    assert all(mechanism.not_ready_reason() is None for mechanism in model.routing_modules())
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,9 @@ def test_training_meets_the_capacity(more: dict[str, Any]) -> None:
 def test_what_a_capacity_promises(options: dict[str, Any], oracle: tuple[int, int], causal: tuple[int, int]) -> None:
     layer = TokenSelective(D, **options)
     for is_oracle, (given, asked) in ((True, oracle), (False, causal)):
-        assert layer.narrow(Load(given=100, asked=100), oracle=is_oracle) == Load(given=given, asked=asked)
+        assert layer.counts_inside(TokenCounts(kv_tokens=100, query_tokens=100), oracle=is_oracle) == TokenCounts(
+            kv_tokens=given, query_tokens=asked
+        )
 
 
 @pytest.mark.parametrize("training", ["soft", *PASSES])
@@ -244,15 +246,15 @@ def test_a_frozen_gate_stays_as_it_starts(training: str) -> None:
 
 
 def test_a_gate_that_was_never_advanced_says_so() -> None:
-    assert "never advanced" in (TokenSelective(D, capacity=0.5).unready() or "")
-    assert "capacity_warmup" in (TokenSelective(D, capacity=0.5, capacity_warmup=0.1).unready() or "")
+    assert "never advanced" in (TokenSelective(D, capacity=0.5).not_ready_reason() or "")
+    assert "capacity_warmup" in (TokenSelective(D, capacity=0.5, capacity_warmup=0.1).not_ready_reason() or "")
     for options in (
         {},
         {"capacity": 1.0},
         {"capacity": 0.5, "execution": "soft"},
         {"capacity": 0.5, "decision": "random"},
     ):
-        assert TokenSelective(D, **options).unready() is None
+        assert TokenSelective(D, **options).not_ready_reason() is None
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.records import Records
-from skipstone.core.tokens import Mode, Tokens
-from skipstone.mechanisms import GateSkip, MixtureOfDepths, Place
+from skipstone.core.tokens import PassMode, Tokens
+from skipstone.mechanisms import GateSkip, MixtureOfDepths, Placement
 from skipstone.mechanisms.decisions import build_decision
 from skipstone.mechanisms.routers import LinearRouter, MLPRouter
 
@@ -20,13 +20,13 @@ D, T, NAME = 16, 12, "MixtureOfDepths"
 
 def tokens(routing: Any = "oracle", **more: Any) -> Tokens:
     slot = torch.arange(T)[None]
-    return Tokens(slot_BT=slot, position_BT=slot, mode=Mode(routing=routing), **more)
+    return Tokens(slot_BT=slot, position_BT=slot, mode=PassMode(routing=routing), **more)
 
 
 def triple(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
     """Three times the input, by the gain, for those that are wanted."""
     delta = 3 * x if tokens.gain_BT is None else 3 * x * tokens.gain_BT[..., None]
-    return (delta if tokens.wanted is None else tokens.wanted.scatter(tokens.wanted.gather(delta))), {}
+    return (delta if tokens.queries is None else tokens.queries.scatter(tokens.queries.gather(delta))), {}
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
@@ -97,8 +97,8 @@ def test_full_kv_gives_the_update_every_token_and_asks_for_the_kept_ones(routing
     record = records[NAME]
     (given, inner), kept = seen[0], record.kept_BT
     assert given is x
-    assert torch.equal(inner.wanted.mask(2, x.device), kept)
-    assert inner.asked().length == 6
+    assert torch.equal(inner.queries.mask(2, x.device), kept)
+    assert inner.query_tokens().length == 6
     torch.testing.assert_close(delta, 3 * x * record.weight_BT[..., None])
     assert (record.weight_BT != 0).equal(kept)
 
@@ -115,7 +115,7 @@ def test_attention_or_mlp_alone_saves_its_own_half() -> None:
         kinds = ("attention_linear", "attention_score", "mlp")
         shares[name] = [getattr(cost.forward, kind) / getattr(cost.dense.forward, kind) for kind in kinds]
         caches[name] = cost.kv_bytes_per_token / cost.dense.kv_bytes_per_token
-        assert len({id(m.router.weight) for m in model.adjustables()}) == len(entries)
+        assert len({id(m.router.weight) for m in model.routing_modules()}) == len(entries)
     assert shares == {
         "attention": [0.625, (1 + 0.25**2) / 2, 1],
         "mlp": [1, 1, 0.625],
@@ -165,13 +165,13 @@ def test_the_skip_path_obeys_outer_gates() -> None:
     whole = layer(triple, x, tokens("causal"))[0]
     scaled = layer(triple, x, tokens("causal").scaled(gain))[0]
     torch.testing.assert_close(scaled, whole * gain[..., None])
-    asked = layer(triple, x, tokens("causal").want(wanted))[0]
+    asked = layer(triple, x, tokens("causal").restrict_queries(wanted))[0]
     torch.testing.assert_close(asked, torch.where(wanted[..., None], whole, 0.0))
 
 
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_gate_skip_is_its_equation(kind: Any) -> None:
-    layer, x = GateSkip(D, Place(count=4, name="gate"), gate=kind, sparsity_weight=0.2), torch.randn(2, T, D)
+    layer, x = GateSkip(D, Placement(count=4, name="gate"), gate=kind, sparsity_weight=0.2), torch.randn(2, T, D)
     g = torch.sigmoid(x @ layer.router.weight.T + layer.router.score_bias)
     assert g.shape[-1] == (D if kind == "channel" else 1)
     delta, records = layer(triple, x, tokens())
@@ -186,10 +186,10 @@ def test_gate_skip_is_its_equation(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_gate_skip_leaves_out_its_budget_of_the_lowest_gates(kind: Any) -> None:
     layer, x = GateSkip(D, capacity=0.75, gate=kind, start_bias=0.0), torch.randn(50, T, D)
-    assert "never advanced" in layer.unready()
+    assert "never advanced" in layer.not_ready_reason()
     record = layer(triple, x, tokens())[1]["GateSkip"]
     layer.advance(0.5, layer.statistics(record))
-    assert layer.unready() is None
+    assert layer.not_ready_reason() is None
     delta, records = layer(triple, x, tokens("causal"))
     kept = records["GateSkip"].kept_BT
     assert kept.float().mean() == pytest.approx(0.75, abs=0.01)
@@ -197,7 +197,7 @@ def test_gate_skip_leaves_out_its_budget_of_the_lowest_gates(kind: Any) -> None:
     assert (delta[~kept] == 0).all()
     soft = GateSkip(D, capacity=0.75, gate=kind, execution="soft")
     assert soft(triple, x, tokens("causal"))[1]["GateSkip"].kept_BT.all()
-    assert soft.unready() is None
+    assert soft.not_ready_reason() is None
 
 
 @pytest.mark.parametrize(

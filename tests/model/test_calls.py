@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.core.tokens import Mode, Tokens
+from skipstone.core.tokens import PassMode, Tokens
 from skipstone.model.tokens import Call, tokens_of
 
 
 def call(seen: int = 0, T: int = 4, **given: Any) -> Tokens:
     values = {k: torch.tensor(v) for k, v in given.items()}
-    return tokens_of(Call(shape=torch.Size((2, T)), device=torch.device("cpu"), seen=seen, **values), Mode())
+    return tokens_of(Call(shape=torch.Size((2, T)), device=torch.device("cpu"), seen=seen, **values), PassMode())
 
 
 def test_nothing_given() -> None:

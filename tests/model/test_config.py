@@ -104,8 +104,8 @@ def test_the_same_mechanism_may_sit_on_several_sites_and_on_other_blocks() -> No
     blocks = SkipstoneForCausalLM(config).model.layers
     assert [list(b.mechanisms) for b in blocks[:2]] == [[MOD, f"{MOD}_on_mlp"], [MOD]]
     assert [b.mechanisms[MOD].capacity for b in blocks] == [0.125, 0.5] * 3
-    assert [b.mechanisms[MOD].place.index for b in blocks] == [0, 0, 1, 1, 2, 2]
-    assert all(b.mechanisms[MOD].place.count == 3 for b in blocks)
+    assert [b.mechanisms[MOD].placement.index for b in blocks] == [0, 0, 1, 1, 2, 2]
+    assert all(b.mechanisms[MOD].placement.count == 3 for b in blocks)
 
 
 def test_defaults_of_layers() -> None:

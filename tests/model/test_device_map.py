@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from skipstone import SkipstoneForCausalLM, presets
-from skipstone.core.tokens import Mode, Selection, Tokens
+from skipstone.core.tokens import PassMode, Selection, Tokens
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # accelerate's remarks on offloading
@@ -41,16 +41,16 @@ def test_every_tensor_of_the_tokens_moves() -> None:
         document_BT=slot,
         real_BT=ones.bool(),
         gain_BT=ones,
-        wanted=Selection(index_BK=slot, valid_BK=ones.bool(), length=3),
+        queries=Selection(index_BK=slot, valid_BK=ones.bool(), length=3),
         state={"early_exit": ones},
         forced_BT=ones.bool(),
-        mode=Mode(noise=True),
+        mode=PassMode(noise=True),
     )
     moved = tokens.to("meta")
     assert moved.mode == tokens.mode
-    assert moved.wanted is not None
-    assert moved.wanted.length == 3
-    found = [getattr(moved, f.name) for f in fields(moved)] + [moved.wanted.index_BK, moved.wanted.valid_BK]
+    assert moved.queries is not None
+    assert moved.queries.length == 3
+    found = [getattr(moved, f.name) for f in fields(moved)] + [moved.queries.index_BK, moved.queries.valid_BK]
     found += [*moved.state.values(), *(moved.rotary or ())]
     tensors = [x for x in found if isinstance(x, torch.Tensor)]
     assert len(tensors) == 11

@@ -108,7 +108,7 @@ def test_card() -> None:
 
 def test_logged_figures() -> None:
     model, meter = build(INTEGRATED), Meter()
-    meter.add(model.adjustables(), model(ids(), output_records=True).records)
+    meter.add(model.routing_modules(), model(ids(), output_records=True).records)
     logs = meter.read()
     assert logs.keys() == {f"{kind}/{layer}/experts" for kind in ("no_op", "busiest", "entropy") for layer in (0, 1)}
     assert 0.1 < logs["no_op/0/experts"] < 0.6

@@ -189,7 +189,7 @@ def test_the_host_never_waits() -> None:
 
 def test_unasked_record() -> None:
     built, x = part(no_op=2), torch.randn(B, T, D)
-    record, asked = built.unasked(x), run(built, x)[1]
+    record, asked = built.empty_record(x), run(built, x)[1]
     assert [f.shape for f in record[:3]] == [f.shape for f in asked[:3]]
     assert record.logits_BTX.isnan().all()
     assert not record.chosen_BTX.any()
@@ -223,10 +223,10 @@ def test_an_expert_has_the_dense_neurons_by_the_choices() -> None:
 def test_records_are_lifted() -> None:
     built, x = part(no_op=2), torch.randn(B, T, D)
     kept = torch.arange(T).expand(B, T) % 3 == 0
-    chosen = replace(tokens(), real_BT=None).narrow(kept)
+    chosen = replace(tokens(), real_BT=None).select_kept(kept)
     record = built(chosen.gather(x), tokens().select(chosen))[1]["experts"].lift(chosen, {})
     whole = run(built, x)[1]
-    assert torch.equal(record.asked_BT, kept)
+    assert torch.equal(record.reached_BT, kept)
     assert torch.equal(record.chosen_BTX[kept], whole.chosen_BTX[kept])
     assert not record.chosen_BTX[~kept].any()
     torch.testing.assert_close(record.logits_BTX[kept], whole.logits_BTX[kept])

@@ -82,7 +82,7 @@ def test_a_plain_block_adds_attention_then_mlp() -> None:
     got, records = plain(x, tokens())
     assert torch.equal(got, expected)
     assert records == {}
-    assert plain.adjustables() == {}
+    assert plain.routing_modules() == {}
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from skipstone import ops
-from skipstone.ops import fused, lean, reference
+from skipstone.ops import cpu, fused, reference
 
 SHAPES = [(1, 1), (1, 37), (3, 1), (3, 37)]  # rows of the static part, tokens of the dynamic part
 
@@ -50,5 +50,5 @@ def test_no_tokens(device: str) -> None:
 
 def test_cuda_takes_it() -> None:
     assert ops._eager("cuda") is fused
-    assert ops._eager("cpu") is lean
+    assert ops._eager("cpu") is cpu
     assert ops._eager("mps") is reference

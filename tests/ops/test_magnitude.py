@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from skipstone.ops import magnitude
-from skipstone.ops.magnitude import Part, Parts, largest, sizes
+from skipstone.ops.magnitude import MagnitudeOutput, MagnitudeWeights, largest, sizes
 
 WIDTH, NEURONS = 37, 96  # one that no vector register divides
 
@@ -31,17 +31,17 @@ def given(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return x.to(dtype), a.to(dtype), torch.rand(NEURONS) + 0.5, up.to(dtype), down.to(dtype)
 
 
-def one_token(x: torch.Tensor, a: torch.Tensor, *weights: torch.Tensor, **counts: int) -> Part:
-    return magnitude.one_token(x, a, Parts(*weights, **counts))
+def one_token(x: torch.Tensor, a: torch.Tensor, *weights: torch.Tensor, **counts: int) -> MagnitudeOutput:
+    return magnitude.one_token(x, a, MagnitudeWeights(*weights, **counts))
 
 
-def specified(*given: torch.Tensor, tried: int, kept: int, size: int) -> Part:
+def specified(*given: torch.Tensor, tried: int, kept: int, size: int) -> MagnitudeOutput:
     x, a, typical, up, down = given
     score = sizes(a, size, typical)
     tried_11G = largest(score, tried)
     h = a * F.linear(x, up) * tried_11G.repeat_interleave(size, -1)
     kept_11G = largest(sizes(h, size), kept)
-    return Part(F.linear(h * kept_11G.repeat_interleave(size, -1), down.t()), score, tried_11G, kept_11G)
+    return MagnitudeOutput(F.linear(h * kept_11G.repeat_interleave(size, -1), down.t()), score, tried_11G, kept_11G)
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_the_largest_of_every_row(way: str, count: int) -> None:
 def test_a_matrix_is_turned(dtype: torch.dtype) -> None:
     pytest.importorskip("numba")
     weight = torch.randn(37, 50).to(dtype)
-    assert torch.equal(magnitude.turned(weight), weight.t())
-    assert magnitude.turned(weight).is_contiguous()
+    assert torch.equal(magnitude.transposed(weight), weight.t())
+    assert magnitude.transposed(weight).is_contiguous()
 
 
 def test_a_copy_shares_the_weights() -> None:
-    parts = Parts(*given()[2:], tried=3, kept=2, size=1)
+    parts = MagnitudeWeights(*given()[2:], tried=3, kept=2, size=1)
     assert copy.deepcopy({"held": parts})["held"].up_FD is parts.up_FD
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(4, 4, dtype=torch.float16), torch.zeros(4, 4, device="meta")])
 def test_other_weights_are_copied(weight: torch.Tensor) -> None:
-    assert not magnitude.served(weight, weight)
-    assert not magnitude.served(torch.zeros(4, 4), torch.zeros(4, 4).bfloat16())
+    assert not magnitude.reads_in_place(weight, weight)
+    assert not magnitude.reads_in_place(torch.zeros(4, 4), torch.zeros(4, 4).bfloat16())

@@ -33,7 +33,7 @@ def build(name: str) -> SkipstoneForCausalLM:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name: str) -> None:
     model = build(name)
-    ours = sum(p.numel() for mechanism in model.adjustables() for p in mechanism.parameters())
+    ours = sum(p.numel() for mechanism in model.routing_modules() for p in mechanism.parameters())
     assert (model.num_parameters(), ours) == PARAMETERS[name]
 
 
@@ -75,4 +75,4 @@ def test_the_tsa_base_drops_out_what_the_paper_does() -> None:
     block = SkipstoneForCausalLM(presets.get("tsa-copy")).model.layers[0]
     assert (block.mlp.dropout, block.mlp.hidden_dropout, block.self_attn.dropout) == (0.1, 0.1, 0.1)
     assert block.self_attn.residual_dropout == 0
-    assert not block.adjustables()
+    assert not block.routing_modules()

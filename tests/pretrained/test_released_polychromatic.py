@@ -64,10 +64,10 @@ def test_tau_is_the_files_unless_told_otherwise(tmp_path: Path, weights: plain.W
     file = save(weights, tmp_path / "a.pt", tau=0.25)
     for tau, expected in ((None, 0.25), (0.5, 0.5)):
         model = load_released(file, "polychromatic", tau=tau)
-        assert [mechanism.tau.item() for mechanism in model.adjustables()] == [expected] * 3
+        assert [mechanism.tau.item() for mechanism in model.routing_modules()] == [expected] * 3
     model = load_released(save(weights, tmp_path / "a.safetensors"), "polychromatic")
     for progress in (0.0, 0.5, 1.0):  # further training keeps it
-        for mechanism in model.adjustables():
+        for mechanism in model.routing_modules():
             mechanism.advance(progress, None)
             assert mechanism.tau.item() == pytest.approx(0.1)
 
@@ -131,7 +131,7 @@ def test_the_preset_is_the_release() -> None:
     with torch.device("meta"):
         model = SkipstoneForCausalLM(preset)
     assert model.num_parameters() == 597_153_888
-    assert sum(p.numel() for m in model.adjustables() for p in m.parameters()) == 1_380_960
+    assert sum(p.numel() for m in model.routing_modules() for p in m.parameters()) == 1_380_960
 
 
 def test_it_says_that_it_sees_the_future(tmp_path: Path, weights: plain.Weights, ids_BT: Tensor) -> None:

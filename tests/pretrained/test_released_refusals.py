@@ -176,7 +176,7 @@ def test_writing(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         convert_to(tmp_path / "model", tmp_path / "new" / "out.pt", "polychromatic")
     model = load_model(tmp_path / "model")
-    next(iter(model.adjustables())).tau.fill_(0.5)
+    next(iter(model.routing_modules())).tau.fill_(0.5)
     model.save_pretrained(tmp_path / "uneven")
     with pytest.raises(ValueError, match=r"differ in tau \(0.5 to 1\)"):
         convert_to(tmp_path / "uneven", tmp_path / "out.pt", "polychromatic")

@@ -43,14 +43,14 @@ def fit(
 
 
 def thresholds(model: SkipstoneForCausalLM) -> list[float]:
-    return [mechanism.decision.threshold.item() for mechanism in model.adjustables()]
+    return [mechanism.decision.threshold.item() for mechanism in model.routing_modules()]
 
 
 @pytest.mark.parametrize("kind", [Trainer, RoutingTrainer])
 def test_schedules_move_in_any_trainer(kind: type[Trainer], tmp_path: Path) -> None:
     model = build({**DENSE, "activation": {**POLYGLU, "tau_end": 0.4}})
     fit(kind, model, tmp_path)
-    assert [mechanism.tau.item() for mechanism in model.adjustables()] == pytest.approx([0.4, 0.4])
+    assert [mechanism.tau.item() for mechanism in model.routing_modules()] == pytest.approx([0.4, 0.4])
 
 
 @pytest.mark.parametrize(("schedules", "expected"), [(True, (1.0, 1.0)), (False, (0.5, 0.4))])
@@ -59,7 +59,7 @@ def test_a_trained_model_is_tuned_further(schedules: bool, expected: tuple[float
     warming = {**mod("ema_threshold", capacity_warmup=0.5), "capacity": 0.5}
     model = build({**DENSE, "mechanisms": [warming], "activation": {**POLYGLU, "tau_end": 0.4}})
     trainer = fit(RoutingTrainer, model, tmp_path)
-    routed, mixed = ([m for m in model.adjustables() if hasattr(m, name)] for name in ("decision", "tau"))
+    routed, mixed = ([m for m in model.routing_modules() if hasattr(m, name)] for name in ("decision", "tau"))
     callback, before = RoutingCallback(schedules=schedules), [m.decision.threshold.item() for m in routed]
     trainer.state.global_step = 0
     callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
@@ -99,7 +99,9 @@ def test_thresholds_follow_the_mean_of_the_micro_batches(parts: int, tmp_path: P
 
     class Watching(RoutingCallback):
         def observe(self, model: Any, records: Any) -> None:
-            seen.append([m.statistics(records[m.place.layer][m.place.name]).item() for m in model.adjustables()])
+            seen.append(
+                [m.statistics(records[m.placement.layer][m.placement.name]).item() for m in model.routing_modules()]
+            )
             super().observe(model, records)
 
     class Mine(RoutingMixin, Trainer):
@@ -114,8 +116,8 @@ def test_thresholds_follow_the_mean_of_the_micro_batches(parts: int, tmp_path: P
         mean = torch.tensor(seen[step * parts : (step + 1) * parts]).mean(0)
         expected = torch.lerp(expected, mean, 1 - min(step / (step + 1), 0.95))
     assert thresholds(model) == pytest.approx(expected.tolist(), rel=1e-5)
-    assert [mechanism.decision.steps.item() for mechanism in model.adjustables()] == [STEPS, STEPS]
-    assert [mechanism.unready() for mechanism in model.adjustables()] == [None, None]
+    assert [mechanism.decision.steps.item() for mechanism in model.routing_modules()] == [STEPS, STEPS]
+    assert [mechanism.not_ready_reason() for mechanism in model.routing_modules()] == [None, None]
 
 
 def test_validation_is_not_observed(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_validation_is_not_observed(tmp_path: Path) -> None:
 def test_statistics_of_nothing_are_left_out(tmp_path: Path) -> None:
     model = build(MODELS["ema_threshold"])
     found = iter([[float("nan"), 1.0], [3.0, float("nan")], [float("nan"), float("nan")]])
-    mechanisms = list(model.adjustables())
+    mechanisms = list(model.routing_modules())
     callback = RoutingCallback()
     for values in found:
         for mechanism, value in zip(mechanisms, values, strict=True):

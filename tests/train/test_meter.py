@@ -28,7 +28,7 @@ def test_capacity_and_gate_are_shares_of_the_tokens_asked() -> None:
             score_BT=torch.zeros(1, 4),
             kept_BT=torch.tensor([kept]),
             weight_BT=torch.tensor([weight]),
-            asked_BT=torch.tensor([asked]),
+            reached_BT=torch.tensor([asked]),
         )
         for kept, weight, asked in (
             ([yes, no, no, no], [0.5, 0.0, 0.0, 9.0], [yes, yes, yes, no]),
@@ -37,14 +37,14 @@ def test_capacity_and_gate_are_shares_of_the_tokens_asked() -> None:
     ]
     meter = Meter()
     for record in records:
-        meter.add(model().adjustables(), ({}, {"mixture_of_depths": record}))
+        meter.add(model().routing_modules(), ({}, {"mixture_of_depths": record}))
     assert meter.read() == pytest.approx({"capacity/1/mixture_of_depths": 0.5, "gate/1/mixture_of_depths": 0.375})
     assert meter.read() == {}
 
 
 def test_entropy_leaves_tokens_out_that_were_never_asked() -> None:
     net = model()
-    mechanism = next(m for m in net.adjustables() if m.place.name == "polyglu")
+    mechanism = next(m for m in net.routing_modules() if m.placement.name == "polyglu")
     sharp, even = torch.tensor([200.0, 0.0, 0.0, 0.0]), torch.zeros(4)
     logits = torch.stack([sharp, even, even, torch.full((4,), float("nan"))])[None]
     record = ActivationRecord(logits, torch.tensor([[True, True, True, False]]))
@@ -60,9 +60,9 @@ def test_entropy_leaves_tokens_out_that_were_never_asked() -> None:
 
 def test_what_the_callback_moves() -> None:
     net = model()
-    for mechanism in net.adjustables():
+    for mechanism in net.routing_modules():
         mechanism.advance(0.5, torch.tensor([0.25]))
-    assert moving(net.adjustables()) == pytest.approx({"tau": 0.55, "threshold/1/mixture_of_depths": 0.25})
+    assert moving(net.routing_modules()) == pytest.approx({"tau": 0.55, "threshold/1/mixture_of_depths": 0.25})
 
 
 def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
     """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
-    mixtures = [m for m in model.adjustables() if isinstance(m, MixtureOfDepths | GateSkip)]
-    gates = [m for m in model.adjustables() if is_gate(m)]
+    mixtures = [m for m in model.routing_modules() if isinstance(m, MixtureOfDepths | GateSkip)]
+    gates = [m for m in model.routing_modules() if is_gate(m)]
     if not mixtures and not gates:
         raise ValueError(
             "adapt.budget needs a mechanism that skips: mixture_of_depths, token_selective, early_exit or gate_skip "
@@ -44,9 +44,9 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
     def share(kept: float) -> float:
         for mechanism in mixtures:
             _pin(mechanism, kept)
-        passing: dict[int, dict[str, float]] = {m.place.layer: {} for m in gates}
+        passing: dict[int, dict[str, float]] = {m.placement.layer: {} for m in gates}
         for m in gates if not mixtures else ():
-            passing[m.place.layer][m.place.name] = kept * tokens
+            passing[m.placement.layer][m.placement.name] = kept * tokens
         return cost(model, tokens=tokens, kept={} if mixtures else passing).forward.total / dense
 
     kept = round(_crossing(share, budget, dense), 4)
@@ -62,7 +62,7 @@ def _pin(mechanism: MixtureOfDepths | GateSkip, capacity: float) -> None:
 
 def close(model: SkipstoneForCausalLM) -> bool:
     """Give gates that started with every token kept the capacity of their options; whether there are any."""
-    gates = [m for m in model.adjustables() if isinstance(m, GateSkip)]
+    gates = [m for m in model.routing_modules() if isinstance(m, GateSkip)]
     for mechanism in gates:
         mechanism.capacity = mechanism.config.capacity
     return bool(gates)

@@ -79,8 +79,8 @@ def mean_logits(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping
         records = way.run(model, batch, output_records=True).records
         assert records is not None
         for total, decided, block in zip(sums, records, layers, strict=True):
-            record: Any = decided[block.mlp.activation.place.name]
-            logits_NA = record.logits_BTA.expand(*record.asked_BT.shape, -1)[record.asked_BT].double().cpu()
+            record: Any = decided[block.mlp.activation.placement.name]
+            logits_NA = record.logits_BTA.expand(*record.reached_BT.shape, -1)[record.reached_BT].double().cpu()
             total += torch.cat((logits_NA.sum(0), torch.tensor([float(len(logits_NA))]).double()))
     return [(total[:-1] / total[-1].clamp(min=1)).float().to(model.device) for total in sums]
 

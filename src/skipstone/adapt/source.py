@@ -12,7 +12,7 @@ from skipstone.model.pretrained import load_pretrained, load_tokenizer
 def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
     """A dense model in evaluation mode, its weights frozen. Raises as `load_pretrained` does, and for a routed one."""
     model = load_pretrained(source, dtype)
-    if names := sorted({mechanism.place.name for mechanism in model.adjustables()}):
+    if names := sorted({mechanism.placement.name for mechanism in model.routing_modules()}):
         raise ValueError(
             f"{source}: it is routed already ({', '.join(names)}); adapt a dense checkpoint, or make one of it with "
             "`skipstone convert --to dense`"

@@ -20,7 +20,7 @@ TRAINED = {"routers": ("routers",), LORA: ("routers", "lora"), "all": ("routers"
 
 def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
     """routers, lora or weights for each parameter by name; routers are all that belongs to mechanisms."""
-    routers = {id(p) for mechanism in model.adjustables() for p in mechanism.parameters()}
+    routers = {id(p) for mechanism in model.routing_modules() for p in mechanism.parameters()}
     return {
         name: "routers" if id(p) in routers else "lora" if ".lora_" in name else "weights"
         for name, p in model.named_parameters()
@@ -81,7 +81,7 @@ def thaw(model: SkipstoneForCausalLM, stage: Stage) -> None:
 
 def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], processes: int) -> None:
     """Raise ValueError for stages that cannot be, before anything is trained."""
-    if all(stage.train_only == "routers" for stage in stages) and not any(model.adjustables()):
+    if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")
     if processes > 1 and len({stage.train_only for stage in stages}) > 1:
         raise ValueError(

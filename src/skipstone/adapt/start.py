@@ -63,13 +63,13 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
     path does, scaled to variance 1; a skip path the best guess of its rank of the update of those tokens that a perfect
     router would skip. Raises ValueError where there is nothing to start.
     """
-    mixtures = [m for m in model.adjustables() if isinstance(m, MixtureOfDepths)]
+    mixtures = [m for m in model.routing_modules() if isinstance(m, MixtureOfDepths)]
     mixtures = [m for m in mixtures if isinstance(m.router, LinearRouter) or m.skip is not None]
     if not mixtures:
         raise ValueError(
             "adapt.start 'measured' has no effect: no mixture_of_depths has a linear router or a low-rank skip path"
         )
-    places = [(mechanism.place.layer, _site(mechanism)) for mechanism in mixtures]
+    places = [(mechanism.placement.layer, _site(mechanism)) for mechanism in mixtures]
     streams = [{place: batch[place[0]][place[1]] for place in places} for batch in site_streams(source, rows)]
     for mechanism, place in zip(mixtures, places, strict=True):
         before, after = (torch.cat([batch[place][side] for batch in streams]) for side in (0, 1))
@@ -87,7 +87,7 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
 
 def _site(mechanism: MixtureOfDepths) -> str:
     """What it sits on, as `site_streams` calls it."""
-    return mechanism.place.name.rpartition("_on_")[2] if "_on_" in mechanism.place.name else "block"
+    return mechanism.placement.name.rpartition("_on_")[2] if "_on_" in mechanism.placement.name else "block"
 
 
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:

@@ -97,12 +97,12 @@ def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> S
     set_seed(seed)
     model = SkipstoneForCausalLM(config)
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
-    own = {name for mechanism in model.adjustables() for name in _names(model, mechanism)}
+    own = {name for mechanism in model.routing_modules() for name in _names(model, mechanism)}
     assert not unexpected, unexpected
     assert set(missing) <= own, sorted(set(missing) - own)
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         if not isinstance(mechanism, MixtureOfDepths | NeuronGroups):
-            mechanism.neutral()
+            mechanism.set_identity()
     model.generation_config = source.generation_config
     return model
 

@@ -122,13 +122,13 @@ class AdaptTrainer(RunTrainer):
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
         """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""
         passed, means = [], []
-        for mechanism in filter(is_gate, self._plain.adjustables()):
-            record: Any = records[mechanism.place.layer][mechanism.place.name]
+        for mechanism in filter(is_gate, self._plain.routing_modules()):
+            record: Any = records[mechanism.placement.layer][mechanism.placement.name]
             threshold = mechanism.config.threshold
             least = threshold if isinstance(mechanism, EarlyExit) else 1 - threshold
-            count = record.asked_BT.sum().clamp(min=1)
-            passed.append(((record.weight_BT > least) & record.asked_BT).sum() / count)
-            means.append(torch.where(record.asked_BT, record.weight_BT, 0.0).sum() / count)
+            count = record.reached_BT.sum().clamp(min=1)
+            passed.append(((record.weight_BT > least) & record.reached_BT).sum() / count)
+            means.append(torch.where(record.reached_BT, record.weight_BT, 0.0).sum() / count)
         mean = torch.stack(means).mean()
         assert self.passing is not None
         return (torch.stack(passed).mean() + mean - mean.detach() - self.passing).square()

@@ -19,7 +19,7 @@ from torch import Tensor
 from skipstone.core.records import DepthRecord, Records
 from skipstone.mechanisms import EarlyExit, TokenSelective
 from skipstone.mechanisms.decisions import EmaThreshold
-from skipstone.model.build import placed
+from skipstone.model.build import parse_mechanisms
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 State = list[float | None]
@@ -62,9 +62,9 @@ class ThresholdHandle:
 
     def scores(self, records: Sequence[Records]) -> Tensor:
         """Return the scores [N] of all tokens of a pass that reached the mechanism."""
-        found = [records[m.place.layer].get(m.place.name) for m in self.mechanisms]
+        found = [records[m.placement.layer].get(m.placement.name) for m in self.mechanisms]
         # None: inside a block that kept nobody
-        parts = [self._scores(r)[r.asked_BT] for r in found if isinstance(r, DepthRecord)]
+        parts = [self._scores(r)[r.reached_BT] for r in found if isinstance(r, DepthRecord)]
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _scores(self, record: DepthRecord) -> Tensor:
@@ -157,7 +157,7 @@ class GateHandle(ThresholdHandle):
     def _scores(self, record: DepthRecord) -> Tensor:
         if not self._skips_below:
             return record.score_BT
-        survival_BT = record.carry.get(self.mechanisms[0].place.name, record.score_BT)  # none where nobody was asked
+        survival_BT = record.carry.get(self.mechanisms[0].placement.name, record.score_BT)  # none where nobody was asked
         return torch.logit(survival_BT.double(), eps=EPSILON)
 
 
@@ -165,7 +165,7 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """Every threshold on scores in the model, outermost mechanisms first, then by block; none where nothing skips."""
     blocks: Any = model.model.layers
     handles: list[ThresholdHandle] = []
-    for entry, values in zip(placed(model.config), model.config.mechanisms or [], strict=True):
+    for entry, values in zip(parse_mechanisms(model.config), model.config.mechanisms or [], strict=True):
         mechanisms = [blocks[layer].mechanisms[entry.key] for layer in entry.layers]
         if mechanisms and is_gate(mechanisms[0]):
             handles.append(GateHandle(f"{_blocks(entry.layers)} {entry.key}", mechanisms, values))
@@ -180,14 +180,14 @@ def _single(mechanisms: Sequence[Any]) -> Iterator[ThresholdHandle]:
         if decision is None or m.capacity >= 1 or getattr(m.config, "execution", "hard") == "soft":
             continue
         if isinstance(decision, EmaThreshold):
-            yield EmaHandle(f"{m.place.layer} {m.place.name}", [m])
+            yield EmaHandle(f"{m.placement.layer} {m.placement.name}", [m])
         elif hasattr(decision, "line"):
-            yield FixedHandle(f"{m.place.layer} {m.place.name}", [m])
+            yield FixedHandle(f"{m.placement.layer} {m.placement.name}", [m])
 
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """`find_handles`. Raises ValueError for a model without any, naming what it has, or without causal passes."""
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         mechanism.require_causal()
     handles = find_handles(model)
     if not handles:

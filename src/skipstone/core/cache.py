@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from skipstone.core.rows import Rows
+from skipstone.core.row_subset import RowSubset
 
 EMPTY = 2**62  # slot of an unused column: no query's slot reaches it, so causality masks it by itself
 GROWTH = 64  # columns added at a time, at least
 
 
-class Store:
+class RaggedStore:
     """Append-only entries of each row: named tensors [B, columns, ...] with the slot of each entry.
 
     `lengths` counts the entries of each row, on the host; None while all rows are equally long. `width` is the longest
@@ -31,7 +31,7 @@ class Store:
         self.width = 0
         self.lengths: list[int] | None = None
 
-    def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: Rows | None = None, **entries: Tensor) -> None:
+    def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
         """Add the tokens of one call, one for each row if `rows` names some; those that are not real are left out.
 
         Slots of a row ascend from call to call.
@@ -65,11 +65,11 @@ class Store:
             _flat(self.entries[name]).index_copy_(0, place, given.to(self.entries[name].dtype))
         self._settle(lengths)
 
-    def _append_one(self, real_B1: Tensor | None, rows: Rows | None, entries: dict[str, Tensor]) -> None:
+    def _append_one(self, real_B1: Tensor | None, rows: RowSubset | None, entries: dict[str, Tensor]) -> None:
         """Decoding: each row writes into its next column, and rows without a real token are not touched."""
         given = entries["slot"].shape[0]
         if real_B1 is not None:
-            real = Rows.kept(real_B1[:, 0].expand(given))  # the host waits here
+            real = RowSubset.from_mask(real_B1[:, 0].expand(given))  # the host waits here
             entries, rows = {name: real.gather(new) for name, new in entries.items()}, real.within(rows)
         total = given if rows is None else rows.total
         at = range(total) if rows is None else rows.at
@@ -110,20 +110,20 @@ class Store:
             return torch.tensor(self.lengths, device=device)
         return torch.full((rows,), self.width, dtype=torch.long, device=device)
 
-    def even(self, rows: Rows | None = None) -> bool:
+    def even(self, rows: RowSubset | None = None) -> bool:
         """Whether these rows are equally long, so that none has an unused column in its view."""
         if self.lengths is None or (rows is not None and len(rows.at) == 1):
             return True
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
-    def view(self, name: str, rows: Rows | None = None) -> Tensor:
+    def view(self, name: str, rows: RowSubset | None = None) -> Tensor:
         """[B, C, ...] of the columns in use; columns beyond a row's length hold EMPTY slots."""
         if rows is None:
             return self.entries[name][:, : self.width]
         longest = self.width if self.lengths is None else max(self.lengths[b] for b in rows.at)
         return rows.gather(self.entries[name][:, :longest])
 
-    def last(self, name: str, rows: Rows | None = None) -> Tensor | None:
+    def last(self, name: str, rows: RowSubset | None = None) -> Tensor | None:
         """[B, ...] each row's newest entry, zeros where a row has none; None before the first append."""
         if name not in self.entries or self.width == 0:
             return None
@@ -190,16 +190,16 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.kv = Store()
-        self.stores: dict[str, Store] = {}
+        self.kv = RaggedStore()
+        self.stores: dict[str, RaggedStore] = {}
         # What a step may take over from the one before, once it has made sure that it may.
-        self.held: dict[str, Any] = {}
+        self.scratch: dict[str, Any] = {}
         self.cumulative_length = 0
 
-    def store(self, name: str) -> Store:
-        return self.stores.setdefault(name, Store())
+    def store(self, name: str) -> RaggedStore:
+        return self.stores.setdefault(name, RaggedStore())
 
-    def _all(self) -> list[Store]:
+    def _all(self) -> list[RaggedStore]:
         return [self.kv, *self.stores.values()]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -213,8 +213,8 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         slot_BT: Tensor,
         real_BT: Tensor | None = None,
         document_BT: Tensor | None = None,
-        rows: Rows | None = None,
-        asking: Rows | None = None,
+        rows: RowSubset | None = None,
+        asking: RowSubset | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, H, T, E] of the real tokens; returns all that are stored, [B, H, C, E].
@@ -231,7 +231,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.kv.append(slot_BT, real_BT, rows, **entries)
         return self._shown(asking)
 
-    def _shown(self, asking: Rows | None) -> tuple[Tensor, Tensor]:
+    def _shown(self, asking: RowSubset | None) -> tuple[Tensor, Tensor]:
         self.keys = self.kv.view("key", asking).transpose(1, 2)
         self.values = self.kv.view("value", asking).transpose(1, 2)
         return self.keys, self.values
@@ -250,7 +250,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.kv, self.stores, self.held, self.cumulative_length = Store(), {}, {}, 0
+        self.kv, self.stores, self.scratch, self.cumulative_length = RaggedStore(), {}, {}, 0
         self.keys = self.values = None  # type: ignore[assignment]  # as transformers declares them
         self.is_initialized = False
 

@@ -18,7 +18,7 @@ class DepthRecord(NamedTuple):
     """One depth mechanism in one block.
 
     score_BT: fp32 router logit, NaN for tokens that were never asked. kept_BT: bool. weight_BT: fp32 factor on the
-    update as this mechanism decided, 0 where it skips (an outer one may skip more). asked_BT: bool, real tokens that
+    update as this mechanism decided, 0 where it skips (an outer one may skip more). reached_BT: bool, real tokens that
     reached the mechanism. loss_BT: fp32 auxiliary loss of each token, its coefficient included, 0 where not asked; None
     without one. carry: new values of the mechanism's tensors in `Tokens.state`.
     """
@@ -26,7 +26,7 @@ class DepthRecord(NamedTuple):
     score_BT: Tensor
     kept_BT: Tensor
     weight_BT: Tensor
-    asked_BT: Tensor
+    reached_BT: Tensor
     loss_BT: Tensor | None = None
     carry: Mapping[str, Tensor] = {}
 
@@ -38,7 +38,7 @@ class DepthRecord(NamedTuple):
             part.scatter(self.score_BT, float("nan")),
             part.scatter(self.kept_BT, False),
             part.scatter(self.weight_BT),
-            part.scatter(self.asked_BT, False),
+            part.scatter(self.reached_BT, False),
             None if self.loss_BT is None else part.scatter(self.loss_BT),
             carry,
         )
@@ -48,60 +48,60 @@ class ActivationRecord(NamedTuple):
     """One activation mechanism in one block.
 
     logits_BTA: fp32 dynamic logits (before the neurons' static preference), NaN for tokens that were never asked;
-    [B, 1, A] where the whole row shares them. asked_BT: bool.
+    [B, 1, A] where the whole row shares them. reached_BT: bool.
     """
 
     logits_BTA: Tensor
-    asked_BT: Tensor
+    reached_BT: Tensor
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
         logits = self.logits_BTA.expand(-1, part.width, -1)
-        return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.asked_BT, False))
+        return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.reached_BT, False))
 
 
 class ExpertsRecord(NamedTuple):
     """A mixture of experts in one block.
 
     logits_BTX: fp32 router logits, NaN for tokens that were never asked. chosen_BTX: bool, the experts that a token
-    chose, no-ops last. asked_BT, loss_BT: as in `DepthRecord`.
+    chose, no-ops last. reached_BT, loss_BT: as in `DepthRecord`.
     """
 
     logits_BTX: Tensor
     chosen_BTX: Tensor
-    asked_BT: Tensor
+    reached_BT: Tensor
     loss_BT: Tensor | None = None
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
             part.scatter(self.chosen_BTX, False),
-            part.scatter(self.asked_BT, False),
+            part.scatter(self.reached_BT, False),
             None if self.loss_BT is None else part.scatter(self.loss_BT),
         )
 
 
-class GroupsRecord(NamedTuple):
+class NeuronGroupsRecord(NamedTuple):
     """The groups of neurons that are on in the MLP of one block.
 
-    score_BTG: fp32 scores, NaN for tokens that were never asked. kept_BTG: bool. asked_BT: bool.
+    score_BTG: fp32 scores, NaN for tokens that were never asked. kept_BTG: bool. reached_BT: bool.
     tried_BTG: bool, those whose products were made to tell which are kept; the same as kept_BTG where no more were.
     """
 
     score_BTG: Tensor
     kept_BTG: Tensor
-    asked_BT: Tensor
+    reached_BT: Tensor
     tried_BTG: Tensor
 
-    def lift(self, part: Selection, state: Mapping[str, Tensor]) -> GroupsRecord:
-        return GroupsRecord(
+    def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
+        return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
             part.scatter(self.kept_BTG, False),
-            part.scatter(self.asked_BT, False),
+            part.scatter(self.reached_BT, False),
             part.scatter(self.tried_BTG, False),
         )
 
 
-Record: TypeAlias = DepthRecord | ActivationRecord | ExpertsRecord | GroupsRecord
+Record: TypeAlias = DepthRecord | ActivationRecord | ExpertsRecord | NeuronGroupsRecord
 Records: TypeAlias = dict[str, Record]
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from skipstone.core.cache import EMPTY, SkipstoneCacheLayer, Store
-from skipstone.core.rows import Rows
+from skipstone.core.cache import EMPTY, RaggedStore, SkipstoneCacheLayer
+from skipstone.core.row_subset import RowSubset
 
 
-class StaticStore(Store):
+class StaticStore(RaggedStore):
     """Entries in C columns that are allocated once, in the first call; a row fills them from the left.
 
     Column 0 comes in addition and is never read: what is not real is written there, so that every call writes the same
@@ -32,8 +32,8 @@ class StaticStore(Store):
         super().__init__()
         self.columns = columns
 
-    def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: Rows | None = None, **entries: Tensor) -> None:
-        """As `Store.append`, of all rows. Raises ValueError for rows that are full, and where gradients are wanted."""
+    def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
+        """As `RaggedStore.append`, for all rows. Raises ValueError if a row is full or gradients are needed."""
         assert rows is None
         if any(x.requires_grad for x in entries.values()):
             raise ValueError(
@@ -79,16 +79,16 @@ class StaticStore(Store):
     def row_lengths(self, rows: int, device: torch.device) -> Tensor:
         return self.lengths_B if self.width else torch.zeros(rows, dtype=torch.long, device=device)
 
-    def even(self, rows: Rows | None = None) -> bool:
+    def even(self, rows: RowSubset | None = None) -> bool:
         """Never: unused columns are always in view."""
         return False
 
-    def view(self, name: str, rows: Rows | None = None) -> Tensor:
+    def view(self, name: str, rows: RowSubset | None = None) -> Tensor:
         """[B, C, ...]: all columns."""
         assert rows is None
         return self.entries[name][:, 1 : self.width + 1]
 
-    def last(self, name: str, rows: Rows | None = None) -> Tensor | None:
+    def last(self, name: str, rows: RowSubset | None = None) -> Tensor | None:
         assert rows is None
         if not self.width or name not in self.entries:
             return None
@@ -154,7 +154,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         self.kv = StaticStore(max_cache_len)
         self.cumulative_length = _buffer((), torch.empty(0, dtype=torch.long), 0)
 
-    def store(self, name: str) -> Store:
+    def store(self, name: str) -> RaggedStore:
         return self.stores.setdefault(name, StaticStore(self.max_cache_len))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -162,7 +162,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         if self.cumulative_length.device != key_states.device:
             self.cumulative_length = _buffer((), key_states.new_zeros((), dtype=torch.long), 0)
 
-    def _shown(self, asking: Rows | None) -> tuple[Tensor, Tensor]:
+    def _shown(self, asking: RowSubset | None) -> tuple[Tensor, Tensor]:
         """Not kept on the layer: a compiled step would hand such attributes out as results."""
         key, value = (self.kv.view(name, asking).transpose(1, 2) for name in ("key", "value"))
         return key, value

@@ -6,15 +6,16 @@ An axis of size 1 in place of B means that all rows agree.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from skipstone.core.packing import Packing, packed
-from skipstone.core.rows import Rows, rows_pay
+from skipstone.core.row_subset import RowSubset, rows_pay
+from skipstone.core.unpad import Unpadding, unpadding_of
 from skipstone.ops import reference as ops
 
 Routing = Literal["oracle", "causal"]
@@ -22,23 +23,23 @@ Executor = Literal["gathered", "masked"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mode:
+class PassMode:
     """How this forward pass decides and executes: plain values, known before it starts.
 
     routing: "oracle" may look at the whole row (training); "causal" is what generation can do.
     noise: whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only, "masked" computes
-    all and throws away (the specification that the gathered one must equal). by_row: where each row has one token, the
-    gathered executor computes rows and leaves the others out; what is called with them must then expect fewer rows.
-    occupied: a selection that is gathered has at least one column, also where nobody is kept. lone: the call has one
-    token and no gradients, as in decoding one row, so that weights may be read in part.
+    all and throws away (the specification that the gathered one must equal). per_row_gather: where each row has one
+    token, the gathered executor computes some rows and leaves the others out; what is called with them must then expect
+    fewer rows. never_empty: a gathered selection has at least one column, even if no token is kept. single_token: the
+    call has one token and no gradients, as in decoding one row, so that weights may be read in part.
     """
 
     routing: Routing = "causal"
     noise: bool = False
     executor: Executor = "gathered"
-    by_row: bool = False
-    occupied: bool = False
-    lone: bool = False
+    per_row_gather: bool = False
+    never_empty: bool = False
+    single_token: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +48,17 @@ class Selection:
 
     Kept tokens come first and in order of slot, so attention over a gathered row stays causal without a mask; entries
     that are not valid pad rows that keep fewer. `rows`: these rows whole and no others, the two tensors being None.
-    `packing`: the valid entries without the padding, where that is much.
+    `unpadding`: the valid entries without the padding, where that is much.
     """
 
     index_BK: Tensor | None = None
     valid_BK: Tensor | None = None
     length: int  # T
-    rows: Rows | None = None
-    packing: Packing | None = None
+    rows: RowSubset | None = None
+    unpadding: Unpadding | None = None
 
     @property
-    def everyone(self) -> bool:
+    def is_all(self) -> bool:
         """Whether every token is kept, known without looking."""
         return self.index_BK is None and self.valid_BK is None and self.rows is None
 
@@ -99,9 +100,9 @@ class Tokens:
     real_BT: bool, False for padding, or None where every token is real (known without looking).
     aligned: real tokens are known to come first in every row.
     gain_BT: factor on both sub-layers' updates, or None for 1.
-    wanted: the tokens whose update is asked for; the others still serve as keys and values. None: all.
+    queries: the tokens whose update is computed; the others still serve as keys and values. None: all.
     rows: the rows of the cache that these tokens continue. None: all.
-    packing: where the real ones stand, if much is padding. Projections and MLP then see them packed, [1, N, D].
+    unpadding: where the real ones stand, if much is padding. Projections and MLP then see them unpadded, [1, N, D].
     state: named tensors [B, T] that cross blocks, made before block 0.
     forced_BT: bool, the decision that the caller imposes on this block, or None.
     """
@@ -113,12 +114,12 @@ class Tokens:
     real_BT: Tensor | None = None
     aligned: bool = False
     gain_BT: Tensor | None = None
-    wanted: Selection | None = None
-    rows: Rows | None = None
-    packing: Packing | None = None
+    queries: Selection | None = None
+    rows: RowSubset | None = None
+    unpadding: Unpadding | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     forced_BT: Tensor | None = None
-    mode: Mode = Mode()
+    mode: PassMode = PassMode()
 
     @property
     def length(self) -> int:
@@ -129,14 +130,14 @@ class Tokens:
         return _moved(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     @property
-    def nobody(self) -> bool:
-        """Whether no token asks for an update, known without looking."""
-        return self.wanted is not None and self.wanted.width == 0
+    def no_queries(self) -> bool:
+        """Whether the update of no token is computed, known without looking."""
+        return self.queries is not None and self.queries.width == 0
 
-    def but(self, **changes: Any) -> Tokens:
+    def replace(self, **changes: Any) -> Tokens:
         """`dataclasses.replace`, five times as fast: a gated block makes two or three of these in a decoding step."""
         if torch.compiler.is_compiling():
-            return replace(self, **changes)
+            return dataclasses.replace(self, **changes)
         assert changes.keys() <= self.__dict__.keys()
         other = object.__new__(Tokens)
         other.__dict__.update(self.__dict__, **changes)
@@ -150,7 +151,7 @@ class Tokens:
         document = self.document_BT if self.document_BT is not None else torch.zeros_like(self.slot_BT)
         return torch.where(self.real_BT, document, -1)
 
-    def narrow(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
+    def select_kept(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
         """Turn a decision into a selection for this call's executor.
 
         `width` is the number of columns to gather where it is known beforehand; without it the largest row is counted,
@@ -158,7 +159,7 @@ class Tokens:
         """
         if self.mode.executor == "masked":
             return Selection(valid_BK=kept_BT, length=self.length)
-        if width is None and self.mode.by_row and self.length == 1:
+        if width is None and self.mode.per_row_gather and self.length == 1:
             return _by_row(kept_BT)
         count_B, count = kept_BT.sum(1), None
         if width is None:
@@ -166,99 +167,100 @@ class Tokens:
             rest, width = divmod(int((count_B.sum() * base + count_B.amin()) * base + count_B.amax()), base)
             count, fewest = divmod(rest, base)
             exact = fewest == width
-        if width == 0 and self.mode.occupied:
+        if width == 0 and self.mode.never_empty:
             width, exact = 1, False
         if width == self.length and (exact or width == 1):  # nobody to leave out, or one column to hold them all
             return Selection(valid_BK=None if exact else kept_BT, length=width)
         index_BK = ops.compact(kept_BT, width)
         valid_BK = None if exact else torch.arange(width, device=kept_BT.device) < count_B[:, None]
-        packing = None if valid_BK is None or count is None else packed(index_BK, valid_BK, count, self.length)
-        return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length, packing=packing)
+        unpadding = None if valid_BK is None or count is None else unpadding_of(index_BK, valid_BK, count, self.length)
+        return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length, unpadding=unpadding)
 
     def select(self, part: Selection) -> Tokens:
-        """The tokens of `part`, in its order. A wish of an outer mechanism is carried over to the new coordinates.
+        """The tokens of `part`, in its order. An outer mechanism's queries stay queries in the new coordinates.
 
         Only real tokens are ever kept, so within a selection the valid entries are the real ones.
         """
-        everyone = part.everyone
-        if everyone and (self.wanted is None or self.wanted is part):
-            return self.but(wanted=None)
+        is_all = part.is_all
+        if is_all and (self.queries is None or self.queries is part):
+            return self.replace(queries=None)
 
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else part.gather(x)
 
-        real_BK = self.real_BT if everyone else part.valid_BK
-        narrowed = self.but(
+        real_BK = self.real_BT if is_all else part.valid_BK
+        narrowed = self.replace(
             slot_BT=part.gather(self.slot_BT),
             position_BT=part.gather(self.position_BT),
             rotary=None if self.rotary is None else (part.gather(self.rotary[0]), part.gather(self.rotary[1])),
             document_BT=pick(self.document_BT),
             real_BT=real_BK,
-            aligned=part.index_BK is not None or self.length == 1 or (everyone and self.aligned),
+            aligned=part.index_BK is not None or self.length == 1 or (is_all and self.aligned),
             gain_BT=pick(self.gain_BT),
             forced_BT=pick(self.forced_BT),
             state={name: part.gather(value) for name, value in self.state.items()},
-            wanted=None,
+            queries=None,
             rows=self.rows if part.rows is None else part.rows.within(self.rows),
-            packing=self.packing if everyone else part.packing,
+            unpadding=self.unpadding if is_all else part.unpadding,
         )
-        if self.wanted is None or self.wanted is part:
+        if self.queries is None or self.queries is part:
             return narrowed
         rows = max(narrowed.slot_BT.shape[0], 1 if real_BK is None else real_BK.shape[0])
         rows = rows if part.rows is None else part.rows.total
-        wished_BK = part.gather(self.wanted.mask(rows, self.slot_BT.device))
-        return narrowed.want(wished_BK if real_BK is None else wished_BK & real_BK)
+        queries_BK = part.gather(self.queries.mask(rows, self.slot_BT.device))
+        return narrowed.restrict_queries(queries_BK if real_BK is None else queries_BK & real_BK)
 
-    def asked(self) -> Tokens:
-        """The tokens whose update is wanted, and only those."""
-        return self if self.wanted is None else self.select(self.wanted)
+    def query_tokens(self) -> Tokens:
+        """The tokens whose update is computed, and only those."""
+        return self if self.queries is None else self.select(self.queries)
 
-    def pack(self, x_BTD: Tensor) -> Tensor:
-        """x of the real tokens, [1, N, ...], if there is a packing; else as it is."""
-        return x_BTD if self.packing is None else self.packing.pack(x_BTD)
+    def unpad(self, x_BTD: Tensor) -> Tensor:
+        """x of the real tokens, [1, N, ...], if there is an unpadding; else x itself."""
+        return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
-    def unpack(self, y: Tensor) -> Tensor:
-        """Undoes `pack`, with 0 for padding."""
-        return y if self.packing is None else self.packing.unpack(y)
+    def pad(self, y: Tensor) -> Tensor:
+        """Undoes `unpad`, with 0 for padding."""
+        return y if self.unpadding is None else self.unpadding.pad(y)
 
-    def gather_asked(self, x_BTD: Tensor) -> Tensor:
-        """x of the tokens that ask, packed."""
-        part = self.wanted
+    def gather_queries(self, x_BTD: Tensor) -> Tensor:
+        """x of the query tokens, unpadded."""
+        part = self.queries
         if part is None:
-            return self.pack(x_BTD)
-        return part.gather(x_BTD) if part.packing is None else part.packing.gather(x_BTD)
+            return self.unpad(x_BTD)
+        return part.gather(x_BTD) if part.unpadding is None else part.unpadding.gather(x_BTD)
 
-    def scatter_asked(self, y: Tensor) -> Tensor:
-        """Undoes `gather_asked`, with 0 for all others."""
-        part = self.wanted
+    def scatter_queries(self, y: Tensor) -> Tensor:
+        """Undoes `gather_queries`, with 0 for all others."""
+        part = self.queries
         if part is None:
-            return self.unpack(y)
-        return part.scatter(y) if part.packing is None else part.packing.scatter(y, self.length)
+            return self.pad(y)
+        return part.scatter(y) if part.unpadding is None else part.unpadding.scatter(y, self.length)
 
-    def want(
+    def restrict_queries(
         self, kept_BT: Tensor, width: int | None = None, exact: bool = False, share: float | None = None
     ) -> Tokens:
-        """Ask for the update of these tokens only; a wish of an outer mechanism stays in force.
+        """Compute the update of these tokens only; restrictions of outer mechanisms still apply.
 
-        `width` and `exact` as in `narrow`. share: the share of tokens that is kept in the long run, if it is known.
-        Where rows decide one by one and it makes a block that nobody needs too rare to look for, all rows are computed.
+        `width` and `exact` as in `select_kept`. share: the share of tokens kept in the long run, if it is known.
+        Where each row decides for itself and this share makes a block that no row needs too rare for the check to pay,
+        all rows are computed.
         """
-        if self.wanted is not None:
-            kept_BT = kept_BT & self.wanted.mask(kept_BT.shape[0], kept_BT.device)
+        if self.queries is not None:
+            kept_BT = kept_BT & self.queries.mask(kept_BT.shape[0], kept_BT.device)
             width, exact = None, False
-        by_row = self.mode.by_row and self.mode.executor == "gathered" and self.length == 1
-        if by_row and not rows_pay(kept_BT.shape[0], share, kept_BT.device):
+        per_row_gather = self.mode.per_row_gather and self.mode.executor == "gathered" and self.length == 1
+        if per_row_gather and not rows_pay(kept_BT.shape[0], share, kept_BT.device):
             part = Selection(valid_BK=kept_BT, length=1)
         else:
-            part = self.narrow(kept_BT, width, exact)
-        return self.but(wanted=None if part.everyone else part)
+            part = self.select_kept(kept_BT, width, exact)
+        return self.replace(queries=None if part.is_all else part)
 
     def scaled(self, gain_BT: Tensor) -> Tokens:
         """With this factor on the updates, on top of any that is there."""
-        return self.but(gain_BT=gain_BT if self.gain_BT is None else self.gain_BT * gain_BT)
+        return self.replace(gain_BT=gain_BT if self.gain_BT is None else self.gain_BT * gain_BT)
 
 
-def every(tokens: Tokens, like_BT: Tensor) -> Tensor:
+def real_mask(tokens: Tokens, like_BT: Tensor) -> Tensor:
     """bool [B, T]: the real tokens."""
     if tokens.real_BT is None:
         return torch.ones_like(like_BT, dtype=torch.bool)
@@ -268,7 +270,7 @@ def every(tokens: Tokens, like_BT: Tensor) -> Tensor:
 def _by_row(kept_B1: Tensor) -> Selection:
     """Rows instead of tokens: no row waits for another, and a row alone has no width to be filled up to."""
     total = len(kept_B1)
-    rows = None if total == 1 else Rows.kept(kept_B1[:, 0])  # the host waits here, or for the one row
+    rows = None if total == 1 else RowSubset.from_mask(kept_B1[:, 0])  # the host waits here, or for the one row
     count = int(kept_B1.item()) if rows is None else len(rows.at)
     if count == 0:
         return Selection(index_BK=kept_B1.new_empty(total, 0, dtype=torch.long), length=1)
@@ -283,6 +285,6 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         return tuple(_moved(x, move) for x in value)
     if isinstance(value, Mapping):
         return {name: _moved(x, move) for name, x in value.items()}
-    if isinstance(value, Tokens | Selection | Rows | Packing):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)})
+    if isinstance(value, Tokens | Selection | RowSubset | Unpadding):
+        return dataclasses.replace(value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)})
     return value

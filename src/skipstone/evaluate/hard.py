@@ -38,4 +38,4 @@ def hard_mix(model: SkipstoneForCausalLM) -> Iterator[None]:
 
 
 def _temperatures(model: SkipstoneForCausalLM) -> list[Tensor]:
-    return [mechanism.tau for mechanism in model.adjustables() if hasattr(mechanism, "tau")]
+    return [mechanism.tau for mechanism in model.routing_modules() if hasattr(mechanism, "tau")]

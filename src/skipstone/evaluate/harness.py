@@ -75,7 +75,7 @@ def evaluate_tasks(
         raise ValueError(f"{str(run)!r} has no tokenizer, and tasks are text")
     manager = _manager(tasks, include_path)
     model: Any = opened.load_model().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         mechanism.require_causal()
 
     from lm_eval import simple_evaluate

@@ -63,7 +63,7 @@ def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
     blocks: Any = model.model.layers
     hooks = []
     for block in blocks:
-        for name, module in block.adjustables().items():
+        for name, module in block.routing_modules().items():
             if module is block.mlp:
                 continue  # experts that choose are the block's own work
             ranges: list[Any] = []

@@ -42,7 +42,7 @@ def _weight(decided: Records) -> float | None:
     if not found:
         return None
     product_BT = torch.stack([record.weight_BT for record in found]).prod(0)
-    return float(product_BT[found[0].asked_BT].double().mean())
+    return float(product_BT[found[0].reached_BT].double().mean())
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def dynamic_entropies(model: SkipstoneForCausalLM, records: Sequence[Records]) -
     found: list[float | None] = []
     for block, decided in zip(blocks, records, strict=True):
         entropies = [
-            block.adjustables()[name].dynamic_entropy(record)
+            block.routing_modules()[name].dynamic_entropy(record)
             for name, record in decided.items()
             if isinstance(record, ActivationRecord)
         ]

@@ -219,7 +219,7 @@ def _evaluated(opened: Opened, data: PreparedData, split: str, batch_size: int) 
 
 
 def _notes(model: SkipstoneForCausalLM, context: int) -> tuple[str, ...]:
-    found = sorted({reason for mechanism in model.adjustables() if (reason := mechanism.unready())})
+    found = sorted({reason for mechanism in model.routing_modules() if (reason := mechanism.not_ready_reason())})
     if (model.config.neuron_groups or {}).get("decision") == "magnitude":
         share = model.cost(tokens=1, past=context // 2).ratio
         found.append(f"FLOPs of whole rows; neurons by magnitude save in decoding, {share:.1%} of dense a token")

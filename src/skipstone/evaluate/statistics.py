@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, GroupsRecord, Record, Records
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, NeuronGroupsRecord, Record, Records
 from skipstone.evaluate.agreement import Agreement
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.ops import reference as ops
@@ -30,7 +30,7 @@ class Statistics:
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
         self._activation_rows = activation_rows
         blocks: Any = model.model.layers
-        self._blocks = [block.adjustables() for block in blocks]
+        self._blocks = [block.routing_modules() for block in blocks]
         self._sums: list[dict[str, Any]] = [{} for _ in self._blocks]
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ class Statistics:
                     sums.setdefault(name, _Depth()).add(mechanisms[name], record, known_BT)
                 elif isinstance(record, ExpertsRecord):
                     sums.setdefault(name, _Experts()).add(mechanisms[name], record)
-                elif isinstance(record, GroupsRecord):
+                elif isinstance(record, NeuronGroupsRecord):
                     sums.setdefault(name, _Groups()).add(record)
                 elif self._activation_rows:
                     sums.setdefault(name, _Activation(self._activation_rows)).add(mechanisms[name], record)
@@ -74,15 +74,15 @@ class _Depth:
 
     def add(self, mechanism: Any, record: Record, known_BT: Tensor | None) -> None:
         assert isinstance(record, DepthRecord)
-        wanted_BT = mechanism.ideal(record) if known_BT is None else known_BT
+        wanted_BT = mechanism.oracle_mask(record) if known_BT is None else known_BT
         if wanted_BT is not None:
             self.agreement = self.agreement or Agreement()
-            self.agreement.add(record.kept_BT, wanted_BT, record.asked_BT)
-        asked_B, kept_B = record.asked_BT.sum(1), (record.kept_BT & record.asked_BT).sum(1)
-        self.asked += int(asked_B.sum())
+            self.agreement.add(record.kept_BT, wanted_BT, record.reached_BT)
+        reached_B, kept_B = record.reached_BT.sum(1), (record.kept_BT & record.reached_BT).sum(1)
+        self.asked += int(reached_B.sum())
         self.kept += int(kept_B.sum())
         self.weight += float(record.weight_BT[record.kept_BT].double().sum())
-        self.rows.append((kept_B / asked_B)[asked_B > 0].cpu())
+        self.rows.append((kept_B / reached_B)[reached_B > 0].cpu())
 
     def result(self) -> dict[str, Any]:
         rows = torch.cat(self.rows).double()
@@ -111,17 +111,17 @@ class _Activation:
 
     def add(self, mechanism: Any, record: Record) -> None:
         assert isinstance(record, ActivationRecord)
-        rows = min(self.rows_left, len(record.asked_BT))
+        rows = min(self.rows_left, len(record.reached_BT))
         self.rows_left -= rows
         self.static_entropy = float(mechanism.static_entropy())
         for row in range(rows):  # one at a time: [T, neurons, A] is the largest tensor here
-            asked_T = record.asked_BT[row]
-            part = ActivationRecord(record.logits_BTA[row : row + 1], asked_T[None])
+            reached_T = record.reached_BT[row]
+            part = ActivationRecord(record.logits_BTA[row : row + 1], reached_T[None])
             for name in (*self.SHARES, *self.FIGURES):
                 figure_T = getattr(mechanism, name)(part)[0].double()
-                total = figure_T.expand(len(asked_T), *figure_T.shape[1:])[asked_T].sum(0).cpu()
+                total = figure_T.expand(len(reached_T), *figure_T.shape[1:])[reached_T].sum(0).cpu()
                 self.sums[name] = self.sums[name] + total if name in self.sums else total
-            self.tokens += int(asked_T.sum())
+            self.tokens += int(reached_T.sum())
 
     def result(self) -> dict[str, Any]:
         means = {name: (total / max(self.tokens, 1)).tolist() for name, total in self.sums.items()}
@@ -143,8 +143,8 @@ class _Experts:
         experts, no_ops = chosen_X[: mechanism.config.count], chosen_X[mechanism.config.count :]
         chosen = torch.cat((experts, no_ops.sum(0, keepdim=True)))
         self.chosen = chosen if self.chosen is None else self.chosen + chosen
-        self.tokens += int(record.asked_BT.sum())
-        self.entropy += float(mechanism.entropy(record)[record.asked_BT].double().sum())
+        self.tokens += int(record.reached_BT.sum())
+        self.entropy += float(mechanism.entropy(record)[record.reached_BT].double().sum())
 
     def result(self) -> dict[str, Any]:
         if self.chosen is None or not self.tokens:
@@ -158,10 +158,10 @@ class _Groups:
         self.tokens = 0
         self.on: Tensor | None = None  # tokens for which each group is
 
-    def add(self, record: GroupsRecord) -> None:
+    def add(self, record: NeuronGroupsRecord) -> None:
         on_G = record.kept_BTG.sum((0, 1)).double().cpu()
         self.on = on_G if self.on is None else self.on + on_G
-        self.tokens += int(record.asked_BT.sum())
+        self.tokens += int(record.reached_BT.sum())
 
     def result(self) -> dict[str, Any]:
         shares = [] if self.on is None or not self.tokens else (self.on / self.tokens).tolist()

@@ -61,7 +61,7 @@ def ways_of(
     was_forced: it was trained with the known difficulty, so its own routers have learned nothing.
     """
     lacking: dict[str, str] = {}
-    waits = any(isinstance(getattr(m, "decision", None), Forced) and m.capacity < 1 for m in model.adjustables())
+    waits = any(isinstance(getattr(m, "decision", None), Forced) and m.capacity < 1 for m in model.routing_modules())
     if waits or (was_forced and depth_layers(model)):
         lacking = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
     elif _refused(model):
@@ -79,7 +79,7 @@ def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
 
 def _refused(model: SkipstoneForCausalLM) -> bool:
     try:
-        for mechanism in model.adjustables():
+        for mechanism in model.routing_modules():
             mechanism.require_causal()
     except ValueError:
         return True

@@ -1,8 +1,8 @@
 """How much of the model a token passed: the share of the blocks' matrix FLOPs that its forward pass executed.
 
-    compute = sum over blocks of (given * (K + V) + asked * (Q + O) + asked_mlp * MLP) / the same with every load 1
+    compute = sum over blocks of (given * (K + V) + asked * (Q + O) + asked_mlp * MLP) / the same with all counts 1
 
-given and asked are the loads that the mechanisms leave of one token (core/load.py), from what they recorded. Weights
+given and asked are the counts that the mechanisms leave of one token (core/counts.py), from what they recorded. Weights
 are the matrices' sizes. Left out, because they depend on the length of the row: attention scores; because they are
 neither blocks nor saved: embeddings, head and routers. PolyGLU counts as a full MLP, an MLP of experts by the share of
 its choices that are no no-ops, one with neuron groups by the share that is on. A soft gate skips nothing.
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipstone.core.load import Load
-from skipstone.core.records import DepthRecord, ExpertsRecord, GroupsRecord, Records
+from skipstone.core.counts import TokenCounts
+from skipstone.core.records import DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
 from skipstone.model.cost import mlp_weights
 from skipstone.nn.block import Block
 
-WHOLE = Load(given=1.0, asked=1.0)
+WHOLE = TokenCounts(kv_tokens=1.0, query_tokens=1.0)
 
 
 def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> Tensor:
@@ -51,14 +51,14 @@ def _matrices(block: Block) -> dict[str, int]:
 def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
     """How often a token that asks passes matrices of the MLP, at most and in truth ([B, T] or [1, 1])."""
     mlp: Any = block.mlp
-    record = decided.get(mlp.place.name) if hasattr(mlp, "place") else None
+    record = decided.get(mlp.placement.name) if hasattr(mlp, "placement") else None
     if isinstance(record, ExpertsRecord):
         return mlp.config.top_k, record.chosen_BTX[..., : mlp.config.count].sum(-1).cpu()
-    groups = [record for record in decided.values() if isinstance(record, GroupsRecord)]
+    groups = [record for record in decided.values() if isinstance(record, NeuronGroupsRecord)]
     if not groups:
         return 1, torch.ones(1, 1)
     tried_BT, kept_BT = (on_BTG.double().mean(-1).cpu() for on_BTG in (groups[0].tried_BTG, groups[0].kept_BTG))
-    return 1, mlp.multiplied((tried_BT + kept_BT) / 2, lone=kept_BT.shape == (1, 1)).float()
+    return 1, mlp.multiplied((tried_BT + kept_BT) / 2, single_token=kept_BT.shape == (1, 1)).float()
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:
@@ -82,11 +82,11 @@ def _ways(names: Sequence[str]) -> Iterator[dict[str, float]]:
 def _work(block: Block, kept: Mapping[str, float], attention: Mapping[str, int]) -> tuple[float, float]:
     outer = _narrowed(block, "block", kept, WHOLE)
     a, m = _narrowed(block, "attention", kept, outer), _narrowed(block, "mlp", kept, outer)
-    return a.given * attention["given"] + a.asked * attention["asked"], m.asked
+    return a.kv_tokens * attention["given"] + a.query_tokens * attention["asked"], m.query_tokens
 
 
-def _narrowed(block: Block, site: str, kept: Mapping[str, float], load: Load) -> Load:
+def _narrowed(block: Block, site: str, kept: Mapping[str, float], counts: TokenCounts) -> TokenCounts:
     mechanisms: Any = block.mechanisms
     for name in block.sites[site]:
-        load = mechanisms[name].narrow(load, kept[name])
-    return load
+        counts = mechanisms[name].counts_inside(counts, kept[name])
+    return counts

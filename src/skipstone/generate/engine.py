@@ -225,9 +225,9 @@ def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
 
 
 def _check_causal(model: SkipstoneForCausalLM) -> None:
-    for mechanism in model.adjustables():
+    for mechanism in model.routing_modules():
         mechanism.require_causal()
-    for reason in {reason for mechanism in model.adjustables() if (reason := mechanism.unready())}:
+    for reason in {reason for mechanism in model.routing_modules() if (reason := mechanism.not_ready_reason())}:
         warnings.warn(reason, stacklevel=4)
 
 

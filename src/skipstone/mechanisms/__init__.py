@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skipstone.mechanisms.base import Adjustable, DepthMechanism, Place
+from skipstone.mechanisms.base import DepthMechanism, Placement, RoutingModule
 from skipstone.mechanisms.early_exit import EarlyExit
 from skipstone.mechanisms.gate_skip import GateSkip
 from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths
@@ -23,12 +23,12 @@ ACTIVATION: dict[str, type[PolyGLU]] = {
 __all__ = [
     "ACTIVATION",
     "DEPTH",
-    "Adjustable",
     "DepthMechanism",
     "EarlyExit",
     "GateSkip",
     "MixtureOfDepths",
-    "Place",
+    "Placement",
     "PolyGLU",
+    "RoutingModule",
     "TokenSelective",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from skipstone.core.records import Records
 from skipstone.core.seam import Update
 from skipstone.core.tokens import Tokens
-from skipstone.mechanisms.base import DepthMechanism, Place, every
+from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.gating import gate, is_hard
 from skipstone.mechanisms.routers import LinearRouter
 
@@ -52,13 +52,13 @@ class EarlyExit(DepthMechanism):
 
     Config = EarlyExitConfig
 
-    def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
-        super().__init__(hidden_size, place, **options)
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+        super().__init__(hidden_size, placement, **options)
         self.router = LinearRouter(hidden_size, self.config.start_bias)
 
     @property
     def _state(self) -> str:
-        return self.place.name or "early_exit"
+        return self.placement.name or "early_exit"
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
         return {self._state: x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.float32)}
@@ -67,24 +67,24 @@ class EarlyExit(DepthMechanism):
         """The inner update, each token's scaled by its survival."""
         score_BT, before_BT = self.router(x_BTD), tokens.state.get(self._state)
         survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT
-        asked_BT = every(tokens, score_BT)
+        reached_BT = real_mask(tokens, score_BT)
         kept_BT = None
         if is_hard(self.config.execution, tokens):
             kept_BT = survival_BT > self.config.threshold if tokens.forced_BT is None else tokens.forced_BT
-            kept_BT = asked_BT & kept_BT
+            kept_BT = reached_BT & kept_BT
         delta_BTD, inner = gate(update, x_BTD, tokens, survival_BT, kept_BT)
-        shown_BT = asked_BT if kept_BT is None else kept_BT
+        shown_BT = reached_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,
             kept_BT=shown_BT,
             weight_BT=torch.where(shown_BT, survival_BT, 0.0),
-            asked_BT=asked_BT,
-            loss_BT=torch.where(asked_BT, survival_BT, 0.0) * (self.config.depth_weight / self.place.count),
+            reached_BT=reached_BT,
+            loss_BT=torch.where(reached_BT, survival_BT, 0.0) * (self.config.depth_weight / self.placement.count),
             carry={self._state: survival_BT},
         )
         return delta_BTD, {**records, **inner}
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         self.router.constant(NEUTRAL_SCORE)
 
     def flops(self, tokens: float, routing: str) -> float:

@@ -21,7 +21,7 @@ class Exploration(nn.Module):
         self.scale = scale
         self.progress = Progress(until)
 
-    def forward(self, score_BT: Tensor, asked_BT: Tensor, capacity: float | None = None) -> Tensor:
+    def forward(self, score_BT: Tensor, reached_BT: Tensor, capacity: float | None = None) -> Tensor:
         """fp32 [B, T], without a gradient.
 
         capacity: for decisions by a threshold. Noise lifts the upper quantiles, so that a threshold would let too many
@@ -34,6 +34,6 @@ class Exploration(nn.Module):
         if capacity is None:
             return explored_BT
         lifted, plain = (
-            torch.where(asked_BT, x_BT, torch.nan).nanquantile(1 - capacity) for x_BT in (explored_BT, score_BT)
+            torch.where(reached_BT, x_BT, torch.nan).nanquantile(1 - capacity) for x_BT in (explored_BT, score_BT)
         )
         return explored_BT - (lifted - plain)

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from skipstone.core.load import Load
+from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Record, Records
 from skipstone.core.seam import Update
 from skipstone.core.tokens import Tokens
-from skipstone.mechanisms.base import DepthMechanism, Place, every
+from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.decisions import EmaThreshold
 from skipstone.mechanisms.gating import gate, is_hard
 from skipstone.mechanisms.routers import LinearRouter
@@ -60,8 +60,8 @@ class GateSkip(DepthMechanism):
 
     Config = GateSkipConfig
 
-    def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
-        super().__init__(hidden_size, place, **options)
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+        super().__init__(hidden_size, placement, **options)
         self.capacity: float = self.config.capacity
         outputs = hidden_size if self.config.gate == "channel" else 1
         self.router = LinearRouter(hidden_size, self.config.start_bias, outputs)
@@ -71,16 +71,16 @@ class GateSkip(DepthMechanism):
         """The inner update by the gate. The score is the logit of a token's mean gate."""
         open_BTG = self.router.all(x_BTD).sigmoid()
         mean_BT = open_BTG.mean(-1)
-        score_BT, asked_BT = torch.logit(mean_BT.detach(), eps=EPSILON), every(tokens, mean_BT)
-        kept_BT = asked_BT & self._keeps(score_BT, x_BTD, tokens) if is_hard(self.config.execution, tokens) else None
+        score_BT, reached_BT = torch.logit(mean_BT.detach(), eps=EPSILON), real_mask(tokens, mean_BT)
+        kept_BT = reached_BT & self._keeps(score_BT, x_BTD, tokens) if is_hard(self.config.execution, tokens) else None
         delta_BTD, inner = gate(update, x_BTD, tokens, None, kept_BT, self.capacity)
-        shown_BT = asked_BT if kept_BT is None else kept_BT
+        shown_BT = reached_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,
             kept_BT=shown_BT,
             weight_BT=torch.where(shown_BT, mean_BT, 0.0),
-            asked_BT=asked_BT,
-            loss_BT=torch.where(asked_BT, mean_BT, 0.0) * (self.config.sparsity_weight / self.place.count),
+            reached_BT=reached_BT,
+            loss_BT=torch.where(reached_BT, mean_BT, 0.0) * (self.config.sparsity_weight / self.placement.count),
         )
         return delta_BTD * open_BTG.to(delta_BTD.dtype), {**records, **inner}
 
@@ -93,23 +93,25 @@ class GateSkip(DepthMechanism):
 
     def statistics(self, record: Record) -> Tensor | None:
         assert isinstance(record, DepthRecord)
-        return self.decision.statistics(record.score_BT, record.asked_BT)
+        return self.decision.statistics(record.score_BT, record.reached_BT)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         self.decision.advance(statistics)
 
-    def unready(self) -> str | None:
-        return self.decision.unready() if self.capacity < 1 and self.config.execution == "hard" else None
+    def not_ready_reason(self) -> str | None:
+        return self.decision.not_ready_reason() if self.capacity < 1 and self.config.execution == "hard" else None
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         """Open gates, and nobody left out."""
         self.router.constant(NEUTRAL_SCORE)
         self.capacity = 1.0
 
-    def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
+    def counts_inside(
+        self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
+    ) -> TokenCounts:
         if kept is None and self.config.execution == "hard":
-            kept = self.capacity * load.given
-        return super().narrow(load, kept, oracle)
+            kept = self.capacity * counts.kv_tokens
+        return super().counts_inside(counts, kept, oracle)
 
     def flops(self, tokens: float, routing: str) -> float:
         return self.router.flops(tokens)

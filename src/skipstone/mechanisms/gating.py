@@ -32,7 +32,7 @@ def gate(
     """
     if open_BT is not None:
         tokens = tokens.scaled(open_BT)
-    return update(x_BTD, tokens if kept_BT is None else tokens.want(kept_BT, share=share))
+    return update(x_BTD, tokens if kept_BT is None else tokens.restrict_queries(kept_BT, share=share))
 
 
 def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:

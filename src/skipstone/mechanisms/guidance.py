@@ -30,24 +30,24 @@ class _Guided(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, delta_BTD: Tensor, score_BT: Tensor, asked_BT: Tensor, capacity: float
+        ctx: Any, delta_BTD: Tensor, score_BT: Tensor, reached_BT: Tensor, capacity: float
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(score_BT, asked_BT)
+        ctx.save_for_backward(score_BT, reached_BT)
         ctx.capacity = capacity
         return delta_BTD.view_as(delta_BTD), torch.zeros_like(score_BT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         pulled_BTD, scale_BT = gradients
-        score_BT, asked_BT = ctx.saved_tensors
+        score_BT, reached_BT = ctx.saved_tensors
         pull_BT = torch.linalg.vector_norm(pulled_BTD, dim=-1, dtype=torch.float32)
-        line = torch.where(asked_BT, pull_BT, torch.nan).nanquantile(1 - ctx.capacity)
+        line = torch.where(reached_BT, pull_BT, torch.nan).nanquantile(1 - ctx.capacity)
         return pulled_BTD, scale_BT * (score_BT.sigmoid() - (pull_BT > line).float()), None, None
 
 
-def guided(delta_BTD: Tensor, score_BT: Tensor, asked_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:
+def guided(delta_BTD: Tensor, score_BT: Tensor, reached_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:
     """The update [B, T, D], and an auxiliary loss [B, T] of value 0 that trains the score in backward.
 
     score_BT: fp32, whose graph should not reach the model (a detached router input), or the guidance bends the model.
     """
-    return _Guided.apply(delta_BTD, score_BT, asked_BT, capacity)  # type: ignore[no-any-return]
+    return _Guided.apply(delta_BTD, score_BT, reached_BT, capacity)  # type: ignore[no-any-return]

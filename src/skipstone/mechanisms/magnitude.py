@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
-from skipstone.core.records import GroupsRecord
-from skipstone.core.tokens import Tokens, every
+from skipstone.core.records import NeuronGroupsRecord
+from skipstone.core.tokens import Tokens, real_mask
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.mechanisms.schedules import Capacity
-from skipstone.ops.magnitude import Parts, largest, sizes
+from skipstone.ops.magnitude import MagnitudeWeights, largest, sizes
 
 
 class MagnitudeGroups(NeuronGroups):
@@ -63,8 +63,8 @@ class MagnitudeGroups(NeuronGroups):
         tried, kept = (self.config.kept(self.neurons, s.final) for s in (self.schedule, self.down_schedule))
         return Fraction(tried + kept, 2 * self.total)
 
-    def multiplied(self, share: Any, lone: bool) -> Any:
-        return (1 + 2 * share) / 3 if lone else 1 + 0 * share  # the gate in full, up and down in part
+    def multiplied(self, share: Any, single_token: bool) -> Any:
+        return (1 + 2 * share) / 3 if single_token else 1 + 0 * share  # the gate in full, up and down in part
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
@@ -75,21 +75,21 @@ class MagnitudeGroups(NeuronGroups):
         """bool [B, T, G]; h_BTF: products of those that are tried, else 0."""
         return largest(sizes(h_BTF, self.config.group_size), self.kept)
 
-    def parts(self, up_FD: Tensor, down_FD: Tensor) -> Parts:
+    def parts(self, up_FD: Tensor, down_FD: Tensor) -> MagnitudeWeights:
         """What `ops.magnitude.one_token` needs to know, besides the token."""
-        return Parts(self.typical_F, up_FD, down_FD, self.tried, self.kept, self.config.group_size)
+        return MagnitudeWeights(self.typical_F, up_FD, down_FD, self.tried, self.kept, self.config.group_size)
 
-    def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> GroupsRecord:
-        asked_BT = every(tokens, score_BTG[..., 0])
+    def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
+        reached_BT = real_mask(tokens, score_BTG[..., 0])
         if tokens.real_BT is not None:
-            tried_BTG, kept_BTG = (on_BTG & asked_BT[..., None] for on_BTG in (tried_BTG, kept_BTG))
-            score_BTG = score_BTG.masked_fill(~asked_BT[..., None], float("nan"))
-        return GroupsRecord(score_BTG, kept_BTG, asked_BT, tried_BTG)
+            tried_BTG, kept_BTG = (on_BTG & reached_BT[..., None] for on_BTG in (tried_BTG, kept_BTG))
+            score_BTG = score_BTG.masked_fill(~reached_BT[..., None], float("nan"))
+        return NeuronGroupsRecord(score_BTG, kept_BTG, reached_BT, tried_BTG)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         super().advance(progress, statistics)
         self.down_schedule.advance(progress)
 
-    def neutral(self) -> None:
-        super().neutral()
+    def set_identity(self) -> None:
+        super().set_identity()
         self.down_schedule.pin(1.0)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from skipstone.core.records import ActivationRecord
-from skipstone.mechanisms.base import Adjustable
+from skipstone.mechanisms.base import RoutingModule
 
 
-class MixFigures(Adjustable):
+class MixFigures(RoutingModule):
     """Figures are [B, T], or [B, 1] where a row shares its context; NaN for tokens that were never asked."""
 
     tau: Tensor

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from skipstone.core.load import Load
+from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Record, Records, lift
 from skipstone.core.seam import Update
 from skipstone.core.tokens import Tokens
-from skipstone.mechanisms.base import DepthMechanism, Place, every
+from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.decisions import Forced, build_decision
 from skipstone.mechanisms.exploration import Exploration
 from skipstone.mechanisms.guidance import guided
@@ -42,14 +42,19 @@ class MixtureOfDepths(DepthMechanism):
 
     Config = MixtureOfDepthsConfig
 
-    def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
-        super().__init__(hidden_size, place, **options)
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+        super().__init__(hidden_size, placement, **options)
         config: MixtureOfDepthsConfig = self.config
         self.weighting = config.weight
         self.router = build_router(config.router, hidden_size, bool(config.router_norm))
-        capacity = Capacity(capacity_at(config.capacity, self.place), config.capacity_warmup, config.warmup_shape)
+        capacity = Capacity(capacity_at(config.capacity, self.placement), config.capacity_warmup, config.warmup_shape)
         self.decision = build_decision(
-            config.decision, capacity, hidden_size, self.place.layer, config.threshold, norm=bool(config.router_norm)
+            config.decision,
+            capacity,
+            hidden_size,
+            self.placement.layer,
+            config.threshold,
+            norm=bool(config.router_norm),
         )
         self.exploration = Exploration(config.exploration, config.exploration_until) if config.exploration else None
         self.skip = LowRankSkip(hidden_size, config.skip_rank) if config.skip == "low_rank" else None
@@ -68,22 +73,22 @@ class MixtureOfDepths(DepthMechanism):
         """Update of the kept tokens; for the others 0, or what the skip path says."""
         seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
         score_BT = self.router(seen_BTD)
-        asked_BT = every(tokens, score_BT)
-        kept_BT = self.decide(score_BT, seen_BTD, tokens) & asked_BT
+        reached_BT = real_mask(tokens, score_BT)
+        kept_BT = self.decide(score_BT, seen_BTD, tokens) & reached_BT
         weight_BT = torch.where(kept_BT, WEIGHTS[self.weighting](score_BT, self.tanh_scale), 0.0)
         execute = self._with_all_keys if self.config.kv == "full" else self._alone
         delta_BTD, inner = execute(update, x_BTD, tokens, kept_BT, weight_BT)
         if self.skip is not None:
-            delta_BTD = delta_BTD + self.skip(x_BTD, asked_BT & ~kept_BT, tokens)
+            delta_BTD = delta_BTD + self.skip(x_BTD, reached_BT & ~kept_BT, tokens)
         guided_BT = None
         if self.config.guidance and self.capacity < 1 and self._learns(tokens):
-            delta_BTD, guided_BT = guided(delta_BTD, score_BT, asked_BT, self.capacity)
+            delta_BTD, guided_BT = guided(delta_BTD, score_BT, reached_BT, self.capacity)
         records = self.record(
             score_BT=score_BT,
             kept_BT=kept_BT,
             weight_BT=weight_BT,
-            asked_BT=asked_BT,
-            loss_BT=self._loss(score_BT, kept_BT, asked_BT, seen_BTD, guided_BT, tokens),
+            reached_BT=reached_BT,
+            loss_BT=self._loss(score_BT, kept_BT, reached_BT, seen_BTD, guided_BT, tokens),
         )
         return delta_BTD, {**records, **inner}
 
@@ -99,7 +104,7 @@ class MixtureOfDepths(DepthMechanism):
         if self._explores(tokens):
             assert self.exploration is not None
             held = None if self.decision.static else self.decision.capacity.now
-            score_BT = self.exploration(score_BT, every(tokens, score_BT), held)
+            score_BT = self.exploration(score_BT, real_mask(tokens, score_BT), held)
         return self.decision.oracle(score_BT, seen_BTD, tokens)
 
     def _explores(self, tokens: Tokens) -> bool:
@@ -109,7 +114,7 @@ class MixtureOfDepths(DepthMechanism):
         self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
     ) -> tuple[Tensor, Records]:
         """Skipped tokens do not exist inside."""
-        part = tokens.narrow(kept_BT, *self._width(tokens))
+        part = tokens.select_kept(kept_BT, *self._width(tokens))
         if part.width == 0 and not torch.is_grad_enabled():
             return torch.zeros_like(x_BTD), {}
         if part.width == 0:
@@ -122,7 +127,7 @@ class MixtureOfDepths(DepthMechanism):
         self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
     ) -> tuple[Tensor, Records]:
         """Skipped tokens give keys and values."""
-        delta_BTD, inner = update(x_BTD, tokens.want(kept_BT, *self._width(tokens), share=self.capacity))
+        delta_BTD, inner = update(x_BTD, tokens.restrict_queries(kept_BT, *self._width(tokens), share=self.capacity))
         return delta_BTD * weight_BT[..., None].to(delta_BTD.dtype), inner
 
     def _width(self, tokens: Tokens) -> tuple[int | None, bool]:
@@ -141,7 +146,7 @@ class MixtureOfDepths(DepthMechanism):
         self,
         score_BT: Tensor,
         kept_BT: Tensor,
-        asked_BT: Tensor,
+        reached_BT: Tensor,
         seen_BTD: Tensor,
         guided_BT: Tensor | None,
         tokens: Tokens,
@@ -149,22 +154,22 @@ class MixtureOfDepths(DepthMechanism):
         if not self._learns(tokens):
             return None
         if self._explores(tokens) and self.decision.capacity.now < 1:  # what it would keep without the noise
-            kept_BT = self.decision.oracle(score_BT, seen_BTD, tokens) & asked_BT
-        loss_BT = self.decision.loss(score_BT, kept_BT, seen_BTD, asked_BT)
+            kept_BT = self.decision.oracle(score_BT, seen_BTD, tokens) & reached_BT
+        loss_BT = self.decision.loss(score_BT, kept_BT, seen_BTD, reached_BT)
         terms = [x_BT * self.config.auxiliary_weight for x_BT in (loss_BT, guided_BT) if x_BT is not None]
         if self.config.z_loss:
             terms.append(score_BT.square() * self.config.z_loss)
-        return torch.where(asked_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
+        return torch.where(reached_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
-    def ideal(self, record: DepthRecord) -> Tensor | None:
+    def oracle_mask(self, record: DepthRecord) -> Tensor | None:
         """The best `capacity` of each row by score; None where the decision looks at no score."""
         if not self.decision.reads_scores:
             return None
-        return ops.select_top(record.score_BT, self.capacity, torch.where(record.asked_BT, 0, -1))
+        return ops.select_top(record.score_BT, self.capacity, torch.where(record.reached_BT, 0, -1))
 
     def statistics(self, record: Record) -> Tensor | None:
         assert isinstance(record, DepthRecord)
-        return self.decision.statistics(record.score_BT.detach(), record.asked_BT)
+        return self.decision.statistics(record.score_BT.detach(), record.reached_BT)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         self.decision.advance(statistics)
@@ -172,14 +177,16 @@ class MixtureOfDepths(DepthMechanism):
         if self.exploration is not None:
             self.exploration.progress.advance(progress)
 
-    def unready(self) -> str | None:
-        return self.decision.capacity.unready() or self.decision.unready() if self.capacity < 1 else None
+    def not_ready_reason(self) -> str | None:
+        return (
+            self.decision.capacity.not_ready_reason() or self.decision.not_ready_reason() if self.capacity < 1 else None
+        )
 
     def require_causal(self) -> None:
         if self.capacity < 1:
             self.decision.require_causal()
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         """Capacity 1 and weight 1: raw scores cannot be 1 everywhere by any choice of parameters."""
         self.decision.capacity.pin(1.0)
         if self.tanh_scale is None:
@@ -188,7 +195,9 @@ class MixtureOfDepths(DepthMechanism):
             with torch.no_grad():
                 self.tanh_scale.zero_()
 
-    def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
+    def counts_inside(
+        self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
+    ) -> TokenCounts:
         """Tokens that are not kept vanish, or with `kv: full` ask for nothing.
 
         A promise (`kept` None) is by the set capacity. What a static decision executes is the quota of the one that is
@@ -196,13 +205,22 @@ class MixtureOfDepths(DepthMechanism):
         """
         static = oracle and self.decision.static
         if kept is None:
-            inside = load.of(ops.quota(self.capacity, int(load.given)) if static else self.capacity * load.given)
+            inside = counts.restricted_to(
+                ops.quota(self.capacity, int(counts.kv_tokens)) if static else self.capacity * counts.kv_tokens
+            )
         else:
-            inside = load.of(kept)
+            inside = counts.restricted_to(kept)
             if static:
-                width = ops.quota(self.decision.capacity.now, int(load.given))
-                inside = Load(given=width, asked=width if load.asked == load.given else inside.asked)
-        return Load(given=load.given, asked=inside.asked) if self.config.kv == "full" else inside
+                width = ops.quota(self.decision.capacity.now, int(counts.kv_tokens))
+                inside = TokenCounts(
+                    kv_tokens=width,
+                    query_tokens=width if counts.query_tokens == counts.kv_tokens else inside.query_tokens,
+                )
+        return (
+            TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=inside.query_tokens)
+            if self.config.kv == "full"
+            else inside
+        )
 
     def flops(self, tokens: float, routing: str) -> float:
         decides = routing == "oracle" or (routing == "causal" and self.capacity < 1)

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from skipstone.core.adjustable import Adjustable, Place
 from skipstone.core.cache import SkipstoneCacheLayer
-from skipstone.core.records import GroupsRecord, Record
+from skipstone.core.records import NeuronGroupsRecord, Record
+from skipstone.core.routing_module import Placement, RoutingModule
 from skipstone.core.strict import from_dict
-from skipstone.core.tokens import Tokens, every
+from skipstone.core.tokens import Tokens, real_mask
 from skipstone.mechanisms.contexts import Memory, chunk_start
 from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
 from skipstone.mechanisms.schedules import Capacity
@@ -46,19 +46,19 @@ class Choice(NamedTuple):
 
     group_BTK: Tensor
     gain_BTK: Tensor
-    record: GroupsRecord
+    record: NeuronGroupsRecord
 
 
-class NeuronGroups(Adjustable):
+class NeuronGroups(RoutingModule):
     """Decides which groups are on; the MLP executes it. `neurons`: of the MLP before pruning."""
 
     Config: ClassVar[type[Any]] = NeuronGroupsConfig
 
-    def __init__(self, hidden_size: int, neurons: int, place: Place | None = None, **options: Any) -> None:
+    def __init__(self, hidden_size: int, neurons: int, placement: Placement | None = None, **options: Any) -> None:
         super().__init__()
         self.config: NeuronGroupsConfig = from_dict(NeuronGroupsConfig, options)
-        self.place, self.neurons = place or Place(name=NAME), neurons
-        self.total = self.config.neurons(self.place.layer, neurons) // self.config.group_size
+        self.placement, self.neurons = placement or Placement(name=NAME), neurons
+        self.total = self.config.neurons(self.placement.layer, neurons) // self.config.group_size
         self.schedule = Capacity(self.config.capacity, self.config.capacity_warmup)
         self.balance_bias: Tensor | None
         self.register_buffer("balance_bias", torch.zeros(self.total) if self.config.balance_rate else None)
@@ -97,45 +97,45 @@ class NeuronGroups(Adjustable):
         """K / G once a warm-up is over."""
         return Fraction(self.config.kept(self.neurons, self.schedule.final), self.total)
 
-    def multiplied(self, share: Any, lone: bool) -> Any:
-        """Of the MLP's matrices, for a share of groups that is on; lone: in a call of one token."""
+    def multiplied(self, share: Any, single_token: bool) -> Any:
+        """Of the MLP's matrices, for a share of groups that is on; single_token: in a call of one token."""
         return share
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> Choice:
-        """x_BTD: the MLP's input, not packed."""
+        """x_BTD: the MLP's input, not unpadded."""
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
         group_BTK = ranked_BTG.topk(self.kept, dim=-1, sorted=False).indices.sort(-1).values
         gain_BTK = 2 * score_BTG.gather(-1, group_BTK).sigmoid() if self.learns else torch.ones_like(group_BTK).float()
         return Choice(group_BTK, gain_BTK, self._record(score_BTG, group_BTK, tokens))
 
-    def _record(self, score_BTG: Tensor, group_BTK: Tensor, tokens: Tokens) -> GroupsRecord:
-        asked_BT, seen_BTG = every(tokens, score_BTG[..., 0]), score_BTG.detach()
+    def _record(self, score_BTG: Tensor, group_BTK: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
+        reached_BT, seen_BTG = real_mask(tokens, score_BTG[..., 0]), score_BTG.detach()
         kept_BTG = torch.zeros_like(score_BTG, dtype=torch.bool).scatter(-1, group_BTK, True)
         if tokens.real_BT is not None:
-            kept_BTG = kept_BTG & asked_BT[..., None]
-            seen_BTG = seen_BTG.masked_fill(~asked_BT[..., None], float("nan"))
-        return GroupsRecord(seen_BTG, kept_BTG, asked_BT, kept_BTG)
+            kept_BTG = kept_BTG & reached_BT[..., None]
+            seen_BTG = seen_BTG.masked_fill(~reached_BT[..., None], float("nan"))
+        return NeuronGroupsRecord(seen_BTG, kept_BTG, reached_BT, kept_BTG)
 
     def _scores(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         z_BTR = score_linear(x_BTD, self.context_weight)
-        memory = Memory(tokens, cache, self.place.name)
+        memory = Memory(tokens, cache, self.placement.name)
         start_BTR = chunk_start(z_BTR, tokens, memory, self.config.chunk_size, self.config.decay)
         return score_linear((start_BTR + self.context_bias.float()).relu(), self.score_weight, self.score_bias)
 
     def _random(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Control: the fractional part of a large sine of chunk of positions, group and layer."""
         chunk_BT = (tokens.position_BT // self.config.chunk_size).double()
-        group_G = torch.arange(self.total, device=x_BTD.device) * 4.1414 + self.place.layer * 78.233
+        group_G = torch.arange(self.total, device=x_BTD.device) * 4.1414 + self.placement.layer * 78.233
         turned_BTG = torch.sin(chunk_BT[..., None] * 12.9898 + group_G) * 43758.5453
         return (turned_BTG - turned_BTG.floor()).float().expand(*x_BTD.shape[:2], -1)
 
-    def share(self, record: GroupsRecord) -> Tensor:
+    def share(self, record: NeuronGroupsRecord) -> Tensor:
         """Share of the tokens for which each group is on, fp32 [G]; NaN where nobody was asked."""
-        return record.kept_BTG.sum((0, 1)) / record.asked_BT.sum()
+        return record.kept_BTG.sum((0, 1)) / record.reached_BT.sum()
 
     def statistics(self, record: Record) -> Tensor | None:
-        assert isinstance(record, GroupsRecord)
+        assert isinstance(record, NeuronGroupsRecord)
         return self.share(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
@@ -143,15 +143,15 @@ class NeuronGroups(Adjustable):
         if self.balance_bias is not None and statistics is not None:
             self.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
-    def unasked(self, x_BTD: Tensor) -> GroupsRecord:
+    def empty_record(self, x_BTD: Tensor) -> NeuronGroupsRecord:
         nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], self.total), float("nan"), dtype=torch.float32)
         none_BTG = nan_BTG > 0
-        return GroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
+        return NeuronGroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
 
-    def unready(self) -> str | None:
-        return self.schedule.unready()
+    def not_ready_reason(self) -> str | None:
+        return self.schedule.not_ready_reason()
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         """Every group on, with a gain of 1."""
         self.schedule.pin(1.0)
         if self.learns:

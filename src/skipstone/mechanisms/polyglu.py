@@ -27,7 +27,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ActivationRecord, Records
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens
-from skipstone.mechanisms.base import Place, every
+from skipstone.mechanisms.base import Placement, real_mask
 from skipstone.mechanisms.contexts import Memory, chunk_mean, exponential_mean, running_mean, sequence_mean
 from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.ops import mix_activations, score_linear
@@ -84,10 +84,10 @@ class PolyGLU(MixFigures):
 
     Config: ClassVar[type[Any]] = PolyGLUConfig
 
-    def __init__(self, hidden_size: int, neurons: int, place: Place | None = None, **options: Any) -> None:
+    def __init__(self, hidden_size: int, neurons: int, placement: Placement | None = None, **options: Any) -> None:
         super().__init__()
         self.config: PolyGLUConfig = from_dict(PolyGLUConfig, options)
-        self.place = place or Place(name="polyglu")
+        self.placement = placement or Placement(name="polyglu")
         R = self.config.router_width
         self.preference_bias = nn.Parameter(torch.empty(neurons, NUM_ACTIVATIONS))
         self.scale = nn.Parameter(torch.empty(NUM_ACTIVATIONS))
@@ -121,8 +121,8 @@ class PolyGLU(MixFigures):
         if noise:
             static_BFA = static_BFA + self._gumbel(len(x_BTD), x_BTD.device)
         y_BTF = self._mixed(gate_BTF, static_BFA, dynamic_BTA, tokens, runs)
-        record = ActivationRecord(dynamic_BTA.detach(), every(tokens, x_BTD[..., 0]))
-        return y_BTF, {self.place.name: record}
+        record = ActivationRecord(dynamic_BTA.detach(), real_mask(tokens, x_BTD[..., 0]))
+        return y_BTF, {self.placement.name: record}
 
     def _mixed(
         self, gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, tokens: Tokens, runs: Runs | None
@@ -131,7 +131,7 @@ class PolyGLU(MixFigures):
             return mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
         B, T = len(dynamic_BTA), tokens.length
         row_BT = torch.arange(B, device=dynamic_BTA.device)[:, None].expand(B, T)
-        dynamic_NA, row_N = tokens.pack(dynamic_BTA.expand(B, T, -1)).flatten(0, 1), tokens.pack(row_BT).flatten()
+        dynamic_NA, row_N = tokens.unpad(dynamic_BTA.expand(B, T, -1)).flatten(0, 1), tokens.unpad(row_BT).flatten()
         y_NF = mix_kept(gate_BTF.flatten(0, 1), static_BFA, dynamic_NA, self.tau, runs, row_N)
         return y_NF.view(gate_BTF.shape)
 
@@ -147,7 +147,7 @@ class PolyGLU(MixFigures):
 
     def _context(self, z_BTR: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """fp32 [B, T or 1, R]."""
-        config, memory = self.config, Memory(tokens, cache, self.place.name)
+        config, memory = self.config, Memory(tokens, cache, self.placement.name)
         if config.context == "running_mean":
             return running_mean(z_BTR, tokens, memory)
         if config.context == "exponential_mean":
@@ -172,7 +172,7 @@ class PolyGLU(MixFigures):
         start, end = self.config.tau_start, self.config.tau_end
         self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         """SiLU everywhere."""
         with torch.no_grad():
             self.mix_weight.zero_()
@@ -180,11 +180,11 @@ class PolyGLU(MixFigures):
             self.preference_bias.zero_()
             self.preference_bias[:, SILU] = NEUTRAL_LOGIT * self.tau / self.config.preference_scale
 
-    def unasked(self, x_BTD: Tensor) -> ActivationRecord:
+    def empty_record(self, x_BTD: Tensor) -> ActivationRecord:
         logits_BTA = x_BTD.new_full((*x_BTD.shape[:2], NUM_ACTIVATIONS), float("nan"), dtype=torch.float32)
         return ActivationRecord(logits_BTA, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
-    def caution(self) -> str | None:
+    def build_warning(self) -> str | None:
         if self.config.context != "sequence":
             return None
         return (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from skipstone.mechanisms.base import Place
+from skipstone.mechanisms.base import Placement
 
 Shape = Literal["linear", "cosine"]
 UNIT = 1_000_000  # an integer keeps its value whatever type the model is cast to
@@ -55,17 +55,17 @@ def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
         require_capacity(name, number)
 
 
-def capacity_at(capacity: float | list[float] | Ramp, place: Place) -> float:
+def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> float:
     """The capacity of one block. Raises ValueError for a list that has not one number for each routed block."""
     if isinstance(capacity, Ramp):
-        return between(capacity.start, capacity.end, place.index / max(place.count - 1, 1), capacity.shape)
+        return between(capacity.start, capacity.end, placement.index / max(placement.count - 1, 1), capacity.shape)
     if not isinstance(capacity, list):
         return capacity
-    if len(capacity) != place.count:
+    if len(capacity) != placement.count:
         raise ValueError(
-            f"capacity lists {len(capacity)} numbers, but {place.count} blocks are routed; give one for each of them"
+            f"capacity lists {len(capacity)} numbers, but {placement.count} blocks are routed; give one for each"
         )
-    return capacity[place.index]
+    return capacity[placement.index]
 
 
 class Progress(nn.Module):
@@ -147,7 +147,7 @@ class Capacity(nn.Module):
         if self.progress is not None:
             self.progress.advance(progress)
 
-    def unready(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         if self.progress is None or self.progress.share:
             return None
         return (

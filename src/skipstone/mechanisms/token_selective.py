@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.load import Load
+from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Record, Records, lift
 from skipstone.core.seam import Update
 from skipstone.core.tokens import Tokens
-from skipstone.mechanisms.base import DepthMechanism, Place, every
+from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.decisions import Decision, build_decision
 from skipstone.mechanisms.gating import gate, is_hard, straight_through
 from skipstone.mechanisms.guidance import guided
@@ -40,8 +40,8 @@ class TokenSelective(DepthMechanism):
 
     Config = TokenSelectiveConfig
 
-    def __init__(self, hidden_size: int, place: Place | None = None, **options: Any) -> None:
-        super().__init__(hidden_size, place, **options)
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+        super().__init__(hidden_size, placement, **options)
         self.router = self._build_router().requires_grad_(self.config.learn)
         self.decision = self._build_decision()
 
@@ -56,8 +56,8 @@ class TokenSelective(DepthMechanism):
         config: TokenSelectiveConfig = self.config
         if config.capacity is None:
             return None
-        capacity = Capacity(capacity_at(config.capacity, self.place), config.capacity_warmup)
-        return build_decision(config.decision, capacity, self.hidden_size, self.place.layer)
+        capacity = Capacity(capacity_at(config.capacity, self.placement), config.capacity_warmup)
+        return build_decision(config.decision, capacity, self.hidden_size, self.placement.layer)
 
     @property
     def capacity(self) -> float | None:
@@ -74,25 +74,25 @@ class TokenSelective(DepthMechanism):
         A pass that computes every token records every token as kept, those that it only pretends to skip with weight 0.
         """
         score_BT = self._score(x_BTD)
-        open_BT, asked_BT = score_BT.sigmoid(), every(tokens, score_BT)
+        open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)
         gain_BT, kept_BT = self._decide(score_BT, open_BT, x_BTD, tokens)
         if kept_BT is not None and tokens.real_BT is not None:
-            kept_BT = asked_BT & kept_BT
+            kept_BT = reached_BT & kept_BT
         if kept_BT is not None and self.config.kv == "kept":
             delta_BTD, inner = self._alone(update, x_BTD, tokens, gain_BT, kept_BT)
         else:
             delta_BTD, inner = gate(update, x_BTD, tokens, gain_BT, kept_BT, self.capacity)
-        loss_BT = open_BT * (self.config.depth_weight / self.place.count)
+        loss_BT = open_BT * (self.config.depth_weight / self.placement.count)
         if self.config.guidance and self._share < 1 and self._trains(tokens):
-            delta_BTD, guided_BT = guided(delta_BTD, score_BT, asked_BT, self._share)
+            delta_BTD, guided_BT = guided(delta_BTD, score_BT, reached_BT, self._share)
             loss_BT = loss_BT + guided_BT * self.config.auxiliary_weight
-        shown_BT = asked_BT if kept_BT is None else kept_BT
+        shown_BT = reached_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,
             kept_BT=shown_BT,
             weight_BT=shown_BT.float() if gain_BT is None else gain_BT * shown_BT,
-            asked_BT=asked_BT,
-            loss_BT=loss_BT if tokens.real_BT is None else torch.where(asked_BT, loss_BT, 0.0),
+            reached_BT=reached_BT,
+            loss_BT=loss_BT if tokens.real_BT is None else torch.where(reached_BT, loss_BT, 0.0),
         )
         return delta_BTD, {**records, **inner}
 
@@ -135,7 +135,7 @@ class TokenSelective(DepthMechanism):
         self, update: Update, x_BTD: Tensor, tokens: Tokens, gain_BT: Tensor | None, kept_BT: Tensor
     ) -> tuple[Tensor, Records]:
         """As `gate`, but skipped tokens do not exist inside."""
-        part = tokens.narrow(kept_BT)
+        part = tokens.select_kept(kept_BT)
         if part.width == 0:
             return x_BTD * 0, {}
         inside = (tokens if gain_BT is None else tokens.scaled(gain_BT)).select(part)
@@ -144,32 +144,38 @@ class TokenSelective(DepthMechanism):
 
     def statistics(self, record: Record) -> Tensor | None:
         assert isinstance(record, DepthRecord)
-        return None if self.decision is None else self.decision.statistics(record.score_BT.detach(), record.asked_BT)
+        return None if self.decision is None else self.decision.statistics(record.score_BT.detach(), record.reached_BT)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         if self.decision is not None:
             self.decision.advance(statistics)
             self.decision.capacity.advance(progress)
 
-    def unready(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         if self.decision is None or self._share >= 1 or self.config.execution == "soft":
             return None
-        return self.decision.capacity.unready() or self.decision.unready()
+        return self.decision.capacity.not_ready_reason() or self.decision.not_ready_reason()
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         """Open gates, and nobody left out."""
         self.router.constant(-NEUTRAL_SCORE)
         if self.decision is not None:
             self.decision.capacity.pin(1.0)
 
-    def narrow(self, load: Load, kept: Load | float | None = None, oracle: bool = False) -> Load:
+    def counts_inside(
+        self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
+    ) -> TokenCounts:
         """An oracle pass leaves tokens out with `training: hard` only."""
         if oracle and self.config.training != "hard":
-            return load
+            return counts
         if kept is None and (self._share >= 1 or self.config.execution == "soft"):
-            return load
-        inside = load.of(self._share * load.given if kept is None else kept)
-        return Load(given=load.given, asked=inside.asked) if self.config.kv == "full" else inside
+            return counts
+        inside = counts.restricted_to(self._share * counts.kv_tokens if kept is None else kept)
+        return (
+            TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=inside.query_tokens)
+            if self.config.kv == "full"
+            else inside
+        )
 
     def flops(self, tokens: float, routing: str) -> float:
         return self.router.flops(tokens)

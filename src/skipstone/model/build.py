@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 
 from skipstone.core.strict import choose, from_dict, unknown
-from skipstone.mechanisms import ACTIVATION, DEPTH, Place
+from skipstone.mechanisms import ACTIVATION, DEPTH, Placement
 from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.mechanisms.neuron_groups import NAME as NEURON_GROUPS
 from skipstone.mechanisms.neuron_groups import NeuronGroups
@@ -39,7 +39,7 @@ ROUTINGS = ("oracle", "causal")
 
 
 @dataclass(frozen=True)
-class Placed:
+class MechanismEntry:
     """One entry of the config's mechanisms: where it sits and its options."""
 
     kind: str
@@ -53,7 +53,7 @@ class Placed:
         return self.kind if self.site == "block" else f"{self.kind}_on_{self.site}"
 
 
-def placed(config: SkipstoneConfig) -> list[Placed]:
+def parse_mechanisms(config: SkipstoneConfig) -> list[MechanismEntry]:
     """The config's mechanisms, read strictly. Raises ValueError for unknown names, keys, sites or layers."""
     entries = []
     for i, entry in enumerate(config.mechanisms or []):
@@ -67,7 +67,7 @@ def placed(config: SkipstoneConfig) -> list[Placed]:
         layers = options.pop("layers", DEFAULT_LAYERS.get(kind, ":"))
         layers = parse_layers(layers, config.num_hidden_layers, f"{where}.layers")
         from_dict(DEPTH[kind].Config, options, where)
-        entries.append(Placed(kind, site, layers, options))
+        entries.append(MechanismEntry(kind, site, layers, options))
         if sum(e.key == entries[-1].key and set(e.layers) & set(layers) != set() for e in entries) > 1:
             raise ValueError(f"{where}: {kind} sits twice on the same {site}")
     return entries
@@ -92,7 +92,7 @@ def check(config: SkipstoneConfig) -> None:
             raise ValueError(unknown("rope_type", kind, STATIC_ROPE))
     _check_activation(config)
     _check_neuron_groups(config)
-    placed(config)
+    parse_mechanisms(config)
 
 
 def _check_activation(config: Any) -> None:
@@ -154,8 +154,8 @@ def _activation(config: Any, layer: int) -> nn.Module:
         return FixedActivation(name)
     if name == FIXED_MIX:
         return FixedMix(FixedMixConfig(**options).of(layer, config.intermediate_size))
-    place = _everywhere(config, layer, name)
-    return ACTIVATION[name](config.hidden_size, _neurons(config, layer), place, **options)
+    placement = _everywhere(config, layer, name)
+    return ACTIVATION[name](config.hidden_size, _neurons(config, layer), placement, **options)
 
 
 def _neurons(config: Any, layer: int) -> int:
@@ -165,10 +165,10 @@ def _neurons(config: Any, layer: int) -> int:
     return NeuronGroupsConfig(**config.neuron_groups).neurons(layer, config.intermediate_size)
 
 
-def _everywhere(config: Any, layer: int, name: str) -> Place:
-    """The place of a part that every block has."""
+def _everywhere(config: Any, layer: int, name: str) -> Placement:
+    """The placement of a part that every block has."""
     layers = config.num_hidden_layers
-    return Place(layer=layer, num_layers=layers, index=layer, count=layers, name=name)
+    return Placement(layer=layer, num_layers=layers, index=layer, count=layers, name=name)
 
 
 def _attention(config: Any, layer: int) -> Attention:
@@ -188,27 +188,27 @@ def _attention(config: Any, layer: int) -> Attention:
 
 def build_blocks(config: SkipstoneConfig) -> list[Block]:
     """All blocks of a model, mechanisms in place. Warns once of each thing that a mechanism has to be trusted with."""
-    entries = placed(config)
+    entries = parse_mechanisms(config)
     blocks = [
         _block(config, layer, [e for e in entries if layer in e.layers]) for layer in range(config.num_hidden_layers)
     ]
-    mechanisms: list[Any] = [mechanism for block in blocks for mechanism in block.adjustables().values()]
-    for reason in sorted({reason for mechanism in mechanisms if (reason := mechanism.caution())}):
+    mechanisms: list[Any] = [mechanism for block in blocks for mechanism in block.routing_modules().values()]
+    for reason in sorted({reason for mechanism in mechanisms if (reason := mechanism.build_warning())}):
         warnings.warn(reason, stacklevel=2)
     return blocks
 
 
-def _block(config: SkipstoneConfig, layer: int, entries: list[Placed]) -> Block:
+def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry]) -> Block:
     mechanisms, sites = {}, {site: [e.key for e in entries if e.site == site] for site in SITES}
     for entry in entries:
-        place = Place(
+        placement = Placement(
             layer=layer,
             num_layers=config.num_hidden_layers,
             index=entry.layers.index(layer),
             count=len(entry.layers),
             name=entry.key,
         )
-        mechanisms[entry.key] = DEPTH[entry.kind](config.hidden_size, place, **entry.options)
+        mechanisms[entry.key] = DEPTH[entry.kind](config.hidden_size, placement, **entry.options)
     feed = _mlp(config, layer)
     norms = (_norm(config, config.hidden_size), _norm(config, config.hidden_size))
     return Block(_attention(config, layer), feed, *norms, mechanisms, sites)
@@ -219,8 +219,8 @@ def _mlp(config: Any, layer: int) -> nn.Module:
     dropout = config.residual_dropout if config.mlp_dropout is None else config.mlp_dropout
     sizes = (config.hidden_size, config.intermediate_size)
     if config.mlp == "experts":
-        place = _everywhere(config, layer, "experts")
-        return ExpertsMLP(*sizes, activation, dropout, place, **(config.experts or {}))
+        placement = _everywhere(config, layer, "experts")
+        return ExpertsMLP(*sizes, activation, dropout, placement, **(config.experts or {}))
     if config.neuron_groups is not None:
         return _grouped_mlp(config, layer, activation, dropout)
     mlp: Callable[..., nn.Module] = MLPS[config.mlp]
@@ -231,8 +231,8 @@ def _grouped_mlp(config: Any, layer: int, activation: nn.Module, dropout: float)
     """What chooses the groups, and the MLP that executes it."""
     by_magnitude = config.neuron_groups.get("decision") == "magnitude"
     router, mlp = (MagnitudeGroups, MagnitudeMLP) if by_magnitude else (NeuronGroups, GroupedMLP)
-    width, place = config.hidden_size, _everywhere(config, layer, NEURON_GROUPS)
-    chooses = router(width, config.intermediate_size, place, **config.neuron_groups)
+    width, placement = config.hidden_size, _everywhere(config, layer, NEURON_GROUPS)
+    chooses = router(width, config.intermediate_size, placement, **config.neuron_groups)
     return mlp(width, _neurons(config, layer), activation, chooses, dropout)
 
 

@@ -63,7 +63,7 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
 
 
 def _header(model: SkipstoneForCausalLM, source: str | None) -> str:
-    kinds = dict.fromkeys(mechanism.place.name.replace("_", "-") for mechanism in model.adjustables())
+    kinds = dict.fromkeys(mechanism.placement.name.replace("_", "-") for mechanism in model.routing_modules())
     lines = ["library_name: skipstone", "pipeline_tag: text-generation"]
     lines += [f"base_model: {source}"] if source and "/" in source else []
     lines += ["tags:", *(f"- {tag}" for tag in ("skipstone", *(["conditional-computation"] if kinds else []), *kinds))]
@@ -71,7 +71,7 @@ def _header(model: SkipstoneForCausalLM, source: str | None) -> str:
 
 
 def _summary(model: SkipstoneForCausalLM) -> str:
-    what = "with conditional computation" if any(model.adjustables()) else "(dense)"
+    what = "with conditional computation" if any(model.routing_modules()) else "(dense)"
     return f"A decoder of {model.config.num_hidden_layers} blocks {what}, in the format of the package skipstone."
 
 
@@ -118,7 +118,7 @@ def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
     rows = []
     block: Any
     for layer, block in enumerate(model.model.layers):
-        for name, mechanism in block.adjustables().items():
+        for name, mechanism in block.routing_modules().items():
             if mechanism is block.mlp:
                 continue  # told under Architecture
             asked = realised_share = "every token"  # of an activation mechanism, which leaves none out

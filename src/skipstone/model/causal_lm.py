@@ -180,21 +180,21 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         """The mechanisms' own losses, summed over labelled tokens and divided like the token loss."""
         labelled_BT = target_BT != IGNORED
         routed = [r for layer in records for r in layer.values() if isinstance(r, DepthRecord | ExpertsRecord)]
-        losses = [(r.loss_BT, r.asked_BT) for r in routed if r.loss_BT is not None]
+        losses = [(r.loss_BT, r.reached_BT) for r in routed if r.loss_BT is not None]
         if not losses:
             return like.new_zeros(())
         labels = labelled_BT.sum().clamp(min=1)
         if self.config.auxiliary_loss_over == "labelled":
             terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT, _ in losses]
         else:  # means over the tokens that were asked, times the labels, which the division takes out again
-            terms = [labels * loss_BT.sum() / asked_BT.sum().clamp(min=1) for loss_BT, asked_BT in losses]
+            terms = [labels * loss_BT.sum() / reached_BT.sum().clamp(min=1) for loss_BT, reached_BT in losses]
         return sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
 
-    def adjustables(self) -> Iterator[Any]:
+    def routing_modules(self) -> Iterator[Any]:
         """Every mechanism of the model, in the order of the blocks."""
         blocks: Any = self.model.layers
         for block in blocks:
-            yield from block.adjustables().values()
+            yield from block.routing_modules().values()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generation, with causal decisions and without noise, whatever mode the model is in.
@@ -216,9 +216,9 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = within_documents(kwargs["document_ids"], None if mask is None else mask.bool())
         if kwargs.get("routing") == "oracle" and kwargs.get("use_cache") is False:
             return super().generate(*args, **kwargs)
-        for mechanism in self.adjustables():
+        for mechanism in self.routing_modules():
             mechanism.require_causal()
-        for reason in {reason for m in self.adjustables() if (reason := m.unready())}:
+        for reason in {reason for m in self.routing_modules() if (reason := m.not_ready_reason())}:
             warnings.warn(reason, stacklevel=2)
         return super().generate(*args, **kwargs)
 

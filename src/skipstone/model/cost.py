@@ -1,11 +1,11 @@
 """What a model costs, from the shapes of its modules alone: no forward pass, and a model on the meta device will do.
 
 A multiply-accumulate counts 2 FLOPs. Counted: matrix products, attention, routers, head. Everything else is 0 by
-convention (docs/cost.md). With a token load of `given` and `asked` (core/load.py), S keys stored before, in one block:
+convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py and S keys stored before, in one block:
 
-    2 (given (K + V) + asked (Q + O))      attention, linear; a capital is the size of the weight
-    4 H E asked (S + given)                attention, scores and their mean of values; not halved for causality
-    2 asked MLP                            and the routers' own; of experts, the choices computed instead of asked
+    2 (kv_tokens (K + V) + query_tokens (Q + O))   attention, linear; a capital is the size of the weight
+    4 H E query_tokens (S + kv_tokens)             attention, scores and their mean of values; not halved for causality
+    2 query_tokens MLP                             and the routers' own; of experts, the choices computed instead
 
 `evaluate/flops.py` counts the same while operations execute; a law holds both equal.
 """
@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from skipstone.core.load import Load
-from skipstone.core.packing import pays
-from skipstone.core.records import DepthRecord, ExpertsRecord, GroupsRecord, Records
+from skipstone.core.counts import TokenCounts
+from skipstone.core.records import DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
 from skipstone.core.strict import unknown
+from skipstone.core.unpad import pays
 
-Amount = Load | float | Fraction  # a fraction where the mean over rows must be exact
+Amount = TokenCounts | float | Fraction  # a fraction where the mean over rows must be exact
 Kept = Mapping[int, Mapping[str, Amount]]
 SLOT_BYTES = 8  # int64, one for each pair of key and value
 
@@ -150,9 +150,11 @@ def kept_from_records(model: nn.Module, records: Sequence[Records], rows: Litera
     for i, (block, decided) in enumerate(zip(_blocks(model), records, strict=True)):
         outer = list(block.sites["block"])
         paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
-        kept[i] = {name: load for path in paths for name, load in _along(path, decided, rows)}
+        kept[i] = {name: counts for path in paths for name, counts in _along(path, decided, rows)}
         kept[i] |= {n: _choices(block.mlp, r) for n, r in decided.items() if isinstance(r, ExpertsRecord)}
-        kept[i] |= {n: _share_on(r) for n, r in decided.items() if isinstance(r, GroupsRecord) and r.asked_BT.any()}
+        kept[i] |= {
+            n: _share_on(r) for n, r in decided.items() if isinstance(r, NeuronGroupsRecord) and r.reached_BT.any()
+        }
     return kept
 
 
@@ -162,24 +164,24 @@ def _choices(experts: Any, record: ExpertsRecord) -> Fraction:
     return Fraction(int(chosen_BTX.sum()), len(chosen_BTX))
 
 
-def _share_on(record: GroupsRecord) -> Fraction:
+def _share_on(record: NeuronGroupsRecord) -> Fraction:
     """Of the groups, the same for every token; where more are tried than kept, the mean of both."""
     on = int(record.kept_BTG.sum()) + int(record.tried_BTG.sum())
-    return Fraction(on, 2 * int(record.asked_BT.sum()) * record.kept_BTG.shape[-1])
+    return Fraction(on, 2 * int(record.reached_BT.sum()) * record.kept_BTG.shape[-1])
 
 
-def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, Load]]:
+def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, TokenCounts]]:
     """Tokens kept by each mechanism from the outside in; asked for are those that all outer ones keep, too."""
 
-    asked_BT = None
+    reached_BT = None
     for name in path:
         record = decided.get(name)
         if isinstance(record, DepthRecord):  # missing where an outer mechanism kept nothing at all
-            asked_BT = record.kept_BT if asked_BT is None else asked_BT & record.kept_BT
-            yield name, _load(record.kept_BT, asked_BT, rows)
+            reached_BT = record.kept_BT if reached_BT is None else reached_BT & record.kept_BT
+            yield name, _counts(record.kept_BT, reached_BT, rows)
 
 
-def _load(given_BT: torch.Tensor, asked_BT: torch.Tensor, rows: str) -> Load:
+def _counts(given_BT: torch.Tensor, reached_BT: torch.Tensor, rows: str) -> TokenCounts:
     def mean(kept_BT: torch.Tensor) -> float:
         return Fraction(int(kept_BT.sum()), len(kept_BT))  # type: ignore[return-value]
 
@@ -191,9 +193,9 @@ def _load(given_BT: torch.Tensor, asked_BT: torch.Tensor, rows: str) -> Load:
         return mean(kept_BT) if packs else columns(kept_BT)
 
     if rows == "mean" or given_BT.shape[1] == 1:
-        return Load(given=mean(given_BT), asked=mean(asked_BT))
-    packed = Load(given=computed(given_BT), asked=computed(asked_BT))
-    return Load(given=columns(given_BT), asked=columns(asked_BT), packed=packed)
+        return TokenCounts(kv_tokens=mean(given_BT), query_tokens=mean(reached_BT))
+    unpadded = TokenCounts(kv_tokens=computed(given_BT), query_tokens=computed(reached_BT))
+    return TokenCounts(kv_tokens=columns(given_BT), query_tokens=columns(reached_BT), unpadded=unpadded)
 
 
 @dataclass(frozen=True)
@@ -210,13 +212,13 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Work:
-    """What one block does for a row: loads of its sub-layers, and what decides with the tokens that each is given.
+    """What one block does for a row: counts of its sub-layers, and what decides with the tokens that each is given.
 
     passes: through the MLP, all of whose neurons are on, or through any one expert.
     """
 
-    attention: Load
-    mlp: Load
+    attention: TokenCounts
+    mlp: TokenCounts
     mechanisms: list[tuple[Any, float]]
     passes: float | Fraction
 
@@ -228,15 +230,18 @@ def _cost(model: nn.Module, call: _Call) -> Cost:
     for i, block in enumerate(_blocks(model)):
         oracle, kept = call.routing == "oracle", call.kept.get(i, {})
         before = _work(block, call.past, {}, False, call.mechanisms)
-        lone = call.tokens == call.batch == 1 and not oracle
-        work = _work(block, call.tokens, kept, oracle, call.mechanisms, lone)
-        stored = call.stored.get(i, before.attention.given)
-        packed = {name: load.packed or load if isinstance(load, Load) else load for name, load in kept.items()}
-        seen = _work(block, call.tokens, packed, oracle, call.mechanisms, lone)
+        single_token = call.tokens == call.batch == 1 and not oracle
+        work = _work(block, call.tokens, kept, oracle, call.mechanisms, single_token)
+        stored = call.stored.get(i, before.attention.kv_tokens)
+        unpadded = {
+            name: counts.unpadded or counts if isinstance(counts, TokenCounts) else counts
+            for name, counts in kept.items()
+        }
+        seen = _work(block, call.tokens, unpadded, oracle, call.mechanisms, single_token)
         forward += _flops(block, work, seen, stored, call.routing)
-        trained, lean = (_work(block, call.tokens, which, True, call.mechanisms) for which in (kept, packed))
-        training += _training(block, trained, lean)
-        kv += (stored + work.attention.given) * _entry_bytes(block.self_attn)
+        trained = [_work(block, call.tokens, which, True, call.mechanisms) for which in (kept, unpadded)]
+        training += _training(block, *trained)
+        kv += (stored + work.attention.kv_tokens) * _entry_bytes(block.self_attn)
         state += _state_bytes(before) + _state_bytes(work)
     return Cost(
         tokens=call.tokens,
@@ -256,60 +261,64 @@ def _whole(flops: Flops) -> Flops:
 
 
 def _work(
-    block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool, lone: bool = False
+    block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool, single_token: bool = False
 ) -> _Work:
-    """lone: in a call of one token without gradients."""
+    """single_token: in a call of one token without gradients."""
     ran: list[tuple[Any, float]] = []
 
-    def inside(site: str, load: Load) -> Load:
+    def inside(site: str, counts: TokenCounts) -> TokenCounts:
         for name in block.sites[site] if mechanisms else ():
-            ran.append((block.mechanisms[name], load.given))
-            load = block.mechanisms[name].narrow(load, kept.get(name), oracle)
-        return load
+            ran.append((block.mechanisms[name], counts.kv_tokens))
+            counts = block.mechanisms[name].counts_inside(counts, kept.get(name), oracle)
+        return counts
 
-    outer = inside("block", Load(given=tokens, asked=tokens))
+    outer = inside("block", TokenCounts(kv_tokens=tokens, query_tokens=tokens))
     attention, mlp = inside("attention", outer), inside("mlp", outer)
-    if mechanisms and hasattr(block.mlp.activation, "place"):
-        ran.append((block.mlp.activation, mlp.asked))
+    if mechanisms and hasattr(block.mlp.activation, "placement"):
+        ran.append((block.mlp.activation, mlp.query_tokens))
     if not _is_experts(block.mlp):
-        through = _through_groups(block.mlp, mlp.asked, kept, ran, lone) if mechanisms else mlp.asked
+        through = (
+            _through_groups(block.mlp, mlp.query_tokens, kept, ran, single_token) if mechanisms else mlp.query_tokens
+        )
         return _Work(attention, mlp, ran, through)
-    ran.append((block.mlp, mlp.asked))
-    promised = block.mlp.promised_choices(mlp.asked) if mechanisms else mlp.asked * block.mlp.config.top_k
-    passes = kept.get(block.mlp.place.name, promised)
-    return _Work(attention, mlp, ran, passes.asked if isinstance(passes, Load) else passes)
+    ran.append((block.mlp, mlp.query_tokens))
+    promised = block.mlp.promised_choices(mlp.query_tokens) if mechanisms else mlp.query_tokens * block.mlp.config.top_k
+    passes = kept.get(block.mlp.placement.name, promised)
+    return _Work(attention, mlp, ran, passes.query_tokens if isinstance(passes, TokenCounts) else passes)
 
 
 def _through_groups(
-    mlp: Any, asked: float, kept: Mapping[str, Amount], ran: list[tuple[Any, float]], lone: bool
+    mlp: Any, asked: float, kept: Mapping[str, Amount], ran: list[tuple[Any, float]], single_token: bool
 ) -> float | Fraction:
     """Passes through the whole MLP that are as much as those through the groups of neurons that are on."""
     router = getattr(mlp, "router", None)
     if router is None:
         return asked
     ran.append((router, asked))
-    share = kept.get(router.place.name, router.share_on)
-    on = Fraction(share.asked if isinstance(share, Load) else share)
-    return Fraction(asked) * mlp.multiplied(on, lone)  # type: ignore[no-any-return]
+    share = kept.get(router.placement.name, router.share_on)
+    on = Fraction(share.query_tokens if isinstance(share, TokenCounts) else share)
+    return Fraction(asked) * mlp.multiplied(on, single_token)  # type: ignore[no-any-return]
 
 
-def _flops(block: Any, work: _Work, packed: _Work, stored: float, routing: str) -> Flops:
-    """packed: the work of what sees tokens one at a time, where that is less."""
-    attention, load, each = block.self_attn, work.attention, packed.attention
+def _flops(block: Any, work: _Work, unpadded: _Work, stored: float, routing: str) -> Flops:
+    """unpadded: the work of what sees tokens one at a time, where that is less."""
+    attention, counts, each = block.self_attn, work.attention, unpadded.attention
     given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
-    keys = stored + max(load.given, 1)  # a mean below one token, as in decoding: who asks at all sees itself in full
+    keys = stored + max(
+        counts.kv_tokens, 1
+    )  # a mean below one token, as in decoding: who asks at all sees itself in full
     return Flops(
-        attention_linear=2 * (each.given * given + each.asked * asked),
-        attention_score=4 * load.asked * keys * attention.q_proj.weight.shape[0],
-        mlp=2 * packed.passes * mlp_weights(block.mlp),
+        attention_linear=2 * (each.kv_tokens * given + each.query_tokens * asked),
+        attention_score=4 * counts.query_tokens * keys * attention.q_proj.weight.shape[0],
+        mlp=2 * unpadded.passes * mlp_weights(block.mlp),
         router=sum(mechanism.flops(tokens, routing) for mechanism, tokens in work.mechanisms),
     )
 
 
-def _training(block: Any, work: _Work, packed: _Work) -> Flops:
+def _training(block: Any, work: _Work, unpadded: _Work) -> Flops:
     """Forward and backward: a product has two gradients of its own size; mechanisms know what they stop."""
-    forward = _flops(block, work, packed, 0, "oracle")
+    forward = _flops(block, work, unpadded, 0, "oracle")
     backward = sum(mechanism.backward_flops(tokens) for mechanism, tokens in work.mechanisms)
     return replace(forward * 3, router=forward.router + backward)
 
@@ -341,7 +350,7 @@ def _state_bytes(work: _Work) -> float:
 
 
 def _parameters(model: nn.Module, mechanisms: bool) -> Parameters:
-    own = sum(_numel(m) for block in _blocks(model) for m in block.adjustables().values() if m is not block.mlp)
+    own = sum(_numel(m) for block in _blocks(model) for m in block.routing_modules().values() if m is not block.mlp)
     decoder: Any = getattr(model, "model", model)
     embedding = _numel(decoder.embed_tokens) + _numel(decoder.positions)
     total = _numel(model)

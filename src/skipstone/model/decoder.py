@@ -24,7 +24,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records, carried
 from skipstone.core.static import SkipstoneStaticCacheLayer
 from skipstone.core.strict import unknown
-from skipstone.core.tokens import Executor, Mode, Tokens
+from skipstone.core.tokens import Executor, PassMode, Tokens
 from skipstone.model.build import Block, build_blocks, build_norm, build_positions, initialise
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
@@ -154,8 +154,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self._check_masks(forced, x_BTD.shape[:2])
         past_key_values = self._cache(past_key_values, use_cache, mode)
         mode = _of_fixed_size(mode, past_key_values, x_BTD.shape[1])
-        lone = x_BTD.shape[:2] == (1, 1) and mode.routing == "causal" and not torch.is_grad_enabled()
-        mode = replace(mode, lone=lone)
+        single = x_BTD.shape[:2] == (1, 1) and mode.routing == "causal" and not torch.is_grad_enabled()
+        mode = replace(mode, single_token=single)
         call = Call(
             shape=x_BTD.shape[:2],
             device=x_BTD.device,
@@ -168,10 +168,10 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         records = []
         # transformers lowers the number for a while to draft with the first blocks (`assistant_early_exit`)
         for i, block in enumerate(islice(self.layers, self.config.num_hidden_layers)):
-            given = tokens.but(forced_BT=forced[i]) if i in forced else tokens
+            given = tokens.replace(forced_BT=forced[i]) if i in forced else tokens
             x_BTD, decided = block(x_BTD, given, past_key_values=past_key_values)
             if carry := carried(decided.values()):
-                tokens = tokens.but(state={**tokens.state, **carry})
+                tokens = tokens.replace(state={**tokens.state, **carry})
             records.append(decided)
         if past_key_values is not None:
             for layer in past_key_values.layers:
@@ -184,7 +184,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
 
     def _mode(
         self, routing: Routing | None, noise: bool | None, executor: Executor
-    ) -> tuple[Mode, Mapping[int, Tensor]]:
+    ) -> tuple[PassMode, Mapping[int, Tensor]]:
         forced = routing if isinstance(routing, Mapping) else {}
         default: str = self.config.training_routing if self.training else "causal"
         decided = "causal" if isinstance(routing, Mapping) else routing or default
@@ -193,7 +193,9 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if executor not in ("gathered", "masked"):
             raise ValueError(unknown("executor", executor, ["gathered", "masked"]))
         noise = self.training and decided == "oracle" if noise is None else noise
-        mode = Mode(routing=cast("Literal['oracle', 'causal']", decided), noise=noise, executor=executor, by_row=True)
+        mode = PassMode(
+            routing=cast("Literal['oracle', 'causal']", decided), noise=noise, executor=executor, per_row_gather=True
+        )
         return mode, forced
 
     def _check_masks(self, forced: Mapping[int, Tensor], shape: torch.Size) -> None:
@@ -207,7 +209,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
                     f"routing[{i}] must be a bool mask of shape {list(shape)}, got {mask.dtype} {list(mask.shape)}"
                 )
 
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: Mode) -> Cache | None:
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: PassMode) -> Cache | None:
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
             return DynamicCache(config=self.config) if build else None
@@ -231,16 +233,16 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     def _start(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """Positions, embedding dropout, and the tensors that cross blocks."""
         if self.config.positions == "rope":
-            tokens = tokens.but(rotary=self.positions(tokens.position_BT, x_BTD.dtype))
+            tokens = tokens.replace(rotary=self.positions(tokens.position_BT, x_BTD.dtype))
         else:
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
         x_BTD = dropped(x_BTD, self.config.embedding_dropout, self.training)
         state: dict[str, Tensor] = {}
         blocks: Any = self.layers
         for block in blocks:
-            for mechanism in block.mechanisms.values() if block.num_adjustables else ():
+            for mechanism in block.mechanisms.values() if block.num_routing_modules else ():
                 state.update(mechanism.initial_state(x_BTD))
-        return x_BTD, tokens.but(state=state) if state else tokens
+        return x_BTD, tokens.replace(state=state) if state else tokens
 
     def _checked(self, position_BT: Tensor) -> Tensor:
         limit = self.config.max_position_embeddings
@@ -249,11 +251,11 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         return position_BT
 
 
-def _of_fixed_size(mode: Mode, cache: Cache | None, length: int) -> Mode:
+def _of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:
     """With a cache of fixed size no shape of a step may follow from a decision: all is computed and what is not kept
     thrown away. Prompts are not worth that, but nobody may be left out altogether, so that every store has its memory.
     """
     if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):
         return mode
     executor: Executor = "masked" if length == 1 or torch.compiler.is_compiling() else mode.executor
-    return replace(mode, executor=executor, by_row=False, occupied=True)
+    return replace(mode, executor=executor, per_row_gather=False, never_empty=True)

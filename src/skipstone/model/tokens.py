@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipstone.core.tokens import Mode, Tokens
+from skipstone.core.tokens import PassMode, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Call:
         return isinstance(self.seen, Tensor) or self.seen > 0
 
 
-def tokens_of(call: Call, mode: Mode) -> Tokens:
+def tokens_of(call: Call, mode: PassMode) -> Tokens:
     """Raises ValueError for a mask that is not [B, S + T] or [B, T], and for ids that are not [B, T]."""
     B, T = call.shape
     if call.document_ids is not None and call.document_ids.shape != call.shape:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipstone.core.cache import EMPTY, SkipstoneCacheLayer
-from skipstone.core.rows import Rows
+from skipstone.core.row_subset import RowSubset
 from skipstone.core.tokens import Tokens
 from skipstone.nn.linear import OutputLinear
 from skipstone.ops import reference as ops
@@ -64,19 +64,19 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None, asking: Tokens | None = None
     ) -> Tensor:
-        """Update of the tokens that ask, [B, K, D] or packed: all T unless `tokens.wanted` names some of them.
+        """Update of the query tokens, [B, K, D] or unpadded: all T unless `tokens.queries` names some of them.
 
-        asking: `tokens.asked()`, where the caller has it.
+        asking: `tokens.query_tokens()`, where the caller has it.
         """
-        given = tokens.pack(x_BTD)
-        if tokens.nobody:
+        given = tokens.unpad(x_BTD)
+        if tokens.no_queries:
             key, value = self._keys(given, tokens)
             if past_key_values is not None:
                 self._append(key, value, tokens, past_key_values, None)
             return x_BTD[:, :0]
-        asking = asking or tokens.asked()
-        asking_x = given if tokens.wanted is None else tokens.gather_asked(x_BTD)
-        query = self._heads(asking.unpack(self.q_proj(asking_x)), self.q_norm, asking.rotary)
+        asking = asking or tokens.query_tokens()
+        asking_x = given if tokens.queries is None else tokens.gather_queries(x_BTD)
+        query = self._heads(asking.pad(self.q_proj(asking_x)), self.q_norm, asking.rotary)
         key, value = self._keys(given, tokens)
         among = None if query.requires_grad else self._among(asking, past_key_values)
         rows = asking.rows if among is None else None
@@ -84,16 +84,16 @@ class Attention(nn.Module):
         query = query if among is None else among.scatter(query)
         y_BKHE = self._attend(query, key, value, mask)
         y_BKHE = y_BKHE if among is None else among.gather(y_BKHE)
-        y_BKD = self.o_proj(asking.pack(y_BKHE.flatten(2)))
+        y_BKD = self.o_proj(asking.unpad(y_BKHE.flatten(2)))
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
     def _keys(self, given: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, E] of all tokens that are given, packed or not."""
-        key = self._heads(tokens.unpack(self.k_proj(given)), self.k_norm, tokens.rotary)
-        return key, self._heads(tokens.unpack(self.v_proj(given)))
+        """Keys and values [B, H, T, E] of all tokens that are given, unpadded or not."""
+        key = self._heads(tokens.pad(self.k_proj(given)), self.k_norm, tokens.rotary)
+        return key, self._heads(tokens.pad(self.v_proj(given)))
 
     def _append(
-        self, key: Tensor, value: Tensor, tokens: Tokens, past_key_values: Cache, rows: Rows | None
+        self, key: Tensor, value: Tensor, tokens: Tokens, past_key_values: Cache, rows: RowSubset | None
     ) -> tuple[Tensor, Tensor]:
         """Into the cache; all that is there afterwards, of these rows (None: of all)."""
         return past_key_values.update(  # type: ignore[no-any-return]
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         tokens: Tokens,
         asking: Tokens,
         past_key_values: Cache | None,
-        rows: Rows | None,
+        rows: RowSubset | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask that the queries see; without a cache, or with an empty one, this call's own.
 
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         document = layer.kv.view("document", rows) if tokens.document_BT is not None else None
         return all_keys, all_values, slot_mask(layer.kv.view("slot", rows), document, asking)
 
-    def _among(self, asking: Tokens, past_key_values: Cache | None) -> Rows | None:
+    def _among(self, asking: Tokens, past_key_values: Cache | None) -> RowSubset | None:
         """The rows that ask, where all rows had better attend: else the stored keys of those that ask are copied."""
         rows = asking.rows
         if rows is None or past_key_values is None or len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total:
@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
     def _own(self, key: Tensor, value: Tensor, tokens: Tokens, asking: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
         """This call's own keys and values, and the mask where slots must be compared."""
-        part = tokens.wanted
+        part = tokens.queries
         if part is not None and part.rows is not None:  # one token a row, which sees itself
             return part.rows.gather(key), part.rows.gather(value), None
         if part is None and tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned):

@@ -40,7 +40,7 @@ class Block(GradientCheckpointingLayer):
         self.input_layernorm, self.post_attention_layernorm = input_norm, post_norm
         self.mechanisms = nn.ModuleDict(mechanisms)
         self.sites = {site: list(sites.get(site, [])) for site in SITES}
-        self.num_adjustables = len(self.adjustables())
+        self.num_routing_modules = len(self.routing_modules())
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
         """The residual stream after this block, and what its mechanisms decided."""
@@ -51,16 +51,19 @@ class Block(GradientCheckpointingLayer):
         delta_BTD, records = self._inside("block", self._update, x_BTD, tokens, past_key_values)
         return added(x_BTD, delta_BTD), self._complete(records, x_BTD)
 
-    def adjustables(self) -> dict[str, nn.Module]:
+    def routing_modules(self) -> dict[str, nn.Module]:
         """What decides in this block, by name: its mechanisms, an MLP of experts, or what decides in an MLP."""
         parts: list[Any] = [self.mlp, *self.mlp.children()]
-        return {**dict(self.mechanisms.items()), **{part.place.name: part for part in parts if hasattr(part, "place")}}
+        return {
+            **dict(self.mechanisms.items()),
+            **{part.placement.name: part for part in parts if hasattr(part, "placement")},
+        }
 
     def _complete(self, records: Records, x_BTD: Tensor) -> Records:
         """With those of mechanisms inside one that kept nobody: the names are the same in every call."""
-        if len(records) == self.num_adjustables:
+        if len(records) == self.num_routing_modules:
             return records
-        missing = {name: m.unasked(x_BTD) for name, m in self.adjustables().items() if name not in records}  # type: ignore[operator]
+        missing = {name: m.empty_record(x_BTD) for name, m in self.routing_modules().items() if name not in records}  # type: ignore[operator]
         return {**records, **missing}
 
     def _inside(
@@ -77,12 +80,12 @@ class Block(GradientCheckpointingLayer):
         if self.sites["attention"] or self.sites["mlp"]:
             a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
             return a_BTD + m_BTD, records
-        if tokens.nobody:
+        if tokens.no_queries:
             return self._remembered(x_BTD, tokens, past_key_values), {}
-        asking = tokens.asked()  # nothing sits in between: tokens are gathered once
+        asking = tokens.query_tokens()  # nothing sits in between: tokens are gathered once
         a = self._attended(x_BTD, tokens, asking, past_key_values)
-        m, records = self._fed(added(tokens.gather_asked(x_BTD), a), asking, past_key_values)
-        return tokens.scatter_asked((a + m).to(x_BTD.dtype)), _lifted(records, tokens)
+        m, records = self._fed(added(tokens.gather_queries(x_BTD), a), asking, past_key_values)
+        return tokens.scatter_queries((a + m).to(x_BTD.dtype)), _lifted(records, tokens)
 
     def _sublayers(
         self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
@@ -94,16 +97,16 @@ class Block(GradientCheckpointingLayer):
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 
     def _attention(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
-        if tokens.nobody:
+        if tokens.no_queries:
             return self._remembered(x_BTD, tokens, past_key_values), {}
-        return tokens.scatter_asked(self._attended(x_BTD, tokens, tokens.asked(), past_key_values)), {}
+        return tokens.scatter_queries(self._attended(x_BTD, tokens, tokens.query_tokens(), past_key_values)), {}
 
     def _mlp(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
-        if tokens.nobody:
+        if tokens.no_queries:
             return torch.zeros_like(x_BTD), {}
-        asking = tokens.asked()
-        m, records = self._fed(tokens.gather_asked(x_BTD), asking, past_key_values)
-        return tokens.scatter_asked(m), _lifted(records, tokens)
+        asking = tokens.query_tokens()
+        m, records = self._fed(tokens.gather_queries(x_BTD), asking, past_key_values)
+        return tokens.scatter_queries(m), _lifted(records, tokens)
 
     def _remembered(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> Tensor:
         """No update, for nobody asks for one; keys and values all the same."""
@@ -111,19 +114,19 @@ class Block(GradientCheckpointingLayer):
         return torch.zeros_like(x_BTD)
 
     def _attended(self, x_BTD: Tensor, tokens: Tokens, asking: Tokens, past_key_values: Cache | None) -> Tensor:
-        """The attention's update of the tokens that ask, packed."""
+        """The attention's update of the query tokens, unpadded."""
         return _scaled(self.self_attn(self.input_layernorm(x_BTD), tokens, past_key_values, asking), asking)
 
     def _fed(self, x: Tensor, asking: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
-        """The MLP's update of the tokens that ask, packed as x is."""
+        """The MLP's update of the query tokens, unpadded as x is."""
         cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
         m, records = self.mlp(self.post_attention_layernorm(x), asking, cache)
         return _scaled(m, asking), records
 
 
 def _scaled(y: Tensor, tokens: Tokens) -> Tensor:
-    return y if tokens.gain_BT is None else y * tokens.pack(tokens.gain_BT)[..., None].to(y.dtype)
+    return y if tokens.gain_BT is None else y * tokens.unpad(tokens.gain_BT)[..., None].to(y.dtype)
 
 
 def _lifted(records: Records, tokens: Tokens) -> Records:
-    return records if tokens.wanted is None else lift(records, tokens.wanted, tokens.state)
+    return records if tokens.queries is None else lift(records, tokens.queries, tokens.state)

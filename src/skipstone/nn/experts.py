@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from skipstone.core.adjustable import Adjustable, Place
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ExpertsRecord, Record, Records
+from skipstone.core.routing_module import Placement, RoutingModule
 from skipstone.core.strict import from_dict
-from skipstone.core.tokens import Tokens, every
+from skipstone.core.tokens import Tokens, real_mask
 from skipstone.nn.mlp import FixedActivation
 from skipstone.ops import apply_experts, score_linear
 from skipstone.ops.reference import dropped
@@ -104,7 +104,7 @@ class ExpertRouter(nn.Module):
         return score_linear(x_BTD, self.weight)
 
 
-class ExpertsMLP(Adjustable):
+class ExpertsMLP(RoutingModule):
     """`options` as in `ExpertsConfig`. Widths must be multiples of 8."""
 
     def __init__(
@@ -113,12 +113,12 @@ class ExpertsMLP(Adjustable):
         neurons: int,
         activation: FixedActivation,
         dropout: float = 0.0,
-        place: Place | None = None,
+        placement: Placement | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.config = from_dict(ExpertsConfig, options)
-        self.place = place or Place(name="experts")
+        self.placement = placement or Placement(name="experts")
         neurons, count = self.config.neurons(neurons), self.config.count
         self.router = ExpertRouter(width, self.config.total, self.config.balance_rate > 0)
         self.gate_proj = nn.Parameter(torch.empty(count, neurons, width))
@@ -135,13 +135,13 @@ class ExpertsMLP(Adjustable):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        """The experts' sum [B, T, D], 0 for padding, and who chose what. Packed tokens go in and out packed."""
-        x_BTD = tokens.unpack(x_BTD)
+        """The experts' sum [B, T, D], 0 for padding, and who chose what. Unpadded tokens go in and out unpadded."""
+        x_BTD = tokens.pad(x_BTD)
         logits_BTX = self.router(x_BTD)
         share_BTX = logits_BTX.softmax(-1)
         expert_BTC, weight_BTC = self.choose(share_BTX)
-        asked_BT = every(tokens, x_BTD[..., 0])
-        idle_BTC = self._idle(expert_BTC, None if tokens.real_BT is None else asked_BT)
+        reached_BT = real_mask(tokens, x_BTD[..., 0])
+        idle_BTC = self._idle(expert_BTC, None if tokens.real_BT is None else reached_BT)
         y_ND = apply_experts(
             x_BTD.flatten(0, 1),
             expert_BTC.flatten(0, 1),
@@ -152,11 +152,11 @@ class ExpertsMLP(Adjustable):
             self.down_proj,
             self.activation.function,
         )
-        chosen_BTX = torch.zeros_like(share_BTX, dtype=torch.bool).scatter(-1, expert_BTC, True) & asked_BT[..., None]
-        loss_BT = self._loss(logits_BTX, share_BTX, chosen_BTX, asked_BT)
-        seen_BTX = logits_BTX.detach().masked_fill(~asked_BT[..., None], float("nan"))
-        return dropped(tokens.pack(y_ND.view_as(x_BTD)), self.dropout, self.training), {
-            self.place.name: ExpertsRecord(seen_BTX, chosen_BTX, asked_BT, loss_BT)
+        chosen_BTX = torch.zeros_like(share_BTX, dtype=torch.bool).scatter(-1, expert_BTC, True) & reached_BT[..., None]
+        loss_BT = self._loss(logits_BTX, share_BTX, chosen_BTX, reached_BT)
+        seen_BTX = logits_BTX.detach().masked_fill(~reached_BT[..., None], float("nan"))
+        return dropped(tokens.unpad(y_ND.view_as(x_BTD)), self.dropout, self.training), {
+            self.placement.name: ExpertsRecord(seen_BTX, chosen_BTX, reached_BT, loss_BT)
         }
 
     def choose(self, share_BTX: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,22 +177,22 @@ class ExpertsMLP(Adjustable):
         padding_BTC = ~real_BT[..., None].expand_as(expert_BTC)
         return padding_BTC if no_op_BTC is None else no_op_BTC | padding_BTC
 
-    def _loss(self, logits_BTX: Tensor, share_BTX: Tensor, chosen_BTX: Tensor, asked_BT: Tensor) -> Tensor | None:
+    def _loss(self, logits_BTX: Tensor, share_BTX: Tensor, chosen_BTX: Tensor, reached_BT: Tensor) -> Tensor | None:
         balance, z = self.config.balance_weight, self.config.z_weight
         terms = []
         if balance:
-            usage_X = self._usage(chosen_BTX, asked_BT).nan_to_num(0.0)
+            usage_X = self._usage(chosen_BTX, reached_BT).nan_to_num(0.0)
             terms.append(balance * self.config.total * (share_BTX * usage_X).sum(-1))
         if z:
             terms.append(z * logits_BTX.logsumexp(-1).square())
-        return torch.where(asked_BT, sum(terms), 0.0) if terms else None
+        return torch.where(reached_BT, sum(terms), 0.0) if terms else None
 
-    def _usage(self, chosen_BTX: Tensor, asked_BT: Tensor) -> Tensor:
-        return chosen_BTX.sum((0, 1)) / (asked_BT.sum() * self.config.top_k)
+    def _usage(self, chosen_BTX: Tensor, reached_BT: Tensor) -> Tensor:
+        return chosen_BTX.sum((0, 1)) / (reached_BT.sum() * self.config.top_k)
 
     def usage(self, record: ExpertsRecord) -> Tensor:
         """f: share of each expert, no-ops last, in all choices, fp32 [X]; NaN where nobody was asked."""
-        return self._usage(record.chosen_BTX, record.asked_BT)
+        return self._usage(record.chosen_BTX, record.reached_BT)
 
     def statistics(self, record: Record) -> Tensor | None:
         assert isinstance(record, ExpertsRecord)
@@ -202,11 +202,11 @@ class ExpertsMLP(Adjustable):
         if self.router.balance_bias is not None and statistics is not None:
             self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
-    def unasked(self, x_BTD: Tensor) -> ExpertsRecord:
+    def empty_record(self, x_BTD: Tensor) -> ExpertsRecord:
         nan_BTX = x_BTD.new_full((*x_BTD.shape[:2], self.config.total), float("nan"), dtype=torch.float32)
         return ExpertsRecord(nan_BTX, nan_BTX > 0, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         """Nothing: a part of the decoder, not something around it."""
 
     def flops(self, tokens: float, routing: str) -> float:

@@ -3,7 +3,7 @@
 Two executors, one meaning: the masked one multiplies all neurons and takes those that are off by 0, the gathered one
 computes runs of tokens with equal groups by their part of the weights. A decoding step keeps that part in the cache.
 
-Shape letters: B rows, T tokens, N tokens as they come (packed or not), D width, F neurons, J neurons that are on, K
+Shape letters: B rows, T tokens, N tokens as they come (unpadded or not), D width, F neurons, J neurons that are on, K
 groups that are on, S neurons of a group.
 """
 
@@ -52,9 +52,9 @@ class GroupedMLP(GatedMLP):
         """Whether parts of its matrices may be taken: what an adapter has put beside them (PEFT) would be left out."""
         return all(type(linear) in (nn.Linear, OutputLinear) for linear in self._matrices())
 
-    def multiplied(self, share: Any, lone: bool) -> Any:
-        """Of its matrices, for a share of groups that is on; lone: in a call of one token."""
-        return self.router.multiplied(share, lone) if self.divisible else 1 + 0 * share
+    def multiplied(self, share: Any, single_token: bool) -> Any:
+        """Of its matrices, for a share of groups that is on; single_token: in a call of one token."""
+        return self.router.multiplied(share, single_token) if self.divisible else 1 + 0 * share
 
     def _matrices(self) -> tuple[nn.Linear, ...]:
         return self.gate_proj, self.up_proj, self.down_proj
@@ -62,15 +62,15 @@ class GroupedMLP(GatedMLP):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        choice: Any = self.router(tokens.unpack(x_BTD), tokens, cache)
+        choice: Any = self.router(tokens.pad(x_BTD), tokens, cache)
         everything = choice.group_BTK.shape[-1] == self.total or not self.divisible
         if everything or tokens.mode.executor == "masked" or torch.compiler.is_compiling():
             y_BTD, records = self._masked(x_BTD, choice, tokens, cache)
-        elif cache is not None and x_BTD.shape[1] == 1 and tokens.packing is None and not torch.is_grad_enabled():
+        elif cache is not None and x_BTD.shape[1] == 1 and tokens.unpadding is None and not torch.is_grad_enabled():
             y_BTD, records = self._decoded(x_BTD, choice, tokens, cache)
         else:
             y_BTD, records = self._gathered(x_BTD, choice, tokens, cache)
-        return dropped(y_BTD, self.dropout, self.training), {**records, self.router.place.name: choice.record}
+        return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: choice.record}
 
     def _masked(
         self, x_BTD: Tensor, choice: Any, tokens: Tokens, cache: SkipstoneCacheLayer | None
@@ -79,7 +79,7 @@ class GroupedMLP(GatedMLP):
         y_BTF, records = activated(self.activation, gate_BTF, x_BTD, tokens, cache)
         y_BTF = y_BTF * self.up_proj(x_BTD)
         gain_BTG = torch.zeros_like(choice.record.score_BTG).scatter(-1, choice.group_BTK, choice.gain_BTK)
-        return self.down_proj(_by_group(y_BTF, tokens.pack(gain_BTG))), records
+        return self.down_proj(_by_group(y_BTF, tokens.unpad(gain_BTG))), records
 
     def _gathered(
         self, x_BTD: Tensor, choice: Any, tokens: Tokens, cache: SkipstoneCacheLayer | None
@@ -87,13 +87,13 @@ class GroupedMLP(GatedMLP):
         group_BTK = choice.group_BTK
         begins_BT = torch.ones(group_BTK.shape[:2], dtype=torch.bool, device=group_BTK.device)
         begins_BT[:, 1:] = (group_BTK[:, 1:] != group_BTK[:, :-1]).any(-1)
-        begins_N, size = tokens.pack(begins_BT).flatten(), self.gate_proj.out_features // self.total
-        runs = Runs.of(tokens.pack(group_BTK).flatten(0, 1), begins_N, self.total, size)
+        begins_N, size = tokens.unpad(begins_BT).flatten(), self.gate_proj.out_features // self.total
+        runs = Runs.of(tokens.unpad(group_BTK).flatten(0, 1), begins_N, self.total, size)
         x_ND, shape = x_BTD.flatten(0, 1), (*x_BTD.shape[:2], -1)
         gate_BTJ = kept_linear(x_ND, whole_weight(self.gate_proj), runs, 0).view(shape)
         up_BTJ = kept_linear(x_ND, whole_weight(self.up_proj), runs, 0).view(shape)
-        y_BTJ, records = self.activation(gate_BTJ, tokens.unpack(x_BTD), tokens, cache, runs)
-        y_BTJ = _by_group(y_BTJ * up_BTJ, tokens.pack(choice.gain_BTK))
+        y_BTJ, records = self.activation(gate_BTJ, tokens.pad(x_BTD), tokens, cache, runs)
+        y_BTJ = _by_group(y_BTJ * up_BTJ, tokens.unpad(choice.gain_BTK))
         return kept_linear(y_BTJ.flatten(0, 1), whole_weight(self.down_proj), runs, 1).view(x_BTD.shape), records
 
     def _decoded(
@@ -107,7 +107,7 @@ class GroupedMLP(GatedMLP):
 
     def _held(self, group_BK: Tensor, cache: SkipstoneCacheLayer) -> Held:
         """Gathered anew for rows whose groups are others than in the step before. The host waits."""
-        held, rows = cache.held.get(self.router.place.name), list(range(len(group_BK)))
+        held, rows = cache.scratch.get(self.router.placement.name), list(range(len(group_BK)))
         parts: list[Any] = [None for _ in rows]
         if held is not None and held.group_BK.shape == group_BK.shape:
             if torch.equal(held.group_BK, group_BK):
@@ -115,7 +115,7 @@ class GroupedMLP(GatedMLP):
             rows, parts = (held.group_BK != group_BK).any(-1).nonzero()[:, 0].tolist(), list(held.parts)
         for row in rows:
             parts[row] = self._part(group_BK[row])
-        held = cache.held[self.router.place.name] = Held(group_BK, parts)
+        held = cache.scratch[self.router.placement.name] = Held(group_BK, parts)
         return held
 
     def _part(self, group_K: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
 from skipstone.nn.grouped_mlp import GroupedMLP, is_quantised
 from skipstone.nn.mlp import activated, autocast
-from skipstone.ops.magnitude import Parts, one_token, served, turned
+from skipstone.ops.magnitude import MagnitudeWeights, one_token, reads_in_place, transposed
 from skipstone.ops.reference import dropped
 
 
@@ -31,19 +31,19 @@ class MagnitudeMLP(GroupedMLP):
     ) -> tuple[Tensor, Records]:
         x_BTD = autocast(x_BTD)
         a_BTF, records = activated(self.activation, self.gate_proj(x_BTD), x_BTD, tokens, cache)
-        parts = self._parts(cache) if tokens.mode.lone and tokens.mode.executor == "gathered" else None
+        parts = self._parts(cache) if tokens.mode.single_token and tokens.mode.executor == "gathered" else None
         y_BTD, *chosen = self._in_full(x_BTD, a_BTF, tokens) if parts is None else one_token(x_BTD, a_BTF, parts)
         record = self.router.record(*chosen, tokens)
-        return dropped(y_BTD, self.dropout, self.training), {**records, self.router.place.name: record}
+        return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
 
     def _in_full(self, x_BTD: Tensor, a_BTF: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        score_BTG, tried_BTG = self.router.worth_trying(tokens.unpack(a_BTF))
+        score_BTG, tried_BTG = self.router.worth_trying(tokens.pad(a_BTF))
         h_BTF, kept_BTG = a_BTF * self.up_proj(x_BTD), tried_BTG
         if self.router.tried < self.total:
-            h_BTF = _without(h_BTF, tokens.pack(tried_BTG))
+            h_BTF = _without(h_BTF, tokens.unpad(tried_BTG))
         if self.router.kept < self.router.tried:
-            kept_BTG = self.router.worth_keeping(tokens.unpack(h_BTF))
-            h_BTF = _without(h_BTF, tokens.pack(kept_BTG))
+            kept_BTG = self.router.worth_keeping(tokens.pad(h_BTF))
+            h_BTF = _without(h_BTF, tokens.unpad(kept_BTG))
         return self.down_proj(h_BTF), score_BTG, tried_BTG, kept_BTG
 
     @property
@@ -51,20 +51,20 @@ class MagnitudeMLP(GroupedMLP):
         """Not of quantised weights either: restoring them for every token would take longer than multiplying all."""
         return super().divisible and not any(map(is_quantised, self._matrices()))
 
-    def _parts(self, cache: SkipstoneCacheLayer | None) -> Parts | None:
+    def _parts(self, cache: SkipstoneCacheLayer | None) -> MagnitudeWeights | None:
         """What `one_token` needs to know; None where everything has to be multiplied.
 
         Where rows are read in place, the cache keeps it, with a copy of the last matrix that is turned.
         """
         if torch.compiler.is_compiling():
             return None
-        held: Parts | None = None if cache is None else cache.held.get(self.router.place.name)
+        held: MagnitudeWeights | None = None if cache is None else cache.scratch.get(self.router.placement.name)
         if held is not None or not self.divisible:
             return held
         up_FD, down_DF = self.up_proj.weight.detach(), self.down_proj.weight.detach()
-        if cache is None or not served(up_FD, down_DF):
+        if cache is None or not reads_in_place(up_FD, down_DF):
             return self.router.parts(up_FD, down_DF.t())  # type: ignore[no-any-return]
-        held = cache.held[self.router.place.name] = self.router.parts(up_FD.contiguous(), turned(down_DF))
+        held = cache.scratch[self.router.placement.name] = self.router.parts(up_FD.contiguous(), transposed(down_DF))
         return held
 
 

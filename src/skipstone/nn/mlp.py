@@ -1,7 +1,7 @@
 """Feed-forward parts. The activation is a slot: `(gate, x, tokens, store) -> (y, records)`. Where groups of neurons are
 off, gate has those that are on alone, and a fifth argument `runs` says which these are.
 
-Tokens come packed, [1, N, D] instead of [B, T, D], where `tokens.packing` says so.
+Tokens come unpadded, [1, N, D] instead of [B, T, D], where `tokens.unpadding` says so.
 
 Shape letters: B rows, T tokens, D width, F neurons.
 """
@@ -135,11 +135,11 @@ FIXED_MIX = "fixed_mix"
 def activated(
     activation: nn.Module, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
 ) -> tuple[Tensor, Records]:
-    """`activation` of packed tokens, in rows if it looks at more than one token at a time (no `by_token`)."""
-    if tokens.packing is None or getattr(activation, "by_token", False):
+    """`activation` of unpadded tokens, in rows if it looks at more than one token at a time (no `by_token`)."""
+    if tokens.unpadding is None or getattr(activation, "by_token", False):
         return activation(gate, x, tokens, cache)  # type: ignore[no-any-return]
-    y_BTF, records = activation(tokens.unpack(gate), tokens.unpack(x), tokens, cache)
-    return tokens.pack(y_BTF), records
+    y_BTF, records = activation(tokens.pad(gate), tokens.pad(x), tokens, cache)
+    return tokens.unpad(y_BTF), records
 
 
 class GatedMLP(nn.Module):

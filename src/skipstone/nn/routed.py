@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skipstone.core.records import Records
 from skipstone.core.seam import wrap
 from skipstone.core.strict import unknown
-from skipstone.core.tokens import Mode, Routing, Tokens
+from skipstone.core.tokens import PassMode, Routing, Tokens
 
 
 class Routed(nn.Module):
@@ -48,7 +48,7 @@ class Routed(nn.Module):
         """
         if routing not in ("oracle", "causal", None):
             raise ValueError(unknown("routing", routing, ["oracle", "causal"]))
-        mode = Mode(routing=routing or ("oracle" if self.training else "causal"), noise=self.training)
+        mode = PassMode(routing=routing or ("oracle" if self.training else "causal"), noise=self.training)
         slot_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         state: dict[str, Tensor] = {}
         for mechanism in self.mechanisms:
@@ -62,7 +62,7 @@ class Routed(nn.Module):
         return (x_BTD + delta_BTD, records) if return_records else x_BTD + delta_BTD
 
     def _update(self, x_BTD: Tensor, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        part = tokens.wanted
+        part = tokens.queries
         if part is not None and part.width == 0:
             return torch.zeros_like(x_BTD)
         chosen_BKD = x_BTD if part is None else part.gather(x_BTD)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.ops import fusible, grouped, lean, reference
-from skipstone.ops import score_linear as thrifty
+from skipstone.ops import compile_friendly, cpu, grouped, reference
+from skipstone.ops import score_linear as memory_saving
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
     """`reference.mix_activations` by what suits the device: a compiler, the CPU, CUDA with Triton, or none of them."""
-    chosen = fusible if torch.compiler.is_compiling() else _eager(gate_BTF.device.type)
+    chosen = compile_friendly if torch.compiler.is_compiling() else _eager(gate_BTF.device.type)
     return chosen.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)  # type: ignore[no-any-return]
 
 
@@ -25,7 +25,7 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
 def _eager(device: str) -> ModuleType:
     if device == "cuda" and find_spec("triton") is not None:  # PyTorch for CUDA brings it along on Linux
         return import_module("skipstone.ops.fused")
-    return lean if device == "cpu" else reference
+    return cpu if device == "cpu" else reference
 
 
 def apply_experts(*args: Any) -> Tensor:
@@ -35,4 +35,4 @@ def apply_experts(*args: Any) -> Tensor:
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
     """`reference.score_linear`; uncompiled, the one that keeps less for the backward pass."""
-    return (reference if torch.compiler.is_compiling() else thrifty).score_linear(x, weight, bias, norm)
+    return (reference if torch.compiler.is_compiling() else memory_saving).score_linear(x, weight, bias, norm)

@@ -1,8 +1,8 @@
 """PolyGLU's mixture as one Triton kernel forward and one backward: meaning and signature of `reference`.
 
-As `lean`, it saves nothing but its inputs: a program of the grid computes a tile of tokens by neurons, all four shares
+As `cpu`, it saves nothing but its inputs: a program of the grid computes a tile of tokens by neurons, all four shares
 and activations in registers. Sums over tokens and over neurons are left as one part a tile and added up afterwards, so
-that a result does not depend on the order in which programs run. Formulas of the gradients: see `lean`.
+that a result does not depend on the order in which programs run. Formulas of the gradients: see `cpu`.
 
 Shape letters: B rows, T tokens, F neurons, A activations; in kernels, t and f are the tokens and neurons of a tile.
 """

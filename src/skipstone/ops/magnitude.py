@@ -26,7 +26,7 @@ _namespace.define("magnitude_largest(Tensor score, int count) -> Tensor")
 NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.magnitude_largest
 
 
-class Parts(NamedTuple):
+class MagnitudeWeights(NamedTuple):
     """What one token's MLP is made of. tried, kept: numbers of groups; size: neurons of each."""
 
     typical_F: Tensor
@@ -36,12 +36,12 @@ class Parts(NamedTuple):
     kept: int
     size: int
 
-    def __deepcopy__(self, memo: Any) -> Parts:
+    def __deepcopy__(self, memo: Any) -> MagnitudeWeights:
         """Itself: a copy of a cache that keeps it shares the weights."""
         return self
 
 
-class Part(NamedTuple):
+class MagnitudeOutput(NamedTuple):
     """y_11D: what the MLP gives. score_11G: fp32. tried_11G, kept_11G: bool."""
 
     y_11D: Tensor
@@ -66,11 +66,11 @@ def largest(score: Tensor, count: int) -> Tensor:
     return none.scatter_(-1, score.topk(count, dim=-1, sorted=False).indices, True)
 
 
-def one_token(x_11D: Tensor, a_11F: Tensor, parts: Parts) -> Part:
+def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> MagnitudeOutput:
     """Groups are tried by |a| times what is typical, and of these kept by |a * up x|."""
     typical_F, up_FD, down_FD, tried, kept, size = parts
-    if up_FD.is_contiguous() and down_FD.is_contiguous() and served(up_FD, down_FD):
-        return Part(*NATIVE(x_11D, a_11F, *parts))
+    if up_FD.is_contiguous() and down_FD.is_contiguous() and reads_in_place(up_FD, down_FD):
+        return MagnitudeOutput(*NATIVE(x_11D, a_11F, *parts))
     score_11G = sizes(a_11F, size, typical_F)
     kept_11G = tried_11G = largest(score_11G, tried)
     group_K = _listed(tried_11G, tried)
@@ -82,19 +82,19 @@ def one_token(x_11D: Tensor, a_11F: Tensor, parts: Parts) -> Part:
         at_J = _neurons(at_K, size)
         h_1J, on_J = h_1J[:, at_J], on_J[at_J]
     y_1D = F.linear(h_1J, down_FD.t().index_select(1, on_J))
-    return Part(y_1D[None], score_11G, tried_11G, kept_11G)
+    return MagnitudeOutput(y_1D[None], score_11G, tried_11G, kept_11G)
 
 
-def served(up: Tensor, down: Tensor) -> bool:
+def reads_in_place(up: Tensor, down: Tensor) -> bool:
     """Whether rows of these matrices, once they are contiguous, are read where they lie."""
     return up.dtype == down.dtype in (torch.float32, torch.bfloat16) and up.is_cpu and _kernels() is not None
 
 
-def turned(weight_DF: Tensor) -> Tensor:
+def transposed(weight_DF: Tensor) -> Tensor:
     """The transpose of a matrix that is served, contiguous."""
     kernels = _kernels()
     assert kernels is not None
-    return kernels.turned(weight_DF)  # type: ignore[no-any-return]
+    return kernels.transposed(weight_DF)  # type: ignore[no-any-return]
 
 
 @cache

@@ -45,7 +45,7 @@ def largest(score: Tensor, count: int) -> Tensor:
     return on
 
 
-def turned(weight_DF: Tensor) -> Tensor:
+def transposed(weight_DF: Tensor) -> Tensor:
     """The transpose, contiguous."""
     weight_FD = weight_DF.new_empty(weight_DF.shape[::-1])
     _turn(*((x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for x in (weight_DF, weight_FD)))

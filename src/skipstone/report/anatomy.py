@@ -94,7 +94,7 @@ def dissect(
 
 def _routing(model: SkipstoneForCausalLM) -> str:
     try:
-        for mechanism in model.adjustables():
+        for mechanism in model.routing_modules():
             mechanism.require_causal()
     except ValueError:
         return "oracle"
@@ -121,7 +121,7 @@ def _halves(sites: Mapping[str, list[str]], records: Records, real_BT: Tensor) -
 
 def _capacity(records: Records) -> dict[str, float]:
     return {
-        name: (record.kept_BT.sum() / record.asked_BT.sum().clamp(min=1)).item()
+        name: (record.kept_BT.sum() / record.reached_BT.sum().clamp(min=1)).item()
         for name, record in records.items()
         if isinstance(record, DepthRecord)
     }
@@ -131,7 +131,7 @@ def _experts(blocks: Sequence[Any], all_records: tuple[Records, ...]) -> dict[in
     found = {}
     for layer, (block, records) in enumerate(zip(blocks, all_records, strict=True)):
         for record in records.values():
-            if isinstance(record, ExpertsRecord) and record.asked_BT.any():
+            if isinstance(record, ExpertsRecord) and record.reached_BT.any():
                 usage, count = block.mlp.usage(record).tolist(), block.mlp.config.count
                 real, no_ops = usage[:count], sum(usage[count:])
                 found[layer] = {"most chosen expert": max(real), "least chosen expert": min(real), "no-ops": no_ops}

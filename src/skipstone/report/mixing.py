@@ -46,18 +46,18 @@ def look_at(blocks: Sequence[Any], records: Sequence[Records], category_BT: Tens
     """By layer, where neurons mix. category_BT: int64, of the tokens; None where their text is not known."""
     found = {}
     for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
-        modules = block.adjustables()
+        modules = block.routing_modules()
         for name, record in decided.items():
-            if isinstance(record, ActivationRecord) and record.asked_BT.any():
+            if isinstance(record, ActivationRecord) and record.reached_BT.any():
                 found[layer] = _mixing(modules[name], record, category_BT)
     return found
 
 
 def _mixing(module: Any, record: ActivationRecord, category_BT: Tensor | None) -> Mixing:
-    asked_BT = record.asked_BT.cpu()
+    reached_BT = record.reached_BT.cpu()
     shares_NA, entropy_N = _each(module.shares, record), _each(module.entropy, record)
-    logits_NA = record.logits_BTA.expand(*record.asked_BT.shape, -1)[record.asked_BT].float()
-    by_category = {} if category_BT is None else _by_category(shares_NA, category_BT.expand_as(asked_BT)[asked_BT])
+    logits_NA = record.logits_BTA.expand(*record.reached_BT.shape, -1)[record.reached_BT].float()
+    by_category = {} if category_BT is None else _by_category(shares_NA, category_BT.expand_as(reached_BT)[reached_BT])
     return Mixing(
         shares=shares_NA.mean(0).tolist(),
         entropy=entropy_N.mean().item(),
@@ -78,7 +78,7 @@ def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]
 def _each(measure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Tensor:
     """A statistic [1, T or 1, ...] of every asked token, [N, ...], a row at a time: each neuron has its own mix."""
     found = []
-    for logits_TA, asked_T in zip(record.logits_BTA, record.asked_BT, strict=True):
-        value_T = measure(ActivationRecord(logits_TA[None], asked_T[None]))[0]
-        found.append(value_T.expand(len(asked_T), *value_T.shape[1:])[asked_T].cpu())
+    for logits_TA, reached_T in zip(record.logits_BTA, record.reached_BT, strict=True):
+        value_T = measure(ActivationRecord(logits_TA[None], reached_T[None]))[0]
+        found.append(value_T.expand(len(reached_T), *value_T.shape[1:])[reached_T].cpu())
     return torch.cat(found)

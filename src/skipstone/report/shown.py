@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipstone.mechanisms import ACTIVATION
-from skipstone.model.build import placed
+from skipstone.model.build import parse_mechanisms
 from skipstone.model.card import experts_in_words, groups_in_words
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.report.anatomy import Anatomy, dissect
@@ -67,7 +67,7 @@ def show(run: Run, name: str, index: int) -> Shown:
 
 def describe(model: SkipstoneForCausalLM) -> str:
     """`mixture of depths on blocks 1, 3, 5; polyglu`, or `no mechanism`."""
-    names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in placed(model.config)]
+    names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in parse_mechanisms(model.config)]
     activation = model.config.activation_options["name"]
     parts = [
         *names,

@@ -38,7 +38,7 @@ class RoutingCallback(TrainerCallback):
     def observe(self, model: Any, records: tuple[Records, ...] | None) -> None:
         """One training micro-batch. Does not make the host wait."""
         for mechanism in _mechanisms(model) if records is not None else ():
-            key = (mechanism.place.layer, mechanism.place.name)
+            key = (mechanism.placement.layer, mechanism.placement.name)
             record = records[key[0]].get(key[1])  # type: ignore[index]
             statistics = None if record is None else mechanism.statistics(record)
             if statistics is not None:
@@ -63,19 +63,21 @@ class RoutingCallback(TrainerCallback):
     def _advance(self, model: Any, state: TrainerState, means: dict[tuple[int, str], Tensor]) -> None:
         progress = state.global_step / max(state.max_steps, 1) if self.schedules else 1.0
         for mechanism in _mechanisms(model):
-            mechanism.advance(progress, means.get((mechanism.place.layer, mechanism.place.name)))
+            mechanism.advance(progress, means.get((mechanism.placement.layer, mechanism.placement.name)))
 
 
 def _mechanisms(model: Any) -> Iterator[Any]:
     """Those of our models, inside whatever wraps them; none of other models."""
-    while not hasattr(model, "adjustables") and hasattr(model, "module"):
+    while not hasattr(model, "routing_modules") and hasattr(model, "module"):
         model = model.module
-    return model.adjustables() if hasattr(model, "adjustables") else iter(())
+    return model.routing_modules() if hasattr(model, "routing_modules") else iter(())
 
 
 def _waiting(mechanism: Any) -> bool:
     """Whether it has a threshold that never moved."""
-    return mechanism.unready() is not None and any(name.endswith("threshold") for name, _ in mechanism.named_buffers())
+    return mechanism.not_ready_reason() is not None and any(
+        name.endswith("threshold") for name, _ in mechanism.named_buffers()
+    )
 
 
 def _means(sums: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:

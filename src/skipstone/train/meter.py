@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, GroupsRecord, Record, Records
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, NeuronGroupsRecord, Record, Records
 
 ONE_ROW = slice(1)  # the figures of a mix look at every neuron of every token: one row is enough to log
 
@@ -34,10 +34,10 @@ class Meter:
     @torch.no_grad()
     def add(self, mechanisms: Iterable[Any], records: tuple[Records, ...]) -> None:
         for mechanism in mechanisms:
-            place = mechanism.place
-            record = records[place.layer].get(place.name)
+            placement = mechanism.placement
+            record = records[placement.layer].get(placement.name)
             for kind, pair in _pairs(mechanism, record):
-                key = f"{kind}/{place.layer}/{place.name}"
+                key = f"{kind}/{placement.layer}/{placement.name}"
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def read(self) -> dict[str, float]:
@@ -51,13 +51,13 @@ class Meter:
 
 def _pairs(mechanism: Any, record: Record | None) -> list[tuple[str, Tensor]]:
     if isinstance(record, DepthRecord):
-        asked_BT = record.asked_BT
-        count = asked_BT.sum()
-        kept = (record.kept_BT & asked_BT).sum()
-        weight = torch.where(asked_BT, record.weight_BT, 0.0).sum()
+        reached_BT = record.reached_BT
+        count = reached_BT.sum()
+        kept = (record.kept_BT & reached_BT).sum()
+        weight = torch.where(reached_BT, record.weight_BT, 0.0).sum()
         return [("capacity", _pair(kept, count)), ("gate", _pair(weight, count))]
     if isinstance(record, ActivationRecord):
-        row = ActivationRecord(record.logits_BTA[ONE_ROW], record.asked_BT[ONE_ROW])
+        row = ActivationRecord(record.logits_BTA[ONE_ROW], record.reached_BT[ONE_ROW])
         figures = {name: getattr(mechanism, name)(row) for name in ("entropy", "diversity", "dynamic_entropy")}
         pairs = [(name, _pair(x_BT.nansum(), x_BT.isfinite().sum())) for name, x_BT in figures.items()]
         static = mechanism.static_entropy()
@@ -65,14 +65,14 @@ def _pairs(mechanism: Any, record: Record | None) -> list[tuple[str, Tensor]]:
     if isinstance(record, ExpertsRecord):
         chosen_X, entropy_BT = record.chosen_BTX.sum((0, 1)), mechanism.entropy(record)
         count, real_X = chosen_X.sum(), chosen_X[: mechanism.config.count]
-        entropy = _pair(entropy_BT.nansum(), record.asked_BT.sum())
+        entropy = _pair(entropy_BT.nansum(), record.reached_BT.sum())
         return [
             ("no_op", _pair(count - real_X.sum(), count)),
             ("busiest", _pair(real_X.max(), count)),
             ("entropy", entropy),
         ]
-    if isinstance(record, GroupsRecord):
-        on_G, count = record.kept_BTG.sum((0, 1)), record.asked_BT.sum()
+    if isinstance(record, NeuronGroupsRecord):
+        on_G, count = record.kept_BTG.sum((0, 1)), record.reached_BT.sum()
         changing, total = ((on_G > 0) & (on_G < count)).sum(), torch.full_like(count, len(on_G))
         return [("on", _pair(on_G.sum(), count * total)), ("changing", _pair(changing, total))]
     return []
@@ -90,5 +90,5 @@ def moving(mechanisms: Iterable[Any]) -> dict[str, float]:
             if name == "tau":
                 found["tau"] = buffer.item()
             elif name.endswith("threshold"):
-                found[f"threshold/{mechanism.place.layer}/{mechanism.place.name}"] = buffer.item()
+                found[f"threshold/{mechanism.placement.layer}/{mechanism.placement.name}"] = buffer.item()
     return found

@@ -82,7 +82,7 @@ class RunTrainer(RoutingTrainer):
         loss = self.objective(loss, outputs, inputs, kwargs.get("num_items_in_batch"))
         self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], inputs["input_ids"].numel())
         if self._logs_this_step():
-            self.meter.add(self._plain.adjustables(), outputs["records"])
+            self.meter.add(self._plain.routing_modules(), outputs["records"])
         return (loss, outputs) if return_outputs else loss
 
     def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
@@ -122,7 +122,7 @@ class RunTrainer(RoutingTrainer):
         logs = {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
         if window.seconds:
             logs["tokens_per_second"] = window.tokens * processes / window.seconds
-        logs |= self.meter.read() | moving(self._plain.adjustables())
+        logs |= self.meter.read() | moving(self._plain.routing_modules())
         window.clear(self.state.global_step)
         return logs
 

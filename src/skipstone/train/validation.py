@@ -16,7 +16,7 @@ from skipstone.train.meter import Meter
 def causal_obstacle(model: Any) -> str | None:
     """Why the model has no causal pass, or None."""
     try:
-        for mechanism in model.adjustables():
+        for mechanism in model.routing_modules():
             mechanism.require_causal()
     except ValueError as error:
         return str(error)
@@ -47,7 +47,7 @@ def loss_sums(
         out = model(**batch, **asked, routing=routing(batch), num_items_in_batch=1)
         total[0] += out.token_loss
         total[1] += predictions(batch)
-        meter.add(model.adjustables(), out.records)
+        meter.add(model.routing_modules(), out.records)
     return total
 
 

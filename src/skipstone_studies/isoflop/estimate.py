@@ -117,8 +117,8 @@ def _backward(loss: Tensor | None) -> None:
 @torch.no_grad()
 def _settle(model: SkipstoneForCausalLM, records: Any) -> None:
     """Thresholds follow the scores from here on; at their start they would keep far more than the capacity."""
-    for mechanism in model.adjustables():
-        record = records[mechanism.place.layer].get(mechanism.place.name)
+    for mechanism in model.routing_modules():
+        record = records[mechanism.placement.layer].get(mechanism.placement.name)
         mechanism.advance(0.0, None if record is None else mechanism.statistics(record))
 
 

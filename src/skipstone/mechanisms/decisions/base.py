@@ -44,17 +44,17 @@ class Decision(nn.Module):
     def require_causal(self) -> None:
         """Raise ValueError if the decision has no causal form."""
 
-    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, asked_BT: Tensor) -> Tensor | None:
+    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
         """fp32 auxiliary loss of each token [B, T] against the oracle's decision, or None."""
         return None
 
-    def statistics(self, score_BT: Tensor, asked_BT: Tensor) -> Tensor | None:
+    def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
         return None
 
     def advance(self, statistics: Tensor | None) -> None:
         pass
 
-    def unready(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         return None
 
     def flops(self, tokens: float, routing: str) -> float:

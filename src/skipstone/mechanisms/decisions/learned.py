@@ -43,7 +43,7 @@ class Threshold(Decision):
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > self.line
 
-    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, asked_BT: Tensor) -> Tensor | None:
+    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
         return F.binary_cross_entropy_with_logits(score_BT, kept_BT.float(), reduction="none")
 
 
@@ -62,7 +62,7 @@ class Predictor(Decision):
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return self.guess(x_BTD) > 0
 
-    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, asked_BT: Tensor) -> Tensor | None:
+    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
         guess_BT = self.guess(x_BTD.detach())
         return F.binary_cross_entropy_with_logits(guess_BT, kept_BT.float(), reduction="none")
 
@@ -95,9 +95,9 @@ class ThresholdP(Decision):
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > self.line
 
-    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, asked_BT: Tensor) -> Tensor | None:
-        count_B1 = asked_BT.sum(1, keepdim=True).clamp(min=1)
-        load_B1 = (kept_BT & asked_BT).sum(1, keepdim=True) / count_B1
-        mean_B1 = torch.where(asked_BT, score_BT.sigmoid(), 0.0).sum(1, keepdim=True) / count_B1
+    def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
+        count_B1 = reached_BT.sum(1, keepdim=True).clamp(min=1)
+        load_B1 = (kept_BT & reached_BT).sum(1, keepdim=True) / count_B1
+        mean_B1 = torch.where(reached_BT, score_BT.sigmoid(), 0.0).sum(1, keepdim=True) / count_B1
         through_B1 = load_B1 + mean_B1 - mean_B1.detach()
         return (through_B1 - self.capacity.now).square().expand_as(score_BT)

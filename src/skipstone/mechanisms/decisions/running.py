@@ -46,9 +46,9 @@ class EmaThreshold(Decision):
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > self.threshold
 
-    def statistics(self, score_BT: Tensor, asked_BT: Tensor) -> Tensor | None:
+    def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
         """[1], the quantile that capacity asks for; NaN where nobody was asked."""
-        return torch.where(asked_BT, score_BT, torch.nan).nanquantile(1 - self.capacity.now)[None]
+        return torch.where(reached_BT, score_BT, torch.nan).nanquantile(1 - self.capacity.now)[None]
 
     def advance(self, statistics: Tensor | None) -> None:
         if statistics is not None:
@@ -59,7 +59,7 @@ class EmaThreshold(Decision):
             momentum = torch.clamp(1 - 1 / self.steps.clamp(min=1), max=self.momentum)  # the first ones count in full
             self.threshold.lerp_(torch.where(seen, statistics[0].to(self.threshold), self.threshold), 1 - momentum)
 
-    def unready(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         if self.steps.item():
             return None
         return (

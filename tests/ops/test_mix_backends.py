@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipstone.ops import fusible, lean, reference
+from skipstone.ops import compile_friendly, cpu, reference
 
 SHAPES = [(1, 1), (1, 7), (3, 1), (3, 7)]  # rows of the static part, tokens of the dynamic part
 
@@ -16,7 +16,7 @@ SHAPES = [(1, 1), (1, 7), (3, 1), (3, 7)]  # rows of the static part, tokens of 
 def test_equals_reference(
     static_rows: int, dynamic_tokens: int, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
     gate, static, dynamic = (
         torch.randn(3, 7, 13),
         torch.randn(static_rows, 13, 4),
@@ -24,7 +24,7 @@ def test_equals_reference(
     )
     weight = torch.randn(3, 7, 13)
     results = []
-    for backend in (reference, lean, fusible):
+    for backend in (reference, cpu, compile_friendly):
         inputs = [x.clone().requires_grad_() for x in (gate, static, dynamic)]
         y = backend.mix_activations(*inputs, temperature)
         results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
@@ -43,11 +43,11 @@ def test_parts_that_want_opposites(
 
     apart: how far tokens differ, by how far neurons do; where it is little, what they agree on goes to the neurons.
     """
-    monkeypatch.setattr(lean, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
     gate, weight, results = torch.randn(2, 9, 11), torch.randn(2, 9, 11), []
     static = size * torch.randn(rows, 11, 4)
     dynamic = size * (torch.randn(2, 1, 4) + apart * torch.randn(2, 9, 4))
-    for backend in (reference, lean, fusible):
+    for backend in (reference, cpu, compile_friendly):
         inputs = [x.clone().requires_grad_() for x in (gate, static, dynamic)]
         y = backend.mix_activations(*inputs, 1.0)
         results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
@@ -59,7 +59,7 @@ def test_parts_that_want_opposites(
 def test_bfloat16_is_the_rounded_result() -> None:
     gate, static, dynamic = torch.randn(2, 9, 11), torch.randn(2, 11, 4), torch.randn(2, 9, 4)
     expected = reference.mix_activations(gate.bfloat16().float(), static, dynamic, 0.5)
-    for backend in (lean, fusible):
+    for backend in (cpu, compile_friendly):
         y = backend.mix_activations(gate.bfloat16(), static, dynamic, 0.5)
         assert y.dtype == torch.bfloat16
         assert torch.equal(y, expected.bfloat16()) or (y.float() - expected).abs().max() < 0.02
@@ -70,7 +70,7 @@ def test_extreme_logits_stay_finite() -> None:
     static = torch.tensor([[[0.0, -60.0, -60.0, -60.0]]]).requires_grad_()
     dynamic = torch.tensor([[[-40.0, 0.0, -90.0, -90.0]]])
     gate = torch.tensor([[[1.5]]])
-    y = lean.mix_activations(gate, static, dynamic, 0.1)
+    y = cpu.mix_activations(gate, static, dynamic, 0.1)
     torch.testing.assert_close(y, torch.tensor([[[1.5]]]))
     y.sum().backward()
     assert static.grad is not None
@@ -78,5 +78,5 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_no_tokens() -> None:
-    y = lean.mix_activations(torch.empty(2, 0, 5), torch.zeros(1, 5, 4), torch.zeros(2, 0, 4), 1.0)
+    y = cpu.mix_activations(torch.empty(2, 0, 5), torch.zeros(1, 5, 4), torch.zeros(2, 0, 4), 1.0)
     assert y.shape == (2, 0, 5)

@@ -13,7 +13,7 @@ from skipstone.core.records import Record
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Placement:
     """Where a mechanism sits. `index` counts the blocks that carry this mechanism, `count` is how many there are."""
 
     layer: int = 0
@@ -23,7 +23,7 @@ class Place:
     name: str = ""
 
 
-class Adjustable(nn.Module):
+class RoutingModule(nn.Module):
     """A mechanism with buffers that a trainer moves once an optimizer step, never in forward."""
 
     def statistics(self, record: Record) -> Tensor | None:
@@ -33,22 +33,22 @@ class Adjustable(nn.Module):
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         """Move thresholds and schedules; `progress` runs from 0 to 1 over the training."""
 
-    def unasked(self, x_BTD: Tensor) -> Record:
+    def empty_record(self, x_BTD: Tensor) -> Record:
         """The record of a call in which no token reached the mechanism."""
         raise NotImplementedError
 
-    def unready(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """Why causal decisions cannot be trusted yet, or None."""
         return None
 
-    def caution(self) -> str | None:
+    def build_warning(self) -> str | None:
         """What whoever builds the model has to know before trusting its losses, or None."""
         return None
 
     def require_causal(self) -> None:
         """Raise ValueError if the mechanism cannot decide without sight of later tokens, naming what can."""
 
-    def neutral(self) -> None:
+    def set_identity(self) -> None:
         """Make the model behave as if the mechanism were not there, its gradients alive."""
         raise NotImplementedError
 

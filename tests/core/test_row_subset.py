@@ -7,21 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from skipstone.core.cache import EMPTY, Store
+from skipstone.core.cache import EMPTY, RaggedStore
 from skipstone.core.records import ActivationRecord, DepthRecord
-from skipstone.core.rows import Rows
-from skipstone.core.tokens import Mode, Selection, Tokens
+from skipstone.core.row_subset import RowSubset
+from skipstone.core.tokens import PassMode, Selection, Tokens
 
 KEPT = torch.tensor([0, 1, 1, 0, 1]).bool()
 SLOT = torch.full((1, 1), 7)
 
 
 def tokens(**more: object) -> Tokens:
-    return Tokens(slot_BT=SLOT, position_BT=SLOT, mode=Mode(by_row=True), **more)
+    return Tokens(slot_BT=SLOT, position_BT=SLOT, mode=PassMode(per_row_gather=True), **more)
 
 
 def test_rows_are_taken_out_and_put_back() -> None:
-    rows, x = Rows.kept(KEPT), torch.randn(5, 1, 3)
+    rows, x = RowSubset.from_mask(KEPT), torch.randn(5, 1, 3)
     assert (rows.at, rows.index_R.tolist(), rows.total) == ((1, 2, 4), [1, 2, 4], 5)
     assert torch.equal(rows.gather(x), x[KEPT])
     assert torch.equal(rows.scatter(rows.gather(x)), x * KEPT[:, None, None])
@@ -32,12 +32,12 @@ def test_rows_are_taken_out_and_put_back() -> None:
 
 
 def test_a_single_row_is_not_copied() -> None:
-    rows, x = Rows.kept(torch.tensor([False, False, True])), torch.randn(3, 2)
+    rows, x = RowSubset.from_mask(torch.tensor([False, False, True])), torch.randn(3, 2)
     assert rows.gather(x).data_ptr() == x[2].data_ptr()
 
 
 def test_rows_of_rows() -> None:
-    inner = Rows.kept(torch.tensor([True, False, True])).within(Rows.kept(KEPT))
+    inner = RowSubset.from_mask(torch.tensor([True, False, True])).within(RowSubset.from_mask(KEPT))
     assert (inner.at, inner.index_R.tolist(), inner.total) == ((1, 4), [1, 4], 5)
     assert inner.within(None) is inner
 
@@ -45,9 +45,9 @@ def test_rows_of_rows() -> None:
 @pytest.mark.parametrize("kept", [[0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [1], [0]])
 def test_decisions_on_single_tokens_select_rows(kept: list[int]) -> None:
     mask = torch.tensor(kept).bool()[:, None]
-    part = tokens().narrow(mask)
+    part = tokens().select_kept(mask)
     assert torch.equal(part.mask(len(kept), mask.device), mask)
-    assert part.everyone == all(kept)
+    assert part.is_all == all(kept)
     assert (part.width == 0) == (not any(kept))
     assert (part.rows is not None) == (0 < sum(kept) < len(kept))
     x = torch.randn(len(kept), 1, 2)
@@ -56,33 +56,35 @@ def test_decisions_on_single_tokens_select_rows(kept: list[int]) -> None:
 
 def test_whoever_does_not_ask_for_rows_gets_columns() -> None:
     """What is called with a selection may have arguments for every row."""
-    single = replace(tokens(), mode=Mode())
-    assert single.narrow(KEPT[:, None]).rows is None
-    assert replace(tokens(), mode=Mode(executor="masked", by_row=True)).narrow(KEPT[:, None]).rows is None
+    single = replace(tokens(), mode=PassMode())
+    assert single.select_kept(KEPT[:, None]).rows is None
+    assert (
+        replace(tokens(), mode=PassMode(executor="masked", per_row_gather=True)).select_kept(KEPT[:, None]).rows is None
+    )
     longer = torch.arange(2)[None]
-    assert replace(tokens(), slot_BT=longer).narrow(KEPT[:, None].expand(5, 2)).rows is None
+    assert replace(tokens(), slot_BT=longer).select_kept(KEPT[:, None].expand(5, 2)).rows is None
 
 
 def test_selections_compose() -> None:
     """Rows of the cache through two selections, and a wish of an outer mechanism in the rows of an inner one."""
     whole = tokens(state={"s": torch.arange(5.0)[:, None]}, real_BT=torch.ones(5, 1).bool())
-    outer = whole.narrow(KEPT[:, None])
+    outer = whole.select_kept(KEPT[:, None])
     inside = whole.select(outer)
     assert inside.rows is not None
     assert (inside.rows.at, inside.real_BT, inside.slot_BT.shape[0]) == ((1, 2, 4), None, 1)
     assert inside.state["s"].flatten().tolist() == [1, 2, 4]
-    again = inside.select(inside.narrow(torch.tensor([[True], [False], [True]])))
+    again = inside.select(inside.select_kept(torch.tensor([[True], [False], [True]])))
     assert again.rows is not None
     assert again.rows.at == (1, 4)
     wish = torch.tensor([1, 1, 0, 0, 1]).bool()[:, None]
-    asked = whole.want(wish).select(outer)
-    assert asked.wanted is not None
-    assert torch.equal(outer.scatter(asked.wanted.mask(3, wish.device), False), wish & KEPT[:, None])
-    assert asked.asked().rows.at == (1, 4)  # type: ignore[union-attr]
+    asked = whole.restrict_queries(wish).select(outer)
+    assert asked.queries is not None
+    assert torch.equal(outer.scatter(asked.queries.mask(3, wish.device), False), wish & KEPT[:, None])
+    assert asked.query_tokens().rows.at == (1, 4)  # type: ignore[union-attr]
 
 
 def test_records_are_lifted_out_of_rows() -> None:
-    part, state = tokens().narrow(KEPT[:, None]), {"s": torch.arange(5.0)[:, None]}
+    part, state = tokens().select_kept(KEPT[:, None]), {"s": torch.arange(5.0)[:, None]}
     assert isinstance(part, Selection)
     one = torch.ones(3, 1)
     outer = DepthRecord(one, one.bool(), one, one.bool(), one, {"s": -one}).lift(part, state)
@@ -94,7 +96,7 @@ def test_records_are_lifted_out_of_rows() -> None:
 
 
 def test_a_store_writes_and_shows_some_rows() -> None:
-    store, some = Store(), Rows.kept(torch.tensor([True, False, True]))
+    store, some = RaggedStore(), RowSubset.from_mask(torch.tensor([True, False, True]))
     store.append(torch.tensor([[0]]), None, some, value=torch.tensor([[[1.0]], [[3.0]]]))
     assert store.lengths == [1, 0, 1]
     store.append(torch.tensor([[1]]), None, value=torch.tensor([[[4.0]], [[5.0]], [[6.0]]]))
@@ -103,7 +105,7 @@ def test_a_store_writes_and_shows_some_rows() -> None:
     assert store.even(some)
     assert not store.even()
     assert store.view("value", some)[..., 0].tolist() == [[1, 4], [3, 6]]
-    middle = Rows.kept(torch.tensor([False, True, False]))
+    middle = RowSubset.from_mask(torch.tensor([False, True, False]))
     assert store.view("value", middle).tolist() == [[[5]]], "as wide as these rows are, not as the longest of all"
     store.append(torch.tensor([[2]]), torch.tensor([[False], [True]]), some, value=torch.tensor([[[7.0]], [[8.0]]]))
     assert store.lengths == [2, 1, 3]
@@ -115,9 +117,9 @@ def test_a_store_writes_and_shows_some_rows() -> None:
 
 
 def test_rows_that_become_equally_long_are_known_to_be() -> None:
-    store = Store()
+    store = RaggedStore()
     for r in range(2):
-        rows = Rows.kept(torch.arange(2) == r)
+        rows = RowSubset.from_mask(torch.arange(2) == r)
         store.append(torch.tensor([[r]]), None, rows, value=torch.ones(1, 1, 1))
     assert store.lengths is None
     assert store.even()

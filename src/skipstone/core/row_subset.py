@@ -28,7 +28,7 @@ def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowSubset:
     """at: their indices in ascending order, on the host, where the cache keeps its lengths. index_R: the same on the
     device, int64. total: B.
     """
@@ -38,17 +38,17 @@ class Rows:
     total: int
 
     @classmethod
-    def kept(cls, kept_B: Tensor) -> Rows:
+    def from_mask(cls, kept_B: Tensor) -> RowSubset:
         """Those that a bool mask names. The host waits once; what it then reads is ready."""
         index_R = kept_B.nonzero()[:, 0]
         return cls(at=tuple(index_R.tolist()), index_R=index_R, total=kept_B.shape[0])
 
-    def within(self, outer: Rows | None) -> Rows:
+    def within(self, outer: RowSubset | None) -> RowSubset:
         """These rows, whose numbers count among `outer`, as rows of the batch that `outer` was taken from."""
         if outer is None:
             return self
         at = tuple(outer.at[i] for i in self.at)
-        return Rows(at=at, index_R=outer.index_R.index_select(0, self.index_R), total=outer.total)
+        return RowSubset(at=at, index_R=outer.index_R.index_select(0, self.index_R), total=outer.total)
 
     def gather(self, x: Tensor) -> Tensor:
         """[R, ...] of x [B, ...]; an axis of size 1 means that all rows agree, and stays."""
