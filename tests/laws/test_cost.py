@@ -214,8 +214,8 @@ def test_widest_row_is_executed_and_mean_is_useful() -> None:
     rows = records[1]["mixture_of_depths"].kept_BT.sum(1).double()
     assert rows.min() < rows.max(), "rows must differ"
     widest, mean = (kept_from_records(model, records, rows)[1] for rows in ("widest", "mean"))  # type: ignore[arg-type]
-    assert widest["mixture_of_depths"].given == rows.max()  # type: ignore[union-attr]
-    assert float(mean["mixture_of_depths"].given) == pytest.approx(float(rows.mean()))  # type: ignore[union-attr]
+    assert widest["mixture_of_depths"].kv_tokens == rows.max()  # type: ignore[union-attr]
+    assert float(mean["mixture_of_depths"].kv_tokens) == pytest.approx(float(rows.mean()))  # type: ignore[union-attr]
 
 
 @torch.no_grad()
