@@ -131,8 +131,7 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
 
 
 def turned(model: SkipstoneForCausalLM, run: Run, budget: float | None) -> AbstractContextManager[Any]:
-    """The model at another budget: by its budget table, or, of neurons by magnitude, by taking more or fewer of them.
-    """
+    """The model at another budget: by its budget table, or, of neurons by magnitude, by taking more or fewer of them."""
     routers = [m for m in model.routing_modules() if isinstance(m, MagnitudeGroups)]
     if budget is None:
         return nullcontext()

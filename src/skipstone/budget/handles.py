@@ -157,7 +157,9 @@ class GateHandle(ThresholdHandle):
     def _scores(self, record: DepthRecord) -> Tensor:
         if not self._skips_below:
             return record.score_BT
-        survival_BT = record.carry.get(self.mechanisms[0].placement.name, record.score_BT)  # none where nobody was asked
+        survival_BT = record.carry.get(
+            self.mechanisms[0].placement.name, record.score_BT
+        )  # none where nobody was asked
         return torch.logit(survival_BT.double(), eps=EPSILON)
 
 
