@@ -9,6 +9,7 @@ timing.py     training steps and forward passes of several models, timed interle
 gates.py      what soft gates claim as saved, what is really skipped, the same weights executed otherwise
 stretches.py  two runs compared on the same stretches of text
 claims.py     published figures beside ours, and which claims hold by rule
+charts.py     pictures of loss against a quantity on a logarithmic axis
 corpus.py     the first of several corpora that can be had
 session.py    what is still to do, done so that it can be stopped anywhere
 run.py        `reproduce` and `describe`

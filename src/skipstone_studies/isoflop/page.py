@@ -1,156 +1,24 @@
-"""Result -> one self-contained HTML page, as `skipstone report` writes them: no script, nothing fetched.
-
-Its pictures show loss against a quantity on a logarithmic axis: measured points, the parabola, its optimum, a level.
-"""
-
+"""Result -> one self-contained HTML page, as `skipstone report` writes them: no script, nothing fetched."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import ChoiceLoader, PackageLoader
 from markupsafe import Markup
 
 from skipstone.evaluate.tables import amount
-from skipstone.report import svg
-from skipstone.report.axes import Frame, Scale, bounds, short
+from skipstone.report.axes import bounds, short
 from skipstone.report.palette import Look, look
 from skipstone.report.run import environment
+from skipstone_studies.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
 from skipstone_studies.isoflop import table
 from skipstone_studies.isoflop.curves import INSIDE, Curve, GridPoint
 from skipstone_studies.isoflop.grid import compact
 from skipstone_studies.isoflop.result import EqualTime, IsoFlopResult, seconds_of
 from skipstone_studies.isoflop.table import notes
 from skipstone_studies.page import provenance
-
-FRAME = Frame(width=500, height=320, left=60, right=16, top=16, bottom=48)
-STEPS = 80  # pieces of a drawn parabola
-Label = Callable[[float], str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """A measured point. hover: what a browser shows. faint: one seed among several; hollow: not measured just there."""
-
-    x: float
-    y: float
-    hover: str
-    faint: bool = False
-    hollow: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """An arm in a panel. line: (x, y) of its parabola, or the way through its points. star: the optimum."""
-
-    look: Look
-    dots: Sequence[Dot]
-    line: Sequence[tuple[float, float]] = ()
-    star: Dot | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """A loss across the panel, with drops to the axis where arms come down to it: (x, label)."""
-
-    y: float
-    label: str
-    drops: Sequence[tuple[float, str]] = ()
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round values within [low, high], finer where the range is narrow."""
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(i / 10 for i in range(10, 100))):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [step * 10.0**power for power in powers for step in steps]
-        found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-        if len(found) >= 4:
-            return found[:: math.ceil(len(found) / 7)]
-    return [low, high]
-
-
-def log_bounds(values: Sequence[float]) -> tuple[float, float]:
-    """The range of `values`, wider by a twentieth on both sides of the logarithmic axis."""
-    low, high = bounds((math.log10(value) for value in values), 0.05)
-    return 10.0**low, 10.0**high
-
-
-def panel(
-    drawn: Sequence[Drawn],
-    *,
-    x_title: str,
-    title: str,
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    level: Level | None = None,
-    label: Label = short,
-) -> Markup:
-    """Loss against x. What lies outside the ranges is cut off by the caller's choice of them."""
-    across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
-    up = FRAME.up(*y_range)
-    parts = FRAME.y_axis(up, "causal loss, nats a token")
-    parts += FRAME.x_axis(x_title, [(_x(across, value), label(value)) for value in log_ticks(*x_range)])
-    parts += [] if level is None else _level(level, across, up)
-    for each in drawn:
-        parts += _line(each, across, up)
-    for each in drawn:
-        parts += [_dot(dot, each.look, across, up) for dot in each.dots]
-        parts += [] if each.star is None else [_drawn_star(each.star, each.look, across, up)]
-    if not any(each.dots for each in drawn):
-        parts.append(svg.text(FRAME.width / 2, FRAME.height / 2, "no run yet", "axis", text_anchor="middle"))
-    return svg.drawing(FRAME.width, FRAME.height, parts, title)
-
-
-def _x(across: Scale, value: float) -> float:
-    return across(math.log10(value))
-
-
-def _line(each: Drawn, across: Scale, up: Scale) -> list[Markup]:
-    inside = [(x, y) for x, y in each.line if min(up.low, up.high) <= y <= max(up.low, up.high)]
-    if len(inside) < 2:
-        return []
-    return [svg.polyline([(_x(across, x), up(y)) for x, y in inside], each.look.colour, each.look.dash)]
-
-
-def _dot(dot: Dot, look: Look, across: Scale, up: Scale) -> Markup:
-    fill = "var(--card)" if dot.hollow else look.colour
-    return svg.element(
-        "circle",
-        svg.element("title", dot.hover),
-        cx=_x(across, dot.x),
-        cy=up(dot.y),
-        r=2.6 if dot.faint else 4.2,
-        fill=fill,
-        stroke=look.colour if dot.hollow else None,
-        stroke_width=1.6 if dot.hollow else None,
-        opacity=0.45 if dot.faint else None,
-    )
-
-
-def _drawn_star(star: Dot, look: Look, across: Scale, up: Scale) -> Markup:
-    x, y = _x(across, star.x), up(star.y)
-    corners = []
-    for i in range(10):
-        radius, angle = (9.5, 4.0)[i % 2], math.pi * (i / 5 - 0.5)
-        corners.append(f"{svg.number(x + radius * math.cos(angle))},{svg.number(y + radius * math.sin(angle))}")
-    hover = svg.element("title", star.hover)
-    paint = {"fill": "var(--card)", "stroke": look.colour} if star.hollow else {"fill": look.colour}
-    return svg.element("polygon", hover, points=" ".join(corners), class_="star", **paint)
-
-
-def _level(level: Level, across: Scale, up: Scale) -> list[Markup]:
-    y = up(level.y)
-    parts = [svg.line(FRAME.left, y, FRAME.width - FRAME.right, y, "level")]
-    parts.append(svg.text(FRAME.width - FRAME.right, y - 6, level.label, "said", text_anchor="end"))
-    for i, (value, text) in enumerate(level.drops):
-        x = _x(across, value)
-        parts.append(svg.line(x, y, x, FRAME.floor, "level"))
-        # To the left and below nothing is drawn: the arm comes down to the level only here.
-        parts.append(svg.text(x - 5, y + 15 + 15 * i, text, "said", text_anchor="end"))
-    return parts
-
 
 Figure = tuple[str, Markup]
 
