@@ -20,7 +20,8 @@ import torch
 
 from publish import closing, keep, surroundings
 from skipstone.adapt.run import adapt
-from skipstone.data.prepare import DataConfig, prepare
+from skipstone.data.config import DataConfig
+from skipstone.data.prepare import prepare
 from skipstone.evaluate.losses import measure
 from skipstone.evaluate.opened import batches, open_run
 from skipstone.mechanisms.mix_figures import MixFigures

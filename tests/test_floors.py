@@ -55,6 +55,8 @@ def part_of_file(file: str) -> str:
     parts = Path(file).parts
     if parts[0] != "skipstone":
         return parts[0]
+    if parts[1] == "__main__.py":  # nothing imports it; it is the command under another name
+        return "skipstone_cli"
     return FACADE if len(parts) == 2 else parts[1]
 
 

@@ -1,34 +1,26 @@
 """Conditional computation for transformers that really saves the computation.
 
-Importing the package registers its models with transformers' Auto classes.
+Importing the package registers its models with transformers' Auto classes. Only the `skipstone` command puts that off,
+because it answers a mistake in what was typed before it loads torch.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+if TYPE_CHECKING:
+    from skipstone import presets
+    from skipstone.budget import BudgetTable, calibrate
+    from skipstone.mechanisms import EarlyExit, GateSkip, MixtureOfDepths, PolyGLU, TokenSelective
+    from skipstone.model.causal_lm import SkipstoneForCausalLM
+    from skipstone.model.classifier import SkipstoneForSequenceClassification
+    from skipstone.model.config import SkipstoneConfig
+    from skipstone.model.decoder import SkipstoneModel
+    from skipstone.nn.routed import Routed
 
-from skipstone import presets
-from skipstone.budget import BudgetTable, calibrate
-from skipstone.mechanisms import EarlyExit, GateSkip, MixtureOfDepths, PolyGLU, TokenSelective
-from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.classifier import SkipstoneForSequenceClassification
-from skipstone.model.config import SkipstoneConfig
-from skipstone.model.decoder import SkipstoneModel
-from skipstone.nn.routed import Routed
-
-__version__ = "0.1.0"
-
-AutoConfig.register("skipstone", SkipstoneConfig, exist_ok=True)
-AutoModel.register(SkipstoneConfig, SkipstoneModel, exist_ok=True)
-AutoModelForCausalLM.register(SkipstoneConfig, SkipstoneForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(SkipstoneConfig, SkipstoneForSequenceClassification, exist_ok=True)
-# `transformers serve` looks for the class in transformers, by its name. Not `import transformers`: while 5.23 is being
-# imported it replaces itself by a second module, which is the one that the server will see.
-_transformers: Any = sys.modules["transformers"]
-_transformers.SkipstoneForCausalLM = SkipstoneForCausalLM
+__version__ = "0.2.0"
 
 __all__ = [
     "BudgetTable",
@@ -45,3 +37,35 @@ __all__ = [
     "calibrate",
     "presets",
 ]
+
+_NAMES_OF = {
+    "skipstone.presets": ["presets"],
+    "skipstone.budget": ["BudgetTable", "calibrate"],
+    "skipstone.mechanisms": ["EarlyExit", "GateSkip", "MixtureOfDepths", "PolyGLU", "TokenSelective"],
+    "skipstone.model.causal_lm": ["SkipstoneForCausalLM"],
+    "skipstone.model.classifier": ["SkipstoneForSequenceClassification"],
+    "skipstone.model.config": ["SkipstoneConfig"],
+    "skipstone.model.decoder": ["SkipstoneModel"],
+    "skipstone.nn.routed": ["Routed"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _NAMES_OF.items():
+        if name in names:
+            home = import_module(module)
+            globals()[name] = value = home if name == "presets" else getattr(home, name)
+            return value
+    raise AttributeError(f"module 'skipstone' has no attribute {name!r}")
+
+
+def _is_command() -> bool:
+    """Whether this process is the `skipstone` command, started as a script or by `python -m skipstone`."""
+    if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:  # what runpy leaves there while it looks for the module
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["skipstone"]
+    return getattr(sys.modules.get("skipstone_cli"), "running", False)
+
+
+if not _is_command():
+    for _name in __all__:
+        __getattr__(_name)

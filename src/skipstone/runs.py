@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from skipstone.core.strict import from_dict
-from skipstone.data.prepare import DataConfig, PreparedData, prepare
-from skipstone.model.pretrained import load_model
+from skipstone.data.config import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from skipstone.data.prepare import PreparedData
     from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
@@ -100,6 +100,8 @@ class Run:
 
     def load_model(self) -> SkipstoneForCausalLM:
         """The trained model in evaluation mode, loaded strictly: nothing missing, nothing left over."""
+        from skipstone.model.pretrained import load_model
+
         model = load_model(self.model_folder())
         model.eval()
         return model
@@ -118,6 +120,8 @@ class Run:
 
     def data(self, split: str = "validation", *, train: bool = False) -> PreparedData:
         """The run's rows, with its own tokenizer. `split` is what `PreparedData.validation` is made from."""
+        from skipstone.data.prepare import prepare
+
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
 
     def _file(self, name: str) -> Path:

@@ -13,6 +13,9 @@ from typing import TextIO
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
+_SHOWN_BY_PYTHON = warnings.showwarning
+
+
 class UserError(ValueError):
     """A mistake on the command line that the command itself finds, before the library is asked."""
 
@@ -28,6 +31,11 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"skipstone: {describe(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def usual_warnings() -> None:
+    """Show warnings as Python does, not as this command does."""
+    warnings.showwarning = _SHOWN_BY_PYTHON
 
 
 def _show(

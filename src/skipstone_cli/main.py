@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import skipstone_cli
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.verbs.adapt import adapt
 from skipstone_cli.verbs.calibrate import calibrate
@@ -18,6 +19,7 @@ from skipstone_cli.verbs.isoflop import isoflop
 from skipstone_cli.verbs.prepare import prepare
 from skipstone_cli.verbs.report import report
 from skipstone_cli.verbs.reproduce import reproduce
+from skipstone_cli.verbs.run_module import run_module
 from skipstone_cli.verbs.train import train
 from skipstone_cli.verbs.write import write
 
@@ -34,6 +36,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "reproduce": reproduce,
     "isoflop": isoflop,
     "report": report,
+    "run-module": run_module,
 }
 
 # Plain help (no rich markup) keeps a mistyped option to click's few lines, and start-up short.
@@ -49,9 +52,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from skipstone import __version__
 
-        typer.echo(f"skipstone {version('skipstone')}")
+        typer.echo(f"skipstone {__version__}")
         raise typer.Exit
 
 
@@ -64,12 +67,16 @@ def skipstone(
     """Conditional computation for transformers that really saves the computation."""
 
 
+# What follows the module's name belongs to the module, its --help too.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
 for _name, _verb in VERBS.items():
-    app.command(_name)(_verb)
+    app.command(_name, context_settings=PASSED_ON if _verb is run_module else None)(_verb)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script, and of `python -m skipstone`."""
+    skipstone_cli.running = True
     with one_line_errors():
         app(prog_name="skipstone")
 

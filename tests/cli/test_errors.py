@@ -80,9 +80,9 @@ def test_an_unknown_verb_or_option_is_answered_by_the_parser(
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from importlib.metadata import version
+    from skipstone import __version__
 
-    assert command(monkeypatch, capsys, "--version") == (0, f"skipstone {version('skipstone')}\n", "")
+    assert command(monkeypatch, capsys, "--version") == (0, f"skipstone {__version__}\n", "")
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:

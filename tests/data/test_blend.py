@@ -12,8 +12,9 @@ import pytest
 
 from skipstone.core.strict import from_dict
 from skipstone.data import prepare as preparing
-from skipstone.data.blend import Blend, BlendedWindows
-from skipstone.data.prepare import DataConfig, PreparedData, prepare
+from skipstone.data.blend import BlendedWindows
+from skipstone.data.config import Blend, DataConfig
+from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.sharding import write_shards
 
 CONTEXT = 8

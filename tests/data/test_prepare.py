@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from skipstone.core.strict import from_dict
-from skipstone.data.prepare import DataConfig, prepare
+from skipstone.data.config import DataConfig
+from skipstone.data.prepare import prepare
 from skipstone.data.tokenizers import byte_tokenizer
 
 TEXT = "It was the best of times, it was the worst of times. é€ "

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from skipstone.data.config import DataConfig
 from skipstone.data.mixed import SPAN, TEXT
-from skipstone.data.prepare import DataConfig, PreparedData, prepare
+from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.switched import FIRST_ELEMENT, FIRST_STATE, OFF, ON, RESET, VOCAB_SIZE, SwitchedS3
 from skipstone.data.synthetic import BINS, ELEMENTS
 

@@ -71,7 +71,7 @@ def test_the_command(page: Page, work: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_harness
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["python -m skipstone lm_eval", "--trust_remote_code"])
+@pytest.mark.parametrize("words", ["skipstone run-module lm_eval", "--trust_remote_code"])
 def test_the_harness_by_itself(page: Page, work: Path, words: str) -> None:
     table = shell(page.command(words), work)
     [value] = re.findall(r"\|bits_per_byte\s*\|↓\s*\|\s*([\d.]+)\|", table)

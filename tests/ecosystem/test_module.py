@@ -1,4 +1,4 @@
-"""`python -m skipstone MODULE` runs another tool's module where our classes are known."""
+"""`skipstone run-module MODULE` runs another tool's module where our classes are known."""
 
 from __future__ import annotations
 
@@ -7,28 +7,56 @@ from pathlib import Path
 
 import pytest
 
-from skipstone.__main__ import main
+from skipstone_cli.main import main
+
+TOOL = """
+import sys
+from transformers import AutoConfig
+if __name__ == '__main__':
+    if sys.argv[1:] == ["fail"]:
+        raise ValueError("the tool's own")
+    print(sys.argv[1:], type(AutoConfig.for_model("skipstone")).__name__)
+"""
 
 
-def test_the_module_sees_its_own_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = "import sys\nif __name__ == '__main__':\n    print(sys.argv[1:], 'skipstone' in sys.modules)\n"
-    (tmp_path / "a_tool_of_others.py").write_text(code, encoding="utf-8")
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "a_tool_of_others.py").write_text(TOOL, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["skipstone", "a_tool_of_others", "--flag", "x"])
-    main()
-    assert capsys.readouterr().out == "['--flag', 'x'] True\n"
+    return "a_tool_of_others"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    monkeypatch.setattr(sys, "argv", ["skipstone", "run-module", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize("words", [["--flag", "x"], ["--help"], ["a", "--", "b"], []])
+def test_the_module_sees_its_own_arguments(
+    tool: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tool, *words) == 0
+    assert capsys.readouterr().out == f"{words} SkipstoneConfig\n"
+
+
+def test_a_fault_of_the_tool_keeps_its_traceback(
+    tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tool, "fail") == 1
+    assert capsys.readouterr().err.startswith("Traceback")
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [([], "usage"), (["--help"], "usage"), (["no_such_tool.main"], "there is no module 'no_such_tool.main'")],
+    [([], "Missing argument 'MODULE'"), (["no_such_tool.main"], "there is no module 'no_such_tool.main'")],
 )
-def test_mistakes(words: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["skipstone", *words])
-    with pytest.raises(SystemExit, match=says):
-        main()
+def test_mistakes(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *words) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_the_server_finds_the_class_by_name() -> None:

@@ -11,7 +11,8 @@ import yaml
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.strict import from_dict
-from skipstone.data.prepare import DataConfig, prepare
+from skipstone.data.config import DataConfig
+from skipstone.data.prepare import prepare
 
 MOD: dict[str, Any] = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.25, "decision": "threshold"}
 TSA: dict[str, Any] = {"name": "token_selective", "start_bias": 0.0}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from skipstone.core.strict import from_dict
-from skipstone.data.prepare import DataConfig
+from skipstone.data.config import DataConfig
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.config import read_recipe

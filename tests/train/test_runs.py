@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skipstone.data.prepare import DataConfig
+from skipstone.data.config import DataConfig
 from skipstone.runs import Run, last_checkpoint
 from train.tool import MODELS, recipe, train, weights
 

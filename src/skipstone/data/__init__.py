@@ -19,5 +19,6 @@ synthetic.py   Reset-S3: rows whose needed depth is known
 switched.py    the same where no symbol tells by itself whether it needs depth
 mixed.py       text with spans of these
 sequences.py   the copy and sort tasks
-prepare.py     `DataConfig` and `prepare`: all of the above in the one call that a trainer makes
+config.py      `DataConfig`: what to train and to evaluate on, checked without loading torch
+prepare.py     `prepare`: all of the above in the one call that a trainer makes
 """

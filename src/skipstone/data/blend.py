@@ -6,7 +6,7 @@ Shapes: N rows in all, S sources, B rows of a batch, T tokens a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,52 +15,11 @@ from numpy.typing import NDArray
 
 from skipstone.core.strict import unknown
 from skipstone.data import draws
+from skipstone.data.config import Blend
 from skipstone.data.packing import CoveringWindows, WindowsOnce
 from skipstone.data.rows import Batch, RowDataset
 
 SOURCE_STREAM = 1 << 20  # far from those that windows are drawn from
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blend:
-    """Shares of the rows by source, in any unit: `start` until `anneal_from` of the training, then in a straight line
-    to `end` at its last row. end: None: `start` to the end."""
-
-    start: dict[str, float]
-    end: dict[str, float] | None = None
-    anneal_from: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, shares in (("start", self.start), ("end", self.end)):
-            if shares is not None and not (all(map(_is_share, shares.values())) and sum(shares.values()) > 0):
-                raise ValueError(f"blend.{name} must be shares that are not negative and not all 0, got {shares}")
-        if not 0 <= self.anneal_from < 1:
-            raise ValueError(f"blend.anneal_from must be in [0, 1), got {self.anneal_from}")
-        if self.end is None and self.anneal_from:
-            raise ValueError("blend.anneal_from has no effect without blend.end")
-
-    @property
-    def sources(self) -> list[str]:
-        """Those that some row comes from, in order of their names."""
-        return sorted(name for name in {**self.start, **(self.end or {})} if self._share(name) > 0)
-
-    def _share(self, name: str) -> float:
-        return self.start.get(name, 0.0) + (self.end or {}).get(name, 0.0)
-
-    def shares(self, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[N, S], each row's sum 1. progress: 0 at the first row, 1 after the last."""
-        start_S, end_S = (_normalised(shares, self.sources) for shares in (self.start, self.end or self.start))
-        way_N1 = np.clip((progress_N[:, None] - self.anneal_from) / (1 - self.anneal_from), 0, 1)
-        return (1 - way_N1) * start_S + way_N1 * end_S
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value < float("inf")
-
-
-def _normalised(shares: Mapping[str, float], sources: Sequence[str]) -> NDArray[np.float64]:
-    found = np.array([shares.get(name, 0.0) for name in sources])
-    return found / found.sum()
 
 
 def check_sources(blend: Blend, known: Sequence[str]) -> None:

@@ -1,27 +1,27 @@
-"""`DataConfig` and `prepare`: from names to the datasets that a trainer and an evaluator read."""
+"""`prepare`: from names to the datasets that a trainer and an evaluator read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from skipstone.core.strict import unknown
 from skipstone.data import rows, sequences, switched, synthetic
-from skipstone.data.blend import Blend, BlendedWindows, InTurn, check_sources
-from skipstone.data.corpora import find_entry, knows_difficulty, load_corpus
+from skipstone.data.blend import BlendedWindows, InTurn, check_sources
+from skipstone.data.config import Blend, DataConfig
+from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.data.encode import Encoded, encode_documents, text_bytes
 from skipstone.data.mixed import MixedWindows, with_spans
 from skipstone.data.packing import CoveringWindows, RandomWindows, WindowsOnce, num_covering
 from skipstone.data.rows import Row, RowDataset
 from skipstone.data.shards import ShardSet, fingerprint, open_sources
-from skipstone.data.tokenizers import build_tokenizer, check_spec
+from skipstone.data.tokenizers import build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKINGS = ("stream", "packed")
 SYNTHETIC_ROWS = {"train": 1 << 16, "validation": 1024, "test": 1024}
 SYNTHETIC_STREAM = {"train": 0, "validation": 1, "test": 2}  # of a mixed corpus's spans too
 VOCABULARIES = {
@@ -31,59 +31,6 @@ VOCABULARIES = {
     "sort": sequences.VOCAB_SIZE,
 }
 EVALUATION_SEED = 0  # every run is measured on the same synthetic rows, whatever its own seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to train and to evaluate on.
-
-    corpus: a name of `CORPORA`. tokenizer: `char`, `byte`, `pretrained:NAME_OR_PATH`; None: the corpus's default.
-    context: tokens a row. packing: "stream" (documents follow each other through their eos) or "packed" (rows carry
-    document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows.
-    sampling: None: training rows are windows at random places, without end; "once": those that lie side by side, in
-    random order, none of them twice. Rows of shards always lie side by side: None reads them all before any twice.
-    blend: of shards, how much of each source; None: as much as it has tokens.
-    train_rows: length of the training set; None: as many windows as the text holds side by side, or 65,536 synthetic
-    rows. Any length serves: row i does not depend on it. validation_rows: the first so many; None: the whole split, or
-    1,024 synthetic rows. Synthetic tasks take no tokenizer, packing or sampling, shards no tokenizer.
-    """
-
-    corpus: str = "tiny-shakespeare"
-    tokenizer: str | None = None
-    context: int = 128
-    packing: Literal["stream", "packed"] = "stream"
-    seed: int = 0
-    sampling: Literal["once"] | None = None
-    blend: Blend | None = None
-    train_rows: int | None = None
-    validation_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        entry, _ = find_entry(self.corpus)
-        if self.tokenizer is not None:
-            check_spec(self.tokenizer)
-        if self.packing not in PACKINGS:
-            raise ValueError(unknown("packing", self.packing, PACKINGS))
-        if self.blend is not None and entry.kind != "shards":
-            raise ValueError(f"blend is for corpus shards:FOLDER alone, got it with {self.corpus!r}")
-        if self.tokenizer is not None and entry.kind == "shards":
-            raise ValueError(f"corpus {self.corpus!r} has its tokenizer: leave tokenizer out, got {self.tokenizer!r}")
-        usual = {"tokenizer": None, "packing": "stream", "sampling": None}
-        changed = [name for name, value in usual.items() if getattr(self, name) != value]
-        if entry.kind == "synthetic" and changed:
-            field = changed[0]
-            raise ValueError(f"corpus {self.corpus!r} is synthetic: leave {field} out, got {getattr(self, field)!r}")
-        if entry.kind == "mixed" and self.packing != "stream":
-            raise ValueError(f"corpus {self.corpus!r} has spans that belong to no document: leave packing out")
-        for name, least in (("context", 2), ("seed", 0), ("train_rows", 1), ("validation_rows", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-
-    @property
-    def tells_difficulty(self) -> bool:
-        """Whether rows have `difficulty`: not negative where a token is known to need depth."""
-        return knows_difficulty(self.corpus)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipstone.data.prepare import DataConfig, PreparedData, prepare
+from skipstone.data.config import DataConfig
+from skipstone.data.prepare import PreparedData, prepare
 from skipstone.evaluate.ways import Way, ways_of
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run

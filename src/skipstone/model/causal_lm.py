@@ -5,6 +5,7 @@ Shape letters: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -258,3 +259,10 @@ def _documents(inputs: dict[str, Any]) -> Tensor:
 def shifted(labels_BT: Tensor) -> Tensor:
     """The label of the next token at each position, none at the last."""
     return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+
+
+AutoModelForCausalLM.register(SkipstoneConfig, SkipstoneForCausalLM, exist_ok=True)
+# `transformers serve` looks for the class in transformers, by its name. Not `import transformers`: while 5.23 is being
+# imported it replaces itself by a second module, which is the one that the server will see.
+_transformers: Any = sys.modules["transformers"]
+_transformers.SkipstoneForCausalLM = SkipstoneForCausalLM

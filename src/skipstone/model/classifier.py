@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import SkipstonePreTrainedModel
 
 
@@ -14,3 +16,6 @@ class SkipstoneForSequenceClassification(GenericForSequenceClassification, Skips
     gradients through what they weigh, not their auxiliary losses. `routing` and the decoder's other arguments pass
     through.
     """
+
+
+AutoModelForSequenceClassification.register(SkipstoneConfig, SkipstoneForSequenceClassification, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from skipstone.core.strict import convert, unknown
 from skipstone.model.shim import AUTO_MAP, write_shim
@@ -185,3 +185,6 @@ HINTS = get_type_hints(
 def _entry(entry: Mapping[Any, Any]) -> dict[str, Any]:
     """A mechanism as a plain dict of our own. YAML reads a bare `on` as true."""
     return {"on" if key is True else key: value for key, value in entry.items()}
+
+
+AutoConfig.register("skipstone", SkipstoneConfig, exist_ok=True)

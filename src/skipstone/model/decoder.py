@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -259,3 +259,6 @@ def _of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode
         return mode
     executor: Executor = "masked" if length == 1 or torch.compiler.is_compiling() else mode.executor
     return replace(mode, executor=executor, per_row_gather=False, never_empty=True)
+
+
+AutoModel.register(SkipstoneConfig, SkipstoneModel, exist_ok=True)

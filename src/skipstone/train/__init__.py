@@ -17,7 +17,19 @@ watch.py        metrics.jsonl, progress bar, stop signals
 
 from __future__ import annotations
 
-from skipstone.train.callback import RoutingCallback
-from skipstone.train.trainer import RoutingMixin, RoutingTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipstone.train.callback import RoutingCallback
+    from skipstone.train.trainer import RoutingMixin, RoutingTrainer
 
 __all__ = ["RoutingCallback", "RoutingMixin", "RoutingTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """These three load torch, which reading a recipe does not need."""
+    if name not in __all__:
+        raise AttributeError(f"module 'skipstone.train' has no attribute {name!r}")
+    home = "callback" if name == "RoutingCallback" else "trainer"
+    return getattr(import_module(f"skipstone.train.{home}"), name)

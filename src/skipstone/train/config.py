@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from skipstone.core.strict import from_dict, unknown
-from skipstone.data.prepare import DataConfig
+from skipstone.data.config import DataConfig
 from skipstone.train import decay
 
 LOGGERS = ("jsonl", "tensorboard", "wandb")

@@ -8,21 +8,22 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from skipstone import __version__
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def describe(seed: int) -> dict[str, Any]:
     """What environment.json holds. `git_commit` and `git_dirty` are None where the package is not in a checkout."""
+    import torch
+    import transformers
+
     commit, dirty = git_state(PACKAGE)
     return {
-        "skipstone": _own_version(),
+        "skipstone": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -40,6 +41,8 @@ def session() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
@@ -59,15 +62,6 @@ def _git(folder: Path, *words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _own_version() -> str:
-    try:
-        return version("skipstone")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        from skipstone import __version__
-
-        return __version__
 
 
 def _cpu() -> str:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
-from skipstone.data.prepare import DataConfig, PreparedData, prepare
+from skipstone.data.prepare import PreparedData, prepare
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train.config import Recipe, read_recipe
 from skipstone.train.setup import model_config

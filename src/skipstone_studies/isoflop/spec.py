@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from skipstone.core.strict import unknown
+from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
-from skipstone.data.prepare import DataConfig
 from skipstone.train.config import read_recipe
 from skipstone_studies.study import RecipeDict
 

@@ -1,0 +1,116 @@
+"""`DataConfig`: what to train and to evaluate on. Importing this file loads neither torch nor NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from skipstone.core.strict import unknown
+from skipstone.data.corpora import find_entry, knows_difficulty
+from skipstone.data.tokenizers import check_spec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PACKINGS = ("stream", "packed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """Shares of the rows by source, in any unit: `start` until `anneal_from` of the training, then in a straight line
+    to `end` at its last row. end: None: `start` to the end."""
+
+    start: dict[str, float]
+    end: dict[str, float] | None = None
+    anneal_from: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, shares in (("start", self.start), ("end", self.end)):
+            if shares is not None and not (all(map(_is_share, shares.values())) and sum(shares.values()) > 0):
+                raise ValueError(f"blend.{name} must be shares that are not negative and not all 0, got {shares}")
+        if not 0 <= self.anneal_from < 1:
+            raise ValueError(f"blend.anneal_from must be in [0, 1), got {self.anneal_from}")
+        if self.end is None and self.anneal_from:
+            raise ValueError("blend.anneal_from has no effect without blend.end")
+
+    @property
+    def sources(self) -> list[str]:
+        """Those that some row comes from, in order of their names."""
+        return sorted(name for name in {**self.start, **(self.end or {})} if self._share(name) > 0)
+
+    def _share(self, name: str) -> float:
+        return self.start.get(name, 0.0) + (self.end or {}).get(name, 0.0)
+
+    def shares(self, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[N, S], each row's sum 1. progress: 0 at the first row, 1 after the last."""
+        import numpy as np
+
+        start_S, end_S = (_normalised(shares, self.sources) for shares in (self.start, self.end or self.start))
+        way_N1 = np.clip((progress_N[:, None] - self.anneal_from) / (1 - self.anneal_from), 0, 1)
+        return (1 - way_N1) * start_S + way_N1 * end_S
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")
+
+
+def _normalised(shares: Mapping[str, float], sources: Sequence[str]) -> NDArray[np.float64]:
+    import numpy as np
+
+    found = np.array([shares.get(name, 0.0) for name in sources])
+    return found / found.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train and to evaluate on.
+
+    corpus: a name of `CORPORA`. tokenizer: `char`, `byte`, `pretrained:NAME_OR_PATH`; None: the corpus's default.
+    context: tokens a row. packing: "stream" (documents follow each other through their eos) or "packed" (rows carry
+    document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows.
+    sampling: None: training rows are windows at random places, without end; "once": those that lie side by side, in
+    random order, none of them twice. Rows of shards always lie side by side: None reads them all before any twice.
+    blend: of shards, how much of each source; None: as much as it has tokens.
+    train_rows: length of the training set; None: as many windows as the text holds side by side, or 65,536 synthetic
+    rows. Any length serves: row i does not depend on it. validation_rows: the first so many; None: the whole split, or
+    1,024 synthetic rows. Synthetic tasks take no tokenizer, packing or sampling, shards no tokenizer.
+    """
+
+    corpus: str = "tiny-shakespeare"
+    tokenizer: str | None = None
+    context: int = 128
+    packing: Literal["stream", "packed"] = "stream"
+    seed: int = 0
+    sampling: Literal["once"] | None = None
+    blend: Blend | None = None
+    train_rows: int | None = None
+    validation_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        entry, _ = find_entry(self.corpus)
+        if self.tokenizer is not None:
+            check_spec(self.tokenizer)
+        if self.packing not in PACKINGS:
+            raise ValueError(unknown("packing", self.packing, PACKINGS))
+        if self.blend is not None and entry.kind != "shards":
+            raise ValueError(f"blend is for corpus shards:FOLDER alone, got it with {self.corpus!r}")
+        if self.tokenizer is not None and entry.kind == "shards":
+            raise ValueError(f"corpus {self.corpus!r} has its tokenizer: leave tokenizer out, got {self.tokenizer!r}")
+        usual = {"tokenizer": None, "packing": "stream", "sampling": None}
+        changed = [name for name, value in usual.items() if getattr(self, name) != value]
+        if entry.kind == "synthetic" and changed:
+            field = changed[0]
+            raise ValueError(f"corpus {self.corpus!r} is synthetic: leave {field} out, got {getattr(self, field)!r}")
+        if entry.kind == "mixed" and self.packing != "stream":
+            raise ValueError(f"corpus {self.corpus!r} has spans that belong to no document: leave packing out")
+        for name, least in (("context", 2), ("seed", 0), ("train_rows", 1), ("validation_rows", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    @property
+    def tells_difficulty(self) -> bool:
+        """Whether rows have `difficulty`: not negative where a token is known to need depth."""
+        return knows_difficulty(self.corpus)
