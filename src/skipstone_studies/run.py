@@ -32,6 +32,7 @@ def reproduce(
     name: str,
     *,
     scale: str = "laptop",
+    arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     out: Path | None = None,
     runs: Path = RUNS,
@@ -40,18 +41,20 @@ def reproduce(
 ) -> Path:
     """Run what is not recorded yet of study `name`, render OUT/NAME.md and return its path.
 
-    seeds: the study's own if None. out: folder of tables and records, `runs` if None. runs: folder of run folders.
+    arms: those to run, all if None; the table shows all that are recorded. seeds: the study's own if None.
+    out: folder of tables and records, `runs` if None. runs: folder of run folders.
     readme: a file in which the table is written between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
     render_only: train and measure nothing, render from records alone.
-    Raises ValueError, one line, for unknown names and scales, for records that cannot be read, and at the end, when
-    everything else is done, if arms have failed. What is recorded is never run again.
+    Raises ValueError, one line, for unknown names, scales and arms, for records that cannot be read, and at the end,
+    when everything else is done, if arms have failed. What is recorded is never run again. An arm that another process
+    is at work on is left out with one line.
     """
     study = choose("study", name, STUDIES)
     chosen = _seeds(study, scale, seeds)
     if readme is not None:
         readmes.check(readme, name)
     out, console = runs if out is None else out, Console(stderr=True)
-    failures = [] if render_only else _run(study, scale, chosen, runs, out, console)
+    failures = [] if render_only else _run(study, scale, arms, chosen, runs, out, console)
     found = records.read_all(out, name)
     if not found and not failures:
         raise ValueError(f"no records of {name!r} in {str(out)!r}: nothing to render")
@@ -70,12 +73,22 @@ def _seeds(study: Study, scale: str, seeds: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _run(study: Study, scale: str, seeds: list[int], runs: Path, out: Path, console: Console) -> list[str]:
+def _run(
+    study: Study,
+    scale: str,
+    only: Sequence[str] | None,
+    seeds: list[int],
+    runs: Path,
+    out: Path,
+    console: Console,
+) -> list[str]:
+    for arm in only or ():
+        choose(f"arm of {study.name!r}", arm, study.arms(scale))
     corpus, reason = first_available(study.corpora)
     if reason:
         console.print(f"using {corpus}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     arms = study.recipes(scale, corpus)
-    session = Session(study=study, scale=scale, arms=arms, runs=runs, out=out, console=console)
+    session = Session(study=study, scale=scale, arms=arms, only=only, runs=runs, out=out, console=console)
     done, total = session.finished(seeds), len(arms) * len(seeds)
     session.say(f"{study.purpose} ({done} of {total} runs recorded)")
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Any
 
 from rich.console import Console
 
+from skipstone.core.lock import Busy, locked
 from skipstone.runs import CONFIG, MODEL_CONFIG, Run, last_checkpoint
 from skipstone.train.environment import describe
 from skipstone_studies import record as records
+from skipstone_studies.pace import TimeLeft, duration, work
 from skipstone_studies.record import Record, digest
 from skipstone_studies.study import RecipeDict, Study, seeded
 
@@ -28,7 +30,10 @@ USER_ERRORS = (ValueError, OSError)
 
 @dataclass(kw_only=True)
 class Session:
-    """One study at one scale. arms: its recipes, without seeds. failures: one line each."""
+    """One study at one scale. arms: its recipes, without seeds. failures: one line each.
+
+    Several processes may share a session's folders: each arm of a seed is locked while it is run.
+    """
 
     study: Study
     scale: str
@@ -36,7 +41,9 @@ class Session:
     runs: Path
     out: Path
     console: Console
+    only: Sequence[str] | None = None  # the arms to run; all if None
     failures: list[str] = field(default_factory=list)
+    busy: list[str] = field(default_factory=list)  # arms that another process is at work on, left out
     spent: list[float] = field(default_factory=list)  # seconds of each arm that was run in this process
 
     @property
@@ -56,29 +63,38 @@ class Session:
 
     def run(self, seeds: list[int]) -> None:
         """Everything that is not recorded yet; arms that fail are noted and left out."""
-        left = len(self.arms) * len(seeds) - self.finished(seeds)
+        wanted = list(self.arms) if self.only is None else list(self.only)
+        left = [(arm, seed) for seed in seeds for arm in wanted if self.recorded(arm, seed) is None]
         for seed in seeds:
-            for arm in self.arms:
-                if self.recorded(arm, seed) is None:
-                    self._guarded(arm, seed, left)
-                    left -= 1
-            self._measure_together(seed)
+            for arm in wanted:
+                if (arm, seed) in left:
+                    left.remove((arm, seed))
+                    self._guarded(arm, seed, [other for other, _ in left])
+            if not self.busy:  # speeds that are taken beside another training would not be true
+                self._measure_together(seed)
 
-    def _guarded(self, arm: str, seed: int, left: int) -> None:
+    def _guarded(self, arm: str, seed: int, after: Sequence[str]) -> None:
+        """Run one arm, unless another process has it; what fails is noted. after: the arms that are still to come."""
         where, start = f"{self.study.name}, arm {arm!r}, seed {seed}", time.perf_counter()
         doing = "running" if self.study.clock is None else "timing"
-        self.say(f"[bold]{arm}[/bold], seed {seed}: {doing}{self._time_left(left)}")
         try:
-            figures = self._made_and_measured(arm, seed)
+            with locked(self.folder(arm, seed)):
+                if self.recorded(arm, seed) is not None:
+                    return  # another process has just done it
+                self.say(f"[bold]{arm}[/bold], seed {seed}: {doing} ({len(after) + 1} to do)")
+                self._record(arm, seed, self._made_and_measured(arm, seed, after))
+        except Busy as error:
+            self.busy.append(arm)
+            self.say(f"[bold]{arm}[/bold], seed {seed}: left out, for {error}")
+            return
         except USER_ERRORS as error:
             self.failures.append(f"{where}: {' '.join(str(error).split())}")
             self.console.print(self.failures[-1], style="red", markup=False, highlight=False, soft_wrap=True)
             return
-        self._record(arm, seed, figures)
         self.spent.append(time.perf_counter() - start)
-        self.say(f"[bold]{arm}[/bold], seed {seed}: recorded after {_duration(self.spent[-1])}")
+        self.say(f"[bold]{arm}[/bold], seed {seed}: recorded after {duration(self.spent[-1])}")
 
-    def _made_and_measured(self, arm: str, seed: int) -> dict[str, Any]:
+    def _made_and_measured(self, arm: str, seed: int, after: Sequence[str]) -> dict[str, Any]:
         folder, recipe = self.folder(arm, seed), seeded(self.arms[arm], seed)
         if self.study.clock is not None:
             return dict(self.study.clock(recipe))
@@ -86,7 +102,9 @@ class Session:
         if not is_made(folder):
             if folder.is_dir() and last_checkpoint(folder) is None:
                 shutil.rmtree(folder)  # stopped before its first checkpoint, perhaps while the folder was written
-            self.study.make(recipe, folder, folder.is_dir())
+            share = sum(work(self.arms[other]) for other in after) / work(recipe)
+            time_left = TimeLeft(share, lambda line: self.say(f"{arm}, seed {seed}: {line}"))
+            self.study.make(recipe, folder, folder.is_dir(), [time_left])
         self.say(f"[bold]{arm}[/bold], seed {seed}: measuring")
         return dict(self.study.measure(folder))
 
@@ -153,12 +171,6 @@ class Session:
     def say(self, text: str) -> None:
         self.console.print(f"[dim]{self.study.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
-    def _time_left(self, left: int) -> str:
-        """From the arms that this process has run; arms differ, so it is rough."""
-        if not self.spent:
-            return f" ({left} to do)"
-        return f" ({left} to do, about {_duration(left * sum(self.spent) / len(self.spent))})"
-
 
 def is_made(folder: Path) -> bool:
     """Whether a run folder is finished, or holds a saved model; both are complete once they are there."""
@@ -172,9 +184,3 @@ def _public(environment: dict[str, Any]) -> dict[str, Any]:
     resumed = [{k: v for k, v in entry.items() if k != "command"} for entry in environment.get("resumed", [])]
     kept = {name: value for name, value in environment.items() if name not in ("command", "resumed")}
     return {**kept, "resumed": resumed} if resumed else kept
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

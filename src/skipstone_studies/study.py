@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import TrainerCallback
+
 from skipstone.core.strict import choose
 from skipstone.train.run import train
 from skipstone_studies.measure import measure_together, standard
@@ -15,12 +17,13 @@ from skipstone_studies.measure import measure_together, standard
 SCALES = ("laptop", "paper")
 RecipeDict = dict[str, Any]  # as `skipstone train` reads it: {"model": ..., "data": ..., "train": ...}
 Figures = Mapping[str, Any]
-Make = Callable[[RecipeDict, Path, bool], object]  # recipe, run folder, whether to go on with what is there
+Make = Callable[[RecipeDict, Path, bool, Sequence[TrainerCallback]], object]
+SAVE_MINUTES = 10.0  # between checkpoints: no stop costs more work than that
 
 
-def train_run(recipe: RecipeDict, folder: Path, resume: bool) -> None:
+def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Train from random weights into a run folder."""
-    train(recipe, out=folder, resume=resume, progress=True)
+    train(recipe, out=folder, resume=resume, progress=True, save_minutes=SAVE_MINUTES, callbacks=callbacks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class Study:
     purpose: one line, for `--list`. about: paragraphs above the table.
     arms: recipes by name for a scale, without seeds; the first is the one that others are compared with.
     seeds: those of each scale unless the user names others. A seed is the recipe's train.seed and data.seed.
-    make: makes a run of an arm's recipe: `train_run`, `adapt_run`, or one of the study's own.
+    make: makes a run of an arm's recipe: `train_run`, `adapt_run`, or one of the study's own. It takes the recipe, the
+    run folder, whether to go on with what is there, and callbacks that watch the training.
     clock: for timings, which make no run: the figures of an arm, measured from its recipe alone. `make`, `measure` and
     `measure_together` are not used then.
     columns: of the table. corpora: take the first that can be had in place of the recipes' own; () leaves them.

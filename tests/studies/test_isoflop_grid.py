@@ -13,7 +13,7 @@ from skipstone.data.config import DataConfig
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.config import read_recipe
-from skipstone_studies.isoflop.estimate import GridEstimate, duration, step_times, step_times_at
+from skipstone_studies.isoflop.estimate import GridEstimate, step_times, step_times_at
 from skipstone_studies.isoflop.grid import (
     CorpusFacts,
     Grid,
@@ -25,6 +25,7 @@ from skipstone_studies.isoflop.grid import (
 )
 from skipstone_studies.isoflop.run import with_vocabulary
 from skipstone_studies.isoflop.spec import GridSize, GridSpec, arms_of, make_spec, parse_size
+from skipstone_studies.pace import duration
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MOD = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.25, "decision": "ema_threshold"}

@@ -12,6 +12,7 @@ import pytest
 
 from skipstone.data.packing import RandomWindows
 from skipstone.runs import Run
+from skipstone.train import watch
 from skipstone.train.watch import Interrupted
 from train.tool import MODELS, at_step, equal, lines, recipe, train, weights
 
@@ -118,3 +119,29 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     found = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert found == ["checkpoint-10", "checkpoint-12", "checkpoint-8"]
     assert not list(folder.rglob("training_args.bin"))
+
+
+def test_a_checkpoint_by_time_is_as_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(tmp_path, MODELS["all"], save_every=0)
+    whole = train(config, tmp_path / "whole")
+    now = iter(range(1000))
+    monkeypatch.setattr(watch, "monotonic", lambda: 60.0 * next(now))  # each look at the clock is a minute later
+    crashed = tmp_path / "crashed"
+    with at_step(8, cut), pytest.raises(PowerCut):
+        train({**config, "train": {**config["train"], "save_minutes": 2}}, crashed)
+    found = sorted(path.name for path in (crashed / "checkpoints").iterdir())
+    assert found == ["checkpoint-4", "checkpoint-6"]
+    train(config, crashed, resume=True)
+    assert same(whole, crashed)
+
+
+def test_when_it_saves_may_change_when_it_resumes(tmp_path: Path) -> None:
+    config = recipe(tmp_path, MODELS["dense"])
+    whole = train(config, tmp_path / "whole")
+    crashed = tmp_path / "crashed"
+    with at_step(7, cut), pytest.raises(PowerCut):
+        train(config, crashed)
+    other = {**config, "train": {**config["train"], "save_every": 3, "save_minutes": 30.0, "keep_checkpoints": 1}}
+    train(other, crashed, resume=True)
+    assert same(whole, crashed)
+    assert [path.name for path in (crashed / "checkpoints").iterdir()] == ["checkpoint-12"]

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from skipstone.adapt import budget as budgets
 from skipstone.adapt import stages
-from skipstone.adapt.config import read_recipe
+from skipstone.adapt.config import AdaptRecipe, read_recipe
 from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
 from skipstone.adapt.trainer import AdaptTrainer, on_device
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -20,7 +20,7 @@ from skipstone.runs import TOKENIZER
 from skipstone.train import folder as folders
 from skipstone.train import setup
 from skipstone.train.config import to_dict
-from skipstone.train.run import finish, fit, open_run
+from skipstone.train.run import finish, fit, held, open_run
 from skipstone.train.trainer import RunTrainer
 
 RECORD = "adaptation.json"  # in the run folder: what was measured before the training began
@@ -38,7 +38,12 @@ def adapt(
     """
     recipe = read_recipe(config)
     check_early(recipe)
-    folder, run = open_run(recipe, out, resume)
+    with held(recipe, out, resume) as folder:
+        return _adapt(source, recipe, folder, resume, progress)
+
+
+def _adapt(source: str, recipe: AdaptRecipe, folder: Path, resume: bool, progress: bool) -> Path:
+    run = open_run(recipe, folder, resume)
     if run is not None and run.finished:
         return folder
     plan = prepare_plan(source, recipe, run)

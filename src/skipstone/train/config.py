@@ -11,6 +11,7 @@ from skipstone.data.config import DataConfig
 from skipstone.train import decay
 
 LOGGERS = ("jsonl", "tensorboard", "wandb")
+NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints")  # when checkpoints are written, and how many stay
 LARGE_VOCABULARY, LOSS_CHUNK = (
     65_536,
     1024,
@@ -20,6 +21,8 @@ LARGE_VOCABULARY, LOSS_CHUNK = (
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. Everything here may change the result, but for the intervals, `loggers` and `keep_checkpoints`.
+
+    Of these, `NOT_THE_RESULT` may even differ between a run and its resumption.
 
     steps: optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches; so
     gradient_accumulation, the number of micro-batches it is cut into, changes memory and not the result.
@@ -36,7 +39,8 @@ class TrainConfig:
     routing: learned, or difficulty: every block with a depth mechanism keeps exactly the tokens whose row entry
     `difficulty` is not negative (the upper bound that Reset-S3 is measured against).
     eval_every, log_every, save_every: in steps; 0: at the end only (log_every at least 1). eval_rows: validate on the
-    first so many rows only. eval_batch_size: rows of a forward pass; None: those of a micro-batch.
+    first so many rows only. save_minutes: a checkpoint, too, whenever so many minutes have passed since the last one;
+    None: by steps alone. eval_batch_size: rows of a forward pass; None: those of a micro-batch.
     keep_checkpoints: the newest so many stay. seed: of weights, dropout and noise; `data.seed` draws the rows.
     threads: of torch on the CPU; None: as it is. device: auto takes an accelerator where there is one.
     loggers: where metrics go. jsonl is always written.
@@ -63,6 +67,7 @@ class TrainConfig:
     eval_batch_size: int | None = None
     log_every: int = 10
     save_every: int = 500
+    save_minutes: float | None = None
     keep_checkpoints: int = 2
     seed: int = 0
     threads: int | None = None
@@ -78,6 +83,8 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed", "loss_chunk"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise ValueError(f"save_minutes must be above 0, got {self.save_minutes}")
         self._check_shares()
         self._check_relations()
 

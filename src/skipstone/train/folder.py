@@ -13,7 +13,7 @@ import yaml
 
 from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
 from skipstone.train import environment
-from skipstone.train.config import Recipe
+from skipstone.train.config import NOT_THE_RESULT, Recipe
 
 DATA = "data_sha256"  # in environment.json
 
@@ -45,8 +45,13 @@ def create(folder: Path, config: Mapping[str, Any], seed: int, data: str | None 
 
 
 def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> None:
-    """Raise ValueError naming the first key in which the recipe differs from the one of the run to be resumed."""
+    """Raise ValueError naming the first key in which the recipe differs from the one of the run to be resumed.
+
+    When and how many checkpoints are written may differ.
+    """
     for key in {**saved, **given}:
+        if where == "train." and key in NOT_THE_RESULT:
+            continue
         path, old, new = f"{where}{key}", saved.get(key), given.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             check_same(old, new, f"{path}.")

@@ -6,14 +6,16 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from skipstone.core.lock import locked
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
 from skipstone.train import folder as folders
@@ -30,17 +32,35 @@ def train(
     resume: bool = False,
     progress: bool = True,
     data: PreparedData | None = None,
+    save_minutes: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Train the recipe `config` into a run folder and return it.
 
     out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe without a name. resume: go on from the
     last checkpoint of an existing run (from the start, if it has none) with the recipe that it was started with; a
     finished run is left as it is. progress: show a bar. data: the recipe's rows, where they are prepared already.
-    Raises ValueError, FileNotFoundError or FileExistsError, one line; `Interrupted` after a stop signal.
+    save_minutes: at most so many minutes between checkpoints, where the recipe says nothing of minutes. callbacks:
+    further ones for Trainer.
+    Raises ValueError, FileNotFoundError or FileExistsError, one line, also while another process is at work on the
+    folder; `Interrupted` after a stop signal.
     """
     recipe = read_recipe(config)
     setup.check_early(recipe)
-    folder, run = open_run(recipe, out, resume)
+    with held(recipe, out, resume) as folder:
+        return _train(recipe, folder, resume, progress, data, save_minutes, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    progress: bool,
+    data: PreparedData | None,
+    save_minutes: float | None,
+    more: Sequence[TrainerCallback],
+) -> Path:
+    run = open_run(recipe, folder, resume)
     if run is not None and run.finished:
         return folder
     data = _data(recipe, run, data)
@@ -57,27 +77,39 @@ def train(
             data.tokenizer.save_pretrained(folder / TOKENIZER)
 
     def trainer_of(callbacks: list[Any]) -> RunTrainer:
-        return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=callbacks)
+        return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=[*callbacks, *more])
 
-    return fit(recipe, arguments, folder, progress, trainer_of, partial(finish, data, folder))
+    return fit(recipe, arguments, folder, progress, trainer_of, partial(finish, data, folder), save_minutes)
 
 
-def open_run(recipe: Recipe, out: Path | None, resume: bool) -> tuple[Path, Run | None]:
-    """The folder of a new run; or that of the run to go on with, and the run. Says so where it is finished already."""
+@contextmanager
+def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
+    """The folder of the run, locked: no other process trains into it."""
     folder = _run_folder(recipe, out, resume)
+    with locked(folder) if _is_first() else nullcontext():
+        if not resume and _is_first():
+            folders.check_new(folder)
+        yield folder
+
+
+def _is_first() -> bool:
+    """Whether this is the process that writes; Trainer does not tell before it has its arguments."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
+    """The run to go on with, None for a new one. Says so where it is finished already."""
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     run = Run(folder) if resume else None
     if run is not None and run.finished:
         print(f"run {str(folder)!r} is finished already; nothing to resume", file=sys.stderr)  # noqa: T201
-    return folder, run
+    return run
 
 
 def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     folder = Path(out) if out is not None else folders.default_folder(recipe)
     if not resume:
-        if int(os.environ.get("RANK", "0")) == 0:
-            folders.check_new(folder)
         return folder
     if out is None and recipe.name is None:
         raise ValueError("--resume needs the run folder: name it with --out")
@@ -106,10 +138,12 @@ def fit(
     progress: bool,
     trainer_of: Callable[[list[Any]], RunTrainer],
     finish: Callable[[RunTrainer], None],
+    save_minutes: float | None = None,
 ) -> Path:
     """Train to the end, from the folder's last checkpoint if there is one, then `finish`; returns the folder.
 
-    trainer_of: builds the trainer with the callbacks of a run. Raises `Interrupted` after a stop signal.
+    trainer_of: builds the trainer with the callbacks of a run. save_minutes: where the recipe has none. Raises
+    `Interrupted` after a stop signal.
     """
     checkpoint = last_checkpoint(folder)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
@@ -117,7 +151,7 @@ def fit(
     if main and ((folder / METRICS).exists() or step):
         folders.note_resumption(folder, step)
         folders.cut_metrics(folder, step)
-    stop, bar = StopSignals(), Progress()
+    stop, bar = StopSignals(recipe.train.save_minutes or save_minutes), Progress()
     callbacks = [stop, *setup.integrations(recipe.train, folder, step), MetricsFile(folder / METRICS)]
     trainer = trainer_of(callbacks + ([bar] if progress else []))
     trainer.remove_callback(PrinterCallback)

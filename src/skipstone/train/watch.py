@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -97,12 +99,18 @@ def quiet() -> Iterator[None]:
 
 
 class StopSignals(TrainerCallback):
-    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; a second one ends the process."""
+    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; a second one ends the process.
+
+    save_minutes: a checkpoint is also saved whenever so many minutes have passed since the last one. Where several
+    processes train, they agree on both at the end of each step, so that all of them save the same step.
+    """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, save_minutes: float | None = None) -> None:
         self.received: int | None = None
+        self.seconds = None if save_minutes is None else 60 * save_minutes
+        self.saved = monotonic()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -124,10 +132,29 @@ class StopSignals(TrainerCallback):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received is not None:
+        due = self.seconds is not None and monotonic() - self.saved >= self.seconds
+        received, due = _agreed(self.received, due, args.device)
+        if received is not None:
+            self.received = received
             control.should_save = control.should_training_stop = True
+        control.should_save = control.should_save or due
         if state.global_step >= state.max_steps:
             control.should_log = True  # Trainer logs at multiples of the interval only
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = monotonic()
+
+    on_save = on_train_begin
+
+
+def _agreed(received: int | None, due: bool, device: torch.device) -> tuple[int | None, bool]:
+    """What any of the processes has received, and whether a checkpoint is due on any of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return received, due
+    both = torch.tensor([received or 0, int(due)], device=device)
+    torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+    number, anywhere = both.tolist()
+    return number or None, bool(anywhere)
 
 
 class Interrupted(SystemExit):

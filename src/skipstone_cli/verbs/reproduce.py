@@ -19,6 +19,7 @@ class Scale(StrEnum):
 def reproduce(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered study; see --list.")] = None,
     scale: Annotated[Scale, typer.Option(help="How big the models and the runs are.")] = Scale.LAPTOP,
+    arms: Annotated[str | None, typer.Option(metavar="ARM,ARM", help="Run these arms only; all if absent.")] = None,
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds; the study's own if absent.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of tables and records; that of --runs if absent.")
@@ -41,7 +42,10 @@ def reproduce(
 
     from skipstone_studies.run import reproduce as run
 
-    table = run(name, scale=scale.value, seeds=numbers, out=out, runs=runs, readme=readme, render_only=render)
+    named = None if arms is None else [arm.strip() for arm in arms.split(",")]
+    table = run(
+        name, scale=scale.value, arms=named, seeds=numbers, out=out, runs=runs, readme=readme, render_only=render
+    )
     typer.echo(f"table: {table}")
 
 

@@ -29,6 +29,7 @@ from skipstone_studies.isoflop.grid import (
     corpus_share,
     tokens_per_step,
 )
+from skipstone_studies.pace import duration
 
 ROUNDS = 3  # timed, after one that warms up and sets the thresholds
 ROW_LIMIT, PASS_LIMIT = 1e12, 1e11  # training FLOPs: a row with more is not timed, a pass has no more rows than this
@@ -199,11 +200,3 @@ class GridEstimate:
             compact(float(f"{sum(c.flops for c in cells):.3g}")),
             duration(sum(map(self.seconds, cells))),
         ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds up to two minutes, minutes up to two hours, then hours, days, years."""
-    for unit, name, limit in ((1, "s", 120), (60, "min", 7200), (3600, "h", 172_800), (86_400, "d", 8.64e7)):
-        if seconds < limit:
-            return f"{seconds / unit:,.0f} {name}" if unit == 1 else f"{seconds / unit:,.1f} {name}"
-    return f"{seconds / 31_557_600:,.1f} y"

@@ -12,9 +12,9 @@ from skipstone.data.prepare import PreparedData
 from skipstone.runs import Run
 from skipstone.train.run import train
 from skipstone_studies import record as records
-from skipstone_studies.isoflop.estimate import duration
 from skipstone_studies.isoflop.grid import CorpusFacts, Grid, GridCell
 from skipstone_studies.isoflop.measure import CoreUse, figures, watched
+from skipstone_studies.pace import duration
 from skipstone_studies.session import USER_ERRORS, Session
 from skipstone_studies.study import seeded
 from skipstone_studies.timing import training_speeds

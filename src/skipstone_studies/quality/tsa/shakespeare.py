@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from skipstone_studies.quality.tsa import published as paper
-from skipstone_studies.quality.tsa.recipes import early_exit, gated, language, random, shallower
+from skipstone_studies.quality.tsa.recipes import early_exit, gated, hard, language, random, shallower
 from skipstone_studies.quality.tsa.text import ABOUT, COLUMNS, EQUAL, RIVALS, on_text
 from skipstone_studies.study import RecipeDict
 
 LAMBDAS = {"laptop": (0.0, 0.01, 0.05, 0.1), "paper": (0.0, 0.005, 0.01, 0.05, 0.1, 0.5)}
+DRAWN = {"laptop": (0.5,), "paper": (0.95, 0.9, 0.75, 0.5)}  # at the paper's size, also what its gates may really keep
 BIASES = (-5, -3, 0, 1)
 SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 
@@ -20,7 +21,8 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
         "tsa": language(scale, data, gated()),
         **{f"lambda={weight:g}": language(scale, data, gated(weight)) for weight in LAMBDAS[scale]},
         "early-exit": language(scale, data, early_exit()),
-        "random=0.5": language(scale, data, random(0.5)),
+        **{f"random={share:g}": language(scale, data, random(share)) for share in DRAWN[scale]},
+        **({"hard=0.5": language(scale, data, hard(0.5))} if scale == "paper" else {}),
         **shallower(scale, data),
     }
 

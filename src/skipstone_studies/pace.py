@@ -1,0 +1,62 @@
+"""A line, now and then, that tells what is left of a study, from the measured time of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import Any
+
+from transformers import TrainerCallback
+
+from skipstone_studies.study import RecipeDict
+
+FIRST_STEPS = 20  # the first line comes after so many steps, the others after each checkpoint
+DEFAULTS = {"steps": 1000, "batch_size": 16, "context": 256, "num_hidden_layers": 1}
+
+
+def work(recipe: RecipeDict) -> float:
+    """Tokens times blocks: what the time of a training is roughly proportional to between the arms of a study."""
+    values: Mapping[str, Any] = {
+        **DEFAULTS,
+        **recipe.get("model", {}),
+        **recipe.get("data", {}),
+        **recipe.get("train", {}),
+    }
+    return float(values["steps"] * values["batch_size"] * values["context"] * values["num_hidden_layers"])
+
+
+class TimeLeft(TrainerCallback):
+    """Measures the steps of a training as they come, saving and evaluation included.
+
+    share: the work of all that comes after this training, as a multiple of its own. say: takes the line.
+    """
+
+    def __init__(self, share: float, say: Callable[[str], None]) -> None:
+        self.share, self.say = share, say
+        self.since = 0.0
+        self.first = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.since, self.first = monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step - self.first == FIRST_STEPS and state.max_steps - state.global_step >= FIRST_STEPS:
+            self.tell(state.global_step, state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < state.max_steps and state.global_step - self.first > FIRST_STEPS:
+            self.tell(state.global_step, state.max_steps)
+
+    def tell(self, step: int, steps: int) -> None:
+        seconds = (monotonic() - self.since) / (step - self.first)
+        here, all_of_it = seconds * (steps - step), seconds * (steps - step + self.share * steps)
+        whole = f", about {duration(all_of_it)} of all" if self.share else ""
+        self.say(f"step {step:,} of {steps:,}, {seconds:.3g} s each: {duration(here)} left of this arm{whole}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds up to two minutes, minutes up to two hours, then hours, days, years."""
+    for unit, name, limit in ((1, "s", 120), (60, "min", 7200), (3600, "h", 172_800), (86_400, "d", 8.64e7)):
+        if seconds < limit:
+            return f"{seconds / unit:,.0f} {name}" if unit == 1 else f"{seconds / unit:,.1f} {name}"
+    return f"{seconds / 31_557_600:,.1f} y"

@@ -1,0 +1,107 @@
+"""`reproduce --arms`, what is left, and two processes on one study."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from skipstone.core.lock import Busy, locked
+from skipstone.train.run import train
+from skipstone_studies import pace, study
+from skipstone_studies.pace import TimeLeft, work
+from skipstone_studies.run import reproduce
+from skipstone_studies.study import Study
+
+Register = Callable[..., Study]
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[int]:
+    """Another process holds the lock of `folder`; it is killed in the end."""
+    ready, tell = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with locked(folder):
+            os.write(tell, b".")
+            signal.pause()
+    try:
+        assert os.read(ready, 1) == b"."
+        yield other
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        os.close(ready)
+        os.close(tell)
+
+
+def test_the_arms_that_are_named_are_run(tiny: Register) -> None:
+    tiny()
+    reproduce("tiny", arms=["mod"])
+    assert [path.name for path in Path("runs/tiny/records/laptop").iterdir()] == ["mod-seed0.json"]
+    assert reproduce("tiny").is_file()
+    assert len(list(Path("runs/tiny/records/laptop").iterdir())) == 2
+
+
+def test_an_unknown_arm_is_one_line_that_names_the_arms(tiny: Register) -> None:
+    tiny()
+    with pytest.raises(ValueError, match=r"unknown arm of 'tiny' 'mud'; did you mean 'mod'\? \(allowed: dense, mod\)"):
+        reproduce("tiny", arms=["mud"])
+    assert not Path("runs").exists()
+
+
+def test_an_arm_that_another_process_runs_is_left_out(tiny: Register, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny()
+    folder = Path("runs/tiny/laptop/dense-seed0")
+    with held_by_another(folder) as other:
+        reproduce("tiny")
+        said = capsys.readouterr().err
+        assert said.count("left out") == 1
+        assert f"dense, seed 0: left out, for '{folder}' is in use by another process (process {other})" in said
+        assert not folder.exists()
+        records = Path("runs/tiny/records/laptop")
+        assert [path.name for path in records.iterdir()] == ["mod-seed0.json"]
+    reproduce("tiny")  # the other process was killed, and its lock went with it
+    assert {path.name for path in records.iterdir()} == {"dense-seed0.json", "mod-seed0.json"}
+    assert not list(Path("runs").rglob("*.lock"))
+
+
+def test_two_trainings_into_one_folder_are_refused(tiny: Register) -> None:
+    recipe = tiny().recipes("laptop")["dense"]
+    for resume in (False, True):
+        with held_by_another(Path("run")), pytest.raises(Busy, match="in use by another process"):
+            train(recipe, out=Path("run"), resume=resume, progress=False)
+        train(recipe, out=Path("run"), resume=resume, progress=False)
+
+
+def test_a_lock_may_be_taken_twice_by_its_process(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with locked(folder), locked(folder):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_left_counts_the_arms_to_come(tiny: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(steps=30).recipes("laptop")["dense"]
+    assert work(recipe) == 30 * 2 * 16 * 2
+    monkeypatch.setattr(pace, "monotonic", iter([100.0, 140.0, 160.0, 180.0]).__next__)
+    said: list[str] = []
+    recipe["train"]["save_every"] = 25
+    train(recipe, out=Path("run"), callbacks=[TimeLeft(2.0, said.append)])
+    assert said == [
+        "step 20 of 30, 2 s each: 20 s left of this arm, about 2.3 min of all",
+        "step 25 of 30, 2.4 s each: 12 s left of this arm, about 2.6 min of all",
+    ]
+
+
+def test_a_study_saves_by_time(tiny: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    run = study.train
+    monkeypatch.setattr(study, "train", lambda *args, **options: (asked.append(options), run(*args, **options))[1])
+    tiny()
+    reproduce("tiny", arms=["dense"])
+    assert asked[0]["save_minutes"] == 10
