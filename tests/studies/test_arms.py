@@ -86,15 +86,15 @@ def test_a_lock_may_be_taken_twice_by_its_process(tmp_path: Path) -> None:
 
 
 def test_what_is_left_counts_the_arms_to_come(tiny: Register, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny(steps=30).recipes("laptop")["dense"]
-    assert work(recipe) == 30 * 2 * 16 * 2
+    recipe = tiny(steps=40).recipes("laptop")["dense"]
+    assert work(recipe) == 40 * 2 * 16 * 2
     monkeypatch.setattr(pace, "monotonic", iter([100.0, 140.0, 160.0, 180.0]).__next__)
     said: list[str] = []
     recipe["train"]["save_every"] = 25
     train(recipe, out=Path("run"), callbacks=[TimeLeft(2.0, said.append)])
     assert said == [
-        "step 20 of 30, 2 s each: 20 s left of this arm, about 2.3 min of all",
-        "step 25 of 30, 2.4 s each: 12 s left of this arm, about 2.6 min of all",
+        "step 20 of 40, 2 s each: 40 s left of this arm, about 3.3 min of all",
+        "step 25 of 40, 2.4 s each: 36 s left of this arm, about 3.8 min of all",
     ]
 
 
