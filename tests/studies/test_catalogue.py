@@ -48,7 +48,9 @@ def test_recipes_are_fresh_values(name: str, scale: str) -> None:
 
 
 def test_what_is_published_is_what_its_records_say() -> None:
-    for path in RESULTS.glob("*/records"):
+    published = list(RESULTS.glob("*/records"))
+    assert len(published) >= 14, "records are missing, so that next to nothing would be compared"
+    for path in published:
         if (path.parent / PLAN).is_file():
             continue  # an isoFLOP study, which has a test of its own
         study = STUDIES[path.parent.name]

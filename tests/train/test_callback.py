@@ -87,9 +87,13 @@ def test_nothing_is_said_where_there_is_no_threshold(name: str, tmp_path: Path) 
 def test_another_model_is_left_alone(tmp_path: Path) -> None:
     callback, arguments = RoutingCallback(), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = Trainer(model=torch.nn.Linear(1, 1), args=arguments)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     callback.observe(trainer.model, None)
     callback.on_train_begin(arguments, trainer.state, trainer.control, model=trainer.model)
-    callback.on_step_end(arguments, trainer.state, trainer.control, model=trainer.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback.on_step_end(arguments, trainer.state, trainer.control, model=trainer.model)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -1,4 +1,5 @@
 """Result -> one self-contained HTML page, as `skipstone report` writes them: no script, nothing fetched."""
+
 from __future__ import annotations
 
 import math

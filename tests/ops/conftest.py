@@ -1,0 +1,18 @@
+"""Memory that a kernel forgets to write holds NaN here, not what happened to lie there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """PyTorch fills uninitialised tensors with NaN, or the largest integer, while its algorithms are deterministic."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
