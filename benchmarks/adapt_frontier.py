@@ -26,14 +26,14 @@ from transformers import DynamicCache
 
 from adapt_pictures import IN_DECODING, TITLE, TUNED, picture
 from publish import closing, keep, middle, surroundings
-from skipstone.adapt.run import adapt
+from skipstone.adapt.adaptation import adapt
 from skipstone.budget import BudgetTable
-from skipstone.evaluate.budgets import calibrate_run
-from skipstone.evaluate.counting import count
-from skipstone.evaluate.flops import count_flops
-from skipstone.evaluate.losses import measure
-from skipstone.evaluate.opened import batches, open_run
-from skipstone.evaluate.speed import decode_task, take_turns
+from skipstone.evaluate.budget_curve import calibrate_run
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.measure.flop_check import flop_check
+from skipstone.measure.flops import count_flops
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.speed import decode_task, take_turns
 from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.pretrained import convert
@@ -119,19 +119,19 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
         return json.loads(record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     found: dict[str, Any] = {"sample": sample(folder)} if budget is None else {}
     for name, (corpus, split) in JUDGED.items():
-        opened = open_run(folder, split, corpus, CONTEXT)
-        assert opened.data is not None
-        model, data, device = opened.model, opened.data, opened.model.device
-        with turned(model, opened.run, budget):
-            loss = measure(model, opened.main, batches(data, BATCH, device, ROWS), activations=False).loss
-            flops = count(model, opened.main, batches(data, 1, device, COUNTED)).counted
+        loaded = load_run(folder, split, corpus, CONTEXT)
+        assert loaded.data is not None
+        model, data, device = loaded.model, loaded.data, loaded.model.device
+        with turned(model, loaded.run, budget):
+            loss = measure_loss(model, loaded.primary, batches(data, BATCH, device, ROWS), activations=False).loss
+            flops = flop_check(model, loaded.primary, batches(data, 1, device, COUNTED)).counted
         found[name] = {"loss": loss, "flops": flops}
     record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
 def turned(model: SkipstoneForCausalLM, run: Run, budget: float | None) -> AbstractContextManager[Any]:
-    """The model at another budget: by its budget table, or, of neurons by magnitude, by taking more or fewer of them."""
+    """The model at another budget: by its budget table, or by taking more or fewer neurons by magnitude."""
     routers = [m for m in model.routing_modules() if isinstance(m, MagnitudeGroups)]
     if budget is None:
         return nullcontext()
@@ -175,7 +175,7 @@ def decode_figures(runs: dict[str, tuple[Path, float | None]]) -> dict[str, dict
     runs: folders, and the budgets that they are turned to.
     """
     corpus, split = next(iter(JUDGED.values()))
-    data = open_run(runs["source"][0], split, corpus, CONTEXT).data
+    data = load_run(runs["source"][0], split, corpus, CONTEXT).data
     assert data is not None
     prompt = data.collate([data.validation[ROWS]])["input_ids"][:, :PROMPT]
     models = {name: Run(folder).load_model().eval() for name, (folder, _) in runs.items()}

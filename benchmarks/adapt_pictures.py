@@ -9,7 +9,7 @@ from typing import Any
 
 from skipstone.report import svg
 from skipstone.report.axes import bounds
-from skipstone.report.palette import Look, look
+from skipstone.report.palette import Style, style
 from skipstone_studies.isoflop.charts import FRAME, Dot, Drawn, log_bounds, panel
 
 TUNED = "dense, tuned"
@@ -37,7 +37,7 @@ def picture(
     drawn = []
     for i, (kind, points) in enumerate(kinds.items()):
         dots = [Dot(x=x, y=y, hover=f"{kind}: {x:.1%}, {y:.3f} nats") for x, y in sorted(points)]
-        drawn.append(Drawn(look=look(i), dots=dots, line=sorted(points)))
+        drawn.append(Drawn(style=style(i), dots=dots, line=sorted(points)))
     every = [point for points in kinds.values() for point in points]
     xs, ys = zip(*every, strict=True)
     drawing = panel(
@@ -49,10 +49,10 @@ def picture(
         label="{:.0%}".format,
     )
     names = [f"{kind}, decoding" if kind == IN_DECODING else kind for kind in kinds]
-    return standalone(drawing, [(name, each.look) for name, each in zip(names, drawn, strict=True)])
+    return standalone(drawing, [(name, each.style) for name, each in zip(names, drawn, strict=True)])
 
 
-def standalone(drawing: str, names: Sequence[tuple[str, Look]]) -> str:
+def standalone(drawing: str, names: Sequence[tuple[str, Style]]) -> str:
     """A file of its own: the style that a page would give, and a legend."""
     style = (files("skipstone.report") / "templates" / "style.css").read_text(encoding="utf-8")
     legend = [
@@ -66,6 +66,6 @@ def standalone(drawing: str, names: Sequence[tuple[str, Look]]) -> str:
         )
         for i, (name, to) in enumerate(names)
     ]
-    opened, rest = drawing.removeprefix("<svg"), "</svg>"
-    inner = opened.removesuffix(rest)
+    loaded, rest = drawing.removeprefix("<svg"), "</svg>"
+    inner = loaded.removesuffix(rest)
     return f'<svg xmlns="http://www.w3.org/2000/svg"{inner}<style>{style}</style>{"".join(legend)}{rest}\n'

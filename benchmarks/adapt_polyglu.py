@@ -19,15 +19,15 @@ from typing import Any
 import torch
 
 from publish import closing, keep, surroundings
-from skipstone.adapt.run import adapt
+from skipstone.adapt.adaptation import adapt
 from skipstone.data.config import DataConfig
 from skipstone.data.prepare import prepare
-from skipstone.evaluate.losses import measure
-from skipstone.evaluate.opened import batches, open_run
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.measure.losses import measure_loss
 from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
-from skipstone.train.run import train
+from skipstone.train.training import train
 
 CONTEXT, BATCH, TINY = 128, 16, {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 DATA: dict[str, Any] = {"corpus": "tiny-shakespeare", "context": CONTEXT}
@@ -98,12 +98,12 @@ def runs(given: argparse.Namespace, seed: int) -> Iterator[tuple[str, Path, floa
 def figures(folder: Path) -> dict[str, float]:
     """Nats a character; where neurons choose, the share that chooses another function than most of its layer, on some
     rows."""
-    opened = open_run(folder, "validation")
-    assert opened.data is not None
-    rows = list(batches(opened.data, 32, opened.model.device))
-    found = {"nats": measure(opened.model, opened.main, rows, activations=False).loss}
-    records = opened.model(**rows[0], routing="causal", output_records=True).records
-    mixes: list[Any] = [module for module in opened.model.routing_modules() if isinstance(module, MixFigures)]
+    loaded = load_run(folder, "validation")
+    assert loaded.data is not None
+    rows = list(batches(loaded.data, 32, loaded.model.device))
+    found = {"nats": measure_loss(loaded.model, loaded.primary, rows, activations=False).loss}
+    records = loaded.model(**rows[0], routing="causal", output_records=True).records
+    mixes: list[Any] = [module for module in loaded.model.routing_modules() if isinstance(module, MixFigures)]
     if mixes:
         each = [mix.diversity(records[mix.placement.layer][mix.placement.name]).nanmean() for mix in mixes]
         found["apart"] = float(torch.stack(each).mean())

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from publish import closing, keep, surroundings
-from skipstone.adapt.run import adapt
-from skipstone.adapt.written import write
-from skipstone.evaluate.counting import count
-from skipstone.evaluate.losses import measure
-from skipstone.evaluate.opened import batches, open_run
+from skipstone.adapt.adaptation import adapt
+from skipstone.adapt.self_generated import write
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.measure.flop_check import flop_check
+from skipstone.measure.losses import measure_loss
 from skipstone.model.pretrained import convert
 from skipstone.runs import Run
 
@@ -70,12 +70,12 @@ def figures(folder: Path, stories: Path, dense: float | None = None) -> dict[str
     found: dict[str, Any] = {}
     for name, split in CORPORA.items():
         corpus = f"text:{stories}" if split is None else name
-        opened = open_run(folder, split or "validation", corpus, CONTEXT)
-        assert opened.data is not None
-        rows = batches(opened.data, 8, opened.model.device, ROWS)
-        found[name] = measure(opened.model, opened.main, rows, activations=False).loss
+        loaded = load_run(folder, split or "validation", corpus, CONTEXT)
+        assert loaded.data is not None
+        rows = batches(loaded.data, 8, loaded.model.device, ROWS)
+        found[name] = measure_loss(loaded.model, loaded.primary, rows, activations=False).loss
         if split is None:
-            one = count(opened.model, opened.main, batches(opened.data, 1, opened.model.device, 16))
+            one = flop_check(loaded.model, loaded.primary, batches(loaded.data, 1, loaded.model.device, 16))
             assert one.agree
             found["flops"] = one.counted
     return {**found, "share": 1.0 if dense is None else found["flops"] / dense}

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from decoding import Decoding, Size, model_of, text
 from publish import closing, keep, middle, surroundings
-from skipstone.evaluate.speed import Task, take_turns
+from skipstone.measure.speed import Task, take_turns
 
 CAPACITY, ROWS = 0.125, (1, 2, 4, 8, 16, 32, 64)
 ROUTED = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": "ema_threshold"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.evaluate.speed import Lap
+from skipstone.measure.speed import Lap
 
 CALIBRATION = 32  # rows of text that a threshold is set by, at least
 

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from publish import closing, keep, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.tokens import Tokens
-from skipstone.evaluate.flops import count_flops
+from skipstone.measure.flops import count_flops
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.mlp import FixedActivation, GatedMLP

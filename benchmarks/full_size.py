@@ -23,8 +23,8 @@ from torch import Tensor
 
 from publish import closing, keep, surroundings
 from skipstone.train import setup
-from skipstone.train.config import Recipe, read_recipe
 from skipstone.train.decay import decaying
+from skipstone.train.recipe import Recipe, read_recipe
 
 TITLE = "Training steps of the whole 597M-parameter PolyGLU model"
 RECIPE = Path(__file__).parents[1] / "recipes" / "polychromatic-0.6b.yaml"

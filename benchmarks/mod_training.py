@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from publish import closing, keep, middle, ratios_in_turns, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.evaluate.flops import count_flops, count_host_syncs
+from skipstone.measure.flops import count_flops, count_host_syncs
 from skipstone.train import RoutingTrainer
 
 CAPACITY = 0.125

@@ -16,7 +16,7 @@ import torch
 
 from publish import closing, keep, middle, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.evaluate.speed import Lap, Task, decode_task, take_turns
+from skipstone.measure.speed import Lap, Task, decode_task, take_turns
 from skipstone.ops import magnitude
 
 SHAPES: dict[str, dict[str, int]] = {  # the second: of a model of 1.2 G parameters, with 4 of its 24 blocks

@@ -29,10 +29,10 @@ from transformers import TorchAoConfig
 from publish import closing, keep, surroundings
 from skipstone import SkipstoneForCausalLM
 from skipstone.adapt.prune import export_pruned
-from skipstone.evaluate.losses import measure
-from skipstone.evaluate.measurements import sample_ids
-from skipstone.evaluate.opened import Opened, batches, open_run
-from skipstone.evaluate.speed import Rate, decode_task, take_turns
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
+from skipstone.evaluate.metrics import sample_ids
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.speed import Rate, decode_task, take_turns
 
 WEIGHTS = ("as trained", "int8", "int4")
 PROMPT, NEW, ROUNDS = 64, 32, 5
@@ -43,14 +43,14 @@ the pass that skips. *Interaction*: what skipping and quantising lose together, 
 one row. *Pruned*: without the groups of neurons that 64 training rows do not use."""
 
 
-def models(opened: Opened, folder: Path) -> Iterator[tuple[str, Path]]:
+def models(loaded: LoadedRun, folder: Path) -> Iterator[tuple[str, Path]]:
     """The run's name and its model's folder; the same of its pruned one."""
-    name = opened.run.name
-    yield name, opened.run.model_folder()
-    groups = opened.model.config.neuron_groups
+    name = loaded.run.name
+    yield name, loaded.run.model_folder()
+    groups = loaded.model.config.neuron_groups
     if groups is not None and groups.get("decision", "learned") == "learned":
         pruned = folder / f"{name}-pruned"
-        export_pruned(opened.run.folder, pruned)
+        export_pruned(loaded.run.folder, pruned)
         yield f"{name}, pruned", pruned
 
 
@@ -63,19 +63,19 @@ def quantised(name: str, group: int) -> dict[str, Any]:
     return {"quantization_config": TorchAoConfig(config)}
 
 
-def variants(opened: Opened, source: Path, folder: Path, group: int) -> Iterator[tuple[str, Opened, int]]:
+def variants(loaded: LoadedRun, source: Path, folder: Path, group: int) -> Iterator[tuple[str, LoadedRun, int]]:
     """Name of the weights, the run with them, bytes of their file."""
     for name in WEIGHTS:
         options = quantised(name, group)
         made = SkipstoneForCausalLM.from_pretrained(source, **options).eval()
-        saved = folder / f"{source.name}-{opened.run.name}-{name}"
+        saved = folder / f"{source.name}-{loaded.run.name}-{name}"
         made.save_pretrained(saved)
         loaded = SkipstoneForCausalLM.from_pretrained(saved).eval()
-        ids_BT = sample_ids(opened, 2, PROMPT)
+        ids_BT = sample_ids(loaded, 2, PROMPT)
         with torch.no_grad():
             assert torch.equal(loaded(ids_BT).logits, made(ids_BT).logits), f"{saved} is not what was saved"
         assert all(p.dtype.is_floating_point for n, p in loaded.named_parameters() if "router" in n)
-        yield name, replace(opened, model=loaded), (saved / "model.safetensors").stat().st_size
+        yield name, replace(loaded, model=loaded), (saved / "model.safetensors").stat().st_size
 
 
 def figures(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -83,20 +83,20 @@ def figures(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     tasks = {}
     with tempfile.TemporaryDirectory() as folder:
-        opened_runs = [open_run(run, given.split, given.corpus, given.context) for run in given.runs]
+        opened_runs = [load_run(run, given.split, given.corpus, given.context) for run in given.runs]
         listed = [(whole, *model) for whole in opened_runs for model in models(whole, Path(folder))]
         for whole, model_name, source in listed:
-            for weights, opened, size in variants(whole, source, Path(folder), given.group):
+            for weights, loaded, size in variants(whole, source, Path(folder), given.group):
                 name = f"{model_name}, {weights}"
-                assert opened.data is not None
-                nats = measure(
-                    opened.model,
-                    opened.main,
-                    batches(opened.data, 8, opened.model.device, given.rows),
+                assert loaded.data is not None
+                nats = measure_loss(
+                    loaded.model,
+                    loaded.primary,
+                    batches(loaded.data, 8, loaded.model.device, given.rows),
                     activations=False,
                 ).loss
                 found[name] = {"run": model_name, "weights": weights, "nats": nats, "bytes": size}
-                tasks[name] = decode_task(opened.model, sample_ids(opened, 1, PROMPT), NEW)
+                tasks[name] = decode_task(loaded.model, sample_ids(loaded, 1, PROMPT), NEW)
         rates: dict[str, Rate] = take_turns(tasks, ROUNDS)
     for name, rate in rates.items():
         found[name] |= {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread}

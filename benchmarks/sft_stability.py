@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from publish import closing, keep, surroundings
 from skipstone.adapt.harden import mean_logits
-from skipstone.evaluate.ways import WAYS
+from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
-from skipstone.train.run import train
+from skipstone.train.training import train
 
 NAME, TITLE = "sft_stability", "PolyGLU's routing through supervised fine-tuning"
 VOCABULARY, CONTEXT, ROWS, HELD_OUT = 1024, 256, 2, 64
@@ -118,7 +118,7 @@ class Routing:
         self.model.eval()
         sums, count = torch.zeros(len(self.model.model.layers), dtype=torch.float64), 0
         for row in self.rows:
-            records = WAYS["executed"].run(self.model, row, output_records=True).records
+            records = PASSES["executed"].run(self.model, row, output_records=True).records
             for layer, (decided, block) in enumerate(zip(records, self.model.model.layers, strict=True)):
                 activation: Any = block.mlp.activation  # type: ignore[union-attr]
                 record: Any = decided[activation.placement.name]
@@ -132,7 +132,7 @@ class Routing:
     def _strongest(self) -> list[Tensor]:
         """[F] for each layer."""
         was_training = self.model.training
-        dynamic = mean_logits(self.model.eval(), WAYS["executed"], self.rows)
+        dynamic = mean_logits(self.model.eval(), PASSES["executed"], self.rows)
         self.model.train(was_training)
         activations: list[Any] = [block.mlp.activation for block in self.model.model.layers]  # type: ignore[union-attr]
         return [(a.preference_FA + mean).argmax(-1) for a, mean in zip(activations, dynamic, strict=True)]

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from publish import closing, keep, surroundings
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.evaluate.flops import count_flops
+from skipstone.measure.flops import count_flops
 
 STATIC = ("topk", "threshold", "predictor", "random", "positional")
 DYNAMIC = ("ema_threshold",)

@@ -23,8 +23,8 @@ from torch import Tensor
 from decoding import Decoding, Size, calibrate, model_of, routers, text
 from publish import closing, keep, middle, ratios_in_turns, surroundings
 from skipstone import SkipstoneForCausalLM
-from skipstone.evaluate.flops import count_flops
-from skipstone.evaluate.speed import prefill, take_turns
+from skipstone.measure.flops import count_flops
+from skipstone.measure.speed import prefill, take_turns
 
 SKIPPED, KV = (0.25, 0.5, 0.75), ("full", "kept")
 DENSE = (0.0, "full")

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from skipstone.report import svg
 from skipstone.report.axes import Frame, Scale, bounds, short
-from skipstone.report.palette import Look
+from skipstone.report.palette import Style
 
 FRAME = Frame(width=500, height=320, left=60, right=16, top=16, bottom=48)
 STEPS = 80  # pieces of a drawn parabola
@@ -32,7 +32,7 @@ class Dot:
 class Drawn:
     """An arm in a panel. line: (x, y) of its parabola, or the way through its points. star: the optimum."""
 
-    look: Look
+    style: Style
     dots: Sequence[Dot]
     line: Sequence[tuple[float, float]] = ()
     star: Dot | None = None
@@ -83,8 +83,8 @@ def panel(
     for each in drawn:
         parts += _line(each, across, up)
     for each in drawn:
-        parts += [_dot(dot, each.look, across, up) for dot in each.dots]
-        parts += [] if each.star is None else [_star(each.star, each.look, across, up)]
+        parts += [_dot(dot, each.style, across, up) for dot in each.dots]
+        parts += [] if each.star is None else [_star(each.star, each.style, across, up)]
     if not any(each.dots for each in drawn):
         parts.append(svg.text(FRAME.width / 2, FRAME.height / 2, "no run yet", "axis", text_anchor="middle"))
     return svg.drawing(FRAME.width, FRAME.height, parts, title)
@@ -98,11 +98,11 @@ def _line(each: Drawn, across: Scale, up: Scale) -> list[Markup]:
     inside = [(x, y) for x, y in each.line if min(up.low, up.high) <= y <= max(up.low, up.high)]
     if len(inside) < 2:
         return []
-    return [svg.polyline([(_x(across, x), up(y)) for x, y in inside], each.look.colour, each.look.dash)]
+    return [svg.polyline([(_x(across, x), up(y)) for x, y in inside], each.style.colour, each.style.dash)]
 
 
-def _dot(dot: Dot, look: Look, across: Scale, up: Scale) -> Markup:
-    fill = "var(--card)" if dot.hollow else look.colour
+def _dot(dot: Dot, style: Style, across: Scale, up: Scale) -> Markup:
+    fill = "var(--card)" if dot.hollow else style.colour
     return svg.element(
         "circle",
         svg.element("title", dot.hover),
@@ -110,20 +110,20 @@ def _dot(dot: Dot, look: Look, across: Scale, up: Scale) -> Markup:
         cy=up(dot.y),
         r=2.6 if dot.faint else 4.2,
         fill=fill,
-        stroke=look.colour if dot.hollow else None,
+        stroke=style.colour if dot.hollow else None,
         stroke_width=1.6 if dot.hollow else None,
         opacity=0.45 if dot.faint else None,
     )
 
 
-def _star(star: Dot, look: Look, across: Scale, up: Scale) -> Markup:
+def _star(star: Dot, style: Style, across: Scale, up: Scale) -> Markup:
     x, y = _x(across, star.x), up(star.y)
     corners = []
     for i in range(10):
         radius, angle = (9.5, 4.0)[i % 2], math.pi * (i / 5 - 0.5)
         corners.append(f"{svg.number(x + radius * math.cos(angle))},{svg.number(y + radius * math.sin(angle))}")
     hover = svg.element("title", star.hover)
-    paint = {"fill": "var(--card)", "stroke": look.colour} if star.hollow else {"fill": look.colour}
+    paint = {"fill": "var(--card)", "stroke": style.colour} if star.hollow else {"fill": style.colour}
     return svg.element("polygon", hover, points=" ".join(corners), class_="star", **paint)
 
 

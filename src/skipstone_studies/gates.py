@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.evaluate.counting import count
-from skipstone.evaluate.losses import measure
-from skipstone.evaluate.opened import Opened, batches, open_run
-from skipstone.evaluate.ways import WAYS, Way, depth_layers
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
+from skipstone.measure.flop_check import flop_check
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.passes import PASSES, Pass, depth_layers
 from skipstone.mechanisms.early_exit import EarlyExit
 from skipstone.mechanisms.token_selective import TokenSelective
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -67,22 +67,22 @@ def variants(folder: Path) -> dict[str, float]:
     with tokens drawn at random, in each block as many as its gates keep. constant: soft, each gate replaced by its
     block's mean; what is lost is all that the gates tell of tokens.
     """
-    opened = open_run(folder)
-    gates = [gate for gate in _found(opened.model, TokenSelective) if gate.decision is None and gate.config.learn]
+    loaded = load_run(folder)
+    gates = [gate for gate in _found(loaded.model, TokenSelective) if gate.decision is None and gate.config.learn]
     if not gates:
         return {}
     start = sum(1 / (1 + math.exp(-gate.config.start_bias)) for gate in gates)
-    found = {"at_start": start / opened.model.config.num_hidden_layers}
+    found = {"at_start": start / loaded.model.config.num_hidden_layers}
     for gain in ("gate", "one"):
         _reset(gates, hard_gain=gain)
-        found[gain], layers = _pass(opened, WAYS["executed"])
+        found[gain], layers = _pass(loaded, PASSES["executed"])
     shares = tuple(capacity for _, capacity in _gates(layers))
-    found["random"], _ = _pass(opened, RandomMasks(name="random", routing="forced", shares=shares))
-    _, layers = _pass(opened, WAYS["oracle"])
+    found["random"], _ = _pass(loaded, RandomMasks(name="random", routing="forced", shares=shares))
+    _, layers = _pass(loaded, PASSES["oracle"])
     for gate, (weight, _) in zip(gates, _gates(layers), strict=True):
         weight = min(max(weight, EPSILON), 1 - EPSILON)
         gate.router.constant(math.log((1 - weight) / weight))
-    found["constant"], _ = _pass(opened, WAYS["oracle"])
+    found["constant"], _ = _pass(loaded, PASSES["oracle"])
     return found
 
 
@@ -93,17 +93,17 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
 
     flops: counted, a token; the stem, every token's keys and values, and the routers are among them, each once.
     """
-    opened = open_run(folder)
-    gates, found = _found(opened.model, EarlyExit), {}
+    loaded = load_run(folder)
+    gates, found = _found(loaded.model, EarlyExit), {}
     for threshold in thresholds if gates else ():
         _reset(gates, threshold=threshold)
-        loss, layers = _pass(opened, WAYS["executed"])
-        rows = _batches(opened, 4 * ROWS)
+        loss, layers = _pass(loaded, PASSES["executed"])
+        rows = _batches(loaded, 4 * ROWS)
         found[exit_name(threshold)] = {
             "loss": loss,
-            "stretches": list(stretches.of(opened)),
+            "stretches": list(stretches.of(loaded)),
             "skipped": sum(1 - capacity for _, capacity in _gates(layers)) / len(layers),
-            "flops": count(opened.model, WAYS["executed"], rows).counted,
+            "flops": flop_check(loaded.model, PASSES["executed"], rows).counted,
         }
     return found
 
@@ -113,7 +113,7 @@ def exit_name(threshold: float) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomMasks(Way):
+class RandomMasks(Pass):
     """Forced decisions, drawn: block i of those that are gated keeps each token with probability shares[i]."""
 
     shares: tuple[float, ...]
@@ -125,7 +125,7 @@ class RandomMasks(Way):
             layer: (torch.rand(ids_BT.shape, generator=self.generator) < share).to(ids_BT.device)
             for layer, share in zip(depth_layers(model), self.shares, strict=True)
         }
-        return {**WAYS["oracle"].arguments(model, batch), "routing": masks}
+        return {**PASSES["oracle"].arguments(model, batch), "routing": masks}
 
 
 def _found(model: SkipstoneForCausalLM, kind: type[Any]) -> list[Any]:
@@ -137,11 +137,11 @@ def _reset(gates: Sequence[Any], **options: Any) -> None:
         gate.config = replace(gate.config, **options)
 
 
-def _pass(opened: Opened, way: Way) -> tuple[float, Layers]:
-    found = measure(opened.model, way, _batches(opened), activations=False)
+def _pass(loaded: LoadedRun, forward: Pass) -> tuple[float, Layers]:
+    found = measure_loss(loaded.model, forward, _batches(loaded), activations=False)
     return found.loss, found.statistics.layers()
 
 
-def _batches(opened: Opened, rows: int | None = None) -> Iterator[dict[str, Tensor]]:
-    assert opened.data is not None
-    return batches(opened.data, ROWS, opened.model.device, rows)
+def _batches(loaded: LoadedRun, rows: int | None = None) -> Iterator[dict[str, Tensor]]:
+    assert loaded.data is not None
+    return batches(loaded.data, ROWS, loaded.model.device, rows)

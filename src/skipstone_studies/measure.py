@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from skipstone.evaluate.compare import compare
-from skipstone.evaluate.run import evaluate
-from skipstone.generate.run import stream
+from skipstone.evaluate.comparison import compare
+from skipstone.evaluate.evaluation import evaluate
+from skipstone.generate.text_generation import stream_text
 from skipstone.runs import Run
 from skipstone_studies.timing import training_speeds
 
@@ -29,5 +29,5 @@ def measure_together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 def sample(folder: Path, prompt: str, *, seed: int = 0) -> dict[str, Any]:
     """Generated text, as much as `skipstone generate` writes unasked. pieces: (text, share of the compute it took)."""
-    pieces = stream(folder, prompt, seed=seed)
+    pieces = stream_text(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from skipstone.core.strict import choose
 from skipstone.evaluate.tables import rich_table
-from skipstone.report.run import write_report
+from skipstone.report.write import write_report
 from skipstone.runs import METRICS
 from skipstone_studies import readme as readmes
 from skipstone_studies import record as records

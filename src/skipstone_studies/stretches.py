@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from skipstone.evaluate.losses import measure
-from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
+from skipstone.measure.losses import measure_loss
 
 WINDOWS = 64  # of a stretch
 DRAWS = 4000
@@ -21,14 +21,14 @@ SHARE = 0.9  # of the draws lie in the interval
 
 def stretches(folder: Path) -> list[float]:
     """Loss in nats of each stretch, in the order of the text, of the pass that stands for the model."""
-    return list(of(open_run(folder)))
+    return list(of(load_run(folder)))
 
 
-def of(opened: Opened) -> Iterator[float]:
+def of(loaded: LoadedRun) -> Iterator[float]:
     """As `stretches`, of a model that is open."""
-    assert opened.data is not None
-    for batch in batches(opened.data, WINDOWS, opened.model.device):
-        yield measure(opened.model, opened.main, [batch], activations=False).loss
+    assert loaded.data is not None
+    for batch in batches(loaded.data, WINDOWS, loaded.model.device):
+        yield measure_loss(loaded.model, loaded.primary, [batch], activations=False).loss
 
 
 def interval(differences: Mapping[int, Sequence[float]]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 
 from skipstone.core.strict import choose
-from skipstone.train.run import train
+from skipstone.train.training import train
 from skipstone_studies.measure import measure_together, standard
 
 SCALES = ("laptop", "paper")

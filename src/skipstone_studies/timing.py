@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from skipstone.data.rows import Row
-from skipstone.evaluate.opened import Opened, batches, open_run
-from skipstone.evaluate.speed import Lap, Task, take_turns
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
+from skipstone.measure.speed import Lap, Task, take_turns
 from skipstone.runs import Run
 
 ROUNDS = 7  # timed steps of each model, after one that warms up
@@ -31,22 +31,22 @@ def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str,
 
 def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
     """`forward`: passes over `rows` whole evaluation rows, without a cache, as each model is executed, by arm."""
-    rates = take_turns({arm: forward_pass(open_run(folder), rows) for arm, folder in runs.items()}, rounds)
+    rates = take_turns({arm: forward_pass(load_run(folder), rows) for arm, folder in runs.items()}, rounds)
     return {
         arm: {"forward": {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread, "rounds": rounds}}
         for arm, rate in rates.items()
     }
 
 
-def forward_pass(opened: Opened, rows: int) -> Task:
+def forward_pass(loaded: LoadedRun, rows: int) -> Task:
     """The way that stands for the model, on the first evaluation rows."""
-    assert opened.data is not None
-    batch = next(batches(opened.data, rows, opened.model.device))
+    assert loaded.data is not None
+    batch = next(batches(loaded.data, rows, loaded.model.device))
 
     def lap() -> Lap:
         start = time.perf_counter()
-        opened.main.run(opened.model, batch)
-        if opened.model.device.type == "cuda":
+        loaded.primary.run(loaded.model, batch)
+        if loaded.model.device.type == "cuda":
             torch.cuda.synchronize()
         return Lap(tokens=batch["input_ids"].numel(), seconds=time.perf_counter() - start, joules=None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from skipstone.adapt.run import adapt
+from skipstone.adapt.adaptation import adapt
 from skipstone.data.tokenizers import char_tokenizer
 from skipstone.model.pretrained import load_pretrained
 from train.tool import SENTENCE, text_file

@@ -13,10 +13,10 @@ from generate.folders import MOD, text_data, write_run
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.harden import harden, mean_logits
-from skipstone.evaluate.hard import hard_mix
-from skipstone.evaluate.run import evaluate
-from skipstone.evaluate.ways import WAYS
+from skipstone.evaluate.evaluation import evaluate
 from skipstone.generate.engine import generate
+from skipstone.measure.hard_mix import hard_mix
+from skipstone.measure.passes import PASSES
 from skipstone_cli.main import main
 
 IDS = torch.arange(40).view(2, 20) % 19
@@ -39,7 +39,7 @@ def model(**more: Any) -> SkipstoneForCausalLM:
 
 
 def dynamic(built: SkipstoneForCausalLM) -> list[torch.Tensor]:
-    return mean_logits(built, WAYS["executed"], [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
+    return mean_logits(built, PASSES["executed"], [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
 
 
 VARIANTS: list[dict[str, Any]] = [

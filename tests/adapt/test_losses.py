@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from adapt.sources import VOCAB, mixture, source_model
 from skipstone.adapt import start
-from skipstone.adapt.budget import solve
 from skipstone.adapt.distillation import logit_divergence, stream_error
+from skipstone.adapt.flop_budget import solve
 from skipstone.adapt.influence import block_influence, choose_layers, site_streams, table, token_influence
 from skipstone.adapt.start import fit_skip, start_measured
 from skipstone.adapt.student import drop_blocks, route, with_defaults

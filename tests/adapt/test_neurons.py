@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from adapt.sources import recipe, run
-from skipstone.adapt.config import read_recipe
+from skipstone.adapt.adapt_recipe import read_recipe
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.plan import prepare_plan
-from skipstone.evaluate.flops import count_flops
-from skipstone.evaluate.run import evaluate
+from skipstone.evaluate.evaluation import evaluate
+from skipstone.measure.flops import count_flops
 from skipstone.mechanisms.neuron_groups import NAME
 from skipstone.runs import Run
 

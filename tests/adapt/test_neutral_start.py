@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from adapt.sources import VOCAB, mixture, source_model
 from skipstone.adapt import stages
-from skipstone.adapt.config import Lora, read_recipe
+from skipstone.adapt.adapt_recipe import Lora, read_recipe
 from skipstone.adapt.plan import prepare_plan
 from skipstone.adapt.start import start_measured
 from skipstone.adapt.student import NeutralStart, neutral_start, route, with_defaults

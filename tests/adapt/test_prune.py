@@ -14,7 +14,7 @@ from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.harden import harden
 from skipstone.adapt.prune import prune, used_groups
-from skipstone.evaluate.ways import WAYS
+from skipstone.measure.passes import PASSES
 from skipstone_cli.main import main
 
 GROUPS: dict[str, Any] = {"group_size": 4, "capacity": 0.25, "chunk_size": 4}
@@ -40,7 +40,7 @@ def model(balance_rate: float = 0.0, **more: Any) -> SkipstoneForCausalLM:
 @torch.no_grad()
 def test_equals_the_whole_model_on_the_calibration_set(more: dict[str, Any]) -> None:
     built = model(**more)
-    used = used_groups(built, WAYS["executed"], [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
+    used = used_groups(built, PASSES["executed"], [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
     pruned = prune(built, used)
     left = pruned.config.neuron_groups["left"]
     assert left == [int(used_G.sum()) for used_G in used]

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from adapt.sources import SIZE, mixture, recipe, run, save_source
-from skipstone.adapt.config import read_recipe
+from skipstone.adapt.adapt_recipe import read_recipe
 from skipstone.model.pretrained import convert
 from skipstone_cli.main import main
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapt.sources import mixture, recipe, run, source_model
 from skipstone.adapt import stages
-from skipstone.adapt.config import Lora, Stage, read_recipe
+from skipstone.adapt.adapt_recipe import Lora, Stage, read_recipe
 from skipstone.adapt.plan import check_early
 from skipstone.adapt.student import route, with_defaults
 from skipstone.model.config import SkipstoneConfig

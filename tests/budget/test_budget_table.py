@@ -17,10 +17,10 @@ from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.budget import BudgetTable, calibrate
 from skipstone.budget.calibration import meet, quantile
 from skipstone.budget.handles import find_handles
-from skipstone.budget.share import observe
-from skipstone.evaluate.flops import count_flops
-from skipstone.evaluate.ways import WAYS
 from skipstone.generate.engine import generate, stream
+from skipstone.measure.flops import count_flops
+from skipstone.measure.passes import PASSES
+from skipstone.measure.share import observe
 from skipstone.train import RoutingTrainer
 
 GATE = {"name": "token_selective", "layers": "1:", "start_bias": 0.0}
@@ -89,8 +89,8 @@ def same(one: Any, other: Any) -> bool:
 
 def counted(model: SkipstoneForCausalLM, rows: Tensor) -> float:
     """Share of the dense FLOPs, counted on operations while they run, one row at a time."""
-    way = WAYS["executed"]
-    total = sum(count_flops(lambda row=row: way.run(model, {"input_ids": row[None]})).total for row in rows)
+    forward = PASSES["executed"]
+    total = sum(count_flops(lambda row=row: forward.run(model, {"input_ids": row[None]})).total for row in rows)
     dense = model.cost(tokens=TOKENS).dense
     return total / (len(rows) * dense.forward.total)
 

@@ -59,7 +59,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = listen(monkeypatch, "skipstone.train.run", "train", Path("runs/a"))
+    calls = listen(monkeypatch, "skipstone.train.training", "train", Path("runs/a"))
     Path("a.yaml").write_text("seed: 1\ntrain: {steps: 2}\n", encoding="utf-8")
     command(monkeypatch, "train", "a.yaml", "train.steps=3", "--out", "runs/a", "--resume")
     assert calls == [(({"seed": 1, "train": {"steps": 3}},), {"out": Path("runs/a"), "resume": True})]
@@ -119,7 +119,7 @@ def test_prepare_and_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = listen(monkeypatch, "skipstone.evaluate.run", "evaluate", Figures())
+    calls = listen(monkeypatch, "skipstone.evaluate.evaluation", "evaluate", Figures())
     command(
         monkeypatch, "eval", "run", "--split", "test", "--batch-size", "2", "--json", "new/a.json", "--budget", ".5,.75"
     )
@@ -137,14 +137,14 @@ def test_eval_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = listen(monkeypatch, "skipstone.evaluate.compare", "compare", Figures())
+    calls = listen(monkeypatch, "skipstone.evaluate.comparison", "compare", Figures())
     command(monkeypatch, "compare", "run", "run", "--markdown", "a.md")
     assert calls == [(([Path("run"), Path("run")],), {"dense": None, "forced": None})]
     assert Path("a.md").read_text(encoding="utf-8") == "| loss |\n"
 
 
 def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = listen(monkeypatch, "skipstone.generate.run", "stream", [])
+    calls = listen(monkeypatch, "skipstone.generate.text_generation", "stream", [])
     command(monkeypatch, "generate", "run", "--prompt", "O, ", "--max-new-tokens", "5", "--top-k", "3", "--seed", "7")
     options = {"max_new_tokens": 5, "temperature": None, "top_k": 3, "seed": 7, "greedy": False, "budget": None}
     assert calls == [((Path("run"), "O, "), options)]
@@ -157,7 +157,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_write(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = listen(monkeypatch, "skipstone.adapt.written", "write", None)
+    calls = listen(monkeypatch, "skipstone.adapt.self_generated", "write", None)
     command(monkeypatch, "write", "source", "text", "--tokens", "900", "--start", "Once")
     (arguments, options), told = calls[0], capsys.readouterr()
     assert arguments == ("source", Path("text"))
@@ -168,7 +168,7 @@ def test_write(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 
 def test_adapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = listen(monkeypatch, "skipstone.adapt.run", "adapt", Path("runs/a"))
+    calls = listen(monkeypatch, "skipstone.adapt.adaptation", "adapt", Path("runs/a"))
     Path("a.yaml").write_text("adapt: {budget: 0.8}\n", encoding="utf-8")
     command(monkeypatch, "adapt", "source", "a.yaml", "adapt.budget=0.7", "--out", "runs/a")
     assert calls == [(("source", {"adapt": {"budget": 0.7}}), {"out": Path("runs/a"), "resume": False})]
@@ -190,7 +190,7 @@ def test_the_list_of_experiments(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = listen(monkeypatch, "skipstone.report.run", "write_report", None)
+    calls = listen(monkeypatch, "skipstone.report.write", "write_report", None)
     Path("a.json").touch()
     command(monkeypatch, "report", "run", "--out", "a.html", "--evaluation", "a.json")
     assert calls == [(([Path("run")], Path("a.html")), {"evaluations": [Path("a.json")]})]

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from skipstone.budget import BudgetTable
-from skipstone.evaluate.run import evaluate
-from skipstone.report.run import write_report
+from skipstone.evaluate.evaluation import evaluate
+from skipstone.report.write import write_report
 from skipstone.runs import Run
-from skipstone.train.config import read_recipe
+from skipstone.train.recipe import read_recipe
 
 SAVED = Path(__file__).parent / "c9a02a1"
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from laws.builders import LENGTH, VOCAB, Case, assert_close, case, entry, gradients, ids, lively
 from laws.test_losses import COMPOSED, labels, shifted
-from skipstone.evaluate.flops import count_flops
+from skipstone.measure.flops import count_flops
 
 TIED = case(entry("mixture_of_depths"), tie_word_embeddings=True)
 

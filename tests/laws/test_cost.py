@@ -30,7 +30,7 @@ from laws.builders import (
 )
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.cache import SkipstoneCacheLayer
-from skipstone.evaluate.flops import count_flops
+from skipstone.measure.flops import count_flops
 from skipstone.model.cost import Flops, kept_from_records
 
 MOD = entry("mixture_of_depths")

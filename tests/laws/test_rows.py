@@ -25,7 +25,7 @@ from laws.builders import (
 from skipstone import SkipstoneForCausalLM
 from skipstone.core import tokens as tokens_module
 from skipstone.core.records import DepthRecord
-from skipstone.evaluate.flops import count_flops, count_host_syncs
+from skipstone.measure.flops import count_flops, count_host_syncs
 from skipstone.model.cost import kept_from_records
 from skipstone.nn import attention
 

@@ -25,8 +25,8 @@ from laws.builders import (
 )
 from laws.test_generation import plain_loop
 from skipstone import SkipstoneForCausalLM
-from skipstone.evaluate.flops import count_host_syncs
 from skipstone.generate.engine import generate
+from skipstone.measure.flops import count_host_syncs
 
 MOD = case(entry("mixture_of_depths", decision="predictor"))
 MIXED = case(*map(entry, ("mixture_of_depths", "token_selective", "early_exit")), activation="polyglu")

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.evaluate.flops import count_flops
+from skipstone.measure.flops import count_flops
 from skipstone.model.card import render_card
 from skipstone.ops import magnitude
 

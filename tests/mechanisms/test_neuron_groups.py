@@ -15,13 +15,13 @@ from transformers import DynamicCache
 from generate.folders import text_data, write_run
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.records import NeuronGroupsRecord
-from skipstone.evaluate.flops import count_flops
-from skipstone.evaluate.run import evaluate
-from skipstone.generate.compute import compute_shares
+from skipstone.evaluate.evaluation import evaluate
+from skipstone.measure.compute import compute_shares
+from skipstone.measure.flops import count_flops
+from skipstone.measure.record_meter import RecordMeter
 from skipstone.mechanisms.neuron_groups import NAME, NeuronGroups
 from skipstone.model.card import render_card
-from skipstone.report.shown import describe
-from skipstone.train.meter import Meter
+from skipstone.report.run_view import describe
 
 CHUNK, TOTAL, KEPT = 4, 6, 3
 GROUPS: dict[str, Any] = {"group_size": 8, "capacity": 0.5, "chunk_size": CHUNK}
@@ -157,7 +157,7 @@ def test_the_card_and_the_report_tell() -> None:
 
 
 def test_figures_of_training_and_of_evaluation(tmp_path: Path) -> None:
-    built, meter = model(), Meter()
+    built, meter = model(), RecordMeter()
     with torch.no_grad():
         meter.add(list(built.routing_modules()), built(ids(), output_records=True).records)
     figures = meter.read()

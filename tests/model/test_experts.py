@@ -10,11 +10,11 @@ import torch
 
 from generate.folders import MOD, text_data, write_run
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.evaluate.run import evaluate
-from skipstone.generate.compute import compute_shares
+from skipstone.evaluate.evaluation import evaluate
+from skipstone.measure.compute import compute_shares
+from skipstone.measure.record_meter import RecordMeter
 from skipstone.model.card import render_card
-from skipstone.report.run import write_report
-from skipstone.train.meter import Meter
+from skipstone.report.write import write_report
 
 SIZES = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 STAGED = {"mechanisms": [{"name": "mixture_of_depths", "layers": "1:", "capacity": 0.5, "decision": "threshold"}]}
@@ -107,7 +107,7 @@ def test_card() -> None:
 
 
 def test_logged_figures() -> None:
-    model, meter = build(INTEGRATED), Meter()
+    model, meter = build(INTEGRATED), RecordMeter()
     meter.add(model.routing_modules(), model(ids(), output_records=True).records)
     logs = meter.read()
     assert logs.keys() == {f"{kind}/{layer}/experts" for kind in ("no_op", "busiest", "entropy") for layer in (0, 1)}

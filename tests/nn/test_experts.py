@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from skipstone.core.records import ExpertsRecord
 from skipstone.core.tokens import Tokens
-from skipstone.evaluate.flops import count_flops, count_host_syncs
+from skipstone.measure.flops import count_flops, count_host_syncs
 from skipstone.nn.experts import ExpertsMLP
 from skipstone.nn.mlp import FixedActivation
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skipstone.adapt.distillation import logit_divergence
 from skipstone.ops.head_loss import (
     IGNORED,
-    Taught,
+    Distillation,
     linear_cross_entropy,
-    linear_taught_loss,
+    linear_distillation_loss,
     plain_linear_cross_entropy,
 )
 
@@ -132,20 +132,22 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
     assert largest.elements == N * V
 
 
-def teacher(dtype: torch.dtype = torch.float32, temperature: float = 1.0) -> Taught:
+def teacher(dtype: torch.dtype = torch.float32, temperature: float = 1.0) -> Distillation:
     """Of another width than the student."""
     hidden_BTE, head_VE = torch.randn(1, N, 5).to(dtype), torch.randn(V, 5).to(dtype)
-    return Taught(
+    return Distillation(
         hidden_BTE=hidden_BTE, head_VE=head_VE, language_modelling=0.3, distillation=0.9, temperature=temperature
     )
 
 
-def plain_taught(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, taught: Taught) -> tuple[Tensor, Tensor, Tensor]:
+def plain_taught(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, distillation: Distillation
+) -> tuple[Tensor, Tensor, Tensor]:
     """From all logits of both."""
     nats = plain_linear_cross_entropy(x_ND, weight_VD, target_N)
-    theirs = taught.hidden_BTE[0] @ taught.head_VE.T
-    far = logit_divergence(x_ND @ weight_VD.T, theirs, target_N != IGNORED, taught.temperature)
-    return taught.language_modelling * nats + taught.distillation * far, nats, far
+    theirs = distillation.hidden_BTE[0] @ distillation.head_VE.T
+    far = logit_divergence(x_ND @ weight_VD.T, theirs, target_N != IGNORED, distillation.temperature)
+    return distillation.language_modelling * nats + distillation.distillation * far, nats, far
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -153,10 +155,10 @@ def plain_taught(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, taught: Taug
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_teacher_in_chunks_is_a_teacher(chunk: int, temperature: float, dtype: torch.dtype) -> None:
     x_ND, weight_VD, target_N = inputs(dtype)
-    taught, found = teacher(dtype, temperature), []
-    for form in (plain_taught, lambda *given: linear_taught_loss(*given, chunk)):
+    distillation, found = teacher(dtype, temperature), []
+    for form in (plain_taught, lambda *given: linear_distillation_loss(*given, chunk)):
         x, w = x_ND.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-        losses = form(x, w, target_N, taught)
+        losses = form(x, w, target_N, distillation)
         found.append((*losses, *torch.autograd.grad(0.3 * losses[0], (x, w))))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for wanted, got in zip(*found, strict=True):
@@ -166,7 +168,7 @@ def test_a_teacher_in_chunks_is_a_teacher(chunk: int, temperature: float, dtype:
 
 def test_only_what_is_minimised_has_a_gradient() -> None:
     x_ND, weight_VD, target_N = inputs()
-    total, *parts = linear_taught_loss(x_ND.requires_grad_(), weight_VD, target_N, teacher(), 4)
+    total, *parts = linear_distillation_loss(x_ND.requires_grad_(), weight_VD, target_N, teacher(), 4)
     assert total.requires_grad
     assert not any(part.requires_grad for part in parts)
 
@@ -174,5 +176,7 @@ def test_only_what_is_minimised_has_a_gradient() -> None:
 def test_a_teachers_logits_never_exist_at_once() -> None:
     x_ND, weight_VD, target_N = inputs()
     with _Largest() as largest:
-        linear_taught_loss(x_ND.requires_grad_(), weight_VD.requires_grad_(), target_N, teacher(), 4)[0].backward()
+        linear_distillation_loss(x_ND.requires_grad_(), weight_VD.requires_grad_(), target_N, teacher(), 4)[
+            0
+        ].backward()
     assert largest.elements == 5 * V  # the teacher's head [V, 5] itself; chunks are of 4

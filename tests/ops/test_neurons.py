@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipstone.evaluate.flops import count_flops
+from skipstone.measure.flops import count_flops
 from skipstone.ops import reference as ops
 from skipstone.ops.neurons import Runs, blocks_of, kept_linear, kept_part, mix_kept
 

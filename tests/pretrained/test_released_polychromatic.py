@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from pretrained import plain
+from published import dynamic_entropies
 from skipstone import SkipstoneForCausalLM, presets
-from skipstone.evaluate.published import dynamic_entropies
 from skipstone.model.pretrained import load_model
 from skipstone.model.released.convert import convert_from, convert_to, load_released
 from skipstone.model.released.polychromatic import values_of

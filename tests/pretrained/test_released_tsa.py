@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from pretrained import plain
+from published import token_layers
 from skipstone import SkipstoneForCausalLM, presets
-from skipstone.evaluate.published import token_layers
 from skipstone.model.pretrained import load_model
 from skipstone.model.released.convert import convert_from, load_released
 from skipstone.model.released.files import Weights

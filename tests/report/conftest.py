@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from skipstone.train.run import train
+from skipstone.train.training import train
 
 MECHANISMS: list[dict[str, Any]] = [
     {"name": "mixture_of_depths", "layers": [1], "capacity": 0.5, "decision": "positional"},

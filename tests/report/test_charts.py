@@ -11,7 +11,7 @@ from markupsafe import Markup
 from skipstone.report import svg
 from skipstone.report.axes import Frame, Scale, bounds, short, ticks
 from skipstone.report.charts import MAX_POINTS, Bar, Series, bars, lines, stacked, thinned
-from skipstone.report.palette import DASHES, SERIES, look
+from skipstone.report.palette import DASHES, SERIES, style
 
 FRAME = Frame()
 
@@ -70,9 +70,9 @@ def parsed(picture: Markup) -> ElementTree.Element:
 
 def test_lines_have_axes_a_curve_each_and_dots_for_single_points() -> None:
     series = [
-        Series(label="a & b", points=[(1, 2.0), (2, 1.0)], look=look(0)),
-        Series(label="one", points=[(1, 1.5)], look=look(1)),
-        Series(label="none", points=[], look=look(2)),
+        Series(label="a & b", points=[(1, 2.0), (2, 1.0)], style=style(0)),
+        Series(label="one", points=[(1, 1.5)], style=style(1)),
+        Series(label="none", points=[], style=style(2)),
     ]
     root = parsed(lines(series, "step", "nats", "loss", FRAME, (1, 2), (1, 2)))
     curves = root.findall("polyline")
@@ -112,4 +112,4 @@ def test_many_layers_are_numbered_every_few() -> None:
 
 
 def test_twenty_four_runs_look_different() -> None:
-    assert len({look(i) for i in range(len(SERIES) * len(DASHES))}) == 24
+    assert len({style(i) for i in range(len(SERIES) * len(DASHES))}) == 24

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from skipstone.core.lock import Busy, locked
-from skipstone.train.run import train
+from skipstone.train.training import train
 from skipstone_studies import pace, study
 from skipstone_studies.pace import TimeLeft, work
 from skipstone_studies.run import reproduce

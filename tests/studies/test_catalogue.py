@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from skipstone.model.config import SkipstoneConfig
-from skipstone.train.config import read_recipe
-from skipstone.train.run import train
+from skipstone.train.recipe import read_recipe
+from skipstone.train.training import train
 from skipstone_studies import record as records
 from skipstone_studies.isoflop.run import PLAN
 from skipstone_studies.page import lookup, render

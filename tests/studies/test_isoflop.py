@@ -119,7 +119,7 @@ def test_tables_say_what_the_records_say(finished: Path) -> None:
 
 
 class Checked(HTMLParser):
-    """Every element that is opened is closed; nothing is fetched; no script."""
+    """Every element that is loaded is closed; nothing is fetched; no script."""
 
     VOID = {"meta"}
 

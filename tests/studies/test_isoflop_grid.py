@@ -12,7 +12,7 @@ from skipstone.core.strict import from_dict
 from skipstone.data.config import DataConfig
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
-from skipstone.train.config import read_recipe
+from skipstone.train.recipe import read_recipe
 from skipstone_studies.isoflop.estimate import GridEstimate, step_times, step_times_at
 from skipstone_studies.isoflop.grid import (
     CorpusFacts,

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from skipstone.evaluate.published import token_layers
-from skipstone.evaluate.run import evaluate
+from published import token_layers
+from skipstone.evaluate.evaluation import evaluate
 from skipstone.runs import Run
-from skipstone.train.run import train
+from skipstone.train.training import train
 from skipstone_studies import gates, stretches
 from skipstone_studies.claims import Claim, PublishedColumn, beside, claims_table, paired
 from skipstone_studies.page import lookup

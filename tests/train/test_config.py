@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skipstone.train.config import read_recipe, to_dict
+from skipstone.train.recipe import read_recipe, to_dict
 from skipstone.train.setup import check_early
 from skipstone_studies.isoflop.grid import Grid
 from skipstone_studies.isoflop.spec import make_spec

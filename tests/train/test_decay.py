@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train import decay
-from skipstone.train.config import TrainConfig
+from skipstone.train.recipe import TrainConfig
 from train.tool import DENSE, MODELS
 
 WITH_BIASES = {**DENSE, "norm": "layernorm", "positions": "learned", "mlp_bias": True, "attention_bias": True}

@@ -11,8 +11,8 @@ import torch
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.nn.attention import Attention
-from skipstone.train import run
-from skipstone.train.config import TrainConfig
+from skipstone.train import training
+from skipstone.train.recipe import TrainConfig
 from skipstone.train.trainer import RunTrainer
 from skipstone.train.watch import Interrupted
 from train.tool import DENSE, MODELS, QUIET, at_step, equal, lines, recipe, train, weights
@@ -174,7 +174,7 @@ def test_biases_and_preferences_do_not_decay(tmp_path: Path, monkeypatch: pytest
     trainers: list[RunTrainer] = []
     begin = RunTrainer.train
     monkeypatch.setattr(RunTrainer, "train", lambda self, *a, **k: trainers.append(self) or begin(self, *a, **k))
-    run.train(recipe(tmp_path, MODELS["all"], steps=1, warmup_steps=0), out=tmp_path / "run", progress=False)
+    training.train(recipe(tmp_path, MODELS["all"], steps=1, warmup_steps=0), out=tmp_path / "run", progress=False)
     names = {id(parameter): name for name, parameter in trainers[0].model.named_parameters()}
     decaying, free = ({names[id(p)] for p in group["params"]} for group in trainers[0].optimizer.param_groups)
     assert trainers[0].optimizer.param_groups[0]["weight_decay"] == 0.1

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from skipstone.train import run
+from skipstone.train import training
 from skipstone.train.watch import StopSignals
 
 SENTENCE = "It was the best of times, it was the worst of times, it was the age of wisdom, it was foolishness. "
@@ -74,7 +74,7 @@ def recipe(folder: Path, model: dict[str, Any], **train: Any) -> dict[str, Any]:
 
 
 def train(config: dict[str, Any], out: Path, resume: bool = False) -> Path:
-    return run.train(config, out=out, resume=resume, progress=False)
+    return training.train(config, out=out, resume=resume, progress=False)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

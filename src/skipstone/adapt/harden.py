@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.adapt import calibrated
-from skipstone.evaluate.ways import Way
+from skipstone.adapt import export_calibrated
+from skipstone.measure.passes import Pass
 from skipstone.mechanisms import PolyGLU
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.loading import from_tensors, quiet
@@ -38,13 +38,13 @@ def export_hardened(
     corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without PolyGLU or a
     corpus, and FileExistsError if `out` holds something.
     """
-    return calibrated.export(
+    return export_calibrated.export(
         folder,
         out,
         dtype,
         corpus,
         require=require_polyglu,
-        change=lambda model, way, rows: harden(model, mean_logits(model, way, rows)),
+        change=lambda model, forward, rows: harden(model, mean_logits(model, forward, rows)),
     )
 
 
@@ -71,12 +71,12 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
     return hardened.train(model.training)
 
 
-def mean_logits(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """[A] for each layer, fp32: the mean over tokens of what the context adds; 0 where no token arrived."""
     layers: Any = model.model.layers
     sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in layers]
     for batch in batches:
-        records = way.run(model, batch, output_records=True).records
+        records = forward.run(model, batch, output_records=True).records
         assert records is not None
         for total, decided, block in zip(sums, records, layers, strict=True):
             record: Any = decided[block.mlp.activation.placement.name]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipstone.core.strict import unknown
 from skipstone.data.rows import Row
-from skipstone.evaluate.ways import INPUTS
+from skipstone.measure.passes import INPUTS
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.layers import parse_layers
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from skipstone.adapt import budget as budgets
+from skipstone.adapt import flop_budget as budgets
 from skipstone.adapt import influence, stages, student
-from skipstone.adapt.config import AdaptRecipe
+from skipstone.adapt.adapt_recipe import AdaptRecipe
 from skipstone.adapt.source import checked, load_dense, load_teacher, same_tokens, tokenizer_of
 from skipstone.adapt.start import measure_neurons, start_measured
 from skipstone.core.strict import from_dict

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.adapt import calibrated
-from skipstone.evaluate.ways import Way
+from skipstone.adapt import export_calibrated
+from skipstone.measure.passes import Pass
 from skipstone.mechanisms.neuron_groups import NAME
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.loading import from_tensors, quiet
@@ -30,13 +30,13 @@ def export_pruned(
     corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without neuron groups or a
     corpus, and FileExistsError if `out` holds something.
     """
-    return calibrated.export(
+    return export_calibrated.export(
         folder,
         out,
         dtype,
         corpus,
         require=require_groups,
-        change=lambda model, way, rows: prune(model, used_groups(model, way, rows)),
+        change=lambda model, forward, rows: prune(model, used_groups(model, forward, rows)),
     )
 
 
@@ -64,12 +64,12 @@ def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCa
     return pruned.train(model.training)
 
 
-def used_groups(model: SkipstoneForCausalLM, way: Way, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """bool [G] for each layer: the groups that some token of `batches` keeps."""
     layers: Any = model.model.layers
     used = [torch.zeros(block.mlp.router.total, dtype=torch.bool, device=model.device) for block in layers]
     for batch in batches:
-        records = way.run(model, batch, output_records=True).records
+        records = forward.run(model, batch, output_records=True).records
         assert records is not None
         for used_G, decided in zip(used, records, strict=True):
             record: Any = decided[NAME]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipstone.adapt.config import LORA, Lora, Stage
+from skipstone.adapt.adapt_recipe import LORA, Lora, Stage
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 ADAPTER = "default"
@@ -72,7 +72,7 @@ def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_rati
     return torch.optim.lr_scheduler.LambdaLR(optimizer, functions)
 
 
-def thaw(model: SkipstoneForCausalLM, stage: Stage) -> None:
+def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
     """Let exactly what this stage trains have gradients."""
     trained, named = TRAINED[stage.train_only or "all"], roles(model)
     for name, parameter in model.named_parameters():

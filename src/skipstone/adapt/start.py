@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skipstone.adapt.influence import site_streams, token_influence
 from skipstone.data.rows import Row
-from skipstone.evaluate.ways import INPUTS
+from skipstone.measure.passes import INPUTS
 from skipstone.mechanisms import MixtureOfDepths
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.mechanisms.skip_path import LowRankSkip

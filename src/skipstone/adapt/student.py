@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from skipstone.data.rows import Row
-from skipstone.evaluate.ways import INPUTS
+from skipstone.measure.passes import INPUTS
 from skipstone.mechanisms import MixtureOfDepths
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.model.causal_lm import SkipstoneForCausalLM

@@ -10,19 +10,19 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from skipstone.adapt import stages as staging
-from skipstone.adapt.config import AdaptConfig, Stage
+from skipstone.adapt.adapt_recipe import AdaptConfig, Stage
 from skipstone.adapt.distillation import logit_divergence, stream_error
 from skipstone.budget.handles import is_gate
 from skipstone.core.records import Records
 from skipstone.data.rows import Row
-from skipstone.evaluate.ways import INPUTS, targets
+from skipstone.measure.passes import INPUTS, targets
 from skipstone.mechanisms import EarlyExit
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
-from skipstone.ops.head_loss import Taught
+from skipstone.ops.head_loss import Distillation
 from skipstone.train.trainer import RunTrainer
 
 
-class Thaw(TrainerCallback):
+class Unfreeze(TrainerCallback):
     """At the first step of a stage, gradients for what it trains and for nothing else."""
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -32,7 +32,7 @@ class Thaw(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stage, _ = staging.stage_at(self.stages, state.global_step)
         if stage is not self.now:
-            staging.thaw(kwargs["model"], stage)
+            staging.unfreeze(kwargs["model"], stage)
             self.now = stage
 
 
@@ -43,12 +43,12 @@ class AdaptTrainer(RunTrainer):
     def __init__(
         self, *, adapt: AdaptConfig, teacher: SkipstoneForCausalLM | None, passing: float | None, **kwargs: Any
     ) -> None:
-        staging.thaw(kwargs["model"], adapt.stages[0])
+        staging.unfreeze(kwargs["model"], adapt.stages[0])
         super().__init__(**kwargs)
         self.adapt, self.teacher, self.passing = adapt, teacher, passing
         self.parts: Counter[str] = Counter()
         self.theirs: Any = None  # what the teacher says of the micro-batch at hand
-        self.add_callback(Thaw(adapt.stages))
+        self.add_callback(Unfreeze(adapt.stages))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if getattr(self, "optimizer", None) is None:
@@ -110,14 +110,14 @@ class AdaptTrainer(RunTrainer):
             self.theirs = (teacher.model if chunked or not wanted.distillation else teacher)(**given)
         if not chunked:
             return {"loss_chunk": 0} if wanted.distillation else {}
-        taught = Taught(
+        distillation = Distillation(
             hidden_BTE=self.theirs.last_hidden_state,
             head_VE=teacher.lm_head.weight,
             language_modelling=wanted.language_modelling,
             distillation=wanted.distillation,
             temperature=wanted.temperature,
         )
-        return {"taught": taught}
+        return {"distillation": distillation}
 
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
         """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from skipstone.budget.handles import ThresholdHandle, require_handles
-from skipstone.budget.share import Seen, observe
 from skipstone.budget.table import BudgetTable, OperatingPoint
+from skipstone.measure.share import Seen, observe
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 Rows = Tensor | Sequence[Mapping[str, Tensor]]

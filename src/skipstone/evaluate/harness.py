@@ -69,12 +69,12 @@ def evaluate_tasks(
     """
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs a package: pip install 'skipstone[eval]'")
-    opened = Run(run)
-    tokenizer = opened.load_tokenizer()
+    loaded = Run(run)
+    tokenizer = loaded.load_tokenizer()
     if tokenizer is None:
         raise ValueError(f"{str(run)!r} has no tokenizer, and tasks are text")
     manager = _manager(tasks, include_path)
-    model: Any = opened.load_model().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model: Any = loaded.load_model().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     for mechanism in model.routing_modules():
         mechanism.require_causal()
 
@@ -88,7 +88,7 @@ def evaluate_tasks(
         found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
     except ConnectionError as error:
         raise ValueError(f"the data of {', '.join(tasks)} could not be fetched: {one_line(error)}") from None
-    return TaskEvaluation(name=opened.name, scores=tuple(_scores(found)))
+    return TaskEvaluation(name=loaded.name, scores=tuple(_scores(found)))
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from skipstone.evaluate.statistics import ACTIVATION_NAMES
 from skipstone.evaluate.tables import Section, number, percent
+from skipstone.measure.summaries import ACTIVATION_NAMES
 
 Layers = Sequence[Mapping[str, Mapping[str, Any]]]
 MIX_FIGURES = {
@@ -19,20 +19,25 @@ MIX_FIGURES = {
 }
 
 
-def layer_sections(layers: Layers, way: str) -> list[Section]:
+def layer_sections(layers: Layers, pass_name: str) -> list[Section]:
     """One for depth mechanisms, for activation mechanisms, for experts and for neuron groups, where there are any."""
     entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]
     depth = [entry for entry in entries if "capacity" in entry[2]]
     activation = [entry for entry in entries if "shares" in entry[2]]
     experts = [entry for entry in entries if "experts" in entry[2]]
     groups = [entry for entry in entries if "groups" in entry[2]]
-    return [*_depth(depth, way), *_activation(activation, way), *_experts(experts, way), *_groups(groups, way)]
+    return [
+        *_depth(depth, pass_name),
+        *_activation(activation, pass_name),
+        *_experts(experts, pass_name),
+        *_groups(groups, pass_name),
+    ]
 
 
-def _depth(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+def _depth(entries: Sequence[tuple[str, str, Mapping[str, Any]]], pass_name: str) -> Iterable[Section]:
     if entries:
         yield Section(
-            title=f"depth mechanisms by layer, {way}",
+            title=f"depth mechanisms by layer, {pass_name}",
             columns=["layer, mechanism", "kept", "99 % of rows keep at most", "weight of a kept update", "F1"],
             rows=[
                 [
@@ -48,11 +53,11 @@ def _depth(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> I
         )
 
 
-def _activation(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+def _activation(entries: Sequence[tuple[str, str, Mapping[str, Any]]], pass_name: str) -> Iterable[Section]:
     if entries:
         for kind, what in (("shares", "activations by layer"), ("neurons", "neurons by their strongest activation")):
             yield Section(
-                title=f"{what}, {way}",
+                title=f"{what}, {pass_name}",
                 columns=["layer, mechanism", *ACTIVATION_NAMES, *MIX_FIGURES[kind]],
                 rows=[
                     [
@@ -65,20 +70,20 @@ def _activation(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str)
             )
 
 
-def _experts(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+def _experts(entries: Sequence[tuple[str, str, Mapping[str, Any]]], pass_name: str) -> Iterable[Section]:
     if entries:
         yield Section(
-            title=f"experts by layer, {way}",
+            title=f"experts by layer, {pass_name}",
             columns=["layer, part", "least chosen expert", "most chosen expert", "no-ops", "entropy / maximum"],
             rows=[[f"{layer} {name}", *_choices(f), number(f["entropy"], 3)] for layer, name, f in entries],
             notes=["shares of all choices of the tokens that reached the experts"],
         )
 
 
-def _groups(entries: Sequence[tuple[str, str, Mapping[str, Any]]], way: str) -> Iterable[Section]:
+def _groups(entries: Sequence[tuple[str, str, Mapping[str, Any]]], pass_name: str) -> Iterable[Section]:
     if entries:
         yield Section(
-            title=f"neuron groups by layer, {way}",
+            title=f"neuron groups by layer, {pass_name}",
             columns=["layer, part", "groups", "on", "always on", "never on"],
             rows=[
                 [f"{layer} {name}", str(len(f["groups"])), percent(f["on"]), str(f["always_on"]), str(f["never_on"])]

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from skipstone.evaluate.accuracy import MEASURED
-from skipstone.evaluate.energy import NOT_MEASURABLE
-from skipstone.evaluate.measurements import DECODE_BATCHES, Measurements
+from skipstone.evaluate.metrics import DECODE_BATCHES, RunMetrics
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, number, percent
-from skipstone.evaluate.ways import NEEDS_MASKS, NO_CAUSAL_FORM
+from skipstone.measure.accuracy import MEASURED
+from skipstone.measure.energy import NOT_MEASURABLE
+from skipstone.measure.passes import NEEDS_MASKS, NO_CAUSAL_FORM
 
 NOTHING = percent(0.0)
-Cell = Callable[[Measurements], str]
+Cell = Callable[[RunMetrics], str]
 
 
-def _trained(*path: str) -> Callable[[Measurements], float | None]:
-    def get(run: Measurements) -> float | None:
+def _trained(*path: str) -> Callable[[RunMetrics], float | None]:
+    def get(run: RunMetrics) -> float | None:
         value: Any = run.result
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -25,15 +25,15 @@ def _trained(*path: str) -> Callable[[Measurements], float | None]:
     return get
 
 
-def _counted(run: Measurements) -> str:
-    e = run.executed
+def _counted(run: RunMetrics) -> str:
+    e = run.flops
     if e.unknown:
         return f"{amount(e.counted)} + ?"
     return amount(e.counted) if e.agree else f"{amount(e.counted)} (cost: {amount(e.predicted)})"
 
 
 def _rate(name: str) -> Cell:
-    def cell(run: Measurements) -> str:
+    def cell(run: RunMetrics) -> str:
         rate = run.rates.get(name)
         return UNKNOWN if rate is None else f"{amount(rate.tokens_per_second)} ±{rate.spread:.0%}"
 
@@ -41,7 +41,7 @@ def _rate(name: str) -> Cell:
 
 
 def _joules(name: str) -> Cell:
-    def cell(run: Measurements) -> str:
+    def cell(run: RunMetrics) -> str:
         rate = run.rates.get(name)
         if rate is None:
             return UNKNOWN
@@ -58,10 +58,10 @@ ROWS: dict[str, Cell] = {
     "parameters": lambda run: amount(run.parameters),
     "validation loss, oracle": lambda run: number(_trained("validation", "oracle_loss")(run)),
     "validation loss, causal": lambda run: number(_trained("validation", "causal_loss")(run)),
-    "decisions from here on": lambda run: run.way,
+    "routing, rows below": lambda run: run.pass_name,
     "forward FLOPs/token": _counted,
-    "of the dense model's": lambda run: percent(run.executed.share),
-    "host syncs/forward": lambda run: number(run.executed.syncs, 1),
+    "of the dense model's": lambda run: percent(run.flops.share),
+    "host syncs/forward": lambda run: number(run.flops.syncs, 1),
     "training tokens/s": lambda run: amount(_trained("tokens_per_second")(run)),
     "router + gather, of a step": lambda run: percent(run.overhead.routing),
     "activation mixing, of a step": lambda run: percent(run.overhead.activation),
@@ -75,7 +75,7 @@ ROWS: dict[str, Cell] = {
 }
 
 
-def main_section(runs: Sequence[Measurements]) -> Section:
+def main_section(runs: Sequence[RunMetrics]) -> Section:
     """Metrics as rows, runs as columns. A row that says nothing of any run is left out, or said once below."""
     rows, notes = [], []
     for name, cell in ROWS.items():
@@ -89,17 +89,17 @@ def main_section(runs: Sequence[Measurements]) -> Section:
     return Section(title="comparison", columns=columns, rows=rows, notes=[*notes, *_notes(runs)])
 
 
-def _notes(runs: Sequence[Measurements]) -> Iterator[str]:
-    agree = all(run.executed.agree for run in runs)
+def _notes(runs: Sequence[RunMetrics]) -> Iterator[str]:
+    agree = all(run.flops.agree for run in runs)
     yield f"FLOPs are counted while executing and {'equal' if agree else 'DO NOT all equal'} the cost model's."
     for run in runs:
-        if run.way == "oracle":
+        if run.pass_name == "oracle":
             yield f"{run.name}: {NO_CAUSAL_FORM}, so it cannot generate; its figures are those of training's decisions."
-        elif run.way == "forced":
+        elif run.pass_name == "forced":
             yield f"{run.name}: {NEEDS_MASKS}, so it cannot generate; its figures are those of the known difficulty."
 
 
-def capacity_section(runs: Sequence[Measurements]) -> Section | None:
+def capacity_section(runs: Sequence[RunMetrics]) -> Section | None:
     """Kept share of asked tokens by layer and mechanism; None without any depth mechanism."""
     names = {
         (i, name): None
@@ -114,22 +114,22 @@ def capacity_section(runs: Sequence[Measurements]) -> Section | None:
     return Section(title="kept tokens by layer", columns=["layer, mechanism", *(run.name for run in runs)], rows=rows)
 
 
-def _capacity(run: Measurements, layer: int, name: str) -> str:
+def _capacity(run: RunMetrics, layer: int, name: str) -> str:
     figures = run.layers[layer].get(name) if layer < len(run.layers) else None
     return UNKNOWN if figures is None else percent(figures["capacity"])
 
 
 def headroom_section(
-    runs: Sequence[Measurements], dense: Measurements, forced: Measurements, captured: Mapping[str, Mapping[str, float]]
+    runs: Sequence[RunMetrics], dense: RunMetrics, forced: RunMetrics, captured: Mapping[str, Mapping[str, float]]
 ) -> Section:
     """Accuracy by difficulty of every run and both twins, and the headroom that each run captured."""
     rows = []
     for run in (dense, forced, *runs):
         accuracy = run.accuracy or {}
-        rows.append([f"{run.name}, {run.way}: right", *(percent(accuracy.get(b)) for b in MEASURED)])
+        rows.append([f"{run.name}, {run.pass_name}: right", *(percent(accuracy.get(b)) for b in MEASURED)])
     for name, found in captured.items():
         rows.append([f"{name}: headroom captured", *(percent(found[b], 0) for b in MEASURED)])
-    flops = {run.name: run.executed.counted for run in (dense, forced, *runs)}
+    flops = {run.name: run.flops.counted for run in (dense, forced, *runs)}
     each = ", ".join(f"{name} {amount(value)}" for name, value in flops.items())
     return Section(
         title=f"Reset-S3: (learned - {dense.name}) / ({forced.name} - {dense.name}), by operations since the reset",

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from skipstone.budget import BudgetTable
 from skipstone.core.records import Records
 from skipstone.core.strict import choose
-from skipstone.generate.compute import compute_shares
+from skipstone.measure.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 

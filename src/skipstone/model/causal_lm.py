@@ -29,7 +29,7 @@ from skipstone.model.decoder import (
     refuse_mistyped,
 )
 from skipstone.model.tokens import within_documents
-from skipstone.ops.head_loss import IGNORED, Taught, linear_cross_entropy, linear_taught_loss
+from skipstone.ops.head_loss import IGNORED, Distillation, linear_cross_entropy, linear_distillation_loss
 
 
 @dataclass
@@ -77,7 +77,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         executor: Executor = "gathered",
         output_records: bool = False,
         loss_chunk: int = 0,
-        taught: Taught | None = None,
+        distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
         """Logits, and with labels the loss.
@@ -87,7 +87,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         `SkipstoneModel.forward`. The auxiliary losses are summed over labelled tokens and divided like the token loss,
         so that accumulation changes nothing; `config.auxiliary_loss_over` "all": the mean over all real tokens.
         loss_chunk: with labels, make the logits of so many tokens at a time and hand none out; 0: of all at once.
-        taught: with loss_chunk, a teacher's part of `loss`; `token_loss` then carries no gradient of its own.
+        distillation: with loss_chunk, a teacher's part of `loss`; `token_loss` then carries no gradient of its own.
         """
         refuse_mistyped(kwargs)
         shift_labels = kwargs.get("shift_labels")  # were it named above, Trainer would wait for it to report eval_loss
@@ -113,7 +113,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         logits_BTV = self.lm_head(hidden_BTD) if target_BT is None or not loss_chunk else None
         losses, items = {}, kwargs.get("num_items_in_batch")
         if target_BT is not None:
-            losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk, taught)
+            losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk, distillation)
         return CausalLMOutput(
             logits=logits_BTV,
             past_key_values=out.past_key_values,
@@ -130,17 +130,17 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         records: tuple[Records, ...],
         items: Tensor | int | None,
         chunk: int,
-        taught: Taught | None,
+        distillation: Distillation | None,
     ) -> dict[str, Tensor]:
         """The loss and its parts."""
         if hidden_BTD.shape[1] != target_BT.shape[1]:
             raise ValueError("logits_to_keep cannot be combined with labels: the loss needs the logits of every token")
         if logits_BTV is not None:
-            if taught is not None:
-                raise ValueError("taught needs a loss_chunk of 1 or more: all logits are not compared here")
+            if distillation is not None:
+                raise ValueError("distillation needs a loss_chunk of 1 or more: all logits are not compared here")
             parts = {"token_loss": self._token_loss(logits_BTV, target_BT, items)}
         else:
-            parts = self._chunked(hidden_BTD, target_BT, items, chunk, taught)
+            parts = self._chunked(hidden_BTD, target_BT, items, chunk, distillation)
         minimised = parts.pop("minimised", parts["token_loss"])
         auxiliary_loss = self._auxiliary_loss(target_BT, records, items, minimised)
         return {"loss": minimised + auxiliary_loss, "auxiliary_loss": auxiliary_loss, **parts}
@@ -156,7 +156,12 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         )
 
     def _chunked(
-        self, hidden_BTD: Tensor, target_BT: Tensor, items: Tensor | int | None, chunk: int, taught: Taught | None
+        self,
+        hidden_BTD: Tensor,
+        target_BT: Tensor,
+        items: Tensor | int | None,
+        chunk: int,
+        distillation: Distillation | None,
     ) -> dict[str, Tensor]:
         """The same, and with a teacher the divergence and what is minimised, all logits never at hand."""
         if type(self.lm_head) is not nn.Linear or type(self.lm_head.weight) is not nn.Parameter:
@@ -166,9 +171,9 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         target_N = target_BT.flatten().to(hidden_BTD.device)
         given = (hidden_BTD.flatten(0, 1), self.lm_head.weight, target_N)
         count = (target_N != IGNORED).sum() if items is None else torch.as_tensor(items, device=target_N.device)
-        if taught is None:
+        if distillation is None:
             return {"token_loss": linear_cross_entropy(*given, chunk) / count}
-        minimised, nats, divergence = linear_taught_loss(*given, taught, chunk)
+        minimised, nats, divergence = linear_distillation_loss(*given, distillation, chunk)
         return {
             "minimised": minimised / count,
             "token_loss": nats / count,

@@ -7,7 +7,7 @@ convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py
     4 H E query_tokens (S + kv_tokens)             attention, scores and their mean of values; not halved for causality
     2 query_tokens MLP                             and the routers' own; of experts, the choices computed instead
 
-`evaluate/flops.py` counts the same while operations execute; a law holds both equal.
+`measure/flops.py` counts the same while operations execute; a law holds both equal.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ OWN_ARGUMENTS = (
     "document_ids",
     "shift_labels",
     "loss_chunk",
-    "taught",
+    "distillation",
 )
 
 

@@ -7,7 +7,7 @@ The chunked form makes the logits of some tokens at a time and, while it has the
 so that backward only scales them. It computes the three products that the plain form computes, and keeps [chunk, V]
 where that keeps [N, V] several times over. (torch 2.13 has a function of this kind; we support older ones.)
 
-`linear_taught_loss` adds what a teacher's logits ask for, made in the same chunks: at temperature T
+`linear_distillation_loss` adds what a teacher's logits ask for, made in the same chunks: at temperature T
 
     T^2 KL(teacher || student)        d logits = T (softmax(logits / T) - softmax(teacher's logits / T))
 
@@ -33,7 +33,7 @@ def plain_linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taught:
+class Distillation:
     """What a teacher says of the same tokens, and what each part of the loss counts.
 
     hidden_BTE, head_VE: its last normed stream and its head, whose product are its logits; no gradient reaches them.
@@ -57,25 +57,25 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chun
     return _loss(x_ND, weight_VD, target_N, None, chunk)[0]
 
 
-def linear_taught_loss(
-    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, taught: Taught, chunk: int
+def linear_distillation_loss(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, distillation: Distillation, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(what is minimised, cross-entropy, T^2 KL), summed over the tokens with a target, fp32 ().
 
     The first is the sum of the other two with their coefficients, and the only one that can be differentiated. All else
     as in `linear_cross_entropy`.
     """
-    return _loss(x_ND, weight_VD, target_N, taught, chunk)
+    return _loss(x_ND, weight_VD, target_N, distillation, chunk)
 
 
 def _loss(
-    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, taught: Taught | None, chunk: int
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, distillation: Distillation | None, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     grad = torch.is_grad_enabled()
     wanted = (grad and x_ND.requires_grad, grad and weight_VD.requires_grad)
-    return _Loss.apply(x_ND, weight_VD, target_N, taught, chunk, wanted)  # type: ignore[no-any-return]
+    return _Loss.apply(x_ND, weight_VD, target_N, distillation, chunk, wanted)  # type: ignore[no-any-return]
 
 
 class _Loss(torch.autograd.Function):
@@ -85,21 +85,25 @@ class _Loss(torch.autograd.Function):
         x_ND: Tensor,
         weight_VD: Tensor,
         target_N: Tensor,
-        taught: Taught | None,
+        distillation: Distillation | None,
         chunk: int,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = x_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         with torch.autocast(device, enabled=False):
-            teacher = None if taught is None else _Teacher(taught, dtype)
+            teacher = None if distillation is None else _Teacher(distillation, dtype)
             found, d_x, d_weight = _forward(x_ND.to(dtype), weight_VD.to(dtype), target_N, teacher, chunk, wanted)
         ctx.gradients = (
             None if d_x is None else d_x.to(x_ND.dtype),
             None if d_weight is None else d_weight.to(weight_VD.dtype),
         )
         nats, divergence = found
-        total = nats.clone() if taught is None else taught.language_modelling * nats + taught.distillation * divergence
+        total = (
+            nats.clone()
+            if distillation is None
+            else distillation.language_modelling * nats + distillation.distillation * divergence
+        )
         ctx.mark_non_differentiable(nats, divergence)
         return total, nats, divergence
 
@@ -115,13 +119,15 @@ class _Loss(torch.autograd.Function):
 class _Teacher:
     """A teacher's side of the chunks, in the type that the products are made in."""
 
-    def __init__(self, taught: Taught, dtype: torch.dtype) -> None:
-        self.taught = taught
-        self.x_NE, self.weight_VE = taught.hidden_BTE.flatten(0, 1).to(dtype), taught.head_VE.to(dtype)
+    def __init__(self, distillation: Distillation, dtype: torch.dtype) -> None:
+        self.distillation = distillation
+        self.x_NE, self.weight_VE = distillation.hidden_BTE.flatten(0, 1).to(dtype), distillation.head_VE.to(dtype)
 
     def log_odds(self, at: slice) -> Tensor:
         """Log-probabilities [C, V] at the temperature, fp32."""
-        return F.log_softmax(F.linear(self.x_NE[at], self.weight_VE).float().div_(self.taught.temperature), dim=-1)
+        return F.log_softmax(
+            F.linear(self.x_NE[at], self.weight_VE).float().div_(self.distillation.temperature), dim=-1
+        )
 
 
 def _forward(
@@ -142,9 +148,13 @@ def _forward(
         if teacher is None:
             more, d_logits_CV = _chunk(logits_CV, target_N[at])
         else:
-            far, pulled_CV = _taught_chunk(logits_CV, target_N[at], teacher.log_odds(at), teacher.taught.temperature)
+            far, pulled_CV = _distillation_chunk(
+                logits_CV, target_N[at], teacher.log_odds(at), teacher.distillation.temperature
+            )
             more, d_logits_CV = _chunk(logits_CV, target_N[at])
-            d_logits_CV.mul_(teacher.taught.language_modelling).add_(pulled_CV, alpha=teacher.taught.distillation)
+            d_logits_CV.mul_(teacher.distillation.language_modelling).add_(
+                pulled_CV, alpha=teacher.distillation.distillation
+            )
             divergence += far
         nats += more
         d_logits_CV = d_logits_CV.to(x_ND.dtype)
@@ -168,7 +178,9 @@ def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
     return nats_C.sum(), d_logits_CV
 
 
-def _taught_chunk(logits_CV: Tensor, target_C: Tensor, teacher_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _distillation_chunk(
+    logits_CV: Tensor, target_C: Tensor, teacher_CV: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The chunk's T^2 KL against log-probabilities at T, and the gradient of its logits; these stay as they are."""
     real_C1 = (target_C != IGNORED)[:, None]
     ours_CV = F.log_softmax(logits_CV / temperature, dim=-1)

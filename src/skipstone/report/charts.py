@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from skipstone.report import svg
 from skipstone.report.axes import Frame, Scale, short, ticks
-from skipstone.report.palette import SERIES, Look
+from skipstone.report.palette import SERIES, Style
 
 MAX_POINTS = 600  # a curve needs no more points than the page has pixels
 
@@ -21,7 +21,7 @@ class Series:
 
     label: str
     points: Sequence[tuple[float, float]]
-    look: Look
+    style: Style
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -57,10 +57,10 @@ def lines(
 
 def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
     """The line, with dots where there are few enough points to tell apart."""
-    parts = [svg.polyline(pixels, s.look.colour, s.look.dash, s.label)] if len(pixels) > 1 else []
+    parts = [svg.polyline(pixels, s.style.colour, s.style.dash, s.label)] if len(pixels) > 1 else []
     if len(pixels) <= 20:
         parts += [
-            svg.element("circle", svg.element("title", s.label), cx=x, cy=y, r=2.6, fill=s.look.colour)
+            svg.element("circle", svg.element("title", s.label), cx=x, cy=y, r=2.6, fill=s.style.colour)
             for x, y in pixels
         ]
     return parts

@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from skipstone.measure.activations import CATEGORIES, ActivationSummary
 from skipstone.ops import reference as ops
 from skipstone.report import charts, svg
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
-from skipstone.report.mixing import CATEGORIES, Mixing
-from skipstone.report.palette import SERIES, look
-from skipstone.report.shown import Shown
+from skipstone.report.palette import SERIES, style
+from skipstone.report.run_view import RunView
 
 FRAME, WIDE, SMALL = Frame(), Frame(left=64), Frame(width=240, height=190)
 ACTIVATIONS = tuple(function.__name__ for function in ops.ACTIVATIONS)
@@ -22,23 +22,23 @@ MAP_WIDTH, ROW, LEFT, GAP = 900, 15, 46, 2
 MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
 
-def card(run: Shown) -> dict[str, Any]:
+def card(run: RunView) -> dict[str, Any]:
     """Everything about one run that mixes activations."""
-    assert run.anatomy is not None
-    mixing, count = run.anatomy.mixing, len(run.anatomy.weight_LT)
+    assert run.trace is not None
+    activations, count = run.trace.activations, len(run.trace.weight_LT)
     categories = [
-        category for category in CATEGORIES if any(category in layer.by_category for layer in mixing.values())
+        category for category in CATEGORIES if any(category in layer.by_category for layer in activations.values())
     ]
     return {
         "run": run,
-        "shares": _stacked({i: one.shares for i, one in mixing.items()}, count, f"{run.name}: activations", FRAME),
-        "entropy": _entropy(run, mixing),
+        "shares": _stacked({i: one.shares for i, one in activations.items()}, count, f"{run.name}: activations", FRAME),
+        "entropy": _entropy(run, activations),
         "course": _course(run),
-        "map": neuron_map(mixing, f"{run.name}: strongest activation of each neuron"),
-        "every": _every(mixing),
-        "categories": [(category, _of_category(run, mixing, category, count)) for category in categories],
+        "map": neuron_map(activations, f"{run.name}: strongest activation of each neuron"),
+        "every": _every(activations),
+        "categories": [(category, _of_category(run, activations, category, count)) for category in categories],
         "category_names": list(zip(categories, SERIES, strict=False)),
-        "shift": _shift(run, mixing, categories, count),
+        "shift": _shift(run, activations, categories, count),
     }
 
 
@@ -46,16 +46,18 @@ def _stacked(shares: Mapping[int, Sequence[float]], layers: int, title: str, fra
     return charts.stacked(shares, ACTIVATIONS, layers=layers, title=title, frame=frame)
 
 
-def _of_category(run: Shown, mixing: Mapping[int, Mixing], category: str, layers: int) -> Markup:
-    shares = {i: one.by_category[category] for i, one in mixing.items() if category in one.by_category}
+def _of_category(run: RunView, activations: Mapping[int, ActivationSummary], category: str, layers: int) -> Markup:
+    shares = {i: one.by_category[category] for i, one in activations.items() if category in one.by_category}
     return _stacked(shares, layers, f"{run.name}: activations for {category}", SMALL)
 
 
-def _shift(run: Shown, mixing: Mapping[int, Mixing], categories: Sequence[str], layers: int) -> Markup | None:
+def _shift(
+    run: RunView, activations: Mapping[int, ActivationSummary], categories: Sequence[str], layers: int
+) -> Markup | None:
     """How far each category's shares lie from those of all tokens."""
     bars = [
         Bar(layer=layer, name=category, value=one.shift(category))
-        for layer, one in mixing.items()
+        for layer, one in activations.items()
         for category in categories
         if category in one.by_category
     ]
@@ -66,28 +68,28 @@ def _shift(run: Shown, mixing: Mapping[int, Mixing], categories: Sequence[str], 
     return charts.bars(bars, layers=layers, y_title="distance", title=title, frame=WIDE, high=min(high, 1.0))
 
 
-def _entropy(run: Shown, mixing: Mapping[int, Mixing]) -> Markup:
+def _entropy(run: RunView, activations: Mapping[int, ActivationSummary]) -> Markup:
     """How undecided the neurons still are: 1 all activations alike, 0 one chosen."""
-    points = [(float(layer), one.entropy) for layer, one in sorted(mixing.items())]
-    series = [Series(label=run.name, points=points, look=run.look)]
+    points = [(float(layer), one.entropy) for layer, one in sorted(activations.items())]
+    series = [Series(label=run.name, points=points, style=run.style)]
     x_range = bounds((x for x, _ in points), 0)
     return charts.lines(series, "layer", "entropy / ln 4", f"{run.name}: entropy", FRAME, x_range, (0.0, 1.02))
 
 
-def _course(run: Shown) -> Markup | None:
+def _course(run: RunView) -> Markup | None:
     """Entropy over training, a line a layer; None where it was not logged."""
     series = []
     for line_of in sorted(_logged(run), key=lambda key: int(key.split("/")[1])):
         points = [(float(line["step"]), float(line[line_of])) for line in run.metrics if _trains(line, line_of)]
         layer = int(line_of.split("/")[1])
-        series.append(Series(label=f"layer {layer}", points=points, look=look(layer)))
+        series.append(Series(label=f"layer {layer}", points=points, style=style(layer)))
     if not series:
         return None
     x_range = bounds((x for s in series for x, _ in s.points), 0)
     return charts.lines(series, "step", "entropy / ln 4", f"{run.name}: entropy by step", FRAME, x_range, (0.0, 1.02))
 
 
-def _logged(run: Shown) -> set[str]:
+def _logged(run: RunView) -> set[str]:
     return {key for line in run.metrics if line.get("split") == "train" for key in line if key.startswith("entropy/")}
 
 
@@ -95,17 +97,17 @@ def _trains(line: Mapping[str, Any], key: str) -> bool:
     return line.get("split") == "train" and line.get(key) is not None
 
 
-def _every(mixing: Mapping[int, Mixing]) -> int:
+def _every(activations: Mapping[int, ActivationSummary]) -> int:
     """Neurons between two that the map shows, so that they fit."""
-    return -(-max(len(one.strongest) for one in mixing.values()) // MOST_NEURONS)
+    return -(-max(len(one.strongest) for one in activations.values()) // MOST_NEURONS)
 
 
-def neuron_map(mixing: Mapping[int, Mixing], title: str) -> Markup:
+def neuron_map(activations: Mapping[int, ActivationSummary], title: str) -> Markup:
     """Neurons across, layers up; the colour is that of the strongest activation. Neighbours alike are one bar."""
-    every, layers = _every(mixing), max(mixing) + 1
-    cell = MAP_WIDTH / -(-max(len(one.strongest) for one in mixing.values()) // every)
+    every, layers = _every(activations), max(activations) + 1
+    cell = MAP_WIDTH / -(-max(len(one.strongest) for one in activations.values()) // every)
     parts = []
-    for layer, one in mixing.items():
+    for layer, one in activations.items():
         y, at = ROW * (layers - 1 - layer), 0
         parts.append(svg.text(LEFT - 8, y + ROW / 2 + 4, str(layer), "tick", text_anchor="end"))
         for k, alike in itertools.groupby(one.strongest[::every]):

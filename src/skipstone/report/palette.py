@@ -9,13 +9,13 @@ SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
-class Look(NamedTuple):
+class Style(NamedTuple):
     """How a run is drawn wherever it appears. dash: an SVG stroke-dasharray, "" for a solid line."""
 
     colour: str
     dash: str
 
 
-def look(index: int) -> Look:
-    """The look of run `index`: all colours solid first, then all of them dashed; 24 differ."""
-    return Look(SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)])
+def style(index: int) -> Style:
+    """Return the style of run `index`: all colours solid first, then all of them dashed; 24 differ."""
+    return Style(SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)])

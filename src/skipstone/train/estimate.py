@@ -15,7 +15,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import cost
 from skipstone.train import setup
-from skipstone.train.config import Recipe, read_recipe
+from skipstone.train.recipe import Recipe, read_recipe
 
 MFU = 0.4  # what well-tuned dense training reaches on one GPU; an assumption, and stated as one
 FP32, BF16 = 4, 2  # bytes

@@ -13,7 +13,7 @@ import yaml
 
 from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
 from skipstone.train import environment
-from skipstone.train.config import NOT_THE_RESULT, Recipe
+from skipstone.train.recipe import NOT_THE_RESULT, Recipe
 
 DATA = "data_sha256"  # in environment.json
 

@@ -18,7 +18,7 @@ from skipstone.data.prepare import PreparedData
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import OWN_FIELDS, SkipstoneConfig
 from skipstone.runs import CHECKPOINTS
-from skipstone.train.config import Recipe, TrainConfig
+from skipstone.train.recipe import Recipe, TrainConfig
 
 PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb"}
 

@@ -15,12 +15,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
+from skipstone.measure.record_meter import RecordMeter, moving
 from skipstone.train.callback import RoutingCallback
-from skipstone.train.config import TrainConfig
 from skipstone.train.decay import decaying
-from skipstone.train.meter import Meter, moving
+from skipstone.train.log_window import LogWindow
+from skipstone.train.recipe import TrainConfig
 from skipstone.train.validation import batches, causal_obstacle, loss_sums
-from skipstone.train.window import Window
 
 PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
 
@@ -60,8 +60,8 @@ class RunTrainer(RoutingTrainer):
         super().__init__(train_dataset=data.train, eval_dataset=data.validation, data_collator=data.collate, **kwargs)
         self.recipe, self.data = recipe, data
         self.loss_chunk = recipe.loss_chunk_of(self._plain.config.vocab_size)
-        self.window = Window(self.args.device)
-        self.meter = Meter()
+        self.window = LogWindow(self.args.device)
+        self.meter = RecordMeter()
         self.obstacle = causal_obstacle(self.model)
 
     # The order of rows: each row is already a random draw from (seed, index), so a step's rows follow from its number.
@@ -152,9 +152,9 @@ class RunTrainer(RoutingTrainer):
         model, was_training = self.model, self.model.training
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # other passes than the training step are not worth compiling
-            metrics = {"eval_oracle_loss": self._validation_loss("oracle", Meter())}
+            metrics = {"eval_oracle_loss": self._validation_loss("oracle", RecordMeter())}
             if self.obstacle is None:
-                meter = Meter()
+                meter = RecordMeter()
                 metrics["eval_causal_loss"] = self._validation_loss("causal", meter)
                 metrics |= {f"eval_{name}": value for name, value in meter.read().items()}
         model.train(was_training)
@@ -163,7 +163,7 @@ class RunTrainer(RoutingTrainer):
         self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _validation_loss(self, routing: str, meter: Meter) -> float:
+    def _validation_loss(self, routing: str, meter: RecordMeter) -> float:
         forced = self.recipe.routing == "difficulty"
         size = self.recipe.eval_batch_size or self.args.per_device_train_batch_size
         part, parts = self.accelerator.process_index, self.accelerator.num_processes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import IGNORE, Row
-from skipstone.train.meter import Meter
+from skipstone.measure.record_meter import RecordMeter
 
 
 def causal_obstacle(model: Any) -> str | None:
@@ -36,7 +36,7 @@ def loss_sums(
     rows: Iterator[Row],
     routing: Callable[[Row], Any],
     device: torch.device,
-    meter: Meter,
+    meter: RecordMeter,
     loss_chunk: int = 0,
 ) -> Tensor:
     """fp64 [2]: cross-entropy in nats summed over predictions, and their number. The gathered executor, no noise."""

@@ -22,7 +22,7 @@ def adapt(
 
     config = load_recipe(recipe, overrides or [])
 
-    from skipstone.adapt.run import adapt as run
+    from skipstone.adapt.adaptation import adapt as run
 
     folder = run(source, config, out=out, resume=resume)
     typer.echo(f"run folder: {folder}")

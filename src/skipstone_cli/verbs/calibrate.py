@@ -20,6 +20,6 @@ def calibrate(
     """Write budget.json beside the weights: the thresholds for every budget that the model can execute."""
     existing_dir(run, "run folder")
 
-    from skipstone.evaluate.budgets import calibrate_run
+    from skipstone.evaluate.budget_curve import calibrate_run
 
     publish(calibrate_run(run, corpus=corpus, context=context, rows=rows), json=None, markdown=None)

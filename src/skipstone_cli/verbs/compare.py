@@ -25,6 +25,6 @@ def compare(
         existing_dir(run, "run folder")
     check_targets(json=json, markdown=markdown)
 
-    from skipstone.evaluate.compare import compare as measure
+    from skipstone.evaluate.comparison import compare as measure
 
     publish(measure(runs, dense=dense, forced=forced), json=json, markdown=markdown)

@@ -44,7 +44,7 @@ def evaluate(
         )
         return
 
-    from skipstone.evaluate.run import evaluate as measure
+    from skipstone.evaluate.evaluation import evaluate as measure
 
     figures = measure(run, split=split, batch_size=batch_size, corpus=corpus, context=context, budgets=budgets)
     publish(figures, json=json, markdown=None)

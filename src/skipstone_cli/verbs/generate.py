@@ -36,9 +36,9 @@ def generate(
         raise UserError(f"--temperature must be above 0, got {temperature:g}; --greedy takes the likeliest token")
     existing_dir(run, "run folder")
 
-    from skipstone.generate.run import stream
+    from skipstone.generate.text_generation import stream_text
 
-    pieces = stream(
+    pieces = stream_text(
         run,
         prompt,
         max_new_tokens=max_new_tokens,

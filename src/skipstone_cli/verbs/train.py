@@ -37,7 +37,7 @@ def train(
         _print_estimate(config, gpu, mfu)
         return
 
-    from skipstone.train.run import train as run
+    from skipstone.train.training import train as run
 
     folder = run(config, out=out, resume=resume)
     typer.echo(f"run folder: {folder}")

@@ -27,7 +27,7 @@ def write(
     """Let a dense checkpoint write text at temperature 1, to adapt it on with data.corpus=text:FOLDER."""
     new_path(out, "output folder")
 
-    from skipstone.adapt.written import write as write_texts
+    from skipstone.adapt.self_generated import write as write_texts
 
     def report(done: int) -> None:
         typer.echo(f"{done:,} of {tokens:,} tokens", err=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from skipstone.evaluate.tables import Section, percent
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.report.axes import short
-from skipstone.train.config import Recipe
+from skipstone.train.recipe import Recipe
 from skipstone.train.setup import build_model, model_config
 from skipstone_studies.isoflop.grid import (
     CorpusFacts,

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from skipstone.evaluate.counting import count
-from skipstone.evaluate.losses import measure
-from skipstone.evaluate.opened import batches
-from skipstone.evaluate.run import COUNTED_BATCHES
-from skipstone.evaluate.ways import WAYS
+from skipstone.evaluate.evaluation import COUNTED_BATCHES
+from skipstone.evaluate.loaded_run import batches
+from skipstone.measure.flop_check import flop_check
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost
 from skipstone.runs import Run
 from skipstone_studies.isoflop.grid import CorpusFacts, GridCell
 
 COUNTED_ROWS = 8  # rows of a batch whose FLOPs are counted, as `skipstone eval` takes them
-EXECUTED = WAYS["executed"]
+EXECUTED = PASSES["executed"]
 
 
 @dataclass(kw_only=True)
@@ -53,8 +53,8 @@ def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) ->
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     data, device, train = facts.data, model.device, run.config()["train"]
     rows = train["eval_batch_size"] or train["batch_size"]
-    found = measure(model, EXECUTED, batches(data, rows, device), activations=False)
-    counted = count(model, EXECUTED, batches(data, COUNTED_ROWS, device, rows=COUNTED_BATCHES * COUNTED_ROWS))
+    found = measure_loss(model, EXECUTED, batches(data, rows, device), activations=False)
+    counted = flop_check(model, EXECUTED, batches(data, COUNTED_ROWS, device, rows=COUNTED_BATCHES * COUNTED_ROWS))
     result = run.result()
     return {
         "cell": {

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from skipstone.evaluate.tables import amount
 from skipstone.report.axes import bounds, short
-from skipstone.report.palette import Look, look
-from skipstone.report.run import environment
+from skipstone.report.palette import Style, style
+from skipstone.report.write import environment
 from skipstone_studies.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
 from skipstone_studies.isoflop import table
 from skipstone_studies.isoflop.curves import INSIDE, Curve, GridPoint
@@ -54,8 +54,8 @@ def context(findings: IsoFlopResult) -> dict[str, Any]:
     }
 
 
-def _look(findings: IsoFlopResult, arm: str) -> Look:
-    return look(findings.collected.grid.spec.arms.index(arm))
+def _look(findings: IsoFlopResult, arm: str) -> Style:
+    return style(findings.collected.grid.spec.arms.index(arm))
 
 
 def _own(findings: IsoFlopResult, arm: str) -> str:
@@ -88,7 +88,7 @@ def _iso_flop(findings: IsoFlopResult) -> list[Figure]:
     for budget, curves in findings.curves.items():
         drawn = [
             Drawn(
-                look=_look(findings, arm),
+                style=_look(findings, arm),
                 dots=_dots(findings.collected.curves[arm, budget]),
                 line=_parabola(curve),
                 star=_star(curve, curve.fit.optimum.x),
@@ -174,7 +174,7 @@ def _against_flops(findings: IsoFlopResult, curve: Curve, points: Sequence[GridP
         for point in points
     ]
     line = [(curve.forward(min(max(x, curve.fit.low), curve.fit.high)) / unit, y) for x, y in _parabola(curve)]
-    return Drawn(look=_look(findings, curve.arm), dots=dots, line=line, star=star)
+    return Drawn(style=_look(findings, curve.arm), dots=dots, line=line, star=star)
 
 
 def _iso_time(findings: IsoFlopResult) -> list[Figure]:
@@ -196,7 +196,7 @@ def _at_time(findings: IsoFlopResult, time: EqualTime, curve: Curve) -> Drawn:
         for x, y in zip(curve.parameters, curve.losses, strict=True)
     ]
     star = _star(curve, curve.fit.optimum.x)
-    return Drawn(look=_look(findings, curve.arm), dots=dots, line=_parabola(curve), star=star)
+    return Drawn(style=_look(findings, curve.arm), dots=dots, line=_parabola(curve), star=star)
 
 
 def _all_seconds(findings: IsoFlopResult) -> Markup:
@@ -212,7 +212,7 @@ def _all_seconds(findings: IsoFlopResult) -> Markup:
             )
             for point in points
         ]
-        drawn.append(Drawn(look=_look(findings, arm), dots=dots, line=_frontier(dots)))
+        drawn.append(Drawn(style=_look(findings, arm), dots=dots, line=_frontier(dots)))
     seconds = [seconds_of(collected, point) for point in collected] or [1.0, 10.0]
     return panel(
         drawn,

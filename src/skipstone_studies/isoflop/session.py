@@ -10,7 +10,7 @@ from typing import Any
 
 from skipstone.data.prepare import PreparedData
 from skipstone.runs import Run
-from skipstone.train.run import train
+from skipstone.train.training import train
 from skipstone_studies import record as records
 from skipstone_studies.isoflop.grid import CorpusFacts, Grid, GridCell
 from skipstone_studies.isoflop.measure import CoreUse, figures, watched

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from skipstone.core.strict import unknown
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
-from skipstone.train.config import read_recipe
+from skipstone.train.recipe import read_recipe
 from skipstone_studies.study import RecipeDict
 
 Changes = dict[str, Any]  # of the recipe's section model

@@ -8,12 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import Section, markdown, number, percent
-from skipstone.evaluate.teal import measure_teal
 from skipstone_studies import measure
 from skipstone_studies.claims import ByArm, values
 from skipstone_studies.page import mean_and_spread
+from skipstone_studies.quality.teal import measure_teal
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 DENSE = "dense"
@@ -66,12 +66,12 @@ def _recipe(scale: str, corpus: str, neurons: int, options: dict[str, Any] | Non
 
 def measured(folder: Path) -> Figures:
     """The usual figures; the FLOPs of the MLPs alone; of SwiGLU also the loss with small inputs set to 0."""
-    figures, opened = measure.standard(folder), open_run(folder)
-    cost = opened.model.cost(opened.context)
+    figures, loaded = measure.standard(folder), load_run(folder)
+    cost = loaded.model.cost(loaded.context)
     figures = {**figures, "mlp_flops": cost.forward_per_token.mlp}
-    if opened.model.config.neuron_groups is not None:
+    if loaded.model.config.neuron_groups is not None:
         return figures
-    return {**figures, "teal": {_step(share): _teal(folder, opened, 1 - share) for share in SHARES}}
+    return {**figures, "teal": {_step(share): _teal(folder, loaded, 1 - share) for share in SHARES}}
 
 
 def _step(share: float) -> str:
@@ -79,13 +79,17 @@ def _step(share: float) -> str:
     return f"{share:.0%}"
 
 
-def _teal(folder: Path, opened: Opened, sparsity: float) -> Figures:
-    train = open_run(folder, "train")
-    assert opened.data is not None
+def _teal(folder: Path, loaded: LoadedRun, sparsity: float) -> Figures:
+    train = load_run(folder, "train")
+    assert loaded.data is not None
     assert train.data is not None
-    rows = batches(train.data, BATCH, opened.model.device)
+    rows = batches(train.data, BATCH, loaded.model.device)
     found = measure_teal(
-        opened.model, opened.main, islice(rows, CALIBRATION), batches(opened.data, BATCH, opened.model.device), sparsity
+        loaded.model,
+        loaded.primary,
+        islice(rows, CALIBRATION),
+        batches(loaded.data, BATCH, loaded.model.device),
+        sparsity,
     )
     return {"loss": found.loss, "executed": 1 - found.sparsity}
 

@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skipstone.adapt.calibrated import BATCH, BATCHES
+from skipstone.adapt.export_calibrated import BATCH, BATCHES
 from skipstone.adapt.harden import NAMES, harden, mean_logits
-from skipstone.evaluate.losses import measure as measure_loss
-from skipstone.evaluate.opened import Opened, batches, open_run
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import Section, markdown, percent
+from skipstone.measure.losses import measure_loss
 from skipstone.runs import Run
 from skipstone_studies import measure
 from skipstone_studies.claims import ByArm, Claim, claims_table, mean, paired, values
@@ -70,20 +70,20 @@ def measured(folder: Path) -> Figures:
     if not layers:
         return figures
     means = {name: statistics.fmean(layer[name] for layer in layers) for name in ROUTING}
-    hardened = _hardened(folder, open_run(folder)) - ways[main]["loss"]
+    hardened = _hardened(folder, load_run(folder)) - ways[main]["loss"]
     neurons = [layer["neurons"] for layer in layers]  # by layer, the share whose strongest activation is each
     return {**figures, **means, "hardened": hardened, "neurons": neurons, "course": course(Run(folder))}
 
 
-def _hardened(folder: Path, opened: Opened) -> float:
+def _hardened(folder: Path, loaded: LoadedRun) -> float:
     """Nats of the model whose neurons keep one activation for good, chosen on training rows."""
-    train = open_run(folder, "train")
-    assert opened.data is not None
+    train = load_run(folder, "train")
+    assert loaded.data is not None
     assert train.data is not None
-    rows = islice(batches(train.data, BATCH, opened.model.device), BATCHES)
-    model = harden(opened.model, mean_logits(opened.model, opened.main, rows)).eval()
-    rest = batches(opened.data, BATCH, opened.model.device)
-    return measure_loss(model, opened.main, rest, activations=False).loss
+    rows = islice(batches(train.data, BATCH, loaded.model.device), BATCHES)
+    model = harden(loaded.model, mean_logits(loaded.model, loaded.primary, rows)).eval()
+    rest = batches(loaded.data, BATCH, loaded.model.device)
+    return measure_loss(model, loaded.primary, rest, activations=False).loss
 
 
 def course(run: Run) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from skipstone.data.synthetic import BINS
-from skipstone.evaluate.accuracy import OVERALL
+from skipstone.measure.accuracy import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
 from skipstone_studies.quality import reset_s3

@@ -1,0 +1,194 @@
+"""`AdaptRecipe`: how a dense checkpoint is turned into one that computes less, read strictly from plain dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from skipstone.core.strict import from_dict, unknown
+from skipstone.train.recipe import Recipe
+
+MODEL_KEYS = ("mechanisms", "activation", "neuron_groups", "drop_layers")
+LORA = "routers+lora"
+Trained = Literal["routers", "routers+lora", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of the training. Numbers that are left out are those of `adapt` and `train`.
+
+    train_only: routers (everything that belongs to mechanisms), routers+lora (low-rank adapters on every projection of
+    the blocks, too; merged at the end), all (every weight, but no adapters).
+    learning_rate: after `warmup_steps` it falls as a cosine to train.min_lr_ratio of itself, anew in each stage.
+    router_learning_rate: the same for routers. routing: which pass trains, oracle (gates are soft) or causal (the pass
+    that generation executes: hard gates, no noise).
+    """
+
+    train_only: Trained | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    router_learning_rate: float | None = None
+    warmup_steps: int | None = None
+    routing: Literal["oracle", "causal"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What is minimised, each term a mean over predicted tokens; auxiliary losses of mechanisms come on top.
+
+    language_modelling: coefficient of the cross-entropy. distillation: of KL(teacher || student) of the logits at
+    `temperature` T, times T^2 (Hinton et al. 2015, arXiv 1503.02531). hidden_states: of the squared error of each
+    block's output, divided by the teacher's own mean square there. budget: of the squared distance between the share
+    of tokens that soft gates let pass and the share that the budget allows.
+    teacher: a dense checkpoint with the same vocabulary; None: the source as it was.
+    """
+
+    language_modelling: float = 1.0
+    distillation: float = 0.0
+    temperature: float = 1.0
+    hidden_states: float = 0.0
+    budget: float = 1.0
+    teacher: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("language_modelling", "distillation", "hidden_states", "budget"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not self.language_modelling + self.distillation > 0:
+            raise ValueError("language_modelling and distillation must not both be 0: nothing would be learned")
+        if self.teacher is not None and not self.teaches:
+            raise ValueError("teacher is named, but distillation and hidden_states are 0")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a teacher is needed at all."""
+        return self.distillation > 0 or self.hidden_states > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) on every projection of every block, by PEFT; merged when training ends."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """How to adapt.
+
+    train_only, router_learning_rate (None: the learning rate): for stages that do not say. stages: one after the other;
+    none: a single one of train.steps. loss, lora: see there.
+    budget: forward FLOPs a token to execute, as a share of the dense source's, at rows of data.context tokens; None:
+    whatever the mechanisms' options give. start: random, or measured: linear routers of Mixture-of-Depths start as a
+    least-squares guess of how much their site changes a token, low-rank skip paths as one of its update, both measured
+    on the source.
+    calibration_rows: so many training rows (all, if there are fewer) on which blocks are scored and routers started;
+    thresholds are set on the first 32 of them.
+    tolerance: of the neutral start, as a share of the source's largest logit.
+    """
+
+    train_only: Trained = "all"
+    router_learning_rate: float | None = None
+    stages: list[Stage] = field(default_factory=list)
+    loss: Loss = field(default_factory=Loss)
+    lora: Lora = field(default_factory=Lora)
+    budget: float | None = None
+    start: Literal["random", "measured"] = "random"
+    calibration_rows: int = 16
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ValueError(f"budget must be in (0, 1), a share of the dense model's FLOPs, got {self.budget}")
+        if self.calibration_rows < 1:
+            raise ValueError(f"calibration_rows must be at least 1, got {self.calibration_rows}")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be above 0, got {self.tolerance}")
+        for name in ("router_learning_rate",):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptRecipe(Recipe):
+    """A whole adaptation. model: mechanisms, activation, neuron_groups, drop_layers; all else is the source's.
+
+    In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`; `drop_layers` takes the same forms and
+    leaves whole blocks out, which is what routing has to beat.
+    """
+
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in self.model:
+            if key not in MODEL_KEYS:
+                raise ValueError(f"{unknown('key in model', key, MODEL_KEYS)}; all else is the source's")
+        groups = self.model.get("neuron_groups") or {}
+        if not isinstance(groups, Mapping):
+            raise ValueError(f"model.neuron_groups must be a mapping, got {groups!r}")
+        if (decision := groups.get("decision", "magnitude")) != "magnitude":
+            raise ValueError(
+                f"model.neuron_groups.decision must be 'magnitude' to adapt, got {decision!r}: the gains of a router "
+                "would change what the source computes"
+            )
+        if self.train.routing != "learned":
+            raise ValueError(f"train.routing must be 'learned' to adapt, got {self.train.routing!r}")
+        if self.train.no_decay is not None:
+            raise ValueError("train.no_decay has no effect here: matrices decay, biases, norms and adapters do not")
+
+
+def read_recipe(values: Mapping[str, Any]) -> AdaptRecipe:
+    """The recipe of a plain dict, its stages complete and train.steps their sum.
+
+    Raises ValueError, one line, naming the field and what is allowed.
+    """
+    values = dict(values)
+    train, stages = dict(values.get("train") or {}), (values.get("adapt") or {}).get("stages")
+    total = sum(s.get("steps") or 0 for s in stages if isinstance(s, Mapping)) if isinstance(stages, list) else 0
+    if stages and total:
+        if train.get("steps", total) != total:
+            raise ValueError(
+                f"train.steps is {train['steps']}, but the stages have {total} steps together; leave it out"
+            )
+        train["steps"] = total
+        if isinstance(warmup := train.get("warmup_steps", 0), int):  # each stage has its own, cut to its length below
+            train["warmup_steps"] = min(warmup, total)
+        values["train"] = train
+    recipe = from_dict(AdaptRecipe, values)
+    return replace(recipe, adapt=replace(recipe.adapt, stages=list(_stages(recipe))))
+
+
+def _stages(recipe: AdaptRecipe) -> Any:
+    train, adapt = recipe.train, recipe.adapt
+    alone = Stage(steps=train.steps)
+    for i, stage in enumerate(adapt.stages or [alone]):
+        where = f"adapt.stages[{i}]"
+        if stage.steps is None or stage.steps < 1:
+            raise ValueError(f"{where}.steps must be at least 1, got {stage.steps}")
+        rate = stage.learning_rate or train.learning_rate
+        warmup = min(train.warmup_steps, stage.steps) if stage.warmup_steps is None else stage.warmup_steps
+        filled = replace(
+            stage,
+            train_only=stage.train_only or adapt.train_only,
+            learning_rate=rate,
+            router_learning_rate=stage.router_learning_rate or adapt.router_learning_rate or rate,
+            warmup_steps=warmup,
+            routing=stage.routing or "oracle",
+        )
+        if not 0 <= warmup <= stage.steps:
+            raise ValueError(f"{where}.warmup_steps must be in [0, {stage.steps}], got {warmup}")
+        if not min(filled.learning_rate or 0, filled.router_learning_rate or 0) > 0:
+            raise ValueError(f"{where}: learning rates must be above 0")
+        yield filled

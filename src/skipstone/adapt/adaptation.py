@@ -1,0 +1,120 @@
+"""`adapt`: from a dense checkpoint and a recipe to a finished run folder."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from skipstone.adapt import flop_budget as budgets
+from skipstone.adapt import stages
+from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
+from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
+from skipstone.adapt.trainer import AdaptTrainer, on_device
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.runs import TOKENIZER
+from skipstone.train import folder as folders
+from skipstone.train import setup
+from skipstone.train.recipe import to_dict
+from skipstone.train.trainer import RunTrainer
+from skipstone.train.training import finish, fit, held, open_run
+
+RECORD = "adaptation.json"  # in the run folder: what was measured before the training began
+COUNTED_ROWS = 16
+THRESHOLD_ROWS = 32  # of the calibration rows: a threshold is one number, and every try is a pass over all of them
+
+
+def adapt(
+    source: str, config: Mapping[str, Any], *, out: Path | None = None, resume: bool = False, progress: bool = True
+) -> Path:
+    """Adapt the dense checkpoint `source` by the recipe `config` into a run folder and return it.
+
+    out, resume, progress: as `skipstone.train.training.train` takes them. Raises ValueError, FileNotFoundError or
+    FileExistsError, one line, before anything is written; `Interrupted` after a stop signal.
+    """
+    recipe = read_recipe(config)
+    check_early(recipe)
+    with held(recipe, out, resume) as folder:
+        return _adapt(source, recipe, folder, resume, progress)
+
+
+def _adapt(source: str, recipe: AdaptRecipe, folder: Path, resume: bool, progress: bool) -> Path:
+    run = open_run(recipe, folder, resume)
+    if run is not None and run.finished:
+        return folder
+    plan = prepare_plan(source, recipe, run)
+    resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}
+    arguments = setup.arguments(recipe.train, folder)
+    stages.check(plan.model, recipe.adapt.stages, int(os.environ.get("WORLD_SIZE", "1")))
+    if run is not None:
+        folders.check_same(run.config(), resolved)
+    elif arguments.process_index == 0:
+        folders.create(folder, resolved, recipe.train.seed)
+        folders.write_json(folder / RECORD, plan.record)
+        plan.data.tokenizer.save_pretrained(folder / TOKENIZER)  # type: ignore[union-attr]
+    return _train(plan, arguments, folder, progress)
+
+
+def _train(plan: Plan, arguments: Any, folder: Path, progress: bool) -> Path:
+    recipe = plan.recipe
+    if plan.teacher is not None:
+        plan.teacher.to(arguments.device)
+    set_seed(recipe.train.seed)
+    needed = stages.needs_adapters(recipe.adapt.stages)
+    tuner = stages.add_adapters(plan.model, recipe.adapt.lora) if needed else None
+    if recipe.train.compile:
+        for block in plan.model.model.layers:
+            block.compile()
+
+    def trainer_of(callbacks: list[Any]) -> RunTrainer:
+        return AdaptTrainer(
+            adapt=recipe.adapt,
+            teacher=plan.teacher,
+            passing=plan.passing,
+            recipe=recipe.train,
+            data=plan.data,
+            model=plan.model,
+            args=arguments,
+            callbacks=callbacks,
+        )
+
+    return fit(recipe, arguments, folder, progress, trainer_of, lambda trainer: _finish(plan, tuner, folder, trainer))
+
+
+def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
+    """Merge adapters, set thresholds to the budget, measure once more, and close the run."""
+    model: Any = plan.model.requires_grad_(True)
+    if tuner is not None:
+        stages.merge_adapters(model, tuner)
+    rows = [on_device(row, model.device) for row in plan.rows[:THRESHOLD_ROWS]]
+    asked = plan.recipe.adapt.budget
+    changed = budgets.close(model) or asked is not None or tuner is not None
+    if asked is not None:
+        budgets.calibrate(model, rows, asked, plan.dense)
+    if changed:
+        trainer.evaluate()
+    reached = None if trainer.obstacle else _reached(plan, model)
+    more = {"neutral_start": plan.record["neutral_start"], "executed_share": reached, "budget": asked}
+    if model.config.neuron_groups is not None:  # which save where one token is computed at a time
+        more["decoding_share"] = round(model.cost(tokens=1, past=plan.recipe.data.context).ratio, 4)
+        say(f"in decoding: {more['decoding_share']:.1%} of the dense FLOPs a token")
+    if asked is not None and reached is not None:
+        within = abs(reached / asked - 1) <= budgets.WITHIN
+        say(f"executed: {reached:.1%} of the dense FLOPs a token, budget {asked:.1%}")
+        more["within_budget"] = within
+        if not within:
+            warnings.warn(f"the budget of {asked:.1%} was missed: {reached:.1%} is executed", stacklevel=2)
+    finish(plan.data, folder, trainer, **more)
+
+
+def _reached(plan: Plan, model: SkipstoneForCausalLM) -> float:
+    """Counted on validation rows, one at a time, as a share of the dense source's at the same length."""
+    data, context = plan.data, plan.recipe.data.context
+    count = min(COUNTED_ROWS, len(data.validation))
+    rows = [on_device(data.collate([data.validation[i]]), model.device) for i in range(count)]
+    whole = [row for row in rows if row["input_ids"].shape[1] == context] or rows
+    return round(budgets.counted(model.eval(), whole) / plan.dense, 4)  # type: ignore[arg-type]

@@ -1,0 +1,50 @@
+"""What `harden` and `prune` share: open a model, change it by what training rows show, and write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.measure.passes import Pass
+from skipstone.model.card import write_card
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.loading import named_dtype, quiet
+from skipstone.model.writing import complete
+
+BATCH, BATCHES = 8, 8  # rows to calibrate on
+Rows = Iterable[Mapping[str, Tensor]]
+Change = Callable[[SkipstoneForCausalLM, Pass, Rows], SkipstoneForCausalLM]
+
+
+def export(
+    folder: str | Path,
+    out: Path,
+    dtype: str | None,
+    corpus: str | None,
+    *,
+    require: Callable[[SkipstoneForCausalLM], None],
+    change: Change,
+) -> SkipstoneForCausalLM:
+    """Write what `change` makes of a run or saved model to the folder `out`, and return it.
+
+    corpus: to calibrate on, if not the run's own; a saved model has none. require: raises for a model that `change`
+    cannot have. Raises ValueError without a corpus, and FileExistsError if `out` holds something.
+    """
+    loaded = load_run(Path(folder), "train", corpus)
+    require(loaded.model)
+    if loaded.data is None:
+        raise ValueError(f"{str(folder)!r} is a saved model without a recipe; name the corpus to calibrate on")
+    rows = islice(batches(loaded.data, BATCH, loaded.model.device), BATCHES)
+    with complete(Path(out)) as partial, quiet():
+        changed = change(loaded.model, loaded.primary, rows)
+        changed = changed.to(named_dtype(dtype, loaded.model.dtype))  # type: ignore[arg-type]
+        changed.save_pretrained(partial)
+        write_card(changed, partial, title=Path(out).name, source=Path(folder).name)
+        tokenizer = loaded.run.load_tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return changed

@@ -1,0 +1,99 @@
+"""The executed-FLOPs budget: what capacities promise it, which thresholds meet it (package `budget`), and what is
+reached.
+
+A budget is a share of the dense source's forward FLOPs a token, at rows of one length, one row at a time: in a batch,
+rows that keep fewer tokens are filled up, and that is the batch's doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from skipstone.budget.calibration import meet
+from skipstone.budget.handles import find_handles, is_gate
+from skipstone.data.rows import Row
+from skipstone.measure.flops import count_flops
+from skipstone.measure.passes import PASSES
+from skipstone.mechanisms import GateSkip, MixtureOfDepths
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.cost import cost
+
+HALVINGS = 30
+WITHIN = 0.05  # the reached share may be this much of the budget away from it
+CAPACITIES = ("mixture_of_depths", "gate_skip")  # mechanisms whose capacity sets the budget
+
+
+def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> tuple[float | None, float | None]:
+    """The capacity of every mechanism that has one, or else the share that gates should let pass, for this budget.
+
+    dense: the source's FLOPs of a row of `tokens` tokens. Raises ValueError for a budget that cannot be met.
+    """
+    with torch.device("meta"):
+        model = SkipstoneForCausalLM(config)
+    mixtures = [m for m in model.routing_modules() if isinstance(m, MixtureOfDepths | GateSkip)]
+    gates = [m for m in model.routing_modules() if is_gate(m)]
+    if not mixtures and not gates:
+        raise ValueError(
+            "adapt.budget needs a mechanism that skips: mixture_of_depths, token_selective, early_exit or gate_skip "
+            "(neuron_groups take a capacity instead)"
+        )
+
+    def share(kept: float) -> float:
+        for mechanism in mixtures:
+            _pin(mechanism, kept)
+        passing: dict[int, dict[str, float]] = {m.placement.layer: {} for m in gates}
+        for m in gates if not mixtures else ():
+            passing[m.placement.layer][m.placement.name] = kept * tokens
+        return cost(model, tokens=tokens, kept={} if mixtures else passing).forward.total / dense
+
+    kept = round(_crossing(share, budget, dense), 4)
+    return (kept, None) if mixtures else (None, kept)
+
+
+def _pin(mechanism: MixtureOfDepths | GateSkip, capacity: float) -> None:
+    if isinstance(mechanism, MixtureOfDepths):
+        mechanism.decision.capacity.pin(capacity)
+    else:
+        mechanism.capacity = capacity
+
+
+def close(model: SkipstoneForCausalLM) -> bool:
+    """Give gates that started with every token kept the capacity of their options; whether there are any."""
+    gates = [m for m in model.routing_modules() if isinstance(m, GateSkip)]
+    for mechanism in gates:
+        mechanism.capacity = mechanism.config.capacity
+    return bool(gates)
+
+
+def _crossing(share: Callable[[float], float], budget: float, dense: float) -> float:
+    low, high = 1e-4, 1.0
+    if not share(low) <= budget <= share(high):
+        raise ValueError(
+            f"adapt.budget {budget:g} cannot be met: these mechanisms on these layers reach from {share(low):.3f} to "
+            f"{share(high):.3f} of the dense FLOPs; route other or more layers"
+        )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) < budget else (low, middle)
+    return (low + high) / 2
+
+
+def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, dense: float) -> None:
+    """Turn the thresholds that are saved with the model, so that causal passes over `rows` execute the budget.
+
+    dense: the source's FLOPs a token. Decisions by a trained predictor or a fixed threshold stay as they are.
+    """
+    model.eval()
+    handles = [handle for handle in find_handles(model) if handle.saved]
+    if handles:
+        meet(model, handles, rows, budget * dense)
+
+
+def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
+    """FLOPs a token, counted on the operations of causal passes while they run; `rows` hold one row each."""
+    forward = PASSES["executed"]
+    total = sum(count_flops(lambda row=row: forward.run(model, row)).total for row in rows)  # type: ignore[misc]
+    return total / sum(row["input_ids"].numel() for row in rows)

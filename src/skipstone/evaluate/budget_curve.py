@@ -1,0 +1,168 @@
+"""One model at several budgets: what it executes, what it loses, and its budget table measured on a run's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skipstone.budget import BudgetTable, calibrate
+from skipstone.budget.table import OperatingPoint
+from skipstone.data.prepare import PreparedData, prepare
+from skipstone.data.rows import Row
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
+from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent, plain, rich_table
+from skipstone.measure.flop_check import COUNTED_BATCHES, flop_check
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.share import observe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = 32  # to calibrate on
+BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtBudget:
+    """The model at one budget. target: the budget, None for the model as trained. realised: the share of the dense
+    FLOPs that the decisions of the whole split need, one row at a time. flops_per_token: these FLOPs.
+    counted_per_token: those of the operations that ran on the first batches, shorter rows filled up. loss: nats a
+    prediction of the executed pass."""
+
+    target: float | None
+    realised: float
+    flops_per_token: float
+    counted_per_token: float
+    loss: float
+
+
+def at_budgets(
+    loaded: LoadedRun, data: PreparedData, budget_table: BudgetTable, budgets: Iterable[float], batch_size: int
+) -> tuple[AtBudget, ...]:
+    """The model as trained, then at each budget."""
+    return tuple(_measured(loaded, data, budget_table, target, batch_size) for target in (None, *budgets))
+
+
+def _measured(
+    loaded: LoadedRun, data: PreparedData, budget_table: BudgetTable, target: float | None, batch_size: int
+) -> AtBudget:
+    model, forward = loaded.model, loaded.passes["executed"]
+
+    def rows(most: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        return batches(data, batch_size, model.device, most)
+
+    with nullcontext() if target is None else budget_table.at(model, target):
+        seen = observe(model, rows())
+        return AtBudget(
+            target=target,
+            realised=seen.share,
+            flops_per_token=seen.needed,
+            counted_per_token=flop_check(model, forward, rows(COUNTED_BATCHES * batch_size)).counted,
+            loss=measure_loss(model, forward, rows(), activations=False).loss,
+        )
+
+
+def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
+    return Section(
+        title="loss by budget, executed",
+        columns=["budget", "share of dense FLOPs", "off by", "FLOPs a token", "counted in batches", "loss (nats)"],
+        rows=[
+            [
+                "as trained" if p.target is None else percent(p.target),
+                percent(p.realised),
+                UNKNOWN if p.target is None else f"{100 * (p.realised / p.target - 1):+.1f} %",
+                amount(p.flops_per_token),
+                amount(p.counted_per_token),
+                number(p.loss),
+            ]
+            for p in points
+        ],
+        notes=[f"{budget_table}; one row at a time, except FLOPs counted in batches, where shorter rows are padded"],
+    )
+
+
+def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
+    """The budget table beside the weights, or one made from text that is not in `split`."""
+    folder = loaded.run.model_folder()
+    if BudgetTable.find(folder) is not None:
+        return BudgetTable.load(folder)
+    return _calibrated(loaded, "validation" if split == "train" else "train", ROWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A budget table that was made and written to `path`."""
+
+    path: Path
+    budget_table: BudgetTable
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(
+            {
+                "path": str(self.path),
+                "range": self.budget_table.range,
+                "points": [vars(p) for p in self.budget_table.points],
+            }
+        )
+
+    def markdown(self) -> str:
+        return markdown([self._section()])
+
+    def table(self) -> Table:
+        return rich_table([self._section()])
+
+    def _section(self) -> Section:
+        return Section(
+            title=str(self.path),
+            columns=["share of dense FLOPs", "tokens kept, mean", "least", "most"],
+            rows=[
+                [percent(s.share), *map(percent, (sum(s.kept) / len(s.kept), min(s.kept), max(s.kept)))]
+                for s in _shown(self.budget_table.points)
+            ],
+            notes=[f"mean, least and most of {', '.join(self.budget_table.handles)}", str(self.budget_table)],
+        )
+
+
+def calibrate_run(
+    folder: Path, *, corpus: str | None = None, context: int | None = None, rows: int = ROWS
+) -> Calibrated:
+    """Make the budget table of a run or a saved model from `rows` training rows, and write it beside the weights.
+
+    corpus, context: replace those of the run; a saved model has none. Raises FileExistsError where there is a budget
+    table, ValueError without text, and for a model without thresholds to set.
+    """
+    loaded = load_run(folder, "train", corpus, context)
+    where = loaded.run.model_folder()
+    BudgetTable.refuse(where)
+    if loaded.data is None:
+        raise ValueError(f"{folder} is a saved model without a recipe; name the corpus to calibrate on")
+    budget_table = _calibrated(loaded, "train", rows)
+    return Calibrated(path=budget_table.save(where), budget_table=budget_table)
+
+
+def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
+    assert loaded.data is not None
+    found = list(_spread(loaded, split, count))
+    return calibrate(loaded.model, found, text=f"{loaded.data.config.corpus}, {split}")
+
+
+def _spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
+    """Batches of whole rows, from all over the split."""
+    assert loaded.data is not None
+    config = replace(loaded.data.config, validation_rows=None)
+    data = prepare(config, tokenizer=loaded.run.load_tokenizer(), train=False, split=split)
+    whole = len(data.validation) - 1 or 1  # the last row may be short
+    places = [i * whole // count for i in range(count)] if count < whole else list(range(whole))
+    for start in range(0, len(places), BATCH):
+        yield data.collate(data.validation.__getitems__(places[start : start + BATCH]))
+
+
+def _shown(points: Sequence[OperatingPoint], most: int = 12) -> list[OperatingPoint]:
+    """From the first to the last, evenly."""
+    count = min(most, len(points))
+    return [points[round(i * (len(points) - 1) / max(count - 1, 1))] for i in range(count)]

@@ -1,0 +1,136 @@
+"""`compare`: runs beside each other, measured on the same machine in the same minutes."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skipstone.evaluate.loaded_run import LoadedRun, load_run
+from skipstone.evaluate.metrics import RunMetrics, run_metrics, sample_ids, speed_tasks
+from skipstone.evaluate.rows import capacity_section, headroom_section, main_section
+from skipstone.evaluate.tables import Section, markdown, plain, rich_table
+from skipstone.measure.accuracy import headroom
+from skipstone.measure.speed import Rate, take_turns
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROUNDS = 5  # timings of each task, after one to warm up
+COLUMNS = 6  # runs that fit beside each other on 120 columns
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """Figures of all runs, in the order given. captured: headroom by run and bin, where the twins were named."""
+
+    runs: tuple[RunMetrics, ...]
+    machine: dict[str, Any]
+    dense: RunMetrics | None = None
+    forced: RunMetrics | None = None
+
+    @property
+    def captured(self) -> dict[str, dict[str, float]]:
+        if self.dense is None or self.forced is None:
+            return {}
+        dense, forced = self.dense.accuracy, self.forced.accuracy
+        assert dense is not None
+        assert forced is not None
+        return {run.name: headroom(run.accuracy, dense, forced) for run in self.runs if run.accuracy is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: FLOPs and bytes per token, shares in [0, 1], energy in joules."""
+        twins = {"dense": self.dense, "forced": self.forced}
+        return plain(
+            {
+                "machine": self.machine,
+                "runs": [run.to_dict() for run in self.runs],
+                "twins": {name: twin.to_dict() for name, twin in twins.items() if twin is not None},
+                "headroom_captured": self.captured,
+            }
+        )
+
+    def markdown(self) -> str:
+        return markdown(self._sections(len(self.runs)))
+
+    def table(self) -> Table:
+        """Runs as columns, a few at a time."""
+        return rich_table(self._sections(COLUMNS))
+
+    def _sections(self, width: int) -> list[Section]:
+        parts = [self.runs[start : start + width] for start in range(0, len(self.runs), width)]
+        make: list[Callable[[Sequence[RunMetrics]], Section | None]] = [main_section, capacity_section]
+        found = [section for function in make for part in parts if (section := function(part)) is not None]
+        if self.dense is not None and self.forced is not None:
+            found.append(headroom_section(self.runs, self.dense, self.forced, self.captured))
+        found[-1] = replace(
+            found[-1], notes=[*found[-1].notes, ", ".join(f"{k}: {v}" for k, v in self.machine.items())]
+        )
+        return found
+
+
+def compare(
+    runs: Sequence[Path], *, dense: Path | None = None, forced: Path | None = None, rounds: int = ROUNDS
+) -> Comparison:
+    """Measure all runs; timings are taken in turns.
+
+    runs: run folders or saved models. dense, forced: both or none, Reset-S3 only: the dense run of equal executed FLOPs
+    and the run routed by the known difficulty, between which headroom is measured. Raises ValueError or
+    FileNotFoundError, one line, for folders that cannot be measured.
+    """
+    if not runs:
+        raise ValueError("name at least one run to compare")
+    if (dense is None) != (forced is None):
+        raise ValueError("headroom lies between two runs: name both the dense and the forced one, or none")
+    folders = [*runs, *(twin for twin in (dense, forced) if twin is not None)]
+    loaded = [load_run(folder) for folder in folders]
+    if dense is not None:
+        _check_twins(loaded)
+    measured = _measured(loaded, rounds)
+    return Comparison(
+        runs=tuple(measured[: len(runs)]),
+        machine=_machine(loaded[0].model.device),
+        dense=measured[-2] if dense is not None else None,
+        forced=measured[-1] if forced is not None else None,
+    )
+
+
+def _measured(loaded: Sequence[LoadedRun], rounds: int) -> list[RunMetrics]:
+    others = next((o for o in loaded if o.data is not None and o.data.tokenizer is not None), None)
+    length = min(o.context for o in loaded)
+    tasks = {
+        (i, name): task
+        for i, o in enumerate(loaded)
+        for name, task in speed_tasks(o, sample_ids(o, 8, length, others)).items()
+    }
+    rates = take_turns(tasks, rounds)
+    named = _names(loaded)
+    found = []
+    for i, o in enumerate(loaded):
+        own: dict[str, Rate] = {name: rate for (run, name), rate in rates.items() if run == i}
+        found.append(replace(run_metrics(o, others, own), name=named[i]))
+    return found
+
+
+def _names(loaded: Sequence[LoadedRun]) -> list[str]:
+    """Folder names; with the parent's before them where two are the same."""
+    count = Counter(o.run.name for o in loaded)
+    return [o.run.name if count[o.run.name] == 1 else "/".join(o.run.folder.resolve().parts[-2:]) for o in loaded]
+
+
+def _check_twins(loaded: Sequence[LoadedRun]) -> None:
+    for o in loaded:
+        if o.data is None or not o.data.config.tells_difficulty:
+            raise ValueError(f"{o.run.name} was not trained on a corpus of known difficulty, which headroom needs")
+    if "forced" not in loaded[-1].passes:
+        raise ValueError(f"{loaded[-1].run.name} has no depth mechanism that could be forced")
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads(), "torch": torch.__version__}

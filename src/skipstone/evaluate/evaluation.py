@@ -1,0 +1,227 @@
+"""`evaluate`: what a trained model is worth, as trained, as specified and as executed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipstone.evaluate.budget_curve import AtBudget, at_budgets, budget_section, table_of
+from skipstone.evaluate.layers import layer_sections
+from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
+from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent, plain, rich_table
+from skipstone.measure.flop_check import COUNTED_BATCHES, FlopCheck, flop_check
+from skipstone.measure.hard_mix import measure_hard_mix
+from skipstone.measure.losses import LossResult, measure_loss
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from skipstone.data.prepare import PreparedData
+    from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """Figures of one run on one split. measured: by the name of a pass (`measure.passes`);
+    unavailable: why a pass is missing.
+
+    hard_mix: the primary pass with the strongest activation of each neuron alone, None where activations are not mixed.
+    flops: of the primary pass, whose figures stand for the model (as executed, else as trained). notes: what a reader
+    must know. budgets: the same model set to budgets, the first as trained; none unless asked for. budget_table: what
+    set it, in words.
+    """
+
+    name: str
+    corpus: str
+    split: str
+    rows: int
+    num_bytes: int | None
+    measured: dict[str, LossResult]
+    unavailable: dict[str, str]
+    primary: str
+    flops: FlopCheck
+    notes: tuple[str, ...]
+    hard_mix: LossResult | None = None
+    budgets: tuple[AtBudget, ...] = ()
+    budget_table: str = ""
+
+    @property
+    def executed_minus_causal(self) -> float | None:
+        """Nats a prediction by which the skipping pass differs from its specification: rounding, or an error."""
+        if "executed" not in self.measured:
+            return None
+        return self.measured["executed"].loss - self.measured["causal"].loss
+
+    @property
+    def hard_minus_soft(self) -> float | None:
+        """Nats a prediction that a model loses whose neurons each use their strongest activation alone."""
+        return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.primary].loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
+        passes = {
+            name: {
+                "loss": m.loss,
+                "perplexity": m.perplexity,
+                "bits_per_byte": m.bits_per_byte(self.num_bytes),
+                "accuracy": m.accuracy,
+                "token_accuracy": m.right / m.predictions,
+                "kinds": m.kinds,
+                "layers": m.statistics.layers(),
+            }
+            for name, m in self.measured.items()
+        }
+        return plain(
+            {
+                "run": self.name,
+                "corpus": self.corpus,
+                "split": self.split,
+                "rows": self.rows,
+                "predictions": self.measured[self.primary].predictions,
+                "bytes": self.num_bytes,
+                "ways": passes,
+                "lacking": self.unavailable,
+                "executed_minus_causal": self.executed_minus_causal,
+                "hard_minus_soft": self.hard_minus_soft,
+                "main": self.primary,
+                "flops_per_token": {
+                    "counted": self.flops.counted,
+                    "cost": self.flops.predicted,
+                    "needed": self.flops.needed,
+                    "dense": self.flops.dense,
+                    "unknown_operations": self.flops.unknown,
+                },
+                "host_syncs_per_forward": self.flops.syncs,
+                "budgets": [vars(point) for point in self.budgets],
+                "notes": self.notes,
+            }
+        )
+
+    def markdown(self) -> str:
+        return markdown(self._sections())
+
+    def table(self) -> Table:
+        return rich_table(self._sections())
+
+    def _sections(self) -> list[Section]:
+        layers = self.measured[self.primary].statistics.layers()
+        bins = [self._accuracy(), self._kinds()] if self.measured[self.primary].accuracy else []
+        budgets = [budget_section(self.budgets, self.budget_table)] if self.budgets else []
+        return [self._losses(), *bins, *layer_sections(layers, self.primary), self._cost(), *budgets]
+
+    def _losses(self) -> Section:
+        rows = []
+        for name in ("oracle", "causal", "executed", "forced"):
+            if name in self.measured:
+                m = self.measured[name]
+                cells = [number(m.loss), number(m.bits_per_byte(self.num_bytes)), number(m.perplexity, 2)]
+                rows.append([name, *cells])
+            elif name in self.unavailable:
+                rows.append([name, self.unavailable[name], UNKNOWN, UNKNOWN])
+        gap = self.executed_minus_causal
+        notes = [] if gap is None else [f"executed - causal: {gap:+.1e} nats"]
+        if self.hard_minus_soft is not None:
+            notes.append(f"strongest activation of each neuron alone - mix: {self.hard_minus_soft:+.1e} nats")
+        predictions = self.measured[self.primary].predictions
+        return Section(
+            title=f"{self.name}: {self.corpus}, {self.split}, {self.rows:,} rows, {predictions:,} predictions",
+            columns=["routing", "loss (nats)", "bits per byte", "perplexity"],
+            rows=rows,
+            notes=[*notes, *self.notes],
+        )
+
+    def _accuracy(self) -> Section:
+        found = {name: m.accuracy for name, m in self.measured.items() if m.accuracy}
+        bins = list(found[self.primary])
+        return Section(
+            title="accuracy by difficulty (operations since the reset)",
+            columns=["routing", *bins],
+            rows=[[name, *(percent(accuracy[b]) for b in bins)] for name, accuracy in found.items()],
+        )
+
+    def _kinds(self) -> Section:
+        kinds = self.measured[self.primary].kinds or {}
+        return Section(
+            title=f"by kind of token, {self.primary}",
+            columns=["kind", "loss (nats)", "blocks that update it"],
+            rows=[[name, number(found["loss"]), number(found["depth"], 2)] for name, found in kinds.items()],
+        )
+
+    def _cost(self) -> Section:
+        e = self.flops
+        difference = "equal" if e.agree else f"differs by {amount(e.counted - e.predicted)}"
+        notes = [f"operations that the counter does not know: {', '.join(e.unknown)}"] if e.unknown else []
+        return Section(
+            title=f"forward pass, {self.primary}",
+            columns=["per token", ""],
+            rows=[
+                ["FLOPs, counted while it ran", amount(e.counted)],
+                ["FLOPs by the cost model, same decisions", f"{amount(e.predicted)} ({difference})"],
+                ["of these needed, without filling up shorter rows", amount(e.needed)],
+                ["FLOPs without mechanisms", amount(e.dense)],
+                ["share of them executed", percent(e.share)],
+                ["host syncs a forward pass", number(e.syncs, 1)],
+            ],
+            notes=notes,
+        )
+
+
+def evaluate(
+    run: Path,
+    *,
+    split: str = "validation",
+    batch_size: int = 8,
+    corpus: str | None = None,
+    context: int | None = None,
+    budgets: Sequence[float] = (),
+) -> Evaluation:
+    """Measure on the whole split, each token predicted once, noise off.
+
+    run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. budgets: shares of
+    the dense FLOPs to set the model to, one after the other, by the budget table beside its weights, or by one that is
+    made for the purpose from rows that are not evaluated. Raises ValueError or FileNotFoundError, one line, when there
+    is no such folder, no data, when they do not fit, or for a budget out of reach.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    loaded = load_run(run, split, corpus, context)
+    if loaded.data is None:
+        raise ValueError(f"{run} is a saved model without a recipe; name the corpus to evaluate on")
+    budget_table = table_of(loaded, split) if budgets else None
+    if budget_table is None:
+        return _evaluated(loaded, loaded.data, split, batch_size)
+    for budget in budgets:
+        budget_table.thresholds(budget)  # out of reach is told before anything is measured
+    points = at_budgets(loaded, loaded.data, budget_table, budgets, batch_size)
+    return replace(_evaluated(loaded, loaded.data, split, batch_size), budgets=points, budget_table=str(budget_table))
+
+
+def _evaluated(loaded: LoadedRun, data: PreparedData, split: str, batch_size: int) -> Evaluation:
+    model, primary = loaded.model, loaded.primary
+    device = model.device
+    return Evaluation(
+        name=loaded.run.name,
+        corpus=data.config.corpus,
+        split=split,
+        rows=len(data.validation),
+        num_bytes=data.validation_bytes,
+        measured={
+            name: measure_loss(model, each, batches(data, batch_size, device), activations=each is primary)
+            for name, each in loaded.passes.items()
+        },
+        unavailable=loaded.unavailable,
+        primary=primary.name,
+        flops=flop_check(model, primary, batches(data, batch_size, device, rows=COUNTED_BATCHES * batch_size)),
+        notes=_notes(model, data.config.context),
+        hard_mix=measure_hard_mix(model, primary, batches(data, batch_size, device)),
+    )
+
+
+def _notes(model: SkipstoneForCausalLM, context: int) -> tuple[str, ...]:
+    found = sorted({reason for mechanism in model.routing_modules() if (reason := mechanism.not_ready_reason())})
+    if (model.config.neuron_groups or {}).get("decision") == "magnitude":
+        share = model.cost(tokens=1, past=context // 2).ratio
+        found.append(f"FLOPs of whole rows; neurons by magnitude save in decoding, {share:.1%} of dense a token")
+    return tuple(found)

@@ -1,0 +1,105 @@
+"""A run or a saved model, ready to be measured: the model on its device, and rows to measure it on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skipstone.data.config import DataConfig
+from skipstone.data.prepare import PreparedData, prepare
+from skipstone.measure.passes import Pass, passes_of
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedRun:
+    """A model with what it is measured on.
+
+    data: None for a saved model without a recipe. passes: those that the model has, by name. unavailable: why others
+    are missing.
+    """
+
+    run: Run
+    model: SkipstoneForCausalLM
+    data: PreparedData | None
+    passes: dict[str, Pass]
+    unavailable: dict[str, str]
+
+    @property
+    def primary(self) -> Pass:
+        """The pass whose figures stand for the model: as executed if it can be, else as trained.
+
+        Raises ValueError for a model that waits for decisions which nobody gives.
+        """
+        for name in ("executed", "oracle", "forced"):
+            if name in self.passes:
+                return self.passes[name]
+        raise ValueError(
+            f"{self.run.name}: decision 'forced' decides nothing itself: measured on data of known difficulty only"
+        )
+
+    @property
+    def context(self) -> int:
+        """Tokens a row: of its data, or what the model can take."""
+        limit = self.model.config.max_position_embeddings
+        return limit if self.data is None else min(self.data.config.context, limit)
+
+
+def load_run(
+    folder: Path, split: str = "validation", corpus: str | None = None, context: int | None = None
+) -> LoadedRun:
+    """`corpus` and `context` replace those of the run's recipe; a saved model has no others.
+
+    Raises ValueError or FileNotFoundError, one line, for folders, corpora and sizes that do not fit.
+    """
+    run = Run(folder)
+    model = run.load_model().eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    data = _data(run, model, split, corpus, context)
+    if data is not None:
+        _check(run, model, data)
+    was_forced = not run.is_saved_model and run.config()["train"].get("routing") == "difficulty"
+    passes, unavailable = passes_of(model, None if data is None else data.config.corpus, was_forced)
+    return LoadedRun(run=run, model=model, data=data, passes=passes, unavailable=unavailable)
+
+
+def _data(
+    run: Run, model: SkipstoneForCausalLM, split: str, corpus: str | None, context: int | None
+) -> PreparedData | None:
+    if corpus is None and run.is_saved_model:
+        return None
+    own = None if run.is_saved_model else run.data_config()
+    if own is not None and corpus in (None, own.corpus):
+        config = own if context is None else DataConfig(**{**vars(own), "context": context})
+    else:
+        usual = own.context if own is not None else min(model.config.max_position_embeddings, 1024)
+        config = DataConfig(corpus=str(corpus), context=context or usual)
+    return prepare(config, tokenizer=run.load_tokenizer(), train=False, split=split)
+
+
+def _check(run: Run, model: SkipstoneForCausalLM, data: PreparedData) -> None:
+    if data.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{run.name}: corpus {data.config.corpus!r} has {data.vocab_size} token ids, the model has "
+            f"{model.config.vocab_size}; a saved model needs its tokenizer beside it"
+        )
+    if data.config.context > model.config.max_position_embeddings:
+        raise ValueError(
+            f"{run.name}: context {data.config.context} is longer than the model's "
+            f"{model.config.max_position_embeddings}"
+        )
+
+
+def batches(
+    data: PreparedData, batch_size: int, device: torch.device, rows: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The evaluation rows in order (the first `rows` of them), as batches on `device`."""
+    total = len(data.validation) if rows is None else min(rows, len(data.validation))
+    for start in range(0, total, batch_size):
+        items = data.validation.__getitems__(range(start, min(start + batch_size, total)))
+        yield {name: x.to(device) for name, x in data.collate(items).items()}

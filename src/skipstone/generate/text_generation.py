@@ -1,0 +1,106 @@
+"""Text from a run folder or a saved model, piece by piece."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from skipstone.budget import BudgetTable
+from skipstone.generate.engine import Step, check_length
+from skipstone.generate.engine import stream as stream_steps
+from skipstone.generate.text import Detokenizer
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.runs import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEW_TOKENS = 128  # unless told, or unless the context is shorter
+TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Whole characters, and the mean compute share (0 to 1, see `compute`) of the tokens that they came from."""
+
+    text: str
+    compute: float
+
+
+def stream_text(
+    run: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    greedy: bool = False,
+    budget: float | None = None,
+) -> Iterator[Piece]:
+    """The continuation of `prompt`, ready to be iterated once everything has been checked.
+
+    max_new_tokens: None is 128, or what the model's context leaves. temperature: None is 0.8. greedy: take the
+    likeliest token. budget: the share of the dense FLOPs to execute, by the budget table beside the weights. Raises
+    ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer, an empty prompt, one that
+    outgrows the context, a model whose decisions cannot be made while generating, and a budget without a budget table
+    or out of its reach.
+    """
+    opened = Run(run)
+    model, tokenizer = opened.load_model(), opened.load_tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to go on from")
+    ids = _encode(tokenizer, prompt)
+    if max_new_tokens is None:
+        check_length(model, len(ids), 1)
+        max_new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - len(ids))
+    steps = stream_steps(
+        model.eval(),
+        torch.tensor([ids], device=model.device),
+        max_new_tokens=max_new_tokens,
+        temperature=0.0 if greedy else TEMPERATURE if temperature is None else temperature,
+        top_k=top_k,
+        seed=seed,
+        eos_token_id=_ends(model, tokenizer),
+        budget=budget,
+        budget_table=None if budget is None else BudgetTable.load(opened.model_folder()),
+    )
+    return _pieces(steps, Detokenizer(tokenizer, ids))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    if not prompt:
+        raise ValueError("the prompt is empty: generation goes on from at least one character")
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in ids:
+        warnings.warn("the prompt has characters that this model's tokenizer does not know", stacklevel=3)
+    return ids
+
+
+def _ends(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a text: the model's own, else the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    own = tokenizer.eos_token_id if own is None else own
+    return [] if own is None else [own] if isinstance(own, int) else list(own)
+
+
+def _pieces(steps: Iterator[Step], text: Detokenizer) -> Iterator[Piece]:
+    pending: list[float] = []  # of tokens whose text is not all out yet
+    for step in steps:
+        pending.append(float(step.compute_B[0]))
+        piece, rest = text.push(int(step.token_B[0])), pending[-1:] if text.waiting else []
+        if piece:
+            yield _piece(piece, pending[: len(pending) - len(rest)] or pending)
+            pending = rest
+    if piece := text.flush():
+        yield _piece(piece, pending)
+
+
+def _piece(text: str, compute: Sequence[float]) -> Piece:
+    return Piece(text=text, compute=sum(compute) / len(compute))

@@ -1,0 +1,186 @@
+"""Counting what executes: FLOPs by kind, and the times that the host must wait for the device.
+
+An operation is in the FLOP table, or it is free by convention (pointwise, view, reduction, or named below), or it is
+reported as unknown. Fused attention counts 4 H E Tq Tk forward and twice that backward: the scores that a fused kernel
+computes again are not counted, like the recomputation of MFU figures, so that no figure depends on the kernel chosen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from skipstone.ops import magnitude
+
+aten = torch.ops.aten
+
+FREE_NAMES = """
+_softmax _safe_softmax tril _softmax_backward_data _log_softmax _log_softmax_backward_data
+nll_loss_forward nll_loss_backward binary_cross_entropy_with_logits
+native_layer_norm native_layer_norm_backward native_dropout gelu gelu_backward threshold_backward
+embedding embedding_dense_backward constant_pad_nd slice_backward select_backward cat stack flip roll
+sort cumsum cummax cummin nonzero nonzero_static index index_put index_put_ _index_put_impl_ index_select
+index_add index_copy gather scatter scatter_ scatter_add topk searchsorted
+floor_divide _local_scalar_dense item _to_copy copy_ masked_fill_
+index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
+arange empty empty_like new_empty empty_strided new_empty_strided scalar_tensor zeros zeros_like new_zeros
+ones ones_like new_ones full full_like new_full fill_ exponential_ bernoulli_ uniform_ rand_like
+"""  # softmax, losses, norms; looking up; sorting, gathering, copying; filling, drawing
+FREE = frozenset(FREE_NAMES.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopCount:
+    """by_kind: attention_linear, attention_score, mlp, router, head, other in forward passes; the rest is backward.
+
+    unknown: operations that are neither in the table nor free; the total is not to be trusted while there are any.
+    """
+
+    total: int
+    by_kind: Mapping[str, int]
+    by_op: Mapping[str, int]
+    unknown: tuple[str, ...]
+
+
+def count_flops(fn: Callable[[], Any]) -> FlopCount:
+    """FLOPs of all that executes while `fn()` runs: forward, backward, or both.
+
+    A forward pass that activation checkpointing repeats is executed, hence counted, as backward.
+    """
+    by_kind: Counter[str] = Counter()
+
+    def tally(formula: Callable[..., int]) -> Callable[..., int]:
+        def counted(*args: Any, **kwargs: Any) -> int:
+            flops = formula(*args, **kwargs)
+            tracker = counter.mod_tracker
+            by_kind["backward" if tracker.is_bw else kind_of(tracker.parents)] += flops
+            return flops
+
+        counted._get_raw = True  # type: ignore[attr-defined]  # the counter then passes tensors, not their shapes
+        return counted
+
+    counter = FlopCounterMode(display=False, custom_mapping={op: tally(formula) for op, formula in TABLE.items()})
+    with _Operations() as operations, counter:
+        fn()
+    by_op = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+    unknown = sorted({str(op) for op in operations.seen if op.overloadpacket not in TABLE and not is_free(op)})
+    return FlopCount(total=counter.get_total_flops(), by_kind=dict(by_kind), by_op=by_op, unknown=tuple(unknown))
+
+
+def count_host_syncs(fn: Callable[[], Any]) -> Counter[str]:
+    """How often the host needed a value or a shape from the device while `fn()` ran, by operation.
+
+    On a CPU nothing waits, but the operations are the same.
+    """
+    with _Operations() as operations:
+        fn()
+    return Counter(str(op) for op, synced in zip(operations.seen, operations.synced, strict=True) if synced)
+
+
+def kind_of(modules: set[str]) -> str:
+    """The kind of a matrix product from the names of the modules that are running."""
+    parts = {name.rpartition(".")[2] for name in modules}
+    if "self_attn" in parts:
+        return "attention_linear" if any(part.endswith("_proj") for part in parts) else "attention_score"
+    if "mlp" in parts:
+        return "router" if parts & {"activation", "router"} else "mlp"
+    if "lm_head" in parts:
+        return "head"
+    return "router" if any(".mechanisms." in name for name in modules) else "other"
+
+
+def is_free(op: Any) -> bool:
+    """Whether an operation counts 0 by convention."""
+    tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy}
+    return bool(op.is_view or tags & set(op.tags) or op.overloadpacket.__name__ in FREE)
+
+
+def is_sync(op: Any, args: tuple[Any, ...], out: Any) -> bool:
+    """Whether the host must wait: a value or a shape depends on data, or data moves from the device."""
+    if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    if op.overloadpacket in (aten._to_copy, aten.copy_):
+        source = args[1] if op.overloadpacket is aten.copy_ else args[0]
+        return bool(source.device.type != "cpu" and out.device.type == "cpu")
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags))
+
+
+class _Operations(TorchDispatchMode):
+    """Lists every operation that executes, and whether it made the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+        self.synced: list[bool] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with self:  # inference mode hands over whole functions, such as linear; what they consist of is listed
+            out = func.decompose(*args, **(kwargs or {})) if hasattr(func, "decompose") else NotImplemented
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.OpOverload):
+            self.seen.append(func)
+            self.synced.append(is_sync(func, args, out))
+        return out
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """Two products for each pair of query and key; query heads in grouped attention."""
+    *rows_and_heads, queries, width = query.shape
+    pairs = queries * key.shape[-2]
+    for size in rows_and_heads:
+        pairs *= size
+    return 2 * pairs * (width + value.shape[-1])
+
+
+def _attention_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _attention(query, key, value)
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> int:
+    """Products of groups: rows of a (2 axes by 3), columns of b (3 by 2) or the summed axis (2 by 2) end at `offs`."""
+    inside = int(offs[-1]) if offs is not None and len(offs) else 0
+    if a.dim() == b.dim() == 2:
+        return 2 * a.shape[0] * inside * b.shape[1]
+    return 2 * inside * (a.shape[1] * b.shape[2] if a.dim() == 2 else a.shape[1] * a.shape[2])
+
+
+def _magnitude(*args: Any, **kwargs: Any) -> int:
+    """Rows of two matrices: those that are tried, those that are kept."""
+    up_FD, tried, kept, size = args[3], *args[5:8]
+    return 2 * (tried + kept) * size * up_FD.shape[1]  # type: ignore[no-any-return]
+
+
+FORWARD = (
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_fused_attention_overrideable,
+)
+BACKWARD = (
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward,
+    aten._scaled_dot_product_fused_attention_overrideable_backward,
+)
+TABLE: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    **dict.fromkeys(FORWARD, _attention),
+    **dict.fromkeys(BACKWARD, _attention_backward),
+    aten._grouped_mm: _grouped,
+    magnitude.NATIVE: _magnitude,
+    magnitude.NATIVE_LARGEST: lambda *args, **kwargs: 0,
+}

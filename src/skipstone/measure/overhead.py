@@ -1,0 +1,143 @@
+"""What routing itself costs: the share of a training step that is neither embedding, block nor head.
+
+Routing is every operation inside a depth mechanism but outside the update that it wraps (router, decision, gathering,
+weighing, scattering), every operation in a block that gathers or scatters rows (an update asked for some tokens only
+does it inside), and the backward of all these. Ranges are opened by hooks that live only while this measures, so the
+models carry none. The profiler makes each operation a little longer, small ones relatively most: the share is an upper
+bound. The activation mechanism, whose work is the mixing of functions, is counted apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile, record_function
+from torch.autograd.profiler_util import FunctionEvent
+
+from skipstone.measure.passes import Pass
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+ROUTING, UPDATE, ACTIVATION = (f"skipstone.{name}" for name in ("routing", "update", "activation"))
+GATHERING = frozenset({"aten::index_select", "aten::index_copy", "aten::index_copy_", "aten::gather", "aten::scatter"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Shares in [0, 1] of the time of forward and backward together."""
+
+    routing: float
+    activation: float
+
+
+def overhead(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, Tensor], steps: int = 2) -> Overhead:
+    """Profile `steps` training steps (forward with noise, backward, no optimizer) after one to warm up."""
+    arguments = {**forward.arguments(model, batch), "noise": True, "labels": batch["input_ids"]}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines of its own to the terminal
+    training, on_device = model.training, model.device.type == "cuda"
+    model.train()
+    try:
+        with torch.enable_grad(), _ranges(model):
+            _step(model, arguments)
+            with profile(use_device="cuda" if on_device else None) as profiler:
+                for _ in range(steps):
+                    _step(model, arguments)
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+    return _shares(list(profiler.function_events or ()), on_device)
+
+
+def _step(model: SkipstoneForCausalLM, arguments: Mapping[str, Any]) -> None:
+    model(**arguments).loss.backward()
+
+
+@contextmanager
+def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
+    """Profiler ranges around mechanisms, and around the updates inside them."""
+    blocks: Any = model.model.layers
+    hooks = []
+    for block in blocks:
+        for name, module in block.routing_modules().items():
+            if module is block.mlp:
+                continue  # experts that choose are the block's own work
+            ranges: list[Any] = []
+            enter = _enter_routing if name in block.mechanisms else _enter_activation
+            hooks.append(module.register_forward_pre_hook(_with(ranges, enter)))
+            hooks.append(module.register_forward_hook(_leave(ranges)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with(ranges: list[Any], enter: Callable[[list[Any], Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda module, args: enter(ranges, args)
+
+
+def _leave(ranges: list[Any]) -> Callable[[Any, Any, Any], None]:
+    return lambda module, args, out: ranges.pop().__exit__(None, None, None)
+
+
+def _enter_routing(ranges: list[Any], args: Any) -> Any:
+    update, *rest = args
+    ranges.append(record_function(ROUTING))
+    ranges[-1].__enter__()
+
+    def inside(*inner: Any) -> Any:
+        with record_function(UPDATE):
+            return update(*inner)
+
+    return (inside, *rest)
+
+
+def _enter_activation(ranges: list[Any], args: Any) -> None:
+    ranges.append(record_function(ACTIVATION))
+    ranges[-1].__enter__()
+
+
+def _shares(events: Sequence[FunctionEvent], on_device: bool) -> Overhead:
+    """Self times of forward operations by their nearest range, and of backward ones by their forward one."""
+    events = sorted(events, key=lambda event: event.time_range.start)
+    kinds = {event.id: _kind(event) for event in events}
+    # Several operations carry one number when not all of them need a gradient: the last of them made the node.
+    by_number = {event.sequence_nr: kinds[event.id] for event in events if event.sequence_nr >= 0 and _forward(event)}
+    spent = dict.fromkeys((ROUTING, ACTIVATION, UPDATE), 0.0)
+    for event in events:
+        kind = kinds[event.id] if _forward(event) else by_number.get(_number(event), UPDATE)
+        spent[kind] += event.self_device_time_total if on_device else event.self_cpu_time_total
+    total = sum(spent.values())
+    return Overhead(routing=spent[ROUTING] / total, activation=spent[ACTIVATION] / total)
+
+
+def _up(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
+    while event is not None:
+        yield event
+        event = event.cpu_parent
+
+
+def _kind(event: FunctionEvent) -> str:
+    """ROUTING, ACTIVATION, or UPDATE for all the rest of a step."""
+    names = [above.name for above in _up(event)]
+    nearest = next((name for name in names if name in (ROUTING, UPDATE, ACTIVATION)), None)
+    return ROUTING if nearest == UPDATE and GATHERING.intersection(names) else nearest or UPDATE
+
+
+def _node(event: FunctionEvent) -> FunctionEvent | None:
+    """The backward node that an event runs in."""
+    return next((above for above in _up(event) if above.name.startswith("autograd::engine::evaluate_function")), None)
+
+
+def _forward(event: FunctionEvent) -> bool:
+    return _node(event) is None
+
+
+def _number(event: FunctionEvent) -> int:
+    node = _node(event)
+    return -1 if node is None else node.sequence_nr

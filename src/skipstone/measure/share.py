@@ -1,0 +1,85 @@
+"""What causal passes decide, and the FLOPs that they need as a share of the dense model's.
+
+One row at a time is meant: in a batch, rows that keep fewer tokens are filled up to the fullest, which is the batch's
+doing. Shape letters: N tokens that were asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from skipstone.core.records import Records
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.cost import cost, kept_from_records
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
+
+
+class ScoreReader(Protocol):
+    """A threshold on scores, as the threshold handles of `budget` are."""
+
+    @property
+    def threshold(self) -> float:
+        """The score above which a token is kept."""
+
+    def scores(self, records: Sequence[Records]) -> Tensor:
+        """Return the scores [N] of all tokens of a pass that reached the mechanism."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """needed, dense: FLOPs a token by the cost model, of what was decided and without mechanisms. scores: of the tokens
+    that reached each handle's blocks, [N] each; kept: the share of them above its threshold."""
+
+    needed: float
+    dense: float
+    scores: list[Tensor]
+    kept: list[float]
+
+    @property
+    def share(self) -> float:
+        return self.needed / self.dense
+
+
+@torch.no_grad()
+def observe(
+    model: SkipstoneForCausalLM, rows: Iterable[Mapping[str, Tensor]], handles: Sequence[ScoreReader] = ()
+) -> Seen:
+    """One causal pass over `rows` (batches of any size), noise off; the model is in evaluation mode."""
+    scores: list[list[Tensor]] = [[] for _ in handles]
+    needed = dense = tokens = 0.0
+    for row in rows:
+        inputs = {name: row[name] for name in INPUTS if name in row}
+        out = model(**inputs, routing="causal", noise=False, use_cache=False, output_records=True)
+        for handle, found in zip(handles, scores, strict=True):
+            found.append(handle.scores(out.records).to(row["input_ids"].device))
+        spent = _spent(model, row["input_ids"], out.records)
+        needed, dense, tokens = needed + spent[0], dense + spent[1], tokens + row["input_ids"].numel()
+    joined = [torch.cat(found) for found in scores]
+    kept = [
+        float((s > handle.threshold).double().mean()) if len(s) else 0.0
+        for handle, s in zip(handles, joined, strict=True)
+    ]
+    return Seen(needed=needed / tokens, dense=dense / tokens, scores=joined, kept=kept)
+
+
+def _spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
+    """FLOPs needed and dense, each row by itself: attention's grow with the square of what a row keeps."""
+    needed = dense = 0.0
+    for row in range(len(ids_BT)):
+        alone = tree_map(partial(_row, row), records)
+        found = cost(model, tokens=ids_BT.shape[1], kept=kept_from_records(model, alone))
+        assert found.dense is not None
+        needed, dense = needed + found.forward.total, dense + found.dense.forward.total
+    return needed, dense
+
+
+def _row(index: int, x: object) -> object:
+    return x[index : index + 1] if isinstance(x, Tensor) else x

@@ -1,0 +1,95 @@
+"""Loss against budget, from the files that `skipstone eval RUN --budget ... --json FILE` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from skipstone.report import charts
+from skipstone.report.axes import Frame, bounds
+from skipstone.report.charts import Series
+from skipstone.report.run_view import RunView
+from skipstone.runs import Run
+
+Points = Sequence[Mapping[str, Any]]  # `AtBudget` as plain values, the model as trained first
+FRAME = Frame(width=460, height=300)
+
+
+def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
+    """What was measured of each run, by its name on the page.
+
+    Raises ValueError for a file without budgets, and one whose run is not on the page or is there twice.
+    """
+    found: dict[str, Points] = {}
+    for file in files:
+        folder, points = _read(Path(file))
+        shown = [name for run, name in zip(runs, names, strict=True) if run.name == folder]
+        if len(shown) != 1 or shown[0] in found:
+            what = "is not on this page" if not shown else "is on this page more than once"
+            raise ValueError(f"{str(file)!r} is of run {folder!r}, which {what} (runs: {', '.join(names)})")
+        found[shown[0]] = points
+    return found
+
+
+def _read(file: Path) -> tuple[str, Points]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        run, points = str(values["run"]), list(values["budgets"])
+        points = [_of_today(point) for point in points]
+        assert all({"target", "realised", "flops_per_token", "loss"} <= set(point) for point in points)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        points = []
+    if not points:
+        raise ValueError(f"{str(file)!r} has no budgets: `skipstone eval RUN --budget .5,.75 --json FILE` writes them")
+    return run, points
+
+
+def _of_today(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions before 0.2 called the target `asked`."""
+    return {"target" if key == "asked" else key: value for key, value in point.items()}
+
+
+def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Markup | None:
+    """Loss over the share of the dense FLOPs that was executed; None where nothing was measured."""
+    series = [
+        Series(
+            label=run.name,
+            points=sorted((float(p["realised"]), float(p["loss"])) for p in budgets[run.name]),
+            style=run.style,
+        )
+        for run in runs
+        if run.name in budgets
+    ]
+    if not series:
+        return None
+    points = [point for s in series for point in s.points]
+    return charts.lines(
+        series,
+        "share of the dense FLOPs a token",
+        "nats a token",
+        "loss by budget",
+        FRAME,
+        bounds(x for x, _ in points),
+        bounds(y for _, y in points),
+    )
+
+
+def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[RunView, list[str]]]:
+    """Rows of target, realised share, FLOPs a token, loss."""
+    return [
+        (
+            run,
+            [
+                "as trained" if p["target"] is None else f"{p['target']:.1%}",
+                f"{p['realised']:.1%}",
+                f"{p['flops_per_token']:,.0f}",
+                f"{p['loss']:.4f}",
+            ],
+        )
+        for run in runs
+        for p in budgets.get(run.name, [])
+    ]

@@ -1,0 +1,61 @@
+"""`write_report`: run folders in, one HTML file out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from skipstone.report.budget_chart import read_budgets
+from skipstone.report.page import Pieces, context
+from skipstone.report.run_view import load_view
+from skipstone.runs import Run
+
+
+def write_report(
+    runs: Sequence[Path | str],
+    out: Path | str,
+    *,
+    names: Sequence[str] | None = None,
+    samples: Mapping[str, Pieces] | None = None,
+    evaluations: Sequence[Path] = (),
+    replace: bool = False,
+) -> Path:
+    """Write one self-contained page about `runs` to `out`: no script, nothing fetched.
+
+    names: of the runs on the page, their folders' names if absent. samples: generated text of runs by name, as (piece,
+    share of the compute it took). evaluations: files of `skipstone eval --budget --json`, whose losses by budget are
+    drawn. replace: whether a file that is there may be overwritten.
+    Raises FileExistsError where it may not, FileNotFoundError for a folder that is no run, ValueError for no runs and
+    for evaluations of others.
+    """
+    out = Path(out)
+    if not runs:
+        raise ValueError("a report needs at least one run")
+    if out.exists() and not replace:
+        raise FileExistsError(f"{str(out)!r} exists already; nothing is overwritten, name another or remove it")
+    titles = list(names) if names is not None else _names([Path(run) for run in runs])
+    opened = [Run(Path(run)) for run in runs]
+    measured = read_budgets(evaluations, opened, titles)
+    shown = [load_view(run, name, i) for i, (run, name) in enumerate(zip(opened, titles, strict=True))]
+    html = environment().get_template("page.html").render(context(shown, samples or {}, measured))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html, encoding="utf-8")
+    return out
+
+
+def environment() -> Environment:
+    """Everything that comes from runs is escaped; a variable that the page expects and does not get is an error."""
+    loader = PackageLoader("skipstone.report")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of their parents as it takes to tell them apart."""
+    paths = [run.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{parts[-1]} ({i})" for i, parts in enumerate(paths, 1)]  # the same folder, twice

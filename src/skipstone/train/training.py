@@ -1,0 +1,218 @@
+"""`train`: from a recipe to a finished run folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from skipstone.core.lock import locked
+from skipstone.data.prepare import PreparedData, prepare
+from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
+from skipstone.train import folder as folders
+from skipstone.train import setup
+from skipstone.train.recipe import Recipe, read_recipe, to_dict
+from skipstone.train.trainer import RunTrainer
+from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignals, quiet
+
+
+def train(
+    config: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    data: PreparedData | None = None,
+    save_minutes: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Train the recipe `config` into a run folder and return it.
+
+    out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe without a name. resume: go on from the
+    last checkpoint of an existing run (from the start, if it has none) with the recipe that it was started with; a
+    finished run is left as it is. progress: show a bar. data: the recipe's rows, where they are prepared already.
+    save_minutes: at most so many minutes between checkpoints, where the recipe says nothing of minutes. callbacks:
+    further ones for Trainer.
+    Raises ValueError, FileNotFoundError or FileExistsError, one line, also while another process is at work on the
+    folder; `Interrupted` after a stop signal.
+    """
+    recipe = read_recipe(config)
+    setup.check_early(recipe)
+    with held(recipe, out, resume) as folder:
+        return _train(recipe, folder, resume, progress, data, save_minutes, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    progress: bool,
+    data: PreparedData | None,
+    save_minutes: float | None,
+    more: Sequence[TrainerCallback],
+) -> Path:
+    run = open_run(recipe, folder, resume)
+    if run is not None and run.finished:
+        return folder
+    data = _data(recipe, run, data)
+    model_config = setup.model_config(recipe.model, recipe.data.context, setup.data_defaults(data))
+    resolved = to_dict(recipe) | {"model": setup.plain(model_config)}
+    if run is not None:
+        folders.check_same(run.config(), resolved)
+        folders.check_data(folder, data.fingerprint)
+    arguments = setup.arguments(recipe.train, folder)
+    model = setup.build_model(model_config, recipe.train)
+    if run is None and arguments.process_index == 0:
+        folders.create(folder, resolved, recipe.train.seed, data.fingerprint)
+        if data.tokenizer is not None:
+            data.tokenizer.save_pretrained(folder / TOKENIZER)
+
+    def trainer_of(callbacks: list[Any]) -> RunTrainer:
+        return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=[*callbacks, *more])
+
+    return fit(recipe, arguments, folder, progress, trainer_of, partial(finish, data, folder), save_minutes)
+
+
+@contextmanager
+def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
+    """The folder of the run, locked: no other process trains into it."""
+    folder = _run_folder(recipe, out, resume)
+    with locked(folder) if _is_first() else nullcontext():
+        if not resume and _is_first():
+            folders.check_new(folder)
+        yield folder
+
+
+def _is_first() -> bool:
+    """Whether this is the process that writes; Trainer does not tell before it has its arguments."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
+    """The run to go on with, None for a new one. Says so where it is finished already."""
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    run = Run(folder) if resume else None
+    if run is not None and run.finished:
+        print(f"run {str(folder)!r} is finished already; nothing to resume", file=sys.stderr)  # noqa: T201
+    return run
+
+
+def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+    folder = Path(out) if out is not None else folders.default_folder(recipe)
+    if not resume:
+        return folder
+    if out is None and recipe.name is None:
+        raise ValueError("--resume needs the run folder: name it with --out")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run folder {str(folder)!r} does not exist: nothing to resume")
+    return folder
+
+
+def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> PreparedData:
+    """Rows to train and to validate on; a run that is resumed keeps its tokenizer."""
+    if run is not None:
+        saved = run.config()
+        folders.check_same(
+            {key: saved[key] for key in ("data", "train")}, {key: to_dict(recipe)[key] for key in ("data", "train")}
+        )
+    if ready is not None and ready.config != recipe.data:
+        raise ValueError(f"the rows were prepared for {ready.config}, not for {recipe.data}")
+    data = ready or prepare(recipe.data, tokenizer=None if run is None else run.load_tokenizer())
+    return setup.training_rows(data, recipe.train)
+
+
+def fit(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    folder: Path,
+    progress: bool,
+    trainer_of: Callable[[list[Any]], RunTrainer],
+    finish: Callable[[RunTrainer], None],
+    save_minutes: float | None = None,
+) -> Path:
+    """Train to the end, from the folder's last checkpoint if there is one, then `finish`; returns the folder.
+
+    trainer_of: builds the trainer with the callbacks of a run. save_minutes: where the recipe has none. Raises
+    `Interrupted` after a stop signal.
+    """
+    checkpoint = last_checkpoint(folder)
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    main = arguments.process_index == 0
+    if main and ((folder / METRICS).exists() or step):
+        folders.note_resumption(folder, step)
+        folders.cut_metrics(folder, step)
+    stop, bar = StopSignals(recipe.train.save_minutes or save_minutes), Progress()
+    callbacks = [stop, *setup.integrations(recipe.train, folder, step), MetricsFile(folder / METRICS)]
+    trainer = trainer_of(callbacks + ([bar] if progress else []))
+    trainer.remove_callback(PrinterCallback)
+    if trainer.obstacle is not None and main:
+        print(f"skipstone: no causal loss in validation: {trainer.obstacle}", file=sys.stderr)  # noqa: T201
+    if checkpoint is not None:
+        trainer.window.load(checkpoint)
+    trainer.window.start()
+    try:
+        with stop.installed(), quiet():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.close()
+    if trainer.state.global_step < recipe.train.steps:
+        _interrupted(stop, folder, trainer.state.global_step)
+    if main:
+        with quiet():
+            finish(trainer)
+    if stop.received is not None:
+        signal.raise_signal(stop.received)  # it came during the last step: the run is whole, but others may wait
+    return folder
+
+
+def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
+    assert stop.received is not None
+    name = signal.Signals(stop.received).name
+    print(  # noqa: T201
+        f"skipstone: stopped by {name} after step {step}; a checkpoint is saved. Go on with the same command and "
+        f"--resume --out {folder}",
+        file=sys.stderr,
+    )
+    raise Interrupted(128 + stop.received)
+
+
+def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: Any) -> None:
+    """The final model with its card, then the summary, which holds `more`, too."""
+    lines = Run(folder).metrics()
+    training = [line for line in lines if line["split"] == "train"]
+    validation = next(line for line in reversed(lines) if line["split"] == "validation")
+    losses = {name: validation[name] for name in ("oracle_loss", "causal_loss")}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True  # Trainer has switched it off
+    realised: dict[int, dict[str, float]] = {}
+    for name, value in validation.items():
+        if name.startswith("capacity/"):
+            _, layer, mechanism = name.split("/")
+            realised.setdefault(int(layer), {})[mechanism] = value
+    card = {"realised": realised, "losses": {k: v for k, v in losses.items() if v is not None}}
+    folders.save_model(folder, model, data.tokenizer, card)
+    window = trainer.window
+    speeds = [line["tokens_per_second"] for line in training if "tokens_per_second" in line]
+    folders.save_result(
+        folder,
+        {
+            "steps": trainer.state.global_step,
+            "tokens": window.total_tokens * trainer.accelerator.num_processes,
+            "seconds": window.total_seconds,
+            "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first steps warm up
+            "train_loss": training[-1]["loss"],
+            "validation": losses,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **more,
+        },
+    )

@@ -1,0 +1,95 @@
+"""Control: a dense model's MLPs with their small inputs set to 0, without any training (TEAL, arXiv 2408.14690).
+
+    x~ = x where |x| > t, else 0        before W_gate and W_up with one t, before W_down with another
+
+The thresholds are quantiles of |x| over calibration tokens, so that `sparsity` of the inputs fall below them, alike in
+every layer (the paper's uniform allocation; its greedy one spreads the same mean over layers by the measured error). A
+column of a weight whose input is 0 need not be multiplied: the MLP's FLOPs fall by that share, for one token at a time.
+Only the loss is measured here: nothing is skipped, and the shares realised are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.passes import Pass
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+INPUTS = ("gate_proj", "up_proj", "down_proj")  # gate and up have the same
+Batches = Iterable[Mapping[str, Tensor]]
+SAMPLE = 1_000_000  # values of a matrix's input that its quantile is taken of, at most
+
+
+@dataclass
+class Site:
+    """One matrix. threshold: None while the magnitudes of its inputs are collected."""
+
+    magnitudes: list[Tensor] = field(default_factory=list)
+    threshold: float | None = None
+    inputs: int = 0
+    zeros: int = 0
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x = arguments[0]
+        if self.threshold is None:
+            values = x.detach().abs().flatten().float()
+            self.magnitudes.append(values[:: max(1, len(values) * 16 // SAMPLE)].cpu())
+            return None
+        small = x.abs() <= self.threshold
+        self.inputs += small.numel()
+        self.zeros += int(small.sum())
+        return (x.masked_fill(small, 0.0),)
+
+    def settle(self, sparsity: float) -> None:
+        ordered = torch.cat(self.magnitudes).sort().values
+        self.threshold = float(ordered[min(int(sparsity * len(ordered)), len(ordered) - 1)])
+        self.magnitudes = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholded:
+    """loss: nats a prediction. sparsity: share of zeros among the inputs of all MLP matrices, by their weights."""
+
+    loss: float
+    sparsity: float
+
+
+def measure_teal(
+    model: SkipstoneForCausalLM, forward: Pass, calibration: Batches, batches: Batches, sparsity: float
+) -> Thresholded:
+    """The loss on `batches` with thresholds from `calibration`. Raises ValueError unless 0 <= sparsity < 1, and for a
+    model without gated MLPs."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+    with _sites(model) as sites:
+        for batch in calibration:
+            forward.run(model, batch)
+        for _, site in sites:
+            site.settle(sparsity)
+        loss = measure_loss(model, forward, batches, activations=False).loss
+    weights = [module.weight.numel() for module, _ in sites]
+    zeros = sum(n * site.zeros / max(site.inputs, 1) for n, (_, site) in zip(weights, sites, strict=True))
+    return Thresholded(loss=loss, sparsity=zeros / sum(weights))
+
+
+@contextmanager
+def _sites(model: SkipstoneForCausalLM) -> Iterator[list[tuple[Any, Site]]]:
+    """Hooks before the matrices of every MLP, which live as long as this measures."""
+    blocks: Any = model.model.layers
+    if any(not isinstance(getattr(block.mlp, name, None), nn.Linear) for block in blocks for name in INPUTS):
+        raise ValueError(f"thresholds need gated MLPs of three matrices, this model has mlp {model.config.mlp!r}")
+    modules = [getattr(block.mlp, name) for block in blocks for name in INPUTS]
+    sites = [(module, Site()) for module in modules]
+    hooks = [module.register_forward_pre_hook(site) for module, site in sites]
+    try:
+        yield sites
+    finally:
+        for hook in hooks:
+            hook.remove()
