@@ -77,3 +77,88 @@ def test_mistyped_option_and_routing_are_one_line() -> None:
         MixtureOfDepths(16, capcity=0.5)
     with pytest.raises(ValueError, match="unknown routing 'orcale'; did you mean 'oracle'"):
         Routed(NanoBlock(16), MixtureOfDepths(16))(torch.randn(1, 4, 16), routing="orcale")
+
+
+class Positioned(nn.Module):
+    """A block that takes an argument of every token, a table in a tuple, and one that is no token's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, position: Tensor, *, table: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
+        return x + self.linear(x) * position[..., None] + table[0] * scale - table[1]
+
+
+MECHANISMS = {
+    "top-k": lambda: MixtureOfDepths(16, capacity=0.5, decision="topk", weight="none"),
+    "threshold": lambda: MixtureOfDepths(16, capacity=0.5, decision="threshold", weight="none"),
+    "gate": lambda: TokenSelective(16, start_bias=0.0),
+    "exit": lambda: EarlyExit(16),
+}
+
+
+ROUTING = {"top-k": "oracle"}  # the others decide causally
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("rows", [1, 3], ids=["shared table", "a table a row"])
+def test_arguments_of_every_token_follow_the_tokens(name: str, rows: int) -> None:
+    block, mechanism = Positioned(16), MECHANISMS[name]()
+    x, position, scale = torch.randn(3, 12, 16), torch.rand(3, 12), torch.tensor(2.0)
+    table = (torch.randn(rows, 12, 16), torch.randn(rows, 12, 16))
+    routed = Routed(block, mechanism).eval()
+    y, records = routed(x, position, table=table, scale=scale, routing=ROUTING.get(name), return_records=True)
+    record = next(iter(records.values()))
+    whole = block(x, position, table=table, scale=scale) - x
+    factor = record.weight_BT if record.weight_BT is not None else torch.ones(3, 12)
+    expected = torch.where(record.kept_BT[..., None], x + whole * factor[..., None], x)
+    assert 0 < record.kept_BT.sum() <= record.kept_BT.numel()
+    torch.testing.assert_close(y, expected)
+
+
+def test_a_mask_of_pairs_is_gathered_on_both_sides() -> None:
+    from skipstone.nn.routed import arguments_of
+
+    index_BK = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    mask = torch.randn(2, 1, 6, 6)
+    (found,) = arguments_of(index_BK, torch.Size([2, 6]), (mask,))
+    for b in range(2):
+        assert torch.equal(found[b, 0], mask[b, 0][index_BK[b]][:, index_BK[b]])
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_layer_of_transformers_computes_inside_what_it_computes_outside(name: str) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    layer, x = LlamaDecoderLayer(config, 0).eval(), torch.randn(2, 10, 16)
+    table = LlamaRotaryEmbedding(config)(x, torch.arange(10)[None])
+    routed = Routed(layer, MECHANISMS[name]()).eval()
+    y, records = routed(x, position_embeddings=table, routing=ROUTING.get(name), return_records=True)
+    record = next(iter(records.values()))
+    for b in range(2):
+        kept = record.kept_BT[b]
+        part = tuple(t[:, kept] for t in table)
+        inside = layer(x[b : b + 1, kept], position_embeddings=part) - x[b : b + 1, kept]
+        factor = 1.0 if record.weight_BT is None else record.weight_BT[b, kept][:, None]
+        torch.testing.assert_close(y[b, kept], x[b, kept] + inside[0] * factor)
+        assert torch.equal(y[b, ~kept], x[b, ~kept])
+
+
+def test_a_block_that_returns_a_tuple_keeps_the_rest() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, str]:
+            return x * 2, "kept"
+
+    y, word = Routed(Pair(), MixtureOfDepths(16, capacity=0.5, decision="topk"))(torch.randn(2, 8, 16))
+    assert y.shape == (2, 8, 16)
+    assert word == "kept"
+
+
+def test_a_block_of_another_shape_is_one_line() -> None:
+    routed = Routed(nn.Linear(16, 8), MixtureOfDepths(16, capacity=0.5, decision="topk"))
+    with pytest.raises(ValueError, match=r"must return a stream of its input's shape \[2, 4, 16\].* got \[2, 4, 8\]"):
+        routed(torch.randn(2, 8, 16))

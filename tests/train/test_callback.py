@@ -162,3 +162,23 @@ def test_the_mixin_hands_out_what_it_was_asked_for(tmp_path: Path) -> None:
     assert loss.shape == ()
     assert torch.equal(loss, same)
     assert outputs.records is not None
+
+
+@pytest.mark.parametrize("trainer", [Trainer, RoutingTrainer], ids=["Trainer", "RoutingTrainer"])
+def test_label_smoothing_shifts_labels_and_keeps_auxiliary_losses(trainer: type[Trainer], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mechanisms = [{"name": "mixture_of_depths", "capacity": 0.5}]  # guided: its router learns from its own loss alone
+    model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, mechanisms=mechanisms, initializer_range=0.2)).train()
+    ids = torch.randint(0, 40, (3, 9))
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    smoothed = trainer(model=model, args=TrainingArguments(str(tmp_path), label_smoothing_factor=1e-9, **settings))
+    loss = smoothed.compute_loss(model, {"input_ids": ids, "labels": ids})
+    right = model(ids, labels=ids)
+    # transformers' own Trainer takes the labels away before the model is called, and knows of no other loss.
+    expected = right.loss if trainer is RoutingTrainer else right.token_loss
+    torch.testing.assert_close(loss, expected)
+    assert right.auxiliary_loss > 0
+    loss.backward()
+    moved = [p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters() if "router" in n]
+    assert any(moved) == (trainer is RoutingTrainer)

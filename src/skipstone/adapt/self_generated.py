@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skipstone.adapt.source import load_dense, tokenizer_of
-from skipstone.generate import generate
+from skipstone.generate import ends_of, generate
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 VALIDATION = 20  # of so many texts, one goes to validation.txt: the second, so that a few are enough
@@ -86,7 +86,7 @@ def _batches(
     model: SkipstoneForCausalLM, tokenizer: Any, begun_BT: Tensor, length: int, seed: int
 ) -> Iterator[list[tuple[str, int]]]:
     """Texts that are not empty, and their numbers of tokens; without end."""
-    ends = {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *ends_of(model)} - {None}
     seeds = Random(seed)  # not seed + 1, + 2: the next seed would write the same texts
     while True:
         own = seeds.getrandbits(48)

@@ -199,6 +199,11 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     def store(self, name: str) -> RaggedStore:
         return self.stores.setdefault(name, RaggedStore())
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch that the layer was filled by; None while it holds nothing."""
+        return next((store.entries["slot"].shape[0] for store in self._all() if store.entries), None)
+
     def _all(self) -> list[RaggedStore]:
         return [self.kv, *self.stores.values()]
 

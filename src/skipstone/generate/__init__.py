@@ -8,6 +8,6 @@ run.py      `stream` from a run folder or a saved model: what the command calls
 
 from __future__ import annotations
 
-from skipstone.generate.engine import generate, stream
+from skipstone.generate.engine import ends_of, generate, stream
 
-__all__ = ["generate", "stream"]
+__all__ = ["ends_of", "generate", "stream"]

@@ -117,9 +117,10 @@ class _Decoder:
         self.new_cache = choose("cache", cache, CACHES)
         self.mask_BT = _checked(model, input_ids, attention_mask, max_new_tokens)
         self.model, self.input_ids, self.max_new_tokens = model, input_ids, max_new_tokens
-        ends = _ends(model, eos_token_id)
+        ends = ends_of(model, eos_token_id)
         pads = (pad_token_id, model.generation_config.pad_token_id, *ends)
-        self.pad = next((i for i in pads if i is not None), 0)
+        known = range(model.config.vocab_size)  # the first Llamas say -1 for "none"
+        self.pad = next((i for i in pads if i in known), 0)
         self.ends_E = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
 
     def __call__(self, sample: Sampler, setting: Setting) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
@@ -231,7 +232,8 @@ def _check_causal(model: SkipstoneForCausalLM) -> None:
         warnings.warn(reason, stacklevel=4)
 
 
-def _ends(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None) -> list[int]:
+def ends_of(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
+    """The ids that end a text: `eos_token_id`, or those of the model's generation_config; there may be several."""
     ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     if ends is None:
         return []

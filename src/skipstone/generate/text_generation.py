@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from skipstone.budget import BudgetTable
-from skipstone.generate.engine import Step, check_length
+from skipstone.generate.engine import Step, check_length, ends_of
 from skipstone.generate.engine import stream as stream_steps
 from skipstone.generate.text import Detokenizer
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -85,9 +85,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def _ends(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a text: the model's own, else the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    own = tokenizer.eos_token_id if own is None else own
-    return [] if own is None else [own] if isinstance(own, int) else list(own)
+    own = ends_of(model) or [tokenizer.eos_token_id]
+    return [i for i in own if i is not None]
 
 
 def _pieces(steps: Iterator[Step], text: Detokenizer) -> Iterator[Piece]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from skipstone.core.records import DepthRecord, ExpertsRecord, Records
@@ -31,18 +32,23 @@ from skipstone.model.decoder import (
 from skipstone.model.tokens import within_documents
 from skipstone.ops.head_loss import IGNORED, Distillation, linear_cross_entropy, linear_distillation_loss
 
+# Arguments of transformers that the decoder serves; one that is absent leaves the choice to the configuration.
+OF_THE_DECODER = ("output_hidden_states", "output_attentions")
+
 
 @dataclass
 class CausalLMOutput(ModelOutput):
     """loss: what is minimised, token loss plus auxiliary losses, and a teacher's where one is given.
 
     token_loss, auxiliary_loss, distillation_loss: its parts, without coefficients. logits [B, T, V], or None.
+    attentions: always None, as in `DecoderOutput`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     records: tuple[Records, ...] | None = None
     token_loss: Tensor | None = None
     auxiliary_loss: Tensor | None = None
@@ -103,7 +109,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             noise=noise,
             executor=executor,
             output_records=True,
-            output_hidden_states=kwargs.get("output_hidden_states", False),
+            **{name: kwargs[name] for name in OF_THE_DECODER if name in kwargs},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None
@@ -267,6 +273,8 @@ def shifted(labels_BT: Tensor) -> Tensor:
 
 
 AutoModelForCausalLM.register(SkipstoneConfig, SkipstoneForCausalLM, exist_ok=True)
+# Trainer shifts labels itself (label smoothing, losses of one's own) for the class names in this list alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["skipstone"] = "SkipstoneForCausalLM"
 # `transformers serve` looks for the class in transformers, by its name. Not `import transformers`: while 5.23 is being
 # imported it replaces itself by a second module, which is the one that the server will see.
 _transformers: Any = sys.modules["transformers"]

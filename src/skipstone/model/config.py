@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from skipstone.core.strict import convert, unknown
 from skipstone.model.shim import AUTO_MAP, write_shim
@@ -154,8 +156,16 @@ class SkipstoneConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers, with the shim that serves processes which never import this package."""
         self.auto_map = dict(AUTO_MAP)
-        write_shim(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
+        """As in transformers, and the shim beside a config.json.
+
+        Written here and not in `save_pretrained`: that uploads the files which are new since it began.
+        """
+        super().to_json_file(json_file_path, use_diff=use_diff)
+        if Path(json_file_path).name == CONFIG_NAME:
+            write_shim(Path(json_file_path).parent)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -147,12 +147,12 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         routing that the call cannot have.
         """
         refuse_mistyped(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is not supported: no block keeps its attention weights")
+        x_BTD = self._embedded(input_ids, inputs_embeds)
         mode, forced = self._mode(routing, noise, executor)
         self._check_masks(forced, x_BTD.shape[:2])
-        past_key_values = self._cache(past_key_values, use_cache, mode)
+        past_key_values = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
         mode = _of_fixed_size(mode, past_key_values, x_BTD.shape[1])
         single = x_BTD.shape[:2] == (1, 1) and mode.routing == "causal" and not torch.is_grad_enabled()
         mode = replace(mode, single_token=single)
@@ -182,6 +182,21 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             records=tuple(records) if output_records else None,
         )
 
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The residual stream before the first block. Raises ValueError for ids outside of the vocabulary."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
+        try:
+            return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
+        except IndexError:  # on an accelerator this would be an assertion of the device, and looking would make it wait
+            wrong = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
+            raise ValueError(
+                f"input_ids must lie in 0 to {self.config.vocab_size - 1} (vocab_size - 1), got {int(wrong[0])}"
+            ) from None
+
     def _mode(
         self, routing: Routing | None, noise: bool | None, executor: Executor
     ) -> tuple[PassMode, Mapping[int, Tensor]]:
@@ -209,25 +224,17 @@ class SkipstoneModel(SkipstonePreTrainedModel):
                     f"routing[{i}] must be a bool mask of shape {list(shape)}, got {mask.dtype} {list(mask.shape)}"
                 )
 
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: PassMode) -> Cache | None:
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: PassMode, rows: int) -> Cache | None:
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
             return DynamicCache(config=self.config) if build else None
+        _check_cache(past_key_values, self.config.num_hidden_layers, rows)
         if self.training and any(block.gradient_checkpointing for block in self.layers):
             raise ValueError(  # transformers would take the cache away from the blocks and only log it
                 "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
             )
         if mode.routing == "oracle" and any(block.mechanisms for block in self.layers):
             raise ValueError("routing 'oracle' sees the whole row and cannot use a cache; pass routing='causal'")
-        if not past_key_values.layers or not isinstance(past_key_values.layers[0], SkipstoneCacheLayer):
-            raise ValueError(
-                "past_key_values must be a DynamicCache(config=model.config) of this model, or a "
-                "StaticCache(config=model.config, max_cache_len=...)"
-            )
-        if past_key_values.offloading:
-            raise ValueError(
-                "past_key_values must not be offloaded: it would move keys and values but not what goes with them"
-            )
         return past_key_values
 
     def _start(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
@@ -249,6 +256,32 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if not torch.compiler.is_compiling() and position_BT.device.type == "cpu" and int(position_BT.max()) >= limit:
             raise ValueError(f"the input is longer than the model's context of {limit} learned positions")
         return position_BT
+
+
+def _check_cache(cache: Any, blocks: int, rows: int) -> None:
+    """Raise ValueError, one line, unless `cache` was made for a model of so many blocks and holds so many rows."""
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
+        raise ValueError(
+            "past_key_values must be a DynamicCache(config=model.config) of this model, or a "
+            f"StaticCache(config=model.config, max_cache_len=...), got {_described(cache)}; "
+            "prefixes of keys and values (prefix tuning) are not supported"
+        )
+    if len(layers) < blocks:
+        raise ValueError(f"past_key_values has {len(layers)} layers, but the model has {blocks} blocks")
+    if cache.offloading:
+        raise ValueError(
+            "past_key_values must not be offloaded: it would move keys and values but not what goes with them"
+        )
+    held = next((layer.rows for layer in layers if layer.rows is not None), None)
+    if held is not None and held != rows:
+        raise ValueError(f"past_key_values holds {held} rows, but the call has {rows}; a row is never added to a cache")
+
+
+def _described(cache: Any) -> str:
+    """The type of a cache, and of its first layer where it has one."""
+    layers = getattr(cache, "layers", None)
+    return type(cache).__name__ + (f" of {type(layers[0]).__name__}" if layers else "")
 
 
 def _of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:

@@ -45,17 +45,31 @@ class Family:
     tensors: Callable[[Mapping[str, Tensor]], Tensors] = dict
 
 
+def context_of(theirs: PreTrainedConfig) -> int:
+    """Tokens that the model reads. YaRN stretches the context that it names, and configs often name the one before."""
+    named: int = theirs.max_position_embeddings
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn" or "original_max_position_embeddings" not in rope:
+        return named
+    return max(named, int(rope["original_max_position_embeddings"] * float(rope.get("factor") or 1)))
+
+
+def _padding(theirs: PreTrainedConfig) -> int | None:
+    """The padding id, or None where the file says -1 for that."""
+    return None if theirs.pad_token_id is None or theirs.pad_token_id < 0 else theirs.pad_token_id
+
+
 def _shared(theirs: PreTrainedConfig) -> Options:
     return {
         "vocab_size": theirs.vocab_size,
         "hidden_size": theirs.hidden_size,
         "num_hidden_layers": theirs.num_hidden_layers,
         "num_attention_heads": theirs.num_attention_heads,
-        "max_position_embeddings": theirs.max_position_embeddings,
+        "max_position_embeddings": context_of(theirs),
         "initializer_range": theirs.initializer_range,
         "tie_word_embeddings": theirs.tie_word_embeddings,
         "use_cache": theirs.use_cache,
-        "pad_token_id": theirs.pad_token_id,
+        "pad_token_id": _padding(theirs),
         "bos_token_id": theirs.bos_token_id,
         "eos_token_id": theirs.eos_token_id,
     }
@@ -70,7 +84,7 @@ def _llama_like(theirs: PreTrainedConfig) -> Options:
         "norm_eps": theirs.rms_norm_eps,
         "rope_parameters": dict(theirs.rope_parameters),
         "activation": choose("hidden_act", theirs.hidden_act, ACTIVATIONS),
-        "attention_dropout": theirs.attention_dropout,
+        "attention_dropout": theirs.attention_dropout or 0.0,  # some files say null
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from skipstone.model.config import SkipstoneConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = str | torch.dtype | None
+# Constants that older releases of transformers saved beside the weights, and that no version ever trained: causal masks
+# and their value, tables of positions and of RoPE's frequencies.
+CONSTANT = re.compile(r"(^|\.)(attn\.bias|(attn|attention)\.masked_bias|rotary_emb\.inv_freq|position_ids)$")
 
 
 def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> SkipstoneForCausalLM:
@@ -38,7 +42,7 @@ def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: 
 def check_complete(info: Mapping[str, Any]) -> None:
     """Raise ValueError unless every parameter came from the checkpoint and every tensor of it was used."""
     for kind in ("missing", "unexpected"):
-        if keys := sorted(info[f"{kind}_keys"]):
+        if keys := sorted(key for key in info[f"{kind}_keys"] if not CONSTANT.search(key)):
             what = "the checkpoint lacks" if kind == "missing" else "the model has no place for"
             raise ValueError(f"{what} {and_more(keys)}")
     for key, theirs, ours in sorted(info["mismatched_keys"]):
@@ -60,7 +64,10 @@ def named_dtype(dtype: Dtype, default: Any) -> Any:
 def one_line(error: Exception) -> str:
     """The line that says what is wrong: the last one of a failed check, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
+    line = lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
+    # The text of such an error says little without its name: a KeyError's is the key alone.
+    telling = isinstance(error, OSError | ValueError | ImportError | StrictDataclassError | SafetensorError)
+    return line if telling else f"{type(error).__name__}: {line}"
 
 
 @contextmanager
@@ -68,8 +75,8 @@ def about(name: str) -> Iterator[None]:
     """Every error of the source as one line that names it."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"{name}: {one_line(error)}") from None
+    except Exception as error:  # whatever a library raises about a file of the user's
+        raise ValueError(f"{name}: {one_line(error)}") from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
+from skipstone.model.source_folder import check_folder
 from skipstone.model.writing import complete
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
@@ -32,6 +33,7 @@ def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
         raise FileNotFoundError(f"model folder {str(folder)!r} does not exist")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: it is not a saved model")
+    check_folder(folder)
     kind = _config_values(str(folder), None).get("model_type")
     if kind != SkipstoneConfig.model_type:
         raise ValueError(f"{str(folder)!r} holds a model of type {kind!r}; `skipstone convert` turns it into ours")
@@ -46,6 +48,7 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
     architecture or setting that is not supported, or the weights that are missing or left over.
     """
     name, gguf_file = _locate(source, gguf_file)
+    check_folder(Path(name))
     values = _config_values(name, gguf_file)
     if values.get("model_type") == SkipstoneConfig.model_type:
         return _load_ours(name, dtype)
@@ -111,9 +114,9 @@ def _config_values(name: str, gguf_file: str | None) -> dict[str, Any]:
     try:
         with quiet():
             values, _ = PreTrainedConfig.get_config_dict(name, **_gguf(gguf_file))
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:
         if Path(name).is_dir() or not isinstance(error, OSError):
-            raise ValueError(f"{name!r} holds no model that can be read: {one_line(error)}") from None
+            raise ValueError(f"{name!r} holds no model that can be read: {one_line(error)}") from error
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor a model that the hub has: {one_line(error)}"
         ) from None

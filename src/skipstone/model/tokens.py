@@ -59,6 +59,13 @@ def _real(call: Call) -> Tensor | None:
             f"attention_mask must have shape [{B}, {int(call.seen) + T}] (1 for tokens, 0 for padding), "
             f"got {list(mask.shape)}; masks with more axes are not supported, give document_ids for packed rows"
         )
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and _cheap(mask):
+        low, high = mask.aminmax() if mask.numel() else (0, 1)
+        if low < 0 or high > 1:
+            raise ValueError(
+                "attention_mask must hold 1 for tokens and 0 for padding, got "
+                f"{float(low if low < 0 else high):g}; tell packed documents apart by document_ids or position_ids"
+            )
     real_BT = mask[:, -T:].bool()
     if isinstance(call.seen, Tensor) or torch.compiler.is_compiling() or not _cheap(mask) or not bool(real_BT.all()):
         return real_BT
@@ -86,7 +93,7 @@ def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
     mask, T = call.attention_mask, call.shape[1]
     if mask is None or not _reaches_back(mask, call) or (real_BT is None and not call.begun):
         return slot_BT
-    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
+    return (mask.bool().long().cumsum(1) - 1).clamp(min=0)[:, -T:]
 
 
 def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:

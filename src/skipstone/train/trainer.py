@@ -16,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
 from skipstone.measure.record_meter import RecordMeter, moving
+from skipstone.model.causal_lm import shifted
 from skipstone.train.callback import RoutingCallback
 from skipstone.train.decay import decaying
 from skipstone.train.log_window import LogWindow
@@ -43,7 +44,12 @@ class RoutingMixin:
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         asked = {**inputs, "output_records": True}
+        elsewhere = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
+        if elsewhere and "labels" in inputs:  # Trainer takes the labels away and computes the loss from logits
+            asked["shift_labels"] = shifted(inputs["labels"])
         loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)  # type: ignore[misc]
+        if elsewhere and outputs.get("auxiliary_loss") is not None:
+            loss = loss + outputs["auxiliary_loss"]  # the routers' own losses, which logits do not hold
         if model.training:
             self.routing.observe(model, outputs.get("records"))
         return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,118 @@
+"""Masks, ids, caches and flags as other tools hand them over: computed as they mean, or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+import skipstone
+
+MECHANISMS: dict[str, list[dict[str, Any]]] = {
+    "dense": [],
+    "mod": [{"name": "mixture_of_depths", "capacity": 0.5, "decision": "threshold"}],
+    "tsa": [{"name": "token_selective"}],
+    "exit": [{"name": "early_exit"}],
+}
+
+
+def net(name: str = "dense", **options: Any) -> skipstone.SkipstoneForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, **options}
+    config = skipstone.SkipstoneConfig(**{"initializer_range": 0.2, **sizes}, mechanisms=MECHANISMS[name])
+    return skipstone.SkipstoneForCausalLM(config).eval()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("values", [[2, 1, 0], [1, -1, 1], [0.5, 3.0, 0.0]], ids=["packing", "negative", "float"])
+def test_a_mask_of_other_numbers_is_refused(name: str, values: list[float], ids: Tensor) -> None:
+    mask = torch.tensor([values]).repeat(2, 4)
+    with pytest.raises(ValueError, match=r"attention_mask must hold 1 for tokens and 0 .*, got .*document_ids"):
+        net(name)(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_a_mask_of_any_type_counts_alike(dtype: torch.dtype, ids: Tensor) -> None:
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    model = net("mod")
+    right = model(ids, attention_mask=mask).logits
+    assert torch.equal(model(ids, attention_mask=mask.to(dtype)).logits, right)
+
+
+@pytest.mark.parametrize("wrong", [300, -1])
+def test_ids_outside_of_the_vocabulary_are_one_line(wrong: int, ids: Tensor) -> None:
+    ids[1, 4] = wrong
+    with pytest.raises(ValueError, match=rf"input_ids must lie in 0 to 299 \(vocab_size - 1\), got {wrong}"):
+        net()(ids)
+
+
+def test_hidden_states_by_the_configuration(ids: Tensor, tmp_path: Path) -> None:
+    net().save_pretrained(tmp_path)
+    model = skipstone.SkipstoneForCausalLM.from_pretrained(tmp_path, output_hidden_states=True).eval()
+    assert len(model(ids).hidden_states) == 5
+    assert model(ids, output_hidden_states=False).hidden_states is None
+    assert len(net()(ids, output_hidden_states=True).hidden_states) == 5
+
+
+def test_generation_returns_hidden_states_and_refuses_attentions(ids: Tensor) -> None:
+    options: dict[str, Any] = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
+    out = net("mod").generate(ids, output_hidden_states=True, output_scores=True, **options)
+    assert len(out.hidden_states) == len(out.scores) == 3
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        net().generate(ids, output_attentions=True, **options)
+
+
+def foreign_caches() -> dict[str, Any]:
+    """Caches that a model of four blocks cannot go on from, by the words that say why."""
+    few = DynamicCache(config=net(num_hidden_layers=2).config)
+    plain = DynamicCache()
+    plain.layers.append(DynamicLayer())
+    mixed = DynamicCache(config=net().config)
+    mixed.layers[2] = DynamicLayer()
+    return {
+        "got tuple": ((torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)),) * 4,
+        "got DynamicCache;": DynamicCache(),
+        "got DynamicCache of DynamicLayer;": plain,
+        "past_key_values must be a DynamicCache": mixed,
+        "has 2 layers, but the model has 4 blocks": few,
+    }
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_caches_of_another_model_are_one_line(name: str, ids: Tensor) -> None:
+    model = net(name)
+    for why, cache in foreign_caches().items():
+        with pytest.raises(ValueError, match=why):
+            model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_cache_of_other_rows_is_one_line_and_stays_as_it_is(name: str, ids: Tensor) -> None:
+    model = net(name)
+    cache = model(ids, use_cache=True).past_key_values
+    right = model(ids[:, :1], past_key_values=model(ids, use_cache=True).past_key_values).logits
+    for rows in (ids[:1, :1], ids[:1, :1].expand(3, -1)):
+        with pytest.raises(ValueError, match=r"past_key_values holds 2 rows, but the call has \d"):
+            model(rows, past_key_values=cache)
+    assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, right)
+
+
+def test_prefix_tuning_is_refused_in_training_too(ids: Tensor) -> None:
+    with pytest.raises(ValueError, match="prefix tuning"):
+        net("mod").train()(ids, past_key_values=foreign_caches()["got DynamicCache of DynamicLayer;"])
