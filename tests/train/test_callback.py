@@ -178,7 +178,6 @@ def test_label_smoothing_shifts_labels_and_keeps_auxiliary_losses(trainer: type[
     # transformers' own Trainer takes the labels away before the model is called, and knows of no other loss.
     expected = right.loss if trainer is RoutingTrainer else right.token_loss
     torch.testing.assert_close(loss, expected)
-    assert right.auxiliary_loss > 0
     loss.backward()
     moved = [p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters() if "router" in n]
     assert any(moved) == (trainer is RoutingTrainer)

@@ -48,7 +48,7 @@ class CausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    attentions: None = None
+    attentions: tuple[Tensor, ...] | None = None
     records: tuple[Records, ...] | None = None
     token_loss: Tensor | None = None
     auxiliary_loss: Tensor | None = None

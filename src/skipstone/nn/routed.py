@@ -65,7 +65,8 @@ class Routed(nn.Module):
 
         def update(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
             index_BK = None if tokens.slot_BT is slot_BT else tokens.slot_BT.expand(x.shape[:2])
-            return self._update(x, tokens, *arguments_of(index_BK, x_BTD.shape[:2], (args, kwargs)), rest), {}
+            given, named = arguments_of(index_BK, x_BTD.shape[:2], (args, kwargs))
+            return self._update(x, tokens, given, named, rest), {}
 
         delta_BTD, records = wrap(update, self.mechanisms)(x_BTD, tokens)  # type: ignore[arg-type]
         stream = x_BTD + delta_BTD
