@@ -1,13 +1,14 @@
-"""Published figures beside ours, and which claims hold: by rules, from figures, never by hand."""
+"""Published figures beside ours, and which claims hold: by rules, from figures and their intervals, never by hand."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
+from skipstone_studies.intervals import CONFIDENCE, POWERS, Verdict, paired
 from skipstone_studies.page import lookup, mean_and_spread
 
 BySeed = Mapping[int, Mapping[str, Any]]
@@ -27,12 +28,12 @@ class PublishedColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A published claim about one arm. found: what we measured of it. holds: by the rule that `text` states."""
+    """A published claim about one arm. found: what we measured of it. verdict: by the rule that `text` states."""
 
     arm: str
     text: str
     found: str
-    holds: bool
+    verdict: Verdict
 
 
 def values(figures: ByArm, arm: str, key: str) -> list[float]:
@@ -45,13 +46,85 @@ def mean(figures: ByArm, arm: str, key: str) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def paired(figures: ByArm, arm: str, other: str, key: str, other_key: str | None = None) -> list[float]:
+def paired_differences(figures: ByArm, arm: str, other: str, key: str, other_key: str | None = None) -> list[float]:
     """arm's figure less the other arm's, of every seed that has both."""
     seeds = figures.get(arm, {}).keys() & figures.get(other, {}).keys()
     pairs = [
         (lookup(figures[arm][seed], key), lookup(figures[other][seed], other_key or key)) for seed in sorted(seeds)
     ]
     return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def judge(
+    arm: str,
+    text: str,
+    found: Sequence[float],
+    *,
+    most: float | None = None,
+    least: float | None = None,
+    form: str = "+.3f",
+    told: str = "",
+    blocks: Sequence[Sequence[float]] = (),
+) -> Iterator[Claim]:
+    """Yield the claim that the mean of `found` is below `most`, or above `least`; nothing where nothing was found.
+
+    found: one value a seed. blocks: of each seed, the values by block of text. told: what is shown before the interval.
+    The verdict is that of the interval; one seed is inconclusive. Against a limit of 0, an inconclusive interval is
+    shown with the differences that were detectable.
+    """
+    if not found:
+        return
+    interval = paired(found, blocks)
+    if interval is None:
+        yield Claim(arm=arm, text=text, found=f"{told}{found[0]:{form}}, one seed", verdict="inconclusive")
+        return
+    verdict = interval.below(most) if most is not None else interval.above(least or 0.0)
+    shown = interval.shown(form) if most or least else interval.with_power(form)
+    yield Claim(arm=arm, text=text, found=told + shown, verdict=verdict)
+
+
+DETECTABLE = (
+    "*Detectable*, where the interval holds 0: the true differences that so many seeds with such noise find with "
+    f"{' / '.join(f'{power:.0%}' for power in POWERS)} probability."
+)
+RULE = (
+    f"Means with their {CONFIDENCE:.0%} interval over seeds (Student's t of paired differences): *yes* and *no* where "
+    f"the interval lies on one side of the limit, else *inconclusive*. {DETECTABLE}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Paired differences between arms and one of them in one figure.
+
+    key: where the figure is. against: the arm that is subtracted. arms: those compared, all that have the figure if ().
+    better: which sign is better.
+    """
+
+    key: str
+    title: str
+    against: str
+    arms: Sequence[str] = ()
+    format: str = "+.4f"
+    better: Literal["low", "high"] = "low"
+
+
+def comparisons(figures: ByArm, compared: Sequence[Comparison]) -> str:
+    """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference."""
+    sections = []
+    for one in compared:
+        rows = []
+        for arm in one.arms or figures:
+            found = paired_differences(figures, arm, one.against, one.key) if arm != one.against else []
+            if (interval := paired(found)) is not None:
+                good = interval.below() if one.better == "low" else interval.above()
+                word = {"yes": "better", "no": "worse"}.get(good, "not told apart")
+                rows.append([arm, str(len(found)), word, interval.with_power(one.format)])
+        columns = ["arm", "paired seeds", "verdict", f"{one.title}, less that of {one.against}"]
+        note = f"{CONFIDENCE:.0%} intervals over seeds (Student's t of paired differences). {DETECTABLE}"
+        title = f"{one.title[0].upper()}{one.title[1:]}: beside {one.against}"
+        sections += [Section(title=title, columns=columns, rows=rows, notes=[note])] if rows else []
+    return markdown(sections).strip("\n") if sections else ""
 
 
 def beside(title: str, figures: ByArm, published: Published, shown: Sequence[PublishedColumn], source: str) -> str:
@@ -74,10 +147,10 @@ def claims_table(title: str, claims: Iterable[Claim]) -> str:
     """Markdown: a row for each claim, a column for each arm; nothing where there is nothing to judge yet."""
     by_text: dict[str, dict[str, str]] = {}
     for claim in claims:
-        by_text.setdefault(claim.text, {})[claim.arm] = f"{'yes' if claim.holds else 'no'}: {claim.found}"
+        by_text.setdefault(claim.text, {})[claim.arm] = f"{claim.verdict}: {claim.found}"
     arms = list(dict.fromkeys(arm for found in by_text.values() for arm in found))
     rows = [[text, *(found.get(arm, UNKNOWN) for arm in arms)] for text, found in by_text.items()]
-    return _table(Section(title=title, columns=["claim, by rule", *arms], rows=rows)) if rows else ""
+    return _table(Section(title=title, columns=["claim, by rule", *arms], rows=rows, notes=[RULE])) if rows else ""
 
 
 def _table(section: Section) -> str:

@@ -23,7 +23,7 @@ from skipstone.measure.passes import PASSES, Pass, depth_layers
 from skipstone.mechanisms.early_exit import EarlyExit
 from skipstone.mechanisms.token_selective import TokenSelective
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone_studies import stretches
+from skipstone_studies import text_blocks
 
 ROWS = 64  # rows of a forward pass
 EXITS = (0.3, 0.5, 0.7, 0.9)
@@ -89,7 +89,7 @@ def variants(folder: Path) -> dict[str, float]:
 def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
     """One model with early exit, executed with other thresholds: figures by threshold; else empty.
 
-    loss; stretches, as of `skipstone_studies.stretches`; skipped.
+    loss; stretches: the loss by block of text, see `skipstone_studies.text_blocks`; skipped.
 
     flops: counted, a token; the stem, every token's keys and values, and the routers are among them, each once.
     """
@@ -101,7 +101,7 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
         rows = _batches(loaded, 4 * ROWS)
         found[exit_name(threshold)] = {
             "loss": loss,
-            "stretches": list(stretches.of(loaded)),
+            text_blocks.RECORDED: list(text_blocks.of_loaded(loaded)),
             "skipped": sum(1 - capacity for _, capacity in _gates(layers)) / len(layers),
             "flops": flop_check(loaded.model, PASSES["executed"], rows).counted,
         }

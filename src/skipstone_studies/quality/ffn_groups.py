@@ -11,7 +11,7 @@ from typing import Any
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import Section, markdown, number, percent
 from skipstone_studies import measure
-from skipstone_studies.claims import ByArm, values
+from skipstone_studies.claims import ByArm, Comparison, comparisons, values
 from skipstone_studies.page import mean_and_spread
 from skipstone_studies.quality.teal import measure_teal
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -110,7 +110,11 @@ def _loss(figures: Figures) -> float:
 
 
 def details(figures: ByArm) -> str:
-    """SwiGLU with small inputs set to 0, which is not trained for it."""
+    """Each arm beside SwiGLU and beside a narrower one; SwiGLU with small inputs set to 0, not trained for it."""
+    return "\n\n".join(part for part in (comparisons(figures, COMPARED), _thresholds(figures)) if part)
+
+
+def _thresholds(figures: ByArm) -> str:
     rows = []
     for share in SHARES:
         losses, executed = (values(figures, DENSE, f"teal.{_step(share)}.{name}") for name in ("loss", "executed"))
@@ -122,6 +126,20 @@ def details(figures: ByArm) -> str:
     return markdown([section]).strip("\n") if rows else ""
 
 
+COMPARED = (
+    Comparison(key="loss_ratio", title="loss / dense - 1", against=DENSE, format="+.2%"),
+    *(
+        Comparison(
+            key="evaluation.ways.executed.loss",
+            title="executed loss in nats",
+            against=f"narrow {share:g}",
+            arms=[name.format(share) for name in names],
+        )
+        for share, names in zip(
+            SHARES, (["groups {:g}", *(f"{name} {{:g}}" for name in CONTROLS)], ["groups {:g}"]), strict=True
+        )
+    ),
+)
 FFN_GROUPS = Study(
     name="ffn_groups",
     purpose="neuron groups switched off by chunk, beside narrower MLPs of equal FLOPs, random groups and TEAL",

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from skipstone_studies import measure
+from skipstone_studies.claims import ByArm, Comparison, comparisons
+from skipstone_studies.headroom import headroom
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 CAPACITY = 0.125
@@ -95,6 +97,17 @@ ABOUT = (
 )
 
 
+LOSS = "evaluation.ways.executed.loss"
+COMPARED = tuple(Comparison(key=LOSS, title="executed loss in nats", against=arm) for arm in ("dense", "random"))
+
+
+def details(figures: ByArm) -> str:
+    """Below the table: whether depth pays, and each arm beside dense and beside chance."""
+    room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
+    parts = ("" if room is None else room.sentence(), comparisons(figures, COMPARED))
+    return "\n\n".join(part for part in parts if part)
+
+
 def on(corpus: str, name: str) -> Study:
     """The study on one corpus."""
     return Study(
@@ -105,6 +118,7 @@ def on(corpus: str, name: str) -> Study:
         seeds=SEEDS,
         measure=measured,
         measure_together=None,
+        details=details,
         columns=COLUMNS,
     )
 

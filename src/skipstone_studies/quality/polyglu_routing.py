@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from skipstone.evaluate.tables import Section, markdown, percent
 from skipstone.measure.losses import measure_loss
 from skipstone.runs import Run
 from skipstone_studies import measure
-from skipstone_studies.claims import ByArm, Claim, claims_table, mean, paired, values
+from skipstone_studies.claims import ByArm, Claim, claims_table, judge, paired_differences, values
 from skipstone_studies.page import mean_and_spread
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -102,39 +102,24 @@ def _logged(line: Mapping[str, Any], name: str) -> list[float]:
 
 LOSS = "evaluation.ways.executed.loss"
 DETERMINISTIC, UNUSED, REACHED, LOST = 1e-3, 0.01, 0.05, 0.01
-RULES: tuple[tuple[str, str, str, Callable[[float], bool]], ...] = (
-    (
-        f"routing is nearly deterministic: dynamic entropy at most {DETERMINISTIC:.1%} of ln 4 (paper: 0.03 %)",
-        "dynamic_entropy",
-        ".2%",
-        lambda share: share <= DETERMINISTIC,
-    ),
-    (
-        f"static entropy stays at ln 4, within {UNUSED:.0%} (paper: yes)",
-        "static_entropy",
-        ".1%",
-        lambda share: share >= 1 - UNUSED,
-    ),
-)
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
     """The paper's two, in each arm; whether neurons are reached; whether a fixed choice loses anything."""
     for arm in figures:
-        for text, key, form, rule in RULES:
-            if (found := mean(figures, arm, key)) is not None:
-                share = found / math.log(len(NAMES))
-                yield Claim(arm=arm, text=text, found=format(share, form), holds=rule(share))
-        if (found := mean(figures, arm, "diversity")) is not None:
-            text = f"neurons route, not layers: at least {REACHED:.0%} of a layer's neurons depart from its majority"
-            yield Claim(arm=arm, text=text, found=percent(found), holds=found >= REACHED)
-        if (found := mean(figures, arm, "hardened")) is not None:
-            text = f"hardened, it loses at most {LOST} nats"
-            yield Claim(arm=arm, text=text, found=f"{found:+.4f}", holds=found <= LOST)
-        less = paired(figures, arm, SWIGLU, LOSS)
-        if less and arm != SWIGLU:
-            text = "its loss is below SwiGLU's, in every seed"
-            yield Claim(arm=arm, text=text, found=mean_and_spread(less, "+.4f"), holds=max(less) < 0)
+        share = [value / math.log(len(NAMES)) for value in values(figures, arm, "dynamic_entropy")]
+        text = f"routing is nearly deterministic: dynamic entropy at most {DETERMINISTIC:.1%} of ln 4 (paper: 0.03 %)"
+        yield from judge(arm, text, share, most=DETERMINISTIC, form=".2%")
+        share = [value / math.log(len(NAMES)) for value in values(figures, arm, "static_entropy")]
+        text = f"static entropy stays at ln 4, within {UNUSED:.0%} (paper: yes)"
+        yield from judge(arm, text, share, least=1 - UNUSED, form=".1%")
+        text = f"neurons route, not layers: at least {REACHED:.0%} of a layer's neurons depart from its majority"
+        yield from judge(arm, text, values(figures, arm, "diversity"), least=REACHED, form=".1%")
+        text = f"hardened, it loses at most {LOST} nats"
+        yield from judge(arm, text, values(figures, arm, "hardened"), most=LOST, form="+.4f")
+        if arm != SWIGLU:
+            less = paired_differences(figures, arm, SWIGLU, LOSS)
+            yield from judge(arm, "its loss is below SwiGLU's", less, most=0.0, form="+.4f")
 
 
 def details(figures: ByArm) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from skipstone.data.synthetic import BINS
 from skipstone.measure.accuracy import MEASURED, OVERALL, headroom_captured
 from skipstone.model.released import tsa
 from skipstone_studies import measure
+from skipstone_studies.claims import Comparison, comparisons
 from skipstone_studies.quality.tsa.recipes import ALONE, HARD, LEARNED
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -148,6 +150,9 @@ ABOUT = (
     "interpolated between the dense arms at the arm's executed FLOPs (an arm with more FLOPs than the deepest of them"
     " is held against that one, which flatters it): 1 is as good as knowing, 0 no better than dense."
 )
+COMPARED = Comparison(
+    key=f"accuracy.{OVERALL}", title="accuracy, all", against="mod-random", arms=JUDGED, format="+.1%", better="high"
+)
 RESET_S3 = Study(
     name="reset_s3",
     purpose="does a learned router find the tokens that are known to need depth?",
@@ -157,6 +162,7 @@ RESET_S3 = Study(
     measure=measured,
     measure_together=None,
     derive=captured,
+    details=partial(comparisons, compared=[COMPARED]),
     columns=(
         Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
         *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),

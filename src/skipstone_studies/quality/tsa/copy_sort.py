@@ -7,6 +7,7 @@ share of right tokens in the answer.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,16 @@ from typing import Any
 
 from skipstone.model.released import tsa
 from skipstone_studies import gates, measure
-from skipstone_studies.claims import ByArm, Claim, PublishedColumn, beside, claims_table, mean
+from skipstone_studies.claims import (
+    ByArm,
+    Claim,
+    PublishedColumn,
+    beside,
+    claims_table,
+    judge,
+    paired_differences,
+    values,
+)
 from skipstone_studies.quality.tsa import published as paper
 from skipstone_studies.quality.tsa.recipes import SEEDS, gated, recipe
 from skipstone_studies.quality.tsa.text import ways_to_execute
@@ -66,22 +76,20 @@ def claims(figures: ByArm) -> list[Claim]:
 
 
 def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
-    arm, keys = f"{task}-tsa", (SOFT, EXECUTED, "claimed", "skipped")
-    dense = mean(figures, f"{task}-dense", SOFT)
-    soft, executed, claimed, skipped = (mean(figures, arm, key) for key in keys)
-    if dense is None or soft is None or executed is None or claimed is None or skipped is None:
-        return
-    for kind, own in (("soft", soft), ("executed", executed)):
-        text, found = f"{kind} accuracy within {POINT:.0%} of dense", f"{own:.1%}, dense {dense:.1%}"
-        yield Claim(arm=arm, text=text, found=found, holds=own >= dense - POINT)
-    text = "at least 90% of what is claimed as saved is skipped"
-    yield Claim(arm=arm, text=text, found=f"{skipped:.1%} of {claimed:.1%}", holds=skipped >= 0.9 * claimed)
+    arm, dense = f"{task}-tsa", f"{task}-dense"
+    for kind, key in (("soft", SOFT), ("executed", EXECUTED)):
+        kept = paired_differences(figures, arm, dense, key, SOFT)
+        yield from judge(arm, f"{kind} accuracy within {POINT:.0%} of dense", kept, least=-POINT, form="+.1%")
+    claimed, skipped = (values(figures, arm, key) for key in ("claimed", "skipped"))
+    rest = [really - 0.9 * said for really, said in zip(skipped, claimed, strict=True)]
+    if rest:
+        text = "at least 90% of what is claimed as saved is skipped (skipped - 90% of claimed)"
+        told = f"{statistics.fmean(skipped):.1%} of {statistics.fmean(claimed):.1%}: "
+        yield from judge(arm, text, rest, least=0.0, form="+.1%", told=told)
     for blocks in FEW:
-        few = mean(figures, f"{task}-dense-{blocks}", SOFT)
-        if few is not None:
-            text = f"executed accuracy more than {POINT:.0%} above a dense model of {blocks} block{'s' * (blocks > 1)}"
-            found = f"{executed:.1%}, dense-{blocks} {few:.1%}"
-            yield Claim(arm=arm, text=text, found=found, holds=executed > few + POINT)
+        text = f"executed accuracy more than {POINT:.0%} above a dense model of {blocks} block{'s' * (blocks > 1)}"
+        more = paired_differences(figures, arm, f"{dense}-{blocks}", EXECUTED, SOFT)
+        yield from judge(arm, text, more, least=POINT, form="+.1%")
 
 
 def details(figures: ByArm) -> str:

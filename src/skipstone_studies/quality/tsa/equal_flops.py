@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
-from skipstone_studies import stretches
-from skipstone_studies.claims import ByArm, BySeed
+from skipstone_studies import text_blocks
+from skipstone_studies.claims import DETECTABLE, ByArm, BySeed
+from skipstone_studies.intervals import CONFIDENCE, paired
 from skipstone_studies.page import lookup
 from skipstone_studies.quality.reset_s3 import interpolate
 from skipstone_studies.study import Figures
@@ -17,19 +17,19 @@ from skipstone_studies.study import Figures
 EXECUTED = "evaluation.ways.executed.loss"
 FLOPS = "evaluation.flops_per_token.counted"
 RIVALS = {"over_dense": "fewer blocks", "over_random": "chance", "over_exit": "early exit"}
-BY_STRETCH = "_by_stretch"
+BY_BLOCK = "_by_block"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model on the plane of executed FLOPs a token and executed loss. losses: whole, then of each stretch."""
+    """A model on the plane of executed FLOPs a token and executed loss. losses: whole, then of each block of text."""
 
     flops: float
     losses: tuple[float, ...]
 
 
 def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Each arm's executed loss less that of its `RIVALS` at its FLOPs, and the same by stretches of the text.
+    """Each arm's executed loss less that of its `RIVALS` at its FLOPs, and the same by blocks of the text.
 
     In nats, on straight lines between the dense models of several depths, between the shares of tokens drawn at random
     (and all of them), and between the thresholds of early exit. An arm that needs more FLOPs than the best of them is
@@ -51,8 +51,8 @@ def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
         found: dict[str, Any] = {}
         for name, rival in rivals.items():
             if rival and min(point.flops for point in rival) <= own.flops:
-                whole, *by_stretch = _over(own, rival)
-                found |= {name: whole, name + BY_STRETCH: by_stretch}
+                whole, *by_block = _over(own, rival)
+                found |= {name: whole, name + BY_BLOCK: by_block}
         over[arm] = found
     return over
 
@@ -68,26 +68,31 @@ def _point(figures: Figures) -> Point | None:
     flops, loss = lookup(figures, FLOPS), lookup(figures, EXECUTED)
     if flops is None or loss is None:
         return None
-    return Point(flops=flops, losses=(loss, *figures["stretches"]))
+    return Point(flops=flops, losses=(loss, *figures[text_blocks.RECORDED]))
 
 
 def _exit_points(figures: Figures) -> list[Point]:
     return [
-        Point(flops=found["flops"], losses=(found["loss"], *found["stretches"]))
+        Point(flops=found["flops"], losses=(found["loss"], *found[text_blocks.RECORDED]))
         for found in figures.get("exits", {}).values()
     ]
 
 
+def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
+    """The difference to a rival by block of text, of each seed that has it."""
+    return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]
+
+
 def intervals(figures: ByArm) -> str:
-    """Markdown: differences at equal FLOPs with their interval over seeds and stretches of the text."""
+    """Markdown: differences at equal FLOPs with their interval over seeds and blocks of the text."""
     rows = []
     for arm, seeds in figures.items():
         cells = [_cell(seeds, rival) for rival in RIVALS]
         rows += [[arm, *cells]] if any(cell != UNKNOWN for cell in cells) else []
     note = (
-        f"Nats; in brackets, where the mean of {stretches.SHARE:.0%} of {stretches.DRAWS} bootstrap draws lies, seeds "
-        f"and stretches of {stretches.WINDOWS} neighbouring windows being drawn with replacement. Below 0: the arm is "
-        "better than its rival at the same executed FLOPs."
+        f"Nats; in brackets the {CONFIDENCE:.0%} interval over seeds (Student's t) and over blocks of "
+        f"{text_blocks.WINDOWS} neighbouring windows of the text, none for one seed. Below 0: the arm is better than "
+        f"its rival at the same executed FLOPs. {DETECTABLE}"
     )
     columns = ["arm", *(f"over {name}" for name in RIVALS.values())]
     section = Section(title="At equal executed FLOPs", columns=columns, rows=rows, notes=[note])
@@ -95,9 +100,8 @@ def intervals(figures: ByArm) -> str:
 
 
 def _cell(seeds: BySeed, rival: str) -> str:
-    paired = {seed: found[rival + BY_STRETCH] for seed, found in seeds.items() if found.get(rival + BY_STRETCH)}
-    if not paired:
-        return UNKNOWN
-    low, high = stretches.interval(paired)
-    whole = statistics.fmean(seeds[seed][rival] for seed in paired)
-    return f"{whole:+.3f} [{low:+.3f}, {high:+.3f}]"
+    whole = [found[rival] for found in seeds.values() if rival in found]
+    interval = paired(whole, blocks_of(seeds, rival))
+    if interval is None:
+        return f"{whole[0]:+.3f}, one seed" if whole else UNKNOWN
+    return interval.with_power()

@@ -1,4 +1,4 @@
-"""Which of the paper's claims hold: each a rule with its threshold in the text, judged on means over seeds.
+"""Which of the paper's claims hold: each a rule with its threshold in the text, judged by the interval over seeds.
 
 Differences are between runs of one seed, in nats.
 """
@@ -6,15 +6,21 @@ Differences are between runs of one seed, in nats.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
-from skipstone_studies.claims import ByArm, Claim, mean, paired, values
-from skipstone_studies.page import mean_and_spread
-from skipstone_studies.quality.tsa.equal_flops import EXECUTED, RIVALS
+from skipstone_studies.claims import ByArm, Claim, judge, mean, paired_differences, values
+from skipstone_studies.headroom import Headroom, headroom
+from skipstone_studies.quality.tsa.equal_flops import EXECUTED, RIVALS, blocks_of
 from skipstone_studies.quality.tsa.published import JITTER, SHAKESPEARE
 
 SOFT = "evaluation.ways.oracle.loss"
 REALLY = 0.9  # of what is claimed as saved, to be called saved
+
+
+def depth_pays(figures: ByArm) -> Headroom | None:
+    """Whether the dense model beats those of fewer blocks."""
+    return headroom(figures, "dense", [arm for arm in figures if arm.startswith("dense-")], EXECUTED)
 
 
 def language(figures: ByArm) -> list[Claim]:
@@ -29,47 +35,36 @@ def language(figures: ByArm) -> list[Claim]:
 
 
 def _of_arm(figures: ByArm, arm: str) -> Iterator[Claim]:
-    claimed, skipped = mean(figures, arm, "claimed"), mean(figures, arm, "skipped")
+    claimed, skipped = (values(figures, arm, key) for key in ("claimed", "skipped"))
     start = mean(figures, arm, "variants.at_start")
-    if claimed is not None and skipped is not None and start is not None:
-        yield Claim(
-            arm=arm,
-            text=f"at least {REALLY:.0%} of what is claimed as saved is skipped",
-            found=f"{skipped:.1%} of {claimed:.1%}",
-            holds=skipped >= REALLY * claimed,
-        )
-        yield Claim(
-            arm=arm,
-            text="more is claimed as saved than the start bias gives before training",
-            found=f"{claimed:.1%}, before {start:.1%}",
-            holds=claimed > start,
-        )
+    if start is not None and claimed:
+        text = f"at least {REALLY:.0%} of what is claimed as saved is skipped (skipped - {REALLY:.0%} of claimed)"
+        rest = [really - REALLY * said for really, said in zip(skipped, claimed, strict=True)]
+        told = f"{statistics.fmean(skipped):.1%} of {statistics.fmean(claimed):.1%}: "
+        yield from judge(arm, text, rest, least=0.0, form="+.1%", told=told)
+        text = "more is claimed as saved than the start bias gives before training (claimed - before)"
+        more = [said - start for said in claimed]
+        told = f"{statistics.fmean(claimed):.1%}, before {start:.1%}: "
+        yield from judge(arm, text, more, least=0.0, form="+.1%", told=told)
     for kind, key in (("soft", SOFT), ("executed", EXECUTED)):
-        yield from _within(
-            arm, f"{kind} loss within {JITTER} nats of dense", paired(figures, arm, "dense", key), JITTER
-        )
-    chance = paired(figures, arm, arm, "variants.one", "variants.random")
-    yield from _below(arm, "skipping beats random tokens, as many (in every seed)", chance)
+        text = f"{kind} loss within {JITTER} nats of dense"
+        yield from judge(arm, text, paired_differences(figures, arm, "dense", key), most=JITTER)
+    chance = paired_differences(figures, arm, arm, "variants.one", "variants.random")
+    yield from judge(arm, "skipping beats random tokens, as many", chance, most=0.0)
     yield from _rivals(figures, arm)
 
 
 def _rivals(figures: ByArm, arm: str) -> Iterator[Claim]:
+    """Rivals that were trained. No verdict where depth does not pay."""
+    room = depth_pays(figures)
     for key, rival in RIVALS.items():
-        yield from _below(arm, f"executed, below {rival} at equal FLOPs (in every seed)", values(figures, arm, key))
+        found, blocks = values(figures, arm, key), blocks_of(figures.get(arm, {}), key)
+        for claim in judge(arm, f"executed, below {rival} at equal FLOPs", found, most=0.0, blocks=blocks):
+            yield claim if room is None or room.there else replace(claim, verdict="no headroom")
 
 
 def _sweep(figures: ByArm) -> Iterator[Claim]:
     allowed = SHAKESPEARE["lambda=0.1"]["loss"] - SHAKESPEARE["lambda=0"]["loss"] + JITTER
     for kind, key in (("soft", SOFT), ("executed", EXECUTED)):
         text = f"{kind} loss within {allowed:.3f} nats of lambda 0"
-        yield from _within("lambda=0.1", text, paired(figures, "lambda=0.1", "lambda=0", key), allowed)
-
-
-def _within(arm: str, text: str, found: Sequence[float], most: float) -> Iterator[Claim]:
-    if found:
-        yield Claim(arm=arm, text=text, found=mean_and_spread(found, "+.3f"), holds=statistics.fmean(found) <= most)
-
-
-def _below(arm: str, text: str, found: Sequence[float]) -> Iterator[Claim]:
-    if found:
-        yield Claim(arm=arm, text=text, found=mean_and_spread(found, "+.3f"), holds=max(found) < 0)
+        yield from judge("lambda=0.1", text, paired_differences(figures, "lambda=0.1", "lambda=0", key), most=allowed)

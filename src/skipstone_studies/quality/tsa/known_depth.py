@@ -9,6 +9,7 @@ from skipstone.data.synthetic import BINS
 from skipstone.measure.accuracy import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
+from skipstone_studies.claims import Comparison, comparisons
 from skipstone_studies.quality import reset_s3
 from skipstone_studies.quality.reset_s3 import gate
 from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
@@ -68,6 +69,9 @@ COLUMNS = (
     Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
 )
 
+COMPARED = Comparison(
+    key=f"accuracy.{OVERALL}", title="accuracy, all", against="tsa-random", arms=JUDGED, format="+.1%", better="high"
+)
 
 TSA_SWITCHED_S3 = Study(
     name="tsa_switched_s3",
@@ -78,5 +82,6 @@ TSA_SWITCHED_S3 = Study(
     measure=measured,
     measure_together=None,
     derive=partial(reset_s3.captured, judged=JUDGED, knowing="tsa-forced"),
+    details=partial(comparisons, compared=[COMPARED]),
     columns=COLUMNS,
 )

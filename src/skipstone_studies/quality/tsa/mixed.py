@@ -10,7 +10,7 @@ from typing import Any
 from skipstone.measure.accuracy import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
-from skipstone_studies.claims import ByArm, Claim, claims_table, mean
+from skipstone_studies.claims import ByArm, Claim, claims_table, judge, values
 from skipstone_studies.quality import reset_s3
 from skipstone_studies.quality.reset_s3 import gate
 from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
@@ -74,14 +74,11 @@ def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
 def details(figures: ByArm) -> str:
     """Whether each gated arm reaches what is aimed at."""
-    claims = []
+    claims: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):
-        cost, deeper = mean(figures, arm, "text_cost"), mean(figures, arm, "deeper")
-        if cost is not None and deeper is not None:
-            found = f"{cost:+.2%}"
-            claims.append(Claim(arm=arm, text=f"text within {NEAR:.1%} of dense", found=found, holds=cost <= NEAR))
-            text, found = f"operations {DEEPER:g} times as deep as text", f"{deeper:.2f} times"
-            claims.append(Claim(arm=arm, text=text, found=found, holds=deeper >= DEEPER))
+        cost, deeper = values(figures, arm, "text_cost"), values(figures, arm, "deeper")
+        claims += judge(arm, f"text within {NEAR:.1%} of dense", cost, most=NEAR, form="+.2%")
+        claims += judge(arm, f"operations {DEEPER:g} times as deep as text", deeper, least=DEEPER, form=".2f")
     return claims_table("What is aimed at", claims)
 
 

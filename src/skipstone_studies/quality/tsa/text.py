@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.evaluate.tables import Section, markdown
-from skipstone_studies import gates, measure, stretches
+from skipstone_studies import gates, measure, text_blocks
 from skipstone_studies.claims import ByArm, Published, PublishedColumn, beside, claims_table, values
 from skipstone_studies.page import mean_and_spread
 from skipstone_studies.quality.tsa import equal_flops, judged
@@ -23,14 +23,15 @@ def measured(folder: Path) -> Figures:
     further = {
         "variants": gates.variants(folder),
         "exits": gates.exits(folder),
-        "stretches": stretches.stretches(folder),
+        text_blocks.RECORDED: text_blocks.block_losses(folder),
     }
     return {**figures, **gates.savings(figures["evaluation"]), **further}
 
 
 def details(figures: ByArm, published: Published) -> str:
     """Below the table: the paper's figures beside ours, other ways to execute, thresholds, claims."""
-    parts = [claims_table("Which claims hold", judged.language(figures))]
+    room = judged.depth_pays(figures)
+    parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
     if published:
         parts.append(beside("Beside the paper", figures, published, BESIDE, paper.SOURCE))
     return "\n\n".join(

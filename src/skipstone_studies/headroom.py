@@ -1,0 +1,51 @@
+"""Whether depth pays at all: a router that skips blocks cannot win where a model with fewer blocks is as good.
+
+A verdict on routing needs room: the full model must beat the best of its shallower rivals by `LEAST` nats. Where it
+does not, the verdict is refused, whatever the routed arms' losses are.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from skipstone_studies.claims import ByArm, mean, paired_differences
+from skipstone_studies.intervals import Interval, paired
+
+LEAST = 0.02  # nats
+REFUSED = "No headroom: nothing to route."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headroom:
+    """gain: mean loss of the best shallower rival less that of the full model, in nats. interval: None for one seed."""
+
+    full: str
+    rival: str
+    gain: float
+    interval: Interval | None
+
+    @property
+    def there(self) -> bool:
+        return self.gain >= LEAST
+
+    def sentence(self) -> str:
+        """What the page says of it."""
+        shown = f"{self.gain:+.3f}" if self.interval is None else self.interval.shown()
+        found = f"the loss of {self.rival}, the best model with fewer blocks, is that of {self.full} {shown} nats"
+        if self.there:
+            return f"Headroom: {found}; routing is judged from +{LEAST} on."
+        return f"**{REFUSED}** {found[0].upper()}{found[1:]}; less than +{LEAST} leaves a router too little to win."
+
+
+def headroom(figures: ByArm, full: str, shallower: Sequence[str], key: str) -> Headroom | None:
+    """None where the full model or every rival is missing. key: of a loss in nats."""
+    losses = {arm: loss for arm in shallower if (loss := mean(figures, arm, key)) is not None}
+    if not losses or mean(figures, full, key) is None:
+        return None
+    rival = min(losses, key=losses.__getitem__)
+    gains = paired_differences(figures, rival, full, key)
+    if not gains:
+        return None
+    return Headroom(full=full, rival=rival, gain=statistics.fmean(gains), interval=paired(gains))
