@@ -96,7 +96,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         distillation: with loss_chunk, a teacher's part of `loss`; `token_loss` then carries no gradient of its own.
         """
         refuse_mistyped(kwargs)
-        shift_labels = kwargs.get("shift_labels")  # were it named above, Trainer would wait for it to report eval_loss
+        shift_labels = kwargs.get("shift_labels")  # if it were named above, Trainer would want it to report eval_loss
         out: DecoderOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -112,13 +112,13 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             **{name: kwargs[name] for name in OF_THE_DECODER if name in kwargs},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        assert out.last_hidden_state is not None
-        assert out.records is not None
+        assert out.last_hidden_state is not None and out.records is not None  # noqa: PT018
         hidden_BTD = out.last_hidden_state[:, keep]
         target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
         logits_BTV = self.lm_head(hidden_BTD) if target_BT is None or not loss_chunk else None
-        losses, items = {}, kwargs.get("num_items_in_batch")
+        losses: dict[str, Any] = {}
         if target_BT is not None:
+            items = kwargs.get("num_items_in_batch")
             losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk, distillation)
         return CausalLMOutput(
             logits=logits_BTV,
