@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.measure.flops import count_flops
+from skipstone.mechanisms import MagnitudeGroups, NeuronGroups
 from skipstone.model.card import render_card
+from skipstone.nn.grouped_mlp import GroupedMLP
+from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.ops import magnitude
 
 NEURONS = 48
@@ -96,7 +101,7 @@ def test_the_card_tells_how_many(options: dict[str, Any], words: str) -> None:
 
 
 def test_options_for_another_decision_are_refused() -> None:
-    with pytest.raises(ValueError, match="down_capacity is for decision 'magnitude' alone, got it with 'learned'"):
+    with pytest.raises(ValueError, match="down_capacity is read with decision magnitude alone, got 'learned'"):
         model(decision="learned")
 
 
@@ -107,3 +112,27 @@ def test_a_warm_up_ends_at_both_shares() -> None:
         router.advance(progress, None)
         seen.append((router.tried, router.kept))
     assert seen == [(48, 48), (42, 36), (36, 24), (36, 24)]
+
+
+@pytest.mark.parametrize("option", ["chunk_size", "decay", "router_width", "balance_rate"])
+def test_options_that_magnitude_does_not_read_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"neuron_groups\.{option} is read with decision learned or random alone"):
+        model(**{option: 1})
+
+
+def test_a_saved_configuration_with_an_option_that_is_not_read_loads(tmp_path: Path) -> None:
+    model().config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    saved["neuron_groups"]["chunk_size"] = 32
+    file.write_text(json.dumps(saved))
+    loaded = SkipstoneConfig.from_pretrained(tmp_path)
+    assert "chunk_size" not in loaded.neuron_groups
+    assert loaded.neuron_groups == model().config.neuron_groups
+
+
+def test_neither_way_of_choosing_inherits_what_only_the_other_can_do() -> None:
+    assert not issubclass(MagnitudeGroups, NeuronGroups)
+    assert not issubclass(MagnitudeMLP, GroupedMLP)
+    with pytest.raises(NotImplementedError):
+        model().model.layers[0].mlp.router(torch.zeros(1, 1, 32))

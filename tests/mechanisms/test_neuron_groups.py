@@ -30,7 +30,10 @@ GROUPS: dict[str, Any] = {"group_size": 8, "capacity": 0.5, "chunk_size": CHUNK}
 def model(activation: Any = "silu", **options: Any) -> SkipstoneForCausalLM:
     torch.manual_seed(3)
     sizes = {"vocab_size": 19, "hidden_size": 32, "intermediate_size": TOTAL * 8, "num_hidden_layers": 2}
-    values = {**sizes, "num_attention_heads": 4, "initializer_range": 0.3, "neuron_groups": {**GROUPS, **options}}
+    groups = {**GROUPS, **options}
+    if options.get("decision") == "magnitude":  # for each token by itself
+        del groups["chunk_size"]
+    values = {**sizes, "num_attention_heads": 4, "initializer_range": 0.3, "neuron_groups": groups}
     values["activation"] = activation
     return SkipstoneForCausalLM(SkipstoneConfig(**values)).eval()
 
@@ -240,7 +243,7 @@ def test_by_magnitude_a_single_token_multiplies_its_neurons_alone() -> None:
 
 
 def test_by_magnitude_nothing_can_be_balanced() -> None:
-    with pytest.raises(ValueError, match=r"balance_rate must be 0 with decision 'magnitude', got 0\.1"):
+    with pytest.raises(ValueError, match=r"neuron_groups\.balance_rate is read with decision learned or random alone"):
         alone(balance_rate=0.1)
 
 

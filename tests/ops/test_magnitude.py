@@ -51,8 +51,8 @@ def test_it_is_what_the_whole_mlp_gives(way: str, tried: int, kept: int, size: i
     counts = {"tried": tried, "kept": kept, "size": size}
     expected, found = specified(*given(), **counts), one_token(*given(), **counts)
     torch.testing.assert_close(found, expected)
-    assert found.tried_11G.sum() == tried
-    assert found.kept_11G.sum() == kept
+    assert found.tried_BTG.sum() == tried
+    assert found.kept_BTG.sum() == kept
 
 
 def test_bf16_weights_are_added_up_in_fp32(way: str) -> None:
@@ -60,25 +60,25 @@ def test_bf16_weights_are_added_up_in_fp32(way: str) -> None:
     x, a, typical, up, down = given(torch.bfloat16)
     expected = specified(x.float(), a.float(), typical, up.float(), down.float(), **counts)
     found = one_token(x, a, typical, up, down, **counts)
-    assert found.y_11D.dtype == torch.bfloat16
-    torch.testing.assert_close(found.score_11G, expected.score_11G)
-    assert torch.equal(found.tried_11G, expected.tried_11G)
+    assert found.y_BTD.dtype == torch.bfloat16
+    torch.testing.assert_close(found.score_BTG, expected.score_BTG)
+    assert torch.equal(found.tried_BTG, expected.tried_BTG)
     if way == "in place":
-        assert torch.equal(found.kept_11G, expected.kept_11G)
-        torch.testing.assert_close(found.y_11D, expected.y_11D.bfloat16())
+        assert torch.equal(found.kept_BTG, expected.kept_BTG)
+        torch.testing.assert_close(found.y_BTD, expected.y_BTD.bfloat16())
 
 
 def test_nan_is_not_hidden(way: str) -> None:
     x, a, *rest = given()
     a[..., 5] = float("nan")
-    assert one_token(x, a, *rest, tried=61, kept=40, size=1).y_11D.isnan().all()  # type: ignore[arg-type]
+    assert one_token(x, a, *rest, tried=61, kept=40, size=1).y_BTD.isnan().all()  # type: ignore[arg-type]
 
 
 def test_as_many_as_asked_where_scores_are_equal(way: str) -> None:
     x, a, typical, up, down = given()
     found = one_token(x, torch.ones_like(a), torch.ones_like(typical), up, down, tried=30, kept=10, size=1)
-    assert (int(found.tried_11G.sum()), int(found.kept_11G.sum())) == (30, 10)
-    assert not (found.kept_11G & ~found.tried_11G).any()
+    assert (int(found.tried_BTG.sum()), int(found.kept_BTG.sum())) == (30, 10)
+    assert not (found.kept_BTG & ~found.tried_BTG).any()
 
 
 @pytest.mark.parametrize("count", [1, 40, 96])

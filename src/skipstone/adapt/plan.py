@@ -13,11 +13,10 @@ from skipstone.adapt import influence, stages, student
 from skipstone.adapt.adapt_recipe import AdaptRecipe
 from skipstone.adapt.source import checked, load_dense, load_teacher, same_tokens, tokenizer_of
 from skipstone.adapt.start import measure_neurons, start_measured
-from skipstone.core.strict import from_dict
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
-from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
+from skipstone.model.build import parse_groups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.pretrained import load_tokenizer
@@ -52,7 +51,7 @@ def check_early(recipe: AdaptRecipe) -> None:
     if "activation" in recipe.model:
         SkipstoneConfig.from_plain({"activation": recipe.model["activation"]})
     if (groups := recipe.model.get("neuron_groups")) is not None:
-        from_dict(NeuronGroupsConfig, {**student.NEURON_DEFAULTS, **groups}, "model.neuron_groups")
+        parse_groups({**student.NEURON_DEFAULTS, **groups}, "model.neuron_groups")
 
 
 def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Plan:

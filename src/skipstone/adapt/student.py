@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from skipstone.core.width import GroupRouter
 from skipstone.data.rows import Row
 from skipstone.measure.passes import INPUTS
 from skipstone.mechanisms import MixtureOfDepths
-from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
@@ -101,7 +101,7 @@ def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> S
     assert not unexpected, unexpected
     assert set(missing) <= own, sorted(set(missing) - own)
     for mechanism in model.routing_modules():
-        if not isinstance(mechanism, MixtureOfDepths | NeuronGroups):
+        if not isinstance(mechanism, MixtureOfDepths | GroupRouter):
             mechanism.set_identity()
     model.generation_config = source.generation_config
     return model

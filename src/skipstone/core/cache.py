@@ -193,7 +193,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.kv = RaggedStore()
         self.stores: dict[str, RaggedStore] = {}
         # What a step may take over from the one before, once it has made sure that it may.
-        self.scratch: dict[str, Any] = {}
+        self.scratch: dict[str, object] = {}
         self.cumulative_length = 0
 
     def store(self, name: str) -> RaggedStore:

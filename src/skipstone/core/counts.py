@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +27,11 @@ class TokenCounts:
         return TokenCounts(
             kv_tokens=kept, query_tokens=self.query_tokens * kept / self.kv_tokens if self.kv_tokens else 0.0
         )
+
+
+Amount: TypeAlias = TokenCounts | float | Fraction  # a fraction where the mean over rows must be exact
+
+
+def number(amount: Amount) -> float | Fraction:
+    """A plain number; of token counts the query tokens."""
+    return amount.query_tokens if isinstance(amount, TokenCounts) else amount

@@ -6,7 +6,7 @@ Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G g
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,8 +101,17 @@ class NeuronGroupsRecord(NamedTuple):
         )
 
 
+AnyRecord = TypeVar("AnyRecord", DepthRecord, ActivationRecord, ExpertsRecord, NeuronGroupsRecord)
+
 Record: TypeAlias = DepthRecord | ActivationRecord | ExpertsRecord | NeuronGroupsRecord
 Records: TypeAlias = dict[str, Record]
+
+
+def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
+    """The record of this name, which must be of this kind; None where none was made."""
+    record = records.get(name)
+    assert record is None or isinstance(record, kind), f"{name} recorded {type(record).__name__}"
+    return record
 
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:

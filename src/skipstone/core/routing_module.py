@@ -24,7 +24,14 @@ class Placement:
 
 
 class RoutingModule(nn.Module):
-    """A mechanism with buffers that a trainer moves once an optimizer step, never in forward."""
+    """A mechanism with buffers that a trainer moves once an optimizer step, never in forward.
+
+    placement: where it sits; its name is that of its parameters and records in a block. built_in: whether it is the
+    decoder's own part, without which there would be no block (an MLP of experts), not something added to one.
+    """
+
+    placement: Placement
+    built_in = False
 
     def statistics(self, record: Record) -> Tensor | None:
         """fp32 vector of what `advance` needs from one micro-batch, averaged over micro-batches and processes."""

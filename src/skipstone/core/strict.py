@@ -50,6 +50,15 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise ValueError(message if not where or message.startswith(where) else f"{where}: {message}") from None
 
 
+def parsed(cls: type[T], config: T | None, options: Mapping[str, object]) -> T:
+    """`config`, where options were parsed before; else `options` through `from_dict`. Raises ValueError for both."""
+    if config is None:
+        return from_dict(cls, options)
+    if options:
+        raise ValueError(f"give either config or options of {cls.__name__}, got both")
+    return config
+
+
 def _path(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 

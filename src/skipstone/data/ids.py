@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ids: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
+Ids: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 
 class Stitched:

@@ -12,14 +12,12 @@ Shape letters: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skipstone.core.counts import TokenCounts
-from skipstone.core.records import DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
-from skipstone.model.cost import mlp_weights
+from skipstone.core.records import DepthRecord, Records
 from skipstone.nn.block import Block
 
 WHOLE = TokenCounts(kv_tokens=1.0, query_tokens=1.0)
@@ -33,8 +31,8 @@ def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> T
     full = executed = torch.zeros(1, 1)
     for block, decided in zip(blocks, records, strict=True):
         assert isinstance(block, Block)
-        attention, mlp = _matrices(block), mlp_weights(block.mlp)
-        passes, computed_BT = _passes(block, decided)
+        attention, mlp = _matrices(block), block.mlp.weights_per_pass()
+        passes, computed_BT = block.mlp.dense_passes(1), block.mlp.token_passes(decided)
         full = full + attention["given"] + attention["asked"] + mlp * passes
         attended_BT, asked_BT = _per_token(block, decided, attention)
         executed = executed + attended_BT + asked_BT * computed_BT * mlp
@@ -46,19 +44,6 @@ def _matrices(block: Block) -> dict[str, int]:
     a = block.self_attn
     given = a.k_proj.weight.numel() + a.v_proj.weight.numel()
     return {"given": given, "asked": a.q_proj.weight.numel() + a.o_proj.weight.numel()}
-
-
-def _passes(block: Block, decided: Records) -> tuple[int, Tensor]:
-    """How often a token that asks passes matrices of the MLP, at most and in truth ([B, T] or [1, 1])."""
-    mlp: Any = block.mlp
-    record = decided.get(mlp.placement.name) if hasattr(mlp, "placement") else None
-    if isinstance(record, ExpertsRecord):
-        return mlp.config.top_k, record.chosen_BTX[..., : mlp.config.count].sum(-1).cpu()
-    groups = [record for record in decided.values() if isinstance(record, NeuronGroupsRecord)]
-    if not groups:
-        return 1, torch.ones(1, 1)
-    tried_BT, kept_BT = (on_BTG.double().mean(-1).cpu() for on_BTG in (groups[0].tried_BTG, groups[0].kept_BTG))
-    return 1, mlp.multiplied((tried_BT + kept_BT) / 2, single_token=kept_BT.shape == (1, 1)).float()
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:
@@ -86,7 +71,6 @@ def _work(block: Block, kept: Mapping[str, float], attention: Mapping[str, int])
 
 
 def _narrowed(block: Block, site: str, kept: Mapping[str, float], counts: TokenCounts) -> TokenCounts:
-    mechanisms: Any = block.mechanisms
     for name in block.sites[site]:
-        counts = mechanisms[name].counts_inside(counts, kept[name])
+        counts = block.mechanisms[name].counts_inside(counts, kept[name])
     return counts

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from skipstone.measure.losses import LossResult, measure_loss
 from skipstone.measure.passes import Pass
+from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 NO_TEMPERATURE = 1e-30  # logits by this are still finite
@@ -40,4 +41,4 @@ def hard_mix(model: SkipstoneForCausalLM) -> Iterator[None]:
 
 
 def _temperatures(model: SkipstoneForCausalLM) -> list[Tensor]:
-    return [mechanism.tau for mechanism in model.routing_modules() if hasattr(mechanism, "tau")]
+    return [mechanism.tau for mechanism in model.routing_modules() if isinstance(mechanism, MixFigures)]

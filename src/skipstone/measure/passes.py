@@ -61,7 +61,10 @@ def passes_of(
     was_forced: it was trained with the known difficulty, so its own routers have learned nothing.
     """
     unavailable: dict[str, str] = {}
-    waits = any(isinstance(getattr(m, "decision", None), Forced) and m.capacity < 1 for m in model.routing_modules())
+    waits = any(
+        isinstance(getattr(m, "decision", None), Forced) and getattr(m, "capacity", 1) < 1
+        for m in model.routing_modules()
+    )
     if waits or (was_forced and depth_layers(model)):
         unavailable = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
     elif _refused(model):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from skipstone.mechanisms.base import DepthMechanism, Placement, RoutingModule
+from skipstone.core.routing_module import Placement, RoutingModule
+from skipstone.mechanisms.base import DepthMechanism
 from skipstone.mechanisms.early_exit import EarlyExit
 from skipstone.mechanisms.gate_skip import GateSkip
+from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths
+from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.mechanisms.polyglu import PolyGLU
 from skipstone.mechanisms.token_selective import TokenSelective
 
@@ -20,13 +23,23 @@ ACTIVATION: dict[str, type[PolyGLU]] = {
     "polyglu": PolyGLU,
 }
 
+# What chooses groups of neurons, by the option `decision` of `neuron_groups`.
+GROUPS: dict[str, type[NeuronGroups] | type[MagnitudeGroups]] = {
+    "learned": NeuronGroups,
+    "random": NeuronGroups,
+    "magnitude": MagnitudeGroups,
+}
+
 __all__ = [
     "ACTIVATION",
     "DEPTH",
+    "GROUPS",
     "DepthMechanism",
     "EarlyExit",
     "GateSkip",
+    "MagnitudeGroups",
     "MixtureOfDepths",
+    "NeuronGroups",
     "Placement",
     "PolyGLU",
     "RoutingModule",

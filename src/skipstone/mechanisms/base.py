@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from skipstone.core.counts import TokenCounts
+from skipstone.core.depth import DepthModule
 from skipstone.core.records import DepthRecord, Records
-from skipstone.core.routing_module import Placement, RoutingModule
-from skipstone.core.seam import Update
+from skipstone.core.routing_module import Placement
 from skipstone.core.strict import from_dict
-from skipstone.core.tokens import Tokens
 from skipstone.core.tokens import real_mask as real_mask
 
 
-class DepthMechanism(RoutingModule):
+class DepthMechanism(DepthModule):
     """Decides which tokens get an update, and how strongly: a function on updates.
 
     Subclasses name a frozen keyword-only dataclass `Config`; options given to the constructor go through it.
@@ -31,9 +30,6 @@ class DepthMechanism(RoutingModule):
         super().__init__()
         self.config = from_dict(self.Config, options)
         self.hidden_size, self.placement = hidden_size, placement or Placement()
-
-    def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        raise NotImplementedError
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Tensors [B, T] that cross blocks, as they are before block 0."""

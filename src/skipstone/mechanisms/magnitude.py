@@ -18,44 +18,84 @@ Shape letters: B rows, T tokens, D width, F neurons, G groups.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import initialization as init
 
 from skipstone.core.records import NeuronGroupsRecord
+from skipstone.core.routing_module import Placement
+from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens, real_mask
-from skipstone.mechanisms.neuron_groups import NeuronGroups
+from skipstone.core.width import ActivationGroupRouter, Share
+from skipstone.mechanisms.grouping import GroupingConfig, ScheduledGroups
 from skipstone.mechanisms.schedules import Capacity
-from skipstone.ops.magnitude import MagnitudeWeights, largest, sizes
+from skipstone.ops.magnitude import largest, sizes
 
 
-class MagnitudeGroups(NeuronGroups):
-    """Decides which groups are tried, and which of these are kept; the MLP executes it."""
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeGroupsConfig(GroupingConfig):
+    """Options of `GroupingConfig`, and: down_capacity: the share of the groups that the last matrix is multiplied for;
+    None: `capacity`. Every token has groups of its own. decision: tells these options from those of neuron groups.
+    """
 
-    typical_F: Tensor
+    decision: Literal["magnitude"] = "magnitude"
+    down_capacity: float | None = None
 
-    def _build(self, hidden_size: int) -> None:
-        config = self.config
-        down = config.capacity if config.down_capacity is None else config.down_capacity
-        self.down_schedule = Capacity(down, config.capacity_warmup)
-        self.register_buffer("typical_F", torch.empty(self.total * config.group_size))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.down_capacity is not None and not 0 < self.down_capacity <= self.capacity:
+            raise ValueError(f"down_capacity must be in (0, capacity = {self.capacity}], got {self.down_capacity}")
+
+    @property
+    def down(self) -> float:
+        """`down_capacity` where it is not left to follow from `capacity`."""
+        return self.capacity if self.down_capacity is None else self.down_capacity
+
+    def capacities(self) -> dict[str, float]:
+        return {"capacity": self.capacity, "down_capacity": self.down}
+
+
+class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
+    """Decides which groups are tried, and which of these are kept; `nn/magnitude_mlp.py` executes it."""
+
+    Config: ClassVar[type[MagnitudeGroupsConfig]] = MagnitudeGroupsConfig
+
+    def __init__(
+        self,
+        hidden_size: int,
+        neurons: int,
+        placement: Placement | None = None,
+        config: MagnitudeGroupsConfig | None = None,
+        **options: object,
+    ) -> None:
+        """`neurons`: of the MLP before pruning. Options of `MagnitudeGroupsConfig`, unless `config` has them."""
+        read = parsed(MagnitudeGroupsConfig, config, options)
+        super().__init__(read, neurons, placement)
+        self.config = read
+        self.down_schedule = Capacity(read.down, read.capacity_warmup)
+        self.register_buffer("typical_F", torch.empty(self.total * read.group_size))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
         init.ones_(self.typical_F)
+
+    @property
+    def group_size(self) -> int:
+        return self.config.group_size
 
     @property
     def kept(self) -> int:
         """Groups that go through the last matrix, in force."""
-        return self._in_force(self.down_schedule)
+        return self.in_force(self.down_schedule)
 
     @property
     def tried(self) -> int:
         """Groups that the second matrix is multiplied for, in force."""
-        return self._in_force(self.schedule)
+        return self.in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:
@@ -63,8 +103,15 @@ class MagnitudeGroups(NeuronGroups):
         tried, kept = (self.config.kept(self.neurons, s.final) for s in (self.schedule, self.down_schedule))
         return Fraction(tried + kept, 2 * self.total)
 
-    def multiplied(self, share: Any, single_token: bool) -> Any:
-        return (1 + 2 * share) / 3 if single_token else 1 + 0 * share  # the gate in full, up and down in part
+    def in_words(self) -> str:
+        if self.config.down_capacity is None:
+            return super().in_words()
+        tried = self.counted_in_words(self.config.capacity)
+        return f"{tried} tried, {self.config.kept(self.neurons, self.config.down_capacity)} kept"
+
+    def matrix_share(self, share: Share, single_token: bool) -> Share:
+        """The gate in full, up and down in part, and these only in a call of one token."""
+        return (1 + 2 * share) / 3 if single_token else 1 + 0 * share
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
@@ -74,10 +121,6 @@ class MagnitudeGroups(NeuronGroups):
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
         """bool [B, T, G]; h_BTF: products of those that are tried, else 0."""
         return largest(sizes(h_BTF, self.config.group_size), self.kept)
-
-    def parts(self, up_FD: Tensor, down_FD: Tensor) -> MagnitudeWeights:
-        """What `ops.magnitude.one_token` needs to know, besides the token."""
-        return MagnitudeWeights(self.typical_F, up_FD, down_FD, self.tried, self.kept, self.config.group_size)
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         reached_BT = real_mask(tokens, score_BTG[..., 0])
@@ -93,3 +136,7 @@ class MagnitudeGroups(NeuronGroups):
     def set_identity(self) -> None:
         super().set_identity()
         self.down_schedule.pin(1.0)
+
+    def flops(self, tokens: float, routing: str) -> float:
+        """None: sums of magnitudes are no matrix products."""
+        return 0

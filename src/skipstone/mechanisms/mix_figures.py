@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.records import ActivationRecord
-from skipstone.mechanisms.base import RoutingModule
+from skipstone.core.routing_module import RoutingModule
 
 
 class MixFigures(RoutingModule):

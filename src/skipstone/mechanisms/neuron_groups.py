@@ -21,8 +21,9 @@ Shape letters: B rows, T tokens, D width, R projected width, G groups, K kept gr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,49 +31,66 @@ from transformers import initialization as init
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import NeuronGroupsRecord, Record
-from skipstone.core.routing_module import Placement, RoutingModule
-from skipstone.core.strict import from_dict
+from skipstone.core.routing_module import Placement
+from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens, real_mask
+from skipstone.core.width import GroupChoice, InputGroupRouter, Share
 from skipstone.mechanisms.contexts import Memory, chunk_start
-from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
-from skipstone.mechanisms.schedules import Capacity
+from skipstone.mechanisms.grouping import NAME as NAME
+from skipstone.mechanisms.grouping import GroupingConfig, ScheduledGroups
 from skipstone.ops import score_linear
 
-NAME = "neuron_groups"
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronGroupsConfig(GroupingConfig):
+    """Options of `GroupingConfig`, and: chunk_size: tokens of a document that share a decision. decay: a token weighs
+    that much of the next one. router_width: R. balance_rate: u, 0 for none. decision: learned, or random as a control.
+    """
+
+    chunk_size: int = 64
+    decay: float = 0.95
+    router_width: int = 32
+    balance_rate: float = 0.0
+    decision: Literal["learned", "random"] = "learned"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("chunk_size", "router_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {self.decay}")
+        if not self.balance_rate >= 0:
+            raise ValueError(f"balance_rate must not be negative, got {self.balance_rate}")
 
 
-class Choice(NamedTuple):
-    """group_BTK: int64, the groups that are on, ascending. gain_BTK: fp32 factor on what each of them computes."""
+class NeuronGroups(ScheduledGroups, InputGroupRouter):
+    """Decides for each chunk of tokens which groups are on; `nn/grouped_mlp.py` executes it."""
 
-    group_BTK: Tensor
-    gain_BTK: Tensor
-    record: NeuronGroupsRecord
+    Config: ClassVar[type[NeuronGroupsConfig]] = NeuronGroupsConfig
 
-
-class NeuronGroups(RoutingModule):
-    """Decides which groups are on; the MLP executes it. `neurons`: of the MLP before pruning."""
-
-    Config: ClassVar[type[Any]] = NeuronGroupsConfig
-
-    def __init__(self, hidden_size: int, neurons: int, placement: Placement | None = None, **options: Any) -> None:
-        super().__init__()
-        self.config: NeuronGroupsConfig = from_dict(NeuronGroupsConfig, options)
-        self.placement, self.neurons = placement or Placement(name=NAME), neurons
-        self.total = self.config.neurons(self.placement.layer, neurons) // self.config.group_size
-        self.schedule = Capacity(self.config.capacity, self.config.capacity_warmup)
+    def __init__(
+        self,
+        hidden_size: int,
+        neurons: int,
+        placement: Placement | None = None,
+        config: NeuronGroupsConfig | None = None,
+        **options: object,
+    ) -> None:
+        """`neurons`: of the MLP before pruning. Options of `NeuronGroupsConfig`, unless `config` has them."""
+        read = parsed(NeuronGroupsConfig, config, options)
+        super().__init__(read, neurons, placement)
+        self.config = read
         self.balance_bias: Tensor | None
         self.register_buffer("balance_bias", torch.zeros(self.total) if self.config.balance_rate else None)
         self.learns = self.config.decision == "learned"
-        self._build(hidden_size)
-        self.reset_parameters()
-
-    def _build(self, hidden_size: int) -> None:
         if self.learns:
             R = self.config.router_width
             self.context_weight = nn.Parameter(torch.empty(R, hidden_size))
             self.context_bias = nn.Parameter(torch.empty(R))
             self.score_weight = nn.Parameter(torch.empty(self.total, R))
             self.score_bias = nn.Parameter(torch.empty(self.total))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.balance_bias is not None:
@@ -86,28 +104,24 @@ class NeuronGroups(RoutingModule):
     @property
     def kept(self) -> int:
         """K in force."""
-        return self._in_force(self.schedule)
-
-    def _in_force(self, schedule: Capacity) -> int:
-        """Groups, which after pruning may be fewer than a warm-up would keep."""
-        return min(self.config.kept(self.neurons, schedule.now), self.total)
+        return self.in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:
         """K / G once a warm-up is over."""
         return Fraction(self.config.kept(self.neurons, self.schedule.final), self.total)
 
-    def multiplied(self, share: Any, single_token: bool) -> Any:
-        """Of the MLP's matrices, for a share of groups that is on; single_token: in a call of one token."""
+    def matrix_share(self, share: Share, single_token: bool) -> Share:
+        """All three matrices are multiplied for the groups that are on alone."""
         return share
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> Choice:
+    def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
         """x_BTD: the MLP's input, not unpadded."""
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
         group_BTK = ranked_BTG.topk(self.kept, dim=-1, sorted=False).indices.sort(-1).values
         gain_BTK = 2 * score_BTG.gather(-1, group_BTK).sigmoid() if self.learns else torch.ones_like(group_BTK).float()
-        return Choice(group_BTK, gain_BTK, self._record(score_BTG, group_BTK, tokens))
+        return GroupChoice(group_BTK, gain_BTK, self._record(score_BTG, group_BTK, tokens))
 
     def _record(self, score_BTG: Tensor, group_BTK: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         reached_BT, seen_BTG = real_mask(tokens, score_BTG[..., 0]), score_BTG.detach()
@@ -139,21 +153,13 @@ class NeuronGroups(RoutingModule):
         return self.share(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        self.schedule.advance(progress)
+        super().advance(progress, statistics)
         if self.balance_bias is not None and statistics is not None:
             self.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
-    def empty_record(self, x_BTD: Tensor) -> NeuronGroupsRecord:
-        nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], self.total), float("nan"), dtype=torch.float32)
-        none_BTG = nan_BTG > 0
-        return NeuronGroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
-
-    def not_ready_reason(self) -> str | None:
-        return self.schedule.not_ready_reason()
-
     def set_identity(self) -> None:
         """Every group on, with a gain of 1."""
-        self.schedule.pin(1.0)
+        super().set_identity()
         if self.learns:
             with torch.no_grad():
                 self.score_weight.zero_()

@@ -25,8 +25,10 @@ from transformers import initialization as init
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ActivationRecord, Records
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens
+from skipstone.core.width import Activation
 from skipstone.mechanisms.base import Placement, real_mask
 from skipstone.mechanisms.contexts import Memory, chunk_mean, exponential_mean, running_mean, sequence_mean
 from skipstone.mechanisms.mix_figures import MixFigures
@@ -79,7 +81,7 @@ class PolyGLUConfig:
                 raise ValueError(f"{option} has a meaning with context {context!r} only, got context {self.context!r}")
 
 
-class PolyGLU(MixFigures):
+class PolyGLU(MixFigures, Activation):
     """Fills the activation slot of an MLP."""
 
     Config: ClassVar[type[Any]] = PolyGLUConfig
@@ -166,6 +168,9 @@ class PolyGLU(MixFigures):
         """Noise of each row, neuron and activation, the same for all tokens of the row."""
         exponential = torch.empty(rows, *self.preference_bias.shape, device=device).exponential_()
         return -exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    def routing_modules(self) -> dict[str, RoutingModule]:
+        return {self.placement.name: self}
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         """Linear annealing of tau (the paper's max(0.1, 1 - 0.9 * step / total))."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,10 @@ from torch import nn
 from transformers import initialization as init
 
 from skipstone.core.strict import choose, from_dict, unknown
-from skipstone.mechanisms import ACTIVATION, DEPTH, Placement
-from skipstone.mechanisms.magnitude import MagnitudeGroups
-from skipstone.mechanisms.neuron_groups import NAME as NEURON_GROUPS
-from skipstone.mechanisms.neuron_groups import NeuronGroups
-from skipstone.mechanisms.neuron_options import NeuronGroupsConfig
+from skipstone.core.width import Activation, FeedForward
+from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS, MagnitudeGroups, Placement
+from skipstone.mechanisms.grouping import NAME as NEURON_GROUPS
+from skipstone.mechanisms.grouping import GroupingConfig
 from skipstone.model.layers import parse_layers
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
@@ -127,10 +126,25 @@ def _check_experts(config: SkipstoneConfig) -> None:
             raise ValueError(f"mlp 'experts' has no {field}, got {getattr(config, field)}")
 
 
+def parse_groups(values: Mapping[str, object], where: str = "neuron_groups") -> GroupingConfig:
+    """The options of neuron groups, of the class that their `decision` asks for.
+
+    Raises ValueError as `from_dict`, and for an option that only another decision reads.
+    """
+    decision = values.get("decision", "learned")
+    config = choose(f"{where}.decision", decision, GROUPS).Config
+    names = {field.name for field in fields(config)}
+    for key in values:
+        readers = [name for name, router in GROUPS.items() if key in {field.name for field in fields(router.Config)}]
+        if readers and key not in names:
+            raise ValueError(f"{where}.{key} is read with decision {' or '.join(readers)} alone, got {decision!r}")
+    return from_dict(config, values, where)
+
+
 def _check_neuron_groups(config: Any) -> None:
     if config.neuron_groups is None:
         return
-    options = from_dict(NeuronGroupsConfig, config.neuron_groups, "neuron_groups")
+    options = parse_groups(config.neuron_groups)
     if config.mlp != "gated":
         raise ValueError(f"neuron_groups needs mlp 'gated', got {config.mlp!r}")
     if config.activation_options["name"] == FIXED_MIX:
@@ -147,7 +161,7 @@ def _norm(config: SkipstoneConfig, width: int) -> nn.Module:
     return NORMS[config.norm](width, config.norm_eps)
 
 
-def _activation(config: Any, layer: int) -> nn.Module:
+def _activation(config: Any, layer: int) -> Activation:
     options = config.activation_options
     name = options.pop("name")
     if name in FUNCTIONS:
@@ -162,7 +176,7 @@ def _neurons(config: Any, layer: int) -> int:
     """Of the layer's MLP: all, unless some were cut."""
     if config.neuron_groups is None:
         return config.intermediate_size  # type: ignore[no-any-return]
-    return NeuronGroupsConfig(**config.neuron_groups).neurons(layer, config.intermediate_size)
+    return parse_groups(config.neuron_groups).neurons(layer, config.intermediate_size)
 
 
 def _everywhere(config: Any, layer: int, name: str) -> Placement:
@@ -186,16 +200,26 @@ def _attention(config: Any, layer: int) -> Attention:
     return Attention(shape, config, layer)
 
 
-def build_blocks(config: SkipstoneConfig) -> list[Block]:
+class Blocks(nn.ModuleList):
+    """The blocks of a decoder, as such also for a type checker."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def __getitem__(self, index: int) -> Block:  # type: ignore[override]
+        return super().__getitem__(index)  # type: ignore[return-value]
+
+
+def build_blocks(config: SkipstoneConfig) -> Blocks:
     """All blocks of a model, mechanisms in place. Warns once of each thing that a mechanism has to be trusted with."""
     entries = parse_mechanisms(config)
     blocks = [
         _block(config, layer, [e for e in entries if layer in e.layers]) for layer in range(config.num_hidden_layers)
     ]
-    mechanisms: list[Any] = [mechanism for block in blocks for mechanism in block.routing_modules().values()]
+    mechanisms = [mechanism for block in blocks for mechanism in block.routing_modules().values()]
     for reason in sorted({reason for mechanism in mechanisms if (reason := mechanism.build_warning())}):
         warnings.warn(reason, stacklevel=2)
-    return blocks
+    return Blocks(blocks)
 
 
 def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry]) -> Block:
@@ -214,26 +238,29 @@ def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry]) -
     return Block(_attention(config, layer), feed, *norms, mechanisms, sites)
 
 
-def _mlp(config: Any, layer: int) -> nn.Module:
-    activation: Any = _activation(config, layer)
+def _mlp(config: Any, layer: int) -> FeedForward:
+    activation = _activation(config, layer)
     dropout = config.residual_dropout if config.mlp_dropout is None else config.mlp_dropout
     sizes = (config.hidden_size, config.intermediate_size)
     if config.mlp == "experts":
         placement = _everywhere(config, layer, "experts")
+        assert isinstance(activation, FixedActivation), "checked with the configuration"
         return ExpertsMLP(*sizes, activation, dropout, placement, **(config.experts or {}))
     if config.neuron_groups is not None:
         return _grouped_mlp(config, layer, activation, dropout)
-    mlp: Callable[..., nn.Module] = MLPS[config.mlp]
+    mlp: Callable[..., FeedForward] = MLPS[config.mlp]
     return mlp(*sizes, activation, config.mlp_bias, dropout, config.mlp_hidden_dropout)
 
 
-def _grouped_mlp(config: Any, layer: int, activation: nn.Module, dropout: float) -> GroupedMLP:
+def _grouped_mlp(config: Any, layer: int, activation: Activation, dropout: float) -> FeedForward:
     """What chooses the groups, and the MLP that executes it."""
-    by_magnitude = config.neuron_groups.get("decision") == "magnitude"
-    router, mlp = (MagnitudeGroups, MagnitudeMLP) if by_magnitude else (NeuronGroups, GroupedMLP)
+    router = GROUPS[config.neuron_groups.get("decision", "learned")]
     width, placement = config.hidden_size, _everywhere(config, layer, NEURON_GROUPS)
     chooses = router(width, config.intermediate_size, placement, **config.neuron_groups)
-    return mlp(width, _neurons(config, layer), activation, chooses, dropout)
+    neurons = _neurons(config, layer)
+    if isinstance(chooses, MagnitudeGroups):
+        return MagnitudeMLP(width, neurons, activation, chooses, dropout)
+    return GroupedMLP(width, neurons, activation, chooses, dropout)
 
 
 def build_norm(config: SkipstoneConfig) -> nn.Module:

@@ -85,33 +85,11 @@ def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
     heads = f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads"
     yield "attention", f"{heads} of size {config.head_dim}{', QK-norm' if config.qk_norm else ''}"
     dense = f"{config.mlp}, {activation}, {config.intermediate_size} neurons"
-    yield "MLP", experts_in_words(model) or ", ".join(filter(None, (dense, groups_in_words(model))))
+    words = model.decoder.layers[0].mlp.in_words()
+    yield "MLP", words if words and config.mlp == "experts" else ", ".join(filter(None, (dense, words)))
     yield "norm, positions", f"{config.norm}, {config.positions}"
     head = "tied" if config.tie_word_embeddings else "untied"
     yield "vocabulary, context", f"{config.vocab_size:,} ({head} head), {config.max_position_embeddings:,} tokens"
-
-
-def experts_in_words(model: SkipstoneForCausalLM) -> str | None:
-    """`8 experts of 176 neurons (silu) and 2 no-ops, top 2`; None for a dense MLP."""
-    if model.config.mlp != "experts":
-        return None
-    mlp: Any = model.model.layers[0].mlp
-    options, activation = mlp.config, model.config.activation_options["name"]
-    beside = f" and {options.no_op} no-ops" if options.no_op else ""
-    return f"{options.count} experts of {mlp.down_proj.shape[-1]} neurons ({activation}){beside}, top {options.top_k}"
-
-
-def groups_in_words(model: SkipstoneForCausalLM) -> str | None:
-    """`12 of 20 neuron groups on`, or `12 of 20 neurons tried, 8 kept`; None where all always are."""
-    if model.config.neuron_groups is None:
-        return None
-    mlp: Any = model.model.layers[0].mlp
-    options, neurons = mlp.router.config, mlp.router.neurons
-    kinds = "neurons" if options.group_size == 1 else "neuron groups"
-    first = f"{options.kept(neurons)} of {neurons // options.group_size} {kinds}"
-    if options.down_capacity is None:
-        return f"{first} on"
-    return f"{first} tried, {options.kept(neurons, options.down_capacity)} kept"
 
 
 def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:

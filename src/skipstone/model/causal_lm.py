@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput, can_return_tuple
 
 from skipstone.core.records import DepthRecord, ExpertsRecord, Records
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.tokens import Executor
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
@@ -202,10 +203,9 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             terms = [labels * loss_BT.sum() / reached_BT.sum().clamp(min=1) for loss_BT, reached_BT in losses]
         return sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
 
-    def routing_modules(self) -> Iterator[Any]:
+    def routing_modules(self) -> Iterator[RoutingModule]:
         """Every mechanism of the model, in the order of the blocks."""
-        blocks: Any = self.model.layers
-        for block in blocks:
+        for block in self.model.layers:
             yield from block.routing_modules().values()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

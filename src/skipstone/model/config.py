@@ -27,6 +27,8 @@ SIZES = (
 )
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "mlp_hidden_dropout")
 DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
+# Releases before 0.2 took these options of `neuron_groups` with decision magnitude, and did not read them.
+NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
 
 
 @strict
@@ -170,6 +172,14 @@ class SkipstoneConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: transformers would copy this source file into saved folders, where the shim already is."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers: from what is saved. Options of neuron groups that were never read are left out."""
+        groups = config_dict.get("neuron_groups")
+        if isinstance(groups, dict) and groups.get("decision") == "magnitude":
+            config_dict = {**config_dict, "neuron_groups": {k: v for k, v in groups.items() if k not in NOT_READ}}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> SkipstoneConfig:

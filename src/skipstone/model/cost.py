@@ -15,19 +15,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
-from skipstone.core.counts import TokenCounts
-from skipstone.core.records import DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
+from skipstone.core.counts import Amount, TokenCounts
+from skipstone.core.records import DepthRecord, Records
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 from skipstone.core.unpad import pays
+from skipstone.model.build import Attention, Block, Blocks
 
-Amount = TokenCounts | float | Fraction  # a fraction where the mean over rows must be exact
 Kept = Mapping[int, Mapping[str, Amount]]
 SLOT_BYTES = 8  # int64, one for each pair of key and value
+
+
+class Weighted(Protocol):
+    """What has parameters."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class Decoder(Protocol):
+    """What the cost of a decoder depends on."""
+
+    @property
+    def layers(self) -> Blocks: ...
+    @property
+    def embed_tokens(self) -> Weighted: ...
+    @property
+    def positions(self) -> Weighted: ...
+
+
+class Model(Weighted, Protocol):
+    """A decoder, or what holds one and perhaps a head."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+    def get_output_embeddings(self) -> nn.Linear | None: ...
+
 
 ROUTINGS = ("oracle", "causal", "forced")
 
@@ -111,7 +138,7 @@ class Cost:
 
 
 def cost(
-    model: nn.Module,
+    model: Model,
     tokens: int = 1024,
     past: int = 0,
     batch: int = 1,
@@ -138,7 +165,7 @@ def cost(
     return replace(_cost(model, call), dense=dense)
 
 
-def kept_from_records(model: nn.Module, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
+def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
     """What mechanisms kept in a forward pass, as `cost` wants it.
 
     A gathered batch has as many columns as its row with most tokens: `widest` is what was executed, `mean` what was
@@ -147,27 +174,12 @@ def kept_from_records(model: nn.Module, records: Sequence[Records], rows: Litera
     Padding is never kept.
     """
     kept: dict[int, dict[str, Amount]] = {}
-    for i, (block, decided) in enumerate(zip(_blocks(model), records, strict=True)):
+    for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):
         outer = list(block.sites["block"])
         paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
         kept[i] = {name: counts for path in paths for name, counts in _along(path, decided, rows)}
-        kept[i] |= {n: _choices(block.mlp, r) for n, r in decided.items() if isinstance(r, ExpertsRecord)}
-        kept[i] |= {
-            n: _share_on(r) for n, r in decided.items() if isinstance(r, NeuronGroupsRecord) and r.reached_BT.any()
-        }
+        kept[i] |= block.mlp.measured(decided)
     return kept
-
-
-def _choices(experts: Any, record: ExpertsRecord) -> Fraction:
-    """Of a row, in the mean, without no-ops: experts compute nothing to fill up shorter rows."""
-    chosen_BTX = record.chosen_BTX[..., : experts.config.count]
-    return Fraction(int(chosen_BTX.sum()), len(chosen_BTX))
-
-
-def _share_on(record: NeuronGroupsRecord) -> Fraction:
-    """Of the groups, the same for every token; where more are tried than kept, the mean of both."""
-    on = int(record.kept_BTG.sum()) + int(record.tried_BTG.sum())
-    return Fraction(on, 2 * int(record.reached_BT.sum()) * record.kept_BTG.shape[-1])
 
 
 def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, TokenCounts]]:
@@ -219,15 +231,15 @@ class _Work:
 
     attention: TokenCounts
     mlp: TokenCounts
-    mechanisms: list[tuple[Any, float]]
+    mechanisms: list[tuple[RoutingModule, float]]
     passes: float | Fraction
 
 
-def _cost(model: nn.Module, call: _Call) -> Cost:
+def _cost(model: Model, call: _Call) -> Cost:
     forward = _head(model, call.logits)
     training = _head(model, call.tokens) * 3
     kv = state = 0.0
-    for i, block in enumerate(_blocks(model)):
+    for i, block in enumerate(model.decoder.layers):
         oracle, kept = call.routing == "oracle", call.kept.get(i, {})
         before = _work(block, call.past, {}, False, call.mechanisms)
         single_token = call.tokens == call.batch == 1 and not oracle
@@ -261,85 +273,56 @@ def _whole(flops: Flops) -> Flops:
 
 
 def _work(
-    block: Any, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool, single_token: bool = False
+    block: Block, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool, single_token: bool = False
 ) -> _Work:
     """single_token: in a call of one token without gradients."""
-    ran: list[tuple[Any, float]] = []
+    ran: list[tuple[RoutingModule, float]] = []
 
     def inside(site: str, counts: TokenCounts) -> TokenCounts:
         for name in block.sites[site] if mechanisms else ():
             ran.append((block.mechanisms[name], counts.kv_tokens))
-            counts = block.mechanisms[name].counts_inside(counts, kept.get(name), oracle)
+            counts = block.mechanisms[name].counts_inside(counts, _restriction(kept.get(name)), oracle)
         return counts
 
     outer = inside("block", TokenCounts(kv_tokens=tokens, query_tokens=tokens))
     attention, mlp = inside("attention", outer), inside("mlp", outer)
-    if mechanisms and hasattr(block.mlp.activation, "placement"):
-        ran.append((block.mlp.activation, mlp.query_tokens))
-    if not _is_experts(block.mlp):
-        through = (
-            _through_groups(block.mlp, mlp.query_tokens, kept, ran, single_token) if mechanisms else mlp.query_tokens
-        )
-        return _Work(attention, mlp, ran, through)
-    ran.append((block.mlp, mlp.query_tokens))
-    promised = block.mlp.promised_choices(mlp.query_tokens) if mechanisms else mlp.query_tokens * block.mlp.config.top_k
-    passes = kept.get(block.mlp.placement.name, promised)
-    return _Work(attention, mlp, ran, passes.query_tokens if isinstance(passes, TokenCounts) else passes)
+    asked = mlp.query_tokens
+    ran += [(part, asked) for part in block.mlp.routing_modules().values() if mechanisms or part.built_in]
+    passes = block.mlp.passes(asked, kept, single_token) if mechanisms else block.mlp.dense_passes(asked)
+    return _Work(attention, mlp, ran, passes)
 
 
-def _through_groups(
-    mlp: Any, asked: float, kept: Mapping[str, Amount], ran: list[tuple[Any, float]], single_token: bool
-) -> float | Fraction:
-    """Passes through the whole MLP that are as much as those through the groups of neurons that are on."""
-    router = getattr(mlp, "router", None)
-    if router is None:
-        return asked
-    ran.append((router, asked))
-    share = kept.get(router.placement.name, router.share_on)
-    on = Fraction(share.query_tokens if isinstance(share, TokenCounts) else share)
-    return Fraction(asked) * mlp.multiplied(on, single_token)  # type: ignore[no-any-return]
+def _restriction(kept: Amount | None) -> TokenCounts | float | None:
+    return float(kept) if isinstance(kept, Fraction) else kept
 
 
-def _flops(block: Any, work: _Work, unpadded: _Work, stored: float, routing: str) -> Flops:
+def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: str) -> Flops:
     """unpadded: the work of what sees tokens one at a time, where that is less."""
     attention, counts, each = block.self_attn, work.attention, unpadded.attention
     given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
-    keys = stored + max(
-        counts.kv_tokens, 1
-    )  # a mean below one token, as in decoding: who asks at all sees itself in full
+    keys = stored + max(counts.kv_tokens, 1)  # a mean below one token, as in decoding: a query sees itself in full
     return Flops(
         attention_linear=2 * (each.kv_tokens * given + each.query_tokens * asked),
         attention_score=4 * counts.query_tokens * keys * attention.q_proj.weight.shape[0],
-        mlp=2 * unpadded.passes * mlp_weights(block.mlp),
+        mlp=2 * unpadded.passes * block.mlp.weights_per_pass(),
         router=sum(mechanism.flops(tokens, routing) for mechanism, tokens in work.mechanisms),
     )
 
 
-def _training(block: Any, work: _Work, unpadded: _Work) -> Flops:
+def _training(block: Block, work: _Work, unpadded: _Work) -> Flops:
     """Forward and backward: a product has two gradients of its own size; mechanisms know what they stop."""
     forward = _flops(block, work, unpadded, 0, "oracle")
     backward = sum(mechanism.backward_flops(tokens) for mechanism, tokens in work.mechanisms)
     return replace(forward * 3, router=forward.router + backward)
 
 
-def _is_experts(mlp: Any) -> bool:
-    return hasattr(mlp, "promised_choices")
-
-
-def mlp_weights(mlp: Any) -> int:
-    """Sizes of the matrices of an MLP, or of one of its experts."""
-    if _is_experts(mlp):
-        return (_numel(mlp) - _numel(mlp.router)) // mlp.config.count
-    return sum(child.weight.numel() for name, child in mlp.named_children() if name.endswith("_proj"))
-
-
-def _head(model: Any, tokens: int) -> Flops:
-    head = getattr(model, "lm_head", None)
+def _head(model: Model, tokens: int) -> Flops:
+    head = model.get_output_embeddings()
     return Flops() if head is None else Flops(head=2 * tokens * head.weight.numel())
 
 
-def _entry_bytes(attention: Any) -> int:
+def _entry_bytes(attention: Attention) -> int:
     """Of one token: key, value and slot, in the type of the weights."""
     weight = attention.k_proj.weight
     return 2 * weight.shape[0] * weight.element_size() + SLOT_BYTES
@@ -349,24 +332,15 @@ def _state_bytes(work: _Work) -> float:
     return sum(mechanism.cache_bytes(tokens) for mechanism, tokens in work.mechanisms)
 
 
-def _parameters(model: nn.Module, mechanisms: bool) -> Parameters:
-    own = sum(_numel(m) for block in _blocks(model) for m in block.routing_modules().values() if m is not block.mlp)
-    decoder: Any = getattr(model, "model", model)
+def _parameters(model: Model, mechanisms: bool) -> Parameters:
+    decoder, blocks = model.decoder, list(model.decoder.layers)
+    own = sum(_numel(m) for block in blocks for m in block.routing_modules().values() if not m.built_in)
     embedding = _numel(decoder.embed_tokens) + _numel(decoder.positions)
     total = _numel(model)
     own, total = (own, total) if mechanisms else (0, total - own)
-    return Parameters(total=total, embedding=embedding, mechanism=own, active=total - _left_out(model))
+    left_out = sum(block.mlp.inactive_weights() for block in blocks)
+    return Parameters(total=total, embedding=embedding, mechanism=own, active=total - left_out)
 
 
-def _left_out(model: nn.Module) -> int:
-    """Parameters of the experts that a token which chooses no no-op does not choose."""
-    mlps = [block.mlp for block in _blocks(model) if _is_experts(block.mlp)]
-    return sum(mlp_weights(mlp) * max(mlp.config.count - mlp.config.top_k, 0) for mlp in mlps)
-
-
-def _numel(module: nn.Module) -> int:
+def _numel(module: Weighted) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _blocks(model: nn.Module) -> Any:
-    return getattr(model, "model", model).layers

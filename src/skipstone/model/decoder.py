@@ -97,6 +97,13 @@ class SkipstonePreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing, for the reason given in `SkipstoneConfig`."""
 
+    @property
+    def decoder(self) -> SkipstoneModel:
+        """Embeddings, blocks and final norm: this model, or the one inside it."""
+        found = self.base_model
+        assert isinstance(found, SkipstoneModel)
+        return found
+
     def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
         """FLOPs, parameters and cache bytes of one call, equal to what executes; see `skipstone.model.cost.cost`."""
         return cost(self, tokens, past, batch, **options)
@@ -114,7 +121,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.positions = build_positions(config)
-        self.layers = nn.ModuleList(build_blocks(config))
+        self.layers = build_blocks(config)
         self.norm = build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -245,8 +252,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
         x_BTD = dropped(x_BTD, self.config.embedding_dropout, self.training)
         state: dict[str, Tensor] = {}
-        blocks: Any = self.layers
-        for block in blocks:
+        for block in self.layers:
             for mechanism in block.mechanisms.values() if block.num_routing_modules else ():
                 state.update(mechanism.initial_state(x_BTD))
         return x_BTD, tokens.replace(state=state) if state else tokens

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from skipstone.core.depth import DepthModule, DepthModules
 from skipstone.core.records import Records, lift
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.seam import wrap
 from skipstone.core.tokens import Tokens
+from skipstone.core.width import FeedForward
 from skipstone.nn.attention import Attention
 from skipstone.ops.reference import added
 
@@ -29,16 +32,16 @@ class Block(GradientCheckpointingLayer):
     def __init__(
         self,
         attention: Attention,
-        mlp: nn.Module,
+        mlp: FeedForward,
         input_norm: nn.Module,
         post_norm: nn.Module,
-        mechanisms: Mapping[str, nn.Module],
+        mechanisms: Mapping[str, DepthModule],
         sites: Mapping[str, list[str]],
     ) -> None:
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
         self.input_layernorm, self.post_attention_layernorm = input_norm, post_norm
-        self.mechanisms = nn.ModuleDict(mechanisms)
+        self.mechanisms = DepthModules(mechanisms)
         self.sites = {site: list(sites.get(site, [])) for site in SITES}
         self.num_routing_modules = len(self.routing_modules())
 
@@ -51,19 +54,15 @@ class Block(GradientCheckpointingLayer):
         delta_BTD, records = self._inside("block", self._update, x_BTD, tokens, past_key_values)
         return added(x_BTD, delta_BTD), self._complete(records, x_BTD)
 
-    def routing_modules(self) -> dict[str, nn.Module]:
-        """What decides in this block, by name: its mechanisms, an MLP of experts, or what decides in an MLP."""
-        parts: list[Any] = [self.mlp, *self.mlp.children()]
-        return {
-            **dict(self.mechanisms.items()),
-            **{part.placement.name: part for part in parts if hasattr(part, "placement")},
-        }
+    def routing_modules(self) -> dict[str, RoutingModule]:
+        """What decides in this block, by name: its mechanisms, and what decides in its MLP."""
+        return {**self.mechanisms, **self.mlp.routing_modules()}
 
     def _complete(self, records: Records, x_BTD: Tensor) -> Records:
         """With those of mechanisms inside one that kept nobody: the names are the same in every call."""
         if len(records) == self.num_routing_modules:
             return records
-        missing = {name: m.empty_record(x_BTD) for name, m in self.routing_modules().items() if name not in records}  # type: ignore[operator]
+        missing = {name: m.empty_record(x_BTD) for name, m in self.routing_modules().items() if name not in records}
         return {**records, **missing}
 
     def _inside(

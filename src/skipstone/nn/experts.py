@@ -21,7 +21,9 @@ Shape letters: B rows, T tokens, C choices of a token, X experts and no-ops, D w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,10 +31,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from skipstone.core.cache import SkipstoneCacheLayer
-from skipstone.core.records import ExpertsRecord, Record, Records
+from skipstone.core.counts import Amount, number
+from skipstone.core.records import ExpertsRecord, Record, Records, find
 from skipstone.core.routing_module import Placement, RoutingModule
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens, real_mask
+from skipstone.core.width import FeedForward
 from skipstone.nn.mlp import FixedActivation
 from skipstone.ops import apply_experts, score_linear
 from skipstone.ops.reference import dropped
@@ -104,8 +108,11 @@ class ExpertRouter(nn.Module):
         return score_linear(x_BTD, self.weight)
 
 
-class ExpertsMLP(RoutingModule):
+class ExpertsMLP(FeedForward, RoutingModule):
     """`options` as in `ExpertsConfig`. Widths must be multiples of 8."""
+
+    activation: FixedActivation
+    built_in = True
 
     def __init__(
         self,
@@ -213,9 +220,40 @@ class ExpertsMLP(RoutingModule):
         """Of the router; the experts' products count as the block's MLP."""
         return 2 * tokens * self.router.weight.numel()
 
-    def promised_choices(self, tokens: float) -> float:
-        """How many choices experts compute for so many tokens in the mean, if all are used alike, no-ops included."""
-        return tokens * self.config.top_k * self.config.count / self.config.total
+    def routing_modules(self) -> dict[str, RoutingModule]:
+        return {self.placement.name: self}
+
+    def in_words(self) -> str:
+        beside = f" and {self.config.no_op} no-ops" if self.config.no_op else ""
+        neurons, activation = self.down_proj.shape[-1], self.activation.name
+        return f"{self.config.count} experts of {neurons} neurons ({activation}){beside}, top {self.config.top_k}"
+
+    def weights_per_pass(self) -> int:
+        return sum(weight.numel() for weight in (self.gate_proj, self.up_proj, self.down_proj)) // self.config.count
+
+    def dense_passes(self, tokens: float) -> float:
+        return tokens * self.config.top_k
+
+    def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
+        """Choices that experts compute; as promised: in the mean, if all are used alike, no-ops included."""
+        promised = self.dense_passes(tokens) * self.config.count / self.config.total
+        return number(kept.get(self.placement.name, promised))
+
+    def measured(self, records: Records) -> dict[str, Fraction]:
+        """Choices of a row in the mean, without no-ops: experts compute nothing to fill up shorter rows."""
+        record = find(records, self.placement.name, ExpertsRecord)
+        if record is None:
+            return {}
+        chosen_BTX = record.chosen_BTX[..., : self.config.count]
+        return {self.placement.name: Fraction(int(chosen_BTX.sum()), len(chosen_BTX))}
+
+    def token_passes(self, records: Records) -> Tensor:
+        record = find(records, self.placement.name, ExpertsRecord)
+        assert record is not None
+        return record.chosen_BTX[..., : self.config.count].sum(-1).cpu()
+
+    def inactive_weights(self) -> int:
+        return self.weights_per_pass() * max(self.config.count - self.config.top_k, 0)
 
     def entropy(self, record: ExpertsRecord) -> Tensor:
         """Of each token's p, as a share of its maximum (ln X); NaN where nobody was asked. [B, T]."""

@@ -9,20 +9,27 @@ groups that are on, S neurons of a group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipstone.core.cache import SkipstoneCacheLayer
-from skipstone.core.records import Records
+from skipstone.core.counts import Amount, number
+from skipstone.core.records import NeuronGroupsRecord, Records, find
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.tokens import Tokens
+from skipstone.core.width import Activation, FeedForward, GroupChoice, GroupRouter, InputGroupRouter, Share
 from skipstone.nn.linear import OutputLinear
-from skipstone.nn.mlp import GatedMLP, activated
+from skipstone.nn.mlp import activated
 from skipstone.ops.neurons import Runs, kept_linear, kept_part
 from skipstone.ops.reference import dropped
+
+Part: TypeAlias = tuple[Tensor, ...]  # gate, up and down of the groups that are on in one row
 
 
 @dataclass(frozen=True)
@@ -30,39 +37,85 @@ class Held:
     """What decoding reads while the decision lasts. group_BK: of each row; parts: its weights gate, up, down."""
 
     group_BK: Tensor
-    parts: list[tuple[Tensor, ...]]
+    parts: list[Part]
 
 
-class GroupedMLP(GatedMLP):
-    """`router(x, tokens, cache)` chooses groups of neurons, as `mechanisms/neuron_groups.py` does."""
+class DivisibleMLP(FeedForward):
+    """A gated MLP whose neurons are divided into groups; subclasses say how those that are on are computed."""
 
     def __init__(
-        self, width: int, neurons: int, activation: nn.Module, router: nn.Module, dropout: float = 0.0
+        self, width: int, neurons: int, activation: Activation, router: GroupRouter, dropout: float = 0.0
     ) -> None:
-        super().__init__(width, neurons, activation, dropout=dropout)
-        self.router: Any = router
+        super().__init__()
+        self.gate_proj = nn.Linear(width, neurons, bias=False)
+        self.up_proj = nn.Linear(width, neurons, bias=False)
+        self.down_proj = OutputLinear(neurons, width, bias=False)
+        self.activation = activation
+        self.router = router
+        self.dropout = dropout
 
     @property
     def total(self) -> int:
         """Groups of neurons."""
-        return self.router.total  # type: ignore[no-any-return]
+        return self.router.total
 
     @property
     def divisible(self) -> bool:
         """Whether parts of its matrices may be taken: what an adapter has put beside them (PEFT) would be left out."""
-        return all(type(linear) in (nn.Linear, OutputLinear) for linear in self._matrices())
+        return all(type(linear) in (nn.Linear, OutputLinear) for linear in self.matrices())
 
-    def multiplied(self, share: Any, single_token: bool) -> Any:
-        """Of its matrices, for a share of groups that is on; single_token: in a call of one token."""
-        return self.router.multiplied(share, single_token) if self.divisible else 1 + 0 * share
-
-    def _matrices(self) -> tuple[nn.Linear, ...]:
+    def matrices(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Gate, up, down."""
         return self.gate_proj, self.up_proj, self.down_proj
+
+    def routing_modules(self) -> dict[str, RoutingModule]:
+        return {**super().routing_modules(), self.router.placement.name: self.router}
+
+    def in_words(self) -> str:
+        return self.router.in_words()
+
+    def weights_per_pass(self) -> int:
+        return sum(linear.weight.numel() for linear in self.matrices())
+
+    def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
+        """Passes through the whole MLP that are as much work as those through the groups that are on."""
+        share = Fraction(number(kept.get(self.router.placement.name, self.router.share_on)))
+        return Fraction(tokens) * self._matrix_share(share, single_token)
+
+    def measured(self, records: Records) -> dict[str, Fraction]:
+        """The share of the groups that is on; where more are tried than kept, the mean of both."""
+        name = self.router.placement.name
+        record = find(records, name, NeuronGroupsRecord)
+        if record is None or not record.reached_BT.any():
+            return {}
+        on = int(record.kept_BTG.sum()) + int(record.tried_BTG.sum())
+        return {name: Fraction(on, 2 * int(record.reached_BT.sum()) * record.kept_BTG.shape[-1])}
+
+    def token_passes(self, records: Records) -> Tensor:
+        record = find(records, self.router.placement.name, NeuronGroupsRecord)
+        if record is None:
+            return torch.ones(1, 1)
+        tried_BT, kept_BT = (on_BTG.double().mean(-1).cpu() for on_BTG in (record.tried_BTG, record.kept_BTG))
+        return self._matrix_share((tried_BT + kept_BT) / 2, kept_BT.shape == (1, 1)).float()
+
+    def _matrix_share(self, share: Share, single_token: bool) -> Share:
+        return self.router.matrix_share(share, single_token) if self.divisible else 1 + 0 * share
+
+
+class GroupedMLP(DivisibleMLP):
+    """An MLP whose groups are chosen from its input, as `mechanisms/neuron_groups.py` does."""
+
+    router: InputGroupRouter
+
+    def __init__(
+        self, width: int, neurons: int, activation: Activation, router: InputGroupRouter, dropout: float = 0.0
+    ) -> None:
+        super().__init__(width, neurons, activation, router, dropout)
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        choice: Any = self.router(tokens.pad(x_BTD), tokens, cache)
+        choice: GroupChoice = self.router(tokens.pad(x_BTD), tokens, cache)
         everything = choice.group_BTK.shape[-1] == self.total or not self.divisible
         if everything or tokens.mode.executor == "masked" or torch.compiler.is_compiling():
             y_BTD, records = self._masked(x_BTD, choice, tokens, cache)
@@ -73,7 +126,7 @@ class GroupedMLP(GatedMLP):
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: choice.record}
 
     def _masked(
-        self, x_BTD: Tensor, choice: Any, tokens: Tokens, cache: SkipstoneCacheLayer | None
+        self, x_BTD: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
         gate_BTF = self.gate_proj(x_BTD)
         y_BTF, records = activated(self.activation, gate_BTF, x_BTD, tokens, cache)
@@ -82,7 +135,7 @@ class GroupedMLP(GatedMLP):
         return self.down_proj(_by_group(y_BTF, tokens.unpad(gain_BTG))), records
 
     def _gathered(
-        self, x_BTD: Tensor, choice: Any, tokens: Tokens, cache: SkipstoneCacheLayer | None
+        self, x_BTD: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
         group_BTK = choice.group_BTK
         begins_BT = torch.ones(group_BTK.shape[:2], dtype=torch.bool, device=group_BTK.device)
@@ -97,7 +150,7 @@ class GroupedMLP(GatedMLP):
         return kept_linear(y_BTJ.flatten(0, 1), whole_weight(self.down_proj), runs, 1).view(x_BTD.shape), records
 
     def _decoded(
-        self, x_B1D: Tensor, choice: Any, tokens: Tokens, cache: SkipstoneCacheLayer
+        self, x_B1D: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer
     ) -> tuple[Tensor, Records]:
         held = self._held(choice.group_BTK[:, 0], cache)
         runs = Runs(group_MK=held.group_BK, bounds=list(range(len(x_B1D) + 1)), blocks=[], total=self.total)
@@ -107,26 +160,25 @@ class GroupedMLP(GatedMLP):
 
     def _held(self, group_BK: Tensor, cache: SkipstoneCacheLayer) -> Held:
         """Gathered anew for rows whose groups are others than in the step before. The host waits."""
-        held, rows = cache.scratch.get(self.router.placement.name), list(range(len(group_BK)))
-        parts: list[Any] = [None for _ in rows]
-        if held is not None and held.group_BK.shape == group_BK.shape:
-            if torch.equal(held.group_BK, group_BK):
-                return held  # type: ignore[no-any-return]
-            rows, parts = (held.group_BK != group_BK).any(-1).nonzero()[:, 0].tolist(), list(held.parts)
-        for row in rows:
-            parts[row] = self._part(group_BK[row])
-        held = cache.scratch[self.router.placement.name] = Held(group_BK, parts)
+        name, before = self.router.placement.name, cache.scratch.get(self.router.placement.name)
+        parts: dict[int, Part] = {}
+        if isinstance(before, Held) and before.group_BK.shape == group_BK.shape:
+            if torch.equal(before.group_BK, group_BK):
+                return before
+            same_B = (before.group_BK == group_BK).all(-1).tolist()
+            parts = {row: part for row, part in enumerate(before.parts) if same_B[row]}
+        all_parts = [parts.get(row) or self._part(group_K) for row, group_K in enumerate(group_BK)]
+        held = cache.scratch[name] = Held(group_BK, all_parts)
         return held
 
-    def _part(self, group_K: Tensor) -> tuple[Tensor, ...]:
+    def _part(self, group_K: Tensor) -> Part:
         linears = ((self.gate_proj, 0), (self.up_proj, 0), (self.down_proj, 1))
         return tuple(kept_part(whole_weight(linear), group_K, self.total, axis) for linear, axis in linears)
 
 
 def whole_weight(linear: nn.Linear) -> Tensor:
     """The weight; of a quantised one (torchao's), which cannot be taken in parts, the numbers that it stands for."""
-    weight: Any = linear.weight
-    return weight.dequantize() if is_quantised(linear) else weight  # type: ignore[no-any-return]
+    return linear.weight.dequantize() if is_quantised(linear) else linear.weight
 
 
 def is_quantised(linear: nn.Linear) -> bool:

@@ -17,14 +17,22 @@ from torch import Tensor
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
-from skipstone.nn.grouped_mlp import GroupedMLP, is_quantised
+from skipstone.core.width import Activation, ActivationGroupRouter
+from skipstone.nn.grouped_mlp import DivisibleMLP, is_quantised
 from skipstone.nn.mlp import activated, autocast
-from skipstone.ops.magnitude import MagnitudeWeights, one_token, reads_in_place, transposed
+from skipstone.ops.magnitude import MagnitudeOutput, MagnitudeWeights, one_token, reads_in_place, transposed
 from skipstone.ops.reference import dropped
 
 
-class MagnitudeMLP(GroupedMLP):
-    """`router` tells which groups are worth trying and keeping, as `mechanisms/magnitude.py` does."""
+class MagnitudeMLP(DivisibleMLP):
+    """An MLP whose groups are chosen from what it computes, as `mechanisms/magnitude.py` does."""
+
+    router: ActivationGroupRouter
+
+    def __init__(
+        self, width: int, neurons: int, activation: Activation, router: ActivationGroupRouter, dropout: float = 0.0
+    ) -> None:
+        super().__init__(width, neurons, activation, router, dropout)
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
@@ -32,11 +40,12 @@ class MagnitudeMLP(GroupedMLP):
         x_BTD = autocast(x_BTD)
         a_BTF, records = activated(self.activation, self.gate_proj(x_BTD), x_BTD, tokens, cache)
         parts = self._parts(cache) if tokens.mode.single_token and tokens.mode.executor == "gathered" else None
-        y_BTD, *chosen = self._in_full(x_BTD, a_BTF, tokens) if parts is None else one_token(x_BTD, a_BTF, parts)
-        record = self.router.record(*chosen, tokens)
+        out = self._in_full(x_BTD, a_BTF, tokens) if parts is None else one_token(x_BTD, a_BTF, parts)
+        y_BTD, score_BTG, tried_BTG, kept_BTG = out
+        record = self.router.record(score_BTG, tried_BTG, kept_BTG, tokens)
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
 
-    def _in_full(self, x_BTD: Tensor, a_BTF: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _in_full(self, x_BTD: Tensor, a_BTF: Tensor, tokens: Tokens) -> MagnitudeOutput:
         score_BTG, tried_BTG = self.router.worth_trying(tokens.pad(a_BTF))
         h_BTF, kept_BTG = a_BTF * self.up_proj(x_BTD), tried_BTG
         if self.router.tried < self.total:
@@ -44,12 +53,12 @@ class MagnitudeMLP(GroupedMLP):
         if self.router.kept < self.router.tried:
             kept_BTG = self.router.worth_keeping(tokens.pad(h_BTF))
             h_BTF = _without(h_BTF, tokens.unpad(kept_BTG))
-        return self.down_proj(h_BTF), score_BTG, tried_BTG, kept_BTG
+        return MagnitudeOutput(self.down_proj(h_BTF), score_BTG, tried_BTG, kept_BTG)
 
     @property
     def divisible(self) -> bool:
         """Not of quantised weights either: restoring them for every token would take longer than multiplying all."""
-        return super().divisible and not any(map(is_quantised, self._matrices()))
+        return super().divisible and not any(map(is_quantised, self.matrices()))
 
     def _parts(self, cache: SkipstoneCacheLayer | None) -> MagnitudeWeights | None:
         """What `one_token` needs to know; None where everything has to be multiplied.
@@ -58,14 +67,21 @@ class MagnitudeMLP(GroupedMLP):
         """
         if torch.compiler.is_compiling():
             return None
-        held: MagnitudeWeights | None = None if cache is None else cache.scratch.get(self.router.placement.name)
-        if held is not None or not self.divisible:
+        name = self.router.placement.name
+        held = None if cache is None else cache.scratch.get(name)
+        if isinstance(held, MagnitudeWeights):
             return held
+        if not self.divisible:
+            return None
         up_FD, down_DF = self.up_proj.weight.detach(), self.down_proj.weight.detach()
         if cache is None or not reads_in_place(up_FD, down_DF):
-            return self.router.parts(up_FD, down_DF.t())  # type: ignore[no-any-return]
-        held = cache.scratch[self.router.placement.name] = self.router.parts(up_FD.contiguous(), transposed(down_DF))
-        return held
+            return self._with(up_FD, down_DF.t())
+        kept = cache.scratch[name] = self._with(up_FD.contiguous(), transposed(down_DF))
+        return kept
+
+    def _with(self, up_FD: Tensor, down_FD: Tensor) -> MagnitudeWeights:
+        router = self.router
+        return MagnitudeWeights(router.typical_F, up_FD, down_FD, router.tried, router.kept, router.group_size)
 
 
 def _without(h: Tensor, on: Tensor) -> Tensor:

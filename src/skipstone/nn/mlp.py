@@ -1,5 +1,4 @@
-"""Feed-forward parts. The activation is a slot: `(gate, x, tokens, store) -> (y, records)`. Where groups of neurons are
-off, gate has those that are on alone, and a fifth argument `runs` says which these are.
+"""Feed-forward parts and fixed activations; `core/width.py` says what a block asks of them.
 
 Tokens come unpadded, [1, N, D] instead of [B, T, D], where `tokens.unpadding` says so.
 
@@ -21,6 +20,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
+from skipstone.core.width import Activation, FeedForward
 from skipstone.nn.linear import OutputLinear
 from skipstone.ops.neurons import Runs
 from skipstone.ops.reference import autocast, dropped
@@ -39,7 +39,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FixedActivation(nn.Module):
+class FixedActivation(Activation):
     """One function for every neuron."""
 
     by_token = True
@@ -53,7 +53,7 @@ class FixedActivation(nn.Module):
         gate_BTF: Tensor,
         x_BTD: Tensor,
         tokens: Tokens,
-        cache: SkipstoneCacheLayer | None,
+        cache: SkipstoneCacheLayer | None = None,
         runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
         return self.function(gate_BTF), {}
@@ -107,7 +107,7 @@ class FixedMixConfig:
         return {name: end - start for name, start, end in zip(groups, [0, *ends], ends, strict=False)}
 
 
-class FixedMix(nn.Module):
+class FixedMix(Activation):
     """Each neuron has one function, for good; those of one function are adjacent, see `FixedMixConfig`."""
 
     by_token = True
@@ -118,8 +118,15 @@ class FixedMix(nn.Module):
         self.sizes, self.functions = list(self.groups.values()), [FUNCTIONS[name] for name in self.groups]
 
     def forward(
-        self, gate_BTF: Tensor, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
+        self,
+        gate_BTF: Tensor,
+        x_BTD: Tensor,
+        tokens: Tokens,
+        cache: SkipstoneCacheLayer | None = None,
+        runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
+        if runs is not None:
+            raise ValueError("fixed_mix needs all neurons in their order, not groups of them")
         if len(self.functions) == 1:
             return self.functions[0](gate_BTF), {}
         parts = zip(self.functions, gate_BTF.split(self.sizes, -1), strict=True)
@@ -133,23 +140,26 @@ FIXED_MIX = "fixed_mix"
 
 
 def activated(
-    activation: nn.Module, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
+    activation: Activation, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
 ) -> tuple[Tensor, Records]:
     """`activation` of unpadded tokens, in rows if it looks at more than one token at a time (no `by_token`)."""
-    if tokens.unpadding is None or getattr(activation, "by_token", False):
-        return activation(gate, x, tokens, cache)  # type: ignore[no-any-return]
+    y_BTF: Tensor
+    records: Records
+    if tokens.unpadding is None or activation.by_token:
+        y_BTF, records = activation(gate, x, tokens, cache)
+        return y_BTF, records
     y_BTF, records = activation(tokens.pad(gate), tokens.pad(x), tokens, cache)
     return tokens.unpad(y_BTF), records
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(FeedForward):
     """down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
 
     def __init__(
         self,
         width: int,
         neurons: int,
-        activation: nn.Module,
+        activation: Activation,
         bias: bool = False,
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
@@ -169,15 +179,18 @@ class GatedMLP(nn.Module):
         y_BTF = dropped(y_BTF * self.up_proj(x_BTD), self.hidden_dropout, self.training)
         return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
 
+    def weights_per_pass(self) -> int:
+        return sum(linear.weight.numel() for linear in (self.gate_proj, self.up_proj, self.down_proj))
 
-class PlainMLP(nn.Module):
+
+class PlainMLP(FeedForward):
     """down(act(up(x)))."""
 
     def __init__(
         self,
         width: int,
         neurons: int,
-        activation: nn.Module,
+        activation: Activation,
         bias: bool = False,
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
@@ -194,6 +207,9 @@ class PlainMLP(nn.Module):
         y_BTF, records = activated(self.activation, self.up_proj(x_BTD), x_BTD, tokens, cache)
         y_BTF = dropped(y_BTF, self.hidden_dropout, self.training)
         return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
+
+    def weights_per_pass(self) -> int:
+        return self.up_proj.weight.numel() + self.down_proj.weight.numel()
 
 
 MLPS: dict[str, type[GatedMLP] | type[PlainMLP]] = {"gated": GatedMLP, "plain": PlainMLP}

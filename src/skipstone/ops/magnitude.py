@@ -42,12 +42,12 @@ class MagnitudeWeights(NamedTuple):
 
 
 class MagnitudeOutput(NamedTuple):
-    """y_11D: what the MLP gives. score_11G: fp32. tried_11G, kept_11G: bool."""
+    """y_BTD: what the MLP gives. score_BTG: fp32. tried_BTG, kept_BTG: bool."""
 
-    y_11D: Tensor
-    score_11G: Tensor
-    tried_11G: Tensor
-    kept_11G: Tensor
+    y_BTD: Tensor
+    score_BTG: Tensor
+    tried_BTG: Tensor
+    kept_BTG: Tensor
 
 
 def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:

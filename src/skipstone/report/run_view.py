@@ -13,7 +13,6 @@ from skipstone.measure.activations import category_of
 from skipstone.measure.trace import TokenTrace, trace_tokens
 from skipstone.mechanisms import ACTIVATION
 from skipstone.model.build import parse_mechanisms
-from skipstone.model.card import experts_in_words, groups_in_words
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.report.palette import Style, style
 from skipstone.runs import Run
@@ -72,8 +71,7 @@ def describe(model: SkipstoneForCausalLM) -> str:
     parts = [
         *names,
         *([activation] if activation in ACTIVATION else []),
-        experts_in_words(model),
-        groups_in_words(model),
+        model.decoder.layers[0].mlp.in_words(),
     ]
     return "; ".join(filter(None, parts)).replace("_", " ") or "no mechanism"
 

@@ -1,0 +1,107 @@
+"""What all ways of choosing groups of neurons share: how many groups there are, and how many are on.
+
+Shape letters: B rows, T tokens, D width, G groups, K groups that are on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipstone.core.records import NeuronGroupsRecord
+from skipstone.core.routing_module import Placement
+from skipstone.core.width import GroupRouter
+from skipstone.mechanisms.schedules import Capacity, require_capacity
+from skipstone.ops.reference import quota
+
+NAME = "neuron_groups"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupingConfig:
+    """group_size: neurons of a group. capacity: share of the groups that is on. capacity_warmup: share of the training
+    over which it falls from 1. left: groups that each layer still has after pruning; None: all.
+    """
+
+    group_size: int = 64
+    capacity: float = 0.6
+    capacity_warmup: float = 0.0
+    left: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        require_capacity("capacity", self.capacity)
+        if not 0 <= self.capacity_warmup < 1:
+            raise ValueError(f"capacity_warmup must be in [0, 1), got {self.capacity_warmup}")
+
+    def capacities(self) -> dict[str, float]:
+        """Every share that is on of something, by the option's name."""
+        return {"capacity": self.capacity}
+
+    def require(self, layers: int, neurons: int) -> None:
+        """Raise ValueError unless so many neurons can be grouped in so many layers, and one group at least is kept."""
+        if neurons % self.group_size:
+            raise ValueError(
+                f"neuron_groups.group_size must divide intermediate_size, got {self.group_size} and {neurons}"
+            )
+        groups, kept = neurons // self.group_size, self.kept(neurons)
+        for name, share in self.capacities().items():
+            if not self.kept(neurons, share):
+                raise ValueError(f"neuron_groups.{name} {share} keeps none of {groups} groups")
+        if self.left is None:
+            return
+        if len(self.left) != layers:
+            raise ValueError(f"neuron_groups.left has {len(self.left)} entries, but there are {layers} layers")
+        for count in self.left:
+            if not kept <= count <= groups:
+                raise ValueError(f"neuron_groups.left must be {kept} to {groups} groups, got {count}")
+
+    def kept(self, neurons: int, capacity: float | None = None) -> int:
+        """K of an MLP that had so many neurons before pruning."""
+        return quota(self.capacity if capacity is None else capacity, neurons // self.group_size)
+
+    def neurons(self, layer: int, neurons: int) -> int:
+        """Those that the layer's weights still have."""
+        return neurons if self.left is None else self.left[layer] * self.group_size
+
+
+class ScheduledGroups(GroupRouter):
+    """`neurons`: of the MLP before pruning. Subclasses choose the groups; this class only counts them."""
+
+    def __init__(self, config: GroupingConfig, neurons: int, placement: Placement | None) -> None:
+        super().__init__()
+        self.grouping = config
+        self.placement, self.neurons = placement or Placement(name=NAME), neurons
+        self.total = config.neurons(self.placement.layer, neurons) // config.group_size
+        self.schedule = Capacity(config.capacity, config.capacity_warmup)
+
+    def in_force(self, schedule: Capacity) -> int:
+        """Groups, which after pruning may be fewer than a warm-up would keep."""
+        return min(self.grouping.kept(self.neurons, schedule.now), self.total)
+
+    def in_words(self) -> str:
+        return f"{self.counted_in_words(self.grouping.capacity)} on"
+
+    def counted_in_words(self, capacity: float) -> str:
+        """As in `12 of 20 neuron groups`."""
+        kinds = "neurons" if self.grouping.group_size == 1 else "neuron groups"
+        kept = self.grouping.kept(self.neurons, capacity)
+        return f"{kept} of {self.neurons // self.grouping.group_size} {kinds}"
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        self.schedule.advance(progress)
+
+    def empty_record(self, x_BTD: Tensor) -> NeuronGroupsRecord:
+        nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], self.total), float("nan"), dtype=torch.float32)
+        none_BTG = nan_BTG > 0
+        return NeuronGroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
+
+    def not_ready_reason(self) -> str | None:
+        return self.schedule.not_ready_reason()
+
+    def set_identity(self) -> None:
+        """Every group on."""
+        self.schedule.pin(1.0)
