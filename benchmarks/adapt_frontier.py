@@ -30,8 +30,7 @@ from skipstone.adapt.adaptation import adapt
 from skipstone.budget import BudgetTable
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.loaded_run import batches, load_run
-from skipstone.measure.flop_check import flop_check
-from skipstone.measure.flops import count_flops
+from skipstone.measure.flops import count_flops, flop_check
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.speed import decode_task, take_turns
 from skipstone.mechanisms.magnitude import MagnitudeGroups

@@ -21,7 +21,7 @@ from publish import closing, keep, surroundings
 from skipstone.adapt.adaptation import adapt
 from skipstone.adapt.self_generated import write
 from skipstone.evaluate.loaded_run import batches, load_run
-from skipstone.measure.flop_check import flop_check
+from skipstone.measure.flops import flop_check
 from skipstone.measure.losses import measure_loss
 from skipstone.model.pretrained import convert
 from skipstone.runs import Run

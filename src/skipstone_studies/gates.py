@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
-from skipstone.measure.flop_check import flop_check
+from skipstone.measure.flops import flop_check
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.passes import PASSES, Pass, depth_layers
 from skipstone.mechanisms.early_exit import EarlyExit
@@ -139,7 +139,7 @@ def _reset(gates: Sequence[Any], **options: Any) -> None:
 
 def _pass(loaded: LoadedRun, forward: Pass) -> tuple[float, Layers]:
     found = measure_loss(loaded.model, forward, _batches(loaded), activations=False)
-    return found.loss, found.statistics.layers()
+    return found.loss, found.summaries.layers()
 
 
 def _batches(loaded: LoadedRun, rows: int | None = None) -> Iterator[dict[str, Tensor]]:

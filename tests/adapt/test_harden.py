@@ -15,7 +15,7 @@ from skipstone.adapt.export import export_dense
 from skipstone.adapt.harden import harden, mean_logits
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.generate.engine import generate
-from skipstone.measure.hard_mix import hard_mix
+from skipstone.measure.losses import hard_mix
 from skipstone.measure.passes import PASSES
 from skipstone_cli.main import main
 

@@ -14,8 +14,8 @@ from generate.folders import MOD, TSA, reset_data, text_data, write_run
 from skipstone.evaluate import comparison as module
 from skipstone.evaluate.comparison import Comparison, compare
 from skipstone.evaluate.tables import UNKNOWN
-from skipstone.measure.accuracy import MEASURED, headroom_captured
-from skipstone.measure.memory import cache_bytes
+from skipstone.measure.losses import MEASURED, headroom_captured
+from skipstone.measure.speed import cache_bytes
 from skipstone.model.cost import cost
 from skipstone.runs import Run
 

@@ -77,7 +77,7 @@ def test_the_batch_size_changes_nothing(runs: Path, name: str) -> None:
         other = seven.measured[way]
         assert m.loss == pytest.approx(other.loss, abs=1e-6)
         assert m.predictions == other.predictions
-        for layer, same in zip(m.statistics.layers(), other.statistics.layers(), strict=True):
+        for layer, same in zip(m.summaries.layers(), other.summaries.layers(), strict=True):
             for mechanism, figures in layer.items():
                 assert flat(figures) == pytest.approx(flat(same[mechanism]), abs=1e-6)
 
@@ -89,7 +89,7 @@ def flat(figures: dict[str, Any]) -> dict[str, float]:
 
 def test_realised_capacity_counts_kept_among_asked(runs: Path) -> None:
     found = evaluate(runs / "all", batch_size=4)
-    layers = found.measured["executed"].statistics.layers()
+    layers = found.measured["executed"].summaries.layers()
     loaded = Run(runs / "all")
     model, kept, asked, rows = loaded.load_model(), 0, 0, []
     for row in loaded.data().validation:
@@ -197,7 +197,7 @@ def test_reset_s3_tells_accuracy_by_difficulty(tmp_path: Path) -> None:
         inside = (row["difficulty"] >= 4) & (row["difficulty"] <= 7)
         right, count = right + int((guess == row["shift_labels"])[inside].sum()), count + int(inside.sum())
     assert by_way["executed"]["4-7"] == pytest.approx(right / count)
-    kept = found.measured["forced"].statistics.layers()[1]["mixture_of_depths"]["capacity"]
+    kept = found.measured["forced"].summaries.layers()[1]["mixture_of_depths"]["capacity"]
     operations = sum(int((row["difficulty"] >= 0).sum()) for row in loaded.data().validation)
     assert kept == pytest.approx(operations / (12 * 32))
     assert "accuracy by difficulty" in found.markdown()

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.measure.energy import find_meter
-from skipstone.measure.speed import PREFILLS, Lap, Rate, decode_task, prefill_task, take_turns
+from skipstone.measure.speed import PREFILLS, Lap, Rate, decode_task, find_meter, prefill_task, take_turns
 
 
 def test_tasks_take_turns_and_the_first_round_is_thrown_away() -> None:

@@ -9,9 +9,8 @@ import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.records import ActivationRecord, DepthRecord
-from skipstone.measure.accuracy import OVERALL, Accuracy
-from skipstone.measure.precision_recall import PrecisionRecall
-from skipstone.measure.summaries import Statistics
+from skipstone.measure.losses import OVERALL, Accuracy
+from skipstone.measure.summaries import PrecisionRecall, Summaries
 
 
 def model(activation: str = "silu") -> SkipstoneForCausalLM:
@@ -34,7 +33,7 @@ ROW = torch.ones(1, 16)
 
 
 def test_depth_by_hand() -> None:
-    statistics = Statistics(model())
+    statistics = Summaries(model())
     statistics.add([{"mixture_of_depths": depth([[1, 0, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]], 0.5)}])
     statistics.add([{"mixture_of_depths": depth([[1, 1, 1], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]], 2.0)}])
     statistics.add([{}])  # nobody reached it
@@ -53,7 +52,7 @@ def test_depth_by_hand() -> None:
 
 
 def test_nobody_asked_is_no_capacity_of_zero() -> None:
-    statistics = Statistics(model())
+    statistics = Summaries(model())
     statistics.add([{"mixture_of_depths": depth([[0]], [[0]], 1.0)}])
     assert set(statistics.layers()[0]["mixture_of_depths"].values()) == {None}
 
@@ -64,7 +63,7 @@ def test_activations_leave_out_tokens_that_were_not_asked() -> None:
     with torch.no_grad():
         polyglu.preference_bias.zero_()
     logits = torch.tensor([[[0.0, 0, 0, math.log(3)], [math.nan] * 4]])
-    statistics = Statistics(built)
+    statistics = Summaries(built)
     statistics.add([{"polyglu": ActivationRecord(logits, torch.tensor([[True, False]]))}])
     statistics.add([{"polyglu": ActivationRecord(torch.zeros(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))}])
     found = statistics.layers()[0]["polyglu"]
@@ -80,7 +79,7 @@ def test_neurons_are_counted_by_their_strongest_activation() -> None:
     preference_FA = built.model.layers[0].mlp.activation.preference_bias.data
     preference_FA.zero_()
     preference_FA[:3, 1] = 5.0
-    statistics, logits = Statistics(built), torch.tensor([[[1.0, 0, 0, 0], [9, 0, 0, 0]]])
+    statistics, logits = Summaries(built), torch.tensor([[[1.0, 0, 0, 0], [9, 0, 0, 0]]])
     statistics.add([{"polyglu": ActivationRecord(logits, torch.tensor([[True, True]]))}])
     found, minority = statistics.layers()[0]["polyglu"], 3 / len(preference_FA)
     assert list(found["neurons"].values()) == pytest.approx([1 - minority / 2, minority / 2, 0, 0])
@@ -89,15 +88,15 @@ def test_neurons_are_counted_by_their_strongest_activation() -> None:
 
 def test_a_context_shared_by_the_row_counts_for_each_of_its_tokens() -> None:
     built = model("polyglu")
-    once, each = Statistics(built), Statistics(built)
+    once, each = Summaries(built), Summaries(built)
     logits, asked = torch.randn(2, 1, 4), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     once.add([{"polyglu": ActivationRecord(logits, asked)}])
     each.add([{"polyglu": ActivationRecord(logits.expand(2, 3, 4), asked)}])
     assert once.layers() == each.layers()
-    few = Statistics(built, activation_rows=1)
+    few = Summaries(built, activation_rows=1)
     few.add([{"polyglu": ActivationRecord(logits, asked)}])
     assert few.layers() != once.layers()
-    assert Statistics(built, activation_rows=0).layers() == [{}]
+    assert Summaries(built, activation_rows=0).layers() == [{}]
 
 
 def test_accuracy_counts_operations_only() -> None:
@@ -124,7 +123,7 @@ def test_the_kept_are_judged_by_the_scores_or_by_what_is_known() -> None:
     record = DepthRecord(
         torch.tensor([[3.0, 2.0, 1.0, 0.0] * 4]), torch.tensor([[True, False] * 8]), torch.ones(1, 16), ROW.bool()
     )
-    by_scores, known = Statistics(model()), Statistics(model())
+    by_scores, known = Summaries(model()), Summaries(model())
     by_scores.add([{"mixture_of_depths": record}])  # two of sixteen at capacity .125: the first two threes
     known.add([{"mixture_of_depths": record}], torch.tensor([[False, True] * 8]))
     assert by_scores.layers()[0]["mixture_of_depths"]["recall"] == 1.0

@@ -9,8 +9,7 @@ import torch
 from tests.generate.folders import write_run
 
 from skipstone.evaluate.evaluation import evaluate
-from skipstone.measure.losses import token_nats
-from skipstone.measure.token_kinds import TokenKinds, depths
+from skipstone.measure.losses import TokenKinds, depths, token_nats
 from skipstone.runs import Run
 
 MOD = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.5}

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.measure.activations import CATEGORIES, category_of
-from skipstone.measure.trace import TokenTrace, trace_tokens
+from skipstone.measure.trace import CATEGORIES, TokenTrace, category_of, trace_tokens
 from skipstone.report.token_picture import coloured, visible
 from skipstone.runs import Run
 

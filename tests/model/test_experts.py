@@ -122,7 +122,7 @@ def test_evaluation_and_report(mechanisms: list[dict[str, Any]], tmp_path: Path)
     assert found.executed.agree
     assert found.executed.share < 1
     assert abs(found.executed_minus_causal or 0) < 1e-6
-    layers = found.measured[found.main].statistics.layers()
+    layers = found.measured[found.main].summaries.layers()
     for layer in layers:
         assert sum(layer["experts"]["experts"]) + layer["experts"]["no_op"] == pytest.approx(1)
     assert "experts by layer" in found.markdown()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipstone.core.strict import unknown
 from skipstone.data.rows import Row
-from skipstone.measure.passes import INPUTS
+from skipstone.measure.passes import inputs_of, real_tokens
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.layers import parse_layers
 
@@ -33,9 +33,9 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
     try:
         for row in rows:
             seen.clear()
-            inputs = {name: row[name].to(model.device) for name in INPUTS if name in row}
+            inputs = inputs_of(row, model.device)
             model(**inputs, use_cache=False, logits_to_keep=1)
-            real_BT = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            real_BT = real_tokens(inputs)
             found = []
             for a_BTD, x_BTD, y_BTD in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
                 before, between, after = x_BTD[real_BT], (x_BTD + a_BTD)[real_BT], y_BTD[real_BT]

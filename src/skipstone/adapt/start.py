@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skipstone.adapt.influence import site_streams, token_influence
 from skipstone.data.rows import Row
-from skipstone.measure.passes import INPUTS
+from skipstone.measure.passes import inputs_of, real_tokens
 from skipstone.mechanisms import MixtureOfDepths
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.mechanisms.skip_path import LowRankSkip
@@ -41,9 +41,9 @@ def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
     model.eval()
     for row in rows[:MEASURED_ROWS] if mlps else ():
         seen.clear()
-        inputs = {name: row[name].to(model.device) for name in INPUTS if name in row}
+        inputs = inputs_of(row, model.device)
         model(**inputs, use_cache=False, logits_to_keep=1)
-        real_BT = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        real_BT = real_tokens(inputs)
         for square_F, up in zip(squares, seen, strict=True):
             up_NF = up[real_BT] if up.shape[:2] == real_BT.shape else up[0]  # which is packed
             square_F += up_NF.double().square().sum(0).cpu()

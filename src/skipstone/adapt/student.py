@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from skipstone.core.routing_module import causal_obstacle
 from skipstone.core.width import GroupRouter
 from skipstone.data.rows import Row
-from skipstone.measure.passes import INPUTS
+from skipstone.measure.passes import inputs_of, real_tokens
 from skipstone.mechanisms import MixtureOfDepths
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
-from skipstone.train.validation import causal_obstacle
 
 # What lets Mixture-of-Depths start as the dense model: every token kept at first, weight 1. Its decision is the same
 # in training and in generation; normed inputs, because a pretrained stream grows over depth.
@@ -115,14 +115,13 @@ def _names(model: SkipstoneForCausalLM, mechanism: Any) -> list[str]:
 @torch.no_grad()
 def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> NeutralStart:
     """Logits of both on the same rows, the adapted ones with oracle and with causal decisions; noise off."""
-    routings = ["oracle"] if causal_obstacle(model) else ["oracle", "causal"]
+    routings = ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]
     was_training = model.training
     model.eval()
     difference = largest = 0.0
     tokens = 0
     for row in rows:
-        inputs = {name: row[name] for name in INPUTS if name in row}
-        real_BT = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
+        inputs, real_BT = inputs_of(row), real_tokens(row)
         expected_NV = source(**inputs, use_cache=False).logits[real_BT]
         largest = max(largest, float(expected_NV.abs().max()))
         tokens += len(expected_NV)

@@ -15,7 +15,7 @@ from skipstone.adapt.distillation import logit_divergence, stream_error
 from skipstone.budget.handles import is_gate
 from skipstone.core.records import Records
 from skipstone.data.rows import Row
-from skipstone.measure.passes import INPUTS, targets
+from skipstone.measure.passes import inputs_of, targets
 from skipstone.mechanisms import EarlyExit
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
 from skipstone.ops.head_loss import Distillation
@@ -103,7 +103,7 @@ class AdaptTrainer(RunTrainer):
     def _ask(self, teacher: SkipstoneForCausalLM, inputs: Any) -> dict[str, Any]:
         """What the teacher says of a micro-batch, kept for `objective`; what the student's pass needs of it."""
         wanted = self.adapt.loss
-        given = {name: inputs[name] for name in INPUTS if name in inputs}
+        given: dict[str, Any] = inputs_of(inputs)
         given |= {"use_cache": False, "output_hidden_states": wanted.hidden_states > 0}
         chunked = bool(self.loss_chunk and wanted.distillation)
         with torch.no_grad():

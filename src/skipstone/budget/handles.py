@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.records import DepthRecord, Records
+from skipstone.core.routing_module import require_causal
 from skipstone.mechanisms import EarlyExit, TokenSelective
 from skipstone.mechanisms.decisions import EmaThreshold
 from skipstone.model.build import parse_mechanisms
@@ -189,8 +190,7 @@ def _single(mechanisms: Sequence[Any]) -> Iterator[ThresholdHandle]:
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """`find_handles`. Raises ValueError for a model without any, naming what it has, or without causal passes."""
-    for mechanism in model.routing_modules():
-        mechanism.require_causal()
+    require_causal(model.routing_modules())
     handles = find_handles(model)
     if not handles:
         raise ValueError(

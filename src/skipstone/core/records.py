@@ -54,6 +54,16 @@ class ActivationRecord(NamedTuple):
     logits_BTA: Tensor
     reached_BT: Tensor
 
+    @property
+    def loss_BT(self) -> Tensor | None:
+        """No auxiliary loss."""
+        return None
+
+    @property
+    def carry(self) -> Mapping[str, Tensor]:
+        """Nothing crosses blocks."""
+        return {}
+
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.reached_BT, False))
@@ -70,6 +80,11 @@ class ExpertsRecord(NamedTuple):
     chosen_BTX: Tensor
     reached_BT: Tensor
     loss_BT: Tensor | None = None
+
+    @property
+    def carry(self) -> Mapping[str, Tensor]:
+        """Nothing crosses blocks."""
+        return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
         return ExpertsRecord(
@@ -91,6 +106,16 @@ class NeuronGroupsRecord(NamedTuple):
     kept_BTG: Tensor
     reached_BT: Tensor
     tried_BTG: Tensor
+
+    @property
+    def loss_BT(self) -> Tensor | None:
+        """No auxiliary loss."""
+        return None
+
+    @property
+    def carry(self) -> Mapping[str, Tensor]:
+        """Nothing crosses blocks."""
+        return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
         return NeuronGroupsRecord(
@@ -119,8 +144,14 @@ def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Reco
     return {name: record.lift(part, state) for name, record in records.items()}
 
 
+R = TypeVar("R", bound=Record)
+
+
+def of_kind(records: Records, kind: type[R]) -> dict[str, R]:
+    """Return the records of one kind, by the names of their mechanisms."""
+    return {name: record for name, record in records.items() if isinstance(record, kind)}
+
+
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
     """All new values of tensors that cross blocks."""
-    return {
-        name: value for record in records if isinstance(record, DepthRecord) for name, value in record.carry.items()
-    }
+    return {name: value for record in records for name, value in record.carry.items()}

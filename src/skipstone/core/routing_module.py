@@ -5,6 +5,7 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -70,3 +71,18 @@ class RoutingModule(nn.Module):
     def cache_bytes(self, tokens: float) -> float:
         """Bytes that the mechanism itself keeps of a row while generating, after `tokens` tokens."""
         return 0
+
+
+def require_causal(modules: Iterable[RoutingModule]) -> None:
+    """Raise ValueError if one of these modules cannot decide without sight of later tokens, naming what can."""
+    for module in modules:
+        module.require_causal()
+
+
+def causal_obstacle(modules: Iterable[RoutingModule]) -> str | None:
+    """Return why these modules have no causal form of their decisions, or None if all have one."""
+    try:
+        require_causal(modules)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,16 +1,39 @@
-"""Floor 4: measuring what a model does: quality, cost, speed.
+"""Floor 4: what a trained model is worth: quality, cost and speed of run folders and saved models.
 
-run.py           `evaluate`: losses, accuracy, mechanisms and FLOPs of one run
+evaluation.py    `evaluate`: losses, accuracy, mechanisms and FLOPs of one run
+budget_curve.py  what one model executes and loses at several budgets; `calibrate_run` measures its budget table
+comparison.py    `compare`: runs beside each other
+metrics.py       what is measured of each of them, and how each figure is written
 harness.py       `evaluate_tasks`: lm-evaluation-harness on one run
-compare.py       `compare`: runs beside each other; measurements.py what is measured of each, rows.py how it is written
-budgets.py       what one model executes and loses at several budgets; `calibrate_run` measures its budget table
-ways.py          oracle, causal, executed, forced: the ways to run a model, and which of them it has
-opened.py        a run or a saved model, ready to be measured
-losses.py        loss and accuracy of one way over all rows; accuracy.py bins of difficulty and headroom; kinds.py
-                 loss and depth by kind of token
-hard.py          the same for neurons that each use their strongest activation alone
-statistics.py    what mechanisms did by layer, from records; layers.py the same as tables
-counting.py      FLOPs counted beside the cost model's; flops.py the counter
-speed.py         tokens per second, runs in turns; energy.py joules; memory.py the cache; overhead.py what routing costs
+loaded_run.py    `load_run`: a run or a saved model, ready to be measured
 tables.py        sections as rich tables and Markdown
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipstone.evaluate.budget_curve import calibrate_run
+    from skipstone.evaluate.comparison import compare
+    from skipstone.evaluate.evaluation import evaluate
+    from skipstone.evaluate.harness import evaluate_tasks
+    from skipstone.evaluate.loaded_run import load_run
+
+__all__ = ["calibrate_run", "compare", "evaluate", "evaluate_tasks", "load_run"]
+
+_HOMES = {
+    "calibrate_run": "budget_curve",
+    "compare": "comparison",
+    "evaluate": "evaluation",
+    "evaluate_tasks": "harness",
+    "load_run": "loaded_run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a function with what it needs when it is asked for: writing a table needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'skipstone.evaluate' has no attribute {name!r}")
+    return getattr(import_module(f"skipstone.evaluate.{_HOMES[name]}"), name)

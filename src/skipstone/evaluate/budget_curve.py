@@ -16,7 +16,7 @@ from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent, plain, rich_table
-from skipstone.measure.flop_check import COUNTED_BATCHES, flop_check
+from skipstone.measure.flops import COUNTED_BATCHES, flop_check
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.share import observe
 

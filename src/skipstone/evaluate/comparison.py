@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skipstone.evaluate.loaded_run import LoadedRun, load_run
-from skipstone.evaluate.metrics import RunMetrics, run_metrics, sample_ids, speed_tasks
-from skipstone.evaluate.rows import capacity_section, headroom_section, main_section
+from skipstone.evaluate.metrics import (
+    RunMetrics,
+    capacity_section,
+    headroom_section,
+    main_section,
+    run_metrics,
+    sample_ids,
+    speed_tasks,
+)
 from skipstone.evaluate.tables import Section, markdown, plain, rich_table
-from skipstone.measure.accuracy import headroom
+from skipstone.measure.losses import headroom
 from skipstone.measure.speed import Rate, take_turns
 
 if TYPE_CHECKING:

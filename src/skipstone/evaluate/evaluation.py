@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipstone.evaluate.budget_curve import AtBudget, at_budgets, budget_section, table_of
-from skipstone.evaluate.layers import layer_sections
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
-from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent, plain, rich_table
-from skipstone.measure.flop_check import COUNTED_BATCHES, FlopCheck, flop_check
-from skipstone.measure.hard_mix import measure_hard_mix
-from skipstone.measure.losses import LossResult, measure_loss
+from skipstone.evaluate.tables import (
+    UNKNOWN,
+    Section,
+    amount,
+    layer_sections,
+    markdown,
+    number,
+    percent,
+    plain,
+    rich_table,
+)
+from skipstone.measure.flops import COUNTED_BATCHES, FlopCheck, flop_check
+from skipstone.measure.losses import LossResult, measure_hard_mix, measure_loss
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,7 +77,7 @@ class Evaluation:
                 "accuracy": m.accuracy,
                 "token_accuracy": m.right / m.predictions,
                 "kinds": m.kinds,
-                "layers": m.statistics.layers(),
+                "layers": m.summaries.layers(),
             }
             for name, m in self.measured.items()
         }
@@ -106,7 +114,7 @@ class Evaluation:
         return rich_table(self._sections())
 
     def _sections(self) -> list[Section]:
-        layers = self.measured[self.primary].statistics.layers()
+        layers = self.measured[self.primary].summaries.layers()
         bins = [self._accuracy(), self._kinds()] if self.measured[self.primary].accuracy else []
         budgets = [budget_section(self.budgets, self.budget_table)] if self.budgets else []
         return [self._losses(), *bins, *layer_sections(layers, self.primary), self._cost(), *budgets]

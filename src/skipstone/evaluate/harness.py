@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from skipstone.core.routing_module import require_causal
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown, number, plain, rich_table
 from skipstone.model.loading import one_line
 from skipstone.runs import Run
@@ -75,8 +76,7 @@ def evaluate_tasks(
         raise ValueError(f"{str(run)!r} has no tokenizer, and tasks are text")
     manager = _manager(tasks, include_path)
     model: Any = loaded.load_model().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    for mechanism in model.routing_modules():
-        mechanism.require_causal()
+    require_causal(model.routing_modules())
 
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from skipstone.measure.summaries import FigureColumn
 
 UNKNOWN = "–"
 NAME_WIDTH = 36  # characters of a row's name that are not broken, however wide the table is
@@ -97,3 +99,27 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def layer_sections(layers: Sequence[Mapping[str, Mapping[str, Any]]], pass_name: str) -> list[Section]:
+    """What mechanisms did in each layer (`Summaries.layers`), one section for each table that a reader declares."""
+    from skipstone.measure.summaries import READERS
+
+    entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]
+    found = []
+    for table in (table for reader in READERS.values() for table in reader.tables):
+        rows = [
+            [f"{layer} {name}", *(_cell(column, figures) for column in table.columns)]
+            for layer, name, figures in entries
+            if table.key in figures
+        ]
+        if rows:
+            columns = [table.first, *(column.title for column in table.columns)]
+            notes = [] if table.note is None else [table.note]
+            found.append(Section(title=f"{table.title}, {pass_name}", columns=columns, rows=rows, notes=notes))
+    return found
+
+
+def _cell(column: FigureColumn, figures: Mapping[str, Any]) -> str:
+    value = column.value(figures)
+    return percent(value) if column.digits is None else number(value, column.digits)

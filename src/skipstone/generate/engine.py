@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from skipstone.budget import BudgetTable
 from skipstone.core.records import Records
+from skipstone.core.routing_module import require_causal
 from skipstone.core.strict import choose
 from skipstone.measure.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -226,8 +227,7 @@ def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
 
 
 def _check_causal(model: SkipstoneForCausalLM) -> None:
-    for mechanism in model.routing_modules():
-        mechanism.require_causal()
+    require_causal(model.routing_modules())
     for reason in {reason for mechanism in model.routing_modules() if (reason := mechanism.not_ready_reason())}:
         warnings.warn(reason, stacklevel=4)
 

@@ -1,4 +1,4 @@
-"""Counting what executes: FLOPs by kind, and the times that the host must wait for the device.
+"""Counting what executes: FLOPs by kind, host syncs, and both beside what the cost model says of the same pass.
 
 An operation is in the FLOP table, or it is free by convention (pointwise, view, reduction, or named below), or it is
 reported as unknown. Fused attention counts 4 H E Tq Tk forward and twice that backward: the scores that a fused kernel
@@ -8,17 +8,23 @@ computes again are not counted, like the recomputation of MFU figures, so that n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from skipstone.measure.passes import Pass
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.cost import cost, kept_from_records
 from skipstone.ops import magnitude
 
 aten = torch.ops.aten
+
+COUNTED_BATCHES = 4  # FLOPs of a model are counted on so many
 
 FREE_NAMES = """
 _softmax _safe_softmax tril _softmax_backward_data _log_softmax _log_softmax_backward_data
@@ -184,3 +190,71 @@ TABLE: dict[Any, Callable[..., int]] = {
     magnitude.NATIVE: _magnitude,
     magnitude.NATIVE_LARGEST: lambda *args, **kwargs: 0,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopCheck:
+    """Forward FLOPs per token of whole rows without a cache, padding counted as a token because it is computed.
+
+    counted: of the operations that ran. predicted: `cost` for what the records say was kept. needed: the same without
+    the columns that only fill up rows which keep fewer than the widest of their batch. dense: `cost` without
+    mechanisms. syncs: times a forward pass made the host wait, in the mean. unknown: operations that ran and that the
+    counter does not know; the count is not to be trusted while there are any.
+    """
+
+    counted: float
+    predicted: float
+    needed: float
+    dense: float
+    syncs: float
+    unknown: tuple[str, ...]
+
+    @property
+    def agree(self) -> bool:
+        """Equal but for the rounding of a division."""
+        return abs(self.counted - self.predicted) <= 1e-9 * max(self.counted, 1) and not self.unknown
+
+    @property
+    def share(self) -> float:
+        """Of the dense model's."""
+        return self.counted / self.dense
+
+
+def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, torch.Tensor]]) -> FlopCheck:
+    """Count a pass over the batches beside the cost model; all figures are means."""
+    totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
+    unknown: set[str] = set()
+    for batch in batches:
+        run = partial(forward.run, model, batch)
+        found = count_flops(run)
+        for name, value in {**_predicted(model, forward, batch), "counted": found.total}.items():
+            totals[name] += value
+        totals["tokens"] += batch["input_ids"].numel()
+        totals["syncs"] += count_host_syncs(run).total()
+        unknown |= {*found.unknown}
+        passes += 1
+    tokens, syncs = totals.pop("tokens"), totals.pop("syncs")
+    per_token = {name: value / tokens for name, value in totals.items()}
+    return FlopCheck(**per_token, syncs=syncs / passes, unknown=tuple(sorted(unknown)))
+
+
+def _predicted(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """FLOPs of the batch by the cost model, for the decisions that the pass takes."""
+    rows, length = batch["input_ids"].shape
+    records = forward.run(model, batch, output_records=True).records or ()
+    widest, mean = (
+        cost(
+            model,
+            tokens=length,
+            batch=rows,
+            routing=forward.routing,
+            kept=kept_from_records(model, records, rows=which),
+        )
+        for which in ("widest", "mean")
+    )
+    assert widest.dense is not None
+    return {
+        "predicted": widest.forward.total,
+        "needed": mean.forward.total,
+        "dense": widest.dense.forward.total,
+    }

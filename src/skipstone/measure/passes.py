@@ -1,9 +1,11 @@
-"""Forward passes that an evaluation tells apart, and which of them a model has.
+"""Forward passes that a measurement tells apart, which of them a model has, and what a batch says.
 
 oracle     decisions with sight of the whole row, as in training, noise off; gates are soft
 causal     decisions that generation can make, computed by the masked executor: the specification
 executed   the same decisions by the gathered executor: the very pass that skips
 forced     where the data tell it: every depth mechanism keeps exactly the tokens that are known to need depth
+
+Shape letters: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -15,33 +17,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.routing_module import causal_obstacle
 from skipstone.core.tokens import Executor
 from skipstone.data.corpora import knows_difficulty
-from skipstone.measure.share import INPUTS
 from skipstone.mechanisms.decisions import Forced
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.model.decoder import Routing
 
 NO_CAUSAL_FORM = "no causal form"
 NEEDS_MASKS = "decided by the caller"
+INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
+
+Batch = Mapping[str, Tensor]
+
+
+def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Return what forward takes of a batch, without labels; on `device`, if it is named."""
+    return {name: batch[name] if device is None else batch[name].to(device) for name in INPUTS if name in batch}
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """Return bool [B, T]: True for tokens that are not padding."""
+    mask_BT = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+
+
+def targets(batch: Batch) -> Tensor:
+    """Return int64 [B, T]: what the logits at each token should predict, -100 where nothing is to be predicted."""
+    return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"])
+
+
+def known_to_need_depth(batch: Batch) -> Tensor | None:
+    """Return bool [B, T]: the tokens whose known difficulty needs depth; None where the data do not tell it."""
+    return batch["difficulty"] >= 0 if "difficulty" in batch else None
+
+
+def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
+    """Return the indices of the blocks that carry a depth mechanism."""
+    blocks: Any = model.model.layers
+    return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
+
+
+def forced_routing(model: SkipstoneForCausalLM, kept_BT: Tensor) -> dict[int, Tensor]:
+    """Return the `routing` that makes every depth mechanism keep exactly the tokens `kept_BT` (bool [B, T])."""
+    return dict.fromkeys(depth_layers(model), kept_BT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
+    """One kind of forward pass. routing: oracle, causal, or forced by the known difficulty."""
+
     name: str
     routing: str
     executor: Executor = "gathered"
 
-    def arguments(self, model: SkipstoneForCausalLM, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What forward is called with: no noise, no cache, no labels."""
+    def arguments(self, model: SkipstoneForCausalLM, batch: Batch) -> dict[str, Any]:
+        """Return what forward is called with: no noise, no cache, no labels."""
         routing: Routing = self.routing  # type: ignore[assignment]
         if self.routing == "forced":
-            routing = dict.fromkeys(depth_layers(model), batch["difficulty"] >= 0)
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return {**inputs, "routing": routing, "executor": self.executor, "noise": False, "use_cache": False}
+            routing = forced_routing(model, batch["difficulty"] >= 0)
+        return {
+            **inputs_of(batch),
+            "routing": routing,
+            "executor": self.executor,
+            "noise": False,
+            "use_cache": False,
+        }
 
     @torch.no_grad()
-    def run(self, model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], **more: Any) -> CausalLMOutput:
+    def run(self, model: SkipstoneForCausalLM, batch: Batch, **more: Any) -> CausalLMOutput:
+        """Run the model on a batch without gradients. more: further arguments of forward."""
         return model(**self.arguments(model, batch), **more)
 
 
@@ -67,30 +112,10 @@ def passes_of(
     )
     if waits or (was_forced and depth_layers(model)):
         unavailable = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
-    elif _refused(model):
+    elif causal_obstacle(model.routing_modules()) is not None:
         unavailable = dict.fromkeys(("causal", "executed"), NO_CAUSAL_FORM)
     has_forced = knows_difficulty(corpus) and bool(depth_layers(model))
     found = {
         name: each for name, each in PASSES.items() if name not in unavailable and (name != "forced" or has_forced)
     }
     return found, unavailable
-
-
-def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
-    """Blocks that carry a depth mechanism."""
-    blocks: Any = model.model.layers
-    return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
-
-
-def _refused(model: SkipstoneForCausalLM) -> bool:
-    try:
-        for mechanism in model.routing_modules():
-            mechanism.require_causal()
-    except ValueError:
-        return True
-    return False
-
-
-def targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """int64 [B, T]: what the logits at each token should say, -100 where nothing is asked."""
-    return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"])

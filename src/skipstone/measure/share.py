@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from skipstone.core.records import Records
+from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
-
-INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
 
 
 class ScoreReader(Protocol):
@@ -56,8 +55,8 @@ def observe(
     scores: list[list[Tensor]] = [[] for _ in handles]
     needed = dense = tokens = 0.0
     for row in rows:
-        inputs = {name: row[name] for name in INPUTS if name in row}
-        out = model(**inputs, routing="causal", noise=False, use_cache=False, output_records=True)
+        out = PASSES["executed"].run(model, row, output_records=True)
+        assert out.records is not None
         for handle, found in zip(handles, scores, strict=True):
             found.append(handle.scores(out.records).to(row["input_ids"].device))
         spent = _spent(model, row["input_ids"], out.records)

@@ -1,5 +1,6 @@
-"""Tokens per second of prefill and decoding, taken in turns by all models, so that none has the machine's good minute.
+"""Tokens per second of prefill and decoding, joules, and the bytes of the cache.
 
+Models are timed in turns, so that none has the machine's good minute.
 Routing is causal with a cache, greedy. Shape letters: B rows, P tokens of the prompt, N new tokens.
 """
 
@@ -9,14 +10,18 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from skipstone.measure.energy import EnergyMeter, find_meter
+from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+NOT_MEASURABLE = "not measurable here"
+POWERCAP = Path("/sys/class/powercap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +137,85 @@ def _start(device: torch.device, meter: EnergyMeter | None) -> Callable[[int], L
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheBytes:
+    """Bytes per token that the model has seen, all layers together, skipped tokens counted among the seen.
+
+    kv: keys, values and slots of stored entries. state: what mechanisms keep beside them, with its slots.
+    allocated: all that the cache has reserved, used or not.
+    """
+
+    kv: float
+    state: float
+    allocated: float
+
+
+def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
+    """Measured on the cache that a causal prefill of `ids_BT` leaves."""
+    _, cache = prefill(model, ids_BT)
+    kv = state = allocated = 0
+    for layer in cache.layers:
+        assert isinstance(layer, SkipstoneCacheLayer)
+        kv += layer.kv.bytes()
+        state += sum(store.bytes() for store in layer.stores.values())
+        allocated += sum(store.bytes(allocated=True) for store in (layer.kv, *layer.stores.values()))
+    seen = ids_BT.numel()
+    return CacheBytes(kv=kv / seen, state=state / seen, allocated=allocated / seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyMeter:
+    """source: what is read. read: joules since some fixed moment, only ever growing."""
+
+    source: str
+    read: Callable[[], float]
+
+
+def find_meter(device: torch.device, powercap: Path = POWERCAP) -> EnergyMeter | None:
+    """The meter of the machine that computes on `device`; None where it has none that this user may read."""
+    return _nvml(device) if device.type == "cuda" else _rapl(powercap)
+
+
+def _rapl(powercap: Path) -> EnergyMeter | None:
+    """CPU packages only: the domains inside a package (intel-rapl:0:1) would count twice."""
+    packages = [folder for folder in sorted(powercap.glob("*-rapl:*")) if folder.name.count(":") == 1]
+    try:
+        counters = [_Wrapping(folder) for folder in packages]
+    except (OSError, ValueError):  # readable by root alone on many machines
+        return None
+    return EnergyMeter(source="RAPL", read=lambda: sum(counter() for counter in counters)) if counters else None
+
+
+class _Wrapping:
+    """A counter in microjoules that starts again at its range."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "energy_uj"
+        self._range = int((folder / "max_energy_range_uj").read_text())
+        self._last, self._total = self._now(), 0
+
+    def __call__(self) -> float:
+        now = self._now()
+        self._total += (now - self._last) % self._range
+        self._last = now
+        return self._total / 1e6
+
+    def _now(self) -> int:
+        return int(self._file.read_text())
+
+
+def _nvml(device: torch.device) -> EnergyMeter | None:
+    try:
+        import pynvml  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return EnergyMeter(source="NVML", read=lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)

@@ -1,27 +1,81 @@
-"""What mechanisms did, layer by layer, summed up over batches of records.
+"""What mechanisms did, layer by layer: one reader for each kind of record.
+
+A new kind of record is a class in `core/records.py` and a reader in `READERS`: the log of a training, evaluation and
+its tables take it from there.
 
 Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G groups of neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, NeuronGroupsRecord, Record, Records
-from skipstone.measure.precision_recall import PrecisionRecall
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.ops import reference as ops
 
 ACTIVATION_NAMES = tuple(function.__name__ for function in ops.ACTIVATIONS)
 ACTIVATION_ROWS = 64
+ONE_ROW = slice(1)  # activation figures look at every neuron of every token: one row is enough to log
+
+Figures = Mapping[str, Any]
 
 
-class Statistics:
-    """Collects with `add`; `layers()` is the result so far.
+@dataclass(frozen=True)
+class FigureColumn:
+    """A column of a table by layer. digits: after the point; None for a share that is written as a percentage."""
+
+    title: str
+    value: Callable[[Figures], float | None]
+    digits: int | None = None
+
+
+@dataclass(frozen=True)
+class FigureTable:
+    """How one kind of figures is tabulated, a row for each layer and mechanism.
+
+    key: the figure by which this kind is known. first: head of the first column.
+    """
+
+    key: str
+    title: str
+    first: str
+    columns: Sequence[FigureColumn]
+    note: str | None = None
+
+
+class Reader:
+    """Sums over the records of one mechanism in one layer.
+
+    rows_left: how many more rows of a batch the mechanism's most expensive figures are taken from.
+    """
+
+    tables: ClassVar[tuple[FigureTable, ...]]
+
+    def __init__(self, activation_rows: int = ACTIVATION_ROWS) -> None:
+        self.rows_left = activation_rows
+
+    @staticmethod
+    def log_pairs(module: Any, record: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, numerator and denominator (both scalars on the device) of each figure that training logs."""
+        raise NotImplementedError
+
+    def add(self, module: Any, record: Any, known_BT: Tensor | None) -> None:
+        """Add the record of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
+        raise NotImplementedError
+
+    def result(self) -> dict[str, Any]:
+        """Return the figures so far."""
+        raise NotImplementedError
+
+
+class Summaries:
+    """Figures of every mechanism in every layer: collects with `add`; `layers()` is the result so far.
 
     Activations are looked at in the first `activation_rows` rows only: it takes as long as the MLPs themselves, and the
     means hardly move from row to row.
@@ -31,55 +85,93 @@ class Statistics:
         self._activation_rows = activation_rows
         blocks: Any = model.model.layers
         self._blocks = [block.routing_modules() for block in blocks]
-        self._sums: list[dict[str, Any]] = [{} for _ in self._blocks]
+        self._readers: list[dict[str, Reader]] = [{} for _ in self._blocks]
 
     @torch.no_grad()
     def add(self, records: Sequence[Records], known_BT: Tensor | None = None) -> None:
-        """The records of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
-        for mechanisms, sums, decided in zip(self._blocks, self._sums, records, strict=True):
+        """Add the records of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
+        for modules, readers, decided in zip(self._blocks, self._readers, records, strict=True):
             for name, record in decided.items():
-                if isinstance(record, DepthRecord):
-                    sums.setdefault(name, _Depth()).add(mechanisms[name], record, known_BT)
-                elif isinstance(record, ExpertsRecord):
-                    sums.setdefault(name, _Experts()).add(mechanisms[name], record)
-                elif isinstance(record, NeuronGroupsRecord):
-                    sums.setdefault(name, _Groups()).add(record)
-                elif self._activation_rows:
-                    sums.setdefault(name, _Activation(self._activation_rows)).add(mechanisms[name], record)
+                reader = READERS[type(record)]
+                if reader is not ActivationReader or self._activation_rows:
+                    readers.setdefault(name, reader(self._activation_rows)).add(modules[name], record, known_BT)
 
     def layers(self) -> list[dict[str, dict[str, Any]]]:
-        """For each block and each of its mechanisms:
-
-        depth: `capacity`, kept tokens by asked tokens; `capacity_p99`, that share's 99th percentile over rows (of rows
-        in which somebody was asked); `weight`, the mean factor on a kept token's update, None where none was kept;
-        `precision`, `recall` and `f1` of the kept tokens, measured by those that are known to need depth, or else by
-        those that the best of the row would be by the same scores (not for mechanisms without such an ideal).
-        activation: `shares` of the four functions, `neurons`, the share of neurons in which each is the strongest,
-        `diversity`, the share of neurons that differ from most, `entropy` as a share of its maximum, `dynamic_entropy`
-        and `static_entropy` in nats without tau (`MixFigures`); means over tokens and neurons of the first rows.
-        experts: `experts`, share of each in all choices, `no_op`, share of the no-ops together, and `entropy` of a
-        token's softmax over both as a share of its maximum, in the mean; None where nobody was asked.
-        neuron groups: `groups`, the share of tokens for which each is on, `on`, their mean, `always_on` and `never_on`,
-        how many are for all tokens and for none.
-        """
-        return [{name: total.result() for name, total in sums.items()} for sums in self._sums]
+        """Return what the readers' `result` describes, for each block and each of its mechanisms."""
+        return [{name: reader.result() for name, reader in readers.items()} for readers in self._readers]
 
 
-class _Depth:
+class PrecisionRecall:
+    """How well a decision keeps the tokens that it should: counts with `add`; `result()` is the figures so far.
+
+    A decision that always skips is right about 87.5 % of the tokens at capacity 0.125, so accuracy says nothing here.
+    """
+
     def __init__(self) -> None:
-        self.asked = self.kept = 0
+        self.kept = self.needed = self.both = 0
+
+    def add(self, kept_BT: Tensor, needed_BT: Tensor, reached_BT: Tensor) -> None:
+        """Count one batch, bool each; only tokens that reached the mechanism count."""
+        kept_BT, needed_BT = kept_BT & reached_BT, needed_BT & reached_BT
+        self.kept += int(kept_BT.sum())
+        self.needed += int(needed_BT.sum())
+        self.both += int((kept_BT & needed_BT).sum())
+
+    def result(self) -> dict[str, float | None]:
+        """Return precision, recall and f1, their harmonic mean; None for a figure without any token."""
+        both = self.kept + self.needed
+        return {
+            "precision": self.both / self.kept if self.kept else None,
+            "recall": self.both / self.needed if self.needed else None,
+            "f1": 2 * self.both / both if both else None,
+        }
+
+
+class DepthReader(Reader):
+    """Reads depth mechanisms.
+
+    `capacity`: kept tokens as a share of those that reached the mechanism; `capacity_p99`: that share's 99th percentile
+    over rows; `weight`: mean factor on a kept token's update; `precision`, `recall` and `f1` of the kept tokens against
+    those that are known to need depth, or else those that the best of the row would be by the same scores (missing for
+    mechanisms without such an oracle). None where no token counts.
+    """
+
+    tables = (
+        FigureTable(
+            "capacity",
+            "depth mechanisms by layer",
+            "layer, mechanism",
+            (
+                FigureColumn("kept", lambda f: f["capacity"]),
+                FigureColumn("99 % of rows keep at most", lambda f: f["capacity_p99"]),
+                FigureColumn("weight of a kept update", lambda f: f["weight"], 3),
+                FigureColumn("F1", lambda f: f.get("f1"), 3),
+            ),
+            "F1 of the kept tokens: by those that need depth where that is known, else by the best of the row",
+        ),
+    )
+
+    def __init__(self, activation_rows: int = ACTIVATION_ROWS) -> None:
+        super().__init__(activation_rows)
+        self.reached = self.kept = 0
         self.weight = 0.0
         self.rows: list[Tensor] = []
-        self.agreement: PrecisionRecall | None = None
+        self.precision_recall: PrecisionRecall | None = None
 
-    def add(self, mechanism: Any, record: Record, known_BT: Tensor | None) -> None:
-        assert isinstance(record, DepthRecord)
-        wanted_BT = mechanism.oracle_mask(record) if known_BT is None else known_BT
-        if wanted_BT is not None:
-            self.agreement = self.agreement or PrecisionRecall()
-            self.agreement.add(record.kept_BT, wanted_BT, record.reached_BT)
+    @staticmethod
+    def log_pairs(module: Any, record: DepthRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+        reached_BT = record.reached_BT
+        count = reached_BT.sum()
+        yield "capacity", (record.kept_BT & reached_BT).sum(), count
+        yield "gate", torch.where(reached_BT, record.weight_BT, 0.0).sum(), count
+
+    def add(self, module: Any, record: DepthRecord, known_BT: Tensor | None) -> None:
+        needed_BT = module.oracle_mask(record) if known_BT is None else known_BT
+        if needed_BT is not None:
+            self.precision_recall = self.precision_recall or PrecisionRecall()
+            self.precision_recall.add(record.kept_BT, needed_BT, record.reached_BT)
         reached_B, kept_B = record.reached_BT.sum(1), (record.kept_BT & record.reached_BT).sum(1)
-        self.asked += int(reached_B.sum())
+        self.reached += int(reached_B.sum())
         self.kept += int(kept_B.sum())
         self.weight += float(record.weight_BT[record.kept_BT].double().sum())
         self.rows.append((kept_B / reached_B)[reached_B > 0].cpu())
@@ -87,10 +179,10 @@ class _Depth:
     def result(self) -> dict[str, Any]:
         rows = torch.cat(self.rows).double()
         return {
-            "capacity": self.kept / self.asked if self.asked else None,
+            "capacity": self.kept / self.reached if self.reached else None,
             "capacity_p99": _quantile(rows, 0.99),
             "weight": self.weight / self.kept if self.kept else None,
-            **({} if self.agreement is None else self.agreement.result()),
+            **({} if self.precision_recall is None else self.precision_recall.result()),
         }
 
 
@@ -101,24 +193,58 @@ def _quantile(x_N: Tensor, q: float) -> float | None:
     return float(x_N.sort().values[min(int(q * len(x_N)), len(x_N) - 1)])
 
 
-class _Activation:
-    SHARES, FIGURES = ("shares", "neurons"), ("diversity", "entropy", "dynamic_entropy")
+def _activation_table(title: str, kind: str, figures: Mapping[str, str]) -> FigureTable:
+    shares = [FigureColumn(name, lambda f, name=name: f[kind][name]) for name in ACTIVATION_NAMES]  # type: ignore[misc]
+    more = [FigureColumn(name, lambda f, key=key: f[key], 4) for name, key in figures.items()]  # type: ignore[misc]
+    return FigureTable("shares", title, "layer, mechanism", (*shares, *more))
 
-    def __init__(self, rows: int) -> None:
-        self.rows_left, self.tokens = rows, 0
+
+class ActivationReader(Reader):
+    """Reads activation mechanisms, in the first rows only; means over tokens and neurons.
+
+    `shares` of the four functions; `neurons`: the share of neurons in which each is the strongest; `diversity`: the
+    share of neurons that differ from most; `entropy` as a share of its maximum; `dynamic_entropy` and `static_entropy`
+    in nats without tau (`MixFigures`).
+    """
+
+    SHARES, FIGURES = ("shares", "neurons"), ("diversity", "entropy", "dynamic_entropy")
+    tables = (
+        _activation_table(
+            "activations by layer",
+            "shares",
+            {
+                "entropy / maximum": "entropy",
+                "dynamic entropy (nats)": "dynamic_entropy",
+                "static entropy (nats)": "static_entropy",
+            },
+        ),
+        _activation_table("neurons by their strongest activation", "neurons", {"differ from most": "diversity"}),
+    )
+
+    def __init__(self, activation_rows: int = ACTIVATION_ROWS) -> None:
+        super().__init__(activation_rows)
+        self.tokens = 0
         self.sums: dict[str, Tensor] = {}
         self.static_entropy = 0.0
 
-    def add(self, mechanism: Any, record: Record) -> None:
-        assert isinstance(record, ActivationRecord)
+    @staticmethod
+    def log_pairs(module: Any, record: ActivationRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+        row = ActivationRecord(record.logits_BTA[ONE_ROW], record.reached_BT[ONE_ROW])
+        for name in ("entropy", "diversity", "dynamic_entropy"):
+            x_BT = getattr(module, name)(row)
+            yield name, x_BT.nansum(), x_BT.isfinite().sum()
+        static = module.static_entropy()
+        yield "static_entropy", static, torch.ones_like(static)
+
+    def add(self, module: Any, record: ActivationRecord, known_BT: Tensor | None) -> None:
         rows = min(self.rows_left, len(record.reached_BT))
         self.rows_left -= rows
-        self.static_entropy = float(mechanism.static_entropy())
+        self.static_entropy = float(module.static_entropy())
         for row in range(rows):  # one at a time: [T, neurons, A] is the largest tensor here
             reached_T = record.reached_BT[row]
             part = ActivationRecord(record.logits_BTA[row : row + 1], reached_T[None])
             for name in (*self.SHARES, *self.FIGURES):
-                figure_T = getattr(mechanism, name)(part)[0].double()
+                figure_T = getattr(module, name)(part)[0].double()
                 total = figure_T.expand(len(reached_T), *figure_T.shape[1:])[reached_T].sum(0).cpu()
                 self.sums[name] = self.sums[name] + total if name in self.sums else total
             self.tokens += int(reached_T.sum())
@@ -132,19 +258,48 @@ class _Activation:
         }
 
 
-class _Experts:
-    def __init__(self) -> None:
+class ExpertsReader(Reader):
+    """Reads mixtures of experts.
+
+    `experts`: the share of each in all choices; `no_op`: the share of the no-ops together; `entropy` of a token's
+    softmax over both as a share of its maximum, in the mean. None where no token reached the experts.
+    """
+
+    tables = (
+        FigureTable(
+            "experts",
+            "experts by layer",
+            "layer, part",
+            (
+                FigureColumn("least chosen expert", lambda f: min(f["experts"] or [None])),
+                FigureColumn("most chosen expert", lambda f: max(f["experts"] or [None])),
+                FigureColumn("no-ops", lambda f: f["no_op"]),
+                FigureColumn("entropy / maximum", lambda f: f["entropy"], 3),
+            ),
+            "shares of all choices of the tokens that reached the experts",
+        ),
+    )
+
+    def __init__(self, activation_rows: int = ACTIVATION_ROWS) -> None:
+        super().__init__(activation_rows)
         self.tokens, self.entropy = 0, 0.0
         self.chosen: Tensor | None = None  # of each expert, the no-ops as one at the end
 
-    def add(self, mechanism: Any, record: Record) -> None:
-        assert isinstance(record, ExpertsRecord)
+    @staticmethod
+    def log_pairs(module: Any, record: ExpertsRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+        chosen_X = record.chosen_BTX.sum((0, 1))
+        count, real_X = chosen_X.sum(), chosen_X[: module.config.count]
+        yield "no_op", count - real_X.sum(), count
+        yield "busiest", real_X.max(), count
+        yield "entropy", module.entropy(record).nansum(), record.reached_BT.sum()
+
+    def add(self, module: Any, record: ExpertsRecord, known_BT: Tensor | None) -> None:
         chosen_X = record.chosen_BTX.sum((0, 1)).double().cpu()
-        experts, no_ops = chosen_X[: mechanism.config.count], chosen_X[mechanism.config.count :]
+        experts, no_ops = chosen_X[: module.config.count], chosen_X[module.config.count :]
         chosen = torch.cat((experts, no_ops.sum(0, keepdim=True)))
         self.chosen = chosen if self.chosen is None else self.chosen + chosen
         self.tokens += int(record.reached_BT.sum())
-        self.entropy += float(mechanism.entropy(record)[record.reached_BT].double().sum())
+        self.entropy += float(module.entropy(record)[record.reached_BT].double().sum())
 
     def result(self) -> dict[str, Any]:
         if self.chosen is None or not self.tokens:
@@ -153,12 +308,41 @@ class _Experts:
         return {"experts": experts, "no_op": no_op, "entropy": self.entropy / self.tokens}
 
 
-class _Groups:
-    def __init__(self) -> None:
+class NeuronGroupsReader(Reader):
+    """Reads neuron groups.
+
+    `groups`: the share of tokens for which each is on; `on`: their mean; `always_on`, `never_on`: how many are on for
+    all tokens and for none.
+    """
+
+    tables = (
+        FigureTable(
+            "groups",
+            "neuron groups by layer",
+            "layer, part",
+            (
+                FigureColumn("groups", lambda f: len(f["groups"]), 0),
+                FigureColumn("on", lambda f: f["on"]),
+                FigureColumn("always on", lambda f: f["always_on"], 0),
+                FigureColumn("never on", lambda f: f["never_on"], 0),
+            ),
+            "on: share of the groups, mean over the tokens that reached the MLP",
+        ),
+    )
+
+    def __init__(self, activation_rows: int = ACTIVATION_ROWS) -> None:
+        super().__init__(activation_rows)
         self.tokens = 0
         self.on: Tensor | None = None  # tokens for which each group is
 
-    def add(self, record: NeuronGroupsRecord) -> None:
+    @staticmethod
+    def log_pairs(module: Any, record: NeuronGroupsRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+        on_G, count = record.kept_BTG.sum((0, 1)), record.reached_BT.sum()
+        groups = torch.full_like(count, len(on_G))
+        yield "on", on_G.sum(), count * groups
+        yield "changing", ((on_G > 0) & (on_G < count)).sum(), groups
+
+    def add(self, module: Any, record: NeuronGroupsRecord, known_BT: Tensor | None) -> None:
         on_G = record.kept_BTG.sum((0, 1)).double().cpu()
         self.on = on_G if self.on is None else self.on + on_G
         self.tokens += int(record.reached_BT.sum())
@@ -171,3 +355,11 @@ class _Groups:
             "always_on": sum(share == 1 for share in shares),
             "never_on": sum(share == 0 for share in shares),
         }
+
+
+READERS: dict[type, type[Reader]] = {
+    DepthRecord: DepthReader,
+    ActivationRecord: ActivationReader,
+    ExpertsRecord: ExpertsReader,
+    NeuronGroupsRecord: NeuronGroupsReader,
+}

@@ -1,34 +1,55 @@
-"""One pass over validation text without a cache: which tokens each layer updated, and how, as plain numbers.
+"""What each layer did to each token of a sample of text: one pass without a cache, as plain numbers.
 
-Shape letters: B rows, T tokens, L layers.
+Shape letters: B rows, T tokens, L layers, N tokens of all rows, F neurons, A activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipstone.core.records import DepthRecord, ExpertsRecord, Records
-from skipstone.measure.activations import ActivationSummary, summarise_activations
+from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Records, of_kind
+from skipstone.core.routing_module import causal_obstacle
+from skipstone.measure.passes import forced_routing, inputs_of, real_tokens
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 SUBLAYERS = ("attention", "mlp")
-INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
+CATEGORIES = ("letters", "digits", "signs", "white space")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSummary:
+    """What the neurons of one layer mix.
+
+    shares: mean share of each activation. entropy: of the mix, as a share of its maximum. strongest: of each neuron,
+    the activation that its mean logits favour. by_category: shares for the tokens of each category that occurs.
+    """
+
+    shares: list[float]
+    entropy: float
+    strongest: list[int]
+    by_category: Mapping[str, list[float]]
+
+    def shift(self, category: str) -> float:
+        """Return the total variation distance of a category's shares from those of all tokens: 0 alike, 1 disjoint."""
+        return sum(abs(a - b) for a, b in zip(self.by_category[category], self.shares, strict=True)) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTrace:
-    """tokens: text of the first row's tokens. weight_LT: factor on the block's update, its two halves averaged, 0 where
+    """What a model did to a sample of text.
+
+    tokens: text of the first row's tokens. weight_LT: factor on the block's update, its two halves averaged, 0 where
     skipped. kept_LT: whether any of the update was computed. depth_T: share of all halves of blocks that were computed.
-    routed: blocks with a depth mechanism. capacity: realised share of asked tokens kept, {layer: {mechanism: share}},
-    over all rows. activations: of PolyGLU's activations, by layer.
-    experts: shares of all choices by layer, of the most and the least chosen expert and of the no-ops together.
-    depth: mean of the computed share over all tokens of all rows. routing: "causal"; "oracle" where a decision cannot
-    be made otherwise; "forced" where it was imposed.
+    routed: blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism, {layer:
+    {mechanism: share}}, over all rows. activations: of activation mechanisms, by layer. experts: shares of all choices
+    by layer, of the most and the least chosen expert and of the no-ops together. depth: mean of the computed share over
+    all tokens of all rows. routing: "causal"; "oracle" where a decision cannot be made otherwise; "forced" where it was
+    imposed.
     """
 
     tokens: list[str]
@@ -47,6 +68,23 @@ class TokenTrace:
         """The largest weight of any routed block, by magnitude."""
         return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; layers become text, as JSON's keys are."""
+        by_layer = {name: _with_keys(str, getattr(self, name)) for name in ("capacity", "experts")}
+        activations = {str(layer): asdict(summary) for layer, summary in self.activations.items()}
+        return {**vars(self), "routed": sorted(self.routed), **by_layer, "activations": activations}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TokenTrace:
+        """Build a trace from what `to_dict` gave. Raises TypeError or ValueError for anything else."""
+        by_layer = {name: _with_keys(int, values[name]) for name in ("capacity", "experts")}
+        activations = {int(layer): ActivationSummary(**one) for layer, one in values["activations"].items()}
+        return cls(**{**values, "routed": frozenset(values["routed"]), **by_layer, "activations": activations})
+
+
+def _with_keys(kind: Callable[[Any], Any], values: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {kind(key): value for key, value in values.items()}
+
 
 @torch.no_grad()
 def trace_tokens(
@@ -56,65 +94,52 @@ def trace_tokens(
     known_BT: Tensor | None = None,
     category_BT: Tensor | None = None,
 ) -> TokenTrace:
-    """What `model` does to `batch` ([B, T] tensors as the data hands them out); `names` are the first row's tokens.
+    """Trace what `model` does to `batch` ([B, T] tensors as the data hands them out).
 
-    known_BT: bool, decisions to impose on every block with a depth mechanism. category_BT: int64, the categories of all
-    tokens (`activations.CATEGORIES`), if they are known. Raises ValueError for a model that needs decisions and gets
-    none.
+    names: text of the first row's tokens. known_BT: bool, decisions to impose on every block with a depth mechanism.
+    category_BT: int64, the categories of all tokens (index in `CATEGORIES`), if they are known. Raises ValueError for a
+    model that needs decisions and gets none.
     """
     blocks: list[Any] = list(model.model.layers)
-    routing = _routing(model) if known_BT is None else "forced"
-    forced = {i: known_BT for i, block in enumerate(blocks) if len(block.mechanisms)}
-    inputs = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
-    was_training = model.training
+    routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
+    inputs, was_training = inputs_of(batch, model.device), model.training
     out = model.eval()(
-        **inputs, routing=routing if known_BT is None else forced, noise=False, use_cache=False, output_records=True
+        **inputs,
+        routing=routing if known_BT is None else forced_routing(model, known_BT),
+        noise=False,
+        use_cache=False,
+        output_records=True,
     )
     model.train(was_training)
     assert out.records is not None
-    real_BT = (
-        inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
-    )
+    real_BT = real_tokens(inputs)
     halves = [_halves(block.sites, records, real_BT) for block, records in zip(blocks, out.records, strict=True)]
     weight_LBT = torch.stack([weight for weight, _ in halves]).float().cpu()
     kept_LBT = torch.stack([kept for _, kept in halves]).float().cpu()
     depth_BT, shown = kept_LBT.mean(0), len(names)
+    capacity = {i: shares for i, records in enumerate(out.records) if (shares := _capacity(records))}
     return TokenTrace(
         tokens=names,
         weight_LT=weight_LBT[:, 0, :shown].tolist(),
         kept_LT=(kept_LBT[:, 0, :shown] > 0).tolist(),
         depth_T=depth_BT[0, :shown].tolist(),
         depth=depth_BT[real_BT.cpu()].mean().item(),
-        routing=routing,
-        routed=frozenset(i for i, records in enumerate(out.records) if any(_is_depth(r) for r in records.values())),
-        capacity={i: shares for i, records in enumerate(out.records) if (shares := _capacity(records))},
+        routing=routing if known_BT is None else "forced",
+        routed=frozenset(capacity),
+        capacity=capacity,
         activations=summarise_activations(blocks, out.records, category_BT),
         experts=_experts(blocks, out.records),
     )
 
 
-def _routing(model: SkipstoneForCausalLM) -> str:
-    try:
-        for mechanism in model.routing_modules():
-            mechanism.require_causal()
-    except ValueError:
-        return "oracle"
-    return "causal"
-
-
-def _is_depth(record: Any) -> bool:
-    return isinstance(record, DepthRecord)
-
-
 def _halves(sites: Mapping[str, list[str]], records: Records, real_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and computed share of a block [B, T]: means over attention and MLP of products over their mechanisms."""
+    decided = of_kind(records, DepthRecord)
     weights, kept = [], []
     for half in SUBLAYERS:
         weight_BT, kept_BT = real_BT.float(), real_BT.clone()
         for name in (*sites["block"], *sites[half]):
-            record = records[name]
-            assert isinstance(record, DepthRecord)
-            weight_BT, kept_BT = weight_BT * record.weight_BT, kept_BT & record.kept_BT
+            weight_BT, kept_BT = weight_BT * decided[name].weight_BT, kept_BT & decided[name].kept_BT
         weights.append(weight_BT)
         kept.append(kept_BT.float())
     return torch.stack(weights).mean(0), torch.stack(kept).mean(0)
@@ -123,17 +148,72 @@ def _halves(sites: Mapping[str, list[str]], records: Records, real_BT: Tensor) -
 def _capacity(records: Records) -> dict[str, float]:
     return {
         name: (record.kept_BT.sum() / record.reached_BT.sum().clamp(min=1)).item()
-        for name, record in records.items()
-        if isinstance(record, DepthRecord)
+        for name, record in of_kind(records, DepthRecord).items()
     }
 
 
-def _experts(blocks: Sequence[Any], all_records: tuple[Records, ...]) -> dict[int, dict[str, float]]:
+def _experts(blocks: Sequence[Any], all_records: Sequence[Records]) -> dict[int, dict[str, float]]:
     found = {}
     for layer, (block, records) in enumerate(zip(blocks, all_records, strict=True)):
-        for record in records.values():
-            if isinstance(record, ExpertsRecord) and record.reached_BT.any():
+        for record in of_kind(records, ExpertsRecord).values():
+            if record.reached_BT.any():
                 usage, count = block.mlp.usage(record).tolist(), block.mlp.config.count
                 real, no_ops = usage[:count], sum(usage[count:])
                 found[layer] = {"most chosen expert": max(real), "least chosen expert": min(real), "no-ops": no_ops}
     return found
+
+
+def category_of(token: str) -> int:
+    """Return the index in CATEGORIES of a token's text."""
+    for category, belongs in enumerate((str.isalpha, str.isdigit)):
+        if any(map(belongs, token)):
+            return category
+    return 2 if token.strip() else 3
+
+
+def summarise_activations(
+    blocks: Sequence[Any], records: Sequence[Records], category_BT: Tensor | None
+) -> dict[int, ActivationSummary]:
+    """Summarise the activations of each layer whose neurons mix them, in a pass without noise.
+
+    category_BT: int64, of the tokens; None where their text is not known.
+    """
+    found = {}
+    for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
+        modules = block.routing_modules()
+        for name, record in of_kind(decided, ActivationRecord).items():
+            if record.reached_BT.any():
+                found[layer] = _summary(modules[name], record, category_BT)
+    return found
+
+
+def _summary(module: Any, record: ActivationRecord, category_BT: Tensor | None) -> ActivationSummary:
+    reached_BT = record.reached_BT.cpu()
+    shares_NA, entropy_N = _each(module.shares, record), _each(module.entropy, record)
+    logits_NA = record.logits_BTA.expand(*record.reached_BT.shape, -1)[record.reached_BT].float()
+    by_category = {} if category_BT is None else _by_category(shares_NA, category_BT.expand_as(reached_BT)[reached_BT])
+    return ActivationSummary(
+        shares=shares_NA.mean(0).tolist(),
+        entropy=entropy_N.mean().item(),
+        strongest=(module.preference_FA + logits_NA.mean(0)).argmax(-1).tolist(),
+        by_category=by_category,
+    )
+
+
+def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]]:
+    """Means over the tokens of each category that occurs."""
+    return {
+        category: shares_NA[category_N == k].mean(0).tolist()
+        for k, category in enumerate(CATEGORIES)
+        if category_N.eq(k).any()
+    }
+
+
+def _each(figure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Tensor:
+    """A figure [1, T or 1, ...] of every token that reached the MLP, [N, ...]; by rows, as each neuron has its own mix.
+    """
+    found = []
+    for logits_TA, reached_T in zip(record.logits_BTA, record.reached_BT, strict=True):
+        value_T = figure(ActivationRecord(logits_TA[None], reached_T[None]))[0]
+        found.append(value_T.expand(len(reached_T), *value_T.shape[1:])[reached_T].cpu())
+    return torch.cat(found)

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
-from skipstone.core.records import DepthRecord, ExpertsRecord, Records
+from skipstone.core.records import Records
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.tokens import Executor
 from skipstone.model.config import SkipstoneConfig
@@ -192,8 +192,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The mechanisms' own losses, summed over labelled tokens and divided like the token loss."""
         labelled_BT = target_BT != IGNORED
-        routed = [r for layer in records for r in layer.values() if isinstance(r, DepthRecord | ExpertsRecord)]
-        losses = [(r.loss_BT, r.reached_BT) for r in routed if r.loss_BT is not None]
+        decided = [record for layer in records for record in layer.values()]
+        losses = [(r.loss_BT, r.reached_BT) for r in decided if r.loss_BT is not None]
         if not losses:
             return like.new_zeros(())
         labels = labelled_BT.sum().clamp(min=1)

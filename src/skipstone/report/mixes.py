@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from skipstone.measure.activations import CATEGORIES, ActivationSummary
+from skipstone.measure.trace import CATEGORIES, ActivationSummary
 from skipstone.ops import reference as ops
 from skipstone.report import charts, svg
 from skipstone.report.axes import Frame, bounds

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.measure.activations import category_of
-from skipstone.measure.trace import TokenTrace, trace_tokens
+from skipstone.measure.trace import TokenTrace, category_of, trace_tokens
 from skipstone.mechanisms import ACTIVATION
 from skipstone.model.build import parse_mechanisms
 from skipstone.model.causal_lm import SkipstoneForCausalLM

@@ -13,15 +13,17 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from skipstone.core.routing_module import causal_obstacle
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
+from skipstone.measure.passes import forced_routing
 from skipstone.measure.record_meter import RecordMeter, moving
 from skipstone.model.causal_lm import shifted
 from skipstone.train.callback import RoutingCallback
 from skipstone.train.decay import decaying
 from skipstone.train.log_window import LogWindow
 from skipstone.train.recipe import TrainConfig
-from skipstone.train.validation import batches, causal_obstacle, loss_sums
+from skipstone.train.validation import batches, loss_sums
 
 PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
 
@@ -68,7 +70,7 @@ class RunTrainer(RoutingTrainer):
         self.loss_chunk = recipe.loss_chunk_of(self._plain.config.vocab_size)
         self.window = LogWindow(self.args.device)
         self.meter = RecordMeter()
-        self.obstacle = causal_obstacle(self.model)
+        self.obstacle = causal_obstacle(self._plain.routing_modules())
 
     # The order of rows: each row is already a random draw from (seed, index), so a step's rows follow from its number.
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -104,8 +106,7 @@ class RunTrainer(RoutingTrainer):
 
     def _forced(self, batch: Row) -> dict[int, Tensor]:
         """Exactly the tokens whose needed depth is known to be one or more, in every block that routes."""
-        kept_BT = batch["difficulty"] >= 0
-        return {i: kept_BT for i, block in enumerate(self._plain.model.layers) if len(block.mechanisms)}
+        return forced_routing(self._plain, batch["difficulty"] >= 0)
 
     def _logs_this_step(self) -> bool:
         step = self.state.global_step + 1

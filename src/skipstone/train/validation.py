@@ -10,17 +10,8 @@ from torch import Tensor
 
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import IGNORE, Row
+from skipstone.measure.passes import targets
 from skipstone.measure.record_meter import RecordMeter
-
-
-def causal_obstacle(model: Any) -> str | None:
-    """Why the model has no causal pass, or None."""
-    try:
-        for mechanism in model.routing_modules():
-            mechanism.require_causal()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def batches(data: PreparedData, rows: int | None, size: int, part: int = 0, parts: int = 1) -> Iterator[Row]:
@@ -53,5 +44,4 @@ def loss_sums(
 
 def predictions(batch: Row) -> Tensor:
     """How many labels of the batch are predicted."""
-    labels_BT = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
-    return (labels_BT != IGNORE).sum()
+    return (targets(batch) != IGNORE).sum()

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from skipstone.core.routing_module import causal_obstacle
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train.recipe import Recipe, read_recipe
 from skipstone.train.setup import model_config
-from skipstone.train.validation import causal_obstacle
 from skipstone_studies.isoflop.spec import Changes, GridSize, GridSpec, RecipeDict
 
 LOG_LINES = 60  # of a run's training curve, about

@@ -15,7 +15,7 @@ import torch
 
 from skipstone.evaluate.evaluation import COUNTED_BATCHES
 from skipstone.evaluate.loaded_run import batches
-from skipstone.measure.flop_check import flop_check
+from skipstone.measure.flops import flop_check
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -68,7 +68,7 @@ def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) ->
         "loss": found.loss,
         "bits_per_byte": found.bits_per_byte(data.validation_bytes),
         "predictions": found.predictions,
-        "capacity": {str(i): layer for i, layer in enumerate(_capacities(found.statistics.layers())) if layer},
+        "capacity": {str(i): layer for i, layer in enumerate(_capacities(found.summaries.layers())) if layer},
         "forward_flops": counted.counted,
         "forward_flops_needed": counted.needed,
         "forward_flops_dense": counted.dense,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.data.synthetic import BINS
-from skipstone.measure.accuracy import MEASURED, OVERALL, headroom_captured
+from skipstone.measure.losses import MEASURED, OVERALL, headroom_captured
 from skipstone.model.released import tsa
 from skipstone_studies import measure
 from skipstone_studies.claims import Comparison, comparisons

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from skipstone.data.synthetic import BINS
-from skipstone.measure.accuracy import OVERALL
+from skipstone.measure.losses import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
 from skipstone_studies.claims import Comparison, comparisons

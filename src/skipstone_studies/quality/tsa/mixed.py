@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from skipstone.measure.accuracy import OVERALL
+from skipstone.measure.losses import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
 from skipstone_studies.claims import ByArm, Claim, claims_table, judge, values
