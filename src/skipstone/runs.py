@@ -3,20 +3,23 @@
 RUN/config.yaml       the resolved recipe          RUN/tokenizer/     Hugging Face's format; text corpora only
 RUN/environment.json  versions, commit, machine    RUN/checkpoints/   checkpoint-N, to resume from
 RUN/metrics.jsonl     one line a log               RUN/model/         the trained model, written at the end
-RUN/result.json       the summary, written last
+RUN/result.json       the summary, written last      RUN/view.json      what a report shows of the model
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from skipstone.core.files import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.data.config import DataConfig
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
-TOKENIZER, CHECKPOINTS, MODEL = "tokenizer", "checkpoints", "model"
+TOKENIZER, CHECKPOINTS, MODEL, VIEW = "tokenizer", "checkpoints", "model", "view.json"
 MODEL_CONFIG = "config.json"  # what makes a folder a saved model
 
 
@@ -123,6 +126,30 @@ class Run:
         from skipstone.data.prepare import prepare
 
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
+
+    def kept_view(self) -> dict[str, Any] | None:
+        """Return what `keep_view` kept; None where that was nothing, or was of other weights or another recipe."""
+        try:
+            values = json.loads((self.folder / VIEW).read_text(encoding="utf-8"))
+            return dict(values["view"]) if values["sha256"] == self._digest() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep_view(self, view: Mapping[str, Any]) -> None:
+        """Keep what a report shows of the model with the run; where the folder cannot be written, it is made anew."""
+        try:
+            write_whole(self.folder / VIEW, json.dumps({"sha256": self._digest(), "view": view}) + "\n")
+        except OSError:
+            return
+
+    def _digest(self) -> str:
+        """SHA-256 of the recipe, the model's configuration and its weights."""
+        model, digest = self.model_folder(), hashlib.sha256()
+        for path in [self.folder / CONFIG, model / MODEL_CONFIG, *sorted(model.glob("*.safetensors"))]:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def _file(self, name: str) -> Path:
         path = self.folder / name

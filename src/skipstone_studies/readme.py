@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from skipstone.core.files import write_whole
 from skipstone_studies.page import block, heading
-from skipstone_studies.record import Record, write_text
+from skipstone_studies.record import Record
 from skipstone_studies.study import Study
 
 
@@ -20,7 +21,7 @@ def check(path: Path, name: str) -> None:
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
     """Put the table of `records` between the marks, and change nothing else."""
     before, after = _cut(path.read_text(encoding="utf-8"), path, study.name)
-    write_text(path, f"{before}\n**{heading(records)}**\n\n{block(study, records)}\n{after}")
+    write_whole(path, f"{before}\n**{heading(records)}**\n\n{block(study, records)}\n{after}")
 
 
 def _cut(text: str, path: Path, name: str) -> tuple[str, str]:

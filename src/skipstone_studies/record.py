@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skipstone.core.files import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.evaluate.tables import plain
 
@@ -65,15 +66,8 @@ def write(record: Record, out: Path) -> Path:
     values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
     if record.converted is None:
         del values["converted"]
-    write_text(path, json.dumps(plain(values), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(plain(values), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def read(path: Path) -> Record:

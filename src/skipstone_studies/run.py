@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from skipstone.core.files import write_whole
 from skipstone.core.strict import choose
 from skipstone.evaluate.tables import rich_table
 from skipstone.report.write import write_report
@@ -123,7 +124,7 @@ def table_path(out: Path, name: str) -> Path:
 
 def _publish(study: Study, scale: str, found: Sequence[Record], out: Path, readme: Path | None) -> None:
     """Write the table, show that of `scale` on the terminal, and hand it to the README if one is named."""
-    records.write_text(table_path(out, study.name), render(study, found))
+    write_whole(table_path(out, study.name), render(study, found))
     for current in groups(study, found, scale):
         Console().print(rich_table([terminal(study, current)]))
         if readme is not None:

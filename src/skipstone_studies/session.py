@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from skipstone.core.files import write_whole
 from skipstone.core.lock import Busy, locked
 from skipstone.runs import CONFIG, MODEL_CONFIG, Run, last_checkpoint
 from skipstone.train.environment import describe
@@ -119,7 +120,7 @@ class Session:
                 raise ValueError(f"{str(aside)!r} is in the way of moving {str(folder)!r} aside; remove one of them")
             folder.rename(aside)
             self.say(f"an earlier run with another recipe is now {aside}")
-        records.write_text(note, json.dumps(recipe, indent=1) + "\n")
+        write_whole(note, json.dumps(recipe, indent=1) + "\n")
 
     def _record(self, arm: str, seed: int, figures: dict[str, Any]) -> None:
         record = Record(

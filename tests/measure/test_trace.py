@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ import torch
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.measure.trace import CATEGORIES, TokenTrace, category_of, trace_tokens
 from skipstone.report.token_picture import coloured, visible
-from skipstone.runs import Run
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -108,12 +107,11 @@ def test_padding_does_not_count() -> None:
     assert trace.depth == pytest.approx(0.75)
 
 
-def test_the_model_of_a_run_is_left_as_it_was(runs: dict[str, Path]) -> None:
-    run = Run(runs["routed"])
-    trained = run.load_model().train()
-    data = run.data()
-    trace_tokens(trained, data.collate([data.validation[0]]), ["a"])
-    assert trained.training
+def test_plain_values_come_back() -> None:
+    mod = {"name": "mixture_of_depths", "layers": [1], "capacity": 0.5, "decision": "positional"}
+    trace = seen(model(mod, activation="polyglu"), category_BT=torch.zeros(2, 6, dtype=torch.int64))
+    assert set(trace.activations) == {0, 1}
+    assert TokenTrace.from_dict(json.loads(json.dumps(trace.to_dict()))) == trace
 
 
 def test_white_space_and_control_characters_are_made_visible() -> None:

@@ -18,10 +18,10 @@ from skipstone.core.records import NeuronGroupsRecord
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.measure.compute import compute_shares
 from skipstone.measure.flops import count_flops
+from skipstone.measure.model_view import mechanisms_in_words
 from skipstone.measure.record_meter import RecordMeter
 from skipstone.mechanisms.neuron_groups import NAME, NeuronGroups
 from skipstone.model.card import render_card
-from skipstone.report.run_view import describe
 
 CHUNK, TOTAL, KEPT = 4, 6, 3
 GROUPS: dict[str, Any] = {"group_size": 8, "capacity": 0.5, "chunk_size": CHUNK}
@@ -155,7 +155,7 @@ def test_balance_moves_towards_groups_that_are_on_less() -> None:
 
 
 def test_the_card_and_the_report_tell() -> None:
-    assert describe(model()) == "3 of 6 neuron groups on"
+    assert mechanisms_in_words(model()) == "3 of 6 neuron groups on"
     assert "gated, silu, 48 neurons, 3 of 6 neuron groups on" in render_card(model(), title="name")
 
 

@@ -22,6 +22,7 @@ def test_a_run_folder_is_complete(tmp_path: Path) -> None:
     folder = train(config, tmp_path / "run")
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "result.json", "tokenizer", "checkpoints", "model",
+        "view.json",
     }  # fmt: skip
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.budget.handles import ThresholdHandle, find_handles
+from skipstone.core.files import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -114,7 +115,7 @@ class BudgetTable:
     def save(self, folder: str | Path) -> Path:
         """Write budget.json beside the weights. Raises FileExistsError where there is a table already."""
         path = self.refuse(folder)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
         return path
 
     @staticmethod

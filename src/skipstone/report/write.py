@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from skipstone.core.files import write_whole
 from skipstone.report.budget_chart import read_budgets
 from skipstone.report.page import Pieces, context
 from skipstone.report.run_view import load_view
@@ -40,8 +41,7 @@ def write_report(
     measured = read_budgets(evaluations, opened, titles)
     shown = [load_view(run, name, i) for i, (run, name) in enumerate(zip(opened, titles, strict=True))]
     html = environment().get_template("page.html").render(context(shown, samples or {}, measured))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
+    write_whole(out, html)
     return out
 
 

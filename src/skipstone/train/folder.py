@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from skipstone.core.files import write_whole
 from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
 from skipstone.train import environment
 from skipstone.train.recipe import NOT_THE_RESULT, Recipe
@@ -41,7 +42,9 @@ def create(folder: Path, config: Mapping[str, Any], seed: int, data: str | None 
     folder.mkdir(parents=True)
     more = {} if data is None else {DATA: data}
     write_json(folder / ENVIRONMENT, environment.describe(seed) | more)
-    write(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))  # last: now it is a run
+    write_whole(
+        folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    )  # last: now it is a run
 
 
 def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> None:
@@ -86,7 +89,7 @@ def cut_metrics(folder: Path, step: int) -> None:
     path = folder / METRICS
     if path.is_file():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, card: Mapping[str, Any]) -> None:
@@ -107,10 +110,4 @@ def save_result(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write(path, json.dumps(value, indent=2) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

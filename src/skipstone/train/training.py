@@ -17,6 +17,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from skipstone.core.lock import locked
 from skipstone.data.prepare import PreparedData, prepare
+from skipstone.measure.model_view import view_model
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
 from skipstone.train import folder as folders
 from skipstone.train import setup
@@ -201,6 +203,7 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: Any) -
             realised.setdefault(int(layer), {})[mechanism] = value
     card = {"realised": realised, "losses": {k: v for k, v in losses.items() if v is not None}}
     folders.save_model(folder, model, data.tokenizer, card)
+    _keep_view(folder, model, data, trainer.recipe.routing == "difficulty")
     window = trainer.window
     speeds = [line["tokens_per_second"] for line in training if "tokens_per_second" in line]
     folders.save_result(
@@ -216,3 +219,13 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: Any) -
             **more,
         },
     )
+
+
+def _keep_view(folder: Path, model: SkipstoneForCausalLM, data: PreparedData, forced: bool) -> None:
+    """Keep what a report shows of the model: one pass over a few rows, which a report need not make again."""
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            view = view_model(model, data, forced)
+    except ValueError:  # a model that waits for decisions which its data do not know: a report says so
+        return
+    Run(folder).keep_view(view.to_dict())

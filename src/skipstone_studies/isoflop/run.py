@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from skipstone.core.files import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.evaluate.tables import rich_table
-from skipstone_studies import record as records
 from skipstone_studies.isoflop import page, table
 from skipstone_studies.isoflop.curves import FOLDER, GridRecords, collect, lookup, nearest_optimum
 from skipstone_studies.isoflop.estimate import GridEstimate, step_times, step_times_at
@@ -57,7 +57,7 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
 
 def _session(grid: Grid, facts: CorpusFacts, out: Path, runs: Path, command: str) -> GridSession:
     spec = grid.spec
-    records.write_text(out / spec.name / PLAN, json.dumps(spec.to_dict(), indent=1) + "\n")
+    write_whole(out / spec.name / PLAN, json.dumps(spec.to_dict(), indent=1) + "\n")
     study = Study(
         name=spec.name, purpose="equal training FLOPs", arms=lambda scale: {}, columns=(), seeds={FOLDER: (spec.seed,)}
     )
@@ -135,7 +135,7 @@ def render(out: Path, name: str) -> list[Path]:
     findings = find(collected)
     written = {out / f"{name}.md": table.page(findings), out / f"{name}.html": page.render(findings)}
     for path, text in written.items():
-        records.write_text(path, text)
+        write_whole(path, text)
     return list(written)
 
 

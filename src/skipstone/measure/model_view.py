@@ -1,0 +1,104 @@
+"""`ModelView`: what a report shows of a trained model itself. Training keeps it with the run.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.data.prepare import PreparedData
+from skipstone.measure.passes import known_to_need_depth
+from skipstone.measure.trace import TokenTrace, category_of, trace_tokens
+from skipstone.mechanisms import ACTIVATION
+from skipstone.model.build import parse_mechanisms
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+FORMAT = 1  # of the plain values; others are made anew
+ROWS = 8  # validation rows that a capacity is measured on
+TOKENS = 256  # of the first row, shown as text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelView:
+    """A model as a report shows it.
+
+    mechanisms: in words. set_capacity: what the configuration promises, {layer: {mechanism: share}}. trace: of the
+    first validation rows.
+    """
+
+    mechanisms: str
+    set_capacity: Mapping[int, Mapping[str, float]]
+    trace: TokenTrace
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        capacity = {str(layer): shares for layer, shares in self.set_capacity.items()}
+        return {
+            "format": FORMAT,
+            "mechanisms": self.mechanisms,
+            "set_capacity": capacity,
+            "trace": self.trace.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelView | None:
+        """Build a view from what `to_dict` gave; None for values of another format."""
+        if values.get("format") != FORMAT:
+            return None
+        return cls(
+            mechanisms=values["mechanisms"],
+            set_capacity={int(layer): shares for layer, shares in values["set_capacity"].items()},
+            trace=TokenTrace.from_dict(values["trace"]),
+        )
+
+
+def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) -> ModelView:
+    """View a model on the first validation rows of `data`: one forward pass over at most ROWS rows.
+
+    forced: whether the known difficulty decides which tokens are kept. Raises ValueError for a model that needs
+    decisions and gets none.
+    """
+    rows = data.validation
+    batch = data.collate(rows.__getitems__(range(min(ROWS, len(rows)))))
+    ids = batch["input_ids"][0, :TOKENS].tolist()
+    names = [data.tokenizer.decode([i]) if data.tokenizer else str(i) for i in ids]
+    known_BT = known_to_need_depth(batch) if forced else None
+    if known_BT is not None:
+        known_BT = known_BT.to(model.device)
+    trace = trace_tokens(model, batch, names, known_BT, _categories(batch["input_ids"], data.tokenizer))
+    return ModelView(mechanisms=mechanisms_in_words(model), set_capacity=set_capacity(model), trace=trace)
+
+
+def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
+    """Return, for example, `mixture of depths on blocks 1, 3, 5; polyglu`, or `no mechanism`."""
+    names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in parse_mechanisms(model.config)]
+    activation = model.config.activation_options["name"]
+    parts = [
+        *names,
+        *([activation] if activation in ACTIVATION else []),
+        model.decoder.layers[0].mlp.in_words(),
+    ]
+    return "; ".join(filter(None, parts)).replace("_", " ") or "no mechanism"
+
+
+def set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
+    """Return the capacity that the configuration promises, by layer and mechanism, where it promises one."""
+    blocks: list[Any] = list(model.model.layers)
+    return {
+        layer: {name: m.capacity for name, m in block.mechanisms.items() if getattr(m, "capacity", None) is not None}
+        for layer, block in enumerate(blocks)
+    }
+
+
+def _categories(ids_BT: Tensor, tokenizer: Any) -> Tensor | None:
+    """int64 [B, T]; None for tokens that stand for no text."""
+    if tokenizer is None:
+        return None
+    known, at_BT = ids_BT.unique(return_inverse=True)
+    return torch.tensor([category_of(tokenizer.decode([i])) for i in known.tolist()])[at_BT]
