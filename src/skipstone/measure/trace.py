@@ -210,7 +210,7 @@ def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]
 
 
 def _each(figure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Tensor:
-    """A figure [1, T or 1, ...] of every token that reached the MLP, [N, ...]; by rows, as each neuron has its own mix."""
+    """A figure of every token that reached the MLP, [N, ...]. By rows: each neuron has its own mix, which is large."""
     found = []
     for logits_TA, reached_T in zip(record.logits_BTA, record.reached_BT, strict=True):
         value_T = figure(ActivationRecord(logits_TA[None], reached_T[None]))[0]
