@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skipstone_studies.isoflop import result
 from skipstone_studies.isoflop.curves import DOWNWARD, FEW, HIGH, INSIDE, LOW, Curve, fit, make_curve
 from skipstone_studies.isoflop.result import Noise, same_loss
 
@@ -119,3 +120,25 @@ def test_sizes_between_points_cost_what_lies_between() -> None:
     assert curve.forward(3e5) == pytest.approx(40.0)
     assert curve.forward(math.sqrt(1e5 * 3e5)) == pytest.approx(20.0)
     assert np.isclose(curve.forward(2.7e6), 300.0)
+
+
+def test_nominal_ninety_per_cent_intervals_of_the_gap_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise whose size is known to two degrees of freedom only, for which a normal bootstrap is too narrow."""
+    monkeypatch.setattr(result, "DRAWS", 60)
+    generator, true, covered, studies = np.random.default_rng(0), 0.03, 0, 100
+    for _ in range(studies):
+        drawn = generator.normal(0.0, 0.02, (2, len(SIZES)))
+        losses = [parabola(SIZES, 6e5, 2.0 + arm * true, 0.05) for arm in (0, 1)]
+        curves = {
+            name: make_curve(name, SIZES, SIZES, (found + noise).tolist(), [1] * 4)
+            for name, found, noise in zip(("base", "arm"), losses, drawn, strict=True)
+        }
+        deviation = 0.02 * (generator.chisquare(2) / 2) ** 0.5
+        (found,) = same_loss(curves, "base", Noise(deviation=deviation, source="seeds", degrees=2))
+        assert found.gap_low is not None
+        assert found.gap_high is not None
+        covered += found.gap_low <= true <= found.gap_high
+        inside = found.gap_low <= 0 <= found.gap_high
+        assert (found.verdict == "not told apart") == inside
+        assert found.detectable[0] < found.detectable[1]
+    assert covered / studies >= 0.88

@@ -7,6 +7,7 @@ measure.py   figures of one finished run
 session.py   the runs, one line each; stopped anywhere, continued by the same command
 curves.py    records -> points of the grid -> the parabola of an arm at a budget, its optimum, where it crosses a level
 result.py    points -> optima, shares of FLOPs, equal times, with their intervals
+notes.py     result -> what a reader must know beside the tables
 table.py     result -> Markdown
 page.py      result -> pictures and one HTML page
 run.py       `isoflop`

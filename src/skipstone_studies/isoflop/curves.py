@@ -222,7 +222,7 @@ class Curve:
     parameters: tuple[float, ...]
     forward_flops: tuple[float, ...]
     losses: tuple[float, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[float, ...]
     fit: Fit
 
     def forward(self, parameters: float) -> float:
@@ -242,7 +242,7 @@ def curve(points: Sequence[GridPoint]) -> Curve:
 
 
 def make_curve(
-    arm: str, xs: Sequence[float], forward: Sequence[float], losses: Sequence[float], seeds: Sequence[int]
+    arm: str, xs: Sequence[float], forward: Sequence[float], losses: Sequence[float], seeds: Sequence[float]
 ) -> Curve:
     return Curve(
         arm=arm,

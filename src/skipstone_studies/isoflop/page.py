@@ -17,8 +17,8 @@ from skipstone_studies.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
 from skipstone_studies.isoflop import table
 from skipstone_studies.isoflop.curves import INSIDE, Curve, GridPoint
 from skipstone_studies.isoflop.grid import compact
+from skipstone_studies.isoflop.notes import notes
 from skipstone_studies.isoflop.result import EqualTime, IsoFlopResult, seconds_of
-from skipstone_studies.isoflop.table import notes
 from skipstone_studies.page import provenance
 
 Figure = tuple[str, Markup]
@@ -40,7 +40,7 @@ def context(findings: IsoFlopResult) -> dict[str, Any]:
         "title": spec.name,
         "base": spec.base,
         "about": table.about(findings),
-        "arms": [(arm, _look(findings, arm), _own(findings, arm)) for arm in spec.arms],
+        "arms": [(arm, _look(findings, arm), table.own(findings.collected.grid, arm)) for arm in spec.arms],
         "verdicts": table.verdicts(findings),
         "iso_flop": _iso_flop(findings),
         "relative": _relative(findings),
@@ -56,22 +56,6 @@ def context(findings: IsoFlopResult) -> dict[str, Any]:
 
 def _look(findings: IsoFlopResult, arm: str) -> Style:
     return style(findings.collected.grid.spec.arms.index(arm))
-
-
-def _own(findings: IsoFlopResult, arm: str) -> str:
-    """What the arm's model has of its own, in words."""
-    parts = []
-    for key, value in findings.collected.grid.spec.known[arm].items():
-        if key == "mechanisms":
-            parts += [_entry(entry) for entry in value] or ["no mechanism"]
-        else:
-            parts.append(f"{key} {_entry(value) if isinstance(value, dict) and 'name' in value else value}")
-    return "; ".join(parts)
-
-
-def _entry(entry: dict[str, Any]) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
-    return f"{entry['name'].replace('_', ' ')}{f' ({options})' if options else ''}"
 
 
 def _loss_range(findings: IsoFlopResult, margin: float = 0.06) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """Points -> optima, the FLOPs of a forward pass at the same loss, losses after equal times; all with their spread.
 
 The spread is a parametric bootstrap: every loss gets normal noise of the size that seeds show (pooled over all cells
-with more than one; else that of the parabolas' residuals), and everything is fitted again.
+with more than one; else that of the parabolas' residuals), and everything is fitted again. The size of the noise is
+itself known only to its degrees of freedom, so each draw takes another one, from the scaled inverse chi distribution:
+of a single difference the interval would be Student's.
 """
 
 from __future__ import annotations
@@ -15,16 +17,29 @@ from typing import Literal
 
 import numpy as np
 
+from skipstone_studies.intervals import CONFIDENCE, POWERS, detectable_in_errors, t_quantile
 from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, curve, make_curve
 
 
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """Losses after the same seconds of training. stretched: sizes whose loss lies beyond the budgets that were run."""
+    """Losses after the same seconds of training. stretched: sizes whose loss lies beyond the budgets that were run.
+
+    The seeds of its curves are those that a mean of as little noise would have.
+    """
 
     seconds: float
     curves: dict[str, Curve]
     stretched: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOff:
+    """A loss read off a line. beyond: outside of the points. seeds: of a mean with as little noise."""
+
+    loss: float
+    beyond: bool
+    seeds: float
 
 
 STRETCH = 0.3  # of the distance between the outermost budgets, in logarithms: how far beyond them a loss is guessed
@@ -53,41 +68,43 @@ def _at(collected: GridRecords, seconds: float) -> EqualTime:
     curves: dict[str, Curve] = {}
     stretched: dict[str, tuple[float, ...]] = {}
     for arm in collected.grid.spec.arms:
-        points: list[tuple[GridPoint, float, bool]] = []
+        points: list[tuple[GridPoint, ReadOff]] = []
         for size in map(str, collected.grid.sizes):
             of_size = [
                 p for (name, _), ps in collected.curves.items() if name == arm for p in ps if str(p.cell.size) == size
             ]
-            read = _read_off([(seconds_of(collected, p), p.loss) for p in of_size], seconds)
+            read = _read_off([(seconds_of(collected, p), p.loss, len(p.losses)) for p in of_size], seconds)
             if read is not None:
-                points.append((of_size[0], *read))
+                points.append((of_size[0], read))
         if points:
             curves[arm] = make_curve(
                 arm,
-                [p.parameters for p, _, _ in points],
-                [p.forward_flops for p, _, _ in points],
-                [loss for _, loss, _ in points],
-                [1] * len(points),
+                [p.parameters for p, _ in points],
+                [p.forward_flops for p, _ in points],
+                [read.loss for _, read in points],
+                [read.seeds for _, read in points],
             )
-            stretched[arm] = tuple(float(p.parameters) for p, _, beyond in points if beyond)
+            stretched[arm] = tuple(float(p.parameters) for p, read in points if read.beyond)
     return EqualTime(seconds=seconds, curves=curves, stretched=stretched)
 
 
-def _read_off(pairs: Sequence[tuple[float, float]], seconds: float) -> tuple[float, bool] | None:
-    """(loss at `seconds`, whether that is beyond the pairs); None with fewer than two pairs, or too far beyond."""
-    if len(pairs) < 2:
+def _read_off(points: Sequence[tuple[float, float, int]], seconds: float) -> ReadOff | None:
+    """points: (seconds, loss, seeds). None with fewer than two of them, or too far beyond."""
+    if len(points) < 2:
         return None
-    pairs = sorted(pairs)
-    times, x = [math.log(t) for t, _ in pairs], math.log(seconds)
+    points = sorted(points)
+    times, x = [math.log(t) for t, _, _ in points], math.log(seconds)
     room = STRETCH * (times[-1] - times[0])
     if not times[0] - room <= x <= times[-1] + room:
         return None
-    i = min(max(int(np.searchsorted(times, x)), 1), len(pairs) - 1)
-    (_, y0), (_, y1) = pairs[i - 1], pairs[i]
-    return y0 + (y1 - y0) * (x - times[i - 1]) / (times[i] - times[i - 1]), not times[0] <= x <= times[-1]
+    i = min(max(int(np.searchsorted(times, x)), 1), len(points) - 1)
+    (_, y0, n0), (_, y1, n1) = points[i - 1], points[i]
+    part = (x - times[i - 1]) / (times[i] - times[i - 1])
+    seeds = 1 / ((1 - part) ** 2 / n0 + part**2 / n1)
+    return ReadOff(loss=y0 + (y1 - y0) * part, beyond=not times[0] <= x <= times[-1], seeds=seeds)
 
 
-DRAWS, INTERVAL = 1000, (5.0, 95.0)  # per cent
+DRAWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +140,14 @@ class SameLoss:
     reached: float | None = None
     gap_low: float | None = None
     gap_high: float | None = None
+    detectable: tuple[float, ...] = ()  # gaps that such noise lets be seen, at each of `intervals.POWERS`
+
+    @property
+    def verdict(self) -> str:
+        """Of the best losses, by the interval of their gap."""
+        if self.gap_low is None or self.gap_high is None:
+            return "no interval"
+        return "better" if self.gap_high < 0 else "worse" if self.gap_low > 0 else "not told apart"
 
 
 def noise(collected: GridRecords) -> Noise | None:
@@ -165,7 +190,10 @@ def _with_spread(base: Curve, other: Curve, spread: Noise | None) -> SameLoss:
     if spread is None:
         return plain
     generator = np.random.default_rng(0)
-    drawn = [_compared(_noisy(base, spread, generator), _noisy(other, spread, generator)) for _ in range(DRAWS)]
+    drawn = [
+        _compared(_noisy(base, deviation, generator), _noisy(other, deviation, generator))
+        for deviation in _deviations(spread, generator)
+    ]
     low, high = _interval([each.share for each in drawn])
     ratio_low, ratio_high = _interval([each.ratio for each in drawn])
     gap_low, gap_high = _interval([each.gap for each in drawn])
@@ -178,20 +206,35 @@ def _with_spread(base: Curve, other: Curve, spread: Noise | None) -> SameLoss:
         reached=sum(each.share is not None for each in drawn) / DRAWS,
         gap_low=gap_low,
         gap_high=gap_high,
+        detectable=_detectable(gap_low, gap_high, spread.degrees),
     )
+
+
+def _deviations(spread: Noise, generator: np.random.Generator) -> list[float]:
+    """A noise for each draw: what it may be by so many degrees of freedom."""
+    squares = generator.chisquare(spread.degrees, DRAWS) / spread.degrees
+    return (spread.deviation / np.sqrt(squares)).tolist()
+
+
+def _detectable(low: float | None, high: float | None, degrees: int) -> tuple[float, ...]:
+    """From the half width of the interval, as of Student's t."""
+    if low is None or high is None:
+        return ()
+    error = (high - low) / 2 / t_quantile((1 + CONFIDENCE) / 2, degrees)
+    return tuple(detectable_in_errors(power, degrees) * error for power in POWERS)
 
 
 def _interval(drawn: Sequence[float | None]) -> tuple[float | None, float | None]:
     known = [value for value in drawn if value is not None]
     if not known:
         return None, None
-    low, high = np.percentile(known, INTERVAL).tolist()
+    low, high = np.percentile(known, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]).tolist()
     return low, high
 
 
-def _noisy(curve: Curve, spread: Noise, generator: np.random.Generator) -> Curve:
-    """The same curve with other seeds, as it were; a mean over more seeds has less noise."""
-    deviations = spread.deviation / np.sqrt(curve.seeds)
+def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Curve:
+    """A parametric bootstrap sample of the curve; a mean over more seeds has less noise."""
+    deviations = deviation / np.sqrt(curve.seeds)
     losses = np.asarray(curve.losses) + deviations * generator.standard_normal(len(curve.losses))
     return make_curve(curve.arm, curve.parameters, curve.forward_flops, losses.tolist(), curve.seeds)
 
@@ -208,6 +251,7 @@ class IsoFlopResult:
     noise: Noise | None
     same: dict[float, list[SameLoss]]
     times: list[EqualTime]
+    same_times: list[list[SameLoss]]  # as `same`, at each of `times`
 
     @property
     def base(self) -> str:
@@ -222,11 +266,12 @@ def find(collected: GridRecords) -> IsoFlopResult:
         of_budget = {arm: curve(points) for (arm, b), points in collected.curves.items() if b == budget}
         if of_budget:
             curves[budget] = of_budget
-    spread = noise(collected)
+    spread, times = noise(collected), equal_times(collected)
     return IsoFlopResult(
         collected=collected,
         curves=curves,
         noise=spread,
         same={budget: same_loss(found, collected.grid.spec.base, spread) for budget, found in curves.items()},
-        times=equal_times(collected),
+        times=times,
+        same_times=[same_loss(time.curves, collected.grid.spec.base, spread) for time in times],
     )

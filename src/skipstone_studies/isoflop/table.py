@@ -1,14 +1,17 @@
-"""Result -> tables and the notes that a reader must know beside them. Pure: the same records give the same bytes."""
+"""Result -> tables. Pure: the same records give the same bytes."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent
+from skipstone_studies.claims import DETECTABLE
 from skipstone_studies.isoflop.curves import DOWNWARD, FEW, HIGH, INSIDE, LOW, Curve, GridPoint
-from skipstone_studies.isoflop.grid import compact
+from skipstone_studies.isoflop.grid import Grid, compact
 from skipstone_studies.isoflop.measure import COUNTED_ROWS
+from skipstone_studies.isoflop.notes import notes
 from skipstone_studies.isoflop.result import DRAWS, IsoFlopResult, SameLoss
 from skipstone_studies.page import provenance
 
@@ -40,8 +43,33 @@ def about(findings: IsoFlopResult) -> str:
         f"Arms {', '.join(grid.spec.arms)} on {grid.base.data.corpus}, each trained for {budgets} FLOPs (forward and "
         f"backward, by the cost model) at {len(grid.sizes)} sizes: an arm that skips takes more steps. Losses are "
         "causal, as executed, in nats a token, on the whole validation set. A parabola of loss over the logarithm of "
-        "parameters gives each arm's optimum."
+        f"parameters gives each arm's optimum. {_described(grid)}"
     )
+
+
+def _described(grid: Grid) -> str:
+    """Every arm's own part of the model."""
+    arms = ", ".join(f"*{arm}*: {own(grid, arm)}" for arm in grid.spec.arms)
+    entries = [entry for arm in grid.spec.arms for entry in grid.spec.known[arm].get("mechanisms") or []]
+    guided = any(e["name"] == "mixture_of_depths" and e.get("weight", "none") == "none" for e in entries)
+    paper = " Updates are not scaled by the router's output (weight none), so this is not the paper's router."
+    return f"Arms: {arms}.{paper if guided else ''}"
+
+
+def own(grid: Grid, arm: str) -> str:
+    """What the arm's model has of its own, in words."""
+    parts = []
+    for key, value in grid.spec.known[arm].items():
+        if key == "mechanisms":
+            parts += [_entry(entry) for entry in value] or ["no mechanism"]
+        else:
+            parts.append(f"{key} {_entry(value) if isinstance(value, dict) and 'name' in value else value}")
+    return "; ".join(parts)
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
+    return f"{entry['name'].replace('_', ' ')}{f' ({options})' if options else ''}"
 
 
 def verdicts(findings: IsoFlopResult) -> list[str]:
@@ -55,13 +83,29 @@ def verdicts(findings: IsoFlopResult) -> list[str]:
 
 def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
     best, level = curves[found.arm].fit.optimum, curves[base].fit.optimum
-    losses = f"{found.arm}'s best loss is {best.loss:.4f}, the {base} optimum {level.loss:.4f} ({found.gap:+.4f})"
+    losses = f"{found.arm}'s best loss is {best.loss:.4f}, the {base} optimum {level.loss:.4f}: {_gap(found)}"
     if not curves[found.arm].fit.usable:
         return f"{losses}; there is no parabola to read a share of FLOPs from."
     if found.share is None:
         return f"{losses}; no size of {found.arm} comes down to that."
     bound = "at most " if found.at_most else ""
-    return f"{losses}; {found.arm} comes down to that with {bound}{found.share:.0%} of the FLOPs a forward pass."
+    spread = _interval(found.low, found.high, lambda value: f"{value:.0%}")
+    known = "" if found.low is None else f" [{spread}, in {percent(found.reached, 0)} of the draws]"
+    return f"{losses}; {found.arm} comes down to that with {bound}{found.share:.0%}{known} of the FLOPs a forward pass."
+
+
+def _gap(found: SameLoss) -> str:
+    """`-0.0319 [-0.0895 to +0.0191], not told apart (detectable: 0.09 / 0.11)`."""
+    if found.gap_low is None:
+        return f"{found.gap:+.4f}, without an interval"
+    shown = f"{found.gap:+.4f} [{_interval(found.gap_low, found.gap_high, _signed)}], {found.verdict}"
+    if found.verdict != "not told apart":
+        return shown
+    return f"{shown} (detectable: {' / '.join(f'{value:.3f}' for value in found.detectable)})"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}"
 
 
 def sections(findings: IsoFlopResult) -> list[Section]:
@@ -72,12 +116,12 @@ def sections(findings: IsoFlopResult) -> list[Section]:
 
 def same(findings: IsoFlopResult) -> Section:
     spread = findings.noise
-    told = [] if spread is None else [f"90 % intervals over {DRAWS} draws of the noise."]
+    told = [] if spread is None else [f"90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
     return Section(
         title="Same loss at what share of FLOPs a forward pass",
         columns=[
             *("budget", "arm", "share", "90 %", "reached in", "parameters", "ratio", "90 % of it"),
-            *(f"best loss − {findings.base}'s", "90 % of it"),
+            *(f"best loss − {findings.base}'s", "90 % of it", "detectable"),
         ],
         rows=[
             [compact(budget), *_same(found, findings.curves[budget])]
@@ -109,7 +153,8 @@ def _same(found: SameLoss, curves: dict[str, Curve]) -> list[str]:
         number(found.ratio, 2),
         _interval(found.ratio_low, found.ratio_high, lambda value: number(value, 2)),
         f"{found.gap:+.4f}",
-        _interval(found.gap_low, found.gap_high, lambda value: f"{value:+.4f}"),
+        _interval(found.gap_low, found.gap_high, _signed),
+        " / ".join(f"{value:.3f}" for value in found.detectable) or UNKNOWN,
     ]
 
 
@@ -154,15 +199,18 @@ def _with_deviation(losses: Sequence[float]) -> str:
 
 def times(findings: IsoFlopResult) -> Section:
     rows = []
-    for time in findings.times:
-        base = time.curves.get(findings.base)
+    for time, compared in zip(findings.times, findings.same_times, strict=True):
+        gaps = {found.arm: found for found in compared}
         for arm, curve in time.curves.items():
-            best = curve.fit.optimum
-            gap = UNKNOWN if base is None or arm == findings.base else f"{best.loss - base.fit.optimum.loss:+.4f}"
-            rows.append([f"{time.seconds:,.0f} s", arm, number(best.loss), gap, amount(best.x), PLACES[best.where]])
+            best, found = curve.fit.optimum, gaps.get(arm)
+            gap = [UNKNOWN] * 3
+            if found is not None:
+                spread = _interval(found.gap_low, found.gap_high, _signed)
+                gap = [_signed(found.gap), spread, found.verdict]
+            rows.append([f"{time.seconds:,.0f} s", arm, number(best.loss), *gap, amount(best.x), PLACES[best.where]])
     return Section(
         title="The same seconds of training",
-        columns=["time", "arm", "best loss", f"− {findings.base}'s", "parameters", "where"],
+        columns=["time", "arm", "best loss", f"− {findings.base}'s", "90 % of it", "verdict", "parameters", "where"],
         rows=rows,
         notes=[
             (
@@ -241,95 +289,3 @@ def _run(point: GridPoint, i: int) -> list[str]:
         number(figures["loss"]),
         f"{figures['training']['seconds']:,.0f}",
     ]
-
-
-ALONE = 0.9  # of its core: a run that had less of it shared the machine
-
-
-def notes(findings: IsoFlopResult) -> list[str]:
-    """One plain sentence each."""
-    return [*_unfinished(findings), *_optima(findings), *_noise(findings), *_rates(findings), *_runs(findings)]
-
-
-def _unfinished(findings: IsoFlopResult) -> list[str]:
-    collected = findings.collected
-    spec, there = collected.grid.spec, len(list(collected))
-    total = len(spec.arms) * len(spec.budgets) * len(spec.sizes)
-    return [f"Not finished: {there} of the grid's {total} cells are recorded."] if there < total else []
-
-
-def _optima(findings: IsoFlopResult) -> list[str]:
-    outside = [
-        f"{arm} at {compact(budget)}"
-        for budget, curves in findings.curves.items()
-        for arm, curve in curves.items()
-        if curve.fit.optimum.where != INSIDE
-    ]
-    if not outside:
-        return ["Every optimum lies inside the grid."]
-    return [
-        (
-            f"The optimum does not lie inside the grid for {', '.join(outside)}: a better size may be beyond its "
-            "edge, so losses and shares that rest on it are those of the grid, not of the arm."
-        )
-    ]
-
-
-def _noise(findings: IsoFlopResult) -> list[str]:
-    spread = findings.noise
-    if spread is None:
-        return ["There is nothing to tell the noise from (no second seed, too few sizes): no intervals."]
-    source = "seeds of the same run" if spread.source == "seeds" else "the parabolas' residuals (no second seed yet)"
-    return [
-        (
-            f"Noise of one run's loss: standard deviation {spread.deviation:.4f} nats, from {source}, {spread.degrees} "
-            "degrees of freedom. It does not cover that a parabola may be the wrong curve, nor other corpora."
-        )
-    ]
-
-
-def _rates(findings: IsoFlopResult) -> list[str]:
-    collected = findings.collected
-    if len(collected.grid.spec.rates) < 2:
-        return ["One learning rate for all arms: none was tuned."]
-    ends = [arm for arm, rate in collected.chosen.items() if rate in _ends(list(collected.sweep[arm]))]
-    if not ends:
-        return []
-    return [f"The best learning rate is at an end of the list for {', '.join(ends)}: one beyond it might be better."]
-
-
-def _ends(rates: list[float]) -> tuple[float, float]:
-    return min(rates), max(rates)
-
-
-def _runs(findings: IsoFlopResult) -> list[str]:
-    collected = findings.collected
-    records = collected.records
-    if not records:
-        return []
-    executed = [r.figures["training_flops"]["executed"] / r.figures["cell"]["budget"] for r in records]
-    seen = [r.figures["corpus"]["seen"] for r in records if r.figures["corpus"]["seen"] is not None]
-    found = [
-        (
-            f"Training FLOPs with the capacities that were realised: {min(executed):.3f} to {max(executed):.3f} of the "
-            "budget (an arm whose decision keeps more or fewer tokens than its capacity differs)."
-        )
-    ]
-    once = (
-        " Windows lie side by side and none is read twice." if collected.grid.once else " Windows lie at random places."
-    )
-    found += [f"No run reads more than {max(seen):.1%} of the corpus.{once}"] if seen else []
-    shared = sum(r.figures["sharing"]["busy"] < ALONE for r in records)
-    if shared:
-        found.append(
-            f"{shared} of {len(records)} runs had less than {ALONE:.0%} of the cores that they asked for: the machine "
-            "was shared, and the seconds of single runs compare badly."
-        )
-    timed = len(collected.speeds) == len(collected.grid.sizes) * len(collected.grid.spec.arms)
-    found.append(
-        "Times are tokens by the training speed of each arm and size, which the arms of a size measured in turns."
-        if timed
-        else "Times are those of the runs themselves, one after the other."
-    )
-    base = collected.grid.spec.base
-    return [*found, *([] if base in collected.grid.spec.arms else [f"There is no arm {base!r} to compare with."])]

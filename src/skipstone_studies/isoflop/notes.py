@@ -1,0 +1,143 @@
+"""What a reader of an isoFLOP table must know beside it."""
+
+from __future__ import annotations
+
+from skipstone.evaluate.tables import amount
+from skipstone_studies.isoflop.curves import INSIDE
+from skipstone_studies.isoflop.grid import compact
+from skipstone_studies.isoflop.result import IsoFlopResult
+
+ALONE = 0.9  # of its core: a run that had less of it shared the machine
+
+
+def notes(findings: IsoFlopResult) -> list[str]:
+    """One plain sentence each."""
+    return [
+        *_unfinished(findings),
+        *_scale(findings),
+        *_optima(findings),
+        *_noise(findings),
+        *_rates(findings),
+        *_runs(findings),
+    ]
+
+
+def _scale(findings: IsoFlopResult) -> list[str]:
+    """How small the models are, and whether their depth was varied."""
+    points, grid = list(findings.collected), findings.collected.grid
+    if not points:
+        return []
+    counts = [point.parameters for point in points]
+    found = [f"Models of {amount(min(counts))} to {amount(max(counts))} parameters; larger ones may behave otherwise."]
+    depths = {size.blocks for size in grid.sizes}
+    if len(depths) == 1 and any(grid.spec.known[arm].get("mechanisms") for arm in grid.spec.arms):
+        found.append(
+            f"All sizes have {depths.pop()} blocks, so it is not known whether depth pays here, which is what a router "
+            "that skips blocks needs to win anything."
+        )
+    return found
+
+
+def _unfinished(findings: IsoFlopResult) -> list[str]:
+    collected = findings.collected
+    spec, there = collected.grid.spec, len(list(collected))
+    total = len(spec.arms) * len(spec.budgets) * len(spec.sizes)
+    return [f"Not finished: {there} of the grid's {total} cells are recorded."] if there < total else []
+
+
+def _optima(findings: IsoFlopResult) -> list[str]:
+    outside = [
+        f"{arm} at {compact(budget)}"
+        for budget, curves in findings.curves.items()
+        for arm, curve in curves.items()
+        if curve.fit.optimum.where != INSIDE
+    ]
+    if not outside:
+        return ["Every optimum lies inside the grid."]
+    return [
+        (
+            f"The optimum does not lie inside the grid for {', '.join(outside)}: a better size may be beyond its "
+            "edge, so losses and shares that rest on it are those of the grid, not of the arm."
+        )
+    ]
+
+
+def _noise(findings: IsoFlopResult) -> list[str]:
+    spread = findings.noise
+    if spread is None:
+        return ["There is nothing to tell the noise from (no second seed, too few sizes): no intervals."]
+    source = "seeds of the same run" if spread.source == "seeds" else "the parabolas' residuals (no second seed yet)"
+    return [
+        (
+            f"Noise of one run's loss: standard deviation {spread.deviation:.4f} nats, from {source}, {spread.degrees} "
+            "degrees of freedom. It does not cover that a parabola may be the wrong curve, nor other corpora."
+        ),
+        *_many(findings),
+    ]
+
+
+def _many(findings: IsoFlopResult) -> list[str]:
+    compared = sum(map(len, findings.same.values()))
+    if compared < 2:
+        return []
+    return [
+        (
+            f"{compared} comparisons with {findings.base}, each with a 90 % interval of its own: where nothing "
+            f"differs, about {compared / 10:g} of them exclude 0 by chance."
+        )
+    ]
+
+
+def _rates(findings: IsoFlopResult) -> list[str]:
+    collected = findings.collected
+    if len(collected.grid.spec.rates) < 2:
+        return ["One learning rate for all arms: none was tuned."]
+    grid, ends = (
+        collected.grid,
+        [arm for arm, rate in collected.chosen.items() if rate in _ends(list(collected.sweep[arm]))],
+    )
+    found = [
+        (
+            f"Learning rates were tuned at one size ({grid.middle}), one budget and one seed: at other sizes an arm's "
+            "loss also shows how well that rate suits them, so that arms differ by their tuning, too."
+        )
+    ]
+    beyond = f"The best learning rate is at an end of the list for {', '.join(ends)}: one beyond it might be better."
+    return [*found, *([beyond] if ends else [])]
+
+
+def _ends(rates: list[float]) -> tuple[float, float]:
+    return min(rates), max(rates)
+
+
+def _runs(findings: IsoFlopResult) -> list[str]:
+    collected = findings.collected
+    records = collected.records
+    if not records:
+        return []
+    executed = [r.figures["training_flops"]["executed"] / r.figures["cell"]["budget"] for r in records]
+    seen = [r.figures["corpus"]["seen"] for r in records if r.figures["corpus"]["seen"] is not None]
+    found = [
+        (
+            f"Training FLOPs with the capacities that were realised: {min(executed):.3f} to {max(executed):.3f} of the "
+            "budget (an arm whose decision keeps more or fewer tokens than its capacity differs)."
+        )
+    ]
+    once = (
+        " Windows lie side by side and none is read twice." if collected.grid.once else " Windows lie at random places."
+    )
+    found += [f"No run reads more than {max(seen):.1%} of the corpus.{once}"] if seen else []
+    shared = sum(r.figures["sharing"]["busy"] < ALONE for r in records)
+    if shared:
+        found.append(
+            f"{shared} of {len(records)} runs had less than {ALONE:.0%} of the cores that they asked for: the machine "
+            "was shared, and the seconds of single runs compare badly."
+        )
+    timed = len(collected.speeds) == len(collected.grid.sizes) * len(collected.grid.spec.arms)
+    found.append(
+        "Times are tokens by the training speed of each arm and size, which the arms of a size measured in turns."
+        if timed
+        else "Times are those of the runs themselves, one after the other."
+    )
+    base = collected.grid.spec.base
+    return [*found, *([] if base in collected.grid.spec.arms else [f"There is no arm {base!r} to compare with."])]
