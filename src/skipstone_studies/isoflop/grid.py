@@ -157,7 +157,7 @@ def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelSha
     config = model_config(model, base.data.context, {})
     with torch.device("meta"):
         built = SkipstoneForCausalLM(config)
-    obstacle = causal_obstacle(built)
+    obstacle = causal_obstacle(built.routing_modules())
     if obstacle is not None:
         raise ValueError(f"arm {arm!r} has no causal loss to compare: {obstacle}")
     cost = built.cost(tokens=base.data.context, batch=base.train.batch_size)
