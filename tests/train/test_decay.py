@@ -16,14 +16,23 @@ WITH_BIASES = {**DENSE, "norm": "layernorm", "positions": "learned", "mlp_bias":
 
 
 def names(model: dict[str, Any]) -> list[str]:
-    return [name for name, _ in SkipstoneForCausalLM(SkipstoneConfig(**model, vocab_size=11)).named_parameters()]
+    return [name for name, _ in built(model).named_parameters()]
+
+
+def built(model: dict[str, Any]) -> SkipstoneForCausalLM:
+    return SkipstoneForCausalLM(SkipstoneConfig(**model, vocab_size=11))
+
+
+def decaying(model: dict[str, Any], spared: list[str] | None) -> list[str]:
+    return decay.decaying(built(model), names(model), spared)
 
 
 @pytest.mark.parametrize("model", [*MODELS.values(), {**WITH_BIASES, "qk_norm": True}])
 def test_usually_what_a_stock_trainer_spares(model: dict[str, Any], tmp_path: Any) -> None:
-    built = SkipstoneForCausalLM(SkipstoneConfig(**model, vocab_size=11))
-    stock = Trainer(model=built, args=TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
-    assert set(decay.decaying(names(model), None)) == set(stock.get_decay_parameter_names(built))
+    stock = Trainer(
+        model=built(model), args=TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    )
+    assert set(decaying(model, None)) == set(stock.get_decay_parameter_names(built(model)))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +54,7 @@ def test_usually_what_a_stock_trainer_spares(model: dict[str, Any], tmp_path: An
 )
 def test_each_kind(spared: list[str], free: list[str], decays: list[str]) -> None:
     given = names(MODELS["all"])
-    found = set(decay.decaying(given, spared))
+    found = set(decaying(MODELS["all"], spared))
     assert {*free, *decays} <= set(given)
     assert not found & set(free)
     assert found >= set(decays)
@@ -54,9 +63,9 @@ def test_each_kind(spared: list[str], free: list[str], decays: list[str]) -> Non
 def test_everything_is_of_a_kind_that_can_be_named() -> None:
     """What no kind spares are matrices of attention, MLP and head."""
     for model in (*MODELS.values(), WITH_BIASES):
-        always = decay.decaying(names(model), list(decay.KINDS))
+        always = decaying(model, list(decay.KINDS))
         assert all(name.endswith("_proj.weight") or "_proj" in name or name == "lm_head.weight" for name in always)
-    assert "model.layers.0.mlp.router.weight" not in decay.decaying(names(MODELS["experts"]), ["routers"])
+    assert "model.layers.0.mlp.router.weight" not in decaying(MODELS["experts"], ["routers"])
 
 
 def test_a_mistyped_kind_is_named() -> None:

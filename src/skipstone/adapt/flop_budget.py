@@ -8,22 +8,22 @@ rows that keep fewer tokens are filled up, and that is the batch's doing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from skipstone.budget.calibration import meet
-from skipstone.budget.handles import find_handles, is_gate
+from skipstone.budget.handles import find_handles
 from skipstone.data.rows import Row
 from skipstone.measure.flops import count_flops
 from skipstone.measure.passes import PASSES
-from skipstone.mechanisms import GateSkip, MixtureOfDepths
+from skipstone.mechanisms import DEPTH, DepthMechanism
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import cost
 
 HALVINGS = 30
 WITHIN = 0.05  # the reached share may be this much of the budget away from it
-CAPACITIES = ("mixture_of_depths", "gate_skip")  # mechanisms whose capacity sets the budget
 
 
 def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> tuple[float | None, float | None]:
@@ -33,17 +33,17 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
     """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
-    mixtures = [m for m in model.routing_modules() if isinstance(m, MixtureOfDepths | GateSkip)]
-    gates = [m for m in model.routing_modules() if is_gate(m)]
+    mixtures = [m for m in depth_mechanisms(model) if m.budget_by == "capacity"]
+    gates = soft_gates(model)
     if not mixtures and not gates:
+        names = [name for name, mechanism in DEPTH.items() if mechanism.budget_by is not None]
         raise ValueError(
-            "adapt.budget needs a mechanism that skips: mixture_of_depths, token_selective, early_exit or gate_skip "
-            "(neuron_groups take a capacity instead)"
+            f"adapt.budget needs a mechanism that skips: {', '.join(names)} (neuron_groups take a capacity instead)"
         )
 
     def share(kept: float) -> float:
         for mechanism in mixtures:
-            _pin(mechanism, kept)
+            mechanism.set_capacity(kept)
         passing: dict[int, dict[str, float]] = {m.placement.layer: {} for m in gates}
         for m in gates if not mixtures else ():
             passing[m.placement.layer][m.placement.name] = kept * tokens
@@ -53,19 +53,22 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
     return (kept, None) if mixtures else (None, kept)
 
 
-def _pin(mechanism: MixtureOfDepths | GateSkip, capacity: float) -> None:
-    if isinstance(mechanism, MixtureOfDepths):
-        mechanism.decision.capacity.pin(capacity)
-    else:
-        mechanism.capacity = capacity
+def depth_mechanisms(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
+    """Return the depth mechanisms of all blocks."""
+    blocks: Any = model.model.layers
+    return [mechanism for block in blocks for mechanism in block.mechanisms.values()]
+
+
+def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
+    """Return the mechanisms that train softly and skip, when executed, below a threshold that their options hold."""
+    found = [(m, m.score_threshold()) for m in depth_mechanisms(model) if m.budget_by == "threshold"]
+    return [m for m, threshold in found if threshold is not None and threshold.option is not None]
 
 
 def close(model: SkipstoneForCausalLM) -> bool:
-    """Give gates that started with every token kept the capacity of their options; whether there are any."""
-    gates = [m for m in model.routing_modules() if isinstance(m, GateSkip)]
-    for mechanism in gates:
-        mechanism.capacity = mechanism.config.capacity
-    return bool(gates)
+    """End what mechanisms did to start as the dense model; whether any did."""
+    ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
+    return any(ended)
 
 
 def _crossing(share: Callable[[float], float], budget: float, dense: float) -> float:

@@ -16,6 +16,7 @@ from skipstone.adapt.start import measure_neurons, start_measured
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
+from skipstone.mechanisms import DEPTH
 from skipstone.model.build import parse_groups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -173,14 +174,16 @@ def _config(
             where = f"model.mechanisms[{i}].layers"
             entry["layers"] = _layers(entry["layers"], scores, base.config.num_hidden_layers, where)
     budget = recipe.adapt.budget
-    mixtures = [entry for entry in entries if entry.get("name") in budgets.CAPACITIES]
+    kinds = {i: DEPTH[entry["name"]].budget_by for i, entry in enumerate(entries) if entry.get("name") in DEPTH}
+    mixtures = [entries[i] for i, kind in kinds.items() if kind == "capacity"]
     for entry in mixtures if budget is not None else ():
         if "capacity" in entry:
             raise ValueError(f"adapt.budget sets the capacity of {entry['name']}: name one of them, not both")
-    if any(entry.get("name") == "token_selective" and "capacity" in entry for entry in entries):
-        raise ValueError(
-            "token_selective starts open here and cannot keep a capacity; leave it out and set adapt.budget"
-        )
+    for entry in [entries[i] for i, kind in kinds.items() if kind == "threshold"]:
+        if "capacity" in entry:
+            raise ValueError(
+                f"{entry['name']} starts open here and cannot keep a capacity; leave it out and set adapt.budget"
+            )
     values = {**setup.plain(base.config), "mechanisms": entries}
     if "activation" in recipe.model:
         values["activation"] = recipe.model["activation"]

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from skipstone.adapt.flop_budget import depth_mechanisms
 from skipstone.adapt.influence import site_streams, token_influence
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, real_tokens
-from skipstone.mechanisms import MixtureOfDepths
-from skipstone.mechanisms.routers import LinearRouter
+from skipstone.mechanisms import DepthMechanism
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
@@ -63,8 +63,7 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
     path does, scaled to variance 1; a skip path the best guess of its rank of the update of those tokens that a perfect
     router would skip. Raises ValueError where there is nothing to start.
     """
-    mixtures = [m for m in model.routing_modules() if isinstance(m, MixtureOfDepths)]
-    mixtures = [m for m in mixtures if isinstance(m.router, LinearRouter) or m.skip is not None]
+    mixtures = [m for m in depth_mechanisms(model) if any(part is not None for part in m.fitted_parts())]
     if not mixtures:
         raise ValueError(
             "adapt.start 'measured' has no effect: no mixture_of_depths has a linear router or a low-rank skip path"
@@ -74,18 +73,19 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
     for mechanism, place in zip(mixtures, places, strict=True):
         before, after = (torch.cat([batch[place][side] for batch in streams]) for side in (0, 1))
         influence_N = token_influence(before, after)
-        if (skip := mechanism.skip) is not None:
-            share = max(1 - mechanism.capacity, LEAST_SKIPPED)
+        router, skip = mechanism.fitted_parts()
+        if skip is not None:
+            share = max(1 - (mechanism.capacity or 0.0), LEAST_SKIPPED)
             for _ in range(ROUNDS):
                 skipped_N = influence_N <= influence_N.quantile(share)
                 fit_skip(skip, before[skipped_N], (after - before)[skipped_N])
                 influence_N = token_influence(before + skip.guess(before), after)
-        if isinstance(mechanism.router, LinearRouter):
-            seen_ND = normalised(before) if mechanism.router.norm else before
-            mechanism.router.weight.copy_(guess_influence(seen_ND, influence_N)[None])
+        if router is not None:
+            seen_ND = normalised(before) if router.norm else before
+            router.weight.copy_(guess_influence(seen_ND, influence_N)[None])
 
 
-def _site(mechanism: MixtureOfDepths) -> str:
+def _site(mechanism: DepthMechanism) -> str:
     """What it sits on, as `site_streams` calls it."""
     return mechanism.placement.name.rpartition("_on_")[2] if "_on_" in mechanism.placement.name else "block"
 

@@ -14,23 +14,14 @@ import torch
 from transformers import set_seed
 
 from skipstone.core.routing_module import causal_obstacle
-from skipstone.core.width import GroupRouter
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, real_tokens
-from skipstone.mechanisms import MixtureOfDepths
+from skipstone.mechanisms import DEPTH
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
 
-# What lets Mixture-of-Depths start as the dense model: every token kept at first, weight 1. Its decision is the same
-# in training and in generation; normed inputs, because a pretrained stream grows over depth.
-MIXTURE_DEFAULTS: dict[str, Any] = {
-    "weight": "tanh",
-    "decision": "ema_threshold",
-    "capacity_warmup": 0.5,
-    "router_norm": True,
-}
-# The same for neurons that are left out by their magnitude; one by one, for in groups they are not sparse.
+# Lets neurons that are left out by their magnitude start as the dense model; one by one, for groups are not sparse.
 NEURON_DEFAULTS: dict[str, Any] = {"decision": "magnitude", "group_size": 1, "capacity_warmup": 0.15}
 
 
@@ -64,10 +55,8 @@ class NeutralStart:
 
 def with_defaults(mechanisms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The recipe's mechanisms, with what adapting needs where they do not say."""
-    return [
-        {**MIXTURE_DEFAULTS, **entry} if entry.get("name") == "mixture_of_depths" else dict(entry)
-        for entry in mechanisms
-    ]
+    defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
+    return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]
 
 
 def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
@@ -101,8 +90,7 @@ def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> S
     assert not unexpected, unexpected
     assert set(missing) <= own, sorted(set(missing) - own)
     for mechanism in model.routing_modules():
-        if not isinstance(mechanism, MixtureOfDepths | GroupRouter):
-            mechanism.set_identity()
+        mechanism.start_as_dense()
     model.generation_config = source.generation_config
     return model
 

@@ -12,11 +12,10 @@ from transformers import TrainerCallback
 from skipstone.adapt import stages as staging
 from skipstone.adapt.adapt_recipe import AdaptConfig, Stage
 from skipstone.adapt.distillation import logit_divergence, stream_error
-from skipstone.budget.handles import is_gate
+from skipstone.adapt.flop_budget import soft_gates
 from skipstone.core.records import Records
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, targets
-from skipstone.mechanisms import EarlyExit
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
 from skipstone.ops.head_loss import Distillation
 from skipstone.train.trainer import RunTrainer
@@ -122,12 +121,12 @@ class AdaptTrainer(RunTrainer):
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
         """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""
         passed, means = [], []
-        for mechanism in filter(is_gate, self._plain.routing_modules()):
+        for mechanism in soft_gates(self._plain):
             record: Any = records[mechanism.placement.layer][mechanism.placement.name]
-            threshold = mechanism.config.threshold
-            least = threshold if isinstance(mechanism, EarlyExit) else 1 - threshold
+            threshold = mechanism.score_threshold()
+            assert threshold is not None
             count = record.reached_BT.sum().clamp(min=1)
-            passed.append(((record.weight_BT > least) & record.reached_BT).sum() / count)
+            passed.append(((threshold.scores(record) > threshold.get()) & record.reached_BT).sum() / count)
             means.append(torch.where(record.reached_BT, record.weight_BT, 0.0).sum() / count)
         mean = torch.stack(means).mean()
         assert self.passing is not None

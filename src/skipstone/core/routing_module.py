@@ -5,8 +5,10 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,16 +25,42 @@ class Placement:
     count: int = 1
     name: str = ""
 
+    @property
+    def noise_key(self) -> int:
+        """A number that tells this mechanism's random draws from those of all others in the model (`core/noise.py`)."""
+        return zlib.crc32(f"{self.layer} {self.name}".encode())
+
 
 class RoutingModule(nn.Module):
     """A mechanism with buffers that a trainer moves once an optimizer step, never in forward.
 
-    placement: where it sits; its name is that of its parameters and records in a block. built_in: whether it is the
-    decoder's own part, without which there would be no block (an MLP of experts), not something added to one.
+    config: the parsed options. placement: where the module sits; its name is that of its parameters and records in a
+    block. built_in: whether it is the decoder's own part, without which there would be no block (an MLP of experts), not
+    something added to one. cast_with_model: names of the module's own parameters, buffers or children that take the
+    dtype in which a model is loaded; everything else stays fp32. adapt_defaults: options that `skipstone adapt` sets
+    where a recipe does not.
     """
 
+    config: Any
     placement: Placement
     built_in = False
+    cast_with_model: ClassVar[tuple[str, ...]] = ()
+    adapt_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the records of an oracle pass carry a loss."""
+        return False
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the mechanism decides nothing itself, so that every call has to impose its decisions."""
+        return False
+
+    @property
+    def follows_scores(self) -> bool:
+        """Whether a threshold moves after the scores of training passes, so that `advance` needs `statistics`."""
+        return False
 
     def statistics(self, record: Record) -> Tensor | None:
         """fp32 vector of what `advance` needs from one micro-batch, averaged over micro-batches and processes."""
@@ -41,16 +69,31 @@ class RoutingModule(nn.Module):
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         """Move thresholds and schedules; `progress` runs from 0 to 1 over the training."""
 
+    def moving(self) -> dict[str, Tensor]:
+        """Return the scalars that `advance` moves, by the names under which a trainer logs them (`log_name`)."""
+        return {}
+
+    def log_name(self, kind: str) -> str:
+        """Return the name under which a figure of this module is logged."""
+        return f"{kind}/{self.placement.layer}/{self.placement.name}"
+
+    def decay_kind(self, name: str) -> str | None:
+        """Return the kind of the module's own parameter `name` for `train.no_decay`; None for one that always decays.
+
+        The name of a bias or norm makes it one of these; everything else of a mechanism counts as a router.
+        """
+        return next((kind for kind, word in (("biases", "bias"), ("norms", "norm")) if word in name), "routers")
+
     def empty_record(self, x_BTD: Tensor) -> Record:
-        """The record of a call in which no token reached the mechanism."""
+        """Return the record of a call in which no token reached the mechanism."""
         raise NotImplementedError
 
     def not_ready_reason(self) -> str | None:
-        """Why causal decisions cannot be trusted yet, or None."""
+        """Return why causal decisions cannot be trusted yet, or None."""
         return None
 
     def build_warning(self) -> str | None:
-        """What whoever builds the model has to know before trusting its losses, or None."""
+        """Return what whoever builds the model has to know before trusting its losses, or None."""
         return None
 
     def require_causal(self) -> None:
@@ -60,16 +103,29 @@ class RoutingModule(nn.Module):
         """Make the model behave as if the mechanism were not there, its gradients alive."""
         raise NotImplementedError
 
+    def start_as_dense(self) -> None:
+        """Prepare the mechanism for weights of a dense model that is to be adapted: nothing may change at step 0.
+
+        A mechanism whose schedule starts by computing everything has nothing to do.
+        """
+        self.set_identity()
+
+    def end_dense_start(self) -> bool:
+        """Return to the options what `start_as_dense` had overridden outside the parameters; whether that was so."""
+        return False
+
     def flops(self, tokens: float, routing: str) -> float:
-        """Matrix FLOPs of the mechanism itself in one forward pass that gives it `tokens` tokens of a row."""
+        """Return matrix FLOPs of the mechanism itself in a forward pass that gives it `tokens` tokens of a row."""
         raise NotImplementedError
 
     def backward_flops(self, tokens: float) -> float:
-        """The same of the backward pass after an oracle forward pass: a gradient for the input, one for the weight."""
+        """Return those of the backward pass after an oracle forward pass: one gradient for the input, one for the
+        weight.
+        """
         return 2 * self.flops(tokens, "oracle")
 
     def cache_bytes(self, tokens: float) -> float:
-        """Bytes that the mechanism itself keeps of a row while generating, after `tokens` tokens."""
+        """Return the bytes that the mechanism itself keeps of a row while generating, after `tokens` tokens."""
         return 0
 
 
@@ -86,3 +142,10 @@ def causal_obstacle(modules: Iterable[RoutingModule]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def fp32_names(prefix: str, module: RoutingModule) -> list[str]:
+    """Return the names of the module's parameters and floating-point buffers that stay fp32, below `prefix`."""
+    cast = tuple(module.cast_with_model)
+    own = [n for n, x in (*module.named_parameters(), *module.named_buffers()) if x.is_floating_point()]
+    return [f"{prefix}.{n}" for n in own if not any(n == c or n.startswith(f"{c}.") for c in cast)]

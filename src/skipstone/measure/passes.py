@@ -20,7 +20,6 @@ from torch import Tensor
 from skipstone.core.routing_module import causal_obstacle
 from skipstone.core.tokens import Executor
 from skipstone.data.corpora import knows_difficulty
-from skipstone.mechanisms.decisions import Forced
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.model.decoder import Routing
 
@@ -106,10 +105,7 @@ def passes_of(
     was_forced: it was trained with the known difficulty, so its own routers have learned nothing.
     """
     unavailable: dict[str, str] = {}
-    waits = any(
-        isinstance(getattr(m, "decision", None), Forced) and getattr(m, "capacity", 1) < 1
-        for m in model.routing_modules()
-    )
+    waits = any(m.needs_masks for m in model.routing_modules())
     if waits or (was_forced and depth_layers(model)):
         unavailable = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
     elif causal_obstacle(model.routing_modules()) is not None:

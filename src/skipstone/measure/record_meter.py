@@ -51,12 +51,5 @@ class RecordMeter:
 
 
 def moving(mechanisms: Iterable[Any]) -> dict[str, float]:
-    """What the callback moves: `tau` (one for the model) and `threshold/L/NAME`."""
-    found: dict[str, float] = {}
-    for mechanism in mechanisms:
-        for name, buffer in mechanism.named_buffers():
-            if name == "tau":
-                found["tau"] = buffer.item()
-            elif name.endswith("threshold"):
-                found[f"threshold/{mechanism.placement.layer}/{mechanism.placement.name}"] = buffer.item()
-    return found
+    """Return what the callback moves, by the names that mechanisms give it: `tau`, `threshold/L/NAME`."""
+    return {name: value.item() for mechanism in mechanisms for name, value in mechanism.moving().items()}

@@ -16,6 +16,8 @@ from skipstone.core.records import DepthRecord, Records
 from skipstone.core.routing_module import Placement
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import real_mask as real_mask
+from skipstone.mechanisms.routers import LinearRouter
+from skipstone.mechanisms.skip_path import LowRankSkip
 
 
 class DepthMechanism(DepthModule):
@@ -30,6 +32,10 @@ class DepthMechanism(DepthModule):
         super().__init__()
         self.config = from_dict(self.Config, options)
         self.hidden_size, self.placement = hidden_size, placement or Placement()
+
+    def fitted_parts(self) -> tuple[LinearRouter | None, LowRankSkip | None]:
+        """Return the linear router and the skip path that `adapt.start: measured` fits, None where there is none."""
+        return None, None
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Tensors [B, T] that cross blocks, as they are before block 0."""

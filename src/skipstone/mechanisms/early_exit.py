@@ -18,14 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from skipstone.core.records import Records
+from skipstone.core.records import DepthRecord, Records
 from skipstone.core.seam import Update
+from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.gating import gate, is_hard
+from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.mechanisms.routers import LinearRouter
 
 NEUTRAL_SCORE = 12.0  # survival of 1 - 6e-6 a block, its gradient still alive
+EPSILON = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +50,48 @@ class EarlyExitConfig:
             raise ValueError(f"depth_weight must not be negative, got {self.depth_weight}")
 
 
+class SurvivalThreshold(OptionThreshold):
+    """The survival at which a token leaves."""
+
+    def __init__(self, mechanism: EarlyExit) -> None:
+        super().__init__(mechanism, keeps_above=True)
+        self._state = mechanism.state_name
+
+    def scores(self, record: DepthRecord) -> Tensor:
+        """Return the logit of the survival. Inside a block that kept no token there is no state."""
+        return torch.logit(record.carry.get(self._state, record.score_BT).double(), eps=EPSILON)
+
+
 class EarlyExit(DepthMechanism):
     """A token stops for good when its survival has fallen."""
 
     Config = EarlyExitConfig
+    default_layers = "1:"
+    budget_by = "threshold"
+    has_auxiliary_loss = True
 
     def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
         super().__init__(hidden_size, placement, **options)
         self.router = LinearRouter(hidden_size, self.config.start_bias)
 
     @property
-    def _state(self) -> str:
+    def skips(self) -> bool:
+        return self.config.execution == "hard"
+
+    def score_threshold(self) -> ScoreThreshold | None:
+        return SurvivalThreshold(self) if self.skips else None
+
+    @property
+    def state_name(self) -> str:
+        """The name of its survival among the tensors that cross blocks."""
         return self.placement.name or "early_exit"
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        return {self._state: x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.float32)}
+        return {self.state_name: x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.float32)}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """The inner update, each token's scaled by its survival."""
-        score_BT, before_BT = self.router(x_BTD), tokens.state.get(self._state)
+        score_BT, before_BT = self.router(x_BTD), tokens.state.get(self.state_name)
         survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT
         reached_BT = real_mask(tokens, score_BT)
         kept_BT = None
@@ -80,7 +106,7 @@ class EarlyExit(DepthMechanism):
             weight_BT=torch.where(shown_BT, survival_BT, 0.0),
             reached_BT=reached_BT,
             loss_BT=torch.where(reached_BT, survival_BT, 0.0) * (self.config.depth_weight / self.placement.count),
-            carry={self._state: survival_BT},
+            carry={self.state_name: survival_BT},
         )
         return delta_BTD, {**records, **inner}
 

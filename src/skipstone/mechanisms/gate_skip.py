@@ -24,6 +24,7 @@ from torch import Tensor
 from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Record, Records
 from skipstone.core.seam import Update
+from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.decisions import EmaThreshold
@@ -59,13 +60,33 @@ class GateSkip(DepthMechanism):
     """A gate scales what a sub-layer adds; executed hard, tokens with nearly closed gates skip it."""
 
     Config = GateSkipConfig
+    budget_by = "capacity"
+    has_auxiliary_loss = True
+    follows_scores = True
 
     def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
         super().__init__(hidden_size, placement, **options)
-        self.capacity: float = self.config.capacity
+        self._capacity: float = self.config.capacity
         outputs = hidden_size if self.config.gate == "channel" else 1
         self.router = LinearRouter(hidden_size, self.config.start_bias, outputs)
         self.decision = EmaThreshold(self.capacity, hidden_size)
+
+    @property
+    def capacity(self) -> float:
+        return self._capacity
+
+    def set_capacity(self, capacity: float) -> None:
+        self._capacity = capacity
+
+    @property
+    def skips(self) -> bool:
+        return self.capacity < 1 and self.config.execution == "hard"
+
+    def score_threshold(self) -> ScoreThreshold | None:
+        return self.decision.score_threshold() if self.skips else None
+
+    def moving(self) -> dict[str, Tensor]:
+        return {self.log_name(kind): value for kind, value in self.decision.moving().items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """The inner update by the gate. The score is the logit of a token's mean gate."""
@@ -99,12 +120,17 @@ class GateSkip(DepthMechanism):
         self.decision.advance(statistics)
 
     def not_ready_reason(self) -> str | None:
-        return self.decision.not_ready_reason() if self.capacity < 1 and self.config.execution == "hard" else None
+        return self.decision.not_ready_reason() if self.skips else None
 
     def set_identity(self) -> None:
         """Open gates, and nobody left out."""
         self.router.constant(NEUTRAL_SCORE)
-        self.capacity = 1.0
+        self.set_capacity(1.0)
+
+    def end_dense_start(self) -> bool:
+        """Gates that started with every token kept get the capacity of their options."""
+        self.set_capacity(self.config.capacity)
+        return True
 
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False

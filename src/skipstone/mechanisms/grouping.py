@@ -102,6 +102,9 @@ class ScheduledGroups(GroupRouter):
     def not_ready_reason(self) -> str | None:
         return self.schedule.not_ready_reason()
 
+    def start_as_dense(self) -> None:
+        """Nothing: the capacity's warm-up starts at 1."""
+
     def set_identity(self) -> None:
         """Every group on."""
         self.schedule.pin(1.0)

@@ -16,7 +16,7 @@ Shape letters: B rows, T tokens, K kept tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from transformers import initialization as init
 from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Record, Records, lift
 from skipstone.core.seam import Update
+from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
-from skipstone.mechanisms.decisions import Forced, build_decision
+from skipstone.mechanisms.decisions import build_decision
 from skipstone.mechanisms.exploration import Exploration
 from skipstone.mechanisms.guidance import guided
 from skipstone.mechanisms.mixture_options import WEIGHTS, MixtureOfDepthsConfig
-from skipstone.mechanisms.routers import build_router
+from skipstone.mechanisms.routers import LinearRouter, build_router
 from skipstone.mechanisms.schedules import Capacity, capacity_at
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.ops import reference as ops
@@ -41,6 +42,17 @@ class MixtureOfDepths(DepthMechanism):
     """A router keeps the top tokens of a block; the rest skip it."""
 
     Config = MixtureOfDepthsConfig
+    default_layers = "1::2"
+    budget_by = "capacity"
+    cast_with_model = ("skip", "tanh_scale")
+    # What lets it start as the dense model: every token kept at first, weight 1. Its decision is the same in training
+    # and in generation; normed inputs, because a pretrained stream grows over depth.
+    adapt_defaults: ClassVar[dict[str, Any]] = {
+        "weight": "tanh",
+        "decision": "ema_threshold",
+        "capacity_warmup": 0.5,
+        "router_norm": True,
+    }
 
     def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
         super().__init__(hidden_size, placement, **options)
@@ -64,6 +76,35 @@ class MixtureOfDepths(DepthMechanism):
     def capacity(self) -> float:
         """The set one, after any warm-up; `decision.capacity.now` is the one in force."""
         return self.decision.capacity.final
+
+    def set_capacity(self, capacity: float) -> None:
+        self.decision.capacity.pin(capacity)
+
+    @property
+    def skips(self) -> bool:
+        return self.capacity < 1
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        guided = bool(self.config.guidance) and self.capacity < 1
+        return self.decision.has_loss or guided or self.config.z_loss > 0
+
+    @property
+    def needs_masks(self) -> bool:
+        return self.decision.imposed and self.capacity < 1
+
+    @property
+    def follows_scores(self) -> bool:
+        return bool(self.decision.moving())
+
+    def score_threshold(self) -> ScoreThreshold | None:
+        return self.decision.score_threshold() if self.skips else None
+
+    def moving(self) -> dict[str, Tensor]:
+        return {self.log_name(kind): value for kind, value in self.decision.moving().items()}
+
+    def fitted_parts(self) -> tuple[LinearRouter | None, LowRankSkip | None]:
+        return self.router if isinstance(self.router, LinearRouter) else None, self.skip
 
     def reset_parameters(self) -> None:
         if self.tanh_scale is not None:
@@ -134,7 +175,7 @@ class MixtureOfDepths(DepthMechanism):
         """Columns to gather where they are known beforehand, and whether every row fills them."""
         capacity = self.decision.capacity.now
         static = capacity >= 1 or (tokens.mode.routing == "oracle" and self.decision.static)
-        if tokens.forced_BT is not None or not static or isinstance(self.decision, Forced):
+        if tokens.forced_BT is not None or not static or self.decision.imposed:
             return None, False
         return ops.quota(capacity, tokens.length), tokens.group_BT is None
 
@@ -185,6 +226,9 @@ class MixtureOfDepths(DepthMechanism):
     def require_causal(self) -> None:
         if self.capacity < 1:
             self.decision.require_causal()
+
+    def start_as_dense(self) -> None:
+        """Nothing: the capacity's warm-up starts at 1."""
 
     def set_identity(self) -> None:
         """Capacity 1 and weight 1: raw scores cannot be 1 everywhere by any choice of parameters."""

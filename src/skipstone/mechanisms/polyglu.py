@@ -85,6 +85,7 @@ class PolyGLU(MixFigures, Activation):
     """Fills the activation slot of an MLP."""
 
     Config: ClassVar[type[Any]] = PolyGLUConfig
+    cast_with_model = ("scale", "context_weight", "context_bias", "mix_weight", "mix_bias")
 
     def __init__(self, hidden_size: int, neurons: int, placement: Placement | None = None, **options: Any) -> None:
         super().__init__()
@@ -176,6 +177,13 @@ class PolyGLU(MixFigures, Activation):
         """Linear annealing of tau (the paper's max(0.1, 1 - 0.9 * step / total))."""
         start, end = self.config.tau_start, self.config.tau_end
         self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))
+
+    def moving(self) -> dict[str, Tensor]:
+        """tau, which is one number for the model."""
+        return {"tau": self.tau}
+
+    def decay_kind(self, name: str) -> str | None:
+        return "preferences" if name == "preference_bias" else super().decay_kind(name)
 
     def set_identity(self) -> None:
         """SiLU everywhere."""

@@ -23,11 +23,13 @@ from torch import Tensor
 from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Record, Records, lift
 from skipstone.core.seam import Update
+from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.decisions import Decision, build_decision
 from skipstone.mechanisms.gating import gate, is_hard, straight_through
 from skipstone.mechanisms.guidance import guided
+from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width
 from skipstone.mechanisms.schedules import Capacity, capacity_at
 from skipstone.mechanisms.selective_options import TokenSelectiveConfig
@@ -39,6 +41,9 @@ class TokenSelective(DepthMechanism):
     """A small gate per token scales a block's update or, executed hard, skips it."""
 
     Config = TokenSelectiveConfig
+    default_layers = "1:"
+    budget_by = "threshold"
+    has_auxiliary_loss = True
 
     def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
         super().__init__(hidden_size, placement, **options)
@@ -67,6 +72,23 @@ class TokenSelective(DepthMechanism):
     @property
     def _share(self) -> float:
         return 1.0 if self.capacity is None else self.capacity
+
+    @property
+    def skips(self) -> bool:
+        return self.config.execution == "hard" and (self.decision is None or self._share < 1)
+
+    @property
+    def follows_scores(self) -> bool:
+        return self.decision is not None and bool(self.decision.moving())
+
+    def score_threshold(self) -> ScoreThreshold | None:
+        if not self.skips:
+            return None
+        return OptionThreshold(self, keeps_above=False) if self.decision is None else self.decision.score_threshold()
+
+    def moving(self) -> dict[str, Tensor]:
+        found = {} if self.decision is None else self.decision.moving()
+        return {self.log_name(kind): value for kind, value in found.items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """The inner update, each token's gated by 1 - p.
@@ -152,7 +174,7 @@ class TokenSelective(DepthMechanism):
             self.decision.capacity.advance(progress)
 
     def not_ready_reason(self) -> str | None:
-        if self.decision is None or self._share >= 1 or self.config.execution == "soft":
+        if self.decision is None or not self.skips:
             return None
         return self.decision.capacity.not_ready_reason() or self.decision.not_ready_reason()
 

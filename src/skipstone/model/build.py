@@ -30,7 +30,6 @@ from skipstone.nn.positions import STATIC_ROPE, Rotary
 if TYPE_CHECKING:
     from skipstone.model.config import SkipstoneConfig
 
-DEFAULT_LAYERS = {"mixture_of_depths": "1::2", "token_selective": "1:", "early_exit": "1:"}
 POSITIONS = ("rope", "learned")
 LINEAR_INITS = ("normal", "torch")
 AUXILIARY_LOSS_OVER = ("labelled", "all")
@@ -63,7 +62,7 @@ def parse_mechanisms(config: SkipstoneConfig) -> list[MechanismEntry]:
         site = options.pop("on", "block")
         if site not in SITES:
             raise ValueError(unknown(f"{where}.on", site, SITES))
-        layers = options.pop("layers", DEFAULT_LAYERS.get(kind, ":"))
+        layers = options.pop("layers", DEPTH[kind].default_layers)
         layers = parse_layers(layers, config.num_hidden_layers, f"{where}.layers")
         from_dict(DEPTH[kind].Config, options, where)
         entries.append(MechanismEntry(kind, site, layers, options))

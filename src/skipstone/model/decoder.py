@@ -85,7 +85,6 @@ class SkipstonePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _keep_in_fp32_modules_strict = ["router", "guess", "threshold", "tau", "preference_bias"]
     _can_record_outputs = {"hidden_states": Block}
 
     @torch.no_grad()
@@ -124,6 +123,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.layers = build_blocks(config)
         self.norm = build_norm(config)
         self.gradient_checkpointing = False
+        blocks: Any = self.layers
+        self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
         self.post_init()
 
     @merge_with_config_defaults

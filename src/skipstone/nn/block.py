@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skipstone.core.depth import DepthModule, DepthModules
 from skipstone.core.records import Records, lift
-from skipstone.core.routing_module import RoutingModule
+from skipstone.core.routing_module import RoutingModule, fp32_names
 from skipstone.core.seam import wrap
 from skipstone.core.tokens import Tokens
 from skipstone.core.width import FeedForward
@@ -57,6 +57,11 @@ class Block(GradientCheckpointingLayer):
     def routing_modules(self) -> dict[str, RoutingModule]:
         """What decides in this block, by name: its mechanisms, and what decides in its MLP."""
         return {**self.mechanisms, **self.mlp.routing_modules()}
+
+    def fp32_names(self) -> list[str]:
+        """Return the names, within a block, of what its routing modules keep in fp32 whatever the model's dtype."""
+        named = [(name, module) for name, module in self.named_modules() if isinstance(module, RoutingModule)]
+        return [name for prefix, module in named for name in fp32_names(prefix, module)]
 
     def _complete(self, records: Records, x_BTD: Tensor) -> Records:
         """With those of mechanisms inside one that kept nobody: the names are the same in every call."""

@@ -113,6 +113,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
 
     activation: FixedActivation
     built_in = True
+    cast_with_model = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(
         self,
@@ -208,6 +209,13 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         if self.router.balance_bias is not None and statistics is not None:
             self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return self.config.balance_weight > 0 or self.config.z_weight > 0
+
+    def decay_kind(self, name: str) -> str | None:
+        return super().decay_kind(name) if name.startswith("router.") else None
 
     def empty_record(self, x_BTD: Tensor) -> ExpertsRecord:
         nan_BTX = x_BTD.new_full((*x_BTD.shape[:2], self.config.total), float("nan"), dtype=torch.float32)

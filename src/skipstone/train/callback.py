@@ -75,9 +75,7 @@ def _mechanisms(model: Any) -> Iterator[Any]:
 
 def _waiting(mechanism: Any) -> bool:
     """Whether it has a threshold that never moved."""
-    return mechanism.not_ready_reason() is not None and any(
-        name.endswith("threshold") for name, _ in mechanism.named_buffers()
-    )
+    return mechanism.follows_scores and mechanism.not_ready_reason() is not None
 
 
 def _means(sums: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from torch import nn
+
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 
-# A parameter is of the first kind whose pattern its name has.
-KINDS = {
-    "preferences": r"\.preference_bias$",  # of PolyGLU's neurons, for an activation
-    "biases": r"bias",
-    "norms": r"norm",
-    "embeddings": r"(^|\.)(embed_tokens|positions)\.",  # of tokens and positions; a tied head is one of them
-    "routers": r"\.mechanisms\.|\.activation\.|\.mlp\.router\.",  # all else that mechanisms own
-}
+# preferences: of PolyGLU's neurons, for an activation. embeddings: of tokens and positions; a tied head is one of them.
+# routers: all else that mechanisms own.
+KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
+# A parameter of the decoder itself is of the first kind whose pattern its name has; mechanisms declare theirs.
+PATTERNS = {"biases": r"bias", "norms": r"norm", "embeddings": r"(^|\.)(embed_tokens|positions)\."}
 USUAL = ("biases", "norms", "preferences")  # what stock trainers spare, too
 
 
@@ -25,11 +25,23 @@ def check(kinds: Iterable[str]) -> None:
             raise ValueError(unknown("no_decay", kind, KINDS))
 
 
-def decaying(names: Iterable[str], spared: Collection[str] | None) -> list[str]:
-    """The names of parameters that are of no spared kind, in their order. None: the usual kinds are spared."""
-    return [name for name in names if kind_of(name) not in (USUAL if spared is None else spared)]
+def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | None) -> list[str]:
+    """Return the names of parameters that are of no spared kind, in their order. None: the usual kinds are spared."""
+    kinds = kinds_of(model)
+    return [name for name in names if kinds[name] not in (USUAL if spared is None else spared)]
 
 
-def kind_of(name: str) -> str | None:
-    """None for the matrices of attention, MLP and an untied head, which always decay."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
+def kinds_of(model: nn.Module) -> dict[str, str | None]:
+    """Return the kind of each parameter by name; None for those that always decay: the matrices of attention, MLP and
+    an untied head.
+    """
+    kinds = {name: _kind(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, RoutingModule):
+            for name, _ in module.named_parameters():
+                kinds[f"{prefix}.{name}"] = module.decay_kind(name)
+    return kinds
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, pattern in PATTERNS.items() if re.search(pattern, name)), None)

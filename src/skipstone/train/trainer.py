@@ -77,7 +77,7 @@ class RunTrainer(RoutingTrainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return decaying((name for name, _ in model.named_parameters()), self.recipe.no_decay)
+        return decaying(model, (name for name, _ in model.named_parameters()), self.recipe.no_decay)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Trainer's rule of thumb counts a routed model as dense; the cost model and the evaluation count truly."""

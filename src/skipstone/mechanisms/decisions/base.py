@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.schedules import Capacity
 from skipstone.ops import reference as ops
@@ -16,14 +17,17 @@ class Decision(nn.Module):
     """From scores to who is kept. The oracle is the paper's: the best `capacity` of each document of each row.
 
     is_causal: generation can make it. static: an oracle decision keeps a number of tokens that is known beforehand, and
-    so gathers without a host sync. trains_router: its auxiliary loss sends gradients into the router. reads_scores: it
-    depends on the scores, so that noise on them changes who is kept.
+    so gathers without a host sync. has_loss: it has an auxiliary loss. trains_router: that loss sends gradients into
+    the router. reads_scores: it depends on the scores, so that noise on them changes which tokens are kept. imposed:
+    the caller decides.
     """
 
     is_causal = False
     static = True
     trains_router = False
     reads_scores = True
+    has_loss = False
+    imposed = False
 
     def __init__(
         self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
@@ -56,6 +60,14 @@ class Decision(nn.Module):
 
     def not_ready_reason(self) -> str | None:
         return None
+
+    def score_threshold(self) -> ScoreThreshold | None:
+        """Return the threshold that scores are compared with in a causal pass, or None."""
+        return None
+
+    def moving(self) -> dict[str, Tensor]:
+        """Return the scalars that `advance` moves, by their kinds."""
+        return {}
 
     def flops(self, tokens: float, routing: str) -> float:
         """Matrix FLOPs of the decision itself, the router's not among them."""

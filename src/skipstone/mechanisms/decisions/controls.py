@@ -62,6 +62,7 @@ class Forced(Decision):
 
     is_causal = True
     reads_scores = False
+    imposed = True
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return self.causal(score_BT, x_BTD, tokens)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.decisions.base import Decision
 from skipstone.mechanisms.routers import MLPRouter, hidden_width
@@ -30,6 +31,21 @@ class TopK(Decision):
         )
 
 
+class FixedThreshold(ScoreThreshold):
+    """A number that follows from the options when a model is loaded, so that no saved model keeps another."""
+
+    saved = False
+
+    def __init__(self, decision: Threshold | ThresholdP) -> None:
+        self._decision = decision
+
+    def get(self) -> float:
+        return float(self._decision.line)
+
+    def set(self, threshold: float) -> None:
+        self._decision.line = threshold
+
+
 class Threshold(Decision):
     """score > 0 after a binary cross-entropy that pulls the router's own scores towards the oracle's decision.
 
@@ -37,8 +53,12 @@ class Threshold(Decision):
     """
 
     is_causal = True
+    has_loss = True
     trains_router = True
     line = 0.0
+
+    def score_threshold(self) -> ScoreThreshold:
+        return FixedThreshold(self)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > self.line
@@ -54,6 +74,7 @@ class Predictor(Decision):
     """
 
     is_causal = True
+    has_loss = True
 
     def __init__(self, capacity: Capacity | float, width: int, norm: bool = False, **options: Any) -> None:
         super().__init__(capacity, width, **options)
@@ -83,11 +104,15 @@ class ThresholdP(Decision):
 
     is_causal = True
     static = False
+    has_loss = True
     trains_router = True
 
     def __init__(self, capacity: Capacity | float, width: int, threshold: float = 0.5, **options: Any) -> None:
         super().__init__(capacity, width, **options)
         self.line = math.log(threshold / (1 - threshold))  # the score whose sigmoid is p
+
+    def score_threshold(self) -> ScoreThreshold:
+        return FixedThreshold(self)
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return self.causal(score_BT, x_BTD, tokens)

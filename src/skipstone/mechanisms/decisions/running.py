@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
+from skipstone.core.threshold import ScoreThreshold, State
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.decisions.base import Decision
 from skipstone.mechanisms.schedules import Capacity
@@ -59,6 +60,12 @@ class EmaThreshold(Decision):
             momentum = torch.clamp(1 - 1 / self.steps.clamp(min=1), max=self.momentum)  # the first ones count in full
             self.threshold.lerp_(torch.where(seen, statistics[0].to(self.threshold), self.threshold), 1 - momentum)
 
+    def score_threshold(self) -> ScoreThreshold:
+        return RunningThreshold(self)
+
+    def moving(self) -> dict[str, Tensor]:
+        return {"threshold": self.threshold}
+
     def not_ready_reason(self) -> str | None:
         if self.steps.item():
             return None
@@ -66,3 +73,24 @@ class EmaThreshold(Decision):
             "ema_threshold was never advanced: train with skipstone.train.RoutingTrainer or its RoutingMixin, "
             "or use another decision"
         )
+
+
+class RunningThreshold(ScoreThreshold):
+    """The threshold of `ema_threshold`, a buffer of the model."""
+
+    def __init__(self, decision: EmaThreshold) -> None:
+        self._decision = decision
+
+    def get(self) -> float:
+        return float(self._decision.threshold)
+
+    def set(self, threshold: float) -> None:
+        self._decision.threshold.fill_(threshold)
+        self._decision.steps.clamp_(min=1)  # set from text, it is as ready as one that followed a training
+
+    def state(self) -> State:
+        return [self.get(), float(self._decision.steps)]
+
+    def restore(self, state: State) -> None:
+        for buffer, value in zip((self._decision.threshold, self._decision.steps), state, strict=True):
+            buffer.fill_(value)  # type: ignore[arg-type]

@@ -1,0 +1,40 @@
+"""A threshold on a gain that the options hold for all blocks of an entry.
+
+All of its blocks share it: with early exit a token that has left could come back otherwise, and gains are comparable
+between blocks as they are, for each is the factor on an update.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from skipstone.core.routing_module import RoutingModule
+from skipstone.core.threshold import ScoreThreshold, State
+
+LARGEST_LOGIT = 30.0  # a gain of 1 - 1e-13: above all that fp32 can hold, and still below 1
+
+
+class OptionThreshold(ScoreThreshold):
+    """The option `threshold` of a gate: of the gain (`keeps_above`), or of what is lost, p = 1 - gain."""
+
+    option = "threshold"
+
+    def __init__(self, mechanism: RoutingModule, keeps_above: bool) -> None:
+        self._mechanism, self._sign = mechanism, 1 if keeps_above else -1
+
+    def get(self) -> float:
+        threshold = self._mechanism.config.threshold
+        return self._sign * math.log(threshold / (1 - threshold))
+
+    def set(self, threshold: float) -> None:
+        logit = min(max(threshold, -LARGEST_LOGIT), LARGEST_LOGIT)
+        self.restore([1 / (1 + math.exp(-self._sign * logit))])
+
+    def state(self) -> State:
+        return [self._mechanism.config.threshold]
+
+    def restore(self, state: State) -> None:
+        self._mechanism.config = replace(self._mechanism.config, threshold=state[0])
