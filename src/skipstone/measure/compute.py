@@ -34,8 +34,8 @@ def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> T
         attention, mlp = _matrices(block), block.mlp.weights_per_pass()
         passes, computed_BT = block.mlp.dense_passes(1), block.mlp.token_passes(decided)
         full = full + attention["given"] + attention["asked"] + mlp * passes
-        attended_BT, reached_BT = _per_token(block, decided, attention)
-        executed = executed + attended_BT + reached_BT * computed_BT * mlp
+        attended_BT, queried_BT = _per_token(block, decided, attention)
+        executed = executed + attended_BT + queried_BT * computed_BT * mlp
     return executed / full
 
 
