@@ -35,8 +35,8 @@ class RoutingModule(nn.Module):
     """A mechanism with buffers that a trainer moves once an optimizer step, never in forward.
 
     config: the parsed options. placement: where the module sits; its name is that of its parameters and records in a
-    block. built_in: whether it is the decoder's own part, without which there would be no block (an MLP of experts), not
-    something added to one. cast_with_model: names of the module's own parameters, buffers or children that take the
+    block. built_in: whether it is the decoder's own part, without which there would be no block (an MLP of experts),
+    and nothing added to one. cast_with_model: names of the module's own parameters, buffers or children that take the
     dtype in which a model is loaded; everything else stays fp32. adapt_defaults: options that `skipstone adapt` sets
     where a recipe does not.
     """
