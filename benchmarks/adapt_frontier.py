@@ -30,7 +30,8 @@ from skipstone.adapt.adaptation import adapt
 from skipstone.budget import BudgetTable
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.loaded_run import batches, load_run
-from skipstone.measure.flops import count_flops
+from skipstone.measure.flops import count_flops, flop_check
+from skipstone.measure.losses import measure_loss
 from skipstone.measure.speed import decode_task, take_turns
 from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -121,15 +122,15 @@ def figures(folder: Path, budget: float | None = None) -> dict[str, Any]:
         assert loaded.data is not None
         model, data, device = loaded.model, loaded.data, loaded.model.device
         with turned(model, loaded.run, budget):
-            loss = measure(model, loaded.primary, batches(data, BATCH, device, ROWS), activations=False).loss
-            flops = count(model, loaded.primary, batches(data, 1, device, COUNTED)).counted
+            loss = measure_loss(model, loaded.primary, batches(data, BATCH, device, ROWS), activations=False).loss
+            flops = flop_check(model, loaded.primary, batches(data, 1, device, COUNTED)).counted
         found[name] = {"loss": loss, "flops": flops}
     record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
 def turned(model: SkipstoneForCausalLM, run: Run, budget: float | None) -> AbstractContextManager[Any]:
-    """The model at another budget: by its budget table, or, of neurons by magnitude, by taking more or fewer."""
+    """The model at another budget: by its budget table, or by taking more or fewer neurons by magnitude."""
     routers = [m for m in model.routing_modules() if isinstance(m, MagnitudeGroups)]
     if budget is None:
         return nullcontext()
