@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from skipstone.core.counts import TokenCounts
@@ -18,6 +17,7 @@ from skipstone.core.strict import from_dict
 from skipstone.core.tokens import real_mask as real_mask
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.mechanisms.skip_path import LowRankSkip
+from skipstone.ops import reference as ops
 
 
 class DepthMechanism(DepthModule):
@@ -42,7 +42,7 @@ class DepthMechanism(DepthModule):
         return {}
 
     def empty_record(self, x_BTD: Tensor) -> DepthRecord:
-        zero_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.float32)
+        zero_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
         return DepthRecord(zero_BT + float("nan"), zero_BT > 0, zero_BT, zero_BT > 0)
 
     def counts_inside(

@@ -26,6 +26,7 @@ from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.gating import gate, is_hard
 from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.mechanisms.routers import LinearRouter
+from skipstone.ops import reference as ops
 
 NEUTRAL_SCORE = 12.0  # survival of 1 - 6e-6 a block, its gradient still alive
 EPSILON = 1e-12
@@ -87,7 +88,7 @@ class EarlyExit(DepthMechanism):
         return self.placement.name or "early_exit"
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        return {self.state_name: x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.float32)}
+        return {self.state_name: x_BTD.new_ones(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """The inner update, each token's scaled by its survival."""

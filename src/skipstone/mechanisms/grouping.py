@@ -14,6 +14,7 @@ from skipstone.core.records import NeuronGroupsRecord
 from skipstone.core.routing_module import Placement
 from skipstone.core.width import GroupRouter
 from skipstone.mechanisms.schedules import Capacity, require_capacity
+from skipstone.ops import reference as ops
 from skipstone.ops.reference import quota
 
 NAME = "neuron_groups"
@@ -95,7 +96,7 @@ class ScheduledGroups(GroupRouter):
         self.schedule.advance(progress)
 
     def empty_record(self, x_BTD: Tensor) -> NeuronGroupsRecord:
-        nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], self.total), float("nan"), dtype=torch.float32)
+        nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], self.total), float("nan"), dtype=ops.wide_dtype(x_BTD))
         none_BTG = nan_BTG > 0
         return NeuronGroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
 

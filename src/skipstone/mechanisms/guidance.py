@@ -40,9 +40,9 @@ class _Guided(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         pulled_BTD, scale_BT = gradients
         score_BT, reached_BT = ctx.saved_tensors
-        pull_BT = torch.linalg.vector_norm(pulled_BTD, dim=-1, dtype=torch.float32)
+        pull_BT = torch.linalg.vector_norm(pulled_BTD, dim=-1, dtype=score_BT.dtype)
         line = torch.where(reached_BT, pull_BT, torch.nan).nanquantile(1 - ctx.capacity)
-        return pulled_BTD, scale_BT * (score_BT.sigmoid() - (pull_BT > line).float()), None, None
+        return pulled_BTD, scale_BT * (score_BT.sigmoid() - (pull_BT > line).to(score_BT.dtype)), None, None
 
 
 def guided(delta_BTD: Tensor, score_BT: Tensor, reached_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ from skipstone.core.width import GroupChoice, InputGroupRouter, Share
 from skipstone.mechanisms.contexts import Memory, chunk_start
 from skipstone.mechanisms.grouping import NAME as NAME
 from skipstone.mechanisms.grouping import GroupingConfig, ScheduledGroups
+from skipstone.ops import reference as ops
 from skipstone.ops import score_linear
 
 
@@ -120,7 +121,9 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
         group_BTK = ranked_BTG.topk(self.kept, dim=-1, sorted=False).indices.sort(-1).values
-        gain_BTK = 2 * score_BTG.gather(-1, group_BTK).sigmoid() if self.learns else torch.ones_like(group_BTK).float()
+        gain_BTK = torch.ones_like(group_BTK, dtype=score_BTG.dtype)
+        if self.learns:
+            gain_BTK = 2 * score_BTG.gather(-1, group_BTK).sigmoid()
         return GroupChoice(group_BTK, gain_BTK, self._record(score_BTG, group_BTK, tokens))
 
     def _record(self, score_BTG: Tensor, group_BTK: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
@@ -135,14 +138,14 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         z_BTR = score_linear(x_BTD, self.context_weight)
         memory = Memory(tokens, cache, self.placement.name)
         start_BTR = chunk_start(z_BTR, tokens, memory, self.config.chunk_size, self.config.decay)
-        return score_linear((start_BTR + self.context_bias.float()).relu(), self.score_weight, self.score_bias)
+        return score_linear((start_BTR + ops.wide(self.context_bias)).relu(), self.score_weight, self.score_bias)
 
     def _random(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Control: the fractional part of a large sine of chunk of positions, group and layer."""
         chunk_BT = (tokens.position_BT // self.config.chunk_size).double()
         group_G = torch.arange(self.total, device=x_BTD.device) * 4.1414 + self.placement.layer * 78.233
         turned_BTG = torch.sin(chunk_BT[..., None] * 12.9898 + group_G) * 43758.5453
-        return (turned_BTG - turned_BTG.floor()).float().expand(*x_BTD.shape[:2], -1)
+        return (turned_BTG - turned_BTG.floor()).to(ops.wide_dtype(x_BTD)).expand(*x_BTD.shape[:2], -1)
 
     def share(self, record: NeuronGroupsRecord) -> Tensor:
         """Share of the tokens for which each group is on, fp32 [G]; NaN where nobody was asked."""

@@ -140,13 +140,13 @@ class PolyGLU(MixFigures, Activation):
 
     @property
     def preference_FA(self) -> Tensor:
-        return self.preference_bias.float() * self.config.preference_scale
+        return ops.wide(self.preference_bias) * self.config.preference_scale
 
     def _dynamic(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """beta * gate_net(context), fp32 [B, T or 1, A]."""
         mean_BTR = self._context(score_linear(x_BTD, self.context_weight), tokens, cache)
-        hidden_BTR = (mean_BTR + self.context_bias.float()).relu()
-        return self.scale.float() * score_linear(hidden_BTR, self.mix_weight, self.mix_bias)
+        hidden_BTR = (mean_BTR + ops.wide(self.context_bias)).relu()
+        return ops.wide(self.scale) * score_linear(hidden_BTR, self.mix_weight, self.mix_bias)
 
     def _context(self, z_BTR: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """fp32 [B, T or 1, R]."""
@@ -168,7 +168,7 @@ class PolyGLU(MixFigures, Activation):
     def _gumbel(self, rows: int, device: torch.device) -> Tensor:
         """Noise of each row, neuron and activation, the same for all tokens of the row."""
         exponential = torch.empty(rows, *self.preference_bias.shape, device=device).exponential_()
-        return -exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
+        return -exponential.clamp(min=torch.finfo(exponential.dtype).tiny).log()
 
     def routing_modules(self) -> dict[str, RoutingModule]:
         return {self.placement.name: self}
@@ -194,7 +194,7 @@ class PolyGLU(MixFigures, Activation):
             self.preference_bias[:, SILU] = NEUTRAL_LOGIT * self.tau / self.config.preference_scale
 
     def empty_record(self, x_BTD: Tensor) -> ActivationRecord:
-        logits_BTA = x_BTD.new_full((*x_BTD.shape[:2], NUM_ACTIVATIONS), float("nan"), dtype=torch.float32)
+        logits_BTA = x_BTD.new_full((*x_BTD.shape[:2], NUM_ACTIVATIONS), float("nan"), dtype=ops.wide_dtype(x_BTD))
         return ActivationRecord(logits_BTA, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
     def build_warning(self) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from skipstone.core.strict import choose
+from skipstone.ops import reference as ops
 from skipstone.ops import score_linear
 
 
@@ -114,7 +115,7 @@ class ConstantRouter(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """fp32 score [B, T]."""
-        return self.score_bias.float() + x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.float32)
+        return ops.wide(self.score_bias) + x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
 
     def constant(self, score: float) -> None:
         with torch.no_grad():

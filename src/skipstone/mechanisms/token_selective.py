@@ -112,7 +112,7 @@ class TokenSelective(DepthMechanism):
         records = self.record(
             score_BT=score_BT,
             kept_BT=shown_BT,
-            weight_BT=shown_BT.float() if gain_BT is None else gain_BT * shown_BT,
+            weight_BT=shown_BT.to(score_BT.dtype) if gain_BT is None else gain_BT * shown_BT,
             reached_BT=reached_BT,
             loss_BT=loss_BT if tokens.real_BT is None else torch.where(reached_BT, loss_BT, 0.0),
         )

@@ -154,6 +154,10 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
 
     def _token_loss(self, logits_BTV: Tensor, target_BT: Tensor, items: Tensor | int | None) -> Tensor:
         """Cross-entropy: the sum over labelled tokens by the number of labels, of the whole step where it is given."""
+        if logits_BTV.dtype == torch.float64:  # transformers' function computes in fp32
+            count = (target_BT != IGNORED).sum() if items is None else items
+            flat_NV, flat_N = logits_BTV.flatten(0, 1), target_BT.flatten().to(logits_BTV.device)
+            return nn.functional.cross_entropy(flat_NV, flat_N, ignore_index=IGNORED, reduction="sum") / count
         return self.loss_function(  # type: ignore[no-any-return]
             logits=logits_BTV,
             labels=None,

@@ -211,5 +211,7 @@ def eager_attention(
     logits_BHKC = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         logits_BHKC = logits_BHKC + attention_mask
-    weight_BHKC = nn.functional.dropout(logits_BHKC.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    weight_BHKC = nn.functional.dropout(
+        logits_BHKC.softmax(-1, dtype=ops.wide_dtype(logits_BHKC)).to(query.dtype), dropout
+    )
     return (weight_BHKC @ value).transpose(1, 2), weight_BHKC

@@ -39,6 +39,7 @@ from skipstone.core.tokens import Tokens, real_mask
 from skipstone.core.width import FeedForward
 from skipstone.nn.mlp import FixedActivation
 from skipstone.ops import apply_experts, score_linear
+from skipstone.ops import reference as ops
 from skipstone.ops.reference import dropped
 
 ROW_OF_16_BYTES = 8  # elements, in the narrowest type: what grouped products ask of a width
@@ -174,7 +175,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         expert_BTC = ranked_BTX.topk(self.config.top_k, dim=-1).indices
         weight_BTC = share_BTX.gather(-1, expert_BTC)
         if self.config.renormalise:
-            weight_BTC = weight_BTC / weight_BTC.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            weight_BTC = weight_BTC / weight_BTC.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_BTC.dtype).tiny)
         return expert_BTC, weight_BTC
 
     def _idle(self, expert_BTC: Tensor, real_BT: Tensor | None) -> Tensor | None:
@@ -218,7 +219,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return super().decay_kind(name) if name.startswith("router.") else None
 
     def empty_record(self, x_BTD: Tensor) -> ExpertsRecord:
-        nan_BTX = x_BTD.new_full((*x_BTD.shape[:2], self.config.total), float("nan"), dtype=torch.float32)
+        nan_BTX = x_BTD.new_full((*x_BTD.shape[:2], self.config.total), float("nan"), dtype=ops.wide_dtype(x_BTD))
         return ExpertsRecord(nan_BTX, nan_BTX > 0, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
     def set_identity(self) -> None:

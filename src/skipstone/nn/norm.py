@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skipstone.ops import reference as ops
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32 (arXiv 1910.07467)."""
@@ -20,7 +22,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32 == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = x.float()
+        wide = ops.wide(x)
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 

@@ -38,8 +38,9 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, E] in `dtype`, computed in fp32; the first half of sin negated, for `ops.rotate`."""
-        angle = position_BT[..., None].float() * self.inverse_E2.float()
+        """cos and sin [B, T, E] in `dtype`, in fp32 inside or fp64; the first half of sin negated, for `ops.rotate`."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        angle = position_BT[..., None].to(wide) * self.inverse_E2.to(wide)
         cos, sin = angle.cos(), angle.sin()
         if self.scale != 1:
             cos, sin = cos * self.scale, sin * self.scale

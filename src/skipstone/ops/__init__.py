@@ -29,8 +29,12 @@ def _eager(device: str) -> ModuleType:
 
 
 def apply_experts(*args: Any) -> Tensor:
-    """`reference.apply_experts`; compiled, the plain one: PyTorch 2.13 compiles grouped products in bf16 only."""
-    return (reference if torch.compiler.is_compiling() else grouped).apply_experts(*args)
+    """`reference.apply_experts`; compiled or in fp64, the plain one.
+
+    PyTorch 2.13 compiles grouped products in bf16 only, and has none in fp64.
+    """
+    plain = torch.compiler.is_compiling() or args[0].dtype == torch.float64
+    return (reference if plain else grouped).apply_experts(*args)
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skipstone.ops.reference import ACTIVATIONS
+from skipstone.ops.reference import ACTIVATIONS, wide
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
     """See `reference.mix_activations`; in fp32 throughout."""
-    static, dynamic = static_BFA.float().unbind(-1), dynamic_BTA.float().unbind(-1)
+    static, dynamic = wide(static_BFA).unbind(-1), wide(dynamic_BTA).unbind(-1)
     logits = [(s_BF[:, None] + c_BT[..., None]) / temperature for s_BF, c_BT in zip(static, dynamic, strict=True)]
     top = logits[0]
     for logit in logits[1:]:
         top = torch.maximum(top, logit)
     powers = [(logit - top.detach()).exp() for logit in logits]
-    g_BTF = gate_BTF.float()
+    g_BTF = wide(gate_BTF)
     mixed_BTF = total_BTF = torch.zeros_like(g_BTF)
     for power, activation in zip(powers, ACTIVATIONS, strict=True):
         mixed_BTF, total_BTF = mixed_BTF + power * activation(g_BTF), total_BTF + power

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from skipstone.ops import reference
+
 CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with its companions 1.5 MB in fp32
 # Nats below the largest logit. Of two parts one must stay within NEAR, or the tokens of a chunk that far from each
 # other: their sum is then above e^-32 (e^-16), and what the other part has below FAR is less than e^-21 of it. FAR is
@@ -31,6 +33,8 @@ NEAR, FAR = 32.0, -53.0
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
     """See `reference.mix_activations`; the temperature gets no gradient."""
+    if gate_BTF.dtype == torch.float64:  # the chunks below are laid out for fp32
+        return reference.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)
     static_BFA, dynamic_BTA = static_BFA.float() / temperature, dynamic_BTA.float() / temperature
     dynamic_BTA = dynamic_BTA.expand(*gate_BTF.shape[:2], -1)
     if static_BFA.shape[0] > 1:

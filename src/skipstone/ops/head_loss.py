@@ -24,12 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from skipstone.ops.reference import wide, wide_dtype
+
 IGNORED = -100  # target of a token that is not predicted
 
 
 def plain_linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
     """The specification: nats summed over the tokens with a target, fp32 (), from fp32 of the head's logits."""
-    return F.cross_entropy(F.linear(x_ND, weight_VD).float(), target_N, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(wide(F.linear(x_ND, weight_VD)), target_N, ignore_index=IGNORED, reduction="sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +127,7 @@ class _Teacher:
 
     def log_odds(self, at: slice) -> Tensor:
         """Log-probabilities [C, V] at the temperature, fp32."""
-        return F.log_softmax(
-            F.linear(self.x_NE[at], self.weight_VE).float().div_(self.distillation.temperature), dim=-1
-        )
+        return F.log_softmax(wide(F.linear(self.x_NE[at], self.weight_VE)).div_(self.distillation.temperature), dim=-1)
 
 
 def _forward(
@@ -141,10 +141,10 @@ def _forward(
     """Both sums, and the gradients that are wanted: of x in x's type, of the weight in fp32."""
     nats, divergence = torch.zeros((), device=x_ND.device), torch.zeros((), device=x_ND.device)
     d_x_ND = torch.empty_like(x_ND) if wanted[0] else None
-    d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+    d_weight_VD = torch.zeros_like(weight_VD, dtype=wide_dtype(weight_VD)) if wanted[1] else None
     for start in range(0, len(x_ND), chunk):
         at = slice(start, start + chunk)
-        logits_CV = F.linear(x_ND[at], weight_VD).float()
+        logits_CV = wide(F.linear(x_ND[at], weight_VD))
         if teacher is None:
             more, d_logits_CV = _chunk(logits_CV, target_N[at])
         else:
@@ -174,7 +174,7 @@ def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
     sum_C1 = logits_CV.sub_(largest_C1).exp_().sum(1, keepdim=True)
     nats_C = torch.where(real_C, (sum_C1.log() - picked_C1)[:, 0], 0.0)
     d_logits_CV = logits_CV.mul_(real_C[:, None] / sum_C1)
-    d_logits_CV.index_put_((token_C, at_C), -real_C.float(), accumulate=True)
+    d_logits_CV.index_put_((token_C, at_C), -real_C.to(d_logits_CV.dtype), accumulate=True)
     return nats_C.sum(), d_logits_CV
 
 

@@ -85,6 +85,17 @@ def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
     return start_BT, end_BT - start_BT
 
 
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any of the tensors is, else fp32: what is computed more precisely than bf16 never loses precision."""
+    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def added(x: Tensor, update: Tensor) -> Tensor:
     """x + update. An fp32 stream and a bf16 update are first made one type: adding them as they are is ten times as
     slow on a CPU, and the values are the same."""
@@ -104,13 +115,18 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear in fp32 whatever the types and whatever autocast says."""
+    """F.linear in fp32 (fp64 if any operand is) whatever autocast says."""
     if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product
         if x.dtype == weight.dtype == torch.float32:
             return F.linear(x, weight, bias)
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return _wide_linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return _wide_linear(x, weight, bias)
+
+
+def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = wide_dtype(x, weight)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 EPSILON = 1e-6  # as in the decoder's norms: an input of zeros stays zero
@@ -118,13 +134,13 @@ EPSILON = 1e-6  # as in the decoder's norms: an input of zeros stays zero
 
 def inverse_rms(x: Tensor) -> Tensor:
     """1 / root mean square over the last axis, fp32 [..., 1]."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # one pass; F.rms_norm takes four
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))  # one pass; F.rms_norm takes four
     return torch.rsqrt(length.square() / x.shape[-1] + EPSILON)
 
 
 def normalised(x: Tensor) -> Tensor:
     """x by its root mean square, in fp32, without parameters: scores then follow direction, not the stream's growth."""
-    return x.float() * inverse_rms(x)
+    return wide(x) * inverse_rms(x)
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
@@ -132,7 +148,7 @@ def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bo
     if not norm:
         return linear_fp32(x, weight, bias)
     y = linear_fp32(x, weight) * inverse_rms(x)
-    return y if bias is None else y + bias.float()
+    return y if bias is None else y + wide(bias)
 
 
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -149,7 +165,7 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
     `static_BFA` is [1 or B, F, A] (preference of each neuron, with the Gumbel noise of the row where there is any);
     `dynamic_BTA` is [B, 1 or T, A]. Softmax in fp32; the result has the gate's dtype and shape [B, T, F].
     """
-    logits_BTFA = (static_BFA[:, None].float() + dynamic_BTA[:, :, None].float()) / temperature
+    logits_BTFA = (wide(static_BFA)[:, None] + wide(dynamic_BTA)[:, :, None]) / temperature
     share_BTFA = logits_BTFA.softmax(-1).to(gate_BTF.dtype)
     values_BTFA = torch.stack([activation(gate_BTF) for activation in ACTIVATIONS], dim=-1)
     return (share_BTFA * values_BTFA).sum(-1)

@@ -22,10 +22,10 @@ from skipstone.ops import reference
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
     """See `reference.score_linear`. Can be differentiated once."""
-    if not torch.is_grad_enabled() or not (norm or x.dtype != torch.float32):
+    if not torch.is_grad_enabled() or not (norm or x.dtype != torch.float32) or x.dtype == torch.float64:
         return reference.score_linear(x, weight, bias, norm)
     y = _Product.apply(x, weight, norm)
-    return y if bias is None else y + bias.float()
+    return y if bias is None else y + reference.wide(bias)
 
 
 class _Product(torch.autograd.Function):

@@ -64,7 +64,7 @@ class Threshold(Decision):
         return score_BT > self.line
 
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
-        return F.binary_cross_entropy_with_logits(score_BT, kept_BT.float(), reduction="none")
+        return F.binary_cross_entropy_with_logits(score_BT, kept_BT.to(score_BT.dtype), reduction="none")
 
 
 class Predictor(Decision):
@@ -85,7 +85,7 @@ class Predictor(Decision):
 
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
         guess_BT = self.guess(x_BTD.detach())
-        return F.binary_cross_entropy_with_logits(guess_BT, kept_BT.float(), reduction="none")
+        return F.binary_cross_entropy_with_logits(guess_BT, kept_BT.to(guess_BT.dtype), reduction="none")
 
     def flops(self, tokens: float, routing: str) -> float:
         return self.guess.flops(tokens)
