@@ -46,6 +46,7 @@ TSA_SHAKESPEARE = on_text(
     arms=claims_arms,
     columns=(*COLUMNS, *RIVALS),
     published=paper.SHAKESPEARE,
+    corpus="tiny-shakespeare",
 )
 TSA_CONTROLS = on_text(
     name="tsa_controls",

@@ -28,17 +28,25 @@ def measured(folder: Path) -> Figures:
     return {**figures, **gates.savings(figures["evaluation"]), **further}
 
 
-def details(figures: ByArm, published: Published) -> str:
-    """Below the table: the paper's figures beside ours, other ways to execute, thresholds, claims."""
+def details(figures: ByArm, published: Published, corpus: str) -> str:
+    """Below the table: the paper's figures beside ours, other ways to execute, thresholds, claims.
+
+    corpus: the paper's. Losses on another text compare nothing, so there the paper's figures are left out.
+    """
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
-    if published:
+    if published and _same_corpus(figures, corpus):
         parts.append(beside("Beside the paper", figures, published, BESIDE, paper.SOURCE))
     return "\n\n".join(
         part
         for part in (*parts, equal_flops.intervals(figures), ways_to_execute(figures), exit_thresholds(figures))
         if part
     )
+
+
+def _same_corpus(figures: ByArm, corpus: str) -> bool:
+    read = {found["evaluation"].get("corpus", corpus) for seeds in figures.values() for found in seeds.values()}
+    return all(name.split(":")[0] == corpus for name in read)
 
 
 def ways_to_execute(figures: ByArm) -> str:
@@ -107,13 +115,13 @@ EQUAL = (
 )
 
 
-def on_text(*, published: Published, **options: Any) -> Study:
-    """What the studies of this file share."""
+def on_text(*, published: Published, corpus: str = "", **options: Any) -> Study:
+    """What the studies of this file share. corpus: that of the published figures."""
     return Study(
         seeds=SEEDS,
         measure=measured,
         measure_together=forward_speeds,
         derive=equal_flops.at_equal_flops,
-        details=partial(details, published=published),
+        details=partial(details, published=published, corpus=corpus),
         **options,
     )
