@@ -15,7 +15,7 @@ PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-ecosystem check format bench count docs clean
+.PHONY: help setup demo test test-all test-ecosystem check format count docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,12 +55,6 @@ format: $(STAMP)  ## rewrite the code as ruff would
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-BENCHES := $(filter-out %/publish.py %/decoding.py %/adapt_frontier.py %/adapt_pictures.py %/adapt_stories.py %/quantised.py %/sft_stability.py,\
-	$(wildcard benchmarks/*.py))
-
-bench: $(STAMP)  ## run the benchmarks that need no checkpoint
-	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python "$$file"; done
-
 count:  ## count lines, files, imports, Any, class checks and circles of imports
 	$(PYTHON) tools/count.py
 
@@ -72,4 +66,4 @@ docs:  ## build the documentation site into site/, strictly and offline
 
 clean:  ## remove the virtual environment, caches and build folders (runs and results stay)
 	rm -rf $(VENV) .venv-tools .venv-docs site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

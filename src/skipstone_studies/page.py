@@ -51,7 +51,24 @@ def heading(records: Sequence[Record]) -> str:
 
 def _section(study: Study, records: Sequence[Record]) -> list[str]:
     details = [] if study.details is None else [study.details(_figures(study, records))]
-    return [block(study, records), *details, provenance(records)]
+    images = [f"![{study.purpose}: {name}]({file})" for file, name in _files(study, records).items()]
+    return [block(study, records), *images, *details, provenance(records)]
+
+
+def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
+    """SVG files beside the page, by file name."""
+    found: dict[str, str] = {}
+    for current in groups(study, records):
+        drawn = {} if study.pictures is None else study.pictures(_figures(study, current))
+        found |= {file: drawn[name] for file, name in _files(study, current).items()}
+    return found
+
+
+def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
+    """File names of a table's pictures, and what they show."""
+    drawn = {} if study.pictures is None else study.pictures(_figures(study, records))
+    scale = "" if records[0].scale == SCALES[0] else f"-{records[0].scale}"
+    return {f"{study.name}{scale}-{name}.svg": name for name in drawn}
 
 
 def block(study: Study, records: Sequence[Record]) -> str:
@@ -61,7 +78,7 @@ def block(study: Study, records: Sequence[Record]) -> str:
         title=heading(records),
         columns=["arm", *(column.title for column, _ in columns)],
         rows=[[arm, *(_marked(cells[arm]) for _, cells in columns)] for arm in _arms(records)],
-        notes=_notes(records),
+        notes=_notes(study, records),
     )
     # The heading above says what the table is; `markdown` would give it another.
     text = markdown([section]).partition("\n\n")[2]
@@ -76,7 +93,7 @@ def terminal(study: Study, records: Sequence[Record]) -> Section:
         rows.append([column.title, *(cell.text for cell in cells.values())])
         if any(cell.ratio for cell in cells.values()):
             rows.append([f"  × {_arms(records)[0]}", *(cell.ratio for cell in cells.values())])
-    return Section(title=heading(records), columns=["", *_arms(records)], rows=rows, notes=_notes(records))
+    return Section(title=heading(records), columns=["", *_arms(records)], rows=rows, notes=_notes(study, records))
 
 
 def _arms(records: Sequence[Record]) -> list[str]:
@@ -161,13 +178,15 @@ def _shown(value: float, form: str) -> str:
     return format(round(value) if form.endswith("d") else value, form)
 
 
-def _notes(records: Sequence[Record]) -> list[str]:
+def _notes(study: Study, records: Sequence[Record]) -> list[str]:
     seeds = sorted({record.seed for record in records})
     counts = {arm: sum(r.arm == arm for r in records) for arm in dict.fromkeys(r.arm for r in records)}
     some = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     notes = [f"{some} ({', '.join(map(str, seeds))})." + (f" {SPREAD}" if len(seeds) > 1 else "")]
     short = [f"{arm} {count}" for arm, count in counts.items() if count < len(seeds)]
     notes += [f"Fewer seeds so far: {', '.join(short)}."] if short else []
+    missing = [arm for arm in study.arms(records[0].scale) if arm not in counts]
+    notes += [f"Not run yet: {'; '.join(missing)}."] if missing else []
     sessions: dict[int, set[str]] = {}
     for record in records:
         sessions.setdefault(record.seed, set()).add((record.timing_session or {}).get("time", ""))
@@ -186,8 +205,9 @@ def provenance(records: Sequence[Record]) -> str:
     text = "Made with " + "; and with ".join(made) + "."
     files = dict.fromkeys(record.converted["file"] for record in records if record.converted is not None)
     if files:
+        named = "`, `".join(files)
         text += (
-            f"\n\nThe records were converted from `{'`, `'.join(files)}` of an earlier script; they carry no digest."
+            f"\n\nConverted from `{named}`, which a script wrote; the records carry no digest until they are made anew."
         )
     return text
 

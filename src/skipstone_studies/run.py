@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,9 +14,9 @@ from skipstone.report.write import write_report
 from skipstone.runs import METRICS
 from skipstone_studies import readme as readmes
 from skipstone_studies import record as records
+from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.corpus import first_available
-from skipstone_studies.page import groups, render, terminal
-from skipstone_studies.quality import STUDIES
+from skipstone_studies.page import groups, pictures, render, terminal
 from skipstone_studies.record import Record
 from skipstone_studies.session import Session
 from skipstone_studies.study import RecipeDict, Study
@@ -83,6 +83,7 @@ def _run(
     out: Path,
     console: Console,
 ) -> list[str]:
+    only = None if only is None else named_arms(only, study.arms(scale))
     for arm in only or ():
         choose(f"arm of {study.name!r}", arm, study.arms(scale))
     corpus, reason = first_available(study.corpora)
@@ -99,6 +100,17 @@ def _run(
         raise
     _report(session, arms, seeds[0])
     return session.failures
+
+
+def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
+    """Arms from words that were separated by commas; an arm's name may hold commas itself."""
+    rest, found = list(words), []
+    while rest:
+        ends = (end for end in range(len(rest), 0, -1) if end == 1 or ", ".join(rest[:end]) in known)
+        end = next(ends)
+        found.append(", ".join(rest[:end]))
+        rest = rest[end:]
+    return found
 
 
 def _report(session: Session, arms: dict[str, RecipeDict], seed: int) -> None:
@@ -125,6 +137,8 @@ def table_path(out: Path, name: str) -> Path:
 def _publish(study: Study, scale: str, found: Sequence[Record], out: Path, readme: Path | None) -> None:
     """Write the table, show that of `scale` on the terminal, and hand it to the README if one is named."""
     write_whole(table_path(out, study.name), render(study, found))
+    for file, drawing in pictures(study, found).items():
+        write_whole(out / file, drawing)
     for current in groups(study, found, scale):
         Console().print(rich_table([terminal(study, current)]))
         if readme is not None:

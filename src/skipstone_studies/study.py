@@ -17,6 +17,7 @@ from skipstone_studies.measure import measure_together, standard
 SCALES = ("laptop", "paper")
 RecipeDict = dict[str, Any]  # as `skipstone train` reads it: {"model": ..., "data": ..., "train": ...}
 Figures = Mapping[str, Any]
+# recipe, run folder, whether to go on with what is there, callbacks of the trainer
 Make = Callable[[RecipeDict, Path, bool, Sequence[TrainerCallback]], object]
 SAVE_MINUTES = 10.0  # between checkpoints: no stop costs more work than that
 
@@ -65,7 +66,8 @@ class Study:
     measure: figures of one finished run. measure_together: further figures of all runs of a seed, by arm, taken in one
     timing session so that arms compare fairly; None where nothing needs that. derive: figures that follow from those of
     all arms of a seed, by arm; computed when the table is rendered. details: Markdown below a table, from the figures
-    of each arm by seed, those that `derive` adds included.
+    of each arm by seed, those that `derive` adds included. pictures: SVG files by name, from the same figures, which
+    lie beside the page.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Study:
     measure_together: Callable[[Mapping[str, Path]], Mapping[str, Figures]] | None = measure_together
     derive: Callable[[Mapping[str, Figures]], Mapping[str, Figures]] | None = None
     details: Callable[[Mapping[str, Mapping[int, Figures]]], str] | None = None
+    pictures: Callable[[Mapping[str, Mapping[int, Figures]]], Mapping[str, str]] | None = None
 
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, RecipeDict]:
         """The arms of `scale`, on `corpus` if one is named. Raises ValueError for a scale that is not declared."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from skipstone.runs import Run
-from skipstone_studies.quality import STUDIES
+from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.study import Column, Study
 
 COLUMNS = (

@@ -14,7 +14,7 @@ from skipstone.core.lock import Busy, locked
 from skipstone.train.training import train
 from skipstone_studies import pace, study
 from skipstone_studies.pace import TimeLeft, work
-from skipstone_studies.run import reproduce
+from skipstone_studies.run import named_arms, reproduce
 from skipstone_studies.study import Study
 
 Register = Callable[..., Study]
@@ -105,3 +105,13 @@ def test_a_study_saves_by_time(tiny: Register, monkeypatch: pytest.MonkeyPatch) 
     tiny()
     reproduce("tiny", arms=["dense"])
     assert asked[0]["save_minutes"] == 10
+
+
+def test_names_of_arms_may_hold_commas() -> None:
+    known = ("dense", "dense, tuned", "a, b, c")
+    assert named_arms(["dense", "tuned", "dense", "a", "b", "c", "other"], known) == [
+        "dense, tuned",
+        "dense",
+        "a, b, c",
+        "other",
+    ]

@@ -14,9 +14,9 @@ from skipstone.evaluate.evaluation import evaluate
 from skipstone.runs import Run
 from skipstone.train.training import train
 from skipstone_studies import gates, text_blocks
+from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.claims import Claim, PublishedColumn, beside, claims_table, paired_differences
 from skipstone_studies.page import lookup
-from skipstone_studies.quality import STUDIES
 from skipstone_studies.quality.tsa import equal_flops, judged, published
 
 NAMES = [name for name in STUDIES if name.startswith("tsa_")]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from skipstone.adapt import flop_budget as budgets
 from skipstone.adapt import stages
@@ -16,7 +17,7 @@ from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
 from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
 from skipstone.adapt.trainer import AdaptTrainer, on_device
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.runs import TOKENIZER
+from skipstone.runs import TOKENIZER, Run
 from skipstone.train import folder as folders
 from skipstone.train import setup
 from skipstone.train.recipe import to_dict
@@ -29,23 +30,32 @@ THRESHOLD_ROWS = 32  # of the calibration rows: a threshold is one number, and e
 
 
 def adapt(
-    source: str, config: Mapping[str, Any], *, out: Path | None = None, resume: bool = False, progress: bool = True
+    source: str,
+    config: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    save_minutes: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Adapt the dense checkpoint `source` by the recipe `config` into a run folder and return it.
 
-    out, resume, progress: as `skipstone.train.training.train` takes them. Raises ValueError, FileNotFoundError or
+    The other arguments are those of `skipstone.train.training.train`. Raises ValueError, FileNotFoundError or
     FileExistsError, one line, before anything is written; `Interrupted` after a stop signal.
     """
     recipe = read_recipe(config)
     check_early(recipe)
     with held(recipe, out, resume) as folder:
-        return _adapt(source, recipe, folder, resume, progress)
+        run = open_run(recipe, folder, resume)
+        if run is not None and run.finished:
+            return folder
+        plan = _begin(source, recipe, folder, run)
+        return _train(plan, folder, progress, save_minutes, callbacks)
 
 
-def _adapt(source: str, recipe: AdaptRecipe, folder: Path, resume: bool, progress: bool) -> Path:
-    run = open_run(recipe, folder, resume)
-    if run is not None and run.finished:
-        return folder
+def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> Plan:
+    """Everything up to the first step; a new run's folder is written."""
     plan = prepare_plan(source, recipe, run)
     resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}
     arguments = setup.arguments(recipe.train, folder)
@@ -56,11 +66,14 @@ def _adapt(source: str, recipe: AdaptRecipe, folder: Path, resume: bool, progres
         folders.create(folder, resolved, recipe.train.seed)
         folders.write_json(folder / RECORD, plan.record)
         plan.data.tokenizer.save_pretrained(folder / TOKENIZER)  # type: ignore[union-attr]
-    return _train(plan, arguments, folder, progress)
+    return plan
 
 
-def _train(plan: Plan, arguments: Any, folder: Path, progress: bool) -> Path:
+def _train(
+    plan: Plan, folder: Path, progress: bool, save_minutes: float | None, more: Sequence[TrainerCallback]
+) -> Path:
     recipe = plan.recipe
+    arguments = setup.arguments(recipe.train, folder)
     if plan.teacher is not None:
         plan.teacher.to(arguments.device)
     set_seed(recipe.train.seed)
@@ -79,10 +92,10 @@ def _train(plan: Plan, arguments: Any, folder: Path, progress: bool) -> Path:
             data=plan.data,
             model=plan.model,
             args=arguments,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *more],
         )
 
-    return fit(recipe, arguments, folder, progress, trainer_of, lambda trainer: _finish(plan, tuner, folder, trainer))
+    return fit(recipe, arguments, folder, progress, trainer_of, partial(_finish, plan, tuner, folder), save_minutes)
 
 
 def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:

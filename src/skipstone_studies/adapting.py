@@ -1,0 +1,93 @@
+"""What makes the run of an arm that begins with a checkpoint: adapting it, or keeping it as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from skipstone.adapt.adaptation import adapt
+from skipstone.adapt.self_generated import write
+from skipstone.data.corpora import load_corpus
+from skipstone.model.pretrained import convert
+from skipstone.model.writing import complete
+from skipstone.runs import Run
+from skipstone_studies.record import digest
+from skipstone_studies.study import SAVE_MINUTES, RecipeDict, train_run
+
+PARTS = ("model", "data", "train", "adapt")
+HUB = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
+    """Adapt a checkpoint into a run folder.
+
+    recipe: as `skipstone adapt` reads it, and `source`: the name of a checkpoint, or {"arm": NAME}, the run of another
+    arm of the same study and seed. Without `adapt` the source is kept as it is; without `source` a model is trained
+    from random weights. sampled: options of `sampled_text`, which is then the corpus.
+    """
+    if "source" not in recipe:
+        train_run(recipe, folder, resume, callbacks)
+        return
+    source, parts = source_of(recipe, folder), {name: recipe[name] for name in recipe if name in PARTS}
+    if "sampled" in recipe:
+        texts = sampled_text(source, text_folder(folder, recipe["sampled"]), **recipe["sampled"])
+        parts["data"] = {**parts.get("data", {}), "corpus": f"text:{texts}"}
+    if "adapt" in recipe:
+        adapt(source, parts, out=folder, resume=resume, save_minutes=SAVE_MINUTES, callbacks=callbacks)
+    else:
+        convert(source, folder)
+
+
+def source_of(recipe: RecipeDict, folder: Path) -> str:
+    """Where the checkpoint of a recipe is. Raises FileNotFoundError if it is nowhere."""
+    source = recipe["source"]
+    return source_path(source) if isinstance(source, str) else str(run_beside(folder, source["arm"]).model_folder())
+
+
+def source_path(name: str) -> str:
+    """A checkpoint by name: a folder or a GGUF file in SKIPSTONE_DATA, else what the hub calls it.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    data = os.environ.get("SKIPSTONE_DATA")
+    for path in (Path(data, name), Path(data, f"{name}.gguf")) if data else ():
+        if path.exists():
+            return str(path)
+    if name in HUB:
+        return HUB[name]
+    raise FileNotFoundError(
+        f"checkpoint {name!r} is not there: put its folder into the folder that SKIPSTONE_DATA names"
+    )
+
+
+def run_beside(folder: Path, arm: str) -> Run:
+    """The run of another arm of the same study, scale and seed. Raises FileNotFoundError if it is not there."""
+    path = folder.with_name(f"{arm}-seed{folder.name.rpartition('seed')[2]}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"the run of arm {arm!r} is not in {str(folder.parent)!r}: it is made before this arm")
+    return Run(path)
+
+
+def text_folder(folder: Path, options: dict[str, Any]) -> Path:
+    """Where the text that is sampled with these options lies, for all arms and seeds of a study."""
+    return folder.with_name(f"text-{digest(options)}")
+
+
+def sampled_text(source: str, out: Path, also: str | None = None, **options: Any) -> Path:
+    """Text that the checkpoint generates itself, in the folder `out`; sampled once.
+
+    options: of `skipstone.adapt.self_generated.write`. also: a corpus whose validation split is put before the
+    training text.
+    """
+    if not out.is_dir():
+        with complete(out) as partial:
+            write(source, partial, **options)
+            if also is not None:
+                train = partial / "train.txt"
+                parts = [*load_corpus(also).documents("validation"), train.read_text(encoding="utf-8")]
+                train.write_text("\n\n".join(parts), encoding="utf-8")
+    return out

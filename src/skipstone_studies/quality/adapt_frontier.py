@@ -1,0 +1,316 @@
+"""What a pretrained model loses when it computes less: Mixture-of-Depths, random skipping, fewer blocks, and neurons by
+magnitude, at the FLOPs of the checkpoint without six of its 30 blocks.
+
+All arms learn from the same rows, from text and source alike (or from the source alone), and are judged as executed, on
+the first rows of three texts, two of which nobody trains on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, TrainerCallback
+
+from skipstone.budget import BudgetTable
+from skipstone.budget.table import FILE
+from skipstone.evaluate.budget_curve import calibrate_run
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.measure.flops import count_flops, flop_check
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.speed import decode_task, take_turns
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.writing import complete
+from skipstone.runs import Run
+from skipstone_studies.adapting import adapt_run, run_beside
+from skipstone_studies.quality.frontier_page import DEAR, PROMPT_TEXT, SAMPLED_TOKENS, TEXTS, TUNED, pictures, samples
+from skipstone_studies.speed.interleaved import ratio
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+SOURCE = "SmolLM2-135M-Instruct"
+DROPPED, BUDGET = 6, 0.8395  # blocks, and the share of a row's FLOPs that is left without them
+NEURONS = {0.8395: 0.5799, 0.9: 0.7383, 0.79: 0.4504}  # mean share of neurons with which decoding meets a budget
+APART = 0.08  # shares of neurons tried and kept, from their mean: a wide optimum, see docs/log.md
+CONTEXT, BATCH, COUNTED = 256, 8, 8
+DIALLED = 16  # rows that thresholds are set by
+PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
+LEAST = {"score": "block_influence"}
+
+
+def arms(
+    scale: str,
+    *,
+    tokens: int,
+    rate: float,
+    language_modelling: float,
+    sampled: bool,
+    move_to: tuple[float, ...] = (),
+) -> dict[str, RecipeDict]:
+    """The source, what the tokens alone bring, and at the budget what computes less."""
+    layers = {**LEAST, "count": 8 * DROPPED // 3}  # a wide optimum: see docs/log.md
+    best: dict[str, Any] = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
+    best |= {"skip": "low_rank", "skip_rank": 64}
+    random = {**best, "decision": "random", "weight": "none"}
+    routed = {"budget": BUDGET, "start": "measured"}
+    recipe = partial(_recipe, tokens, rate, language_modelling, sampled)
+    at = f"at {BUDGET:.0%}"
+    found: dict[str, RecipeDict] = {"source": {"source": SOURCE}}
+    if language_modelling:
+        found[TUNED] = recipe({})
+    found |= {
+        f"fewer blocks {at}": recipe({"drop_layers": {**LEAST, "count": DROPPED}}),
+        f"mixture of depths {at}": recipe({"mechanisms": [best]}, **routed),
+        f"random skipping {at}": recipe({"mechanisms": [random]}, **routed),
+        f"neurons by magnitude {at}": recipe({"neuron_groups": _shares(BUDGET)}),
+    }
+    for kind in ("mixture of depths", DEAR) if move_to else ():
+        found |= {moved(kind, b): {"source": {"arm": f"{kind} {at}"}, "at_budget": b} for b in move_to}
+    return found
+
+
+def moved(kind: str, budget: float) -> str:
+    """The name of an arm whose thresholds or numbers of neurons are set to another budget than it was adapted for."""
+    return f"{kind} at {BUDGET:.0%}, set to {budget:.0%}"
+
+
+def _shares(budget: float) -> dict[str, float]:
+    mean = NEURONS[budget]
+    return {"capacity": round(mean + APART, 4), "down_capacity": round(mean - APART, 4)}
+
+
+def _recipe(
+    tokens: int, rate: float, language_modelling: float, sampled: bool, model: dict[str, Any], **options: Any
+) -> RecipeDict:
+    steps = max(1, tokens // (BATCH * CONTEXT))
+    train: dict[str, Any] = {"steps": steps, "batch_size": BATCH, "learning_rate": rate, "warmup_steps": steps // 10}
+    train |= {
+        "precision": "bf16",
+        "loss_chunk": 256,
+        "save_every": max(1, steps // 4),
+        "log_every": max(1, steps // 10),
+    }
+    loss = {"language_modelling": language_modelling, "distillation": 1 - language_modelling}
+    own = {"sampled": {"tokens": 250_000, "length": 256, "batch": 96, "also": "wikitext-2"}} if sampled else {}
+    return {
+        "source": SOURCE,
+        **own,
+        "model": model,
+        "data": {"corpus": "wikitext-2", "context": CONTEXT},
+        "train": {**train, "eval_every": 0, "eval_rows": 8},
+        "adapt": {"loss": loss, "calibration_rows": 192, **options},
+    }
+
+
+def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
+    """Adapt; or save the model of another arm with thresholds or neurons for the budget that `at_budget` names."""
+    if "at_budget" not in recipe:
+        adapt_run(recipe, folder, resume, callbacks)
+        return
+    run, budget = run_beside(folder, recipe["source"]["arm"]), recipe["at_budget"]
+    model, tokenizer = run.load_model(), run.load_tokenizer()
+    with complete(folder) as partly, thresholds(model, run, budget):
+        model.save_pretrained(partly)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partly)
+        if model.config.neuron_groups is not None:
+            config = partly / "config.json"
+            values = json.loads(config.read_text(encoding="utf-8"))
+            values["neuron_groups"] |= _shares(budget)
+            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> AbstractContextManager[Any]:
+    """The model with the thresholds of a budget; neurons by magnitude have none."""
+    if model.config.neuron_groups is not None:
+        return nullcontext()
+    if not (run.model_folder() / FILE).is_file():
+        calibrate_run(run.folder, rows=DIALLED)
+    return BudgetTable.load(run.model_folder()).at(model, budget)
+
+
+def measured(folder: Path, rows: int) -> Figures:
+    """Nats a token and counted FLOPs a token on each text that is judged, and a sample."""
+    found: dict[str, Any] = {"greedy": greedy(folder), "tokens": 0}
+    if not Run(folder).is_saved_model:
+        found["tokens"] = Run(folder).result()["tokens"]
+    for name, (corpus, split) in TEXTS.items():
+        loaded = load_run(folder, split, corpus, CONTEXT)
+        assert loaded.data is not None
+        model, data, device = loaded.model, loaded.data, loaded.model.device
+        loss = measure_loss(model, loaded.primary, batches(data, BATCH, device, rows), activations=False).loss
+        found[name] = {
+            "loss": loss,
+            "flops": flop_check(model, loaded.primary, batches(data, 1, device, COUNTED)).counted,
+        }
+    return found
+
+
+def greedy(folder: Path) -> str:
+    """Greedy words after the prompt."""
+    run = Run(folder)
+    model, tokenizer = run.load_model(), run.load_tokenizer()
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer.encode(PROMPT_TEXT)])
+    out = model.generate(ids, max_new_tokens=SAMPLED_TOKENS, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    return str(tokenizer.decode(out[0, ids.shape[1] :].tolist()))
+
+
+def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
+    """FLOPs and tokens/s of one row by the source's, after words of the first text: what is skipped depends on them."""
+    corpus, split = next(iter(TEXTS.values()))
+    data = load_run(runs["source"], split, corpus, CONTEXT).data
+    assert data is not None
+    prompt = data.collate([data.validation[len(data.validation) - 1]])["input_ids"][:, :PROMPT]
+    models = {name: Run(folder).load_model() for name, folder in runs.items()}
+    flops = {name: decoding_flops(model, prompt) for name, model in models.items()}
+    rates = take_turns({name: decode_task(model, prompt, STEPS) for name, model in models.items()}, TURNS)
+    base = rates["source"].each
+    return {
+        name: {"decode": {"speed": ratio(rate.each, base), "flops": flops[name] / flops["source"]}}
+        for name, rate in rates.items()
+    }
+
+
+@torch.no_grad()
+def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
+    """Of the steps that follow the prompt, counted while they run."""
+    cache = DynamicCache(config=model.config)
+    token, total = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1), 0
+    for _ in range(STEPS):
+        given: list[Any] = []
+        total += count_flops(lambda ids=token, to=given: to.append(model(ids, past_key_values=cache))).total  # type: ignore[misc]
+        token = given[0].logits.argmax(-1)
+    return total
+
+
+def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
+    """Of each text: share of the source's FLOPs, perplexity, and that by the tuned source's (or the source's)."""
+    source = figures.get("source")
+    base = figures.get(TUNED, source)
+    if source is None or base is None:
+        return {}
+    found: dict[str, Figures] = {}
+    for arm, of_arm in figures.items():
+        found[arm] = {
+            "by_text": {text: _judged(of_arm[text], base[text], source[text]) for text in TEXTS if text in of_arm}
+        }
+    return found
+
+
+def _judged(of_arm: Figures, base: Figures, source: Figures) -> Figures:
+    return {
+        "share": of_arm["flops"] / source["flops"],
+        "perplexity": math.exp(of_arm["loss"]),
+        "over": math.expm1(of_arm["loss"] - base["loss"]),
+    }
+
+
+def columns(over: str) -> Iterator[Column]:
+    yield Column(key="tokens", title="learned from, tokens", format=",d")
+    for text in TEXTS:
+        yield Column(key=f"by_text.{text}.share", title=f"{text}: FLOPs", format=".1%")
+        yield Column(key=f"by_text.{text}.perplexity", title="perplexity", format=".2f")
+        yield Column(key=f"by_text.{text}.over", title=f"by {over}", format="+.1%")
+    yield Column(key="decode.flops", title="decode: FLOPs", format=".1%")
+    yield Column(key="decode.speed", title="tokens/s", format=".2f", spread=True)
+
+
+LEARNED = (
+    "Every arm is the same checkpoint, SmolLM2-135M-Instruct, trained on the same rows, from the text and from the "
+    "checkpoint's own distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held "
+    "against that of the same seeds: a model that was not tuned loses less on text that is far from what is learned."
+)
+DISTILLED = (
+    "Every arm is the same checkpoint, SmolLM2-135M-Instruct, trained on the same rows to give the distribution that "
+    "the whole one gives, and nothing else: the source has nothing to learn from that, and perplexities are held "
+    "against it."
+)
+ABOUT = (
+    "At the FLOPs of the checkpoint without 6 of its 30 blocks: as many whole blocks left out, those that change the "
+    "stream least; Mixture-of-Depths on 8/3 as many, a skip path of rank 64 beside each, both started as measured; the "
+    "same with tokens skipped at random; all blocks for all tokens, but of each token's neurons only some (`decision: "
+    "magnitude`), which saves in decoding. *Set to*: the same weights with other thresholds or other "
+    "numbers of neurons. Losses are of the pass that skips, on {rows} rows of 256 tokens of each text; FLOPs are "
+    "counted while it runs, one row at a time, as shares of the source's (of each text's, for the same thresholds let "
+    "more or fewer pass). *Decode*: one row of wikitext-2, 64 tokens after 64; FLOPs counted and tokens/s interleaved, "
+    "both by the source's. What saves in decoding only stands in the pictures with these FLOPs. Nobody trains on the "
+    "dictionary (GCIDE) or the plays (Tiny-Shakespeare)."
+)
+MIXED = (
+    "Texts to learn from: the validation split of wikitext-2 and texts that the checkpoint generates (`skipstone "
+    "write`), rows drawn from both."
+)
+
+
+def frontier(
+    name: str, purpose: str, *, more: str = "", rows: int = 128, seeds: tuple[int, ...] = (0,), **options: Any
+) -> Study:
+    """One page. options: what `arms` takes."""
+    learns = options["language_modelling"] > 0
+    about = f"{LEARNED if learns else DISTILLED} {ABOUT.format(rows=rows)} {more}".strip()
+    return Study(
+        name=name,
+        purpose=purpose,
+        about=about,
+        arms=partial(arms, **options),
+        seeds={"laptop": seeds},
+        make=make,
+        measure=partial(measured, rows=rows),
+        measure_together=decoding,
+        derive=derive,
+        details=samples,
+        pictures=pictures,
+        columns=tuple(columns("tuned" if learns else "source")),
+    )
+
+
+ADAPT_FRONTIER = frontier(
+    "adapt_frontier",
+    "a pretrained model computes less: SmolLM2-135M tuned on wikitext-2, whole blocks or tokens left out",
+    more="Texts to learn from: wikitext-2.",
+    rows=256,
+    tokens=400_000,
+    rate=2e-4,
+    language_modelling=0.5,
+    sampled=False,
+)
+ADAPT_FRONTIER_MIXED = frontier(
+    "adapt_frontier_mixed",
+    "a pretrained model computes less: SmolLM2-135M tuned on wikitext-2 and on text of its own",
+    more=MIXED,
+    tokens=400_000,
+    rate=2e-4,
+    language_modelling=0.5,
+    sampled=True,
+)
+ADAPT_FRONTIER_NEURONS = frontier(
+    "adapt_frontier_neurons",
+    "a pretrained model computes less: SmolLM2-135M, neurons by magnitude beside whole blocks left out",
+    more=MIXED,
+    seeds=(0, 1, 2),
+    tokens=100_000,
+    rate=3e-4,
+    language_modelling=0.5,
+    sampled=True,
+    move_to=(0.9, 0.79),
+)
+ADAPT_FRONTIER_DISTILLED = frontier(
+    "adapt_frontier_distilled",
+    "a pretrained model computes less: SmolLM2-135M, learning from its own distribution alone",
+    more=MIXED
+    + (
+        " *Neurons by magnitude* stands here with a quarter of the tokens of the other arms (see the column), so it "
+        "is not to be compared with them."
+    ),
+    tokens=400_000,
+    rate=3e-4,
+    language_modelling=0.0,
+    sampled=True,
+)
+FRONTIERS = (ADAPT_FRONTIER, ADAPT_FRONTIER_MIXED, ADAPT_FRONTIER_NEURONS, ADAPT_FRONTIER_DISTILLED)

@@ -1,0 +1,126 @@
+"""PolyGLU adapted from a SwiGLU checkpoint, beside PolyGLU trained from scratch for the same FLOPs.
+
+A small SwiGLU model is trained; what follows costs the FLOPs of `MORE` steps of PolyGLU: the checkpoint trained on as
+it is, or adapted to PolyGLU. Beside it, from scratch: PolyGLU and SwiGLU for the FLOPs of both parts together, and
+PolyGLU for those of the second part alone, when the checkpoint was there anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.measure.losses import measure_loss
+from skipstone.mechanisms.mix_figures import MixFigures
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.runs import Run
+from skipstone_studies.adapting import adapt_run
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+STEPS, MORE = 400, 200
+CONTEXT, BATCH, TINY = 128, 16, {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+CHARACTERS = 65  # of Tiny-Shakespeare
+RATE, LATER = 3e-3, 1e-3  # of a training from scratch, and of what goes on with a checkpoint
+NEUTRAL = {"name": "polyglu", "noise": False, "tau_end": 1.0}  # what a neutral start needs
+SOURCE, ADAPTED, TUNED = "SwiGLU, the checkpoint", "checkpoint, adapted to PolyGLU", "checkpoint, trained on"
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """The checkpoint, what goes on with it, and trainings from scratch at equal FLOPs."""
+    ratio = forward_flops("polyglu") / forward_flops("silu")
+    whole = STEPS + MORE * ratio  # in steps of SwiGLU
+    return {
+        SOURCE: _scratch("silu", STEPS),
+        ADAPTED: _onwards({"activation": NEUTRAL}, MORE),
+        TUNED: _onwards({}, round(MORE * ratio)),
+        "PolyGLU from scratch": _scratch("polyglu", round(whole / ratio)),
+        "SwiGLU from scratch": _scratch("silu", round(whole)),
+        "PolyGLU from scratch, FLOPs of adapting alone": _scratch("polyglu", MORE),
+    }
+
+
+@cache
+def forward_flops(activation: str) -> float:
+    """Of a row, dense or with PolyGLU."""
+    with torch.device("meta"):
+        config = SkipstoneConfig.from_plain({**TINY, "activation": activation, "vocab_size": CHARACTERS})
+        return float(SkipstoneForCausalLM(config).cost(tokens=CONTEXT).forward.total)
+
+
+def _scratch(activation: str, steps: int) -> RecipeDict:
+    return {"model": {**TINY, "activation": activation}, **_rest(steps, RATE)}
+
+
+def _onwards(model: dict[str, Any], steps: int) -> RecipeDict:
+    source = {"arm": SOURCE, "steps": STEPS}
+    return {"source": source, "model": model, "adapt": {"router_learning_rate": 1e-2}, **_rest(steps, LATER)}
+
+
+def _rest(steps: int, rate: float) -> RecipeDict:
+    train = {"steps": steps, "batch_size": BATCH, "learning_rate": rate, "warmup_steps": steps // 10}
+    quiet = {"eval_every": 0, "eval_rows": 8, "save_every": max(1, steps // 4), "log_every": max(1, steps // 10)}
+    return {"data": {"corpus": "tiny-shakespeare", "context": CONTEXT}, "train": {**train, **quiet}}
+
+
+def measured(folder: Path) -> Figures:
+    """Nats a character of the whole validation split; FLOPs of the run's training, up to a constant.
+
+    apart: where neurons choose, the share that chooses another function than most of its layer, on some rows.
+    """
+    loaded = load_run(folder, "validation")
+    assert loaded.data is not None
+    rows = list(batches(loaded.data, 32, loaded.model.device))
+    steps = Run(folder).result()["steps"]
+    found: dict[str, Any] = {
+        "nats": measure_loss(loaded.model, loaded.primary, rows, activations=False).loss,
+        "own_flops": loaded.model.cost(tokens=CONTEXT).forward.total * steps,
+    }
+    records: Any = loaded.model(**rows[0], routing="causal", output_records=True).records
+    mixes: list[Any] = [module for module in loaded.model.routing_modules() if isinstance(module, MixFigures)]
+    if mixes:
+        each = [mix.diversity(records[mix.placement.layer][mix.placement.name]).nanmean() for mix in mixes]
+        found["apart"] = float(torch.stack(each).mean())
+    return found
+
+
+def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
+    """flops: of the training, the checkpoint's included, by the checkpoint's. over: nats more than that trained on."""
+    source, tuned = figures.get(SOURCE), figures.get(TUNED)
+    if source is None or tuned is None:
+        return {}
+    return {
+        arm: {
+            "flops": found["own_flops"] / source["own_flops"] + (arm in (ADAPTED, TUNED)),
+            "over": found["nats"] - tuned["nats"],
+        }
+        for arm, found in figures.items()
+    }
+
+
+ADAPT_POLYGLU = Study(
+    name="adapt_polyglu",
+    purpose="PolyGLU adapted from a SwiGLU checkpoint, and from scratch",
+    about=(
+        "Tiny-Shakespeare, 4 blocks of width 64, rows of 128 characters; *FLOPs* are those of the training, forward "
+        "and backward, by the SwiGLU checkpoint's. *Nats* are of the whole validation split. *Apart*: neurons whose "
+        "strongest function is another one than that of most in their layer, mean over layers and tokens."
+    ),
+    arms=arms,
+    seeds={"laptop": (0, 1, 2)},
+    make=adapt_run,
+    measure=measured,
+    measure_together=None,
+    derive=derive,
+    columns=(
+        Column(key="flops", title="training FLOPs", format=".2f"),
+        Column(key="nats", title="nats", format=".4f"),
+        Column(key="over", title="less the checkpoint's trained on", format="+.4f"),
+        Column(key="apart", title="apart", format=".1%"),
+    ),
+)

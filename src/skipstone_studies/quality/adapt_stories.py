@@ -1,0 +1,111 @@
+"""What a small pretrained model loses when it computes less, beside what else the same FLOPs and tokens buy.
+
+The checkpoint generates stories (temperature 1); every arm is adapted on the same ones, learning from the text and from
+the source's distribution. All that skip execute the FLOPs of the model without one block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.measure.flops import flop_check
+from skipstone.measure.losses import measure_loss
+from skipstone_studies.adapting import adapt_run, text_folder
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+SOURCE = "stories260K"
+BUDGET = 0.8155  # the FLOPs of a row of 256 tokens without one of five blocks, by all
+CONTEXT, STEPS, ROWS, COUNTED = 256, 200, 128, 16
+SAMPLED = {"tokens": 600_000, "length": 384, "batch": 128}
+LOSS = {"language_modelling": 0.5, "distillation": 0.5}
+LEAST = {"score": "block_influence"}
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """The source; tuned; without a block; and what skips."""
+    mixture = {"name": "mixture_of_depths", "layers": {**LEAST, "count": 3}, "capacity_warmup": 0.15}
+    best = {**mixture, "kv": "full", "skip": "low_rank", "skip_rank": 16}
+    random = {**best, "decision": "random", "weight": "none"}
+    gates = {"name": "token_selective", "layers": "1:", "depth_weight": 0.0}
+    routed = {"budget": BUDGET, "router_learning_rate": 3e-3, "start": "measured"}
+    at_random = {**routed, "start": "random"}
+    soft = {"steps": STEPS * 3 // 5}
+    hard = {"steps": STEPS - soft["steps"], "routing": "causal", "learning_rate": 5e-4}
+    closing = {"loss": {**LOSS, "budget": 10.0}, "router_learning_rate": 1e-2, "stages": [soft, hard]}
+    return {
+        "source": {"source": SOURCE, "sampled": SAMPLED},
+        "dense, tuned": _recipe({}),
+        "one block dropped": _recipe({"drop_layers": {**LEAST, "count": 1}}),
+        "random skipping": _recipe({"mechanisms": [random]}, **at_random),
+        "mixture of depths": _recipe({"mechanisms": [best]}, **routed),
+        "same, random start": _recipe({"mechanisms": [best]}, **at_random),
+        "same, nothing for skipped tokens": _recipe({"mechanisms": [{**best, "skip": "identity"}]}, **routed),
+        "same, no keys of skipped tokens": _recipe({"mechanisms": [{**best, "kv": "kept"}]}, **routed),
+        "token-selective attention": _recipe({"mechanisms": [gates]}, **closing, budget=BUDGET),
+    }
+
+
+def _recipe(model: dict[str, Any], **options: Any) -> RecipeDict:
+    train = {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": STEPS // 10}
+    quiet = {"eval_every": 0, "eval_rows": 8, "save_every": STEPS // 4, "log_every": STEPS // 10}
+    return {
+        "source": SOURCE,
+        "sampled": SAMPLED,
+        "model": model,
+        "data": {"context": CONTEXT},
+        "train": {**train, **quiet},
+        "adapt": {"loss": LOSS, **options},
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """Nats as executed on held-out stories and on text of another kind; counted FLOPs of a token of a story."""
+    stories = f"text:{text_folder(folder, SAMPLED)}"
+    found: dict[str, Any] = {}
+    for name, corpus, split in (("stories", stories, "validation"), ("wikitext-2", "wikitext-2", "test")):
+        loaded = load_run(folder, split, corpus, CONTEXT)
+        assert loaded.data is not None
+        model, device = loaded.model, loaded.model.device
+        found[name] = measure_loss(model, loaded.primary, batches(loaded.data, 8, device, ROWS), activations=False).loss
+        if name == "stories":
+            found["flops"] = flop_check(model, loaded.primary, batches(loaded.data, 1, device, COUNTED)).counted
+    return found
+
+
+def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
+    """share: of the source's FLOPs. perplexity: of a token of the stories."""
+    if "source" not in figures:
+        return {}
+    whole = figures["source"]["flops"]
+    return {
+        arm: {"share": found["flops"] / whole, "perplexity": math.exp(found["stories"])}
+        for arm, found in figures.items()
+    }
+
+
+ADAPT_STORIES = Study(
+    name="adapt_stories",
+    purpose="a small pretrained model computes less: Mixture-of-Depths, random skipping, gates, fewer blocks",
+    about=(
+        "stories260K, adapted for 200 steps on stories that it generates itself. Every arm reads the same rows and "
+        "learns from text and teacher alike. All that skip execute the FLOPs of the model without one block. *Nats* "
+        "and *perplexity* are of the pass that skips, on rows that nobody trained on; wikitext-2 is text of another "
+        "kind. FLOPs are counted, one row at a time."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    make=adapt_run,
+    measure=measured,
+    measure_together=None,
+    derive=derive,
+    columns=(
+        Column(key="share", title="executed FLOPs", format=".1%"),
+        Column(key="stories", title="stories, nats", format=".4f", better="low"),
+        Column(key="perplexity", title="perplexity"),
+        Column(key="wikitext-2", title="wikitext-2, nats"),
+    ),
+)

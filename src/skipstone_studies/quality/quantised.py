@@ -1,0 +1,203 @@
+"""What is lost when weights are quantised, tokens skip, or both at once.
+
+The runs are those of other studies; each is measured with its own weights, and with linear layers in int8 and int4 by
+torchao (weights only), after it was saved and loaded again. Routers, gates, norms and embeddings keep full precision:
+none of them is an nn.Linear.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from skipstone import SkipstoneForCausalLM
+from skipstone.adapt.prune import export_pruned
+from skipstone.core.files import write_whole
+from skipstone.evaluate.loaded_run import batches, load_run
+from skipstone.evaluate.metrics import sample_ids
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.speed import decode_task, take_turns
+from skipstone.model.writing import complete
+from skipstone.runs import Run
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+WEIGHTS = ("as trained", "int8", "int4")
+PRUNED = ", pruned"
+PROMPT, NEW, ROUNDS = 64, 32, 5
+TEXT = "text.json"  # beside the saved model: where it is measured
+
+
+def arms(scale: str, runs: Iterable[tuple[str, str]], text: dict[str, Any], group: int = 0) -> dict[str, RecipeDict]:
+    """runs: (study, arm), the first of a dense model. group: weights of a row that share an int4 scale, 0 for all."""
+    return {
+        name_of(arm, weights): {
+            "run": {"study": study, "arm": arm.removesuffix(PRUNED), "pruned": arm.endswith(PRUNED)},
+            "weights": weights,
+            "group": group,
+            "text": text,
+        }
+        for study, arm in runs
+        for weights in WEIGHTS
+    }
+
+
+def name_of(arm: str, weights: str) -> str:
+    return f"{arm}, {weights}"
+
+
+def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
+    """Save the other study's model with these weights, loaded again and compared."""
+    named, seed = recipe["run"], recipe["seed"]
+    source = folder.parents[2] / named["study"] / folder.parent.name / f"{named['arm']}-seed{seed}"
+    if not source.is_dir():
+        raise FileNotFoundError(f"{str(source)!r} is not there: run `skipstone reproduce {named['study']}` first")
+    run, text = Run(source), dict(recipe["text"])
+    if not run.is_saved_model:
+        text = {"corpus": run.data_config().corpus, "context": run.data_config().context, **text}
+    model_folder, tokenizer = run.model_folder(), run.load_tokenizer()
+    if named["pruned"]:
+        model_folder = folder.with_name(f".{named['arm']}-pruned-seed{seed}")
+        if not model_folder.is_dir():
+            export_pruned(source, model_folder)
+    with complete(folder) as partly:
+        made = SkipstoneForCausalLM.from_pretrained(model_folder, **_options(recipe["weights"], recipe["group"])).eval()
+        made.save_pretrained(partly)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partly)
+        write_whole(partly / TEXT, json.dumps(text))
+        _check_saved(made, partly)
+
+
+def _options(weights: str, group: int) -> dict[str, Any]:
+    """What `from_pretrained` is told to load weights so."""
+    if weights == "as trained":
+        return {}
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
+    except ImportError:
+        raise ValueError("quantising needs torchao: pip install torchao") from None
+    from transformers import TorchAoConfig
+
+    spread = PerGroup(group) if group else PerAxis(0)
+    config = Int8WeightOnlyConfig() if weights == "int8" else IntxWeightOnlyConfig(torch.int4, spread)  # type: ignore[attr-defined]
+    return {"quantization_config": TorchAoConfig(config)}
+
+
+@torch.no_grad()
+def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
+    """Raises ValueError where the saved model is another one, or its routers are quantised."""
+    loaded = SkipstoneForCausalLM.from_pretrained(folder).eval()
+    ids_BT = torch.arange(2 * PROMPT).view(2, PROMPT) % made.config.vocab_size
+    if not torch.equal(loaded(ids_BT).logits, made(ids_BT).logits):
+        raise ValueError(f"{str(folder)!r} is not the model that was saved")
+    if not all(p.dtype.is_floating_point for name, p in loaded.named_parameters() if "router" in name):
+        raise ValueError(f"{str(folder)!r} has quantised routers")
+
+
+def measured(folder: Path, rows: int) -> Figures:
+    """Nats as executed, and bytes of the weights' file."""
+    text = json.loads((folder / TEXT).read_text(encoding="utf-8"))
+    loaded = load_run(folder, **text)
+    assert loaded.data is not None
+    given = batches(loaded.data, 8, loaded.model.device, rows)
+    nats = measure_loss(loaded.model, loaded.primary, given, activations=False).loss
+    return {"nats": nats, "bytes": (folder / "model.safetensors").stat().st_size}
+
+
+def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
+    """Tokens/s of one row, and half of their range as a share of them."""
+    tasks = {}
+    for arm, folder in runs.items():
+        loaded = load_run(folder, **json.loads((folder / TEXT).read_text(encoding="utf-8")))
+        tasks[arm] = decode_task(loaded.model, sample_ids(loaded, 1, PROMPT), NEW)
+    rates = take_turns(tasks, ROUNDS)
+    return {arm: {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread} for arm, rate in rates.items()}
+
+
+def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
+    """interaction: what skipping and quantising lose together, less the sum of what each loses alone."""
+    found: dict[str, Figures] = {}
+    for name, of_arm in figures.items():
+        arm, _, weights = name.rpartition(", ")
+        found[name] = {"perplexity": math.exp(of_arm["nats"])}
+        others = [name_of(arm, WEIGHTS[0]), name_of(first, weights), name_of(first, WEIGHTS[0])]
+        if arm != first and weights != WEIGHTS[0] and all(other in figures for other in others):
+            own, quantised, plain = (figures[other]["nats"] for other in others)
+            found[name] = {**found[name], "interaction": of_arm["nats"] - own - quantised + plain}
+    return found
+
+
+def quantised(
+    name: str, purpose: str, about: str, runs: tuple[tuple[str, str], ...], rows: int, **options: Any
+) -> Study:
+    """One page. options: what `arms` takes."""
+    return Study(
+        name=name,
+        purpose=purpose,
+        about=f"{about} {ABOUT}",
+        arms=partial(arms, runs=runs, **options),
+        seeds={"laptop": (0,)},
+        make=make,
+        measure=partial(measured, rows=rows),
+        measure_together=decoding,
+        derive=partial(derive, first=runs[0][1]),
+        columns=(
+            Column(key="bytes", title="MB", format=",.2f", unit=1e6),
+            Column(key="nats", title="nats", format=".4f"),
+            Column(key="perplexity", title="perplexity"),
+            Column(key="interaction", title="interaction, nats", format="+.4f"),
+            Column(key="tokens_per_second", title="tokens/s", format=".0f"),
+            Column(key="spread", title="half of their range", format=".0%"),
+        ),
+    )
+
+
+ABOUT = (
+    "Weights of linear layers are quantised by torchao, weights only; routers, gates, norms and embeddings keep full "
+    "precision. Every model was saved and loaded again before it was measured. *Nats* are of the pass that skips. "
+    "*Interaction*: what skipping and quantising lose together, minus the sum of what each loses alone. *MB*: the "
+    "weights' file; int4 values lie in bytes of their own here, packed they would take half. *Tokens/s*: decoding one "
+    "row."
+)
+QUANTISED = quantised(
+    "quantised",
+    "skipping and quantised weights: the arms of adapt_stories",
+    "128 rows of stories, one scale for a row of weights.",
+    tuple(("adapt_stories", arm) for arm in ("dense, tuned", "mixture of depths", "token-selective attention")),
+    128,
+    text={},
+)
+GROUPS = ("dense", "narrow 0.4", "groups 0.6", f"groups 0.6{PRUNED}", "groups 0.4", f"groups 0.4{PRUNED}")
+QUANTISED_GROUPS = quantised(
+    "quantised_groups",
+    "neuron groups, pruned and quantised: the arms of ffn_groups",
+    "128 rows, one scale a row of weights. *Pruned*: without the groups of neurons that 64 training rows do not use.",
+    tuple(("ffn_groups", arm) for arm in GROUPS),
+    128,
+    text={},
+)
+QUANTISED_SMOLLM2 = quantised(
+    "quantised_smollm2",
+    "skipping and quantised weights: SmolLM2-135M",
+    (
+        "16 rows of 256 tokens of wikitext-2, one scale for a row of weights, in int4 for 32 weights of it. The other "
+        "arms were trained after the source was taken, so their *interaction* tells of that training, too, and must "
+        "not be read as what skipping does to quantisation."
+    ),
+    (
+        ("adapt_frontier_neurons", "source"),
+        ("adapt_frontier_distilled", "mixture of depths at 84%"),
+        ("adapt_frontier_neurons", "neurons by magnitude at 84%"),
+    ),
+    16,
+    text={"corpus": "wikitext-2", "split": "test", "context": 256},
+    group=32,
+)
+QUANTISED_STUDIES = (QUANTISED, QUANTISED_GROUPS, QUANTISED_SMOLLM2)

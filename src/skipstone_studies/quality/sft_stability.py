@@ -1,0 +1,255 @@
+"""Does routing stay as it is through supervised fine-tuning? The claim of arXiv 2603.13347, on a tiny model.
+
+A PolyGLU model learns Python code, tau falling to .1, and is then tuned on GSM8K's chats by TRL's SFTTrainer,
+unchanged: ChatML, loss on the assistant's tokens alone (the token that ends its turn among them), tau frozen. What the
+routing does is measured on chats that are never trained on. A second model learns without noise. Needs trl, and
+gsm8k/train.jsonl in the folder that SKIPSTONE_DATA names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from skipstone.adapt.harden import mean_logits
+from skipstone.measure.passes import PASSES
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.writing import complete
+from skipstone.runs import Run, read_metrics
+from skipstone_studies.study import Column, Figures, RecipeDict, Study, train_run
+
+VOCABULARY, CONTEXT, ROWS, HELD_OUT = 1024, 256, 2, 64
+BASE_STEPS, STEPS = 3000, 13_067
+LINES = 26  # of the routing's course
+DRIFT, FLIPS = 0.10, 0.01  # what counts as stable
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SFT, COURSE = "sft", "course.jsonl"  # in the run folder: TRL's checkpoints, and what the routing did
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """The base model's training, with Gumbel noise and without."""
+    return {"with noise": _recipe({}), "without noise": _recipe({"noise": False})}
+
+
+def _recipe(options: dict[str, Any]) -> RecipeDict:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    train = {"steps": BASE_STEPS, "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": BASE_STEPS // 20}
+    train |= {
+        "eval_every": 0,
+        "save_every": max(1, BASE_STEPS // 4),
+        "eval_rows": 128,
+        "log_every": max(1, BASE_STEPS // 10),
+    }
+    return {
+        "model": {**sizes, "activation": {"name": "polyglu", **options}},
+        "data": {"corpus": "python-stdlib", "context": CONTEXT},
+        "train": train,
+        "sft_steps": STEPS,
+    }
+
+
+def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
+    """Train the base model, with a tokenizer made of the chats."""
+    tokenizer = folder.with_name("tokenizer")
+    if not tokenizer.is_dir():
+        make_tokenizer(chats(), tokenizer)
+    parts = {name: recipe[name] for name in ("model", "data", "train")}
+    parts["data"] = {**parts["data"], "tokenizer": f"pretrained:{tokenizer}"}
+    train_run(parts, folder, resume, callbacks)
+
+
+def chats() -> list[dict[str, Any]]:
+    """GSM8K's rows as chats. Raises FileNotFoundError where they are not."""
+    path = Path(os.environ.get("SKIPSTONE_DATA", ""), "gsm8k", "train.jsonl")
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not there: put GSM8K into the folder that SKIPSTONE_DATA names")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    said = [({"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}) for r in rows]
+    return [{"messages": list(messages)} for messages in said]
+
+
+def make_tokenizer(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Byte-level BPE of the chats, with ChatML's tokens. The turn's end is what generation stops on."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((m["content"] for row in rows for m in row["messages"]), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    tokenizer.chat_template = TEMPLATE
+    with complete(folder) as partly:
+        tokenizer.save_pretrained(partly)
+
+
+class Routing:
+    """What the routing does on rows that stay the same. strongest: of the model before it was tuned."""
+
+    def __init__(self, model: SkipstoneForCausalLM, rows: Sequence[Mapping[str, Tensor]]) -> None:
+        self.model, self.rows = model, rows
+        self.first = self._strongest()
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, Any]:
+        """Dynamic entropy in nats by layer, and the share of neurons that have changed their mind."""
+        was_training = self.model.training
+        self.model.eval()
+        sums, count = torch.zeros(len(self.model.model.layers), dtype=torch.float64), 0
+        for row in self.rows:
+            records: Any = PASSES["executed"].run(self.model, row, output_records=True).records
+            for layer, (decided, block) in enumerate(zip(records, self.model.model.layers, strict=True)):
+                activation: Any = block.mlp.activation  # type: ignore[union-attr]
+                record: Any = decided[activation.placement.name]
+                entropy = activation.dynamic_entropy(record).expand(record.reached_BT.shape)[record.reached_BT]
+                sums[layer] += entropy.double().sum()
+            count += int(row["input_ids"].numel())
+        flips = torch.cat([a != b for a, b in zip(self.first, self._strongest(), strict=True)]).double().mean()
+        self.model.train(was_training)
+        return {"dynamic_entropy": (sums / count).tolist(), "flips": float(flips)}
+
+    def _strongest(self) -> list[Tensor]:
+        """[F] for each layer."""
+        was_training = self.model.training
+        dynamic = mean_logits(self.model.eval(), PASSES["executed"], self.rows)
+        self.model.train(was_training)
+        activations: list[Any] = [block.mlp.activation for block in self.model.model.layers]  # type: ignore[union-attr]
+        return [(a.preference_FA + mean).argmax(-1) for a, mean in zip(activations, dynamic, strict=True)]
+
+
+class Watch(TrainerCallback):
+    """Measures so often, and writes a line to `path` each time."""
+
+    def __init__(self, routing: Routing, every: int, path: Path) -> None:
+        self.routing, self.every, self.path = routing, every, path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lines that are about to be measured again are forgotten."""
+        kept = [line for line in course(self.path) if line["step"] <= state.global_step]
+        lines = kept or [{"step": 0, **self.routing.figures()}]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **self.routing.figures()}) + "\n")
+
+
+def course(path: Path) -> list[dict[str, Any]]:
+    return read_metrics(path) if path.is_file() else []
+
+
+def measured(folder: Path) -> Figures:
+    """Tune the base model, from the last checkpoint of the tuning if there is one, and tell what the routing did."""
+    try:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+    except ImportError:
+        raise ValueError("this study fine-tunes with TRL: pip install trl") from None
+    run, rows = Run(folder), chats()
+    recipe = json.loads(folder.with_name(f"{folder.name}.recipe.json").read_text(encoding="utf-8"))
+    model, tokenizer, steps = run.load_model(), run.load_tokenizer(), recipe["sft_steps"]
+    out, every = folder / SFT, max(1, steps // LINES)
+    out.mkdir(exist_ok=True)
+    settings = SFTConfig(
+        str(out),
+        max_steps=steps,
+        learning_rate=2e-5,
+        per_device_train_batch_size=ROWS,
+        gradient_checkpointing=False,
+        max_length=CONTEXT,
+        assistant_only_loss=True,
+        logging_steps=every,
+        save_steps=every,
+        save_total_limit=1,
+        report_to=[],
+        seed=recipe["train"]["seed"],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        disable_tqdm=True,
+    )
+    routing = Routing(model, [_ids(tokenizer, row) for row in rows[:HELD_OUT]])
+    trainer = SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(rows[HELD_OUT:]),
+        processing_class=tokenizer,
+        callbacks=[Watch(routing, every, out / COURSE)],
+    )
+    routers: list[Any] = list(model.routing_modules())
+    tau = [float(router.tau) for router in routers]
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)))
+    if [float(router.tau) for router in routers] != tau:
+        raise ValueError("tau has moved while the model was tuned")
+    return figures([line["loss"] for line in trainer.state.log_history if "loss" in line], course(out / COURSE), tau[0])
+
+
+def _ids(tokenizer: Any, row: dict[str, Any]) -> dict[str, Tensor]:
+    ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"][:CONTEXT]
+    return {"input_ids": torch.tensor([ids])}
+
+
+def figures(losses: Sequence[float], lines: Sequence[Mapping[str, Any]], tau: float) -> Figures:
+    """Of the tuning: losses as they were logged, the routing's course, and what both come to."""
+    means = [statistics.fmean(line["dynamic_entropy"]) for line in lines]
+    drifts, flips = [mean / means[0] - 1 for mean in means], lines[-1]["flips"]
+    return {
+        "losses": list(losses),
+        "course": list(lines),
+        "tau": tau,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "start": means[0],
+        "end": means[-1],
+        "drift": drifts[-1],
+        "largest": max(drifts, key=abs),
+        "flips": flips,
+        "stable": float(abs(drifts[-1]) <= DRIFT and flips <= FLIPS),
+    }
+
+
+SFT_STABILITY = Study(
+    name="sft_stability",
+    purpose="PolyGLU's routing through supervised fine-tuning",
+    about=(
+        f"Width 64, 4 blocks, a vocabulary of {VOCABULARY:,}, context {CONTEXT}. *Dynamic entropy* in nats, mean over "
+        f"layers and over the tokens of {HELD_OUT} chats that are never trained on, noise off (ln 4 = 1.386). *Drift*: "
+        "of the mean entropy from the start of the tuning to its end, as a share of the start; *largest*, of any time "
+        "between. *Flips*: the share of neurons whose strongest activation on these chats is another one at the end. "
+        f"Stable: a drift of at most {DRIFT:.0%} and flips of at most {FLIPS:.0%}. {ROWS} chats a step."
+    ),
+    arms=arms,
+    seeds={"laptop": (0, 1, 2)},
+    make=make,
+    measure=measured,
+    measure_together=None,
+    columns=(
+        Column(key="first_loss", title="SFT loss, first"),
+        Column(key="last_loss", title="last"),
+        Column(key="start", title="dynamic entropy before", format=".4f"),
+        Column(key="end", title="after", format=".4f"),
+        Column(key="drift", title="drift", format="+.1%"),
+        Column(key="largest", title="largest", format="+.1%"),
+        Column(key="flips", title="flips", format=".2%"),
+        Column(key="stable", title="stable, share of seeds", format=".0%"),
+    ),
+)

@@ -1,0 +1,180 @@
+"""Decoding steps of a Mixture-of-Depths model beside the dense model's, by rows; `Decoding` serves others, too.
+
+All weights are random and all text is random tokens; both models of a comparison continue the same prompts with the
+same tokens, one a row and step. What is skipped follows from thresholds that are set where the scores of such text say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.measure.speed import Lap
+from skipstone_studies.speed.interleaved import ratio, seconds
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+RANDOM_TEXT = (
+    "**Random weights on random tokens**, with thresholds set so that the wanted share is skipped: these are times of "
+    "executed work, not of a trained model, whose tokens are skipped less evenly. "
+)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+SIZE = {"width": 1024, "blocks": 10, "vocabulary": 1024, "prompt": 48, "steps": 24, "turns": 7}
+ROUTED = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.125, "decision": "ema_threshold"}
+CALIBRATION = 32  # rows of text that a threshold is set by, at least
+Size = Mapping[str, Any]  # width, blocks, vocabulary, and of decoding: prompt, steps, turns
+
+
+def model_of(size: Size, mechanisms: Sequence[dict[str, Any]]) -> SkipstoneForCausalLM:
+    """Random weights, the same whatever routes; heads of 64 channels."""
+    torch.manual_seed(0)
+    config = SkipstoneConfig(
+        vocab_size=size["vocabulary"],
+        hidden_size=size["width"],
+        num_hidden_layers=size["blocks"],
+        num_attention_heads=max(1, size["width"] // 64),
+        mechanisms=list(mechanisms),
+    )
+    return SkipstoneForCausalLM(config).eval()
+
+
+def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
+    return torch.randint(0, size["vocabulary"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
+    blocks: Any = model.model.layers
+    for i, block in enumerate(blocks):
+        for name, mechanism in block.mechanisms.items():
+            yield i, name, mechanism
+
+
+@torch.inference_mode()
+def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
+    """Each threshold at the quantile of its scores, block after block, over the tokens from `first` on."""
+    for i, name, mechanism in routers(model):
+        record = model(ids, use_cache=False, output_records=True).records[i][name]
+        scores = record.score_BT[:, first:].flatten()
+        mechanism.decision.threshold.copy_(scores.quantile(1 - mechanism.capacity))
+        mechanism.decision.steps.fill_(1)
+
+
+class Decoding:
+    """A prompt in the cache; every turn feeds other tokens."""
+
+    def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
+        self.model, self.size, self.rows, self.steps = model, size, rows, size["steps"]
+        self.cache, self.turns = DynamicCache(config=model.config), itertools.count()
+        self.prompts = text(size, rows, size["prompt"], seed=2)
+        prompts = self.prompts.repeat(-(-CALIBRATION // rows), 1)
+        calibrate(model, torch.cat([prompts, text(size, len(prompts), self.steps, seed=1)], dim=1), size["prompt"])
+        with torch.inference_mode():
+            model(self.prompts, past_key_values=self.cache)
+
+    @torch.inference_mode()
+    def lap(self) -> Lap:
+        fed = text(self.size, self.rows, self.steps, seed=100 + next(self.turns)).split(1, dim=1)
+        start = time.perf_counter()
+        for token in fed:
+            self.model(token, past_key_values=self.cache).logits[:, -1].argmax(-1)
+        spent = time.perf_counter() - start
+        self.cache.crop(-self.steps)
+        return Lap(tokens=self.rows * self.steps, seconds=spent, joules=None)
+
+    @torch.inference_mode()
+    def computed(self) -> float:
+        """Rows a step that a block with a mechanism computes, in the mean of the turns."""
+        kept = []
+        for turn in range(self.size["turns"] + 1):
+            for token in text(self.size, self.rows, self.steps, seed=100 + turn).split(1, dim=1):
+                out = self.model(token, past_key_values=self.cache, output_records=True)
+                kept += [out.records[i][name].kept_BT.sum().item() for i, name, _ in routers(self.model)]
+            self.cache.crop(-self.steps)
+        return statistics.fmean(kept)
+
+    @torch.inference_mode()
+    def memory(self) -> dict[str, int]:
+        """Entries and bytes, slots included, that a prompt and a turn's tokens leave in a new cache."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(self.prompts, past_key_values=cache)
+        for token in text(self.size, self.rows, self.steps, seed=101).split(1, dim=1):
+            self.model(token, past_key_values=cache)
+        stores = [layer.kv for layer in cache.layers]  # type: ignore[attr-defined]
+        return {
+            "entries": sum(store.stored() for store in stores),
+            "bytes": sum(store.bytes() for store in stores),
+            "allocated": sum(store.bytes(allocated=True) for store in stores),
+        }
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """By number of rows."""
+    return {f"{rows} rows": {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """Seconds a step of both models, and what the routed one computes and keeps in its cache."""
+    models = {"dense": model_of(recipe, []), "routed": model_of(recipe, [recipe["mechanism"]])}
+    decodings = {name: Decoding(model, recipe, recipe["rows"]) for name, model in models.items()}
+    taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, recipe["turns"])
+    return figures(
+        {name: statistics.median(each) / recipe["steps"] for name, each in taken.items()},
+        ratio(taken["dense"], taken["routed"]),
+        decodings["routed"].computed(),
+        recipe["rows"],
+        {name: decoding.memory() for name, decoding in decodings.items()},
+    )
+
+
+def figures(
+    step: Mapping[str, float],
+    speed: Mapping[str, float],
+    computed: float,
+    rows: int,
+    memory: Mapping[str, Mapping[str, int]],
+) -> Figures:
+    """step: seconds of each model. speed: tokens/s of the routed model by the dense one's."""
+    ours, dense = memory["routed"], memory["dense"]
+    shares = {what: ours[what] / dense[what] for what in ours}
+    return {
+        "seconds": dict(step),
+        "speed": dict(speed),
+        "computed": computed,
+        "share": computed / rows,
+        "memory": {**shares, "unused": 1 - ours["bytes"] / ours["allocated"]},
+    }
+
+
+DECODE = Study(
+    name="decode",
+    purpose="Mixture-of-Depths: decoding steps beside the dense model's, by number of rows",
+    about=RANDOM_TEXT
+    + (
+        "One token a row and step, fp32, greedy decisions of a causal threshold that keeps 12.5 % in every other of "
+        f"{SIZE['blocks']} blocks of width {SIZE['width']} (128.6 M parameters, 1.6 % of them embedding and head). "
+        f"Prompts of {SIZE['prompt']} tokens, {SIZE['steps']} steps a turn. *Speed* is the dense model's seconds by "
+        "the routed model's in the same turn, so tokens per second by the dense model's: above 1 is faster. *Rows "
+        "computed* is the mean over routed blocks and steps. *KV* is what the cache holds by the dense model's."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="seconds.dense", title="dense, ms a step", format=".2f", unit=1e-3),
+        Column(key="seconds.routed", title="routed, ms a step", format=".2f", unit=1e-3),
+        Column(key="speed", title="speed (least to greatest)", format=".2f", spread=True),
+        Column(key="computed", title="rows computed", format=".2f"),
+        Column(key="share", title="share", format=".1%"),
+        Column(key="memory.entries", title="KV entries", format=".1%"),
+        Column(key="memory.bytes", title="KV bytes with slots", format=".1%"),
+        Column(key="memory.allocated", title="KV allocated", format=".1%"),
+        Column(key="memory.unused", title="of it unused", format=".1%"),
+    ),
+)

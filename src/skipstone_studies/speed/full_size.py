@@ -1,0 +1,147 @@
+"""Training steps of the whole 597,153,888-parameter model, for real: memory, seconds, FLOPs.
+
+The model, the optimizer and its groups, the clipping, the autocast and the loss in chunks are those of
+recipes/polychromatic-0.6b.yaml, at the rate of the end of its warm-up. A first step allocates what later ones have:
+times are those of the last. Weights, gradients and both moments are fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.train import setup
+from skipstone.train.decay import decaying
+from skipstone.train.recipe import Recipe, read_recipe
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+POLYGLU = {"name": "polyglu", "context": "running_mean", "tau_start": 1.0, "tau_end": 0.1}
+RECIPE: RecipeDict = {
+    "model": {"preset": "polychromatic-0.6b", "activation": POLYGLU},
+    "data": {"corpus": "shards:shards", "context": 4096},
+    "train": {
+        "steps": 19531,
+        "batch_size": 1,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "precision": "bf16",
+        "loss_chunk": 1024,
+    },
+}
+PARTS = ("forward", "backward", "optimizer")
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    return {"256 tokens": {**RECIPE, "tokens": 256, "steps": 2}}
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """On the GPU where there is one; speeds are then by the clock, else by CPU time, which others disturb less."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})
+    config = setup.model_config(read.model, read.data.context, {})
+    with torch.device(device):
+        model: Any = setup.build_model(config, read.train).train()
+    given, optimizer = row(recipe["tokens"], config.vocab_size, device), optimizer_of(model, read)
+    steps = [step(model, optimizer, given, read, device) for _ in range(recipe["steps"])]
+    flops, taken = model.cost(tokens=recipe["tokens"], routing="oracle").training.total, steps[-1]["seconds"]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "routing": sum(p.numel() for m in model.routing_modules() for p in m.parameters()),
+        "uniform_loss": math.log(config.vocab_size),
+        "first": {"loss": steps[0]["loss"], "gradient_norm": steps[0]["gradient_norm"]},
+        "last": steps[-1],
+        "peak_gb": (torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()) / 1e9,
+        "flops": flops,
+        "flops_per_second": flops / (taken["forward"] + taken["backward"]),
+        "tokens_per_second": recipe["tokens"] / sum(taken.values()),
+    }
+
+
+def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+    """One packed row of two documents of random tokens, the first as long as a third."""
+    slot = torch.arange(tokens)
+    document = (slot >= tokens // 3).long()
+    ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill((slot == 0) | (slot == tokens // 3), -100)
+    given = {"input_ids": ids, "labels": labels, "document_ids": document[None]}
+    given["position_ids"] = (slot - document * (tokens // 3))[None]
+    return {name: tensor.to(device) for name, tensor in given.items()}
+
+
+def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with the recipe's groups of weight decay."""
+    train, named = recipe.train, dict(model.named_parameters())
+    decays = set(decaying(named, train.no_decay))
+    groups = [
+        {"params": [p for n, p in named.items() if n in decays], "weight_decay": train.weight_decay},
+        {"params": [p for n, p in named.items() if n not in decays], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2))
+
+
+def step(
+    model: Any, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], recipe: Recipe, device: str
+) -> dict[str, Any]:
+    """Loss, norm of the gradient, and seconds of each part."""
+    at = [_now(device)]
+    with torch.autocast(device, torch.bfloat16):
+        loss = model(**given, use_cache=False, loss_chunk=recipe.train.loss_chunk or 0).loss
+    at.append(_now(device))
+    loss.backward()
+    at.append(_now(device))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    at.append(_now(device))
+    taken = {name: b - a for name, a, b in zip(PARTS, at, at[1:], strict=False)}
+    return {"loss": loss.item(), "gradient_norm": norm.item(), "seconds": taken}
+
+
+def _now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory() -> int:
+    """The most memory that this process ever held, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+FULL_SIZE = Study(
+    name="full_size",
+    purpose="training steps of the whole 597M-parameter PolyGLU model: memory, seconds, FLOPs",
+    about=(
+        "**Random weights, one row of random tokens that repeats**, so that its loss must fall (uniform: 11.929): this "
+        "shows that the model fits and how fast it trains, not what it learns. Two steps as the recipe makes them, in "
+        "bf16 under autocast; CPU seconds are those of the last. FLOPs are the cost model's, forward and backward; "
+        "tokens/s count the optimizer, too."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="parameters", title="parameters", format=",d"),
+        Column(key="routing", title="for routing", format=",d"),
+        Column(key="first.loss", title="loss, first step"),
+        Column(key="last.loss", title="last step"),
+        Column(key="first.gradient_norm", title="gradient norm, first step", format=".2f"),
+        Column(key="last.gradient_norm", title="last step", format=".2f"),
+        *(Column(key=f"last.seconds.{part}", title=f"{part}, CPU s", format=".1f") for part in PARTS),
+        Column(key="peak_gb", title="most memory, GB", format=".1f"),
+        Column(key="flops", title="FLOPs a step", format=".3g"),
+        Column(key="flops_per_second", title="FLOPs/s", format=".3g"),
+        Column(key="tokens_per_second", title="tokens/s", format=".1f"),
+    ),
+)

@@ -1,0 +1,102 @@
+"""The loss of a large vocabulary with all logits at once, in chunks, and by PyTorch's own chunked function."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipstone.ops.head_loss import linear_cross_entropy, plain_linear_cross_entropy
+from skipstone_studies.speed.full_size import peak_memory
+from skipstone_studies.speed.interleaved import ratio, seconds, timed
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+ALL = "all logits"
+SIZE = {"vocabulary": 151_936, "tokens": 2048, "width": 1024, "rounds": 3}
+KINDS: dict[str, int | None] = {ALL: None, "chunks of 256": 256, "chunks of 1024": 1024, "torch's": 0}
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """By function and precision; PyTorch's own takes minutes on a CPU and is left to the larger scale."""
+    kinds = [kind for kind in KINDS if kind != "torch's" or scale == "paper"]
+    return {f"{kind}, {p}": {**SIZE, "kind": kind, "precision": p} for p in ("fp32", "bf16") for kind in kinds}
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """Mean loss, the most memory beyond weight and hidden states, and CPU time by that of all logits at once."""
+    given = inputs(recipe)
+    kinds = (ALL, recipe["kind"])
+    tasks = {kind: timed(partial(step, kind, given, recipe), time.process_time) for kind in kinds}
+    loss = step(recipe["kind"], given, recipe) / recipe["tokens"]
+    taken = seconds(tasks, recipe["rounds"])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: the most that it ever held
+        memory = pool.apply(memory_of, (recipe,))
+    ours = taken[recipe["kind"]]
+    return {"loss": loss, "gib": memory, "seconds": statistics.median(ours), "time": ratio(ours, taken[ALL])}
+
+
+def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and targets."""
+    torch.manual_seed(0)
+    weight = torch.empty(recipe["vocabulary"], recipe["width"]).normal_(0, 0.02).requires_grad_()
+    x = torch.randn(recipe["tokens"], recipe["width"]).requires_grad_()
+    return x, weight, torch.randint(recipe["vocabulary"], (recipe["tokens"],))
+
+
+def step(kind: str, given: tuple[Tensor, Tensor, Tensor], recipe: RecipeDict) -> float:
+    """The summed loss of one forward and backward pass."""
+    for tensor in given[:2]:
+        tensor.grad = None
+    with torch.autocast("cpu", torch.bfloat16) if recipe["precision"] == "bf16" else nullcontext():
+        found = _loss(kind)(*given)
+    found.backward()
+    return found.item()
+
+
+def _loss(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    chunk = KINDS[kind]
+    if chunk is None:
+        return plain_linear_cross_entropy
+    if chunk:
+        return lambda x, w, t: linear_cross_entropy(x, w, t, chunk)
+    theirs = getattr(F, "linear_cross_entropy", None)
+    if theirs is None:
+        raise ValueError("torch.nn.functional has no linear_cross_entropy: torch 2.13 or later is needed")
+    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+    return lambda x, w, t: theirs(x, w, t, reduction="sum", options=options)
+
+
+def memory_of(recipe: RecipeDict) -> float:
+    """GiB that a step adds to the most that this process ever held (Linux)."""
+    given = inputs(recipe)
+    before = peak_memory()
+    step(recipe["kind"], given, recipe)
+    return (peak_memory() - before) / 2**30
+
+
+HEAD_LOSS = Study(
+    name="head_loss",
+    purpose="the loss of a vocabulary of 151,936: memory and CPU time, all logits at once and in chunks",
+    about=(
+        "**Random weights and tokens.** Forward and backward of head and loss alone, 2,048 tokens of width 1,024, from "
+        "a hidden state that needs a gradient. *GiB*: the most that a process of its own ever held beyond weight and "
+        "hidden states, gradients included. CPU time is interleaved with that of all logits at once. bf16 is autocast "
+        "over fp32 weights, as `skipstone train` does it."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,), "paper": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="loss", title="loss", format=".6f"),
+        Column(key="gib", title="GiB", format=".2f", better="low"),
+        Column(key="seconds", title="CPU s", format=".2f"),
+        Column(key="time", title="by all logits (least to greatest)", format=".2f", spread=True),
+    ),
+)

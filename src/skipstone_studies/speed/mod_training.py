@@ -1,0 +1,168 @@
+"""Does a Mixture-of-Depths step take the time that its FLOPs say? Training steps beside the dense model's.
+
+A step is forward, backward and AdamW. The FLOPs are counted while the step runs; the optimizer's, which multiplies no
+matrices, are not among them. `bf16` is autocast with fp32 weights, as `Trainer` does it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.measure.flops import count_flops, count_host_syncs
+from skipstone.train import RoutingTrainer
+from skipstone_studies.speed.interleaved import time_ratio
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+CAPACITY = 0.125
+MOVING = ("ema_threshold",)
+TRAINER = "RoutingTrainer, fp32"
+STEP_KINDS = ("fp32", "bf16", TRAINER)
+SMALL = {"width": 128, "blocks": 6, "context": 256, "rows": 8, "limit": 1.10, "rounds": 15, "trainer_steps": 16}
+LARGE = {"width": 512, "blocks": 12, "context": 1024, "rows": 4, "limit": 1.02, "rounds": 3, "trainer_steps": 2}
+SIZES: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    (SMALL, ("topk", "predictor", "ema_threshold")),
+    ({**SMALL, "rows": 32, "rounds": 9}, ("topk",)),
+    (LARGE, ("topk", "ema_threshold")),
+)
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """By size, decision, and the way in which a step is made."""
+    return {
+        name_of(size, decision, way): {**size, "decision": decision, "way": way}
+        for size, decisions in SIZES
+        for decision in decisions
+        for way in STEP_KINDS
+    }
+
+
+def name_of(size: dict[str, Any], decision: str, way: str) -> str:
+    return f"d {size['width']}, {size['rows']} rows of {size['context']}, {decision}, {way}"
+
+
+def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
+    """Random weights; every other block is routed unless `decision` is None."""
+    mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": decision}
+    torch.manual_seed(0)
+    config = SkipstoneConfig(
+        vocab_size=256,
+        hidden_size=size["width"],
+        num_hidden_layers=size["blocks"],
+        num_attention_heads=max(1, size["width"] // 64),
+        max_position_embeddings=size["context"],
+        mechanisms=[mod] if decision else [],
+    )
+    return SkipstoneForCausalLM(config).train()
+
+
+def ids_of(size: RecipeDict) -> torch.Tensor:
+    return torch.randint(0, 256, (size["rows"], size["context"]), generator=torch.Generator().manual_seed(0))
+
+
+def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
+    """One step of a loop of one's own; thresholds that a trainer moves are moved."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            out = model(ids, labels=ids, use_cache=False, output_records=True)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        advance(model, out.records)
+
+    return step
+
+
+def advance(model: SkipstoneForCausalLM, records: Any) -> None:
+    blocks: Any = model.model.layers
+    for block, record in zip(blocks, records, strict=True):
+        for name, mechanism in block.routing_modules().items():
+            mechanism.advance(0.5, mechanism.statistics(record[name]))
+
+
+class Repeated(Dataset[dict[str, torch.Tensor]]):
+    """The same rows again and again."""
+
+    def __init__(self, ids: torch.Tensor, times: int) -> None:
+        self.ids, self.times = ids, times
+
+    def __len__(self) -> int:
+        return len(self.ids) * self.times
+
+    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+        row = self.ids[at % len(self.ids)]
+        return {"input_ids": row, "labels": row}
+
+
+def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) -> Callable[[], None]:
+    """A few steps through `RoutingTrainer`, its set-up included."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=size["trainer_steps"],
+        per_device_train_batch_size=size["rows"],
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    rows = Repeated(ids_of(size), size["trainer_steps"])
+
+    def steps() -> None:
+        RoutingTrainer(model=model, args=arguments, train_dataset=rows).train()
+
+    return steps
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """Seconds and FLOPs of a step by the dense model's, and the host syncs of a forward pass."""
+    ids, decision, way = ids_of(recipe), recipe["decision"], recipe["way"]
+    ours, theirs = (training_step(model_of(recipe, kind), ids, way == "bf16") for kind in (decision, None))
+    ours()  # a first step gives a threshold its value
+    flops = count_flops(ours).total / count_flops(theirs).total
+    if way == TRAINER:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [trainer_steps(model_of(recipe, kind), recipe, folder) for kind in (decision, None)]
+            time = time_ratio(runs[0], runs[1], max(recipe["rounds"] // 2, 2))
+    else:
+        time = time_ratio(ours, theirs, recipe["rounds"])
+    syncs = count_host_syncs(lambda: model_of(recipe, decision)(ids, labels=ids, use_cache=False)).total()
+    return figures(decision, flops, time, recipe["limit"], syncs)
+
+
+def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
+    over = {} if decision in MOVING else {"over": time["median"] / flops}
+    return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}
+
+
+MOD_TRAINING = Study(
+    name="mod_training",
+    purpose="Mixture-of-Depths: does a training step take the time that its FLOPs say?",
+    about=(
+        "Seconds of a training step (forward, backward, AdamW) by those of the dense model of the same size, "
+        "interleaved, beside the FLOPs that the step executes by the dense step's. Random tokens; every other block is "
+        f"routed, capacity {CAPACITY}. *Target* is how many times the FLOPs the time may be. AdamW and the casts of "
+        "the weights to bf16 cost the same for both models whatever is skipped: the fewer tokens a step has, the more "
+        "of its time they are. `ema_threshold` keeps another number of tokens every step until its threshold has "
+        "settled; the FLOPs beside it are those of one step, and are not to be divided by."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="flops", title="FLOPs"),
+        Column(key="time", title="time (least to greatest)", spread=True),
+        Column(key="over", title="time / FLOPs", format=".2f"),
+        Column(key="limit", title="target", format=".2f"),
+        Column(key="host_syncs", title="host syncs", format="d"),
+    ),
+)

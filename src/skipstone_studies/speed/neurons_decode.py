@@ -1,0 +1,101 @@
+"""Decoding one row by a part of the neurons, beside the dense model: rows read in place, and rows copied."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.measure.speed import Lap, Task, decode_task, take_turns
+from skipstone.ops import magnitude
+from skipstone_studies.speed.interleaved import ratio
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+SHAPES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "d2048": {  # a model of 1.2 G parameters, with 4 of its 24 blocks
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 8192,
+    },
+}
+PARTS = ((0.82, 0.66), (0.66, 0.5), (0.5, 0.34))  # shares of the neurons: of up, of down
+DTYPES = ("float32", "bfloat16")
+PROMPT, STEPS, TURNS = 32, 32, 7
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """By shape, type of the weights, and shares of the neurons."""
+    timing = {"prompt": PROMPT, "steps": STEPS, "turns": TURNS}
+    return {
+        name_of(shape, dtype, up, down): {"shape": sizes, "dtype": dtype, "up": up, "down": down, **timing}
+        for shape, sizes in SHAPES.items()
+        for dtype in DTYPES
+        for up, down in PARTS
+    }
+
+
+def name_of(shape: str, dtype: str, up: float, down: float) -> str:
+    return f"{shape}, {dtype}, {up:.2f} and {down:.2f}"
+
+
+def model_of(recipe: RecipeDict, groups: dict[str, Any] | None) -> SkipstoneForCausalLM:
+    torch.manual_seed(0)
+    config = SkipstoneConfig(**recipe["shape"], tie_word_embeddings=True, neuron_groups=groups)
+    return SkipstoneForCausalLM(config).to(getattr(torch, recipe["dtype"])).eval()
+
+
+def copied(task: Task) -> Task:
+    """As it is where numba is not at hand."""
+
+    def lap() -> Lap:
+        with patch.object(magnitude, "_kernels", lambda: None):
+            return task()
+
+    return lap
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """FLOPs of a step and tokens/s, by those of the dense model."""
+    groups = {"decision": "magnitude", "group_size": 1, "capacity": recipe["up"], "down_capacity": recipe["down"]}
+    dense, model = model_of(recipe, None), model_of(recipe, groups)
+    prompt = torch.arange(recipe["prompt"])[None] * 37 % recipe["shape"]["vocab_size"]
+    tasks = {name: decode_task(of, prompt, recipe["steps"]) for name, of in (("dense", dense), ("place", model))}
+    rates = take_turns({**tasks, "copy": copied(tasks["place"])}, recipe["turns"])
+    past = recipe["prompt"] + recipe["steps"] // 2
+    flops = [of.cost(tokens=1, past=past).forward.total for of in (model, dense)]
+    speeds = {way: ratio(rates[way].each, rates["dense"].each) for way in ("place", "copy")}
+    return {"flops": flops[0] / flops[1], **speeds}
+
+
+NEURONS_DECODE = Study(
+    name="neurons_decode",
+    purpose="neurons by magnitude: decoding one row by a part of the neurons, on the clock",
+    about=(
+        f"**Random weights**: a trained model chooses other neurons, in the same number. One row, {STEPS} tokens after "
+        f"{PROMPT}, greedy; neurons by magnitude, one by one, the second matrix for the first share of them and the "
+        "third for the second. FLOPs and tokens/s are by those of the dense model in the same turns. *In place*: by "
+        "`ops/magnitude_native.py`, the copy of the third matrix that the first step makes included; *copied*: without "
+        "numba."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="flops", title="FLOPs", format=".1%"),
+        Column(key="place", title="in place (least to greatest)", format=".2f", spread=True),
+        Column(key="copy", title="copied (least to greatest)", format=".2f", spread=True),
+    ),
+)

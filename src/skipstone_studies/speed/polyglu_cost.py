@@ -1,0 +1,150 @@
+"""PolyGLU's feed-forward network beside the SwiGLU of the same matrices; a hardened model beside SwiGLU in decoding.
+
+Training: forward and backward of one MLP, with the logits of a model that begins (tau 1) and with some nats between
+them at the tau where training ends (.1). Saved: bytes that autograd keeps for the backward pass, parameters left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.adapt.harden import harden
+from skipstone.core.tokens import PassMode, Tokens
+from skipstone.mechanisms import PolyGLU
+from skipstone.nn.mlp import FixedActivation, GatedMLP
+from skipstone_studies.speed.interleaved import time_ratio
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+WIDTHS, TOKENS, ROUNDS = (256, 512, 1024), 2048, 15
+ROWS = 8
+STEPS = 20  # decoded tokens a round
+TAUS = (1.0, 0.1)  # of routers as they start, and as if trained
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """Training by width, tau, precision and noise; decoding by width."""
+    found: dict[str, RecipeDict] = {}
+    for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
+        case: dict[str, Any] = {"width": width, "precision": "bf16" if bf16 else "fp32", "tau": tau, "noise": noise}
+        found[training_name(**case)] = {**case, "tokens": TOKENS, "rounds": ROUNDS}
+    return found | {decoding_name(width): {"width": width, "blocks": 6, "rounds": ROUNDS} for width in WIDTHS}
+
+
+def training_name(width: int, precision: str, tau: float, noise: bool) -> str:
+    return f"training, width {width}, {precision}, tau {tau:g}, noise {'on' if noise else 'off'}"
+
+
+def decoding_name(width: int) -> str:
+    return f"decoding, width {width}, hardened"
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    torch.manual_seed(recipe["seed"])
+    return _training(recipe) if "tau" in recipe else _decoding(recipe)
+
+
+def _training(recipe: RecipeDict) -> Figures:
+    length, bf16 = recipe["tokens"] // ROWS, recipe["precision"] == "bf16"
+    x_BTD, slot = torch.randn(ROWS, length, recipe["width"], requires_grad=True), torch.arange(length)[None]
+    ours, theirs = mlps(recipe["width"])
+    if recipe["tau"] < 1:
+        as_if_trained(ours.activation, recipe["tau"])  # type: ignore[arg-type]
+    tokens = Tokens(slot_BT=slot, position_BT=slot, mode=PassMode(noise=recipe["noise"]))
+    time = time_ratio(step(ours, x_BTD, tokens, bf16), step(theirs, x_BTD, tokens, bf16), recipe["rounds"])
+    saved = [saved_bytes(mlp, x_BTD, tokens, bf16) for mlp in (ours, theirs)]
+    return {"time": time, "saved": saved[0] / saved[1]}
+
+
+def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
+    """PolyGLU and SwiGLU, with equal matrices."""
+    neurons = -(-8 * width // 96) * 32
+    ours = GatedMLP(width, neurons, PolyGLU(width, neurons))
+    theirs = GatedMLP(width, neurons, FixedActivation("silu"))
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    return ours, theirs
+
+
+def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[], None]:
+    def run() -> None:
+        mlp.zero_grad(set_to_none=True)
+        x_BTD.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y_BTD, _ = mlp(x_BTD, tokens)
+        y_BTD.square().sum().backward()
+
+    return run
+
+
+def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
+    """Distinct memory that the forward pass keeps, without parameters and their copies in bf16."""
+    seen: dict[int, int] = {}
+    weights = {p.numel() for p in mlp.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.numel() not in weights:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        kept = mlp(x_BTD, tokens)
+    del kept
+    return sum(seen.values())
+
+
+@torch.no_grad()
+def as_if_trained(activation: PolyGLU, tau: float) -> None:
+    """Some five nats between the logits of a token, a third of a nat between those of neurons; tau at its end."""
+    for weight, spread in ((activation.context_weight, 0.3), (activation.mix_weight, 1.0)):
+        nn.init.normal_(weight, 0.0, spread)
+    nn.init.normal_(activation.preference_bias, 0.0, 0.3)
+    activation.tau.fill_(tau)
+
+
+def _decoding(recipe: RecipeDict) -> Figures:
+    """A hardened model with a quarter of the neurons for each activation, and SwiGLU."""
+    heads = max(1, recipe["width"] // 64)
+    values = {"vocab_size": 256, "hidden_size": recipe["width"], "num_hidden_layers": recipe["blocks"]}
+    routed = SkipstoneForCausalLM(SkipstoneConfig(**values, num_attention_heads=heads, activation={"name": "polyglu"}))
+    for mechanism in routed.eval().routing_modules():
+        nn.init.normal_(mechanism.preference_bias)
+    theirs = SkipstoneForCausalLM(SkipstoneConfig(**values, num_attention_heads=heads)).eval()
+    return {"time": time_ratio(decode(harden(routed)), decode(theirs), recipe["rounds"])}
+
+
+def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
+    cache, token_B1 = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long)
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(STEPS):
+            model(token_B1, past_key_values=cache)
+        cache.crop(-STEPS)
+
+    return run
+
+
+POLYGLU_COST = Study(
+    name="polyglu_cost",
+    purpose="PolyGLU beside SwiGLU: seconds and memory of training, seconds of decoding once hardened",
+    about=(
+        "**Random weights.** Training: forward and backward of one MLP on 2,048 tokens, with the routing of a model "
+        "that begins (tau 1) and of one as if trained (tau .1). *Saved*: bytes that are kept for the backward pass. "
+        "Decoding: one token of one row through a whole model of 6 blocks with a cache, each neuron having kept one "
+        "activation. Everything is interleaved with SwiGLU; medians of the ratios."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="time", title="time / SwiGLU (least to greatest)", format=".2f", spread=True),
+        Column(key="saved", title="saved bytes / SwiGLU", format=".2f"),
+    ),
+)

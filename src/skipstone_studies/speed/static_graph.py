@@ -1,0 +1,106 @@
+"""Is the routed graph static? Many inputs of one shape: operations and their shapes, FLOPs, and compilations."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.measure.flops import count_flops
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+STATIC = ("topk", "threshold", "predictor", "random", "positional")
+DYNAMIC = ("ema_threshold",)
+INPUTS, ROWS, CONTEXT = 1000, 2, 128
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    return {decision: {"decision": decision, "inputs": INPUTS} for decision in (*STATIC, *DYNAMIC)}
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """How many different lists of operations, FLOPs and graphs there were."""
+    draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
+    batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]
+    model = model_of(decision)
+    passed(model, batches[0])()  # gradients exist from here on
+    lists = {signature(passed(model, ids)) for ids in batches}
+    flops = {count_flops(passed(model, ids)).total for ids in batches[: max(len(batches) // 10, 1)]}
+    return {"lists": len(lists), "flops": len(flops), **compiled(model, batches, decision in STATIC)}
+
+
+def model_of(decision: str) -> SkipstoneForCausalLM:
+    torch.manual_seed(0)
+    mod = {"name": "mixture_of_depths", "layers": "1::2", "decision": decision}
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return SkipstoneForCausalLM(SkipstoneConfig(**sizes, mechanisms=[mod])).train()
+
+
+class Signature(TorchDispatchMode):
+    """A digest of every operation that runs and the shapes that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digest = hashlib.sha256()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        self.digest.update(f"{func} {shapes}".encode())
+        return func(*args, **(kwargs or {}))
+
+
+def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
+    def run() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=False)
+
+    return run
+
+
+def signature(run: Callable[[], None]) -> str:
+    with Signature() as seen:
+        run()
+    return seen.digest.hexdigest()
+
+
+def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bool) -> dict[str, int]:
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # a graph break is what is counted here
+    torch._dynamo.reset()
+    counters.clear()
+    forward = torch.compile(model, backend="aot_eager", fullgraph=whole)
+    late, before = 0, 0
+    for i, ids in enumerate(batches):
+        forward(ids, labels=ids, use_cache=False).loss.backward()
+        now = counters["stats"]["unique_graphs"]
+        late += i > 0 and now > before
+        before = now
+    return {"graphs": before, "recompilations": late, "breaks": sum(counters["graph_break"].values())}
+
+
+STATIC_GRAPH = Study(
+    name="static_graph",
+    purpose="is the routed graph static? operations, FLOPs and compilations over many inputs",
+    about=(
+        f"{INPUTS:,} training passes (forward and backward) over different inputs of {ROWS} rows of {CONTEXT} random "
+        "tokens; a small decoder with random weights, every other block routed at capacity 0.125. FLOPs are counted "
+        "over a tenth of them; *graphs* are those that `torch.compile` makes of the whole forward pass. "
+        "`ema_threshold` decides in training as in generation: how many it keeps depends on the input, so its shapes "
+        "do too, and its capacity is met on average (*99 % of rows keep at most* of `skipstone eval`)."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="lists", title="lists of operations, shapes", format=",d"),
+        Column(key="flops", title="different FLOPs", format=",d"),
+        Column(key="graphs", title="graphs", format=",d"),
+        Column(key="recompilations", title="recompilations after the first", format=",d"),
+        Column(key="breaks", title="graph breaks", format=",d"),
+    ),
+)

@@ -1,0 +1,97 @@
+"""Token-Selective Attention beside the dense model of its size: sparse prefill and decoding steps."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone import SkipstoneForCausalLM
+from skipstone.measure.flops import count_flops
+from skipstone.measure.speed import prefill
+from skipstone_studies.speed.decode import RANDOM_TEXT, ROWS, Decoding, calibrate, model_of, routers, text
+from skipstone_studies.speed.interleaved import ratio, seconds, time_ratio
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+SKIPPED, KV = (0.25, 0.5, 0.75), ("full", "kept")
+PROMPTS, CONTEXT, PREFILL_TURNS, CALIBRATION = (8, 64), 512, 7, 8
+SIZE = {"width": 256, "blocks": 8, "vocabulary": 256, "prompt": 64, "steps": 32, "turns": 11}
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """What is done, for how many rows, which keys and values are computed, and the share that is skipped."""
+    found = {}
+    for part, counts in (("prefill", PROMPTS), ("decode", ROWS)):
+        for rows in counts:
+            for kv in KV:
+                for skipped in SKIPPED:
+                    case = {"part": part, "rows": rows, "kv": kv, "skipped": skipped, "context": CONTEXT}
+                    found[name_of(part, rows, kv, skipped)] = {**SIZE, **case}
+    return found
+
+
+def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
+    return f"{part}, {rows} rows, kv {kv}, {skipped:.0%}"
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
+    dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])
+    return (_prefill if recipe["part"] == "prefill" else _decode)(recipe, dense, model)
+
+
+def _prefill(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneForCausalLM) -> Figures:
+    ids = text(recipe, recipe["rows"], recipe["context"], seed=3)
+    calibrate(model, text(recipe, CALIBRATION, recipe["context"], seed=4))
+    flops = [count_flops(partial(prefill, of, ids)).total for of in (model, dense)]  # type: ignore[arg-type]
+    time = time_ratio(lambda: prefill(model, ids), lambda: prefill(dense, ids), min(PREFILL_TURNS, recipe["turns"]))
+    return prefill_figures(1 - share_kept(model, ids), flops[0] / flops[1], time)
+
+
+def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Figures:
+    return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
+
+
+@torch.inference_mode()
+def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
+    records: Any = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
+    return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
+
+
+def _decode(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneForCausalLM) -> Figures:
+    decodings = {name: Decoding(of, recipe, recipe["rows"]) for name, of in (("dense", dense), ("gated", model))}
+    taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, recipe["turns"])
+    return {
+        "skipped": 1 - decodings["gated"].computed() / recipe["rows"],
+        "dense_seconds": statistics.median(taken["dense"]) / recipe["steps"],
+        "speed": ratio(taken["dense"], taken["gated"]),
+    }
+
+
+TSA_SPEED = Study(
+    name="tsa_speed",
+    purpose="Token-Selective Attention: time of prompts and of decoding beside the dense model's",
+    about=RANDOM_TEXT
+    + (
+        f"fp32, {SIZE['blocks']} blocks of width {SIZE['width']}, every block but the first gated, gates hard. An arm "
+        "is named by what its thresholds were set to skip; *skipped* is the share of tokens and gated blocks that was "
+        "really skipped. `kv full` computes keys and values of skipped tokens, `kv kept` does not. Prefill: prompts of "
+        f"{CONTEXT} tokens, with a cache; *FLOPs* are counted while they execute, gates included, by those of the "
+        "dense model, and *time* is by the dense model's in the same turn. Target: time at most 1.10 times the FLOPs. "
+        "Decoding: *speed* is tokens/s by the dense model's. Target: at least 1."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="skipped", title="skipped", format=".1%"),
+        Column(key="flops", title="prefill: FLOPs"),
+        Column(key="time", title="time (least to greatest)", spread=True),
+        Column(key="over", title="time / FLOPs", format=".2f"),
+        Column(key="dense_seconds", title="decode: dense, ms a step", format=".2f", unit=1e-3),
+        Column(key="speed", title="speed (least to greatest)", spread=True),
+    ),
+)
