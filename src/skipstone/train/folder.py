@@ -102,6 +102,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, card: Mapping[str, Any]
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     write_card(model, partial, title=folder.resolve().name, **card)
+    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a process that was killed before it wrote the summary
     partial.replace(folder / MODEL)
 
 
