@@ -80,7 +80,7 @@ def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
 def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with the recipe's groups of weight decay."""
     train, named = recipe.train, dict(model.named_parameters())
-    decays = set(decaying(named, train.no_decay))
+    decays = set(decaying(model, named, train.no_decay))
     groups = [
         {"params": [p for n, p in named.items() if n in decays], "weight_decay": train.weight_decay},
         {"params": [p for n, p in named.items() if n not in decays], "weight_decay": 0.0},
