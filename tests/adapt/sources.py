@@ -66,7 +66,7 @@ def recipe(
     short = {"batch_size": 4, "learning_rate": 0.003, "log_every": 3, "eval_every": 6, "eval_rows": 4, "save_every": 5}
     steps = {} if (adapt or {}).get("stages") else {"steps": 12, "warmup_steps": 2}
     data = {"corpus": f"text:{text_file(folder)}", "context": 32}
-    settings = {"calibration_rows": 16, **(adapt or {})}
+    settings = {"calibration_rows": 8, **(adapt or {})}
     return {"model": dict(model), "data": data, "train": {**short, **steps, **train}, "adapt": settings}
 
 

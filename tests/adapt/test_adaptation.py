@@ -103,7 +103,7 @@ def same(one: Path, other: Path) -> bool:
     return equal(weights(one), weights(other)) and lines(one) == lines(other) and found[0] == found[1]
 
 
-@pytest.mark.parametrize("step", [2, 4, 7])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)])
 def test_resume_is_exact_in_every_stage(step: int, finished: Path, source: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     config = everything(finished.parent)
@@ -124,24 +124,28 @@ def test_resume_with_another_source_is_refused(finished: Path, source: Path, tmp
         run(other, config, stopped, resume=True)
 
 
-def test_micro_batches_and_chunks_change_nothing(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"gradient_accumulation": 2}, id="parts", marks=pytest.mark.slow),
+        pytest.param({"loss_chunk": 7}, id="chunks", marks=pytest.mark.slow),
+        pytest.param({"gradient_accumulation": 2, "loss_chunk": 7}, id="both"),
+    ],
+)
+def test_micro_batches_and_chunks_change_nothing(changed: dict[str, int], source: Path, tmp_path: Path) -> None:
     """Every term is a sum over tokens by the number of those of the whole step, however many logits exist at a time."""
     model = {"mechanisms": [mixture(capacity=0.5)]}
     # the share of kept tokens is measured on a micro-batch, so thresholds are compared where none has moved yet
-    options = {"whole": {}, "parts": {"gradient_accumulation": 2}, "chunks": {"loss_chunk": 7}}
-    options["both"] = options["parts"] | options["chunks"]
     folders = {
         name: run(
             source, recipe(tmp_path, model, {"loss": DISTILLED}, steps=1, warmup_steps=0, **more), tmp_path / name
         )
-        for name, more in options.items()
+        for name, more in {"whole": {}, "changed": changed}.items()
     }
-    one, ours = lines(folders["whole"], "train")[0], weights(folders["whole"])
-    for name in ("parts", "chunks", "both"):
-        two, theirs = lines(folders[name], "train")[0], weights(folders[name])
-        for key in ("loss", "token_loss", "auxiliary_loss", "distillation_loss", "hidden_loss", "grad_norm"):
-            assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), (name, key)
-        assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours if "threshold" not in k)
+    (one, two), (ours, theirs) = zip(*((lines(f, "train")[0], weights(f)) for f in folders.values()), strict=True)
+    for key in ("loss", "token_loss", "auxiliary_loss", "distillation_loss", "hidden_loss", "grad_norm"):
+        assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
+    assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours if "threshold" not in k)
 
 
 def test_gates_keep_a_budget_too(source: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ MECHANISMS: dict[str, list[dict[str, Any]]] = {
 }
 QUICK = ("mixture_of_depths", "gates", "gates_of_a_capacity", "early_exit")
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MECHANISMS]
-VOCAB, ROWS, TOKENS = 40, 16, 48
+VOCAB, ROWS, TOKENS = 40, 8, 48
 
 
 def text(seed: int, rows: int = ROWS) -> Tensor:
@@ -186,7 +186,7 @@ def test_a_budget_table_is_read_from_beside_the_weights(tmp_path: Path) -> None:
     budget_table = skipstone.calibrate(model, text(0), text="walks")
     assert budget_table.save(tmp_path).name == "budget.json"
     assert BudgetTable.load(tmp_path) == budget_table
-    assert str(budget_table).endswith("calibrated on 16 rows of 48 tokens of walks")
+    assert str(budget_table).endswith("calibrated on 8 rows of 48 tokens of walks")
     ours = generate(model, prompt, max_new_tokens=6, budget=0.5)
     assert torch.equal(ours, generate(model, prompt, max_new_tokens=6, budget=0.5, budget_table=budget_table))
     with pytest.raises(FileExistsError, match="nothing is overwritten"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@cache
+def evaluated(run: Path) -> Evaluation:
+    return evaluate(run, batch_size=4)
+
+
 @torch.no_grad()
 def by_hand(run: Path, **options: Any) -> float:
     """Mean loss of the model's own loss function, one row after another."""
@@ -51,7 +57,7 @@ def by_hand(run: Path, **options: Any) -> float:
 
 @pytest.mark.parametrize("name", ["dense", "mod", "tsa", "all"])
 def test_losses_are_the_models_own(runs: Path, name: str) -> None:
-    found = evaluate(runs / name, batch_size=4)
+    found = evaluated(runs / name)
     ways = {way: m.loss for way, m in found.measured.items()}
     assert ways == {
         "oracle": pytest.approx(by_hand(runs / name, routing="oracle"), abs=1e-6),
@@ -88,7 +94,7 @@ def flat(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def test_realised_capacity_counts_kept_among_asked(runs: Path) -> None:
-    found = evaluate(runs / "all", batch_size=4)
+    found = evaluated(runs / "all")
     layers = found.measured["executed"].summaries.layers()
     loaded = Run(runs / "all")
     model, kept, asked, rows = loaded.load_model(), 0, 0, []
@@ -107,7 +113,7 @@ def test_realised_capacity_counts_kept_among_asked(runs: Path) -> None:
 
 
 def test_the_hard_mix_is_the_strongest_activation_of_each_neuron(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = evaluate(runs / "polyglu", batch_size=4)
+    found = evaluated(runs / "polyglu")
     assert found.hard_mix is not None
 
     def strongest(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, _: Tensor) -> Tensor:
@@ -120,12 +126,12 @@ def test_the_hard_mix_is_the_strongest_activation_of_each_neuron(runs: Path, mon
     assert found.hard_minus_soft == pytest.approx(found.hard_mix.loss - found.measured["executed"].loss)
     assert found.hard_minus_soft != 0
     assert f"mix: {found.hard_minus_soft:+.1e} nats" in found.markdown()
-    assert evaluate(runs / "dense", batch_size=4).hard_minus_soft is None
+    assert evaluated(runs / "dense").hard_minus_soft is None
 
 
 @pytest.mark.parametrize("name", list(ARMS))
 def test_counted_flops_are_those_of_the_cost_model(runs: Path, name: str) -> None:
-    executed = evaluate(runs / name, batch_size=4).flops
+    executed = evaluated(runs / name).flops
     assert executed.agree
     assert executed.counted == executed.predicted
     assert executed.needed <= executed.counted

@@ -1,9 +1,10 @@
-"""Which cases of a law are quick: few that hold every pair, chosen anew for every law.
+"""Which cases of a law are quick: few that hold its pairs, chosen anew for every law.
 
 A law is tried on every composition of `laws.builders`; most of them repeat each other. The quick suite keeps a cover:
 every two parts that some case has together (mechanisms at their sites, the outer one first; activations; experts;
-groups of neurons; the law's other parameters). Every option value is kept by one law in `SHARE`, drawn by the law's
-name, and ties are broken by it, too: different laws keep different cases. `make test-all` runs the whole product.
+groups of neurons; the law's other parameters). Pairs without two mechanisms are kept by one law in `PAIRS`, option
+values by one in `VALUES`, drawn by the law's name, which also breaks ties: different laws keep different cases. Tests
+elsewhere that borrow the cases keep every part once. `make test-all` runs the whole product.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ import pytest
 
 from laws.builders import Case
 
-SHARE = 3
+PAIRS, VALUES = 2, 5
+SLOW_PARTS = {"neuron_groups": 4.0, "experts": 2.0}  # how many times as long as others
 
 
-def drawn(*words: object) -> int:
-    """A number that depends on these words only, on every machine and in every process."""
-    return zlib.crc32(" ".join(map(str, words)).encode())
+def drawn(one_in: int, *words: object) -> bool:
+    """Depends on these words only, on every machine and in every process."""
+    return zlib.crc32(" ".join(map(str, words)).encode()) % one_in == 0
+
+
+def mechanisms(chosen: Case) -> list[str]:
+    """At their sites, the outer one first."""
+    return list(dict.fromkeys(f"{entry['name']}@{entry.get('on', 'block')}" for entry in chosen.entries))
 
 
 def parts(chosen: Case) -> list[str]:
-    """What a case is composed of, outer mechanisms first."""
-    names = [f"{entry['name']}@{entry.get('on', 'block')}" for entry in chosen.entries]
-    return [*dict.fromkeys(names), chosen.activation, *(key for key, _ in chosen.more)]
+    """What a case is composed of."""
+    return [*mechanisms(chosen), chosen.activation, *(key for key, _ in chosen.more)]
 
 
 def values(chosen: Case) -> Iterator[str]:
@@ -45,19 +51,30 @@ def values(chosen: Case) -> Iterator[str]:
 
 def goals(law: str, params: dict[str, Any]) -> frozenset[Hashable]:
     """What one run of a law is there for."""
-    [chosen] = [value for value in params.values() if isinstance(value, Case)]
+    chosen = _case(params)
+    found: set[Hashable] = {*parts(chosen)}
+    if "/laws/" not in law:
+        return frozenset(found)
     others = [f"{name}={value!r}" for name, value in params.items() if not isinstance(value, Case)]
+    found |= {*itertools.combinations(mechanisms(chosen), 2), *others}
     pairs = itertools.combinations((*parts(chosen), *others), 2)
-    return frozenset((*pairs, *parts(chosen), *(v for v in values(chosen) if drawn(law, v) % SHARE == 0)))
+    found |= {pair for pair in pairs if drawn(PAIRS, law, *pair)}
+    return frozenset(found | {value for value in values(chosen) if drawn(VALUES, law, value)})
 
 
-def cover(law: str, held: dict[str, frozenset[Hashable]], cost: dict[str, float]) -> set[str]:
+def cost(params: dict[str, Any]) -> float:
+    """Of one run, about, in runs of a dense model."""
+    return 2.0 + sum(SLOW_PARTS.get(part, 1.0) for part in parts(_case(params)))
+
+
+def cover(law: str, runs: dict[str, dict[str, Any]]) -> set[str]:
     """Greedily, by what is new for its cost, until nothing is missing; always the same for the same law."""
-    order = sorted(held, key=lambda key: drawn(law, key))
+    order = sorted(runs, key=lambda key: zlib.crc32(f"{law} {key}".encode()))
+    held = {key: goals(law, params) for key, params in runs.items()}
     missing = set().union(*held.values())
     chosen: set[str] = set()
     while missing:
-        best = max(order, key=lambda key: len(held[key] & missing) / cost[key])
+        best = max(order, key=lambda key: len(held[key] & missing) / cost(runs[key]))
         chosen.add(best)
         missing -= held[best]
     return chosen
@@ -71,11 +88,9 @@ def leave_out(items: Iterable[pytest.Item]) -> None:
         if any(isinstance(value, Case) for value in params.values()):
             laws[item.nodeid.partition("[")[0]][item.nodeid] = item
     for law, runs in laws.items():
-        held = {key: goals(law, item.callspec.params) for key, item in runs.items()}
-        cost = {key: 2.0 + len(parts(_case(item))) for key, item in runs.items()}
-        for key in runs.keys() - cover(law, held, cost):
+        for key in runs.keys() - cover(law, {key: item.callspec.params for key, item in runs.items()}):
             runs[key].add_marker("slow")
 
 
-def _case(item: pytest.Function) -> Case:
-    return next(value for value in item.callspec.params.values() if isinstance(value, Case))
+def _case(params: dict[str, Any]) -> Case:
+    return next(value for value in params.values() if isinstance(value, Case))

@@ -123,6 +123,7 @@ def shrunk(study: Study, arm: str) -> dict[str, Any]:
     return {"model": model, "data": data, "train": {**recipe["train"], **STEPS}}
 
 
+@pytest.mark.slow
 def test_reset_s3_from_training_to_headroom(tmp_path: Path) -> None:
     study = STUDIES["reset_s3"]
     figures = {}
@@ -146,6 +147,7 @@ def test_mod_decisions_measures_what_it_shows(tmp_path: Path, arm: str) -> None:
     assert missing == ([] if arm != "dense" else kept)
 
 
+@pytest.mark.slow
 def test_ffn_groups_at_equal_flops_beside_teal(tmp_path: Path) -> None:
     study, figures = STUDIES["ffn_groups"], {}
     for arm in ("dense", "narrow 0.4", "groups 0.4", "random 0.6"):

@@ -75,6 +75,7 @@ def record_files(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
 
 
+@pytest.mark.slow
 def test_what_is_recorded(finished: Path) -> None:
     records = record_files(finished)
     assert len(records) == 2 * (6 + 1 + 2)  # grid, the other rate, another seed at each optimum
@@ -97,6 +98,7 @@ def test_what_is_recorded(finished: Path) -> None:
     assert len(timed) == 6
 
 
+@pytest.mark.slow
 def test_tables_say_what_the_records_say(finished: Path) -> None:
     findings = find(runs.load(finished / "out", "tiny"))
     records = record_files(finished)
@@ -139,6 +141,7 @@ class Checked(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_is_whole(finished: Path) -> None:
     html = (finished / "out" / "tiny.html").read_text(encoding="utf-8")
     parser = Checked()
@@ -154,6 +157,7 @@ def test_the_page_is_whole(finished: Path) -> None:
     assert "★" in html
 
 
+@pytest.mark.slow
 def test_rendering_again_changes_no_byte(finished: Path) -> None:
     before = {path: path.read_bytes() for path in (finished / "out").glob("tiny.*")}
     assert len(before) == 2
@@ -161,6 +165,7 @@ def test_rendering_again_changes_no_byte(finished: Path) -> None:
     assert before == {path: path.read_bytes() for path in before}
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
 

@@ -18,6 +18,7 @@ from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.claims import Claim, PublishedColumn, beside, claims_table, paired_differences
 from skipstone_studies.page import lookup
 from skipstone_studies.quality.tsa import equal_flops, judged, published
+from train.tool import quick
 
 NAMES = [name for name in STUDIES if name.startswith("tsa_")]
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -46,7 +47,7 @@ def shrunk(recipe: dict[str, Any], text: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, "tsa_copy_sort", "tsa_switched_s3"))
 def test_every_arm_from_training_to_the_page(name: str, text: str, tmp_path: Path) -> None:
     study, figures = STUDIES[name], {}
     for arm, recipe in study.recipes("laptop").items():

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train import RoutingTrainer
 from train.test_config import RECIPES
+from train.tool import quick
 
 SMALL = {"vocab_size": 31, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
 MODELS = {path.stem: values for path in RECIPES if "adapt" not in (values := yaml.safe_load(path.read_text("utf-8")))}
@@ -31,7 +32,10 @@ def token_loss(model: SkipstoneForCausalLM) -> float:
     return model.eval()(rows, labels=rows, routing="oracle").token_loss.item()
 
 
-@pytest.mark.parametrize("name", [name for name, recipe in MODELS.items() if "preset" not in recipe["model"]])
+UNSET = [name for name, recipe in MODELS.items() if "preset" not in recipe["model"]]
+
+
+@pytest.mark.parametrize("name", quick(UNSET, "all", "mod", "mode-integrated", "neuron-groups", "skipgpt", "tsa-hard"))
 def test_two_steps_and_a_few_tokens(name: str, tmp_path: Path) -> None:
     values = {**MODELS[name]["model"], **SMALL}
     if "neuron_groups" in values:

@@ -14,7 +14,9 @@ from skipstone.data.packing import RandomWindows
 from skipstone.runs import Run
 from skipstone.train import watch
 from skipstone.train.watch import Interrupted
-from train.tool import MODELS, at_step, equal, lines, recipe, train, weights
+from train.tool import MODELS, at_step, equal, lines, quick, recipe, train, weights
+
+PARTS = {"activation_checkpointing": True, "gradient_accumulation": 2}
 
 
 class PowerCut(RuntimeError):
@@ -32,7 +34,7 @@ def same(one: Path, other: Path) -> bool:
     return equal(weights(one), weights(other)) and lines(one) == lines(other) and untimed[0] == untimed[1]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, "dense", "scheduled", "experts", "all"))
 def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     config = recipe(tmp_path, MODELS[name])
     whole = train(config, tmp_path / "whole")
@@ -47,11 +49,16 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert same(whole, stopped)
 
 
-@pytest.mark.parametrize("name", ["all", "random"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"precision": "bf16"}, {"activation_checkpointing": True, "gradient_accumulation": 2}],
-    ids=["plain", "bf16", "checkpointed"],
+    ("options", "name"),
+    [
+        pytest.param({}, "all", id="plain-all", marks=pytest.mark.slow),
+        pytest.param({}, "random", id="plain-random", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16"}, "all", id="bf16-all", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16"}, "random", id="bf16-random"),
+        pytest.param(PARTS, "all", id="checkpointed-all"),
+        pytest.param(PARTS, "random", id="checkpointed-random", marks=pytest.mark.slow),
+    ],
 )
 def test_resume_after_a_crash_is_exact(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     config = recipe(tmp_path, MODELS[name], **options)
@@ -68,7 +75,7 @@ def test_resume_after_a_crash_is_exact(name: str, options: dict[str, Any], tmp_p
 
 
 def test_a_crash_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    config = recipe(tmp_path, MODELS["all"])
+    config = recipe(tmp_path, MODELS["random"])
     whole = train(config, tmp_path / "whole")
     with at_step(4, cut), pytest.raises(PowerCut):
         train(config, tmp_path / "crashed")
@@ -122,7 +129,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_by_time_is_as_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = recipe(tmp_path, MODELS["all"], save_every=0)
+    config = recipe(tmp_path, MODELS["ema_threshold"], save_every=0)
     whole = train(config, tmp_path / "whole")
     now = iter(range(1000))
     monkeypatch.setattr(watch, "monotonic", lambda: 60.0 * next(now))  # each look at the clock is a minute later

@@ -16,6 +16,7 @@ import yaml
 
 from skipstone.runs import Run, last_checkpoint
 from skipstone.train.watch import MetricsFile, Progress, StopSignals, metrics_line
+from skipstone_cli.main import main
 from train.tool import DENSE, MODELS, equal, lines, recipe, train, weights
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -95,14 +96,18 @@ def test_a_stopped_command_says_how_to_go_on(number: signal.Signals, tmp_path: P
     assert lines(whole) == lines(out)
 
 
-def test_a_mistake_on_the_command_line_is_one_line(tmp_path: Path) -> None:
+def test_a_mistake_on_the_command_line_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe(tmp_path, DENSE)))
-    command = [sys.executable, "-m", "skipstone_cli.main", "train", str(file), "train.lerning_rate=1"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)})
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [done.stderr.strip()]
-    assert "did you mean 'learning_rate'" in done.stderr
+    monkeypatch.setattr("sys.argv", ["skipstone", "train", str(file), "train.lerning_rate=1"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.splitlines() == [said.strip()]
+    assert "did you mean 'learning_rate'" in said
 
 
 def test_a_signal_in_the_last_step_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,12 @@ QUIET = {
     if name not in ("dense", "scheduled", "random", "token_selective_hard", "polyglu", "experts", "all")
 }
 QUIET["polyglu"] = {**DENSE, "activation": {"name": "polyglu", "noise": False}}
+
+
+def quick(names: Iterable[str], *kept: str) -> list[Any]:
+    """Names to parametrise a test with, all but `kept` slow: the quick suite trains the families that hold most."""
+    assert {*kept} <= {*names}
+    return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in names]
 
 
 def text_file(folder: Path) -> Path:

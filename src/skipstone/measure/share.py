@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from skipstone.core.records import Records
 from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.cost import cost, kept_from_records
+from skipstone.model.cost import forward_flops, kept_from_records
 
 
 class ScoreReader(Protocol):
@@ -71,13 +71,12 @@ def observe(
 
 def _spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
     """FLOPs needed and dense, each row by itself: attention's grow with the square of what a row keeps."""
-    needed = dense = 0.0
-    for row in range(len(ids_BT)):
+    rows, tokens = ids_BT.shape
+    needed = 0.0
+    for row in range(rows):
         alone = tree_map(partial(_row, row), records)
-        found = cost(model, tokens=ids_BT.shape[1], kept=kept_from_records(model, alone))
-        assert found.dense is not None
-        needed, dense = needed + found.forward.total, dense + found.dense.forward.total
-    return needed, dense
+        needed += forward_flops(model, tokens, kept_from_records(model, alone)).total
+    return needed, rows * forward_flops(model, tokens, mechanisms=False).total
 
 
 def _row(index: int, x: object) -> object:

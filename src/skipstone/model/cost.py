@@ -165,6 +165,16 @@ def cost(
     return replace(_cost(model, call), dense=dense)
 
 
+def forward_flops(model: Model, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
+    """The forward FLOPs of `cost` alone, of one causal row without past; without `mechanisms` those of the dense model.
+
+    Many times as fast: whoever looks for a threshold asks for every row at every setting.
+    """
+    call = _Call(tokens, 0, 1, "causal", tokens, kept or {}, {}, mechanisms)
+    blocks = (_executed(block, call, i)[-1] for i, block in enumerate(model.decoder.layers))
+    return _whole(sum(blocks, _head(model, tokens)))
+
+
 def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
     """What mechanisms kept in a forward pass, as `cost` wants it.
 
@@ -240,18 +250,10 @@ def _cost(model: Model, call: _Call) -> Cost:
     training = _head(model, call.tokens) * 3
     kv = state = 0.0
     for i, block in enumerate(model.decoder.layers):
-        oracle, kept = call.routing == "oracle", call.kept.get(i, {})
-        before = _work(block, call.past, {}, False, call.mechanisms)
-        single_token = call.tokens == call.batch == 1 and not oracle
-        work = _work(block, call.tokens, kept, oracle, call.mechanisms, single_token)
-        stored = call.stored.get(i, before.attention.kv_tokens)
-        unpadded = {
-            name: counts.unpadded or counts if isinstance(counts, TokenCounts) else counts
-            for name, counts in kept.items()
-        }
-        seen = _work(block, call.tokens, unpadded, oracle, call.mechanisms, single_token)
-        forward += _flops(block, work, seen, stored, call.routing)
-        trained = [_work(block, call.tokens, which, True, call.mechanisms) for which in (kept, unpadded)]
+        before, work, stored, flops = _executed(block, call, i)
+        forward += flops
+        kept = call.kept.get(i, {})
+        trained = [_work(block, call.tokens, which, True, call.mechanisms) for which in (kept, _unpadded(kept))]
         training += _training(block, *trained)
         kv += (stored + work.attention.kv_tokens) * _entry_bytes(block.self_attn)
         state += _state_bytes(before) + _state_bytes(work)
@@ -266,6 +268,24 @@ def _cost(model: Model, call: _Call) -> Cost:
         kv_bytes_per_token=kv / (call.past + call.tokens),
         state_bytes_per_token=state / (call.past + call.tokens),
     )
+
+
+def _executed(block: Block, call: _Call, layer: int) -> tuple[_Work, _Work, float, Flops]:
+    """What one block did for the tokens before and does for those of the call, keys stored, and its forward FLOPs."""
+    oracle, kept = call.routing == "oracle", call.kept.get(layer, {})
+    single_token = call.tokens == call.batch == 1 and not oracle
+    before = _work(block, call.past, {}, False, call.mechanisms)
+    work, seen = (
+        _work(block, call.tokens, which, oracle, call.mechanisms, single_token) for which in (kept, _unpadded(kept))
+    )
+    stored = call.stored.get(layer, before.attention.kv_tokens)
+    return before, work, stored, _flops(block, work, seen, stored, call.routing)
+
+
+def _unpadded(kept: Mapping[str, Amount]) -> dict[str, Amount]:
+    return {
+        name: counts.unpadded or counts if isinstance(counts, TokenCounts) else counts for name, counts in kept.items()
+    }
 
 
 def _whole(flops: Flops) -> Flops:
