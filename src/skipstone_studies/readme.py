@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone_studies.page import block, heading
 from skipstone_studies.record import Record
 from skipstone_studies.study import Study

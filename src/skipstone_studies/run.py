@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone.core.strict import choose
 from skipstone.evaluate.tables import rich_table
-from skipstone.report.write import write_report
+from skipstone.report.rendering import write_report
 from skipstone.runs import METRICS
 from skipstone_studies import readme as readmes
 from skipstone_studies import record as records

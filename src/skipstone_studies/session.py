@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone.core.lock import Busy, locked
 from skipstone.runs import CONFIG, MODEL_CONFIG, Run, last_checkpoint
 from skipstone.train.environment import describe

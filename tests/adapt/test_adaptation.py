@@ -18,7 +18,7 @@ from skipstone.data.sharding import write_shards
 from skipstone.evaluate.comparison import compare
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.generate.text_generation import stream_text
-from skipstone.report.write import write_report
+from skipstone.report.rendering import write_report
 from skipstone.runs import Run
 from skipstone.train.watch import Interrupted
 from train.tool import at_step, equal, lines, text_file, weights

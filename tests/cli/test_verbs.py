@@ -190,7 +190,7 @@ def test_the_list_of_experiments(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = listen(monkeypatch, "skipstone.report.write", "write_report", None)
+    calls = listen(monkeypatch, "skipstone.report.rendering", "write_report", None)
     Path("a.json").touch()
     command(monkeypatch, "report", "run", "--out", "a.html", "--evaluation", "a.json")
     assert calls == [(([Path("run")], Path("a.html")), {"evaluations": [Path("a.json")]})]

@@ -16,7 +16,7 @@ import pytest
 
 from skipstone.budget import BudgetTable
 from skipstone.evaluate.evaluation import evaluate
-from skipstone.report.write import write_report
+from skipstone.report.rendering import write_report
 from skipstone.runs import Run
 from skipstone.train.recipe import read_recipe
 

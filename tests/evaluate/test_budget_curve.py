@@ -12,7 +12,7 @@ from skipstone.budget import BudgetTable
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.generate.text_generation import stream_text
-from skipstone.report.write import write_report
+from skipstone.report.rendering import write_report
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from skipstone.evaluate.evaluation import evaluate
 from skipstone.measure.compute import compute_shares
 from skipstone.measure.record_meter import RecordMeter
 from skipstone.model.card import render_card
-from skipstone.report.write import write_report
+from skipstone.report.rendering import write_report
 
 SIZES = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 STAGED = {"mechanisms": [{"name": "mixture_of_depths", "layers": "1:", "capacity": 0.5, "decision": "threshold"}]}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skipstone.measure.trace import trace_tokens
-from skipstone.report.write import write_report
+from skipstone.report.rendering import write_report
 from skipstone.runs import Run
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skipstone.report.write import write_report
+from skipstone.report.rendering import write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from skipstone.budget.budget_table import BudgetTable, OperatingPoint
 from skipstone.budget.handles import ThresholdHandle, require_handles
-from skipstone.budget.table import BudgetTable, OperatingPoint
 from skipstone.measure.share import Seen, observe
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skipstone.budget import BudgetTable, calibrate
-from skipstone.budget.table import OperatingPoint
+from skipstone.budget.budget_table import OperatingPoint
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from skipstone.budget import BudgetTable
+from skipstone.generate.detokenizer import Detokenizer
 from skipstone.generate.engine import Step, check_length, ends_of
 from skipstone.generate.engine import stream as stream_steps
-from skipstone.generate.text import Detokenizer
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 

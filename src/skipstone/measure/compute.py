@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.core.counts import TokenCounts
-from skipstone.core.records import DepthRecord, Records
+from skipstone.core.records import DepthRecord, Records, of_kind
 from skipstone.nn.block import Block
 
 WHOLE = TokenCounts(kv_tokens=1.0, query_tokens=1.0)
@@ -51,7 +51,7 @@ def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> 
     names = [name for site in block.sites.values() for name in site]
     if not names:
         return torch.full((1, 1), float(attention["given"] + attention["asked"])), torch.ones(1, 1)
-    kept = {name: record.kept_BT.cpu() for name, record in decided.items() if isinstance(record, DepthRecord)}
+    kept = {name: record.kept_BT.cpu() for name, record in of_kind(decided, DepthRecord).items()}
     # Inside a block that keeps nobody, no record is made: those inside kept nobody either.
     code_BT = torch.stack([kept[name].long() << bit for bit, name in enumerate(names) if name in kept]).sum(0)
     attended, asked = torch.tensor([_work(block, way, attention) for way in _ways(names)]).unbind(1)

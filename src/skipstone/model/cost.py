@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from skipstone.core.counts import Amount, TokenCounts
-from skipstone.core.records import DepthRecord, Records
+from skipstone.core.records import DepthRecord, Records, find
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 from skipstone.core.unpad import pays
@@ -197,8 +197,8 @@ def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[s
 
     reached_BT = None
     for name in path:
-        record = decided.get(name)
-        if isinstance(record, DepthRecord):  # missing where an outer mechanism kept nothing at all
+        record = find(decided, name, DepthRecord)
+        if record is not None:  # missing where an outer mechanism kept nothing at all
             reached_BT = record.kept_BT if reached_BT is None else reached_BT & record.kept_BT
             yield name, _counts(record.kept_BT, reached_BT, rows)
 

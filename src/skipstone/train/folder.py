@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
 from skipstone.train import environment
 from skipstone.train.recipe import NOT_THE_RESULT, Recipe

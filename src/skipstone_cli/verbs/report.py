@@ -24,7 +24,7 @@ def report(
         existing_file(file, "--evaluation")
     new_path(out, "--out")
 
-    from skipstone.report.write import write_report
+    from skipstone.report.rendering import write_report
 
     write_report(runs, out, evaluations=evaluation or [])
     typer.echo(f"written: {out}")

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from skipstone.evaluate.tables import amount
 from skipstone.report.axes import bounds, short
 from skipstone.report.palette import Style, style
-from skipstone.report.write import environment
+from skipstone.report.rendering import environment
 from skipstone_studies.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
 from skipstone_studies.isoflop import table
 from skipstone_studies.isoflop.curves import INSIDE, Curve, GridPoint

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.evaluate.tables import rich_table
 from skipstone_studies.isoflop import page, table

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone.report.budget_chart import read_budgets
-from skipstone.report.page import Pieces, context
+from skipstone.report.report_page import Pieces, context
 from skipstone.report.run_view import load_view
 from skipstone.runs import Run
 

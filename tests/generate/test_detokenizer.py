@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from skipstone.data.tokenizers import byte_tokenizer, char_tokenizer
-from skipstone.generate.text import INCOMPLETE, Detokenizer
+from skipstone.generate.detokenizer import INCOMPLETE, Detokenizer
 
 
 def word_tokenizer() -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.budget.handles import ThresholdHandle, find_handles
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
