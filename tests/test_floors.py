@@ -135,6 +135,21 @@ def test_functions_are_short() -> None:
     assert long == set(LONG_FUNCTIONS), "split the function, or keep LONG_FUNCTIONS true"
 
 
+def kinds_asked(source: str) -> list[str]:
+    """The names of classes that `isinstance` is asked about."""
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "isinstance"]
+    asked = [node for call in calls for node in ast.walk(call.args[1])]
+    return [n.attr if isinstance(n, ast.Attribute) else n.id for n in asked if isinstance(n, ast.Attribute | ast.Name)]
+
+
+def test_only_core_records_asks_what_kind_a_record_is() -> None:
+    """Others say what they take (`of_kind`, `find`, `expect`) or read it by `READERS`: a new kind touches two files."""
+    asked = {name: [k for k in kinds_asked(text) if k.endswith("Record")] for name, text in sources("src").items()}
+    assert len(asked) > 10
+    assert {name: kinds for name, kinds in asked.items() if kinds} == {}
+    assert {"DepthRecord", "ExpertsRecord"} <= {*kinds_asked("isinstance(record, DepthRecord | core.ExpertsRecord)")}
+
+
 @pytest.mark.parametrize(
     ("file", "source"),
     [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.records import DepthRecord, Records
+from skipstone.core.records import DepthRecord, Records, find
 from skipstone.core.routing_module import require_causal
 from skipstone.core.threshold import ScoreThreshold, State
 from skipstone.mechanisms import DepthMechanism
@@ -69,8 +69,8 @@ class ThresholdHandle:
         """Return the scores [N] of all tokens of a pass that reached the mechanism."""
         parts = []
         for placement, threshold in zip(self._placements, self._thresholds, strict=True):
-            record = records[placement.layer].get(placement.name)
-            if isinstance(record, DepthRecord):  # None: inside a block that kept no token
+            record = find(records[placement.layer], placement.name, DepthRecord)
+            if record is not None:  # None: inside a block that kept no token
                 parts.append(threshold.scores(record)[record.reached_BT])
         return torch.cat(parts) if parts else torch.empty(0)
 

@@ -132,11 +132,16 @@ Record: TypeAlias = DepthRecord | ActivationRecord | ExpertsRecord | NeuronGroup
 Records: TypeAlias = dict[str, Record]
 
 
-def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
-    """The record of this name, which must be of this kind; None where none was made."""
-    record = records.get(name)
-    assert record is None or isinstance(record, kind), f"{name} recorded {type(record).__name__}"
+def expect(record: Record, kind: type[AnyRecord]) -> AnyRecord:
+    """Return the record, which must be of this kind."""
+    assert isinstance(record, kind), f"a {kind.__name__} is expected, got a {type(record).__name__}"
     return record
+
+
+def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
+    """Return the record of this name, which must be of this kind; None where none was made."""
+    record = records.get(name)
+    return None if record is None else expect(record, kind)
 
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
@@ -144,10 +149,7 @@ def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Reco
     return {name: record.lift(part, state) for name, record in records.items()}
 
 
-R = TypeVar("R", bound=Record)
-
-
-def of_kind(records: Records, kind: type[R]) -> dict[str, R]:
+def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
     """Return the records of one kind, by the names of their mechanisms."""
     return {name: record for name, record in records.items() if isinstance(record, kind)}
 

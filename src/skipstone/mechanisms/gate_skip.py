@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.counts import TokenCounts
-from skipstone.core.records import DepthRecord, Record, Records
+from skipstone.core.records import DepthRecord, Record, Records, expect
 from skipstone.core.seam import Update
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
@@ -113,7 +113,7 @@ class GateSkip(DepthMechanism):
         return self.decision.causal(score_BT, x_BTD, tokens)
 
     def statistics(self, record: Record) -> Tensor | None:
-        assert isinstance(record, DepthRecord)
+        record = expect(record, DepthRecord)
         return self.decision.statistics(record.score_BT, record.reached_BT)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from skipstone.core.counts import TokenCounts
-from skipstone.core.records import DepthRecord, Record, Records, lift
+from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
@@ -209,7 +209,7 @@ class MixtureOfDepths(DepthMechanism):
         return ops.select_top(record.score_BT, self.capacity, torch.where(record.reached_BT, 0, -1))
 
     def statistics(self, record: Record) -> Tensor | None:
-        assert isinstance(record, DepthRecord)
+        record = expect(record, DepthRecord)
         return self.decision.statistics(record.score_BT.detach(), record.reached_BT)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:

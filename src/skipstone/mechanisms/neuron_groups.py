@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from skipstone.core.cache import SkipstoneCacheLayer
-from skipstone.core.records import NeuronGroupsRecord, Record
+from skipstone.core.records import NeuronGroupsRecord, Record, expect
 from skipstone.core.routing_module import Placement
 from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens, real_mask
@@ -152,7 +152,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return record.kept_BTG.sum((0, 1)) / record.reached_BT.sum()
 
     def statistics(self, record: Record) -> Tensor | None:
-        assert isinstance(record, NeuronGroupsRecord)
+        record = expect(record, NeuronGroupsRecord)
         return self.share(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:

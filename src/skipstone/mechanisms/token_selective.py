@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.counts import TokenCounts
-from skipstone.core.records import DepthRecord, Record, Records, lift
+from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
@@ -165,7 +165,7 @@ class TokenSelective(DepthMechanism):
         return part.scatter(delta_BKD), lift(inner, part, tokens.state)
 
     def statistics(self, record: Record) -> Tensor | None:
-        assert isinstance(record, DepthRecord)
+        record = expect(record, DepthRecord)
         return None if self.decision is None else self.decision.statistics(record.score_BT.detach(), record.reached_BT)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:

@@ -32,7 +32,7 @@ from transformers import initialization as init
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.counts import Amount, number
-from skipstone.core.records import ExpertsRecord, Record, Records, find
+from skipstone.core.records import ExpertsRecord, Record, Records, expect, find
 from skipstone.core.routing_module import Placement, RoutingModule
 from skipstone.core.strict import from_dict
 from skipstone.core.tokens import Tokens, real_mask
@@ -204,7 +204,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return self._usage(record.chosen_BTX, record.reached_BT)
 
     def statistics(self, record: Record) -> Tensor | None:
-        assert isinstance(record, ExpertsRecord)
+        record = expect(record, ExpertsRecord)
         return self.usage(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
