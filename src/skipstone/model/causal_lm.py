@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from skipstone.core.records import Records
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.tokens import Executor
+from skipstone.core.weights import is_quantised, weight_is_readable
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
     DecoderOutput,
@@ -175,9 +176,10 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         distillation: Distillation | None,
     ) -> dict[str, Tensor]:
         """The same, and with a teacher the divergence and what is minimised, all logits never at hand."""
-        if type(self.lm_head) is not nn.Linear or type(self.lm_head.weight) is not nn.Parameter:
+        if not weight_is_readable(self.lm_head) or is_quantised(self.lm_head):
             raise ValueError(
-                "loss_chunk needs the head's weight as it is, without adapter, quantisation or sharding; pass 0"
+                "loss_chunk needs the head's weight as it is, without adapter, hooks, offloading, quantisation or "
+                "sharding; pass 0"
             )
         target_N = target_BT.flatten().to(hidden_BTD.device)
         given = (hidden_BTD.flatten(0, 1), self.lm_head.weight, target_N)

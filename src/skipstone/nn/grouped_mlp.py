@@ -23,6 +23,7 @@ from skipstone.core.counts import Amount, number
 from skipstone.core.records import NeuronGroupsRecord, Records, find
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.tokens import Tokens
+from skipstone.core.weights import is_quantised, weight_is_readable
 from skipstone.core.width import Activation, FeedForward, GroupChoice, GroupRouter, InputGroupRouter, Share
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.mlp import activated
@@ -61,8 +62,8 @@ class DivisibleMLP(FeedForward):
 
     @property
     def divisible(self) -> bool:
-        """Whether parts of its matrices may be taken: what an adapter has put beside them (PEFT) would be left out."""
-        return all(type(linear) in (nn.Linear, OutputLinear) for linear in self.matrices())
+        """Whether parts of its matrices may be taken, which passes by what acts around the call of a whole one."""
+        return all(map(weight_is_readable, self.matrices()))
 
     def matrices(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """Gate, up, down."""
@@ -179,11 +180,6 @@ class GroupedMLP(DivisibleMLP):
 def whole_weight(linear: nn.Linear) -> Tensor:
     """The weight; of a quantised one (torchao's), which cannot be taken in parts, the numbers that it stands for."""
     return linear.weight.dequantize() if is_quantised(linear) else linear.weight
-
-
-def is_quantised(linear: nn.Linear) -> bool:
-    """Whether its weight stands for other numbers than it holds (torchao)."""
-    return type(linear.weight).dequantize is not Tensor.dequantize
 
 
 def _by_group(y: Tensor, gain: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
+from skipstone.core.weights import is_quantised
 from skipstone.core.width import Activation, ActivationGroupRouter
-from skipstone.nn.grouped_mlp import DivisibleMLP, is_quantised
+from skipstone.nn.grouped_mlp import DivisibleMLP
 from skipstone.nn.mlp import activated, autocast
 from skipstone.ops.magnitude import MagnitudeOutput, MagnitudeWeights, one_token, reads_in_place, transposed
 from skipstone.ops.reference import dropped

@@ -1,0 +1,95 @@
+"""Whatever acts around the call of a linear layer is never passed by: offloading, hooks, parametrisations, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM
+
+import skipstone
+
+GROUPS: dict[str, dict[str, Any]] = {
+    "groups": {"capacity": 0.5, "group_size": 8},
+    "magnitude": {"decision": "magnitude", "capacity": 0.5, "group_size": 1},
+    "tried and kept": {"decision": "magnitude", "capacity": 0.75, "down_capacity": 0.5, "group_size": 1},
+}
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def net(name: str, **options: Any) -> skipstone.SkipstoneForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "initializer_range": 0.2}
+    config = skipstone.SkipstoneConfig(**sizes, neuron_groups=GROUPS.get(name), **options)
+    return skipstone.SkipstoneForCausalLM(config).eval()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def doubled_by_hook(linear: nn.Linear) -> None:
+    linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def doubled_by_parametrisation(linear: nn.Linear) -> None:
+    parametrize.register_parametrization(linear, "weight", Doubled())
+
+
+def doubled_by_forward(linear: nn.Linear) -> None:
+    plain = linear.forward
+    linear.forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
+
+
+AROUND: dict[str, Callable[[nn.Linear], None]] = {
+    "hook": doubled_by_hook,
+    "parametrisation": doubled_by_parametrisation,
+    "forward": doubled_by_forward,
+}
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("around", AROUND)
+@torch.no_grad()
+def test_what_acts_around_a_layer_acts(name: str, around: str, ids: Tensor) -> None:
+    spoken, right = net(name), net(name)
+    for i in (0, 2):
+        AROUND[around](spoken.model.layers[i].mlp.down_proj)
+        right.model.layers[i].mlp.down_proj.weight.mul_(2)
+    torch.testing.assert_close(spoken(ids).logits, right(ids).logits)
+    assert torch.equal(spoken.generate(ids[:1], **GREEDY), right.generate(ids[:1], **GREEDY))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # accelerate's remarks on offloading
+@pytest.mark.parametrize("name", [*GROUPS, "dense"])
+@torch.no_grad()
+def test_weights_on_disk_compute_the_same(name: str, ids: Tensor, tmp_path: Path) -> None:
+    model = net(name)
+    model.save_pretrained(tmp_path / "model")
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    ).eval()
+    torch.testing.assert_close(spread(ids).logits, model(ids).logits)
+    assert torch.equal(spread.generate(ids[:1], **GREEDY), model.generate(ids[:1], **GREEDY))
+    with pytest.raises(ValueError, match="loss_chunk needs the head's weight as it is"):
+        spread(ids, labels=ids, loss_chunk=8)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_chunked_loss_refuses_a_head_that_is_more_than_its_weight(around: str, ids: Tensor) -> None:
+    model = net("dense")
+    AROUND[around](model.lm_head)
+    with pytest.raises(ValueError, match="loss_chunk needs the head's weight as it is"):
+        model(ids, labels=ids, loss_chunk=8)
