@@ -1,4 +1,4 @@
-"""Assisted decoding says what greedy decoding says, whoever guesses and whoever checks, and guesses are really used."""
+"""Law 11: assisted decoding says what greedy decoding says, whoever guesses and checks, and guesses are really used."""
 
 from __future__ import annotations
 

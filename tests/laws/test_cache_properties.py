@@ -1,4 +1,4 @@
-"""Any history of cache operations leaves the model where the rows' own tokens, computed from scratch, would leave it.
+"""Law 3: any history of cache operations leaves the model where the rows' own tokens, computed afresh, would leave it.
 
 Each row is a list of what it was given; the specification is the plain forward pass of every document of every row
 alone, without cache, padding and packing.

@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss: in value, in every gradient, in what is executed, whatever the model is made of."""
+"""Law 15: the loss in chunks is the loss: in value, in every gradient, in what is executed, for every mechanism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile takes the static training forward of every mechanism as one graph."""
+"""Law 9: torch.compile takes the static training forward of every mechanism as one graph."""
 
 from __future__ import annotations
 

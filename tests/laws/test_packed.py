@@ -1,4 +1,4 @@
-"""Documents packed in a row, through the cache: each is the document alone, and decoding goes on with the last one."""
+"""Law 4: documents packed in a row, through the cache: each is the document alone; decoding continues the last one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: complete, in the row's own coordinates, NaN where nobody was asked, never kept by the model."""
+"""Law 16: records are complete, in the row's own coordinates, NaN where nobody was asked, never kept by the model."""
 
 from __future__ import annotations
 

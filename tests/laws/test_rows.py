@@ -1,4 +1,4 @@
-"""Decoding where rows disagree: only the rows that keep their token are computed, and nothing else changes."""
+"""Law 8: decoding where rows disagree: only the rows that keep their token are computed, and nothing else changes."""
 
 from __future__ import annotations
 
