@@ -32,4 +32,4 @@ def test_files_and_pages_exist(name: str) -> None:
 
 
 def test_is_a_door_not_a_hall() -> None:
-    assert len(README.text.splitlines()) <= 200
+    assert len(README.text.splitlines()) <= 120
