@@ -43,13 +43,14 @@ class Session:
     out: Path
     console: Console
     only: Sequence[str] | None = None  # the arms to run; all if None
+    made_by: str = ""  # the command that makes the records, where it is not `skipstone reproduce`
     failures: list[str] = field(default_factory=list)
     busy: list[str] = field(default_factory=list)  # arms that another process is at work on, left out
     spent: list[float] = field(default_factory=list)  # seconds of each arm that was run in this process
 
     @property
     def command(self) -> str:
-        return f"skipstone reproduce {self.study.name} --scale {self.scale}"
+        return self.made_by or f"skipstone reproduce {self.study.name} --scale {self.scale}"
 
     def folder(self, arm: str, seed: int) -> Path:
         return self.runs / self.study.name / self.scale / f"{arm}-seed{seed}"

@@ -17,7 +17,6 @@ from skipstone.train.watch import MetricsFile
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.main import main
 from skipstone_studies.isoflop import run as runs
-from skipstone_studies.isoflop import session
 from skipstone_studies.isoflop.result import find
 from skipstone_studies.isoflop.spec import GridSpec, make_spec
 from skipstone_studies.isoflop.table import optima, same
@@ -172,8 +171,8 @@ def test_nothing_is_trained_twice(finished: Path, monkeypatch: pytest.MonkeyPatc
     def never(*args: Any, **kwargs: Any) -> Path:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(session, "train", never)
-    monkeypatch.setattr(session, "training_speeds", never)
+    monkeypatch.setattr(runs, "train", never)
+    monkeypatch.setattr(runs, "training_speeds", never)
     runs.isoflop(spec(), out=Path("out"), runs=Path("runs"), command=COMMAND)
 
 
@@ -202,16 +201,16 @@ def test_a_killed_grid_goes_on_from_its_checkpoint(here: Path, monkeypatch: pyte
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = session.train
+    real = runs.train
 
     def failing(recipe: dict[str, Any], **options: Any) -> Path:
         if recipe["model"]["hidden_size"] == 24:
             raise ValueError("the training loss was not finite")
         return real(recipe, **options)
 
-    monkeypatch.setattr(session, "train", failing)
+    monkeypatch.setattr(runs, "train", failing)
     small = {"budgets": [1.5e7], "rates": [1e-3], "arms": ["dense"], "optimum_seeds": 1}
-    with pytest.raises(ValueError, match=r"1 runs failed: dense-1.5e7-24x2-lr0\.001, seed 0: the training loss"):
+    with pytest.raises(ValueError, match=r"1 runs failed: tiny, arm 'dense-1.5e7-24x2-lr0\.001', seed 0: the training"):
         runs.isoflop(spec(**small, sizes=["16", "32", "24"]), out=Path("out"), runs=Path("runs"), command=COMMAND)
     assert len(record_files(here)) == 2
     assert "too few sizes" in Path("out/tiny.md").read_text(encoding="utf-8")

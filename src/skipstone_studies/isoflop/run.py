@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import TrainerCallback
 
 from skipstone.core.atomic_write import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.evaluate.tables import rich_table
+from skipstone.train.training import train
 from skipstone_studies.isoflop import page, table
 from skipstone_studies.isoflop.curves import FOLDER, GridRecords, collect, lookup, nearest_optimum
 from skipstone_studies.isoflop.estimate import GridEstimate, step_times, step_times_at
@@ -24,10 +27,12 @@ from skipstone_studies.isoflop.grid import (
     read_corpus,
     read_corpus_if_cheap,
 )
+from skipstone_studies.isoflop.measure import CoreUse, figures, watched
 from skipstone_studies.isoflop.result import find
-from skipstone_studies.isoflop.session import GridSession
 from skipstone_studies.isoflop.spec import GridSpec
-from skipstone_studies.study import Study
+from skipstone_studies.session import Session
+from skipstone_studies.study import Figures, RecipeDict, Study
+from skipstone_studies.timing import training_speeds
 
 PLAN = "plan.json"  # the spec that the table and the page were last rendered for, beside the records
 
@@ -42,53 +47,99 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
     grid = Grid(with_vocabulary(spec, facts))
     grid.everything()
     check_once(grid, facts)
-    session = _session(grid, facts, out, runs, command)
+    write_whole(out / grid.spec.name / PLAN, json.dumps(grid.spec.to_dict(), indent=1) + "\n")
+    stages = Stages(grid=grid, facts=facts, out=out, runs=runs, command=command)
     try:
-        _stages(session)
+        stages.run()
     except (KeyboardInterrupt, SystemExit):
-        session.say("stopped; the same command goes on from here")
-        session.after()
+        stages.say("stopped; the same command goes on from here")
+        _render_if_any(out, grid.spec.name)
         raise
     written = _render_if_any(out, grid.spec.name)
-    if session.failures:
-        raise ValueError(f"{len(session.failures)} runs failed: {'; '.join(session.failures)}")
+    if stages.failures:
+        raise ValueError(f"{len(stages.failures)} runs failed: {'; '.join(stages.failures)}")
     return written
 
 
-def _session(grid: Grid, facts: CorpusFacts, out: Path, runs: Path, command: str) -> GridSession:
-    spec = grid.spec
-    write_whole(out / spec.name / PLAN, json.dumps(spec.to_dict(), indent=1) + "\n")
-    study = Study(
-        name=spec.name, purpose="equal training FLOPs", arms=lambda scale: {}, columns=(), seeds={FOLDER: (spec.seed,)}
-    )
-    planned = GridEstimate(grid=grid, facts=facts, step_times={}).parts()
-    return GridSession(
-        study=study,
-        scale=FOLDER,
-        arms={},
-        runs=runs,
-        out=out,
-        console=Console(stderr=True),
-        grid=grid,
-        facts=facts,
-        line=command,
-        left_flops=sum(cell.flops for cells in planned.values() for cell in cells),
-        after=lambda: _render_if_any(out, spec.name),
-    )
+@dataclass(kw_only=True)
+class Stages:
+    """The runs of a grid: learning rates, the grid, steps timed interleaved, further seeds at the optima.
+
+    Each stage is a `Session` whose arms are cells, by label, so that runs are resumed and recorded as those of any
+    study. failures: one line each.
+    """
+
+    grid: Grid
+    facts: CorpusFacts
+    out: Path
+    runs: Path
+    command: str
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+    failures: list[str] = field(default_factory=list)
+    use: dict[Path, CoreUse] = field(default_factory=dict)  # of what was trained in this process, by run folder
+
+    def say(self, text: str) -> None:
+        self.console.print(f"[dim]{self.grid.spec.name}[/dim]  {text}", highlight=False, soft_wrap=True)
+
+    def run(self) -> None:
+        grid, spec, known = self.grid, self.grid.spec, lookup(self.out, self.grid.spec.name)
+        self.stage("rates", [cell for arm in spec.arms for cell in grid.sweep(arm)], [spec.seed])
+        chosen = collect(grid, known).chosen
+        self.say(f"learning rates: {', '.join(f'{arm} {rate:g}' for arm, rate in chosen.items())}")
+        cells = {arm: grid.cells(arm, rate) for arm, rate in chosen.items()}
+        self.stage("grid", [cell for row in zip(*cells.values(), strict=True) for cell in row], [spec.seed])
+        for size, arms in _by_size(grid, cells).items():  # one budget's, for a step does not depend on their number
+            recorded = [cell for cell in arms.values() if known(cell, spec.seed) is not None]
+            self.stage(f"steps at {size}", recorded, [spec.seed], timed=True)
+        best = [nearest_optimum(points) for points in collect(grid, known).curves.values()]
+        self.stage("seeds", best, grid.other_seeds)
+
+    def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
+        """Run these cells with these seeds, as far as they are not recorded yet, and render."""
+        if not cells or not seeds:
+            return
+        recipes, by_label = {cell.label: cell.recipe for cell in cells}, {cell.label: cell for cell in cells}
+        study = Study(
+            name=self.grid.spec.name,
+            purpose="equal training FLOPs",
+            arms=lambda scale: recipes,
+            columns=(),
+            seeds={FOLDER: seeds},
+            make=self._train,
+            measure=lambda folder: self._figures(by_label[folder.name.rpartition("-seed")[0]], folder),
+            measure_together=_speeds if timed else None,
+        )
+        session = Session(
+            study=study,
+            scale=FOLDER,
+            arms=recipes,
+            runs=self.runs,
+            out=self.out,
+            console=self.console,
+            made_by=self.command,
+        )
+        self.say(f"{name}: {session.finished(list(seeds))} of {len(recipes) * len(seeds)} runs are recorded")
+        session.run(list(seeds))
+        self.failures += session.failures
+        _render_if_any(self.out, self.grid.spec.name)
+
+    def _train(self, recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
+        """The corpus is read once for all runs; a seed has its own order of it."""
+        data = self.facts.data
+        assert data is not None
+        assert data.train is not None
+        changed: dict[str, Any] = {"seed": recipe["data"]["seed"]}
+        rows = replace(data, config=replace(data.config, **changed), train=replace(data.train, **changed))
+        shown = self.console.is_terminal
+        with watched() as self.use[folder]:
+            train(recipe, out=folder, resume=resume, progress=shown, data=rows, callbacks=callbacks)
+
+    def _figures(self, cell: GridCell, folder: Path) -> Figures:
+        return figures(cell, folder, self.facts, self.use.get(folder, CoreUse()))
 
 
-def _stages(session: GridSession) -> None:
-    """Learning rates, the grid, steps timed in turns, further seeds at the optima."""
-    grid, spec = session.grid, session.grid.spec
-    known = lookup(session.out, spec.name)
-    session.run_all("rates", [(cell, spec.seed) for arm in spec.arms for cell in grid.sweep(arm)])
-    chosen = collect(grid, known).chosen
-    session.say(f"learning rates: {', '.join(f'{arm} {rate:g}' for arm, rate in chosen.items())}")
-    cells = {arm: grid.cells(arm, rate) for arm, rate in chosen.items()}
-    session.run_all("grid", [(cell, spec.seed) for row in zip(*cells.values(), strict=True) for cell in row])
-    session.time_in_turns(_by_size(grid, cells), spec.seed)
-    best = [nearest_optimum(points) for points in collect(grid, known).curves.values()]
-    session.run_all("seeds", [(cell, seed) for seed in grid.other_seeds for cell in best])
+def _speeds(runs: Mapping[str, Path]) -> dict[str, Figures]:
+    return {arm: {"training_speed": speed} for arm, speed in training_speeds(runs).items()}
 
 
 def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[str, GridCell]]:
