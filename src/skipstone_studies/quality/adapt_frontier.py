@@ -19,7 +19,6 @@ import torch
 from transformers import DynamicCache, TrainerCallback
 
 from skipstone.budget import BudgetTable
-from skipstone.budget.table import FILE
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.flops import count_flops, flop_check
@@ -129,7 +128,7 @@ def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> Abstract
     """The model with the thresholds of a budget; neurons by magnitude have none."""
     if model.config.neuron_groups is not None:
         return nullcontext()
-    if not (run.model_folder() / FILE).is_file():
+    if BudgetTable.find(run.model_folder()) is None:
         calibrate_run(run.folder, rows=DIALLED)
     return BudgetTable.load(run.model_folder()).at(model, budget)
 

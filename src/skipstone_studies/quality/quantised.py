@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from skipstone import SkipstoneForCausalLM
 from skipstone.adapt.prune import export_pruned
-from skipstone.core.files import write_whole
+from skipstone.core.atomic_write import write_whole
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.evaluate.metrics import sample_ids
 from skipstone.measure.losses import measure_loss
