@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from skipstone.core import checksums
 from skipstone.core.atomic_write import write_whole
 from skipstone.core.strict import from_dict
 from skipstone.data.config import DataConfig
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
 TOKENIZER, CHECKPOINTS, MODEL, VIEW = "tokenizer", "checkpoints", "model", "view.json"
 MODEL_CONFIG = "config.json"  # what makes a folder a saved model
+HASHED = 256 * 2**20  # bytes of weights whose hashes are compared whenever they are loaded; it takes a moment
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,12 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The resolved recipe: {"model": ..., "data": ..., "train": ...}. ValueError for a saved model without one."""
-        values = yaml.safe_load(self._read(CONFIG))
+        text = self._read(CONFIG)
+        try:
+            values = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{str(self.folder / CONFIG)!r} cannot be read: {reason}") from None
         if not isinstance(values, dict) or not {"model", "data", "train"} <= set(values):
             raise ValueError(f"{str(self.folder / CONFIG)!r} is no recipe: it needs model, data and train")
         return values
@@ -102,21 +111,32 @@ class Run:
         return last
 
     def load_model(self) -> SkipstoneForCausalLM:
-        """The trained model in evaluation mode, loaded strictly: nothing missing, nothing left over."""
+        """The trained model in evaluation mode, loaded strictly: nothing missing, nothing left over.
+
+        Raises ValueError naming the file for weights that are not what was written; hashes are compared up to 256 MiB,
+        sizes always.
+        """
         from skipstone.model.pretrained import load_model
 
-        model = load_model(self.model_folder())
+        folder = self.model_folder()
+        checksums.check(folder, hash_up_to=HASHED)
+        model = load_model(folder)
         model.eval()
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of the run or of the saved model, None where there is none (synthetic tasks)."""
-        from transformers import AutoTokenizer
+        """The tokenizer of the run or of the saved model, None where there is none (synthetic tasks).
+
+        Raises ValueError, one line, for files that cannot be read.
+        """
+        from skipstone.data.tokenizers import load_saved
 
         folder = self.folder if self.is_saved_model else self.folder / TOKENIZER
         if not (folder / "tokenizer_config.json").is_file():
+            if folder.is_file():
+                raise ValueError(f"{str(folder)!r} is a file; it should be the folder of the run's tokenizer")
             return None
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load_saved(folder)
 
     def data_config(self) -> DataConfig:
         return from_dict(DataConfig, self.config()["data"], "data")
@@ -159,22 +179,59 @@ class Run:
         return path
 
     def _read(self, name: str) -> str:
-        return self._file(name).read_text(encoding="utf-8")
+        return read_text(self._file(name))
 
     def _json(self, name: str) -> dict[str, Any]:
+        text = self._read(name)
         try:
-            return dict(json.loads(self._read(name)))
-        except ValueError as error:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(self.folder / name)!r} cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{str(self.folder / name)!r} cannot be read: it holds no JSON object")
+        return values
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file. A last line that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file. A last line that a crash cut short is left out.
+
+    Raises ValueError naming the file and the line for one that is no line of metrics.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
+        try:
+            values = json.loads(line)
+            if not isinstance(values["step"], int) or not isinstance(values["split"], str):
+                raise ValueError("step and split are not a number and a name")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{str(path)!r}, line {number}, is no line of metrics: {error!r}") from None
+        found.append(values)
+    return found
+
+
+def count_lines(path: Path) -> int:
+    """How many whole lines a metrics file has, once they are on the disk; 0 without the file."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return sum(part.count(b"\n") for part in iter(partial(file.read, 1 << 20), b""))
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises ValueError naming it if it is something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest `checkpoints/checkpoint-N` of a run folder."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Every `checkpoints/checkpoint-N` of a run folder, the newest last."""
     found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -23,10 +23,13 @@ class Figures(Protocol):
 
 
 def check_targets(*, json: Path | None, markdown: Path | None) -> None:
-    """Refuse existing files before the measurement starts, not after it."""
+    """Refuse existing files, and places where none can be made, before the measurement starts, not after it."""
+    from skipstone.core.atomic_write import check_writable
+
     for path, option in ((json, "--json"), (markdown, "--markdown")):
         if path is not None:
             new_path(path, option)
+            check_writable(path)
 
 
 def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> None:
@@ -41,6 +44,7 @@ def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> No
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", encoding="utf-8") as file:  # "x": a file that appeared meanwhile is not overwritten either
-        file.write(text)
+    from skipstone.core.atomic_write import write_whole
+
+    new_path(path, "output file")  # a file that appeared meanwhile is not overwritten either
+    write_whole(path, text)

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 from skipstone.adapt.adaptation import adapt
 from skipstone.adapt.self_generated import write
+from skipstone.core.atomic_write import complete
 from skipstone.data.corpora import load_corpus
 from skipstone.model.pretrained import convert
-from skipstone.model.writing import complete
 from skipstone.runs import Run
 from skipstone_studies.record import digest
 from skipstone_studies.study import SAVE_MINUTES, RecipeDict, train_run

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from skipstone.core.atomic_write import write_whole
+from skipstone.core.lock import locked
 from skipstone.core.strict import choose
 from skipstone.evaluate.tables import rich_table
 from skipstone.report.rendering import write_report
@@ -56,11 +57,12 @@ def reproduce(
         readmes.check(readme, name)
     out, console = runs if out is None else out, Console(stderr=True)
     failures = [] if render_only else _run(study, scale, arms, chosen, runs, out, console)
-    found = records.read_all(out, name)
-    if not found and not failures:
-        raise ValueError(f"no records of {name!r} in {str(out)!r}: nothing to render")
-    if found:
-        _publish(study, scale, found, out, readme)
+    with locked(table_path(out, name), wait=True):  # another process may be rendering what it has run
+        found = records.read_all(out, name)
+        if not found and not failures:
+            raise ValueError(f"no records of {name!r} in {str(out)!r}: nothing to render")
+        if found:
+            _publish(study, scale, found, out, readme)
     if failures:
         raise ValueError(f"{len(failures)} of {name}'s runs failed: {'; '.join(failures)}")
     return table_path(out, name)

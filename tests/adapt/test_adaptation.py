@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,18 @@ def test_resume_is_exact_in_every_stage(step: int, finished: Path, source: Path,
     assert same(finished, stopped)
 
 
-def test_resume_with_another_source_is_refused(finished: Path, source: Path, tmp_path: Path) -> None:
-    import shutil
+def test_killed_while_it_closes(finished: Path, source: Path, tmp_path: Path) -> None:
+    """What closing has logged is logged once, whether it was killed before its result or before its model."""
+    for number, lost in enumerate((["result.json"], ["result.json", "model"])):
+        folder = tmp_path / str(number)
+        shutil.copytree(finished, folder)
+        for name in lost:
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+        run(source, everything(finished.parent), folder, resume=True)
+        assert same(finished, folder)
 
+
+def test_resume_with_another_source_is_refused(finished: Path, source: Path, tmp_path: Path) -> None:
     stopped, config = tmp_path / "stopped", everything(finished.parent)
     with at_step(2, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
         run(source, config, stopped)

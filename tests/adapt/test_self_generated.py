@@ -31,6 +31,22 @@ def test_a_source_is_adapted_on_what_it_wrote(tmp_path: Path) -> None:
     assert (adapt(source, words, out=tmp_path / "run", progress=False) / "result.json").is_file()
 
 
+def test_it_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    source = str(save_source(tmp_path / "source"))
+
+    def cut(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(source, tmp_path / "text", tokens=900, length=40, batch=8, start="the", report=cut)
+    (tmp_path / ".text.partial").mkdir()  # what SIGKILL leaves
+    (tmp_path / ".text.partial" / "train.txt").write_text("half a te")
+    assert not (tmp_path / "text").exists()
+    write(source, tmp_path / "text", tokens=100, length=40, batch=8, start="the")
+    assert "half a te" not in (tmp_path / "text" / "train.txt").read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text"}
+
+
 def test_the_token_that_ends_a_text_is_the_start_and_is_not_written(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source")
     write(str(source), tmp_path / "text", tokens=200, length=40, batch=8)

@@ -47,6 +47,40 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_every_file_of_the_tokenizer_is_checked(lines: Path, tmp_path: Path) -> None:
+    manifest = write(lines, tmp_path / "out")
+    assert {"tokenizer.json", "tokenizer_config.json"} <= manifest.tokenizer_files.keys()
+    path = tmp_path / "out" / "tokenizer" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"eos_token": "<eos>"', '"eos_token": "<pad>"'))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is damaged: its SHA-256"):
+        open_shards(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is named in manifest.json and is not there"):
+        open_shards(tmp_path / "out")
+    values = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    del values["tokenizer_files"]
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(values))
+    open_shards(tmp_path / "out")  # as shards of earlier releases
+
+
+def test_killed_before_its_first_note(lines: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "..progress.json.partial").write_text('{"sett')
+    manifest = write(lines, tmp_path / "out")
+    assert write(lines, tmp_path / "out") == manifest
+    (tmp_path / "out" / ".progress.json").write_text("{}")  # killed before it removed its notes
+    assert write(lines, tmp_path / "out") == manifest
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}, "shards": {"train": 3}, "place": {}}'])
+def test_notes_that_cannot_be_read_are_one_line(text: str, lines: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".progress.json").write_text(text)
+    with pytest.raises(ValueError, match=r"progress.json' cannot be read .*; remove .*out' and begin again"):
+        write(lines, tmp_path / "out")
+
+
 def test_every_document_once_in_order_and_unaltered(lines: Path, tmp_path: Path) -> None:
     manifest = write(lines, tmp_path / "out")
     train, validation = texts(tmp_path / "out", "train"), texts(tmp_path / "out", "validation")

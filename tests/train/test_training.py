@@ -151,9 +151,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(change: dict[str, Any], messag
 
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="exists already and nothing is overwritten"):
         train(recipe(tmp_path, DENSE), tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

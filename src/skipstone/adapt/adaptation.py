@@ -16,6 +16,7 @@ from skipstone.adapt import stages
 from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
 from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
 from skipstone.adapt.trainer import AdaptTrainer, on_device
+from skipstone.core.atomic_write import write_json
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import TOKENIZER, Run
 from skipstone.train import folder as folders
@@ -62,10 +63,15 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> P
     stages.check(plan.model, recipe.adapt.stages, int(os.environ.get("WORLD_SIZE", "1")))
     if run is not None:
         folders.check_same(run.config(), resolved)
-    elif arguments.process_index == 0:
-        folders.create(folder, resolved, recipe.train.seed)
-        folders.write_json(folder / RECORD, plan.record)
-        plan.data.tokenizer.save_pretrained(folder / TOKENIZER)  # type: ignore[union-attr]
+    if arguments.process_index == 0:
+        parts: dict[str, folders.Write] = {
+            RECORD: lambda path: write_json(path, plan.record),
+            TOKENIZER: partial(folders.save_tokenizer, plan.data.tokenizer),
+        }
+        if run is None:
+            folders.create(folder, resolved, recipe.train.seed, parts)
+        else:
+            folders.add_absent(folder, parts)
     return plan
 
 

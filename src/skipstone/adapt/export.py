@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from skipstone.core.atomic_write import complete
 from skipstone.mechanisms import PolyGLU
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import GPT2_NAMES, GPT2_PROJECTIONS
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import load_model, load_tokenizer
-from skipstone.model.writing import complete
 from skipstone.nn.mlp import FixedMix
 from skipstone.ops import reference as ops
 from skipstone.runs import Run

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from skipstone.core.atomic_write import complete
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.passes import Pass
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.loading import named_dtype, quiet
-from skipstone.model.writing import complete
 
 BATCH, BATCHES = 8, 8  # rows to calibrate on
 Rows = Iterable[Mapping[str, Tensor]]

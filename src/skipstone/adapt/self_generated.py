@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from skipstone.adapt.source import load_dense, tokenizer_of
+from skipstone.core.atomic_write import complete
 from skipstone.generate import ends_of, generate
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -36,7 +37,7 @@ def write(
     dtype: str | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write `train.txt` and `validation.txt` to the new folder `out`, an empty line between texts.
+    """Write `train.txt` and `validation.txt` to the new folder `out`, an empty line between texts; all or nothing.
 
     source: what `adapt` takes. tokens: of all texts together, at least. length: of a text, at most. batch: texts at a
     time. start: text that stands before each of them and is not written; None: the token that begins a text, or else
@@ -55,14 +56,23 @@ def write(
             f"length ({length}) and start ({len(begun)}) are longer than the source's context, "
             f"{model.config.max_position_embeddings} tokens"
         )
-    out.mkdir(parents=True)
+    with complete(out) as partial:
+        partial.mkdir(parents=True)
+        texts = _batches(model, tokenizer, torch.tensor([begun] * batch, device=model.device), length, seed)
+        _fill(partial, texts, tokens, report, f"{source}: it writes nothing after {tokenizer.decode(begun)!r}")
+
+
+def _fill(
+    folder: Path, batches: Iterator[list[tuple[str, int]]], tokens: int, report: Callable[[int], None], empty: str
+) -> None:
+    """Write batches of texts until there are so many tokens. empty: the error where a batch has none."""
     done = number = 0
-    for texts in _batches(model, tokenizer, torch.tensor([begun] * batch, device=model.device), length, seed):
+    for texts in batches:
         if not texts:
-            raise ValueError(f"{source}: it writes nothing after {tokenizer.decode(begun)!r}; name another start")
+            raise ValueError(f"{empty}; name another start")
         for text, size in texts:
             name = "validation.txt" if number % VALIDATION == 1 else "train.txt"
-            with (out / name).open("a", encoding="utf-8") as file:
+            with (folder / name).open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n\n")
             done, number = done + size, number + 1
         report(done)

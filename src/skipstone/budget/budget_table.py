@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.budget.handles import ThresholdHandle, find_handles
-from skipstone.core.atomic_write import write_whole
+from skipstone.core.atomic_write import check_writable, write_whole
 from skipstone.core.strict import from_dict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -125,9 +125,10 @@ class BudgetTable:
 
     @classmethod
     def refuse(cls, folder: str | Path) -> Path:
-        """Return where `save` would write. Raises FileExistsError as it does."""
+        """Return where `save` would write. Raises FileExistsError as it does, OSError where nothing can be written."""
         if (path := cls.find(folder)) is not None:
             raise FileExistsError(f"{str(path)!r} exists already; nothing is overwritten, remove it to calibrate anew")
+        check_writable(Path(folder) / FILE)
         return Path(folder) / FILE
 
     @classmethod

@@ -20,11 +20,11 @@ class Busy(ValueError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, which need not exist yet. A process may take the same lock several times.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of `folder` (or of a file), which need not exist yet. A process may take a lock several times.
 
     The lock is a file beside the folder, `.NAME.lock`, that is removed in the end. A file that a killed process has
-    left behind locks nothing. Raises `Busy`, one line, while another process holds it.
+    left behind locks nothing. Raises `Busy`, one line, while another process holds it, unless told to wait for it.
     """
     target = folder.absolute()
     key = (os.getpid(), str(target))
@@ -32,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     path, made = target.with_name(f".{target.name}.lock"), _make_parents(target)
-    file = _acquire(path, folder)
+    file = _acquire(path, folder, wait)
     _held[key] = file
     try:
         yield
@@ -46,11 +46,11 @@ def locked(folder: Path) -> Iterator[None]:
                 parent.rmdir()  # it holds something by now, unless nothing was begun
 
 
-def _acquire(path: Path, folder: Path) -> int:
+def _acquire(path: Path, folder: Path, wait: bool) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             owner = os.pread(file, 20, 0).decode("ascii", "replace").strip()
             os.close(file)

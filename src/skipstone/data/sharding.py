@@ -11,13 +11,17 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from skipstone.core import atomic_write
+from skipstone.core.checksums import file_sha256
+from skipstone.core.lock import locked
+from skipstone.core.strict import from_dict
 from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.data.corpus import parse_percent, split_by_hash
 from skipstone.data.encode import encode_each, id_dtype
@@ -31,7 +35,6 @@ from skipstone.data.shards import (
     TOKENS,
     Manifest,
     Shard,
-    file_sha256,
     open_shards,
 )
 from skipstone.data.streams import open_source
@@ -60,7 +63,7 @@ def write_shards(
     of its own; "98-1-1" if None. shard_tokens: a shard ends with the first document that reaches so many. report:
     called after each shard with its split and the split's documents and tokens so far.
     A folder that is finished and was made by the same call is left as it is. Raises ValueError, FileNotFoundError or
-    FileExistsError, one line; never overwrites what it has not written.
+    FileExistsError, one line, also while another process writes the folder; never overwrites what it has not written.
     """
     if find_entry(source)[0].kind != "text":
         raise ValueError(f"{source!r} has no text to tokenise: name a corpus of documents, jsonl:PATH or hf:OWNER/NAME")
@@ -75,12 +78,13 @@ def write_shards(
     percent = parse_percent(split or USUAL_SPLIT, "split")
     built = build_tokenizer(tokenizer, load_corpus(source) if tokenizer == "char" else None)
     settings = {"source": source, "field": field, "split": split, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
-    work = _Work(out, {**settings, "size": opened.size}, built, report)
-    if work.finished is not None:
-        return work.finished
-    for own, stream in opened.streams.items():
-        work.write(stream(), partial(split_by_hash, percent=percent) if not own else partial(_given, own))
-    return work.finish()
+    with locked(out), atomic_write.naming(out):
+        work = _Work(out, {**settings, "size": opened.size}, built, report)
+        if work.finished is not None:
+            return work.finished
+        for own, stream in opened.streams.items():
+            work.write(stream(), partial(split_by_hash, percent=percent) if not own else partial(_given, own))
+        return work.finish()
 
 
 def _given(split: str, document: str) -> str:
@@ -114,22 +118,30 @@ class _Work:
         """The settings that this folder was begun with, its state taken over; None for a folder that is new."""
         if (self.out / MANIFEST).is_file():
             self.finished = open_shards(self.out).manifest
+            self._tidy()  # a call that was killed at its very end has left its notes
             return self.finished.settings
         path = self.out / PROGRESS
         if not path.is_file():
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if self.out.exists() and not (self.out.is_dir() and all(map(_is_note, self.out.iterdir()))):
                 raise FileExistsError(
                     f"{str(self.out)!r} exists already and nothing is overwritten; name another folder"
                 )
             return None
-        state = json.loads(path.read_text(encoding="utf-8"))
-        self.shards = {split: [Shard(**shard) for shard in shards] for split, shards in state["shards"].items()}
-        self.place = state["place"]
-        return dict(state["settings"])
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.shards = {
+                split: [from_dict(Shard, shard, split) for shard in shards] for split, shards in state["shards"].items()
+            }
+            self.place = {str(split): int(place) for split, place in state["place"].items()}
+            return dict(state["settings"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be read ({error!r}); remove {str(self.out)!r} and begin again"
+            ) from None
 
     def _save(self) -> None:
         shards = {split: [dataclasses.asdict(shard) for shard in shards] for split, shards in self.shards.items()}
-        _write_json(self.out / PROGRESS, {"settings": self.settings, "place": self.place, "shards": shards})
+        atomic_write.write_json(self.out / PROGRESS, {"settings": self.settings, "place": self.place, "shards": shards})
 
     def write(self, documents: Iterable[str], split_of: Callable[[str], str]) -> None:
         """One stream to its end."""
@@ -169,6 +181,11 @@ class _Work:
             done = self.shards[split]
             self.report(split, sum(shard.documents for shard in done), sum(shard.tokens for shard in done))
 
+    def _tidy(self) -> None:
+        (self.out / PROGRESS).unlink(missing_ok=True)
+        for path in self.out.glob(".*.partial"):
+            atomic_write.remove(path)
+
     def finish(self) -> Manifest:
         """Tokenizer and manifest."""
         for split in ("train", "validation"):
@@ -177,7 +194,10 @@ class _Work:
                     f"{self.settings['source']!r} has no text for its split {split!r}; name other shares, such as "
                     "--split 90-10, or give more text"
                 )
-        self.tokenizer.save_pretrained(self.out / TOKENIZER)
+        partial_folder = atomic_write.partial_of(self.out / TOKENIZER)
+        with atomic_write.naming(self.out / TOKENIZER):
+            self.tokenizer.save_pretrained(partial_folder)
+        atomic_write.replace_folder(partial_folder, self.out / TOKENIZER)
         definition = self.out / TOKENIZER / "tokenizer.json"
         if not definition.is_file():
             raise ValueError("shards need a tokenizer of the tokenizers library, which is saved as tokenizer.json")
@@ -185,12 +205,13 @@ class _Work:
             format_version=FORMAT_VERSION,
             settings=self.settings,
             tokenizer_sha256=file_sha256(definition),
+            tokenizer_files={path.name: file_sha256(path) for path in sorted(definition.parent.iterdir())},
             vocab_size=len(self.tokenizer),
             dtype=self.dtype.name,
             splits=self.shards,
         )
-        _write_json(self.out / MANIFEST, dataclasses.asdict(manifest))
-        (self.out / PROGRESS).unlink()
+        atomic_write.write_json(self.out / MANIFEST, dataclasses.asdict(manifest))
+        self._tidy()
         return manifest
 
 
@@ -231,6 +252,11 @@ class _File:
         )
 
 
+def _is_note(path: Path) -> bool:
+    """Whether this is what a call leaves that was killed before it had begun in earnest."""
+    return path == atomic_write.partial_of(path.with_name(PROGRESS))
+
+
 def _sync(file: Any) -> None:
     """On the disk before anything says that it is."""
     file.flush()
@@ -243,9 +269,3 @@ def _bytes(text: str, place: int, source: str) -> int:
         return len(text.encode())
     except UnicodeEncodeError as error:
         raise ValueError(f"document {place} of {source!r} is not text: half a surrogate at {error.start}") from None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)

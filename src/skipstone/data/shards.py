@@ -15,12 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from skipstone.core.checksums import file_sha256
 from skipstone.core.strict import from_dict, unknown
 from skipstone.data.encode import Encoded
 from skipstone.data.ids import Stitched
@@ -51,7 +52,11 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds. bytes: UTF-8 bytes of the text. settings: how it was made, for the reader."""
+    """What a folder of shards holds. bytes: UTF-8 bytes of the text. settings: how it was made, for the reader.
+
+    tokenizer_sha256: of tokenizer.json. tokenizer_files: SHA-256 of every file of the tokenizer by name; empty in what
+    earlier releases wrote.
+    """
 
     format_version: int
     settings: dict[str, Any]
@@ -59,6 +64,7 @@ class Manifest:
     vocab_size: int
     dtype: str
     splits: dict[str, list[Shard]]
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
 
     def total(self, split: str, what: str) -> int:
         """Sum of `tokens`, `documents` or `bytes` over the shards of a split."""
@@ -116,6 +122,10 @@ def open_shards(folder: Path) -> ShardSet:
             f"which reads {FORMAT_VERSION} with {' or '.join(DTYPES)}"
         )
     _compare(folder / TOKENIZER / "tokenizer.json", None, manifest.tokenizer_sha256)
+    for name, sha256 in manifest.tokenizer_files.items():
+        if Path(name).name != name:
+            raise ValueError(f"{path} names {name!r}, which is no file of {TOKENIZER}/; {AGAIN}")
+        _compare(folder / TOKENIZER / name, None, sha256)
     return ShardSet(folder=folder, manifest=manifest, sha256=hashlib.sha256(text).hexdigest())
 
 
@@ -162,8 +172,3 @@ def _compare(path: Path, size: int | None, sha256: str) -> None:
         raise ValueError(f"{path} is damaged: it has {actual} bytes, {MANIFEST} says {size}; {AGAIN}")
     if (digest := file_sha256(path)) != sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 is {digest}, {MANIFEST} says {sha256}; {AGAIN}")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ loads them where this package is not installed.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,15 +87,31 @@ def _wrap(backend: Any, **specials: str) -> PreTrainedTokenizerBase:
 
 
 def load_saved(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved to this folder."""
-    return _pretrained(str(folder))
+    """The tokenizer that was saved to this folder; code that it brings along is never run.
+
+    Raises ValueError naming the folder if it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        path = folder / name
+        try:
+            if path.is_file():
+                json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be loaded: {reason}") from error
 
 
 def _pretrained(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=offline())
+        return AutoTokenizer.from_pretrained(name, local_files_only=offline(), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(f"tokenizer pretrained:{name} could not be loaded: {reason}") from error

@@ -11,13 +11,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from skipstone.core.atomic_write import complete
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
 from skipstone.model.source_folder import check_folder
-from skipstone.model.writing import complete
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -79,7 +79,7 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
         name, gguf_file = _locate(source, gguf_file)
         model = load_pretrained(name, dtype, gguf_file=gguf_file)
         tokenizer = load_tokenizer(name, gguf_file)
-        with about(name), quiet():
+        with quiet():
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)

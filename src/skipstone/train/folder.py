@@ -1,22 +1,23 @@
-"""A run folder while it is written. Files appear complete: each is written aside and renamed."""
+"""A run folder while it is written. Files and folders in it appear whole."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from skipstone.core.atomic_write import write_whole
+from skipstone.core import atomic_write, checksums
+from skipstone.core.atomic_write import write_json, write_whole
 from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
 from skipstone.train import environment
 from skipstone.train.recipe import NOT_THE_RESULT, Recipe
 
 DATA = "data_sha256"  # in environment.json
+Write = Callable[[Path], object]  # writes a file or a folder at the path
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -28,23 +29,51 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def check_new(folder: Path) -> None:
-    """Raise FileExistsError if anything is at `folder`."""
-    if folder.exists() or folder.is_symlink():
+    """Raise FileExistsError if anything is at `folder` but an empty folder."""
+    if not atomic_write.is_free(folder):
         raise FileExistsError(
             f"run folder {str(folder)!r} exists already and nothing is overwritten; name another with --out, or go on "
             "with it by --resume"
         )
 
 
-def create(folder: Path, config: Mapping[str, Any], seed: int, data: str | None = None) -> None:
-    """A new run folder with its recipe and environment. data: fingerprint of shards that it trains on."""
+def create(
+    folder: Path, config: Mapping[str, Any], seed: int, parts: Mapping[str, Write], data: str | None = None
+) -> None:
+    """A new run folder with its recipe, its environment and `parts`; all of it is there at once, or nothing.
+
+    parts: by name, what writes further files and folders. data: fingerprint of shards that it trains on.
+    """
     check_new(folder)
-    folder.mkdir(parents=True)
     more = {} if data is None else {DATA: data}
-    write_json(folder / ENVIRONMENT, environment.describe(seed) | more)
-    write_whole(
-        folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    )  # last: now it is a run
+
+    def fill(partial: Path) -> None:
+        write_json(partial / ENVIRONMENT, environment.describe(seed) | more)
+        for name, write in parts.items():
+            write(partial / name)
+        write_whole(partial / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    atomic_write.new_folder(folder, fill)
+
+
+def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
+    """Write those parts that a run lacks: earlier releases could be killed before they had written them."""
+    for name, write in parts.items():
+        path = folder / name
+        if path.exists():
+            continue
+        partial = atomic_write.partial_of(path)
+        atomic_write.remove(partial)
+        with atomic_write.naming(path):
+            write(partial)
+            partial.rename(path)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, without what transformers notes about where it was loaded from."""
+    for place in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(place, None)
+    tokenizer.save_pretrained(folder)
 
 
 def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> None:
@@ -84,31 +113,41 @@ def note_resumption(folder: Path, step: int) -> None:
     write_json(folder / ENVIRONMENT, known)
 
 
-def cut_metrics(folder: Path, step: int) -> None:
-    """Forget lines after `step`: the steps they tell of are about to be done again."""
+def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
+    """Forget lines after `step`: the steps they tell of are about to be done again.
+
+    count: how many lines there were when the checkpoint was written; the closing of a run logs its last step again.
+    Raises ValueError if there are fewer now.
+    """
     path = folder / METRICS
-    if path.is_file():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    if not path.is_file():
+        if count:
+            raise ValueError(f"{str(path)!r} is absent; it had {count} lines when checkpoint-{step} was saved")
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    if count is not None and len(kept) < count:
+        raise ValueError(f"{str(path)!r} has lost lines: {len(kept)} are left of {count} up to step {step}")
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept[:count]))
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, card: Mapping[str, Any]) -> None:
-    """RUN/model, whole or not at all: weights, tokenizer, model card."""
+    """RUN/model, whole or not at all: weights with their hashes, tokenizer, model card."""
     from skipstone.model.card import write_card
 
-    partial = folder / f".{MODEL}"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    write_card(model, partial, title=folder.resolve().name, **card)
-    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a process that was killed before it wrote the summary
-    partial.replace(folder / MODEL)
+    partial = atomic_write.partial_of(folder / MODEL)
+    atomic_write.remove(partial)
+    with atomic_write.naming(folder / MODEL):
+        try:
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, partial)
+            write_card(model, partial, title=folder.resolve().name, **card)
+            checksums.record(partial, partial.glob("*.safetensors"))
+        except BaseException:
+            atomic_write.remove(partial)
+            raise
+    atomic_write.replace_folder(partial, folder / MODEL)
 
 
 def save_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_json(folder / RESULT, result)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 FILE = "window.json"
+STATE: dict[str, type] = {"began": int, "tokens": int, "total_tokens": int, "seconds": float, "total_seconds": float}
 
 
 class LogWindow:
     """Sums on the device, so that adding to them never makes the host wait.
 
-    began: the step after which this window began. The totals run over the whole training. Time spent on evaluation and
+    began: the step after which this window began. sums are those of this process, tokens those of all. The
+    totals run over the whole training. Time spent on evaluation and
     on saving is left out.
     """
 
@@ -55,15 +57,29 @@ class LogWindow:
         self.sums.zero_()
         self.began, self.tokens, self.seconds = step, 0, 0.0
 
-    def save(self, folder: Path) -> None:
-        state = {name: getattr(self, name) for name in ("began", "tokens", "total_tokens", "seconds", "total_seconds")}
-        (folder / FILE).write_text(json.dumps({**state, "sums": self.sums.tolist()}), encoding="utf-8")
+    def save(self, folder: Path, sums: Tensor, lines: int) -> None:
+        """sums: over all processes. lines: of metrics.jsonl so far."""
+        state = {name: getattr(self, name) for name in STATE}
+        state |= {"sums": sums.tolist(), "lines": lines}
+        (folder / FILE).write_text(json.dumps(state), encoding="utf-8")
 
-    def load(self, folder: Path) -> None:
-        """Raises ValueError for a checkpoint that was not written by this trainer."""
-        if not (folder / FILE).is_file():
+    def load(self, folder: Path, first: bool = True) -> int | None:
+        """Go on with the window of a checkpoint; returns the lines of metrics.jsonl that it knew of, None if untold.
+
+        first: whether this is the first of the processes, which takes the sums of all. Raises ValueError for a
+        checkpoint that was not written by this trainer.
+        """
+        path = folder / FILE
+        if not path.is_file():
             raise ValueError(f"checkpoint {str(folder)!r} has no {FILE}: it was not written by skipstone train")
-        state: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        self.sums.copy_(torch.tensor(state.pop("sums")))
-        for name, value in state.items():
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            sums = torch.tensor([float(value) for value in state["sums"]])
+            values = {name: kind(state[name]) for name, kind in STATE.items()}
+            self.sums.copy_(sums if first else torch.zeros_like(sums))
+        except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {error!r}") from None
+        for name, value in values.items():
             setattr(self, name, value)
+        lines = state.get("lines")
+        return lines if isinstance(lines, int) else None

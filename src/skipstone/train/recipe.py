@@ -25,7 +25,9 @@ class TrainConfig:
     Of these, `NOT_THE_RESULT` may even differ between a run and its resumption.
 
     steps: optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches; so
-    gradient_accumulation, the number of micro-batches it is cut into, changes memory and not the result.
+    gradient_accumulation, the number of micro-batches it is cut into, changes memory and not the result, but for
+    what is measured on a micro-batch: the thresholds of `ema_threshold`, the targets of guided gates, the balancing
+    loss of experts. The number of processes has the same effect.
     learning_rate: at the end of the linear warm-up of warmup_steps; it then falls as a cosine to
     min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's.
     no_decay: what weight decay spares, of preferences (of PolyGLU's neurons), biases, norms, embeddings (a tied head is

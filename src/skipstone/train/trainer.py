@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from skipstone.core import atomic_write, checksums
 from skipstone.core.routing_module import causal_obstacle
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
 from skipstone.measure.passes import forced_routing
 from skipstone.measure.record_meter import RecordMeter, moving
 from skipstone.model.causal_lm import shifted
+from skipstone.runs import METRICS, count_lines
 from skipstone.train.callback import RoutingCallback
 from skipstone.train.decay import decaying
 from skipstone.train.log_window import LogWindow
@@ -88,10 +89,14 @@ class RunTrainer(RoutingTrainer):
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
         loss = self.objective(loss, outputs, inputs, kwargs.get("num_items_in_batch"))
-        self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], inputs["input_ids"].numel())
+        self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], self._tokens(inputs))
         if self._logs_this_step():
             self.meter.add(self._plain.routing_modules(), outputs["records"])
         return (loss, outputs) if return_outputs else loss
+
+    def _tokens(self, inputs: Any) -> int:
+        """Of a micro-batch, over all processes, which have rows of one length."""
+        return int(inputs["input_ids"].numel()) * self.accelerator.num_processes
 
     def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
         """What is minimised, the model's own loss here. Whoever changes it keeps `outputs` true for the log.
@@ -123,12 +128,12 @@ class RunTrainer(RoutingTrainer):
         super().log(logs, start_time)
 
     def _window_logs(self) -> dict[str, float]:
-        window, processes = self.window, self.accelerator.num_processes
+        window = self.window
         steps = self.state.global_step - window.began
         token_loss, auxiliary_loss = (self.accelerator.reduce(window.sums, "sum") / max(steps, 1)).tolist()
         logs = {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
         if window.seconds:
-            logs["tokens_per_second"] = window.tokens * processes / window.seconds
+            logs["tokens_per_second"] = window.tokens / window.seconds
         logs |= self.meter.read() | moving(self._plain.routing_modules())
         window.clear(self.state.global_step)
         return logs
@@ -187,17 +192,29 @@ class RunTrainer(RoutingTrainer):
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         partial = folder / PARTIAL
         if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
+            atomic_write.remove(partial)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(partial)
         try:
-            super()._save_checkpoint(model, trial)
+            with atomic_write.naming(folder / name):
+                super()._save_checkpoint(model, trial)
+                sums = self.accelerator.reduce(self.window.sums, "sum")
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._close_checkpoint(partial / name, folder / name, sums)
+        except BaseException:
+            if self.args.should_save:
+                atomic_write.remove(partial)  # it may be what fills the disk
+            raise
         finally:
             self.args.output_dir = str(folder)
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
-            self.window.save(partial / name)
-            (partial / name).replace(folder / name)
             partial.rmdir()
             rotate_checkpoints(str(folder), self.recipe.keep_checkpoints)
+
+    def _close_checkpoint(self, partial: Path, final: Path, sums: Tensor) -> None:
+        """What Trainer leaves out; then hashes of all files, and the name."""
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
+        self.window.save(partial, sums, count_lines(final.parent.parent / METRICS))
+        checksums.record(partial)
+        atomic_write.replace_folder(partial, final)

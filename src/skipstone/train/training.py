@@ -20,8 +20,8 @@ from skipstone.data.prepare import PreparedData, prepare
 from skipstone.measure.model_view import view_model
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
+from skipstone.train import checkpoints, setup
 from skipstone.train import folder as folders
-from skipstone.train import setup
 from skipstone.train.recipe import Recipe, read_recipe, to_dict
 from skipstone.train.trainer import RunTrainer
 from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignals, quiet
@@ -73,10 +73,12 @@ def _train(
         folders.check_data(folder, data.fingerprint)
     arguments = setup.arguments(recipe.train, folder)
     model = setup.build_model(model_config, recipe.train)
-    if run is None and arguments.process_index == 0:
-        folders.create(folder, resolved, recipe.train.seed, data.fingerprint)
-        if data.tokenizer is not None:
-            data.tokenizer.save_pretrained(folder / TOKENIZER)
+    if arguments.process_index == 0:
+        parts = {} if data.tokenizer is None else {TOKENIZER: partial(folders.save_tokenizer, data.tokenizer)}
+        if run is None:
+            folders.create(folder, resolved, recipe.train.seed, parts, data.fingerprint)
+        else:
+            folders.add_absent(folder, parts)
 
     def trainer_of(callbacks: list[Any]) -> RunTrainer:
         return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=[*callbacks, *more])
@@ -150,17 +152,18 @@ def fit(
     checkpoint = last_checkpoint(folder)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     main = arguments.process_index == 0
-    if main and ((folder / METRICS).exists() or step):
-        folders.note_resumption(folder, step)
-        folders.cut_metrics(folder, step)
+    if checkpoint is not None:
+        checkpoints.check(checkpoint)
     stop, bar = StopSignals(recipe.train.save_minutes or save_minutes), Progress()
     callbacks = [stop, *setup.integrations(recipe.train, folder, step), MetricsFile(folder / METRICS)]
     trainer = trainer_of(callbacks + ([bar] if progress else []))
     trainer.remove_callback(PrinterCallback)
     if trainer.obstacle is not None and main:
         print(f"skipstone: no causal loss in validation: {trainer.obstacle}", file=sys.stderr)  # noqa: T201
-    if checkpoint is not None:
-        trainer.window.load(checkpoint)
+    lines = None if checkpoint is None else trainer.window.load(checkpoint, main)
+    if main and ((folder / METRICS).exists() or step):
+        folders.cut_metrics(folder, step, lines)
+        folders.note_resumption(folder, step)
     trainer.window.start()
     try:
         with stop.installed(), quiet():
@@ -210,7 +213,7 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: Any) -
         folder,
         {
             "steps": trainer.state.global_step,
-            "tokens": window.total_tokens * trainer.accelerator.num_processes,
+            "tokens": window.total_tokens,
             "seconds": window.total_seconds,
             "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first steps warm up
             "train_loss": training[-1]["loss"],

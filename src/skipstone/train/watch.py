@@ -16,7 +16,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from skipstone.core.atomic_write import naming
+
 VALIDATION = "eval_"  # how Trainer and its integrations mark what validation measured
+AGREE_EVERY = 10  # steps, on accelerators
 SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "causal", "tokens_per_second": "tokens/s"}
 
 
@@ -28,7 +31,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics_line(state.global_step, logs)) + "\n")
 
 
@@ -133,7 +136,7 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         due = self.seconds is not None and monotonic() - self.saved >= self.seconds
-        received, due = _agreed(self.received, due, args.device)
+        received, due = _agreed(self.received, due, args.device, state.global_step)
         if received is not None:
             self.received = received
             control.should_save = control.should_training_stop = True
@@ -147,10 +150,15 @@ class StopSignals(TrainerCallback):
     on_save = on_train_begin
 
 
-def _agreed(received: int | None, due: bool, device: torch.device) -> tuple[int | None, bool]:
-    """What any of the processes has received, and whether a checkpoint is due on any of them."""
+def _agreed(received: int | None, due: bool, device: torch.device, step: int) -> tuple[int | None, bool]:
+    """What any of the processes has received, and whether a checkpoint is due on any of them.
+
+    On an accelerator the host waits for the answer, so they ask each other at every tenth step only.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return received, due
+    if device.type != "cpu" and step % AGREE_EVERY:
+        return None, False
     both = torch.tensor([received or 0, int(due)], device=device)
     torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
     number, anywhere = both.tolist()

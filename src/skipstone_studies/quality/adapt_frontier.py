@@ -19,13 +19,13 @@ import torch
 from transformers import DynamicCache, TrainerCallback
 
 from skipstone.budget import BudgetTable
+from skipstone.core.atomic_write import complete
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.flops import count_flops, flop_check
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.speed import decode_task, take_turns
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.writing import complete
 from skipstone.runs import Run
 from skipstone_studies.adapting import adapt_run, run_beside
 from skipstone_studies.quality.frontier_page import DEAR, PROMPT_TEXT, SAMPLED_TOKENS, TEXTS, TUNED, pictures, samples

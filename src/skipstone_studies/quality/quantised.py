@@ -19,12 +19,11 @@ from transformers import TrainerCallback
 
 from skipstone import SkipstoneForCausalLM
 from skipstone.adapt.prune import export_pruned
-from skipstone.core.atomic_write import write_whole
+from skipstone.core.atomic_write import complete, write_whole
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.evaluate.metrics import sample_ids
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.speed import decode_task, take_turns
-from skipstone.model.writing import complete
 from skipstone.runs import Run
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from skipstone.adapt.harden import mean_logits
+from skipstone.core.atomic_write import complete
 from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.writing import complete
 from skipstone.runs import Run, read_metrics
 from skipstone_studies.study import Column, Figures, RecipeDict, Study, train_run
 

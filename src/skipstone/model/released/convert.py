@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.atomic_write import complete
 from skipstone.core.strict import choose, unknown
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -18,7 +19,6 @@ from skipstone.model.released.files import read_weights, write_weights
 from skipstone.model.released.layout import Layout
 from skipstone.model.released.polychromatic import POLYCHROMATIC
 from skipstone.model.released.tsa import TSA
-from skipstone.model.writing import complete
 
 LAYOUTS: dict[str, Layout] = {"tsa": TSA, "polychromatic": POLYCHROMATIC}
 WRITTEN = (".pt", ".safetensors")

@@ -1,0 +1,69 @@
+"""Sizes and SHA-256 of the files of a folder, kept beside them, so that damage is named before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from skipstone.core.atomic_write import naming
+
+FILES = "files.json"
+
+
+class Damaged(ValueError):
+    """A file is absent or not what was written; the line names it."""
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
+    """Write `files.json`: size and hash of the files at `paths`, of everything in the folder if None."""
+    chosen = paths if paths is not None else (path for path in folder.rglob("*") if path.is_file())
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(chosen)
+        if path.name != FILES
+    }
+    with naming(folder / FILES):
+        (folder / FILES).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+
+
+def check(folder: Path, hash_up_to: float = float("inf")) -> bool:
+    """Compare the folder with its `files.json`; False where there is none, as in folders of earlier releases.
+
+    hash_up_to: bytes of all files together up to which their hashes are compared, not only their sizes.
+    Raises `Damaged`, one line, for the first file that differs, and for a `files.json` that cannot be read.
+    """
+    known = _read(folder / FILES)
+    if known is None:
+        return False
+    hashes = sum(size for size, _ in known.values()) <= hash_up_to
+    for name, (size, sha256) in known.items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{str(path)!r} is absent, {FILES} names it")
+        if (actual := path.stat().st_size) != size:
+            raise Damaged(f"{str(path)!r} is damaged: it has {actual} bytes, {FILES} says {size}")
+        if hashes and file_sha256(path) != sha256:
+            raise Damaged(f"{str(path)!r} is damaged: its SHA-256 is not what {FILES} says")
+    return True
+
+
+def _read(path: Path) -> dict[str, tuple[int, str]] | None:
+    if not path.is_file():
+        return None
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: (entry["bytes"], entry["sha256"]) for name, entry in values.items()}
+        inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in known)
+        if not inside or not all(isinstance(size, int) and isinstance(text, str) for size, text in known.values()):
+            raise ValueError("its entries are not those of files in its folder")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"{str(path)!r} cannot be read: {error}") from None
+    return known

@@ -1,0 +1,252 @@
+"""Kills every command at every gap between two file operations, goes on, and compares with a run that nobody killed.
+
+    python tests/kills.py --limit 40 train adapt     # at most 40 kills of each of these commands
+    python tests/kills.py --out docs/kills.md        # everything, with its table
+
+A command is run in a fork of this process. *Event n* is a SIGKILL just before the n-th call inside the command's folder
+that creates, opens for writing, renames or removes something. Every other continuation is killed as well, at another
+event. Writers in other languages (safetensors, torch, tokenizers) are not interrupted inside of a file, but between
+files; kills at random moments (`--moments N`) do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+PATHS = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
+TIMES = ("tokens_per_second", "seconds", "started", "finished")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A command on tiny data. act: begins what is to be written, or goes on with what is there of it."""
+
+    name: str
+    act: Callable[[Path], object]
+
+
+@dataclass
+class Tally:
+    """How the kills of one command ended. runs: each was killed once or twice. wrong: a line for each inexact end."""
+
+    kills: int = 0
+    runs: int = 0
+    exact: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def forked(
+    act: Callable[[], object], log: Path, *, event: int = 0, folder: Path | None = None, after: float = 0
+) -> int:
+    """Run `act` in a fork; returns its exit code, -9 if it was killed.
+
+    event: the one in and beside `folder` before which it kills itself, none if 0. after: seconds until it is killed.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            if folder is not None:
+                kill_at(event, folder.parent)
+            act()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    deadline = time.monotonic() + after
+    while after and time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    if after:
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_at(event: int, folder: Path) -> None:
+    """From now on, end this process just before the n-th change below `folder`."""
+    seen = 0
+
+    def hook(name: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name == "open":
+            paths = [args[0]] if isinstance(args[2], int) and args[2] & WRITES else []
+        else:
+            paths = [args[i] for i in PATHS.get(name, ())]
+        if any(isinstance(path, str | Path) and str(path).startswith(f"{folder}{os.sep}") for path in paths):
+            seen += 1
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A hash of every file, without what tells times and places."""
+    found = {}
+    for path in sorted(
+        path for path in folder.rglob("*") if path.suffix != ".lock"
+    ):  # without its owner it locks nothing
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or path.name in ("environment.json", "README.md", "report.html", "files.json", "modeling.py"):
+            found[name] = "there"
+        elif path.suffix in (".json", ".jsonl") and "tokenizer" not in name:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            found[name] = json.dumps([untimed(json.loads(line)) for line in lines], sort_keys=True)
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def untimed(value: Any) -> Any:
+    """JSON without times, environments and hashes of files that hold them."""
+    if isinstance(value, dict):
+        drop = (*TIMES, "environment", "sitting", "session", "timed")
+        return {key: untimed(inner) for key, inner in value.items() if key not in drop and "second" not in key}
+    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+@dataclass(kw_only=True)
+class Attack:
+    """Kills of one command. given: what it starts from. space: a folder that is made anew for every try."""
+
+    scenario: Scenario
+    given: Path
+    space: Path
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def out(self) -> Path:
+        return self.space / "work" / "out"
+
+    @property
+    def log(self) -> Path:
+        return self.space / "log"
+
+    def begin(self, event: int = 0, after: float = 0) -> int:
+        """The command in a fresh folder; its exit code."""
+        shutil.rmtree(self.space, ignore_errors=True)
+        self.out.parent.mkdir(parents=True)
+        self.out.with_name("given").symlink_to(self.given)
+        return forked(partial(self.scenario.act, self.out), self.log, event=event, folder=self.out, after=after)
+
+    def whole(self) -> tuple[dict[str, str], float]:
+        """What the command leaves when nobody kills it, and the seconds that it takes."""
+        began = time.monotonic()
+        if self.begin() != 0:
+            raise SystemExit(f"{self.scenario.name} fails by itself:\n{self.log.read_text()}")
+        return contents(self.out), time.monotonic() - began
+
+    def events(self) -> int:
+        """How many events it has."""
+        low, high = 0, 1
+        while self.begin(event=high) == -signal.SIGKILL:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.begin(event=middle) == -signal.SIGKILL else (low, middle)
+        return low
+
+    def kill(self, whole: dict[str, str], event: int, again: int = 0, after: float = 0) -> None:
+        """Kill, kill the continuation at event `again` unless it is 0, go on to the end, and compare."""
+        if self.begin(event, after) != -signal.SIGKILL:
+            return  # it was done before
+        self.tally.kills, self.tally.runs = self.tally.kills + 1, self.tally.runs + 1
+        where = f"event {event}" if event else f"after {after:.2f} s"
+        go_on = partial(self.scenario.act, self.out)
+        if again and forked(go_on, self.log, event=again, folder=self.out) == -signal.SIGKILL:
+            self.tally.kills += 1
+            where += f", then {again}"
+        if forked(go_on, self.log) != 0:
+            said = self.log.read_text(errors="replace").strip().splitlines() or [""]
+            self.tally.wrong.append(f"{where}: stuck: {said[-1][:300]}")
+            return
+        found = contents(self.out)
+        differing = sorted(name for name in {*whole, *found} if whole.get(name) != found.get(name))
+        beside = [path.name for path in self.out.parent.iterdir() if path.name not in ("out", "given", ".out.lock")]
+        if differing or beside:
+            self.tally.wrong.append(f"{where}: different: {', '.join(differing)[:300]}; left: {', '.join(beside)}")
+        else:
+            self.tally.exact += 1
+
+
+def attack(scenario: Scenario, limit: int, random_moments: int, given: Path, space: Path) -> Tally:
+    """Kill at `limit` events, spread over all of them, every other continuation too, and at random moments."""
+    trial, chance = Attack(scenario=scenario, given=given, space=space), random.Random(scenario.name)
+    (whole, seconds), last = trial.whole(), trial.events()
+    chosen = sorted(chance.sample(range(1, last + 1), min(limit, last)))
+    for number, event in enumerate(chosen):
+        trial.kill(whole, event, again=chance.randint(1, last) if number % 2 else 0)
+    for _ in range(random_moments):
+        trial.kill(whole, 0, after=chance.uniform(0.02, seconds))
+    tally = trial.tally
+    say(f"{scenario.name}: {last} events, {tally.kills} kills, {tally.exact} of {tally.runs} exact", *tally.wrong)
+    return tally
+
+
+def say(*lines: str) -> None:
+    sys.stdout.write("\n  ".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    """Markdown."""
+    rows: list[list[Any]] = [
+        [name, tally.kills, tally.runs, tally.exact, len(tally.wrong)] for name, tally in tallies.items()
+    ]
+    rows.append(["**all**", *(sum(row[i] for row in rows) for i in range(1, 5))])
+    head = ["| command | kills | runs | as if not killed | other ends |", "|---|---:|---:|---:|---:|"]
+    return "\n".join([*head, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from kill_scenarios import make_given, scenarios
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--limit", type=int, default=10_000)
+    parser.add_argument("--moments", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    space = Path(tempfile.mkdtemp(prefix="skipstone-kills-"))
+    given = space / "given"
+    given.mkdir()
+    if forked(partial(make_given, given), space / "log") != 0:
+        raise SystemExit((space / "log").read_text())
+    chosen = [s for s in scenarios() if not options.names or s.name in options.names]
+    tallies = {s.name: attack(s, options.limit, options.moments, given, space / "space") for s in chosen}
+    shutil.rmtree(space)
+    say(table(tallies))
+    if options.out is not None:
+        options.out.write_text(table(tallies), encoding="utf-8")
+    return sum(len(t.wrong) for t in tallies.values())
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 100))
