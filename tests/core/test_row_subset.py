@@ -10,7 +10,8 @@ import torch
 from skipstone.core.cache import EMPTY, RaggedStore
 from skipstone.core.records import ActivationRecord, DepthRecord
 from skipstone.core.row_subset import RowSubset
-from skipstone.core.tokens import PassMode, Selection, Tokens
+from skipstone.core.selection import WholeRows
+from skipstone.core.tokens import PassMode, Tokens
 
 KEPT = torch.tensor([0, 1, 1, 0, 1]).bool()
 SLOT = torch.full((1, 1), 7)
@@ -46,10 +47,10 @@ def test_rows_of_rows() -> None:
 def test_decisions_on_single_tokens_select_rows(kept: list[int]) -> None:
     mask = torch.tensor(kept).bool()[:, None]
     part = tokens().select_kept(mask)
-    assert torch.equal(part.mask(len(kept), mask.device), mask)
     assert part.is_all == all(kept)
-    assert (part.width == 0) == (not any(kept))
-    assert (part.rows is not None) == (0 < sum(kept) < len(kept))
+    assert part.is_all or torch.equal(part.mask(), mask)
+    assert part.is_empty == (not any(kept))
+    assert isinstance(part, WholeRows) == (0 < sum(kept) < len(kept))
     x = torch.randn(len(kept), 1, 2)
     assert torch.equal(part.scatter(part.gather(x)), x * mask[..., None])
 
@@ -57,12 +58,12 @@ def test_decisions_on_single_tokens_select_rows(kept: list[int]) -> None:
 def test_whoever_does_not_ask_for_rows_gets_columns() -> None:
     """What is called with a selection may have arguments for every row."""
     single = replace(tokens(), mode=PassMode())
-    assert single.select_kept(KEPT[:, None]).rows is None
-    assert (
-        replace(tokens(), mode=PassMode(executor="masked", per_row_gather=True)).select_kept(KEPT[:, None]).rows is None
-    )
+    assert not isinstance(single.select_kept(KEPT[:, None]), WholeRows)
+    masked = replace(tokens(), mode=PassMode(executor="masked", per_row_gather=True))
+    assert not isinstance(masked.select_kept(KEPT[:, None]), WholeRows)
     longer = torch.arange(2)[None]
-    assert replace(tokens(), slot_BT=longer).select_kept(KEPT[:, None].expand(5, 2)).rows is None
+    kept = replace(tokens(), slot_BT=longer).select_kept(KEPT[:, None].expand(5, 2))
+    assert not isinstance(kept, WholeRows)
 
 
 def test_selections_compose() -> None:
@@ -78,14 +79,13 @@ def test_selections_compose() -> None:
     assert again.rows.at == (1, 4)
     wish = torch.tensor([1, 1, 0, 0, 1]).bool()[:, None]
     asked = whole.restrict_queries(wish).select(outer)
-    assert asked.queries is not None
-    assert torch.equal(outer.scatter(asked.queries.mask(3, wish.device), False), wish & KEPT[:, None])
+    assert torch.equal(outer.scatter(asked.queries.mask(), False), wish & KEPT[:, None])
     assert asked.query_tokens().rows.at == (1, 4)  # type: ignore[union-attr]
 
 
 def test_records_are_lifted_out_of_rows() -> None:
     part, state = tokens().select_kept(KEPT[:, None]), {"s": torch.arange(5.0)[:, None]}
-    assert isinstance(part, Selection)
+    assert isinstance(part, WholeRows)
     one = torch.ones(3, 1)
     outer = DepthRecord(one, one.bool(), one, one.bool(), one, {"s": -one}).lift(part, state)
     assert torch.equal(outer.kept_BT[:, 0], KEPT)

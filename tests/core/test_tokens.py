@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from skipstone.core.records import ActivationRecord, DepthRecord
-from skipstone.core.tokens import Executor, PassMode, Selection, Tokens
+from skipstone.core.selection import EVERYONE, Selection
+from skipstone.core.tokens import Executor, PassMode, Tokens
 
 KEPT = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
 WISH = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
@@ -20,16 +21,15 @@ def tokens(executor: Executor = "gathered", real: Tensor | None = None, length: 
     return Tokens(slot_BT=slot, position_BT=slot + 10, real_BT=real, mode=PassMode(executor=executor))
 
 
-def mask_of(selection: Selection | None) -> list[list[bool]]:
-    assert selection is not None
-    return selection.mask(3, torch.device("cpu")).tolist()
+def mask_of(selection: Selection) -> list[list[bool]]:
+    return selection.mask().tolist()
 
 
 @pytest.mark.parametrize("executor", ["gathered", "masked"])
 def test_a_selection_is_its_mask(executor: Executor) -> None:
     part = tokens(executor).select_kept(KEPT)
     assert part.width == (3 if executor == "gathered" else 5)
-    assert torch.equal(part.mask(3, KEPT.device), KEPT)
+    assert torch.equal(part.mask(), KEPT)
     x = torch.randn(3, 5, 2)
     assert torch.equal(part.scatter(part.gather(x)), x * KEPT[..., None])
     inner = tokens(executor).select(part)
@@ -44,8 +44,7 @@ def test_wishes_intersect_and_survive_a_narrowing(executor: Executor) -> None:
     assert mask_of(whole.restrict_queries(WISH).restrict_queries(KEPT).queries) == (WISH & KEPT).tolist()
     part = whole.select_kept(KEPT)
     inner = whole.restrict_queries(WISH).select(part)
-    assert inner.queries is not None
-    back = part.scatter(inner.queries.mask(3, KEPT.device))
+    back = part.scatter(inner.queries.mask())
     assert torch.equal(back, WISH & KEPT)
 
 
@@ -58,20 +57,20 @@ def test_wishes_of_rows_that_agree(length: int, everyone: bool) -> None:
     kept = torch.ones(3, length, dtype=torch.bool) if everyone else wish.roll(1, 0)
     part = whole.select_kept(kept)
     inner = whole.restrict_queries(wish).select(part)
-    assert torch.equal(part.scatter(inner.queries.mask(3, kept.device)), wish & kept)
+    assert torch.equal(part.scatter(inner.queries.mask()), wish & kept)
     assert inner.query_tokens().slot_BT.shape[1] <= length
 
 
 def test_everybody_kept_stays_in_place() -> None:
     part = tokens().select_kept(torch.ones(2, 5, dtype=torch.bool))
-    assert part.index_BK is None
-    assert part.valid_BK is None
+    assert part is EVERYONE
+    assert tokens().select(part).queries is EVERYONE
 
 
 def test_nobody_kept() -> None:
     part = tokens().select_kept(torch.zeros(2, 5, dtype=torch.bool))
-    assert part.width == 0
-    assert not part.mask(2, KEPT.device).any()
+    assert part.is_empty
+    assert not part.mask().any()
 
 
 def test_groups_tell_documents_and_padding() -> None:
@@ -96,7 +95,7 @@ def test_tokens_move_with_everything_inside() -> None:
     )
     moved = inner.to("meta")
     assert moved.slot_BT.device.type == moved.state["s"].device.type == moved.rotary[0].device.type == "meta"
-    assert moved.queries.index_BK.device.type == "meta"
+    assert moved.queries.mask().device.type == "meta"
     assert moved.mode == inner.mode
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from skipstone.core.row_subset import LEAST_IDLE, rows_pay
-from skipstone.core.tokens import PassMode, Selection, Tokens
+from skipstone.core.selection import InPlace, Selection
+from skipstone.core.tokens import PassMode, Tokens
 from skipstone.core.unpad import LARGEST_SHARE, pays, unpadding_of
 
 KEPT = torch.tensor([[1, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
@@ -108,7 +109,7 @@ def test_elsewhere_figures_known_beforehand_decide(rows: int, share: float | Non
     one = Tokens(slot_BT=slot, position_BT=slot, mode=PassMode(per_row_gather=True))
     kept = torch.ones(rows, 1, dtype=torch.bool, device="meta")
     if not pay:
-        assert one.restrict_queries(kept, share=share).queries == Selection(valid_BK=kept, length=1)
+        assert one.restrict_queries(kept, share=share).queries == InPlace(kept)
     else:
         with pytest.raises((NotImplementedError, RuntimeError)):
             one.restrict_queries(kept, share=share)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from skipstone import SkipstoneForCausalLM, presets
-from skipstone.core.tokens import PassMode, Selection, Tokens
+from skipstone.core.selection import Padded
+from skipstone.core.tokens import PassMode, Tokens
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # accelerate's remarks on offloading
@@ -41,14 +42,14 @@ def test_every_tensor_of_the_tokens_moves() -> None:
         document_BT=slot,
         real_BT=ones.bool(),
         gain_BT=ones,
-        queries=Selection(index_BK=slot, valid_BK=ones.bool(), length=3),
+        queries=Padded(slot, 3, ones.bool()),
         state={"early_exit": ones},
         forced_BT=ones.bool(),
         mode=PassMode(noise=True),
     )
     moved = tokens.to("meta")
     assert moved.mode == tokens.mode
-    assert moved.queries is not None
+    assert isinstance(moved.queries, Padded)
     assert moved.queries.length == 3
     found = [getattr(moved, f.name) for f in fields(moved)] + [moved.queries.index_BK, moved.queries.valid_BK]
     found += [*moved.state.values(), *(moved.rotary or ())]

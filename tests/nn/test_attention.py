@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipstone.core.tokens import Selection, Tokens
+from skipstone.core.selection import Gathered, Padded
+from skipstone.core.tokens import Tokens
 from skipstone.nn.attention import Attention, AttentionShape, slot_mask
 from skipstone.nn.norm import RMSNorm
 
@@ -64,12 +65,12 @@ def test_slots_decide_not_columns(kind: str) -> None:
 def test_only_who_asks_is_computed(kind: str) -> None:
     layer, x = attention(kind), torch.randn(2, 6, D)
     index, valid = torch.tensor([[1, 4], [5, 0]]), torch.tensor([[True, True], [True, False]])
-    part = Selection(index_BK=index, valid_BK=valid, length=6)
+    part = Padded(index, 6, valid)
     got, whole = layer(x, replace(tokens(6), queries=part)), layer(x, tokens(6))
     assert got.shape == (2, 2, D)
     torch.testing.assert_close(got[0], whole[0, [1, 4]])
     torch.testing.assert_close(got[1, 0], whole[1, 5])
-    nobody = Selection(index_BK=torch.empty(2, 0, dtype=torch.long), valid_BK=None, length=6)
+    nobody = Gathered(torch.empty(2, 0, dtype=torch.long), 6)
     assert layer(x, replace(tokens(6), queries=nobody)).shape == (2, 0, D)
 
 

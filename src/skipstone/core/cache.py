@@ -210,36 +210,60 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
-    def update(
+    @property
+    def keys(self) -> Tensor | None:
+        """All stored keys [B, H, C, E], under the name that transformers gives them; None while there are none."""
+        return self.kv.view("key").transpose(1, 2) if self.kv.width else None
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """Nothing: transformers' constructor sets it, and `kv` holds the truth."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """All stored values, as `keys`."""
+        return self.kv.view("value").transpose(1, 2) if self.kv.width else None
+
+    @values.setter
+    def values(self, value: None) -> None:
+        """Nothing, as for `keys`."""
+
+    def append(
         self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *args: Any,
+        key_BHTE: Tensor,
+        value_BHTE: Tensor,
         slot_BT: Tensor,
         real_BT: Tensor | None = None,
         document_BT: Tensor | None = None,
         rows: RowSubset | None = None,
-        asking: RowSubset | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, H, T, E] of the real tokens; returns all that are stored, [B, H, C, E].
+    ) -> None:
+        """Add keys and values of the real tokens. rows: those to which the tokens belong; None: all.
 
-        rows: those to which the tokens belong; asking: those whose stored keys and values are returned. None: all.
+        Raises ValueError where documents are given in some calls and not in others.
         """
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        entries = {"key": key_states.transpose(1, 2), "value": value_states.transpose(1, 2)}
+            self.lazy_initialization(key_BHTE, value_BHTE)
+        entries = {"key": key_BHTE.transpose(1, 2), "value": value_BHTE.transpose(1, 2)}
         if document_BT is not None:
-            entries["document"] = document_BT.expand(key_states.shape[0], -1)
+            entries["document"] = document_BT.expand(key_BHTE.shape[0], -1)
         if self.kv.width and ("document" in self.kv.entries) != (document_BT is not None):
             raise ValueError("document_ids must be given in every call that shares a cache, or in none")
         self.kv.append(slot_BT, real_BT, rows, **entries)
-        return self._shown(asking)
 
-    def _shown(self, asking: RowSubset | None) -> tuple[Tensor, Tensor]:
-        self.keys = self.kv.view("key", asking).transpose(1, 2)
-        self.values = self.kv.view("value", asking).transpose(1, 2)
-        return self.keys, self.values
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: object,
+        slot_BT: Tensor,
+        real_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        rows: RowSubset | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers: `append`, and then all keys and values that are stored, [B, H, C, E]."""
+        self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
+        return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that the model has seen."""
@@ -256,7 +280,6 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.kv, self.stores, self.scratch, self.cumulative_length = RaggedStore(), {}, {}, 0
-        self.keys = self.values = None  # type: ignore[assignment]  # as transformers declares them
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
-from skipstone.core.tokens import Selection
+from skipstone.core.selection import Selection
 
 
 class DepthRecord(NamedTuple):
@@ -32,8 +31,7 @@ class DepthRecord(NamedTuple):
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> DepthRecord:
         """In the coordinates of the tokens that `part` was selected from; state of tokens outside keeps its value."""
-        inside_BT = part.mask(self.score_BT.shape[0], self.score_BT.device)
-        carry = {name: torch.where(inside_BT, part.scatter(new), state[name]) for name, new in self.carry.items()}
+        carry = {name: part.merge(new, state[name]) for name, new in self.carry.items()}
         return DepthRecord(
             part.scatter(self.score_BT, float("nan")),
             part.scatter(self.kept_BT, False),
@@ -146,7 +144,7 @@ def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
     """Records of an inner update, in the coordinates of the outer tokens."""
-    return {name: record.lift(part, state) for name, record in records.items()}
+    return records if part.is_all else {name: record.lift(part, state) for name, record in records.items()}
 
 
 def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:

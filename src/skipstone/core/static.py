@@ -162,11 +162,6 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         if self.cumulative_length.device != key_states.device:
             self.cumulative_length = _buffer((), key_states.new_zeros((), dtype=torch.long), 0)
 
-    def _shown(self, asking: RowSubset | None) -> tuple[Tensor, Tensor]:
-        """Not kept on the layer: a compiled step would hand such attributes out as results."""
-        key, value = (self.kv.view(name, asking).transpose(1, 2) for name in ("key", "value"))
-        return key, value
-
     def advance(self, tokens: int) -> None:
         self.cumulative_length.add_(tokens)
 

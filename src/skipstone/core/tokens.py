@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.row_subset import RowSubset, rows_pay
+from skipstone.core.selection import EVERYONE, Gathered, InPlace, Padded, Selection, Unpadded, WholeRows
 from skipstone.core.unpad import Unpadding, unpadding_of
 from skipstone.ops import reference as ops
 
@@ -43,53 +44,6 @@ class PassMode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Some tokens of each row. `index_BK` None: in place, K = T; `valid_BK` None: every entry is a kept token.
-
-    Kept tokens come first and in order of slot, so attention over a gathered row stays causal without a mask; entries
-    that are not valid pad rows that keep fewer. `rows`: these rows whole and no others, the two tensors being None.
-    `unpadding`: the valid entries without the padding, where that is much.
-    """
-
-    index_BK: Tensor | None = None
-    valid_BK: Tensor | None = None
-    length: int  # T
-    rows: RowSubset | None = None
-    unpadding: Unpadding | None = None
-
-    @property
-    def is_all(self) -> bool:
-        """Whether every token is kept, known without looking."""
-        return self.index_BK is None and self.valid_BK is None and self.rows is None
-
-    @property
-    def width(self) -> int:
-        return self.length if self.index_BK is None else self.index_BK.shape[1]
-
-    def gather(self, x_BTD: Tensor) -> Tensor:
-        if self.rows is not None:
-            return self.rows.gather(x_BTD)
-        return x_BTD if self.index_BK is None else ops.gather_rows(x_BTD, self.index_BK)
-
-    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, T, ...] with y at the kept tokens and `fill` at all others."""
-        if self.rows is not None:
-            return self.rows.scatter(y_BKD, fill)
-        if self.valid_BK is not None:
-            valid = self.valid_BK.view(*self.valid_BK.shape, *[1] * (y_BKD.dim() - 2))
-            y_BKD = torch.where(valid, y_BKD, torch.as_tensor(fill, dtype=y_BKD.dtype, device=y_BKD.device))
-        return y_BKD if self.index_BK is None else ops.scatter_rows(y_BKD, self.index_BK, self.length, fill)
-
-    def mask(self, rows: int, device: torch.device) -> Tensor:
-        """The kept tokens as a bool mask [B, T]; `rows` is B where the selection itself does not tell."""
-        known_BK = self.valid_BK if self.index_BK is None else self.index_BK
-        rows = rows if known_BK is None else known_BK.shape[0]
-        rows = rows if self.rows is None else len(self.rows.at)
-        ones_BK = torch.ones(rows, self.width, dtype=torch.bool, device=device)
-        return self.scatter(ones_BK, False)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """The tokens of one call. Frozen: mechanisms pass on narrowed or changed copies.
 
@@ -100,7 +54,7 @@ class Tokens:
     real_BT: bool, False for padding, or None where every token is real (known without looking).
     aligned: real tokens are known to come first in every row.
     gain_BT: factor on both sub-layers' updates, or None for 1.
-    queries: the tokens whose update is computed; the others still serve as keys and values. None: all.
+    queries: the tokens whose update is computed; the others still serve as keys and values.
     rows: the rows of the cache that these tokens continue. None: all.
     unpadding: where the real ones stand, if much is padding. Projections and MLP then see them unpadded, [1, N, D].
     state: named tensors [B, T] that cross blocks, made before block 0.
@@ -114,7 +68,7 @@ class Tokens:
     real_BT: Tensor | None = None
     aligned: bool = False
     gain_BT: Tensor | None = None
-    queries: Selection | None = None
+    queries: Selection = EVERYONE
     rows: RowSubset | None = None
     unpadding: Unpadding | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
@@ -132,7 +86,7 @@ class Tokens:
     @property
     def no_queries(self) -> bool:
         """Whether the update of no token is computed, known without looking."""
-        return self.queries is not None and self.queries.width == 0
+        return self.queries.is_empty
 
     def replace(self, **changes: Any) -> Tokens:
         """`dataclasses.replace`, five times as fast: a gated block makes two or three of these in a decoding step."""
@@ -158,7 +112,7 @@ class Tokens:
         which makes the host wait once. `exact`: every row keeps exactly `width`.
         """
         if self.mode.executor == "masked":
-            return Selection(valid_BK=kept_BT, length=self.length)
+            return InPlace(kept_BT)
         if width is None and self.mode.per_row_gather and self.length == 1:
             return _by_row(kept_BT)
         count_B, count = kept_BT.sum(1), None
@@ -169,50 +123,48 @@ class Tokens:
             exact = fewest == width
         if width == 0 and self.mode.never_empty:
             width, exact = 1, False
-        if width == self.length and (exact or width == 1):  # nobody to leave out, or one column to hold them all
-            return Selection(valid_BK=None if exact else kept_BT, length=width)
+        if exact and width == self.length:
+            return EVERYONE
+        if width == self.length == 1:  # one column, which holds every row
+            return InPlace(kept_BT)
         index_BK = ops.compact(kept_BT, width)
-        valid_BK = None if exact else torch.arange(width, device=kept_BT.device) < count_B[:, None]
-        unpadding = None if valid_BK is None or count is None else unpadding_of(index_BK, valid_BK, count, self.length)
-        return Selection(index_BK=index_BK, valid_BK=valid_BK, length=self.length, unpadding=unpadding)
+        if exact:
+            return Gathered(index_BK, self.length)
+        valid_BK = torch.arange(width, device=kept_BT.device) < count_B[:, None]
+        unpadding = None if count is None else unpadding_of(index_BK, valid_BK, count, self.length)
+        if unpadding is None:
+            return Padded(index_BK, self.length, valid_BK)
+        return Unpadded(index_BK, self.length, valid_BK, unpadding)
 
     def select(self, part: Selection) -> Tokens:
         """The tokens of `part`, in its order. An outer mechanism's queries stay queries in the new coordinates.
 
         Only real tokens are ever kept, so within a selection the valid entries are the real ones.
         """
-        is_all = part.is_all
-        if is_all and (self.queries is None or self.queries is part):
-            return self.replace(queries=None)
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else part.gather(x)
-
-        real_BK = self.real_BT if is_all else part.valid_BK
+        if part.is_all:
+            return self
         narrowed = self.replace(
             slot_BT=part.gather(self.slot_BT),
             position_BT=part.gather(self.position_BT),
             rotary=None if self.rotary is None else (part.gather(self.rotary[0]), part.gather(self.rotary[1])),
-            document_BT=pick(self.document_BT),
-            real_BT=real_BK,
-            aligned=part.index_BK is not None or self.length == 1 or (is_all and self.aligned),
-            gain_BT=pick(self.gain_BT),
-            forced_BT=pick(self.forced_BT),
+            document_BT=None if self.document_BT is None else part.gather(self.document_BT),
+            real_BT=part.valid_BK,
+            aligned=part.real_first or self.length == 1,
+            gain_BT=None if self.gain_BT is None else part.gather(self.gain_BT),
+            forced_BT=None if self.forced_BT is None else part.gather(self.forced_BT),
             state={name: part.gather(value) for name, value in self.state.items()},
-            queries=None,
-            rows=self.rows if part.rows is None else part.rows.within(self.rows),
-            unpadding=self.unpadding if is_all else part.unpadding,
+            queries=EVERYONE,
+            rows=part.rows_of(self.rows),
+            unpadding=part.unpadding,
         )
-        if self.queries is None or self.queries is part:
+        if self.queries.is_all or self.queries is part:
             return narrowed
-        rows = max(narrowed.slot_BT.shape[0], 1 if real_BK is None else real_BK.shape[0])
-        rows = rows if part.rows is None else part.rows.total
-        queries_BK = part.gather(self.queries.mask(rows, self.slot_BT.device))
-        return narrowed.restrict_queries(queries_BK if real_BK is None else queries_BK & real_BK)
+        queries_BK = part.gather(self.queries.mask())
+        return narrowed.restrict_queries(queries_BK if part.valid_BK is None else queries_BK & part.valid_BK)
 
     def query_tokens(self) -> Tokens:
         """The tokens whose update is computed, and only those."""
-        return self if self.queries is None else self.select(self.queries)
+        return self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
         """x of the real tokens, [1, N, ...], if there is an unpadding; else x itself."""
@@ -224,17 +176,11 @@ class Tokens:
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
         """x of the query tokens, unpadded."""
-        part = self.queries
-        if part is None:
-            return self.unpad(x_BTD)
-        return part.gather(x_BTD) if part.unpadding is None else part.unpadding.gather(x_BTD)
+        return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:
         """Undoes `gather_queries`, with 0 for all others."""
-        part = self.queries
-        if part is None:
-            return self.pad(y)
-        return part.scatter(y) if part.unpadding is None else part.unpadding.scatter(y, self.length)
+        return self.pad(y) if self.queries.is_all else self.queries.scatter_unpadded(y)
 
     def restrict_queries(
         self, kept_BT: Tensor, width: int | None = None, exact: bool = False, share: float | None = None
@@ -245,15 +191,13 @@ class Tokens:
         Where each row decides for itself and this share makes a block that no row needs too rare for the check to pay,
         all rows are computed.
         """
-        if self.queries is not None:
-            kept_BT = kept_BT & self.queries.mask(kept_BT.shape[0], kept_BT.device)
+        if not self.queries.is_all:
+            kept_BT = self.queries.and_mask(kept_BT)
             width, exact = None, False
         per_row_gather = self.mode.per_row_gather and self.mode.executor == "gathered" and self.length == 1
         if per_row_gather and not rows_pay(kept_BT.shape[0], share, kept_BT.device):
-            part = Selection(valid_BK=kept_BT, length=1)
-        else:
-            part = self.select_kept(kept_BT, width, exact)
-        return self.replace(queries=None if part.is_all else part)
+            return self.replace(queries=InPlace(kept_BT))
+        return self.replace(queries=self.select_kept(kept_BT, width, exact))
 
     def scaled(self, gain_BT: Tensor) -> Tokens:
         """With this factor on the updates, on top of any that is there."""
@@ -270,11 +214,14 @@ def real_mask(tokens: Tokens, like_BT: Tensor) -> Tensor:
 def _by_row(kept_B1: Tensor) -> Selection:
     """Rows instead of tokens: no row waits for another, and a row alone has no width to be filled up to."""
     total = len(kept_B1)
-    rows = None if total == 1 else RowSubset.from_mask(kept_B1[:, 0])  # the host waits here, or for the one row
-    count = int(kept_B1.item()) if rows is None else len(rows.at)
-    if count == 0:
-        return Selection(index_BK=kept_B1.new_empty(total, 0, dtype=torch.long), length=1)
-    return Selection(length=1, rows=None if count == total else rows)
+    if total == 1:
+        count = int(kept_B1.item())  # the host waits here, or for the rows
+    else:
+        rows = RowSubset.from_mask(kept_B1[:, 0])
+        count = len(rows.at)
+    if count == total:
+        return EVERYONE
+    return WholeRows(rows) if count else Gathered(kept_B1.new_empty(total, 0, dtype=torch.long), 1)
 
 
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
@@ -285,6 +232,6 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         return tuple(_moved(x, move) for x in value)
     if isinstance(value, Mapping):
         return {name: _moved(x, move) for name, x in value.items()}
-    if isinstance(value, Tokens | Selection | RowSubset | Unpadding):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{f.name: _moved(getattr(value, f.name), move) for f in fields(value)})
     return value

@@ -156,9 +156,9 @@ class MixtureOfDepths(DepthMechanism):
     ) -> tuple[Tensor, Records]:
         """Skipped tokens do not exist inside."""
         part = tokens.select_kept(kept_BT, *self._width(tokens))
-        if part.width == 0 and not torch.is_grad_enabled():
+        if part.is_empty and not torch.is_grad_enabled():
             return torch.zeros_like(x_BTD), {}
-        if part.width == 0:
+        if part.is_empty:
             return x_BTD * 0 + (weight_BT * 0)[..., None].to(x_BTD.dtype), {}
         delta_BKD, inner = update(part.gather(x_BTD), tokens.select(part))
         delta_BKD = delta_BKD * part.gather(weight_BT)[..., None].to(delta_BKD.dtype)

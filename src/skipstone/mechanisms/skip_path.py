@@ -38,8 +38,7 @@ class LowRankSkip(nn.Module):
 
         Computed for every token: at these ranks gathering would cost more than it saves.
         """
-        if tokens.queries is not None:
-            skipped_BT = skipped_BT & tokens.queries.mask(skipped_BT.shape[0], skipped_BT.device)
+        skipped_BT = tokens.queries.and_mask(skipped_BT)
         update_BTD = self.guess(x_BTD)
         if tokens.gain_BT is not None:
             update_BTD = update_BTD * tokens.gain_BT[..., None].to(update_BTD.dtype)

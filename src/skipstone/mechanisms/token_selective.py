@@ -158,7 +158,7 @@ class TokenSelective(DepthMechanism):
     ) -> tuple[Tensor, Records]:
         """As `gate`, but skipped tokens do not exist inside."""
         part = tokens.select_kept(kept_BT)
-        if part.width == 0:
+        if part.is_empty:
             return x_BTD * 0, {}
         inside = (tokens if gain_BT is None else tokens.scaled(gain_BT)).select(part)
         delta_BKD, inner = update(part.gather(x_BTD), inside)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from skipstone.core.cache import EMPTY, SkipstoneCacheLayer
+from skipstone.core.cache import EMPTY, RaggedStore, SkipstoneCacheLayer
 from skipstone.core.row_subset import RowSubset
+from skipstone.core.selection import WholeRows
 from skipstone.core.tokens import Tokens
 from skipstone.nn.linear import OutputLinear
 from skipstone.ops import reference as ops
+
+Seen: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask where slots must be compared
 
 COPYING = 3  # times that memory is touched for a key that is copied before it is read
 LEAST_COPY = 128  # keys of all rows, below which a copy costs next to nothing
@@ -39,6 +41,12 @@ class AttentionShape:
     head_norm: Callable[[int], nn.Module] | None = None
 
 
+class AttentionConfig(Protocol):
+    """What names the attention implementation, as transformers' configurations do."""
+
+    _attn_implementation: str
+
+
 class Attention(nn.Module):
     """softmax(q k / sqrt(E)) v over the keys whose slot is not later, in the same document.
 
@@ -47,7 +55,7 @@ class Attention(nn.Module):
 
     is_causal = True
 
-    def __init__(self, shape: AttentionShape, config: Any, layer_idx: int) -> None:
+    def __init__(self, shape: AttentionShape, config: AttentionConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, shape.head_dim
         self.num_key_value_groups = shape.num_heads // shape.num_key_value_heads
@@ -62,104 +70,81 @@ class Attention(nn.Module):
         self.k_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
 
     def forward(
-        self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None, asking: Tokens | None = None
+        self,
+        x_BTD: Tensor,
+        tokens: Tokens,
+        cache: SkipstoneCacheLayer | None = None,
+        queries: Tokens | None = None,
     ) -> Tensor:
-        """Update of the query tokens, [B, K, D] or unpadded: all T unless `tokens.queries` names some of them.
+        """Update of the query tokens, [B, K, D] or unpadded; keys and values of all tokens are computed and stored.
 
-        asking: `tokens.query_tokens()`, where the caller has it.
+        queries: `tokens.query_tokens()`, where the caller has it.
         """
-        given = tokens.unpad(x_BTD)
+        key, value = self._keys_and_values(x_BTD, tokens)
         if tokens.no_queries:
-            key, value = self._keys(given, tokens)
-            if past_key_values is not None:
-                self._append(key, value, tokens, past_key_values, None)
+            self._store(key, value, tokens, cache)
             return x_BTD[:, :0]
-        asking = asking or tokens.query_tokens()
-        asking_x = given if tokens.queries is None else tokens.gather_queries(x_BTD)
-        query = self._heads(asking.pad(self.q_proj(asking_x)), self.q_norm, asking.rotary)
-        key, value = self._keys(given, tokens)
-        among = None if query.requires_grad else self._among(asking, past_key_values)
-        rows = asking.rows if among is None else None
-        key, value, mask = self._seen(key, value, tokens, asking, past_key_values, rows)
-        query = query if among is None else among.scatter(query)
-        y_BKHE = self._attend(query, key, value, mask)
-        y_BKHE = y_BKHE if among is None else among.gather(y_BKHE)
-        y_BKD = self.o_proj(asking.unpad(y_BKHE.flatten(2)))
+        queries = queries or tokens.query_tokens()
+        query = self._heads(queries.pad(self.q_proj(tokens.gather_queries(x_BTD))), self.q_norm, queries.rotary)
+        if self._store(key, value, tokens, cache):
+            y_BKHE = self._attend(query, *self._own(key, value, tokens, queries))
+        else:
+            assert cache is not None
+            y_BKHE = self._attend_stored(query, tokens, queries, cache.kv)
+        y_BKD = self.o_proj(queries.unpad(y_BKHE.flatten(2)))
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
-    def _keys(self, given: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, E] of all tokens that are given, unpadded or not."""
-        key = self._heads(tokens.pad(self.k_proj(given)), self.k_norm, tokens.rotary)
-        return key, self._heads(tokens.pad(self.v_proj(given)))
-
-    def _append(
-        self, key: Tensor, value: Tensor, tokens: Tokens, past_key_values: Cache, rows: RowSubset | None
-    ) -> tuple[Tensor, Tensor]:
-        """Into the cache; all that is there afterwards, of these rows (None: of all)."""
-        return past_key_values.update(  # type: ignore[no-any-return]
-            key,
-            value,
-            self.layer_idx,
-            slot_BT=tokens.slot_BT,
-            real_BT=tokens.real_BT,
-            document_BT=tokens.document_BT,
-            rows=tokens.rows,
-            asking=rows,
-        )
+    def _keys_and_values(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, E] of all tokens."""
+        x = tokens.unpad(x_BTD)
+        key = self._heads(tokens.pad(self.k_proj(x)), self.k_norm, tokens.rotary)
+        return key, self._heads(tokens.pad(self.v_proj(x)))
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         y_BTHE = y.unflatten(-1, (-1, self.head_dim))
         y_BHTE = (y_BTHE if norm is None else norm(y_BTHE)).transpose(1, 2)
         return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
 
-    def _seen(
-        self,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tokens,
-        asking: Tokens,
-        past_key_values: Cache | None,
-        rows: RowSubset | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and mask that the queries see; without a cache, or with an empty one, this call's own.
+    def _store(self, key: Tensor, value: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> bool:
+        """Append to the cache, if there is one. True if nothing was stored before: the call's own keys are then all."""
+        if cache is None:
+            return True
+        was_empty = cache.kv.width == 0
+        cache.append(key, value, tokens.slot_BT, tokens.real_BT, tokens.document_BT, tokens.rows)
+        return was_empty
 
-        rows: whose stored ones; None: all. The mask is None where slots need not be compared: a sorted row on itself,
-        or one newest token on all.
-        """
-        if past_key_values is None:
-            return self._own(key, value, tokens, asking)
-        layer = past_key_values.layers[self.layer_idx]
-        assert isinstance(layer, SkipstoneCacheLayer)
-        first = layer.kv.width == 0
-        all_keys, all_values = self._append(key, value, tokens, past_key_values, rows)
-        if first:
-            return self._own(key, value, tokens, asking)
-        newest = tokens.length == 1 and tokens.document_BT is None
-        if newest and layer.kv.even(rows):  # padding, too, sees all that is there
-            return all_keys, all_values, None
-        document = layer.kv.view("document", rows) if tokens.document_BT is not None else None
-        return all_keys, all_values, slot_mask(layer.kv.view("slot", rows), document, asking)
-
-    def _among(self, asking: Tokens, past_key_values: Cache | None) -> RowSubset | None:
-        """The rows that ask, where all rows had better attend: else the stored keys of those that ask are copied."""
-        rows = asking.rows
-        if rows is None or past_key_values is None or len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total:
-            return None
-        alike = asking.slot_BT.shape[0] == 1 and asking.real_BT is None and asking.document_BT is None
-        width = past_key_values.layers[self.layer_idx].kv.width  # type: ignore[attr-defined]
-        return rows if alike and width > 0 and rows.total * width >= LEAST_COPY else None
-
-    def _own(self, key: Tensor, value: Tensor, tokens: Tokens, asking: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This call's own keys and values, and the mask where slots must be compared."""
-        part = tokens.queries
-        if part is not None and part.rows is not None:  # one token a row, which sees itself
-            return part.rows.gather(key), part.rows.gather(value), None
-        if part is None and tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned):
+    def _own(self, key: Tensor, value: Tensor, tokens: Tokens, queries: Tokens) -> Seen:
+        """This call's own keys and values; no mask where a sorted row looks at itself."""
+        if isinstance(tokens.queries, WholeRows):  # one token a row, which sees itself
+            return tokens.queries.gather(key), tokens.queries.gather(value), None
+        sorted_rows = tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned)
+        if tokens.queries.is_all and sorted_rows:
             return key, value, None
         slot_BT = tokens.slot_BT
         if tokens.real_BT is not None:
             slot_BT = torch.where(tokens.real_BT, slot_BT, EMPTY)
-        return key, value, slot_mask(slot_BT, tokens.document_BT, asking)
+        return key, value, slot_mask(slot_BT, tokens.document_BT, queries)
+
+    def _attend_stored(self, query: Tensor, tokens: Tokens, queries: Tokens, kv: RaggedStore) -> Tensor:
+        """Over everything that is stored, this call's own keys included.
+
+        If only some rows have queries, their stored keys are copied, or all rows attend and the results of the others
+        are thrown away, whichever touches less memory.
+        """
+        rows = queries.rows
+        if rows is not None and not query.requires_grad and _all_rows_are_cheaper(queries, rows, kv):
+            seen = self._stored(tokens, queries, kv, None)
+            return rows.gather(self._attend(rows.scatter(query), *seen))
+        return self._attend(query, *self._stored(tokens, queries, kv, rows))
+
+    def _stored(self, tokens: Tokens, queries: Tokens, kv: RaggedStore, rows: RowSubset | None) -> Seen:
+        """What is stored of these rows (None: of all); no mask where the newest token of each row sees everything."""
+        key, value = kv.view("key", rows).transpose(1, 2), kv.view("value", rows).transpose(1, 2)
+        newest = tokens.length == 1 and tokens.document_BT is None
+        if newest and kv.even(rows):  # padding, too, sees all that is there
+            return key, value, None
+        document_BC = None if tokens.document_BT is None else kv.view("document", rows)
+        return key, value, slot_mask(kv.view("slot", rows), document_BC, queries)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         implementation = self.config._attn_implementation
@@ -171,14 +156,21 @@ class Attention(nn.Module):
         return y_BKHE
 
 
-def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, asking: Tokens) -> Tensor:
-    """bool [B, 1, K, C]: who may see whom. Padding that asks sees everything, which keeps its softmax finite."""
-    slot_BK, real_BK = asking.slot_BT, asking.real_BT
+def _all_rows_are_cheaper(queries: Tokens, rows: RowSubset, kv: RaggedStore) -> bool:
+    """Whether attending in all rows touches less memory than copying the stored keys of `rows` first."""
+    if len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total or rows.total * kv.width < LEAST_COPY:
+        return False
+    return queries.slot_BT.shape[0] == 1 and queries.real_BT is None and queries.document_BT is None
+
+
+def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Tokens) -> Tensor:
+    """bool [B, 1, K, C]: who may see whom. Padding among the queries sees everything: its softmax stays finite."""
+    slot_BK, real_BK = queries.slot_BT, queries.real_BT
     if real_BK is not None:
         slot_BK = torch.where(real_BK, slot_BK, EMPTY)
     mask = key_slot_BC[:, None, :] <= slot_BK[:, :, None]
-    if key_document_BC is not None and asking.document_BT is not None:
-        mask = mask & (key_document_BC[:, None, :] == asking.document_BT[:, :, None])
+    if key_document_BC is not None and queries.document_BT is not None:
+        mask = mask & (key_document_BC[:, None, :] == queries.document_BT[:, :, None])
         mask = mask if real_BK is None else mask | ~real_BK[:, :, None]
     return mask[:, None]
 
@@ -203,7 +195,7 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
     """The plain formula with an additive mask, under the signature of transformers' attention interface."""
     groups = module.num_key_value_groups

@@ -6,14 +6,14 @@ Shape letters: B rows, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.depth import DepthModule, DepthModules
 from skipstone.core.records import Records, lift
 from skipstone.core.routing_module import RoutingModule, fp32_names
@@ -22,6 +22,8 @@ from skipstone.core.tokens import Tokens
 from skipstone.core.width import FeedForward
 from skipstone.nn.attention import Attention
 from skipstone.ops.reference import added
+
+CachedUpdate: TypeAlias = Callable[[Tensor, Tokens, SkipstoneCacheLayer | None], tuple[Tensor, Records]]
 
 SITES = ("block", "attention", "mlp")
 
@@ -47,11 +49,13 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
         """The residual stream after this block, and what its mechanisms decided."""
+        cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
         if not self.sites["block"]:
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
-            _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
+            _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, cache)
             return added(after_BTD, m_BTD), self._complete(records, x_BTD)
-        delta_BTD, records = self._inside("block", self._update, x_BTD, tokens, past_key_values)
+        update = self._sum_of_sublayers if self.sites["attention"] or self.sites["mlp"] else self._fused
+        delta_BTD, records = self._inside("block", update, x_BTD, tokens, cache)
         return added(x_BTD, delta_BTD), self._complete(records, x_BTD)
 
     def routing_modules(self) -> dict[str, RoutingModule]:
@@ -71,66 +75,68 @@ class Block(GradientCheckpointingLayer):
         return {**records, **missing}
 
     def _inside(
-        self, site: str, update: Callable[..., Any], x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
+        self, site: str, update: CachedUpdate, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
         """`update` inside the mechanisms of this site."""
         names = self.sites[site]
         if not names:
-            return update(x_BTD, tokens, past_key_values)
-        bound = partial(update, past_key_values=past_key_values)
+            return update(x_BTD, tokens, cache)
+
+        def bound(x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
+            return update(x_BTD, tokens, cache)
+
         return wrap(bound, [self.mechanisms[name] for name in names])(x_BTD, tokens)
 
-    def _update(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
-        if self.sites["attention"] or self.sites["mlp"]:
-            a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, past_key_values)
-            return a_BTD + m_BTD, records
+    def _fused(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
+        """Both updates where no mechanism sits between them: query tokens are gathered once."""
         if tokens.no_queries:
-            return self._remembered(x_BTD, tokens, past_key_values), {}
-        asking = tokens.query_tokens()  # nothing sits in between: tokens are gathered once
-        a = self._attended(x_BTD, tokens, asking, past_key_values)
-        m, records = self._fed(added(tokens.gather_queries(x_BTD), a), asking, past_key_values)
-        return tokens.scatter_queries((a + m).to(x_BTD.dtype)), _lifted(records, tokens)
+            return self._remembered(x_BTD, tokens, cache), {}
+        queries = tokens.query_tokens()
+        a = self._attended(x_BTD, tokens, queries, cache)
+        m, records = self._fed(added(tokens.gather_queries(x_BTD), a), queries, cache)
+        return tokens.scatter_queries((a + m).to(x_BTD.dtype)), lift(records, tokens.queries, tokens.state)
+
+    def _sum_of_sublayers(
+        self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
+    ) -> tuple[Tensor, Records]:
+        """Both updates, each inside the mechanisms of its own site."""
+        a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, cache)
+        return a_BTD + m_BTD, records
 
     def _sublayers(
-        self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None
+        self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Tensor, Tensor, Records]:
         """The attention's update, the stream after it, the MLP's update."""
-        a_BTD, records = self._inside("attention", self._attention, x_BTD, tokens, past_key_values)
+        a_BTD, records = self._inside("attention", self._attention, x_BTD, tokens, cache)
         after_BTD = added(x_BTD, a_BTD)
-        m_BTD, more = self._inside("mlp", self._mlp, after_BTD, tokens, past_key_values)
+        m_BTD, more = self._inside("mlp", self._mlp, after_BTD, tokens, cache)
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 
-    def _attention(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+    def _attention(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
         if tokens.no_queries:
-            return self._remembered(x_BTD, tokens, past_key_values), {}
-        return tokens.scatter_queries(self._attended(x_BTD, tokens, tokens.query_tokens(), past_key_values)), {}
+            return self._remembered(x_BTD, tokens, cache), {}
+        return tokens.scatter_queries(self._attended(x_BTD, tokens, tokens.query_tokens(), cache)), {}
 
-    def _mlp(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+    def _mlp(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
         if tokens.no_queries:
             return torch.zeros_like(x_BTD), {}
-        asking = tokens.query_tokens()
-        m, records = self._fed(tokens.gather_queries(x_BTD), asking, past_key_values)
-        return tokens.scatter_queries(m), _lifted(records, tokens)
+        m, records = self._fed(tokens.gather_queries(x_BTD), tokens.query_tokens(), cache)
+        return tokens.scatter_queries(m), lift(records, tokens.queries, tokens.state)
 
-    def _remembered(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None) -> Tensor:
-        """No update, for nobody asks for one; keys and values all the same."""
-        self.self_attn(self.input_layernorm(x_BTD), tokens, past_key_values)
+    def _remembered(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
+        """No update, for there are no queries; keys and values all the same."""
+        self.self_attn(self.input_layernorm(x_BTD), tokens, cache)
         return torch.zeros_like(x_BTD)
 
-    def _attended(self, x_BTD: Tensor, tokens: Tokens, asking: Tokens, past_key_values: Cache | None) -> Tensor:
+    def _attended(self, x_BTD: Tensor, tokens: Tokens, queries: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """The attention's update of the query tokens, unpadded."""
-        return _scaled(self.self_attn(self.input_layernorm(x_BTD), tokens, past_key_values, asking), asking)
+        return _scaled(self.self_attn(self.input_layernorm(x_BTD), tokens, cache, queries), queries)
 
-    def _fed(self, x: Tensor, asking: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Records]:
+    def _fed(self, x: Tensor, queries: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
         """The MLP's update of the query tokens, unpadded as x is."""
-        cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
-        m, records = self.mlp(self.post_attention_layernorm(x), asking, cache)
-        return _scaled(m, asking), records
+        m, records = self.mlp(self.post_attention_layernorm(x), queries, cache)
+        return _scaled(m, queries), records
 
 
 def _scaled(y: Tensor, tokens: Tokens) -> Tensor:
     return y if tokens.gain_BT is None else y * tokens.unpad(tokens.gain_BT)[..., None].to(y.dtype)
-
-
-def _lifted(records: Records, tokens: Tokens) -> Records:
-    return records if tokens.queries is None else lift(records, tokens.queries, tokens.state)

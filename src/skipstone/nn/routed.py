@@ -77,10 +77,10 @@ class Routed(nn.Module):
         self, x_BTD: Tensor, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any], rest: list[Any]
     ) -> Tensor:
         part = tokens.queries
-        if part is not None and part.width == 0:
+        if part.is_empty:
             return torch.zeros_like(x_BTD)
         chosen_BKD = x_BTD
-        if part is not None:
+        if not part.is_all:
             index_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2])
             chosen_BKD = part.gather(x_BTD)
             args, kwargs = arguments_of(part.gather(index_BT), x_BTD.shape[:2], (args, kwargs))
@@ -93,8 +93,7 @@ class Routed(nn.Module):
                 f"the block must return a stream of its input's shape {list(chosen_BKD.shape)} (or a tuple that begins "
                 f"with one), got {got}"
             )
-        delta = out - chosen_BKD
-        delta = delta if part is None else part.scatter(delta)
+        delta = part.scatter(out - chosen_BKD)
         return delta if tokens.gain_BT is None else delta * tokens.gain_BT[..., None].to(delta.dtype)
 
 

@@ -1,0 +1,192 @@
+"""Which tokens of a call go on: a decision as something that gathers and scatters.
+
+One class for each layout: all tokens, some that are marked and stay in place, some that are gathered (with rows filled
+exactly, padded, or padded with the padding left out of what looks at single tokens), and whole rows.
+
+Shape letters: B rows, T tokens of the call, K tokens of a selection, N kept tokens of all rows, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from skipstone.core.row_subset import RowSubset
+from skipstone.core.unpad import Unpadding
+from skipstone.ops import reference as ops
+
+
+class Selection:
+    """Some tokens of each row, in order of slot. Subclasses say how they lie.
+
+    is_all: whether every token is kept, known without looking. real_first: whether the kept tokens come first in every
+    row, so that attention over them needs no mask. valid_BK: bool, which of the K are kept tokens; None: all are.
+    unpadding: where these stand, if much of the K is not kept.
+    """
+
+    is_all = False
+    real_first = False
+    valid_BK: Tensor | None = None
+    unpadding: Unpadding | None = None
+
+    @property
+    def width(self) -> int:
+        """K."""
+        raise NotImplementedError
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is kept, known without looking."""
+        return self.width == 0
+
+    def gather(self, x_BTD: Tensor) -> Tensor:
+        """[B, K, ...] of x [B, T, ...]."""
+        raise NotImplementedError
+
+    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, ...] with y at the kept tokens and `fill` at all others."""
+        raise NotImplementedError
+
+    def mask(self) -> Tensor:
+        """The kept tokens as a bool mask [B, T]."""
+        raise NotImplementedError
+
+    def gather_unpadded(self, x_BTD: Tensor) -> Tensor:
+        """As `gather`, or [1, N, ...] of the kept tokens alone where the selection has an `unpadding`."""
+        return self.gather(x_BTD)
+
+    def scatter_unpadded(self, y: Tensor) -> Tensor:
+        """Undoes `gather_unpadded`, with 0 for all others."""
+        return self.scatter(y)
+
+    def and_mask(self, kept_BT: Tensor) -> Tensor:
+        """bool [B, T]: those of `kept_BT` that are kept here, too."""
+        return kept_BT & self.mask()
+
+    def merge(self, new_BKD: Tensor, old_BTD: Tensor) -> Tensor:
+        """`old` [B, T, ...] with `new` at the kept tokens."""
+        return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
+
+    def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
+        """The rows of the cache that the kept tokens continue, where the call's tokens continue `outer`."""
+        return outer
+
+
+@dataclass(frozen=True)
+class Everyone(Selection):
+    """All tokens of the call."""
+
+    is_all = True
+    is_empty = False
+
+    def gather(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD
+
+    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
+        return y_BKD
+
+    def and_mask(self, kept_BT: Tensor) -> Tensor:
+        return kept_BT
+
+    def merge(self, new_BKD: Tensor, old_BTD: Tensor) -> Tensor:
+        return new_BKD
+
+
+EVERYONE = Everyone()
+
+
+@dataclass(frozen=True)
+class InPlace(Selection):
+    """All tokens stay where they are, K = T; those that are not valid are not kept."""
+
+    valid_BK: Tensor = field()
+
+    @property
+    def width(self) -> int:
+        return self.valid_BK.shape[1]
+
+    def gather(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD
+
+    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
+        return _where(self.valid_BK, y_BKD, fill)
+
+    def mask(self) -> Tensor:
+        return self.valid_BK
+
+
+@dataclass(frozen=True)
+class Gathered(Selection):
+    """The K tokens of each row at `index_BK`, of T = `length`; every one is kept."""
+
+    real_first = True
+    index_BK: Tensor
+    length: int
+
+    @property
+    def width(self) -> int:
+        return self.index_BK.shape[1]
+
+    def gather(self, x_BTD: Tensor) -> Tensor:
+        return ops.gather_rows(x_BTD, self.index_BK)
+
+    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
+        return ops.scatter_rows(y_BKD, self.index_BK, self.length, fill)
+
+    def mask(self) -> Tensor:
+        return self.scatter(torch.ones_like(self.index_BK, dtype=torch.bool), False)
+
+
+@dataclass(frozen=True)
+class Padded(Gathered):
+    """Rows that keep fewer than K tokens are padded: the kept ones are valid and come first."""
+
+    valid_BK: Tensor = field()
+
+    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
+        return super().scatter(_where(self.valid_BK, y_BKD, fill), fill)
+
+
+@dataclass(frozen=True)
+class Unpadded(Padded):
+    """Padded for attention; what looks at single tokens gets the kept ones of all rows behind each other."""
+
+    unpadding: Unpadding = field()
+
+    def gather_unpadded(self, x_BTD: Tensor) -> Tensor:
+        return self.unpadding.gather(x_BTD)
+
+    def scatter_unpadded(self, y: Tensor) -> Tensor:
+        return self.unpadding.scatter(y, self.length)
+
+
+@dataclass(frozen=True)
+class WholeRows(Selection):
+    """The one token of each of these rows, and none of the other rows."""
+
+    real_first = True
+    rows: RowSubset
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    def gather(self, x_BTD: Tensor) -> Tensor:
+        return self.rows.gather(x_BTD)
+
+    def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
+        return self.rows.scatter(y_BKD, fill)
+
+    def mask(self) -> Tensor:
+        ones_R1 = torch.ones(len(self.rows.at), 1, dtype=torch.bool, device=self.rows.index_R.device)
+        return self.rows.scatter(ones_R1, False)
+
+    def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
+        return self.rows.within(outer)
+
+
+def _where(valid_BK: Tensor, y_BKD: Tensor, fill: float) -> Tensor:
+    valid = valid_BK.view(*valid_BK.shape, *[1] * (y_BKD.dim() - 2))
+    return torch.where(valid, y_BKD, torch.as_tensor(fill, dtype=y_BKD.dtype, device=y_BKD.device))
