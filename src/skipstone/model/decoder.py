@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -158,35 +158,23 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not supported: no block keeps its attention weights")
         x_BTD = self._embedded(input_ids, inputs_embeds)
-        mode, forced = self._mode(routing, noise, executor)
-        self._check_masks(forced, x_BTD.shape[:2])
-        past_key_values = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
-        mode = _of_fixed_size(mode, past_key_values, x_BTD.shape[1])
-        single = x_BTD.shape[:2] == (1, 1) and mode.routing == "causal" and not torch.is_grad_enabled()
-        mode = replace(mode, single_token=single)
-        call = Call(
-            shape=x_BTD.shape[:2],
-            device=x_BTD.device,
-            seen=0 if past_key_values is None else past_key_values.get_seq_length(),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            document_ids=document_ids,
-        )
-        x_BTD, tokens = self._start(x_BTD, tokens_of(call, mode))
+        mode, forced = self._mode(routing, noise, executor, x_BTD.shape[:2])
+        cache = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
+        tokens = self._tokens(x_BTD, mode, cache, attention_mask, position_ids, document_ids)
+        x_BTD = self._positioned(x_BTD, tokens)
         records = []
         # transformers lowers the number for a while to draft with the first blocks (`assistant_early_exit`)
         for i, block in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             given = tokens.replace(forced_BT=forced[i]) if i in forced else tokens
-            x_BTD, decided = block(x_BTD, given, past_key_values=past_key_values)
+            x_BTD, decided = block(x_BTD, given, past_key_values=cache)
             if carry := carried(decided.values()):
                 tokens = tokens.replace(state={**tokens.state, **carry})
             records.append(decided)
-        if past_key_values is not None:
-            for layer in past_key_values.layers:
-                layer.advance(x_BTD.shape[1])
+        for layer in () if cache is None else cache.layers:
+            layer.advance(tokens.length)
         return DecoderOutput(
             last_hidden_state=self.norm(x_BTD),
-            past_key_values=past_key_values,
+            past_key_values=cache,
             records=tuple(records) if output_records else None,
         )
 
@@ -206,8 +194,9 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             ) from None
 
     def _mode(
-        self, routing: Routing | None, noise: bool | None, executor: Executor
+        self, routing: Routing | None, noise: bool | None, executor: Executor, shape: torch.Size
     ) -> tuple[PassMode, Mapping[int, Tensor]]:
+        """How the pass decides and executes, and the masks that the caller imposes, by block."""
         forced = routing if isinstance(routing, Mapping) else {}
         default: str = self.config.training_routing if self.training else "causal"
         decided = "causal" if isinstance(routing, Mapping) else routing or default
@@ -215,9 +204,14 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             raise ValueError(unknown("routing", decided, ["oracle", "causal", "{layer: mask}"]))
         if executor not in ("gathered", "masked"):
             raise ValueError(unknown("executor", executor, ["gathered", "masked"]))
+        self._check_masks(forced, shape)
         noise = self.training and decided == "oracle" if noise is None else noise
         mode = PassMode(
-            routing=cast("Literal['oracle', 'causal']", decided), noise=noise, executor=executor, per_row_gather=True
+            routing="oracle" if decided == "oracle" else "causal",
+            noise=noise,
+            executor=executor,
+            per_row_gather=True,
+            single_token=shape == (1, 1) and decided == "causal" and not torch.is_grad_enabled(),
         )
         return mode, forced
 
@@ -245,18 +239,38 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             raise ValueError("routing 'oracle' sees the whole row and cannot use a cache; pass routing='causal'")
         return past_key_values
 
-    def _start(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        """Positions, embedding dropout, and the tensors that cross blocks."""
-        if self.config.positions == "rope":
-            tokens = tokens.replace(rotary=self.positions(tokens.position_BT, x_BTD.dtype))
-        else:
-            x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
-        x_BTD = dropped(x_BTD, self.config.embedding_dropout, self.training)
+    def _tokens(
+        self,
+        x_BTD: Tensor,
+        mode: PassMode,
+        cache: Cache | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> Tokens:
+        """The tokens of this call, with rotary angles and the tensors that cross blocks."""
+        call = Call(
+            shape=x_BTD.shape[:2],
+            device=x_BTD.device,
+            seen=0 if cache is None else cache.get_seq_length(),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+        )
+        tokens = tokens_of(call, _of_fixed_size(mode, cache, x_BTD.shape[1]))
         state: dict[str, Tensor] = {}
         for block in self.layers:
             for mechanism in block.mechanisms.values() if block.num_routing_modules else ():
                 state.update(mechanism.initial_state(x_BTD))
-        return x_BTD, tokens.replace(state=state) if state else tokens
+        rope = self.config.positions == "rope"
+        rotary = self.positions(tokens.position_BT, x_BTD.dtype) if rope else None
+        return tokens.replace(state=state, rotary=rotary)
+
+    def _positioned(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
+        """The stream with learned positions, if the model has some, after embedding dropout."""
+        if self.config.positions != "rope":
+            x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
+        return dropped(x_BTD, self.config.embedding_dropout, self.training)
 
     def _checked(self, position_BT: Tensor) -> Tensor:
         limit = self.config.max_position_embeddings
