@@ -33,6 +33,8 @@ FACADE, FACADE_FLOOR, FACADE_LAZY_FLOOR = "facade", 3.5, 4
 
 # Inside model/, build.py alone joins parts and mechanisms. Others need a reason: {(file, subpackage): reason}.
 MODEL_MAY_SEE = {
+    ("model/parts.py", "nn"): "the options of parts are parsed by their classes",
+    ("model/parts.py", "mechanisms"): "the options of mechanisms are parsed by their classes",
     ("model/build.py", "nn"): "the one place that joins parts and mechanisms",
     ("model/build.py", "mechanisms"): "the one place that joins parts and mechanisms",
 }

@@ -129,5 +129,9 @@ def test_configuration_is_plain_json_and_comes_back(tmp_path: Path) -> None:
 def test_the_callers_dicts_are_not_touched() -> None:
     entry = {"name": MOD, "capacity": 0.5}
     config = SkipstoneConfig(hidden_size=32, mechanisms=[entry])
-    config.mechanisms[0]["capacity"] = 1.0
-    assert entry == {"name": MOD, "capacity": 0.5}
+    with pytest.raises(TypeError):
+        config.mechanisms[0]["capacity"] = 1.0
+    entry["capacity"] = 0.25
+    assert config.mechanisms == [{"name": MOD, "capacity": 0.5}]
+    config.mechanisms[0].plain()["capacity"] = 1.0
+    assert config.mechanisms == [{"name": MOD, "capacity": 0.5}]

@@ -51,7 +51,7 @@ def test_overrides() -> None:
 
 
 def test_a_config_is_the_callers_own() -> None:
-    presets.get("mod-220m").mechanisms[0]["capacity"] = 0.9
+    presets.get("mod-220m").mechanisms[0].plain()["capacity"] = 0.9
     presets.get("llama-3.2-1b").rope_parameters["factor"] = 1.0
     assert presets.get("mod-220m").mechanisms[0]["capacity"] == 0.125
     assert presets.get("llama-3.2-1b").rope_parameters["factor"] == 32.0

@@ -103,7 +103,7 @@ def test_hard_threshold_execution(
     model = load_model(folder)
     config = model.config
     assert config.mechanisms[0]["hard_gain"] == "one"
-    config.mechanisms[0]["execution"] = "hard"
+    config.mechanisms[0] = config.mechanisms[0].changed(execution="hard")
     model.save_pretrained(tmp_path / "hard")
     expected = plain.token_selective(weights, ids_BT, HEADS, hard=True)
     with torch.no_grad():

@@ -17,9 +17,9 @@ from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
 from skipstone.mechanisms import DEPTH
-from skipstone.model.build import parse_groups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
+from skipstone.model.parts import parse_groups
 from skipstone.model.pretrained import load_tokenizer
 from skipstone.runs import Run
 from skipstone.train import setup
@@ -70,7 +70,7 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Pl
     if recipe.adapt.start == "measured":
         start_measured(model, base, rows)
     neutral = student.neutral_start(model, base, rows[:NEUTRAL_ROWS])
-    chosen = {e["name"]: e["layers"] for e in config.mechanisms or [] if isinstance(e.get("layers"), list)}
+    chosen = {e.kind: list(e.layers) for e in config.mechanism_entries if isinstance(e.get("layers"), list)}
     if scores is not None:
         say(influence.table(scores, {"drop_layers": dropped} if dropped else chosen))
     say(str(neutral))
@@ -82,9 +82,9 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Pl
         "context": recipe.data.context,
         influence.SCORE: scores,
         "dropped_layers": dropped,
-        "mechanisms": config.mechanisms,
+        "mechanisms": [entry.plain() for entry in config.mechanism_entries],
         "budget": recipe.adapt.budget,
-        "neuron_groups": config.neuron_groups,
+        "neuron_groups": config.to_dict()["neuron_groups"],
         "capacity": capacity,
         "gates_let_pass": passing,
     }

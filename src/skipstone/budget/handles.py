@@ -9,29 +9,27 @@ Shape letters: B rows, T tokens, N tokens that were asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from skipstone.core.depth import DepthModule
 from skipstone.core.records import DepthRecord, Records, find
 from skipstone.core.routing_module import require_causal
 from skipstone.core.threshold import ScoreThreshold, State
-from skipstone.mechanisms import DepthMechanism
-from skipstone.model.build import parse_mechanisms
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 
 class ThresholdHandle:
     """One threshold, of one block or, where the options hold it, of all blocks of an entry.
 
-    name: blocks and mechanism. entry: the entry of the configuration that a saved model keeps the option in.
+    name: blocks and mechanism. index: the entry of `config.mechanisms` that a saved model keeps the option in.
     """
 
-    def __init__(self, mechanisms: Sequence[DepthMechanism], entry: dict[str, Any]) -> None:
+    def __init__(self, model: SkipstoneForCausalLM, index: int, mechanisms: Sequence[DepthModule]) -> None:
         placements = [m.placement for m in mechanisms]
         self.name = f"{_blocks([p.layer for p in placements])} {placements[0].name}"
-        self._placements, self._entry = placements, entry
+        self._model, self._index, self._placements = model, index, placements
         self._thresholds: list[ScoreThreshold] = [t for m in mechanisms if (t := m.score_threshold()) is not None]
         self._option = self._thresholds[0].option
 
@@ -46,24 +44,28 @@ class ThresholdHandle:
         return self._thresholds[0].get()
 
     def set(self, threshold: float) -> None:
-        for each in self._thresholds:
-            each.set(threshold)
-        if self._option is not None:
-            self._entry[self._option] = self._thresholds[0].state()[0]
+        self._thresholds[0].set(threshold)
+        if self._option is not None:  # of which all blocks read one object
+            self._model.change_mechanism(self._index, **{self._option: self._thresholds[0].state()[0]})
 
     def state(self) -> State:
         """Return everything that `set` changes, to the bit."""
         state = self._thresholds[0].state()
-        return state if self._option is None else [*state, self._entry.get(self._option)]
+        return state if self._option is None else [*state, self._written]
 
     def restore(self, state: State) -> None:
-        if self._option is not None:
-            *state, written = state
-            self._entry.pop(self._option, None)
-            if written is not None:
-                self._entry[self._option] = written
-        for each in self._thresholds:
-            each.restore(state)
+        if self._option is None:
+            self._thresholds[0].restore(state)
+        else:
+            self._model.change_mechanism(self._index, **{self._option: state[-1]})
+
+    @property
+    def _written(self) -> float | None:
+        """The option as config.json keeps it; None where it takes its default."""
+        assert self._option is not None
+        value = self._model.config.mechanism_entries[self._index].get(self._option)
+        assert value is None or isinstance(value, float | int)
+        return value
 
     def scores(self, records: Sequence[Records]) -> Tensor:
         """Return the scores [N] of all tokens of a pass that reached the mechanism."""
@@ -77,16 +79,15 @@ class ThresholdHandle:
 
 def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """Every threshold on scores in the model, outermost mechanisms first, then by block; none where nothing skips."""
-    blocks: Any = model.model.layers
     handles: list[ThresholdHandle] = []
-    for entry, values in zip(parse_mechanisms(model.config), model.config.mechanisms or [], strict=True):
-        mechanisms = [blocks[layer].mechanisms[entry.key] for layer in entry.layers]
+    for index, entry in enumerate(model.config.mechanism_entries):
+        mechanisms = [model.model.layers[layer].mechanisms[entry.key] for layer in entry.layers]
         thresholds = [m.score_threshold() for m in mechanisms]
         if any(t is not None and t.option is not None for t in thresholds):
-            handles.append(ThresholdHandle(mechanisms, values))
+            handles.append(ThresholdHandle(model, index, mechanisms))
         else:
             handles += [
-                ThresholdHandle([m], values) for m, t in zip(mechanisms, thresholds, strict=True) if t is not None
+                ThresholdHandle(model, index, [m]) for m, t in zip(mechanisms, thresholds, strict=True) if t is not None
             ]
     return handles
 
@@ -106,9 +107,9 @@ def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
 def _described(model: SkipstoneForCausalLM) -> str:
     found = []
-    for values in model.config.mechanisms or []:
-        told = {key: values[key] for key in ("decision", "capacity", "execution") if key in values}
-        found.append(values["name"] + "".join(f", {key} {value!r}" for key, value in told.items()))
+    for entry in model.config.mechanism_entries:
+        told = {key: entry[key] for key in ("decision", "capacity", "execution") if key in entry}
+        found.append(entry.kind + "".join(f", {key} {value!r}" for key, value in told.items()))
     return "; ".join(found) or "no mechanism"
 
 

@@ -74,7 +74,6 @@ class Selection:
         return outer
 
 
-@dataclass(frozen=True)
 class Everyone(Selection):
     """All tokens of the call."""
 

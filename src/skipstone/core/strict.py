@@ -120,6 +120,8 @@ def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
             pass
     kind = origin or hint
     wrong_bool = isinstance(value, bool) and kind in (int, float)
+    if kind is dict and isinstance(value, Mapping):  # frozen ones, too
+        return value
     if not isinstance(kind, type) or (isinstance(value, kind) and not wrong_bool):
         return value
     raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -16,7 +16,6 @@ from skipstone.data.prepare import PreparedData
 from skipstone.measure.passes import known_to_need_depth
 from skipstone.measure.trace import TokenTrace, category_of, trace_tokens
 from skipstone.mechanisms import ACTIVATION
-from skipstone.model.build import parse_mechanisms
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 FORMAT = 1  # of the plain values; others are made anew
@@ -77,7 +76,7 @@ def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) ->
 
 def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
     """Return, for example, `mixture of depths on blocks 1, 3, 5; polyglu`, or `no mechanism`."""
-    names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in parse_mechanisms(model.config)]
+    names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in model.config.mechanism_entries]
     activation = model.config.activation_options["name"]
     parts = [
         *names,

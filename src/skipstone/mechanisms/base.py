@@ -5,7 +5,8 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from skipstone.core.counts import TokenCounts
 from skipstone.core.depth import DepthModule
 from skipstone.core.records import DepthRecord, Records
 from skipstone.core.routing_module import Placement
-from skipstone.core.strict import from_dict
+from skipstone.core.strict import parsed
 from skipstone.core.tokens import real_mask as real_mask
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.mechanisms.skip_path import LowRankSkip
@@ -26,11 +27,14 @@ class DepthMechanism(DepthModule):
     Subclasses name a frozen keyword-only dataclass `Config`; options given to the constructor go through it.
     """
 
-    Config: ClassVar[type[Any]]
+    Config: ClassVar[type]
 
-    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+    def __init__(
+        self, hidden_size: int, placement: Placement | None = None, config: object = None, **options: object
+    ) -> None:
+        """Options of `Config`, unless `config` has them parsed."""
         super().__init__()
-        self.config = from_dict(self.Config, options)
+        self.config = parsed(self.Config, config, options)
         self.hidden_size, self.placement = hidden_size, placement or Placement()
 
     def fitted_parts(self) -> tuple[LinearRouter | None, LowRankSkip | None]:
@@ -60,5 +64,16 @@ class DepthMechanism(DepthModule):
         """bool [B, T], whom an oracle would keep by the record's scores; None where there is no such thing."""
         return None
 
-    def record(self, **values: Any) -> Records:
-        return {self.placement.name or type(self).__name__: DepthRecord(**values)}
+    def record(
+        self,
+        *,
+        score_BT: Tensor,
+        kept_BT: Tensor,
+        weight_BT: Tensor,
+        reached_BT: Tensor,
+        loss_BT: Tensor | None = None,
+        carry: Mapping[str, Tensor] | None = None,
+    ) -> Records:
+        """The mechanism's record under its name."""
+        record = DepthRecord(score_BT, kept_BT, weight_BT, reached_BT, loss_BT, carry or {})
+        return {self.placement.name or type(self).__name__: record}

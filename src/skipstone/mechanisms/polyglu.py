@@ -17,7 +17,7 @@ Shape letters: B rows, T tokens, D width, F neurons, A activations, R projected 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from transformers import initialization as init
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ActivationRecord, Records
 from skipstone.core.routing_module import RoutingModule
-from skipstone.core.strict import from_dict
+from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens
 from skipstone.core.width import Activation
 from skipstone.mechanisms.base import Placement, real_mask
@@ -84,12 +84,20 @@ class PolyGLUConfig:
 class PolyGLU(MixFigures, Activation):
     """Fills the activation slot of an MLP."""
 
-    Config: ClassVar[type[Any]] = PolyGLUConfig
+    Config: ClassVar[type[PolyGLUConfig]] = PolyGLUConfig
     cast_with_model = ("scale", "context_weight", "context_bias", "mix_weight", "mix_bias")
 
-    def __init__(self, hidden_size: int, neurons: int, placement: Placement | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        neurons: int,
+        placement: Placement | None = None,
+        config: PolyGLUConfig | None = None,
+        **options: object,
+    ) -> None:
+        """Options of `PolyGLUConfig`, unless `config` has them."""
         super().__init__()
-        self.config: PolyGLUConfig = from_dict(PolyGLUConfig, options)
+        self.config: PolyGLUConfig = parsed(PolyGLUConfig, config, options)
         self.placement = placement or Placement(name="polyglu")
         R = self.config.router_width
         self.preference_bias = nn.Parameter(torch.empty(neurons, NUM_ACTIVATIONS))

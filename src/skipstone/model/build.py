@@ -3,193 +3,60 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import initialization as init
 
-from skipstone.core.strict import choose, from_dict, unknown
 from skipstone.core.width import Activation, FeedForward
-from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS, MagnitudeGroups, Placement
+from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS, DepthMechanism, MagnitudeGroups, NeuronGroups, Placement
 from skipstone.mechanisms.grouping import NAME as NEURON_GROUPS
-from skipstone.mechanisms.grouping import GroupingConfig
-from skipstone.model.layers import parse_layers
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.parts import GroupsEntry, MechanismEntry
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SITES, Block
-from skipstone.nn.experts import ROW_OF_16_BYTES, ExpertsConfig, ExpertsMLP
+from skipstone.nn.experts import ExpertsMLP
 from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
-from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, MLPS, FixedActivation, FixedMix, FixedMixConfig
+from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
-from skipstone.nn.positions import STATIC_ROPE, Rotary
-
-if TYPE_CHECKING:
-    from skipstone.model.config import SkipstoneConfig
-
-POSITIONS = ("rope", "learned")
-LINEAR_INITS = ("normal", "torch")
-AUXILIARY_LOSS_OVER = ("labelled", "all")
-ROUTINGS = ("oracle", "causal")
-
-
-@dataclass(frozen=True)
-class MechanismEntry:
-    """One entry of the config's mechanisms: where it sits and its options."""
-
-    kind: str
-    site: str
-    layers: list[int]
-    options: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Name of its parameters and records in a block."""
-        return self.kind if self.site == "block" else f"{self.kind}_on_{self.site}"
-
-
-def parse_mechanisms(config: SkipstoneConfig) -> list[MechanismEntry]:
-    """The config's mechanisms, read strictly. Raises ValueError for unknown names, keys, sites or layers."""
-    entries = []
-    for i, entry in enumerate(config.mechanisms or []):
-        where = f"mechanisms[{i}]"
-        options = dict(entry)
-        kind = options.pop("name", None)
-        choose(f"{where}.name", kind, DEPTH)
-        site = options.pop("on", "block")
-        if site not in SITES:
-            raise ValueError(unknown(f"{where}.on", site, SITES))
-        layers = options.pop("layers", DEPTH[kind].default_layers)
-        layers = parse_layers(layers, config.num_hidden_layers, f"{where}.layers")
-        from_dict(DEPTH[kind].Config, options, where)
-        entries.append(MechanismEntry(kind, site, layers, options))
-        if sum(e.key == entries[-1].key and set(e.layers) & set(layers) != set() for e in entries) > 1:
-            raise ValueError(f"{where}: {kind} sits twice on the same {site}")
-    return entries
-
-
-def check(config: SkipstoneConfig) -> None:
-    """Raise ValueError for a configuration that cannot be built."""
-    choose("norm", config.norm, NORMS)
-    choose("mlp", config.mlp, {**MLPS, "experts": ExpertsMLP})
-    _check_experts(config)
-    for field, allowed in (
-        ("positions", POSITIONS),
-        ("linear_init", LINEAR_INITS),
-        ("auxiliary_loss_over", AUXILIARY_LOSS_OVER),
-        ("training_routing", ROUTINGS),
-    ):
-        if getattr(config, field) not in allowed:
-            raise ValueError(unknown(field, getattr(config, field), allowed))
-    if config.positions == "rope":
-        kind = (config.rope_parameters or {}).get("rope_type", "default")
-        if kind not in STATIC_ROPE:
-            raise ValueError(unknown("rope_type", kind, STATIC_ROPE))
-    _check_activation(config)
-    _check_neuron_groups(config)
-    parse_mechanisms(config)
-
-
-def _check_activation(config: Any) -> None:
-    options = config.activation_options
-    name = options.pop("name", None)
-    choose("activation", name, {**FUNCTIONS, **ACTIVATION, FIXED_MIX: FixedMix})
-    if name in FUNCTIONS:
-        if options:
-            raise ValueError(unknown(f"key in activation {name!r}", next(iter(options)), ["name"]))
-        return
-    if config.mlp != "gated":
-        raise ValueError(f"activation {name!r} needs mlp 'gated', got {config.mlp!r}")
-    if name == FIXED_MIX:
-        groups = from_dict(FixedMixConfig, options, "activation")
-        groups.require(config.num_hidden_layers, config.intermediate_size)
-    else:
-        from_dict(ACTIVATION[name].Config, options, "activation")
-
-
-def _check_experts(config: SkipstoneConfig) -> None:
-    if config.mlp != "experts":
-        if config.experts is not None:
-            raise ValueError(f"experts is set, but mlp is {config.mlp!r}; it needs mlp 'experts'")
-        return
-    from_dict(ExpertsConfig, config.experts or {}, "experts")
-    if config.hidden_size % ROW_OF_16_BYTES:
-        raise ValueError(
-            f"hidden_size must be a multiple of {ROW_OF_16_BYTES} with mlp 'experts', got {config.hidden_size}"
-        )
-    for field in ("mlp_bias", "mlp_hidden_dropout"):
-        if getattr(config, field):
-            raise ValueError(f"mlp 'experts' has no {field}, got {getattr(config, field)}")
-
-
-def parse_groups(values: Mapping[str, object], where: str = "neuron_groups") -> GroupingConfig:
-    """The options of neuron groups, of the class that their `decision` asks for.
-
-    Raises ValueError as `from_dict`, and for an option that only another decision reads.
-    """
-    decision = values.get("decision", "learned")
-    config = choose(f"{where}.decision", decision, GROUPS).Config
-    names = {field.name for field in fields(config)}
-    for key in values:
-        readers = [name for name, router in GROUPS.items() if key in {field.name for field in fields(router.Config)}]
-        if readers and key not in names:
-            raise ValueError(f"{where}.{key} is read with decision {' or '.join(readers)} alone, got {decision!r}")
-    return from_dict(config, values, where)
-
-
-def _check_neuron_groups(config: Any) -> None:
-    if config.neuron_groups is None:
-        return
-    options = parse_groups(config.neuron_groups)
-    if config.mlp != "gated":
-        raise ValueError(f"neuron_groups needs mlp 'gated', got {config.mlp!r}")
-    if config.activation_options["name"] == FIXED_MIX:
-        raise ValueError(
-            f"neuron_groups cannot be combined with activation {FIXED_MIX!r}, whose neurons lie in its order"
-        )
-    for field in ("mlp_bias", "mlp_hidden_dropout"):
-        if getattr(config, field):
-            raise ValueError(f"neuron_groups cannot be combined with {field}, got {getattr(config, field)}")
-    options.require(config.num_hidden_layers, config.intermediate_size)
+from skipstone.nn.positions import Rotary
 
 
 def _norm(config: SkipstoneConfig, width: int) -> nn.Module:
     return NORMS[config.norm](width, config.norm_eps)
 
 
-def _activation(config: Any, layer: int) -> Activation:
-    options = config.activation_options
-    name = options.pop("name")
-    if name in FUNCTIONS:
-        return FixedActivation(name)
-    if name == FIXED_MIX:
-        return FixedMix(FixedMixConfig(**options).of(layer, config.intermediate_size))
-    placement = _everywhere(config, layer, name)
-    return ACTIVATION[name](config.hidden_size, _neurons(config, layer), placement, **options)
+def _activation(config: SkipstoneConfig, layer: int) -> Activation:
+    entry = config.activation_entry
+    if isinstance(entry.options, FixedMixConfig):
+        return FixedMix(entry.options.of(layer, config.neurons))
+    if entry.options is None:
+        return FixedActivation(entry.kind)
+    placement = _everywhere(config, layer, entry.kind)
+    return ACTIVATION[entry.kind](config.hidden_size, _neurons(config, layer), placement, entry.options)
 
 
-def _neurons(config: Any, layer: int) -> int:
+def _neurons(config: SkipstoneConfig, layer: int) -> int:
     """Of the layer's MLP: all, unless some were cut."""
-    if config.neuron_groups is None:
-        return config.intermediate_size  # type: ignore[no-any-return]
-    return parse_groups(config.neuron_groups).neurons(layer, config.intermediate_size)
+    groups = config.groups_entry
+    return config.neurons if groups is None else groups.options.neurons(layer, config.neurons)
 
 
-def _everywhere(config: Any, layer: int, name: str) -> Placement:
+def _everywhere(config: SkipstoneConfig, layer: int, name: str) -> Placement:
     """The placement of a part that every block has."""
     layers = config.num_hidden_layers
     return Placement(layer=layer, num_layers=layers, index=layer, count=layers, name=name)
 
 
-def _attention(config: Any, layer: int) -> Attention:
+def _attention(config: SkipstoneConfig, layer: int) -> Attention:
     shape = AttentionShape(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        num_key_value_heads=config.key_value_heads,
+        head_dim=config.head_size,
         bias=config.attention_bias,
         output_bias=config.attention_output_bias,
         dropout=config.attention_dropout,
@@ -211,7 +78,8 @@ class Blocks(nn.ModuleList):
 
 def build_blocks(config: SkipstoneConfig) -> Blocks:
     """All blocks of a model, mechanisms in place. Warns once of each thing that a mechanism has to be trusted with."""
-    entries = parse_mechanisms(config)
+    config.parse()
+    entries = config.mechanism_entries
     blocks = [
         _block(config, layer, [e for e in entries if layer in e.layers]) for layer in range(config.num_hidden_layers)
     ]
@@ -222,7 +90,8 @@ def build_blocks(config: SkipstoneConfig) -> Blocks:
 
 
 def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry]) -> Block:
-    mechanisms, sites = {}, {site: [e.key for e in entries if e.site == site] for site in SITES}
+    mechanisms: dict[str, DepthMechanism] = {}
+    sites = {site: [e.key for e in entries if e.site == site] for site in SITES}
     for entry in entries:
         placement = Placement(
             layer=layer,
@@ -231,35 +100,37 @@ def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry]) -
             count=len(entry.layers),
             name=entry.key,
         )
-        mechanisms[entry.key] = DEPTH[entry.kind](config.hidden_size, placement, **entry.options)
+        mechanisms[entry.key] = DEPTH[entry.kind](config.hidden_size, placement, config=entry.options)
     feed = _mlp(config, layer)
     norms = (_norm(config, config.hidden_size), _norm(config, config.hidden_size))
     return Block(_attention(config, layer), feed, *norms, mechanisms, sites)
 
 
-def _mlp(config: Any, layer: int) -> FeedForward:
+def _mlp(config: SkipstoneConfig, layer: int) -> FeedForward:
     activation = _activation(config, layer)
     dropout = config.residual_dropout if config.mlp_dropout is None else config.mlp_dropout
-    sizes = (config.hidden_size, config.intermediate_size)
     if config.mlp == "experts":
         placement = _everywhere(config, layer, "experts")
         assert isinstance(activation, FixedActivation), "checked with the configuration"
-        return ExpertsMLP(*sizes, activation, dropout, placement, **(config.experts or {}))
-    if config.neuron_groups is not None:
-        return _grouped_mlp(config, layer, activation, dropout)
+        options = config.experts_entry.options
+        return ExpertsMLP(config.hidden_size, config.neurons, activation, dropout, placement, options)
+    if config.groups_entry is not None:
+        return _grouped_mlp(config, config.groups_entry, layer, activation, dropout)
     mlp: Callable[..., FeedForward] = MLPS[config.mlp]
-    return mlp(*sizes, activation, config.mlp_bias, dropout, config.mlp_hidden_dropout)
+    return mlp(config.hidden_size, config.neurons, activation, config.mlp_bias, dropout, config.mlp_hidden_dropout)
 
 
-def _grouped_mlp(config: Any, layer: int, activation: Activation, dropout: float) -> FeedForward:
+def _grouped_mlp(
+    config: SkipstoneConfig, groups: GroupsEntry, layer: int, activation: Activation, dropout: float
+) -> FeedForward:
     """What chooses the groups, and the MLP that executes it."""
-    router = GROUPS[config.neuron_groups.get("decision", "learned")]
-    width, placement = config.hidden_size, _everywhere(config, layer, NEURON_GROUPS)
-    chooses = router(width, config.intermediate_size, placement, **config.neuron_groups)
+    placement = _everywhere(config, layer, NEURON_GROUPS)
+    router: Callable[..., NeuronGroups | MagnitudeGroups] = GROUPS[groups.kind]
+    chooses = router(config.hidden_size, config.neurons, placement, groups.options)
     neurons = _neurons(config, layer)
     if isinstance(chooses, MagnitudeGroups):
-        return MagnitudeMLP(width, neurons, activation, chooses, dropout)
-    return GroupedMLP(width, neurons, activation, chooses, dropout)
+        return MagnitudeMLP(config.hidden_size, neurons, activation, chooses, dropout)
+    return GroupedMLP(config.hidden_size, neurons, activation, chooses, dropout)
 
 
 def build_norm(config: SkipstoneConfig) -> nn.Module:

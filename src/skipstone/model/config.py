@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,7 +12,25 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from skipstone.core.strict import convert, unknown
+from skipstone.core.strict import choose, convert, unknown
+from skipstone.model.parts import (
+    FIXED_MIX,
+    MLPS,
+    NORMS,
+    ROW_OF_16_BYTES,
+    STATIC_ROPE,
+    ActivationEntry,
+    Entry,
+    ExpertsEntry,
+    FixedMixConfig,
+    GroupsEntry,
+    MechanismEntry,
+    Written,
+    parse_activation,
+    parse_experts,
+    parse_groups,
+    parse_mechanisms,
+)
 from skipstone.model.shim import AUTO_MAP, write_shim
 
 FORMAT_VERSION = 1
@@ -26,6 +44,13 @@ SIZES = (
     "max_position_embeddings",
 )
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "mlp_hidden_dropout")
+ALLOWED = {
+    "positions": ("rope", "learned"),
+    "linear_init": ("normal", "torch"),
+    "auxiliary_loss_over": ("labelled", "all"),
+    "training_routing": ("oracle", "causal"),
+}
+WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # which an MLP that is computed in parts does not have
 DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
 # Releases before 0.2 took these options of `neuron_groups` with decision magnitude, and did not read them.
 NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
@@ -70,10 +95,10 @@ class SkipstoneConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     mlp: str = "gated"
     mlp_bias: bool = False
-    experts: dict[str, Any] | None = None
-    neuron_groups: dict[str, Any] | None = None
-    activation: str | dict[str, Any] = "silu"
-    mechanisms: list[dict[str, Any]] | None = None
+    experts: Written | None = None
+    neuron_groups: Written | None = None
+    activation: str | Written = "silu"
+    mechanisms: Sequence[Written] | None = None
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -111,7 +136,6 @@ class SkipstoneConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self.mechanisms = [_entry(entry) for entry in self.mechanisms or []]
 
     def _check(self) -> None:
         for field in SIZES:
@@ -138,9 +162,112 @@ class SkipstoneConfig(PreTrainedConfig):
                 f"rope_type {kind!r} changes its frequencies with the input's length, so that cached keys go stale; "
                 "supported: default, linear, llama3, yarn"
             )
-        from skipstone.model.build import check  # it imports this module; a config that cannot be built is refused
+        self._check_names()
+        self.parse()
+        self._check_activation()
+        self._check_experts()
+        self._check_neuron_groups()
 
-        check(self)
+    def _check_names(self) -> None:
+        for name, table in (("norm", NORMS), ("mlp", {**MLPS, "experts": None})):
+            choose(name, getattr(self, name), table)
+        for field, allowed in ALLOWED.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(unknown(field, getattr(self, field), allowed))
+        if self.positions == "rope":
+            kind = (self.rope_parameters or {}).get("rope_type", "default")
+            if kind not in STATIC_ROPE:
+                raise ValueError(unknown("rope_type", kind, STATIC_ROPE))
+
+    def _check_activation(self) -> None:
+        entry = self.activation_entry
+        if entry.options is not None and self.mlp != "gated":
+            raise ValueError(f"activation {entry.kind!r} needs mlp 'gated', got {self.mlp!r}")
+        if isinstance(entry.options, FixedMixConfig):
+            entry.options.require(self.num_hidden_layers, self.neurons)
+
+    def _check_experts(self) -> None:
+        if self.mlp != "experts":
+            if self.experts is not None:
+                raise ValueError(f"experts is set, but mlp is {self.mlp!r}; it needs mlp 'experts'")
+            return
+        if self.hidden_size % ROW_OF_16_BYTES:
+            raise ValueError(
+                f"hidden_size must be a multiple of {ROW_OF_16_BYTES} with mlp 'experts', got {self.hidden_size}"
+            )
+        for field in WITHOUT_IN_PARTS:
+            if getattr(self, field):
+                raise ValueError(f"mlp 'experts' has no {field}, got {getattr(self, field)}")
+
+    def _check_neuron_groups(self) -> None:
+        groups = self.groups_entry
+        if groups is None:
+            return
+        if self.mlp != "gated":
+            raise ValueError(f"neuron_groups needs mlp 'gated', got {self.mlp!r}")
+        if self.activation_entry.kind == FIXED_MIX:
+            raise ValueError(
+                f"neuron_groups cannot be combined with activation {FIXED_MIX!r}, whose neurons lie in its order"
+            )
+        for field in WITHOUT_IN_PARTS:
+            if getattr(self, field):
+                raise ValueError(f"neuron_groups cannot be combined with {field}, got {getattr(self, field)}")
+        groups.options.require(self.num_hidden_layers, self.neurons)
+
+    def parse(self) -> None:
+        """Parse the options of parts that were assigned since; what is parsed stays the same object.
+
+        Raises ValueError for unknown names and keys, and for values that cannot be.
+        """
+        self.mechanisms = list(parse_mechanisms(self.mechanisms or [], self.num_hidden_layers))
+        if not isinstance(self.activation, str):
+            self.activation = parse_activation(self.activation)
+        if self.neuron_groups is not None:
+            self.neuron_groups = parse_groups(self.neuron_groups)
+        if self.experts is not None:
+            self.experts = parse_experts(self.experts)
+
+    @property
+    def mechanism_entries(self) -> list[MechanismEntry]:
+        """`mechanisms`, parsed."""
+        return parse_mechanisms(self.mechanisms or [], self.num_hidden_layers)
+
+    @property
+    def activation_entry(self) -> ActivationEntry:
+        """`activation`, parsed."""
+        return parse_activation(self.activation)
+
+    @property
+    def groups_entry(self) -> GroupsEntry | None:
+        """`neuron_groups`, parsed; None where all neurons are always on."""
+        return None if self.neuron_groups is None else parse_groups(self.neuron_groups)
+
+    @property
+    def experts_entry(self) -> ExpertsEntry:
+        """`experts`, parsed; all defaults where nothing is said."""
+        return parse_experts(self.experts or {})
+
+    @property
+    def neurons(self) -> int:
+        """`intermediate_size`, filled in."""
+        assert self.intermediate_size is not None
+        return self.intermediate_size
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, filled in."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def key_value_heads(self) -> int:
+        """`num_key_value_heads`, filled in."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, options of parts as they were written."""
+        return {name: _plain(value) for name, value in super().to_dict().items()}
 
     def validate_layer_type(self) -> None:
         """All layers share one cache class; transformers' own list of layer types does not apply."""
@@ -153,7 +280,7 @@ class SkipstoneConfig(PreTrainedConfig):
     @property
     def activation_options(self) -> dict[str, Any]:
         """The activation as a dict with a name."""
-        return {"name": self.activation} if isinstance(self.activation, str) else dict(self.activation)
+        return self.activation_entry.plain()
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers, with the shim that serves processes which never import this package."""
@@ -199,12 +326,19 @@ OWN_FIELDS = frozenset(SkipstoneConfig.__annotations__)
 # The types of our own fields; transformers' own annotations do not all resolve.
 HINTS = get_type_hints(
     type("Own", (), {"__annotations__": dict(SkipstoneConfig.__annotations__), "__module__": __name__})
-)
+) | {  # as a recipe writes them
+    "mechanisms": list[dict[str, object]] | None,
+    "experts": dict[str, object] | None,
+    "neuron_groups": dict[str, object] | None,
+    "activation": str | dict[str, object],
+}
 
 
-def _entry(entry: Mapping[Any, Any]) -> dict[str, Any]:
-    """A mechanism as a plain dict of our own. YAML reads a bare `on` as true."""
-    return {"on" if key is True else key: value for key, value in entry.items()}
+def _plain(value: Any) -> Any:
+    """`value` with entries of parts as dicts."""
+    if isinstance(value, Entry):
+        return value.plain()
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 AutoConfig.register("skipstone", SkipstoneConfig, exist_ok=True)

@@ -107,6 +107,18 @@ class SkipstonePreTrainedModel(PreTrainedModel):
         """FLOPs, parameters and cache bytes of one call, equal to what executes; see `skipstone.model.cost.cost`."""
         return cost(self, tokens, past, batch, **options)
 
+    def change_mechanism(self, index: int, **options: object) -> None:
+        """Change options of an entry of `config.mechanisms`, there and in every block that carries it; None: defaults.
+
+        For options that passes read, as thresholds are; those that shape modules need a new model. Raises ValueError
+        for options that cannot be.
+        """
+        entries = self.config.mechanism_entries
+        entry = entries[index] = entries[index].changed(**options)
+        self.config.mechanisms = entries
+        for layer in entry.layers:
+            self.decoder.layers[layer].mechanisms[entry.key].config = entry.options
+
     def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True loses the records of routed blocks; use use_reentrant=False")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skipstone.core.selection import EVERYONE
 from skipstone.core.tokens import PassMode, Tokens
 
 
@@ -45,6 +46,7 @@ def tokens_of(call: Call, mode: PassMode) -> Tokens:
         position_BT=position_BT,
         document_BT=_documents(call, position_BT),
         real_BT=real_BT,
+        queries=EVERYONE,  # said although it is the default: a compiler cannot follow a default that is an object
         mode=mode,
     )
 

@@ -24,7 +24,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.counts import Amount, number
 from skipstone.core.records import ExpertsRecord, Record, Records, expect, find
 from skipstone.core.routing_module import Placement, RoutingModule
-from skipstone.core.strict import from_dict
+from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens, real_mask
 from skipstone.core.width import FeedForward
 from skipstone.nn.mlp import FixedActivation
@@ -110,7 +109,7 @@ class ExpertRouter(nn.Module):
 
 
 class ExpertsMLP(FeedForward, RoutingModule):
-    """`options` as in `ExpertsConfig`. Widths must be multiples of 8."""
+    """`options` as in `ExpertsConfig`, unless `config` has them. Widths must be multiples of 8."""
 
     activation: FixedActivation
     built_in = True
@@ -123,10 +122,11 @@ class ExpertsMLP(FeedForward, RoutingModule):
         activation: FixedActivation,
         dropout: float = 0.0,
         placement: Placement | None = None,
-        **options: Any,
+        config: ExpertsConfig | None = None,
+        **options: object,
     ) -> None:
         super().__init__()
-        self.config = from_dict(ExpertsConfig, options)
+        self.config = parsed(ExpertsConfig, config, options)
         self.placement = placement or Placement(name="experts")
         neurons, count = self.config.neurons(neurons), self.config.count
         self.router = ExpertRouter(width, self.config.total, self.config.balance_rate > 0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipstone.core.records import Records
 from skipstone.core.seam import wrap
+from skipstone.core.selection import EVERYONE
 from skipstone.core.strict import unknown
 from skipstone.core.tokens import PassMode, Routing, Tokens
 from skipstone.ops import reference as ops
@@ -58,7 +59,7 @@ class Routed(nn.Module):
         state: dict[str, Tensor] = {}
         for mechanism in self.mechanisms:
             state.update(mechanism.initial_state(x_BTD))  # type: ignore[operator]
-        tokens = Tokens(slot_BT=slot_BT, position_BT=slot_BT, real_BT=real_BT, state=state, mode=mode)
+        tokens = Tokens(slot_BT=slot_BT, position_BT=slot_BT, real_BT=real_BT, queries=EVERYONE, state=state, mode=mode)
 
         # The mechanisms narrow x and the tokens' own fields; so the arguments of every token travel by their index.
         rest: list[Any] = []

@@ -55,8 +55,9 @@ def data_defaults(data: PreparedData) -> dict[str, Any]:
 
 def plain(config: SkipstoneConfig) -> dict[str, Any]:
     """The whole configuration as plain values, as a recipe may hold it."""
+    values = config.to_dict()
     names = [field.name for field in dataclasses.fields(config) if field.name in OWN_FIELDS]
-    return {name: value for name in names if (value := getattr(config, name)) is not None}
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCausalLM:

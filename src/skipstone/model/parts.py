@@ -1,0 +1,171 @@
+"""What a configuration says of the parts of a model, parsed once: where each sits, and its options as a frozen object.
+
+An entry reads as the mapping that was written, which is also what config.json keeps; `options` are the same values with
+every default filled in, and reach the constructor as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeAlias
+
+from skipstone.core.strict import choose, from_dict, unknown
+from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS
+from skipstone.mechanisms.grouping import GroupingConfig
+from skipstone.mechanisms.polyglu import PolyGLUConfig
+from skipstone.model.layers import parse_layers
+from skipstone.nn.block import SITES
+from skipstone.nn.experts import ROW_OF_16_BYTES as ROW_OF_16_BYTES
+from skipstone.nn.experts import ExpertsConfig
+from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, FixedMix, FixedMixConfig
+from skipstone.nn.mlp import MLPS as MLPS
+from skipstone.nn.norm import NORMS as NORMS
+from skipstone.nn.positions import STATIC_ROPE as STATIC_ROPE
+
+Written: TypeAlias = Mapping[str, object]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry(Mapping[str, object]):
+    """Options of one part as they were written: a mapping that cannot be changed, equal to a dict of the same items."""
+
+    written: Written
+
+    def __getitem__(self, key: str) -> object:
+        return self.written[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.written)
+
+    def __len__(self) -> int:
+        return len(self.written)
+
+    def __repr__(self) -> str:
+        return repr(self.plain())
+
+    def plain(self) -> dict[str, object]:
+        """A dict of its own, as for JSON."""
+        return copy.deepcopy(dict(self.written))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MechanismEntry(Entry):
+    """One entry of `mechanisms`. kind: the mechanism's name in `DEPTH`. site: in `SITES`. layers: the blocks that carry
+    it, of `num_layers`. options: of the mechanism's `Config`.
+    """
+
+    kind: str
+    site: str
+    layers: tuple[int, ...]
+    num_layers: int
+    options: object
+
+    @property
+    def key(self) -> str:
+        """Name of its parameters and records in a block."""
+        return self.kind if self.site == "block" else f"{self.kind}_on_{self.site}"
+
+    def changed(self, **changes: object) -> MechanismEntry:
+        """The entry with other options; None takes the default. Raises ValueError for options that cannot be."""
+        written = {key: value for key, value in {**self.written, **changes}.items() if value is not None}
+        return _parse_mechanism(written, self.num_layers, self.kind)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationEntry(Entry):
+    """The activation. kind: its name. options: None for a plain function."""
+
+    kind: str
+    options: FixedMixConfig | PolyGLUConfig | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupsEntry(Entry):
+    """Groups of neurons. kind: the decision in `GROUPS`."""
+
+    kind: str
+    options: GroupingConfig
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertsEntry(Entry):
+    """An MLP of experts."""
+
+    options: ExpertsConfig
+
+
+def parse_mechanisms(entries: Sequence[Written], num_layers: int) -> list[MechanismEntry]:
+    """Read strictly; what is parsed for as many layers stays the same object.
+
+    Raises ValueError for unknown names, keys, sites or layers, and for a mechanism that sits twice on one site.
+    """
+    parsed: list[MechanismEntry] = []
+    for i, written in enumerate(entries):
+        entry = written
+        if not isinstance(entry, MechanismEntry) or entry.num_layers != num_layers:
+            entry = _parse_mechanism(written, num_layers, f"mechanisms[{i}]")
+        if any(entry.key == other.key and set(entry.layers) & set(other.layers) for other in parsed):
+            raise ValueError(f"mechanisms[{i}]: {entry.kind} sits twice on the same {entry.site}")
+        parsed.append(entry)
+    return parsed
+
+
+def _parse_mechanism(written: Written, num_layers: int, where: str) -> MechanismEntry:
+    values = copy.deepcopy(_with_words(written))
+    options = dict(values)
+    kind, site = options.pop("name", None), options.pop("on", "block")
+    mechanism = choose(f"{where}.name", kind, DEPTH)
+    if site not in SITES:
+        raise ValueError(unknown(f"{where}.on", site, SITES))
+    layers = parse_layers(options.pop("layers", mechanism.default_layers), num_layers, f"{where}.layers")
+    config: object = from_dict(mechanism.Config, options, where)
+    return MechanismEntry(values, str(kind), str(site), tuple(layers), num_layers, config)
+
+
+def _with_words(written: Mapping[object, object] | Written) -> dict[str, object]:
+    """YAML reads a bare `on` as true."""
+    return {"on" if key is True else str(key): value for key, value in written.items()}
+
+
+def parse_activation(activation: str | Written) -> ActivationEntry:
+    """A name alone is an entry without options. Raises ValueError for unknown names and keys."""
+    if isinstance(activation, ActivationEntry):
+        return activation
+    written = {"name": activation} if isinstance(activation, str) else copy.deepcopy(dict(activation))
+    options = dict(written)
+    kind = options.pop("name", None)
+    choose("activation", kind, {**FUNCTIONS, **ACTIVATION, FIXED_MIX: FixedMix})
+    if kind in FUNCTIONS:
+        if options:
+            raise ValueError(unknown(f"key in activation {kind!r}", next(iter(options)), ["name"]))
+        return ActivationEntry(written, str(kind), None)
+    if kind == FIXED_MIX:
+        return ActivationEntry(written, FIXED_MIX, from_dict(FixedMixConfig, options, "activation"))
+    return ActivationEntry(written, str(kind), from_dict(ACTIVATION[str(kind)].Config, options, "activation"))
+
+
+def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
+    """The options are of the class that their `decision` asks for.
+
+    Raises ValueError for unknown keys, and for an option that only another decision reads.
+    """
+    if isinstance(written, GroupsEntry):
+        return written
+    decision = written.get("decision", "learned")
+    config = choose(f"{where}.decision", decision, GROUPS).Config
+    for key in written:
+        readers = [name for name, router in GROUPS.items() if key in {field.name for field in fields(router.Config)}]
+        if readers and decision not in readers:
+            raise ValueError(f"{where}.{key} is read with decision {' or '.join(readers)} alone, got {decision!r}")
+    values = copy.deepcopy(dict(written))
+    return GroupsEntry(values, str(decision), from_dict(config, values, where))
+
+
+def parse_experts(written: Written) -> ExpertsEntry:
+    """Raises ValueError for unknown keys and impossible values."""
+    if isinstance(written, ExpertsEntry):
+        return written
+    values = copy.deepcopy(dict(written))
+    return ExpertsEntry(values, from_dict(ExpertsConfig, values, "experts"))
