@@ -22,4 +22,5 @@ def weight_is_readable(linear: nn.Module) -> bool:
 
 def is_quantised(linear: nn.Module) -> bool:
     """Whether the weight stands for other numbers than it holds (torchao)."""
-    return type(linear.weight).dequantize is not Tensor.dequantize
+    weight = linear.weight
+    return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
