@@ -12,6 +12,7 @@ whole quick suite is, up to its first failure.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -20,13 +21,18 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FINDINGS = ROOT / ".faults.json"
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+\.py(?:::\w+)?)", re.MULTILINE)
 UNPLACED = "the code has moved"
+QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # of what was imported before pytest began
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +70,36 @@ def copied(root: Path) -> None:
 
 
 def failing(root: Path, words: list[str]) -> str | None:
-    """The first test of the quick suite that fails, or None."""
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-x", "-q", "-p", "no:cacheprovider", *words]
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    """The first test of the quick suite that fails, or None. Runs in a fork, so that the heavy imports happen once."""
+    output = root / "pytest.out"
+    if (child := os.fork()) == 0:
+        _become_pytest(root, words, output)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 0:
         return None
-    found = FAILED.search(done.stdout)
-    if done.returncode not in (1, 2) or found is None:
-        raise RuntimeError(f"the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    said = output.read_text(encoding="utf-8")
+    found = FAILED.search(said)
+    if code not in (1, 2) or found is None:
+        raise RuntimeError(f"the tests did not run (exit code {code}):\n{said[-4000:]}")
     return found[1]
+
+
+def _become_pytest(root: Path, words: list[str], output: Path) -> NoReturn:
+    code = 3
+    try:
+        with output.open("w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(root)
+        os.environ["PYTHONPATH"] = str(root / "src")
+        sys.path[:0] = [str(root / "src"), str(root / "tests")]
+        code = int(pytest.main(["-m", "not slow", "-x", "-q", "-p", "no:cacheprovider", *QUIET, *words]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def tried(fault: Fault, workers: str) -> str | None:
@@ -85,6 +111,14 @@ def tried(fault: Fault, workers: str) -> str | None:
         first = [name for name in fault.first if (root / name).exists()]
         found = failing(root, first) if first else None
         return found or failing(root, ["-n", workers, "--dist", "worksteal"])
+
+
+def _import_once() -> None:
+    """What every try would spend most of its time importing; nothing of ours."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HOME=tempfile.gettempdir(), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    for name in ("torch", "torch._dynamo", "transformers.trainer", "transformers.models.llama", "hypothesis"):
+        importlib.import_module(name)
 
 
 def table(findings: dict[str, str | None]) -> str:
@@ -107,6 +141,8 @@ def main() -> int:
     if given.table:
         print(table(findings))  # noqa: T201
         return 0
+    if not given.check:
+        _import_once()
     missing = 0
     for fault in faults(given.only):
         try:
