@@ -130,13 +130,12 @@ class Run:
         Raises ValueError, one line, for files that cannot be read.
         """
         from skipstone.data.tokenizers import load_saved
+        from skipstone.model.pretrained import TOKENIZER_FILES
 
         folder = self.folder if self.is_saved_model else self.folder / TOKENIZER
-        if not (folder / "tokenizer_config.json").is_file():
-            if folder.is_file():
-                raise ValueError(f"{str(folder)!r} is a file; it should be the folder of the run's tokenizer")
-            return None
-        return load_saved(folder)
+        if folder.is_file():
+            raise ValueError(f"{str(folder)!r} is a file; it should be the folder of the run's tokenizer")
+        return load_saved(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
     def data_config(self) -> DataConfig:
         return from_dict(DataConfig, self.config()["data"], "data")

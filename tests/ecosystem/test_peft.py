@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,28 @@ def test_adapters_of_neurons_that_are_left_out(groups: dict[str, Any]) -> None:
         steps = [adapted(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10)]
         torch.testing.assert_close(torch.cat(steps, 1), masked)
         torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("moves", [True, False], ids=["moves", "keeps"])
+def test_buffers_that_no_adapter_holds_are_named_when_they_move(moves: bool, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import TrainingArguments, default_data_collator
+
+    from skipstone.train import RoutingTrainer
+
+    decision = "ema_threshold" if moves else "threshold"
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mechanisms = [{"name": "mixture_of_depths", "capacity": 0.5, "decision": decision}]
+    model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, mechanisms=mechanisms, initializer_range=0.2))
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["router"])
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 40, (8, 9))]
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = RoutingTrainer(
+        model=get_peft_model(model, lora), args=arguments, train_dataset=rows, data_collator=default_data_collator
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(w.message) for w in caught if "no adapter holds" in str(w.message)]
+    assert len(told) == moves
+    assert not moves or "block 1 mixture_of_depths decision.threshold" in told[0]

@@ -39,6 +39,8 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
     folder = Run(Path(model)).model_folder()
     ours = load_model(folder, dtype).eval()
     activation = dense_activation(ours)
+    # A merge or a new head may have untied them since the configuration was written.
+    ours.config.tie_word_embeddings = ours.head_is_tied
     config = family_config(ours.config, activation)
     with complete(Path(out)) as partial:
         for line in losses(ours):

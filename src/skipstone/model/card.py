@@ -88,7 +88,7 @@ def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
     words = model.decoder.layers[0].mlp.in_words()
     yield "MLP", words if words and config.mlp == "experts" else ", ".join(filter(None, (dense, words)))
     yield "norm, positions", f"{config.norm}, {config.positions}"
-    head = "tied" if config.tie_word_embeddings else "untied"
+    head = "tied" if model.head_is_tied else "untied"
     yield "vocabulary, context", f"{config.vocab_size:,} ({head} head), {config.max_position_embeddings:,} tokens"
 
 

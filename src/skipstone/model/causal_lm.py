@@ -214,6 +214,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         for block in self.model.layers:
             yield from block.routing_modules().values()
 
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the head shares the embedding's weight; configurations are known to be wrong about it."""
+        return self.lm_head.weight is self.model.embed_tokens.weight
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generation, with causal decisions and without noise, whatever mode the model is in.
 

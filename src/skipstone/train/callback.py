@@ -33,6 +33,7 @@ class RoutingCallback(TrainerCallback):
         self.schedules = schedules
         self._sums: dict[tuple[int, str], Tensor] = {}  # each statistic's sums, then how many were summed
         self._warned = False
+        self._before: dict[str, Tensor] = {}  # what training may move and no adapter holds, as it was
 
     @torch.no_grad()
     def observe(self, model: Any, records: tuple[Records, ...] | None) -> None:
@@ -50,14 +51,28 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._sums = {}
+        self._before = {name: value.clone() for name, value in _outside_adapters(kwargs["model"])}
         self._advance(kwargs["model"], state, {})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         means, self._sums = _means(self._sums), {}
         self._advance(kwargs["model"], state, means)
+        self._warn_of_adapters(kwargs["model"])
         if not means and not self._warned and any(_waiting(m) for m in _mechanisms(kwargs["model"])):
             self._warned = True
             warnings.warn(NOTHING_SEEN, stacklevel=2)
+
+    def _warn_of_adapters(self, model: Any) -> None:
+        """Once, as soon as something has moved that a saved adapter, or a checkpoint of one, would leave behind."""
+        moved = [n for n, value in _outside_adapters(model) if n in self._before and not value.equal(self._before[n])]
+        if moved:
+            self._before = {}
+            shown = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
+            warnings.warn(
+                f"training moves buffers that no adapter holds: {shown}; a saved adapter starts from the base model's, "
+                "and so does a run that is resumed: keep them by model.merge_and_unload().save_pretrained(FOLDER)",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _advance(self, model: Any, state: TrainerState, means: dict[tuple[int, str], Tensor]) -> None:
@@ -71,6 +86,18 @@ def _mechanisms(model: Any) -> Iterator[Any]:
     while not hasattr(model, "routing_modules") and hasattr(model, "module"):
         model = model.module
     return model.routing_modules() if hasattr(model, "routing_modules") else iter(())
+
+
+def _outside_adapters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Saved buffers of the mechanisms of a model that PEFT has wrapped, by name; nothing for any other model."""
+    while getattr(model, "peft_config", None) is None:
+        if not hasattr(model, "module"):
+            return
+        model = model.module
+    for mechanism in _mechanisms(model):
+        saved = mechanism.state_dict()
+        where = f"block {mechanism.placement.layer} {mechanism.placement.name}"
+        yield from ((f"{where} {name}", value) for name, value in mechanism.named_buffers() if name in saved)
 
 
 def _waiting(mechanism: Any) -> bool:
