@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.measure.trace import CATEGORIES, TokenTrace, category_of, trace_tokens
+from skipstone.measure.token_trace import CATEGORIES, TokenTrace
+from skipstone.measure.trace import category_of, trace_tokens
 from skipstone.report.token_picture import coloured, visible
 
 IDS = torch.arange(12).view(2, 6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,21 @@ def test_a_report_of_a_finished_run_loads_no_model(run: Path, monkeypatch: pytes
     (run / "view.json").unlink()
     assert page(run, "anew.html") == kept
     assert (run / "view.json").is_file(), "what was made is kept"
+
+
+def test_the_command_that_reports_on_finished_runs_loads_no_torch(run: Path) -> None:
+    code = f"""
+import sys
+import skipstone_cli.main as command
+sys.argv = ["skipstone", "report", {str(run)!r}, "--out", {str(run.parent / "page.html")!r}]
+try:
+    command.main()
+finally:
+    print("heavy:", [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.stdout.endswith("heavy: []\n"), done.stderr
+    assert (run.parent / "page.html").is_file()
 
 
 def test_other_weights_are_looked_at_anew(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ share.py         the share of the dense FLOPs that the decisions of causal passe
 compute.py       the share of the blocks' work that a token got
 trace.py         what each layer did to each token of a sample
 model_view.py    what a report shows of a model
+token_trace.py   both as plain numbers that JSON keeps, without torch
 speed.py         tokens per second of models timed in turns, joules, bytes of the cache
 overhead.py      the share of a training step that routing takes
 """

@@ -1,12 +1,10 @@
-"""`ModelView`: what a report shows of a trained model itself. Training keeps it with the run.
+"""What a report shows of a trained model itself (`ModelView`). Training keeps it with the run.
 
 Shape letters: B rows, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,47 +12,13 @@ from torch import Tensor
 
 from skipstone.data.prepare import PreparedData
 from skipstone.measure.passes import known_to_need_depth
-from skipstone.measure.trace import TokenTrace, category_of, trace_tokens
+from skipstone.measure.token_trace import ModelView
+from skipstone.measure.trace import category_of, trace_tokens
 from skipstone.mechanisms import ACTIVATION
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
-FORMAT = 1  # of the plain values; others are made anew
 ROWS = 8  # validation rows that a capacity is measured on
 TOKENS = 256  # of the first row, shown as text
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelView:
-    """A model as a report shows it.
-
-    mechanisms: in words. set_capacity: what the configuration promises, {layer: {mechanism: share}}. trace: of the
-    first validation rows.
-    """
-
-    mechanisms: str
-    set_capacity: Mapping[int, Mapping[str, float]]
-    trace: TokenTrace
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        capacity = {str(layer): shares for layer, shares in self.set_capacity.items()}
-        return {
-            "format": FORMAT,
-            "mechanisms": self.mechanisms,
-            "set_capacity": capacity,
-            "trace": self.trace.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelView | None:
-        """Build a view from what `to_dict` gave; None for values of another format."""
-        if values.get("format") != FORMAT:
-            return None
-        return cls(
-            mechanisms=values["mechanisms"],
-            set_capacity={int(layer): shares for layer, shares in values["set_capacity"].items()},
-            trace=TokenTrace.from_dict(values["trace"]),
-        )
 
 
 def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) -> ModelView:

@@ -6,7 +6,6 @@ Shape letters: B rows, T tokens, L layers, N tokens of all rows, F neurons, A ac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,75 +14,11 @@ from torch import Tensor
 from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Records, of_kind
 from skipstone.core.routing_module import causal_obstacle
 from skipstone.measure.passes import forced_routing, inputs_of, real_tokens
+from skipstone.measure.summaries import ACTIVATION_NAMES
+from skipstone.measure.token_trace import CATEGORIES, ActivationSummary, TokenTrace
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 SUBLAYERS = ("attention", "mlp")
-CATEGORIES = ("letters", "digits", "signs", "white space")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationSummary:
-    """What the neurons of one layer mix.
-
-    shares: mean share of each activation. entropy: of the mix, as a share of its maximum. strongest: of each neuron,
-    the activation that its mean logits favour. by_category: shares for the tokens of each category that occurs.
-    """
-
-    shares: list[float]
-    entropy: float
-    strongest: list[int]
-    by_category: Mapping[str, list[float]]
-
-    def shift(self, category: str) -> float:
-        """Return the total variation distance of a category's shares from those of all tokens: 0 alike, 1 disjoint."""
-        return sum(abs(a - b) for a, b in zip(self.by_category[category], self.shares, strict=True)) / 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenTrace:
-    """What a model did to a sample of text.
-
-    tokens: text of the first row's tokens. weight_LT: factor on the block's update, its two halves averaged, 0 where
-    skipped. kept_LT: whether any of the update was computed. depth_T: share of all halves of blocks that were computed.
-    routed: blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism, {layer:
-    {mechanism: share}}, over all rows. activations: of activation mechanisms, by layer. experts: shares of all choices
-    by layer, of the most and the least chosen expert and of the no-ops together. depth: mean of the computed share over
-    all tokens of all rows. routing: "causal"; "oracle" where a decision cannot be made otherwise; "forced" where it was
-    imposed.
-    """
-
-    tokens: list[str]
-    weight_LT: list[list[float]]
-    kept_LT: list[list[bool]]
-    depth_T: list[float]
-    depth: float
-    routing: str
-    routed: frozenset[int] = frozenset()
-    capacity: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    activations: Mapping[int, ActivationSummary] = field(default_factory=dict)
-    experts: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def strongest(self) -> float:
-        """The largest weight of any routed block, by magnitude."""
-        return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; layers become text, as JSON's keys are."""
-        by_layer = {name: _with_keys(str, getattr(self, name)) for name in ("capacity", "experts")}
-        activations = {str(layer): asdict(summary) for layer, summary in self.activations.items()}
-        return {**vars(self), "routed": sorted(self.routed), **by_layer, "activations": activations}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TokenTrace:
-        """Build a trace from what `to_dict` gave. Raises TypeError or ValueError for anything else."""
-        by_layer = {name: _with_keys(int, values[name]) for name in ("capacity", "experts")}
-        activations = {int(layer): ActivationSummary(**one) for layer, one in values["activations"].items()}
-        return cls(**{**values, "routed": frozenset(values["routed"]), **by_layer, "activations": activations})
-
-
-def _with_keys(kind: Callable[[Any], Any], values: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {kind(key): value for key, value in values.items()}
 
 
 @torch.no_grad()
@@ -128,6 +63,7 @@ def trace_tokens(
         routed=frozenset(capacity),
         capacity=capacity,
         activations=summarise_activations(blocks, out.records, category_BT),
+        activation_names=list(ACTIVATION_NAMES),
         experts=_experts(blocks, out.records),
     )
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from skipstone.measure.trace import CATEGORIES, ActivationSummary
-from skipstone.ops import reference as ops
+from skipstone.measure.token_trace import CATEGORIES, ActivationSummary
 from skipstone.report import charts, svg
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
@@ -17,7 +16,6 @@ from skipstone.report.palette import SERIES, style
 from skipstone.report.run_view import RunView
 
 FRAME, WIDE, SMALL = Frame(), Frame(left=64), Frame(width=240, height=190)
-ACTIVATIONS = tuple(function.__name__ for function in ops.ACTIVATIONS)
 MAP_WIDTH, ROW, LEFT, GAP = 900, 15, 46, 2
 MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
@@ -31,10 +29,10 @@ def card(run: RunView) -> dict[str, Any]:
     ]
     return {
         "run": run,
-        "shares": _stacked({i: one.shares for i, one in activations.items()}, count, f"{run.name}: activations", FRAME),
+        "shares": _stacked(run, {i: one.shares for i, one in activations.items()}, count, "activations", FRAME),
         "entropy": _entropy(run, activations),
         "course": _course(run),
-        "map": neuron_map(activations, f"{run.name}: strongest activation of each neuron"),
+        "map": neuron_map(activations, names_of(run), f"{run.name}: strongest activation of each neuron"),
         "every": _every(activations),
         "categories": [(category, _of_category(run, activations, category, count)) for category in categories],
         "category_names": list(zip(categories, SERIES, strict=False)),
@@ -42,13 +40,18 @@ def card(run: RunView) -> dict[str, Any]:
     }
 
 
-def _stacked(shares: Mapping[int, Sequence[float]], layers: int, title: str, frame: Frame) -> Markup:
-    return charts.stacked(shares, ACTIVATIONS, layers=layers, title=title, frame=frame)
+def names_of(run: RunView) -> Sequence[str]:
+    """Return the names of the activations that a run mixes, in the order of their shares."""
+    return () if run.trace is None else run.trace.activation_names
+
+
+def _stacked(run: RunView, shares: Mapping[int, Sequence[float]], layers: int, what: str, frame: Frame) -> Markup:
+    return charts.stacked(shares, names_of(run), layers=layers, title=f"{run.name}: {what}", frame=frame)
 
 
 def _of_category(run: RunView, activations: Mapping[int, ActivationSummary], category: str, layers: int) -> Markup:
     shares = {i: one.by_category[category] for i, one in activations.items() if category in one.by_category}
-    return _stacked(shares, layers, f"{run.name}: activations for {category}", SMALL)
+    return _stacked(run, shares, layers, f"activations for {category}", SMALL)
 
 
 def _shift(
@@ -102,7 +105,7 @@ def _every(activations: Mapping[int, ActivationSummary]) -> int:
     return -(-max(len(one.strongest) for one in activations.values()) // MOST_NEURONS)
 
 
-def neuron_map(activations: Mapping[int, ActivationSummary], title: str) -> Markup:
+def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str], title: str) -> Markup:
     """Neurons across, layers up; the colour is that of the strongest activation. Neighbours alike are one bar."""
     every, layers = _every(activations), max(activations) + 1
     cell = MAP_WIDTH / -(-max(len(one.strongest) for one in activations.values()) // every)
@@ -113,7 +116,7 @@ def neuron_map(activations: Mapping[int, ActivationSummary], title: str) -> Mark
         for k, alike in itertools.groupby(one.strongest[::every]):
             count = len(list(alike))
             shown = "neurons" if every == 1 else f"one of {every} neurons,"
-            hover = f"layer {layer}, {shown} {at * every} to {(at + count - 1) * every}: {ACTIVATIONS[k]}"
+            hover = f"layer {layer}, {shown} {at * every} to {(at + count - 1) * every}: {names[k]}"
             box = (LEFT + cell * at, y, cell * count, ROW - GAP)
             parts.append(svg.rectangle(*box, hover, fill=SERIES[k % len(SERIES)]))
             at += count

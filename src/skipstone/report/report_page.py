@@ -46,7 +46,7 @@ def context(
         "routed": [_routed(run) for run in runs if run.trace is not None and run.trace.routed],
         "training": _training(runs),
         "mixes": [mixes.card(run) for run in runs if run.trace is not None and run.trace.activations],
-        "activation_names": list(zip(mixes.ACTIVATIONS, SERIES, strict=False)),
+        "activation_names": list(zip(next(filter(None, map(mixes.names_of, runs)), ()), SERIES, strict=False)),
         "experts": [(run, _experts(run)) for run in runs if run.trace is not None and run.trace.experts],
         "expert_names": list(zip(EXPERT_NAMES, SERIES, strict=False)),
         "samples": [(run, token_picture.coloured(samples[run.name])) for run in runs if run.name in samples],

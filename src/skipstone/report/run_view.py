@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from skipstone.measure.model_view import ModelView, mechanisms_in_words, set_capacity, view_model
-from skipstone.measure.trace import TokenTrace
+from skipstone.measure.token_trace import ModelView, TokenTrace
 from skipstone.report.palette import Style, style
 from skipstone.runs import Run
 
@@ -39,6 +38,8 @@ def load_view(run: Run, name: str, index: int) -> RunView:
     try:
         view = _kept(run)
         if view is None:
+            from skipstone.measure.model_view import mechanisms_in_words, set_capacity, view_model  # loads torch
+
             model = run.load_model()
             mechanisms, capacity = mechanisms_in_words(model), set_capacity(model)
             view = view_model(model, run.data(), run.config()["train"].get("routing") == "difficulty")

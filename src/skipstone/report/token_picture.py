@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from skipstone.measure.trace import TokenTrace
+from skipstone.measure.token_trace import TokenTrace
 from skipstone.report import svg
 
 CELL_WIDTH, CELL_HEIGHT, GAP = 11.2, 23, 1
