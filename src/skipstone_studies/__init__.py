@@ -14,5 +14,6 @@ headroom.py    whether depth pays at all where routing is judged
 charts.py      pictures of loss against a quantity on a logarithmic axis
 corpus.py      the first of several corpora that can be had
 session.py     what is still to do, done so that it can be stopped anywhere
+ledger.py      what all records together took, and which claims they carry
 run.py         `reproduce` and `describe`
 """

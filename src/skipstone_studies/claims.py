@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
-from skipstone_studies.intervals import CONFIDENCE, POWERS, Verdict, paired
+from skipstone_studies.intervals import CONFIDENCE, POWERS, Claim, paired
 from skipstone_studies.page import lookup, mean_and_spread
 
 BySeed = Mapping[int, Mapping[str, Any]]
@@ -24,16 +24,6 @@ class PublishedColumn:
     key: str
     published: str = ""
     format: str = ".3f"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A published claim about one arm. found: what we measured of it. verdict: by the rule that `text` states."""
-
-    arm: str
-    text: str
-    found: str
-    verdict: Verdict
 
 
 def values(figures: ByArm, arm: str, key: str) -> list[float]:
@@ -107,6 +97,16 @@ class Comparison:
     arms: Sequence[str] = ()
     format: str = "+.4f"
     better: Literal["low", "high"] = "low"
+
+
+def as_claims(figures: ByArm, compared: Sequence[Comparison]) -> Iterator[Claim]:
+    """Yield, for each arm of each comparison, the claim that it is better."""
+    for one in compared:
+        for arm in (arm for arm in one.arms or figures if arm != one.against):
+            found = paired_differences(figures, arm, one.against, one.key)
+            most, least = (0.0, None) if one.better == "low" else (None, 0.0)
+            text = f"{one.title}: better than {one.against}"
+            yield from judge(arm, text, found, most=most, least=least, form=one.format)
 
 
 def comparisons(figures: ByArm, compared: Sequence[Comparison]) -> str:

@@ -71,6 +71,16 @@ class Interval:
         return f"{self.shown(form)}, detectable {' / '.join(seen)}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A published claim about one arm. found: what we measured of it. verdict: by the rule that `text` states."""
+
+    arm: str
+    text: str
+    found: str
+    verdict: Verdict
+
+
 def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ()) -> Interval | None:
     """The interval of a mean difference; None for fewer than two seeds.
 

@@ -50,7 +50,7 @@ def heading(records: Sequence[Record]) -> str:
 
 
 def _section(study: Study, records: Sequence[Record]) -> list[str]:
-    details = [] if study.details is None else [study.details(_figures(study, records))]
+    details = [] if study.details is None else [study.details(figures_of(study, records))]
     images = [f"![{study.purpose}: {name}]({file})" for file, name in _files(study, records).items()]
     return [block(study, records), *images, *details, provenance(records)]
 
@@ -59,21 +59,21 @@ def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
     """SVG files beside the page, by file name."""
     found: dict[str, str] = {}
     for current in groups(study, records):
-        drawn = {} if study.pictures is None else study.pictures(_figures(study, current))
+        drawn = {} if study.pictures is None else study.pictures(figures_of(study, current))
         found |= {file: drawn[name] for file, name in _files(study, current).items()}
     return found
 
 
 def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
     """File names of a table's pictures, and what they show."""
-    drawn = {} if study.pictures is None else study.pictures(_figures(study, records))
+    drawn = {} if study.pictures is None else study.pictures(figures_of(study, records))
     scale = "" if records[0].scale == SCALES[0] else f"-{records[0].scale}"
     return {f"{study.name}{scale}-{name}.svg": name for name in drawn}
 
 
 def block(study: Study, records: Sequence[Record]) -> str:
     """The table with its notes and the command that makes it: what a README shows."""
-    columns = [(column, _cells(column, _figures(study, records))) for column in study.columns]
+    columns = [(column, _cells(column, figures_of(study, records))) for column in study.columns]
     section = Section(
         title=heading(records),
         columns=["arm", *(column.title for column, _ in columns)],
@@ -89,7 +89,7 @@ def terminal(study: Study, records: Sequence[Record]) -> Section:
     """The same figures with arms as columns, because terminals are narrow, and ratios on lines of their own."""
     rows = []
     for column in study.columns:
-        cells = _cells(column, _figures(study, records))
+        cells = _cells(column, figures_of(study, records))
         rows.append([column.title, *(cell.text for cell in cells.values())])
         if any(cell.ratio for cell in cells.values()):
             rows.append([f"  × {_arms(records)[0]}", *(cell.ratio for cell in cells.values())])
@@ -100,7 +100,7 @@ def _arms(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(record.arm for record in records))
 
 
-def _figures(study: Study, records: Sequence[Record]) -> dict[str, dict[int, Mapping[str, Any]]]:
+def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, Mapping[str, Any]]]:
     """Figures of each arm by seed, in order, those that follow from other arms included."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):

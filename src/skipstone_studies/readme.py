@@ -20,8 +20,13 @@ def check(path: Path, name: str) -> None:
 
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
     """Put the table of `records` between the marks, and change nothing else."""
-    before, after = _cut(path.read_text(encoding="utf-8"), path, study.name)
-    write_whole(path, f"{before}\n**{heading(records)}**\n\n{block(study, records)}\n{after}")
+    write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Put `text` between the marks of `name`, and change nothing else."""
+    before, after = _cut(path.read_text(encoding="utf-8"), path, name)
+    write_whole(path, f"{before}\n{text}\n{after}")
 
 
 def _cut(text: str, path: Path, name: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from skipstone.core.strict import choose
 from skipstone.train.training import train
+from skipstone_studies.intervals import Claim
 from skipstone_studies.measure import measure_together, standard
 
 SCALES = ("laptop", "paper")
@@ -66,8 +67,8 @@ class Study:
     measure: figures of one finished run. measure_together: further figures of all runs of a seed, by arm, taken in one
     timing session so that arms compare fairly; None where nothing needs that. derive: figures that follow from those of
     all arms of a seed, by arm; computed when the table is rendered. details: Markdown below a table, from the figures
-    of each arm by seed, those that `derive` adds included. pictures: SVG files by name, from the same figures, which
-    lie beside the page.
+    of each arm by seed, those that `derive` adds included. claims: those that are judged by rule, from the same
+    figures, for the ledger. pictures: SVG files by name, from the same figures, which lie beside the page.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Study:
     measure_together: Callable[[Mapping[str, Path]], Mapping[str, Figures]] | None = measure_together
     derive: Callable[[Mapping[str, Figures]], Mapping[str, Figures]] | None = None
     details: Callable[[Mapping[str, Mapping[int, Figures]]], str] | None = None
+    claims: Callable[[Mapping[str, Mapping[int, Figures]]], Iterable[Claim]] | None = None
     pictures: Callable[[Mapping[str, Mapping[int, Figures]]], Mapping[str, str]] | None = None
 
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, RecipeDict]:

@@ -30,9 +30,19 @@ def reproduce(
     ] = None,
     render: Annotated[bool, typer.Option("--render", help="Run nothing, render from the records alone.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the studies and leave.")] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Write what all records in --out took, and say, into its README.md.")
+    ] = False,
 ) -> None:
     """Run a registered study, or go on with it, and render its table from the records."""
     numbers = parse_seeds(seeds)
+    if ledger and (name is not None or list_):
+        raise UserError("--ledger is about all studies: it takes neither a name nor --list")
+    if ledger:
+        from skipstone_studies.ledger import write
+
+        typer.echo(f"ledger: {write(runs if out is None else out)}")
+        return
     if name is None and not list_:
         raise UserError("name a study to reproduce; `skipstone reproduce --list` shows them")
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent
-from skipstone_studies.claims import DETECTABLE
-from skipstone_studies.isoflop.curves import DOWNWARD, FEW, HIGH, INSIDE, LOW, Curve, GridPoint
+from skipstone_studies.claims import DETECTABLE, Claim
+from skipstone_studies.intervals import Verdict
+from skipstone_studies.isoflop.curves import DOWNWARD, FEW, HIGH, INSIDE, LOW, Curve, GridPoint, GridRecords
 from skipstone_studies.isoflop.grid import Grid, compact
 from skipstone_studies.isoflop.measure import COUNTED_ROWS
 from skipstone_studies.isoflop.notes import notes
-from skipstone_studies.isoflop.result import DRAWS, IsoFlopResult, SameLoss
+from skipstone_studies.isoflop.result import DRAWS, IsoFlopResult, SameLoss, find
 from skipstone_studies.page import provenance
 
 PLACES = {
@@ -92,6 +93,22 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
     spread = _interval(found.low, found.high, lambda value: f"{value:.0%}")
     known = "" if found.low is None else f" [{spread}, in {percent(found.reached, 0)} of the draws]"
     return f"{losses}; {found.arm} comes down to that with {bound}{found.share:.0%}{known} of the FLOPs a forward pass."
+
+
+def claims(collected: GridRecords) -> list[Claim]:
+    """For each arm and budget, whether its best loss is below the base's."""
+    result = find(collected)
+    words: dict[str, Verdict] = {"better": "yes", "worse": "no"}
+    return [
+        Claim(
+            arm=found.arm,
+            text=f"best loss below {result.base}'s at {compact(budget)} training FLOPs",
+            found=_gap(found),
+            verdict=words.get(found.verdict, "inconclusive"),
+        )
+        for budget, compared in result.same.items()
+        for found in compared
+    ]
 
 
 def _gap(found: SameLoss) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import Section, markdown, number, percent
 from skipstone_studies import measure
-from skipstone_studies.claims import ByArm, Comparison, comparisons, values
+from skipstone_studies.claims import ByArm, Comparison, as_claims, comparisons, values
 from skipstone_studies.page import mean_and_spread
 from skipstone_studies.quality.teal import measure_teal
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -154,6 +154,7 @@ FFN_GROUPS = Study(
     seeds=SEEDS,
     measure=measured,
     derive=derive,
+    claims=partial(as_claims, compared=COMPARED),
     details=details,
     columns=(
         Column(key="training.parameters", title="parameters (M)", format=".2f", unit=1e6),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from skipstone_studies import measure
-from skipstone_studies.claims import ByArm, Comparison, comparisons
+from skipstone_studies.claims import ByArm, Claim, Comparison, as_claims, comparisons
 from skipstone_studies.headroom import headroom
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -101,6 +103,13 @@ LOSS = "evaluation.ways.executed.loss"
 COMPARED = tuple(Comparison(key=LOSS, title="executed loss in nats", against=arm) for arm in ("dense", "random"))
 
 
+def claims(figures: ByArm) -> Iterator[Claim]:
+    """Whether each arm is better than dense and than chance; refused where depth does not pay."""
+    room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
+    for claim in as_claims(figures, COMPARED):
+        yield claim if room is None or room.there else replace(claim, verdict="no headroom")
+
+
 def details(figures: ByArm) -> str:
     """Below the table: whether depth pays, and each arm beside dense and beside chance."""
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
@@ -118,6 +127,7 @@ def on(corpus: str, name: str) -> Study:
         seeds=SEEDS,
         measure=measured,
         measure_together=None,
+        claims=claims,
         details=details,
         columns=COLUMNS,
     )

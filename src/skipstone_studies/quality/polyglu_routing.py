@@ -172,6 +172,7 @@ POLYGLU_ROUTING = Study(
     seeds=SEEDS,
     measure=measured,
     measure_together=None,
+    claims=claims,
     details=details,
     columns=(
         Column(key="training.parameters", title="parameters (K)", format=".1f", unit=1e3),

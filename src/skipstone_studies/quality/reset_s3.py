@@ -15,7 +15,7 @@ from skipstone.data.synthetic import BINS
 from skipstone.measure.losses import MEASURED, OVERALL, headroom_captured
 from skipstone.model.released import tsa
 from skipstone_studies import measure
-from skipstone_studies.claims import Comparison, comparisons
+from skipstone_studies.claims import Comparison, as_claims, comparisons
 from skipstone_studies.quality.tsa.recipes import ALONE, HARD, LEARNED
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -164,6 +164,7 @@ RESET_S3 = Study(
     measure=measured,
     measure_together=None,
     derive=captured,
+    claims=partial(as_claims, compared=[COMPARED]),
     details=partial(comparisons, compared=[COMPARED]),
     columns=(
         Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),

@@ -124,6 +124,7 @@ TSA_COPY_SORT = Study(
     seeds=SEEDS,
     measure=measured,
     measure_together=None,
+    claims=claims,
     details=details,
     columns=(
         Column(key=SOFT, title="accuracy, soft", format=".2%", better="high"),

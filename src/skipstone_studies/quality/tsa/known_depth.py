@@ -9,7 +9,7 @@ from skipstone.data.synthetic import BINS
 from skipstone.measure.losses import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
-from skipstone_studies.claims import Comparison, comparisons
+from skipstone_studies.claims import Comparison, as_claims, comparisons
 from skipstone_studies.quality import reset_s3
 from skipstone_studies.quality.reset_s3 import gate
 from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
@@ -84,6 +84,7 @@ TSA_SWITCHED_S3 = Study(
     measure=measured,
     measure_together=None,
     derive=partial(reset_s3.captured, judged=JUDGED, knowing="tsa-forced"),
+    claims=partial(as_claims, compared=[COMPARED]),
     details=partial(comparisons, compared=[COMPARED]),
     columns=COLUMNS,
 )

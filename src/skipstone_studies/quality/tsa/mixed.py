@@ -73,16 +73,21 @@ def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     return {arm: {"text_cost": found["kinds"]["text"]["loss"] / reference - 1} for arm, found in figures.items()}
 
 
-def details(figures: ByArm) -> str:
-    """Whether each gated arm reaches what is aimed at, and whether depth pays on text."""
-    claims: list[Claim] = []
+def claims(figures: ByArm) -> list[Claim]:
+    """Whether each gated arm reaches what is aimed at."""
+    found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):
         cost, deeper = values(figures, arm, "text_cost"), values(figures, arm, "deeper")
-        claims += judge(arm, f"text within {NEAR:.1%} of dense", cost, most=NEAR, form="+.2%")
-        claims += judge(arm, f"operations {DEEPER:g} times as deep as text", deeper, least=DEEPER, form=".2f")
+        found += judge(arm, f"text within {NEAR:.1%} of dense", cost, most=NEAR, form="+.2%")
+        found += judge(arm, f"operations {DEEPER:g} times as deep as text", deeper, least=DEEPER, form=".2f")
+    return found
+
+
+def details(figures: ByArm) -> str:
+    """What is aimed at, and whether depth pays on text."""
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None
-    parts = (claims_table("What is aimed at", claims), "" if room is None else f"On text: {room.sentence()}")
+    parts = (claims_table("What is aimed at", claims(figures)), "" if room is None else f"On text: {room.sentence()}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -101,6 +106,7 @@ TSA_MIXED = Study(
     measure=measured,
     measure_together=None,
     derive=text_cost,
+    claims=claims,
     details=details,
     columns=(
         Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6, relative=True),

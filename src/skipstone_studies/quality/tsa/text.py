@@ -122,6 +122,7 @@ def on_text(*, published: Published, corpus: str = "", **options: Any) -> Study:
         measure=measured,
         measure_together=forward_speeds,
         derive=equal_flops.at_equal_flops,
+        claims=judged.language,
         details=partial(details, published=published, corpus=corpus),
         **options,
     )
