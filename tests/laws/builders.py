@@ -1,7 +1,7 @@
 """Tiny models whose mechanisms really decide something: about half of the tokens go each way, and rows differ.
 
-A mechanism that is added to the tables is tested by every law without a change here, unless its decisions stay trivial
-with random weights: then `enliven` has to learn how to shift its scores (a law says so).
+A mechanism that is added to the tables is tested by every law without a change here: laws and `enliven` ask it what it
+declares (`core/routing_module.py`, `core/depth.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.budget.handles import ThresholdHandle, find_handles
+from skipstone.core.routing_module import causal_obstacle
 from skipstone.mechanisms import ACTIVATION, DEPTH
 from skipstone.mechanisms.decisions import DECISIONS
 from skipstone.mechanisms.mixture_options import WEIGHTS
+from skipstone.train.decay import kinds_of
 
 VOCAB, ROWS, LENGTH, LAYERS = 61, 3, 15, 3
 TOLERANCE = 2e-5  # fp32 logits of order 1
@@ -229,55 +232,76 @@ def lively(chosen: Case) -> SkipstoneForCausalLM:
 
 @torch.no_grad()
 def enliven(model: SkipstoneForCausalLM) -> None:
-    """Larger weights, routers with a wide spread of scores, and thresholds in the middle of what they see."""
+    """Larger weights, routers with a wide spread of scores, schedules on their way, thresholds among the scores.
+
+    Mechanisms are asked for what they declare: the kind of each parameter, and thresholds.
+    """
     torch.manual_seed(12)
     for mechanism in model.routing_modules():
-        if "capacity_warmup" in vars(mechanism.config):
-            mechanism.advance(0.25, None)  # in the middle of a warm-up, if it has one
+        mechanism.advance(0.25, None)
+    kinds, owned = kinds_of(model), {id(p) for m in model.routing_modules() for p in m.parameters()}
     for name, parameter in model.named_parameters():
-        if name.endswith(("preference_bias", "tanh_scale")):
-            parameter.copy_(torch.randn_like(parameter) * 0.7)
-        elif "router" in name or "guess" in name or "mix_weight" in name or "context_weight" in name:
-            parameter.mul_(6)
+        own, drawn = id(parameter) in owned, torch.randn_like(parameter)
+        if own and not parameter.any() and (parameter.dim() == 0 or kinds[name] == "preferences"):
+            parameter.copy_(drawn * 0.7)
+        elif own and parameter.dim() == 1 and kinds[name] == "biases":
+            parameter.mul_(0.5).add_(drawn * 0.1)  # gates that start open are less so
         elif parameter.dim() > 1:
-            parameter.mul_(4)
+            parameter.mul_(6 if kinds[name] == "routers" else 4)
         elif parameter.dim() == 1:
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    for layer, block in enumerate(model.model.layers):
-        for name, mechanism in block.mechanisms.items():
-            for _ in range(2):  # a mechanism inside others of its block sees what they leave
-                _centre(model, layer, name, mechanism)
+            parameter.add_(drawn * 0.1)
+    for _ in range(3):  # each threshold moves what later ones see
+        _centre(model)
 
 
-def _centre(model: SkipstoneForCausalLM, layer: int, name: str, mechanism: nn.Module) -> None:
-    if hasattr(getattr(mechanism, "decision", None), "threshold") and mechanism.router.score_bias is not None:
-        mechanism.router.score_bias.zero_()  # gates that start open would all be 1
-    decisions = [getattr(m, "decision", None) for m in model.routing_modules()]
-    routing = "causal" if all(d is None or d.is_causal for d in decisions) else "oracle"
-    record = model(ids(), routing=routing, noise=False, output_records=True).records[layer][name]
-    if not record.reached_BT.any():
-        return
-    scores = record.score_BT[record.reached_BT]
-    decision = getattr(mechanism, "decision", None)
-    if hasattr(decision, "threshold"):
-        decision.threshold.copy_(_between(scores, 0.5))
-        decision.steps.fill_(1)
-    elif hasattr(decision, "guess"):
-        seen: list[Tensor] = []
-        hook = decision.guess.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        model(ids(), routing=routing, noise=False)
-        hook.remove()
-        if seen:  # at capacity 1 nobody asks
-            decision.guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
-    elif decision is None and record.carry:  # early exit: of those still in, seven in ten stay
-        survival = next(iter(record.carry.values()))[record.reached_BT]
-        before = survival / scores.sigmoid()
-        inside = before > 0.5
-        if inside.any():
-            needed = torch.logit((0.5 / before[inside]).clamp(max=1 - 1e-6)) - scores[inside]
-            mechanism.router.score_bias.add_(_between(needed, 0.7))
-    elif decision is None and getattr(mechanism.router, "score_bias", None) is not None:
-        mechanism.router.score_bias.add_(_between(scores, 0.4))
+def _centre(model: SkipstoneForCausalLM) -> None:
+    """Every threshold between two scores: about half of the tokens lie above it, in each block that shares it."""
+    for block in model.model.layers:
+        for mechanism in block.mechanisms.values():
+            guess = getattr(getattr(mechanism, "decision", None), "guess", None)  # of a predictor: no record has it
+            if guess is not None:
+                seen: list[Tensor] = []
+                hook = guess.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+                _records(model)
+                hook.remove()
+                if seen:  # at capacity 1 it is not asked
+                    guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
+    for handle in find_handles(model):
+        name = handle.name.split()[1]
+        layers = [i for i, block in enumerate(model.model.layers) if name in block.mechanisms]
+        records = _records(model)
+        alone = {layer: scores for layer in layers if len(scores := _scores(handle, records, layer))}
+        if alone:
+            shares = [0.5] if len(alone) == 1 else [share / 20 for share in range(1, 20)]
+            lines = [_between(torch.cat(list(alone.values())), share) for share in shares]
+            handle.set(max(lines, key=lambda line: min(_evenness(scores > line) for scores in alone.values())))
+        for layer, scores in alone.items():
+            if len(alone) > 1 and _evenness(scores > handle.threshold) < 0.1:
+                _level(model, handle, layer, name)
+
+
+def _level(model: SkipstoneForCausalLM, handle: ThresholdHandle, layer: int, name: str) -> None:
+    """Where a threshold of several blocks lies beyond the scores of one: shift that gate's own bias."""
+    scores = _scores(handle, _records(model), layer)
+    own = [p for p in model.model.layers[layer].mechanisms[name].parameters() if p.numel() == 1]
+    if own and len(scores):
+        own[-1].add_(0.1)
+        slope = (_scores(handle, _records(model), layer).mean() - scores.mean()) / 0.1
+        own[-1].add_((handle.threshold - scores.median()) / slope - 0.1)
+
+
+def _scores(handle: ThresholdHandle, records: Any, layer: int) -> Tensor:
+    return handle.scores([r if i == layer else {} for i, r in enumerate(records)])
+
+
+def _evenness(above: Tensor) -> float:
+    """1/2 where half of them are true, 0 where all or none are."""
+    return min(above.float().mean().item(), 1 - above.float().mean().item())
+
+
+def _records(model: SkipstoneForCausalLM) -> Any:
+    routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
+    return model(ids(), routing=routing, noise=False, output_records=True).records
 
 
 def _between(values: Tensor, share: float) -> Tensor:

@@ -29,12 +29,13 @@ from skipstone import SkipstoneForCausalLM
 EVERY = ORDERS + SITES + NESTED + EVERY_DECISION + VARIANTS
 
 
-def both(model: SkipstoneForCausalLM, tokens: Tensor, **options: object) -> None:
-    """Run both executors and compare everything."""
+def both(model: SkipstoneForCausalLM, tokens: Tensor, noise: bool = False, **options: object) -> None:
+    """Run both executors and compare everything; with noise, both from the same seed."""
     results = []
     for executor in ("gathered", "masked"):
         model.zero_grad()
-        out = model(tokens, labels=tokens, noise=False, executor=executor, output_records=True, **options)
+        torch.manual_seed(21)
+        out = model(tokens, labels=tokens, noise=noise, executor=executor, output_records=True, **options)
         out.loss.backward()
         results.append((out, gradients(model)))
     (fast, quick), (slow, exact) = results
@@ -45,16 +46,18 @@ def both(model: SkipstoneForCausalLM, tokens: Tensor, **options: object) -> None
         assert_close(quick[name], gradient, name, 1e-5 * max(1.0, gradient.abs().max().item()))
 
 
+@pytest.mark.parametrize("noise", [False, True], ids=["still", "noisy"])
 @pytest.mark.parametrize("chosen", EVERY, ids=str)
-def test_oracle(chosen: Case) -> None:
-    both(lively(chosen).train(), ids(), routing="oracle")
+def test_oracle(chosen: Case, noise: bool) -> None:
+    """With noise, too: a random number belongs to its token, however many others are drawn before it."""
+    both(lively(chosen).train(), ids(), routing="oracle", noise=noise)
 
 
 @pytest.mark.parametrize("chosen", [c for c in EVERY if not c.oracle_only], ids=str)
 def test_causal_with_padding(chosen: Case) -> None:
     mask = torch.ones(3, LENGTH, dtype=torch.long)
     mask[0, :4], mask[2, 10:] = 0, 0
-    both(lively(chosen).train(), ids(), routing="causal", attention_mask=mask)
+    both(lively(chosen).train(), ids(), routing="causal", noise=True, attention_mask=mask)
 
 
 @pytest.mark.parametrize("chosen", ORDERS + NESTED, ids=str)
@@ -86,7 +89,8 @@ def test_none_and_all_kept(decision: str, order: int, capacity: float) -> None:
     entries = [entry(name) for name in DEPTH if name != "mixture_of_depths"]
     entries.insert(order, entry("mixture_of_depths", capacity=capacity, decision=decision))
     model = lively(case(*entries, activation="polyglu"))
-    both(model.train(), ids(), routing="oracle")
+    for noise in (False, True):
+        both(model.train(), ids(), routing="oracle", noise=noise)
     out = model(ids(), routing="oracle", noise=False, output_records=True)
     for _, name, record in depth_records(out):
         if name == "mixture_of_depths":
@@ -99,7 +103,7 @@ def test_forced(chosen: Case, keep: str) -> None:
     mask = torch.zeros(3, LENGTH, dtype=torch.bool)
     if keep == "ragged":  # nobody, every second, all
         mask[1, 1::2], mask[2] = True, True
-    both(lively(chosen).train(), ids(), routing={1: mask, 2: mask})
+    both(lively(chosen).train(), ids(), noise=True, routing={1: mask, 2: mask})
 
 
 def test_what_is_not_kept_may_be_anything() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -22,8 +24,16 @@ def step(model: SkipstoneForCausalLM) -> dict[str, float]:
 
 @pytest.mark.parametrize("chosen", START, ids=str)
 def test_every_parameter_learns_from_the_first_step(chosen: Case) -> None:
-    norms = step(fresh(chosen))
-    dead = {name: norm for name, norm in norms.items() if not 0 < norm < float("inf")}
+    """Or from one of the first few, where the rows of a step may all be drawn to leave a block out."""
+    model = fresh(chosen)
+    dead = set(dict(model.named_parameters()))
+    for _ in range(4):  # weights stay: what is not drawn is the same each time
+        norms = step(model)
+        assert all(norm < float("inf") or math.isnan(norm) for norm in norms.values())
+        dead = {name for name in dead if name in norms and not norms[name] > 0}
+        model.zero_grad()
+        if not dead:
+            break
     assert not dead
 
 

@@ -49,9 +49,11 @@ def test_inner_records_are_lifted_to_the_outer_row(name: str) -> None:
     for records in model(ids(), output_records=True).records[1:]:
         outer, inner, activation = records["mixture_of_depths"], records[name], records["polyglu"]
         assert torch.equal(inner.reached_BT, outer.kept_BT)
+        assert 0 < inner.reached_BT.sum() < ids().numel()
         assert torch.equal(activation.reached_BT, inner.kept_BT)
         assert not inner.score_BT[~outer.kept_BT].isfinite().any()
-        assert 0 < inner.kept_BT.sum() < inner.reached_BT.sum() < ids().numel()
+        assert inner.kept_BT.any()
+        assert (inner.kept_BT.sum() < inner.reached_BT.sum()) == model.model.layers[1].mechanisms[name].skips
 
 
 @torch.no_grad()

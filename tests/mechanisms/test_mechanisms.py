@@ -180,7 +180,7 @@ def test_polyglu_means_stay_in_their_document_and_skip_padding(context: str) -> 
 def test_polyglu_noise_is_gumbel_of_each_row_and_neuron() -> None:
     layer = polyglu()
     torch.manual_seed(0)
-    noise = layer._gumbel(500, torch.device("cpu"))
+    noise = layer._gumbel(500, tokens())
     assert noise.shape == (500, 6, NUM_ACTIVATIONS)
     assert noise.isfinite().all()
     assert noise.mean() == pytest.approx(0.5772, abs=0.03)

@@ -186,12 +186,13 @@ def test_exploration_changes_who_is_kept_and_fades(decision: str) -> None:
 
 def test_exploration_draws_gumbel_noise_and_leaves_the_quantile() -> None:
     layer, score, asked = Exploration(2.0, 1.0), torch.randn(64, 256), torch.rand(64, 256) < 0.9
-    noise = (layer(score, asked) - score) / 2
+    uniform = torch.rand(64, 256)
+    noise = (layer(score, uniform, asked) - score) / 2
     assert noise.mean() == pytest.approx(0.5772, abs=0.03)
     assert noise.var() == pytest.approx(torch.pi**2 / 6, abs=0.06)
-    held = layer(score, asked, 0.25)
+    held = layer(score, uniform, asked, 0.25)
     torch.testing.assert_close(held[asked].quantile(0.75), score[asked].quantile(0.75))
-    assert not layer(score.requires_grad_(), asked).requires_grad
+    assert not layer(score.requires_grad_(), uniform, asked).requires_grad
 
 
 def test_the_auxiliary_target_is_what_would_be_kept_without_noise() -> None:

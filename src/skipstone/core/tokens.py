@@ -59,6 +59,7 @@ class Tokens:
     unpadding: where the real ones stand, if much is padding. Projections and MLP then see them unpadded, [1, N, D].
     state: named tensors [B, T] that cross blocks, made before block 0.
     forced_BT: bool, the decision that the caller imposes on this block, or None.
+    noise_seed: int64 [], the seed of this forward pass's random numbers (`core/noise.py`); None: drawn where needed.
     """
 
     slot_BT: Tensor
@@ -73,6 +74,7 @@ class Tokens:
     unpadding: Unpadding | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     forced_BT: Tensor | None = None
+    noise_seed: Tensor | None = None
     mode: PassMode = PassMode()
 
     @property

@@ -36,7 +36,7 @@ index_add index_copy gather scatter scatter_ scatter_add topk searchsorted
 floor_divide _local_scalar_dense item _to_copy copy_ masked_fill_
 index_copy_ squeeze_ unsqueeze_ _unsafe_view _reshape_alias lift_fresh
 arange empty empty_like new_empty empty_strided new_empty_strided scalar_tensor zeros zeros_like new_zeros
-ones ones_like new_ones full full_like new_full fill_ exponential_ bernoulli_ uniform_ rand_like
+ones ones_like new_ones full full_like new_full fill_ exponential_ bernoulli_ uniform_ rand_like randint
 """  # softmax, losses, norms; looking up; sorting, gathering, copying; filling, drawing
 FREE = frozenset(FREE_NAMES.split())
 

@@ -21,16 +21,17 @@ class Exploration(nn.Module):
         self.scale = scale
         self.progress = Progress(until)
 
-    def forward(self, score_BT: Tensor, reached_BT: Tensor, capacity: float | None = None) -> Tensor:
+    def forward(self, score_BT: Tensor, noise_BT: Tensor, reached_BT: Tensor, capacity: float | None = None) -> Tensor:
         """fp32 [B, T], without a gradient.
 
-        capacity: for decisions by a threshold. Noise lifts the upper quantiles, so that a threshold would let too many
-        pass; with it the (1 - capacity) quantile of the whole call stays where it is.
+        noise_BT: uniform in (0, 1). capacity: for decisions by a threshold. Noise lifts the upper quantiles, so that a
+        threshold would let too many tokens pass; with it the (1 - capacity) quantile of the whole call stays where it
+        is.
         """
         score_BT = score_BT.detach()
         # from the buffer and not from the Python number, which would compile a new graph in every step
         amplitude = self.scale * (1 - self.progress.millionths / UNIT)
-        explored_BT = score_BT - amplitude * torch.empty_like(score_BT).exponential_().log()
+        explored_BT = score_BT - amplitude * (-noise_BT.log()).log()
         if capacity is None:
             return explored_BT
         lifted, plain = (

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from skipstone.core.counts import TokenCounts
+from skipstone.core.noise import token_noise
 from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
 from skipstone.core.threshold import ScoreThreshold
@@ -67,6 +68,7 @@ class MixtureOfDepths(DepthMechanism):
             self.placement.layer,
             config.threshold,
             norm=bool(config.router_norm),
+            noise_key=self.placement.noise_key,
         )
         self.exploration = Exploration(config.exploration, config.exploration_until) if config.exploration else None
         self.skip = LowRankSkip(hidden_size, config.skip_rank) if config.skip == "low_rank" else None
@@ -145,7 +147,8 @@ class MixtureOfDepths(DepthMechanism):
         if self._explores(tokens):
             assert self.exploration is not None
             held = None if self.decision.static else self.decision.capacity.now
-            score_BT = self.exploration(score_BT, real_mask(tokens, score_BT), held)
+            noise_BT = token_noise(tokens, self.placement.noise_key, len(score_BT))
+            score_BT = self.exploration(score_BT, noise_BT, real_mask(tokens, score_BT), held)
         return self.decision.oracle(score_BT, seen_BTD, tokens)
 
     def _explores(self, tokens: Tokens) -> bool:

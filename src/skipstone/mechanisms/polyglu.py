@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.noise import row_noise
 from skipstone.core.records import ActivationRecord, Records
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import parsed
@@ -130,7 +131,7 @@ class PolyGLU(MixFigures, Activation):
         noise = tokens.mode.noise and self.config.noise
         static_BFA = self.preference_FA[None]
         if noise:
-            static_BFA = static_BFA + self._gumbel(len(x_BTD), x_BTD.device)
+            static_BFA = static_BFA + self._gumbel(len(x_BTD), tokens)
         y_BTF = self._mixed(gate_BTF, static_BFA, dynamic_BTA, tokens, runs)
         record = ActivationRecord(dynamic_BTA.detach(), real_mask(tokens, x_BTD[..., 0]))
         return y_BTF, {self.placement.name: record}
@@ -173,10 +174,9 @@ class PolyGLU(MixFigures, Activation):
             raise ValueError(f"{SEQUENCE} needs the whole row in every call, not a cache; pass use_cache=False")
         return sequence_mean(z_BTR, tokens)
 
-    def _gumbel(self, rows: int, device: torch.device) -> Tensor:
+    def _gumbel(self, rows: int, tokens: Tokens) -> Tensor:
         """Noise of each row, neuron and activation, the same for all tokens of the row."""
-        exponential = torch.empty(rows, *self.preference_bias.shape, device=device).exponential_()
-        return -exponential.clamp(min=torch.finfo(exponential.dtype).tiny).log()
+        return -(-row_noise(tokens, self.placement.noise_key, rows, *self.preference_bias.shape).log()).log()
 
     def routing_modules(self) -> dict[str, RoutingModule]:
         return {self.placement.name: self}

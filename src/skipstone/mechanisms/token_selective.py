@@ -62,7 +62,8 @@ class TokenSelective(DepthMechanism):
         if config.capacity is None:
             return None
         capacity = Capacity(capacity_at(config.capacity, self.placement), config.capacity_warmup)
-        return build_decision(config.decision, capacity, self.hidden_size, self.placement.layer)
+        layer, key = self.placement.layer, self.placement.noise_key
+        return build_decision(config.decision, capacity, self.hidden_size, layer, noise_key=key)
 
     @property
     def capacity(self) -> float | None:

@@ -21,6 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records, carried
 from skipstone.core.static import SkipstoneStaticCacheLayer
 from skipstone.core.strict import unknown
@@ -276,7 +277,9 @@ class SkipstoneModel(SkipstonePreTrainedModel):
                 state.update(mechanism.initial_state(x_BTD))
         rope = self.config.positions == "rope"
         rotary = self.positions(tokens.position_BT, x_BTD.dtype) if rope else None
-        return tokens.replace(state=state, rotary=rotary)
+        draws = tokens.mode.noise and any(block.num_routing_modules for block in self.layers)
+        seed = draw_seed(x_BTD.device) if draws else None
+        return tokens.replace(state=state, rotary=rotary, noise_seed=seed)
 
     def _positioned(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         """The stream with learned positions, if the model has some, after embedding dropout."""

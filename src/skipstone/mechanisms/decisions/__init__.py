@@ -32,6 +32,13 @@ def causal_decisions() -> list[str]:
 
 
 def build_decision(
-    name: str, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
+    name: str,
+    capacity: Capacity | float,
+    width: int,
+    seed: int = 0,
+    threshold: float = 0.5,
+    norm: bool = False,
+    noise_key: int = 0,
 ) -> Decision:
-    return choose("decision", name, DECISIONS)(capacity, width, seed=seed, threshold=threshold, norm=norm)
+    kind = choose("decision", name, DECISIONS)
+    return kind(capacity, width, seed=seed, threshold=threshold, norm=norm, noise_key=noise_key)

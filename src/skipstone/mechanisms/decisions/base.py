@@ -30,11 +30,18 @@ class Decision(nn.Module):
     imposed = False
 
     def __init__(
-        self, capacity: Capacity | float, width: int, seed: int = 0, threshold: float = 0.5, norm: bool = False
+        self,
+        capacity: Capacity | float,
+        width: int,
+        seed: int = 0,
+        threshold: float = 0.5,
+        norm: bool = False,
+        noise_key: int = 0,
     ) -> None:
         """width: D. seed: for controls that draw. threshold: the probability of decisions with a fixed one. norm: the
-        router's input is normalised. Each decision names those that it reads."""
+        router's input is normalised. noise_key: of random numbers. Each decision names those that it reads."""
         super().__init__()
+        self.noise_key = noise_key
         self.capacity = capacity if isinstance(capacity, Capacity) else Capacity(capacity)
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.noise import token_noise
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.decisions.base import Decision
 from skipstone.mechanisms.schedules import Capacity
@@ -28,7 +29,9 @@ class Random(Decision):
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         if tokens.mode.noise:
-            return ops.select_top(torch.rand_like(score_BT), self.capacity.now, tokens.group_BT)
+            return ops.select_top(
+                token_noise(tokens, self.noise_key, len(score_BT)), self.capacity.now, tokens.group_BT
+            )
         hashed_BT = self._hash(tokens.position_BT).expand_as(score_BT)
         return ops.select_top(hashed_BT, self.capacity.now, tokens.group_BT)
 

@@ -1,0 +1,63 @@
+"""Random numbers that belong to a token or a row, and not to the order of calls.
+
+    u = hash(seed of the forward pass, mechanism, row, slot, channel) in (0, 1)
+
+The decoder draws one seed a forward pass from torch's generator (`Tokens.noise_seed`). A token then gets the same
+numbers whatever else is or is not drawn: in both executors, whether or not a block keeps any token, and when activation
+checkpointing computes a block again. The host never waits. The hash has 32 bits, two rounds of multiplication by odd
+constants between shifts; a test checks means, quantiles and correlations.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skipstone.core.tokens import Tokens
+
+BITS = 0xFFFFFFFF
+ROUNDS = ((15, 0x2C1B3C6D), (12, 0x297A2D39))  # constants below 2^31, so that no product overflows int64
+LAST_SHIFT = 15
+MANTISSA = 23  # bits that fp32 holds of a number just below 1
+
+
+def draw_seed(device: torch.device | str) -> Tensor:
+    """Return a new seed from torch's generator, int64 [] on the device."""
+    return torch.randint(0, 2**31, (), device=device)
+
+
+def token_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
+    """Return uniform numbers in (0, 1), fp32 [B, T, *channels], different for every token.
+
+    key: `Placement.noise_key`, or another number that nobody else draws by. rows: B.
+    """
+    slot_BT = tokens.slot_BT.expand(rows, -1)
+    return _uniform(_mixed(_rows(tokens, key, rows)[:, None] ^ (slot_BT & BITS)), channels)
+
+
+def row_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
+    """Return uniform numbers in (0, 1), fp32 [B, *channels], the same for all tokens of a row."""
+    return _uniform(_mixed(_rows(tokens, key, rows) ^ 0x5BF03635), channels)
+
+
+def _rows(tokens: Tokens, key: int, rows: int) -> Tensor:
+    """int64 [B], by seed, key and the rows' numbers in the batch."""
+    device = tokens.slot_BT.device
+    seed = draw_seed(device) if tokens.noise_seed is None else tokens.noise_seed
+    row_B = torch.arange(rows, device=device) if tokens.rows is None else tokens.rows.index_R
+    return _mixed(_mixed(seed ^ (key & BITS)) ^ row_B)
+
+
+def _mixed(hash_: Tensor) -> Tensor:
+    for shift, factor in ROUNDS:
+        hash_ = ((hash_ ^ (hash_ >> shift)) * factor) & BITS
+    return hash_ ^ (hash_ >> LAST_SHIFT)
+
+
+def _uniform(hash_: Tensor, channels: tuple[int, ...]) -> Tensor:
+    count = torch.Size(channels).numel()
+    channel = torch.arange(count, device=hash_.device) * 0x1F123BB5 & BITS
+    hash_ = _mixed(hash_[..., None] ^ channel).view(*hash_.shape, *channels)
+    return ((hash_ >> (32 - MANTISSA)).float() + 0.5) * 2.0**-MANTISSA
