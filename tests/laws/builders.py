@@ -274,7 +274,8 @@ def _centre(model: SkipstoneForCausalLM) -> None:
         if alone:
             shares = [0.5] if len(alone) == 1 else [share / 20 for share in range(1, 20)]
             lines = [_between(torch.cat(list(alone.values())), share) for share in shares]
-            handle.set(max(lines, key=lambda line: min(_evenness(scores > line) for scores in alone.values())))
+            line = max(lines, key=lambda line: min(_evenness(scores > line) for scores in alone.values()))
+            handle.set(float(line))
         for layer, scores in alone.items():
             if len(alone) > 1 and _evenness(scores > handle.threshold) < 0.1:
                 _level(model, handle, layer, name)
