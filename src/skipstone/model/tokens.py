@@ -61,17 +61,17 @@ def _real(call: Call) -> Tensor | None:
             f"attention_mask must have shape [{B}, {int(call.seen) + T}] (1 for tokens, 0 for padding), "
             f"got {list(mask.shape)}; masks with more axes are not supported, give document_ids for packed rows"
         )
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and _cheap(mask):
-        low, high = mask.aminmax() if mask.numel() else (0, 1)
-        if low < 0 or high > 1:
-            raise ValueError(
-                "attention_mask must hold 1 for tokens and 0 for padding, got "
-                f"{float(low if low < 0 else high):g}; tell packed documents apart by document_ids or position_ids"
-            )
     real_BT = mask[:, -T:].bool()
-    if isinstance(call.seen, Tensor) or torch.compiler.is_compiling() or not _cheap(mask) or not bool(real_BT.all()):
+    if isinstance(call.seen, Tensor) or torch.compiler.is_compiling() or not _cheap(mask):
         return real_BT
-    return None  # the common case: nothing is padding, so the fast paths stay open
+    look = int(2 * ((mask != 0) & (mask != 1)).any() + real_BT.all())  # both questions at one look
+    if look >= 2:
+        low, high = (float(x) for x in mask.aminmax())
+        raise ValueError(
+            f"attention_mask must hold 1 for tokens and 0 for padding, got {low if low < 0 else high:g}; "
+            "tell packed documents apart by document_ids or position_ids"
+        )
+    return None if look else real_BT  # the common case: nothing is padding, so the fast paths stay open
 
 
 def _reaches_back(mask: Tensor, call: Call) -> bool:
