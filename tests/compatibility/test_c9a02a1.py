@@ -2,7 +2,7 @@
 
 `c9a02a1/run` was trained by that commit: 4 steps of width 16 on Reset-S3 with Mixture-of-Depths, Token-Selective
 Attention and PolyGLU. It has the `dial.json` that `skipstone calibrate` wrote. `c9a02a1/evaluation.json` is what
-`skipstone eval --budget .8 --json` said of it.
+`skipstone eval --budget .8 --json` said of it. `c9a02a1/record.json` is a record of the study `tsa_enwik8`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from skipstone.evaluate.evaluation import evaluate
 from skipstone.report.rendering import write_report
 from skipstone.runs import Run
 from skipstone.train.recipe import read_recipe
+from skipstone_studies.record import digest
+from skipstone_studies.record import read as read_record
 
 SAVED = Path(__file__).parent / "c9a02a1"
 
@@ -75,6 +77,15 @@ def test_the_recipe_is_read(run: Path) -> None:
     recipe = read_recipe(config)
     assert (recipe.train.steps, recipe.data.corpus) == (4, "reset-s3")
     assert [entry["name"] for entry in recipe.model["mechanisms"]] == ["mixture_of_depths", "token_selective"]
+
+
+def test_a_record_of_a_study_is_read() -> None:
+    written = json.loads((SAVED / "record.json").read_text(encoding="utf-8"))
+    record = read_record(SAVED / "record.json")
+    assert (record.study, record.arm, record.seed) == ("tsa_enwik8", "dense", 0)
+    assert (record.figures, record.timing_session) == (written["figures"], written["sitting"])
+    assert digest(record.config) == record.digest == written["digest"]
+    assert read_recipe(record.config).data.corpus == record.config["data"]["corpus"]
 
 
 def test_a_report_shows_run_and_evaluation(run: Path, tmp_path: Path) -> None:

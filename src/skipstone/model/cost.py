@@ -120,16 +120,8 @@ class Cost:
     dense: Cost | None = None
 
     @property
-    def forward_per_row(self) -> Flops:
-        return self.forward * (1 / self.batch)
-
-    @property
     def forward_per_token(self) -> Flops:
         return self.forward * (1 / (self.batch * self.tokens))
-
-    @property
-    def training_per_token(self) -> Flops:
-        return self.training * (1 / (self.batch * self.tokens))
 
     @property
     def ratio(self) -> float:
