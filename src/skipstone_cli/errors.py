@@ -1,4 +1,4 @@
-"""A user's mistake becomes one line on stderr and exit code 2; anything unexpected keeps its traceback."""
+"""A user's mistakes become a line each on stderr and exit code 2; anything unexpected keeps its traceback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _SHOWN_BY_PYTHON = warnings.showwarning
 
 
 class UserError(ValueError):
-    """A mistake on the command line that the command itself finds, before the library is asked."""
+    """Mistakes on the command line that the command itself finds, before the library is asked; a line each."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = list(lines)
+        super().__init__("; ".join(lines))
 
 
 @contextmanager
@@ -29,7 +33,8 @@ def one_line_errors() -> Iterator[None]:
     except USER_ERRORS as error:
         if os.environ.get("SKIPSTONE_TRACEBACK") == "1":
             raise
-        print(f"skipstone: {describe(error)}", file=sys.stderr)
+        for line in getattr(error, "lines", None) or [describe(error)]:
+            print(f"skipstone: {' '.join(line.split())}", file=sys.stderr)
         sys.exit(2)
 
 

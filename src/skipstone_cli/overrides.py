@@ -5,6 +5,7 @@ The defaults are those of the library's dataclasses, which also refuse unknown k
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,21 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    pairs = [split(word) for word in overrides]
     config = _read(existing_file(path, "recipe"))
-    for key, value in pairs:
-        _apply(config, key, value)
+    lines, before = [], _steps(config)
+    for word in overrides:
+        try:
+            _apply(config, *split(word))
+        except UserError as error:
+            lines.append(str(error))
+    if lines:
+        raise UserError(*lines)
+    if not any(word.startswith("train.warmup_steps=") for word in overrides):
+        _shorten_warmup(config, *before)
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"recipe {str(path)!r}: {error}") from None
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"recipe {str(path)!r}: {_said(error)}") from None
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
@@ -53,9 +61,10 @@ def _read(path: Path) -> DictConfig:
 
     try:
         config = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(path)!r} is not readable YAML: {error}") from None
-    if not isinstance(config, DictConfig):
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, AssertionError, RecursionError) as error:
+        raise UserError(f"recipe {str(path)!r} is not readable YAML: {_said(error)}") from None
+    a_text = len(config) == 1 and [str(key) for key in config] == [path.read_text(encoding="utf-8").strip()]
+    if a_text or not isinstance(config, DictConfig):  # OmegaConf reads a bare text as a key without a value
         raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values at its top")
     return config
 
@@ -67,13 +76,15 @@ def _apply(config: DictConfig, key: str, value: str) -> None:
 
     try:
         parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]  # numbers, booleans and lists as in YAML
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"override {key}={value}: the value is not YAML ({error})") from None
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"override {key}={value}: the value is not YAML ({_said(error)})") from None
+    if OmegaConf.is_dict(parsed) and not value.lstrip().startswith("{"):
+        parsed = value  # YAML reads `9:` as a mapping; on one line, only braces make one
     _check_way(config, key, value)
     try:
         OmegaConf.update(config, key, parsed, merge=True)
-    except (OmegaConfBaseException, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise UserError(f"override {key}={value} fits nowhere in the recipe: {error}") from None
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError, AssertionError, RecursionError) as error:
+        raise UserError(f"override {key}={value} fits nowhere in the recipe: {_said(error)}") from None
 
 
 def _check_way(config: DictConfig, key: str, value: str) -> None:
@@ -88,3 +99,35 @@ def _check_way(config: DictConfig, key: str, value: str) -> None:
             raise UserError(f"override {key}={value}: {at} is {node!r}, it has no keys")
         if isinstance(node, ListConfig) and not (parts[end].isdecimal() and int(parts[end]) < len(node)):
             raise UserError(f"override {key}={value}: {at} is a list of {len(node)}, use an index from 0 below that")
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "lists or mappings lie too deep inside each other"
+    return str(error) or "it is no mapping of keys to values"
+
+
+def _steps(config: DictConfig) -> tuple[Any, Any]:
+    """`train.steps` and `train.warmup_steps` as they are now."""
+    from omegaconf import OmegaConf
+
+    train = OmegaConf.select(config, "train")
+    found = train if OmegaConf.is_dict(train) else {}
+    return found.get("steps"), found.get("warmup_steps")
+
+
+def _shorten_warmup(config: DictConfig, steps_before: Any, warmup_before: Any) -> None:
+    """A training that the command line has made shorter than the recipe's warm-up keeps the warm-up's share of it."""
+    from omegaconf import OmegaConf
+
+    steps, warmup = _steps(config)
+    numbers = (steps, warmup, steps_before, warmup_before)
+    if not all(type(number) is int and number > 0 for number in numbers) or warmup <= steps:
+        return
+    shorter = steps * warmup_before // steps_before
+    OmegaConf.update(config, "train.warmup_steps", shorter)
+    print(
+        f"skipstone: train.warmup_steps is {shorter} of {steps} steps, the share of the recipe's {warmup_before} of "
+        f"{steps_before}",
+        file=sys.stderr,
+    )

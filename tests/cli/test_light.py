@@ -40,6 +40,38 @@ def test_nothing_heavy_is_imported(words: list[str]) -> None:
     assert command(*words)[1] == "heavy: []"
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train.stpes=4"], ["unknown key in train 'stpes'; did you mean 'steps'?"]),
+        (["train.batch_size=ten"], ["train.batch_size must be int, got 'ten'"]),
+        (
+            ["data.corpus=text:/absent", "train.beta1=2"],
+            ["beta1 must be in [0, 1), got 2.0 (typed: train.beta1=2)", "/absent"],
+        ),
+        (["data.contxt=4", "train.steps=0"], ["did you mean 'context'?", "steps must be at least 1, got 0"]),
+        (["model.hiden_size=4"], ["did you mean 'hidden_size'?"]),
+        (["model.hidden_size=33", "nmae=x"], ["hidden_size (33) must be a multiple", "did you mean 'name'?"]),
+        (["--resume", "--out", "absent"], ["run folder 'absent' does not exist: nothing to resume"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says: list[str]) -> None:
+    told, loaded = command("train", str(SRC.parent / "recipes" / "mod.yaml"), *words)
+    lines = told.splitlines()
+    assert loaded == "heavy: []"
+    assert len(lines) == len(says)
+    assert all(any(text in line for line in lines) for text in says)
+
+
+def test_adapt_answers_without_torch() -> None:
+    told, loaded = command(
+        "adapt", "x", str(SRC.parent / "recipes" / "adapt-mod.yaml"), "adapt.budgt=4", "train.batch_size=0"
+    )
+    assert loaded == "heavy: []"
+    assert "did you mean 'budget'?" in told
+    assert "batch_size must be at least 1" in told
+
+
 @pytest.mark.parametrize(("word", "says"), [("--version", "skipstone "), ("trian", "Did you mean 'train'?")])
 def test_the_package_run_as_a_module_is_the_command(word: str, says: str) -> None:
     done = run("-X", "importtime", "-m", "skipstone", word)

@@ -44,6 +44,8 @@ def recipe(tmp_path: Path) -> Path:
         (["model.mechanisms.0.capacity=0.25"], ["model", "mechanisms", 0, "capacity"], 0.25),
         (["model.mechanisms.0.capacity=0.25"], ["model", "mechanisms", 0, "name"], "mixture_of_depths"),
         (["model.mechanisms[1].name=polyglu"], ["model", "mechanisms", 1, "name"], "polyglu"),
+        (["model.mechanisms.0.layers=9:"], ["model", "mechanisms", 0, "layers"], "9:"),
+        (["model.mechanisms.0.layers=1::2"], ["model", "mechanisms", 0, "layers"], "1::2"),
         (["model.mechanisms=[]"], ["model", "mechanisms"], []),
         (["model.activation.name=polyglu"], ["model", "activation"], {"name": "polyglu"}),
         (["model.activation={name: polyglu}"], ["model", "hidden_size"], 64),
@@ -87,6 +89,40 @@ def test_a_bad_recipe_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"bad\.yaml"):
         load_recipe(path, [])
+
+
+def test_all_overrides_that_fit_nowhere_are_named(recipe: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe, ["seed", "seed.x=1", "train.steps=3", "model.mechanisms.2.x=1"])
+    assert len(error.value.lines) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["just a text", "a: " + 200 * "[" + 200 * "]", "".join(" " * i + f"k{i}:\n" for i in range(500))]
+)
+def test_odd_recipes_are_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"odd\.yaml") as error:
+        load_recipe(path, [])
+    assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup", "said"),
+    [
+        (["train.steps=20"], 2, "train.warmup_steps is 2 of 20 steps, the share of the recipe's 60 of 600"),
+        (["train.steps=100"], 60, ""),
+        (["train.steps=20", "train.warmup_steps=30"], 30, ""),
+    ],
+)
+def test_a_shortened_training_has_a_shorter_warmup(
+    words: list[str], warmup: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train: {steps: 600, warmup_steps: 60}\n", encoding="utf-8")
+    assert load_recipe(path, words)["train"]["warmup_steps"] == warmup
+    assert said in capsys.readouterr().err
 
 
 def test_split_keeps_further_equals_signs() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from skipstone.core.strict import choose, from_dict, unknown
+from skipstone.core.strict import Mistakes, choose, from_dict, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,37 @@ def test_mistakes_are_one_clear_line(values: dict[Any, Any], message: str) -> No
         from_dict(Outer, values, "model")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded:
+    low: int = 0
+    high: int = 10
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.low < 0:
+            raise ValueError(f"low must not be negative, got {self.low}")
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"rate must be in [0, 1], got {self.rate}")
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        ({"low": -1, "rate": 7}, ["low must not be negative, got -1", "rate must be in [0, 1], got 7.0"]),
+        ({"low": 11, "high": -5, "rate": 7}, ["low (11) must not exceed high (-5)", "rate must be in [0, 1], got 7.0"]),
+        ({"low": "x", "high": -5, "rate": 7}, ["b.low must be int, got 'x'", "rate must be in [0, 1], got 7.0"]),
+        ({"lwo": 1, "rate": "x", "low": -2}, ["key in b 'lwo'", "b.rate must be float, got 'x'", "low must not be"]),
+    ],
+)
+def test_all_mistakes_are_told_and_no_consequences(values: dict[str, Any], lines: list[str]) -> None:
+    with pytest.raises(Mistakes) as error:
+        from_dict(Bounded, values, "b")
+    assert len(error.value.lines) == len(lines)
+    assert all(text in line for text, line in zip(lines, error.value.lines, strict=True))
 
 
 def test_without_a_place_the_class_is_named() -> None:

@@ -79,8 +79,20 @@ def test_defaults_that_follow_from_others() -> None:
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
         ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
-        ({"hidden_size": 60, "num_attention_heads": 4}, "even rotary dimension, but got `head_dim`=15"),
+        ({"hidden_size": 60, "num_attention_heads": 4}, "head_dim must be even with positions 'rope'"),
         ({"attention_dropout": 1.5}, r"attention_dropout must be in \[0, 1\), got 1.5"),
+        (
+            {"hidden_size": 33, "num_attention_heads": 8},
+            r"hidden_size \(33\) must be a multiple of",
+        ),
+        ({"initializer_range": 0}, "initializer_range must be above 0, got 0"),
+        ({"head_dim": 1}, "head_dim must be even"),
+        ({"pad_token_id": 1000}, "pad_token_id must be"),
+        ({"eos_token_id": [3, -5]}, "eos_token_id must be .* got -5"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers must be at most 65,536"),
+        ({"hidden_size": 10**9}, "TiB in fp32"),
+        ({"vocab_size": 10**12}, "TiB in fp32"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta must be a number above 0, got 'x'"),
         ({"norm_eps": -1.0}, "norm_eps must be above 0, got -1.0"),
         ({"hiden_size": 64}, "unknown key in model 'hiden_size'; did you mean 'hidden_size'"),
     ],
@@ -135,3 +147,15 @@ def test_the_callers_dicts_are_not_touched() -> None:
     assert config.mechanisms == [{"name": MOD, "capacity": 0.5}]
     config.mechanisms[0].plain()["capacity"] = 1.0
     assert config.mechanisms == [{"name": MOD, "capacity": 0.5}]
+
+
+def test_fields_are_known_without_transformers() -> None:
+    from transformers import PreTrainedConfig
+
+    from skipstone.model.fields import FOREIGN, TYPES, check_fields
+
+    theirs = {name for name in PreTrainedConfig.__dataclass_fields__ if not name.startswith("_")}
+    assert {*FOREIGN} <= theirs
+    assert not {*FOREIGN} & {*TYPES}
+    assert check_fields({"preset": "tiny", "hidden_size": 33, "dtype": "float32"}) == []
+    assert len(check_fields({"hidden_size": 33, "norm_eps": "x", "vocab": 3})) == 3

@@ -66,7 +66,7 @@ def test_unknown_names_and_keys() -> None:
         presets.get("tiny", linear_init="tourch")
     with pytest.raises(ValueError, match="unknown auxiliary_loss_over 'labeled'; did you mean 'labelled'"):
         presets.get("tiny", auxiliary_loss_over="labeled")
-    with pytest.raises(ValueError, match="even rotary dimension") as caught:
+    with pytest.raises(ValueError, match="head_dim must be even") as caught:
         presets.get("tiny", hidden_size=36)
     assert "\n" not in str(caught.value)
 

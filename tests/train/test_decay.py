@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train import decay
-from skipstone.train.recipe import TrainConfig
+from skipstone.train.recipe import DECAY_KINDS, TrainConfig
 from train.tool import DENSE, MODELS
 
 WITH_BIASES = {**DENSE, "norm": "layernorm", "positions": "learned", "mlp_bias": True, "attention_bias": True}
@@ -63,7 +63,7 @@ def test_each_kind(spared: list[str], free: list[str], decays: list[str]) -> Non
 def test_everything_is_of_a_kind_that_can_be_named() -> None:
     """What no kind spares are matrices of attention, MLP and head."""
     for model in (*MODELS.values(), WITH_BIASES):
-        always = decaying(model, list(decay.KINDS))
+        always = decaying(model, list(DECAY_KINDS))
         assert all(name.endswith("_proj.weight") or "_proj" in name or name == "lm_head.weight" for name in always)
     assert "model.layers.0.mlp.router.weight" not in decaying(MODELS["experts"], ["routers"])
 

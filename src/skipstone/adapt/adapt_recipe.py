@@ -178,7 +178,7 @@ def _stages(recipe: AdaptRecipe) -> Any:
         if stage.steps is None or stage.steps < 1:
             raise ValueError(f"{where}.steps must be at least 1, got {stage.steps}")
         rate = stage.learning_rate or train.learning_rate
-        warmup = min(train.warmup_steps, stage.steps) if stage.warmup_steps is None else stage.warmup_steps
+        warmup = min(train.warmup_steps or 0, stage.steps) if stage.warmup_steps is None else stage.warmup_steps
         filled = replace(
             stage,
             train_only=stage.train_only or adapt.train_only,

@@ -22,7 +22,7 @@ from skipstone.model.config import SkipstoneConfig
 from skipstone.model.parts import parse_groups
 from skipstone.model.pretrained import load_tokenizer
 from skipstone.runs import Run
-from skipstone.train import setup
+from skipstone.train import early, setup
 
 NEUTRAL_ROWS = 4
 
@@ -45,7 +45,7 @@ class Plan:
 
 def check_early(recipe: AdaptRecipe) -> None:
     """Find what is wrong with mechanisms, loggers or packages before any weights are read."""
-    setup.check_loggers(recipe.train)
+    early.check_loggers(recipe.train)
     stages.check_packages(recipe.adapt.stages)
     for entry in _mechanisms(recipe):
         SkipstoneConfig.from_plain({"mechanisms": [{k: v for k, v in entry.items() if k != "layers"}]})

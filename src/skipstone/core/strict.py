@@ -1,15 +1,36 @@
-"""One strict way from plain dicts (YAML, config.json, command line) to dataclasses, with near-match errors."""
+"""One strict way from plain dicts (YAML, config.json, command line) to dataclasses; all mistakes are told together."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class Mistakes(ValueError):
+    """Several mistakes of one input. lines: one for each."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = list(lines)
+        super().__init__("; ".join(self.lines))
+
+
+def mistakes(error: ValueError) -> list[str]:
+    """The lines that an error stands for."""
+    return error.lines if isinstance(error, Mistakes) else [str(error)]
+
+
+def refuse(lines: Iterable[str]) -> None:
+    """Raise ValueError with these lines, if there are any."""
+    lines = list(lines)
+    if lines:
+        raise Mistakes(lines) if len(lines) > 1 else ValueError(lines[0])
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
@@ -31,23 +52,48 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build dataclass `cls` from a plain dict, nested dataclasses included.
 
     `where` is the path shown in errors, e.g. `mechanisms[0]`. Raises ValueError for an unknown or missing key and for a
-    value of the wrong type; range checks belong to the dataclass's own `__post_init__`.
+    value of the wrong type; range checks belong to the dataclass's own `__post_init__`. Several mistakes are raised
+    together, as `Mistakes`.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or cls.__name__} must be a mapping of keys to values, got {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise ValueError(unknown(f"key in {where or cls.__name__}", key, fields))
-    for name, field in fields.items():
-        if name not in values and _required(field):
-            raise ValueError(f"{_path(where, name)} is missing")
-    try:
-        return cls(**{key: convert(hints[key], value, _path(where, key)) for key, value in values.items()})
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if not where or message.startswith(where) else f"{where}: {message}") from None
+    lines = [unknown(f"key in {where or cls.__name__}", key, fields) for key in values if key not in fields]
+    missing = [name for name, field in fields.items() if name not in values and _required(field)]
+    lines += [f"{_path(where, name)} is missing" for name in missing]
+    converted, wrong = {}, {*missing}
+    for key in (key for key in values if key in fields):
+        try:
+            converted[key] = convert(hints[key], values[key], _path(where, key))
+        except ValueError as error:
+            lines += mistakes(error)
+            wrong.add(key)
+    if any(_required(fields[name]) for name in wrong):
+        refuse(lines)
+    built, found = build(cls, converted, wrong)
+    refuse([*lines, *(line if not where or line.startswith(where) else f"{where}: {line}" for line in found)])
+    return built  # type: ignore[return-value]
+
+
+def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[str] = ()) -> tuple[T | None, list[str]]:
+    """`make(**values)`, or all that it refuses although it raises one error at a time.
+
+    The first of the values that a message names is set to its default, and the rest is tried again. What is said of
+    values that were set to their default (`doubted` ones are already) is a consequence and is left out.
+    """
+    left, lines, doubted = dict(values), [], {*doubted}
+    while True:
+        try:
+            return make(**left), lines
+        except ValueError as error:
+            told = [(line, re.findall(r"\w+", line)) for line in mistakes(error)]
+            lines += [line for line, words in told if not doubted & {*words}]
+            guilty = {name for _, words in told if (name := next((w for w in words if w in left), None)) is not None}
+            if not guilty:
+                return None, lines if lines or doubted else mistakes(error)
+            doubted |= guilty
+            left = {name: value for name, value in left.items() if name not in guilty}
 
 
 def parsed(cls: type[T], config: T | None, options: Mapping[str, object]) -> T:
@@ -83,10 +129,20 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        item = (typing.get_args(hint) or (Any,))[0]
-        return origin(convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (list, tuple, Sequence) and isinstance(value, (list, tuple)):
+        return (tuple if origin is tuple else list)(_items((typing.get_args(hint) or (Any,))[0], value, where))
     return _convert_plain(hint, origin, value, where)
+
+
+def _items(hint: Any, values: Iterable[Any], where: str) -> list[Any]:
+    found, lines = [], []
+    for i, value in enumerate(values):
+        try:
+            found.append(convert(hint, value, f"{where}[{i}]"))
+        except ValueError as error:
+            lines += mistakes(error)
+    refuse(lines)
+    return found
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -106,9 +162,9 @@ def _meant(hint: Any, value: Any) -> bool:
     """Whether a value of this shape (mapping, list or plain) was probably meant for this type hint."""
     kind = typing.get_origin(hint) or hint
     if isinstance(value, Mapping):
-        return kind is dict or dataclasses.is_dataclass(kind)
+        return kind in (dict, Mapping) or dataclasses.is_dataclass(kind)
     if isinstance(value, (list, tuple)):
-        return kind in (list, tuple)
+        return kind in (list, tuple, Sequence)
     return kind in (bool, int, float, str)
 
 
@@ -119,9 +175,10 @@ def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
         except ValueError:
             pass
     kind = origin or hint
-    wrong_bool = isinstance(value, bool) and kind in (int, float)
+    confused = (isinstance(value, bool) and kind in (int, float)) or (isinstance(value, str) and kind is Sequence)
     if kind is dict and isinstance(value, Mapping):  # frozen ones, too
         return value
-    if not isinstance(kind, type) or (isinstance(value, kind) and not wrong_bool):
+    if not isinstance(kind, type) or (isinstance(value, kind) and not confused):
         return value
-    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    name = {Sequence: "list", Mapping: "dict"}.get(kind, getattr(kind, "__name__", kind))
+    raise ValueError(f"{where} must be {name}, got {value!r}")

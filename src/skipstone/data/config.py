@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PACKINGS = ("stream", "packed")
+LARGEST = 1 << 31  # of contexts, seeds and numbers of rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is not None and value > LARGEST:
+                raise ValueError(f"{name} must be at most {LARGEST:,}, got {value:,}")
 
     @property
     def tells_difficulty(self) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeAlias
 
-from skipstone.core.strict import choose, from_dict, unknown
+from skipstone.core.strict import choose, from_dict, mistakes, refuse, unknown
 from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS
 from skipstone.mechanisms.grouping import GroupingConfig
 from skipstone.mechanisms.polyglu import PolyGLUConfig
+from skipstone.model.fields import Written as Written
 from skipstone.model.layers import parse_layers
 from skipstone.nn.block import SITES
 from skipstone.nn.experts import ROW_OF_16_BYTES as ROW_OF_16_BYTES
@@ -23,8 +23,6 @@ from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, FixedMix, FixedMixConfig
 from skipstone.nn.mlp import MLPS as MLPS
 from skipstone.nn.norm import NORMS as NORMS
 from skipstone.nn.positions import STATIC_ROPE as STATIC_ROPE
-
-Written: TypeAlias = Mapping[str, object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +100,18 @@ def parse_mechanisms(entries: Sequence[Written], num_layers: int) -> list[Mechan
     Raises ValueError for unknown names, keys, sites or layers, and for a mechanism that sits twice on one site.
     """
     parsed: list[MechanismEntry] = []
+    lines: list[str] = []
     for i, written in enumerate(entries):
         entry = written
-        if not isinstance(entry, MechanismEntry) or entry.num_layers != num_layers:
-            entry = _parse_mechanism(written, num_layers, f"mechanisms[{i}]")
-        if any(entry.key == other.key and set(entry.layers) & set(other.layers) for other in parsed):
-            raise ValueError(f"mechanisms[{i}]: {entry.kind} sits twice on the same {entry.site}")
-        parsed.append(entry)
+        try:
+            if not isinstance(entry, MechanismEntry) or entry.num_layers != num_layers:
+                entry = _parse_mechanism(written, num_layers, f"mechanisms[{i}]")
+            if any(entry.key == other.key and set(entry.layers) & set(other.layers) for other in parsed):
+                raise ValueError(f"mechanisms[{i}]: {entry.kind} sits twice on the same {entry.site}")
+            parsed.append(entry)
+        except ValueError as error:
+            lines += mistakes(error)
+    refuse(lines)
     return parsed
 
 
@@ -117,10 +120,19 @@ def _parse_mechanism(written: Written, num_layers: int, where: str) -> Mechanism
     options = dict(values)
     kind, site = options.pop("name", None), options.pop("on", "block")
     mechanism = choose(f"{where}.name", kind, DEPTH)
-    if site not in SITES:
-        raise ValueError(unknown(f"{where}.on", site, SITES))
-    layers = parse_layers(options.pop("layers", mechanism.default_layers), num_layers, f"{where}.layers")
-    config: object = from_dict(mechanism.Config, options, where)
+    asked = options.pop("layers", mechanism.default_layers)
+    lines = [] if site in SITES else [unknown(f"{where}.on", site, SITES)]
+    layers: list[int] = []
+    config: object = None
+    try:
+        layers = parse_layers(asked, num_layers, f"{where}.layers")
+    except ValueError as error:
+        lines += mistakes(error)
+    try:
+        config = from_dict(mechanism.Config, options, where)
+    except ValueError as error:
+        lines += mistakes(error)
+    refuse(lines)
     return MechanismEntry(values, str(kind), str(site), tuple(layers), num_layers, config)
 
 

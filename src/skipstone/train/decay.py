@@ -8,21 +8,10 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from skipstone.core.routing_module import RoutingModule
-from skipstone.core.strict import unknown
 
-# preferences: of PolyGLU's neurons, for an activation. embeddings: of tokens and positions; a tied head is one of them.
-# routers: all else that mechanisms own.
-KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
 # A parameter of the decoder itself is of the first kind whose pattern its name has; mechanisms declare theirs.
 PATTERNS = {"biases": r"bias", "norms": r"norm", "embeddings": r"(^|\.)(embed_tokens|positions)\."}
 USUAL = ("biases", "norms", "preferences")  # what stock trainers spare, too
-
-
-def check(kinds: Iterable[str]) -> None:
-    """Raise ValueError for a kind that does not exist."""
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(unknown("no_decay", kind, KINDS))
 
 
 def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | None) -> list[str]:

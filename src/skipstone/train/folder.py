@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,23 @@ def default_folder(recipe: Recipe) -> Path:
         return Path("runs") / recipe.name
     corpus = recipe.data.corpus.partition(":")[0]
     return Path("runs") / f"{corpus}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+    """The folder that a run goes to. Raises ValueError or FileNotFoundError where there is nothing to resume."""
+    folder = Path(out) if out is not None else default_folder(recipe)
+    if not resume:
+        return folder
+    if out is None and recipe.name is None:
+        raise ValueError("--resume needs the run folder: name it with --out")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run folder {str(folder)!r} does not exist: nothing to resume")
+    return folder
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes; Trainer does not tell before it has its arguments."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_new(folder: Path) -> None:

@@ -8,14 +8,26 @@ from typing import Any, Literal
 
 from skipstone.core.strict import from_dict, unknown
 from skipstone.data.config import DataConfig
-from skipstone.train import decay
 
+# Kinds of parameters that weight decay may spare (see decay.py). preferences: of PolyGLU's neurons, for an activation.
+# embeddings: of tokens and positions; a tied head is one of them. routers: all else that mechanisms own.
+DECAY_KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
 LOGGERS = ("jsonl", "tensorboard", "wandb")
 NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints")  # when checkpoints are written, and how many stay
 LARGE_VOCABULARY, LOSS_CHUNK = (
     65_536,
     1024,
 )  # from there on, the logits of a micro-batch outgrow the model's own tensors
+
+# Larger ones are slips: no machine has so many threads, and torch takes no larger seed.
+LARGEST = {
+    "steps": 1 << 31,
+    "batch_size": 1 << 24,
+    "eval_batch_size": 1 << 24,
+    "loss_chunk": 1 << 31,
+    "threads": 4096,
+    "seed": (1 << 32) - 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +40,8 @@ class TrainConfig:
     gradient_accumulation, the number of micro-batches it is cut into, changes memory and not the result, but for
     what is measured on a micro-batch: the thresholds of `ema_threshold`, the targets of guided gates, the balancing
     loss of experts. The number of processes has the same effect.
-    learning_rate: at the end of the linear warm-up of warmup_steps; it then falls as a cosine to
-    min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's.
+    learning_rate: at the end of the linear warm-up of warmup_steps (None: a tenth of the steps, at most 100); it then
+    falls as a cosine to min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's.
     no_decay: what weight decay spares, of preferences (of PolyGLU's neurons), biases, norms, embeddings (a tied head is
     one) and routers (all else that mechanisms own); the matrices of attention and MLP always decay. None: the first
     three.
@@ -52,7 +64,7 @@ class TrainConfig:
     batch_size: int = 16
     learning_rate: float = 1e-3
     min_lr_ratio: float = 0.1
-    warmup_steps: int = 100
+    warmup_steps: int | None = None
     weight_decay: float = 0.1
     no_decay: list[str] | None = None
     beta1: float = 0.9
@@ -85,8 +97,13 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed", "loss_chunk"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, most in LARGEST.items():
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}")
         if self.save_minutes is not None and not self.save_minutes > 0:
             raise ValueError(f"save_minutes must be above 0, got {self.save_minutes}")
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", min(100, self.steps // 10))
         self._check_shares()
         self._check_relations()
 
@@ -106,14 +123,16 @@ class TrainConfig:
         return LOSS_CHUNK if vocab_size >= LARGE_VOCABULARY else 0
 
     def _check_relations(self) -> None:
-        if self.warmup_steps > self.steps:
+        if (self.warmup_steps or 0) > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation "
                 f"({self.gradient_accumulation}): it counts the rows of a whole optimizer step"
             )
-        decay.check(self.no_decay or ())
+        for kind in self.no_decay or ():
+            if kind not in DECAY_KINDS:
+                raise ValueError(unknown("no_decay", kind, DECAY_KINDS))
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ValueError(unknown("loggers", name, LOGGERS))
@@ -139,7 +158,7 @@ class Recipe:
 
 
 def read_recipe(values: Mapping[str, Any]) -> Recipe:
-    """The recipe of a plain dict. Raises ValueError, one line, naming the field and what is allowed."""
+    """The recipe of a plain dict. Raises ValueError, one line a mistake, naming the field and what is allowed."""
     if "arms" in values:
         raise ValueError("a recipe with arms is a comparison: run it by `skipstone isoflop`, or leave arms out")
     return from_dict(Recipe, values)

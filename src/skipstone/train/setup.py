@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,13 +13,14 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from skipstone import presets
+from skipstone.core.strict import mistakes
 from skipstone.data.prepare import PreparedData
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.config import OWN_FIELDS, SkipstoneConfig
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.fields import TYPES
 from skipstone.runs import CHECKPOINTS
+from skipstone.train import early
 from skipstone.train.recipe import Recipe, TrainConfig
-
-PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def model_config(values: Mapping[str, Any], context: int, defaults: Mapping[str, Any]) -> SkipstoneConfig:
@@ -56,7 +56,7 @@ def data_defaults(data: PreparedData) -> dict[str, Any]:
 def plain(config: SkipstoneConfig) -> dict[str, Any]:
     """The whole configuration as plain values, as a recipe may hold it."""
     values = config.to_dict()
-    names = [field.name for field in dataclasses.fields(config) if field.name in OWN_FIELDS]
+    names = [field.name for field in dataclasses.fields(config) if field.name in TYPES]
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
@@ -126,13 +126,6 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
-def check_loggers(train: TrainConfig) -> None:
-    """Raise ValueError for a logger whose package is not installed."""
-    for name in train.loggers:
-        if name in PACKAGE_OF and importlib.util.find_spec(PACKAGE_OF[name]) is None:
-            raise ValueError(f"train.loggers: {name} needs a package: pip install 'skipstone[{name}]'")
-
-
 def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCallback]:
     """Trainer's own callbacks for the loggers that are asked for."""
     from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -149,7 +142,16 @@ def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCal
 
 def check_early(recipe: Recipe) -> None:
     """Find what is wrong with a recipe's model or loggers before any corpus is read."""
-    check_loggers(recipe.train)
+    early.check_loggers(recipe.train)
     model_config(recipe.model, recipe.data.context, {})
     if recipe.data.train_rows is not None:
         warnings.warn("data.train_rows has no effect on training, which reads steps * batch_size rows", stacklevel=3)
+
+
+def model_mistakes(values: Mapping[str, Any]) -> list[str]:
+    """A line for each mistake in a recipe's `model`, the options of its mechanisms included."""
+    try:
+        model_config(values, 1, {})
+    except ValueError as error:
+        return mistakes(error)
+    return []

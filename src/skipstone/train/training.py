@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import statistics
 import sys
@@ -89,16 +88,11 @@ def _train(
 @contextmanager
 def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
     """The folder of the run, locked: no other process trains into it."""
-    folder = _run_folder(recipe, out, resume)
-    with locked(folder) if _is_first() else nullcontext():
-        if not resume and _is_first():
+    folder = folders.chosen(recipe, out, resume)
+    with locked(folder) if folders.is_first_process() else nullcontext():
+        if not resume and folders.is_first_process():
             folders.check_new(folder)
         yield folder
-
-
-def _is_first() -> bool:
-    """Whether this is the process that writes; Trainer does not tell before it has its arguments."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
@@ -109,17 +103,6 @@ def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
     if run is not None and run.finished:
         print(f"run {str(folder)!r} is finished already; nothing to resume", file=sys.stderr)  # noqa: T201
     return run
-
-
-def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
-    folder = Path(out) if out is not None else folders.default_folder(recipe)
-    if not resume:
-        return folder
-    if out is None and recipe.name is None:
-        raise ValueError("--resume needs the run folder: name it with --out")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"run folder {str(folder)!r} does not exist: nothing to resume")
-    return folder
 
 
 def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> PreparedData:

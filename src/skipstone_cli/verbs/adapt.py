@@ -19,8 +19,13 @@ def adapt(
 ) -> None:
     """Make a dense checkpoint compute less, starting from exactly what it computes."""
     from skipstone_cli.overrides import load_recipe
+    from skipstone_cli.recipes import check_recipe
 
     config = load_recipe(recipe, overrides or [])
+
+    from skipstone.adapt.adapt_recipe import read_recipe
+
+    check_recipe(config, overrides or [], out=out, resume=resume, read=read_recipe)
 
     from skipstone.adapt.adaptation import adapt as run
 

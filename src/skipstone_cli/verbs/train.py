@@ -27,12 +27,14 @@ def train(
 ) -> None:
     """Train a model from a recipe into a run folder."""
     from skipstone_cli.overrides import load_recipe
+    from skipstone_cli.recipes import check_recipe
 
     idle = {"--gpu": gpu, "--mfu": mfu} if not estimate else {"--out": out, "--resume": resume or None}
     for option, value in idle.items():
         if value is not None:
             raise UserError(f"{option} would have no effect {'with' if estimate else 'without'} --estimate")
     config = load_recipe(recipe, overrides or [])
+    check_recipe(config, overrides or [], out=out, resume=resume, writes=not estimate)
     if estimate:
         _print_estimate(config, gpu, mfu)
         return

@@ -139,7 +139,7 @@ class Grid:
             **(self.spec.recipe.get("train") or {}),
             "steps": steps,
             "learning_rate": rate,
-            "warmup_steps": round(steps * self.base.train.warmup_steps / self.base.train.steps),
+            "warmup_steps": round(steps * (self.base.train.warmup_steps or 0) / self.base.train.steps),
             "log_every": max(1, steps // LOG_LINES),
             "eval_every": 0,
             "eval_rows": 1,

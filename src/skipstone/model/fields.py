@@ -1,0 +1,222 @@
+"""`ModelFields`: sizes and parts of a model, and what can be said of them without loading torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, get_type_hints
+
+from skipstone.core.strict import build, convert, mistakes, unknown
+
+FORMAT_VERSION = 1
+Written: TypeAlias = Mapping[str, object]  # options of a part as they are written
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "mlp_hidden_dropout")
+DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
+ALLOWED = {
+    "positions": ("rope", "learned"),
+    "linear_init": ("normal", "torch"),
+    "auxiliary_loss_over": ("labelled", "all"),
+    "training_routing": ("oracle", "causal"),
+}
+# Keys that transformers has for every model.
+FOREIGN = (
+    "architectures",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+)
+MOST_BLOCKS, MOST_BYTES = 1 << 16, 1 << 46  # far beyond any machine: a slip of the keyboard, not a model
+
+
+@dataclass(kw_only=True)
+class ModelFields:
+    """Sizes as in Llama; parts by name; mechanisms as a list of plain dicts, the outermost first.
+
+    norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain | experts, the last one's options in
+    `experts` (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`
+    or `{name: fixed_mix, groups: {silu: 96, gelu: 32}}` (see `nn/mlp.py`). neuron_groups: options of groups of a gated
+    MLP's neurons that are off for a while (see `mechanisms/neuron_groups.py`); None: all are always on.
+    mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
+    attention_bias: biases on queries, keys and values; attention_output_bias: on their output projection.
+    linear_init: how linear layers start, normal (N(0, initializer_range), biases 0) or torch (nn.Linear's own).
+    scaled_output_init: start the projections into the residual stream N(0, initializer_range / sqrt(2 * layers)), as
+    GPT-2 and PolyGLU do. residual_dropout: on the output of attention and MLP; mlp_dropout: on the MLP's alone, where
+    it differs; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: which tokens the auxiliary losses are
+    averaged over, labelled or all (padding excepted). training_routing: the decisions of a forward pass in training
+    mode that is not told which, oracle or causal (those of generation, without noise: for preference and RL training).
+    """
+
+    format_version: int = FORMAT_VERSION
+    vocab_size: int = 256
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    positions: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp: str = "gated"
+    mlp_bias: bool = False
+    experts: Written | None = None
+    neuron_groups: Written | None = None
+    activation: str | Written = "silu"
+    mechanisms: Sequence[Written] | None = None
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    mlp_dropout: float | None = None
+    mlp_hidden_dropout: float = 0.0
+    auxiliary_loss_over: str = "labelled"
+    training_routing: str = "oracle"
+    initializer_range: float = 0.02
+    linear_init: str = "normal"
+    scaled_output_init: bool = False
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self) -> None:
+        self._fill()
+        self._check_size()
+        self._check()
+
+    def _fill(self) -> None:
+        """Types as declared, and defaults that follow from other values."""
+        for name, hint in TYPES.items():
+            setattr(self, name, convert(hint, getattr(self, name), name))
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}")
+        gated = self.mlp != "plain"
+        if self.intermediate_size is None:  # as many parameters as a plain MLP of 4 d, rounded up to 32
+            self.intermediate_size = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}), unless head_dim says how wide a head is"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+
+    def _check(self) -> None:
+        for field in DROPOUTS:
+            if not 0 <= (getattr(self, field) or 0) < 1:
+                raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
+        for field in ("norm_eps", "initializer_range"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        for field, allowed in ALLOWED.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(unknown(field, getattr(self, field), allowed))
+        self._check_positions()
+        self._check_special_tokens()
+
+    def _check_size(self) -> None:
+        for field in SIZES:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.num_hidden_layers > MOST_BLOCKS:
+            raise ValueError(f"num_hidden_layers must be at most {MOST_BLOCKS:,}, got {self.num_hidden_layers:,}")
+        if 4 * self.weights() > MOST_BYTES:
+            sizes = ", ".join(f"{name} {getattr(self, name):,}" for name in SIZES[:4])
+            raise ValueError(
+                f"{sizes}: these weights would be {4 * self.weights() / 2**40:,.0f} TiB in fp32; at most "
+                f"{MOST_BYTES >> 40} TiB are taken"
+            )
+
+    def weights(self) -> int:
+        """Parameters of the matrices of the dense model: embeddings, attention, MLPs."""
+        assert self.intermediate_size is not None
+        assert self.head_dim is not None
+        assert self.num_key_value_heads is not None
+        attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        mlp = (2 if self.mlp == "plain" else 3) * self.intermediate_size
+        embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        return self.hidden_size * (embeddings + self.num_hidden_layers * (attention + mlp))
+
+    def _check_positions(self) -> None:
+        rope = self.rope_parameters or {}
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}: heads turn as a whole"
+            )
+        if self.positions != "rope":
+            return
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even with positions 'rope', which turns pairs, got {self.head_dim}")
+        theta = rope.get("rope_theta", 1.0)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+            raise ValueError(f"rope_parameters.rope_theta must be a number above 0, got {theta!r}")
+        kind = rope.get("rope_type", "default")
+        if kind in DYNAMIC_ROPE:
+            raise ValueError(
+                f"rope_type {kind!r} changes its frequencies with the input's length, so that cached keys go stale; "
+                "supported: default, linear, llama3, yarn"
+            )
+
+    def _check_special_tokens(self) -> None:
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"{field} must be in [0, {self.vocab_size}), a token of the vocabulary, got {token}"
+                    )
+
+    @property
+    def neurons(self) -> int:
+        """`intermediate_size`, filled in."""
+        assert self.intermediate_size is not None
+        return self.intermediate_size
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, filled in."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+
+TYPES = get_type_hints(ModelFields)  # of all fields, by name
+
+
+def check_fields(values: Mapping[str, Any]) -> list[str]:
+    """A line for each mistake in a recipe's `model`, as far as this file knows. Presets say what else a model has."""
+    lines = [unknown("key in model", key, TYPES) for key in values if key not in {*TYPES, *FOREIGN, "preset"}]
+    typed, wrong = {}, set()
+    for key in (key for key in values if key in TYPES):
+        try:
+            typed[key] = convert(TYPES[key], values[key], f"model.{key}")
+        except ValueError as error:
+            lines += mistakes(error)
+            wrong.add(key)
+    return lines + ([] if "preset" in values else build(ModelFields, typed, wrong)[1])

@@ -1,0 +1,92 @@
+"""What is wrong with a recipe, as far as that can be told before torch is loaded: all of it together."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from skipstone.core.strict import from_dict, mistakes, refuse
+from skipstone.data.config import DataConfig
+from skipstone.data.corpora import find_entry, load_corpus
+from skipstone.model.fields import check_fields
+from skipstone.train import folder as folders
+from skipstone.train.recipe import Recipe, TrainConfig, read_recipe
+
+PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check(
+    config: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    writes: bool = True,
+    read: Callable[[Mapping[str, Any]], Recipe] = read_recipe,
+) -> None:
+    """Raise ValueError with one line for each mistake in the recipe `config`, its run folder and its corpus.
+
+    writes: whether a run folder is going to be written. read: `read_recipe` of the kind of recipe. What mechanisms ask
+    of their options is checked when the model is configured, which loads torch.
+    """
+    lines: list[str] = []
+    try:
+        recipe = read(config)
+    except ValueError as error:
+        lines += mistakes(error)
+        lines += _corpus_of(config.get("data"))
+    else:
+        lines += _surroundings(recipe, out, resume, writes)
+    model = config.get("model")
+    if read is read_recipe and isinstance(model, Mapping):
+        lines += check_fields(model)
+    refuse(lines)
+
+
+def _surroundings(recipe: Recipe, out: Path | None, resume: bool, writes: bool) -> Iterator[str]:
+    """Of a recipe that can be read: loggers, run folder, corpus."""
+    checks: list[Callable[[], object]] = [
+        lambda: check_loggers(recipe.train),
+        lambda: _check_corpus(recipe.data.corpus),
+    ]
+    if writes:
+        checks.append(lambda: _check_folder(recipe, out, resume))
+    for function in checks:
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+def _corpus_of(data: object) -> list[str]:
+    """What is wrong with the files of a corpus, although something else is wrong with the recipe, too."""
+    try:
+        _check_corpus(from_dict(DataConfig, data).corpus)  # type: ignore[arg-type]
+    except OSError as error:
+        return [str(error)]
+    except ValueError:
+        pass  # told already
+    return []
+
+
+def check_loggers(train: TrainConfig) -> None:
+    """Raise ValueError for a logger whose package is not installed."""
+    for name in train.loggers:
+        if name in PACKAGE_OF and importlib.util.find_spec(PACKAGE_OF[name]) is None:
+            raise ValueError(f"train.loggers: {name} needs a package: pip install 'skipstone[{name}]'")
+
+
+def _check_folder(recipe: Recipe, out: Path | None, resume: bool) -> None:
+    folder = folders.chosen(recipe, out, resume)
+    if not resume and folders.is_first_process():
+        folders.check_new(folder)
+
+
+def _check_corpus(name: str) -> None:
+    """Whether the files of a corpus of one's own are there; published ones are looked for when they are read."""
+    entry, argument = find_entry(name)
+    if name.partition(":")[0] in ("text", "jsonl"):
+        load_corpus(name)
+    if entry.kind == "shards" and not Path(argument).expanduser().is_dir():
+        raise FileNotFoundError(f"corpus {name!r}: there is no folder {argument!r}")
