@@ -150,7 +150,7 @@ class AdaptRecipe(Recipe):
 
 
 def read_recipe(values: Mapping[str, Any]) -> AdaptRecipe:
-    """The recipe of a plain dict, its stages complete and train.steps their sum.
+    """Read the recipe of a plain dict; its stages are complete and train.steps is their sum.
 
     Raises ValueError, one line, naming the field and what is allowed.
     """

@@ -13,7 +13,8 @@ from torch import Tensor
 
 
 def logit_divergence(student_BTV: Tensor, teacher_BTV: Tensor, asked_BT: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of the distributions at temperature T, summed over the asked tokens, fp32, in nats.
+    """Return T^2 KL(teacher || student) of the distributions at temperature T, fp32, in nats, summed over predicted
+    tokens.
 
     Hinton et al. 2015 (arXiv 1503.02531): T^2 keeps the size of the gradient when T changes.
     """

@@ -59,7 +59,7 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """What is lost by leaving each kind of depth mechanism out, and neuron groups that are chosen by magnitude."""
+    """Say what is lost by leaving each kind of depth mechanism out, and neuron groups that are chosen by magnitude."""
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.model.layers):
         for name in block.mechanisms:  # type: ignore[union-attr]
@@ -75,7 +75,7 @@ def losses(model: SkipstoneForCausalLM) -> list[str]:
 
 
 def dense_activation(model: SkipstoneForCausalLM) -> str:
-    """The function of every neuron. Raises ValueError where neurons mix several, or differ."""
+    """Return the name of the function of every neuron. Raises ValueError where neurons mix several, or differ."""
     if isinstance(model.config.activation, str):
         return str(model.config.activation)
     found: set[str] = set()
@@ -106,7 +106,9 @@ def _pure(activation: PolyGLU) -> set[str]:
 
 
 def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
-    """The configuration of the same dense model in a family of transformers. Raises ValueError if there is none."""
+    """Return the configuration of the same dense model in a family of transformers. Raises ValueError if there is
+    none.
+    """
     if config.neuron_groups is not None and config.neuron_groups.get("decision") != "magnitude":
         raise ValueError("no dense family has neuron_groups: what they compute is scaled anew in every chunk")
     for kind, (fits, options) in TARGETS.items():
@@ -183,7 +185,7 @@ TARGETS: dict[str, Target] = {
 
 
 def tensors_of(model: SkipstoneForCausalLM, kind: str) -> dict[str, Tensor]:
-    """The weights under the family's names, those of mechanisms left out."""
+    """Return the weights under the family's names, without those of mechanisms."""
     own = (".mechanisms.", ".mlp.activation.", ".mlp.router.")
     ours = {name: x for name, x in model.state_dict().items() if not any(part in name for part in own)}
     return _gpt2_tensors(ours) if kind == "gpt2" else ours

@@ -27,7 +27,7 @@ WITHIN = 0.05  # the reached share may be this much of the budget away from it
 
 
 def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> tuple[float | None, float | None]:
-    """The capacity of every mechanism that has one, or else the share that gates should let pass, for this budget.
+    """Find the capacity of every mechanism that has one, or else the share that gates should let pass, for this budget.
 
     dense: the source's FLOPs of a row of `tokens` tokens. Raises ValueError for a budget that cannot be met.
     """
@@ -66,7 +66,7 @@ def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 
 
 def close(model: SkipstoneForCausalLM) -> bool:
-    """End what mechanisms did to start as the dense model; whether any did."""
+    """End what mechanisms did to start as the dense model; return whether any did."""
     ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
     return any(ended)
 
@@ -85,7 +85,7 @@ def _crossing(share: Callable[[float], float], budget: float, dense: float) -> f
 
 
 def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, dense: float) -> None:
-    """Turn the thresholds that are saved with the model, so that causal passes over `rows` execute the budget.
+    """Set the thresholds that are saved with the model, so that causal passes over `rows` execute the budget.
 
     dense: the source's FLOPs a token. Decisions by a trained predictor or a fixed threshold stay as they are.
     """
@@ -96,7 +96,7 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
 
 
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
-    """FLOPs a token, counted on the operations of causal passes while they run; `rows` hold one row each."""
+    """Count the FLOPs a token on the operations of causal passes while they run; `rows` hold one row each."""
     forward = PASSES["executed"]
     total = sum(count_flops(lambda row=row: forward.run(model, row)).total for row in rows)  # type: ignore[misc]
     return total / sum(row["input_ids"].numel() for row in rows)

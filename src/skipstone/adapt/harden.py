@@ -50,7 +50,7 @@ def export_hardened(
 
 @torch.no_grad()
 def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None) -> SkipstoneForCausalLM:
-    """A new model of the same function, but that each neuron uses its strongest activation alone, and no router.
+    """Build a model of the same function in which each neuron uses its strongest activation alone, without a router.
 
     dynamic: [A] for each layer, what the context adds to every neuron's preferences (`mean_logits`); None: nothing.
     Raises ValueError for a model without PolyGLU.
@@ -72,7 +72,9 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
 
 
 def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """[A] for each layer, fp32: the mean over tokens of what the context adds; 0 where no token arrived."""
+    """Return what the context adds to the logits, the mean over tokens: fp32 [A] for each layer, 0 where no token
+    arrived.
+    """
     layers: Any = model.model.layers
     sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in layers]
     for batch in batches:

@@ -47,12 +47,12 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
 
 
 def token_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
-    """fp32 [N]: 1 - cos(x, y), how far a block turns a token's stream."""
+    """Return 1 - cos(x, y), fp32 [N]: how far a block turns a token's stream."""
     return 1 - F.cosine_similarity(x_ND.float(), y_ND.float(), dim=-1)
 
 
 def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[float]:
-    """The mean over tokens of 1 - cos(x_in, x_out) for each block (ShortGPT, arXiv 2403.03853, equation 1)."""
+    """Return the mean over tokens of 1 - cos(x_in, x_out) for each block (ShortGPT, arXiv 2403.03853, equation 1)."""
     sums = torch.zeros(len(model.model.layers), dtype=torch.float64)
     count = 0
     for batch in site_streams(model, rows):
@@ -66,7 +66,7 @@ def wants_score(layers: object) -> bool:
 
 
 def choose_layers(layers: Mapping[str, Any], scores: Sequence[float], where: str) -> list[int]:
-    """The `count` blocks of least influence, those that are missed least, among the pattern `among` (all blocks).
+    """Choose the `count` blocks of least influence among the pattern `among` (all blocks).
 
     Raises ValueError naming `where` for other keys, another score and a count that cannot be.
     """
@@ -83,7 +83,7 @@ def choose_layers(layers: Mapping[str, Any], scores: Sequence[float], where: str
 
 
 def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
-    """The scores as lines of text, least influence last, and what each block was chosen for."""
+    """Write the scores as lines of text, least influence last, with what each block was chosen for."""
     lines = ["block  influence  chosen for"]
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
         marks = ", ".join(name for name, layers in chosen.items() if i in layers)

@@ -56,7 +56,7 @@ def check_early(recipe: AdaptRecipe) -> None:
 
 
 def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Plan:
-    """Everything up to the first step, the neutral start checked. Prints what was measured to stderr."""
+    """Prepare everything up to the first step and check the neutral start. Prints what was measured to stderr."""
     dense = load_dense(source)
     data = _data(recipe, source, dense, run)
     count = min(recipe.adapt.calibration_rows, recipe.train.steps * recipe.train.batch_size)
@@ -211,6 +211,6 @@ def _check_streams(model: SkipstoneForCausalLM, teacher: SkipstoneForCausalLM) -
 
 
 def say(text: str) -> None:
-    """To stderr, once."""
+    """Print to stderr, from the first process alone."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)  # noqa: T201

@@ -42,7 +42,7 @@ def export_pruned(
 
 @torch.no_grad()
 def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCausalLM:
-    """A new model with these groups alone: `used` is a bool mask [G] for each layer (`used_groups`).
+    """Build a model that has these groups alone: `used` is a bool mask [G] for each layer (`used_groups`).
 
     Layers of which fewer groups are used than a token keeps have the first of the others as well. Raises ValueError for
     a model without neuron groups.
@@ -65,7 +65,7 @@ def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCa
 
 
 def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """bool [G] for each layer: the groups that some token of `batches` keeps."""
+    """Return the groups that some token of `batches` keeps, bool [G] for each layer."""
     layers: Any = model.model.layers
     used = [torch.zeros(block.mlp.router.total, dtype=torch.bool, device=model.device) for block in layers]
     for batch in batches:

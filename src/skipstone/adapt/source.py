@@ -10,7 +10,9 @@ from skipstone.model.pretrained import load_pretrained, load_tokenizer
 
 
 def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
-    """A dense model in evaluation mode, its weights frozen. Raises as `load_pretrained` does, and for a routed one."""
+    """Load a dense model in evaluation mode with frozen weights. Raises as `load_pretrained` does, and for a routed
+    one.
+    """
     model = load_pretrained(source, dtype)
     if names := sorted({mechanism.placement.name for mechanism in model.routing_modules()}):
         raise ValueError(
@@ -21,7 +23,7 @@ def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
 
 
 def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> Any:
-    """The source's tokenizer. Raises ValueError where there is none, or one with more tokens than the model."""
+    """Load the source's tokenizer. Raises ValueError where there is none, or one with more tokens than the model."""
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ValueError(f"{source}: it has no tokenizer beside it; put one there, or name one as data.tokenizer")
@@ -35,7 +37,7 @@ def checked(tokenizer: Any, name: str, model: SkipstoneForCausalLM) -> Any:
 
 
 def same_tokens(theirs: Any, own: Any, name: str, source: str) -> None:
-    """Raises ValueError unless `theirs`, the tokenizer of `name`, gives every token the id that the source's does."""
+    """Raise ValueError unless `theirs`, the tokenizer of `name`, gives every token the id that the source's does."""
     if theirs.get_vocab() != own.get_vocab():
         raise ValueError(
             f"{name}: made with another tokenizer than the source's; make it with --tokenizer pretrained:{source}"
@@ -43,7 +45,7 @@ def same_tokens(theirs: Any, own: Any, name: str, source: str) -> None:
 
 
 def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: Any) -> SkipstoneForCausalLM:
-    """Another dense model to learn from. Raises ValueError unless its vocabulary is the student's."""
+    """Load another dense model to learn from. Raises ValueError unless its vocabulary is the student's."""
     teacher = load_dense(name)
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size
     if ours != theirs:

@@ -19,7 +19,9 @@ TRAINED = {"routers": ("routers",), LORA: ("routers", "lora"), "all": ("routers"
 
 
 def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
-    """routers, lora or weights for each parameter by name; routers are all that belongs to mechanisms."""
+    """Return the role of each parameter by name: routers, lora or weights; routers are all that belongs to
+    mechanisms.
+    """
     routers = {id(p) for mechanism in model.routing_modules() for p in mechanism.parameters()}
     return {
         name: "routers" if id(p) in routers else "lora" if ".lora_" in name else "weights"
@@ -28,7 +30,7 @@ def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
-    """The stage that optimizer step `step` (from 0) belongs to, and the step's number within it."""
+    """Return the stage that optimizer step `step` (from 0) belongs to, and the step's number within it."""
     for stage in stages:
         assert stage.steps is not None
         if step < stage.steps:
@@ -38,7 +40,9 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
 
 
 def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> float:
-    """The learning rate of a role at a step: each stage warms up linearly and falls as a cosine to `min_ratio`."""
+    """Return the learning rate of a role at a step: each stage warms up linearly and falls as a cosine to
+    `min_ratio`.
+    """
     stage, at = stage_at(stages, step)
     top = stage.router_learning_rate if role == "routers" else stage.learning_rate
     assert top is not None
@@ -51,7 +55,7 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
 
 
 def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[dict[str, Any]]:
-    """Optimizer groups of everything that some stage trains. The first one's rate is what is logged."""
+    """Yield optimizer groups of everything that some stage trains. The first one's rate is what is logged."""
     used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
     named = roles(model)
     for role in ("weights", "lora", "routers"):
@@ -67,7 +71,7 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_ratio: float) -> Any:
-    """The learning rates themselves, for groups whose own rate is 1."""
+    """Return a schedule of the learning rates themselves, for groups whose own rate is 1."""
     functions: list[Any] = [partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, functions)
 
@@ -112,6 +116,6 @@ def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
 
 
 def merge_adapters(model: SkipstoneForCausalLM, tuner: Any) -> None:
-    """The adapters into the weights: an ordinary model again, in place."""
+    """Merge the adapters into the weights, in place: an ordinary model again."""
     tuner.merge_and_unload()
     assert not hasattr(model, "peft_config")

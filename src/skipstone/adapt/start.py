@@ -32,7 +32,9 @@ LEAST_SKIPPED = 0.1  # a skip path is fitted on at least this share of the token
 
 @torch.no_grad()
 def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
-    """Tell neurons that are left out by magnitude the root mean square of what their second matrix gives."""
+    """Measure the root mean square of what each neuron's second matrix gives, for neurons that are left out by
+    magnitude.
+    """
     mlps = [module for module in model.modules() if isinstance(module, MagnitudeMLP)]
     squares = [torch.zeros(mlp.up_proj.out_features, dtype=torch.float64) for mlp in mlps]
     seen: list[Tensor] = []
@@ -91,14 +93,15 @@ def _site(mechanism: DepthMechanism) -> str:
 
 
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
-    """fp32 [D]: w, so that w . x guesses the influence's logarithm, centred and scaled."""
+    """Return w, fp32 [D], so that w . x predicts the logarithm of the influence, centred and scaled."""
     log_N = influence_N.clamp(min=1e-9).log()
     goal_N = (log_N - log_N.mean()) / log_N.std().clamp(min=1e-9)
     return _least_squares(seen_ND - seen_ND.mean(0), goal_N[:, None])[:, 0].float()
 
 
 def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
-    """Reduced-rank regression: the least-squares map, projected on the main directions of what it gives.
+    """Fit a skip path by reduced-rank regression: the least-squares map, projected on the main directions of its
+    output.
 
     Errors count as a share of the token's size: the first token of a row may be a hundred times as large as others.
     """

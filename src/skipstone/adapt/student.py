@@ -27,7 +27,10 @@ NEURON_DEFAULTS: dict[str, Any] = {"decision": "magnitude", "group_size": 1, "ca
 
 @dataclass(frozen=True, kw_only=True)
 class NeutralStart:
-    """difference: the largest |logit difference| between source and adapted model. largest: the source's |logit|."""
+    """How far the adapted model is from the source before the first step.
+
+    difference: the largest |logit difference| between source and adapted model. largest: the source's |logit|.
+    """
 
     difference: float
     largest: float
@@ -54,13 +57,13 @@ class NeutralStart:
 
 
 def with_defaults(mechanisms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The recipe's mechanisms, with what adapting needs where they do not say."""
+    """Return the recipe's mechanisms, with what adapting needs where they do not say."""
     defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
     return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]
 
 
 def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
-    """The dense model without these blocks, the others unchanged. Raises ValueError if none is left."""
+    """Build the dense model without these blocks, the others unchanged. Raises ValueError if none is left."""
     kept = [i for i in range(len(model.model.layers)) if i not in layers]
     if not kept:
         raise ValueError("model.drop_layers drops every block; keep at least one")
@@ -78,7 +81,7 @@ def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> Skipstone
 
 
 def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> SkipstoneForCausalLM:
-    """A model of `config` with the source's weights, its mechanisms where they change nothing.
+    """Build a model of `config` with the source's weights, its mechanisms where they change nothing.
 
     Gates are opened and PolyGLU prefers SiLU; Mixture-of-Depths and neuron groups keep their schedules, which start at
     capacity 1.
@@ -102,7 +105,9 @@ def _names(model: SkipstoneForCausalLM, mechanism: Any) -> list[str]:
 
 @torch.no_grad()
 def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> NeutralStart:
-    """Logits of both on the same rows, the adapted ones with oracle and with causal decisions; noise off."""
+    """Compare the logits of both models on the same rows, the adapted ones with oracle and with causal decisions,
+    without noise.
+    """
     routings = ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]
     was_training = model.training
     model.eval()

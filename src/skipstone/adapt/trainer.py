@@ -22,7 +22,7 @@ from skipstone.train.trainer import RunTrainer
 
 
 class Unfreeze(TrainerCallback):
-    """At the first step of a stage, gradients for what it trains and for nothing else."""
+    """Gives gradients, at the first step of a stage, to what it trains and to nothing else."""
 
     def __init__(self, stages: list[Stage]) -> None:
         self.stages = stages
@@ -36,8 +36,11 @@ class Unfreeze(TrainerCallback):
 
 
 class AdaptTrainer(RunTrainer):
-    """adapt: the recipe. teacher: a frozen dense model on the student's device, or None. passing: the share of tokens
-    that soft gates are to let pass, or None where no gate has a budget to keep."""
+    """The trainer of `skipstone train` with stages, a teacher and a budget for gates.
+
+    adapt: the recipe. teacher: a frozen dense model on the student's device, or None. passing: the share of tokens that
+    soft gates are to let pass, or None where no gate has a budget to keep.
+    """
 
     def __init__(
         self, *, adapt: AdaptConfig, teacher: SkipstoneForCausalLM | None, passing: float | None, **kwargs: Any

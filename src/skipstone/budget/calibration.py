@@ -122,7 +122,7 @@ def _between(
 
 
 def quantile(score_N: Tensor, share: float) -> float:
-    """A number with this share of the scores at or below it; for 0 and 1 so far outside that others lie inside, too."""
+    """Return a number with this share of the scores at or below it; for 0 and 1 a number well outside of them."""
     ordered = score_N.double().sort().values
     at = round(share * len(ordered))
     margin = float(ordered[-1] - ordered[0]) or 1.0

@@ -78,7 +78,9 @@ class ThresholdHandle:
 
 
 def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Every threshold on scores in the model, outermost mechanisms first, then by block; none where nothing skips."""
+    """Find every threshold on scores in the model, outermost mechanisms first, then by block; none where nothing
+    skips.
+    """
     handles: list[ThresholdHandle] = []
     for index, entry in enumerate(model.config.mechanism_entries):
         mechanisms = [model.model.layers[layer].mechanisms[entry.key] for layer in entry.layers]
@@ -93,7 +95,9 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """`find_handles`. Raises ValueError for a model without any, naming what it has, or without causal passes."""
+    """Find the handles as `find_handles` does. Raises ValueError for a model without any, naming what it has, or
+    without causal passes.
+    """
     require_causal(model.routing_modules())
     handles = find_handles(model)
     if not handles:

@@ -44,7 +44,7 @@ class AtBudget:
 def at_budgets(
     loaded: LoadedRun, data: PreparedData, budget_table: BudgetTable, budgets: Iterable[float], batch_size: int
 ) -> tuple[AtBudget, ...]:
-    """The model as trained, then at each budget."""
+    """Measure the model as trained, then at each budget."""
     return tuple(_measured(loaded, data, budget_table, target, batch_size) for target in (None, *budgets))
 
 
@@ -87,7 +87,7 @@ def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
 
 
 def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
-    """The budget table beside the weights, or one made from text that is not in `split`."""
+    """Return the budget table beside the weights, or one made from text that is not in `split`."""
     folder = loaded.run.model_folder()
     if BudgetTable.find(folder) is not None:
         return BudgetTable.load(folder)
@@ -131,7 +131,7 @@ class Calibrated:
 def calibrate_run(
     folder: Path, *, corpus: str | None = None, context: int | None = None, rows: int = ROWS
 ) -> Calibrated:
-    """Make the budget table of a run or a saved model from `rows` training rows, and write it beside the weights.
+    """Measure the budget table of a run or a saved model on `rows` training rows, and write it beside the weights.
 
     corpus, context: replace those of the run; a saved model has none. Raises FileExistsError where there is a budget
     table, ValueError without text, and for a model without thresholds to set.

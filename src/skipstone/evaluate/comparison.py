@@ -43,6 +43,7 @@ class Comparison:
 
     @property
     def captured(self) -> dict[str, dict[str, float]]:
+        """Headroom captured, by run and bin; empty unless both twins are named."""
         if self.dense is None or self.forced is None:
             return {}
         dense, forced = self.dense.accuracy, self.forced.accuracy
@@ -51,7 +52,7 @@ class Comparison:
         return {run.name: headroom(run.accuracy, dense, forced) for run in self.runs if run.accuracy is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: FLOPs and bytes per token, shares in [0, 1], energy in joules."""
+        """Return plain values for JSON: FLOPs and bytes per token, shares in [0, 1], energy in joules."""
         twins = {"dense": self.dense, "forced": self.forced}
         return plain(
             {

@@ -64,11 +64,11 @@ class Evaluation:
 
     @property
     def hard_minus_soft(self) -> float | None:
-        """Nats a prediction that a model loses whose neurons each use their strongest activation alone."""
+        """Nats a prediction that are lost if each neuron uses its strongest activation alone."""
         return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.primary].loss
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. Losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
+        """Return plain values for JSON. Losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
         passes = {
             name: {
                 "loss": m.loss,
@@ -185,7 +185,7 @@ def evaluate(
     context: int | None = None,
     budgets: Sequence[float] = (),
 ) -> Evaluation:
-    """Measure on the whole split, each token predicted once, noise off.
+    """Evaluate a run on a whole split: each token is predicted once, without noise.
 
     run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. budgets: shares of
     the dense FLOPs to set the model to, one after the other, by the budget table beside its weights, or by one that is

@@ -41,7 +41,7 @@ class TaskEvaluation:
     scores: tuple[Score, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
 
     def markdown(self) -> str:
@@ -62,7 +62,7 @@ class TaskEvaluation:
 def evaluate_tasks(
     run: Path, tasks: Sequence[str], *, include_path: Path | None = None, limit: int | None = None, batch_size: int = 8
 ) -> TaskEvaluation:
-    """Scores of the model on tasks of the harness, groups and tags among them.
+    """Score the model on tasks of the harness, groups and tags among them.
 
     run: a run folder or a saved model, with a tokenizer. include_path: a folder of further tasks, as YAML; those of the
     harness are read only where one is asked for that is not in it. limit: the first so many samples of each task.

@@ -45,7 +45,7 @@ class LoadedRun:
 
     @property
     def context(self) -> int:
-        """Tokens a row: of its data, or what the model can take."""
+        """Tokens a row: those of its data, or as many as the model can take."""
         limit = self.model.config.max_position_embeddings
         return limit if self.data is None else min(self.data.config.context, limit)
 
@@ -53,7 +53,9 @@ class LoadedRun:
 def load_run(
     folder: Path, split: str = "validation", corpus: str | None = None, context: int | None = None
 ) -> LoadedRun:
-    """`corpus` and `context` replace those of the run's recipe; a saved model has no others.
+    """Load a run or a saved model with the rows of a split, ready to be measured.
+
+    `corpus` and `context` replace those of the run's recipe; a saved model has no others.
 
     Raises ValueError or FileNotFoundError, one line, for folders, corpora and sizes that do not fit.
     """
@@ -98,7 +100,7 @@ def _check(run: Run, model: SkipstoneForCausalLM, data: PreparedData) -> None:
 def batches(
     data: PreparedData, batch_size: int, device: torch.device, rows: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """The evaluation rows in order (the first `rows` of them), as batches on `device`."""
+    """Yield the evaluation rows in order (the first `rows` of them) as batches on `device`."""
     total = len(data.validation) if rows is None else min(rows, len(data.validation))
     for start in range(0, total, batch_size):
         items = data.validation.__getitems__(range(start, min(start + batch_size, total)))

@@ -68,7 +68,9 @@ class RunMetrics:
 
 
 def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | None = None) -> Tensor:
-    """int64 [rows, length]: beginnings of evaluation rows; else of those of `others` if they fit, else random."""
+    """Return token ids, int64 [rows, length]: beginnings of evaluation rows; else of those of `others` if they fit,
+    else random.
+    """
     vocabulary = loaded.model.config.vocab_size
     for source in (loaded, others):
         if source is not None and source.data is not None and source.data.vocab_size <= vocabulary:
@@ -81,7 +83,9 @@ def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | No
 
 
 def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
-    """What is timed, on rows of one length for all runs, the first half of them the prompt; nothing without a cache."""
+    """Return what is timed, on rows of one length for all runs, the first half of them the prompt; nothing without a
+    cache.
+    """
     if "executed" not in loaded.passes:
         return {}
     half = max(ids_BT.shape[1] // 2, 1)
@@ -91,7 +95,9 @@ def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
 
 
 def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str, Rate]) -> RunMetrics:
-    """All but the speeds, which all runs take in turns. Raises ValueError for a model that cannot run by itself."""
+    """Measure everything but the speeds, for which all runs take turns. Raises ValueError for a model that cannot
+    run by itself.
+    """
     model, forward = loaded.model, loaded.primary
     ids_BT = sample_ids(loaded, ROWS, loaded.context, others)
     trained = loaded.passes.get("oracle", forward)
@@ -193,7 +199,9 @@ CELLS: dict[str, Cell] = {
 
 
 def main_section(runs: Sequence[RunMetrics]) -> Section:
-    """Metrics as rows, runs as columns. A row that says nothing of any run is left out, or said once below."""
+    """Tabulate metrics as rows and runs as columns. A row that says nothing of any run is left out, or said once
+    below.
+    """
     rows, notes = [], []
     for name, cell in CELLS.items():
         cells = [cell(run) for run in runs]
@@ -217,7 +225,7 @@ def _notes(runs: Sequence[RunMetrics]) -> Iterator[str]:
 
 
 def capacity_section(runs: Sequence[RunMetrics]) -> Section | None:
-    """Kept share of asked tokens by layer and mechanism; None without any depth mechanism."""
+    """Tabulate the kept share of the tokens that reached each mechanism, by layer; None without any depth mechanism."""
     names = {
         (i, name): None
         for run in runs
@@ -239,7 +247,7 @@ def _capacity(run: RunMetrics, layer: int, name: str) -> str:
 def headroom_section(
     runs: Sequence[RunMetrics], dense: RunMetrics, forced: RunMetrics, captured: Mapping[str, Mapping[str, float]]
 ) -> Section:
-    """Accuracy by difficulty of every run and both twins, and the headroom that each run captured."""
+    """Tabulate accuracy by difficulty of every run and both twins, and the headroom that each run captured."""
     rows = []
     for run in (dense, forced, *runs):
         accuracy = run.accuracy or {}

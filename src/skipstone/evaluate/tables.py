@@ -27,7 +27,7 @@ class Section:
 
 
 def rich_table(sections: Iterable[Section]) -> Table:
-    """All sections, one below the other."""
+    """Lay out all sections, one below the other, for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -58,7 +58,7 @@ def _rich(section: Section) -> Table:
 
 
 def markdown(sections: Iterable[Section]) -> str:
-    """The same as Markdown tables under headings."""
+    """Write sections as Markdown tables under headings."""
     return "\n".join(_markdown(section) for section in sections)
 
 
@@ -74,16 +74,17 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Fixed point; a dash for what is unknown."""
+    """Format a number with a fixed number of digits after the point; a dash for what is unknown."""
     return UNKNOWN if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
+    """Format a share in [0, 1] as a percentage; a dash for what is unknown."""
     return UNKNOWN if share is None or math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
 def amount(value: float | None) -> str:
-    """Whole up to a million, then with a letter: 12,345 or 12.35M."""
+    """Format an amount: whole up to a million, then with a letter (12,345 or 12.35M)."""
     if value is None or math.isnan(value):
         return UNKNOWN
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
@@ -93,7 +94,7 @@ def amount(value: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """For JSON: nan and infinity, which it does not know, become None."""
+    """Replace nan and infinity, which JSON does not know, by None, in nested values."""
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -102,7 +103,9 @@ def plain(value: Any) -> Any:
 
 
 def layer_sections(layers: Sequence[Mapping[str, Mapping[str, Any]]], pass_name: str) -> list[Section]:
-    """What mechanisms did in each layer (`Summaries.layers`), one section for each table that a reader declares."""
+    """Tabulate what mechanisms did in each layer (`Summaries.layers`), one section for each table that a reader
+    declares.
+    """
     from skipstone.measure.summaries import READERS
 
     entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]

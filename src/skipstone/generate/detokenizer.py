@@ -18,7 +18,10 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that a
 
 
 class Detokenizer:
-    """`prompt`: the ids before the first new one."""
+    """Turns token ids into text piece by piece.
+
+    `prompt`: the ids before the first new one.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -27,7 +30,7 @@ class Detokenizer:
         self.waiting = False  # whether the last character lacks bytes
 
     def push(self, token: int) -> str:
-        """Text that `token` completes; empty while a character waits for its other bytes."""
+        """Add a token and return the text that it completes; empty while a character waits for its other bytes."""
         self._ids.append(token)
         text = self._decoded()
         self.waiting = text.endswith(INCOMPLETE)
@@ -39,7 +42,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What still waits: bytes that never became a character."""
+        """Return what still waits: bytes that never became a character."""
         return self._take(self._decoded())
 
     def _take(self, text: str) -> str:

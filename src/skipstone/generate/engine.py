@@ -59,7 +59,7 @@ def generate(
     budget: float | None = None,
     budget_table: BudgetTable | None = None,
 ) -> Tensor:
-    """Prompt and continuation, int64 [B, T + N] with N <= max_new_tokens; arguments and errors as in `stream`."""
+    """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens."""
     decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, budget_table))
     return torch.cat([input_ids, *(token_B[:, None] for token_B, _, _ in passes)], dim=1)
@@ -80,7 +80,8 @@ def stream(
     budget: float | None = None,
     budget_table: BudgetTable | None = None,
 ) -> Iterator[Step]:
-    """One `Step` for each new token, as it is decided; ends when every row has met an end-of-sequence id.
+    """Continue a prompt, yielding one `Step` for each new token as it is decided; ends when every row has met an
+    end-of-sequence id.
 
     input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which stands on the left. temperature: 0 takes the
     likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: of a
@@ -168,7 +169,7 @@ def _setting(model: SkipstoneForCausalLM, budget: float | None, budget_table: Bu
 
 
 class Sampler:
-    """From logits [B, V] to a token of each row."""
+    """Draws a token of each row from logits [B, V]."""
 
     def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:
         if not 0 <= temperature < float("inf"):
@@ -217,7 +218,7 @@ def _checked(
 
 
 def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
-    """Raises ValueError when `prompt` and `new` tokens together outgrow the model's context."""
+    """Raise ValueError when `prompt` and `new` tokens together outgrow the model's context."""
     limit = model.config.max_position_embeddings
     if prompt + new > limit:
         raise ValueError(

@@ -43,7 +43,7 @@ def stream_text(
     greedy: bool = False,
     budget: float | None = None,
 ) -> Iterator[Piece]:
-    """The continuation of `prompt`, ready to be iterated once everything has been checked.
+    """Stream the continuation of `prompt` by a run or a saved model; everything is checked before the first piece.
 
     max_new_tokens: None is 128, or what the model's context leaves. temperature: None is 0.8. greedy: take the
     likeliest token. budget: the share of the dense FLOPs to execute, by the budget table beside the weights. Raises

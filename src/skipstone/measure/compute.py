@@ -24,7 +24,7 @@ WHOLE = TokenCounts(kv_tokens=1.0, query_tokens=1.0)
 
 
 def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> Tensor:
-    """fp32 [B, T] in [0, 1] on the CPU: the share of each token, from the records of the forward pass that it was in.
+    """Compute the share of the blocks' work that each token got: fp32 [B, T] in [0, 1], on the CPU.
 
     Without any depth mechanism the records do not tell B and T, and the result is a one of shape [1, 1].
     """

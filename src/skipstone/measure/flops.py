@@ -43,7 +43,9 @@ FREE = frozenset(FREE_NAMES.split())
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCount:
-    """by_kind: attention_linear, attention_score, mlp, router, head, other in forward passes; the rest is backward.
+    """FLOPs of everything that executed while a function ran.
+
+    by_kind: attention_linear, attention_score, mlp, router, head, other in forward passes; the rest is backward.
 
     unknown: operations that are neither in the table nor free; the total is not to be trusted while there are any.
     """
@@ -55,7 +57,7 @@ class FlopCount:
 
 
 def count_flops(fn: Callable[[], Any]) -> FlopCount:
-    """FLOPs of all that executes while `fn()` runs: forward, backward, or both.
+    """Count the FLOPs of everything that executes while `fn()` runs: forward, backward, or both.
 
     A forward pass that activation checkpointing repeats is executed, hence counted, as backward.
     """
@@ -80,7 +82,7 @@ def count_flops(fn: Callable[[], Any]) -> FlopCount:
 
 
 def count_host_syncs(fn: Callable[[], Any]) -> Counter[str]:
-    """How often the host needed a value or a shape from the device while `fn()` ran, by operation.
+    """Count how often the host needed a value or a shape from the device while `fn()` ran, by operation.
 
     On a CPU nothing waits, but the operations are the same.
     """
@@ -90,7 +92,7 @@ def count_host_syncs(fn: Callable[[], Any]) -> Counter[str]:
 
 
 def kind_of(modules: set[str]) -> str:
-    """The kind of a matrix product from the names of the modules that are running."""
+    """Return the kind of a matrix product from the names of the modules that are running."""
     parts = {name.rpartition(".")[2] for name in modules}
     if "self_attn" in parts:
         return "attention_linear" if any(part.endswith("_proj") for part in parts) else "attention_score"
@@ -102,13 +104,13 @@ def kind_of(modules: set[str]) -> str:
 
 
 def is_free(op: Any) -> bool:
-    """Whether an operation counts 0 by convention."""
+    """Return whether an operation counts 0 by convention."""
     tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy}
     return bool(op.is_view or tags & set(op.tags) or op.overloadpacket.__name__ in FREE)
 
 
 def is_sync(op: Any, args: tuple[Any, ...], out: Any) -> bool:
-    """Whether the host must wait: a value or a shape depends on data, or data moves from the device."""
+    """Return whether the host must wait: a value or a shape depends on data, or data moves from the device."""
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     if op.overloadpacket in (aten._to_copy, aten.copy_):
@@ -211,12 +213,12 @@ class FlopCheck:
 
     @property
     def agree(self) -> bool:
-        """Equal but for the rounding of a division."""
+        """Whether count and prediction are equal, but for the rounding of a division."""
         return abs(self.counted - self.predicted) <= 1e-9 * max(self.counted, 1) and not self.unknown
 
     @property
     def share(self) -> float:
-        """Of the dense model's."""
+        """Counted FLOPs as a share of the dense model's."""
         return self.counted / self.dense
 
 

@@ -45,11 +45,12 @@ class LossResult:
 
     @property
     def loss(self) -> float:
-        """Nats a prediction."""
+        """Cross-entropy in nats a prediction."""
         return self.nats / self.predictions
 
     @property
     def perplexity(self) -> float:
+        """Perplexity a prediction; infinite losses are capped where a double ends."""
         return math.exp(min(self.loss, 700.0))  # 700: the largest power that a double holds
 
     def bits_per_byte(self, num_bytes: int | None) -> float | None:
@@ -100,7 +101,7 @@ def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 
 class Accuracy:
-    """Collects the predictions of operations; fillers, which a model copies, are in no bin."""
+    """Collects predictions of operations by difficulty; fillers, which a model copies, are in no bin."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -29,7 +29,10 @@ GATHERING = frozenset({"aten::index_select", "aten::index_copy", "aten::index_co
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """Shares in [0, 1] of the time of forward and backward together."""
+    """Share of a training step that routing and the mixing of activations take.
+
+    Shares in [0, 1] of the time of forward and backward together.
+    """
 
     routing: float
     activation: float

@@ -16,7 +16,8 @@ from skipstone.measure.summaries import READERS
 
 
 class RecordMeter:
-    """Sums over micro-batches, on the device; `read` makes the host wait once.
+    """Means of what mechanisms did, to be logged: sums over micro-batches on the device; `read` makes the host wait
+    once.
 
     capacity/L/NAME: share of the tokens asked in block L that NAME kept. gate/L/NAME: mean weight of the tokens asked.
     entropy/L/NAME: mean entropy of the activation mix, or of a token's softmax over experts, as a share of its maximum.
@@ -42,7 +43,7 @@ class RecordMeter:
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def read(self) -> dict[str, float]:
-        """The means so far, without those of nothing; the meter is empty afterwards."""
+        """Return the means so far, without those of nothing, and empty the meter."""
         if not self._sums:
             return {}
         names, pairs = list(self._sums), torch.stack(list(self._sums.values())).tolist()

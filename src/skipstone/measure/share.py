@@ -34,8 +34,11 @@ class ScoreReader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """needed, dense: FLOPs a token by the cost model, of what was decided and without mechanisms. scores: of the tokens
-    that reached each handle's blocks, [N] each; kept: the share of them above its threshold."""
+    """What causal passes decided, and the FLOPs that they need.
+
+    needed, dense: FLOPs a token by the cost model, of what was decided and without mechanisms. scores: of the tokens
+    that reached each handle's blocks, [N] each; kept: the share of them above its threshold.
+    """
 
     needed: float
     dense: float
@@ -44,6 +47,7 @@ class Seen:
 
     @property
     def share(self) -> float:
+        """FLOPs needed as a share of the dense model's."""
         return self.needed / self.dense
 
 
@@ -51,7 +55,9 @@ class Seen:
 def observe(
     model: SkipstoneForCausalLM, rows: Iterable[Mapping[str, Tensor]], handles: Sequence[ScoreReader] = ()
 ) -> Seen:
-    """One causal pass over `rows` (batches of any size), noise off; the model is in evaluation mode."""
+    """Run causal passes over `rows` (batches of any size) without noise and return what they decided; the model is
+    in evaluation mode.
+    """
     scores: list[list[Tensor]] = [[] for _ in handles]
     needed = dense = tokens = 0.0
     for row in rows:

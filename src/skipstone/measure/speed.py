@@ -35,27 +35,28 @@ class Lap:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Laps of one model at one task."""
+    """The timings (laps) of one model at one task."""
 
     laps: tuple[Lap, ...]
 
     @property
     def each(self) -> list[float]:
+        """Tokens per second of each lap."""
         return [lap.tokens / lap.seconds for lap in self.laps]
 
     @property
     def tokens_per_second(self) -> float:
-        """The median."""
+        """The median over laps."""
         return statistics.median(self.each)
 
     @property
     def spread(self) -> float:
-        """Half of the range, as a share of the median."""
+        """Half of the range over laps, as a share of the median."""
         return (max(self.each) - min(self.each)) / 2 / self.tokens_per_second
 
     @property
     def joules_per_token(self) -> float | None:
-        """Over all laps together: the counters are coarse."""
+        """Joules a token over all laps together, because the counters are coarse; None without a meter."""
         joules = [lap.joules for lap in self.laps if lap.joules is not None]
         return sum(joules) / sum(lap.tokens for lap in self.laps) if len(joules) == len(self.laps) else None
 
@@ -66,7 +67,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
-    """Every task once a round, in alternating order; a first round, which pays for warming up, is thrown away."""
+    """Time every task once a round, in alternating order; a first round, which pays for warming up, is thrown away."""
     names = list(tasks)
     laps: dict[K, list[Lap]] = {name: [] for name in names}
     for turn in range(rounds + 1):
@@ -78,7 +79,7 @@ def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
 
 
 def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
-    """The prompt alone, up to the first new token, a few times in a row."""
+    """Return a task that times the prompt alone, up to the first new token, a few times in a row."""
     meter = find_meter(model.device)
 
     def lap() -> Lap:
@@ -91,7 +92,7 @@ def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
 
 
 def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) -> Task:
-    """`new_tokens` passes of one token a row after the prompt, which is not timed."""
+    """Return a task that times `new_tokens` passes of one token a row after the prompt, which is not timed."""
     meter = find_meter(model.device)
 
     def lap() -> Lap:
@@ -105,7 +106,7 @@ def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) ->
 
 @torch.no_grad()
 def prefill(model: SkipstoneForCausalLM, ids_BP: Tensor) -> tuple[Tensor, Cache]:
-    """The first new token [B, 1], and the cache."""
+    """Run the prompt and return the first new token [B, 1] and the cache."""
     out = model(ids_BP, use_cache=True, routing="causal", noise=False, logits_to_keep=1)
     return out.logits[:, -1:].argmax(-1), out.past_key_values
 
@@ -153,7 +154,7 @@ class CacheBytes:
 
 
 def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
-    """Measured on the cache that a causal prefill of `ids_BT` leaves."""
+    """Measure the cache that a causal prefill of `ids_BT` leaves."""
     _, cache = prefill(model, ids_BT)
     kv = state = allocated = 0
     for layer in cache.layers:
@@ -167,14 +168,19 @@ def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyMeter:
-    """source: what is read. read: joules since some fixed moment, only ever growing."""
+    """A counter of energy.
+
+    source: what is read. read: joules since some fixed moment, only ever growing.
+    """
 
     source: str
     read: Callable[[], float]
 
 
 def find_meter(device: torch.device, powercap: Path = POWERCAP) -> EnergyMeter | None:
-    """The meter of the machine that computes on `device`; None where it has none that this user may read."""
+    """Find the energy meter of the machine that computes on `device`; None where it has none that this user may
+    read.
+    """
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
 
 

@@ -13,7 +13,7 @@ from skipstone.report import svg
 
 @dataclass(frozen=True)
 class Scale:
-    """A straight map from [low, high] to [start, stop] pixels."""
+    """A linear map from [low, high] to [start, stop] pixels."""
 
     low: float
     high: float
@@ -26,7 +26,7 @@ class Scale:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that lie within [low, high]."""
+    """Return about `count` round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
     if not high > low:
         return [low]
     raw = (high - low) / max(count, 1)
@@ -37,7 +37,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A tick's label: 12k, 1.5M, 0.25."""
+    """Format a tick's label: 12k, 1.5M, 0.25."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -45,7 +45,9 @@ def short(value: float) -> str:
 
 
 def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
-    """The range of the finite values, `margin` of it wider on both sides and never empty; (0, 1) without values."""
+    """Return the range of the finite values, `margin` of it wider on both sides and never empty; (0, 1) without
+    values.
+    """
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return 0.0, 1.0
@@ -76,7 +78,7 @@ class Frame:
         return Scale(low, high, self.floor, self.top)
 
     def y_axis(self, scale: Scale, title: str) -> list[Markup]:
-        """Grid lines with their values, and the title along them."""
+        """Draw grid lines with their values, and the title along them."""
         parts = []
         for value in ticks(scale.low, scale.high):
             y = scale(value)
@@ -87,7 +89,7 @@ class Frame:
         return [*parts, svg.text(14, middle, title, "axis", text_anchor="middle", transform=turned)]
 
     def x_axis(self, title: str, marks: Iterable[tuple[float, str]]) -> list[Markup]:
-        """The base line, `marks` as (pixel, label), and the title below them."""
+        """Draw the base line, `marks` as (pixel, label), and the title below them."""
         labels = [svg.text(x, self.floor + 17, label, "tick", text_anchor="middle") for x, label in marks]
         middle = (self.left + self.width - self.right) / 2
         base = svg.line(self.left, self.floor, self.width - self.right, self.floor, "base")

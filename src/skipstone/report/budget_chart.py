@@ -20,7 +20,7 @@ FRAME = Frame(width=460, height=300)
 
 
 def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
-    """What was measured of each run, by its name on the page.
+    """Read what was measured of each run, by its name on the page.
 
     Raises ValueError for a file without budgets, and one whose run is not on the page or is there twice.
     """
@@ -54,7 +54,7 @@ def _of_today(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Markup | None:
-    """Loss over the share of the dense FLOPs that was executed; None where nothing was measured."""
+    """Draw loss over the share of the dense FLOPs that was executed; None where nothing was measured."""
     series = [
         Series(
             label=run.name,
@@ -79,7 +79,7 @@ def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Markup | No
 
 
 def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[RunView, list[str]]]:
-    """Rows of target, realised share, FLOPs a token, loss."""
+    """Tabulate target, realised share, FLOPs a token and loss."""
     return [
         (
             run,

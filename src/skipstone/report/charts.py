@@ -25,7 +25,7 @@ class Series:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS finite points: the means of neighbours, the last one always as it is."""
+    """Return at most MAX_POINTS finite points: the means of neighbours, the last one always as it is."""
     finite = [p for p in points if math.isfinite(p[1])]
     size = -(-len(finite) // MAX_POINTS)
     if size <= 1:
@@ -43,7 +43,7 @@ def lines(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
 ) -> Markup:
-    """Curves on shared axes; one that has a single point is a dot."""
+    """Draw curves on shared axes; one that has a single point is a dot."""
     kept = [(s, points) for s in series if (points := thinned(s.points))]
     across, up = frame.across(*x_range), frame.up(*y_range)
     parts = frame.y_axis(up, y_title)
@@ -77,7 +77,9 @@ class Bar:
 
 
 def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame, high: float = 1.0) -> Markup:
-    """Bars by layer, one beside the other where a layer has several; colours follow the names. high: of the axis."""
+    """Draw bars by layer, one beside the other where a layer has several; colours follow the names. high: of the
+    axis.
+    """
     names = list(dict.fromkeys(bar.name for bar in data))
     up = frame.up(0.0, high)
     slot, parts = _slots(frame, layers)
@@ -97,7 +99,7 @@ def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: F
 def stacked(
     shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame
 ) -> Markup:
-    """Shares that sum to 1, one stack a layer, in the order of `names` from the bottom."""
+    """Draw shares that sum to 1, one stack a layer, in the order of `names` from the bottom."""
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)
     parts += frame.y_axis(up, "share of activation")

@@ -21,7 +21,7 @@ MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
 
 def card(run: RunView) -> dict[str, Any]:
-    """Everything about one run that mixes activations."""
+    """Collect the pictures of one run that mixes activations."""
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)
     categories = [
@@ -106,7 +106,7 @@ def _every(activations: Mapping[int, ActivationSummary]) -> int:
 
 
 def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str], title: str) -> Markup:
-    """Neurons across, layers up; the colour is that of the strongest activation. Neighbours alike are one bar."""
+    """Draw neurons across and layers up, in the colour of the strongest activation. Neighbours alike are one bar."""
     every, layers = _every(activations), max(activations) + 1
     cell = MAP_WIDTH / -(-max(len(one.strongest) for one in activations.values()) // every)
     parts = []

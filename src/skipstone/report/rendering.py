@@ -46,7 +46,9 @@ def write_report(
 
 
 def environment() -> Environment:
-    """Everything that comes from runs is escaped; a variable that the page expects and does not get is an error."""
+    """Return the template environment: everything that comes from runs is escaped, and a variable that the page
+    lacks is an error.
+    """
     loader = PackageLoader("skipstone.report")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 

@@ -35,7 +35,9 @@ FIGURES: tuple[tuple[str, Callable[[RunView], float | None], str], ...] = (
 def context(
     runs: Sequence[RunView], samples: Mapping[str, Pieces], measured: Mapping[str, budget_chart.Points]
 ) -> dict[str, Any]:
-    """The variables of `templates/page.html`. samples: generated text, measured: budgets, both by the runs' names."""
+    """Return the variables of `templates/page.html`. samples: generated text, measured: budgets, both by the runs'
+    names.
+    """
     return {
         "runs": runs,
         "figures": [title for title, _, _ in FIGURES],

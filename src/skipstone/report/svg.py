@@ -8,13 +8,13 @@ from markupsafe import Markup, escape
 
 
 def number(value: float) -> str:
-    """A coordinate or length, with at most two decimals: pages stay small, and pictures the same to the eye."""
+    """Format a coordinate or length with at most two decimals: pages stay small, and pictures the same to the eye."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 def element(name: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
-    """`<name ...>children</name>`; strings are escaped, `Markup` is not.
+    """Build `<name ...>children</name>`; strings are escaped, `Markup` is not.
 
     Attribute names lose a trailing underscore (`class_`) and turn others into hyphens (`stroke_width`); None leaves the
     attribute out.
@@ -29,7 +29,7 @@ def element(name: str, *children: str | Markup, **attributes: str | float | None
 
 
 def drawing(width: float, height: float, children: Iterable[Markup], title: str) -> Markup:
-    """A picture that scales with the page; `title` is what a screen reader says."""
+    """Build a picture that scales with the page; `title` is what a screen reader says."""
     return element(
         "svg",
         element("title", title),
@@ -51,7 +51,7 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 def rectangle(
     x: float, y: float, width: float, height: float, hover: str = "", **attributes: str | float | None
 ) -> Markup:
-    """`hover` is the text that a browser shows when the pointer rests on it."""
+    """Build a rectangle; `hover` is the text that a browser shows when the pointer rests on it."""
     inside = [element("title", hover)] if hover else []
     return element("rect", *inside, x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), **attributes)
 

@@ -18,14 +18,16 @@ VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 def visible(token: str) -> str:
-    """A token as a label: white space and control characters as signs that can be seen."""
+    """Return a token as a label: white space and control characters become signs that can be seen."""
     return "".join(
         VISIBLE.get(c, "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c) for c in token
     )
 
 
 def picture(trace: TokenTrace, count: int, title: str) -> Markup:
-    """The weight of each layer's update for the first `count` tokens; a skipped one is empty, layer 0 is the lowest."""
+    """Draw the weight of each layer's update for the first `count` tokens; a skipped one is empty, layer 0 is the
+    lowest.
+    """
     labels = [visible(token) for token in trace.tokens[:count]]
     longest = max((len(label) for label in labels), default=1)
     room = 16 if longest <= 1 else 10 + 6.2 * min(longest, MAX_LABEL)
@@ -70,7 +72,7 @@ def _label(label: str, x: float, y: float, longest: int) -> Markup:
 
 
 def coloured(pieces: Sequence[tuple[str, float]], hover: str = "{:.0%} of the compute") -> Markup:
-    """Text, each piece on a shade by its number in [0, 1]; line breaks stay, control characters become visible."""
+    """Colour text, each piece by its number in [0, 1]; line breaks stay, control characters become visible."""
     spans = [
         Markup('<span style="--depth-share: {}" title="{}">{}</span>').format(
             svg.number(min(max(share, 0.0), 1.0)), hover.format(share), escape(_readable(text))

@@ -45,5 +45,3 @@ COPY_SORT: dict[str, dict[str, float]] = {
     "sort-dense": {"accuracy": 0.9915, "saved": 0.0},
     "sort-tsa": {"accuracy": 0.9878, "alpha": 0.730, "saved": 0.225},
 }
-# Confidence-based early exit, by threshold. Its shares count the stem twice, so they are not put beside ours.
-EXIT_LOSSES = {0.95: 1.4357, 0.9: 1.4471, 0.85: 1.4481, 0.8: 1.4459, 0.75: 1.4586, 0.7: 1.4475, 0.65: 1.4439}
