@@ -121,10 +121,10 @@ def comparisons(figures: ByArm, compared: Sequence[Comparison]) -> str:
                 word = {"yes": "better", "no": "worse"}.get(good, "not told apart")
                 rows.append([arm, str(len(found)), word, interval.with_power(one.format)])
         columns = ["arm", "paired seeds", "verdict", f"{one.title}, less that of {one.against}"]
-        note = f"{CONFIDENCE:.0%} intervals over seeds (Student's t of paired differences). {DETECTABLE}"
         title = f"{one.title[0].upper()}{one.title[1:]}: beside {one.against}"
-        sections += [Section(title=title, columns=columns, rows=rows, notes=[note])] if rows else []
-    return markdown(sections).strip("\n") if sections else ""
+        sections += [Section(title=title, columns=columns, rows=rows)] if rows else []
+    note = f"{CONFIDENCE:.0%} intervals over seeds (Student's t of paired differences). {DETECTABLE}"
+    return markdown(sections).strip("\n") + f"\n\n{note}" if sections else ""
 
 
 def beside(title: str, figures: ByArm, published: Published, shown: Sequence[PublishedColumn], source: str) -> str:

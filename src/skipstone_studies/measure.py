@@ -19,7 +19,7 @@ def standard(folder: Path) -> dict[str, Any]:
 
 
 def measure_together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """training_speed, comparison: taken in turns by all arms, so that the machine's mood is the same for each."""
+    """training_speed, comparison: taken interleaved by all arms, so that the machine's mood is the same for each."""
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]
     return {

@@ -1,4 +1,4 @@
-"""Training steps and forward passes of several models, timed in turns: a noisy machine is equally noisy to all."""
+"""Training steps and forward passes of several models, timed interleaved: a noisy machine is equally noisy to all."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ Sizes = Annotated[str | None, typer.Option(metavar="64,128x6", help="WIDTH, or W
 Rates = Annotated[str | None, typer.Option(metavar="1e-3,2e-3", help="Learning rates that each arm tries.")]
 Rule = Annotated[RateRule | None, typer.Option(help="The best rate for every size alike, or falling with the width.")]
 Arms = Annotated[str | None, typer.Option(metavar="dense,mod,random", help="All that the recipe has, if absent.")]
-Seed = Annotated[int | None, typer.Option(help="Of the grid; 0 if absent.")]
-OptimumSeeds = Annotated[int | None, typer.Option(help="Seeds at the size nearest each optimum; 3 if absent.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the grid. Default: 0.")]
+OptimumSeeds = Annotated[int | None, typer.Option(help="Seeds at the size nearest each optimum. Default: 3.")]
 Repeats = Annotated[bool, typer.Option("--allow-repeats", help="Runs may read the corpus more than once.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of table, page, records; --runs if absent.")]
 Estimate = Annotated[

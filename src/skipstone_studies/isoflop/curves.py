@@ -166,7 +166,7 @@ class GridPoint:
 class GridRecords:
     """sweep: losses by arm and rate. chosen: the best rate of each arm. curves: points by size, for (arm, budget).
 
-    speeds: training tokens a second by (arm, size), timed in turns; what is not there yet is missing everywhere.
+    speeds: training tokens a second by (arm, size), timed interleaved; what is not there yet is missing everywhere.
     """
 
     grid: Grid

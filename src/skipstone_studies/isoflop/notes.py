@@ -10,21 +10,21 @@ from skipstone_studies.isoflop.result import IsoFlopResult
 ALONE = 0.9  # of its core: a run that had less of it shared the machine
 
 
-def notes(findings: IsoFlopResult) -> list[str]:
+def notes(result: IsoFlopResult) -> list[str]:
     """One plain sentence each."""
     return [
-        *_unfinished(findings),
-        *_scale(findings),
-        *_optima(findings),
-        *_noise(findings),
-        *_rates(findings),
-        *_runs(findings),
+        *_unfinished(result),
+        *_scale(result),
+        *_optima(result),
+        *_noise(result),
+        *_rates(result),
+        *_runs(result),
     ]
 
 
-def _scale(findings: IsoFlopResult) -> list[str]:
+def _scale(result: IsoFlopResult) -> list[str]:
     """How small the models are, and whether their depth was varied."""
-    points, grid = list(findings.collected), findings.collected.grid
+    points, grid = list(result.collected), result.collected.grid
     if not points:
         return []
     counts = [point.parameters for point in points]
@@ -38,17 +38,17 @@ def _scale(findings: IsoFlopResult) -> list[str]:
     return found
 
 
-def _unfinished(findings: IsoFlopResult) -> list[str]:
-    collected = findings.collected
+def _unfinished(result: IsoFlopResult) -> list[str]:
+    collected = result.collected
     spec, there = collected.grid.spec, len(list(collected))
     total = len(spec.arms) * len(spec.budgets) * len(spec.sizes)
     return [f"Not finished: {there} of the grid's {total} cells are recorded."] if there < total else []
 
 
-def _optima(findings: IsoFlopResult) -> list[str]:
+def _optima(result: IsoFlopResult) -> list[str]:
     outside = [
         f"{arm} at {compact(budget)}"
-        for budget, curves in findings.curves.items()
+        for budget, curves in result.curves.items()
         for arm, curve in curves.items()
         if curve.fit.optimum.where != INSIDE
     ]
@@ -62,8 +62,8 @@ def _optima(findings: IsoFlopResult) -> list[str]:
     ]
 
 
-def _noise(findings: IsoFlopResult) -> list[str]:
-    spread = findings.noise
+def _noise(result: IsoFlopResult) -> list[str]:
+    spread = result.noise
     if spread is None:
         return ["There is nothing to tell the noise from (no second seed, too few sizes): no intervals."]
     source = "seeds of the same run" if spread.source == "seeds" else "the parabolas' residuals (no second seed yet)"
@@ -72,24 +72,24 @@ def _noise(findings: IsoFlopResult) -> list[str]:
             f"Noise of one run's loss: standard deviation {spread.deviation:.4f} nats, from {source}, {spread.degrees} "
             "degrees of freedom. It does not cover that a parabola may be the wrong curve, nor other corpora."
         ),
-        *_many(findings),
+        *_many(result),
     ]
 
 
-def _many(findings: IsoFlopResult) -> list[str]:
-    compared = sum(map(len, findings.same.values()))
+def _many(result: IsoFlopResult) -> list[str]:
+    compared = sum(map(len, result.same.values()))
     if compared < 2:
         return []
     return [
         (
-            f"{compared} comparisons with {findings.base}, each with a 90 % interval of its own: where nothing "
+            f"{compared} comparisons with {result.base}, each with a 90 % interval of its own: where nothing "
             f"differs, about {compared / 10:g} of them exclude 0 by chance."
         )
     ]
 
 
-def _rates(findings: IsoFlopResult) -> list[str]:
-    collected = findings.collected
+def _rates(result: IsoFlopResult) -> list[str]:
+    collected = result.collected
     if len(collected.grid.spec.rates) < 2:
         return ["One learning rate for all arms: none was tuned."]
     grid, ends = (
@@ -110,8 +110,8 @@ def _ends(rates: list[float]) -> tuple[float, float]:
     return min(rates), max(rates)
 
 
-def _runs(findings: IsoFlopResult) -> list[str]:
-    collected = findings.collected
+def _runs(result: IsoFlopResult) -> list[str]:
+    collected = result.collected
     records = collected.records
     if not records:
         return []
@@ -135,7 +135,7 @@ def _runs(findings: IsoFlopResult) -> list[str]:
         )
     timed = len(collected.speeds) == len(collected.grid.sizes) * len(collected.grid.spec.arms)
     found.append(
-        "Times are tokens by the training speed of each arm and size, which the arms of a size measured in turns."
+        "Times are tokens by the training speed of each arm and size, timed interleaved by the arms of a size."
         if timed
         else "Times are those of the runs themselves, one after the other."
     )

@@ -24,63 +24,63 @@ from skipstone_studies.page import provenance
 Figure = tuple[str, Markup]
 
 
-def render(findings: IsoFlopResult) -> str:
+def render(result: IsoFlopResult) -> str:
     """The page of what is recorded so far."""
     pages = environment()
     ours = PackageLoader("skipstone_studies.isoflop", "templates")
     assert pages.loader is not None
     pages.loader = ChoiceLoader([ours, pages.loader])
-    return pages.get_template("isoflop.html").render(context(findings))
+    return pages.get_template("isoflop.html").render(context(result))
 
 
-def context(findings: IsoFlopResult) -> dict[str, Any]:
+def context(result: IsoFlopResult) -> dict[str, Any]:
     """The variables of `templates/isoflop.html`."""
-    spec, found = findings.collected.grid.spec, findings.collected.records
+    spec, found = result.collected.grid.spec, result.collected.records
     return {
         "title": spec.name,
         "base": spec.base,
-        "about": table.about(findings),
-        "arms": [(arm, _look(findings, arm), table.own(findings.collected.grid, arm)) for arm in spec.arms],
-        "verdicts": table.verdicts(findings),
-        "iso_flop": _iso_flop(findings),
-        "relative": _relative(findings),
-        "iso_time": _iso_time(findings),
-        "first": [table.same(findings), table.optima(findings)],
-        "second": [section for section in (table.times(findings), table.speeds(findings)) if section.rows],
-        "last": [section for section in (table.rates(findings), table.runs(findings)) if section.rows],
-        "notes": notes(findings),
+        "about": table.about(result),
+        "arms": [(arm, _look(result, arm), table.own(result.collected.grid, arm)) for arm in spec.arms],
+        "verdicts": table.verdicts(result),
+        "iso_flop": _iso_flop(result),
+        "relative": _relative(result),
+        "iso_time": _iso_time(result),
+        "first": [table.same(result), table.optima(result)],
+        "second": [section for section in (table.times(result), table.speeds(result)) if section.rows],
+        "last": [section for section in (table.rates(result), table.runs(result)) if section.rows],
+        "notes": notes(result),
         "commands": list(dict.fromkeys(record.command for record in found)),
         "provenance": provenance(found),
     }
 
 
-def _look(findings: IsoFlopResult, arm: str) -> Style:
-    return style(findings.collected.grid.spec.arms.index(arm))
+def _look(result: IsoFlopResult, arm: str) -> Style:
+    return style(result.collected.grid.spec.arms.index(arm))
 
 
-def _loss_range(findings: IsoFlopResult, margin: float = 0.06) -> tuple[float, float]:
+def _loss_range(result: IsoFlopResult, margin: float = 0.06) -> tuple[float, float]:
     """One for all panels of a row, so that they can be read across."""
-    losses = [loss for point in findings.collected for loss in point.losses]
-    curves = [curve for arms in findings.curves.values() for curve in arms.values()]
+    losses = [loss for point in result.collected for loss in point.losses]
+    curves = [curve for arms in result.curves.values() for curve in arms.values()]
     return bounds([*losses, *(curve.fit.optimum.loss for curve in curves)], margin)
 
 
-def _iso_flop(findings: IsoFlopResult) -> list[Figure]:
+def _iso_flop(result: IsoFlopResult) -> list[Figure]:
     """Loss over parameters, a panel a budget."""
-    xs = [point.parameters for point in findings.collected]
+    xs = [point.parameters for point in result.collected]
     made = []
-    for budget, curves in findings.curves.items():
+    for budget, curves in result.curves.items():
         drawn = [
             Drawn(
-                style=_look(findings, arm),
-                dots=_dots(findings.collected.curves[arm, budget]),
+                style=_look(result, arm),
+                dots=_dots(result.collected.curves[arm, budget]),
                 line=_parabola(curve),
                 star=_star(curve, curve.fit.optimum.x),
             )
             for arm, curve in curves.items()
         ]
         title = f"{compact(budget)} training FLOPs"
-        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(findings))
+        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(result))
         made.append((title, picture))
     return made
 
@@ -116,22 +116,21 @@ def _star(curve: Curve, x: float) -> Dot | None:
     return Dot(x=x, y=best.loss, hover=said, hollow=best.where != INSIDE)
 
 
-def _relative(findings: IsoFlopResult) -> list[Figure]:
+def _relative(result: IsoFlopResult) -> list[Figure]:
     """Loss over the FLOPs of a forward pass by those of the base's optimum, a panel a budget."""
-    base = findings.base
-    based = {budget: curves for budget, curves in findings.curves.items() if base in curves}
+    base = result.base
+    based = {budget: curves for budget, curves in result.curves.items() if base in curves}
     units = {budget: curves[base].forward(curves[base].fit.optimum.x) for budget, curves in based.items()}
     xs = [f / units[b] for b, curves in based.items() for curve in curves.values() for f in curve.forward_flops]
     made = []
     for budget, curves in based.items():
         unit = units[budget]
         drawn = [
-            _against_flops(findings, curve, findings.collected.curves[arm, budget], unit)
-            for arm, curve in curves.items()
+            _against_flops(result, curve, result.collected.curves[arm, budget], unit) for arm, curve in curves.items()
         ]
         drops = [
             (found.share, f"{found.arm} {'≤ ' if found.at_most else ''}{found.share:.2f}")
-            for found in findings.same[budget]
+            for found in result.same[budget]
             if found.share is not None
         ]
         title = f"{compact(budget)} training FLOPs"
@@ -140,14 +139,14 @@ def _relative(findings: IsoFlopResult) -> list[Figure]:
             x_title=f"FLOPs of a forward pass, {base} optimum = 1",
             title=title,
             x_range=log_bounds(xs),
-            y_range=_loss_range(findings, 0.12),
+            y_range=_loss_range(result, 0.12),
             level=Level(y=curves[base].fit.optimum.loss, label=f"{base} optimum", drops=drops),
         )
         made.append((title, picture))
     return made
 
 
-def _against_flops(findings: IsoFlopResult, curve: Curve, points: Sequence[GridPoint], unit: float) -> Drawn:
+def _against_flops(result: IsoFlopResult, curve: Curve, points: Sequence[GridPoint], unit: float) -> Drawn:
     star = _star(curve, curve.forward(curve.fit.optimum.x) / unit)
     dots = [
         Dot(
@@ -158,33 +157,33 @@ def _against_flops(findings: IsoFlopResult, curve: Curve, points: Sequence[GridP
         for point in points
     ]
     line = [(curve.forward(min(max(x, curve.fit.low), curve.fit.high)) / unit, y) for x, y in _parabola(curve)]
-    return Drawn(style=_look(findings, curve.arm), dots=dots, line=line, star=star)
+    return Drawn(style=_look(result, curve.arm), dots=dots, line=line, star=star)
 
 
-def _iso_time(findings: IsoFlopResult) -> list[Figure]:
+def _iso_time(result: IsoFlopResult) -> list[Figure]:
     """Loss over parameters after equal seconds, a panel a time; then every run over its seconds."""
-    xs = [point.parameters for point in findings.collected]
+    xs = [point.parameters for point in result.collected]
     made = []
-    for time in findings.times:
+    for time in result.times:
         title = f"{time.seconds:,.0f} seconds of training"
-        drawn = [_at_time(findings, time, curve) for curve in time.curves.values()]
-        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(findings))
+        drawn = [_at_time(result, time, curve) for curve in time.curves.values()]
+        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(result))
         made.append((title, picture))
-    return [*made, ("every cell over its seconds", _all_seconds(findings))]
+    return [*made, ("every cell over its seconds", _all_seconds(result))]
 
 
-def _at_time(findings: IsoFlopResult, time: EqualTime, curve: Curve) -> Drawn:
+def _at_time(result: IsoFlopResult, time: EqualTime, curve: Curve) -> Drawn:
     beyond = time.stretched[curve.arm]
     dots = [
         Dot(x=x, y=y, hover=f"{curve.arm}, {amount(x)} parameters: {y:.4f}", hollow=x in beyond)
         for x, y in zip(curve.parameters, curve.losses, strict=True)
     ]
     star = _star(curve, curve.fit.optimum.x)
-    return Drawn(style=_look(findings, curve.arm), dots=dots, line=_parabola(curve), star=star)
+    return Drawn(style=_look(result, curve.arm), dots=dots, line=_parabola(curve), star=star)
 
 
-def _all_seconds(findings: IsoFlopResult) -> Markup:
-    collected = findings.collected
+def _all_seconds(result: IsoFlopResult) -> Markup:
+    collected = result.collected
     drawn = []
     for arm in collected.grid.spec.arms:
         points = [point for (name, _), found in collected.curves.items() if name == arm for point in found]
@@ -196,14 +195,14 @@ def _all_seconds(findings: IsoFlopResult) -> Markup:
             )
             for point in points
         ]
-        drawn.append(Drawn(style=_look(findings, arm), dots=dots, line=_frontier(dots)))
+        drawn.append(Drawn(style=_look(result, arm), dots=dots, line=_frontier(dots)))
     seconds = [seconds_of(collected, point) for point in collected] or [1.0, 10.0]
     return panel(
         drawn,
         x_title="seconds of training",
         title="loss over seconds of training; the line joins the best so far",
         x_range=log_bounds(seconds),
-        y_range=_loss_range(findings),
+        y_range=_loss_range(result),
         label=short,
     )
 

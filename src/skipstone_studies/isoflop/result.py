@@ -46,7 +46,7 @@ STRETCH = 0.3  # of the distance between the outermost budgets, in logarithms: h
 
 
 def seconds_of(collected: GridRecords, point: GridPoint) -> float:
-    """Of training: its tokens at the speed that was timed in turns, else as the run took."""
+    """Of training: its tokens at the interleaved timing's speed, else as the run took."""
     speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
     tokens = point.records[0].figures["training"]["tokens"]
     return point.seconds if speed is None else tokens / speed

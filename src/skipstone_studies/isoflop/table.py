@@ -25,20 +25,20 @@ PLACES = {
 }
 
 
-def page(findings: IsoFlopResult) -> str:
+def page(result: IsoFlopResult) -> str:
     """The whole of OUT/NAME.md."""
-    spec = findings.collected.grid.spec
-    said = "\n".join(f"* {line}" for line in verdicts(findings))
-    parts = [f"# {spec.name}: the same training FLOPs", about(findings), *([said] if said else [])]
-    parts += [markdown(sections(findings)).rstrip("\n"), "### Notes"]
-    parts.append("\n".join(f"* {line}" for line in notes(findings)))
-    found = findings.collected.records
+    spec = result.collected.grid.spec
+    said = "\n".join(f"* {line}" for line in verdicts(result))
+    parts = [f"# {spec.name}: the same training FLOPs", about(result), *([said] if said else [])]
+    parts += [markdown(sections(result)).rstrip("\n"), "### Notes"]
+    parts.append("\n".join(f"* {line}" for line in notes(result)))
+    found = result.collected.records
     parts += [f"`{command}`" for command in dict.fromkeys(record.command for record in found)]
     return "\n\n".join([*parts, provenance(found)]) + "\n"
 
 
-def about(findings: IsoFlopResult) -> str:
-    grid = findings.collected.grid
+def about(result: IsoFlopResult) -> str:
+    grid = result.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
         f"Arms {', '.join(grid.spec.arms)} on {grid.base.data.corpus}, each trained for {budgets} FLOPs (forward and "
@@ -73,11 +73,11 @@ def _entry(entry: dict[str, Any]) -> str:
     return f"{entry['name'].replace('_', ' ')}{f' ({options})' if options else ''}"
 
 
-def verdicts(findings: IsoFlopResult) -> list[str]:
+def verdicts(result: IsoFlopResult) -> list[str]:
     """One plain sentence for each arm and budget, beside the base."""
     return [
-        f"At {compact(budget)}: {_verdict(found, findings.curves[budget], findings.base)}"
-        for budget, compared in findings.same.items()
+        f"At {compact(budget)}: {_verdict(found, result.curves[budget], result.base)}"
+        for budget, compared in result.same.items()
         for found in compared
     ]
 
@@ -125,32 +125,32 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}"
 
 
-def sections(findings: IsoFlopResult) -> list[Section]:
+def sections(result: IsoFlopResult) -> list[Section]:
     """Every table, those that have nothing yet left out."""
-    made = [same(findings), optima(findings), times(findings), speeds(findings), rates(findings), runs(findings)]
+    made = [same(result), optima(result), times(result), speeds(result), rates(result), runs(result)]
     return [section for section in made if section.rows]
 
 
-def same(findings: IsoFlopResult) -> Section:
-    spread = findings.noise
+def same(result: IsoFlopResult) -> Section:
+    spread = result.noise
     told = [] if spread is None else [f"90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
     return Section(
         title="Same loss at what share of FLOPs a forward pass",
         columns=[
             *("budget", "arm", "share", "90 %", "reached in", "parameters", "ratio", "90 % of it"),
-            *(f"best loss − {findings.base}'s", "90 % of it", "detectable"),
+            *(f"best loss − {result.base}'s", "90 % of it", "detectable"),
         ],
         rows=[
-            [compact(budget), *_same(found, findings.curves[budget])]
-            for budget, compared in findings.same.items()
+            [compact(budget), *_same(found, result.curves[budget])]
+            for budget, compared in result.same.items()
             for found in compared
         ],
         notes=[
             (
                 f"Share: forward FLOPs a token, as executed on batches of {COUNTED_ROWS} rows (shorter ones filled "
-                f"up), of the arm's smallest size whose loss is that of the {findings.base} optimum, by those of that "
+                f"up), of the arm's smallest size whose loss is that of the {result.base} optimum, by those of that "
                 "optimum. *Reached in*: the part of the draws in which some size does. *Parameters*: of that size; "
-                f"*ratio*: by those of the {findings.base} optimum."
+                f"*ratio*: by those of the {result.base} optimum."
             ),
             *told,
         ],
@@ -180,12 +180,12 @@ def _interval(low: float | None, high: float | None, shown: object) -> str:
     return UNKNOWN if low is None or high is None else f"{shown(low)} to {shown(high)}"
 
 
-def optima(findings: IsoFlopResult) -> Section:
+def optima(result: IsoFlopResult) -> Section:
     rows = []
-    for budget, curves in findings.curves.items():
+    for budget, curves in result.curves.items():
         for arm, curve in curves.items():
             best = curve.fit.optimum
-            point = _nearest(findings.collected.curves[arm, budget], best.x)
+            point = _nearest(result.collected.curves[arm, budget], best.x)
             rows.append(
                 [
                     compact(budget),
@@ -214,9 +214,9 @@ def _with_deviation(losses: Sequence[float]) -> str:
     return mean if len(losses) < 2 else f"{mean} ± {statistics.stdev(losses):.4f} ({len(losses)})"
 
 
-def times(findings: IsoFlopResult) -> Section:
+def times(result: IsoFlopResult) -> Section:
     rows = []
-    for time, compared in zip(findings.times, findings.same_times, strict=True):
+    for time, compared in zip(result.times, result.same_times, strict=True):
         gaps = {found.arm: found for found in compared}
         for arm, curve in time.curves.items():
             best, found = curve.fit.optimum, gaps.get(arm)
@@ -227,22 +227,22 @@ def times(findings: IsoFlopResult) -> Section:
             rows.append([f"{time.seconds:,.0f} s", arm, number(best.loss), *gap, amount(best.x), PLACES[best.where]])
     return Section(
         title="The same seconds of training",
-        columns=["time", "arm", "best loss", f"− {findings.base}'s", "90 % of it", "verdict", "parameters", "where"],
+        columns=["time", "arm", "best loss", f"− {result.base}'s", "90 % of it", "verdict", "parameters", "where"],
         rows=rows,
         notes=[
             (
-                f"The times: half way between budgets, by the median of what {findings.base}'s sizes take. The loss of "
+                f"The times: half way between budgets, by the median of what {result.base}'s sizes take. The loss of "
                 "a size at a time is read off a straight line between its budgets, over the logarithm of seconds."
             )
         ],
     )
 
 
-def speeds(findings: IsoFlopResult) -> Section:
-    grid, found = findings.collected.grid, findings.collected.speeds
+def speeds(result: IsoFlopResult) -> Section:
+    grid, found = result.collected.grid, result.collected.speeds
     rows = []
     for size in grid.sizes:
-        base = found.get((findings.base, str(size)))
+        base = found.get((result.base, str(size)))
         for arm in grid.spec.arms:
             speed = found.get((arm, str(size)))
             if speed is None:
@@ -250,17 +250,17 @@ def speeds(findings: IsoFlopResult) -> Section:
             time, flops = UNKNOWN, UNKNOWN
             if base is not None:
                 time = f"{base / speed:.2f}"
-                flops = f"{grid.shape(arm, size).step_flops / grid.shape(findings.base, size).step_flops:.2f}"
+                flops = f"{grid.shape(arm, size).step_flops / grid.shape(result.base, size).step_flops:.2f}"
             rows.append([str(size), arm, f"{speed:,.0f}", time, flops])
     return Section(
-        title="Training steps, timed in turns",
-        columns=["size", "arm", "tokens/s", *(f"{what} a step × {findings.base}" for what in ("time", "FLOPs"))],
+        title="Training steps, timed interleaved",
+        columns=["size", "arm", "tokens/s", *(f"{what} a step × {result.base}" for what in ("time", "FLOPs"))],
         rows=rows,
     )
 
 
-def rates(findings: IsoFlopResult) -> Section:
-    collected = findings.collected
+def rates(result: IsoFlopResult) -> Section:
+    collected = result.collected
     tried = sorted({rate for losses in collected.sweep.values() for rate in losses})
     rows = []
     for arm, losses in collected.sweep.items():
@@ -277,14 +277,14 @@ def rates(findings: IsoFlopResult) -> Section:
     )
 
 
-def runs(findings: IsoFlopResult) -> Section:
+def runs(result: IsoFlopResult) -> Section:
     return Section(
         title="All runs of the grid",
         columns=[
             *("budget", "size", "arm", "parameters", "rate", "seed", "steps", "tokens", "corpus read"),
             *("FLOPs executed / budget", "forward FLOPs/token", "loss", "seconds"),
         ],
-        rows=[_run(point, i) for point in findings.collected for i in range(len(point.records))],
+        rows=[_run(point, i) for point in result.collected for i in range(len(point.records))],
     )
 
 

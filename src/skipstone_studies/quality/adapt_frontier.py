@@ -28,6 +28,7 @@ from skipstone.measure.speed import decode_task, take_turns
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 from skipstone_studies.adapting import adapt_run, run_beside
+from skipstone_studies.claims import ByArm, Comparison, as_claims, comparisons
 from skipstone_studies.quality.frontier_page import DEAR, PROMPT_TEXT, SAMPLED_TOKENS, TEXTS, TUNED, pictures, samples
 from skipstone_studies.speed.interleaved import ratio
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -247,6 +248,18 @@ MIXED = (
 )
 
 
+COMPARED = tuple(
+    Comparison(key=f"{text}.loss", title=f"nats on {text}", against=against)
+    for against in ("source", TUNED)
+    for text in TEXTS
+)
+
+
+def details(figures: ByArm) -> str:
+    """Each arm beside the source and beside the tuned source, where seeds repeat; samples."""
+    return "\n\n".join(part for part in (comparisons(figures, COMPARED), samples(figures)) if part)
+
+
 def frontier(
     name: str, purpose: str, *, more: str = "", rows: int = 128, seeds: tuple[int, ...] = (0,), **options: Any
 ) -> Study:
@@ -263,7 +276,8 @@ def frontier(
         measure=partial(measured, rows=rows),
         measure_together=decoding,
         derive=derive,
-        details=samples,
+        claims=partial(as_claims, compared=COMPARED),
+        details=details,
         pictures=pictures,
         columns=tuple(columns("tuned" if learns else "source")),
     )

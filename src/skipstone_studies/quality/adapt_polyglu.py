@@ -8,7 +8,7 @@ PolyGLU for those of the second part alone, when the checkpoint was there anyway
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.runs import Run
 from skipstone_studies.adapting import adapt_run
+from skipstone_studies.claims import Comparison, as_claims, comparisons
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 STEPS, MORE = 400, 200
@@ -103,6 +104,10 @@ def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     }
 
 
+COMPARED = (
+    Comparison(key="nats", title="nats", against=TUNED, arms=[ADAPTED]),
+    Comparison(key="nats", title="nats", against="SwiGLU from scratch", arms=["PolyGLU from scratch"]),
+)
 ADAPT_POLYGLU = Study(
     name="adapt_polyglu",
     purpose="PolyGLU adapted from a SwiGLU checkpoint, and from scratch",
@@ -117,6 +122,8 @@ ADAPT_POLYGLU = Study(
     measure=measured,
     measure_together=None,
     derive=derive,
+    claims=partial(as_claims, compared=COMPARED),
+    details=partial(comparisons, compared=COMPARED),
     columns=(
         Column(key="flops", title="training FLOPs", format=".2f"),
         Column(key="nats", title="nats", format=".4f"),

@@ -121,7 +121,7 @@ DEMO = Study(
     about=(
         "Five decoders of one size, trained for the same few steps on the same rows. So short a training tells "
         "little about quality; it shows what each mechanism costs and saves. Training and decoding speeds are taken "
-        "in turns by all arms after training. Loss is in nats a token: *oracle* as trained, *executed* with the "
+        "interleaved by all arms after training. Loss is in nats a token: *oracle* as trained, *executed* with the "
         "decisions that generation makes, computed by the pass that really skips."
     ),
     arms=arms,
