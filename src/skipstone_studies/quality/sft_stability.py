@@ -25,7 +25,7 @@ from skipstone.adapt.harden import mean_logits
 from skipstone.core.atomic_write import complete
 from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.runs import Run, read_metrics
+from skipstone.runs import Run
 from skipstone_studies.study import Column, Figures, RecipeDict, Study, train_run
 
 VOCABULARY, CONTEXT, ROWS, HELD_OUT = 1024, 256, 2, 64
@@ -155,7 +155,9 @@ class Watch(TrainerCallback):
 
 
 def course(path: Path) -> list[dict[str, Any]]:
-    return read_metrics(path) if path.is_file() else []
+    """The lines that were measured so far. One that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def measured(folder: Path) -> Figures:
