@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
-from skipstone.core.strict import choose
+from skipstone.core.strict import PlainDict, choose
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.released import polychromatic, tsa
 
 # The base model of Token-Selective Attention (arXiv 2605.05222), as its released code builds and starts it.
-TSA_BASE: dict[str, Any] = {
+TSA_BASE: PlainDict = {
     **tsa.BASE,
     "hidden_size": 256,
     "intermediate_size": 1024,
@@ -28,7 +27,7 @@ LLAMA_3_2_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, PlainDict] = {
     # Small enough for a test.
     "tiny": {
         "vocab_size": 256,
@@ -141,7 +140,7 @@ def names() -> list[str]:
     return list(PRESETS)
 
 
-def get(name: str, **overrides: Any) -> SkipstoneConfig:
+def get(name: str, **overrides: object) -> SkipstoneConfig:
     """The configuration called `name`, with some keys set otherwise.
 
     Raises ValueError for a name or a key that does not exist, naming the nearest one.

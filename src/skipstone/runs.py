@@ -13,17 +13,16 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from skipstone.core import checksums
 from skipstone.core.atomic_write import write_whole
-from skipstone.core.strict import from_dict
+from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.data.config import DataConfig
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Run:
         """Whether training reached its end; the summary is the last thing that it writes."""
         return (self.folder / RESULT).is_file()
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> PlainDict:
         """The resolved recipe: {"model": ..., "data": ..., "train": ...}. ValueError for a saved model without one."""
         text = self._read(CONFIG)
         try:
@@ -82,11 +81,11 @@ class Run:
             raise ValueError(f"{str(self.folder / CONFIG)!r} is no recipe: it needs model, data and train")
         return values
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> PlainDict:
         """Versions, commit, machine, seed, start and command."""
         return self._json(ENVIRONMENT)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> PlainDict:
         """The summary. ValueError for a run that has not reached its end."""
         if not self.finished and not self.is_saved_model:
             raise ValueError(
@@ -94,7 +93,7 @@ class Run:
             )
         return self._json(RESULT)
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[PlainDict]:
         """Every line that was logged, in order of steps."""
         return read_metrics(self._file(METRICS))
 
@@ -146,7 +145,7 @@ class Run:
 
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
 
-    def kept_view(self) -> dict[str, Any] | None:
+    def kept_view(self) -> PlainDict | None:
         """Return what `keep_view` kept; None where that was nothing, or was of other weights or another recipe."""
         try:
             values = json.loads((self.folder / VIEW).read_text(encoding="utf-8"))
@@ -154,7 +153,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep_view(self, view: Mapping[str, Any]) -> None:
+    def keep_view(self, view: PlainMapping) -> None:
         """Keep what a report shows of the model with the run; where the folder cannot be written, it is made anew."""
         try:
             write_whole(self.folder / VIEW, json.dumps({"sha256": self._digest(), "view": view}) + "\n")
@@ -180,7 +179,7 @@ class Run:
     def _read(self, name: str) -> str:
         return read_text(self._file(name))
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _json(self, name: str) -> PlainDict:
         text = self._read(name)
         try:
             values = json.loads(text)
@@ -191,7 +190,7 @@ class Run:
         return values
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[PlainDict]:
     """The lines of a metrics file. A last line that a crash cut short is left out.
 
     Raises ValueError naming the file and the line for one that is no line of metrics.

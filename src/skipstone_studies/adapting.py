@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from skipstone.adapt.adaptation import adapt
 from skipstone.adapt.self_generated import write
 from skipstone.core.atomic_write import complete
+from skipstone.core.strict import PlainDict
 from skipstone.data.corpora import load_corpus
 from skipstone.model.pretrained import convert
 from skipstone.runs import Run
@@ -72,7 +73,7 @@ def run_beside(folder: Path, arm: str) -> Run:
     return Run(path)
 
 
-def text_folder(folder: Path, options: dict[str, Any]) -> Path:
+def text_folder(folder: Path, options: PlainDict) -> Path:
     """Where the text that is sampled with these options lies, for all arms and seeds of a study."""
     return folder.with_name(f"text-{digest(options)}")
 

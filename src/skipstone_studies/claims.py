@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from skipstone.core.strict import PlainMapping
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
 from skipstone_studies.intervals import CONFIDENCE, POWERS, Claim, paired
 from skipstone_studies.page import lookup, mean_and_spread
 
-BySeed = Mapping[int, Mapping[str, Any]]
+BySeed = Mapping[int, PlainMapping]
 ByArm = Mapping[str, BySeed]
 Published = Mapping[str, Mapping[str, float]]
 

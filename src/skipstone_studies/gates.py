@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.measure.flops import flop_check
 from skipstone.measure.losses import measure_loss
@@ -28,11 +29,11 @@ from skipstone_studies import text_blocks
 ROWS = 64  # rows of a forward pass
 EXITS = (0.3, 0.5, 0.7, 0.9)
 EPSILON = 1e-6  # a mean gate within this of 0 or 1 counts as that far away, so that its logit is finite
-Figures = dict[str, Any]
-Layers = Sequence[Mapping[str, Mapping[str, Any]]]
+Figures = PlainDict
+Layers = Sequence[Mapping[str, PlainMapping]]
 
 
-def savings(evaluation: Mapping[str, Any]) -> Figures:
+def savings(evaluation: PlainMapping) -> Figures:
     """alpha, claimed and skipped, gap (executed less soft loss, nats) from the figures of `skipstone eval`."""
     ways = evaluation["ways"]
     found: Figures = {}
@@ -119,7 +120,7 @@ class RandomMasks(Pass):
     shares: tuple[float, ...]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def arguments(self, model: SkipstoneForCausalLM, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    def arguments(self, model: SkipstoneForCausalLM, batch: Mapping[str, Tensor]) -> PlainDict:
         ids_BT = batch["input_ids"]
         masks = {
             layer: (torch.rand(ids_BT.shape, generator=self.generator) < share).to(ids_BT.device)
@@ -132,7 +133,7 @@ def _found(model: SkipstoneForCausalLM, kind: type[Any]) -> list[Any]:
     return [module for module in model.routing_modules() if isinstance(module, kind)]
 
 
-def _reset(gates: Sequence[Any], **options: Any) -> None:
+def _reset(gates: Sequence[Any], **options: object) -> None:
     for gate in gates:
         gate.config = replace(gate.config, **options)
 

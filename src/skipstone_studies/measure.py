@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.comparison import compare
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.generate.text_generation import stream_text
@@ -13,12 +13,12 @@ from skipstone.runs import Run
 from skipstone_studies.timing import training_speeds
 
 
-def standard(folder: Path) -> dict[str, Any]:
+def standard(folder: Path) -> PlainDict:
     """training: the run's own summary. evaluation: losses, capacities and FLOPs on the validation rows."""
     return {"training": Run(folder).result(), "evaluation": evaluate(folder).to_dict()}
 
 
-def measure_together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
     """training_speed, comparison: taken interleaved by all arms, so that the machine's mood is the same for each."""
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]
@@ -27,7 +27,7 @@ def measure_together(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     }
 
 
-def sample(folder: Path, prompt: str, *, seed: int = 0) -> dict[str, Any]:
+def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
     """Generated text, as much as `skipstone generate` writes unasked. pieces: (text, share of the compute it took)."""
     pieces = stream_text(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 from transformers import TrainerCallback
 
+from skipstone.core.strict import PlainMapping
 from skipstone_studies.study import RecipeDict
 
 FIRST_STEPS = 20  # the first line comes after so many steps, the others after each checkpoint
@@ -16,7 +17,7 @@ DEFAULTS = {"steps": 1000, "batch_size": 16, "context": 256, "num_hidden_layers"
 
 def work(recipe: RecipeDict) -> float:
     """Tokens times blocks: what the time of a training is roughly proportional to between the arms of a study."""
-    values: Mapping[str, Any] = {
+    values: PlainMapping = {
         **DEFAULTS,
         **recipe.get("model", {}),
         **recipe.get("data", {}),
@@ -36,14 +37,14 @@ class TimeLeft(TrainerCallback):
         self.since = 0.0
         self.first = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         self.since, self.first = monotonic(), state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         if state.global_step - self.first == FIRST_STEPS and state.max_steps - state.global_step >= FIRST_STEPS:
             self.tell(state.global_step, state.max_steps)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         if state.global_step < state.max_steps and state.global_step - self.first > FIRST_STEPS:
             self.tell(state.global_step, state.max_steps)
 

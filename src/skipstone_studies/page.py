@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from skipstone.core.strict import PlainMapping
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
 from skipstone_studies.record import Record, digest
 from skipstone_studies.study import SCALES, Column, Study
@@ -36,7 +37,7 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
                 yield current
 
 
-def current_records(arms: Mapping[str, Mapping[str, Any]], records: Iterable[Record]) -> list[Record]:
+def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
     """Those that were made with the arms' recipes as they are now, and converted ones; in the arms' order, by seed."""
     order = list(arms)
     kept = [r for r in records if r.arm in arms and (r.converted is not None or r.digest == digest(arms[r.arm]))]
@@ -100,18 +101,18 @@ def _arms(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(record.arm for record in records))
 
 
-def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, Mapping[str, Any]]]:
+def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, PlainMapping]]:
     """Figures of each arm by seed, in order, those that follow from other arms included."""
-    found: dict[str, dict[int, Mapping[str, Any]]] = {record.arm: {} for record in records}
+    found: dict[str, dict[int, PlainMapping]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
-        of_seed: dict[str, Mapping[str, Any]] = {r.arm: r.figures for r in records if r.seed == seed}
+        of_seed: dict[str, PlainMapping] = {r.arm: r.figures for r in records if r.seed == seed}
         derived = {} if study.derive is None else study.derive(of_seed)
         for arm, figures in of_seed.items():
             found[arm][seed] = {**figures, **derived.get(arm, {})}
     return found
 
 
-def lookup(figures: Mapping[str, Any], key: str) -> float | None:
+def lookup(figures: PlainMapping, key: str) -> float | None:
     """The figure at a dotted path, None where there is none."""
     at: Any = figures
     for step in key.split("."):
@@ -121,12 +122,12 @@ def lookup(figures: Mapping[str, Any], key: str) -> float | None:
     return float(at) if isinstance(at, (int, float)) and math.isfinite(at) else None
 
 
-def _values(column: Column, seeds: Mapping[int, Mapping[str, Any]]) -> list[float]:
+def _values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
     key = f"{column.key}.median" if column.spread else column.key
     return [value / column.unit for figures in seeds.values() if (value := lookup(figures, key)) is not None]
 
 
-def _range(column: Column, seeds: Mapping[int, Mapping[str, Any]]) -> str:
+def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
     """` (least to greatest)` of the turns of all seeds."""
     ends = []
     for end, best in (("min", min), ("max", max)):
@@ -144,7 +145,7 @@ class Cell:
     best: bool = False
 
 
-def _cells(column: Column, figures: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Cell]:
+def _cells(column: Column, figures: Mapping[str, Mapping[int, PlainMapping]]) -> dict[str, Cell]:
     values = {arm: _values(column, seeds) for arm, seeds in figures.items()}
     means = {arm: statistics.fmean(found) for arm, found in values.items() if found}
     first, best = next(iter(values)), None
@@ -212,7 +213,7 @@ def provenance(records: Sequence[Record]) -> str:
     return text
 
 
-def _made_with(environment: Mapping[str, Any]) -> str:
+def _made_with(environment: PlainMapping) -> str:
     versions = ", ".join(f"{name} {environment[name]}" for name in ("skipstone", "torch", "transformers", "python"))
     commit = environment.get("git_commit")
     state = " with uncommitted changes" if environment.get("git_dirty") else ""

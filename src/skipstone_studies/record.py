@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from skipstone.core.atomic_write import write_whole
-from skipstone.core.strict import from_dict
+from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.evaluate.tables import plain
 
 FORMAT_VERSION = 1
@@ -32,13 +31,13 @@ class Record:
     scale: str
     arm: str
     seed: int
-    config: dict[str, Any]
+    config: PlainDict
     digest: str
-    environment: dict[str, Any]
+    environment: PlainDict
     command: str
-    figures: dict[str, Any]
-    timing_session: dict[str, Any] | None = None
-    converted: dict[str, Any] | None = None
+    figures: PlainDict
+    timing_session: PlainDict | None = None
+    converted: PlainDict | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -46,7 +45,7 @@ class Record:
             raise ValueError(f"format_version {self.format_version} is not {FORMAT_VERSION}: another release wrote it")
 
 
-def digest(recipe: Mapping[str, Any]) -> str:
+def digest(recipe: PlainMapping) -> str:
     """The same for equal recipes, whatever the order of their keys."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from skipstone.core.atomic_write import write_whole
 from skipstone.core.lock import Busy, locked
+from skipstone.core.strict import PlainDict
 from skipstone.runs import CONFIG, MODEL_CONFIG, Run, last_checkpoint
 from skipstone.train.environment import describe
 from skipstone_studies import record as records
@@ -96,7 +96,7 @@ class Session:
         self.spent.append(time.perf_counter() - start)
         self.say(f"[bold]{arm}[/bold], seed {seed}: recorded after {duration(self.spent[-1])}")
 
-    def _made_and_measured(self, arm: str, seed: int, after: Sequence[str]) -> dict[str, Any]:
+    def _made_and_measured(self, arm: str, seed: int, after: Sequence[str]) -> PlainDict:
         folder, recipe = self.folder(arm, seed), seeded(self.arms[arm], seed)
         if self.study.clock is not None:
             return dict(self.study.clock(recipe))
@@ -123,7 +123,7 @@ class Session:
             self.say(f"an earlier run with another recipe is now {aside}")
         write_whole(note, json.dumps(recipe, indent=1) + "\n")
 
-    def _record(self, arm: str, seed: int, figures: dict[str, Any]) -> None:
+    def _record(self, arm: str, seed: int, figures: PlainDict) -> None:
         record = Record(
             study=self.study.name,
             scale=self.scale,
@@ -137,7 +137,7 @@ class Session:
         )
         records.write(record, self.out)
 
-    def _environment(self, arm: str, seed: int) -> dict[str, Any]:
+    def _environment(self, arm: str, seed: int) -> PlainDict:
         """The run's own; of this process where nothing was trained."""
         folder = self.folder(arm, seed)
         trained = self.study.clock is None and not Run(folder).is_saved_model
@@ -181,7 +181,7 @@ def is_made(folder: Path) -> bool:
     return Run(folder).finished or Run(folder).is_saved_model
 
 
-def _public(environment: dict[str, Any]) -> dict[str, Any]:
+def _public(environment: PlainDict) -> PlainDict:
     """Without the command lines of the processes that trained, which hold paths of the machine."""
     resumed = [{k: v for k, v in entry.items() if k != "command"} for entry in environment.get("resumed", [])]
     kept = {name: value for name, value in environment.items() if name not in ("command", "resumed")}

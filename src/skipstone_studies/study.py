@@ -6,18 +6,18 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import TrainerCallback
 
-from skipstone.core.strict import choose
+from skipstone.core.strict import PlainDict, PlainMapping, choose
 from skipstone.train.training import train
 from skipstone_studies.intervals import Claim
 from skipstone_studies.measure import measure_together, standard
 
 SCALES = ("laptop", "paper")
-RecipeDict = dict[str, Any]  # as `skipstone train` reads it: {"model": ..., "data": ..., "train": ...}
-Figures = Mapping[str, Any]
+RecipeDict = PlainDict  # as `skipstone train` reads it: {"model": ..., "data": ..., "train": ...}
+Figures = PlainMapping
 # recipe, run folder, whether to go on with what is there, callbacks of the trainer
 Make = Callable[[RecipeDict, Path, bool, Sequence[TrainerCallback]], object]
 SAVE_MINUTES = 10.0  # between checkpoints: no stop costs more work than that

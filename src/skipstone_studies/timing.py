@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from skipstone.core.strict import PlainDict
 from skipstone.data.rows import Row
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.measure.speed import Lap, Task, take_turns
@@ -17,7 +18,7 @@ from skipstone.runs import Run
 ROUNDS = 7  # timed steps of each model, after one that warms up
 
 
-def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
+def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str, PlainDict]:
     """Forward, backward, clipping and optimizer of each run's model on its own recipe's rows, by arm.
 
     tokens_per_second: by the median of `rounds` steps. spread: half of their range, as a share of that.
@@ -29,7 +30,7 @@ def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str,
     }
 
 
-def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
+def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUNDS) -> dict[str, PlainDict]:
     """`forward`: passes over `rows` whole evaluation rows, without a cache, as each model is executed, by arm."""
     rates = take_turns({arm: forward_pass(load_run(folder), rows) for arm, folder in runs.items()}, rounds)
     return {
@@ -92,11 +93,11 @@ def _micro_batches(run: Run, rows: int, parts: int, device: torch.device) -> lis
     return [{name: x.to(device) for name, x in batch.items()} for batch in made]
 
 
-def _arguments(model: Any, batch: Row, routing: str) -> dict[str, Any]:
+def _arguments(model: Any, batch: Row, routing: str) -> PlainDict:
     """What the trainer calls forward with."""
     kept = ("input_ids", "attention_mask", "position_ids", "document_ids")
     targets = "shift_labels" if "shift_labels" in batch else "labels"
-    arguments: dict[str, Any] = {name: batch[name] for name in (*kept, targets) if name in batch}
+    arguments: PlainDict = {name: batch[name] for name in (*kept, targets) if name in batch}
     if routing == "difficulty":
         known_BT = batch["difficulty"] >= 0
         arguments["routing"] = {i: known_BT for i, block in enumerate(model.model.layers) if len(block.mechanisms)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from skipstone.core.strict import from_dict, unknown
+from skipstone.core.strict import PlainMapping, from_dict, unknown
 from skipstone.train.recipe import Recipe
 
 MODEL_KEYS = ("mechanisms", "activation", "neuron_groups", "drop_layers")
@@ -149,7 +149,7 @@ class AdaptRecipe(Recipe):
             raise ValueError("train.no_decay has no effect here: matrices decay, biases, norms and adapters do not")
 
 
-def read_recipe(values: Mapping[str, Any]) -> AdaptRecipe:
+def read_recipe(values: PlainMapping) -> AdaptRecipe:
     """Read the recipe of a plain dict; its stages are complete and train.steps is their sum.
 
     Raises ValueError, one line, naming the field and what is allowed.

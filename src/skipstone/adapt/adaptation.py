@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
 from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
 from skipstone.adapt.trainer import AdaptTrainer, on_device
 from skipstone.core.atomic_write import write_json
+from skipstone.core.strict import PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import TOKENIZER, Run
 from skipstone.train import folder as folders
@@ -32,7 +33,7 @@ THRESHOLD_ROWS = 32  # of the calibration rows: a threshold is one number, and e
 
 def adapt(
     source: str,
-    config: Mapping[str, Any],
+    config: PlainMapping,
     *,
     out: Path | None = None,
     resume: bool = False,

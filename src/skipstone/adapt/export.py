@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from skipstone.core.atomic_write import complete
+from skipstone.core.strict import PlainDict
 from skipstone.mechanisms import PolyGLU
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -118,7 +119,7 @@ def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
     raise ValueError(f"no dense family computes this decoder ({', '.join(TARGETS)}): {json.dumps(parts)}")
 
 
-def _shared(config: SkipstoneConfig) -> dict[str, Any]:
+def _shared(config: SkipstoneConfig) -> PlainDict:
     names = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
         "initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -126,7 +127,7 @@ def _shared(config: SkipstoneConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _llama(config: SkipstoneConfig, activation: str) -> dict[str, Any]:
+def _llama(config: SkipstoneConfig, activation: str) -> PlainDict:
     return {
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
@@ -140,7 +141,7 @@ def _llama(config: SkipstoneConfig, activation: str) -> dict[str, Any]:
     }
 
 
-def _gpt2(config: SkipstoneConfig, activation: str) -> dict[str, Any]:
+def _gpt2(config: SkipstoneConfig, activation: str) -> PlainDict:
     return {
         "n_inner": config.intermediate_size,
         "layer_norm_epsilon": config.norm_eps,
@@ -175,7 +176,7 @@ def _fits_gpt2(config: SkipstoneConfig) -> bool:
     return kinds and biases and not config.qk_norm and config.num_key_value_heads == config.num_attention_heads
 
 
-Target = tuple[Callable[[SkipstoneConfig], bool], Callable[[SkipstoneConfig, str], dict[str, Any]]]
+Target = tuple[Callable[[SkipstoneConfig], bool], Callable[[SkipstoneConfig, str], PlainDict]]
 TARGETS: dict[str, Target] = {
     "llama": (_fits_llama, _llama),
     "qwen2": (_fits_qwen2, _llama),

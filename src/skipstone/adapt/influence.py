@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipstone.core.strict import unknown
+from skipstone.core.strict import PlainMapping, unknown
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, real_tokens
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -65,7 +65,7 @@ def wants_score(layers: object) -> bool:
     return isinstance(layers, Mapping)
 
 
-def choose_layers(layers: Mapping[str, Any], scores: Sequence[float], where: str) -> list[int]:
+def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> list[int]:
     """Choose the `count` blocks of least influence among the pattern `among` (all blocks).
 
     Raises ValueError naming `where` for other keys, another score and a count that cannot be.

@@ -13,6 +13,7 @@ from skipstone.adapt import influence, stages, student
 from skipstone.adapt.adapt_recipe import AdaptRecipe
 from skipstone.adapt.source import checked, load_dense, load_teacher, same_tokens, tokenizer_of
 from skipstone.adapt.start import measure_neurons, start_measured
+from skipstone.core.strict import PlainDict
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
@@ -40,7 +41,7 @@ class Plan:
     rows: list[Row]
     dense: float
     passing: float | None
-    record: dict[str, Any]
+    record: PlainDict
 
 
 def check_early(recipe: AdaptRecipe) -> None:
@@ -139,7 +140,7 @@ def _scores(recipe: AdaptRecipe, model: SkipstoneForCausalLM, rows: Sequence[Row
     return influence.block_influence(model, rows) if any(map(influence.wants_score, wanted)) else None
 
 
-def _mechanisms(recipe: AdaptRecipe) -> list[dict[str, Any]]:
+def _mechanisms(recipe: AdaptRecipe) -> list[PlainDict]:
     entries = recipe.model.get("mechanisms") or []
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise ValueError(f"model.mechanisms must be a list of mappings, got {entries!r}")

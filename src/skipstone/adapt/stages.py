@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from skipstone.adapt.adapt_recipe import LORA, Lora, Stage
+from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 ADAPTER = "default"
@@ -54,7 +55,7 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
     return top * (1 - fallen + min_ratio * fallen)
 
 
-def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[dict[str, Any]]:
+def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[PlainDict]:
     """Yield optimizer groups of everything that some stage trains. The first one's rate is what is logged."""
     used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
     named = roles(model)

@@ -6,7 +6,7 @@ Shape letters: B rows, T tokens, V vocabulary, N tokens of all rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from transformers import set_seed
 
 from skipstone.core.routing_module import causal_obstacle
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, real_tokens
 from skipstone.mechanisms import DEPTH
@@ -22,7 +23,7 @@ from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
 
 # Lets neurons that are left out by their magnitude start as the dense model; one by one, for groups are not sparse.
-NEURON_DEFAULTS: dict[str, Any] = {"decision": "magnitude", "group_size": 1, "capacity_warmup": 0.15}
+NEURON_DEFAULTS: PlainDict = {"decision": "magnitude", "group_size": 1, "capacity_warmup": 0.15}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class NeutralStart:
         )
 
 
-def with_defaults(mechanisms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
     """Return the recipe's mechanisms, with what adapting needs where they do not say."""
     defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
     return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]

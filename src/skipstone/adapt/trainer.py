@@ -14,6 +14,7 @@ from skipstone.adapt.adapt_recipe import AdaptConfig, Stage
 from skipstone.adapt.distillation import logit_divergence, stream_error
 from skipstone.adapt.flop_budget import soft_gates
 from skipstone.core.records import Records
+from skipstone.core.strict import PlainDict
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, targets
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
@@ -68,7 +69,7 @@ class AdaptTrainer(RunTrainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        more: dict[str, Any] = {"output_hidden_states": True} if self.adapt.loss.hidden_states else {}
+        more: PlainDict = {"output_hidden_states": True} if self.adapt.loss.hidden_states else {}
         if staging.stage_at(self.adapt.stages, self.state.global_step)[0].routing == "causal":
             more |= {"routing": "causal", "noise": False, "use_cache": False}
         if self.teacher is not None:
@@ -102,10 +103,10 @@ class AdaptTrainer(RunTrainer):
             self.parts.update({name: term.item() for name, term in own.items()})
         return total * torch.nan_to_num(scale, nan=1.0)
 
-    def _ask(self, teacher: SkipstoneForCausalLM, inputs: Any) -> dict[str, Any]:
+    def _ask(self, teacher: SkipstoneForCausalLM, inputs: Any) -> PlainDict:
         """What the teacher says of a micro-batch, kept for `objective`; what the student's pass needs of it."""
         wanted = self.adapt.loss
-        given: dict[str, Any] = inputs_of(inputs)
+        given: PlainDict = inputs_of(inputs)
         given |= {"use_cache": False, "output_hidden_states": wanted.hidden_states > 0}
         chunked = bool(self.loss_chunk and wanted.distillation)
         with torch.no_grad():

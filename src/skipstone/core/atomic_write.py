@@ -10,12 +10,12 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from skipstone.core.lock import locked
+from skipstone.core.strict import PlainMapping
 
 TEXT_OF = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left (quota)", errno.EIO: "the disk fails"}
 FOREIGN = (
@@ -98,7 +98,7 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: PlainMapping) -> None:
     """Write or replace a JSON file."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 

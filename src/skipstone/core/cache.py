@@ -6,8 +6,6 @@ Shape letters: B rows, T tokens of this call, C columns in use, H key/value head
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -188,7 +186,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.kv = RaggedStore()
         self.stores: dict[str, RaggedStore] = {}

@@ -6,13 +6,14 @@ Shape letters: B rows, T tokens, D width.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from skipstone.core.records import Record
+from skipstone.core.strict import PlainMapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class RoutingModule(nn.Module):
     placement: Placement
     built_in = False
     cast_with_model: ClassVar[tuple[str, ...]] = ()
-    adapt_defaults: ClassVar[Mapping[str, Any]] = {}
+    adapt_defaults: ClassVar[PlainMapping] = {}
 
     @property
     def has_auxiliary_loss(self) -> bool:

@@ -149,7 +149,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
     is_compileable = True
     cumulative_length: Any
 
-    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+    def __init__(self, max_cache_len: int, **kwargs: object) -> None:
         super().__init__(max_cache_len=max_cache_len, **kwargs)
         self.kv = StaticStore(max_cache_len)
         self.cumulative_length = _buffer((), torch.empty(0, dtype=torch.long), 0)

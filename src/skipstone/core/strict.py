@@ -8,9 +8,12 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+PlainDict: TypeAlias = dict[str, Any]  # as JSON and YAML have it: strings, numbers, lists and dicts of these
+PlainMapping: TypeAlias = Mapping[str, Any]  # the same, only read
 
 
 class Mistakes(ValueError):
@@ -82,7 +85,8 @@ def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[s
     The first of the values that a message names is set to its default, and the rest is tried again. What is said of
     values that were set to their default (`doubted` ones are already) is a consequence and is left out.
     """
-    left, lines, doubted = dict(values), [], {*doubted}
+    left, doubted = dict(values), {*doubted}
+    lines: list[str] = []
     while True:
         try:
             return make(**left), lines
@@ -180,5 +184,6 @@ def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
         return value
     if not isinstance(kind, type) or (isinstance(value, kind) and not confused):
         return value
-    name = {Sequence: "list", Mapping: "dict"}.get(kind, getattr(kind, "__name__", kind))
+    words: dict[object, str] = {Sequence: "list", Mapping: "dict"}
+    name = words.get(kind, getattr(kind, "__name__", str(kind)))
     raise ValueError(f"{where} must be {name}, got {value!r}")

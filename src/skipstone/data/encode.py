@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.core.strict import PlainDict
 from skipstone.data.ids import Ids, Stitched
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _simple(tokenizer: PreTrainedTokenizerBase) -> tuple[str, NDArray[np.uint32]
     return ("byte", None) if _is_byte(state) else ("char", _char_table(state))
 
 
-def _is_byte(state: dict[str, Any]) -> bool:
+def _is_byte(state: PlainDict) -> bool:
     from skipstone.data.tokenizers import byte_alphabet
 
     before = state["pre_tokenizer"] or {}
@@ -114,7 +115,7 @@ def _is_byte(state: dict[str, Any]) -> bool:
     return exact and all(state["model"]["vocab"].get(char) == byte for byte, char in enumerate(byte_alphabet()))
 
 
-def _char_table(state: dict[str, Any]) -> NDArray[np.uint32] | None:
+def _char_table(state: PlainDict) -> NDArray[np.uint32] | None:
     model = state["model"]
     if state["pre_tokenizer"] is not None or model["unk_token"] not in model["vocab"] or model["fuse_unk"]:
         return None

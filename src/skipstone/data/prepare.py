@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstone.core.strict import unknown
+from skipstone.core.strict import PlainDict, unknown
 from skipstone.data import rows, sequences, switched, synthetic
 from skipstone.data.blend import BlendedWindows, InTurn, check_sources
 from skipstone.data.config import Blend, DataConfig
@@ -122,7 +122,7 @@ def _mixed(data: PreparedData, first_id: int, split: str) -> PreparedData:
     )
 
 
-def _windows(config: DataConfig, encoded: Encoded) -> dict[str, Any]:
+def _windows(config: DataConfig, encoded: Encoded) -> PlainDict:
     starts = encoded.document_starts if config.packing == "packed" else None
     return {"ids": encoded.ids, "context": config.context, "document_starts": starts}
 
@@ -217,7 +217,7 @@ def _prepare_synthetic(config: DataConfig, description: str, train: bool, split:
 
 def _synthetic(config: DataConfig, split: str, length: int | None, seed: int) -> RowDataset:
     stream, length = SYNTHETIC_STREAM[split], length or SYNTHETIC_ROWS[split]
-    given: dict[str, Any] = {"rows": length, "seed": seed, "stream": stream, "context": config.context}
+    given: PlainDict = {"rows": length, "seed": seed, "stream": stream, "context": config.context}
     if config.corpus == "reset-s3":
         return synthetic.ResetS3(**given)
     if config.corpus == "switched-s3":

@@ -21,7 +21,7 @@ import numpy as np
 from skipstone.core import atomic_write
 from skipstone.core.checksums import file_sha256
 from skipstone.core.lock import locked
-from skipstone.core.strict import from_dict
+from skipstone.core.strict import PlainDict, from_dict
 from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.data.corpus import parse_percent, split_by_hash
 from skipstone.data.encode import encode_each, id_dtype
@@ -94,7 +94,7 @@ def _given(split: str, document: str) -> str:
 class _Work:
     """The state of a folder while it is written: for each split its shards, and the place in its stream after them."""
 
-    def __init__(self, out: Path, settings: dict[str, Any], tokenizer: Any, report: Report | None) -> None:
+    def __init__(self, out: Path, settings: PlainDict, tokenizer: Any, report: Report | None) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("this tokenizer has no eos token, which shards need after every document")
         self.out, self.tokenizer, self.report = out, tokenizer, report
@@ -114,7 +114,7 @@ class _Work:
                 "or name another folder"
             )
 
-    def _known(self) -> dict[str, Any] | None:
+    def _known(self) -> PlainDict | None:
         """The settings that this folder was begun with, its state taken over; None for a folder that is new."""
         if (self.out / MANIFEST).is_file():
             self.finished = open_shards(self.out).manifest

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skipstone.core.checksums import file_sha256
-from skipstone.core.strict import from_dict, unknown
+from skipstone.core.strict import PlainDict, from_dict, unknown
 from skipstone.data.encode import Encoded
 from skipstone.data.ids import Stitched
 from skipstone.data.tokenizers import load_saved
@@ -59,7 +59,7 @@ class Manifest:
     """
 
     format_version: int
-    settings: dict[str, Any]
+    settings: PlainDict
     tokenizer_sha256: str
     vocab_size: int
     dtype: str

@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone.data.corpus import Corpus, Documents, Reader, by_hash, contiguous
 from skipstone.data.fetch import offline
 
@@ -123,7 +124,7 @@ def huggingface(argument: str) -> Corpus:
     return Corpus(name=name, description=f"dataset {argument}", licence="see its dataset card", readers=own)
 
 
-def load_dataset(argument: str, streaming: bool = False) -> dict[str, Any]:
+def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
     """The splits of a dataset. streaming: rows are read one after the other, and not downloaded before."""
     try:
         import datasets

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from skipstone.budget import BudgetTable, calibrate
 from skipstone.budget.budget_table import OperatingPoint
+from skipstone.core.strict import PlainDict
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
@@ -101,7 +102,7 @@ class Calibrated:
     path: Path
     budget_table: BudgetTable
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         return plain(
             {
                 "path": str(self.path),

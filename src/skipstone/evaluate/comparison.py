@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import LoadedRun, load_run
 from skipstone.evaluate.metrics import (
     RunMetrics,
@@ -37,7 +38,7 @@ class Comparison:
     """Figures of all runs, in the order given. captured: headroom by run and bin, where the twins were named."""
 
     runs: tuple[RunMetrics, ...]
-    machine: dict[str, Any]
+    machine: PlainDict
     dense: RunMetrics | None = None
     forced: RunMetrics | None = None
 
@@ -51,7 +52,7 @@ class Comparison:
         assert forced is not None
         return {run.name: headroom(run.accuracy, dense, forced) for run in self.runs if run.accuracy is not None}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         """Return plain values for JSON: FLOPs and bytes per token, shares in [0, 1], energy in joules."""
         twins = {"dense": self.dense, "forced": self.forced}
         return plain(
@@ -139,6 +140,6 @@ def _check_twins(loaded: Sequence[LoadedRun]) -> None:
         raise ValueError(f"{loaded[-1].run.name} has no depth mechanism that could be forced")
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def _machine(device: torch.device) -> PlainDict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads(), "torch": torch.__version__}

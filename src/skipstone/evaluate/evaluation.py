@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.budget_curve import AtBudget, at_budgets, budget_section, table_of
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import (
@@ -67,7 +68,7 @@ class Evaluation:
         """Nats a prediction that are lost if each neuron uses its strongest activation alone."""
         return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.primary].loss
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         """Return plain values for JSON. Losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
         passes = {
             name: {

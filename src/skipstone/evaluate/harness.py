@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skipstone.core.routing_module import require_causal
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown, number, plain, rich_table
 from skipstone.model.loading import one_line
 from skipstone.runs import Run
@@ -40,7 +41,7 @@ class TaskEvaluation:
     name: str
     scores: tuple[Score, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         """Return plain values for JSON."""
         return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
 

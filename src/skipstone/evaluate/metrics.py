@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.evaluate.loaded_run import LoadedRun, batches
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, number, percent
 from skipstone.measure.flops import FlopCheck, flop_check
@@ -35,14 +36,14 @@ class RunMetrics:
     pass_name: str
     context: int
     flops: FlopCheck
-    layers: list[dict[str, dict[str, Any]]]
+    layers: list[dict[str, PlainDict]]
     cache: CacheBytes | None
     overhead: Overhead
-    result: Mapping[str, Any]
+    result: PlainMapping
     rates: Mapping[str, Rate]
     accuracy: Mapping[str, float] | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         rates = {
             name: {
                 "tokens_per_second": rate.tokens_per_second,

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from skipstone.core.strict import PlainMapping
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -102,7 +104,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def layer_sections(layers: Sequence[Mapping[str, Mapping[str, Any]]], pass_name: str) -> list[Section]:
+def layer_sections(layers: Sequence[Mapping[str, PlainMapping]], pass_name: str) -> list[Section]:
     """Tabulate what mechanisms did in each layer (`Summaries.layers`), one section for each table that a reader
     declares.
     """
@@ -123,6 +125,6 @@ def layer_sections(layers: Sequence[Mapping[str, Mapping[str, Any]]], pass_name:
     return found
 
 
-def _cell(column: FigureColumn, figures: Mapping[str, Any]) -> str:
+def _cell(column: FigureColumn, figures: PlainMapping) -> str:
     value = column.value(figures)
     return percent(value) if column.digits is None else number(value, column.digits)

@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from skipstone.core.strict import PlainDict
 from skipstone.measure.passes import Pass
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
@@ -128,7 +129,7 @@ class _Operations(TorchDispatchMode):
         self.synced: list[bool] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: PlainDict | None = None
     ) -> Any:
         with self:  # inference mode hands over whole functions, such as linear; what they consist of is listed
             out = func.decompose(*args, **(kwargs or {})) if hasattr(func, "decompose") else NotImplemented

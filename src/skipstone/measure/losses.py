@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipstone.core.records import DepthRecord, Records, of_kind
+from skipstone.core.strict import PlainDict
 from skipstone.data.synthetic import BINS, accuracy_by_bin
 from skipstone.measure.passes import Pass, known_to_need_depth, real_tokens, targets
 from skipstone.measure.summaries import ACTIVATION_ROWS, Summaries
@@ -41,7 +41,7 @@ class LossResult:
     right: int
     summaries: Summaries
     accuracy: dict[str, float] | None
-    kinds: dict[str, dict[str, Any]] | None
+    kinds: dict[str, PlainDict] | None
 
     @property
     def loss(self) -> float:
@@ -154,7 +154,7 @@ class TokenKinds:
             parts = (nats_BT[inside_BT], predicted_BT[inside_BT], depth_BT[inside_BT], inside_BT)
             sums += torch.stack([part.double().sum().cpu() for part in parts])
 
-    def result(self) -> dict[str, dict[str, Any]]:
+    def result(self) -> dict[str, PlainDict]:
         """Return for each kind that occurs `loss`, nats a prediction, and `depth`, blocks that update a token."""
         found = {}
         for kind, sums in self._sums.items():

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile, record_function
 from torch.autograd.profiler_util import FunctionEvent
 
+from skipstone.core.strict import PlainMapping
 from skipstone.measure.passes import Pass
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -56,7 +57,7 @@ def overhead(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, Ten
     return _shares(list(profiler.function_events or ()), on_device)
 
 
-def _step(model: SkipstoneForCausalLM, arguments: Mapping[str, Any]) -> None:
+def _step(model: SkipstoneForCausalLM, arguments: PlainMapping) -> None:
     model(**arguments).loss.backward()
 
 

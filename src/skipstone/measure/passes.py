@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.routing_module import causal_obstacle
+from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.data.corpora import knows_difficulty
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
@@ -70,7 +71,7 @@ class Pass:
     routing: str
     executor: Executor = "gathered"
 
-    def arguments(self, model: SkipstoneForCausalLM, batch: Batch) -> dict[str, Any]:
+    def arguments(self, model: SkipstoneForCausalLM, batch: Batch) -> PlainDict:
         """Return what forward is called with: no noise, no cache, no labels."""
         routing: Routing = self.routing  # type: ignore[assignment]
         if self.routing == "forced":
@@ -84,7 +85,7 @@ class Pass:
         }
 
     @torch.no_grad()
-    def run(self, model: SkipstoneForCausalLM, batch: Batch, **more: Any) -> CausalLMOutput:
+    def run(self, model: SkipstoneForCausalLM, batch: Batch, **more: object) -> CausalLMOutput:
         """Run the model on a batch without gradients. more: further arguments of forward."""
         return model(**self.arguments(model, batch), **more)
 

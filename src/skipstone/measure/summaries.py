@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.ops import reference as ops
 
@@ -23,7 +24,7 @@ ACTIVATION_NAMES = tuple(function.__name__ for function in ops.ACTIVATIONS)
 ACTIVATION_ROWS = 64
 ONE_ROW = slice(1)  # activation figures look at every neuron of every token: one row is enough to log
 
-Figures = Mapping[str, Any]
+Figures = PlainMapping
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Reader:
         """Add the record of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
         raise NotImplementedError
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> PlainDict:
         """Return the figures so far."""
         raise NotImplementedError
 
@@ -96,7 +97,7 @@ class Summaries:
                 if reader is not ActivationReader or self._activation_rows:
                     readers.setdefault(name, reader(self._activation_rows)).add(modules[name], record, known_BT)
 
-    def layers(self) -> list[dict[str, dict[str, Any]]]:
+    def layers(self) -> list[dict[str, PlainDict]]:
         """Return what the readers' `result` describes, for each block and each of its mechanisms."""
         return [{name: reader.result() for name, reader in readers.items()} for readers in self._readers]
 
@@ -176,7 +177,7 @@ class DepthReader(Reader):
         self.weight += float(record.weight_BT[record.kept_BT].double().sum())
         self.rows.append((kept_B / reached_B)[reached_B > 0].cpu())
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> PlainDict:
         rows = torch.cat(self.rows).double()
         return {
             "capacity": self.kept / self.reached if self.reached else None,
@@ -249,7 +250,7 @@ class ActivationReader(Reader):
                 self.sums[name] = self.sums[name] + total if name in self.sums else total
             self.tokens += int(reached_T.sum())
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> PlainDict:
         means = {name: (total / max(self.tokens, 1)).tolist() for name, total in self.sums.items()}
         return {
             **{name: dict(zip(ACTIVATION_NAMES, means[name], strict=True)) for name in self.SHARES},
@@ -301,7 +302,7 @@ class ExpertsReader(Reader):
         self.tokens += int(record.reached_BT.sum())
         self.entropy += float(module.entropy(record)[record.reached_BT].double().sum())
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> PlainDict:
         if self.chosen is None or not self.tokens:
             return {"experts": None, "no_op": None, "entropy": None}
         *experts, no_op = (self.chosen / self.chosen.sum()).tolist()
@@ -347,7 +348,7 @@ class NeuronGroupsReader(Reader):
         self.on = on_G if self.on is None else self.on + on_G
         self.tokens += int(record.reached_BT.sum())
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> PlainDict:
         shares = [] if self.on is None or not self.tokens else (self.on / self.tokens).tolist()
         return {
             "groups": shares,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from skipstone.core.strict import PlainDict, PlainMapping
+
 CATEGORIES = ("letters", "digits", "signs", "white space")
 FORMAT = 2  # of a view's plain values; others are made anew
 
@@ -61,14 +63,14 @@ class TokenTrace:
         """The largest weight of any routed block, by magnitude."""
         return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         """Return plain values for JSON; layers become text, as JSON's keys are."""
         by_layer = {name: _with_keys(str, getattr(self, name)) for name in ("capacity", "experts")}
         activations = {str(layer): asdict(summary) for layer, summary in self.activations.items()}
         return {**vars(self), "routed": sorted(self.routed), **by_layer, "activations": activations}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TokenTrace:
+    def from_dict(cls, values: PlainMapping) -> TokenTrace:
         """Build a trace from what `to_dict` gave. Raises TypeError or ValueError for anything else."""
         by_layer = {name: _with_keys(int, values[name]) for name in ("capacity", "experts")}
         activations = {int(layer): ActivationSummary(**one) for layer, one in values["activations"].items()}
@@ -91,7 +93,7 @@ class ModelView:
     set_capacity: Mapping[int, Mapping[str, float]]
     trace: TokenTrace
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         """Return plain values for JSON."""
         capacity = {str(layer): shares for layer, shares in self.set_capacity.items()}
         return {
@@ -102,7 +104,7 @@ class ModelView:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelView | None:
+    def from_dict(cls, values: PlainMapping) -> ModelView | None:
         """Build a view from what `to_dict` gave; None for values of another format."""
         if values.get("format") != FORMAT:
             return None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Records, of_kind
 from skipstone.core.routing_module import causal_obstacle
+from skipstone.core.strict import PlainMapping
 from skipstone.measure.passes import forced_routing, inputs_of, real_tokens
 from skipstone.measure.summaries import ACTIVATION_NAMES
 from skipstone.measure.token_trace import CATEGORIES, ActivationSummary, TokenTrace
@@ -24,7 +25,7 @@ SUBLAYERS = ("attention", "mlp")
 @torch.no_grad()
 def trace_tokens(
     model: SkipstoneForCausalLM,
-    batch: Mapping[str, Any],
+    batch: PlainMapping,
     names: list[str],
     known_BT: Tensor | None = None,
     category_BT: Tensor | None = None,

@@ -13,7 +13,7 @@ Shape letters: B rows, T tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class EarlyExit(DepthMechanism):
     budget_by = "threshold"
     has_auxiliary_loss = True
 
-    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: object) -> None:
         super().__init__(hidden_size, placement, **options)
         self.router = LinearRouter(hidden_size, self.config.start_bias)
 

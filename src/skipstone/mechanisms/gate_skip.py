@@ -16,7 +16,7 @@ Shape letters: B rows, T tokens, D width, G gates of a token (D or 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class GateSkip(DepthMechanism):
     has_auxiliary_loss = True
     follows_scores = True
 
-    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: object) -> None:
         super().__init__(hidden_size, placement, **options)
         self._capacity: float = self.config.capacity
         outputs = hidden_size if self.config.gate == "channel" else 1

@@ -16,7 +16,7 @@ Shape letters: B rows, T tokens, K kept tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from skipstone.core.counts import TokenCounts
 from skipstone.core.noise import token_noise
 from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
+from skipstone.core.strict import PlainDict
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
@@ -48,14 +49,14 @@ class MixtureOfDepths(DepthMechanism):
     cast_with_model = ("skip", "tanh_scale")
     # What lets it start as the dense model: every token kept at first, weight 1. Its decision is the same in training
     # and in generation; normed inputs, because a pretrained stream grows over depth.
-    adapt_defaults: ClassVar[dict[str, Any]] = {
+    adapt_defaults: ClassVar[PlainDict] = {
         "weight": "tanh",
         "decision": "ema_threshold",
         "capacity_warmup": 0.5,
         "router_norm": True,
     }
 
-    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: object) -> None:
         super().__init__(hidden_size, placement, **options)
         config: MixtureOfDepthsConfig = self.config
         self.weighting = config.weight

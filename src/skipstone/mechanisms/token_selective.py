@@ -15,8 +15,6 @@ Shape letters: B rows, T tokens, K kept tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,7 +43,7 @@ class TokenSelective(DepthMechanism):
     budget_by = "threshold"
     has_auxiliary_loss = True
 
-    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: Any) -> None:
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: object) -> None:
         super().__init__(hidden_size, placement, **options)
         self.router = self._build_router().requires_grad_(self.config.learn)
         self.decision = self._build_decision()

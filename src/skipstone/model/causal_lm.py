@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from skipstone.core.records import Records
 from skipstone.core.routing_module import RoutingModule
+from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
 from skipstone.model.config import SkipstoneConfig
@@ -118,7 +119,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         hidden_BTD = out.last_hidden_state[:, keep]
         target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
         logits_BTV = self.lm_head(hidden_BTD) if target_BT is None or not loss_chunk else None
-        losses: dict[str, Any] = {}
+        losses: PlainDict = {}
         if target_BT is not None:
             items = kwargs.get("num_items_in_batch")
             losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk, distillation)
@@ -246,7 +247,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature tells transformers what may be passed
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> PlainDict:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if inputs.get("document_ids") is not None:
             inputs["document_ids"] = _documents(inputs)
@@ -268,7 +269,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return call
 
 
-def _documents(inputs: dict[str, Any]) -> Tensor:
+def _documents(inputs: PlainDict) -> Tensor:
     """The documents of this call's tokens: what is generated goes on with the last document of the prompt."""
     document_BT, cache = inputs["document_ids"], inputs.get("past_key_values")
     given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from skipstone.core.strict import build, choose, convert, mistakes, refuse, unknown
+from skipstone.core.strict import PlainDict, build, choose, convert, mistakes, refuse, unknown
 from skipstone.model.fields import FORMAT_VERSION, TYPES, ModelFields
 from skipstone.model.parts import (
     FIXED_MIX,
@@ -44,7 +44,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
     model_type = "skipstone"
     keys_to_ignore_at_inference = ["past_key_values", "records", "token_loss", "auxiliary_loss", "distillation_loss"]
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version {self.format_version} is not known to this release, which reads {FORMAT_VERSION}: "
@@ -145,7 +145,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         """As in transformers, options of parts as they were written."""
         return {name: _plain(value) for name, value in super().to_dict().items()}
 
@@ -158,11 +158,11 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         return ["skipstone"] * self.num_hidden_layers
 
     @property
-    def activation_options(self) -> dict[str, Any]:
+    def activation_options(self) -> PlainDict:
         """The activation as a dict with a name."""
         return self.activation_entry.plain()
 
-    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: object) -> None:
         """As in transformers, with the shim that serves processes which never import this package."""
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
@@ -181,7 +181,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         """Nothing: transformers would copy this source file into saved folders, where the shim already is."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> Any:
         """As in transformers: from what is saved. Options of neuron groups that were never read are left out."""
         groups = config_dict.get("neuron_groups")
         if isinstance(groups, dict) and groups.get("decision") == "magnitude":
@@ -189,7 +189,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> SkipstoneConfig:
+    def from_plain(cls, values: PlainDict) -> SkipstoneConfig:
         """From a recipe: like the constructor, but strict about keys and types, naming the nearest key."""
         fields = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
         lines = [unknown("key in model", key, TYPES) for key in values if key not in fields]

@@ -24,7 +24,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records, carried
 from skipstone.core.static import SkipstoneStaticCacheLayer
-from skipstone.core.strict import unknown
+from skipstone.core.strict import PlainMapping, unknown
 from skipstone.core.tokens import Executor, PassMode, Tokens
 from skipstone.model.build import Block, build_blocks, build_norm, build_positions, initialise
 from skipstone.model.config import SkipstoneConfig
@@ -61,7 +61,7 @@ OWN_ARGUMENTS = (
 )
 
 
-def refuse_mistyped(arguments: Mapping[str, Any]) -> None:
+def refuse_mistyped(arguments: PlainMapping) -> None:
     """transformers passes arguments on that a model may ignore; one that is nearly ours was meant for us."""
     for name in () if torch.compiler.is_compiling() else arguments:  # a compiler cannot follow the comparison of words
         if (near := _meant(name)) is not None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from skipstone.core.strict import choose
+from skipstone.core.strict import PlainDict, PlainMapping, choose
 from skipstone.model.config import SkipstoneConfig
 
-Options = dict[str, Any]
+Options = PlainDict
 Tensors = dict[str, Tensor]
 
 ACTIVATIONS = {
@@ -162,7 +161,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(values: Mapping[str, Any]) -> Family:
+def family_of(values: PlainMapping) -> Family:
     """The family of a configuration, as read from config.json. Raises ValueError naming those that are supported."""
     kind, supported = values.get("model_type"), f"supported: {', '.join(FAMILIES)}"
     if kind in FAMILIES:

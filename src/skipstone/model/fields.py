@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, get_type_hints
+from typing import TypeAlias, get_type_hints
 
-from skipstone.core.strict import build, convert, mistakes, unknown
+from skipstone.core.strict import PlainDict, PlainMapping, build, convert, mistakes, unknown
 
 FORMAT_VERSION = 1
 Written: TypeAlias = Mapping[str, object]  # options of a part as they are written
@@ -73,7 +73,7 @@ class ModelFields:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     positions: str = "rope"
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: PlainDict | None = None
     qk_norm: bool = False
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -209,7 +209,7 @@ class ModelFields:
 TYPES = get_type_hints(ModelFields)  # of all fields, by name
 
 
-def check_fields(values: Mapping[str, Any]) -> list[str]:
+def check_fields(values: PlainMapping) -> list[str]:
     """A line for each mistake in a recipe's `model`, as far as this file knows. Presets say what else a model has."""
     lines = [unknown("key in model", key, TYPES) for key in values if key not in {*TYPES, *FOREIGN, "preset"}]
     typed, wrong = {}, set()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging
 
-from skipstone.core.strict import choose
+from skipstone.core.strict import PlainMapping, choose
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 
@@ -39,7 +39,7 @@ def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: 
     return model
 
 
-def check_complete(info: Mapping[str, Any]) -> None:
+def check_complete(info: PlainMapping) -> None:
     """Raise ValueError unless every parameter came from the checkpoint and every tensor of it was used."""
     for kind in ("missing", "unexpected"):
         if keys := sorted(key for key in info[f"{kind}_keys"] if not CONSTANT.search(key)):

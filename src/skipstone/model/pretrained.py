@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from skipstone.core.atomic_write import complete
+from skipstone.core.strict import PlainDict
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -109,7 +110,7 @@ def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]
     return str(source), gguf_file
 
 
-def _config_values(name: str, gguf_file: str | None) -> dict[str, Any]:
+def _config_values(name: str, gguf_file: str | None) -> PlainDict:
     """config.json as a plain dict (of a GGUF file: what transformers makes of its header)."""
     try:
         with quiet():

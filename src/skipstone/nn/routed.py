@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skipstone.core.records import Records
 from skipstone.core.seam import wrap
 from skipstone.core.selection import EVERYONE
-from skipstone.core.strict import unknown
+from skipstone.core.strict import PlainDict, unknown
 from skipstone.core.tokens import PassMode, Routing, Tokens
 from skipstone.ops import reference as ops
 
@@ -40,11 +40,11 @@ class Routed(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        *args: Any,
+        *args: object,
         routing: Routing | None = None,
         real_BT: Tensor | None = None,
         return_records: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """The stream after the block, and with `return_records` what the mechanisms decided.
 
@@ -75,7 +75,7 @@ class Routed(nn.Module):
         return (result, records) if return_records else result
 
     def _update(
-        self, x_BTD: Tensor, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any], rest: list[Any]
+        self, x_BTD: Tensor, tokens: Tokens, args: tuple[Any, ...], kwargs: PlainDict, rest: list[Any]
     ) -> Tensor:
         part = tokens.queries
         if part.is_empty:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.report import charts
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Series
 from skipstone.report.run_view import RunView
 from skipstone.runs import Run
 
-Points = Sequence[Mapping[str, Any]]  # `AtBudget` as plain values, the model as trained first
+Points = Sequence[PlainMapping]  # `AtBudget` as plain values, the model as trained first
 FRAME = Frame(width=460, height=300)
 
 
@@ -48,7 +48,7 @@ def _read(file: Path) -> tuple[str, Points]:
     return run, points
 
 
-def _of_today(point: Mapping[str, Any]) -> dict[str, Any]:
+def _of_today(point: PlainMapping) -> PlainDict:
     """Versions before 0.2 called the target `asked`."""
     return {"target" if key == "asked" else key: value for key, value in point.items()}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from markupsafe import Markup
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.measure.token_trace import CATEGORIES, ActivationSummary
 from skipstone.report import charts, svg
 from skipstone.report.axes import Frame, bounds
@@ -20,7 +20,7 @@ MAP_WIDTH, ROW, LEFT, GAP = 900, 15, 46, 2
 MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
 
-def card(run: RunView) -> dict[str, Any]:
+def card(run: RunView) -> PlainDict:
     """Collect the pictures of one run that mixes activations."""
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)
@@ -96,7 +96,7 @@ def _logged(run: RunView) -> set[str]:
     return {key for line in run.metrics if line.get("split") == "train" for key in line if key.startswith("entropy/")}
 
 
-def _trains(line: Mapping[str, Any], key: str) -> bool:
+def _trains(line: PlainMapping, key: str) -> bool:
     return line.get("split") == "train" and line.get(key) is not None
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import yaml
 from markupsafe import Markup
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.report import budget_chart, charts, mixes, token_picture
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
@@ -34,7 +34,7 @@ FIGURES: tuple[tuple[str, Callable[[RunView], float | None], str], ...] = (
 
 def context(
     runs: Sequence[RunView], samples: Mapping[str, Pieces], measured: Mapping[str, budget_chart.Points]
-) -> dict[str, Any]:
+) -> PlainDict:
     """Return the variables of `templates/page.html`. samples: generated text, measured: budgets, both by the runs'
     names.
     """
@@ -70,7 +70,7 @@ def _figure(value: float | None, form: str) -> str:
     return ABSENT if value is None else format(int(value) if form.endswith("d") else value, form)
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
+def _yaml(values: PlainMapping) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
@@ -117,7 +117,7 @@ def _training(runs: Sequence[RunView]) -> list[tuple[str, Markup]]:
     return drawn
 
 
-def _routed(run: RunView) -> dict[str, Any]:
+def _routed(run: RunView) -> PlainDict:
     """The card of a run that skips: the picture, the capacities, the text."""
     assert run.trace is not None
     bars = [

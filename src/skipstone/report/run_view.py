@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from skipstone.core.strict import PlainMapping
 from skipstone.measure.token_trace import ModelView, TokenTrace
 from skipstone.report.palette import Style, style
 from skipstone.runs import Run
@@ -21,10 +21,10 @@ class RunView:
 
     name: str
     style: Style
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    result: Mapping[str, Any]
+    config: PlainMapping
+    environment: PlainMapping
+    metrics: Sequence[PlainMapping]
+    result: PlainMapping
     mechanisms: str
     set_capacity: Mapping[int, Mapping[str, float]]
     trace: TokenTrace | None

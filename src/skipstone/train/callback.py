@@ -48,13 +48,15 @@ class RoutingCallback(TrainerCallback):
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._sums = {}
         self._before = {name: value.clone() for name, value in _outside_adapters(kwargs["model"])}
         self._advance(kwargs["model"], state, {})
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         means, self._sums = _means(self._sums), {}
         self._advance(kwargs["model"], state, means)
         self._warn_of_adapters(kwargs["model"])

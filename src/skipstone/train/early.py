@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from skipstone.core.strict import from_dict, mistakes, refuse
+from skipstone.core.strict import PlainMapping, from_dict, mistakes, refuse
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.model.fields import check_fields
@@ -18,12 +17,12 @@ PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check(
-    config: Mapping[str, Any],
+    config: PlainMapping,
     *,
     out: Path | None = None,
     resume: bool = False,
     writes: bool = True,
-    read: Callable[[Mapping[str, Any]], Recipe] = read_recipe,
+    read: Callable[[PlainMapping], Recipe] = read_recipe,
 ) -> None:
     """Raise ValueError with one line for each mistake in the recipe `config`, its run folder and its corpus.
 

@@ -9,14 +9,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from skipstone import __version__
+from skipstone.core.strict import PlainDict
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def describe(seed: int) -> dict[str, Any]:
+def describe(seed: int) -> PlainDict:
     """What environment.json holds. `git_commit` and `git_dirty` are None where the package is not in a checkout."""
     import torch
     import transformers
@@ -40,7 +40,7 @@ def session() -> dict[str, str]:
     return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv)}
 
 
-def machine() -> dict[str, Any]:
+def machine() -> PlainDict:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

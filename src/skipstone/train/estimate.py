@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.strict import choose
+from skipstone.core.strict import PlainDict, PlainMapping, choose
 from skipstone.data.prepare import prepare
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -91,7 +91,7 @@ def _gb(size: float | None) -> str:
     return "not known" if size is None else f"{size / 1e9:.2f} GB"
 
 
-def estimate(values: Mapping[str, Any], gpu: str = "H100", mfu: float = MFU) -> Estimate:
+def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estimate:
     """The estimate of a recipe as `train` takes it. Trains nothing, and reads data only for an unnamed vocabulary.
 
     Raises ValueError for a GPU that is not in `GPUS`, an mfu outside (0, 1], and whatever is wrong with the recipe.
@@ -123,7 +123,7 @@ def estimate(values: Mapping[str, Any], gpu: str = "H100", mfu: float = MFU) -> 
     )
 
 
-def _known(recipe: Recipe) -> dict[str, Any]:
+def _known(recipe: Recipe) -> PlainDict:
     """What the model's configuration takes from the data, if it has not said it itself."""
     if {"preset", "vocab_size"} & recipe.model.keys():
         return {}

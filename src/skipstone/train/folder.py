@@ -13,6 +13,7 @@ import yaml
 
 from skipstone.core import atomic_write, checksums
 from skipstone.core.atomic_write import write_json, write_whole
+from skipstone.core.strict import PlainMapping
 from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
 from skipstone.train import environment
 from skipstone.train.recipe import NOT_THE_RESULT, Recipe
@@ -55,9 +56,7 @@ def check_new(folder: Path) -> None:
         )
 
 
-def create(
-    folder: Path, config: Mapping[str, Any], seed: int, parts: Mapping[str, Write], data: str | None = None
-) -> None:
+def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Write], data: str | None = None) -> None:
     """A new run folder with its recipe, its environment and `parts`; all of it is there at once, or nothing.
 
     parts: by name, what writes further files and folders. data: fingerprint of shards that it trains on.
@@ -94,7 +93,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> None:
+def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> None:
     """Raise ValueError naming the first key in which the recipe differs from the one of the run to be resumed.
 
     When and how many checkpoints are written may differ.
@@ -148,7 +147,7 @@ def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept[:count]))
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any, card: Mapping[str, Any]) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, card: PlainMapping) -> None:
     """RUN/model, whole or not at all: weights with their hashes, tokenizer, model card."""
     from skipstone.model.card import write_card
 
@@ -167,5 +166,5 @@ def save_model(folder: Path, model: Any, tokenizer: Any, card: Mapping[str, Any]
     atomic_write.replace_folder(partial, folder / MODEL)
 
 
-def save_result(folder: Path, result: Mapping[str, Any]) -> None:
+def save_result(folder: Path, result: PlainMapping) -> None:
     write_json(folder / RESULT, result)

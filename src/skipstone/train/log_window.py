@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from skipstone.core.strict import PlainDict
 
 FILE = "window.json"
 STATE: dict[str, type] = {"began": int, "tokens": int, "total_tokens": int, "seconds": float, "total_seconds": float}
@@ -73,7 +74,7 @@ class LogWindow:
         if not path.is_file():
             raise ValueError(f"checkpoint {str(folder)!r} has no {FILE}: it was not written by skipstone train")
         try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            state: PlainDict = json.loads(path.read_text(encoding="utf-8"))
             sums = torch.tensor([float(value) for value in state["sums"]])
             values = {name: kind(state[name]) for name, kind in STATE.items()}
             self.sums.copy_(sums if first else torch.zeros_like(sums))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from skipstone.core.strict import from_dict, unknown
+from skipstone.core.strict import PlainDict, PlainMapping, from_dict, unknown
 from skipstone.data.config import DataConfig
 
 # Kinds of parameters that weight decay may spare (see decay.py). preferences: of PolyGLU's neurons, for an activation.
@@ -143,7 +142,7 @@ class Recipe:
     """A whole run. model: keys of SkipstoneConfig, or {preset: NAME, ...overrides}. name: of the default run folder."""
 
     name: str | None = None
-    model: dict[str, Any] = field(default_factory=dict)
+    model: PlainDict = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -157,13 +156,13 @@ class Recipe:
             )
 
 
-def read_recipe(values: Mapping[str, Any]) -> Recipe:
+def read_recipe(values: PlainMapping) -> Recipe:
     """The recipe of a plain dict. Raises ValueError, one line a mistake, naming the field and what is allowed."""
     if "arms" in values:
         raise ValueError("a recipe with arms is a comparison: run it by `skipstone isoflop`, or leave arms out")
     return from_dict(Recipe, values)
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Recipe) -> PlainDict:
     """The recipe as plain values, as config.yaml keeps it."""
     return {key: value for key, value in asdict(recipe).items() if value is not None}

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from skipstone import presets
-from skipstone.core.strict import mistakes
+from skipstone.core.strict import PlainDict, PlainMapping, mistakes
 from skipstone.data.prepare import PreparedData
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -23,7 +21,7 @@ from skipstone.train import early
 from skipstone.train.recipe import Recipe, TrainConfig
 
 
-def model_config(values: Mapping[str, Any], context: int, defaults: Mapping[str, Any]) -> SkipstoneConfig:
+def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> SkipstoneConfig:
     """The configuration that a recipe's `model` names, its context and vocabulary taken from the data if not set.
 
     `defaults`: what the data knows (vocabulary size, special tokens); empty before it is read, to check the rest early.
@@ -42,9 +40,9 @@ def model_config(values: Mapping[str, Any], context: int, defaults: Mapping[str,
     return config
 
 
-def data_defaults(data: PreparedData) -> dict[str, Any]:
+def data_defaults(data: PreparedData) -> PlainDict:
     """What the model's configuration takes from the data."""
-    found: dict[str, Any] = {"vocab_size": data.vocab_size}
+    found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:
         eos, pad = data.tokenizer.eos_token_id, data.tokenizer.pad_token_id
         found |= {"eos_token_id": eos, "bos_token_id": data.tokenizer.bos_token_id}
@@ -53,7 +51,7 @@ def data_defaults(data: PreparedData) -> dict[str, Any]:
     return found
 
 
-def plain(config: SkipstoneConfig) -> dict[str, Any]:
+def plain(config: SkipstoneConfig) -> PlainDict:
     """The whole configuration as plain values, as a recipe may hold it."""
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(config) if field.name in TYPES]
@@ -119,7 +117,7 @@ def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
     return found
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
+def _checkpointing(wanted: bool) -> PlainDict:
     """transformers 5.23 has renamed the switch."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -148,7 +146,7 @@ def check_early(recipe: Recipe) -> None:
         warnings.warn("data.train_rows has no effect on training, which reads steps * batch_size rows", stacklevel=3)
 
 
-def model_mistakes(values: Mapping[str, Any]) -> list[str]:
+def model_mistakes(values: PlainMapping) -> list[str]:
     """A line for each mistake in a recipe's `model`, the options of its mechanisms included."""
     try:
         model_config(values, 1, {})

@@ -37,7 +37,7 @@ class RoutingMixin:
 
     routing: RoutingCallback
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         handler = self.callback_handler  # type: ignore[attr-defined]
         present = [callback for callback in handler.callbacks if isinstance(callback, RoutingCallback)]
@@ -45,7 +45,7 @@ class RoutingMixin:
         if not present:
             self.add_callback(self.routing)  # type: ignore[attr-defined]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: object) -> Any:
         asked = {**inputs, "output_records": True}
         elsewhere = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
         if elsewhere and "labels" in inputs:  # Trainer takes the labels away and computes the loss from logits
@@ -65,7 +65,7 @@ class RoutingTrainer(RoutingMixin, Trainer):
 class RunTrainer(RoutingTrainer):
     """What `skipstone train` runs: exact resume, own validation, metrics by name, checkpoints that appear complete."""
 
-    def __init__(self, *, recipe: TrainConfig, data: PreparedData, **kwargs: Any) -> None:
+    def __init__(self, *, recipe: TrainConfig, data: PreparedData, **kwargs: object) -> None:
         super().__init__(train_dataset=data.train, eval_dataset=data.validation, data_collator=data.collate, **kwargs)
         self.recipe, self.data = recipe, data
         self.loss_chunk = recipe.loss_chunk_of(self._plain.config.vocab_size)
@@ -84,7 +84,7 @@ class RunTrainer(RoutingTrainer):
         """Trainer's rule of thumb counts a routed model as dense; the cost model and the evaluation count truly."""
         return 0
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: object) -> Any:
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
@@ -149,7 +149,7 @@ class RunTrainer(RoutingTrainer):
                 "so the run has stopped; lower train.learning_rate, or lengthen train.warmup_steps"
             )
 
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: object, **kwargs: object) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize()  # what is still queued belongs to the time before
@@ -159,7 +159,7 @@ class RunTrainer(RoutingTrainer):
 
     # --- validation
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """`eval_oracle_loss` and, where the model has a causal pass, `eval_causal_loss`, with what that pass kept."""
         model, was_training = self.model, self.model.training
         model.eval()

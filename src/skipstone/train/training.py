@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from skipstone.core.lock import locked
+from skipstone.core.strict import PlainMapping
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.measure.model_view import view_model
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -27,7 +28,7 @@ from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignal
 
 
 def train(
-    config: Mapping[str, Any],
+    config: PlainMapping,
     *,
     out: Path | None = None,
     resume: bool = False,
@@ -174,7 +175,7 @@ def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
     raise Interrupted(128 + stop.received)
 
 
-def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: Any) -> None:
+def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object) -> None:
     """The final model with its card, then the summary, which holds `more`, too."""
     lines = Run(folder).metrics()
     training = [line for line in lines if line["split"] == "train"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import IGNORE, Row
 from skipstone.measure.passes import targets
@@ -31,7 +32,7 @@ def loss_sums(
     loss_chunk: int = 0,
 ) -> Tensor:
     """fp64 [2]: cross-entropy in nats summed over predictions, and their number. The gathered executor, no noise."""
-    asked: dict[str, Any] = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}
+    asked: PlainDict = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in rows:
         batch = {name: value.to(device) for name, value in batch.items()}

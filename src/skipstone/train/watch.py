@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from skipstone.core.atomic_write import naming
+from skipstone.core.strict import PlainDict, PlainMapping
 
 VALIDATION = "eval_"  # how Trainer and its integrations mark what validation measured
 AGREE_EVERY = 10  # steps, on accelerators
@@ -29,13 +30,13 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: PlainDict | None = None, **kwargs: object) -> None:
         if logs and state.is_world_process_zero:
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics_line(state.global_step, logs)) + "\n")
 
 
-def metrics_line(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
     """What a line of metrics.jsonl holds of Trainer's logs."""
     values = {name: value for name, value in logs.items() if name != "epoch"}
     if not any(name.startswith(VALIDATION) for name in values):
@@ -54,7 +55,7 @@ class Progress(TrainerCallback):
         self.bar: Any = None
         self.shown: dict[str, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         if self.console.is_terminal and state.is_world_process_zero:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -64,11 +65,11 @@ class Progress(TrainerCallback):
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: PlainDict | None = None, **kwargs: object) -> None:
         logs = logs or {}
         self.shown |= {short: logs[name] for name, short in SHOWN.items() if name in logs}
         if self.bar is not None:
@@ -76,7 +77,7 @@ class Progress(TrainerCallback):
         elif state.is_world_process_zero and "eval_oracle_loss" in logs:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {self.summary()}", highlight=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -134,7 +135,7 @@ class StopSignals(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         due = self.seconds is not None and monotonic() - self.saved >= self.seconds
         received, due = _agreed(self.received, due, args.device, state.global_step)
         if received is not None:
@@ -144,7 +145,7 @@ class StopSignals(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # Trainer logs at multiples of the interval only
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         self.saved = monotonic()
 
     on_save = on_train_begin

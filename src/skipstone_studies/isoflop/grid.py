@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from skipstone.core.routing_module import causal_obstacle
+from skipstone.core.strict import PlainDict
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
@@ -36,7 +37,7 @@ class ModelShape:
 
     arm: str
     size: GridSize
-    model: dict[str, Any] = field(repr=False, hash=False, compare=False)
+    model: PlainDict = field(repr=False, hash=False, compare=False)
     parameters: int
     step_flops: float
     forward_flops: float
@@ -171,7 +172,7 @@ def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelSha
     )
 
 
-def sized(base: Recipe, size: GridSize, changes: Changes) -> dict[str, Any]:
+def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
     """The recipe's model, changed, at another size: as many heads of the same size as the width holds; MLPs in
     proportion."""
     was = model_config(base.model, base.data.context, {})
@@ -209,7 +210,7 @@ class CorpusFacts:
     data: PreparedData | None = None
     trouble: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         return {"tokens": self.tokens, "sha256": self.sha256}
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.evaluation import COUNTED_BATCHES
 from skipstone.evaluate.loaded_run import batches
 from skipstone.measure.flops import flop_check
@@ -45,7 +45,7 @@ def watched() -> Iterator[CoreUse]:
     clock.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
-def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> dict[str, Any]:
+def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
     """Losses in nats, FLOPs of training or (forward) of a token."""
     assert facts.data is not None
     run = Run(folder)
@@ -79,7 +79,7 @@ def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) ->
     }
 
 
-def _capacities(layers: list[dict[str, dict[str, Any]]]) -> list[dict[str, float]]:
+def _capacities(layers: list[dict[str, PlainDict]]) -> list[dict[str, float]]:
     return [{name: found["capacity"] for name, found in layer.items() if "capacity" in found} for layer in layers]
 
 
@@ -94,7 +94,7 @@ def executed_training(model: SkipstoneForCausalLM, run: Run, cell: GridCell) -> 
     return cost(model, tokens=context, batch=rows, kept=kept).training.total * cell.steps
 
 
-def realised(metrics: list[dict[str, Any]]) -> Mapping[int, Mapping[str, float]]:
+def realised(metrics: list[PlainDict]) -> Mapping[int, Mapping[str, float]]:
     """{layer: {mechanism: mean share kept}} of the training lines."""
     lines: dict[tuple[int, str], list[float]] = {}
     for line in metrics:

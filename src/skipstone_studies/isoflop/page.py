@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from jinja2 import ChoiceLoader, PackageLoader
 from markupsafe import Markup
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.tables import amount
 from skipstone.report.axes import bounds, short
 from skipstone.report.palette import Style, style
@@ -33,7 +33,7 @@ def render(result: IsoFlopResult) -> str:
     return pages.get_template("isoflop.html").render(context(result))
 
 
-def context(result: IsoFlopResult) -> dict[str, Any]:
+def context(result: IsoFlopResult) -> PlainDict:
     """The variables of `templates/isoflop.html`."""
     spec, found = result.collected.grid.spec, result.collected.records
     return {

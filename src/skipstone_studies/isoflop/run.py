@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback
 
 from skipstone.core.atomic_write import write_whole
-from skipstone.core.strict import from_dict
+from skipstone.core.strict import PlainDict, from_dict
 from skipstone.evaluate.tables import rich_table
 from skipstone.train.training import train
 from skipstone_studies.isoflop import page, table
@@ -128,7 +127,7 @@ class Stages:
         data = self.facts.data
         assert data is not None
         assert data.train is not None
-        changed: dict[str, Any] = {"seed": recipe["data"]["seed"]}
+        changed: PlainDict = {"seed": recipe["data"]["seed"]}
         rows = replace(data, config=replace(data.config, **changed), train=replace(data.train, **changed))
         shown = self.console.is_terminal
         with watched() as self.use[folder]:
@@ -154,7 +153,7 @@ def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[
 
 def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
     """The spec with the corpus's vocabulary in its recipe, so that costs follow from the spec alone."""
-    model: dict[str, Any] = dict(spec.recipe.get("model") or {})
+    model: PlainDict = dict(spec.recipe.get("model") or {})
     if facts.vocab_size is None and "vocab_size" not in model:
         raise ValueError(f"{facts.trouble}; set model.vocab_size, on which the cost depends")
     values = {**spec.to_dict(), "recipe": {**spec.recipe, "model": {"vocab_size": facts.vocab_size, **model}}}

@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from skipstone.core.strict import unknown
+from skipstone.core.strict import PlainDict, unknown
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
 from skipstone.train.recipe import read_recipe
 from skipstone_studies.study import RecipeDict
 
-Changes = dict[str, Any]  # of the recipe's section model
+Changes = PlainDict  # of the recipe's section model
 DENSE = "dense"
 SIZED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 # laptop: an hour on one core. paper: arXiv 2404.02258, section 4.1: its budgets, and sizes over its range of
 # parameters (60M to 3B with a vocabulary of 32,000); it tells neither widths nor rates.
-GRIDS: dict[str, dict[str, Any]] = {
+GRIDS: dict[str, PlainDict] = {
     "laptop": {
         "budgets": [5e11, 1.5e12],
         "sizes": ["16x4", "24x4", "32x4", "48x4"],
@@ -133,7 +133,7 @@ class GridSpec:
     def parsed_sizes(self) -> list[GridSize]:
         return [parse_size(word, 1) for word in self.sizes]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainDict:
         return asdict(self)
 
 
@@ -142,7 +142,7 @@ def _check_list(field: str, values: Sequence[Any]) -> None:
         raise ValueError(f"{field} must be at least one value, none twice; got {', '.join(map(str, values)) or 'none'}")
 
 
-def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: Any) -> GridSpec:
+def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: object) -> GridSpec:
     """A spec with the grid of `scale` where nothing else is given; None counts as not given.
 
     The recipe may have a section `arms`: what the model of each arm has of its own, by name. Raises ValueError, one

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent
 from skipstone_studies.claims import DETECTABLE, Claim
 from skipstone_studies.intervals import Verdict
@@ -68,7 +68,7 @@ def own(grid: Grid, arm: str) -> str:
     return "; ".join(parts)
 
 
-def _entry(entry: dict[str, Any]) -> str:
+def _entry(entry: PlainDict) -> str:
     options = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
     return f"{entry['name'].replace('_', ' ')}{f' ({options})' if options else ''}"
 

@@ -20,6 +20,7 @@ from transformers import DynamicCache, TrainerCallback
 
 from skipstone.budget import BudgetTable
 from skipstone.core.atomic_write import complete
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.flops import count_flops, flop_check
@@ -54,7 +55,7 @@ def arms(
 ) -> dict[str, RecipeDict]:
     """The source, what the tokens alone bring, and at the budget what computes less."""
     layers = {**LEAST, "count": 8 * DROPPED // 3}  # a wide optimum: see docs/log.md
-    best: dict[str, Any] = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
+    best: PlainDict = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
     best |= {"skip": "low_rank", "skip_rank": 64}
     random = {**best, "decision": "random", "weight": "none"}
     routed = {"budget": BUDGET, "start": "measured"}
@@ -85,10 +86,10 @@ def _shares(budget: float) -> dict[str, float]:
 
 
 def _recipe(
-    tokens: int, rate: float, language_modelling: float, sampled: bool, model: dict[str, Any], **options: Any
+    tokens: int, rate: float, language_modelling: float, sampled: bool, model: PlainDict, **options: Any
 ) -> RecipeDict:
     steps = max(1, tokens // (BATCH * CONTEXT))
-    train: dict[str, Any] = {"steps": steps, "batch_size": BATCH, "learning_rate": rate, "warmup_steps": steps // 10}
+    train: PlainDict = {"steps": steps, "batch_size": BATCH, "learning_rate": rate, "warmup_steps": steps // 10}
     train |= {
         "precision": "bf16",
         "loss_chunk": 256,
@@ -136,7 +137,7 @@ def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> Abstract
 
 def measured(folder: Path, rows: int) -> Figures:
     """Nats a token and counted FLOPs a token on each text that is judged, and a sample."""
-    found: dict[str, Any] = {"greedy": greedy(folder), "tokens": 0}
+    found: PlainDict = {"greedy": greedy(folder), "tokens": 0}
     if not Run(folder).is_saved_model:
         found["tokens"] = Run(folder).result()["tokens"]
     for name, (corpus, split) in TEXTS.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.losses import measure_loss
 from skipstone.mechanisms.mix_figures import MixFigures
@@ -58,7 +59,7 @@ def _scratch(activation: str, steps: int) -> RecipeDict:
     return {"model": {**TINY, "activation": activation}, **_rest(steps, RATE)}
 
 
-def _onwards(model: dict[str, Any], steps: int) -> RecipeDict:
+def _onwards(model: PlainDict, steps: int) -> RecipeDict:
     source = {"arm": SOURCE, "steps": STEPS}
     return {"source": source, "model": model, "adapt": {"router_learning_rate": 1e-2}, **_rest(steps, LATER)}
 
@@ -78,7 +79,7 @@ def measured(folder: Path) -> Figures:
     assert loaded.data is not None
     rows = list(batches(loaded.data, 32, loaded.model.device))
     steps = Run(folder).result()["steps"]
-    found: dict[str, Any] = {
+    found: PlainDict = {
         "nats": measure_loss(loaded.model, loaded.primary, rows, activations=False).loss,
         "own_flops": loaded.model.cost(tokens=CONTEXT).forward.total * steps,
     }

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.flops import flop_check
 from skipstone.measure.losses import measure_loss
@@ -49,7 +49,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     }
 
 
-def _recipe(model: dict[str, Any], **options: Any) -> RecipeDict:
+def _recipe(model: PlainDict, **options: object) -> RecipeDict:
     train = {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": STEPS // 10}
     quiet = {"eval_every": 0, "eval_rows": 8, "save_every": STEPS // 4, "log_every": STEPS // 10}
     return {
@@ -65,7 +65,7 @@ def _recipe(model: dict[str, Any], **options: Any) -> RecipeDict:
 def measured(folder: Path) -> Figures:
     """Nats as executed on held-out stories and on text of another kind; counted FLOPs of a token of a story."""
     stories = f"text:{text_folder(folder, SAMPLED)}"
-    found: dict[str, Any] = {}
+    found: PlainDict = {}
     for name, corpus, split in (("stories", stories, "validation"), ("wikitext-2", "wikitext-2", "test")):
         loaded = load_run(folder, split, corpus, CONTEXT)
         assert loaded.data is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from skipstone.runs import Run
 from skipstone_studies import measure
@@ -77,7 +76,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     }
 
 
-def _recipe(size: Size, **mechanisms: Any) -> RecipeDict:
+def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
     return {
         "model": {
             "hidden_size": size.hidden_size,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import Section, markdown, number, percent
 from skipstone_studies import measure
@@ -18,18 +18,18 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 DENSE = "dense"
 SHARES = (0.6, 0.4)  # of the MLP's FLOPs that are executed
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 640},
     "paper": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 8, "intermediate_size": 2560},
 }
-TRAIN: dict[str, dict[str, Any]] = {
+TRAIN: dict[str, PlainDict] = {
     "laptop": {"steps": 600, "batch_size": 8, "learning_rate": 2e-3},
     "paper": {"steps": 5000, "batch_size": 32, "learning_rate": 6e-4},
 }
 CONTEXT = {"laptop": 256, "paper": 512}
 GROUPS = 20
 CHUNK = 64
-CONTROLS: dict[str, dict[str, Any]] = {  # at the first share
+CONTROLS: dict[str, PlainDict] = {  # at the first share
     "no warm-up": {"capacity_warmup": 0.0},
     "balanced": {"balance_rate": 0.001},
     "random": {"capacity_warmup": 0.0, "decision": "random"},
@@ -51,7 +51,7 @@ def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
     return found
 
 
-def _recipe(scale: str, corpus: str, neurons: int, options: dict[str, Any] | None = None) -> RecipeDict:
+def _recipe(scale: str, corpus: str, neurons: int, options: PlainDict | None = None) -> RecipeDict:
     model = {**SIZES[scale], "intermediate_size": neurons}
     if options is not None:
         usual = {"group_size": neurons // GROUPS, "chunk_size": CHUNK, "capacity_warmup": 0.4}

@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone_studies import measure
 from skipstone_studies.claims import ByArm, Claim, Comparison, as_claims, comparisons
 from skipstone_studies.headroom import headroom
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 CAPACITY = 0.125
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 128, "num_attention_heads": 4, "context": 128, "steps": 300, "rate": 2e-3},
     "paper": {"hidden_size": 512, "num_attention_heads": 8, "context": 512, "steps": 5000, "rate": 6e-4},
 }
 BLOCKS = 6
-ROWS: dict[str, dict[str, Any]] = {"python-packages": {"validation_rows": 1024}}  # its whole validation set is 5 MB
+ROWS: dict[str, PlainDict] = {"python-packages": {"validation_rows": 1024}}  # its whole validation set is 5 MB
 SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 PLAIN = {"weight": "raw"}  # the paper's router
-ROUTED: dict[str, dict[str, Any]] = {
+ROUTED: dict[str, PlainDict] = {
     "guided": {},  # as it comes
     "guided-predictor": {"decision": "predictor"},
     "guided-threshold": {"decision": "threshold"},
@@ -45,7 +45,7 @@ def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     }
 
 
-def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> RecipeDict:
+def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[PlainDict] | None = None) -> RecipeDict:
     size = SIZES[scale]
     return {
         "model": {

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from skipstone.adapt.export_calibrated import BATCH, BATCHES
 from skipstone.adapt.harden import NAMES, harden, mean_logits
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import Section, markdown, percent
 from skipstone.measure.losses import measure_loss
@@ -23,11 +23,11 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 SWIGLU = "swiglu"
 SCALES = (1, 16, 64)  # of the learned preferences; the paper's is 1
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4},
     "paper": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12},
 }
-TRAIN: dict[str, dict[str, Any]] = {
+TRAIN: dict[str, PlainDict] = {
     "laptop": {"steps": 500, "batch_size": 16, "learning_rate": 2e-3},
     "paper": {"steps": 5000, "batch_size": 32, "learning_rate": 6e-4},
 }
@@ -47,7 +47,7 @@ def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     return found
 
 
-def _recipe(scale: str, corpus: str, activation: str | dict[str, Any]) -> RecipeDict:
+def _recipe(scale: str, corpus: str, activation: str | PlainDict) -> RecipeDict:
     steps = TRAIN[scale]["steps"]
     return {
         "model": {**SIZES[scale], "activation": activation},
@@ -96,7 +96,7 @@ def course(run: Run) -> dict[str, dict[str, float]]:
     return found
 
 
-def _logged(line: Mapping[str, Any], name: str) -> list[float]:
+def _logged(line: PlainMapping, name: str) -> list[float]:
     return [value for key, value in line.items() if key.startswith(f"{name}/")]
 
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from skipstone import SkipstoneForCausalLM
 from skipstone.adapt.prune import export_pruned
 from skipstone.core.atomic_write import complete, write_whole
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.evaluate.metrics import sample_ids
 from skipstone.measure.losses import measure_loss
@@ -33,7 +34,7 @@ PROMPT, NEW, ROUNDS = 64, 32, 5
 TEXT = "text.json"  # beside the saved model: where it is measured
 
 
-def arms(scale: str, runs: Iterable[tuple[str, str]], text: dict[str, Any], group: int = 0) -> dict[str, RecipeDict]:
+def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: int = 0) -> dict[str, RecipeDict]:
     """runs: (study, arm), the first of a dense model. group: weights of a row that share an int4 scale, 0 for all."""
     return {
         name_of(arm, weights): {
@@ -74,7 +75,7 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
         _check_saved(made, partly)
 
 
-def _options(weights: str, group: int) -> dict[str, Any]:
+def _options(weights: str, group: int) -> PlainDict:
     """What `from_pretrained` is told to load weights so."""
     if weights == "as trained":
         return {}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.data.synthetic import BINS
 from skipstone.measure.losses import MEASURED, OVERALL, headroom_captured
 from skipstone.model.released import tsa
@@ -23,7 +24,7 @@ CAPACITY = 0.25  # the share of entries that are operations
 BLOCKS = 8  # of the routed models, and of the deepest dense one
 ROUTED = "2:"
 DENSE = {"laptop": (2, 4), "paper": (2, 4, 8)}
-DECISIONS: dict[str, dict[str, Any]] = {  # of Mixture-of-Depths; all cause what they execute from the past alone
+DECISIONS: dict[str, PlainDict] = {  # of Mixture-of-Depths; all cause what they execute from the past alone
     "mod-guided": {},
     "mod-guided-predictor": {"decision": "predictor"},
     "mod-guided-threshold": {"decision": "threshold"},
@@ -32,13 +33,13 @@ DECISIONS: dict[str, dict[str, Any]] = {  # of Mixture-of-Depths; all cause what
     "mod-random": {"decision": "random"},
     "mod-positional": {"decision": "positional"},
 }
-GATES: dict[str, dict[str, Any]] = {  # of Token-Selective Attention
+GATES: dict[str, PlainDict] = {  # of Token-Selective Attention
     "tsa-hard": {**HARD, **LEARNED, "capacity": CAPACITY},
     "tsa-hard-kept": {**HARD, **LEARNED, **ALONE, "capacity": CAPACITY},
     "tsa-soft": {"depth_weight": tsa.SYNTHETIC},
 }
 JUDGED = (*DECISIONS, *GATES)  # the arms whose headroom is measured
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 2000, "batch_size": 32, "rate": 2e-3},
     "paper": {"hidden_size": 256, "num_attention_heads": 8, "steps": 20000, "batch_size": 256, "rate": 1e-3},
 }
@@ -56,20 +57,20 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     }
 
 
-def mixture(**options: Any) -> dict[str, Any]:
+def mixture(**options: Any) -> PlainDict:
     """Mixture-of-Depths on every block but the first two, as many tokens as there are operations."""
     return {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY, **options}
 
 
-def gate(**options: Any) -> dict[str, Any]:
+def gate(**options: Any) -> PlainDict:
     """A gate on every block but the first two, executed hard."""
     return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
 
 
 def recipe(
-    size: Mapping[str, Any],
+    size: PlainMapping,
     blocks: int,
-    mechanisms: list[dict[str, Any]] | None = None,
+    mechanisms: list[PlainDict] | None = None,
     corpus: str = "reset-s3",
     **train: Any,
 ) -> RecipeDict:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from skipstone.adapt.harden import mean_logits
 from skipstone.core.atomic_write import complete
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
@@ -47,7 +48,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     return {"with noise": _recipe({}), "without noise": _recipe({"noise": False})}
 
 
-def _recipe(options: dict[str, Any]) -> RecipeDict:
+def _recipe(options: PlainDict) -> RecipeDict:
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     train = {"steps": BASE_STEPS, "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": BASE_STEPS // 20}
     train |= {
@@ -74,7 +75,7 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
     train_run(parts, folder, resume, callbacks)
 
 
-def chats() -> list[dict[str, Any]]:
+def chats() -> list[PlainDict]:
     """GSM8K's rows as chats. Raises FileNotFoundError where they are not."""
     path = Path(os.environ.get("SKIPSTONE_DATA", ""), "gsm8k", "train.jsonl")
     if not path.is_file():
@@ -84,7 +85,7 @@ def chats() -> list[dict[str, Any]]:
     return [{"messages": list(messages)} for messages in said]
 
 
-def make_tokenizer(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
     """Byte-level BPE of the chats, with ChatML's tokens. The turn's end is what generation stops on."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -110,7 +111,7 @@ class Routing:
         self.first = self._strongest()
 
     @torch.no_grad()
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> PlainDict:
         """Dynamic entropy in nats by layer, and the share of neurons that have changed their mind."""
         was_training = self.model.training
         self.model.eval()
@@ -142,19 +143,19 @@ class Watch(TrainerCallback):
     def __init__(self, routing: Routing, every: int, path: Path) -> None:
         self.routing, self.every, self.path = routing, every, path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         """Lines that are about to be measured again are forgotten."""
         kept = [line for line in course(self.path) if line["step"] <= state.global_step]
         lines = kept or [{"step": 0, **self.routing.figures()}]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **self.routing.figures()}) + "\n")
 
 
-def course(path: Path) -> list[dict[str, Any]]:
+def course(path: Path) -> list[PlainDict]:
     """The lines that were measured so far. One that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -205,12 +206,12 @@ def measured(folder: Path) -> Figures:
     return figures([line["loss"] for line in trainer.state.log_history if "loss" in line], course(out / COURSE), tau[0])
 
 
-def _ids(tokenizer: Any, row: dict[str, Any]) -> dict[str, Tensor]:
+def _ids(tokenizer: Any, row: PlainDict) -> dict[str, Tensor]:
     ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"][:CONTEXT]
     return {"input_ids": torch.tensor([ids])}
 
 
-def figures(losses: Sequence[float], lines: Sequence[Mapping[str, Any]], tau: float) -> Figures:
+def figures(losses: Sequence[float], lines: Sequence[PlainMapping], tau: float) -> Figures:
     """Of the tuning: losses as they were logged, the routing's course, and what both come to."""
     means = [statistics.fmean(line["dynamic_entropy"]) for line in lines]
     drifts, flips = [mean / means[0] - 1 for mean in means], lines[-1]["flips"]

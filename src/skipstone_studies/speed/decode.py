@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.measure.speed import Lap
 from skipstone_studies.speed.interleaved import ratio, seconds
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -29,10 +30,10 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 SIZE = {"width": 1024, "blocks": 10, "vocabulary": 1024, "prompt": 48, "steps": 24, "turns": 7}
 ROUTED = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.125, "decision": "ema_threshold"}
 CALIBRATION = 32  # rows of text that a threshold is set by, at least
-Size = Mapping[str, Any]  # width, blocks, vocabulary, and of decoding: prompt, steps, turns
+Size = PlainMapping  # width, blocks, vocabulary, and of decoding: prompt, steps, turns
 
 
-def model_of(size: Size, mechanisms: Sequence[dict[str, Any]]) -> SkipstoneForCausalLM:
+def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalLM:
     """Random weights, the same whatever routes; heads of 64 channels."""
     torch.manual_seed(0)
     config = SkipstoneConfig(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Tokens
 from skipstone.measure.flops import count_flops
 from skipstone.mechanisms.neuron_groups import NeuronGroups
@@ -60,7 +61,7 @@ def _decoding(recipe: RecipeDict) -> Figures:
     neurons, kept = _neurons(recipe)
     groups = {"group_size": GROUP, "capacity": recipe["share"], "chunk_size": recipe["chunk"]}
     values = {"hidden_size": width, "num_hidden_layers": BLOCKS, "num_attention_heads": max(1, width // 64)}
-    options: dict[str, dict[str, Any]] = {
+    options: dict[str, PlainDict] = {
         "SwiGLU": {"intermediate_size": neurons},
         "narrow": {"intermediate_size": kept},
         "groups": {"intermediate_size": neurons, "neuron_groups": groups},

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict
 from skipstone.train import setup
 from skipstone.train.decay import decaying
 from skipstone.train.recipe import Recipe, read_recipe
@@ -90,7 +91,7 @@ def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
 
 def step(
     model: Any, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], recipe: Recipe, device: str
-) -> dict[str, Any]:
+) -> PlainDict:
     """Loss, norm of the gradient, and seconds of each part."""
     at = [_now(device)]
     with torch.autocast(device, torch.bfloat16):

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.core.strict import PlainDict
 from skipstone.measure.flops import count_flops, count_host_syncs
 from skipstone.train import RoutingTrainer
 from skipstone_studies.speed.interleaved import time_ratio
@@ -27,7 +28,7 @@ TRAINER = "RoutingTrainer, fp32"
 STEP_KINDS = ("fp32", "bf16", TRAINER)
 SMALL = {"width": 128, "blocks": 6, "context": 256, "rows": 8, "limit": 1.10, "rounds": 15, "trainer_steps": 16}
 LARGE = {"width": 512, "blocks": 12, "context": 1024, "rows": 4, "limit": 1.02, "rounds": 3, "trainer_steps": 2}
-SIZES: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+SIZES: tuple[tuple[PlainDict, tuple[str, ...]], ...] = (
     (SMALL, ("topk", "predictor", "ema_threshold")),
     ({**SMALL, "rows": 32, "rounds": 9}, ("topk",)),
     (LARGE, ("topk", "ema_threshold")),
@@ -44,7 +45,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     }
 
 
-def name_of(size: dict[str, Any], decision: str, way: str) -> str:
+def name_of(size: PlainDict, decision: str, way: str) -> str:
     return f"d {size['width']}, {size['rows']} rows of {size['context']}, {decision}, {way}"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.core.strict import PlainDict
 from skipstone.measure.speed import Lap, Task, decode_task, take_turns
 from skipstone.ops import magnitude
 from skipstone_studies.speed.interleaved import ratio
@@ -51,7 +51,7 @@ def name_of(shape: str, dtype: str, up: float, down: float) -> str:
     return f"{shape}, {dtype}, {up:.2f} and {down:.2f}"
 
 
-def model_of(recipe: RecipeDict, groups: dict[str, Any] | None) -> SkipstoneForCausalLM:
+def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausalLM:
     torch.manual_seed(0)
     config = SkipstoneConfig(**recipe["shape"], tie_word_embeddings=True, neuron_groups=groups)
     return SkipstoneForCausalLM(config).to(getattr(torch, recipe["dtype"])).eval()

@@ -25,11 +25,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from skipstone.core.strict import PlainDict
 from skipstone.model.pretrained import load_pretrained
 from skipstone_studies.adapting import source_path
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
-SIZE: dict[str, Any] = {
+SIZE: PlainDict = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -40,7 +41,7 @@ SIZE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-GPT2_SIZE: dict[str, Any] = {
+GPT2_SIZE: PlainDict = {
     "vocab_size": 97,
     "n_embd": 48,
     "n_layer": 3,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.harden import harden
+from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import PassMode, Tokens
 from skipstone.mechanisms import PolyGLU
 from skipstone.nn.mlp import FixedActivation, GatedMLP
@@ -32,7 +32,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     """Training by width, tau, precision and noise; decoding by width."""
     found: dict[str, RecipeDict] = {}
     for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
-        case: dict[str, Any] = {"width": width, "precision": "bf16" if bf16 else "fp32", "tau": tau, "noise": noise}
+        case: PlainDict = {"width": width, "precision": "bf16" if bf16 else "fp32", "tau": tau, "noise": noise}
         found[training_name(**case)] = {**case, "tokens": TOKENS, "rounds": ROUNDS}
     return found | {decoding_name(width): {"width": width, "blocks": 6, "rounds": ROUNDS} for width in WIDTHS}
 

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.core.strict import PlainDict
 from skipstone.measure.flops import count_flops
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -38,7 +39,7 @@ def measured(recipe: RecipeDict) -> Figures:
 def model_of(decision: str) -> SkipstoneForCausalLM:
     torch.manual_seed(0)
     mod = {"name": "mixture_of_depths", "layers": "1::2", "decision": decision}
-    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes: PlainDict = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     return SkipstoneForCausalLM(SkipstoneConfig(**sizes, mechanisms=[mod])).train()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ LAYOUTS: dict[str, Layout] = {"tsa": TSA, "polychromatic": POLYCHROMATIC}
 WRITTEN = (".pt", ".safetensors")
 
 
-def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options: Any) -> SkipstoneForCausalLM:
+def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options: object) -> SkipstoneForCausalLM:
     """The model that a file of released weights holds, in their own dtype unless another is named.
 
     layout: `tsa` or `polychromatic`. options: what the weights do not tell, num_heads of `tsa` and tau of
@@ -43,7 +42,7 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
         return from_tensors(config, _copied(found.tensors), named_dtype(dtype, _dtype(found.tensors)))
 
 
-def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: Any) -> None:
+def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: object) -> None:
     """Write `load_released(...)` to the folder `out`, with a model card. Raises FileExistsError if it is taken."""
     with complete(Path(out)) as partial:
         model = load_released(file, layout, dtype, **options)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.released.files import Weights
 
-Options = Mapping[str, Any]
+Options = PlainMapping
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translated:
     """values: of SkipstoneConfig. tensors: under our names."""
 
-    values: dict[str, Any]
+    values: PlainDict
     tensors: dict[str, Tensor]
 
 

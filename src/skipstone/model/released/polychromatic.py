@@ -8,11 +8,11 @@ the paper's angles, left out, and made again on the way back. tau is not a tenso
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.released.files import Weights
 from skipstone.model.released.layout import Layout, Options, Translated
@@ -48,7 +48,7 @@ LAST_TAU = 0.1
 ROPE_THETA = 10_000.0
 ROPE_TOLERANCE = 1e-2  # bf16 rounds the tables by up to 4e-3; another theta is wrong by 1
 # What the released code computes whatever its sizes are.
-BASE: dict[str, Any] = {
+BASE: PlainDict = {
     "norm": "rmsnorm",
     "norm_eps": 1e-6,
     "positions": "rope",
@@ -94,7 +94,7 @@ def _read(weights: Weights, options: Options) -> Translated:
     )
 
 
-def values_of(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Any]:
+def values_of(tensors: Mapping[str, Tensor], layers: int) -> PlainDict:
     """The values of SkipstoneConfig that the tensors' shapes tell, and what the released code fixes."""
     vocabulary, width = sizes(tensors, EMBEDDING, 2)
     (head_dim,) = sizes(tensors, f"{FIRST}gqa.rmsnorm_q.gama", 1)

@@ -9,10 +9,10 @@ the training and not in the weights: the converted model has the paper's for lan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict
 from skipstone.model.released.files import Weights
 from skipstone.model.released.layout import Layout, Options, Translated
 from skipstone.model.released.names import check_names, count_blocks, expand, sizes
@@ -47,7 +47,7 @@ ROUTER = {
 # What the released code computes whatever its sizes are. How its weights start: embeddings N(0, .02), projections into
 # the stream 1/sqrt(2 L) of that, everything else as PyTorch builds it. Its gates are soft in every pass; its sparse
 # mode gives kept tokens gain 1; its depth loss averages over all tokens, labelled or not.
-BASE: dict[str, Any] = {
+BASE: PlainDict = {
     "norm": "layernorm",
     "norm_eps": 1e-5,
     "positions": "learned",
@@ -66,7 +66,7 @@ BASE: dict[str, Any] = {
 LANGUAGE, SYNTHETIC = 0.001, 0.01  # the paper's lambdas
 
 
-def gate(depth_weight: float = LANGUAGE, **options: Any) -> dict[str, Any]:
+def gate(depth_weight: float = LANGUAGE, **options: object) -> PlainDict:
     """The mechanism on every block but the first."""
     values = {"start_bias": -1.0, "depth_weight": depth_weight, "execution": "soft", "hard_gain": "one"}
     return {"name": "token_selective", "layers": "1:", **values, **options}
@@ -95,7 +95,7 @@ def _thirds(tensors: Mapping[str, Tensor], key: str) -> tuple[Tensor, ...]:
     return tensors[key].split(width)
 
 
-def _values(tensors: Mapping[str, Tensor], layers: int, num_heads: int | None) -> dict[str, Any]:
+def _values(tensors: Mapping[str, Tensor], layers: int, num_heads: int | None) -> PlainDict:
     vocabulary, width = sizes(tensors, EMBEDDING, 2)
     if num_heads is None:
         raise ValueError("the weights do not tell how many heads the attention has: give num_heads (--num-heads)")

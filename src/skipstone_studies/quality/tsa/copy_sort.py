@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone.model.released import tsa
 from skipstone_studies import gates, measure
 from skipstone_studies.claims import (
@@ -31,7 +31,7 @@ from skipstone_studies.quality.tsa.text import ways_to_execute
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 TASKS = ("copy", "sort")
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, PlainDict] = {
     "laptop": {
         "model": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
         "symbols": 10,
@@ -61,7 +61,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     return found
 
 
-def _data(task: str, symbols: int) -> dict[str, Any]:
+def _data(task: str, symbols: int) -> PlainDict:
     return {"corpus": task, "context": 2 * symbols + 2, "validation_rows": 1000}
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from skipstone.core.strict import PlainDict
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
 from skipstone_studies import text_blocks
 from skipstone_studies.claims import DETECTABLE, ByArm, BySeed
@@ -48,7 +48,7 @@ def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
             "over_random": [*drawn, *whole_model] if drawn and kind not in ("dense", "random") else [],
             "over_exit": exits if kind != "early-exit" else [],
         }
-        found: dict[str, Any] = {}
+        found: PlainDict = {}
         for name, rival in rivals.items():
             if rival and min(point.flops for point in rival) <= own.flops:
                 whole, *by_block = _over(own, rival)

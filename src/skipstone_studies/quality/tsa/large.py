@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from skipstone.core.strict import PlainDict
 from skipstone_studies.quality.tsa import published as paper
 from skipstone_studies.quality.tsa.recipes import early_exit, gated, hard, language, random, shallower
 from skipstone_studies.quality.tsa.text import ABOUT, COLUMNS, COUNTED, EQUAL, RIVALS, on_text
@@ -12,7 +11,7 @@ from skipstone_studies.study import RecipeDict
 BUDGETS = (0.2, 0.4, 0.6, 0.8)  # share of tokens that each gated block keeps
 CORPORA = ("enwik8", "gcide", "python-packages")
 # The paper's is by character, of the whole file; a laptop reads bytes, none twice, and judges by 2 MB of the split.
-ENWIK8: dict[str, dict[str, Any]] = {
+ENWIK8: dict[str, PlainDict] = {
     "laptop": {"corpus": "enwik8", "tokenizer": "byte", "sampling": "once", "validation_rows": 2048},
     "paper": {"corpus": "enwik8", "tokenizer": "char", "context": 256},
 }

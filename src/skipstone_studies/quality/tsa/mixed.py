@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.measure.losses import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
@@ -17,7 +17,7 @@ from skipstone_studies.quality.reset_s3 import gate
 from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 800, "batch_size": 8, "rate": 2e-3, "blocks": 6},
     "paper": {
         "hidden_size": 256,
@@ -50,7 +50,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     }
 
 
-def _recipe(size: Mapping[str, Any], blocks: int, mechanisms: list[dict[str, Any]] | None = None) -> RecipeDict:
+def _recipe(size: PlainMapping, blocks: int, mechanisms: list[PlainDict] | None = None) -> RecipeDict:
     recipe = reset_s3.recipe(size, blocks, mechanisms)
     return {**recipe, "data": {"corpus": "mixed:python-stdlib", "context": 256, "validation_rows": 1024}}
 

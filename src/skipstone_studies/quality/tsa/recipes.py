@@ -5,23 +5,22 @@ One difference at either scale: its AdamW leaves the embeddings undecayed, ours 
 
 from __future__ import annotations
 
-from typing import Any
-
+from skipstone.core.strict import PlainDict
 from skipstone.model.released import tsa
 from skipstone.presets import TSA_BASE
 from skipstone_studies.study import RecipeDict
 
-Mechanisms = list[dict[str, Any]]
+Mechanisms = list[PlainDict]
 GATED = "1:"  # every block but the first
 SEEDS = {"laptop": (0, 1, 2), "paper": (42, 43, 44)}
 # As recipes/tsa-hard.yaml: the pass that is executed is the one that is trained, and gates learn from the gradient at
 # their block's output. CONSTANT is for arms whose scores nobody reads.
-HARD: dict[str, Any] = {"training": "hard", "hard_gain": "gate", "depth_weight": 0.0}
-LEARNED: dict[str, Any] = {"guidance": True}
-ALONE: dict[str, Any] = {"kv": "kept"}  # skipped tokens give no keys and values: cheaper, and kept ones are undisturbed
-CONSTANT: dict[str, Any] = {"gate": "constant"}
+HARD: PlainDict = {"training": "hard", "hard_gain": "gate", "depth_weight": 0.0}
+LEARNED: PlainDict = {"guidance": True}
+ALONE: PlainDict = {"kv": "kept"}  # skipped tokens give no keys and values: cheaper, and kept ones are undisturbed
+CONSTANT: PlainDict = {"gate": "constant"}
 # laptop: ours. A higher rate, because the steps are few; the paper's would hardly move the gates.
-LANGUAGE: dict[str, dict[str, Any]] = {
+LANGUAGE: dict[str, PlainDict] = {
     "laptop": {
         "model": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
         "context": 64,
@@ -35,14 +34,14 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 }
 
 
-def language(scale: str, data: dict[str, Any], mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
+def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
     """One arm on text. blocks: another number of them."""
     size = LANGUAGE[scale]
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
     return recipe({**size["model"], **depth}, {"context": size["context"], **data}, size["train"], mechanisms)
 
 
-def recipe(model: dict[str, Any], data: dict[str, Any], train: dict[str, Any], mechanisms: Mechanisms) -> RecipeDict:
+def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mechanisms) -> RecipeDict:
     """The paper's decoder in these sizes, with these mechanisms in place of its own."""
     base = {name: value for name, value in TSA_BASE.items() if name != "mechanisms"}
     return {
@@ -52,7 +51,7 @@ def recipe(model: dict[str, Any], data: dict[str, Any], train: dict[str, Any], m
     }
 
 
-def gated(depth_weight: float = tsa.LANGUAGE, **options: Any) -> Mechanisms:
+def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
     """The paper's gates, trained soft as in the paper, and executed as its sparse mode executes."""
     return [tsa.gate(depth_weight, execution="hard", **options)]
 
@@ -71,7 +70,7 @@ def random(capacity: float) -> Mechanisms:
     return [tsa.gate(execution="hard", capacity=capacity, decision="random", **HARD, **CONSTANT)]
 
 
-def shallower(scale: str, data: dict[str, Any]) -> dict[str, RecipeDict]:
+def shallower(scale: str, data: PlainDict) -> dict[str, RecipeDict]:
     """Dense models of fewer blocks, from two on."""
     blocks = LANGUAGE[scale]["model"]["num_hidden_layers"]
     return {f"dense-{fewer}": language(scale, data, [], fewer) for fewer in range(2, blocks)}
