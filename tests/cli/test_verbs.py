@@ -177,9 +177,11 @@ def test_adapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone_studies.run", "reproduce", Path("results/demo.md"))
-    command(monkeypatch, "reproduce", "demo", "--scale", "paper", "--seeds", "0, 2", "--readme", "a.md", "--render")
+    asked = ("--scale", "paper", "--arms", "dense, tsa", "--seeds", "0, 2", "--readme", "a.md", "--render")
+    command(monkeypatch, "reproduce", "demo", *asked)
+    chosen = {"scale": "paper", "arms": ["dense", "tsa"], "seeds": [0, 2]}
     places = {"out": None, "runs": Path("runs"), "readme": Path("a.md")}
-    assert calls == [(("demo",), {"scale": "paper", "seeds": [0, 2], **places, "render_only": True})]
+    assert calls == [(("demo",), {**chosen, **places, "render_only": True})]
     assert capsys.readouterr().out == "table: results/demo.md\n"
 
 

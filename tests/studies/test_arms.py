@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from skipstone.core.lock import Busy, locked
+from skipstone.core.lock import Busy
 from skipstone.train.training import train
 from skipstone_studies import pace, study
 from skipstone_studies.pace import TimeLeft, work
 from skipstone_studies.run import named_arms, reproduce
 from skipstone_studies.study import Study
+from train.tool import held_by_another
 
 Register = Callable[..., Study]
-
-
-@contextmanager
-def held_by_another(folder: Path) -> Iterator[int]:
-    """Another process holds the lock of `folder`; it is killed in the end."""
-    ready, tell = os.pipe()
-    other = os.fork()
-    if other == 0:
-        with locked(folder):
-            os.write(tell, b".")
-            signal.pause()
-    try:
-        assert os.read(ready, 1) == b"."
-        yield other
-    finally:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
-        os.close(ready)
-        os.close(tell)
 
 
 def test_the_arms_that_are_named_are_run(tiny: Register) -> None:
@@ -76,13 +55,6 @@ def test_two_trainings_into_one_folder_are_refused(tiny: Register) -> None:
         with held_by_another(Path("run")), pytest.raises(Busy, match="in use by another process"):
             train(recipe, out=Path("run"), resume=resume, progress=False)
         train(recipe, out=Path("run"), resume=resume, progress=False)
-
-
-def test_a_lock_may_be_taken_twice_by_its_process(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "run"
-    with locked(folder), locked(folder):
-        pass
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_left_counts_the_arms_to_come(tiny: Register, monkeypatch: pytest.MonkeyPatch) -> None:

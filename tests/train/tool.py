@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from skipstone.core.lock import locked
 from skipstone.train import training
 from skipstone.train.watch import StopSignals
 
@@ -112,3 +115,22 @@ def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StopSignals, "on_step_end", on_step_end)
         yield
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[int]:
+    """Another process holds the lock of `folder`; it is killed in the end."""
+    ready, tell = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with locked(folder):
+            os.write(tell, b".")
+            signal.pause()
+    try:
+        assert os.read(ready, 1) == b"."
+        yield other
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        os.close(ready)
+        os.close(tell)
