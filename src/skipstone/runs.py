@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from skipstone.core import checksums
-from skipstone.core.atomic_write import write_whole
+from skipstone.core.atomic_write import WriteError, write_whole
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.data.config import DataConfig
 
@@ -157,7 +157,7 @@ class Run:
         """Keep what a report shows of the model with the run; where the folder cannot be written, it is made anew."""
         try:
             write_whole(self.folder / VIEW, json.dumps({"sha256": self._digest(), "view": view}) + "\n")
-        except OSError:
+        except (OSError, WriteError):
             return
 
     def _digest(self) -> str:

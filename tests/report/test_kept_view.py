@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from skipstone.core import checksums
 from skipstone.measure.trace import trace_tokens
 from skipstone.report.rendering import write_report
 from skipstone.runs import Run
@@ -61,6 +62,7 @@ def test_other_weights_are_looked_at_anew(run: Path, monkeypatch: pytest.MonkeyP
     file = run / "model" / "model.safetensors"
     changed = {name: weight + torch.randn_like(weight) for name, weight in load_file(file).items()}
     save_file(changed, file, metadata={"format": "pt"})
+    checksums.record(file.parent, [file])
     assert Run(run).kept_view() is None
     assert page(run, "after.html") != before
     monkeypatch.setattr(Run, "load_model", never)

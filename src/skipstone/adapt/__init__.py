@@ -11,7 +11,7 @@ influence.py          how much each block matters, and which to choose by it
 flop_budget.py        executed FLOPs: what promises a budget, and what is reached; the package `budget` meets it
 stages.py             what trains when, learning rates, adapters
 distillation.py       losses against the dense model
-trainer.py            the trainer of `skipstone train` with all this
+adapt_trainer.py      the trainer of `skipstone train` with all this
 export.py             back to a checkpoint of transformers' own classes
 harden.py             PolyGLU's neurons each with one activation for good, and no router
 prune.py              neuron groups that calibration rows never use are cut out of the weights

@@ -14,8 +14,8 @@ from transformers import TrainerCallback, set_seed
 from skipstone.adapt import flop_budget as budgets
 from skipstone.adapt import stages
 from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
+from skipstone.adapt.adapt_trainer import AdaptTrainer, on_device
 from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
-from skipstone.adapt.trainer import AdaptTrainer, on_device
 from skipstone.core.atomic_write import write_json
 from skipstone.core.strict import PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
