@@ -3,9 +3,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev,data,peft,tensorboard
 VENV ?= .venv
-SCALE ?= laptop
+SCALE ?= quick
 BIN := $(VENV)/bin
+# What runs Skipstone, and what its tests and checks need besides: the demonstration waits for the first alone.
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 # Heavy tools, in an environment of their own: torchao alone makes every import of transformers print warnings.
 TOOLS ?= $(EXTRAS),trl,eval,serve,torchao
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -15,43 +17,51 @@ PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-ecosystem check format count docs clean
+.PHONY: help setup setup-dev demo test test-all test-ecosystem check format count docs release clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP)  ## make the virtual environment and install Skipstone into it
 
+setup-dev: $(DEV_STAMP)  ## the same with what tests and checks need
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Skipstone needs Python 3.11 or newer; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes first and alone, so that TORCH=... can choose another build and pip does not replace it afterwards.
+# torch goes first and alone, so that TORCH=... can choose another build and pip does not replace it afterwards: a wheel,
+# or a version such as torch==2.13.0+cpu with PIP_EXTRA_INDEX_URL naming PyTorch's index of builds for CPUs. Without it,
+# pip takes what its index has for this machine, on Linux mostly a build for CUDA, several times as large.
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install '$(TORCH)'
+	$(PIP) install -e .
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
 	$(PIP) install -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(STAMP)  ## train and compare dense, MoD, TSA, PolyGLU and all three (minutes on a laptop)
+demo: $(STAMP)  ## train and compare dense, MoD, TSA, PolyGLU and all three (SCALE=laptop: larger ones, minutes each)
 	$(BIN)/skipstone reproduce demo --scale $(SCALE)
 
-test: $(STAMP)  ## the quick tests
+test: $(DEV_STAMP)  ## the quick tests
 	$(TEST_THREADS) $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
-test-all: $(STAMP)  ## every test, the slow ones and the whole product of every law too
+test-all: $(DEV_STAMP)  ## every test, the slow ones and the whole product of every law too
 	$(TEST_THREADS) $(BIN)/python -m pytest $(PARALLEL)
 
 test-ecosystem:  ## the tests with other people's tools: TRL, lm-evaluation-harness, a server
-	$(MAKE) VENV=.venv-tools EXTRAS=$(TOOLS) setup
+	$(MAKE) VENV=.venv-tools EXTRAS=$(TOOLS) setup-dev
 	$(TEST_THREADS) .venv-tools/bin/python -m pytest tests/ecosystem
 
-check: $(STAMP)  ## format, lint, types, and the floors
+check: $(DEV_STAMP)  ## format, lint, types, and the floors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(TEST_THREADS) $(BIN)/python -m pytest -q tests/test_floors.py
 
-format: $(STAMP)  ## rewrite the code as ruff would
+format: $(DEV_STAMP)  ## rewrite the code as ruff would
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -64,6 +74,14 @@ docs:  ## build the documentation site into site/, strictly and offline
 	.venv-docs/bin/python -m pip --disable-pip-version-check install -q 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0'
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
+# In an environment of its own. The wheel is built from the sdist, which so proves to hold all that it takes.
+release:  ## build sdist and wheel into dist/, and check what they hold
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip --disable-pip-version-check install -q 'build>=1.3' 'twine>=6.2'
+	rm -rf dist && .venv-release/bin/python -m build
+	.venv-release/bin/python -m twine check --strict dist/*
+	$(PYTHON) tools/check_release.py dist
+
 clean:  ## remove the virtual environment, caches and build folders (runs and results stay)
-	rm -rf $(VENV) .venv-tools .venv-docs site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-tools .venv-docs .venv-release site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ from skipstone_studies import readme as readmes
 from skipstone_studies import record as records
 from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.corpus import first_available
-from skipstone_studies.page import groups, pictures, render, terminal
+from skipstone_studies.page import figures_of, groups, pictures, render, terminal
 from skipstone_studies.record import Record
 from skipstone_studies.session import Session
 from skipstone_studies.study import RecipeDict, Study
@@ -143,5 +143,8 @@ def _publish(study: Study, scale: str, found: Sequence[Record], out: Path, readm
         write_whole(out / file, drawing)
     for current in groups(study, found, scale):
         Console().print(rich_table([terminal(study, current)]))
+        if study.closing is not None:
+            text = study.closing(scale, figures_of(study, current))
+            Console().print(text, markup=False, highlight=False, soft_wrap=True)
         if readme is not None:
             readmes.write(readme, study, current)

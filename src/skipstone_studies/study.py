@@ -15,7 +15,7 @@ from skipstone.train.training import train
 from skipstone_studies.intervals import Claim
 from skipstone_studies.measure import measure_together, standard
 
-SCALES = ("laptop", "paper")
+SCALES = ("laptop", "paper", "quick")
 RecipeDict = PlainDict  # as `skipstone train` reads it: {"model": ..., "data": ..., "train": ...}
 Figures = PlainMapping
 # recipe, run folder, whether to go on with what is there, callbacks of the trainer
@@ -66,9 +66,10 @@ class Study:
     columns: of the table. corpora: take the first that can be had in place of the recipes' own; () leaves them.
     measure: figures of one finished run. measure_together: further figures of all runs of a seed, by arm, taken in one
     timing session so that arms compare fairly; None where nothing needs that. derive: figures that follow from those of
-    all arms of a seed, by arm; computed when the table is rendered. details: Markdown below a table, from the figures
-    of each arm by seed, those that `derive` adds included. claims: those that are judged by rule, from the same
-    figures, for the ledger. pictures: SVG files by name, from the same figures, which lie beside the page.
+    all arms of a seed, by arm; computed when the table is rendered. details: Markdown below a table, from the
+    figures of each arm by seed, those that `derive` adds included. claims: those that are judged by rule, from the
+    same figures, for the ledger. closing: what is said below the table of a scale on the terminal. pictures: SVG
+    files by name, from the same figures, which lie beside the page.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Study:
     measure_together: Callable[[Mapping[str, Path]], Mapping[str, Figures]] | None = measure_together
     derive: Callable[[Mapping[str, Figures]], Mapping[str, Figures]] | None = None
     details: Callable[[Mapping[str, Mapping[int, Figures]]], str] | None = None
+    closing: Callable[[str, Mapping[str, Mapping[int, Figures]]], str] | None = None
     claims: Callable[[Mapping[str, Mapping[int, Figures]]], Iterable[Claim]] | None = None
     pictures: Callable[[Mapping[str, Mapping[int, Figures]]], Mapping[str, str]] | None = None
 

@@ -12,6 +12,7 @@ from skipstone_cli.errors import UserError
 
 
 class Scale(StrEnum):
+    QUICK = "quick"
     LAPTOP = "laptop"
     PAPER = "paper"
 
@@ -49,6 +50,9 @@ def reproduce(
     if name is None or list_:
         print_list()
         return
+
+    if not render:
+        typer.echo("loading torch and the studies; what is left is told once a model trains", err=True)
 
     from skipstone_studies.run import reproduce as run
 
