@@ -27,7 +27,7 @@ def test_every_parameter_learns_from_the_first_step(chosen: Case) -> None:
     """Or from one of the first few, where the rows of a step may all be drawn to leave a block out."""
     model = fresh(chosen)
     dead = set(dict(model.named_parameters()))
-    for _ in range(4):  # weights stay: what is not drawn is the same each time
+    for _ in range(32):  # weights stay: what is not drawn is the same each time
         norms = step(model)
         assert all(norm < float("inf") or math.isnan(norm) for norm in norms.values())
         dead = {name for name in dead if name in norms and not norms[name] > 0}
@@ -78,7 +78,7 @@ def test_autocast_keeps_gradients_finite_and_scores_in_fp32(chosen: Case) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids(), labels=ids(), output_records=True)
     out.loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     for records in out.records:
         for record in records.values():
             assert record[0].dtype == torch.float32

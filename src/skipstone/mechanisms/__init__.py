@@ -23,6 +23,20 @@ ACTIVATION: dict[str, type[PolyGLU]] = {
     "polyglu": PolyGLU,
 }
 
+
+def register(name: str, mechanism: type[DepthMechanism]) -> None:
+    """Add a depth mechanism of your own, so that configurations may name it.
+
+    Whoever loads a model that carries it has to register it first. Raises ValueError for a name that is taken, and
+    TypeError for a class that is no `DepthMechanism` with a `Config`.
+    """
+    if name in DEPTH:
+        raise ValueError(f"mechanism {name!r} is registered already")
+    if not (isinstance(mechanism, type) and issubclass(mechanism, DepthMechanism) and hasattr(mechanism, "Config")):
+        raise TypeError(f"mechanism {name!r} must be a subclass of DepthMechanism with a Config, got {mechanism!r}")
+    DEPTH[name] = mechanism
+
+
 # What chooses groups of neurons, by the option `decision` of `neuron_groups`.
 GROUPS: dict[str, type[NeuronGroups] | type[MagnitudeGroups]] = {
     "learned": NeuronGroups,
@@ -44,4 +58,5 @@ __all__ = [
     "PolyGLU",
     "RoutingModule",
     "TokenSelective",
+    "register",
 ]

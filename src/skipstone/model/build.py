@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 from transformers import initialization as init
 
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.width import Activation, FeedForward
 from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS, DepthMechanism, MagnitudeGroups, NeuronGroups, Placement
 from skipstone.mechanisms.grouping import NAME as NEURON_GROUPS
@@ -153,10 +154,15 @@ def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
         _start_experts(module, config)
     elif isinstance(module, OutputLinear) and config.scaled_output_init:
         init.normal_(module.weight, 0.0, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
-    elif type(module).__module__.startswith("skipstone.") and not isinstance(module, nn.Linear):
+    elif isinstance(module, RoutingModule) or _is_ours(module):
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a module starts as its own `reset_parameters` says; transformers starts all others."""
+    return type(module).__module__.startswith("skipstone.") and not isinstance(module, nn.Linear)
 
 
 def _start_as_torch(module: nn.Linear) -> None:
