@@ -29,12 +29,23 @@ def page(result: IsoFlopResult) -> str:
     """The whole of OUT/NAME.md."""
     spec = result.collected.grid.spec
     said = "\n".join(f"* {line}" for line in verdicts(result))
-    parts = [f"# {spec.name}: the same training FLOPs", about(result), *([said] if said else [])]
+    parts = [
+        f"# {spec.name}: the same training FLOPs",
+        about(result),
+        _arms(result),
+        *(["Best losses:", said] if said else []),
+    ]
     parts += [markdown(sections(result)).rstrip("\n"), "### Notes"]
     parts.append("\n".join(f"* {line}" for line in notes(result)))
     found = result.collected.records
     parts += [f"`{command}`" for command in dict.fromkeys(record.command for record in found)]
     return "\n\n".join([*parts, provenance(found)]) + "\n"
+
+
+def _arms(result: IsoFlopResult) -> str:
+    """Every arm's own part of the model."""
+    grid = result.collected.grid
+    return "\n".join(f"* *{arm}*: {own(grid, arm)}" for arm in grid.spec.arms)
 
 
 def about(result: IsoFlopResult) -> str:
@@ -44,17 +55,16 @@ def about(result: IsoFlopResult) -> str:
         f"Arms {', '.join(grid.spec.arms)} on {grid.base.data.corpus}, each trained for {budgets} FLOPs (forward and "
         f"backward, by the cost model) at {len(grid.sizes)} sizes: an arm that skips takes more steps. Losses are "
         "causal, as executed, in nats a token, on the whole validation set. A parabola of loss over the logarithm of "
-        f"parameters gives each arm's optimum. {_described(grid)}"
+        f"parameters gives each arm's optimum.{_router(grid)}"
     )
 
 
-def _described(grid: Grid) -> str:
-    """Every arm's own part of the model."""
-    arms = ", ".join(f"*{arm}*: {own(grid, arm)}" for arm in grid.spec.arms)
+def _router(grid: Grid) -> str:
+    """That Mixture-of-Depths is not as in the paper, where it is not."""
     entries = [entry for arm in grid.spec.arms for entry in grid.spec.known[arm].get("mechanisms") or []]
     guided = any(e["name"] == "mixture_of_depths" and e.get("weight", "none") == "none" for e in entries)
     paper = " Updates are not scaled by the router's output (weight none), so this is not the paper's router."
-    return f"Arms: {arms}.{paper if guided else ''}"
+    return paper if guided else ""
 
 
 def own(grid: Grid, arm: str) -> str:
@@ -88,11 +98,13 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
     if not curves[found.arm].fit.usable:
         return f"{losses}; there is no parabola to read a share of FLOPs from."
     if found.share is None:
-        return f"{losses}; no size of {found.arm} comes down to that."
+        return f"{losses}; no size of {found.arm} reaches that loss."
     bound = "at most " if found.at_most else ""
     spread = _interval(found.low, found.high, lambda value: f"{value:.0%}")
     known = "" if found.low is None else f" [{spread}, in {percent(found.reached, 0)} of the draws]"
-    return f"{losses}; {found.arm} comes down to that with {bound}{found.share:.0%}{known} of the FLOPs a forward pass."
+    return (
+        f"{losses}; {found.arm} reaches that loss with {bound}{found.share:.0%}{known} of the FLOPs of a forward pass."
+    )
 
 
 def claims(collected: GridRecords) -> list[Claim]:

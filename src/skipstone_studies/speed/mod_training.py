@@ -149,12 +149,12 @@ MOD_TRAINING = Study(
     name="mod_training",
     purpose="Mixture-of-Depths: does a training step take the time that its FLOPs say?",
     about=(
-        "Seconds of a training step (forward, backward, AdamW) by those of the dense model of the same size, "
-        "interleaved, beside the FLOPs that the step executes by the dense step's. Random tokens; every other block is "
-        f"routed, capacity {CAPACITY}. *Target* is how many times the FLOPs the time may be. AdamW and the casts of "
-        "the weights to bf16 cost the same for both models whatever is skipped: the fewer tokens a step has, the more "
-        "of its time they are. `ema_threshold` keeps another number of tokens every step until its threshold has "
-        "settled; the FLOPs beside it are those of one step, and are not to be divided by."
+        "**Random weights and tokens.** Seconds of a training step (forward, backward, AdamW) by those of the dense "
+        "model of the same size, interleaved, beside the FLOPs that the step executes by the dense step's; every other "
+        f"block is routed, capacity {CAPACITY}. *Target* is how many times the FLOPs the time may be. AdamW and the "
+        "casts of the weights to bf16 cost the same for both models whatever is skipped: the fewer tokens a step has, "
+        "the more of its time they are. `ema_threshold` keeps another number of tokens every step until its threshold "
+        "has settled; the FLOPs beside it are those of one step, and are not to be divided by."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

@@ -88,9 +88,9 @@ STATIC_GRAPH = Study(
     name="static_graph",
     purpose="is the routed graph static? operations, FLOPs and compilations over many inputs",
     about=(
-        f"{INPUTS:,} training passes (forward and backward) over different inputs of {ROWS} rows of {CONTEXT} random "
-        "tokens; a small decoder with random weights, every other block routed at capacity 0.125. FLOPs are counted "
-        "over a tenth of them; *graphs* are those that `torch.compile` makes of the whole forward pass. "
+        f"**Random weights and tokens.** {INPUTS:,} training passes (forward and backward) over different inputs of "
+        f"{ROWS} rows of {CONTEXT} tokens; a small decoder, every other block routed at capacity 0.125. FLOPs are "
+        "counted over a tenth of them; *graphs* are those that `torch.compile` makes of the whole forward pass. "
         "`ema_threshold` decides in training as in generation: how many it keeps depends on the input, so its shapes "
         "do too, and its capacity is met on average (*99 % of rows keep at most* of `skipstone eval`)."
     ),
