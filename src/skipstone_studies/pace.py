@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from skipstone.core.strict import PlainMapping
 from skipstone_studies.study import RecipeDict
@@ -37,14 +36,18 @@ class TimeLeft(TrainerCallback):
         self.since = 0.0
         self.first = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.since, self.first = monotonic(), state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step - self.first == FIRST_STEPS and state.max_steps - state.global_step >= FIRST_STEPS:
             self.tell(state.global_step, state.max_steps)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.global_step < state.max_steps and state.global_step - self.first > FIRST_STEPS:
             self.tell(state.global_step, state.max_steps)
 

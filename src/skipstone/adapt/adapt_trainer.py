@@ -6,18 +6,18 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from skipstone.adapt import stages as staging
 from skipstone.adapt.adapt_recipe import AdaptConfig, Stage
 from skipstone.adapt.distillation import logit_divergence, stream_error
 from skipstone.adapt.flop_budget import soft_gates
-from skipstone.core.records import Records
+from skipstone.core.records import DepthRecord, Records, expect
 from skipstone.core.strict import PlainDict
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, targets
-from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
+from skipstone.model.causal_lm import IGNORED, CausalLMOutput, SkipstoneForCausalLM
 from skipstone.ops.head_loss import Distillation
 from skipstone.train.trainer import RunTrainer
 
@@ -29,7 +29,9 @@ class Unfreeze(TrainerCallback):
         self.stages = stages
         self.now: Stage | None = None
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         stage, _ = staging.stage_at(self.stages, state.global_step)
         if stage is not self.now:
             staging.unfreeze(kwargs["model"], stage)
@@ -68,7 +70,7 @@ class AdaptTrainer(RunTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
         more: PlainDict = {"output_hidden_states": True} if self.adapt.loss.hidden_states else {}
         if staging.stage_at(self.adapt.stages, self.state.global_step)[0].routing == "causal":
             more |= {"routing": "causal", "noise": False, "use_cache": False}
@@ -76,7 +78,7 @@ class AdaptTrainer(RunTrainer):
             more |= self._ask(self.teacher, inputs)
         return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
 
-    def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
+    def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
         """All terms of `Loss`. What comes on top of the token loss is logged as auxiliary, so the sum stays true."""
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it
@@ -103,7 +105,7 @@ class AdaptTrainer(RunTrainer):
             self.parts.update({name: term.item() for name, term in own.items()})
         return total * torch.nan_to_num(scale, nan=1.0)
 
-    def _ask(self, teacher: SkipstoneForCausalLM, inputs: Any) -> PlainDict:
+    def _ask(self, teacher: SkipstoneForCausalLM, inputs: PlainDict) -> PlainDict:
         """What the teacher says of a micro-batch, kept for `objective`; what the student's pass needs of it."""
         wanted = self.adapt.loss
         given: PlainDict = inputs_of(inputs)
@@ -126,7 +128,7 @@ class AdaptTrainer(RunTrainer):
         """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""
         passed, means = [], []
         for mechanism in soft_gates(self._plain):
-            record: Any = records[mechanism.placement.layer][mechanism.placement.name]
+            record = expect(records[mechanism.placement.layer][mechanism.placement.name], DepthRecord)
             threshold = mechanism.score_threshold()
             assert threshold is not None
             count = record.reached_BT.sum().clamp(min=1)

@@ -8,7 +8,6 @@ rows that keep fewer tokens are filled up, and that is the batch's doing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -55,8 +54,7 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
 
 def depth_mechanisms(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
     """Return the depth mechanisms of all blocks."""
-    blocks: Any = model.model.layers
-    return [mechanism for block in blocks for mechanism in block.mechanisms.values()]
+    return model.modules_of(DepthMechanism)
 
 
 def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:

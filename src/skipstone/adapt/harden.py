@@ -13,12 +13,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipstone.adapt import export_calibrated
+from skipstone.core.records import ActivationRecord, expect
 from skipstone.measure.passes import Pass
 from skipstone.mechanisms import PolyGLU
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -57,8 +57,7 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
     """
     require_polyglu(model)
     tensors, groups = {n: x for n, x in model.state_dict().items() if ".mlp.activation." not in n}, []
-    for layer, block in enumerate(model.model.layers):
-        activation: Any = block.mlp.activation  # type: ignore[union-attr]
+    for layer, activation in enumerate(model.modules_of(PolyGLU)):
         logits_FA = activation.preference_FA + (0 if dynamic is None else dynamic[layer])
         best_F = logits_FA[:, ALPHABETICAL].argmax(-1)
         groups.append({NAMES[k]: int((best_F == i).sum()) for i, k in enumerate(ALPHABETICAL)})
@@ -75,13 +74,13 @@ def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
     """Return what the context adds to the logits, the mean over tokens: fp32 [A] for each layer, 0 where no token
     arrived.
     """
-    layers: Any = model.model.layers
-    sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in layers]
+    activations = model.modules_of(PolyGLU)
+    sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in activations]
     for batch in batches:
         records = forward.run(model, batch, output_records=True).records
         assert records is not None
-        for total, decided, block in zip(sums, records, layers, strict=True):
-            record: Any = decided[block.mlp.activation.placement.name]
+        for total, decided, activation in zip(sums, records, activations, strict=True):
+            record = expect(decided[activation.placement.name], ActivationRecord)
             logits_NA = record.logits_BTA.expand(*record.reached_BT.shape, -1)[record.reached_BT].double().cpu()
             total += torch.cat((logits_NA.sum(0), torch.tensor([float(len(logits_NA))]).double()))
     return [(total[:-1] / total[-1].clamp(min=1)).float().to(model.device) for total in sums]
@@ -89,7 +88,7 @@ def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 def require_polyglu(model: SkipstoneForCausalLM) -> None:
     """Raise ValueError for a model whose neurons do not route."""
-    if not isinstance(model.model.layers[0].mlp.activation, PolyGLU):  # type: ignore[union-attr]
+    if not model.modules_of(PolyGLU):
         name = model.config.activation_options["name"]
         raise ValueError(f"only activation 'polyglu' can be hardened, this model has {name!r}")
     if model.config.neuron_groups is not None:

@@ -6,7 +6,6 @@ Shape letters: B rows, T tokens, D width, N tokens of all rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
     """For each batch and each block of a dense model, the stream [N, D] of the real tokens before and after the whole
     block, its attention and its MLP."""
     seen: list[Tensor] = []
-    blocks: Any = model.model.layers
+    blocks = model.model.layers
     hooks = [block.register_forward_hook(lambda _, args, out: seen.extend((args[0], out[0]))) for block in blocks]
     hooks += [block.self_attn.register_forward_hook(lambda _, args, out: seen.append(out)) for block in blocks]
     try:

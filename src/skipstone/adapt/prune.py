@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipstone.adapt import export_calibrated
+from skipstone.core.records import NeuronGroupsRecord, expect
 from skipstone.measure.passes import Pass
-from skipstone.mechanisms.neuron_groups import NAME
+from skipstone.mechanisms.neuron_groups import NAME, NeuronGroups
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.loading import from_tensors, quiet
 from skipstone.ops.neurons import kept_part
@@ -49,8 +49,7 @@ def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCa
     """
     require_groups(model)
     tensors, left = dict(model.state_dict()), []
-    for layer, block in enumerate(model.model.layers):
-        router: Any = block.mlp.router  # type: ignore[union-attr]
+    for layer, router in enumerate(model.modules_of(NeuronGroups)):
         used_first_G = (~used[layer]).to(torch.int8).argsort(stable=True)
         count = max(int(used[layer].sum()), router.config.kept(router.neurons))
         group_K = used_first_G[:count].sort().values
@@ -66,13 +65,13 @@ def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCa
 
 def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return the groups that some token of `batches` keeps, bool [G] for each layer."""
-    layers: Any = model.model.layers
-    used = [torch.zeros(block.mlp.router.total, dtype=torch.bool, device=model.device) for block in layers]
+    routers = model.modules_of(NeuronGroups)
+    used = [torch.zeros(router.total, dtype=torch.bool, device=model.device) for router in routers]
     for batch in batches:
         records = forward.run(model, batch, output_records=True).records
         assert records is not None
         for used_G, decided in zip(used, records, strict=True):
-            record: Any = decided[NAME]
+            record = expect(decided[NAME], NeuronGroupsRecord)
             used_G |= record.kept_BTG.any(0).any(0)
     return used
 

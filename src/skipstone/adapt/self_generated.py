@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from skipstone.adapt.source import load_dense, tokenizer_of
 from skipstone.core.atomic_write import complete
@@ -80,7 +80,7 @@ def _fill(
             return
 
 
-def _begin(tokenizer: Any, start: str | None, source: str) -> list[int]:
+def _begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) -> list[int]:
     if start is not None:
         ids: list[int] = tokenizer(start, add_special_tokens=False)["input_ids"]
         if not ids:
@@ -93,7 +93,7 @@ def _begin(tokenizer: Any, start: str | None, source: str) -> list[int]:
 
 
 def _batches(
-    model: SkipstoneForCausalLM, tokenizer: Any, begun_BT: Tensor, length: int, seed: int
+    model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase, begun_BT: Tensor, length: int, seed: int
 ) -> Iterator[list[tuple[str, int]]]:
     """Texts that are not empty, and their numbers of tokens; without end."""
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *ends_of(model)} - {None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.pretrained import load_pretrained, load_tokenizer
@@ -22,7 +23,7 @@ def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> Any:
+def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
     """Load the source's tokenizer. Raises ValueError where there is none, or one with more tokens than the model."""
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
@@ -30,13 +31,13 @@ def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> Any:
     return checked(tokenizer, source, model)
 
 
-def checked(tokenizer: Any, name: str, model: SkipstoneForCausalLM) -> Any:
+def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
     return tokenizer
 
 
-def same_tokens(theirs: Any, own: Any, name: str, source: str) -> None:
+def same_tokens(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, name: str, source: str) -> None:
     """Raise ValueError unless `theirs`, the tokenizer of `name`, gives every token the id that the source's does."""
     if theirs.get_vocab() != own.get_vocab():
         raise ValueError(
@@ -44,7 +45,7 @@ def same_tokens(theirs: Any, own: Any, name: str, source: str) -> None:
         )
 
 
-def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: Any) -> SkipstoneForCausalLM:
+def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SkipstoneForCausalLM:
     """Load another dense model to learn from. Raises ValueError unless its vocabulary is the student's."""
     teacher = load_dense(name)
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size

@@ -108,7 +108,7 @@ def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
     """Put PEFT's adapters, which change nothing yet, on every projection of the blocks; returns PEFT's tuner."""
     from peft import LoraConfig, LoraModel
 
-    blocks: Any = model.model.layers
+    blocks = model.model.layers
     targets = {n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)}
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(targets), bias="none"

@@ -90,6 +90,10 @@ def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[s
     while True:
         try:
             return make(**left), lines
+        except TypeError:  # one that has no default was among those that messages named
+            if not doubted:
+                raise
+            return None, lines
         except ValueError as error:
             told = [(line, re.findall(r"\w+", line)) for line in mistakes(error)]
             lines += [line for line, words in told if not doubted & {*words}]

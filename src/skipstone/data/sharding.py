@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from skipstone.core import atomic_write
 from skipstone.core.checksums import file_sha256
@@ -94,7 +95,9 @@ def _given(split: str, document: str) -> str:
 class _Work:
     """The state of a folder while it is written: for each split its shards, and the place in its stream after them."""
 
-    def __init__(self, out: Path, settings: PlainDict, tokenizer: Any, report: Report | None) -> None:
+    def __init__(
+        self, out: Path, settings: PlainDict, tokenizer: PreTrainedTokenizerBase, report: Report | None
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("this tokenizer has no eos token, which shards need after every document")
         self.out, self.tokenizer, self.report = out, tokenizer, report

@@ -5,10 +5,9 @@ Shape letters: B rows, T tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from skipstone.data.prepare import PreparedData
 from skipstone.measure.passes import known_to_need_depth
@@ -52,14 +51,14 @@ def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
 
 def set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
     """Return the capacity that the configuration promises, by layer and mechanism, where it promises one."""
-    blocks: list[Any] = list(model.model.layers)
+    blocks = list(model.model.layers)
     return {
-        layer: {name: m.capacity for name, m in block.mechanisms.items() if getattr(m, "capacity", None) is not None}
+        layer: {name: m.capacity for name, m in block.mechanisms.items() if m.capacity is not None}
         for layer, block in enumerate(blocks)
     }
 
 
-def _categories(ids_BT: Tensor, tokenizer: Any) -> Tensor | None:
+def _categories(ids_BT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
     """int64 [B, T]; None for tokens that stand for no text."""
     if tokenizer is None:
         return None

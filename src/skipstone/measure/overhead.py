@@ -13,10 +13,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 from torch.autograd.profiler_util import FunctionEvent
 
@@ -61,16 +61,19 @@ def _step(model: SkipstoneForCausalLM, arguments: PlainMapping) -> None:
     model(**arguments).loss.backward()
 
 
+Arguments: TypeAlias = tuple[Any, ...]  # of a module's forward pass
+
+
 @contextmanager
 def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
     """Profiler ranges around mechanisms, and around the updates inside them."""
-    blocks: Any = model.model.layers
+    blocks = model.model.layers
     hooks = []
     for block in blocks:
         for name, module in block.routing_modules().items():
-            if module is block.mlp:
+            if module.built_in:
                 continue  # experts that choose are the block's own work
-            ranges: list[Any] = []
+            ranges: list[record_function] = []
             enter = _enter_routing if name in block.mechanisms else _enter_activation
             hooks.append(module.register_forward_pre_hook(_with(ranges, enter)))
             hooks.append(module.register_forward_hook(_leave(ranges)))
@@ -81,27 +84,29 @@ def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
             hook.remove()
 
 
-def _with(ranges: list[Any], enter: Callable[[list[Any], Any], Any]) -> Callable[[Any, Any], Any]:
+def _with(
+    ranges: list[record_function], enter: Callable[[list[record_function], Arguments], object]
+) -> Callable[[nn.Module, Arguments], object]:
     return lambda module, args: enter(ranges, args)
 
 
-def _leave(ranges: list[Any]) -> Callable[[Any, Any, Any], None]:
+def _leave(ranges: list[record_function]) -> Callable[[nn.Module, Arguments, object], None]:
     return lambda module, args, out: ranges.pop().__exit__(None, None, None)
 
 
-def _enter_routing(ranges: list[Any], args: Any) -> Any:
+def _enter_routing(ranges: list[record_function], args: Arguments) -> Arguments:
     update, *rest = args
     ranges.append(record_function(ROUTING))
     ranges[-1].__enter__()
 
-    def inside(*inner: Any) -> Any:
+    def inside(*inner: object) -> object:
         with record_function(UPDATE):
             return update(*inner)
 
     return (inside, *rest)
 
 
-def _enter_activation(ranges: list[Any], args: Any) -> None:
+def _enter_activation(ranges: list[record_function], args: Arguments) -> None:
     ranges.append(record_function(ACTIVATION))
     ranges[-1].__enter__()
 

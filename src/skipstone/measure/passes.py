@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ def known_to_need_depth(batch: Batch) -> Tensor | None:
 
 def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
     """Return the indices of the blocks that carry a depth mechanism."""
-    blocks: Any = model.model.layers
+    blocks = model.model.layers
     return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
 
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
+from skipstone.core.records import ActivationRecord, AnyRecord, DepthRecord, ExpertsRecord, NeuronGroupsRecord, Records
+from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import PlainDict, PlainMapping
+from skipstone.core.width import GroupRouter
+from skipstone.mechanisms import DepthMechanism
+from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.nn.experts import ExpertsMLP
 from skipstone.ops import reference as ops
 
 ACTIVATION_NAMES = tuple(function.__name__ for function in ops.ACTIVATIONS)
@@ -25,6 +30,7 @@ ACTIVATION_ROWS = 64
 ONE_ROW = slice(1)  # activation figures look at every neuron of every token: one row is enough to log
 
 Figures = PlainMapping
+AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class FigureTable:
     note: str | None = None
 
 
-class Reader:
+class Reader(Generic[AnyModule, AnyRecord]):
     """Sums over the records of one mechanism in one layer.
 
     rows_left: how many more rows of a batch the mechanism's most expensive figures are taken from.
@@ -62,11 +68,11 @@ class Reader:
         self.rows_left = activation_rows
 
     @staticmethod
-    def log_pairs(module: Any, record: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def log_pairs(module: AnyModule, record: AnyRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield name, numerator and denominator (both scalars on the device) of each figure that training logs."""
         raise NotImplementedError
 
-    def add(self, module: Any, record: Any, known_BT: Tensor | None) -> None:
+    def add(self, module: AnyModule, record: AnyRecord, known_BT: Tensor | None) -> None:
         """Add the record of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
         raise NotImplementedError
 
@@ -84,9 +90,9 @@ class Summaries:
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
         self._activation_rows = activation_rows
-        blocks: Any = model.model.layers
+        blocks = model.model.layers
         self._blocks = [block.routing_modules() for block in blocks]
-        self._readers: list[dict[str, Reader]] = [{} for _ in self._blocks]
+        self._readers: list[dict[str, AnyReader]] = [{} for _ in self._blocks]
 
     @torch.no_grad()
     def add(self, records: Sequence[Records], known_BT: Tensor | None = None) -> None:
@@ -128,7 +134,7 @@ class PrecisionRecall:
         }
 
 
-class DepthReader(Reader):
+class DepthReader(Reader[DepthMechanism, DepthRecord]):
     """Reads depth mechanisms.
 
     `capacity`: kept tokens as a share of those that reached the mechanism; `capacity_p99`: that share's 99th percentile
@@ -160,13 +166,13 @@ class DepthReader(Reader):
         self.precision_recall: PrecisionRecall | None = None
 
     @staticmethod
-    def log_pairs(module: Any, record: DepthRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def log_pairs(module: DepthMechanism, record: DepthRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
         reached_BT = record.reached_BT
         count = reached_BT.sum()
         yield "capacity", (record.kept_BT & reached_BT).sum(), count
         yield "gate", torch.where(reached_BT, record.weight_BT, 0.0).sum(), count
 
-    def add(self, module: Any, record: DepthRecord, known_BT: Tensor | None) -> None:
+    def add(self, module: DepthMechanism, record: DepthRecord, known_BT: Tensor | None) -> None:
         needed_BT = module.oracle_mask(record) if known_BT is None else known_BT
         if needed_BT is not None:
             self.precision_recall = self.precision_recall or PrecisionRecall()
@@ -200,7 +206,7 @@ def _activation_table(title: str, kind: str, figures: Mapping[str, str]) -> Figu
     return FigureTable("shares", title, "layer, mechanism", (*shares, *more))
 
 
-class ActivationReader(Reader):
+class ActivationReader(Reader[MixFigures, ActivationRecord]):
     """Reads activation mechanisms, in the first rows only; means over tokens and neurons.
 
     `shares` of the four functions; `neurons`: the share of neurons in which each is the strongest; `diversity`: the
@@ -229,7 +235,7 @@ class ActivationReader(Reader):
         self.static_entropy = 0.0
 
     @staticmethod
-    def log_pairs(module: Any, record: ActivationRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def log_pairs(module: MixFigures, record: ActivationRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
         row = ActivationRecord(record.logits_BTA[ONE_ROW], record.reached_BT[ONE_ROW])
         for name in ("entropy", "diversity", "dynamic_entropy"):
             x_BT = getattr(module, name)(row)
@@ -237,7 +243,7 @@ class ActivationReader(Reader):
         static = module.static_entropy()
         yield "static_entropy", static, torch.ones_like(static)
 
-    def add(self, module: Any, record: ActivationRecord, known_BT: Tensor | None) -> None:
+    def add(self, module: MixFigures, record: ActivationRecord, known_BT: Tensor | None) -> None:
         rows = min(self.rows_left, len(record.reached_BT))
         self.rows_left -= rows
         self.static_entropy = float(module.static_entropy())
@@ -259,7 +265,7 @@ class ActivationReader(Reader):
         }
 
 
-class ExpertsReader(Reader):
+class ExpertsReader(Reader[ExpertsMLP, ExpertsRecord]):
     """Reads mixtures of experts.
 
     `experts`: the share of each in all choices; `no_op`: the share of the no-ops together; `entropy` of a token's
@@ -287,14 +293,14 @@ class ExpertsReader(Reader):
         self.chosen: Tensor | None = None  # of each expert, the no-ops as one at the end
 
     @staticmethod
-    def log_pairs(module: Any, record: ExpertsRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def log_pairs(module: ExpertsMLP, record: ExpertsRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
         chosen_X = record.chosen_BTX.sum((0, 1))
         count, real_X = chosen_X.sum(), chosen_X[: module.config.count]
         yield "no_op", count - real_X.sum(), count
         yield "busiest", real_X.max(), count
         yield "entropy", module.entropy(record).nansum(), record.reached_BT.sum()
 
-    def add(self, module: Any, record: ExpertsRecord, known_BT: Tensor | None) -> None:
+    def add(self, module: ExpertsMLP, record: ExpertsRecord, known_BT: Tensor | None) -> None:
         chosen_X = record.chosen_BTX.sum((0, 1)).double().cpu()
         experts, no_ops = chosen_X[: module.config.count], chosen_X[module.config.count :]
         chosen = torch.cat((experts, no_ops.sum(0, keepdim=True)))
@@ -309,7 +315,7 @@ class ExpertsReader(Reader):
         return {"experts": experts, "no_op": no_op, "entropy": self.entropy / self.tokens}
 
 
-class NeuronGroupsReader(Reader):
+class NeuronGroupsReader(Reader[GroupRouter, NeuronGroupsRecord]):
     """Reads neuron groups.
 
     `groups`: the share of tokens for which each is on; `on`: their mean; `always_on`, `never_on`: how many are on for
@@ -337,13 +343,13 @@ class NeuronGroupsReader(Reader):
         self.on: Tensor | None = None  # tokens for which each group is
 
     @staticmethod
-    def log_pairs(module: Any, record: NeuronGroupsRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def log_pairs(module: GroupRouter, record: NeuronGroupsRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
         on_G, count = record.kept_BTG.sum((0, 1)), record.reached_BT.sum()
         groups = torch.full_like(count, len(on_G))
         yield "on", on_G.sum(), count * groups
         yield "changing", ((on_G > 0) & (on_G < count)).sum(), groups
 
-    def add(self, module: Any, record: NeuronGroupsRecord, known_BT: Tensor | None) -> None:
+    def add(self, module: GroupRouter, record: NeuronGroupsRecord, known_BT: Tensor | None) -> None:
         on_G = record.kept_BTG.sum((0, 1)).double().cpu()
         self.on = on_G if self.on is None else self.on + on_G
         self.tokens += int(record.reached_BT.sum())
@@ -358,7 +364,8 @@ class NeuronGroupsReader(Reader):
         }
 
 
-READERS: dict[type, type[Reader]] = {
+AnyReader: TypeAlias = Reader[Any, Any]
+READERS: dict[type, type[AnyReader]] = {
     DepthRecord: DepthReader,
     ActivationRecord: ActivationReader,
     ExpertsRecord: ExpertsReader,

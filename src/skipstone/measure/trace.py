@@ -36,7 +36,7 @@ def trace_tokens(
     category_BT: int64, the categories of all tokens (index in `CATEGORIES`), if they are known. Raises ValueError for a
     model that needs decisions and gets none.
     """
-    blocks: list[Any] = list(model.model.layers)
+    blocks = list(model.model.layers)
     routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
     inputs, was_training = inputs_of(batch, model.device), model.training
     out = model.eval()(

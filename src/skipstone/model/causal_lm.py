@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from skipstone.ops.head_loss import IGNORED, Distillation, linear_cross_entropy,
 
 # Arguments of transformers that the decoder serves; one that is absent leaves the choice to the configuration.
 OF_THE_DECODER = ("output_hidden_states", "output_attentions")
+
+AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 
 
 @dataclass
@@ -219,6 +221,10 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def head_is_tied(self) -> bool:
         """Whether the head shares the embedding's weight; configurations are known to be wrong about it."""
         return self.lm_head.weight is self.model.embed_tokens.weight
+
+    def modules_of(self, kind: type[AnyModule]) -> list[AnyModule]:
+        """The routing modules of this class, in the order of the blocks."""
+        return [module for module in self.routing_modules() if isinstance(module, kind)]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generation, with causal decisions and without noise, whatever mode the model is in.

@@ -136,7 +136,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.layers = build_blocks(config)
         self.norm = build_norm(config)
         self.gradient_checkpointing = False
-        blocks: Any = self.layers
+        blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
         self.post_init()
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from skipstone.core.atomic_write import complete
@@ -143,7 +149,7 @@ def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneFor
     return model
 
 
-def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> Any:
+def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint, None where there is none; `source` as in `load_pretrained`.
 
     Through transformers rather than file by file: older folders leave the tokenizer's class to the architecture.

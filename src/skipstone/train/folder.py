@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from skipstone.core import atomic_write, checksums
 from skipstone.core.atomic_write import write_json, write_whole
@@ -86,7 +87,7 @@ def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
             partial.rename(path)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer's files, without what transformers notes about where it was loaded from."""
     for place in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(place, None)
@@ -147,7 +148,7 @@ def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept[:count]))
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any, card: PlainMapping) -> None:
+def save_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, card: PlainMapping) -> None:
     """RUN/model, whole or not at all: weights with their hashes, tokenizer, model card."""
     from skipstone.model.card import write_card
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from skipstone.core import atomic_write, checksums
 from skipstone.core.routing_module import causal_obstacle
+from skipstone.core.strict import PlainDict
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
 from skipstone.measure.passes import forced_routing
 from skipstone.measure.record_meter import RecordMeter, moving
-from skipstone.model.causal_lm import shifted
+from skipstone.model.causal_lm import CausalLMOutput, shifted
 from skipstone.runs import METRICS, count_lines
 from skipstone.train.callback import RoutingCallback
 from skipstone.train.decay import decaying
@@ -45,7 +47,7 @@ class RoutingMixin:
         if not present:
             self.add_callback(self.routing)  # type: ignore[attr-defined]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: object) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: object) -> Any:
         asked = {**inputs, "output_records": True}
         elsewhere = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
         if elsewhere and "labels" in inputs:  # Trainer takes the labels away and computes the loss from logits
@@ -74,17 +76,17 @@ class RunTrainer(RoutingTrainer):
         self.obstacle = causal_obstacle(self._plain.routing_modules())
 
     # The order of rows: each row is already a random draw from (seed, index), so a step's rows follow from its number.
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+    def _get_train_sampler(self, train_dataset: Sized | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decaying(model, (name for name, _ in model.named_parameters()), self.recipe.no_decay)
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: PlainDict) -> int:
         """Trainer's rule of thumb counts a routed model as dense; the cost model and the evaluation count truly."""
         return 0
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: object) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
@@ -94,11 +96,11 @@ class RunTrainer(RoutingTrainer):
             self.meter.add(self._plain.routing_modules(), outputs["records"])
         return (loss, outputs) if return_outputs else loss
 
-    def _tokens(self, inputs: Any) -> int:
+    def _tokens(self, inputs: PlainDict) -> int:
         """Of a micro-batch, over all processes, which have rows of one length."""
         return int(inputs["input_ids"].numel()) * self.accelerator.num_processes
 
-    def objective(self, loss: Tensor, outputs: Any, inputs: Any, items: Any) -> Tensor:
+    def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
         """What is minimised, the model's own loss here. Whoever changes it keeps `outputs` true for the log.
 
         items: predicted tokens of the whole optimizer step, by which sums are divided.
@@ -187,7 +189,7 @@ class RunTrainer(RoutingTrainer):
 
     # --- checkpoints
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Written aside and renamed, so that a checkpoint with a name is complete."""
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         partial = folder / PARTIAL

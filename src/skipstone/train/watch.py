@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from skipstone.core.atomic_write import naming
@@ -30,7 +30,14 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: PlainDict | None = None, **kwargs: object) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: PlainDict | None = None,
+        **kwargs: object,
+    ) -> None:
         if logs and state.is_world_process_zero:
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics_line(state.global_step, logs)) + "\n")
@@ -55,7 +62,9 @@ class Progress(TrainerCallback):
         self.bar: Any = None
         self.shown: dict[str, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.console.is_terminal and state.is_world_process_zero:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -65,11 +74,20 @@ class Progress(TrainerCallback):
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: PlainDict | None = None, **kwargs: object) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: PlainDict | None = None,
+        **kwargs: object,
+    ) -> None:
         logs = logs or {}
         self.shown |= {short: logs[name] for name, short in SHOWN.items() if name in logs}
         if self.bar is not None:
@@ -77,7 +95,9 @@ class Progress(TrainerCallback):
         elif state.is_world_process_zero and "eval_oracle_loss" in logs:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {self.summary()}", highlight=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -135,7 +155,9 @@ class StopSignals(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         due = self.seconds is not None and monotonic() - self.saved >= self.seconds
         received, due = _agreed(self.received, due, args.device, state.global_step)
         if received is not None:
@@ -145,7 +167,9 @@ class StopSignals(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # Trainer logs at multiples of the interval only
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.saved = monotonic()
 
     on_save = on_train_begin

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from skipstone.adapt.harden import mean_logits
@@ -143,13 +150,17 @@ class Watch(TrainerCallback):
     def __init__(self, routing: Routing, every: int, path: Path) -> None:
         self.routing, self.every, self.path = routing, every, path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Lines that are about to be measured again are forgotten."""
         kept = [line for line in course(self.path) if line["step"] <= state.global_step]
         lines = kept or [{"step": 0, **self.routing.figures()}]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **self.routing.figures()}) + "\n")
@@ -206,7 +217,7 @@ def measured(folder: Path) -> Figures:
     return figures([line["loss"] for line in trainer.state.log_history if "loss" in line], course(out / COURSE), tau[0])
 
 
-def _ids(tokenizer: Any, row: PlainDict) -> dict[str, Tensor]:
+def _ids(tokenizer: PreTrainedTokenizerBase, row: PlainDict) -> dict[str, Tensor]:
     ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"][:CONTEXT]
     return {"input_ids": torch.tensor([ids])}
 

@@ -82,7 +82,7 @@ def measure_teal(
 @contextmanager
 def _sites(model: SkipstoneForCausalLM) -> Iterator[list[tuple[Any, Site]]]:
     """Hooks before the matrices of every MLP, which live as long as this measures."""
-    blocks: Any = model.model.layers
+    blocks = model.model.layers
     if any(not isinstance(getattr(block.mlp, name, None), nn.Linear) for block in blocks for name in INPUTS):
         raise ValueError(f"thresholds need gated MLPs of three matrices, this model has mlp {model.config.mlp!r}")
     modules = [getattr(block.mlp, name) for block in blocks for name in INPUTS]

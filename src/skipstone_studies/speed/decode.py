@@ -51,7 +51,7 @@ def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
 
 
 def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
-    blocks: Any = model.model.layers
+    blocks = model.model.layers
     for i, block in enumerate(blocks):
         for name, mechanism in block.mechanisms.items():
             yield i, name, mechanism

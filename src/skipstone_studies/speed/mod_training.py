@@ -84,7 +84,7 @@ def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) ->
 
 
 def advance(model: SkipstoneForCausalLM, records: Any) -> None:
-    blocks: Any = model.model.layers
+    blocks = model.model.layers
     for block, record in zip(blocks, records, strict=True):
         for name, mechanism in block.routing_modules().items():
             mechanism.advance(0.5, mechanism.statistics(record[name]))
