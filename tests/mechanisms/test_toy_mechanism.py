@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers import initialization as init
 from adapt.sources import recipe as adapt_recipe
 from adapt.sources import run as adapted
 from adapt.sources import save_source
+from pages import Page
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.counts import TokenCounts
 from skipstone.core.noise import row_noise
@@ -248,6 +250,14 @@ def test_default_layers_costs_and_decay() -> None:
     assert model.cost(tokens=10).forward.router == 2 * 10 * 32
     kinds = {n.rpartition(".")[2]: kind for n, kind in kinds_of(model).items() if ".valve." in n}
     assert kinds == {"scorer": "routers", "scorer_bias": "biases"}
+
+
+def test_the_page_has_the_code_of_this_file() -> None:
+    """But for the indentation, which a formatter takes from a block of its own."""
+    blocks = Page("docs/add-a-mechanism.md").blocks()
+    here = re.sub(r"(?m)^ +", "", Path(__file__).read_text(encoding="utf-8"))
+    assert len(blocks) >= 4
+    assert all(re.sub(r"(?m)^ +", "", block) in here for block in blocks)
 
 
 @pytest.fixture(scope="module")
