@@ -31,6 +31,7 @@ class RoutingCallback(TrainerCallback):
 
     def __init__(self, schedules: bool = True) -> None:
         self.schedules = schedules
+        self.saves_whole_model = False  # whether adapters are saved with all that they sit on, so that nothing is lost
         self._sums: dict[tuple[int, str], Tensor] = {}  # each statistic's sums, then how many were summed
         self._warned = False
         self._before: dict[str, Tensor] = {}  # what training may move and no adapter holds, as it was
@@ -51,7 +52,8 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._sums = {}
-        self._before = {name: value.clone() for name, value in _outside_adapters(kwargs["model"])}
+        outside = () if self.saves_whole_model else _outside_adapters(kwargs["model"])
+        self._before = {name: value.clone() for name, value in outside}
         self._advance(kwargs["model"], state, {})
 
     def on_step_end(

@@ -74,6 +74,7 @@ class RunTrainer(RoutingTrainer):
         self.window = LogWindow(self.args.device)
         self.meter = RecordMeter()
         self.obstacle = causal_obstacle(self._plain.routing_modules())
+        self.routing.saves_whole_model = True  # adapters are in its checkpoints with the model, and merged at the end
 
     # The order of rows: each row is already a random draw from (seed, index), so a step's rows follow from its number.
     def _get_train_sampler(self, train_dataset: Sized | None = None) -> SequentialSampler:
