@@ -102,15 +102,15 @@ def _become_pytest(root: Path, words: list[str], output: Path) -> NoReturn:
         os._exit(code)
 
 
-def tried(fault: Fault, workers: str) -> str | None:
-    """The test that finds the fault, or None."""
+def tried(fault: Fault, workers: str, near: bool) -> str | None:
+    """The test that finds the fault, or None. near: among those that should find it, not in the whole suite."""
     with tempfile.TemporaryDirectory(prefix="skipstone-fault-") as folder:
         root = Path(folder)
         copied(root)
         fault.plant(root)
         first = [name for name in fault.first if (root / name).exists()]
         found = failing(root, first) if first else None
-        return found or failing(root, ["-n", workers, "--dist", "worksteal"])
+        return found or (None if near else failing(root, ["-n", workers, "--dist", "worksteal"]))
 
 
 def _import_once() -> None:
@@ -135,6 +135,7 @@ def main() -> int:
     parser.add_argument("--only", help="part of the names of the faults to plant")
     parser.add_argument("--check", action="store_true", help="only see whether every patch fits")
     parser.add_argument("--table", action="store_true", help="print what is known")
+    parser.add_argument("--near", action="store_true", help="try only the tests named beside a fault")
     parser.add_argument("--workers", default="auto", help="processes of the whole suite")
     given = parser.parse_args()
     findings: dict[str, str | None] = json.loads(FINDINGS.read_text()) if FINDINGS.exists() else {}
@@ -153,7 +154,7 @@ def main() -> int:
             continue
         if given.check or (fault.name in findings and given.only is None):
             continue
-        findings[fault.name] = tried(fault, given.workers)
+        findings[fault.name] = tried(fault, given.workers, given.near)
         FINDINGS.write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
         print(f"{fault.name}: {findings[fault.name] or 'NOT FOUND'}", flush=True)  # noqa: T201
     return 1 if missing or None in findings.values() else 0

@@ -62,6 +62,7 @@ def test_it_knows_how_large_the_other_factor_typically_is(source: Path, tmp_path
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_decoding_executes_the_share_that_is_promised(finished: Path) -> None:
     result, model = Run(finished).result(), Run(finished).load_model().eval()
     context = Run(finished).config()["data"]["context"]

@@ -41,6 +41,7 @@ def test_the_table_of_budgets(run: Path) -> None:
     assert one.counted_per_token == pytest.approx(one.flops_per_token, rel=0.02)  # the first batches, and all of them
 
 
+@pytest.mark.slow
 def test_rows_that_are_evaluated_are_not_calibrated_on(run: Path) -> None:
     calibrated = evaluate(run, budgets=[0.7]).budget_table
     assert "text" in calibrated

@@ -19,7 +19,7 @@ import pytest
 
 from laws.builders import Case
 
-PAIRS, VALUES = 2, 5
+PAIRS, VALUES = 4, 12
 SLOW_PARTS = {"neuron_groups": 4.0, "experts": 2.0}  # how many times as long as others
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import skipstone
@@ -30,6 +31,7 @@ model.save_pretrained(out + "/again")
 """
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_with_trust_remote_code(tmp_path: Path) -> None:
     config = SkipstoneConfig(
         vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mechanisms=[{"name": "early_exit"}]

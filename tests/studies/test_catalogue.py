@@ -164,6 +164,7 @@ def test_ffn_groups_at_equal_flops_beside_teal(tmp_path: Path) -> None:
     assert figures["dense"]["teal"]["60%"]["executed"] == pytest.approx(0.6, abs=0.05)
 
 
+@pytest.mark.slow
 def test_polyglu_routing_tells_what_the_routing_came_to(tmp_path: Path) -> None:
     study, figures = STUDIES["polyglu_routing"], {}
     for arm in ("swiglu", "scale 1, noise", "scale 64, quiet"):

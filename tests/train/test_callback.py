@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train import RoutingCallback, RoutingMixin, RoutingTrainer
 from skipstone.train.callback import NOTHING_SEEN
-from train.tool import DENSE, MODELS, POLYGLU, mod
+from train.tool import DENSE, MODELS, POLYGLU, mod, quick
 
 ROWS = [{"input_ids": row, "labels": row} for row in torch.arange(12 * 16).view(12, 16) ** 2 % 31]
 STEPS = 6
@@ -77,7 +77,7 @@ def test_a_stock_trainer_leaves_thresholds_and_says_so_once(tmp_path: Path) -> N
     assert thresholds(model) == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["dense", "topk", "predictor", "token_selective", "polyglu"])
+@pytest.mark.parametrize("name", quick(["dense", "topk", "predictor", "token_selective", "polyglu"], "predictor"))
 def test_nothing_is_said_where_there_is_no_threshold(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
