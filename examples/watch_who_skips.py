@@ -34,7 +34,7 @@ def rows(number: int) -> list[dict[str, torch.Tensor]]:
 
 
 def trained() -> SkipstoneForCausalLM:
-    """A model of four blocks, two of them routed. `RoutingTrainer` is transformers' Trainer; it also moves thresholds."""
+    """A model of four blocks, two of them routed. `RoutingTrainer` is a Trainer that also moves thresholds."""
     torch.manual_seed(0)
     routed = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.3, "decision": "ema_threshold"}
     config = SkipstoneConfig(hidden_size=96, num_hidden_layers=4, mechanisms=[routed])
