@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt.sources import mixture, recipe, run
-from pretrained.tool import parity
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.export import export_dense
 from skipstone.model.pretrained import convert
 from skipstone_cli.main import main
+from skipstone_studies.speed import parity
 
 
 @pytest.mark.parametrize("name", parity.CASES)

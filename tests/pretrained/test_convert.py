@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from pretrained.tool import parity
 from skipstone import SkipstoneForCausalLM
 from skipstone.model.pretrained import convert, load_model
 from skipstone_cli.main import main
+from skipstone_studies.speed import parity
 
 
 @pytest.fixture

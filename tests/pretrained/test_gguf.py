@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pretrained.tool import parity
 from skipstone.model.pretrained import convert, load_model, load_pretrained
+from skipstone_studies.speed import parity
 
 NAMES = {
     "model.embed_tokens": "token_embd",

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pretrained.tool import parity
 from skipstone import SkipstoneForCausalLM
 from skipstone.model.pretrained import load_pretrained
+from skipstone_studies.speed import parity
 
 FP32, BF16 = 1e-6, 1e-2  # relative; the promise for fp32 is 1e-4. bf16 holds 8 bits: one rounding is 4e-3
 

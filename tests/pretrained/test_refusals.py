@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from pretrained.tool import parity
 from skipstone.model.pretrained import load_pretrained
+from skipstone_studies.speed import parity
 
 WEIGHTS = "model.safetensors"
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}

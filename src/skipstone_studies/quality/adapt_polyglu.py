@@ -128,7 +128,7 @@ ADAPT_POLYGLU = Study(
     columns=(
         Column(key="flops", title="training FLOPs", format=".2f"),
         Column(key="nats", title="nats", format=".4f"),
-        Column(key="over", title="less the checkpoint's trained on", format="+.4f"),
+        Column(key="over", title="more than the checkpoint trained on", format="+.4f"),
         Column(key="apart", title="apart", format=".1%"),
     ),
 )

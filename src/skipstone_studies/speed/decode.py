@@ -115,9 +115,13 @@ class Decoding:
         }
 
 
+def of_rows(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
+
+
 def arms(scale: str) -> dict[str, RecipeDict]:
     """By number of rows."""
-    return {f"{rows} rows": {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
+    return {of_rows(rows): {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
 
 
 def measured(recipe: RecipeDict) -> Figures:

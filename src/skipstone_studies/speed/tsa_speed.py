@@ -12,7 +12,7 @@ from torch import Tensor
 from skipstone import SkipstoneForCausalLM
 from skipstone.measure.flops import count_flops
 from skipstone.measure.speed import prefill
-from skipstone_studies.speed.decode import RANDOM_TEXT, ROWS, Decoding, calibrate, model_of, routers, text
+from skipstone_studies.speed.decode import RANDOM_TEXT, ROWS, Decoding, calibrate, model_of, of_rows, routers, text
 from skipstone_studies.speed.interleaved import ratio, seconds, time_ratio
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -34,7 +34,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
-    return f"{part}, {rows} rows, kv {kv}, {skipped:.0%}"
+    return f"{part}, {of_rows(rows)}, kv {kv}, {skipped:.0%}"
 
 
 def measured(recipe: RecipeDict) -> Figures:

@@ -27,7 +27,7 @@ SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Dense models; gates trained soft, as executed, forced by what is known, and drawn."""
+    """Dense models; gates trained soft, as executed, forced by what is known, and random."""
     make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
     quarter = {"capacity": reset_s3.CAPACITY}
     return {
