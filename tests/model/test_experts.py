@@ -32,7 +32,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"experts": {"topk": 1}}, "experts is set, but mlp is 'gated'; it needs mlp 'experts'"),
+        ({"experts": {"top_k": 2}}, "experts is set, but mlp is 'gated'; it needs mlp 'experts'"),
         ({"mlp": "expert"}, "unknown mlp 'expert'; did you mean 'experts'"),
         ({"mlp": "experts", "experts": {"topk": 1}}, "unknown key in experts 'topk'; did you mean 'top_k'"),
         ({"mlp": "experts", "experts": {"count": "many"}}, "experts.count must be int, got 'many'"),
@@ -119,10 +119,10 @@ def test_logged_figures() -> None:
 def test_evaluation_and_report(mechanisms: list[dict[str, Any]], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", text_data(tmp_path / "text"), mechanisms, mlp="experts", experts=INTEGRATED)
     found = evaluate(run, batch_size=4)
-    assert found.executed.agree
-    assert found.executed.share < 1
+    assert found.flops.agree
+    assert found.flops.share < 1
     assert abs(found.executed_minus_causal or 0) < 1e-6
-    layers = found.measured[found.main].summaries.layers()
+    layers = found.measured[found.primary].summaries.layers()
     for layer in layers:
         assert sum(layer["experts"]["experts"]) + layer["experts"]["no_op"] == pytest.approx(1)
     assert "experts by layer" in found.markdown()
