@@ -25,6 +25,13 @@ def existing_file(path: Path, what: str) -> Path:
     return path
 
 
+def existing_run(path: Path) -> Path:
+    """`path`, if it is a run folder or a saved model. Raises UserError or ValueError otherwise."""
+    from skipstone.runs import Run
+
+    return Run(existing_dir(path, "run folder")).folder
+
+
 def new_path(path: Path, what: str) -> Path:
     """`path`, if nothing is there yet. Raises UserError otherwise: nothing of the user's is overwritten."""
     if path.exists() or path.is_symlink():

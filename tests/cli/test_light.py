@@ -63,6 +63,26 @@ def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says:
     assert all(any(text in line for line in lines) for text in says)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["eval", "."], "'.' is no run folder (no config.yaml) and no saved model (no config.json)"),
+        (["report", "."], "'.' is no run folder"),
+        (["compare", "."], "'.' is no run folder"),
+        (["calibrate", "."], "'.' is no run folder"),
+        (["generate", ".", "--prompt", "x"], "'.' is no run folder"),
+        (["prepare", "jsnol:x", "--out", "absent"], "unknown corpus 'jsnol'; did you mean 'jsonl'?"),
+        (["prepare", "jsonl:x", "--out", "absent", "--tokenizer", "bite"], "unknown tokenizer 'bite'"),
+    ],
+)
+def test_what_is_no_run_or_corpus_is_told_without_torch(words: list[str], says: str) -> None:
+    told, loaded = command(*words)
+    assert loaded == "heavy: []"
+    assert told.startswith("skipstone: ")
+    assert told.count("\n") == 1
+    assert says in told
+
+
 def test_adapt_answers_without_torch() -> None:
     told, loaded = command(
         "adapt", "x", str(SRC.parent / "recipes" / "adapt-mod.yaml"), "adapt.budgt=4", "train.batch_size=0"

@@ -25,6 +25,9 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
+LARGEST_RANK = 1 << 16  # wider than any decoder: a slip
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfDepthsConfig:
     """capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for each routed
@@ -72,8 +75,8 @@ class MixtureOfDepthsConfig:
             raise ValueError(f"exploration_until must be in (0, 1], got {self.exploration_until}")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
-        if self.skip_rank < 1:
-            raise ValueError(f"skip_rank must be at least 1, got {self.skip_rank}")
+        if not 1 <= self.skip_rank <= LARGEST_RANK:
+            raise ValueError(f"skip_rank must be in [1, {LARGEST_RANK:,}], got {self.skip_rank:,}")
         decision = choose("decision", self.decision, DECISIONS)
         choose("weight", self.weight, WEIGHTS)
         choose("router", self.router, ROUTERS)

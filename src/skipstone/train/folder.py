@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from skipstone.core import atomic_write, checksums
 from skipstone.core.atomic_write import write_json, write_whole
@@ -18,6 +17,9 @@ from skipstone.core.strict import PlainMapping
 from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
 from skipstone.train import environment
 from skipstone.train.recipe import NOT_THE_RESULT, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DATA = "data_sha256"  # in environment.json
 Write = Callable[[Path], object]  # writes a file or a folder at the path

@@ -7,6 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -59,7 +60,16 @@ def plain(config: SkipstoneConfig) -> PlainDict:
 
 
 def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCausalLM:
-    """Fresh weights, a function of the seed; its blocks compiled if asked for."""
+    """Fresh weights, a function of the seed; its blocks compiled if asked for.
+
+    Raises ValueError for weights that would not fit into the machine's memory.
+    """
+    size, memory = 4 * config.weights(), psutil.virtual_memory().total
+    if size > memory:
+        raise ValueError(
+            f"the model's weights take {size / 2**30:,.0f} GiB in fp32 (hidden_size {config.hidden_size:,}, "
+            f"{config.num_hidden_layers:,} layers), this machine has {memory / 2**30:,.0f} GiB of memory"
+        )
     set_seed(train.seed)
     model = SkipstoneForCausalLM(config)
     if train.compile:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from skipstone_cli.output import publish
-from skipstone_cli.paths import existing_dir
+from skipstone_cli.paths import existing_dir, existing_run
 
 
 def calibrate(
@@ -19,6 +19,8 @@ def calibrate(
 ) -> None:
     """Write budget.json beside the weights: the thresholds for every budget that the model can execute."""
     existing_dir(run, "run folder")
+
+    existing_run(run)
 
     from skipstone.evaluate.budget_curve import calibrate_run
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from skipstone_cli.output import check_targets, publish
-from skipstone_cli.paths import existing_dir
+from skipstone_cli.paths import existing_dir, existing_run
 
 
 def compare(
@@ -24,6 +24,9 @@ def compare(
     for run in [*runs, *(twin for twin in (dense, forced) if twin is not None)]:
         existing_dir(run, "run folder")
     check_targets(json=json, markdown=markdown)
+
+    for run in runs:
+        existing_run(run)
 
     from skipstone.evaluate.comparison import compare as measure
 

@@ -9,7 +9,7 @@ import typer
 
 from skipstone_cli.errors import UserError
 from skipstone_cli.output import check_targets, publish
-from skipstone_cli.paths import existing_dir
+from skipstone_cli.paths import existing_dir, existing_run
 
 
 def evaluate(
@@ -33,6 +33,7 @@ def evaluate(
     check_targets(json=json, markdown=None)
     _check(tasks, corpus=corpus, context=context, budget=budget, include_path=include_path, limit=limit)
     budgets = _shares(budget)
+    existing_run(run)
     if tasks is not None:
         from skipstone.evaluate.harness import evaluate_tasks
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from skipstone_cli.errors import UserError
-from skipstone_cli.paths import existing_dir
+from skipstone_cli.paths import existing_dir, existing_run
 from skipstone_cli.shading import show
 
 
@@ -35,6 +35,8 @@ def generate(
     if temperature is not None and not 0 < temperature < float("inf"):
         raise UserError(f"--temperature must be above 0, got {temperature:g}; --greedy takes the likeliest token")
     existing_dir(run, "run folder")
+
+    existing_run(run)
 
     from skipstone.generate.text_generation import stream_text
 

@@ -37,6 +37,12 @@ def prepare(
     if out is None:
         raise UserError("--out is missing: name the folder for the shards")
 
+    from skipstone.data.corpora import find_entry
+    from skipstone.data.tokenizers import check_spec
+
+    find_entry(source)
+    check_spec(tokenizer or "byte")
+
     from skipstone.data.sharding import SHARD_TOKENS, write_shards
 
     manifest = write_shards(

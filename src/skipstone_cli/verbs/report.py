@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skipstone_cli.paths import existing_dir, existing_file, new_path
+from skipstone_cli.paths import existing_dir, existing_file, existing_run, new_path
 
 
 def report(
@@ -23,6 +23,9 @@ def report(
     for file in evaluation or []:
         existing_file(file, "--evaluation")
     new_path(out, "--out")
+
+    for run in runs:
+        existing_run(run)
 
     from skipstone.report.rendering import write_report
 
