@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.data.rows import Row
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.measure.speed import Lap, Task, take_turns
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 
 ROUNDS = 7  # timed steps of each model, after one that warms up
@@ -58,7 +58,7 @@ def training_step(run: Run) -> Task:
     """One step as the run's recipe trains: its rows, micro-batches, precision, compilation and routing."""
     recipe = run.config()["train"]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.get("device") != "cpu" else "cpu")
-    model: Any = run.load_model().to(device).train()  # type: ignore[arg-type]
+    model = run.load_model().to(device).train()  # type: ignore[arg-type]
     if recipe.get("activation_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.get("compile"):
@@ -93,7 +93,7 @@ def _micro_batches(run: Run, rows: int, parts: int, device: torch.device) -> lis
     return [{name: x.to(device) for name, x in batch.items()} for batch in made]
 
 
-def _arguments(model: Any, batch: Row, routing: str) -> PlainDict:
+def _arguments(model: SkipstoneForCausalLM, batch: Row, routing: str) -> PlainDict:
     """What the trainer calls forward with."""
     kept = ("input_ids", "attention_mask", "position_ids", "document_ids")
     targets = "shift_labels" if "shift_labels" in batch else "labels"

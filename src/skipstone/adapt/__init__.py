@@ -20,7 +20,7 @@ export_calibrated.py  what these two share
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skipstone.adapt.adaptation import adapt
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["adapt"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load the trainer when something is adapted: exports need none."""
     if name != "adapt":
         raise AttributeError(f"module 'skipstone.adapt' has no attribute {name!r}")

@@ -90,7 +90,7 @@ def _train(
         for block in plan.model.model.layers:
             block.compile()
 
-    def trainer_of(callbacks: list[Any]) -> RunTrainer:
+    def trainer_of(callbacks: list[TrainerCallback]) -> RunTrainer:
         return AdaptTrainer(
             adapt=recipe.adapt,
             teacher=plan.teacher,
@@ -107,7 +107,7 @@ def _train(
 
 def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
     """Merge adapters, set thresholds to the budget, measure once more, and close the run."""
-    model: Any = plan.model.requires_grad_(True)
+    model = plan.model.requires_grad_(True)
     if tuner is not None:
         stages.merge_adapters(model, tuner)
     rows = [on_device(row, model.device) for row in plan.rows[:THRESHOLD_ROWS]]

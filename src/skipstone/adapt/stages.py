@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from skipstone.adapt.adapt_recipe import LORA, Lora, Stage
 from skipstone.core.strict import PlainDict
@@ -71,9 +72,11 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not name.endswith("bias") and ".lora_" not in name
 
 
-def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_ratio: float) -> Any:
+def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_ratio: float) -> LambdaLR:
     """Return a schedule of the learning rates themselves, for groups whose own rate is 1."""
-    functions: list[Any] = [partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups]
+    functions: list[Callable[[int], float]] = [
+        partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups
+    ]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, functions)
 
 

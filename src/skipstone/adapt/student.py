@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import set_seed
 
-from skipstone.core.routing_module import causal_obstacle
+from skipstone.core.routing_module import RoutingModule, causal_obstacle
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, real_tokens
@@ -99,7 +98,7 @@ def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> S
     return model
 
 
-def _names(model: SkipstoneForCausalLM, mechanism: Any) -> list[str]:
+def _names(model: SkipstoneForCausalLM, mechanism: RoutingModule) -> list[str]:
     prefix = next(name for name, module in model.named_modules() if module is mechanism)
     return [f"{prefix}.{name}" for name in mechanism.state_dict()]
 

@@ -146,7 +146,7 @@ class BudgetTable:
         return from_dict(cls, _of_today(values) if path.name == LEGACY else values, path.name)
 
 
-def _of_today(values: Any) -> Any:
+def _of_today(values: object) -> Any:
     """Values of a legacy file under the names of today."""
     if isinstance(values, Mapping):
         return {LEGACY_KEYS.get(key, key): _of_today(value) for key, value in values.items()}

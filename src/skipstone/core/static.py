@@ -9,8 +9,6 @@ Shape letters: B rows, T tokens of this call, C columns, H key/value heads, E he
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
@@ -147,7 +145,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
     """
 
     is_compileable = True
-    cumulative_length: Any
+    cumulative_length: Tensor  # type: ignore[assignment]  # an int in the layer that grows
 
     def __init__(self, max_cache_len: int, **kwargs: object) -> None:
         super().__init__(max_cache_len=max_cache_len, **kwargs)
@@ -165,7 +163,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
     def advance(self, tokens: int) -> None:
         self.cumulative_length.add_(tokens)
 
-    def get_seq_length(self) -> Any:
+    def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
         """0 before the first call, then an int64 tensor []."""
         return self.cumulative_length if self.is_initialized else 0
 

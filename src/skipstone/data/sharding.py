@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -260,7 +260,7 @@ def _is_note(path: Path) -> bool:
     return path == atomic_write.partial_of(path.with_name(PROGRESS))
 
 
-def _sync(file: Any) -> None:
+def _sync(file: BinaryIO) -> None:
     """On the disk before anything says that it is."""
     file.flush()
     os.fsync(file.fileno())

@@ -21,10 +21,9 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from skipstone.data import draws
 from skipstone.data.rows import IGNORE, Batch, RowDataset
@@ -104,12 +103,12 @@ def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficult
     return {"input_ids": input_BT, "shift_labels": target_BT, "labels": labels_BT, "difficulty": difficulty_BT}
 
 
-def oracle_keep(input_ids: Any) -> Any:
+def oracle_keep(input_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which entries a router that knows the needed depth keeps: the operations. A bool array or tensor like the ids."""
     return (input_ids >= FIRST_ELEMENT) & (input_ids <= RESET)
 
 
-def accuracy_by_bin(predictions: Any, labels: Any, difficulty: Any) -> dict[str, float]:
+def accuracy_by_bin(predictions: ArrayLike, labels: ArrayLike, difficulty: ArrayLike) -> dict[str, float]:
     """The share of right predictions in each bin of `BINS`, nan for one that is empty. Fillers are in none of them.
 
     predictions, labels, difficulty: arrays or CPU tensors of integers, of one shape; predictions at t are the argmax of

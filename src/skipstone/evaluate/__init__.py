@@ -12,7 +12,7 @@ tables.py        sections as rich tables and Markdown
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skipstone.evaluate.budget_curve import calibrate_run
@@ -32,7 +32,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load a function with what it needs when it is asked for: writing a table needs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'skipstone.evaluate' has no attribute {name!r}")

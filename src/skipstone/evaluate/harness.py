@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skipstone.core.routing_module import require_causal
-from skipstone.core.strict import PlainDict
+from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown, number, plain, rich_table
 from skipstone.model.loading import one_line
 from skipstone.runs import Run
@@ -110,7 +110,7 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
     return manager
 
 
-def _scores(found: Any) -> Iterator[Score]:
+def _scores(found: PlainMapping) -> Iterator[Score]:
     """The harness names a figure `metric,filter` and its error `metric_stderr,filter`."""
     for task, figures in found["results"].items():
         for key, value in figures.items():

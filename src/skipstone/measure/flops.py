@@ -57,7 +57,7 @@ class FlopCount:
     unknown: tuple[str, ...]
 
 
-def count_flops(fn: Callable[[], Any]) -> FlopCount:
+def count_flops(fn: Callable[[], object]) -> FlopCount:
     """Count the FLOPs of everything that executes while `fn()` runs: forward, backward, or both.
 
     A forward pass that activation checkpointing repeats is executed, hence counted, as backward.
@@ -82,7 +82,7 @@ def count_flops(fn: Callable[[], Any]) -> FlopCount:
     return FlopCount(total=counter.get_total_flops(), by_kind=dict(by_kind), by_op=by_op, unknown=tuple(unknown))
 
 
-def count_host_syncs(fn: Callable[[], Any]) -> Counter[str]:
+def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
     """Count how often the host needed a value or a shape from the device while `fn()` ran, by operation.
 
     On a CPU nothing waits, but the operations are the same.
@@ -104,13 +104,13 @@ def kind_of(modules: set[str]) -> str:
     return "router" if any(".mechanisms." in name for name in modules) else "other"
 
 
-def is_free(op: Any) -> bool:
+def is_free(op: torch._ops.OpOverload) -> bool:
     """Return whether an operation counts 0 by convention."""
     tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy}
     return bool(op.is_view or tags & set(op.tags) or op.overloadpacket.__name__ in FREE)
 
 
-def is_sync(op: Any, args: tuple[Any, ...], out: Any) -> bool:
+def is_sync(op: torch._ops.OpOverload, args: tuple[Any, ...], out: Any) -> bool:
     """Return whether the host must wait: a value or a shape depends on data, or data moves from the device."""
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
@@ -125,11 +125,11 @@ class _Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Any] = []
+        self.seen: list[object] = []
         self.synced: list[bool] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: PlainDict | None = None
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: PlainDict | None = None
     ) -> Any:
         with self:  # inference mode hands over whole functions, such as linear; what they consist of is listed
             out = func.decompose(*args, **(kwargs or {})) if hasattr(func, "decompose") else NotImplemented
@@ -142,7 +142,7 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object) -> int:
     """Two products for each pair of query and key; query heads in grouped attention."""
     *rows_and_heads, queries, width = query.shape
     pairs = queries * key.shape[-2]
@@ -152,12 +152,14 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arg
 
 
 def _attention_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: Any
 ) -> int:
     return 2 * _attention(query, key, value)
 
 
-def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> int:
+def _grouped(
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *args: object, **kwargs: object
+) -> int:
     """Products of groups: rows of a (2 axes by 3), columns of b (3 by 2) or the summed axis (2 by 2) end at `offs`."""
     inside = int(offs[-1]) if offs is not None and len(offs) else 0
     if a.dim() == b.dim() == 2:
@@ -165,7 +167,7 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None,
     return 2 * inside * (a.shape[1] * b.shape[2] if a.dim() == 2 else a.shape[1] * a.shape[2])
 
 
-def _magnitude(*args: Any, **kwargs: Any) -> int:
+def _magnitude(*args: Any, **kwargs: object) -> int:
     """Rows of two matrices: those that are tried, those that are kept."""
     up_FD, tried, kept, size = args[3], *args[5:8]
     return 2 * (tried + kept) * size * up_FD.shape[1]  # type: ignore[no-any-return]
@@ -185,7 +187,7 @@ BACKWARD = (
     aten._scaled_dot_product_cudnn_attention_backward,
     aten._scaled_dot_product_fused_attention_overrideable_backward,
 )
-TABLE: dict[Any, Callable[..., int]] = {
+TABLE: dict[object, Callable[..., int]] = {
     **flop_registry,
     **dict.fromkeys(FORWARD, _attention),
     **dict.fromkeys(BACKWARD, _attention_backward),

@@ -6,12 +6,12 @@ Shape letters: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipstone.core.records import Records
+from skipstone.core.routing_module import RoutingModule
 from skipstone.measure.summaries import READERS
 
 
@@ -32,7 +32,7 @@ class RecordMeter:
         self._sums: dict[str, Tensor] = {}  # [numerator, denominator]
 
     @torch.no_grad()
-    def add(self, mechanisms: Iterable[Any], records: tuple[Records, ...]) -> None:
+    def add(self, mechanisms: Iterable[RoutingModule], records: tuple[Records, ...]) -> None:
         for mechanism in mechanisms:
             placement = mechanism.placement
             record = records[placement.layer].get(placement.name)
@@ -51,6 +51,6 @@ class RecordMeter:
         return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
 
 
-def moving(mechanisms: Iterable[Any]) -> dict[str, float]:
+def moving(mechanisms: Iterable[RoutingModule]) -> dict[str, float]:
     """Return what the callback moves, by the names that mechanisms give it: `tau`, `threshold/L/NAME`."""
     return {name: value.item() for mechanism in mechanisms for name, value in mechanism.moving().items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from skipstone.core.strict import PlainDict, PlainMapping
 
@@ -77,7 +77,11 @@ class TokenTrace:
         return cls(**{**values, "routed": frozenset(values["routed"]), **by_layer, "activations": activations})
 
 
-def _with_keys(kind: Callable[[Any], Any], values: Mapping[Any, Any]) -> dict[Any, Any]:
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def _with_keys(kind: Callable[[str], Key], values: Mapping[str, Value]) -> dict[Key, Value]:
     return {kind(key): value for key, value in values.items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -94,10 +93,9 @@ def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
 
 def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
     rows = []
-    block: Any
     for layer, block in enumerate(model.model.layers):
         for name, mechanism in block.routing_modules().items():
-            if mechanism is block.mlp:
+            if mechanism.built_in:
                 continue  # told under Architecture
             asked = realised_share = "every token"  # of an activation mechanism, which leaves none out
             if name in block.mechanisms:

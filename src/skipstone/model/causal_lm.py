@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -253,22 +253,24 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature tells transformers what may be passed
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> PlainDict:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> PlainDict:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if inputs.get("document_ids") is not None:
             inputs["document_ids"] = _documents(inputs)
         return {"routing": "causal", "noise": False, **inputs}
 
     @staticmethod
-    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: object
+    ) -> Tensor | None:
         """What transformers asks for with a cache of fixed size: here the mask of this call's tokens alone."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def get_compiled_call(self, compile_config: Any) -> Any:
+    def get_compiled_call(self, compile_config: object) -> Callable[..., CausalLMOutput]:
         """Compiles steps of one token; a prompt's shapes follow from what is kept of it, and it runs as it is."""
         compiled = super().get_compiled_call(compile_config)
 
-        def call(*args: Any, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        def call(*args: object, input_ids: Tensor | None = None, **kwargs: object) -> CausalLMOutput:
             step = input_ids is not None and input_ids.shape[1] == 1
             return (compiled if step else self)(*args, input_ids=input_ids, **kwargs)
 

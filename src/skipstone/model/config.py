@@ -181,7 +181,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         """Nothing: transformers would copy this source file into saved folders, where the shim already is."""
 
     @classmethod
-    def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> Any:
+    def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> SkipstoneConfig:
         """As in transformers: from what is saved. Options of neuron groups that were never read are left out."""
         groups = config_dict.get("neuron_groups")
         if isinstance(groups, dict) and groups.get("decision") == "magnitude":

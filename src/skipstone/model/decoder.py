@@ -24,7 +24,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records, carried
 from skipstone.core.static import SkipstoneStaticCacheLayer
-from skipstone.core.strict import PlainMapping, unknown
+from skipstone.core.strict import PlainDict, PlainMapping, unknown
 from skipstone.core.tokens import Executor, PassMode, Tokens
 from skipstone.model.build import Block, build_blocks, build_norm, build_positions, initialise
 from skipstone.model.config import SkipstoneConfig
@@ -120,7 +120,9 @@ class SkipstonePreTrainedModel(PreTrainedModel):
         for layer in entry.layers:
             self.decoder.layers[layer].mechanisms[entry.key].config = entry.options
 
-    def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: PlainDict | None = None, *args: object
+    ) -> None:
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True loses the records of routed blocks; use use_reentrant=False")
         super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args)
@@ -314,7 +316,7 @@ def _check_cache(cache: Any, blocks: int, rows: int) -> None:
         raise ValueError(f"past_key_values holds {held} rows, but the call has {rows}; a row is never added to a cache")
 
 
-def _described(cache: Any) -> str:
+def _described(cache: object) -> str:
     """The type of a cache, and of its first layer where it has one."""
     layers = getattr(cache, "layers", None)
     return type(cache).__name__ + (f" of {type(layers[0]).__name__}" if layers else "")

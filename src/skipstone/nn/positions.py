@@ -5,10 +5,9 @@ Shape letters: B rows, T tokens, E head size, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -20,7 +19,7 @@ class Rotary(nn.Module):
 
     inverse_E2: Tensor
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
         inverse_E2, self.scale = self._frequencies()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class MagnitudeWeights(NamedTuple):
     kept: int
     size: int
 
-    def __deepcopy__(self, memo: Any) -> MagnitudeWeights:
+    def __deepcopy__(self, memo: object) -> MagnitudeWeights:
         """Itself: a copy of a cache that keeps it shares the weights."""
         return self
 

@@ -10,7 +10,7 @@ Shape letters: D width, F neurons, J neurons that are on, G groups.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from torch import Tensor
 AT_ONCE = 8  # four: a quarter more time
 SQUARE = 16
 KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
+Array: TypeAlias = Any  # what numba sees: an array, or a tuple of addresses
+
 # Any order of adding, but NaN stays what it is. Kept on disk, for compiling takes seconds.
-compiled: Any = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
+compiled = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
 
 
 def one_token(
@@ -53,7 +55,7 @@ def transposed(weight_DF: Tensor) -> Tensor:
 
 
 @compiled
-def _turn(x: Any, y: Any) -> None:
+def _turn(x: Array, y: Array) -> None:
     """In squares that the processor's caches hold: a quarter of the time that rows after columns take."""
     for i in range(0, x.shape[0], SQUARE):
         for j in range(0, x.shape[1], SQUARE):
@@ -63,7 +65,7 @@ def _turn(x: Any, y: Any) -> None:
 
 
 @compiled
-def _one_token(addresses: Any, sizes: Any, kind: Any) -> None:
+def _one_token(addresses: Array, sizes: Array, kind: Array) -> None:
     x_at, a_at, typical_at, up_at, down_at, y_at, score_at, tried_at, kept_at = addresses
     D, F, size, tried, kept = sizes
     single, groups = np.float32(0), F // size
@@ -90,7 +92,7 @@ def _one_token(addresses: Any, sizes: Any, kind: Any) -> None:
 
 
 @compiled
-def _keep(h: Any, row: Any, kept: int, size: int, left: Any) -> Any:
+def _keep(h: Array, row: Array, kept: int, size: int, left: Array) -> Array:
     """What is largest of h, with its rows; marks its groups."""
     magnitude, chosen = np.empty(len(h) // size, np.float32), np.zeros(len(h) // size, np.bool_)
     for k in range(len(magnitude)):
@@ -114,7 +116,7 @@ def _largest(score_at: int, on_at: int, total: int, width: int, count: int) -> N
 
 
 @compiled
-def _mark(score: Any, count: int, on: Any) -> None:
+def _mark(score: Array, count: int, on: Array) -> None:
     """True at the `count` largest. Numbers that are not negative are in the order of their bits, NaN above all."""
     bits, least, places = score.view(np.int32), np.int32(0), count
     for power in range(30, -1, -1):  # the largest number that `count` scores reach
@@ -133,7 +135,7 @@ def _mark(score: Any, count: int, on: Any) -> None:
 
 
 @compiled
-def _list(on: Any, size: int, row: Any) -> None:
+def _list(on: Array, size: int, row: Array) -> None:
     """The neurons of the groups that are on, ascending."""
     count = 0
     for g in range(len(on)):
@@ -144,7 +146,7 @@ def _list(on: Any, size: int, row: Any) -> None:
 
 
 @compiled
-def _products(x: Any, weight: Any, row: Any, out: Any) -> None:
+def _products(x: Array, weight: Array, row: Array, out: Array) -> None:
     """out[j] = weight[row[j]] x."""
     whole = len(row) - len(row) % AT_ONCE
     for j in range(0, whole, AT_ONCE):
@@ -169,7 +171,7 @@ def _products(x: Any, weight: Any, row: Any, out: Any) -> None:
 
 
 @compiled
-def _total(h: Any, weight: Any, row: Any, out: Any) -> None:
+def _total(h: Array, weight: Array, row: Array, out: Array) -> None:
     """out += h weight[row]."""
     whole = len(row) - len(row) % AT_ONCE
     for j in range(0, whole, AT_ONCE):
@@ -186,7 +188,7 @@ def _total(h: Any, weight: Any, row: Any, out: Any) -> None:
 
 
 @compiled
-def _eight(x: Any, j: int) -> Any:
+def _eight(x: Array, j: int) -> Array:
     return x[j], x[j + 1], x[j + 2], x[j + 3], x[j + 4], x[j + 5], x[j + 6], x[j + 7]
 
 

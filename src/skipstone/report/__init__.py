@@ -14,7 +14,7 @@ palette.py        colours that the colour-blind can tell apart
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skipstone.report.rendering import write_report
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load torch and jinja2 when a report is written: charts and palette need neither."""
     if name != "write_report":
         raise AttributeError(f"module 'skipstone.report' has no attribute {name!r}")

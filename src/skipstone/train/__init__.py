@@ -17,7 +17,7 @@ watch.py        metrics.jsonl, progress bar, stop signals
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skipstone.train.callback import RoutingCallback
@@ -29,7 +29,7 @@ __all__ = ["RoutingCallback", "RoutingMixin", "RoutingTrainer", "train"]
 _HOMES = {"RoutingCallback": "callback", "RoutingMixin": "trainer", "RoutingTrainer": "trainer", "train": "training"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load what needs torch when it is asked for: reading a recipe does not."""
     if name not in _HOMES:
         raise AttributeError(f"module 'skipstone.train' has no attribute {name!r}")

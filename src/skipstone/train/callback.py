@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from skipstone.core.records import Records
+from skipstone.core.routing_module import RoutingModule
 
 NOTHING_SEEN = (
     "RoutingCallback was shown no records, so that schedules move but thresholds do not: train with "
@@ -85,7 +86,7 @@ class RoutingCallback(TrainerCallback):
             mechanism.advance(progress, means.get((mechanism.placement.layer, mechanism.placement.name)))
 
 
-def _mechanisms(model: Any) -> Iterator[Any]:
+def _mechanisms(model: Any) -> Iterator[RoutingModule]:
     """Those of our models, inside whatever wraps them; none of other models."""
     while not hasattr(model, "routing_modules") and hasattr(model, "module"):
         model = model.module
@@ -104,7 +105,7 @@ def _outside_adapters(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{where} {name}", value) for name, value in mechanism.named_buffers() if name in saved)
 
 
-def _waiting(mechanism: Any) -> bool:
+def _waiting(mechanism: RoutingModule) -> bool:
     """Whether it has a threshold that never moved."""
     return mechanism.follows_scores and mechanism.not_ready_reason() is not None
 

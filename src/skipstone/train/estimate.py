@@ -166,7 +166,7 @@ def _kept(config: SkipstoneConfig, recipe: Recipe) -> tuple[float, float]:
 
 def _bytes(decoder: Any, tokens: int, bf16: bool) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in (*decoder.parameters(), *decoder.buffers())}
-    kept: dict[int, Any] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

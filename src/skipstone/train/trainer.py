@@ -20,7 +20,7 @@ from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
 from skipstone.measure.passes import forced_routing
 from skipstone.measure.record_meter import RecordMeter, moving
-from skipstone.model.causal_lm import CausalLMOutput, shifted
+from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.runs import METRICS, count_lines
 from skipstone.train.callback import RoutingCallback
 from skipstone.train.decay import decaying
@@ -109,7 +109,7 @@ class RunTrainer(RoutingTrainer):
         return loss
 
     @property
-    def _plain(self) -> Any:
+    def _plain(self) -> SkipstoneForCausalLM:
         return self.accelerator.unwrap_model(self.model)
 
     def _forced(self, batch: Row) -> dict[int, Tensor]:
@@ -141,7 +141,7 @@ class RunTrainer(RoutingTrainer):
         window.clear(self.state.global_step)
         return logs
 
-    def _check_finite(self, grad_norm: Any) -> None:
+    def _check_finite(self, grad_norm: Tensor | float | None) -> None:
         """Before anything is written: what has diverged is neither logged nor saved. The host waits once for both."""
         pair = torch.stack((self.window.sums.sum(), torch.as_tensor(grad_norm).to(self.window.sums)))
         loss, norm = pair.tolist()
@@ -152,7 +152,9 @@ class RunTrainer(RoutingTrainer):
                 "so the run has stopped; lower train.learning_rate, or lengthen train.warmup_steps"
             )
 
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: object, **kwargs: object) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: object, **kwargs: object
+    ) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize()  # what is still queued belongs to the time before

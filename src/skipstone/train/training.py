@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -80,7 +79,7 @@ def _train(
         else:
             folders.add_absent(folder, parts)
 
-    def trainer_of(callbacks: list[Any]) -> RunTrainer:
+    def trainer_of(callbacks: list[TrainerCallback]) -> RunTrainer:
         return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=[*callbacks, *more])
 
     return fit(recipe, arguments, folder, progress, trainer_of, partial(finish, data, folder), save_minutes)
@@ -124,7 +123,7 @@ def fit(
     arguments: TrainingArguments,
     folder: Path,
     progress: bool,
-    trainer_of: Callable[[list[Any]], RunTrainer],
+    trainer_of: Callable[[list[TrainerCallback]], RunTrainer],
     finish: Callable[[RunTrainer], None],
     save_minutes: float | None = None,
 ) -> Path:

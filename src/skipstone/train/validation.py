@@ -26,7 +26,7 @@ def batches(data: PreparedData, rows: int | None, size: int, part: int = 0, part
 def loss_sums(
     model: Any,
     rows: Iterator[Row],
-    routing: Callable[[Row], Any],
+    routing: Callable[[Row], object],
     device: torch.device,
     meter: RecordMeter,
     loss_chunk: int = 0,

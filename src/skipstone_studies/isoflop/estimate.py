@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from skipstone.core.records import Records
 from skipstone.evaluate.tables import Section, percent
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.report.axes import short
@@ -116,7 +116,7 @@ def _backward(loss: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def _settle(model: SkipstoneForCausalLM, records: Any) -> None:
+def _settle(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
     """Thresholds follow the scores from here on; at their start they would keep far more than the capacity."""
     for mechanism in model.routing_modules():
         record = records[mechanism.placement.layer].get(mechanism.placement.name)

@@ -83,7 +83,7 @@ def measured(folder: Path) -> Figures:
         "nats": measure_loss(loaded.model, loaded.primary, rows, activations=False).loss,
         "own_flops": loaded.model.cost(tokens=CONTEXT).forward.total * steps,
     }
-    records: Any = loaded.model(**rows[0], routing="causal", output_records=True).records
+    records = loaded.model(**rows[0], routing="causal", output_records=True).records
     mixes: list[Any] = [module for module in loaded.model.routing_modules() if isinstance(module, MixFigures)]
     if mixes:
         each = [mix.diversity(records[mix.placement.layer][mix.placement.name]).nanmean() for mix in mixes]

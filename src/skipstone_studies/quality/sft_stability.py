@@ -13,7 +13,6 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,8 +29,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from skipstone.adapt.harden import mean_logits
 from skipstone.core.atomic_write import complete
+from skipstone.core.records import ActivationRecord, expect
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.measure.passes import PASSES
+from skipstone.mechanisms import PolyGLU
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 from skipstone_studies.study import Column, Figures, RecipeDict, Study, train_run
@@ -124,10 +125,9 @@ class Routing:
         self.model.eval()
         sums, count = torch.zeros(len(self.model.model.layers), dtype=torch.float64), 0
         for row in self.rows:
-            records: Any = PASSES["executed"].run(self.model, row, output_records=True).records
-            for layer, (decided, block) in enumerate(zip(records, self.model.model.layers, strict=True)):
-                activation: Any = block.mlp.activation  # type: ignore[union-attr]
-                record: Any = decided[activation.placement.name]
+            records = PASSES["executed"].run(self.model, row, output_records=True).records or ()
+            for layer, (decided, activation) in enumerate(zip(records, self.model.modules_of(PolyGLU), strict=True)):
+                record = expect(decided[activation.placement.name], ActivationRecord)
                 entropy = activation.dynamic_entropy(record).expand(record.reached_BT.shape)[record.reached_BT]
                 sums[layer] += entropy.double().sum()
             count += int(row["input_ids"].numel())
@@ -140,7 +140,7 @@ class Routing:
         was_training = self.model.training
         dynamic = mean_logits(self.model.eval(), PASSES["executed"], self.rows)
         self.model.train(was_training)
-        activations: list[Any] = [block.mlp.activation for block in self.model.model.layers]  # type: ignore[union-attr]
+        activations = self.model.modules_of(PolyGLU)
         return [(a.preference_FA + mean).argmax(-1) for a, mean in zip(activations, dynamic, strict=True)]
 
 
@@ -209,7 +209,7 @@ def measured(folder: Path) -> Figures:
         processing_class=tokenizer,
         callbacks=[Watch(routing, every, out / COURSE)],
     )
-    routers: list[Any] = list(model.routing_modules())
+    routers = model.modules_of(PolyGLU)
     tau = [float(router.tau) for router in routers]
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)))
     if [float(router.tau) for router in routers] != tau:

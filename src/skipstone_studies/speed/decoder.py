@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,7 +43,7 @@ def measured(recipe: RecipeDict) -> Figures:
     return {"time": time_ratio(task(ours, ids), task(llama, ids), recipe["rounds"])}
 
 
-def _training_step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+def _training_step(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -56,7 +55,7 @@ def _training_step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def _decode(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+def _decode(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
     model.eval()
     prompt = ids[:1, :32]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipstone.core.strict import PlainDict
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train import setup
 from skipstone.train.decay import decaying
 from skipstone.train.recipe import Recipe, read_recipe
@@ -50,7 +50,7 @@ def measured(recipe: RecipeDict) -> Figures:
     read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})
     config = setup.model_config(read.model, read.data.context, {})
     with torch.device(device):
-        model: Any = setup.build_model(config, read.train).train()
+        model = setup.build_model(config, read.train).train()
     given, optimizer = row(recipe["tokens"], config.vocab_size, device), optimizer_of(model, read)
     steps = [step(model, optimizer, given, read, device) for _ in range(recipe["steps"])]
     flops, taken = model.cost(tokens=recipe["tokens"], routing="oracle").training.total, steps[-1]["seconds"]
@@ -78,7 +78,7 @@ def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in given.items()}
 
 
-def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with the recipe's groups of weight decay."""
     train, named = recipe.train, dict(model.named_parameters())
     decays = set(decaying(model, named, train.no_decay))
@@ -90,7 +90,7 @@ def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def step(
-    model: Any, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], recipe: Recipe, device: str
+    model: SkipstoneForCausalLM, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], recipe: Recipe, device: str
 ) -> PlainDict:
     """Loss, norm of the gradient, and seconds of each part."""
     at = [_now(device)]

@@ -7,15 +7,15 @@ matrices, are not among them. `bf16` is autocast with fp32 weights, as `Trainer`
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.core.records import Records
 from skipstone.core.strict import PlainDict
 from skipstone.measure.flops import count_flops, count_host_syncs
 from skipstone.train import RoutingTrainer
@@ -83,7 +83,7 @@ def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) ->
     return step
 
 
-def advance(model: SkipstoneForCausalLM, records: Any) -> None:
+def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
     blocks = model.model.layers
     for block, record in zip(blocks, records, strict=True):
         for name, mechanism in block.routing_modules().items():

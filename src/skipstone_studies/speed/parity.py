@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from skipstone.core.strict import PlainDict
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.pretrained import load_pretrained
 from skipstone_studies.adapting import source_path
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -116,7 +116,7 @@ def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call:
     return relative_error(a, b)
 
 
-def greedy(model: Any, ids_BT: Tensor, tokens: int, **call: Tensor) -> list[list[int]]:
+def greedy(model: SkipstoneForCausalLM, ids_BT: Tensor, tokens: int, **call: Tensor) -> list[list[int]]:
     """Ids of prompt and greedy continuation."""
     call.setdefault("attention_mask", torch.ones_like(ids_BT))
     return model.generate(ids_BT, do_sample=False, max_new_tokens=tokens, pad_token_id=0, **call).tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Fig
 
 @torch.inference_mode()
 def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
-    records: Any = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
+    records = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
     return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
 
 
