@@ -12,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from skipstone.adapt.source import load_dense, tokenizer_of
 from skipstone.core.atomic_write import complete
 from skipstone.generate import ends_of, generate
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VALIDATION = 20  # of so many texts, one goes to validation.txt: the second, so that a few are enough
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.pretrained import load_pretrained, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:

@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from skipstone.core import atomic_write
 from skipstone.core.checksums import file_sha256
@@ -40,6 +39,9 @@ from skipstone.data.shards import (
 )
 from skipstone.data.streams import open_source
 from skipstone.data.tokenizers import build_tokenizer, check_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROGRESS = ".progress.json"
 SHARD_TOKENS = 1 << 27

@@ -21,12 +21,15 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from skipstone.data import draws
 from skipstone.data.rows import IGNORE, Batch, RowDataset
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 NUM_FILLERS = 16
 FILLER_SHARE = 0.75
