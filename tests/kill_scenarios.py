@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from adapt import sources
-from kills import Scenario
+from kills import NAMES, Scenario
 from skipstone.adapt.adaptation import adapt
 from skipstone.adapt.self_generated import write
 from skipstone.data.sharding import write_shards
@@ -119,13 +119,5 @@ def reproduces(out: Path) -> None:
 
 def scenarios() -> list[Scenario]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    acts = {
-        "train": trains,
-        "adapt": adapts,
-        "reproduce": reproduces,
-        "prepare": prepares,
-        "convert": converts,
-        "write": writes,
-        "calibrate": calibrates,
-    }
-    return [Scenario(name=name, act=act) for name, act in acts.items()]
+    acts = (trains, adapts, reproduces, prepares, converts, writes, calibrates)
+    return [Scenario(name=name, act=act) for name, act in zip(NAMES, acts, strict=True)]

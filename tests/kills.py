@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PATHS = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
+NAMES = ("train", "adapt", "reproduce", "prepare", "convert", "write", "calibrate")
 TIMES = ("tokens_per_second", "seconds", "started", "finished")
 
 
@@ -228,11 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from kill_scenarios import make_given, scenarios
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--limit", type=int, default=10_000)
     parser.add_argument("--moments", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
+    if not set(options.names) <= set(NAMES):
+        parser.error(f"NAME must be of {', '.join(NAMES)}")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     space = Path(tempfile.mkdtemp(prefix="skipstone-kills-"))
     given = space / "given"
