@@ -44,8 +44,11 @@ def text_of(folder: Path) -> dict[str, Any]:
 
 def test_killed_between_model_and_result(run: tuple[dict[str, Any], Path], finished: tuple[Any, Path]) -> None:
     config, folder = run
+    (folder / "checkpoints" / ".partial").mkdir()  # killed just after its last checkpoint had got its name
+    shutil.copytree(folder / "checkpoints" / "checkpoint-3", folder / "checkpoints" / "checkpoint-1")
     train(config, folder, resume=True)
     assert text_of(folder) == text_of(finished[1])
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-6"}
     assert {path.name for path in folder.iterdir()} == {path.name for path in finished[1].iterdir()}
 
 

@@ -6,11 +6,12 @@ import json
 import zipfile
 from pathlib import Path
 
-from skipstone.core import checksums
+from skipstone.core import atomic_write, checksums
 from skipstone.core.checksums import Damaged
-from skipstone.runs import checkpoints
+from skipstone.runs import CHECKPOINTS, checkpoints
 from skipstone.train.log_window import FILE as WINDOW
 
+PARTIAL = ".partial"  # beside the checkpoints: where one is written before it gets its name
 NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", WINDOW)
 RANDOM = "rng_state*.pth"  # one of each process
 
@@ -27,6 +28,13 @@ def check(checkpoint: Path) -> None:
         before = [path for path in checkpoints(checkpoint.parent.parent) if path != checkpoint]
         where = f"from {before[-1].name}" if before else "from the beginning"
         raise ValueError(f"{error}; remove {str(checkpoint)!r} to go on {where}") from None
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Do what a process has left undone that was killed just after it had written a run's last checkpoint."""
+    atomic_write.remove(folder / CHECKPOINTS / PARTIAL)
+    for old in checkpoints(folder)[:-keep]:
+        atomic_write.remove(old)
 
 
 def _look_at(checkpoint: Path) -> None:

@@ -23,12 +23,11 @@ from skipstone.measure.record_meter import RecordMeter, moving
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.runs import METRICS, count_lines
 from skipstone.train.callback import RoutingCallback
+from skipstone.train.checkpoints import PARTIAL
 from skipstone.train.decay import decaying
 from skipstone.train.log_window import LogWindow
 from skipstone.train.recipe import TrainConfig
 from skipstone.train.validation import batches, loss_sums
-
-PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
 
 
 class RoutingMixin:

@@ -137,6 +137,8 @@ def fit(
     main = arguments.process_index == 0
     if checkpoint is not None:
         checkpoints.check(checkpoint)
+        if main:
+            checkpoints.tidy(folder, recipe.train.keep_checkpoints)
     stop, bar = StopSignals(recipe.train.save_minutes or save_minutes), Progress()
     callbacks = [stop, *setup.integrations(recipe.train, folder, step), MetricsFile(folder / METRICS)]
     trainer = trainer_of(callbacks + ([bar] if progress else []))
