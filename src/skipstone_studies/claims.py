@@ -110,8 +110,11 @@ def as_claims(figures: ByArm, compared: Sequence[Comparison]) -> Iterator[Claim]
             yield from judge(arm, text, found, most=most, least=least, form=one.format)
 
 
-def comparisons(figures: ByArm, compared: Sequence[Comparison]) -> str:
-    """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference."""
+def comparisons(figures: ByArm, compared: Sequence[Comparison], refused: bool = False) -> str:
+    """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference.
+
+    refused: no verdict is given, because depth does not pay (`skipstone_studies.headroom`).
+    """
     sections = []
     for one in compared:
         rows = []
@@ -119,7 +122,7 @@ def comparisons(figures: ByArm, compared: Sequence[Comparison]) -> str:
             found = paired_differences(figures, arm, one.against, one.key) if arm != one.against else []
             if (interval := paired(found)) is not None:
                 good = interval.below() if one.better == "low" else interval.above()
-                word = {"yes": "better", "no": "worse"}.get(good, "not told apart")
+                word = "no headroom" if refused else {"yes": "better", "no": "worse"}.get(good, "not told apart")
                 rows.append([arm, str(len(found)), word, interval.with_power(one.format)])
         columns = ["arm", "paired seeds", "verdict", f"{one.title}, less that of {one.against}"]
         title = f"{one.title[0].upper()}{one.title[1:]}: beside {one.against}"

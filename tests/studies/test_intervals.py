@@ -104,6 +104,9 @@ def test_arms_are_compared_seed_by_seed() -> None:
     assert "| good | 3 | better | -0.100 [-0.117, -0.083] |" in page
     assert "| alike | 3 | not told apart | +0.000 [-0.169, +0.169], detectable 0.230 / " in page
     assert "alone" not in page
+    refused = comparisons(figures, [Comparison(key="loss", title="loss", against="dense")], refused=True)
+    assert "| good | 3 | no headroom |" in refused
+    assert "better" not in refused
     worse = Comparison(key="loss", title="accuracy", against="dense", format="+.3f", better="high", arms=["good"])
     assert "| good | 3 | worse |" in comparisons(figures, [worse])
     assert comparisons(losses(dense=[1.0], good=[0.9]), [worse]) == ""

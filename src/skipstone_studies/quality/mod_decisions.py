@@ -113,7 +113,10 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Below the table: whether depth pays, and each arm beside dense and beside chance."""
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
-    parts = ("" if room is None else room.sentence(), comparisons(figures, COMPARED))
+    parts = (
+        "" if room is None else room.sentence(),
+        comparisons(figures, COMPARED, room is not None and not room.there),
+    )
     return "\n\n".join(part for part in parts if part)
 
 
