@@ -107,3 +107,21 @@ def test_initialisation(scaled: bool) -> None:
     router = block.mechanisms["token_selective"].router
     assert router.hidden_weight.abs().max().item() == pytest.approx(128**-0.5, rel=0.02)
     assert router.score_bias.item() == -1
+
+
+@torch.no_grad()
+def test_evaluation_draws_no_noise_unless_asked_to() -> None:
+    """In evaluation a pass with sight of the row is the same every time; in training it is not."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, activation="polyglu")).eval()
+    ids = torch.arange(8)[None]
+
+    def differ(**options: Any) -> bool:
+        one, other = (model(ids, routing="oracle", **options).logits for _ in range(2))
+        return not torch.equal(one, other)
+
+    assert not differ()
+    assert differ(noise=True)
+    model.train()
+    assert differ()
+    assert not differ(noise=False)
