@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from skipstone.adapt.adaptation import adapt
 from skipstone.adapt.self_generated import write
 from skipstone.core.atomic_write import complete
+from skipstone.core.lock import locked
 from skipstone.core.strict import PlainDict
 from skipstone.data.corpora import load_corpus
 from skipstone.model.pretrained import convert
@@ -85,7 +86,7 @@ def sampled_text(source: str, out: Path, also: str | None = None, **options: Any
     training text.
     """
     if not out.is_dir():
-        with complete(out) as partial:
+        with locked(out), complete(out) as partial:  # another process that is at it leaves this arm for later
             write(source, partial, **options)
             if also is not None:
                 train = partial / "train.txt"

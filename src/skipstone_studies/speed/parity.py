@@ -26,6 +26,7 @@ from transformers import (
 
 from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.loading import quiet
 from skipstone.model.pretrained import load_pretrained
 from skipstone_studies.adapting import source_path
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -142,9 +143,9 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    if "source" in recipe:
-        return vars(measure(source_path(recipe["source"]), length=128, tokens=100))
-    with tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        if "source" in recipe:
+            return vars(measure(source_path(recipe["source"]), length=128, tokens=100))
         values = dict(recipe["config"])
         save_random(AutoConfig.for_model(values.pop("model_type"), **values), Path(folder))
         return vars(measure(folder))
