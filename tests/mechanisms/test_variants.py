@@ -97,7 +97,7 @@ def test_full_kv_gives_the_update_every_token_and_asks_for_the_kept_ones(routing
     record = records[NAME]
     (given, inner), kept = seen[0], record.kept_BT
     assert given is x
-    assert torch.equal(inner.queries.mask(2, x.device), kept)
+    assert torch.equal(inner.queries.mask(), kept)
     assert inner.query_tokens().length == 6
     torch.testing.assert_close(delta, 3 * x * record.weight_BT[..., None])
     assert (record.weight_BT != 0).equal(kept)
