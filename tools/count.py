@@ -12,7 +12,7 @@ import ast
 import io
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,18 @@ class Source:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 yield node.module or ""
 
+    def imports_of(self, known: Mapping[str, object]) -> Iterator[str]:
+        """The `known` modules that are imported; `from package import module` is an import of the module."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name in known else node.module or "" for name in inside]
+            else:
+                continue
+            yield from (name for name in names if name in known and name != self.module)
+
     def class_checks(self) -> int:
         """isinstance checks of a record or a mechanism."""
         return sum(
@@ -69,7 +81,7 @@ class Source:
 def circles(files: list[Source]) -> list[tuple[str, ...]]:
     """Groups of modules that import each other, directly or through others (Tarjan's strongly connected components)."""
     known = {source.module: source for source in files if source.module}
-    edges = {name: [m for m in source.imports() if m in known and m != name] for name, source in known.items()}
+    edges = {name: list(source.imports_of(known)) for name, source in known.items()}
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
