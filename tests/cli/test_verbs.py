@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,10 +39,9 @@ def listen(monkeypatch: pytest.MonkeyPatch, module: str, function: str, answer: 
 
     stand_in = ModuleType(module)
     setattr(stand_in, function, note)
-    for end in range(1, module.count(".") + 1):
-        parent = ".".join(module.split(".")[:end])
-        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    package, _, name = module.rpartition(".")
     monkeypatch.setitem(sys.modules, module, stand_in)
+    monkeypatch.setattr(import_module(package), name, stand_in, raising=False)
     return calls
 
 
@@ -56,13 +56,14 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
+    Path("run/config.yaml").write_text("model: {}\ndata: {}\ntrain: {}\n", encoding="utf-8")
 
 
 def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone.train.training", "train", Path("runs/a"))
-    Path("a.yaml").write_text("seed: 1\ntrain: {steps: 2}\n", encoding="utf-8")
+    Path("a.yaml").write_text("name: a\ntrain: {steps: 2}\n", encoding="utf-8")
     command(monkeypatch, "train", "a.yaml", "train.steps=3", "--out", "runs/a", "--resume")
-    assert calls == [(({"seed": 1, "train": {"steps": 3}},), {"out": Path("runs/a"), "resume": True})]
+    assert calls == [(({"name": "a", "train": {"steps": 3}},), {"out": Path("runs/a"), "resume": True})]
     assert capsys.readouterr().out == "run folder: runs/a\n"
 
 
@@ -144,7 +145,7 @@ def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = listen(monkeypatch, "skipstone.generate.text_generation", "stream", [])
+    calls = listen(monkeypatch, "skipstone.generate.text_generation", "stream_text", [])
     command(monkeypatch, "generate", "run", "--prompt", "O, ", "--max-new-tokens", "5", "--top-k", "3", "--seed", "7")
     options = {"max_new_tokens": 5, "temperature": None, "top_k": 3, "seed": 7, "greedy": False, "budget": None}
     assert calls == [((Path("run"), "O, "), options)]
