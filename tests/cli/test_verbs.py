@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -62,6 +63,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = listen(monkeypatch, "skipstone.train.training", "train", Path("runs/a"))
     Path("a.yaml").write_text("name: a\ntrain: {steps: 2}\n", encoding="utf-8")
+    shutil.copytree("run", "runs/a")
     command(monkeypatch, "train", "a.yaml", "train.steps=3", "--out", "runs/a", "--resume")
     assert calls == [(({"name": "a", "train": {"steps": 3}},), {"out": Path("runs/a"), "resume": True})]
     assert capsys.readouterr().out == "run folder: runs/a\n"
