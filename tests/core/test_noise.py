@@ -80,3 +80,14 @@ def test_seeds_come_from_torch_s_generator() -> None:
     torch.manual_seed(5)
     unseeded = replace(tokens(), noise_seed=None)
     assert torch.equal(token_noise(unseeded, KEY, B), token_noise(tokens(int(first)), KEY, B))
+
+
+def test_a_compiler_follows_without_a_break() -> None:
+    placement = Placement(layer=1, name="toy")
+
+    def drawn(seed: Tensor) -> Tensor:
+        whole = replace(tokens(), noise_seed=seed)
+        return token_noise(whole, placement.noise_key, 4) + row_noise(whole, placement.noise_key, 4)[:, None]
+
+    compiled = torch.compile(drawn, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(torch.tensor(9)), drawn(torch.tensor(9)))

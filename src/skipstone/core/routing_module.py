@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,18 +18,21 @@ from skipstone.core.strict import PlainMapping
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a mechanism sits. `index` counts the blocks that carry this mechanism, `count` is how many there are."""
+    """Where a mechanism sits. `index` counts the blocks that carry this mechanism, `count` is how many there are.
+
+    noise_key: a number that tells this mechanism's random draws from those of all others (`core/noise.py`).
+    """
 
     layer: int = 0
     num_layers: int = 1
     index: int = 0
     count: int = 1
     name: str = ""
+    noise_key: int = field(init=False, compare=False)
 
-    @property
-    def noise_key(self) -> int:
-        """A number that tells this mechanism's random draws from those of all others in the model (`core/noise.py`)."""
-        return zlib.crc32(f"{self.layer} {self.name}".encode())
+    def __post_init__(self) -> None:
+        # here and not when it is needed: a compiler cannot follow the checksum
+        object.__setattr__(self, "noise_key", zlib.crc32(f"{self.layer} {self.name}".encode()))
 
 
 class RoutingModule(nn.Module):
