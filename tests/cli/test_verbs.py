@@ -15,6 +15,7 @@ from rich.table import Table
 
 from skipstone_cli.main import main
 
+SRC = Path(__file__).resolve().parents[2] / "src"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -57,6 +58,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
+    Path("run/config.yaml").touch()
     Path("run/config.yaml").write_text("model: {}\ndata: {}\ntrain: {}\n", encoding="utf-8")
 
 
