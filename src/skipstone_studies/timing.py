@@ -11,6 +11,7 @@ import torch
 from skipstone.core.strict import PlainDict
 from skipstone.data.rows import Row
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
+from skipstone.measure.passes import forced_routing, inputs_of
 from skipstone.measure.speed import Lap, Task, take_turns
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
@@ -95,10 +96,8 @@ def _micro_batches(run: Run, rows: int, parts: int, device: torch.device) -> lis
 
 def _arguments(model: SkipstoneForCausalLM, batch: Row, routing: str) -> PlainDict:
     """What the trainer calls forward with."""
-    kept = ("input_ids", "attention_mask", "position_ids", "document_ids")
     targets = "shift_labels" if "shift_labels" in batch else "labels"
-    arguments: PlainDict = {name: batch[name] for name in (*kept, targets) if name in batch}
+    arguments: PlainDict = {**inputs_of(batch), targets: batch[targets]}
     if routing == "difficulty":
-        known_BT = batch["difficulty"] >= 0
-        arguments["routing"] = {i: known_BT for i, block in enumerate(model.model.layers) if len(block.mechanisms)}
+        arguments["routing"] = forced_routing(model, batch["difficulty"] >= 0)
     return arguments

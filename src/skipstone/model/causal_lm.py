@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput, can_return_tuple
 
 from skipstone.core.records import Records
-from skipstone.core.routing_module import RoutingModule
+from skipstone.core.routing_module import RoutingModule, require_causal
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
@@ -246,8 +246,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = within_documents(kwargs["document_ids"], None if mask is None else mask.bool())
         if kwargs.get("routing") == "oracle" and kwargs.get("use_cache") is False:
             return super().generate(*args, **kwargs)
-        for mechanism in self.routing_modules():
-            mechanism.require_causal()
+        require_causal(self.routing_modules())
         for reason in {reason for m in self.routing_modules() if (reason := m.not_ready_reason())}:
             warnings.warn(reason, stacklevel=2)
         return super().generate(*args, **kwargs)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from skipstone.core.strict import PlainDict
+from skipstone.measure.passes import real_tokens
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import load_pretrained
@@ -112,7 +113,7 @@ def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call:
     """Relative error over the tokens that are not padding."""
     ours, reference = load_pretrained(source, dtype), theirs(source, dtype)
     assert ours.dtype == reference.dtype == dtype
-    real_BT = call.get("attention_mask", torch.ones_like(ids_BT)).bool()
+    real_BT = real_tokens({"input_ids": ids_BT, **call})
     a, b = (model(ids_BT, **call).logits[real_BT].float() for model in (ours, reference))
     return relative_error(a, b)
 
