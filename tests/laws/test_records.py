@@ -88,6 +88,9 @@ def test_a_token_that_skips_a_block_keeps_its_survival() -> None:
     both = skipped & ~second["mixture_of_depths"].kept_BT
     assert both.any()
     assert (second["early_exit"].carry["early_exit"][both] == 1).all()
+    later = ~skipped & ~second["mixture_of_depths"].kept_BT
+    assert later.any()
+    assert torch.equal(second["early_exit"].carry["early_exit"][later], survival[later])
 
 
 @pytest.mark.parametrize("chosen", ALL, ids=str)
