@@ -166,7 +166,7 @@ class Tokens:
 
     def query_tokens(self) -> Tokens:
         """The tokens whose update is computed, and only those."""
-        return self.select(self.queries)
+        return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
         """x of the real tokens, [1, N, ...], if there is an unpadding; else x itself."""

@@ -80,12 +80,14 @@ class Attention(nn.Module):
 
         queries: `tokens.query_tokens()`, where the caller has it.
         """
-        key, value = self._keys_and_values(x_BTD, tokens)
+        x = tokens.unpad(x_BTD)
+        key, value = self._keys_and_values(x, tokens)
         if tokens.no_queries:
             self._store(key, value, tokens, cache)
             return x_BTD[:, :0]
         queries = queries or tokens.query_tokens()
-        query = self._heads(queries.pad(self.q_proj(tokens.gather_queries(x_BTD))), self.q_norm, queries.rotary)
+        asking = x if tokens.queries.is_all else tokens.queries.gather_unpadded(x_BTD)
+        query = self._heads(queries.pad(self.q_proj(asking)), self.q_norm, queries.rotary)
         if self._store(key, value, tokens, cache):
             y_BKHE = self._attend(query, *self._own(key, value, tokens, queries))
         else:
@@ -94,9 +96,8 @@ class Attention(nn.Module):
         y_BKD = self.o_proj(queries.unpad(y_BKHE.flatten(2)))
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
-    def _keys_and_values(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, E] of all tokens."""
-        x = tokens.unpad(x_BTD)
+    def _keys_and_values(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, E] of all tokens, x being unpadded or not."""
         key = self._heads(tokens.pad(self.k_proj(x)), self.k_norm, tokens.rotary)
         return key, self._heads(tokens.pad(self.v_proj(x)))
 
