@@ -89,6 +89,7 @@ def test_the_model_is_an_ordinary_one(finished: Path) -> None:
     assert text.startswith("it was ")
 
 
+@pytest.mark.slow
 def test_every_verb_takes_it(finished: Path, source: Path, tmp_path: Path) -> None:
     figures = evaluate(finished).to_dict()
     assert figures["ways"]["executed"]["loss"] == pytest.approx(figures["ways"]["causal"]["loss"], abs=1e-5)
@@ -188,6 +189,7 @@ def test_blocks_can_be_dropped_for_comparison(source: Path, tmp_path: Path) -> N
     assert 0.6 < result["executed_share"] < 0.75
 
 
+@pytest.mark.slow
 def test_shards_of_several_texts_by_weight(source: Path, tmp_path: Path) -> None:
     """What is prepared with the source's tokenizer trains it, mixed as the blend says; what is not, is refused."""
     text = text_file(tmp_path)

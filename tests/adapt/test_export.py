@@ -54,6 +54,7 @@ def test_a_routed_model_says_what_is_lost(source: Path, tmp_path: Path) -> None:
     assert tokenizers[0] == tokenizers[1]
 
 
+@pytest.mark.slow
 def test_polyglu_is_removed_while_every_neuron_uses_one_function(source: Path, tmp_path: Path) -> None:
     values = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
     model = SkipstoneForCausalLM(SkipstoneConfig(**values, activation={"name": "polyglu"})).eval()

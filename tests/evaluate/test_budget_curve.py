@@ -68,6 +68,7 @@ def test_a_dial_is_written_once_and_used(run: Path, tmp_path: Path) -> None:
         calibrate_run(copy)
 
 
+@pytest.mark.slow
 def test_a_saved_model_needs_a_corpus(run: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -86,6 +87,7 @@ def test_what_cannot_be_set_is_told_before_anything_is_measured(run: Path, tmp_p
         evaluate(dense, budgets=[0.6])
 
 
+@pytest.mark.slow
 def test_the_curve_is_in_the_report(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps(evaluate(run, budgets=[0.6, 0.8]).to_dict()), encoding="utf-8")

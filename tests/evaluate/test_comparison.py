@@ -129,6 +129,7 @@ def test_many_runs_are_shown_a_few_at_a_time(compared: Comparison, monkeypatch: 
     assert compared.table().row_count > whole
 
 
+@pytest.mark.slow
 def test_headroom_between_the_twins(tmp_path: Path) -> None:
     data = reset_data(rows=24)
     dense = write_run(tmp_path / "dense", data, [])

@@ -200,6 +200,7 @@ def test_a_killed_grid_goes_on_from_its_checkpoint(here: Path, monkeypatch: pyte
     assert mod["figures"]["training"]["steps"] == mod["figures"]["cell"]["steps"] > 3
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = runs.train
 

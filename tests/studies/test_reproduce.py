@@ -63,6 +63,7 @@ def test_a_record_is_complete(tiny: Register) -> None:
     assert str(Path.cwd()) not in json.dumps(record), "a record that is published tells no paths of the machine"
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_recipe_s_seed(tiny: Register) -> None:
     tiny()
     reproduce("tiny", seeds=[4])
@@ -80,6 +81,7 @@ def test_what_is_recorded_is_never_run_again(tiny: Register, trained: list[str])
     assert trained == ["dense-seed1", "mod-seed1"]
 
 
+@pytest.mark.slow
 def test_a_lost_record_is_measured_again_without_training(tiny: Register, trained: list[str]) -> None:
     tiny()
     reproduce("tiny")
@@ -90,6 +92,7 @@ def test_a_lost_record_is_measured_again_without_training(tiny: Register, traine
     assert json.loads(RECORD.read_text(encoding="utf-8"))["sitting"]["arms"] == ["dense", "mod"]
 
 
+@pytest.mark.slow
 def test_another_recipe_runs_anew_and_overwrites_no_run(tiny: Register, trained: list[str]) -> None:
     tiny()
     reproduce("tiny")
@@ -145,6 +148,7 @@ def test_a_foreign_folder_is_left_alone(tiny: Register) -> None:
     assert list(foreign.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_records_go_where_they_are_wanted_and_runs_are_not_repeated_for_it(tiny: Register, trained: list[str]) -> None:
     tiny()
     reproduce("tiny")
@@ -154,6 +158,7 @@ def test_records_go_where_they_are_wanted_and_runs_are_not_repeated_for_it(tiny:
     assert Path("results/tiny/records/laptop/mod-seed0.json").is_file()
 
 
+@pytest.mark.slow
 def test_rendering_alone_gives_the_same_bytes(tiny: Register, trained: list[str]) -> None:
     tiny()
     path = reproduce("tiny")
@@ -164,6 +169,7 @@ def test_rendering_alone_gives_the_same_bytes(tiny: Register, trained: list[str]
     assert (path.read_bytes(), trained) == (before, [])
 
 
+@pytest.mark.slow
 def test_a_readme_gets_the_table_between_its_marks(tiny: Register) -> None:
     tiny()
     readme = Path("README.md")
@@ -215,6 +221,7 @@ def test_bad_input_is_one_line(name: str, options: dict[str, Any], says: str, ti
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_the_first_corpus_that_can_be_had_is_taken(tiny: Register, capsys: pytest.CaptureFixture[str]) -> None:
     tiny(corpora=("text:absent.txt", "text:text.txt"))
     reproduce("tiny")

@@ -106,6 +106,7 @@ def test_variants_are_the_passes_that_they_say(gated: Path) -> None:
     assert gates.exits(gated) == {}
 
 
+@pytest.mark.slow
 def test_exits_execute_less_the_higher_the_threshold(text: str, tmp_path: Path) -> None:
     recipe = shrunk(STUDIES["tsa_shakespeare"].recipes("laptop")["early-exit"], text)
     recipe["model"]["mechanisms"][0]["start_bias"] = 0.5
@@ -175,6 +176,7 @@ def test_rivals_are_met_at_equal_flops() -> None:
     )
 
 
+@pytest.mark.slow
 def test_blocks_of_text_are_the_loss_in_parts(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_blocks, "WINDOWS", 2)
     folder = train(

@@ -144,6 +144,7 @@ def test_rows_are_those_of_the_step_however_they_are_cut(tmp_path: Path, monkeyp
     assert torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["predictor", "polyglu"])
 def test_the_loss_in_chunks_trains_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(recipe(tmp_path, QUIET[name], loss_chunk=0), tmp_path / "whole")
@@ -185,6 +186,7 @@ def test_biases_and_preferences_do_not_decay(tmp_path: Path, monkeypatch: pytest
     assert not any("bias" in name or "norm" in name for name in decaying)
 
 
+@pytest.mark.slow
 def test_the_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

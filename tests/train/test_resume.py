@@ -74,6 +74,7 @@ def test_resume_after_a_crash_is_exact(name: str, options: dict[str, Any], tmp_p
     assert resumed[0]["changed"] == {}
 
 
+@pytest.mark.slow
 def test_a_crash_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
     config = recipe(tmp_path, MODELS["random"])
     whole = train(config, tmp_path / "whole")

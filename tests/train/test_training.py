@@ -43,6 +43,7 @@ def test_a_run_folder_is_complete(tmp_path: Path) -> None:
     assert "README.md" in {path.name for path in (folder / "model").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_gives_the_same_run(tmp_path: Path) -> None:
     one = train(recipe(tmp_path, MODELS["all"], steps=4), tmp_path / "one")
     other = train(Run(one).config(), tmp_path / "other")
@@ -110,6 +111,7 @@ def test_forced_by_known_difficulty(tmp_path: Path) -> None:
     assert Run(folder).load_tokenizer() is None
 
 
+@pytest.mark.slow
 def test_a_preset_with_changes(tmp_path: Path) -> None:
     config = recipe(tmp_path, {"preset": "tiny", "hidden_size": 32, "num_hidden_layers": 1}, steps=1, warmup_steps=0)
     model = Run(train(config, tmp_path / "run")).config()["model"]
