@@ -1,6 +1,7 @@
 """Floor 4: training, on transformers' Trainer.
 
 recipe.py       `TrainConfig` and `Recipe`: what a run is, read strictly
+early.py        all mistakes of a recipe that can be told before torch is loaded
 decay.py        which parameters weight decay spares
 training.py     `train`: from a recipe to a finished run folder
 estimate.py     FLOPs, memory and hours on a named GPU, before the start
