@@ -21,7 +21,7 @@ from skipstone.budget.handles import ThresholdHandle, find_handles
 from skipstone.core.routing_module import causal_obstacle
 from skipstone.mechanisms import ACTIVATION, DEPTH
 from skipstone.mechanisms.decisions import DECISIONS
-from skipstone.mechanisms.mixture_options import WEIGHTS
+from skipstone.mechanisms.mixture_of_depths import WEIGHTS
 from skipstone.train.decay import kinds_of
 
 VOCAB, ROWS, LENGTH, LAYERS = 61, 3, 15, 3

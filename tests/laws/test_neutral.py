@@ -7,7 +7,7 @@ import torch
 
 from laws.builders import EVERY_DECISION, NESTED, ORDERS, SITES, VARIANTS, Case, assert_close, fresh, ids
 from skipstone import SkipstoneForCausalLM
-from skipstone.mechanisms.mixture_options import WEIGHTS
+from skipstone.mechanisms.mixture_of_depths import WEIGHTS
 
 CASES = [
     c for c in ORDERS + SITES + NESTED + VARIANTS if c.mechanisms or c.activation != "silu" or "neuron_groups" in c.name
