@@ -222,7 +222,7 @@ def test_what_a_cache_of_fixed_size_refuses() -> None:
     with torch.no_grad():
         cache = fixed(model, 8)
         model(ids()[:, :6], past_key_values=cache)
-        with pytest.raises(ValueError, match="the cache holds 3 rows, but the call has 2"):
+        with pytest.raises(ValueError, match="past_key_values holds 3 rows, but the call has 2"):
             model(ids()[:2, 6:7], past_key_values=cache)
         with pytest.raises(ValueError, match="a row of the cache holds 8 tokens and the call brings more"):
             model(ids()[:, 6:9], past_key_values=cache)
