@@ -30,14 +30,14 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
     """
     given = {"max_position_embeddings": context, **defaults, **values}
     preset = given.pop("preset", None)
+    needed, own = defaults.get("vocab_size", 0), values.get("vocab_size")
+    if isinstance(own, int) and own < needed:  # before its special tokens are found to be outside of it
+        raise ValueError(f"model.vocab_size ({own}) is too small: the tokenizer has {needed} tokens")
     config = SkipstoneConfig.from_plain(given) if preset is None else presets.get(preset, **given)
     if config.max_position_embeddings < context:
         raise ValueError(
             f"model.max_position_embeddings ({config.max_position_embeddings}) is shorter than data.context ({context})"
         )
-    needed = defaults.get("vocab_size", 0)
-    if config.vocab_size < needed:
-        raise ValueError(f"model.vocab_size ({config.vocab_size}) is too small: the tokenizer has {needed} tokens")
     return config
 
 
