@@ -106,7 +106,7 @@ def write_json(path: Path, value: PlainMapping) -> None:
 def check_writable(path: Path) -> None:
     """Raise the system's OSError, or `WriteError` for a full disk, if a file cannot be made where `path` is to be."""
     place = _existing(path)
-    trial = place / f".{path.name}.{os.getpid()}.trial"
+    trial = place / f".{path.name}.trial"  # always the same: the next one removes what a killed process has left
     with naming(path):
         try:
             trial.write_bytes(b".")
