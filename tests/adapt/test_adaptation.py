@@ -115,6 +115,7 @@ def test_resume_is_exact_in_every_stage(step: int, finished: Path, source: Path,
     assert same(finished, stopped)
 
 
+@pytest.mark.slow
 def test_killed_while_it_closes(finished: Path, source: Path, tmp_path: Path) -> None:
     """What closing has logged is logged once, whether it was killed before its result or before its model."""
     for number, lost in enumerate((["result.json"], ["result.json", "model"])):

@@ -11,6 +11,7 @@ from skipstone.adapt.adaptation import adapt
 from skipstone.adapt.self_generated import write
 
 
+@pytest.mark.slow
 def test_a_source_is_adapted_on_what_it_wrote(tmp_path: Path) -> None:
     source = str(save_source(tmp_path / "source"))
     told: list[int] = []

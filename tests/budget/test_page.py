@@ -12,6 +12,7 @@ from skipstone_cli.main import VERBS
 PAGE = Page("docs/budget.md")
 
 
+@pytest.mark.slow
 def test_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     exec(PAGE.block("skipstone.calibrate"), names)

@@ -101,6 +101,7 @@ def test_the_package_run_as_a_module_is_the_command(word: str, says: str) -> Non
     assert not loaded & {*HEAVY}
 
 
+@pytest.mark.slow
 def test_everybody_else_gets_the_auto_classes_at_once() -> None:
     code = """
 import skipstone

@@ -86,6 +86,7 @@ def test_overhead_is_of_routing_and_of_nothing_else(compared: Comparison) -> Non
     assert all_three.routing + all_three.activation < 1
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_model_as_it_was(root: Path) -> None:
     model = Run(root / "all").load_model()
     before = {name: x.clone() for name, x in model.state_dict().items()}

@@ -162,6 +162,7 @@ def test_caches_of_another_kind_are_refused() -> None:
     assert torch.equal(greedy(model, ids(), cache_implementation="dynamic"), greedy(model, ids()))
 
 
+@pytest.mark.slow
 def test_every_causal_case_is_ready_to_generate() -> None:
     for chosen in CAUSAL:
         for mechanism in lively(chosen).routing_modules():

@@ -134,6 +134,7 @@ def compiled_steps(chosen: Case, backend: str = "aot_eager") -> tuple[Tensor, Te
         return model(ids(), use_cache=False).logits, torch.cat(logits, 1), counter.frame_count
 
 
+@pytest.mark.slow
 def test_steps_are_one_graph() -> None:
     whole, got, graphs = compiled_steps(MOD)
     assert_close(got, whole, tolerance=EXACT)

@@ -116,6 +116,7 @@ def test_inference_mode_counts_the_same() -> None:
     assert count == usual
 
 
+@pytest.mark.slow
 def test_repeated_forward_of_checkpointing_is_executed() -> None:
     tokens = ids()
 

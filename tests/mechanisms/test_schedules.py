@@ -92,7 +92,7 @@ def test_one_routed_block_has_the_start_of_a_ramp() -> None:
         ({"router": "lineer"}, "unknown router 'lineer'; did you mean 'linear'"),
         ({"kv": "ful"}, "unknown kv 'ful'; did you mean 'full'"),
         ({"skip": "low-rank"}, "unknown skip 'low-rank'; did you mean 'low_rank'"),
-        ({"skip_rank": 0}, "skip_rank must be at least 1, got 0"),
+        ({"skip_rank": 0}, r"skip_rank must be in \[1, 65,536\], got 0"),
     ],
 )
 def test_wrong_options_are_one_line(options: dict[str, Any], message: str) -> None:

@@ -212,6 +212,7 @@ def trained(entry: dict[str, Any], steps: int = 70) -> tuple[SkipstoneForCausalL
     return before, model, sum(shares[-20:]) / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"kv": "kept"}, {"training": "straight_through", "guidance": False}])
 def test_training_meets_the_capacity(more: dict[str, Any]) -> None:
     _, model, share = trained({**FULL, **more})

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 CASES = Path(__file__).with_name("fused_kernels.py")
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_reference() -> None:
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]

@@ -31,7 +31,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**LLAMA_LIKE, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
     "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=8),
-    "gpt2": lambda: GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
 }
 
 

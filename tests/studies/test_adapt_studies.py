@@ -95,6 +95,7 @@ MOMENTS: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_repeated_it_goes_on(moment: str, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:

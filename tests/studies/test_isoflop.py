@@ -176,6 +176,7 @@ def test_nothing_is_trained_twice(finished: Path, monkeypatch: pytest.MonkeyPatc
     runs.isoflop(spec(), out=Path("out"), runs=Path("runs"), command=COMMAND)
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_from_its_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by a signal within the second run; that run goes on from where it was, the first is not repeated."""
     small = {"budgets": [1.2e7], "sizes": ["16"], "rates": [1e-3], "arms": ["dense", "mod"], "optimum_seeds": 1}

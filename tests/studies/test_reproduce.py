@@ -71,6 +71,7 @@ def test_a_seed_is_the_recipe_s_seed(tiny: Register) -> None:
     assert (recipe["train"]["seed"], recipe["data"]["seed"]) == (4, 4)
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_never_run_again(tiny: Register, trained: list[str]) -> None:
     tiny()
     first = reproduce("tiny").read_bytes()

@@ -47,6 +47,7 @@ def shrunk(recipe: dict[str, Any], text: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(NAMES, "tsa_copy_sort"))
 def test_every_arm_from_training_to_the_page(name: str, text: str, tmp_path: Path) -> None:
     study, figures = STUDIES[name], {}

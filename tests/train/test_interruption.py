@@ -180,6 +180,7 @@ def full_elsewhere(*args: Any, **kwargs: Any) -> None:
     raise ForeignError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "error", "named"),
     [

@@ -22,6 +22,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines(folder, "train")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(QUIET, "ema_threshold", "early_exit"))
 def test_micro_batches_change_nothing(name: str, tmp_path: Path) -> None:
     """One batch of 8 rows and 4 of 2 are the same step: the losses are sums over the step's labels."""
@@ -129,6 +130,7 @@ def test_everything_at_once_trains_and_resumes_exactly(tmp_path: Path) -> None:
     assert lines(whole) == lines(tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_step_however_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     compute = RunTrainer.compute_loss

@@ -84,6 +84,7 @@ def test_a_crash_before_the_first_checkpoint_starts_again(tmp_path: Path) -> Non
     assert same(whole, tmp_path / "crashed")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe(tmp_path, MODELS["polyglu"])
     whole = train(config, tmp_path / "whole")
@@ -97,6 +98,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path: Path, monkeyp
     assert same(whole, broken)
 
 
+@pytest.mark.slow
 def test_resuming_reads_no_row_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe(tmp_path, MODELS["dense"])
     with at_step(7, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
@@ -143,6 +145,7 @@ def test_a_checkpoint_by_time_is_as_exact(tmp_path: Path, monkeypatch: pytest.Mo
     assert same(whole, crashed)
 
 
+@pytest.mark.slow
 def test_when_it_saves_may_change_when_it_resumes(tmp_path: Path) -> None:
     config = recipe(tmp_path, MODELS["dense"])
     whole = train(config, tmp_path / "whole")

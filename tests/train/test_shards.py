@@ -32,6 +32,7 @@ def config(folder: Path, **options: Any) -> dict[str, Any]:
     return {**recipe(folder, MODELS["polyglu"], **options), "data": data}
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_and_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = config(tmp_path)
     whole = train(wanted, tmp_path / "whole")
@@ -74,6 +75,7 @@ def test_a_blend_that_asks_for_more_than_there_is(tmp_path: Path) -> None:
         train(wanted, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_published_recipe_trains_from_end_to_end(tmp_path: Path) -> None:
     """Its sizes cut: the same blend, packing, schedules, chunks and precision."""
     values = yaml.safe_load(next(p for p in RECIPES if p.stem == "polychromatic-0.6b").read_text("utf-8"))
