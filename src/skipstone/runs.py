@@ -4,6 +4,7 @@ RUN/config.yaml       the resolved recipe          RUN/tokenizer/     Hugging Fa
 RUN/environment.json  versions, commit, machine    RUN/checkpoints/   checkpoint-N, to resume from
 RUN/metrics.jsonl     one line a log               RUN/model/         the trained model, written at the end
 RUN/result.json       the summary, written last      RUN/view.json      what a report shows of the model
+RUN/best/             the model of the lowest validation loss, a saved model like any other; with `keep_best` only
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
 TOKENIZER, CHECKPOINTS, MODEL, VIEW = "tokenizer", "checkpoints", "model", "view.json"
+BEST, BEST_STEP = "best", "best.json"  # the folder, and in it the step and its validation loss
 MODEL_CONFIG = "config.json"  # what makes a folder a saved model
 HASHED = 256 * 2**20  # bytes of weights whose hashes are compared whenever they are loaded; it takes a moment
 
@@ -96,6 +98,10 @@ class Run:
     def metrics(self) -> list[PlainDict]:
         """Every line that was logged, in order of steps."""
         return read_metrics(self._file(METRICS))
+
+    def best(self) -> PlainDict | None:
+        """Return the step of the lowest validation loss and that loss in nats; None where no such model was kept."""
+        return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST / BEST_STEP).is_file() else None
 
     def model_folder(self) -> Path:
         """Where the weights are: the final model or, with a warning, the last checkpoint. ValueError without either."""

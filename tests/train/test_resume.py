@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from skipstone.data.packing import RandomWindows
 from skipstone.runs import Run
 from skipstone.train import watch
+from skipstone.train.best import validation_loss
 from skipstone.train.watch import Interrupted
 from train.tool import MODELS, at_step, equal, lines, quick, recipe, train, weights
 
@@ -36,7 +38,7 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("name", quick(MODELS, "scheduled", "all"))
 def test_resume_is_exact(name: str, tmp_path: Path) -> None:
-    config = recipe(tmp_path, MODELS[name])
+    config = recipe(tmp_path, MODELS[name], keep_best=True)
     whole = train(config, tmp_path / "whole")
     stopped = tmp_path / "stopped"
     with at_step(7, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted) as left:
@@ -47,6 +49,14 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert not (stopped / "model").exists()
     train(config, stopped, resume=True)
     assert same(whole, stopped)
+    told = [(validation_loss(line), line["step"]) for line in lines(whole, "validation")]
+    for folder in (whole, stopped):
+        best = Run(folder).best()
+        assert best is not None
+        assert (best["loss"], best["step"]) == min(told)
+        kept = Run(folder / "best").load_model()
+        assert kept.config.use_cache
+    assert equal(load_file(whole / "best" / "model.safetensors"), load_file(stopped / "best" / "model.safetensors"))
 
 
 @pytest.mark.parametrize(

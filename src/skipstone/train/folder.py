@@ -150,23 +150,32 @@ def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept[:count]))
 
 
-def save_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, card: PlainMapping) -> None:
-    """RUN/model, whole or not at all: weights with their hashes, tokenizer, model card."""
+def save_model(
+    folder: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: PlainMapping,
+    name: str = MODEL,
+    parts: Mapping[str, Write] | None = None,
+) -> None:
+    """Write RUN/name, whole or not at all: weights with their hashes, tokenizer, model card, and further parts."""
     from skipstone.model.card import write_card
 
-    partial = atomic_write.partial_of(folder / MODEL)
+    partial = atomic_write.partial_of(folder / name)
     atomic_write.remove(partial)
-    with atomic_write.naming(folder / MODEL):
+    with atomic_write.naming(folder / name):
         try:
             model.save_pretrained(partial)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, partial)
             write_card(model, partial, title=folder.resolve().name, **card)
+            for part, write in (parts or {}).items():
+                write(partial / part)
             checksums.record(partial, partial.glob("*.safetensors"))
         except BaseException:
             atomic_write.remove(partial)
             raise
-    atomic_write.replace_folder(partial, folder / MODEL)
+    atomic_write.replace_folder(partial, folder / name)
 
 
 def save_result(folder: Path, result: PlainMapping) -> None:

@@ -12,7 +12,7 @@ from skipstone.data.config import DataConfig
 # embeddings: of tokens and positions; a tied head is one of them. routers: all else that mechanisms own.
 DECAY_KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
 LOGGERS = ("jsonl", "tensorboard", "wandb")
-NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints")  # when checkpoints are written, and how many stay
+NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints", "keep_best")  # what is written, and when
 LARGE_VOCABULARY, LOSS_CHUNK = (
     65_536,
     1024,
@@ -31,7 +31,7 @@ LARGEST = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. Everything here may change the result, but for the intervals, `loggers` and `keep_checkpoints`.
+    """How to train. Everything here may change the result, but for the intervals, `loggers` and what is kept.
 
     Of these, `NOT_THE_RESULT` may even differ between a run and its resumption.
 
@@ -54,7 +54,9 @@ class TrainConfig:
     eval_every, log_every, save_every: in steps; 0: at the end only (log_every at least 1). eval_rows: validate on the
     first so many rows only. save_minutes: a checkpoint, too, whenever so many minutes have passed since the last one;
     None: by steps alone. eval_batch_size: rows of a forward pass; None: those of a micro-batch.
-    keep_checkpoints: the newest so many stay. seed: of weights, dropout and noise; `data.seed` draws the rows.
+    keep_checkpoints: the newest so many stay. keep_best: also keep the model of the lowest validation loss so far, in
+    RUN/best; the loss of the causal pass where the model has one. seed: of weights, dropout and noise; `data.seed`
+    draws the rows.
     threads: of torch on the CPU; None: as it is. device: auto takes an accelerator where there is one.
     loggers: where metrics go. jsonl is always written.
     """
@@ -82,6 +84,7 @@ class TrainConfig:
     save_every: int = 500
     save_minutes: float | None = None
     keep_checkpoints: int = 2
+    keep_best: bool = False
     seed: int = 0
     threads: int | None = None
     device: Literal["auto", "cpu"] = "auto"

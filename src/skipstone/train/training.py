@@ -21,6 +21,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
 from skipstone.train import checkpoints, setup
 from skipstone.train import folder as folders
+from skipstone.train.best import KeepBest
 from skipstone.train.recipe import Recipe, read_recipe, to_dict
 from skipstone.train.trainer import RunTrainer
 from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignals, quiet
@@ -79,8 +80,11 @@ def _train(
         else:
             folders.add_absent(folder, parts)
 
+    kept = [KeepBest(folder, data.tokenizer)] if recipe.train.keep_best else []
+
     def trainer_of(callbacks: list[TrainerCallback]) -> RunTrainer:
-        return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=[*callbacks, *more])
+        found = [*callbacks, *kept, *more]
+        return RunTrainer(recipe=recipe.train, data=data, model=model, args=arguments, callbacks=found)
 
     return fit(recipe, arguments, folder, progress, trainer_of, partial(finish, data, folder), save_minutes)
 

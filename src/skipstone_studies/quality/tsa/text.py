@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from skipstone.evaluate.tables import Section, markdown
 from skipstone_studies import gates, measure, text_blocks
 from skipstone_studies.claims import ByArm, Published, PublishedColumn, beside, claims_table, values
 from skipstone_studies.page import mean_and_spread
-from skipstone_studies.quality.tsa import equal_flops, judged
+from skipstone_studies.quality.tsa import equal_flops, judged, overfitting
 from skipstone_studies.quality.tsa import published as paper
 from skipstone_studies.quality.tsa.recipes import SEEDS
 from skipstone_studies.study import Column, Figures, Study
@@ -24,6 +25,7 @@ def measured(folder: Path) -> Figures:
         "variants": gates.variants(folder),
         "exits": gates.exits(folder),
         text_blocks.RECORDED: text_blocks.block_losses(folder),
+        overfitting.RECORDED: overfitting.measured(folder),
     }
     return {**figures, **gates.savings(figures["evaluation"]), **further}
 
@@ -36,12 +38,28 @@ def details(figures: ByArm, published: Published, corpus: str) -> str:
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
     if published and _same_corpus(figures, corpus):
-        parts.append(beside("Beside the paper", figures, published, BESIDE, paper.SOURCE))
+        parts.append(beside("Beside the paper", figures, published, _columns(figures), paper.SOURCE))
     return "\n\n".join(
         part
-        for part in (*parts, equal_flops.intervals(figures), ways_to_execute(figures), exit_thresholds(figures))
+        for part in (
+            *parts,
+            overfitting.table(figures),
+            equal_flops.intervals(figures),
+            ways_to_execute(figures),
+            exit_thresholds(figures),
+        )
         if part
     )
+
+
+def _columns(figures: ByArm) -> tuple[PublishedColumn, ...]:
+    """The paper's way to measure the loss stands beside the paper's losses where runs were measured so."""
+    if not any(values(figures, arm, overfitting.RANDOM_BATCHES) for arm in figures):
+        return BESIDE
+    loss = PublishedColumn(
+        title="loss, soft, 20 random batches", key=overfitting.RANDOM_BATCHES, published="loss", format=".4f"
+    )
+    return (loss, replace(BESIDE[0], title="whole validation split", published=""), *BESIDE[1:])
 
 
 def _same_corpus(figures: ByArm, corpus: str) -> bool:

@@ -1,0 +1,56 @@
+"""`KeepBest` keeps the model that had the lowest validation loss so far beside the run's checkpoints."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from skipstone.core.atomic_write import write_json
+from skipstone.core.strict import PlainMapping
+from skipstone.runs import BEST, BEST_STEP, Run
+from skipstone.train import folder as folders
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def validation_loss(line: PlainMapping) -> float:
+    """Return the loss of a validation, in nats: of the causal pass, which generation takes, where there is one."""
+    causal = line.get("causal_loss")
+    return float(line["oracle_loss"] if causal is None else causal)
+
+
+class KeepBest(TrainerCallback):
+    """After each validation, writes RUN/best if no validation before was as low. Equal losses keep the earlier model.
+
+    A run that is resumed repeats its steps exactly, so what was kept after the checkpoint is found again.
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or metrics is None:
+            return
+        loss = validation_loss({name.removeprefix("eval_"): value for name, value in metrics.items()})
+        best = Run(self.folder).best()
+        if best is not None and best["loss"] <= loss:
+            return
+        model = kwargs["model"]
+        told = {"losses": {f"validation, step {state.global_step}": loss}}
+        cached, model.config.use_cache = model.config.use_cache, True  # Trainer has switched it off
+        try:
+            note = partial(write_json, value={"step": state.global_step, "loss": loss})
+            folders.save_model(self.folder, model, self.tokenizer, told, BEST, {BEST_STEP: note})
+        finally:
+            model.config.use_cache = cached

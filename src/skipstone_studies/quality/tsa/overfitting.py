@@ -1,0 +1,118 @@
+"""Figures of runs that read their text many times: along the training, at the last and the best step, on both splits.
+
+The paper reads Tiny-Shakespeare 46 times and reports the last step on 20 random batches of the validation split; both
+choices are repeated here, beside the whole validation and test splits and the step that validation would choose.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from skipstone.core.strict import PlainDict
+from skipstone.data.packing import CoveringWindows, RandomWindows
+from skipstone.evaluate.evaluation import evaluate
+from skipstone.evaluate.loaded_run import LoadedRun, load_run
+from skipstone.evaluate.tables import UNKNOWN, Section, markdown
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.passes import PASSES
+from skipstone.runs import BEST, Run
+from skipstone_studies.claims import ByArm, values
+from skipstone_studies.page import mean_and_spread
+
+RECORDED = "overfitting"  # where the figures stand in a record
+RANDOM_BATCHES = f"{RECORDED}.random_batches.loss"
+SOFT = "evaluation.ways.oracle.loss"
+BATCHES, ROWS = 20, 64  # the paper's
+RISE = 0.01  # nats above the best validation: by so much two runs of one setting differ in the paper
+SEED = 0
+
+
+def measured(folder: Path) -> PlainDict:
+    """Return the figures by name; nothing for a run that did not keep its best step. Losses in nats a token.
+
+    curve: [step, loss of the pass as trained, loss of the causal pass or None] of each validation. random_batches: the
+    paper's way to measure, of the last step as trained. test: of the last step. best: step, and losses of both splits.
+    """
+    run = Run(folder)
+    best = run.best()
+    if best is None:
+        return {}
+    lines = [line for line in run.metrics() if line["split"] == "validation"]
+    data = run.data_config()
+    splits = {
+        split: _losses(folder / BEST, split, corpus=data.corpus, context=data.context)
+        for split in ("validation", "test")
+    }
+    return {
+        "curve": [[line["step"], line["oracle_loss"], line.get("causal_loss")] for line in lines],
+        "random_batches": random_batches(load_run(folder)),
+        "test": _losses(folder, "test"),
+        "best": {"step": best["step"], **splits},
+    }
+
+
+def _losses(folder: Path, split: str, corpus: str | None = None, context: int | None = None) -> PlainDict:
+    """soft: as trained. executed: of the pass that stands for the model. flops: of that pass, counted, a token."""
+    found = evaluate(folder, split=split, batch_size=ROWS, corpus=corpus, context=context)
+    losses = {name: result.loss for name, result in found.measured.items()}
+    executed = losses[found.primary]
+    return {"soft": losses.get("oracle", executed), "executed": executed, "flops": found.flops.counted}
+
+
+def random_batches(loaded: LoadedRun) -> PlainDict:
+    """Return the mean loss over 20 batches of 64 windows at random places of the validation split, and their spread.
+
+    The windows are the same for every run of a text. deviation: of the batches' losses, one standard deviation.
+    """
+    found = [measure_loss(loaded.model, PASSES["oracle"], [batch], activations=False).loss for batch in _drawn(loaded)]
+    return {"loss": statistics.fmean(found), "deviation": statistics.stdev(found)}
+
+
+def _drawn(loaded: LoadedRun) -> Iterator[dict[str, Tensor]]:
+    data = loaded.data
+    assert data is not None
+    assert isinstance(data.validation, CoveringWindows)
+    windows = RandomWindows(ids=data.validation.ids, context=data.validation.context, seed=SEED, rows=BATCHES * ROWS)
+    for batch in range(BATCHES):
+        rows = windows.__getitems__(range(batch * ROWS, (batch + 1) * ROWS))
+        yield {name: x.to(loaded.model.device) for name, x in data.collate(rows).items()}
+
+
+def table(figures: ByArm) -> str:
+    """Return Markdown: each arm's loss at its last and at its best step; nothing where no run kept its best step."""
+    rows = []
+    for arm in figures:
+        steps = values(figures, arm, f"{RECORDED}.best.step")
+        if not steps:
+            continue
+        keys = (
+            "evaluation.ways.executed.loss" if values(figures, arm, "evaluation.ways.executed.loss") else SOFT,
+            f"{RECORDED}.best.validation.executed",
+            f"{RECORDED}.test.executed",
+            f"{RECORDED}.best.test.executed",
+        )
+        cells = [mean_and_spread(values(figures, arm, key), ".4f") for key in keys]
+        rows.append([arm, mean_and_spread(steps, ",.0f"), *cells, _risen(figures, arm)])
+    columns = ["arm", "best step", "validation, last", "best", "test, last", "best", "overfits from"]
+    note = (
+        "Nats of the pass that skips. *Best* is the step of the lowest validation loss of those that were validated; "
+        f"its test loss is no choice of ours. *Overfits from*: the first step from which on the validation loss "
+        f"stays more than {RISE:g} nats above the best."
+    )
+    section = Section(title="Last and best step", columns=columns, rows=rows, notes=[note])
+    return markdown([section]).strip("\n") if rows else ""
+
+
+def _risen(figures: ByArm, arm: str) -> str:
+    """The first step at which each seed's validation has risen for good; "-" for a seed where it never does."""
+    found = []
+    for seed in figures[arm].values():
+        curve = [(step, oracle if causal is None else causal) for step, oracle, causal in seed[RECORDED]["curve"]]
+        best = min(loss for _, loss in curve)
+        last_good = max(step for step, loss in curve if loss <= best + RISE)
+        found.append(next((f"{step:,}" for step, _ in curve if step > last_good), UNKNOWN))
+    return ", ".join(found)
