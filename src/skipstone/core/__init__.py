@@ -1,1 +1,4 @@
-"""Floor 1: the seam. What tokens are, what a mechanism returns, what a cache keeps. No parameters live here."""
+"""Floor 1: the interface between blocks and mechanisms (tokens, selections, records), the caches, and file helpers.
+
+No module here has parameters.
+"""

@@ -1,7 +1,6 @@
-"""Files and folders that appear whole: each is written aside, brought to the disk and renamed.
+"""Write files and folders atomically: each is written under a temporary name, flushed to disk and renamed.
 
-What is written aside is called `.NAME.partial`. A process that is killed leaves it behind, and the next one to write
-the same thing removes it.
+The temporary name is `.NAME.partial`. A killed process leaves it behind; the next write of the same path removes it.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ FOREIGN = (
     "iostream error",
     "basic_ios",
     "unexpected pos",
-)  # torch's writer, where a write failed
-FULL = 1 << 20  # with fewer bytes free than that, a failed write is put down to the disk
+)  # in messages of torch's writer after a failed write
+FULL = 1 << 20  # bytes; with less free space than this, a failed write is blamed on a full disk
 
 
 class WriteError(ValueError):
-    """The system did not write a file; the line names it and says why."""
+    """A file could not be written; the message is one line with its path and the reason."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"cannot write {str(path)!r}: {reason}")
@@ -37,13 +36,13 @@ class WriteError(ValueError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn what the system and the libraries below say of a full or failing disk into one line with `path`."""
+    """Turn errors of a full or failing disk, from the system or a library, into one `WriteError` that names `path`."""
     try:
         yield
     except WriteError as error:
         if not error.path.is_relative_to(partial_of(path)):
             raise
-        raise WriteError(path, error.reason) from error  # what is written aside has a name that nobody knows
+        raise WriteError(path, error.reason) from error  # users know `path`, not the temporary name
     except Exception as error:
         reason = _reason(error, path)
         if reason is None:
@@ -52,10 +51,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception, path: Path) -> str | None:
+    """Return the reason in words if the error comes from a full or failing disk, else None."""
     if isinstance(error, OSError) and error.errno in TEXT_OF:
         return TEXT_OF[error.errno]
     text = str(error)
-    if "No space left on device" in text:  # of safetensors and tokenizers, which raise classes of their own
+    if "No space left on device" in text:  # safetensors and tokenizers raise classes of their own
         return TEXT_OF[errno.ENOSPC]
     if any(word in text for word in FOREIGN):
         full = shutil.disk_usage(_existing(path)).free < FULL
@@ -64,17 +64,17 @@ def _reason(error: Exception, path: Path) -> str | None:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that is there."""
+    """Return the nearest folder above `path` that exists."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def partial_of(path: Path) -> Path:
-    """Where `path` is written before it gets its name."""
+    """Return the temporary path under which `path` is written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it, if there is one."""
+    """Remove a file, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write or replace a text file. Raises `WriteError`, one line, where the disk is full."""
+    """Write or replace a text file atomically (UTF-8). Raises `WriteError` where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = partial_of(path)
     with naming(path):
@@ -99,14 +99,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: PlainMapping) -> None:
-    """Write or replace a JSON file."""
+    """Write or replace a JSON file atomically. Raises `WriteError` where the disk is full."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def check_writable(path: Path) -> None:
-    """Raise the system's OSError, or `WriteError` for a full disk, if a file cannot be made where `path` is to be."""
+    """Raise an error unless a file can be created at `path`: the system's OSError, or `WriteError` for a full disk."""
     place = _existing(path)
-    trial = place / f".{path.name}.trial"  # always the same: the next one removes what a killed process has left
+    trial = place / f".{path.name}.trial"  # a fixed name, so that the next call removes what a killed process left
     with naming(path):
         try:
             trial.write_bytes(b".")
@@ -119,9 +119,9 @@ def check_writable(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring a folder and everything in it to the disk, as far as the system can."""
+    """Flush a folder and everything in it to disk, as far as the system allows."""
     for path in (*folder.rglob("*"), folder):
-        with suppress(OSError):  # some systems let folders not be opened
+        with suppress(OSError):  # some systems cannot open folders
             file = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(file)
@@ -130,7 +130,7 @@ def sync(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Give the folder `partial` its name. What has this name before is removed; it is our own, of an earlier try."""
+    """Rename the folder `partial` to `folder`, removing a folder of that name that an earlier attempt left."""
     sync(partial)
     before = folder.with_name(f".{folder.name}.before")
     remove(before)
@@ -142,7 +142,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Flush the entries of one folder to disk, so that a rename in it survives a crash."""
     with suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:
@@ -152,9 +152,9 @@ def sync_names(folder: Path) -> None:
 
 
 def new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make a run folder or the like with what `fill` writes into it: with everything, or not at all.
+    """Create `folder` with everything that `fill` writes into it, or not at all.
 
-    An empty folder of that name is taken. Raises FileExistsError for anything else that is there.
+    An empty folder of that name is replaced. Raises FileExistsError for anything else at this path.
     """
     partial = partial_of(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -175,23 +175,23 @@ def new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether there is nothing at `path` but perhaps an empty folder."""
+    """Return whether there is nothing at `path` except perhaps an empty folder."""
     if path.is_symlink() or path.is_file():
         return False
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def check_free(path: Path) -> None:
-    """Raise FileExistsError unless `is_free`."""
+    """Raise FileExistsError unless `is_free(path)`."""
     if not is_free(path):
         raise FileExistsError(f"output {str(path)!r} exists already; nothing is overwritten")
 
 
 @contextmanager
 def complete(out: Path) -> Iterator[Path]:
-    """The path of a folder or file to write, which becomes `out` when the block ends without an error.
+    """Yield a temporary path to write a folder or file to, and rename it to `out` if the `with` block raises nothing.
 
-    Raises FileExistsError if `out` is a file, or a folder with something in it; `Busy` while another process writes it.
+    Raises FileExistsError if `out` is a file or a folder that is not empty; `Busy` while another process writes it.
     """
     with locked(out), naming(out):
         check_free(out)

@@ -1,7 +1,7 @@
-"""What generation remembers of a layer: keys, values and mechanism state of the tokens that the layer really processed.
+"""The cache of one layer during generation: keys, values and mechanism state of the tokens that the layer processed.
 
-Rows differ in length, because blocks skip tokens: every row is left-aligned with its own length.
-Shape letters: B rows, T tokens of this call, C columns in use, H key/value heads, E head size.
+Rows differ in length because blocks skip tokens, so every row is left-aligned and has its own length. Shape letters: B
+rows, T tokens of this call, C columns in use, H key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ GROWTH = 64  # columns added at a time, at least
 
 
 class RaggedStore:
-    """Append-only entries of each row: named tensors [B, columns, ...] with the slot of each entry.
+    """Append-only storage with rows of different lengths: named tensors [B, columns, ...] and the slot of each entry.
 
-    `lengths` counts the entries of each row, on the host; None while all rows are equally long. `width` is the longest
-    row's length. Where `rows` are given, tensors hold these rows only.
+    lengths: number of entries of each row, on the host; None while all rows are equally long. width: length of the
+    longest row. Methods that take `rows` work on these rows only, and tensors then have one row for each of them.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,10 @@ class RaggedStore:
         self.lengths: list[int] | None = None
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
-        """Add the tokens of one call, one for each row if `rows` names some; those that are not real are left out.
+        """Append the real tokens of one call to their rows.
 
-        Slots of a row ascend from call to call.
+        rows: the rows that the tokens belong to, one token each; None: all rows. Slots of a row must ascend from call
+        to call.
         """
         given = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
@@ -50,6 +51,7 @@ class RaggedStore:
             self._append_ragged(real_BT, entries)
 
     def _append_ragged(self, real_BT: Tensor | None, entries: dict[str, Tensor]) -> None:
+        """Append different numbers of tokens to the rows."""
         slot_BT = entries["slot"]
         real_BT = torch.ones_like(slot_BT, dtype=torch.bool) if real_BT is None else real_BT.expand_as(slot_BT)
         before_B = self.row_lengths(slot_BT.shape[0], slot_BT.device)
@@ -64,7 +66,7 @@ class RaggedStore:
         self._settle(lengths)
 
     def _append_one(self, real_B1: Tensor | None, rows: RowSubset | None, entries: dict[str, Tensor]) -> None:
-        """Decoding: each row writes into its next column, and rows without a real token are not touched."""
+        """Append at most one token to each row, as in decoding; rows without a real token are not touched."""
         given = entries["slot"].shape[0]
         if real_B1 is not None:
             real = RowSubset.from_mask(real_B1[:, 0].expand(given))  # the host waits here
@@ -81,6 +83,7 @@ class RaggedStore:
         self._settle(lengths)
 
     def _reserve(self, width: int, like: dict[str, Tensor], total: int) -> None:
+        """Make room for `width` columns, allocating or growing the tensors."""
         if like.keys() <= self.entries.keys() and self.entries["slot"].shape[1] >= width:  # all are equally wide
             return
         for name, new in like.items():
@@ -94,35 +97,36 @@ class RaggedStore:
                 self.entries[name] = F.pad(have, pad, value=EMPTY if name == "slot" else 0)
 
     def _settle(self, lengths: list[int]) -> None:
+        """Store the new row lengths."""
         self.width = max(lengths, default=0)
         self.lengths = None if min(lengths, default=0) == self.width else lengths
 
     def _places(self, at: list[tuple[int, int]]) -> Tensor:
-        """int64, the places of (row, column) in entries whose first two axes are one."""
+        """Return the int64 indices of (row, column) pairs in the entries with their first two axes flattened."""
         slot = self.entries["slot"]
         return torch.tensor([row * slot.shape[1] + column for row, column in at], device=slot.device)
 
     def row_lengths(self, rows: int, device: torch.device) -> Tensor:
-        """int64 [B], the number of entries of each row."""
+        """Return the number of entries of each row, int64 [B]."""
         if self.lengths is not None:
             return torch.tensor(self.lengths, device=device)
         return torch.full((rows,), self.width, dtype=torch.long, device=device)
 
     def even(self, rows: RowSubset | None = None) -> bool:
-        """Whether these rows are equally long, so that none has an unused column in its view."""
+        """Return whether these rows are equally long, so that a view of them has no unused column."""
         if self.lengths is None or (rows is not None and len(rows.at) == 1):
             return True
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
     def view(self, name: str, rows: RowSubset | None = None) -> Tensor:
-        """[B, C, ...] of the columns in use; columns beyond a row's length hold EMPTY slots."""
+        """Return the columns in use of one tensor, [B, C, ...]; columns beyond a row's length have EMPTY slots."""
         if rows is None:
             return self.entries[name][:, : self.width]
         longest = self.width if self.lengths is None else max(self.lengths[b] for b in rows.at)
         return rows.gather(self.entries[name][:, :longest])
 
     def last(self, name: str, rows: RowSubset | None = None) -> Tensor | None:
-        """[B, ...] each row's newest entry, zeros where a row has none; None before the first append."""
+        """Return the newest entry of each row, [B, ...], zeros for an empty row; None before the first append."""
         if name not in self.entries or self.width == 0:
             return None
         value = self.entries[name]
@@ -137,7 +141,7 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int) -> None:
-        """Forget entries of slot >= `slots`."""
+        """Remove all entries whose slot is `slots` or larger."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
@@ -145,31 +149,31 @@ class RaggedStore:
         self._settle(stays.sum(1).tolist())
 
     def take(self, rows: Tensor) -> None:
-        """Keep these rows, in this order (beam search, batch select and repeat)."""
+        """Keep the rows at these indices, in this order; indices may repeat (beam search, batch select and repeat)."""
         self.entries = {name: value.index_select(0, rows.to(value.device)) for name, value in self.entries.items()}
         if self.lengths is not None:
             self._settle([self.lengths[b] for b in rows.tolist()])
 
     def stored(self) -> int:
-        """Number of entries held, over all rows."""
+        """Return the number of entries over all rows."""
         if not self.entries:
             return 0
         return self.entries["slot"].shape[0] * self.width if self.lengths is None else sum(self.lengths)
 
     def bytes(self, allocated: bool = False) -> int:
-        """Bytes of the entries held (slots included), or of all that is allocated."""
+        """Return the bytes of all entries, slots included, or of all memory that is allocated."""
         if allocated:
             return sum(x.numel() * x.element_size() for x in self.entries.values())
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[B C, ...] in the same memory; `flatten` would copy what cannot be viewed, and lose what is then written."""
+    """Return a view [B C, ...] in the same memory; `flatten` may copy, and writes into the copy would be lost."""
     return x.view(-1, *x.shape[2:])
 
 
 def _not_ours_alone(tensors: list[Tensor]) -> bool:
-    """Whether writing in place would spoil what a backward pass has saved, or is forbidden outside inference mode."""
+    """Return whether an in-place write would corrupt what a backward pass saved, or is forbidden by inference mode."""
     if any(x.requires_grad for x in tensors):
         return True
     return not torch.is_inference_mode_enabled() and any(x.is_inference() for x in tensors)
@@ -178,8 +182,8 @@ def _not_ours_alone(tensors: list[Tensor]) -> bool:
 class SkipstoneCacheLayer(CacheLayerMixin):
     """The cache of one block, for transformers' `DynamicCache(config=...)` and `generate`.
 
-    `kv` holds keys and values; `stores` holds what mechanisms keep, by their name. `cumulative_length` counts tokens
-    that the model has seen, also those that this block skipped; the decoder advances it.
+    kv: keys and values. stores: state of mechanisms, by mechanism name. cumulative_length: number of tokens that the
+    model has seen, including those that this block skipped; the decoder advances it.
     """
 
     _layer_type = "skipstone"
@@ -190,41 +194,43 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.kv = RaggedStore()
         self.stores: dict[str, RaggedStore] = {}
-        # What a step may take over from the one before, once it has made sure that it may.
+        # Values that a decoding step may reuse from the step before, after checking that they still hold.
         self.scratch: dict[str, object] = {}
         self.cumulative_length = 0
 
     def store(self, name: str) -> RaggedStore:
+        """Return the store of the mechanism `name`, created on first use."""
         return self.stores.setdefault(name, RaggedStore())
 
     @property
     def rows(self) -> int | None:
-        """Rows of the batch that the layer was filled by; None while it holds nothing."""
+        """Batch size of the cached tokens; None while the layer is empty."""
         return next((store.entries["slot"].shape[0] for store in self._all() if store.entries), None)
 
     def _all(self) -> list[RaggedStore]:
         return [self.kv, *self.stores.values()]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Record dtype and device at the first call, as transformers expects."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     @property
     def keys(self) -> Tensor | None:
-        """All stored keys [B, H, C, E], under the name that transformers gives them; None while there are none."""
+        """All stored keys [B, H, C, E], for transformers; None while there are none."""
         return self.kv.view("key").transpose(1, 2) if self.kv.width else None
 
     @keys.setter
     def keys(self, value: None) -> None:
-        """Nothing: transformers' constructor sets it, and `kv` holds the truth."""
+        """Ignore the assignment: transformers' constructor makes one, but keys live in `kv`."""
 
     @property
     def values(self) -> Tensor | None:
-        """All stored values, as `keys`."""
+        """All stored values [B, H, C, E], for transformers; None while there are none."""
         return self.kv.view("value").transpose(1, 2) if self.kv.width else None
 
     @values.setter
     def values(self, value: None) -> None:
-        """Nothing, as for `keys`."""
+        """Ignore the assignment, as for `keys`."""
 
     def append(
         self,
@@ -235,9 +241,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         document_BT: Tensor | None = None,
         rows: RowSubset | None = None,
     ) -> None:
-        """Add keys and values of the real tokens. rows: those to which the tokens belong; None: all.
+        """Append keys and values of the real tokens. rows: the rows that the tokens belong to; None: all rows.
 
-        Raises ValueError where documents are given in some calls and not in others.
+        Raises ValueError if some calls give documents and others do not.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_BHTE, value_BHTE)
@@ -259,29 +265,35 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         rows: RowSubset | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """As in transformers: `append`, and then all keys and values that are stored, [B, H, C, E]."""
+        """Append as `append` does and return all stored keys and values, [B, H, C, E]; the method that transformers
+        calls.
+        """
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 
     def advance(self, tokens: int) -> None:
-        """Count tokens that the model has seen."""
+        """Add to the number of tokens that the model has seen."""
         self.cumulative_length += tokens
 
     def get_seq_length(self) -> int:
+        """Return the number of tokens that the model has seen, including those that this block skipped."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys for transformers' masks."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
+        """Return -1: the cache has no maximum length."""
         return -1
 
     def reset(self) -> None:
+        """Empty the cache."""
         self.kv, self.stores, self.scratch, self.cumulative_length = RaggedStore(), {}, {}, 0
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:
-        """Forget as many of the newest slots as a negative number says, or all but the first `max_length`; 0: none."""
+        """Keep the first `max_length` slots; 0 or a negative number removes that many of the newest slots instead."""
         length = max_length if max_length > 0 else self.cumulative_length + max_length
         if length < self.cumulative_length:
             for store in self._all():
@@ -293,13 +305,16 @@ class SkipstoneCacheLayer(CacheLayerMixin):
             store.take(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, for beam search."""
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
         for store in self._all():
             if store.entries:
                 rows = store.entries["slot"].shape[0]
                 store.take(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at these indices."""
         self._take(indices)

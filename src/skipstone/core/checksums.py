@@ -1,4 +1,4 @@
-"""Sizes and SHA-256 of the files of a folder, kept beside them, so that damage is named before it is used."""
+"""Record sizes and SHA-256 hashes of a folder's files, and compare them later to detect damage before use."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ FILES = "files.json"
 
 
 class Damaged(ValueError):
-    """A file is absent or not what was written; the line names it."""
+    """A file is missing or differs from what was written; the message is one line that names it."""
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
-    """Write `files.json`: size and hash of the files at `paths`, of everything in the folder if None."""
+    """Write `files.json` with size and SHA-256 of each file in `paths`, or of every file in the folder if None."""
     chosen = paths if paths is not None else (path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -35,10 +36,10 @@ def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
 
 
 def check(folder: Path, hash_up_to: float = float("inf")) -> bool:
-    """Compare the folder with its `files.json`; False where there is none, as in folders of earlier releases.
+    """Compare a folder with its `files.json`; return False if it has none, as folders of earlier releases.
 
-    hash_up_to: bytes of all files together up to which their hashes are compared, not only their sizes.
-    Raises `Damaged`, one line, for the first file that differs, and for a `files.json` that cannot be read.
+    hash_up_to: total size in bytes up to which hashes are compared; above it, only sizes are. Raises `Damaged` for the
+    first file that differs, and for a `files.json` that cannot be read.
     """
     known = _read(folder / FILES)
     if known is None:
@@ -63,7 +64,7 @@ def _read(path: Path) -> dict[str, tuple[int, str]] | None:
         known = {name: (entry["bytes"], entry["sha256"]) for name, entry in values.items()}
         inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in known)
         if not inside or not all(isinstance(size, int) and isinstance(text, str) for size, text in known.values()):
-            raise ValueError("its entries are not those of files in its folder")
+            raise ValueError("an entry is malformed or names a file outside of the folder")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{str(path)!r} cannot be read: {error}") from None
     return known

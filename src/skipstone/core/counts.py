@@ -1,4 +1,4 @@
-"""How many tokens of a row a block really works on: what mechanisms narrow and the cost model counts."""
+"""Token counts of a block: how many tokens of a row it works on. Mechanisms reduce them, the cost model uses them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """Tokens of one row (a mean over rows where they differ, hence float).
+    """The numbers of tokens of one row that a block works on (float: means over rows where these differ).
 
-    kv_tokens: tokens that reach the sub-layer; keys and values are computed for all of them.
-    query_tokens: tokens whose update is computed: queries, output projection, MLP.
-    unpadded: both without what pads shorter rows, where projections and MLP leave that out (`core/unpad.py`).
+    kv_tokens: tokens that reach the sub-layer; keys and values are computed for all of them. query_tokens: tokens whose
+    update is computed (queries, output projection, MLP). unpadded: the same two without the padding of shorter rows,
+    where projections and MLP leave it out (`core/unpad.py`).
     """
 
     kv_tokens: float
@@ -21,7 +21,9 @@ class TokenCounts:
     unpadded: TokenCounts | None = None
 
     def restricted_to(self, kept: TokenCounts | float) -> TokenCounts:
-        """The counts of the kept tokens. A bare number is taken as independent of which tokens are queries."""
+        """Return the counts of the kept tokens. A plain number is assumed to be independent of which tokens are
+        queries.
+        """
         if isinstance(kept, TokenCounts):
             return kept
         return TokenCounts(
@@ -29,9 +31,9 @@ class TokenCounts:
         )
 
 
-Amount: TypeAlias = TokenCounts | float | Fraction  # a fraction where the mean over rows must be exact
+Amount: TypeAlias = TokenCounts | float | Fraction  # Fraction: an exact mean over rows
 
 
 def number(amount: Amount) -> float | Fraction:
-    """A plain number; of token counts the query tokens."""
+    """Return an amount as a plain number: for token counts, the query tokens."""
     return amount.query_tokens if isinstance(amount, TokenCounts) else amount

@@ -1,4 +1,4 @@
-"""The seam on the depth side as types: what a block, the decoder and the cost model ask of a depth mechanism.
+"""The interface of depth mechanisms, as blocks, decoder and cost model use it.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -19,11 +19,12 @@ from skipstone.core.tokens import Tokens
 
 
 class DepthModule(RoutingModule):
-    """A module around an update; `mechanisms/base.py` has what all of ours share.
+    """The base class of depth mechanisms: a module that wraps a block's update (shared code is in
+    `mechanisms/base.py`).
 
-    default_layers: the blocks that carry the mechanism where an entry of `mechanisms` does not say. budget_by: what
-    `skipstone adapt` sets to meet a budget: the option `capacity`, the threshold on a soft gate (`score_threshold` with
-    an option), or None for a mechanism that keeps no budget.
+    default_layers: the blocks that carry the mechanism if an entry of `mechanisms` does not say. budget_by: what
+    `skipstone adapt` sets to meet a budget: the option `capacity`, the threshold of a soft gate (`score_threshold` with
+    an option), or None for a mechanism without a budget.
     """
 
     default_layers: ClassVar[str] = ":"
@@ -31,44 +32,48 @@ class DepthModule(RoutingModule):
 
     @property
     def capacity(self) -> float | None:
-        """The share of tokens that a pass keeps by promise, after any warm-up; None where nothing is promised."""
+        """The guaranteed share of tokens that a pass keeps once any warm-up is over; None if nothing is guaranteed."""
         return None
 
     def set_capacity(self, capacity: float) -> None:
-        """Promise another share; only for mechanisms with `budget_by` "capacity"."""
+        """Set `capacity` to another share; only for mechanisms with `budget_by` "capacity"."""
         raise NotImplementedError
 
     @property
     def skips(self) -> bool:
-        """Whether a causal pass without noise may leave tokens out."""
+        """Whether a causal pass without noise may skip tokens."""
         return True
 
     @property
     def host_syncs(self) -> int:
-        """How often the host waits for the mechanism in a decoding step of several rows."""
+        """Number of times that the host waits for this mechanism in a decoding step of several rows."""
         return int(self.skips)
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return the threshold on recorded scores by which a causal pass decides, or None without one."""
+        """Return the threshold on recorded scores by which a causal pass decides; None if there is none."""
         return None
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """What `update` adds to the stream under this mechanism, [B, T, D], and what was decided."""
+        """Return the update of `x_BTD` under this mechanism, [B, T, D], and the records of its decisions."""
         raise NotImplementedError
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """Tensors [B, T] that cross blocks, as they are before block 0."""
+        """Return the tensors [B, T] that the mechanism carries from block to block, as they are before block 0."""
         raise NotImplementedError
 
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """The counts inside, by what was measured (`kept`: those that it keeps), else as the configuration promises."""
+        """Return the token counts inside the mechanism, given those outside.
+
+        kept: measured counts of the tokens that it keeps; None: as the configuration guarantees. oracle: for an oracle
+        pass.
+        """
         raise NotImplementedError
 
 
 class DepthModules(nn.ModuleDict):
-    """The depth mechanisms of a block by name, as such also for a type checker."""
+    """The depth mechanisms of a block by name: an `nn.ModuleDict` whose values are typed."""
 
     def __getitem__(self, name: str) -> DepthModule:
         return super().__getitem__(name)  # type: ignore[return-value]

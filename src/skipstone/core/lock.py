@@ -1,4 +1,4 @@
-"""A lock on a folder between processes. It ends with the process that holds it, however that process ends."""
+"""A lock on a folder between processes, released when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there, two processes on one folder are not told apart
+except ImportError:  # Windows has no flock: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
-_held: dict[tuple[int, str], int] = {}  # by process (a fork holds nothing of its parent's) and folder: how often
+_held: dict[tuple[int, str], int] = {}  # open lock files by (process, path); a fork does not hold its parent's
 
 
 class Busy(ValueError):
-    """Another process is at work on the folder."""
+    """Another process is using the folder."""
 
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of `folder` (or of a file), which need not exist yet. A process may take a lock several times.
+    """Hold the lock of a folder or file, which need not exist yet, during a `with` block.
 
-    The lock is a file beside the folder, `.NAME.lock`, that is removed in the end. A file that a killed process has
-    left behind locks nothing. Raises `Busy`, one line, while another process holds it, unless told to wait for it.
+    The lock is a file beside it, `.NAME.lock`, removed at the end; one that a killed process left behind locks nothing.
+    A process may take a lock that it already holds. Raises `Busy` while another process holds it, unless `wait` is
+    True.
     """
     target = folder.absolute()
     key = (os.getpid(), str(target))
@@ -39,14 +40,15 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         del _held[key]
         with suppress(OSError):
-            path.unlink()  # while it is still locked: whoever waits for it notices that it is gone
+            path.unlink()  # while still locked, so that a waiting process notices that the file is gone
         os.close(file)
         for parent in made:
             with suppress(OSError):
-                parent.rmdir()  # it holds something by now, unless nothing was begun
+                parent.rmdir()  # fails, as intended, if something was written into it
 
 
 def _acquire(path: Path, folder: Path, wait: bool) -> int:
+    """Open and lock the lock file; returns its descriptor."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -64,7 +66,7 @@ def _acquire(path: Path, folder: Path, wait: bool) -> int:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is still the one with this name."""
+    """Return whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -72,7 +74,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _make_parents(target: Path) -> list[Path]:
-    """Folders above `target` that had to be made, the innermost first."""
+    """Create the folders above `target` and return those that were missing, the innermost first."""
     missing = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     return missing

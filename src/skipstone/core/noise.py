@@ -1,10 +1,10 @@
-"""Random numbers that belong to a token or a row, and not to the order of calls.
+"""Random numbers that depend on the token or row, not on the order of calls.
 
     u = hash(seed of the forward pass, mechanism, row, slot, channel) in (0, 1)
 
-The decoder draws one seed a forward pass from torch's generator (`Tokens.noise_seed`). A token then gets the same
-numbers whatever else is or is not drawn: in both executors, whether or not a block keeps any token, and when activation
-checkpointing computes a block again. The host never waits. The hash has 32 bits, two rounds of multiplication by odd
+The decoder draws one seed per forward pass from torch's generator (`Tokens.noise_seed`). A token then gets the same
+numbers whatever else is drawn: in both executors, whether or not a block keeps any token, and when activation
+checkpointing recomputes a block. The host never waits. The hash has 32 bits and two rounds of multiplication by odd
 constants between shifts; a test checks means, quantiles and correlations.
 
 Shape letters: B rows, T tokens.
@@ -20,18 +20,18 @@ from skipstone.core.tokens import Tokens
 BITS = 0xFFFFFFFF
 ROUNDS = ((15, 0x2C1B3C6D), (12, 0x297A2D39))  # constants below 2^31, so that no product overflows int64
 LAST_SHIFT = 15
-MANTISSA = 23  # bits that fp32 holds of a number just below 1
+MANTISSA = 23  # fp32 bits of a number just below 1
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
-    """Return a new seed from torch's generator, int64 [] on the device."""
+    """Draw a seed from torch's generator, int64 [] on the device."""
     return torch.randint(0, 2**31, (), device=device)
 
 
 def token_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
-    """Return uniform numbers in (0, 1), fp32 [B, T, *channels], different for every token.
+    """Return uniform numbers in (0, 1), fp32 [B, T, *channels], independent for every token.
 
-    key: `Placement.noise_key`, or another number that nobody else draws by. rows: B.
+    key: `Placement.noise_key`, or another number that no other caller uses. rows: B.
     """
     slot_BT = tokens.slot_BT.expand(rows, -1)
     return _uniform(_mixed(_rows(tokens, key, rows)[:, None] ^ (slot_BT & BITS)), channels)
@@ -43,7 +43,7 @@ def row_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
 
 
 def _rows(tokens: Tokens, key: int, rows: int) -> Tensor:
-    """int64 [B], by seed, key and the rows' numbers in the batch."""
+    """Return one hash per row, int64 [B], from seed, key and the row's index in the batch."""
     device = tokens.slot_BT.device
     seed = draw_seed(device) if tokens.noise_seed is None else tokens.noise_seed
     row_B = torch.arange(rows, device=device) if tokens.rows is None else tokens.rows.index_R
@@ -51,12 +51,14 @@ def _rows(tokens: Tokens, key: int, rows: int) -> Tensor:
 
 
 def _mixed(hash_: Tensor) -> Tensor:
+    """Return the hash after two rounds of mixing, int64 of 32 bits."""
     for shift, factor in ROUNDS:
         hash_ = ((hash_ ^ (hash_ >> shift)) * factor) & BITS
     return hash_ ^ (hash_ >> LAST_SHIFT)
 
 
 def _uniform(hash_: Tensor, channels: tuple[int, ...]) -> Tensor:
+    """Turn hashes into uniform fp32 numbers, one for each channel."""
     count = torch.Size(channels).numel()
     channel = torch.arange(count, device=hash_.device) * 0x1F123BB5 & BITS
     hash_ = _mixed(hash_[..., None] ^ channel).view(*hash_.shape, *channels)

@@ -1,4 +1,4 @@
-"""What mechanisms decided, returned to the caller: pytrees of tensors, never stashed on a module.
+"""Records: the decisions of mechanisms in one forward pass, returned to the caller as named tuples of tensors.
 
 Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G groups of neurons.
 """
@@ -14,12 +14,12 @@ from skipstone.core.selection import Selection
 
 
 class DepthRecord(NamedTuple):
-    """One depth mechanism in one block.
+    """The decisions of one depth mechanism in one block.
 
-    score_BT: fp32 router logit, NaN for tokens that were never asked. kept_BT: bool. weight_BT: fp32 factor on the
-    update as this mechanism decided, 0 where it skips (an outer one may skip more). reached_BT: bool, real tokens that
-    reached the mechanism. loss_BT: fp32 auxiliary loss of each token, its coefficient included, 0 where not asked; None
-    without one. carry: new values of the mechanism's tensors in `Tokens.state`.
+    score_BT: fp32 router logit, NaN for tokens that did not reach the mechanism. kept_BT: bool. weight_BT: fp32 factor
+    on the update as decided by this mechanism, 0 where it skips (an outer one may skip more). reached_BT: bool, real
+    tokens that reached the mechanism. loss_BT: fp32 auxiliary loss of each token, its coefficient included, 0 where not
+    reached; None if there is none. carry: new values of the mechanism's tensors in `Tokens.state`.
     """
 
     score_BT: Tensor
@@ -30,7 +30,9 @@ class DepthRecord(NamedTuple):
     carry: Mapping[str, Tensor] = {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> DepthRecord:
-        """In the coordinates of the tokens that `part` was selected from; state of tokens outside keeps its value."""
+        """Return the record in the coordinates of the tokens that `part` was selected from; other tokens keep their
+        state.
+        """
         carry = {name: part.merge(new, state[name]) for name, new in self.carry.items()}
         return DepthRecord(
             part.scatter(self.score_BT, float("nan")),
@@ -43,10 +45,10 @@ class DepthRecord(NamedTuple):
 
 
 class ActivationRecord(NamedTuple):
-    """One activation mechanism in one block.
+    """The decisions of one activation mechanism in one block.
 
-    logits_BTA: fp32 dynamic logits (before the neurons' static preference), NaN for tokens that were never asked;
-    [B, 1, A] where the whole row shares them. reached_BT: bool.
+    logits_BTA: fp32 dynamic logits (without the neurons' static preference), NaN for tokens that did not reach the
+    mechanism; [B, 1, A] if the whole row shares them. reached_BT: bool.
     """
 
     logits_BTA: Tensor
@@ -54,24 +56,25 @@ class ActivationRecord(NamedTuple):
 
     @property
     def loss_BT(self) -> Tensor | None:
-        """No auxiliary loss."""
+        """None: there is no auxiliary loss."""
         return None
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """Nothing crosses blocks."""
+        """Empty: nothing is carried between blocks."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
+        """Return the record in the coordinates of the tokens that `part` was selected from."""
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.reached_BT, False))
 
 
 class ExpertsRecord(NamedTuple):
-    """A mixture of experts in one block.
+    """The decisions of a mixture of experts in one block.
 
-    logits_BTX: fp32 router logits, NaN for tokens that were never asked. chosen_BTX: bool, the experts that a token
-    chose, no-ops last. reached_BT, loss_BT: as in `DepthRecord`.
+    logits_BTX: fp32 router logits, NaN for tokens that did not reach the MLP. chosen_BTX: bool, the experts that a
+    token chose, no-ops last. reached_BT, loss_BT: as in `DepthRecord`.
     """
 
     logits_BTX: Tensor
@@ -81,10 +84,11 @@ class ExpertsRecord(NamedTuple):
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """Nothing crosses blocks."""
+        """Empty: nothing is carried between blocks."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
+        """Return the record in the coordinates of the tokens that `part` was selected from."""
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
             part.scatter(self.chosen_BTX, False),
@@ -96,8 +100,8 @@ class ExpertsRecord(NamedTuple):
 class NeuronGroupsRecord(NamedTuple):
     """The groups of neurons that are on in the MLP of one block.
 
-    score_BTG: fp32 scores, NaN for tokens that were never asked. kept_BTG: bool. reached_BT: bool.
-    tried_BTG: bool, those whose products were made to tell which are kept; the same as kept_BTG where no more were.
+    score_BTG: fp32 scores, NaN for tokens that did not reach the MLP. kept_BTG: bool. reached_BT: bool. tried_BTG:
+    bool, groups whose products were computed to decide which are kept; equal to kept_BTG if no others were.
     """
 
     score_BTG: Tensor
@@ -107,15 +111,16 @@ class NeuronGroupsRecord(NamedTuple):
 
     @property
     def loss_BT(self) -> Tensor | None:
-        """No auxiliary loss."""
+        """None: there is no auxiliary loss."""
         return None
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """Nothing crosses blocks."""
+        """Empty: nothing is carried between blocks."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
+        """Return the record in the coordinates of the tokens that `part` was selected from."""
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
             part.scatter(self.kept_BTG, False),
@@ -131,27 +136,27 @@ Records: TypeAlias = dict[str, Record]
 
 
 def expect(record: Record, kind: type[AnyRecord]) -> AnyRecord:
-    """Return the record, which must be of this kind."""
+    """Return the record unchanged after asserting that it is of this kind."""
     assert isinstance(record, kind), f"a {kind.__name__} is expected, got a {type(record).__name__}"
     return record
 
 
 def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
-    """Return the record of this name, which must be of this kind; None where none was made."""
+    """Return the record with this name, which must be of this kind; None if there is none."""
     record = records.get(name)
     return None if record is None else expect(record, kind)
 
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
-    """Records of an inner update, in the coordinates of the outer tokens."""
+    """Return the records of an inner update in the coordinates of the outer tokens."""
     return records if part.is_all else {name: record.lift(part, state) for name, record in records.items()}
 
 
 def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return the records of one kind, by the names of their mechanisms."""
+    """Return the records of one kind by mechanism name."""
     return {name: record for name, record in records.items() if isinstance(record, kind)}
 
 
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
-    """All new values of tensors that cross blocks."""
+    """Return the new values of all tensors that are carried between blocks, by name."""
     return {name: value for record in records for name, value in record.carry.items()}

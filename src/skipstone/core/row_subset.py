@@ -1,6 +1,6 @@
-"""Some rows of a batch, known to host and device: what decoding gathers where rows disagree.
+"""`RowSubset`: some rows of a batch, known to host and device. Decoding computes these where rows decide differently.
 
-Shape letters: B rows, R rows of these.
+Shape letters: B rows of the batch, R rows of the subset.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNKNOWN_SHARE = 0.5  # of tokens that a block keeps, where nothing is promised
-LEAST_IDLE = 0.1  # share of steps in which nobody needs a block, below which asking costs more than it saves
+UNKNOWN_SHARE = 0.5  # assumed share of kept tokens where a mechanism guarantees none
+LEAST_IDLE = 0.1  # smallest share of steps without any kept row for which checking saves more than it costs
 
 
 def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
-    """Whether a decoding step should find out which of `total` rows keep their token, and compute these alone.
+    """Return whether a decoding step should find out which of `total` rows keep their token, and compute only these.
 
-    On a CPU always: looking costs nothing, and every row that is left out is time saved. On an accelerator the host
-    would have to wait for the decision, and the time of a block is that of reading its weights, whoever asks: only
-    steps without anyone save it. How many these are follows from figures that are known beforehand.
+    On a CPU it always should: the check is free, and every skipped row saves time. On an accelerator the host would
+    have to wait for the decision, and a block takes as long as reading its weights, for one row as for many; only steps
+    in which no row needs the block save time. share: the long-run share of kept tokens, from which the frequency of
+    such steps follows; None if unknown.
     """
     if device.type == "cpu":
         return True
@@ -29,8 +30,10 @@ def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSubset:
-    """at: their indices in ascending order, on the host, where the cache keeps its lengths. index_R: the same on the
-    device, int64. total: B.
+    """Some rows of a batch.
+
+    at: their indices in ascending order, on the host, where the cache keeps its lengths. index_R: the same indices on
+    the device, int64. total: B.
     """
 
     at: tuple[int, ...]
@@ -39,19 +42,19 @@ class RowSubset:
 
     @classmethod
     def from_mask(cls, kept_B: Tensor) -> RowSubset:
-        """Those that a bool mask names. The host waits once; what it then reads is ready."""
+        """Return the rows where a bool mask is True. The host waits once."""
         index_R = kept_B.nonzero()[:, 0]
         return cls(at=tuple(index_R.tolist()), index_R=index_R, total=kept_B.shape[0])
 
     def within(self, outer: RowSubset | None) -> RowSubset:
-        """These rows, whose numbers count among `outer`, as rows of the batch that `outer` was taken from."""
+        """Return these rows as rows of the larger batch from which `outer` was taken."""
         if outer is None:
             return self
         at = tuple(outer.at[i] for i in self.at)
         return RowSubset(at=at, index_R=outer.index_R.index_select(0, self.index_R), total=outer.total)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[R, ...] of x [B, ...]; an axis of size 1 means that all rows agree, and stays."""
+        """Return [R, ...] of x [B, ...]; an axis of size 1 stands for equal rows and is returned as it is."""
         if x.shape[0] == 1:
             return x
         if len(self.at) == 1:
@@ -59,6 +62,6 @@ class RowSubset:
         return x.index_select(0, self.index_R)
 
     def scatter(self, y: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, ...] with y [R or 1, ...] at these rows and `fill` at all others."""
+        """Return [B, ...] with y ([R, ...] or [1, ...]) at these rows and `fill` at all others."""
         base = y.new_full((self.total, *y.shape[1:]), fill)
         return base.index_copy_(0, self.index_R, y.expand(len(self.at), *y.shape[1:]))

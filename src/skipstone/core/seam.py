@@ -1,10 +1,10 @@
-"""The seam: a depth mechanism is a function on updates.
+"""The seam between blocks and depth mechanisms: a mechanism is a function on updates.
 
     Update    = (x, tokens) -> (delta, records)
     mechanism : (update, x, tokens) -> (delta, records)
 
 `update` computes what a block (or one of its sub-layers) adds to the residual stream. A mechanism may give it fewer
-tokens, scale or drop what it returns, and never learns what is inside.
+tokens and scale or drop what it returns; it knows nothing of what the update computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Mechanism: TypeAlias = Callable[[Update, Tensor, Tokens], tuple[Tensor, Records]
 
 
 def wrap(update: Update, mechanisms: Iterable[Mechanism]) -> Update:
-    """`update` inside the mechanisms, the first of them outermost."""
+    """Return `update` wrapped in the mechanisms, the first of them outermost."""
     for mechanism in reversed(list(mechanisms)):
         update = partial(mechanism, update)
     return update

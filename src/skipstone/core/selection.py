@@ -1,7 +1,7 @@
-"""Which tokens of a call go on: a decision as something that gathers and scatters.
+"""Selections: the tokens of a call that a decision keeps, with the gather and scatter operations that it implies.
 
-One class for each layout: all tokens, some that are marked and stay in place, some that are gathered (with rows filled
-exactly, padded, or padded with the padding left out of what looks at single tokens), and whole rows.
+There is one class for each layout: all tokens; tokens marked in place; tokens gathered (rows filled exactly, padded, or
+padded with the padding left out of per-token layers); whole rows.
 
 Shape letters: B rows, T tokens of the call, K tokens of a selection, N kept tokens of all rows, D width.
 """
@@ -19,11 +19,11 @@ from skipstone.ops import reference as ops
 
 
 class Selection:
-    """Some tokens of each row, in order of slot. Subclasses say how they lie.
+    """The kept tokens of each row, in order of slot. Subclasses define their layout.
 
-    is_all: whether every token is kept, known without looking. real_first: whether the kept tokens come first in every
-    row, so that attention over them needs no mask. valid_BK: bool, which of the K are kept tokens; None: all are.
-    unpadding: where these stand, if much of the K is not kept.
+    is_all: whether every token is kept, known without a host sync. real_first: whether the kept tokens come first in
+    every row, so that attention over them needs no mask. valid_BK: bool, which of the K columns are kept tokens; None:
+    all. unpadding: indices of the kept tokens, if many of the columns are padding.
     """
 
     is_all = False
@@ -33,49 +33,49 @@ class Selection:
 
     @property
     def width(self) -> int:
-        """K."""
+        """K, the number of columns."""
         raise NotImplementedError
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token is kept, known without looking."""
+        """Whether no token is kept, known without a host sync."""
         return self.width == 0
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """[B, K, ...] of x [B, T, ...]."""
+        """Return [B, K, ...] of x [B, T, ...]."""
         raise NotImplementedError
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, T, ...] with y at the kept tokens and `fill` at all others."""
+        """Return [B, T, ...] with y at the kept tokens and `fill` at all others."""
         raise NotImplementedError
 
     def mask(self) -> Tensor:
-        """The kept tokens as a bool mask [B, T]."""
+        """Return the kept tokens as a bool mask [B, T]."""
         raise NotImplementedError
 
     def gather_unpadded(self, x_BTD: Tensor) -> Tensor:
-        """As `gather`, or [1, N, ...] of the kept tokens alone where the selection has an `unpadding`."""
+        """Return [1, N, ...] of the kept tokens alone if there is an `unpadding`, else as `gather`."""
         return self.gather(x_BTD)
 
     def scatter_unpadded(self, y: Tensor) -> Tensor:
-        """Undoes `gather_unpadded`, with 0 for all others."""
+        """Invert `gather_unpadded`, with 0 at all other tokens."""
         return self.scatter(y)
 
     def and_mask(self, kept_BT: Tensor) -> Tensor:
-        """bool [B, T]: those of `kept_BT` that are kept here, too."""
+        """Return the bool mask [B, T] of tokens that are kept both here and in `kept_BT`."""
         return kept_BT & self.mask()
 
     def merge(self, new_BKD: Tensor, old_BTD: Tensor) -> Tensor:
-        """`old` [B, T, ...] with `new` at the kept tokens."""
+        """Return `old_BTD` with `new_BKD` at the kept tokens."""
         return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
-        """The rows of the cache that the kept tokens continue, where the call's tokens continue `outer`."""
+        """Return the cache rows of the kept tokens, given those of the call's tokens (`outer`)."""
         return outer
 
 
 class Everyone(Selection):
-    """All tokens of the call."""
+    """The selection of all tokens of the call."""
 
     is_all = True
     is_empty = False
@@ -98,7 +98,7 @@ EVERYONE = Everyone()
 
 @dataclass(frozen=True)
 class InPlace(Selection):
-    """All tokens stay where they are, K = T; those that are not valid are not kept."""
+    """A selection that leaves all tokens in place, K = T; those that are not valid are not kept."""
 
     valid_BK: Tensor = field()
 
@@ -118,7 +118,7 @@ class InPlace(Selection):
 
 @dataclass(frozen=True)
 class Gathered(Selection):
-    """The K tokens of each row at `index_BK`, of T = `length`; every one is kept."""
+    """The K tokens of each row at `index_BK`, out of `length` = T; all of them are kept."""
 
     real_first = True
     index_BK: Tensor
@@ -140,7 +140,7 @@ class Gathered(Selection):
 
 @dataclass(frozen=True)
 class Padded(Gathered):
-    """Rows that keep fewer than K tokens are padded: the kept ones are valid and come first."""
+    """A gathered selection whose rows may keep fewer than K tokens: kept ones are valid and come first."""
 
     valid_BK: Tensor = field()
 
@@ -150,7 +150,7 @@ class Padded(Gathered):
 
 @dataclass(frozen=True)
 class Unpadded(Padded):
-    """Padded for attention; what looks at single tokens gets the kept ones of all rows behind each other."""
+    """A padded selection for attention whose per-token layers get the kept tokens of all rows concatenated."""
 
     unpadding: Unpadding = field()
 
@@ -163,7 +163,7 @@ class Unpadded(Padded):
 
 @dataclass(frozen=True)
 class WholeRows(Selection):
-    """The one token of each of these rows, and none of the other rows."""
+    """The single tokens of some rows, and none of the other rows."""
 
     real_first = True
     rows: RowSubset
@@ -187,5 +187,6 @@ class WholeRows(Selection):
 
 
 def _where(valid_BK: Tensor, y_BKD: Tensor, fill: float) -> Tensor:
+    """Return y at valid columns and `fill` at the others."""
     valid = valid_BK.view(*valid_BK.shape, *[1] * (y_BKD.dim() - 2))
     return torch.where(valid, y_BKD, torch.as_tensor(fill, dtype=y_BKD.dtype, device=y_BKD.device))

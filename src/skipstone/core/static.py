@@ -1,8 +1,8 @@
-"""A cache of fixed size, for compiled steps and CUDA graphs: nothing in it ever changes its shape or its address.
+"""A cache of fixed size for compiled steps and CUDA graphs: no tensor in it changes its shape or address.
 
-`StaticCache(config=model.config, max_cache_len=...)` of transformers is made of these layers. Every block gets columns
-for `max_cache_len` tokens, also one that will skip most of them: a causal decision promises no number that it stays
-below. Writing takes no host sync; columns that hold nothing have EMPTY slots, which no query sees.
+transformers' `StaticCache(config=model.config, max_cache_len=...)` is made of these layers. Every block gets columns
+for `max_cache_len` tokens, even one that will skip most of them, because causal decisions guarantee no upper bound.
+Writing needs no host sync; unused columns have EMPTY slots, which no query attends to.
 
 Shape letters: B rows, T tokens of this call, C columns, H key/value heads, E head size.
 """
@@ -18,10 +18,10 @@ from skipstone.core.row_subset import RowSubset
 
 
 class StaticStore(RaggedStore):
-    """Entries in C columns that are allocated once, in the first call; a row fills them from the left.
+    """A store of C columns per row that are allocated once, at the first call, and filled from the left.
 
-    Column 0 comes in addition and is never read: what is not real is written there, so that every call writes the same
-    number of entries, whoever is kept. `lengths_B` counts the entries of each row, on the device; `width` is 0 or C.
+    An additional column 0 is never read: tokens that are not real are written there, so that every call writes the same
+    number of entries. lengths_B: number of entries of each row, on the device. width: 0 before the first call, then C.
     """
 
     lengths_B: Tensor
@@ -31,7 +31,10 @@ class StaticStore(RaggedStore):
         self.columns = columns
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
-        """As `RaggedStore.append`, for all rows. Raises ValueError if a row is full or gradients are needed."""
+        """Append the real tokens of one call, for all rows.
+
+        Raises ValueError if a row is full or gradients are needed.
+        """
         assert rows is None
         if any(x.requires_grad for x in entries.values()):
             raise ValueError(
@@ -54,13 +57,14 @@ class StaticStore(RaggedStore):
         self.lengths_B.add_(slot_BT.shape[1] if real_BT is None else real_BT.sum(1))
 
     def _columns(self, T: int, real_BT: Tensor | None) -> Tensor:
-        """int64 [B, T], where each token goes."""
+        """Return the column that each token is written to, int64 [B, T]."""
         before_B1 = self.lengths_B[:, None]
         if real_BT is None:
             return before_B1 + torch.arange(1, T + 1, device=before_B1.device)
         return torch.where(real_BT, before_B1 + real_BT.cumsum(1), 0)
 
     def _allocate(self, like: dict[str, Tensor]) -> None:
+        """Allocate the tensors at the first call, or reuse those of an earlier prompt."""
         rows, device = like["slot"].shape[0], like["slot"].device
         if self.width:
             if rows != self.lengths_B.shape[0]:
@@ -70,7 +74,7 @@ class StaticStore(RaggedStore):
         shapes = {name: (rows, self.columns + 1, *new.shape[2:]) for name, new in like.items()}
         kinds = {name: (shapes[name], new.dtype, new.device) for name, new in like.items()}
         if kinds == {name: (x.shape, x.dtype, x.device) for name, x in self.entries.items()}:
-            return  # of an earlier prompt: the addresses stay
+            return  # reuse the tensors of an earlier prompt, so that addresses stay
         self.entries = {name: _buffer(shapes[name], new, EMPTY if name == "slot" else 0) for name, new in like.items()}
         self.lengths_B = _buffer((rows,), torch.empty(0, dtype=torch.long, device=device), 0)
 
@@ -78,11 +82,11 @@ class StaticStore(RaggedStore):
         return self.lengths_B if self.width else torch.zeros(rows, dtype=torch.long, device=device)
 
     def even(self, rows: RowSubset | None = None) -> bool:
-        """Never: unused columns are always in view."""
+        """Return False: unused columns are always in view."""
         return False
 
     def view(self, name: str, rows: RowSubset | None = None) -> Tensor:
-        """[B, C, ...]: all columns."""
+        """Return all columns of one tensor, [B, C, ...]."""
         assert rows is None
         return self.entries[name][:, 1 : self.width + 1]
 
@@ -102,7 +106,7 @@ class StaticStore(RaggedStore):
             self.lengths_B.copy_((self.view("slot") < EMPTY).sum(1))
 
     def take(self, rows: Tensor) -> None:
-        """In place while their number stays; another number of rows is another shape and another address."""
+        """Keep the rows at these indices: in place if their number is the same, else in newly allocated tensors."""
         if not self.width:
             return
         taken = {name: value.index_select(0, rows.to(value.device)) for name, value in self.entries.items()}
@@ -116,7 +120,7 @@ class StaticStore(RaggedStore):
             self.lengths_B = _buffer(tuple(lengths_B.shape), lengths_B, 0).copy_(lengths_B)
 
     def empty(self) -> None:
-        """Forget everything but the memory."""
+        """Remove all entries but keep the memory."""
         if self.width:
             for name, value in self.entries.items():
                 value.fill_(EMPTY if name == "slot" else 0)
@@ -128,8 +132,8 @@ class StaticStore(RaggedStore):
 
 
 def _buffer(shape: tuple[int, ...], like: Tensor, fill: int) -> Tensor:
-    """A tensor that lives as long as the cache, whatever mode the call is made in."""
-    if torch.compiler.is_compiling():  # neither of the two can be traced; first calls are not meant to be compiled
+    """Return a filled tensor that may be written in any later call, also outside of inference mode."""
+    if torch.compiler.is_compiling():  # the calls below cannot be traced; a first call should not be compiled
         return like.new_full(shape, fill)
     with torch.inference_mode(False):
         buffer = torch.full(shape, fill, dtype=like.dtype, device=like.device)
@@ -140,12 +144,12 @@ def _buffer(shape: tuple[int, ...], like: Tensor, fill: int) -> Tensor:
 class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
     """The cache of one block, for transformers' `StaticCache(config=..., max_cache_len=...)`.
 
-    `cumulative_length` is a tensor on the device once the first call was made, so that a step does not depend on its
+    cumulative_length: a tensor on the device after the first call, so that a compiled step does not depend on its
     value.
     """
 
     is_compileable = True
-    cumulative_length: Tensor  # type: ignore[assignment]  # an int in the layer that grows
+    cumulative_length: Tensor  # type: ignore[assignment]  # an int in the parent class
 
     def __init__(self, max_cache_len: int, **kwargs: object) -> None:
         super().__init__(max_cache_len=max_cache_len, **kwargs)
@@ -164,7 +168,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         self.cumulative_length.add_(tokens)
 
     def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
-        """0 before the first call, then an int64 tensor []."""
+        """Return the number of tokens seen: 0 before the first call, then an int64 tensor []."""
         return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -174,7 +178,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         return self.max_cache_len
 
     def crop(self, max_length: int) -> None:
-        """As for the layer that grows; the host waits once."""
+        """Crop as `SkipstoneCacheLayer.crop` does; the host waits once."""
         seen = int(self.cumulative_length)
         length = max(max_length if max_length > 0 else seen + max_length, 0)
         if length < seen:
@@ -183,7 +187,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
             self.cumulative_length.fill_(length)
 
     def reset(self) -> None:
-        """Forget everything but the memory, which the next prompt takes over."""
+        """Empty the cache but keep the memory for the next prompt."""
         for store in self._all():
             assert isinstance(store, StaticStore)
             store.empty()

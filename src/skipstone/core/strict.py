@@ -1,4 +1,4 @@
-"""One strict way from plain dicts (YAML, config.json, command line) to dataclasses; all mistakes are told together."""
+"""Convert plain dicts (YAML, config.json, command line) to dataclasses strictly, reporting all mistakes together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
-PlainDict: TypeAlias = dict[str, Any]  # as JSON and YAML have it: strings, numbers, lists and dicts of these
-PlainMapping: TypeAlias = Mapping[str, Any]  # the same, only read
+PlainDict: TypeAlias = dict[str, Any]  # as in JSON and YAML: strings, numbers, lists and dicts of these
+PlainMapping: TypeAlias = Mapping[str, Any]  # the same, read-only
 
 
 class Mistakes(ValueError):
-    """Several mistakes of one input. lines: one for each."""
+    """Several mistakes in one input. lines: one message for each."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines = list(lines)
@@ -25,19 +25,19 @@ class Mistakes(ValueError):
 
 
 def mistakes(error: ValueError) -> list[str]:
-    """The lines that an error stands for."""
+    """Return the messages that an error consists of."""
     return error.lines if isinstance(error, Mistakes) else [str(error)]
 
 
 def refuse(lines: Iterable[str]) -> None:
-    """Raise ValueError with these lines, if there are any."""
+    """Raise ValueError with these messages if there are any."""
     lines = list(lines)
     if lines:
         raise Mistakes(lines) if len(lines) > 1 else ValueError(lines[0])
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
-    """The one line for a name that is not there: what was given, the nearest match, and what is allowed."""
+    """Return the message for an unknown name: what was given, the nearest match, and what is allowed."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -45,17 +45,17 @@ def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
 
 
 def choose(kind: str, name: object, table: Mapping[str, T]) -> T:
-    """`table[name]`. Raises ValueError naming the nearest match when `name` is not in the table."""
+    """Return `table[name]`. Raises ValueError with the nearest match if `name` is not in the table."""
     if not isinstance(name, str) or name not in table:
         raise ValueError(unknown(kind, name, table))
     return table[name]
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build dataclass `cls` from a plain dict, nested dataclasses included.
+    """Build the dataclass `cls` from a plain dict, nested dataclasses included.
 
-    `where` is the path shown in errors, e.g. `mechanisms[0]`. Raises ValueError for an unknown or missing key and for a
-    value of the wrong type; range checks belong to the dataclass's own `__post_init__`. Several mistakes are raised
+    where: the path shown in errors, e.g. `mechanisms[0]`. Raises ValueError for an unknown or missing key and for a
+    value of the wrong type; ranges are checked by the dataclass's own `__post_init__`. Several mistakes are raised
     together, as `Mistakes`.
     """
     if not isinstance(values, Mapping):
@@ -80,17 +80,18 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[str] = ()) -> tuple[T | None, list[str]]:
-    """`make(**values)`, or all that it refuses although it raises one error at a time.
+    """Return `make(**values)` and no messages, or the messages of all errors that it raises for these values.
 
-    The first of the values that a message names is set to its default, and the rest is tried again. What is said of
-    values that were set to their default (`doubted` ones are already) is a consequence and is left out.
+    `make` raises one error at a time: the first value that its message names is set to its default, and it is called
+    again. Messages about values that were replaced, or that are in `doubted` from the start, are consequences and are
+    left out.
     """
     left, doubted = dict(values), {*doubted}
     lines: list[str] = []
     while True:
         try:
             return make(**left), lines
-        except TypeError:  # one that has no default was among those that messages named
+        except TypeError:  # a required value was among those that messages named
             if not doubted:
                 raise
             return None, lines
@@ -105,7 +106,7 @@ def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[s
 
 
 def parsed(cls: type[T], config: T | None, options: Mapping[str, object]) -> T:
-    """`config`, where options were parsed before; else `options` through `from_dict`. Raises ValueError for both."""
+    """Return `config` if it is given, else `options` converted by `from_dict`. Raises ValueError if both are given."""
     if config is None:
         return from_dict(cls, options)
     if options:
@@ -122,9 +123,10 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as a type hint asks: an int serves for a float, and so does a string such as `1e-3`, as YAML leaves it.
+    """Convert `value` to a type hint: ints are accepted as floats, and so are strings such as `1e-3`, as YAML reads
+    them.
 
-    `where` is the path shown in errors. Raises ValueError for a value of another type.
+    where: the path shown in errors. Raises ValueError for a value of another type.
     """
     origin = typing.get_origin(hint)
     if hint is Any:
@@ -143,6 +145,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _items(hint: Any, values: Iterable[Any], where: str) -> list[Any]:
+    """Convert every item, reporting the mistakes of all of them together."""
     found, lines = [], []
     for i, value in enumerate(values):
         try:
@@ -154,10 +157,11 @@ def _items(hint: Any, values: Iterable[Any], where: str) -> list[Any]:
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Convert to the first alternative of a union that accepts the value."""
     if value is None and type(None) in options:
         return None
     errors = []
-    for option in sorted(options, key=lambda option: _meant(option, value)):  # the last one's error is shown
+    for option in sorted(options, key=lambda option: _meant(option, value)):  # the error of the last one is shown
         if option is not type(None):
             try:
                 return convert(option, value, where)
@@ -167,7 +171,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _meant(hint: Any, value: Any) -> bool:
-    """Whether a value of this shape (mapping, list or plain) was probably meant for this type hint."""
+    """Return whether a value of this shape (mapping, list or scalar) was probably meant for this type hint."""
     kind = typing.get_origin(hint) or hint
     if isinstance(value, Mapping):
         return kind in (dict, Mapping) or dataclasses.is_dataclass(kind)
@@ -177,6 +181,7 @@ def _meant(hint: Any, value: Any) -> bool:
 
 
 def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
+    """Convert to a type that is not generic."""
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)

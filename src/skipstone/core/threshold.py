@@ -1,4 +1,4 @@
-"""A threshold on scores, as whoever calibrates a model sees it: a mechanism hands one out (`score_threshold`).
+"""The interface to a mechanism's threshold on scores, for code that calibrates a model.
 
 Shape letters: B rows, T tokens.
 """
@@ -13,10 +13,10 @@ State = list[float | None]
 
 
 class ScoreThreshold:
-    """The threshold by which one mechanism of one block decides: a token is kept where its score lies above.
+    """The threshold by which one mechanism of one block decides: tokens with a higher score are kept.
 
-    saved: whether a saved model keeps what was set. option: the option that holds the threshold for all blocks of an
-    entry of `mechanisms`, or None where every block has a threshold of its own.
+    saved: whether a saved model keeps a threshold that was set. option: the option that holds the threshold for all
+    blocks of an entry of `mechanisms`; None if every block has its own threshold.
     """
 
     saved = True
@@ -27,18 +27,19 @@ class ScoreThreshold:
         raise NotImplementedError
 
     def set(self, threshold: float) -> None:
+        """Set the score above which a token is kept."""
         raise NotImplementedError
 
     def state(self) -> State:
-        """Return everything that `set` changes, to the bit; with an `option`, first of all its value."""
+        """Return everything that `set` changes, exactly; with an `option`, its value comes first."""
         return [self.get()]
 
     def restore(self, state: State) -> None:
-        """Undo `set`: back to a `state`."""
+        """Restore a `state`, undoing `set`."""
         (threshold,) = state
         assert threshold is not None
         self.set(threshold)
 
     def scores(self, record: DepthRecord) -> Tensor:
-        """Return the scores [B, T] that the threshold is compared with, from the record of a pass."""
+        """Return the scores [B, T] that are compared with the threshold, from the record of a pass."""
         return record.score_BT

@@ -1,7 +1,7 @@
-"""Who the tokens are: everything about them but their hidden states.
+"""`Tokens`: everything about the tokens of a call except their hidden states.
 
-Shape letters: B rows, T tokens given to this call, K tokens of a selection, E head size.
-An axis of size 1 in place of B means that all rows agree.
+Shape letters: B rows, T tokens given to this call, K tokens of a selection, N real tokens of all rows, E head size. An
+axis of size 1 in place of B means that all rows are equal.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Executor = Literal["gathered", "masked"]
 
 @dataclass(frozen=True, kw_only=True)
 class PassMode:
-    """How this forward pass decides and executes: plain values, known before it starts.
+    """How a forward pass decides and executes: plain values, fixed before it starts.
 
-    routing: "oracle" may look at the whole row (training); "causal" is what generation can do.
-    noise: whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only, "masked" computes
-    all and throws away (the specification that the gathered one must equal). per_row_gather: where each row has one
-    token, the gathered executor computes some rows and leaves the others out; what is called with them must then expect
-    fewer rows. never_empty: a gathered selection has at least one column, even if no token is kept. single_token: the
-    call has one token and no gradients, as in decoding one row, so that weights may be read in part.
+    routing: "oracle" may look at the whole row (training); "causal" uses what is available while generating. noise:
+    whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only; "masked" computes all
+    tokens and discards the others' updates (the specification that "gathered" must equal). per_row_gather: with one
+    token per row, the gathered executor leaves out whole rows, so that inner calls may see fewer rows. never_empty: a
+    gathered selection has at least one column even if no token is kept. single_token: the call has one token and no
+    gradients, as in decoding one row, so that weights may be read in part.
     """
 
     routing: Routing = "causal"
@@ -45,21 +45,18 @@ class PassMode:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens of one call. Frozen: mechanisms pass on narrowed or changed copies.
+    """The tokens of one call. Frozen: mechanisms pass on changed copies.
 
-    slot_BT: int64, index in the row, padding and cached tokens counted; attention is causal by slot.
-    position_BT: int64, what position embeddings see; never renumbered.
-    rotary: cos and sin [B, T, E] of the positions, or None.
-    document_BT: int64 document of each token, or None for one document a row (known without looking).
-    real_BT: bool, False for padding, or None where every token is real (known without looking).
-    aligned: real tokens are known to come first in every row.
-    gain_BT: factor on both sub-layers' updates, or None for 1.
-    queries: the tokens whose update is computed; the others still serve as keys and values.
-    rows: the rows of the cache that these tokens continue. None: all.
-    unpadding: where the real ones stand, if much is padding. Projections and MLP then see them unpadded, [1, N, D].
-    state: named tensors [B, T] that cross blocks, made before block 0.
-    forced_BT: bool, the decision that the caller imposes on this block, or None.
-    noise_seed: int64 [], the seed of this forward pass's random numbers (`core/noise.py`); None: drawn where needed.
+    slot_BT: int64, index in the row, counting padding and cached tokens; attention is causal by slot. position_BT:
+    int64, for position embeddings; never renumbered. rotary: cos and sin [B, T, E] of the positions, or None.
+    document_BT: int64 document of each token; None: one document per row. real_BT: bool, False for padding; None: every
+    token is real. aligned: real tokens are known to come first in every row. gain_BT: factor on both sub-layers'
+    updates; None: 1. queries: the tokens whose update is computed; the others still serve as keys and values. rows: the
+    rows of the cache that these tokens continue; None: all. unpadding: indices of the real tokens if many are padding;
+    projections and MLP then see [1, N, D]. state: named tensors [B, T] that are carried between blocks, created before
+    block 0. forced_BT: bool, the decision that the caller imposes on this block, or None. noise_seed: int64 [], the
+    seed of this pass's random numbers (`core/noise.py`); None: drawn when needed. mode: how the pass decides and
+    executes.
     """
 
     slot_BT: Tensor
@@ -79,19 +76,24 @@ class Tokens:
 
     @property
     def length(self) -> int:
+        """T, the number of tokens per row."""
         return self.slot_BT.shape[1]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tokens:
-        """On another device: accelerate calls this where a model's blocks lie on several (`device_map`)."""
+        """Return a copy on another device; accelerate calls this if a model's blocks are on several devices
+        (`device_map`).
+        """
         return _moved(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     @property
     def no_queries(self) -> bool:
-        """Whether the update of no token is computed, known without looking."""
+        """Whether no token's update is computed, known without a host sync."""
         return self.queries.is_empty
 
     def replace(self, **changes: Any) -> Tokens:
-        """`dataclasses.replace`, five times as fast: a gated block makes two or three of these in a decoding step."""
+        """Return a copy with changes: `dataclasses.replace`, but five times as fast, for the copies in every decoding
+        step.
+        """
         if torch.compiler.is_compiling():
             return dataclasses.replace(self, **changes)
         assert changes.keys() <= self.__dict__.keys()
@@ -101,17 +103,19 @@ class Tokens:
 
     @property
     def group_BT(self) -> Tensor | None:
-        """Document of each token with -1 for padding, as `select_top` wants it; None for one whole document a row."""
+        """Document of each token with -1 for padding, as `select_top` expects it; None if each row is one unpadded
+        document.
+        """
         if self.real_BT is None:
             return self.document_BT
         document = self.document_BT if self.document_BT is not None else torch.zeros_like(self.slot_BT)
         return torch.where(self.real_BT, document, -1)
 
     def select_kept(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
-        """Turn a decision into a selection for this call's executor.
+        """Turn a bool mask of kept tokens into a selection for this call's executor.
 
-        `width` is the number of columns to gather where it is known beforehand; without it the largest row is counted,
-        which makes the host wait once. `exact`: every row keeps exactly `width`.
+        width: number of columns to gather, if known beforehand; None: that of the row that keeps most, which makes the
+        host wait once. exact: every row keeps exactly `width` tokens.
         """
         if self.mode.executor == "masked":
             return InPlace(kept_BT)
@@ -119,7 +123,7 @@ class Tokens:
             return _by_row(kept_BT)
         count_B, count = kept_BT.sum(1), None
         if width is None:
-            base = self.length + 1  # three numbers for one host sync
+            base = self.length + 1  # sum, minimum and maximum in one number: one host sync
             rest, width = divmod(int((count_B.sum() * base + count_B.amin()) * base + count_B.amax()), base)
             count, fewest = divmod(rest, base)
             exact = fewest == width
@@ -127,7 +131,7 @@ class Tokens:
             width, exact = 1, False
         if exact and width == self.length:
             return EVERYONE
-        if width == self.length == 1:  # one column, which holds every row
+        if width == self.length == 1:  # nothing to gather
             return InPlace(kept_BT)
         index_BK = ops.compact(kept_BT, width)
         if exact:
@@ -139,9 +143,9 @@ class Tokens:
         return Unpadded(index_BK, self.length, valid_BK, unpadding)
 
     def select(self, part: Selection) -> Tokens:
-        """The tokens of `part`, in its order. An outer mechanism's queries stay queries in the new coordinates.
+        """Return the tokens of `part`, in its order. Query restrictions of outer mechanisms still apply to them.
 
-        Only real tokens are ever kept, so within a selection the valid entries are the real ones.
+        Only real tokens are ever kept, so within a selection the valid columns are the real tokens.
         """
         if part.is_all:
             return self
@@ -165,33 +169,32 @@ class Tokens:
         return narrowed.restrict_queries(queries_BK if part.valid_BK is None else queries_BK & part.valid_BK)
 
     def query_tokens(self) -> Tokens:
-        """The tokens whose update is computed, and only those."""
+        """Return only the tokens whose update is computed."""
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
-        """x of the real tokens, [1, N, ...], if there is an unpadding; else x itself."""
+        """Return x of the real tokens, [1, N, ...], if there is an unpadding; else x itself."""
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
     def pad(self, y: Tensor) -> Tensor:
-        """Undoes `unpad`, with 0 for padding."""
+        """Invert `unpad`, with 0 for padding."""
         return y if self.unpadding is None else self.unpadding.pad(y)
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
-        """x of the query tokens, unpadded."""
+        """Return x of the query tokens, unpadded if there is an unpadding."""
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:
-        """Undoes `gather_queries`, with 0 for all others."""
+        """Invert `gather_queries`, with 0 at all other tokens."""
         return self.pad(y) if self.queries.is_all else self.queries.scatter_unpadded(y)
 
     def restrict_queries(
         self, kept_BT: Tensor, width: int | None = None, exact: bool = False, share: float | None = None
     ) -> Tokens:
-        """Compute the update of these tokens only; restrictions of outer mechanisms still apply.
+        """Return tokens of which only these get an update; restrictions of outer mechanisms still apply.
 
-        `width` and `exact` as in `select_kept`. share: the share of tokens kept in the long run, if it is known.
-        Where each row decides for itself and this share makes a block that no row needs too rare for the check to pay,
-        all rows are computed.
+        width, exact: as in `select_kept`. share: long-run share of kept tokens, if known. Where each row decides for
+        itself and this share makes steps without any kept row too rare for the check to pay, all rows are computed.
         """
         if not self.queries.is_all:
             kept_BT = self.queries.and_mask(kept_BT)
@@ -202,19 +205,19 @@ class Tokens:
         return self.replace(queries=self.select_kept(kept_BT, width, exact))
 
     def scaled(self, gain_BT: Tensor) -> Tokens:
-        """With this factor on the updates, on top of any that is there."""
+        """Return tokens whose updates are multiplied by this factor, in addition to any earlier one."""
         return self.replace(gain_BT=gain_BT if self.gain_BT is None else self.gain_BT * gain_BT)
 
 
 def real_mask(tokens: Tokens, like_BT: Tensor) -> Tensor:
-    """bool [B, T]: the real tokens."""
+    """Return the real tokens as a bool mask with the shape of `like_BT`."""
     if tokens.real_BT is None:
         return torch.ones_like(like_BT, dtype=torch.bool)
     return tokens.real_BT.expand_as(like_BT)
 
 
 def _by_row(kept_B1: Tensor) -> Selection:
-    """Rows instead of tokens: no row waits for another, and a row alone has no width to be filled up to."""
+    """Return a selection of whole rows, for calls with one token per row."""
     total = len(kept_B1)
     if total == 1:
         count = int(kept_B1.item())  # the host waits here, or for the rows
@@ -227,7 +230,7 @@ def _by_row(kept_B1: Tensor) -> Selection:
 
 
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor inside it moved."""
+    """Return `value` with every tensor inside it moved."""
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, tuple):

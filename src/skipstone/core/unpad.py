@@ -1,7 +1,7 @@
-"""Tokens without the padding between them: rows that keep different numbers are gathered to the width of the fullest.
+"""Unpadding: leave out the padding between rows that keep different numbers of tokens.
 
-What looks at one token at a time (projections, MLP) runs on the real ones of all rows behind each other.
-Shape letters: B rows, T tokens given, K columns of the fullest row, N real tokens of all rows, D width.
+Per-token layers (projections, MLP) run on the real tokens of all rows concatenated. Shape letters: B rows, T tokens
+given, K columns of the fullest row, N real tokens of all rows, D width.
 """
 
 from __future__ import annotations
@@ -13,42 +13,48 @@ from torch import Tensor
 
 from skipstone.ops import reference as ops
 
-LARGEST_SHARE = 0.9  # of real tokens among B K: above it, copying costs what is saved
+LARGEST_SHARE = 0.9  # of real tokens among the B K columns; above it, copying costs what is saved
 
 
 def pays(count: int, columns: int) -> bool:
-    """Whether so many real tokens in so many columns are worth unpadding."""
+    """Return whether `count` real tokens in `columns` columns are few enough for unpadding to save time."""
     return 0 < count <= LARGEST_SHARE * columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unpadding:
-    """place_N: int64, where the real tokens stand in the B K columns; source_N: in the B T tokens they come from."""
+    """Indices of the real tokens.
+
+    place_N: int64, their indices among the B K columns. source_N: their indices among the B T tokens that the columns
+    were gathered from.
+    """
 
     place_N: Tensor
     source_N: Tensor
     shape: tuple[int, int]  # B, K
 
     def unpad(self, x_BKD: Tensor) -> Tensor:
-        """[1, N, ...]."""
+        """Return the real tokens [1, N, ...] of x [B, K, ...]."""
         return _picked(x_BKD.expand(self.shape[0], *x_BKD.shape[1:]), self.place_N)
 
     def pad(self, y_1ND: Tensor) -> Tensor:
-        """[B, K, ...], 0 in between."""
+        """Invert `unpad`: return [B, K, ...] with 0 for padding."""
         return _scattered(y_1ND, self.place_N, self.shape)
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """[1, N, ...] of the tokens from which the columns were gathered."""
+        """Return the real tokens [1, N, ...] of x [B, T, ...]."""
         return _picked(x_BTD, self.source_N)
 
     def scatter(self, y_1ND: Tensor, length: int) -> Tensor:
-        """[B, T, ...], 0 at all other tokens."""
+        """Invert `gather`: return [B, T, ...] with 0 at all other tokens."""
         return _scattered(y_1ND, self.source_N, (self.shape[0], length))
 
 
 def unpadding_of(index_BK: Tensor, valid_BK: Tensor, count: int, length: int) -> Unpadding | None:
-    """Of `count` valid columns; None where there is next to nothing between them, and in compiled passes, whose shapes
-    should not follow from every decision."""
+    """Return the unpadding of `count` valid columns; None if there is little padding, and in compiled passes.
+
+    Compiled passes are excluded because N, and with it the shapes, would change from call to call.
+    """
     B, K = index_BK.shape
     if not pays(count, B * K) or torch.compiler.is_compiling():
         return None

@@ -1,4 +1,4 @@
-"""May the weight of a linear layer be used without calling the layer? One answer for every place that would."""
+"""Whether the weight of a linear layer may be used without calling the layer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 def weight_is_readable(linear: nn.Module) -> bool:
-    """Whether a product by the weight alone is what calling the layer would compute.
+    """Return whether multiplying by the layer's weight gives the same result as calling the layer.
 
-    Not so where something acts in the layer's place or around its call, and would be passed by: an adapter (another
-    forward), a parametrisation (a weight that is computed), hooks (accelerate's offloading, an observer), a forward
-    that was replaced, a weight that is a shard or lies nowhere (meta). A quantised weight passes; see `is_quantised`.
+    It does not if something acts in place of the layer or around its call: an adapter (another forward), a
+    parametrisation (a computed weight), hooks (accelerate's offloading, an observer), a replaced forward, a sharded
+    weight or one on the meta device. A quantised weight passes; see `is_quantised`.
     """
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return False
@@ -21,6 +21,6 @@ def weight_is_readable(linear: nn.Module) -> bool:
 
 
 def is_quantised(linear: nn.Module) -> bool:
-    """Whether the weight stands for other numbers than it holds (torchao)."""
+    """Return whether the weight is quantised (torchao), so that its stored numbers are not its values."""
     weight = linear.weight
     return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize

@@ -1,8 +1,8 @@
-"""The seam on the width side: what a block asks of its MLP, and an MLP of its activation and of what chooses neurons.
+"""The interface of MLPs, as blocks use it, and of the activations and neuron-group routers inside an MLP.
 
-Depth mechanisms wrap updates (`core/seam.py`); what saves inside an MLP sits in it. Each part here says which routing
-modules it holds, what they recorded, and how often a token passes the MLP's matrices, so that block, cost model and
-generation ask and never look for attributes.
+Depth mechanisms wrap updates (`core/seam.py`); mechanisms that save inside an MLP are parts of it. Each part reports
+its routing modules, their records, and how often a token passes the MLP's matrices, for block, cost model and
+generation.
 
 Shape letters: B rows, T tokens, N tokens as they come (unpadded or not), D width, F neurons, G groups of neurons, K
 groups that are on.
@@ -28,9 +28,9 @@ Share = TypeVar("Share", Fraction, Tensor)
 
 
 class Activation(nn.Module):
-    """The activation slot of an MLP.
+    """The activation of an MLP.
 
-    by_token: whether a token's result depends on that token alone, so that unpadded tokens may be given as they are.
+    by_token: whether a token's result depends on that token alone, so that unpadded tokens may be given.
     """
 
     by_token = False
@@ -43,34 +43,37 @@ class Activation(nn.Module):
         cache: SkipstoneCacheLayer | None = None,
         runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
-        """The activated pre-activations, shaped as they are, and what was decided.
+        """Return the activations, shaped as `gate_BTF`, and the records of its decisions.
 
-        gate_BTF: pre-activations of all neurons. runs: where only some groups of neurons are on, which these are;
-        gate_BTF then holds the neurons that are on, and x_BTD is padded all the same.
+        gate_BTF: pre-activations of all neurons. runs: the groups of neurons that are on, if only some are; gate_BTF
+        then holds their neurons only, while x_BTD stays padded.
         """
         raise NotImplementedError
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """What decides in it, by the name of its record; empty for a fixed function."""
+        """Return its routing modules by record name; empty for a fixed function."""
         return {}
 
 
 class GroupRouter(RoutingModule):
-    """Says which groups of an MLP's neurons are on. The two kinds below say it at different moments."""
+    """The base class of routers that choose which groups of an MLP's neurons are on.
+
+    The two subclasses choose at different times: before any matrix is multiplied, or between the matrices.
+    """
 
     total: int  # G
 
     @property
     def share_on(self) -> Fraction:
-        """Share of the groups that is on once a warm-up is over."""
+        """Share of the groups that are on once any warm-up is over."""
         raise NotImplementedError
 
     def in_words(self) -> str:
-        """How many groups are on, for a model card, as in `12 of 20 neuron groups on`."""
+        """Return how many groups are on, for a model card, such as `12 of 20 neuron groups on`."""
         raise NotImplementedError
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Share of the MLP's three matrices that is multiplied, for a share of groups that is on.
+        """Return the share of the MLP's three matrices that is multiplied if a given share of groups is on.
 
         single_token: in a call of one token without gradients.
         """
@@ -78,7 +81,10 @@ class GroupRouter(RoutingModule):
 
 
 class GroupChoice(NamedTuple):
-    """group_BTK: int64, the groups that are on, ascending. gain_BTK: fp32 factor on what each of them computes."""
+    """The neuron groups that each token uses.
+
+    group_BTK: int64, the groups that are on, ascending. gain_BTK: fp32 factor on the output of each of them.
+    """
 
     group_BTK: Tensor
     gain_BTK: Tensor
@@ -86,91 +92,98 @@ class GroupChoice(NamedTuple):
 
 
 class InputGroupRouter(GroupRouter):
-    """Chooses from the MLP's input, before any of its matrices is multiplied."""
+    """A router that chooses groups from the MLP's input, before any of its matrices is multiplied."""
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """The groups that are on for each token; x_BTD: the MLP's input, padded."""
+        """Choose the groups that are on for each token. x_BTD: the MLP's input, padded."""
         raise NotImplementedError
 
 
 class ActivationGroupRouter(GroupRouter):
-    """Chooses from what the MLP itself computes, matrix by matrix; it has no forward pass of its own.
+    """A router that chooses groups from the MLP's own intermediate results; it has no forward pass of its own.
 
-    typical_F: fp32 root mean square of what the second matrix gives, neuron by neuron.
+    typical_F: fp32 root mean square of the second matrix's output, for each neuron.
     """
 
     typical_F: Tensor
 
     @property
     def tried(self) -> int:
-        """Groups that the second matrix is multiplied for, in force."""
+        """Number of groups that the second matrix is multiplied for at present."""
         raise NotImplementedError
 
     @property
     def kept(self) -> int:
-        """Groups that go through the last matrix, in force: at most `tried`."""
+        """Number of groups that the last matrix is multiplied for at present, at most `tried`."""
         raise NotImplementedError
 
     @property
     def group_size(self) -> int:
-        """Neurons of a group."""
+        """Number of neurons per group."""
         raise NotImplementedError
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
+        """Return scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
         raise NotImplementedError
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """bool [B, T, G], the groups that are kept; h_BTF: products of those that are tried, else 0."""
+        """Return which groups are kept, bool [B, T, G]; h_BTF: products of the tried groups, 0 for the others."""
         raise NotImplementedError
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
-        """What was decided, with NaN and False for padding."""
+        """Return the record of these decisions, with NaN and False for padding."""
         raise NotImplementedError
 
 
 class FeedForward(nn.Module):
-    """The MLP of a block."""
+    """The interface of a block's MLP."""
 
     activation: Activation
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        """The MLP's update, shaped as x_BTD (unpadded tokens stay unpadded), and what was decided in it."""
+        """Return the MLP's update, shaped as x_BTD (unpadded tokens stay unpadded), and its records."""
         raise NotImplementedError
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """What decides in it, by the name of its record, the MLP itself included if it does."""
+        """Return the routing modules inside by record name, including the MLP itself if it makes decisions."""
         return self.activation.routing_modules()
 
     def in_words(self) -> str | None:
-        """What it computes of itself, for a model card, as in `8 experts of 176 neurons (silu), top 2`; None: all."""
+        """Return a description for a model card, such as `8 experts of 176 neurons (silu), top 2`; None for a dense
+        MLP.
+        """
         return None
 
     def weights_per_pass(self) -> int:
-        """Number of weights that a token is multiplied with in one pass: of all matrices, or of one expert's."""
+        """Return the number of weights that a token is multiplied with in one pass: all matrices, or those of one
+        expert.
+        """
         raise NotImplementedError
 
     def dense_passes(self, tokens: float) -> float:
-        """Passes of so many tokens with every neuron on and no choice spent on a no-op."""
+        """Return the passes of `tokens` tokens if every neuron is on and no choice falls on a no-op expert."""
         return tokens
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Passes of so many tokens, by what was measured (`kept`, see `measured`), else as the configuration promises.
+        """Return the passes of `tokens` tokens through the MLP.
 
-        single_token: in a call of one token without gradients.
+        kept: what was measured, from `measured`; if empty, as the configuration guarantees. single_token: in a call of
+        one token without gradients.
         """
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """What `passes` wants to know of a forward pass, by name: from the records that this MLP made in it."""
+        """Return what `passes` needs to know of a forward pass, from the records that this MLP made in it."""
         return {}
 
     def token_passes(self, records: Records) -> Tensor:
-        """Passes of each token whose update was computed, fp32 [B, T] on the CPU, or [1, 1] where all are alike."""
+        """Return the passes of each token whose update was computed, fp32 [B, T] on the CPU, or [1, 1] if all are
+        equal.
+        """
         return torch.ones(1, 1)
 
     def inactive_weights(self) -> int:
-        """Number of weights that a token does not pass although it may choose them: other experts'."""
+        """Return the number of weights that a token could choose but does not use: those of other experts."""
         return 0
