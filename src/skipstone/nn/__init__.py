@@ -1,1 +1,1 @@
-"""Floor 2: plain decoder parts with the parameter names of Hugging Face Llama. They know no mechanism."""
+"""Floor 2: decoder parts with the parameter names of Hugging Face Llama. They do not depend on any mechanism."""

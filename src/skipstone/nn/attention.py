@@ -1,6 +1,6 @@
-"""Causal self-attention with grouped key/value heads, causal by slot.
+"""Causal self-attention with grouped key/value heads; causality is by slot.
 
-Shape letters: B rows, T tokens given, K tokens that ask, C keys, H heads, E head size, D width.
+Shape letters: B rows, T tokens given, K query tokens, C keys, H heads, E head size, D width.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from skipstone.core.tokens import Tokens
 from skipstone.nn.linear import OutputLinear
 from skipstone.ops import reference as ops
 
-Seen: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and the mask where slots must be compared
+Seen: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and a mask if slots must be compared
 
-COPYING = 3  # times that memory is touched for a key that is copied before it is read
-LEAST_COPY = 128  # keys of all rows, below which a copy costs next to nothing
+COPYING = 3  # memory accesses for a key that is copied before it is read
+LEAST_COPY = 128  # keys of all rows; copying fewer takes negligible time
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """Sizes and biases. `head_norm`: builds the norm of a head's queries and keys (QK-norm), or None."""
+    """Sizes, biases and dropout of an attention layer.
+
+    head_norm: builds the norm of each head's queries and keys (QK-norm); None: no norm.
+    """
 
     hidden_size: int
     num_heads: int
@@ -42,15 +45,15 @@ class AttentionShape:
 
 
 class AttentionConfig(Protocol):
-    """What names the attention implementation, as transformers' configurations do."""
+    """A configuration that names the attention implementation, as transformers' configurations do."""
 
     _attn_implementation: str
 
 
 class Attention(nn.Module):
-    """softmax(q k / sqrt(E)) v over the keys whose slot is not later, in the same document.
+    """Self-attention, softmax(q k / sqrt(E)) v, over keys of the same document whose slot is not later.
 
-    `config` only names the attention implementation (`config._attn_implementation`).
+    config: used only for the name of the attention implementation (`config._attn_implementation`).
     """
 
     is_causal = True
@@ -76,9 +79,9 @@ class Attention(nn.Module):
         cache: SkipstoneCacheLayer | None = None,
         queries: Tokens | None = None,
     ) -> Tensor:
-        """Update of the query tokens, [B, K, D] or unpadded; keys and values of all tokens are computed and stored.
+        """Return the update of the query tokens, [B, K, D] or unpadded; keys and values of all tokens are stored.
 
-        queries: `tokens.query_tokens()`, where the caller has it.
+        queries: `tokens.query_tokens()`, if the caller has it already.
         """
         x = tokens.unpad(x_BTD)
         key, value = self._keys_and_values(x, tokens)
@@ -97,17 +100,18 @@ class Attention(nn.Module):
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
     def _keys_and_values(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, E] of all tokens, x being unpadded or not."""
+        """Return keys and values [B, H, T, E] of all tokens; x may be unpadded."""
         key = self._heads(tokens.pad(self.k_proj(x)), self.k_norm, tokens.rotary)
         return key, self._heads(tokens.pad(self.v_proj(x)))
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Split into heads [B, H, T, E], normalised and rotated if asked for."""
         y_BTHE = y.unflatten(-1, (-1, self.head_dim))
         y_BHTE = (y_BTHE if norm is None else norm(y_BTHE)).transpose(1, 2)
         return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
 
     def _store(self, key: Tensor, value: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> bool:
-        """Append to the cache, if there is one. True if nothing was stored before: the call's own keys are then all."""
+        """Append to the cache, if there is one; return whether this call's own keys are all there are."""
         if cache is None:
             return True
         was_empty = cache.kv.width == 0
@@ -115,8 +119,8 @@ class Attention(nn.Module):
         return was_empty
 
     def _own(self, key: Tensor, value: Tensor, tokens: Tokens, queries: Tokens) -> Seen:
-        """This call's own keys and values; no mask where a sorted row looks at itself."""
-        if isinstance(tokens.queries, WholeRows):  # one token a row, which sees itself
+        """Return this call's own keys and values, without a mask where a sorted row attends to itself."""
+        if isinstance(tokens.queries, WholeRows):  # one token per row, which attends to itself
             return tokens.queries.gather(key), tokens.queries.gather(value), None
         sorted_rows = tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned)
         if tokens.queries.is_all and sorted_rows:
@@ -127,10 +131,10 @@ class Attention(nn.Module):
         return key, value, slot_mask(slot_BT, tokens.document_BT, queries)
 
     def _attend_stored(self, query: Tensor, tokens: Tokens, queries: Tokens, kv: RaggedStore) -> Tensor:
-        """Over everything that is stored, this call's own keys included.
+        """Attend to all stored keys, including this call's.
 
-        If only some rows have queries, their stored keys are copied, or all rows attend and the results of the others
-        are thrown away, whichever touches less memory.
+        If only some rows have queries, either their stored keys are copied, or all rows attend and the results of the
+        others are discarded, whichever touches less memory.
         """
         rows = queries.rows
         if rows is not None and not query.requires_grad and _all_rows_are_cheaper(queries, rows, kv):
@@ -139,15 +143,18 @@ class Attention(nn.Module):
         return self._attend(query, *self._stored(tokens, queries, kv, rows))
 
     def _stored(self, tokens: Tokens, queries: Tokens, kv: RaggedStore, rows: RowSubset | None) -> Seen:
-        """What is stored of these rows (None: of all); no mask where the newest token of each row sees everything."""
+        """Return stored keys and values of these rows (None: all), without a mask if the newest token attends to all of
+        them.
+        """
         key, value = kv.view("key", rows).transpose(1, 2), kv.view("value", rows).transpose(1, 2)
         newest = tokens.length == 1 and tokens.document_BT is None
-        if newest and kv.even(rows):  # padding, too, sees all that is there
+        if newest and kv.even(rows):  # padding, too, attends to all keys
             return key, value, None
         document_BC = None if tokens.document_BT is None else kv.view("document", rows)
         return key, value, slot_mask(kv.view("slot", rows), document_BC, queries)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Run the configured attention implementation; returns [B, K, H, E]."""
         implementation = self.config._attn_implementation
         if implementation != "sdpa":
             mask = _additive(_by_column(query) if mask is None and query.shape[2] > 1 else mask, query)
@@ -158,14 +165,17 @@ class Attention(nn.Module):
 
 
 def _all_rows_are_cheaper(queries: Tokens, rows: RowSubset, kv: RaggedStore) -> bool:
-    """Whether attending in all rows touches less memory than copying the stored keys of `rows` first."""
+    """Return whether attending in all rows touches less memory than first copying the stored keys of `rows`."""
     if len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total or rows.total * kv.width < LEAST_COPY:
         return False
     return queries.slot_BT.shape[0] == 1 and queries.real_BT is None and queries.document_BT is None
 
 
 def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Tokens) -> Tensor:
-    """bool [B, 1, K, C]: who may see whom. Padding among the queries sees everything: its softmax stays finite."""
+    """Return which keys each query may attend to, bool [B, 1, K, C].
+
+    Padding among the queries attends to everything, so that its softmax stays finite.
+    """
     slot_BK, real_BK = queries.slot_BT, queries.real_BT
     if real_BK is not None:
         slot_BK = torch.where(real_BK, slot_BK, EMPTY)
@@ -177,12 +187,15 @@ def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Toke
 
 
 def _by_column(query_BHTE: Tensor) -> Tensor:
-    """What SDPA's `is_causal` means: bool [1, 1, T, T]. Not by slot: padding behind a gathered row has earlier ones."""
+    """Return the mask of SDPA's `is_causal`, bool [1, 1, T, T]: by column, because padding after a gathered row has
+    earlier slots.
+    """
     at_T = torch.arange(query_BHTE.shape[2], device=query_BHTE.device)
     return (at_T <= at_T[:, None])[None, None]
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Turn a bool mask into one that is added to logits."""
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, torch.finfo(like.dtype).min)
@@ -198,7 +211,9 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
-    """The plain formula with an additive mask, under the signature of transformers' attention interface."""
+    """Compute attention by the plain formula with an additive mask, with the signature of transformers' attention
+    interface.
+    """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]
     logits_BHKC = query @ key.transpose(2, 3) * scaling

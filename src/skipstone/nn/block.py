@@ -1,4 +1,4 @@
-"""A decoder block with a seam around itself, its attention and its MLP.
+"""A decoder block whose whole update, attention and MLP can each be wrapped in depth mechanisms.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -29,7 +29,10 @@ SITES = ("block", "attention", "mlp")
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP. `sites` names, for each site, its mechanisms in `mechanisms`, outermost first."""
+    """A pre-norm block of attention and MLP.
+
+    sites: for each site ("block", "attention", "mlp"), the names of its mechanisms in `mechanisms`, outermost first.
+    """
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class Block(GradientCheckpointingLayer):
         self.num_routing_modules = len(self.routing_modules())
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
-        """The residual stream after this block, and what its mechanisms decided."""
+        """Return the residual stream after this block, [B, T, D], and the records of its mechanisms."""
         cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
         if not self.sites["block"]:
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
@@ -59,16 +62,16 @@ class Block(GradientCheckpointingLayer):
         return added(x_BTD, delta_BTD), self._complete(records, x_BTD)
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """What decides in this block, by name: its mechanisms, and what decides in its MLP."""
+        """Return the routing modules of this block by name: its depth mechanisms and those inside its MLP."""
         return {**self.mechanisms, **self.mlp.routing_modules()}
 
     def fp32_names(self) -> list[str]:
-        """Return the names, within a block, of what its routing modules keep in fp32 whatever the model's dtype."""
+        """Return the names, within the block, of its routing modules' tensors that stay fp32 in any model."""
         named = [(name, module) for name, module in self.named_modules() if isinstance(module, RoutingModule)]
         return [name for prefix, module in named for name in fp32_names(prefix, module)]
 
     def _complete(self, records: Records, x_BTD: Tensor) -> Records:
-        """With those of mechanisms inside one that kept nobody: the names are the same in every call."""
+        """Add empty records of mechanisms that were not reached, so that every call returns the same names."""
         if len(records) == self.num_routing_modules:
             return records
         missing = {name: m.empty_record(x_BTD) for name, m in self.routing_modules().items() if name not in records}
@@ -77,7 +80,7 @@ class Block(GradientCheckpointingLayer):
     def _inside(
         self, site: str, update: CachedUpdate, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
-        """`update` inside the mechanisms of this site."""
+        """Run `update` inside the mechanisms of this site."""
         names = self.sites[site]
         if not names:
             return update(x_BTD, tokens, cache)
@@ -88,7 +91,7 @@ class Block(GradientCheckpointingLayer):
         return wrap(bound, [self.mechanisms[name] for name in names])(x_BTD, tokens)
 
     def _fused(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
-        """Both updates where no mechanism sits between them: query tokens are gathered once."""
+        """Return both updates together, gathering query tokens once; no mechanism is between them."""
         if tokens.no_queries:
             return self._remembered(x_BTD, tokens, cache), {}
         queries = tokens.query_tokens()
@@ -99,44 +102,47 @@ class Block(GradientCheckpointingLayer):
     def _sum_of_sublayers(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
-        """Both updates, each inside the mechanisms of its own site."""
+        """Return the sum of both updates, each inside the mechanisms of its own site."""
         a_BTD, _, m_BTD, records = self._sublayers(x_BTD, tokens, cache)
         return a_BTD + m_BTD, records
 
     def _sublayers(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Tensor, Tensor, Records]:
-        """The attention's update, the stream after it, the MLP's update."""
+        """Return the attention's update, the stream after it, the MLP's update, and all records."""
         a_BTD, records = self._inside("attention", self._attention, x_BTD, tokens, cache)
         after_BTD = added(x_BTD, a_BTD)
         m_BTD, more = self._inside("mlp", self._mlp, after_BTD, tokens, cache)
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 
     def _attention(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
+        """Return the attention's update [B, T, D], 0 for tokens that are not queries."""
         if tokens.no_queries:
             return self._remembered(x_BTD, tokens, cache), {}
         return tokens.scatter_queries(self._attended(x_BTD, tokens, tokens.query_tokens(), cache)), {}
 
     def _mlp(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
+        """Return the MLP's update [B, T, D], 0 for tokens that are not queries, and its records."""
         if tokens.no_queries:
             return torch.zeros_like(x_BTD), {}
         m, records = self._fed(tokens.gather_queries(x_BTD), tokens.query_tokens(), cache)
         return tokens.scatter_queries(m), lift(records, tokens.queries, tokens.state)
 
     def _remembered(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        """No update, for there are no queries; keys and values all the same."""
+        """Return an update of zeros for a call without queries, storing keys and values all the same."""
         self.self_attn(self.input_layernorm(x_BTD), tokens, cache)
         return torch.zeros_like(x_BTD)
 
     def _attended(self, x_BTD: Tensor, tokens: Tokens, queries: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        """The attention's update of the query tokens, unpadded."""
+        """Return the attention's update of the query tokens, unpadded."""
         return _scaled(self.self_attn(self.input_layernorm(x_BTD), tokens, cache, queries), queries)
 
     def _fed(self, x: Tensor, queries: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
-        """The MLP's update of the query tokens, unpadded as x is."""
+        """Return the MLP's update of the query tokens, unpadded if x is."""
         m, records = self.mlp(self.post_attention_layernorm(x), queries, cache)
         return _scaled(m, queries), records
 
 
 def _scaled(y: Tensor, tokens: Tokens) -> Tensor:
+    """Multiply an update by the tokens' gain."""
     return y if tokens.gain_BT is None else y * tokens.unpad(tokens.gain_BT)[..., None].to(y.dtype)

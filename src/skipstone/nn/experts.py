@@ -1,19 +1,20 @@
-"""A mixture of experts as the MLP of a block: token choice among SwiGLU experts and, if asked for, no-ops.
+"""A mixture of experts as the MLP of a block: token choice among SwiGLU experts and, optionally, no-ops.
 
-    p = softmax(W x)                    fp32, over the experts and behind them the no-ops
+    p = softmax(W x)                    fp32, over the experts, followed by the no-ops
     y = sum_{e in top k of p, e no no-op} g_e down_e(act(gate_e x) * up_e x)
     g = p renormalised over the k chosen ones, no-ops included (`renormalise: false`: p itself)
 
 A no-op among the experts is the integrated form of Mixture-of-Depths-and-Experts (Raposo et al. 2024, arXiv 2404.02258,
-section 4.4); the staged form is Mixture-of-Depths around a block with this MLP. Each token chooses by itself alone, so
-that choosing is causal, and nothing is dropped; padding and tokens whose update nobody wants choose nothing.
+section 4.4); the staged form is Mixture-of-Depths around a block with this MLP. Each token chooses independently of the
+others, so that choices are causal and no token is dropped; padding and tokens without a query choose nothing.
 
-Auxiliary loss of a token t, whose mean over tokens is the balancing loss of Switch Transformer (arXiv 2101.03961,
-equations 4 to 6) for k choices, plus the z-loss of ST-MoE (arXiv 2202.08906, equation 5):
+The auxiliary loss of token t, whose mean over tokens is the balancing loss of Switch Transformer (arXiv 2101.03961,
+equations 4 to 6) for k choices plus the z-loss of ST-MoE (arXiv 2202.08906, equation 5), is
 
     a X sum_e f_e p_te + b logsumexp(W x_t)^2      X experts and no-ops, f_e: share of e in the choices of this call
 
-Balancing without a loss (arXiv 2408.15664): a bias on p that only choosing sees, moved by u sign(mean - f_e) a step.
+Balancing without a loss (arXiv 2408.15664) adds to p, for choosing only, a bias that moves by u sign(mean - f_e) per
+step.
 
 Shape letters: B rows, T tokens, C choices of a token, X experts and no-ops, D width, F neurons of an expert.
 """
@@ -41,16 +42,17 @@ from skipstone.ops import apply_experts, score_linear
 from skipstone.ops import reference as ops
 from skipstone.ops.reference import dropped
 
-ROW_OF_16_BYTES = 8  # elements, in the narrowest type: what grouped products ask of a width
+ROW_OF_16_BYTES = 8  # elements of a 16-bit type; grouped products require widths that are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """count: experts. top_k: choices of a token. no_op: experts beside them that do nothing, at no FLOPs.
+    """Options of a mixture of experts.
 
-    intermediate_size: neurons of one expert; by default the model's divided by top_k, so that a token costs what the
-    dense MLP costs. renormalise: whether the weights of the chosen ones add up to 1. balance_weight: a, 0 for none.
-    balance_rate: u, 0 for none. z_weight: b, 0 for none.
+    count: number of experts. top_k: choices per token. no_op: additional experts that do nothing and cost no FLOPs.
+    intermediate_size: neurons of one expert; default: the model's divided by top_k, so that a token costs as much as in
+    the dense MLP. renormalise: whether the weights of the chosen experts add up to 1. balance_weight: a, 0 for no
+    balancing loss. balance_rate: u, 0 for no balancing bias. z_weight: b, 0 for no z-loss.
     """
 
     count: int = 8
@@ -82,15 +84,19 @@ class ExpertsConfig:
 
     @property
     def total(self) -> int:
+        """Number of experts and no-ops."""
         return self.count + self.no_op
 
     def neurons(self, dense: int) -> int:
-        """Of one expert, where the dense MLP has `dense`: a multiple of 8."""
+        """Return the neurons of one expert if the dense MLP has `dense`: a multiple of 8."""
         return self.intermediate_size or -(-dense // (self.top_k * ROW_OF_16_BYTES)) * ROW_OF_16_BYTES
 
 
 class ExpertRouter(nn.Module):
-    """logits = W x in fp32. A bare weight, so that adapters and quantisers that take every Linear leave it alone."""
+    """The router of a mixture of experts: logits = W x in fp32.
+
+    It is a bare weight, so that adapters and quantisers that replace every Linear leave it alone.
+    """
 
     def __init__(self, width: int, total: int, balanced: bool) -> None:
         super().__init__()
@@ -105,11 +111,15 @@ class ExpertRouter(nn.Module):
             init.zeros_(self.balance_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the logits of experts and no-ops, fp32 [B, T, X]."""
         return score_linear(x_BTD, self.weight)
 
 
 class ExpertsMLP(FeedForward, RoutingModule):
-    """`options` as in `ExpertsConfig`, unless `config` has them. Widths must be multiples of 8."""
+    """A mixture of experts as an MLP. `options` are those of `ExpertsConfig`, unless `config` is given.
+
+    Widths must be multiples of 8.
+    """
 
     activation: FixedActivation
     built_in = True
@@ -144,7 +154,10 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        """The experts' sum [B, T, D], 0 for padding, and who chose what. Unpadded tokens go in and out unpadded."""
+        """Return the experts' weighted sum [B, T, D], 0 for padding, and the record of choices.
+
+        Unpadded tokens are returned unpadded.
+        """
         x_BTD = tokens.pad(x_BTD)
         logits_BTX = self.router(x_BTD)
         share_BTX = logits_BTX.softmax(-1)
@@ -169,7 +182,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         }
 
     def choose(self, share_BTX: Tensor) -> tuple[Tensor, Tensor]:
-        """The k best of each token and their weights, [B, T, C]."""
+        """Return the chosen experts of each token, int64, and their weights, fp32; both [B, T, C]."""
         bias_X = self.router.balance_bias
         ranked_BTX = share_BTX if bias_X is None else share_BTX + bias_X
         expert_BTC = ranked_BTX.topk(self.config.top_k, dim=-1).indices
@@ -179,7 +192,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return expert_BTC, weight_BTC
 
     def _idle(self, expert_BTC: Tensor, real_BT: Tensor | None) -> Tensor | None:
-        """Choices that nobody computes; None where there are none."""
+        """Return a mask of choices that are not computed; None if there are none."""
         no_op_BTC = expert_BTC >= self.config.count if self.config.no_op else None
         if real_BT is None:
             return no_op_BTC
@@ -187,6 +200,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return padding_BTC if no_op_BTC is None else no_op_BTC | padding_BTC
 
     def _loss(self, logits_BTX: Tensor, share_BTX: Tensor, chosen_BTX: Tensor, reached_BT: Tensor) -> Tensor | None:
+        """Return the auxiliary loss of each token, fp32 [B, T]; None without one."""
         balance, z = self.config.balance_weight, self.config.z_weight
         terms = []
         if balance:
@@ -200,14 +214,16 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return chosen_BTX.sum((0, 1)) / (reached_BT.sum() * self.config.top_k)
 
     def usage(self, record: ExpertsRecord) -> Tensor:
-        """f: share of each expert, no-ops last, in all choices, fp32 [X]; NaN where nobody was asked."""
+        """Return f, the share of each expert (no-ops last) in all choices, fp32 [X]; NaN if no token was reached."""
         return self._usage(record.chosen_BTX, record.reached_BT)
 
     def statistics(self, record: Record) -> Tensor | None:
+        """Return the usage of each expert, which moves the balancing bias; None without a bias."""
         record = expect(record, ExpertsRecord)
         return self.usage(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
+        """Move the balancing bias by one step."""
         if self.router.balance_bias is not None and statistics is not None:
             self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
@@ -223,10 +239,10 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return ExpertsRecord(nan_BTX, nan_BTX > 0, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
     def set_identity(self) -> None:
-        """Nothing: a part of the decoder, not something around it."""
+        """Do nothing: the MLP is part of the decoder, not a mechanism around it."""
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Of the router; the experts' products count as the block's MLP."""
+        """Return the FLOPs of the router; the experts' products count as the block's MLP."""
         return 2 * tokens * self.router.weight.numel()
 
     def routing_modules(self) -> dict[str, RoutingModule]:
@@ -241,15 +257,18 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return sum(weight.numel() for weight in (self.gate_proj, self.up_proj, self.down_proj)) // self.config.count
 
     def dense_passes(self, tokens: float) -> float:
+        """Return the choices of `tokens` tokens, each a pass through one expert."""
         return tokens * self.config.top_k
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Choices that experts compute; as promised: in the mean, if all are used alike, no-ops included."""
+        """Return the choices that experts compute; unmeasured: the mean if experts and no-ops are used equally."""
         promised = self.dense_passes(tokens) * self.config.count / self.config.total
         return number(kept.get(self.placement.name, promised))
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Choices of a row in the mean, without no-ops: experts compute nothing to fill up shorter rows."""
+        """Return the mean number of choices per row without no-ops; experts compute nothing for the padding of shorter
+        rows.
+        """
         record = find(records, self.placement.name, ExpertsRecord)
         if record is None:
             return {}
@@ -257,6 +276,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return {self.placement.name: Fraction(int(chosen_BTX.sum()), len(chosen_BTX))}
 
     def token_passes(self, records: Records) -> Tensor:
+        """Return the choices of each token without no-ops, int64 [B, T] on the CPU."""
         record = find(records, self.placement.name, ExpertsRecord)
         assert record is not None
         return record.chosen_BTX[..., : self.config.count].sum(-1).cpu()
@@ -265,5 +285,5 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return self.weights_per_pass() * max(self.config.count - self.config.top_k, 0)
 
     def entropy(self, record: ExpertsRecord) -> Tensor:
-        """Of each token's p, as a share of its maximum (ln X); NaN where nobody was asked. [B, T]."""
+        """Return the entropy of each token's p as a share of its maximum, ln X; NaN where not reached. [B, T]."""
         return torch.special.entr(record.logits_BTX.softmax(-1)).sum(-1) / math.log(max(self.config.total, 2))

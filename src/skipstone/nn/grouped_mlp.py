@@ -1,7 +1,8 @@
-"""A gated MLP of which only some groups of neurons are on; the others are not multiplied.
+"""A gated MLP that multiplies only the groups of neurons that are on.
 
-Two executors, one meaning: the masked one multiplies all neurons and takes those that are off by 0, the gathered one
-computes runs of tokens with equal groups by their part of the weights. A decoding step keeps that part in the cache.
+Two executors give the same result: the masked one multiplies all neurons and sets those that are off to 0, the gathered
+one computes runs of tokens with equal groups with their part of the weights. Decoding steps keep that part in the
+cache.
 
 Shape letters: B rows, T tokens, N tokens as they come (unpadded or not), D width, F neurons, J neurons that are on, K
 groups that are on, S neurons of a group.
@@ -30,19 +31,22 @@ from skipstone.nn.mlp import activated
 from skipstone.ops.neurons import Runs, kept_linear, kept_part
 from skipstone.ops.reference import dropped
 
-Part: TypeAlias = tuple[Tensor, ...]  # gate, up and down of the groups that are on in one row
+Part: TypeAlias = tuple[Tensor, ...]  # gate, up and down weights of the groups that are on in one row
 
 
 @dataclass(frozen=True)
 class Held:
-    """What decoding reads while the decision lasts. group_BK: of each row; parts: its weights gate, up, down."""
+    """Copied weights that decoding steps reuse while the groups stay the same.
+
+    group_BK: the groups of each row. parts: the weights of each row.
+    """
 
     group_BK: Tensor
     parts: list[Part]
 
 
 class DivisibleMLP(FeedForward):
-    """A gated MLP whose neurons are divided into groups; subclasses say how those that are on are computed."""
+    """A gated MLP whose neurons are divided into groups; subclasses define how the groups that are on are computed."""
 
     def __init__(
         self, width: int, neurons: int, activation: Activation, router: GroupRouter, dropout: float = 0.0
@@ -57,16 +61,16 @@ class DivisibleMLP(FeedForward):
 
     @property
     def total(self) -> int:
-        """Groups of neurons."""
+        """Number of neuron groups."""
         return self.router.total
 
     @property
     def divisible(self) -> bool:
-        """Whether parts of its matrices may be taken, which passes by what acts around the call of a whole one."""
+        """Whether parts of its matrices may be multiplied without calling the linear layers (`weight_is_readable`)."""
         return all(map(weight_is_readable, self.matrices()))
 
     def matrices(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """Gate, up, down."""
+        """Return the linear layers gate, up and down."""
         return self.gate_proj, self.up_proj, self.down_proj
 
     def routing_modules(self) -> dict[str, RoutingModule]:
@@ -79,12 +83,12 @@ class DivisibleMLP(FeedForward):
         return sum(linear.weight.numel() for linear in self.matrices())
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
-        """Passes through the whole MLP that are as much work as those through the groups that are on."""
+        """Return passes through the whole MLP that equal the work of those through the groups that are on."""
         share = Fraction(number(kept.get(self.router.placement.name, self.router.share_on)))
         return Fraction(tokens) * self._matrix_share(share, single_token)
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """The share of the groups that is on; where more are tried than kept, the mean of both."""
+        """Return the share of groups that is on; if more are tried than kept, the mean of both shares."""
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)
         if record is None or not record.reached_BT.any():
@@ -100,11 +104,12 @@ class DivisibleMLP(FeedForward):
         return self._matrix_share((tried_BT + kept_BT) / 2, kept_BT.shape == (1, 1)).float()
 
     def _matrix_share(self, share: Share, single_token: bool) -> Share:
+        """Return the share of the MLP's matrices that is multiplied."""
         return self.router.matrix_share(share, single_token) if self.divisible else 1 + 0 * share
 
 
 class GroupedMLP(DivisibleMLP):
-    """An MLP whose groups are chosen from its input, as `mechanisms/neuron_groups.py` does."""
+    """An MLP whose groups are chosen from its input, as by `mechanisms/neuron_groups.py`."""
 
     router: InputGroupRouter
 
@@ -129,6 +134,7 @@ class GroupedMLP(DivisibleMLP):
     def _masked(
         self, x_BTD: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
+        """Multiply all neurons and set those that are off to 0."""
         gate_BTF = self.gate_proj(x_BTD)
         y_BTF, records = activated(self.activation, gate_BTF, x_BTD, tokens, cache)
         y_BTF = y_BTF * self.up_proj(x_BTD)
@@ -138,6 +144,7 @@ class GroupedMLP(DivisibleMLP):
     def _gathered(
         self, x_BTD: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
+        """Multiply runs of tokens with equal groups by these groups only."""
         group_BTK = choice.group_BTK
         begins_BT = torch.ones(group_BTK.shape[:2], dtype=torch.bool, device=group_BTK.device)
         begins_BT[:, 1:] = (group_BTK[:, 1:] != group_BTK[:, :-1]).any(-1)
@@ -153,6 +160,7 @@ class GroupedMLP(DivisibleMLP):
     def _decoded(
         self, x_B1D: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer
     ) -> tuple[Tensor, Records]:
+        """Compute a decoding step with weights kept from the step before, as far as groups are the same."""
         held = self._held(choice.group_BTK[:, 0], cache)
         runs = Runs(group_MK=held.group_BK, bounds=list(range(len(x_B1D) + 1)), blocks=[], total=self.total)
         gate_B1J, up_B1J = _by_row(x_B1D, held, 0), _by_row(x_B1D, held, 1)
@@ -160,7 +168,7 @@ class GroupedMLP(DivisibleMLP):
         return _by_row(_by_group(y_B1J * up_B1J, choice.gain_BTK), held, 2), records
 
     def _held(self, group_BK: Tensor, cache: SkipstoneCacheLayer) -> Held:
-        """Gathered anew for rows whose groups are others than in the step before. The host waits."""
+        """Return the weights of each row's groups, copied only for rows whose groups changed. The host waits."""
         name, before = self.router.placement.name, cache.scratch.get(self.router.placement.name)
         parts: dict[int, Part] = {}
         if isinstance(before, Held) and before.group_BK.shape == group_BK.shape:
@@ -173,22 +181,23 @@ class GroupedMLP(DivisibleMLP):
         return held
 
     def _part(self, group_K: Tensor) -> Part:
+        """Return a copy of the weights of these groups."""
         linears = ((self.gate_proj, 0), (self.up_proj, 0), (self.down_proj, 1))
         return tuple(kept_part(whole_weight(linear), group_K, self.total, axis) for linear, axis in linears)
 
 
 def whole_weight(linear: nn.Linear) -> Tensor:
-    """The weight; of a quantised one (torchao's), which cannot be taken in parts, the numbers that it stands for."""
+    """Return the weight of a linear layer; a quantised one (torchao), which cannot be sliced, is dequantised."""
     return linear.weight.dequantize() if is_quantised(linear) else linear.weight
 
 
 def _by_group(y: Tensor, gain: Tensor) -> Tensor:
-    """y [.., K S] times gain [.., K], each for S neurons."""
+    """Multiply y [.., K S] by gain [.., K], each entry for S neurons."""
     return (y.unflatten(-1, (gain.shape[-1], -1)) * gain[..., None].to(y.dtype)).flatten(-2)
 
 
 def _by_row(x_B1I: Tensor, held: Held, which: int) -> Tensor:
-    """[B, 1, O], each row by its own weights."""
+    """Multiply each row by its own weights; returns [B, 1, O]."""
     if len(x_B1I) == 1:
         return F.linear(x_B1I, held.parts[0][which])
     return torch.stack([F.linear(x, parts[which]) for x, parts in zip(x_B1I, held.parts, strict=True)])

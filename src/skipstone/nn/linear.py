@@ -1,4 +1,4 @@
-"""Linear layers that are initialised in a way of their own."""
+"""Linear layers with an initialisation of their own."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from torch import nn
 
 
 class OutputLinear(nn.Linear):
-    """A projection back into the residual stream; its start may be scaled by 1/sqrt(2 * layers) (GPT-2)."""
+    """A projection into the residual stream, whose initial weights may be scaled by 1/sqrt(2 * layers) (GPT-2)."""

@@ -1,10 +1,9 @@
-"""A gated MLP whose neurons are left out by the size of what they compute, token by token.
+"""A gated MLP that leaves out neurons by the magnitude of their activations, token by token.
 
-The gate's matrix is multiplied in full; what it gives says which neurons are worth trying, and their products which are
-worth keeping. A call of one token, as in decoding one row, reads and multiplies only these parts of the other two
-matrices (the gathered executor). More tokens, each with neurons of its own, have no smaller product, and parts for each
-of them would be more to read than the whole: all are multiplied and those that are off taken by 0, which is the
-specification, too.
+The gate matrix is multiplied in full; its activations decide which neurons are tried, and the products of these which
+are kept. A call of one token, as in decoding one row, reads and multiplies only these parts of the other two matrices
+(the gathered executor). Several tokens, each with its own neurons, would read more than the whole matrices, so
+everything is multiplied and neurons that are off are set to 0, which is also the specification.
 
 Shape letters: B rows, T tokens, D width, F neurons, G groups.
 """
@@ -26,7 +25,7 @@ from skipstone.ops.reference import dropped
 
 
 class MagnitudeMLP(DivisibleMLP):
-    """An MLP whose groups are chosen from what it computes, as `mechanisms/magnitude.py` does."""
+    """An MLP whose groups are chosen from its own activations, as by `mechanisms/magnitude.py`."""
 
     router: ActivationGroupRouter
 
@@ -47,6 +46,7 @@ class MagnitudeMLP(DivisibleMLP):
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
 
     def _in_full(self, x_BTD: Tensor, a_BTF: Tensor, tokens: Tokens) -> MagnitudeOutput:
+        """Multiply all neurons and set those that are off to 0."""
         score_BTG, tried_BTG = self.router.worth_trying(tokens.pad(a_BTF))
         h_BTF, kept_BTG = a_BTF * self.up_proj(x_BTD), tried_BTG
         if self.router.tried < self.total:
@@ -58,13 +58,15 @@ class MagnitudeMLP(DivisibleMLP):
 
     @property
     def divisible(self) -> bool:
-        """Not of quantised weights either: restoring them for every token would take longer than multiplying all."""
+        """Whether parts of its matrices may be multiplied; not of quantised ones, which would be dequantised for every
+        token.
+        """
         return super().divisible and not any(map(is_quantised, self.matrices()))
 
     def _parts(self, cache: SkipstoneCacheLayer | None) -> MagnitudeWeights | None:
-        """What `one_token` needs to know; None where everything has to be multiplied.
+        """Return the weights for `one_token`, or None if everything has to be multiplied.
 
-        Where rows are read in place, the cache keeps it, with a copy of the last matrix that is turned.
+        If rows are read in place, the cache keeps these weights, with a transposed copy of the last matrix.
         """
         if torch.compiler.is_compiling():
             return None
@@ -86,5 +88,5 @@ class MagnitudeMLP(DivisibleMLP):
 
 
 def _without(h: Tensor, on: Tensor) -> Tensor:
-    """h, 0 where a group is not on."""
+    """Set h to 0 where a group is off."""
     return h.unflatten(-1, (on.shape[-1], -1)).mul(on[..., None]).flatten(-2)

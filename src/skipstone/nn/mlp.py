@@ -1,6 +1,6 @@
-"""Feed-forward parts and fixed activations; `core/width.py` says what a block asks of them.
+"""MLPs and fixed activations with the interface of `core/width.py`.
 
-Tokens come unpadded, [1, N, D] instead of [B, T, D], where `tokens.unpadding` says so.
+Tokens are unpadded, [1, N, D] instead of [B, T, D], if `tokens.unpadding` is set.
 
 Shape letters: B rows, T tokens, D width, F neurons.
 """
@@ -40,7 +40,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FixedActivation(Activation):
-    """One function for every neuron."""
+    """An activation that applies one function to every neuron."""
 
     by_token = True
 
@@ -67,10 +67,11 @@ Groups = dict[str, int | float]
 
 @dataclass(frozen=True, kw_only=True)
 class FixedMixConfig:
-    """groups: how many neurons use each function, `{silu: 96, gelu: 32}`, or which share, `{silu: 0.75, gelu: 0.25}`; a
-    list has one such mapping for each layer.
+    """Options of `FixedMix`.
 
-    The neurons of a function are adjacent, and the groups lie in alphabetical order, as config.json keeps them.
+    groups: how many neurons use each function, `{silu: 96, gelu: 32}`, or which share, `{silu: 0.75, gelu: 0.25}`; a
+    list has one such mapping per layer. Neurons of one function are adjacent, and functions are in alphabetical order,
+    as config.json stores them.
     """
 
     groups: Groups | list[Groups]
@@ -89,7 +90,7 @@ class FixedMixConfig:
                 raise ValueError(f"groups must be shares that add up to 1, got {sum(groups.values()):g}")
 
     def require(self, layers: int, neurons: int) -> None:
-        """Raise ValueError unless every one of so many layers has so many neurons in its groups."""
+        """Raise ValueError unless the groups fit `layers` layers of `neurons` neurons."""
         if isinstance(self.groups, list) and len(self.groups) != layers:
             raise ValueError(f"activation.groups has {len(self.groups)} entries, but there are {layers} layers")
         for layer in range(layers):
@@ -99,7 +100,7 @@ class FixedMixConfig:
                 )
 
     def of(self, layer: int, neurons: int) -> dict[str, int]:
-        """Numbers of neurons by function; of shares whole numbers, each within one of its share of `neurons`."""
+        """Return the number of neurons of each function in a layer; shares are rounded so that the sum is exact."""
         groups = self.groups if isinstance(self.groups, dict) else self.groups[layer]
         if not any(isinstance(count, float) for count in groups.values()):
             return dict(groups)  # type: ignore[arg-type]
@@ -108,7 +109,7 @@ class FixedMixConfig:
 
 
 class FixedMix(Activation):
-    """Each neuron has one function, for good; those of one function are adjacent, see `FixedMixConfig`."""
+    """An activation with a fixed function for each neuron, as `FixedMixConfig` assigns them."""
 
     by_token = True
 
@@ -142,7 +143,7 @@ FIXED_MIX = "fixed_mix"
 def activated(
     activation: Activation, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
 ) -> tuple[Tensor, Records]:
-    """`activation` of unpadded tokens, in rows if it looks at more than one token at a time (no `by_token`)."""
+    """Apply `activation` to tokens that may be unpadded; they are padded for it unless it acts `by_token`."""
     y_BTF: Tensor
     records: Records
     if tokens.unpadding is None or activation.by_token:
@@ -153,7 +154,7 @@ def activated(
 
 
 class GatedMLP(FeedForward):
-    """down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
+    """A gated MLP: down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class GatedMLP(FeedForward):
 
 
 class PlainMLP(FeedForward):
-    """down(act(up(x)))."""
+    """An MLP without a gate: down(act(up(x)))."""
 
     def __init__(
         self,

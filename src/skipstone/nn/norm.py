@@ -12,7 +12,7 @@ from skipstone.ops import reference as ops
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32 (arXiv 1910.07467)."""
+    """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * weight, with statistics in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

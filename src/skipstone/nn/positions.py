@@ -1,6 +1,6 @@
-"""Where a token stands: rotary angles, or a learned vector for each position.
+"""Rotary position embeddings.
 
-Shape letters: B rows, T tokens, E head size, D width.
+Shape letters: B rows, T tokens, E head size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Rotary(nn.Module):
-    """cos and sin of the rotary angles (arXiv 2104.09864), half-split; scalings of fixed frequency by transformers."""
+    """Cos and sin of rotary angles (arXiv 2104.09864), half-split layout; scaled frequencies come from transformers."""
 
     inverse_E2: Tensor
 
@@ -26,6 +26,7 @@ class Rotary(nn.Module):
         self.register_buffer("inverse_E2", inverse_E2, persistent=False)
 
     def _frequencies(self) -> tuple[Tensor, float]:
+        """Return the inverse frequencies [E/2] and the factor on cos and sin."""
         kind = self.config.rope_parameters["rope_type"]
         if kind == "default":
             even = torch.arange(0, self.config.head_dim, 2, dtype=torch.float)
@@ -37,7 +38,9 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, E] in `dtype`, in fp32 inside or fp64; the first half of sin negated, for `ops.rotate`."""
+        """Return cos and sin [B, T, E] in `dtype`, computed in fp32 or fp64; the first half of sin is negated, for
+        `ops.rotate`.
+        """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         angle = position_BT[..., None].to(wide) * self.inverse_E2.to(wide)
         cos, sin = angle.cos(), angle.sin()

@@ -1,7 +1,8 @@
-"""PolyGLU's mixture without its [B, T, F, A] tensor: meaning and signature of `reference`, less memory and time.
+"""PolyGLU's activation mixture on a CPU without the [B, T, F, A] tensor: `reference` in less memory and time.
 
-Saves nothing but its inputs and recomputes in backward, in chunks of tokens small enough to stay in the cache. A share
-is a product of what the neuron says, s, and what the token says, c, so that no pair of them needs an exponential:
+It saves only its inputs and recomputes in the backward pass, in chunks of tokens small enough for the processor's
+cache. The softmax factors into a part of the neuron, s, and a part of the token, c, so that exponentials are taken of
+each part alone and not of every pair:
 
     p_k = exp(s_k) exp(c_k) / sum_j exp(s_j) exp(c_j)
 
@@ -24,22 +25,23 @@ from torch.autograd.function import once_differentiable
 
 from skipstone.ops import reference
 
-CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor: with its companions 1.5 MB in fp32
-# Nats below the largest logit. Of two parts one must stay within NEAR, or the tokens of a chunk that far from each
-# other: their sum is then above e^-32 (e^-16), and what the other part has below FAR is less than e^-21 of it. FAR is
-# put in its place, since products of smaller numbers are denormal and take many times as long.
+CHUNK_ELEMENTS = 1 << 15  # of one [N, F] tensor; all tensors of a chunk together take 1.5 MB in fp32
+# In nats below the largest logit. Products are exact enough if the logits of one part stay within NEAR, or those of a
+# chunk's tokens within NEAR of each other: the sum of exponentials is then above e^-32 (e^-16), and logits of the other
+# part below FAR contribute less than e^-21 of it. They are clamped to FAR, because products of smaller numbers are
+# denormal and many times as slow.
 NEAR, FAR = 32.0, -53.0
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """See `reference.mix_activations`; the temperature gets no gradient."""
+    """Compute `reference.mix_activations` in chunks of tokens; the temperature gets no gradient."""
     if gate_BTF.dtype == torch.float64:  # the chunks below are laid out for fp32
         return reference.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)
     static_BFA, dynamic_BTA = static_BFA.float() / temperature, dynamic_BTA.float() / temperature
     dynamic_BTA = dynamic_BTA.expand(*gate_BTF.shape[:2], -1)
     if static_BFA.shape[0] > 1:
         return _Mix.apply(gate_BTF, static_BFA, dynamic_BTA)  # type: ignore[no-any-return]
-    # Rows that share their static part are one long row: fewer and fuller chunks, above all in decoding.
+    # Rows with the same static part are treated as one long row: fewer and fuller chunks, especially in decoding.
     mixed_1NF = _Mix.apply(gate_BTF.flatten(0, 1)[None], static_BFA, dynamic_BTA.flatten(0, 1)[None])
     return mixed_1NF.view(gate_BTF.shape)  # type: ignore[no-any-return]
 
@@ -78,36 +80,37 @@ class _Mix(torch.autograd.Function):
                 if k:
                     d_NF.add_(more_NF)
             d_gate[b, at] = d_NF
-            d_logit_ANF = work[4:7].sub_(y_NF).mul_(work[:3])  # the last is the negative sum of the others
+            d_logit_ANF = work[4:7].sub_(y_NF).mul_(work[:3])  # the fourth is the negative sum of these three
             d_static[b if len(d_static) > 1 else 0, :-1].add_(d_logit_ANF.sum(1))
             d_dynamic[b, :-1, at] = d_logit_ANF.sum(2)
         return d_gate, _with_last(d_static), _with_last(d_dynamic)
 
 
 class _Products:
-    """Shares as products, to be divided by their sum."""
+    """Unnormalised shares as products of exponentials."""
 
     def __init__(self, static_BFA: Tensor, dynamic_BTA: Tensor) -> None:
         self.static_BAF = static_BFA.clamp(min=FAR).exp_().transpose(1, 2).contiguous()
         self.dynamic_BTA = dynamic_BTA.clamp(min=FAR).exp_()
 
     def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
-        """Write a chunk's parts and their sums."""
+        """Write the unnormalised shares of a chunk and their sums."""
         static_AF = self.static_BAF[b if len(self.static_BAF) > 1 else 0]
         _multiply(static_AF, self.dynamic_BTA[b, at], out_ANF, total_NF)
 
 
 class _Centred(_Products):
-    """The same where both parts reach so far down that their exponentials vanish.
+    """Unnormalised shares for logits so far apart that exponentials of a single part would underflow.
 
-    Tokens of a chunk say nearly the same, for their contexts are means: what they have in common is added to what the
-    neurons say, and the rest is near 0. Where it is not, sums are taken in place of products.
+    The tokens of a chunk usually have similar logits, because their contexts are means: the middle of their range is
+    added to the neurons' part, and the rest is near 0. Where it is not, exponentials of the sums are taken.
     """
 
     def __init__(self, static_BFA: Tensor, dynamic_BTA: Tensor) -> None:
         self.static_BAF, self.dynamic_BTA = static_BFA.transpose(1, 2).contiguous(), dynamic_BTA
 
     def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
+        """Write the unnormalised shares of a chunk and their sums."""
         static_AF, dynamic_NA = self.static_BAF[b if len(self.static_BAF) > 1 else 0], self.dynamic_BTA[b, at]
         least_A, most_A = dynamic_NA.aminmax(dim=0)
         if _near(least_A - most_A):
@@ -122,30 +125,33 @@ class _Centred(_Products):
 
 
 def _multiply(static_AF: Tensor, dynamic_NA: Tensor, out_ANF: Tensor, total_NF: Tensor) -> None:
+    """Write exp(static) exp(dynamic) and its sum over activations."""
     torch.mul(dynamic_NA.T[:, :, None], static_AF[:, None], out=out_ANF)
     _add_up(out_ANF, total_NF)
 
 
 def _add_up(x_ANF: Tensor, total_NF: Tensor) -> None:
+    """Write the sum over the four activations."""
     torch.add(x_ANF[0], x_ANF[1], out=total_NF).add_(x_ANF[2]).add_(x_ANF[3])
 
 
 def _shares(static_BFA: Tensor, dynamic_BTA: Tensor) -> _Products:
+    """Return the way to compute shares that is accurate for these logits."""
     parts = [x - x.amax(-1, keepdim=True) for x in (static_BFA, dynamic_BTA)]
     return (_Products if any(map(_near, reversed(parts))) else _Centred)(*parts)
 
 
 def _near(logits: Tensor) -> bool:
-    """Whether all are, of logits that are at most 0; taken to be so where there are no numbers (fake tensors)."""
+    """Return whether all logits, which are at most 0, are within NEAR of 0; True for fake tensors."""
     if isinstance(logits, FakeTensor) or not logits.numel():
         return True
-    return bool(logits.amin().numpy() >= -NEAR)  # by numpy, since a CPU waits for nobody
+    return bool(logits.amin().numpy() >= -NEAR)  # numpy: not counted as a host sync, and on a CPU it is none
 
 
 def _chunks(gate: Tensor, parts: int) -> Iterator[tuple[int, slice, Tensor, list[Tensor]]]:
-    """Row and tokens of each chunk with memory for it, fp32 [parts, N, F], whole and in parts.
+    """Yield row and token range of each chunk with its working memory, fp32 [parts, N, F], whole and as a list.
 
-    It is the same memory for all, since what is allocated anew is not in the cache.
+    All chunks use the same memory, because newly allocated memory is not in the processor's cache.
     """
     B, T, width = gate.shape
     step = max(1, min(CHUNK_ELEMENTS // max(width, 1), T))
@@ -159,7 +165,7 @@ def _chunks(gate: Tensor, parts: int) -> Iterator[tuple[int, slice, Tensor, list
 
 
 def _add_product(sum_NF: Tensor, x_NF: Tensor, y_NF: Tensor, *, first: bool) -> None:
-    """The first one is what the sum starts from."""
+    """Add x y to the sum, or start the sum with it."""
     if first:
         torch.mul(x_NF, y_NF, out=sum_NF)
     else:
@@ -167,19 +173,19 @@ def _add_product(sum_NF: Tensor, x_NF: Tensor, y_NF: Tensor, *, first: bool) -> 
 
 
 def _with_last(d_BAF: Tensor) -> Tensor:
-    """[B, F or T, A], the last activation's being what the others leave."""
+    """Fill in the last activation's gradient, the negative sum of the others, and return [B, F or T, A]."""
     d_BAF[:, -1] = -d_BAF[:, :-1].sum(1)
     return d_BAF.transpose(1, 2)
 
 
 _aten = torch.ops.aten
-_VALUES = (  # the palette of `reference.ACTIVATIONS`, into the second argument
+_VALUES = (  # `reference.ACTIVATIONS`, written into the second argument
     lambda g, out: torch.clamp(g, min=0, out=out),
     lambda g, out: torch.tanh(g, out=out),
     lambda g, out: _aten.silu.out(g, out=out),
     lambda g, out: _aten.gelu.out(g, out=out),
 )
-_SLOPES = (  # d times the slope at g, where the value is h
+_SLOPES = (  # d times the derivative at g, where the value is h
     lambda d, g, h, out: _aten.threshold_backward.grad_input(d, g, 0, grad_input=out),
     lambda d, g, h, out: _aten.tanh_backward.grad_input(d, h, grad_input=out),
     lambda d, g, h, out: _aten.silu_backward.grad_input(d, g, grad_input=out),

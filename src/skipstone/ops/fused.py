@@ -1,8 +1,8 @@
-"""PolyGLU's mixture as one Triton kernel forward and one backward: meaning and signature of `reference`.
+"""PolyGLU's activation mixture as one Triton kernel forward and one backward, with the result of `reference`.
 
-As `cpu`, it saves nothing but its inputs: a program of the grid computes a tile of tokens by neurons, all four shares
-and activations in registers. Sums over tokens and over neurons are left as one part a tile and added up afterwards, so
-that a result does not depend on the order in which programs run. Formulas of the gradients: see `cpu`.
+Like `cpu`, it saves only its inputs: each program computes a tile of tokens by neurons with all four shares and
+activations in registers. Sums over tokens and neurons are written as one partial sum per tile and added afterwards, so
+that results do not depend on the order in which programs run. The gradients are derived in `cpu`.
 
 Shape letters: B rows, T tokens, F neurons, A activations; in kernels, t and f are the tokens and neurons of a tile.
 """
@@ -23,7 +23,7 @@ INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """See `reference.mix_activations`; the temperature gets no gradient."""
+    """Compute `reference.mix_activations` by Triton kernels; the temperature gets no gradient."""
     static_BAF, dynamic_BAT = (
         (x.float() / temperature).transpose(1, 2).contiguous() for x in (static_BFA, dynamic_BTA)
     )

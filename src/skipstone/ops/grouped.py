@@ -1,8 +1,9 @@
-"""Experts by grouped matrix products: meaning and signature of `reference.apply_experts`, each choice computed once.
+"""A mixture of experts by grouped matrix products: `reference.apply_experts`, computing each choice once.
 
-Choices are sorted by expert, so that each expert's tokens lie together; idle choices come last, where no product looks.
-Nothing here makes the host wait, and every sum has a fixed order. Widths must be multiples of 8: the kernels ask for
-rows of 16 bytes.
+Choices are sorted by expert, so that each expert's tokens are contiguous; idle choices come last, outside of every
+group. The host never waits, and every sum has a fixed order. Widths must be multiples of 8, because the kernels require
+rows of a multiple of 16 bytes.
+
 Shape letters: N tokens, C choices of a token, S = N C sorted choices, X experts, D width, F neurons.
 """
 
@@ -27,11 +28,11 @@ def apply_experts(
     down_XDF: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """See `reference.apply_experts`."""
+    """Compute `reference.apply_experts` by grouped matrix products."""
     dtype = _product_dtype(gate_XFD)
     key_NC = expert_NC if idle_NC is None else torch.where(idle_NC, len(gate_XFD), expert_NC)
     sorted_S, order_S = key_NC.flatten().sort(stable=True)
-    place_NC = order_S.argsort().view_as(expert_NC)  # where each choice went
+    place_NC = order_S.argsort().view_as(expert_NC)  # index of each choice in the sorted order
     experts_X = torch.arange(len(gate_XFD), device=x_ND.device)
     end_X = torch.searchsorted(sorted_S, experts_X, right=True).to(torch.int32)
 
@@ -45,19 +46,19 @@ def apply_experts(
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """What F.linear would compute in: grouped products know nothing of autocast."""
+    """Return the dtype that F.linear would compute in; autocast does not cover grouped products."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _at(x_SD: Tensor, place_NC: Tensor, idle_NC: Tensor | None) -> Tensor:
-    """x of each choice [N, C, D]; 0 for idle ones, whose rows the products leave as they find the memory."""
+    """Return x of each choice [N, C, D]; 0 for idle ones, whose rows the products leave uninitialised."""
     x_NCD = x_SD.index_select(0, place_NC.flatten()).view(*place_NC.shape, -1)
     return x_NCD if idle_NC is None else x_NCD.masked_fill_(idle_NC[..., None], 0.0)
 
 
 class _Spread(torch.autograd.Function):
-    """A copy of its token for each choice, sorted. Backward adds up by token: no scattering, so no order by chance."""
+    """Copy each token once per choice, in sorted order. The backward pass sums by gathering, so its order is fixed."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, order_S: Tensor, place_NC: Tensor, idle_NC: Tensor | None) -> Tensor:
@@ -72,7 +73,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Sorted choices back in the order of tokens."""
+    """Bring sorted choices back into the order of tokens."""
 
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, order_S: Tensor, place_NC: Tensor, idle_NC: Tensor | None) -> Tensor:

@@ -1,17 +1,18 @@
-"""Cross-entropy of the head's logits without the logits: `linear_cross_entropy`, and its plain form as specification.
+"""Cross-entropy of the output head without storing all logits: `linear_cross_entropy`, and its plain specification.
 
-The chunked form makes the logits of some tokens at a time and, while it has them, the gradients too:
+The chunked form computes the logits of some tokens at a time, and their gradients at once:
 
     d logits = softmax(logits) - onehot(target)        d x = d logits W        d W = sum over chunks (d logits)^T x
 
-so that backward only scales them. It computes the three products that the plain form computes, and keeps [chunk, V]
-where that keeps [N, V] several times over. (torch 2.13 has a function of this kind; we support older ones.)
+so that the backward pass only scales them. It computes the same three matrix products as the plain form, but holds
+[chunk, V] where that holds several tensors [N, V]. (torch 2.13 has such a function; older versions do not.)
 
-`linear_distillation_loss` adds what a teacher's logits ask for, made in the same chunks: at temperature T
+`linear_distillation_loss` adds a distillation loss computed in the same chunks, at temperature T:
 
     T^2 KL(teacher || student)        d logits = T (softmax(logits / T) - softmax(teacher's logits / T))
 
-Shape letters: B rows, T tokens, N tokens of all rows, D width, E the teacher's, V vocabulary, C tokens of a chunk.
+Shape letters: B rows, T tokens, N tokens of all rows, D width, E width of the teacher, V vocabulary, C tokens of a
+chunk.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ IGNORED = -100  # target of a token that is not predicted
 
 
 def plain_linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """The specification: nats summed over the tokens with a target, fp32 (), from fp32 of the head's logits."""
+    """Return the cross-entropy summed over tokens with a target, in nats, fp32 []; the specification."""
     return F.cross_entropy(wide(F.linear(x_ND, weight_VD)), target_N, ignore_index=IGNORED, reduction="sum")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What a teacher says of the same tokens, and what each part of the loss counts.
+    """A teacher's outputs for the same tokens, and the coefficients of the two parts of the loss.
 
-    hidden_BTE, head_VE: its last normed stream and its head, whose product are its logits; no gradient reaches them.
-    language_modelling, distillation: coefficients of the cross-entropy and of T^2 KL(teacher || student), in nats;
-    temperature: T (Hinton et al. 2015, arXiv 1503.02531).
+    hidden_BTE, head_VE: its final normalised hidden states and its head, whose product are its logits; they get no
+    gradient. language_modelling, distillation: coefficients of the cross-entropy and of T^2 KL(teacher
+
+    student), in nats. temperature: T (Hinton et al. 2015, arXiv 1503.02531).
     """
 
     hidden_BTE: Tensor
@@ -51,10 +53,11 @@ class Distillation:
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int) -> Tensor:
-    """The same sum, its gradients computed `chunk` tokens at a time; what chunks add up to is fp32.
+    """Return the summed cross-entropy in nats, fp32 [], computing logits of `chunk` tokens at a time.
 
-    target_N: int64, -100 for tokens not to predict. Can be differentiated once, and only once: gradients are handed
-    out, not copied, and a second backward raises RuntimeError. Raises ValueError for a chunk below 1.
+    target_N: int64, -100 for tokens without a target. Sums over chunks are fp32. It can be differentiated once:
+    gradients are handed out, not copied, and a second backward pass raises RuntimeError. Raises ValueError for a chunk
+    below 1.
     """
     return _loss(x_ND, weight_VD, target_N, None, chunk)[0]
 
@@ -62,10 +65,10 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chun
 def linear_distillation_loss(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, distillation: Distillation, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(what is minimised, cross-entropy, T^2 KL), summed over the tokens with a target, fp32 ().
+    """Return total loss, cross-entropy and T^2 KL, each summed over tokens with a target, fp32 [].
 
-    The first is the sum of the other two with their coefficients, and the only one that can be differentiated. All else
-    as in `linear_cross_entropy`.
+    The first is the sum of the other two with their coefficients, and the only one that can be differentiated.
+    Everything else as in `linear_cross_entropy`.
     """
     return _loss(x_ND, weight_VD, target_N, distillation, chunk)
 
@@ -114,19 +117,19 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("this loss was differentiated already; pass loss_chunk=0 to differentiate it again")
-        gradients, ctx.gradients = ctx.gradients, None  # no reference stays, so that they are taken and not copied
+        gradients, ctx.gradients = ctx.gradients, None  # drop the reference, so that autograd takes them without a copy
         return *(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None, None, None
 
 
 class _Teacher:
-    """A teacher's side of the chunks, in the type that the products are made in."""
+    """The teacher's hidden states and head, in the dtype of the products."""
 
     def __init__(self, distillation: Distillation, dtype: torch.dtype) -> None:
         self.distillation = distillation
         self.x_NE, self.weight_VE = distillation.hidden_BTE.flatten(0, 1).to(dtype), distillation.head_VE.to(dtype)
 
     def log_odds(self, at: slice) -> Tensor:
-        """Log-probabilities [C, V] at the temperature, fp32."""
+        """Return the teacher's log-probabilities [C, V] at the temperature, fp32."""
         return F.log_softmax(wide(F.linear(self.x_NE[at], self.weight_VE)).div_(self.distillation.temperature), dim=-1)
 
 
@@ -138,7 +141,7 @@ def _forward(
     chunk: int,
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """Both sums, and the gradients that are wanted: of x in x's type, of the weight in fp32."""
+    """Return both sums and the requested gradients: of x in x's dtype, of the weight in fp32."""
     nats, divergence = torch.zeros((), device=x_ND.device), torch.zeros((), device=x_ND.device)
     d_x_ND = torch.empty_like(x_ND) if wanted[0] else None
     d_weight_VD = torch.zeros_like(weight_VD, dtype=wide_dtype(weight_VD)) if wanted[1] else None
@@ -166,7 +169,7 @@ def _forward(
 
 
 def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The chunk's sum and the gradient of its logits, which takes their place."""
+    """Return the chunk's cross-entropy and the gradient of its logits, which overwrites them."""
     real_C = target_C != IGNORED
     token_C, at_C = torch.arange(len(target_C), device=target_C.device), torch.where(real_C, target_C, 0)
     largest_C1 = logits_CV.amax(1, keepdim=True)
@@ -181,7 +184,7 @@ def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
 def _distillation_chunk(
     logits_CV: Tensor, target_C: Tensor, teacher_CV: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The chunk's T^2 KL against log-probabilities at T, and the gradient of its logits; these stay as they are."""
+    """Return the chunk's T^2 KL and the gradient of its logits, which are left unchanged."""
     real_C1 = (target_C != IGNORED)[:, None]
     ours_CV = F.log_softmax(logits_CV / temperature, dim=-1)
     odds_CV = teacher_CV.exp()
@@ -191,7 +194,7 @@ def _distillation_chunk(
 
 
 def _add_product(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
-    """sum += a b, in place; in fp32 without a second [V, D]."""
+    """Add a b to the sum in place; in fp32 without a second [V, D] tensor."""
     if a_VC.dtype == torch.float32:
         torch.addmm(sum_VD, a_VC, b_CD, out=sum_VD)
     else:

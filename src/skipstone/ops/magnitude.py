@@ -1,7 +1,7 @@
-"""Choosing neurons by magnitude, and one token's MLP from the rows of those that are chosen, and no others.
+"""Choose neurons by magnitude, and compute one token's MLP from the weights of the chosen neurons only.
 
-With numba at hand, on a CPU, rows are read where they lie (`magnitude_native.py`). Elsewhere their part is copied and
-then multiplied, which costs no more FLOPs, but as much time as multiplying all of them where memory is the limit.
+With numba installed, on a CPU, weight rows are read in place (`magnitude_native.py`). Elsewhere they are copied first,
+which costs no additional FLOPs, but as much time as multiplying all of them if memory bandwidth is the limit.
 
 Shape letters: D width, F neurons, J neurons that are on, G groups, K groups that are on.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_namespace = torch.library.Library("skipstone", "FRAGMENT")  # operations of torch, so that a counter sees them
+_namespace = torch.library.Library("skipstone", "FRAGMENT")  # torch operations, so that FLOP counters see them
 _namespace.define(
     "magnitude_mlp(Tensor x_11D, Tensor a_11F, Tensor typical_F, Tensor up_FD, Tensor down_FD, int tried, int kept, "
     "int size) -> (Tensor y_11D, Tensor score_11G, Tensor tried_11G, Tensor kept_11G)"
@@ -27,7 +27,7 @@ NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.
 
 
 class MagnitudeWeights(NamedTuple):
-    """What one token's MLP is made of. tried, kept: numbers of groups; size: neurons of each."""
+    """The weights of one token's MLP. tried, kept: numbers of groups; size: neurons per group."""
 
     typical_F: Tensor
     up_FD: Tensor
@@ -37,12 +37,15 @@ class MagnitudeWeights(NamedTuple):
     size: int
 
     def __deepcopy__(self, memo: object) -> MagnitudeWeights:
-        """Itself: a copy of a cache that keeps it shares the weights."""
+        """Return self, so that a copied cache shares the weights."""
         return self
 
 
 class MagnitudeOutput(NamedTuple):
-    """y_BTD: what the MLP gives. score_BTG: fp32. tried_BTG, kept_BTG: bool."""
+    """The output of one token's MLP with its decisions.
+
+    y_BTD: the update. score_BTG: fp32. tried_BTG, kept_BTG: bool.
+    """
 
     y_BTD: Tensor
     score_BTG: Tensor
@@ -51,7 +54,10 @@ class MagnitudeOutput(NamedTuple):
 
 
 def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
-    """fp32 [.., G], the mean magnitude of each group of `size` neurons [.., F]; typical_F: factors of the neurons."""
+    """Return the mean magnitude of each group of `size` neurons, fp32 [.., G], of value [.., F].
+
+    typical_F: a factor for each neuron, or None.
+    """
     magnitude = value.detach().float().abs()
     if typical_F is not None:
         magnitude = magnitude * typical_F.float()
@@ -59,7 +65,7 @@ def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """bool [.., G], True at the `count` largest of fp32 scores that are not negative."""
+    """Return a bool mask [.., G] of the `count` largest of fp32 scores that are not negative."""
     if score.is_cpu and not torch.compiler.is_compiling() and _kernels() is not None:
         return NATIVE_LARGEST(score, count)  # type: ignore[no-any-return]
     none = torch.zeros_like(score, dtype=torch.bool)
@@ -67,7 +73,7 @@ def largest(score: Tensor, count: int) -> Tensor:
 
 
 def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> MagnitudeOutput:
-    """Groups are tried by |a| times what is typical, and of these kept by |a * up x|."""
+    """Compute one token's MLP from its chosen neurons: groups are tried by |a| typical, and kept by |a up x|."""
     typical_F, up_FD, down_FD, tried, kept, size = parts
     if up_FD.is_contiguous() and down_FD.is_contiguous() and reads_in_place(up_FD, down_FD):
         return MagnitudeOutput(*NATIVE(x_11D, a_11F, *parts))
@@ -86,12 +92,12 @@ def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> Magnitud
 
 
 def reads_in_place(up: Tensor, down: Tensor) -> bool:
-    """Whether rows of these matrices, once they are contiguous, are read where they lie."""
+    """Return whether rows of these matrices, if contiguous, can be read in place (numba, CPU, fp32 or bf16)."""
     return up.dtype == down.dtype in (torch.float32, torch.bfloat16) and up.is_cpu and _kernels() is not None
 
 
 def transposed(weight_DF: Tensor) -> Tensor:
-    """The transpose of a matrix that is served, contiguous."""
+    """Return the contiguous transpose of a matrix that `reads_in_place` accepts."""
     kernels = _kernels()
     assert kernels is not None
     return kernels.transposed(weight_DF)  # type: ignore[no-any-return]
@@ -99,9 +105,10 @@ def transposed(weight_DF: Tensor) -> Tensor:
 
 @cache
 def _kernels() -> ModuleType | None:
+    """Register the numba kernels as torch operations and return their module; None without numba."""
     try:
         kernels = import_module("skipstone.ops.magnitude_native")
-    except ImportError:  # no numba, or one that does not take the numpy at hand
+    except ImportError:  # no numba, or one that does not support the installed numpy
         return None
     _namespace.impl("magnitude_mlp", kernels.one_token, "CPU")
     _namespace.impl("magnitude_largest", kernels.largest, "CPU")
@@ -109,12 +116,12 @@ def _kernels() -> ModuleType | None:
 
 
 def _listed(on_11G: Tensor, count: int) -> Tensor:
-    """int64 [K], ascending: columns in their order are copied four times as fast as in any other."""
+    """Return the groups that are on, int64 [K], ascending: this order copies four times as fast as any other."""
     return torch.nonzero_static(on_11G[0, 0], size=count)[:, 0]
 
 
 def _neurons(group_K: Tensor, size: int) -> Tensor:
-    """int64 [J], those of these groups."""
+    """Return the indices of the neurons of these groups, int64 [J]."""
     if size == 1:
         return group_K
     return (group_K[:, None] * size + torch.arange(size, device=group_K.device)).flatten()

@@ -1,9 +1,9 @@
-"""One token's MLP from the rows of the neurons that are chosen, compiled for this processor by numba.
+"""One token's MLP from the weights of the chosen neurons, compiled by numba for this processor.
 
-Meaning as in `magnitude.one_token`. Rows are read where they lie, eight at a time, for one stream after the other would
-leave the memory idle. Sums are of fp32, whatever the weights are; bf16 is read as the upper half of an fp32 number, for
-the compiler has no such type. Of equal scores the first ones are chosen. Tensors are handed over by their addresses:
-numpy's arrays of them would cost a small model as much time as its rows.
+The result is that of `magnitude.one_token`. Rows are read in place, eight at a time, because a single stream does not
+use the memory bandwidth. Sums are fp32 whatever the weights' dtype; bf16 is read as the upper half of an fp32 number,
+because numba has no such type. Of equal scores the first are chosen. Tensors are passed by address, because making
+numpy arrays of them would take a small model as long as its products.
 
 Shape letters: D width, F neurons, J neurons that are on, G groups.
 """
@@ -19,18 +19,19 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-AT_ONCE = 8  # four: a quarter more time
+AT_ONCE = 8  # rows read at a time; four take a quarter more time
 SQUARE = 16
 KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
-Array: TypeAlias = Any  # what numba sees: an array, or a tuple of addresses
+Array: TypeAlias = Any  # in numba: an array, or a tuple of addresses
 
-# Any order of adding, but NaN stays what it is. Kept on disk, for compiling takes seconds.
+# Sums may be reordered, but NaN is respected. Compiled code is cached on disk, because compiling takes seconds.
 compiled = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
 
 
 def one_token(
     x_11D: Tensor, a_11F: Tensor, typical_F: Tensor, up_FD: Tensor, down_FD: Tensor, tried: int, kept: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the compiled `magnitude.one_token` on tensors."""
     F, D = up_FD.shape
     given = [x_11D.float().contiguous(), a_11F.float().contiguous(), typical_F.float(), up_FD, down_FD]
     y_11D, score_11G = torch.zeros(1, 1, D), torch.empty(1, 1, F // size)
@@ -41,14 +42,14 @@ def one_token(
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """A quarter of the time of topk, row by row."""
+    """Run the compiled `magnitude.largest`, which takes a quarter of the time of topk."""
     score, on = score.contiguous(), torch.zeros(score.shape, dtype=torch.bool)
     _largest(score.data_ptr(), on.data_ptr(), score.numel(), score.shape[-1], count)
     return on
 
 
 def transposed(weight_DF: Tensor) -> Tensor:
-    """The transpose, contiguous."""
+    """Return the contiguous transpose."""
     weight_FD = weight_DF.new_empty(weight_DF.shape[::-1])
     _turn(*((x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for x in (weight_DF, weight_FD)))
     return weight_FD
@@ -56,7 +57,7 @@ def transposed(weight_DF: Tensor) -> Tensor:
 
 @compiled
 def _turn(x: Array, y: Array) -> None:
-    """In squares that the processor's caches hold: a quarter of the time that rows after columns take."""
+    """Transpose in squares that fit the processor's caches: a quarter of the time of a plain loop."""
     for i in range(0, x.shape[0], SQUARE):
         for j in range(0, x.shape[1], SQUARE):
             for b in range(j, min(j + SQUARE, x.shape[1])):
@@ -93,7 +94,7 @@ def _one_token(addresses: Array, sizes: Array, kind: Array) -> None:
 
 @compiled
 def _keep(h: Array, row: Array, kept: int, size: int, left: Array) -> Array:
-    """What is largest of h, with its rows; marks its groups."""
+    """Return the largest entries of h with their rows, and mark their groups."""
     magnitude, chosen = np.empty(len(h) // size, np.float32), np.zeros(len(h) // size, np.bool_)
     for k in range(len(magnitude)):
         total = np.float32(0)
@@ -117,9 +118,9 @@ def _largest(score_at: int, on_at: int, total: int, width: int, count: int) -> N
 
 @compiled
 def _mark(score: Array, count: int, on: Array) -> None:
-    """True at the `count` largest. Numbers that are not negative are in the order of their bits, NaN above all."""
+    """Set True at the `count` largest scores. Non-negative floats sort like their bits, NaN above all others."""
     bits, least, places = score.view(np.int32), np.int32(0), count
-    for power in range(30, -1, -1):  # the largest number that `count` scores reach
+    for power in range(30, -1, -1):  # find the largest number that at least `count` scores reach
         more, reached = least | np.int32(1 << power), np.int32(0)
         for g in range(len(bits)):
             reached += np.int32(bits[g] >= more)
@@ -136,7 +137,7 @@ def _mark(score: Array, count: int, on: Array) -> None:
 
 @compiled
 def _list(on: Array, size: int, row: Array) -> None:
-    """The neurons of the groups that are on, ascending."""
+    """Write the indices of the neurons whose groups are on, ascending."""
     count = 0
     for g in range(len(on)):
         if on[g]:
@@ -147,7 +148,7 @@ def _list(on: Array, size: int, row: Array) -> None:
 
 @compiled
 def _products(x: Array, weight: Array, row: Array, out: Array) -> None:
-    """out[j] = weight[row[j]] x."""
+    """Compute out[j] = weight[row[j]] x."""
     whole = len(row) - len(row) % AT_ONCE
     for j in range(0, whole, AT_ONCE):
         r0, r1, r2, r3, r4, r5, r6, r7 = _eight(row, j)
@@ -172,7 +173,7 @@ def _products(x: Array, weight: Array, row: Array, out: Array) -> None:
 
 @compiled
 def _total(h: Array, weight: Array, row: Array, out: Array) -> None:
-    """out += h weight[row]."""
+    """Add h weight[row] to out."""
     whole = len(row) - len(row) % AT_ONCE
     for j in range(0, whole, AT_ONCE):
         r0, r1, r2, r3, r4, r5, r6, r7 = _eight(row, j)
@@ -192,16 +193,16 @@ def _eight(x: Array, j: int) -> Array:
     return x[j], x[j + 1], x[j + 2], x[j + 3], x[j + 4], x[j + 5], x[j + 6], x[j + 7]
 
 
-# What follows has a meaning in compiled code only.
+# The functions below exist in compiled code only.
 
 
 def _fp32(number):  # type: ignore[no-untyped-def]
-    """The number as fp32."""
+    """Convert a number to fp32."""
     raise NotImplementedError
 
 
 def _lying(address, shape, kind):  # type: ignore[no-untyped-def]
-    """An array at an address, of numbers like `kind`."""
+    """Return the array at an address, with numbers like `kind`."""
     raise NotImplementedError
 
 

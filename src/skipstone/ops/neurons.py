@@ -1,11 +1,11 @@
-"""Products of tokens with some groups of neurons only: what is off is not multiplied, forward or backward.
+"""Matrix products of tokens with some groups of neurons only; groups that are off are not multiplied, in either pass.
 
-Neurons lie in groups of equal size, behind each other. Tokens that follow each other and keep the same groups are a
-run; adjacent groups of a run are a block. A block's weights are multiplied where they lie: nothing is copied.
+Groups of neurons have equal sizes and are contiguous. Consecutive tokens that keep the same groups form a run; adjacent
+groups of a run form a block. A block's weights are multiplied in place, without copies.
 
-Shape letters: N tokens behind each other, M runs, G groups, K kept groups of a token, S neurons of a group, F = G S
-neurons, J = K S neurons that are on, I and O inputs and outputs of a product, A activations, B rows. Neurons are the
-outputs of gate and up (axis 0 of the weight) and the inputs of down (axis 1).
+Shape letters: N tokens in sequence, M runs, G groups, K kept groups of a token, S neurons of a group, F = G S neurons,
+J = K S neurons that are on, I and O inputs and outputs of a product, A activations, B rows. Neurons are the outputs of
+gate and up (axis 0 of the weight) and the inputs of down (axis 1).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch.autograd.function import once_differentiable
 
 from skipstone.ops import mix_activations
 
-Block = tuple[slice, slice]  # of neurons: where they lie among those that are on, and among all
+Block = tuple[slice, slice]  # range of neurons among those that are on, and among all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """group_MK: int64, the groups that each run keeps, ascending. bounds: where runs start, and N; on the host.
+    """Runs of tokens with the groups of neurons that they keep.
 
-    blocks: of each run. total: G.
+    group_MK: int64, the groups of each run, ascending. bounds: the first token of each run, followed by N; on the host.
+    blocks: the blocks of each run. total: G.
     """
 
     group_MK: Tensor
@@ -38,7 +39,7 @@ class Runs:
 
     @classmethod
     def of(cls, group_NK: Tensor, begins_N: Tensor, total: int, size: int) -> Runs:
-        """Runs start where `begins_N` says so, the first token included. The host waits here."""
+        """Build the runs that start where `begins_N` is True, which includes the first token. The host waits."""
         start_M = begins_N.nonzero()[:, 0]
         group_MK = group_NK.index_select(0, start_M)
         bounds, *kept = torch.cat((start_M[None], group_MK.t())).tolist()
@@ -46,13 +47,13 @@ class Runs:
         return cls(group_MK=group_MK, bounds=[*bounds, len(group_NK)], blocks=blocks, total=total)
 
     def __iter__(self) -> Iterator[tuple[slice, list[Block]]]:
-        """The tokens of each run, and its blocks."""
+        """Yield the token range of each run with its blocks."""
         for (start, end), blocks in zip(pairwise(self.bounds), self.blocks, strict=True):
             yield slice(start, end), blocks
 
 
 def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
-    """The blocks of ascending groups of `size` neurons."""
+    """Return the blocks that ascending groups of `size` neurons form."""
     starts = [k for k, group in enumerate(groups) if not k or groups[k - 1] != group - 1]
     return [
         (slice(a * size, b * size), slice(groups[a] * size, (groups[b - 1] + 1) * size))
@@ -61,23 +62,23 @@ def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
 
 
 def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tensor:
-    """F.linear with the neurons that are on: those of axis 0 of the weight make [N, J], those of axis 1 take it."""
+    """Compute F.linear with the neurons that are on: axis 0 of the weight gives [N, J], axis 1 takes it."""
     device, dtype = weight_OI.device.type, weight_OI.dtype
-    if torch.is_autocast_enabled(device):  # which knows nothing of functions of our own
+    if torch.is_autocast_enabled(device):  # autocast does not cover custom functions
         dtype = torch.get_autocast_dtype(device)
     product: Any = (_IntoNeurons, _OutOfNeurons)[axis]
     return product.apply(x_NI.to(dtype), weight_OI.to(dtype), runs)  # type: ignore[no-any-return]
 
 
 def kept_part(weight_OI: Tensor, group_K: Tensor, total: int, axis: int) -> Tensor:
-    """A copy of the weights of these groups, [J, I] or [O, J]."""
+    """Return a copy of the weights of these groups, [J, I] or [O, J]."""
     return weight_OI.unflatten(axis, (total, -1)).index_select(axis, group_K).flatten(axis, axis + 1)
 
 
 def mix_kept(
     gate_NJ: Tensor, static_BFA: Tensor, dynamic_NA: Tensor, temperature: Tensor | float, runs: Runs, row_N: Tensor
 ) -> Tensor:
-    """`mix_activations` of the neurons that are on. row_N: int64, the row of each token, where B is not 1."""
+    """Compute `mix_activations` for the neurons that are on. row_N: int64, row of each token, used if B is not 1."""
     static_BGSA, parts = static_BFA.unflatten(1, (runs.total, -1)), []
     for (start, end), group_K in zip(pairwise(runs.bounds), runs.group_MK, strict=True):
         at = slice(start, end)
@@ -88,7 +89,7 @@ def mix_kept(
 
 
 class _IntoNeurons(torch.autograd.Function):
-    """Gate and up."""
+    """The product whose outputs are neurons: gate and up."""
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_FI: Tensor, runs: Runs) -> Tensor:
@@ -113,7 +114,7 @@ class _IntoNeurons(torch.autograd.Function):
 
 
 class _OutOfNeurons(torch.autograd.Function):
-    """Down."""
+    """The product whose inputs are neurons: down."""
 
     @staticmethod
     def forward(ctx: Any, x_NJ: Tensor, weight_OF: Tensor, runs: Runs) -> Tensor:
@@ -138,11 +139,12 @@ class _OutOfNeurons(torch.autograd.Function):
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """To add products up in: fp32 at least, or the sum of many runs would be rounded as many times."""
+    """Return zeros to sum products in, at least fp32, so that a sum over many runs is not rounded for each of them."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b in place."""
     if into.dtype == a.dtype:
         torch.addmm(into, a, b, out=into)
     else:

@@ -1,7 +1,7 @@
 """The specification of every tensor function, in plain PyTorch.
 
-Shape letters: B rows, T tokens given, K tokens kept, H heads, E head size, D width, F neurons, A activations,
-N tokens of all rows, C choices of a token, X experts.
+Shape letters: B rows, T tokens given, K tokens kept, H heads, E head size, D width, F neurons, A activations, N tokens
+of all rows, C choices of a token, X experts.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# 0.29 * 100 is 28.999999999999996 in floating point: the quota is 29. A factor, not a summand: then the quotas of the
-# documents of a row never add up to more than the quota of the row, which is how many columns are gathered.
+# 0.29 * 100 is 28.999999999999996 in floating point, but the quota is 29. A factor and not an added constant, so that
+# the quotas of a row's documents never add up to more than the row's quota, the number of columns gathered.
 ROUNDING = 1 + 1e-9
 
 
 def quota(capacity: float, length: int) -> int:
-    """How many of `length` tokens a block of this capacity keeps: floor(capacity * length). The one rounding rule."""
+    """Return how many of `length` tokens a block of this capacity keeps: floor(capacity * length).
+
+    Products that floating point puts just below an integer are rounded to it.
+    """
     return math.floor(capacity * length * ROUNDING)
 
 
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
-    """Rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2)).
+    """Apply rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2)).
 
-    The first half of `sin_BTE` comes negated, so that turning a pair needs no copy with another sign.
+    The first half of `sin_BTE` is already negated, so that rotating a pair needs no sign change.
     """
     cos_B1TE, sin_B1TE = cos_BTE.unsqueeze(1), sin_BTE.unsqueeze(1)
     return x_BHTE * cos_B1TE + x_BHTE.roll(x_BHTE.shape[-1] // 2, -1) * sin_B1TE
 
 
 def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
-    """x[b, index[b, k]] of shape [B, K, ...]; any number of trailing axes, none included."""
-    if x_BTD.shape[0] == 1:  # all rows agree: nothing is repeated
+    """Return x[b, index[b, k]], [B, K, ...]; x may have any number of trailing axes, or none."""
+    if x_BTD.shape[0] == 1:  # all rows are equal and need not be repeated
         return x_BTD[0].index_select(0, index_BK.flatten()).view(*index_BK.shape, *x_BTD.shape[2:])
     offset_B1 = torch.arange(x_BTD.shape[0], device=index_BK.device)[:, None] * x_BTD.shape[1]
     flat = x_BTD.reshape(-1, *x_BTD.shape[2:]).index_select(0, (index_BK + offset_B1).flatten())
@@ -42,7 +45,10 @@ def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
 
 
 def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0) -> Tensor:
-    """[B, length, ...] with y at index and `fill` elsewhere: undoes `gather_rows`. Indices of a row are distinct."""
+    """Invert `gather_rows`: return [B, length, ...] with y at `index_BK` and `fill` elsewhere.
+
+    The indices of a row must be distinct.
+    """
     B, _, *rest = y_BKD.shape
     offset_B1 = torch.arange(B, device=index_BK.device)[:, None] * length
     base = y_BKD.new_full((B * length, *rest), fill)
@@ -51,16 +57,17 @@ def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0
 
 
 def compact(kept_BT: Tensor, width: int) -> Tensor:
-    """Indices [B, width] of the kept tokens of each row in order of slot, followed by tokens that were not kept."""
+    """Return the indices [B, width] of each row's kept tokens in order of slot, followed by tokens not kept."""
     return kept_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
 
 
 def select_top(score_BT: Tensor, capacity: float, group_BT: Tensor | None = None) -> Tensor:
-    """Expert choice along the row (Mixture-of-Depths, arXiv 2404.02258, section 3.3): bool mask of the best tokens.
+    """Return a bool mask of the highest-scoring tokens of each row (expert choice: Mixture-of-Depths, arXiv 2404.02258,
+    section 3.3).
 
-    Every group keeps `quota(capacity, its length)` tokens with the highest score; ties go to the earlier token, for a
-    selection by value would keep too many (in bf16 most rows have ties). `group_BT` holds the document of each token,
-    negative for padding, which is never kept; without it the row is one group.
+    Every group keeps its `quota(capacity, length)` tokens with the highest scores. Ties go to the earlier token; a
+    comparison with the k-th score would keep too many (in bf16 most rows have ties). group_BT: the document of each
+    token, negative for padding, which is never kept; None: each row is one group.
     """
     order_BT = score_BT.argsort(dim=1, descending=True, stable=True)
     kept_BT = torch.zeros_like(score_BT, dtype=torch.bool)
@@ -76,7 +83,7 @@ def select_top(score_BT: Tensor, capacity: float, group_BT: Tensor | None = None
 
 
 def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and length of the run of equal values that each entry belongs to."""
+    """Return start and length of the run of equal values that each entry belongs to."""
     T = sorted_BT.shape[1]
     at_T = torch.arange(T, device=sorted_BT.device)
     change_BT = sorted_BT[:, 1:] != sorted_BT[:, :-1]
@@ -86,36 +93,38 @@ def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any of the tensors is, else fp32: what is computed more precisely than bf16 never loses precision."""
+    """Return fp64 if any of the tensors is fp64, else fp32: the dtype for computations that bf16 is too coarse for."""
     double = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if double else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in fp32, or as it is in fp64."""
+    """Return x in fp32; fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def added(x: Tensor, update: Tensor) -> Tensor:
-    """x + update. An fp32 stream and a bf16 update are first made one type: adding them as they are is ten times as
-    slow on a CPU, and the values are the same."""
+    """Return x + update, converting a bf16 update of an fp32 stream first.
+
+    The values are the same, but adding tensors of different dtypes is ten times as slow on a CPU.
+    """
     return x + (update.float() if x.dtype == torch.float32 else update)
 
 
 def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout; without a module, whose call is felt in decoding."""
+    """Apply dropout without a module, whose call takes noticeable time in decoding."""
     return F.dropout(x, probability, training) if probability else x
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in the type that autocast makes of it: several products of it then keep one copy for the backward pass."""
+    """Return x in autocast's dtype, so that several products with it save one copy for the backward pass."""
     kind = x.device.type
-    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone, too
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # autocast does not convert fp64 either
     return x.to(torch.get_autocast_dtype(kind)) if casts else x
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear in fp32 (fp64 if any operand is) whatever autocast says."""
+    """Compute F.linear in fp32 (fp64 if any operand is fp64), even under autocast."""
     if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product
         if x.dtype == weight.dtype == torch.float32:
             return F.linear(x, weight, bias)
@@ -129,22 +138,22 @@ def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-EPSILON = 1e-6  # as in the decoder's norms: an input of zeros stays zero
+EPSILON = 1e-6  # as in the decoder's norms; keeps an input of zeros at zero
 
 
 def inverse_rms(x: Tensor) -> Tensor:
-    """1 / root mean square over the last axis, fp32 [..., 1]."""
+    """Return 1 / root mean square over the last axis, fp32 [..., 1]."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))  # one pass; F.rms_norm takes four
     return torch.rsqrt(length.square() / x.shape[-1] + EPSILON)
 
 
 def normalised(x: Tensor) -> Tensor:
-    """x by its root mean square, in fp32, without parameters: scores then follow direction, not the stream's growth."""
+    """Return x divided by its root mean square, in fp32: scores of it depend on direction, not on the stream's norm."""
     return wide(x) * inverse_rms(x)
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """`linear_fp32`, of the normalised x where `norm`. The norm is divided by behind the product, which is smaller."""
+    """Compute `linear_fp32`, with `norm` of the normalised x. The division follows the product, as that is smaller."""
     if not norm:
         return linear_fp32(x, weight, bias)
     y = linear_fp32(x, weight) * inverse_rms(x)
@@ -156,14 +165,14 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     torch.tanh,
     F.silu,
     F.gelu,
-)  # PolyGLU's palette in the paper's order; GELU by erf
+)  # PolyGLU's activations in the paper's order; GELU is the exact one (erf)
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """sum_k softmax_k((static + dynamic) / temperature) act_k(gate) (PolyGLU, arXiv 2603.13347).
+    """Return sum_k softmax_k((static + dynamic) / temperature) act_k(gate) (PolyGLU, arXiv 2603.13347).
 
-    `static_BFA` is [1 or B, F, A] (preference of each neuron, with the Gumbel noise of the row where there is any);
-    `dynamic_BTA` is [B, 1 or T, A]. Softmax in fp32; the result has the gate's dtype and shape [B, T, F].
+    static_BFA: [1 or B, F, A], the preference of each neuron, plus the row's Gumbel noise if there is any. dynamic_BTA:
+    [B, 1 or T, A]. The softmax is fp32; the result has the gate's dtype and shape [B, T, F].
     """
     logits_BTFA = (wide(static_BFA)[:, None] + wide(dynamic_BTA)[:, :, None]) / temperature
     share_BTFA = logits_BTFA.softmax(-1).to(gate_BTF.dtype)
@@ -181,10 +190,12 @@ def apply_experts(
     down_XDF: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """y_n = sum_c weight_nc down_e(act(gate_e x_n) * up_e x_n), e = expert_nc: a mixture of SwiGLU experts [N, D].
+    """Return the outputs [N, D] of a mixture of SwiGLU experts.
 
-    Choices of a token are distinct experts. `idle_NC` marks choices that add nothing (padding, no-ops), whatever their
-    expert and weight say; None: there are none.
+    y_n = sum_c weight_nc down_e(act(gate_e x_n) * up_e x_n), e = expert_nc
+
+    The choices of a token are distinct experts. idle_NC: choices that add nothing (padding, no-ops), whatever their
+    expert and weight; None: there are none.
     """
     y_ND = torch.zeros_like(x_ND)
     for e, (gate_FD, up_FD, down_DF) in enumerate(zip(gate_XFD, up_XFD, down_XDF, strict=True)):

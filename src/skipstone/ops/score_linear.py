@@ -1,8 +1,8 @@
-"""A router's fp32 product that keeps nothing for the backward pass but its input as it came: `reference.score_linear`.
+"""`reference.score_linear`, a router's fp32 product, saving only the unconverted input for the backward pass.
 
-What the plain one keeps, an fp32 copy of a bf16 input or the normalised input, is as large as the stream or twice as
-large, and a routed block that computes an eighth of the tokens keeps little else. With n = |x| / sqrt(D), the root mean
-square:
+The plain form saves an fp32 copy of a bf16 input, or the normalised input: one or two times the size of the stream,
+which dominates the memory of a routed block that computes an eighth of the tokens. With n = |x| / sqrt(D), the root
+mean square:
 
     y = W x / n        dW = sum (dy / n) x        dx = W^T dy / n - x (dy . y) / (D n^2)
 
@@ -21,7 +21,7 @@ from skipstone.ops import reference
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """See `reference.score_linear`. Can be differentiated once."""
+    """Compute `reference.score_linear` with less saved memory. Can be differentiated once."""
     if not torch.is_grad_enabled() or not (norm or x.dtype != torch.float32) or x.dtype == torch.float64:
         return reference.score_linear(x, weight, bias, norm)
     y = _Product.apply(x, weight, norm)
