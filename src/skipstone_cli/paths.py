@@ -32,6 +32,15 @@ def existing_run(path: Path) -> Path:
     return Run(existing_dir(path, "run folder")).folder
 
 
+def existing_source(source: str) -> str:
+    """`source`, unless it is a path at which there is nothing. What may be a hub's name passes."""
+    path = Path(source).expanduser()
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix == ".gguf"
+    if is_path and not path.exists():
+        raise UserError(f"source {source!r} does not exist")
+    return source
+
+
 def new_path(path: Path, what: str) -> Path:
     """`path`, if nothing is there yet. Raises UserError otherwise: nothing of the user's is overwritten."""
     if path.exists() or path.is_symlink():

@@ -73,6 +73,9 @@ def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says:
         (["generate", ".", "--prompt", "x"], "'.' is no run folder"),
         (["prepare", "jsnol:x", "--out", "absent"], "unknown corpus 'jsnol'; did you mean 'jsonl'?"),
         (["prepare", "jsonl:x", "--out", "absent", "--tokenizer", "bite"], "unknown tokenizer 'bite'"),
+        (["reproduce", "dmeo"], "unknown study 'dmeo'; did you mean 'demo'?"),
+        (["convert", "./absent", "out"], "source './absent' does not exist"),
+        (["write", "absent.gguf", "out"], "source 'absent.gguf' does not exist"),
     ],
 )
 def test_what_is_no_run_or_corpus_is_told_without_torch(words: list[str], says: str) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.paths import existing_source
+
 
 def adapt(
     source: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of a dense checkpoint.")],
@@ -26,6 +28,7 @@ def adapt(
     from skipstone.adapt.adapt_recipe import read_recipe
 
     check_recipe(config, overrides or [], out=out, resume=resume, read=read_recipe)
+    existing_source(source)
 
     from skipstone.adapt.adaptation import adapt as run
 

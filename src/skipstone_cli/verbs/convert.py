@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from skipstone_cli.errors import UserError
-from skipstone_cli.paths import new_path
+from skipstone_cli.paths import existing_source, new_path
 
 CALIBRATED = ("hardened", "pruned")
 
@@ -49,6 +49,7 @@ def convert(
             raise UserError(f"{option} has no effect without --from")
     if corpus is not None and to_layout not in CALIBRATED:
         raise UserError("--corpus has no effect without --to hardened or --to pruned")
+    existing_source(source)
     new_path(out, "output folder" if to_layout in (None, "dense", *CALIBRATED) else "output file")
 
     if from_layout is not None:

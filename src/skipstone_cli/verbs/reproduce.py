@@ -51,6 +51,10 @@ def reproduce(
         print_list()
         return
 
+    from skipstone.core.strict import choose
+    from skipstone_studies.catalogue import FILES
+
+    choose("study", name, FILES)
     if not render:
         typer.echo("loading torch and the studies; what is left is told once a model trains", err=True)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skipstone_cli.paths import new_path
+from skipstone_cli.paths import existing_source, new_path
 
 
 def write(
@@ -25,6 +25,7 @@ def write(
     ] = None,
 ) -> None:
     """Let a dense checkpoint write text at temperature 1, to adapt it on with data.corpus=text:FOLDER."""
+    existing_source(source)
     new_path(out, "output folder")
 
     from skipstone.adapt.self_generated import write as write_texts
