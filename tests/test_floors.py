@@ -17,6 +17,7 @@ FLOORS: dict[str, float] = {
     "mechanisms": 2,
     "model": 3,
     "data": 3,
+    "in_place": 3.2,
     "measure": 3.4,
     "budget": 3.5,
     "train": 4,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from skipstone import presets
     from skipstone.budget import BudgetTable, calibrate
+    from skipstone.in_place import route
     from skipstone.mechanisms import EarlyExit, GateSkip, MixtureOfDepths, PolyGLU, TokenSelective
     from skipstone.model.causal_lm import SkipstoneForCausalLM
     from skipstone.model.classifier import SkipstoneForSequenceClassification
@@ -36,11 +37,13 @@ __all__ = [
     "TokenSelective",
     "calibrate",
     "presets",
+    "route",
 ]
 
 _NAMES_OF = {
     "skipstone.presets": ["presets"],
     "skipstone.budget": ["BudgetTable", "calibrate"],
+    "skipstone.in_place": ["route"],
     "skipstone.mechanisms": ["EarlyExit", "GateSkip", "MixtureOfDepths", "PolyGLU", "TokenSelective"],
     "skipstone.model.causal_lm": ["SkipstoneForCausalLM"],
     "skipstone.model.classifier": ["SkipstoneForSequenceClassification"],

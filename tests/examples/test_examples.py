@@ -31,6 +31,15 @@ def test_watch_who_skips(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "64% of the dense model's" in printed
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # two steps: thresholds that have hardly moved
+def test_route_any_decoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["route_any_decoder.py", "2"])
+    runpy.run_path(str(EXAMPLES / "route_any_decoder.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "tokens times blocks that were computed" in printed
+    assert "the same without a cache: True" in printed
+
+
 @pytest.mark.slow
 def test_adapt_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["adapt_checkpoint.py"])

@@ -1,0 +1,134 @@
+"""What a decoder block is called with, by name, and the same for some of its tokens.
+
+Shape letters: B rows, T tokens of the call, S tokens of keys, K tokens of a selection, R rows of a selection.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipstone.core.row_subset import RowSubset
+from skipstone.core.selection import Selection, WholeRows
+from skipstone.core.strict import PlainDict
+from skipstone.ops import reference as ops
+
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class Signature:
+    """How a block wants to be called: `forward(hidden states, ...)`, with a cache under one of `CACHE_NAMES`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Raises ValueError, one line, for a block that takes no cache."""
+        self._signature = inspect.signature(type(block).forward)
+        names = list(self._signature.parameters)
+        kinds = {p.kind for p in self._signature.parameters.values()}
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            raise ValueError(f"{type(block).__name__} takes any number of arguments, so that none has a meaning")
+        found = next((name for name in CACHE_NAMES if name in names), None)
+        if found is None and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ValueError(f"{type(block).__name__} takes no cache of keys and values (no argument past_key_values)")
+        self.cache_name = found or CACHE_NAMES[0]
+
+    def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[Any, ...], kwargs: PlainDict) -> PlainDict:
+        """All arguments but the hidden states by name."""
+        bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
+        values: PlainDict = {}
+        for name, value in list(bound.items())[2:]:
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                values.update(value)
+            else:
+                values[name] = value
+        return values
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some tokens of a call, as its arguments see them: whole rows (`rows`), or tokens of every row (`index_BK`)."""
+
+    shape: torch.Size  # B, T
+    rows: RowSubset | None = None
+    index_BK: Tensor | None = None
+
+    @classmethod
+    def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
+        """The tokens that `part` gathers."""
+        if isinstance(part, WholeRows):
+            return cls(shape, rows=part.rows)
+        slot_BT = torch.arange(shape[1], device=device).expand(shape)
+        return cls(shape, index_BK=part.gather(slot_BT))
+
+    def at(self, x: Tensor, row_axis: int) -> Tensor:
+        """x [..., B or 1, T, ...] for these tokens; `row_axis` is negative, the tokens' axis follows it."""
+        axis = row_axis + x.dim()
+        if self.rows is not None:
+            return x if x.shape[axis] == 1 else x.index_select(axis, self.rows.index_R)
+        assert self.index_BK is not None
+        lead = x.shape[:axis]
+        flat = x.reshape(-1, *x.shape[axis:])  # [leading axes, B or 1, T, ...]
+        picked = torch.stack([ops.gather_rows(each, self.index_BK) for each in flat.unbind(0)])
+        return picked.view(*lead, *picked.shape[1:])
+
+
+def for_tokens(arguments: PlainDict, subset: Subset, keys_too: bool = False) -> PlainDict:
+    """The arguments of a block for some of the call's tokens. keys_too: the others do not serve as keys either."""
+    return {name: _picked(name, value, subset, keys_too) for name, value in arguments.items()}
+
+
+def _picked(name: str, value: Any, subset: Subset, keys_too: bool) -> Any:
+    if isinstance(value, dict):
+        return {key: _picked(name, item, subset, keys_too) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_picked(name, item, subset, keys_too) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    B, T = subset.shape
+    if "mask" in name:
+        return _mask(value, subset, keys_too)
+    axis = {"position_embeddings": -3, "position_ids": -2}.get(name, -value.dim())
+    if value.dim() < max(2, -axis) or value.shape[axis] not in (1, B) or value.shape[axis + 1] != T:
+        return value
+    return subset.at(value, axis)
+
+
+def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
+    """Of [B or 1, H or 1, T, S]: the rows of these queries, and with `keys_too` the columns of these keys."""
+    B, T = subset.shape
+    if mask.dim() != 4 or mask.shape[2] != T:
+        return mask
+    if subset.rows is not None:
+        return subset.rows.gather(mask)
+    assert subset.index_BK is not None
+    mask_BTHS = ops.gather_rows(mask.expand(B, -1, -1, -1).transpose(1, 2), subset.index_BK)
+    if keys_too:
+        mask_BTHS = ops.gather_rows(mask_BTHS.transpose(1, 3), subset.index_BK).transpose(1, 3)
+    return mask_BTHS.transpose(1, 2)
+
+
+def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | None]) -> PlainDict:
+    """The arguments with another attention mask."""
+    return {**arguments, "attention_mask": change(arguments.get("attention_mask"))}
+
+
+def causal_mask(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """The mask as it is, or where it is left to the attention the causal one, bool [1, 1, T, T]."""
+    if mask is not None:
+        return mask
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
+    """The mask [B or 1, H or 1, K, K] closed for keys that are not kept; a token that is not kept sees itself, so that
+    no row of it is closed altogether.
+    """
+    itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    closed = ~(kept_BK[:, None, None, :] | itself)
+    if mask.dtype == torch.bool:
+        return (mask | (itself & ~kept_BK[:, None, :, None])) & ~closed
+    return torch.where(closed, torch.finfo(mask.dtype).min, mask)

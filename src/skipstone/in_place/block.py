@@ -1,0 +1,235 @@
+"""One block of somebody else's decoder inside depth mechanisms.
+
+What the mechanisms ask for is executed by the block itself, called with fewer tokens: its keys and values of skipped
+tokens are caught (see `keys`), so that the model's own cache and masks serve as they are. Gates scale the whole update
+of a block, since nothing is known of what is inside.
+
+Shape letters: B rows, T tokens of the call, L tokens that reach the block, K tokens of a selection, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from skipstone.core.depth import DepthModules
+from skipstone.core.records import Records
+from skipstone.core.seam import wrap
+from skipstone.core.selection import InPlace, Selection, WholeRows
+from skipstone.core.strict import PlainDict
+from skipstone.core.tokens import Tokens
+from skipstone.in_place.arguments import Signature, Subset, causal_mask, for_tokens, masks_of, without_keys
+from skipstone.in_place.keys import Catching, Joining, Pair, keys_of
+from skipstone.ops.reference import wide
+
+if TYPE_CHECKING:
+    from skipstone.in_place.handle import RoutedDecoder
+
+TOLERANCE, LOW_TOLERANCE = 1e-4, 0.05  # of the largest update, where a block is held against itself
+
+
+class RoutedBlock:
+    """Stands in for `block.forward`. `mechanisms` are a child of the block under this name, the first outermost."""
+
+    def __init__(
+        self, decoder: RoutedDecoder, layer: int, block: nn.Module, signature: Signature, mechanisms: DepthModules
+    ) -> None:
+        self.decoder, self.layer, self.block = decoder, layer, block
+        self.signature = signature
+        self.rest: tuple[Any, ...] | None = None  # what the block returns beside the stream, as far as it is known
+        self._before = block.__dict__.get("forward")  # of a hook, perhaps
+        self._original: Callable[..., Any] = block.forward
+        block.add_module("mechanisms", mechanisms)
+        block.forward = self.forward  # type: ignore[method-assign]
+
+    @property
+    def mechanisms(self) -> DepthModules:
+        found = self.block.mechanisms
+        assert isinstance(found, DepthModules)
+        return found
+
+    def undo(self) -> None:
+        """Take the mechanisms out again. Raises ValueError where somebody has wrapped the block since."""
+        if getattr(self.block.__dict__.get("forward"), "__self__", None) is not self:
+            raise ValueError(f"block {self.layer} was wrapped after it was routed; undo that first")
+        del self.block._modules["mechanisms"]
+        del self.block.__dict__["forward"]
+        if self._before is not None:
+            self.block.forward = self._before
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own, with the update that the mechanisms leave of it."""
+        arguments = self.signature.named(self.block, hidden_states, args, kwargs)
+        cache = arguments.pop(self.signature.cache_name, None)
+        if arguments.get("alibi") is not None:
+            raise ValueError("alibi is a bias of the whole row and cannot follow single tokens; it is not supported")
+        tokens = self.decoder.tokens_at(self, hidden_states, cache)
+        if getattr(self.block, "gradient_checkpointing", False) and self.block.training:
+            run = partial(self._recomputed, tokens, arguments)
+            checkpoint: Any = self.block._gradient_checkpointing_func
+            if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+                raise ValueError("use_reentrant=True loses the losses of routed blocks; use use_reentrant=False")
+            stream, rest, records = checkpoint(run, hidden_states)
+        else:
+            stream, rest, records = self._run(tokens, arguments, hidden_states, cache)
+        self.decoder.note(self.layer, records)
+        return stream if rest is None else (stream, *rest)
+
+    def _recomputed(self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor) -> Any:
+        """Inside activation checkpointing, which the block would otherwise do itself, without our keys and values."""
+        self.block.gradient_checkpointing = False  # type: ignore[assignment]
+        try:
+            return self._run(tokens, arguments, x_BTD, None)
+        finally:
+            self.block.gradient_checkpointing = True  # type: ignore[assignment]
+
+    def _run(
+        self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor, cache: Any
+    ) -> tuple[Tensor, tuple[Any, ...] | None, Records]:
+        twin = copy.deepcopy(cache) if self.decoder.verifying else None
+        delta_BTD, records = self._inside(tokens, arguments, x_BTD, cache)
+        if self.decoder.verifying:
+            all_computed = tokens.replace(mode=replace(tokens.mode, executor="masked"))
+            self._compare(delta_BTD, self._inside(all_computed, arguments, x_BTD, twin)[0])
+        return (x_BTD + delta_BTD).to(x_BTD.dtype), self.rest, records
+
+    def _inside(self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor, cache: Any) -> tuple[Tensor, Records]:
+        """The block's update inside its mechanisms, and what they decided."""
+        call = Call(self, tokens, arguments, cache, x_BTD.shape[:2])
+        result = wrap(call.update, self.mechanisms.values())(x_BTD, tokens)
+        if cache is not None and not call.stored:
+            raise ValueError(
+                f"block {self.layer}: kv 'kept' leaves no keys of skipped tokens, which the model's own cache cannot "
+                "express; use kv 'full', or pass use_cache=False"
+            )
+        return result
+
+    def _compare(self, delta_BTD: Tensor, expected_BTD: Tensor) -> None:
+        """Raise ValueError, one line, where skipping did not give what computing everything gives."""
+        low = torch.finfo(self._dtype).bits < 32
+        error, size = (delta_BTD - expected_BTD).abs().max(), expected_BTD.abs().max()
+        if not error <= (LOW_TOLERANCE if low else TOLERANCE) * size:
+            raise ValueError(
+                f"block {self.layer} ({type(self.block).__name__}) computes something else for some of its tokens than "
+                f"for all (by {float(error / size):.1e} of its update), so it cannot be routed exactly"
+            )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.block.parameters() if p.is_floating_point())
+
+    def call(self, x: Tensor, arguments: PlainDict, cache: Any) -> Tensor:
+        """The block itself. Raises ValueError where it returns no stream of its input's shape."""
+        out = self._original(x, **arguments, **{self.signature.cache_name: cache})
+        if isinstance(out, tuple):
+            out, self.rest = out[0], tuple(None if isinstance(v, Tensor) else v for v in out[1:])
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"block {self.layer} ({type(self.block).__name__}) must return a stream of its input's shape "
+                f"{list(x.shape)}, got {got}"
+            )
+        return out
+
+
+class Call:
+    """One call of a block: the innermost update of its mechanisms."""
+
+    def __init__(
+        self, routed: RoutedBlock, tokens: Tokens, arguments: PlainDict, cache: Any, shape: torch.Size
+    ) -> None:
+        self.routed, self.whole, self.arguments, self.cache, self.shape = routed, tokens, arguments, cache, shape
+        self.stored = False  # whether the cache has been given every token's keys and values
+
+    def update(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
+        """What the block adds to the stream of the query tokens, 0 for all others."""
+        narrowed = tokens.slot_BT is not self.whole.slot_BT
+        arguments, part = self._reaching(tokens) if narrowed else self.arguments, tokens.queries
+        if tokens.real_BT is not None and tokens.real_BT is not self.whole.real_BT:  # others must not serve as keys
+            close = partial(self._closed, tokens.real_BT, x_BLD)
+            arguments = masks_of(arguments, close)
+        if narrowed or arguments is not self.arguments:  # the keys of some are no keys for the model's cache
+            cache = None
+        else:
+            cache, self.stored = self.cache, True
+        if part.is_all or isinstance(part, InPlace):
+            out = self.routed.call(x_BLD, arguments, cache)
+            delta = part.scatter(wide(out) - wide(x_BLD))
+        elif tokens.no_queries:
+            if cache is not None:
+                found = self._keys(x_BLD, arguments)
+                cache.update(*found.caught, *found.handed[0], **found.handed[1])
+            delta = torch.zeros_like(wide(x_BLD))
+        else:
+            delta = part.scatter(self._gathered(x_BLD, tokens, arguments, part))
+        if tokens.gain_BT is not None:
+            delta = delta * tokens.gain_BT[..., None].to(delta.dtype)
+        return delta, {}
+
+    def _reaching(self, tokens: Tokens) -> PlainDict:
+        """The arguments for the tokens that an outer mechanism has left."""
+        index_BK = (tokens.slot_BT - self.whole.slot_BT[:, :1]).expand(self.shape[0], -1)
+        return for_tokens(self.arguments, Subset(self.shape, index_BK=index_BK), keys_too=True)
+
+    def _closed(self, real_BL: Tensor, x_BLD: Tensor, mask: Tensor | None) -> Tensor | None:
+        if mask is None and self.whole.mode.executor == "gathered" and x_BLD.shape[1] < self.shape[1]:
+            return None  # what fills up a row comes last in it, and so is behind every query
+        return without_keys(causal_mask(mask, x_BLD.shape[1], x_BLD.device), real_BL.expand(x_BLD.shape[:2]))
+
+    def _keys(self, x: Tensor, arguments: Mapping[str, Any]) -> Catching:
+        """Keys and values of these tokens, in the very form in which the attention hands them over."""
+        given = {**arguments, "attention_mask": None}
+        return keys_of(self.routed.block, f"block {self.routed.layer}", partial(self._hand_over, x, given), self.cache)
+
+    def _hand_over(self, x: Tensor, arguments: PlainDict, catching: Catching) -> None:
+        self.routed.call(x, arguments, catching)
+
+    def _gathered(self, x_BLD: Tensor, tokens: Tokens, arguments: PlainDict, part: Selection) -> Tensor:
+        """What the block adds to the tokens of `part` alone, the others giving keys and values: [B, K, D] or rows."""
+        shape = x_BLD.shape[:2]
+        others = _rest_of(part, tokens)
+        subset = partial(Subset.of, shape=shape, device=x_BLD.device)
+        kept = arguments if isinstance(part, WholeRows) else masks_of(arguments, self._square(shape[1], x_BLD.device))
+        given = for_tokens(kept, subset(part))
+        caught = self._keys(others.gather(x_BLD), for_tokens(arguments, subset(others))).caught
+
+        def join(pair: Pair) -> Pair:
+            key, value = (_joined(part, mine, others, theirs) for mine, theirs in zip(pair, caught, strict=True))
+            return key, value
+
+        rows = part.rows.gather if isinstance(part, WholeRows) else _unchanged
+        joining = Joining(self.cache, join, rows)
+        chosen = part.gather(x_BLD)
+        delta = wide(self.routed.call(chosen, given, joining)) - wide(chosen)
+        if joining.calls != 1:
+            raise ValueError(
+                f"block {self.routed.layer} ({type(self.routed.block).__name__}) hands keys and values to its cache "
+                f"{joining.calls} times a call, so its tokens cannot be skipped"
+            )
+        return delta
+
+    def _square(self, length: int, device: torch.device) -> Callable[[Tensor | None], Tensor | None]:
+        """Where causality is left to the attention, it takes queries and keys to be the same tokens."""
+        return lambda mask: causal_mask(mask, length, device)
+
+
+def _rest_of(part: Selection, tokens: Tokens) -> Selection:
+    """The tokens that `part` leaves out."""
+    left_BL = ~part.mask()
+    exact = part.valid_BK is None and not isinstance(part, WholeRows)
+    return tokens.select_kept(left_BL, tokens.length - part.width if exact else None, exact)
+
+
+def _joined(part: Selection, mine: Tensor, others: Selection, theirs: Tensor) -> Tensor:
+    """Keys or values [B, H, L, E] of all tokens from those of `part` and of the others."""
+    return (part.scatter(mine.transpose(1, 2)) + others.scatter(theirs.transpose(1, 2))).transpose(1, 2)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

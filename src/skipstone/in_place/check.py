@@ -1,0 +1,58 @@
+"""Every routed block against itself, on a few tokens: skipping must give what computing everything gives.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from skipstone.in_place.handle import RoutedDecoder
+
+LENGTH = 6
+KEPT = ((1, 0, 1, 1, 0, 1), (0, 1, 0, 1, 1, 0))  # ragged, so that rows are filled up
+NEXT = ((1,), (0,))
+
+
+@torch.no_grad()
+def check(handle: RoutedDecoder) -> None:
+    """Run a prompt of two rows and one more token of each with imposed decisions, on every routed block.
+
+    Raises ValueError, one line, for a block whose output differs from its own where everything is computed.
+    """
+    if any(p.device.type == "meta" for p in handle.decoder.parameters()):
+        return  # weights that are elsewhere cannot be looked at now
+    device = handle.decoder.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.arange(2 * (LENGTH + 1), device=device).view(2, LENGTH + 1) % 7 + 1
+    with _in_evaluation(handle.decoder):
+        cached = all(getattr(mechanism.config, "kv", "full") == "full" for mechanism in handle.routing_modules())
+        cache = _forced(handle, KEPT, ids[:, :LENGTH], None, cached)
+        if cached:
+            _forced(handle, NEXT, ids[:, LENGTH:], cache, cached)
+
+
+def _forced(handle: RoutedDecoder, kept: tuple[tuple[int, ...], ...], ids: Tensor, cache: Any, cached: bool) -> Any:
+    mask = torch.tensor(kept, dtype=torch.bool, device=ids.device)
+    handle.forced = {routed.layer: mask for routed in handle.blocks}
+    handle.verifying = True
+    try:
+        return handle.decoder(input_ids=ids, past_key_values=cache, use_cache=cached).past_key_values
+    finally:
+        handle.forced, handle.verifying = {}, False
+
+
+@contextmanager
+def _in_evaluation(decoder: nn.Module) -> Iterator[None]:
+    was = {module: module.training for module in decoder.modules()}
+    decoder.eval()
+    try:
+        yield
+    finally:
+        for module, training in was.items():
+            module.training = training

@@ -1,0 +1,53 @@
+"""The decoder of a model and its blocks, and what is refused of a model before anything is put into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from skipstone.core.routing_module import RoutingModule
+
+KERNELS = ("sdpa", "eager")
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The causal decoder: that of a language model, or the text tower of one that sees.
+
+    Raises ValueError, one line, for a model that has none, or one whose blocks decide already.
+    """
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise ValueError(f"route needs a decoder of transformers, got {kind}; wrap single blocks by skipstone.Routed")
+    if any(isinstance(module, RoutingModule) for module in model.modules()):
+        raise ValueError(f"{kind} carries mechanisms already; undo() them first, or name them in its configuration")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} has an encoder and attention to it, which route does not know; it needs a decoder")
+    found = model.get_decoder()  # type: ignore[operator]
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def text_config(decoder: nn.Module) -> Any:
+    """The configuration of the decoder's blocks."""
+    config: Any = decoder.config
+    return config.get_text_config(decoder=True)
+
+
+def blocks_of(decoder: nn.Module) -> nn.ModuleList:
+    """The decoder's list of blocks. Raises ValueError, one line, where there is no such list, or more than one."""
+    count = text_config(decoder).num_hidden_layers
+    found = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        what = "no list" if not found else f"{len(found)} lists"
+        raise ValueError(f"{type(decoder).__name__} has {what} of {count} blocks, so it is not clear what to route")
+    return found[0]
+
+
+def require_kernel(decoder: nn.Module) -> None:
+    """Raise ValueError unless the attention takes the masks that skipping needs."""
+    kernel = text_config(decoder)._attn_implementation
+    if kernel not in KERNELS:
+        raise ValueError(
+            f"attn_implementation {kernel!r} takes no mask for single queries; route needs {' or '.join(KERNELS)}"
+        )

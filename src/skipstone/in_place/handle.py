@@ -1,0 +1,299 @@
+"""`route`: mechanisms around the blocks of any decoder of transformers, in place, and the handle to them.
+
+Shape letters: B rows, T tokens of the call, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import update_wrapper
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from skipstone.core.depth import DepthModule, DepthModules
+from skipstone.core.noise import draw_seed
+from skipstone.core.records import Records, carried
+from skipstone.core.strict import PlainDict
+from skipstone.core.tokens import Executor, PassMode, Tokens
+from skipstone.in_place.arguments import Signature
+from skipstone.in_place.block import RoutedBlock
+from skipstone.in_place.check import check
+from skipstone.in_place.find import blocks_of, decoder_of, require_kernel, text_config
+from skipstone.in_place.saved import read_mechanisms, read_weights, write
+from skipstone.mechanisms import DEPTH, Placement
+from skipstone.model.fields import Written
+from skipstone.model.parts import MechanismEntry, parse_mechanisms
+from skipstone.model.tokens import Call, tokens_of
+
+IGNORED = -100
+NEUTRAL: Mapping[str, object] = {"kv": "full"}
+
+
+def route(
+    model: nn.Module,
+    mechanisms: Sequence[Written] | str | Path,
+    *,
+    dense_start: bool = False,
+    verify: bool = True,
+) -> RoutedDecoder:
+    """Put depth mechanisms around the blocks of a decoder of transformers, in place, and return the handle to them.
+
+    model: a causal language model, or one that sees and has a text tower: its blocks take hidden states first and
+    return a stream, alone or at the head of a tuple. mechanisms: entries as `SkipstoneConfig` takes them (name, layers,
+    options), around whole blocks; `kv` is "full" unless it is given. Or a folder that `RoutedDecoder.save` has written.
+    dense_start: start as the model is, for weights that are to be tuned; options that an entry does not name are then
+    those of `skipstone adapt`. verify: hold every routed block against itself, skipping against computing everything,
+    on a few tokens.
+
+    Raises ValueError, one line each, for entries that cannot be, for models whose blocks are not like that, and for a
+    block that skips inexactly.
+    """
+    decoder = decoder_of(model)
+    require_kernel(decoder)
+    blocks = blocks_of(decoder)
+    folder = Path(mechanisms) if isinstance(mechanisms, str | Path) else None
+    written = read_mechanisms(folder) if folder is not None else mechanisms
+    assert not isinstance(written, str | Path)
+    entries = parse_mechanisms([_completed(entry, dense_start) for entry in written], len(blocks))
+    _refuse_sites(entries)
+    handle = RoutedDecoder(model, decoder, blocks, entries)
+    try:
+        if folder is not None:
+            read_weights(folder, dict(handle.modules()))
+        if dense_start:
+            for mechanism in handle.routing_modules():
+                mechanism.start_as_dense()
+        if verify:
+            check(handle)
+    except BaseException:
+        handle.undo()
+        raise
+    return handle
+
+
+def _completed(written: Written, dense_start: bool) -> dict[str, object]:
+    """An entry with the options that `route` sets where it does not say."""
+    entry = dict(written)
+    mechanism = DEPTH.get(str(entry.get("name")))
+    if mechanism is None:  # what reads it will say so
+        return entry
+    known = {field.name for field in fields(mechanism.Config)}
+    start = mechanism.adapt_defaults if dense_start else {}
+    given = {**start, **{name: value for name, value in NEUTRAL.items() if name in known}}
+    return {**given, **entry}
+
+
+def _refuse_sites(entries: Sequence[MechanismEntry]) -> None:
+    for i, entry in enumerate(entries):
+        if entry.site != "block":
+            raise ValueError(f"mechanisms[{i}].on must be 'block': route sees blocks from outside, got {entry.site!r}")
+
+
+class RoutedDecoder:
+    """The handle to the mechanisms that `route` has put into a model.
+
+    records: of the last pass, for each block, what its mechanisms decided. executor: "gathered" computes kept tokens
+    only, "masked" computes all and throws away; they agree. training_routing: how a pass in training mode decides that
+    computes gradients, "oracle" (sees the whole row) or "causal"; all other passes decide causally. routing: where it
+    is not None, how every pass decides. forced: `{layer: bool mask [B, T]}`, decisions that are imposed.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: nn.Module, blocks: nn.ModuleList, entries: Sequence[MechanismEntry]
+    ) -> None:
+        self.model, self.decoder, self.entries, self.count = model, decoder, list(entries), len(blocks)
+        self.executor: Executor = "gathered"
+        self.training_routing: Literal["oracle", "causal"] = "oracle"
+        self.routing: Literal["oracle", "causal"] | None = None
+        self.forced: Mapping[int, Tensor] = {}
+        self.verifying = False  # whether blocks are held against themselves (`check`)
+        self.records: tuple[Records, ...] = ()
+        self._mask: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._tokens: Tokens | None = None
+        width = text_config(decoder).hidden_size
+        chosen = [(i, block, Signature(block)) for i, block in enumerate(blocks) if any(i in e.layers for e in entries)]
+        self.blocks = [
+            RoutedBlock(self, i, block, signature, _mechanisms(entries, i, len(blocks), width, block))
+            for i, block, signature in chosen
+        ]
+        self._names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # of positional arguments
+        self._hook = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._forward = _WithLosses(self, model) if model is not decoder else None
+        model.routing_modules = self.routing_modules  # type: ignore[assignment]  # where a `RoutingCallback` looks
+
+    def routing_modules(self) -> Iterator[DepthModule]:
+        """Every mechanism, in the order of the blocks."""
+        for routed in self.blocks:
+            yield from routed.mechanisms.values()
+
+    def modules(self) -> Iterator[tuple[str, DepthModules]]:
+        """The mechanisms of each routed block, by a name that does not depend on the model's."""
+        for routed in self.blocks:
+            yield f"layers.{routed.layer}", routed.mechanisms
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the mechanisms alone, for an optimizer that leaves the model as it is."""
+        for mechanism in self.routing_modules():
+            yield from mechanism.parameters()
+
+    def set_identity(self) -> None:
+        """Make the model behave as if no mechanism were there, gradients alive."""
+        for mechanism in self.routing_modules():
+            mechanism.set_identity()
+
+    def auxiliary_loss(self) -> Tensor:
+        """The mechanisms' own losses in the last pass: for each the mean over its tokens, and their sum.
+
+        A model that is given labels has added it to its loss in training mode.
+        """
+        losses = [(r.loss_BT, r.reached_BT) for layer in self.records for r in layer.values() if r.loss_BT is not None]
+        if not losses:
+            return torch.zeros((), device=next(self.decoder.parameters()).device)
+        return sum(loss.sum() / reached.sum().clamp(min=1) for loss, reached in losses)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def advance(self, progress: float) -> None:
+        """Once an optimizer step in a loop of one's own: move thresholds and schedules after the last pass.
+
+        progress: from 0 to 1 over the training. A Trainer does it by `RoutingMixin`.
+        """
+        for mechanism in self.routing_modules():
+            place = mechanism.placement
+            record = self.records[place.layer].get(place.name) if self.records else None
+            mechanism.advance(progress, None if record is None else mechanism.statistics(record))
+
+    def kept_share(self) -> float:
+        """The share of tokens that the blocks of the last pass computed, blocks without mechanisms counted whole."""
+        shares = [1.0] * self.count
+        for i, records in enumerate(self.records):
+            kept = [r.kept_BT for r in records.values()]  # type: ignore[union-attr]
+            if kept:
+                shares[i] = float(torch.stack(kept).all(0).float().mean())
+        return sum(shares) / self.count
+
+    def save(self, folder: str | Path) -> None:
+        """Write the entries and the mechanisms' weights, thresholds included, for `route(model, folder)`.
+
+        The model's own weights stay where they are, so this is to a model what an adapter is.
+        """
+        write(Path(folder), [entry.plain() for entry in self.entries], dict(self.modules()))
+
+    def undo(self) -> None:
+        """Take everything out of the model again. Raises ValueError where somebody has wrapped a block since."""
+        for routed in self.blocks:
+            routed.undo()
+        self._hook.remove()
+        if self._forward is not None:
+            self._forward.undo()
+        del self.model.routing_modules
+
+    # --- a pass
+
+    def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: PlainDict) -> None:
+        """Before the decoder runs: take what it says of the tokens."""
+        require_kernel(decoder)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        config = text_config(decoder)
+        for name in ("output_attentions", "output_router_logits"):
+            asked = given.get(name)
+            if getattr(config, name, False) if asked is None else asked:
+                raise ValueError(f"{name} is not supported by a routed model: skipped tokens have none")
+        self._mask, self._positions = given.get("attention_mask"), given.get("position_ids")
+        self._tokens, self.records = None, tuple({} for _ in range(self.count))
+
+    def tokens_at(self, routed: RoutedBlock, x_BTD: Tensor, cache: Any) -> Tokens:
+        """The tokens of the pass as they reach a block. Raises ValueError for hidden states that are not [B, T, D]."""
+        if x_BTD.dim() != 3:
+            raise ValueError(f"block {routed.layer} must be given hidden states [B, T, D], got {list(x_BTD.shape)}")
+        if self._tokens is None:
+            self._tokens = self._first(x_BTD, 0 if cache is None else int(cache.get_seq_length(routed.layer)), cache)
+        return self._tokens.replace(forced_BT=self.forced.get(routed.layer))
+
+    def _first(self, x_BTD: Tensor, seen: int, cache: Any) -> Tokens:
+        B, T = x_BTD.shape[:2]
+        learns = self.decoder.training and torch.is_grad_enabled() and seen == 0
+        routing = self.routing or (self.training_routing if learns else "causal")
+        noise = self.decoder.training and routing == "oracle"
+        executor: Executor = "masked" if torch.compiler.is_compiling() else self.executor
+        mode = PassMode(routing=routing, noise=noise, executor=executor, per_row_gather=cache is not None)
+        plain = self._mask if isinstance(self._mask, Tensor) and self._mask.dim() == 2 else None
+        if routing == "oracle" and self._mask is not None and plain is None:
+            raise ValueError(
+                "attention_mask must have shape [B, T], 1 for tokens and 0 for padding, where a row chooses"
+            )
+        positions = self._positions
+        if not isinstance(positions, Tensor) or positions.shape not in ((1, T), (B, T)):
+            positions = None
+        mask = None if plain is None else plain[:, : seen + T]
+        call = Call(shape=x_BTD.shape[:2], device=x_BTD.device, seen=seen, attention_mask=mask, position_ids=positions)
+        state: dict[str, Tensor] = {}
+        for mechanism in self.routing_modules():
+            state.update(mechanism.initial_state(x_BTD))
+        return tokens_of(call, mode).replace(state=state, noise_seed=draw_seed(x_BTD.device) if noise else None)
+
+    def note(self, layer: int, records: Records) -> None:
+        """What the mechanisms of a block decided, and the tensors that they hand to later blocks."""
+        self.records[layer].update(records)  # type: ignore[attr-defined]
+        if self._tokens is not None and (carry := carried(records.values())):
+            self._tokens = self._tokens.replace(state={**self._tokens.state, **carry})
+
+
+def _mechanisms(
+    entries: Sequence[MechanismEntry], layer: int, count: int, width: int, block: nn.Module
+) -> DepthModules:
+    """New mechanisms of one block, on its device, in fp32 but for what takes the model's dtype."""
+    built: dict[str, DepthModule] = {}
+    like = next((p for p in block.parameters() if p.is_floating_point() and p.device.type != "meta"), None)
+    for entry in entries:
+        if layer in entry.layers:
+            index = entry.layers.index(layer)
+            placement = Placement(layer=layer, num_layers=count, index=index, count=len(entry.layers), name=entry.key)
+            mechanism = DEPTH[entry.kind](width, placement, config=entry.options)
+            if like is not None:
+                mechanism.to(like.device)
+                for name in mechanism.cast_with_model:
+                    _cast(mechanism, name, like.dtype)
+            built[entry.key] = mechanism.train(block.training)
+    return DepthModules(built)
+
+
+def _cast(mechanism: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """One parameter or child to a dtype."""
+    part = getattr(mechanism, name, None)
+    if isinstance(part, nn.Module):
+        part.to(dtype)
+    elif isinstance(part, Tensor):
+        part.data = part.data.to(dtype)
+
+
+class _WithLosses:
+    """Stands in for the model's `forward`: the loss of a pass in training mode has the mechanisms' own losses in it."""
+
+    def __init__(self, handle: RoutedDecoder, model: nn.Module) -> None:
+        self._handle, self._model = handle, model
+        self._before, self._original = model.__dict__.get("forward"), model.forward
+        update_wrapper(self, self._original)  # its signature tells transformers what may be passed
+        model.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._original(*args, **kwargs)
+        loss = getattr(out, "loss", None)
+        if loss is None or not self._model.training or not torch.is_grad_enabled():
+            return out
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        share = 1.0 if items is None or labels is None else (labels[..., 1:] != IGNORED).sum() / items
+        out["loss"] = loss + self._handle.auxiliary_loss() * share
+        return out
+
+    def undo(self) -> None:
+        """Give the model its `forward` back, unless somebody has put another there since."""
+        if self._model.__dict__.get("forward") is self:
+            del self._model.__dict__["forward"]
+            if self._before is not None:
+                self._model.forward = self._before

@@ -1,0 +1,112 @@
+"""Caches that stand between a block's attention and the model's own: keys of all tokens, queries of some.
+
+An attention of transformers hands the keys and values of its tokens to the cache and attends to what it gets back. So
+a block may be run for some tokens and attend to all: the keys and values of the others, caught by a first run that ends
+where they are handed over, are put between those of the second before the model's cache sees them.
+
+Shape letters: B rows, H heads of keys, T tokens of the call, S tokens of keys, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+Pair = tuple[Tensor, Tensor]
+
+
+class _Caught(BaseException):
+    """Ends a block where its keys and values are known; no error, so that nobody's `except Exception` takes it."""
+
+
+class _Between(Cache):
+    """Everything of the model's cache, but what is handed over: `update` is ours. Without a cache it is empty."""
+
+    def __init__(self, cache: Any) -> None:
+        self.behind = DynamicCache() if cache is None else cache
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["behind"], name)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        return self.behind.get_seq_length(*args, **kwargs)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        return self.behind.get_mask_sizes(*args, **kwargs)
+
+
+class Catching(_Between):
+    """Catches keys and values and ends the run."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        self.caught = key_states, value_states
+        self.handed = args, kwargs
+        raise _Caught
+
+
+class Joining(_Between):
+    """Makes of some tokens' keys or values those of all (`join`), and of what the cache returns what these rows see.
+
+    It stores in the cache that is behind, if there is one.
+    """
+
+    def __init__(self, cache: Any, join: Callable[[Pair], Pair], rows: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(cache)
+        self._stores, self._join, self._rows = cache is not None, join, rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        self.calls += 1
+        pair = self._join((key_states, value_states))
+        if self._stores:
+            pair = self.behind.update(*pair, *args, **kwargs)
+        return self._rows(pair[0]), self._rows(pair[1])
+
+
+def keys_of(block: nn.Module, where: str, run: Callable[[Catching], Any], cache: Any) -> Catching:
+    """Run a block as far as its keys and values. Raises ValueError, one line, for a block that hands none over."""
+    catching = Catching(cache)
+    try:
+        with _without_queries(block):
+            run(catching)
+    except _Caught:
+        return catching
+    raise ValueError(
+        f"{where} ({type(block).__name__}) hands no keys and values to a cache, so its tokens cannot be skipped"
+    )
+
+
+@contextmanager
+def _without_queries(block: nn.Module) -> Iterator[None]:
+    """The projection of queries gives zeros: nobody looks at them before the run ends."""
+    found = [m for name, m in block.named_modules() if name.rpartition(".")[2] == "q_proj" and _width(m) is not None]
+    before = [module.__dict__.get("forward") for module in found]
+    for module in found:
+        module.forward = _Zeros(_width(module))
+    try:
+        yield
+    finally:
+        for module, forward in zip(found, before, strict=True):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = forward
+
+
+def _width(module: nn.Module) -> int | None:
+    width = getattr(module, "out_features", None)
+    return width if isinstance(width, int) else None
+
+
+class _Zeros:
+    def __init__(self, width: int | None) -> None:
+        self.width = width
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.width is not None
+        return torch.zeros(*x.shape[:-1], self.width, dtype=x.dtype, device=x.device)

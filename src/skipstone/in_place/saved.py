@@ -1,0 +1,63 @@
+"""Mechanisms as files beside a model: `skipstone_routing.json` has the entries, `.safetensors` the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from skipstone.core import atomic_write
+from skipstone.core.strict import PlainDict
+
+ENTRIES, WEIGHTS = "skipstone_routing.json", "skipstone_routing.safetensors"
+VERSION = 1
+
+
+def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, nn.Module]) -> None:
+    """Write both files; what else is in the folder stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _named(modules).items()}
+    partial = atomic_write.partial_of(folder / WEIGHTS)
+    with atomic_write.naming(folder / WEIGHTS):
+        save_file(tensors, partial)
+        partial.replace(folder / WEIGHTS)
+    atomic_write.write_json(folder / ENTRIES, {"version": VERSION, "mechanisms": entries})
+
+
+def read_mechanisms(folder: Path) -> list[PlainDict]:
+    """The entries. Raises ValueError, one line, for a file that is missing or does not hold them."""
+    path = folder / ENTRIES
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        version, entries = found["version"], found["mechanisms"]
+        if version != VERSION or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"version {version!r}, expected {VERSION}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot read {str(path)!r}: {reason}") from None
+    return list(entries)
+
+
+def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Load the weights. Raises ValueError, one line, for a file that is missing, broken or of other mechanisms."""
+    path = folder / WEIGHTS
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}") from None
+    expected = _named(modules)
+    wrong = sorted(found.keys() ^ expected.keys())
+    wrong += [name for name, value in expected.items() if name in found and found[name].shape != value.shape]
+    if wrong:
+        raise ValueError(f"{str(path)!r} does not fit this model: {wrong[0]} and {len(wrong) - 1} more differ")
+    for name, value in expected.items():
+        value.data.copy_(found[name])
+
+
+def _named(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name."""
+    return {f"{prefix}.{name}": value for prefix, m in modules.items() for name, value in m.state_dict().items()}
