@@ -51,5 +51,5 @@ def test_it_is_on_by_default_and_off_where_the_weight_teaches() -> None:
 
 
 def test_scores_that_nobody_reads_cannot_be_taught() -> None:
-    with pytest.raises(ValueError, match="guidance trains scores, at which decision 'random' does not look"):
+    with pytest.raises(ValueError, match="guidance trains scores, which decision 'random' does not read"):
         MixtureOfDepths(D, decision="random", guidance=True)

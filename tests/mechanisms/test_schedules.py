@@ -86,7 +86,7 @@ def test_one_routed_block_has_the_start_of_a_ramp() -> None:
         ({"warmup_shape": "liner"}, "did you mean 'linear'"),
         ({"exploration": -1}, "exploration must not be negative, got -1"),
         ({"exploration_until": 0}, r"exploration_until must be in \(0, 1\], got 0"),
-        ({"exploration": 1, "decision": "random"}, "exploration is noise on scores, at which decision 'random'"),
+        ({"exploration": 1, "decision": "random"}, "exploration adds noise to scores, which decision 'random'"),
         ({"z_loss": float("nan")}, "z_loss must not be negative, got nan"),
         ({"threshold": 1}, r"threshold must be in \(0, 1\), got 1"),
         ({"router": "lineer"}, "unknown router 'lineer'; did you mean 'linear'"),

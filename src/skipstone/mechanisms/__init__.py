@@ -1,4 +1,7 @@
-"""Floor 2: the mechanisms, one file each. They know no block. A new one is a file here and a line in a table below."""
+"""Floor 2: the mechanisms, one file each; they do not depend on blocks.
+
+A new one is a file and a line in a table below.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ ACTIVATION: dict[str, type[PolyGLU]] = {
 
 
 def register(name: str, mechanism: type[DepthMechanism]) -> None:
-    """Add a depth mechanism of your own, so that configurations may name it.
+    """Register a depth mechanism under a name that configurations can use.
 
-    Whoever loads a model that carries it has to register it first. Raises ValueError for a name that is taken, and
-    TypeError for a class that is no `DepthMechanism` with a `Config`.
+    It has to be registered before loading a model that carries it. Raises ValueError if the name is taken, and
+    TypeError for a class that is not a `DepthMechanism` with a `Config`.
     """
     if name in DEPTH:
         raise ValueError(f"mechanism {name!r} is registered already")
@@ -37,7 +40,7 @@ def register(name: str, mechanism: type[DepthMechanism]) -> None:
     DEPTH[name] = mechanism
 
 
-# What chooses groups of neurons, by the option `decision` of `neuron_groups`.
+# Routers of neuron groups, by the option `decision` of `neuron_groups`.
 GROUPS: dict[str, type[NeuronGroups] | type[MagnitudeGroups]] = {
     "learned": NeuronGroups,
     "random": NeuronGroups,

@@ -1,4 +1,4 @@
-"""What every mechanism around an update declares: the seam's side of a depth mechanism.
+"""`DepthMechanism`: the base class of our depth mechanisms, with what they share.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -22,9 +22,9 @@ from skipstone.ops import reference as ops
 
 
 class DepthMechanism(DepthModule):
-    """Decides which tokens get an update, and how strongly: a function on updates.
+    """A depth mechanism: decides which tokens get a block's update and with what weight.
 
-    Subclasses name a frozen keyword-only dataclass `Config`; options given to the constructor go through it.
+    Subclasses set `Config`, a frozen keyword-only dataclass that parses the options given to the constructor.
     """
 
     Config: ClassVar[type]
@@ -32,17 +32,17 @@ class DepthMechanism(DepthModule):
     def __init__(
         self, hidden_size: int, placement: Placement | None = None, config: object = None, **options: object
     ) -> None:
-        """Options of `Config`, unless `config` has them parsed."""
+        """Parse `options` with `Config`, unless `config` holds them already."""
         super().__init__()
         self.config = parsed(self.Config, config, options)
         self.hidden_size, self.placement = hidden_size, placement or Placement()
 
     def fitted_parts(self) -> tuple[LinearRouter | None, LowRankSkip | None]:
-        """Return the linear router and the skip path that `adapt.start: measured` fits, None where there is none."""
+        """Return the linear router and the skip path that `adapt.start: measured` fits; None for absent ones."""
         return None, None
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """Tensors [B, T] that cross blocks, as they are before block 0."""
+        """Return the tensors [B, T] that the mechanism carries from block to block, as they are before block 0."""
         return {}
 
     def empty_record(self, x_BTD: Tensor) -> DepthRecord:
@@ -52,16 +52,17 @@ class DepthMechanism(DepthModule):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """The counts inside, by what was measured (`kept`: those that it keeps), else as the configuration promises.
+        """Return the token counts inside the mechanism, given those outside.
 
-        What is not kept stays inside as keys and values, and an oracle pass skips nothing; others override this.
+        kept: measured counts of the tokens that it keeps; None: as the configuration guarantees. By default, skipped
+        tokens still serve as keys and values, and an oracle pass skips nothing.
         """
         if oracle or kept is None:
             return counts
         return TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=counts.restricted_to(kept).query_tokens)
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """bool [B, T], whom an oracle would keep by the record's scores; None where there is no such thing."""
+        """Return the tokens that an oracle would keep by the record's scores, bool [B, T]; None if undefined."""
         return None
 
     def record(
@@ -74,6 +75,6 @@ class DepthMechanism(DepthModule):
         loss_BT: Tensor | None = None,
         carry: Mapping[str, Tensor] | None = None,
     ) -> Records:
-        """The mechanism's record under its name."""
+        """Return the mechanism's record under its name."""
         record = DepthRecord(score_BT, kept_BT, weight_BT, reached_BT, loss_BT, carry or {})
         return {self.placement.name or type(self).__name__: record}

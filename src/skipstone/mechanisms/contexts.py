@@ -1,10 +1,11 @@
-"""What the gates of PolyGLU and neuron groups look at: a mean of projected tokens, of the whole row or of those so far.
+"""Contexts of the gates of PolyGLU and neuron groups: means of projected tokens, over the whole row or the past.
 
 The gate's first layer is linear, so projecting and then averaging equals averaging and then projecting; the cache then
-keeps 32 sums a token instead of the whole width, and crop and reorder stay exact. Tokens are counted as they reach the
-gate: padding, and what an outer mechanism leaves out, is in no mean.
+keeps 32 sums per token instead of the whole width, and crop and reorder stay exact. Only tokens that reach the gate are
+counted: means leave out padding and tokens that an outer mechanism skips.
 
-All means are fp32 [B, T, R]; `sequence` [B, 1, R] where a row is one document. A sum carries its count as last entry.
+All means are fp32 [B, T, R]; `sequence_mean` is [B, 1, R] if each row is one document. The last entry of a sum is its
+number of tokens.
 Shape letters: B rows, T tokens, R projected width, S = R + 1 entries of a sum.
 """
 
@@ -23,26 +24,26 @@ from skipstone.core.tokens import Tokens
 
 @dataclass(frozen=True)
 class Memory:
-    """What earlier calls left in the cache under this name; nothing without a cache."""
+    """The state that earlier calls stored in the cache under a name; empty without a cache."""
 
     tokens: Tokens
     cache: SkipstoneCacheLayer | None
     name: str
 
     def last(self, entry: str) -> Tensor | None:
-        """[B, 1, S], the entry of each row's newest token."""
+        """Return the entry of each row's newest token, [B, 1, S]; None if there is none."""
         value = None if self.cache is None else self.cache.store(self.name).last(entry, self.tokens.rows)
         return None if value is None else value[:, None]
 
     def here(self) -> Tensor | float:
-        """1 where the token's document is that of the row's newest token, 0 elsewhere, [B, T, 1]."""
+        """Return 1 where the token's document continues that of the row's newest cached token, else 0, [B, T, 1]."""
         last_B1 = self.last("document")
         if self.tokens.document_BT is None or last_B1 is None:
             return 1.0
         return (self.tokens.document_BT == last_B1)[..., None].float()
 
     def keep(self, **entries_BTS: Tensor) -> None:
-        """Remember the entries of this call's tokens."""
+        """Store the entries of this call's tokens."""
         if self.cache is None:
             return
         document_BT, store = self.tokens.document_BT, self.cache.store(self.name)
@@ -52,7 +53,7 @@ class Memory:
 
 
 def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
-    """The paper's context, one mean a document: every token sees the future."""
+    """Return the mean over each whole document, the paper's context; it includes later tokens."""
     real_BT1 = _real(z_BTR, tokens)
     if tokens.document_BT is None:
         return (z_BTR * real_BT1).sum(1, keepdim=True) / real_BT1.sum(1, keepdim=True).clamp(min=1)
@@ -62,27 +63,27 @@ def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 
 
 def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
-    """Over the tokens of the same document up to and including this one."""
+    """Return the mean over the tokens of the same document up to and including each token."""
     total_BTS = _running_sum(z_BTR, tokens, memory, memory.last("sum"))
     memory.keep(sum=total_BTS)
     return _mean(total_BTS)
 
 
 def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
-    """The same, the token that came n tokens ago weighing decay^n."""
+    """Return the running mean in which a token n tokens back has weight decay^n."""
     total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)
     return _mean(total_BTS)
 
 
 def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tensor:
-    """Over the tokens of all earlier chunks of `size` tokens of the same document; 0 in the first chunk."""
+    """Return the mean over all earlier chunks of `size` tokens of the same document; 0 in the first chunk."""
     last_B1S, done_B1S = memory.last("sum"), memory.last("done")
     total_BTS = _running_sum(z_BTR, tokens, memory, last_B1S)
     chunk_BT = _chunk(total_BTS, size)
     begins_BT = _begins(chunk_BT, total_BTS) | _begins(tokens.document_BT, total_BTS)
     before_B1S = torch.zeros_like(total_BTS[:, :1])
-    if last_B1S is not None and done_B1S is not None:  # the chunk of the last call goes on, or is complete
+    if last_B1S is not None and done_B1S is not None:  # the last call's chunk continues, or is complete
         goes_on_B1 = chunk_BT[:, :1] == _chunk(last_B1S, size)
         before_B1S = torch.where(goes_on_B1[..., None], done_B1S, last_B1S)
     done_BTS = _before(total_BTS, begins_BT, before_B1S) * (chunk_BT > 0)[..., None]
@@ -91,9 +92,9 @@ def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tens
 
 
 def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay: float) -> Tensor:
-    """The exponential mean up to and including the first token of the chunk of `size` tokens that the token is in.
+    """Return the exponential mean up to and including the first token of each token's chunk of `size` tokens.
 
-    So all tokens of a chunk see the same, and it is known when the chunk begins. Padding before the first token of a
+    All tokens of a chunk thus have the same context, known when the chunk begins. Padding before the first token of a
     row is a chunk of its own.
     """
     state, R = memory.last("state"), z_BTR.shape[-1]
@@ -118,7 +119,7 @@ def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay:
 def _next(
     z_B1R: Tensor, tokens: Tokens, last: tuple[Any, ...], size: int, decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, count and start for one token of a text without documents: decoding, where every operation is felt."""
+    """Return sum, count and chunk start for one token per row without documents; a fast path for decoding."""
     last_B1S, last_B11, last_B1R = last
     x_B1S = _counted(z_B1R, tokens)
     weight = decay if tokens.real_BT is None else torch.where(tokens.real_BT[..., None], decay, 1.0)
@@ -128,6 +129,7 @@ def _next(
 
 
 def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, last_B1S: Tensor | None) -> Tensor:
+    """Return sums over the tokens of the same document up to each token, [B, T, S]."""
     total_BTS = _counted(z_BTR, tokens).cumsum(1)
     if tokens.document_BT is not None:
         begins_BT = _begins(tokens.document_BT, total_BTS)
@@ -136,7 +138,7 @@ def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, last_B1S: Tensor
 
 
 def _decayed_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float, last_B1S: Tensor | None) -> Tensor:
-    """A token n tokens ago counts decay^n."""
+    """Return sums in which a token n tokens back has weight decay^n, [B, T, S]."""
     x_BTS, real_BT1 = _counted(z_BTR, tokens), _real(z_BTR, tokens)
     total_BTS = _scan(x_BTS, torch.where(real_BT1 > 0, decay, 1.0) * ~_begins(tokens.document_BT, x_BTS)[..., None])
     if last_B1S is not None:
@@ -145,7 +147,7 @@ def _decayed_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float, la
 
 
 def _scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
-    """total_t = keep_t * total_(t-1) + x_t, by doubling: log2 T steps, products of shares only, no division."""
+    """Compute total_t = keep_t * total_(t-1) + x_t by doubling: log2 T steps, without divisions."""
     step = 1
     while step < x_BTS.shape[1]:
         x_BTS = torch.cat((x_BTS[:, :step], x_BTS[:, step:] + keep_BT1[:, step:] * x_BTS[:, :-step]), dim=1)
@@ -155,23 +157,24 @@ def _scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
 
 
 def _mean(total_BTS: Tensor) -> Tensor:
-    """Counts are 0 or at least 1, with a decay too."""
+    """Divide a sum by its count, which is 0 or at least 1, also with decay."""
     return total_BTS[..., :-1] / total_BTS[..., -1:].clamp(min=1)
 
 
 def _first(here: Tensor | float) -> Tensor | bool:
-    """Whether the first token is of the document that the row was at, [B, 1, 1]."""
+    """Return whether the first token continues the row's cached document, [B, 1, 1]."""
     return True if isinstance(here, float) else here[:, :1] > 0
 
 
 def _real(z_BTR: Tensor, tokens: Tokens) -> Tensor:
+    """Return 1 for real tokens and 0 for padding, [B or 1, T, 1]."""
     if tokens.real_BT is None:
         return z_BTR.new_ones(1, z_BTR.shape[1], 1)
     return tokens.real_BT[..., None].to(z_BTR.dtype)
 
 
 def _counted(z_BTR: Tensor, tokens: Tokens) -> Tensor:
-    """[B, T, S], each token and a 1; zeros where it is not real."""
+    """Return each token with a 1 appended, zeros for padding, [B, T, S]."""
     if tokens.real_BT is None:
         return F.pad(z_BTR, (0, 1), value=1.0)
     real_BT1 = _real(z_BTR, tokens)
@@ -179,12 +182,12 @@ def _counted(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 
 
 def _chunk(total_BTS: Tensor, size: int) -> Tensor:
-    """Number of each token's chunk in its document, [B, T]."""
+    """Return the index of each token's chunk in its document, [B, T]."""
     return ((total_BTS[..., -1] - 1) / size).floor().clamp(min=0)
 
 
 def _begins(key_BT: Tensor | None, like_BTS: Tensor) -> Tensor:
-    """bool [B, T]: the tokens of this call whose key is not that of the token before."""
+    """Return where the key differs from the previous token's, bool [B, T]; False for the first token of the call."""
     new_BT = torch.zeros(like_BTS.shape[:2], dtype=torch.bool, device=like_BTS.device)
     if key_BT is not None:
         new_BT[:, 1:] = key_BT[:, 1:] != key_BT[:, :-1]
@@ -192,12 +195,12 @@ def _begins(key_BT: Tensor | None, like_BTS: Tensor) -> Tensor:
 
 
 def _before(total_BTS: Tensor, begins_BT: Tensor, first_B1S: Tensor) -> Tensor:
-    """The total just before the token's group began: `first` for the group with which the call starts."""
+    """Return the total just before each token's group began; `first_B1S` for the group that the call starts in."""
     shifted_BTS = torch.cat((first_B1S, total_BTS[:, :-1]), dim=1)
     return shifted_BTS.gather(1, _start(begins_BT)[..., None].expand_as(total_BTS))
 
 
 def _start(begins_BT: Tensor) -> Tensor:
-    """int64 [B, T], index of the first token of each token's group."""
+    """Return the index of the first token of each token's group, int64 [B, T]."""
     at_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
     return torch.where(begins_BT, at_T, 0).cummax(1).values

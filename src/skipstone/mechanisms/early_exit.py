@@ -1,11 +1,11 @@
-"""Early exit: a token that has left stays out of all later blocks (after adaptive computation time, arXiv 1603.08983).
+"""Early exit: a token that exits skips all later blocks (after adaptive computation time, arXiv 1603.08983).
 
     s_i <- s_i * sigmoid(w . x_i + b)       survival, 1 before block 0
     h   <- h + s * Attn(..),  h <- h + s * FFN(..)
 
-Survival only falls, so executed hard (s <= threshold skips) an exit is final without any further state. The exited
-token's keys and values are still computed, from its last state, for the tokens that go on.
-Where we differ from confidence-based exits: the score is learned inside the loss, no head is run at every block.
+Survival never increases, so that in hard execution (tokens with s <= threshold skip) an exit is final without further
+state. Keys and values of exited tokens are still computed, from their last hidden state, for the remaining tokens.
+Unlike confidence-based exits, the score is trained with the model, and no output head runs at every block.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -28,15 +28,16 @@ from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.ops import reference as ops
 
-NEUTRAL_SCORE = 12.0  # survival of 1 - 6e-6 a block, its gradient still alive
+NEUTRAL_SCORE = 12.0  # survival of 1 - 6e-6 per block, with a gradient that does not vanish
 EPSILON = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExitConfig:
-    """start_bias: b before training (3: a block is survived with .95). depth_weight: price of survival in the loss.
+    """Options of early exit.
 
-    execution: what a causal pass does, hard (skip) or soft (scale only). threshold: survival at which a token leaves.
+    start_bias: initial b (3: survival of .95 per block). depth_weight: coefficient of survival in the loss. execution:
+    of a causal pass, hard (skip) or soft (scale only). threshold: survival at or below which a token exits.
     """
 
     start_bias: float = 3.0
@@ -52,19 +53,22 @@ class EarlyExitConfig:
 
 
 class SurvivalThreshold(OptionThreshold):
-    """The survival at which a token leaves."""
+    """The survival at or below which a token exits."""
 
     def __init__(self, mechanism: EarlyExit) -> None:
         super().__init__(mechanism, keeps_above=True)
         self._state = mechanism.state_name
 
     def scores(self, record: DepthRecord) -> Tensor:
-        """Return the logit of the survival. Inside a block that kept no token there is no state."""
+        """Return the logit of the survival, [B, T].
+
+        The score if the record carries no survival (no token was reached).
+        """
         return torch.logit(record.carry.get(self._state, record.score_BT).double(), eps=EPSILON)
 
 
 class EarlyExit(DepthMechanism):
-    """A token stops for good when its survival has fallen."""
+    """Early exit as a depth mechanism: survival scales updates, and tokens of low survival skip all later blocks."""
 
     Config = EarlyExitConfig
     default_layers = "1:"
@@ -84,14 +88,14 @@ class EarlyExit(DepthMechanism):
 
     @property
     def state_name(self) -> str:
-        """The name of its survival among the tensors that cross blocks."""
+        """The name of its survival among the tensors carried between blocks."""
         return self.placement.name or "early_exit"
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
         return {self.state_name: x_BTD.new_ones(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """The inner update, each token's scaled by its survival."""
+        """Return the inner update, scaled by each token's survival, and the records."""
         score_BT, before_BT = self.router(x_BTD), tokens.state.get(self.state_name)
         survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT
         reached_BT = real_mask(tokens, score_BT)

@@ -1,8 +1,8 @@
-"""Exploration: noise on the scores while training selects, so that tokens just below the line are tried, too.
+"""Exploration: noise on the scores while training, so that tokens just below the threshold are sometimes kept.
 
-A router learns only from the tokens that it keeps; what it never tries it cannot learn to value. Gumbel noise on the
-scores before a top-k draws without replacement from the softmax of score / scale (arXiv 1903.06059).
-Shape letters: B rows, T tokens.
+A router learns only from the tokens that it keeps, so it cannot learn the value of tokens that it never tries. Gumbel
+noise on the scores before a top-k draws without replacement from the softmax of score / scale (arXiv 1903.06059). Shape
+letters: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from skipstone.mechanisms.schedules import UNIT, Progress
 
 
 class Exploration(nn.Module):
-    """score + scale * (1 - progress / until) * Gumbel noise, for the selection alone: weights see the plain score."""
+    """Add scale * (1 - progress / until) * Gumbel noise to scores, for selection only: weights use the plain score."""
 
     def __init__(self, scale: float, until: float) -> None:
         super().__init__()
@@ -22,14 +22,14 @@ class Exploration(nn.Module):
         self.progress = Progress(until)
 
     def forward(self, score_BT: Tensor, noise_BT: Tensor, reached_BT: Tensor, capacity: float | None = None) -> Tensor:
-        """fp32 [B, T], without a gradient.
+        """Return noisy scores, fp32 [B, T], without a gradient.
 
-        noise_BT: uniform in (0, 1). capacity: for decisions by a threshold. Noise lifts the upper quantiles, so that a
-        threshold would let too many tokens pass; with it the (1 - capacity) quantile of the whole call stays where it
-        is.
+        noise_BT: uniform in (0, 1). capacity: for decisions by a threshold. Noise raises the upper quantiles, so that a
+        threshold would keep too many tokens; with `capacity`, the (1 - capacity) quantile over the whole call stays
+        unchanged.
         """
         score_BT = score_BT.detach()
-        # from the buffer and not from the Python number, which would compile a new graph in every step
+        # read from the buffer; a Python number would make torch.compile build a new graph in every step
         amplitude = self.scale * (1 - self.progress.millionths / UNIT)
         explored_BT = score_BT - amplitude * (-noise_BT.log()).log()
         if capacity is None:

@@ -1,14 +1,14 @@
-"""GateSkip (Laitenberger et al. 2025, arXiv 2510.13876): a gate behind each sub-layer that also tells who may skip it.
+"""GateSkip (Laitenberger et al. 2025, arXiv 2510.13876): a gate on each sub-layer that also decides which tokens skip.
 
     g_i = sigmoid(W h_i + b)                   one number for each channel, or one for the token
     h  <- h + g * Attn(LN1(h))                 with `on: attention`
     h  <- h + g * FFN(LN2(h))                  with `on: mlp`, another gate
     loss = CE + sparsity_weight * mean over gates and tokens of mean(g)
 
-Training is soft: everything is computed and scaled. A causal pass leaves out tokens whose mean gate is low, with their
-keys and values computed as ever. Where we differ: the paper ranks tokens by their gates within a budget; here a running
-quantile of the gates in training is the threshold, which can be applied to one token at a time. It keeps the budget as
-far as gates in a hard pass are distributed like those of the soft ones.
+Training is soft: everything is computed and scaled. A causal pass skips tokens whose mean gate is low, but still
+computes their keys and values. Difference from the paper, which ranks tokens by their gates within a budget: the
+threshold is a running quantile of the gates in training, which can be applied to one token at a time. It holds the
+budget as far as gates in a hard pass are distributed as in soft passes.
 
 Shape letters: B rows, T tokens, D width, G gates of a token (D or 1).
 """
@@ -32,16 +32,17 @@ from skipstone.mechanisms.gating import gate, is_hard
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.mechanisms.schedules import require_capacity
 
-NEUTRAL_SCORE = 12.0  # an open gate of 1 - 6e-6, whose gradient is still alive
-EPSILON = 1e-6  # a mean gate within this of 0 or 1 counts as that far away, so that its logit is finite
+NEUTRAL_SCORE = 12.0  # a gate of 1 - 6e-6, with a gradient that does not vanish
+EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that their logit is finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateSkipConfig:
-    """capacity: share of tokens that a hard causal pass computes, in (0, 1]. gate: one number a channel, or a token.
+    """Options of GateSkip.
 
-    start_bias: b before training (5: gates start at .993). sparsity_weight: price of open gates in the loss.
-    execution: what a causal pass does, hard (skip) or soft (scale only).
+    capacity: share of tokens that a hard causal pass computes, in (0, 1]. gate: one number per channel or per token.
+    start_bias: initial b (5: gates start at .993). sparsity_weight: coefficient of the mean gate in the loss.
+    execution: of a causal pass, hard (skip) or soft (scale only).
     """
 
     capacity: float = 0.75
@@ -57,7 +58,9 @@ class GateSkipConfig:
 
 
 class GateSkip(DepthMechanism):
-    """A gate scales what a sub-layer adds; executed hard, tokens with nearly closed gates skip it."""
+    """GateSkip as a depth mechanism: a gate scales a sub-layer's update, and in hard execution tokens with low gates
+    skip it.
+    """
 
     Config = GateSkipConfig
     budget_by = "capacity"
@@ -89,7 +92,7 @@ class GateSkip(DepthMechanism):
         return {self.log_name(kind): value for kind, value in self.decision.moving().items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """The inner update by the gate. The score is the logit of a token's mean gate."""
+        """Return the inner update times the gate, and the records. The score is the logit of a token's mean gate."""
         open_BTG = self.router.all(x_BTD).sigmoid()
         mean_BT = open_BTG.mean(-1)
         score_BT, reached_BT = torch.logit(mean_BT.detach(), eps=EPSILON), real_mask(tokens, mean_BT)
@@ -123,12 +126,12 @@ class GateSkip(DepthMechanism):
         return self.decision.not_ready_reason() if self.skips else None
 
     def set_identity(self) -> None:
-        """Open gates, and nobody left out."""
+        """Open all gates and keep every token."""
         self.router.constant(NEUTRAL_SCORE)
         self.set_capacity(1.0)
 
     def end_dense_start(self) -> bool:
-        """Gates that started with every token kept get the capacity of their options."""
+        """Set the capacity of the options, after a start that kept every token."""
         self.set_capacity(self.config.capacity)
         return True
 

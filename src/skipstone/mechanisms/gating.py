@@ -1,4 +1,4 @@
-"""What gates share: a factor on the update, soft in training, and tokens really left out when executed hard.
+"""Code that gates share: a factor on the update, soft in training; in hard execution tokens are skipped.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -14,7 +14,7 @@ from skipstone.core.tokens import Tokens
 
 
 def is_hard(execution: str, tokens: Tokens) -> bool:
-    """Whether this pass leaves tokens out: in a causal pass of a gate that is executed hard, or when forced."""
+    """Return whether this pass skips tokens: a causal pass of a hard gate, or any pass with forced decisions."""
     return tokens.forced_BT is not None or (execution == "hard" and tokens.mode.routing == "causal")
 
 
@@ -26,9 +26,9 @@ def gate(
     kept_BT: Tensor | None,
     share: float | None = None,
 ) -> tuple[Tensor, Records]:
-    """The update with gain `open_BT` (None: 1) inside the block, asked for `kept_BT` only (None: all).
+    """Compute the update with gain `open_BT` (None: 1), for the tokens `kept_BT` only (None: all).
 
-    share: of tokens that are kept in the long run, where it is known.
+    share: long-run share of kept tokens, if known.
     """
     if open_BT is not None:
         tokens = tokens.scaled(open_BT)
@@ -36,9 +36,9 @@ def gate(
 
 
 def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:
-    """The gains of a hard pass, `gain_BT` (None: 1) or 0, with the gradient of `open_BT` for every token.
+    """Return the gains of a hard pass, `gain_BT` (None: 1) or 0, with the gradient of `open_BT` for every token.
 
-    A skipped token's gate then hears what its update would have brought, so the update has to be computed.
+    The gate of a skipped token thus gets a gradient from its update, which therefore has to be computed.
     """
     value_BT = torch.where(kept_BT, 1.0 if gain_BT is None else gain_BT, 0.0).detach()
     return value_BT + (open_BT - open_BT.detach())

@@ -1,4 +1,4 @@
-"""What all ways of choosing groups of neurons share: how many groups there are, and how many are on.
+"""Code that all routers of neuron groups share: the numbers of groups that exist and that are on.
 
 Shape letters: B rows, T tokens, D width, G groups, K groups that are on.
 """
@@ -22,8 +22,10 @@ NAME = "neuron_groups"
 
 @dataclass(frozen=True, kw_only=True)
 class GroupingConfig:
-    """group_size: neurons of a group. capacity: share of the groups that is on. capacity_warmup: share of the training
-    over which it falls from 1. left: groups that each layer still has after pruning; None: all.
+    """Options of neuron groups, whatever chooses them.
+
+    group_size: neurons per group. capacity: share of the groups that is on. capacity_warmup: share of the training over
+    which the capacity falls from 1. left: number of groups that each layer still has after pruning; None: all.
     """
 
     group_size: int = 64
@@ -39,11 +41,11 @@ class GroupingConfig:
             raise ValueError(f"capacity_warmup must be in [0, 1), got {self.capacity_warmup}")
 
     def capacities(self) -> dict[str, float]:
-        """Every share that is on of something, by the option's name."""
+        """Return every capacity among the options, by name."""
         return {"capacity": self.capacity}
 
     def require(self, layers: int, neurons: int) -> None:
-        """Raise ValueError unless so many neurons can be grouped in so many layers, and one group at least is kept."""
+        """Raise ValueError unless these options fit `layers` layers of `neurons` neurons and keep a group at least."""
         if neurons % self.group_size:
             raise ValueError(
                 f"neuron_groups.group_size must divide intermediate_size, got {self.group_size} and {neurons}"
@@ -61,16 +63,19 @@ class GroupingConfig:
                 raise ValueError(f"neuron_groups.left must be {kept} to {groups} groups, got {count}")
 
     def kept(self, neurons: int, capacity: float | None = None) -> int:
-        """K of an MLP that had so many neurons before pruning."""
+        """Return K, the groups that are on, for an MLP with `neurons` neurons before pruning."""
         return quota(self.capacity if capacity is None else capacity, neurons // self.group_size)
 
     def neurons(self, layer: int, neurons: int) -> int:
-        """Those that the layer's weights still have."""
+        """Return the number of neurons that the layer still has, out of `neurons` before pruning."""
         return neurons if self.left is None else self.left[layer] * self.group_size
 
 
 class ScheduledGroups(GroupRouter):
-    """`neurons`: of the MLP before pruning. Subclasses choose the groups; this class only counts them."""
+    """The base class of group routers, which counts groups and runs the capacity's warm-up.
+
+    neurons: of the MLP before pruning.
+    """
 
     def __init__(self, config: GroupingConfig, neurons: int, placement: Placement | None) -> None:
         super().__init__()
@@ -80,14 +85,14 @@ class ScheduledGroups(GroupRouter):
         self.schedule = Capacity(config.capacity, config.capacity_warmup)
 
     def in_force(self, schedule: Capacity) -> int:
-        """Groups, which after pruning may be fewer than a warm-up would keep."""
+        """Return the number of groups that a schedule keeps at present; after pruning, at most all that are left."""
         return min(self.grouping.kept(self.neurons, schedule.now), self.total)
 
     def in_words(self) -> str:
         return f"{self.counted_in_words(self.grouping.capacity)} on"
 
     def counted_in_words(self, capacity: float) -> str:
-        """As in `12 of 20 neuron groups`."""
+        """Return a text such as `12 of 20 neuron groups`."""
         kinds = "neurons" if self.grouping.group_size == 1 else "neuron groups"
         kept = self.grouping.kept(self.neurons, capacity)
         return f"{kept} of {self.neurons // self.grouping.group_size} {kinds}"
@@ -104,8 +109,8 @@ class ScheduledGroups(GroupRouter):
         return self.schedule.not_ready_reason()
 
     def start_as_dense(self) -> None:
-        """Nothing: the capacity's warm-up starts at 1."""
+        """Do nothing: the capacity's warm-up starts at 1."""
 
     def set_identity(self) -> None:
-        """Every group on."""
+        """Turn every group on."""
         self.schedule.pin(1.0)

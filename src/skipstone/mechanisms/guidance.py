@@ -1,14 +1,14 @@
-"""Guidance: a router learns where the loss still pulls.
+"""Guidance: a router learns from the gradient of the loss at the block's output which tokens need the block.
 
     y_i = 1 if ||dL / d(x_i + delta_i)|| is among the largest `capacity` of the call, else 0
     auxiliary loss = BCE(score_i, y_i)
 
-A router that learns through the weight of the updates it lets through never hears of the tokens that it skips, and
-settles on whatever it kept first (on Reset-S3: on fillers). The gradient of the loss at a block's output exists for
-every token, kept or not: it is large where the output is still wrong, and vanishes where nothing is left to do. So it
-says which tokens need a block before the block has learned anything, and without noise or a warm-up. The norm is used,
-not its product with the update, because a skipped token has no update.
-Ours; related in spirit to gradient-based importance (arXiv 1611.06440), there for pruning.
+A router that learns only through the weights of kept updates gets no gradient from skipped tokens, and settles on the
+tokens that it kept first (fillers, on Reset-S3). The gradient of the loss at a block's output exists for every token,
+kept or not: it is large where the output is still wrong and vanishes where nothing is left to improve. It thus tells
+which tokens need a block before the block has learned anything, without noise or warm-up. Its norm is used, not its
+product with the update, because skipped tokens have no update. The method is ours; gradient-based importance for
+pruning (arXiv 1611.06440) is related.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -22,10 +22,10 @@ from torch import Tensor
 
 
 class _Guided(torch.autograd.Function):
-    """Passes the update on; its second output is a loss of value 0 whose gradient is the cross-entropy's.
+    """Return the update unchanged, and a loss of value 0 whose gradient is that of the cross-entropy.
 
-    The target is known in backward only. That the loss is an output makes its gradient arrive with whatever the caller
-    scaled it by: its coefficient, gradient accumulation, a gradient scaler.
+    The target is only known in the backward pass. Because the loss is an output, its gradient arrives with all factors
+    that the caller applies: its coefficient, gradient accumulation, a gradient scaler.
     """
 
     @staticmethod
@@ -46,8 +46,8 @@ class _Guided(torch.autograd.Function):
 
 
 def guided(delta_BTD: Tensor, score_BT: Tensor, reached_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:
-    """The update [B, T, D], and an auxiliary loss [B, T] of value 0 that trains the score in backward.
+    """Return the update [B, T, D] unchanged, and an auxiliary loss [B, T] of value 0 that trains the score.
 
-    score_BT: fp32, whose graph should not reach the model (a detached router input), or the guidance bends the model.
+    score_BT: fp32; its graph should not reach the model (detach the router's input), or guidance changes the model too.
     """
     return _Guided.apply(delta_BTD, score_BT, reached_BT, capacity)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Neurons by magnitude: each token keeps those that its own activations call for. Nothing is learned.
+"""Neuron groups by magnitude: each token keeps the neurons with the largest activations. Nothing is learned.
 
     a      = act(W_gate x)
     tried  = the floor(capacity G) groups with the largest mean |a| r
@@ -6,12 +6,12 @@
     kept   = of these, the floor(down_capacity G) groups with the largest mean |h|
     y      = W_down[kept] h[kept]
 
-r is the typical size of W_up x, neuron by neuron: 1, or its root mean square over some text (`adapt/start.py`), so that
-|a| r stands for the |h| that is not known yet. The gate's matrix, which tells, is multiplied in full.
+r is the typical magnitude of W_up x for each neuron: 1, or its root mean square over some text (`adapt/start.py`), so
+that |a| r estimates |h| before it is computed. The gate matrix is multiplied in full.
 
-After CATS (Lee et al. 2024, arXiv 2404.08763), which keeps what lies above a threshold of |a| for each layer. Ours: a
-fixed number for every token, so that FLOPs are known before; r; and the second choice, by the product itself, as TEAL
-(arXiv 2408.14690) chooses the inputs of a matrix. It saves in calls of one token.
+After CATS (Lee et al. 2024, arXiv 2404.08763), which keeps neurons whose |a| exceeds a threshold of the layer. Ours
+are: a fixed number for every token, so that FLOPs are known in advance; r; and the second choice by the product itself,
+as TEAL (arXiv 2408.14690) chooses the inputs of a matrix. It saves time in calls of one token.
 
 Shape letters: B rows, T tokens, D width, F neurons, G groups.
 """
@@ -38,8 +38,10 @@ from skipstone.ops.magnitude import largest, sizes
 
 @dataclass(frozen=True, kw_only=True)
 class MagnitudeGroupsConfig(GroupingConfig):
-    """Options of `GroupingConfig`, and: down_capacity: the share of the groups that the last matrix is multiplied for;
-    None: `capacity`. Every token has groups of its own. decision: tells these options from those of neuron groups.
+    """Options of neuron groups chosen by magnitude, in addition to those of `GroupingConfig`.
+
+    down_capacity: share of the groups that the last matrix is multiplied for; None: `capacity`. decision: distinguishes
+    these options from those of other neuron groups.
     """
 
     decision: Literal["magnitude"] = "magnitude"
@@ -52,7 +54,7 @@ class MagnitudeGroupsConfig(GroupingConfig):
 
     @property
     def down(self) -> float:
-        """`down_capacity` where it is not left to follow from `capacity`."""
+        """`down_capacity`, or `capacity` if it is None."""
         return self.capacity if self.down_capacity is None else self.down_capacity
 
     def capacities(self) -> dict[str, float]:
@@ -60,7 +62,7 @@ class MagnitudeGroupsConfig(GroupingConfig):
 
 
 class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
-    """Decides which groups are tried, and which of these are kept; `nn/magnitude_mlp.py` executes it."""
+    """Choose for each token which groups are tried and which of these are kept; `nn/magnitude_mlp.py` executes it."""
 
     Config: ClassVar[type[MagnitudeGroupsConfig]] = MagnitudeGroupsConfig
 
@@ -72,7 +74,7 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         config: MagnitudeGroupsConfig | None = None,
         **options: object,
     ) -> None:
-        """`neurons`: of the MLP before pruning. Options of `MagnitudeGroupsConfig`, unless `config` has them."""
+        """Build the router. neurons: of the MLP before pruning. `options` are parsed unless `config` is given."""
         read = parsed(MagnitudeGroupsConfig, config, options)
         super().__init__(read, neurons, placement)
         self.config = read
@@ -89,17 +91,17 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     @property
     def kept(self) -> int:
-        """Groups that go through the last matrix, in force."""
+        """Number of groups that the last matrix is multiplied for at present."""
         return self.in_force(self.down_schedule)
 
     @property
     def tried(self) -> int:
-        """Groups that the second matrix is multiplied for, in force."""
+        """Number of groups that the second matrix is multiplied for at present."""
         return self.in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:
-        """The mean of both shares once a warm-up is over."""
+        """The mean of both shares once any warm-up is over."""
         tried, kept = (self.config.kept(self.neurons, s.final) for s in (self.schedule, self.down_schedule))
         return Fraction(tried + kept, 2 * self.total)
 
@@ -110,16 +112,18 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         return f"{tried} tried, {self.config.kept(self.neurons, self.config.down_capacity)} kept"
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """The gate in full, up and down in part, and these only in a call of one token."""
+        """Return the multiplied share of the three matrices: gate in full; up and down in part, in calls of one token
+        only.
+        """
         return (1 + 2 * share) / 3 if single_token else 1 + 0 * share
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
+        """Return scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
         score_BTG = sizes(a_BTF, self.config.group_size, self.typical_F)
         return score_BTG, largest(score_BTG, self.tried)
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """bool [B, T, G]; h_BTF: products of those that are tried, else 0."""
+        """Return which groups are kept, bool [B, T, G]; h_BTF: products of the tried groups, 0 for the others."""
         return largest(sizes(h_BTF, self.config.group_size), self.kept)
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
@@ -138,5 +142,5 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         self.down_schedule.pin(1.0)
 
     def flops(self, tokens: float, routing: str) -> float:
-        """None: sums of magnitudes are no matrix products."""
+        """Return 0: sums of magnitudes are not matrix products."""
         return 0

@@ -3,13 +3,13 @@
     x_i <- x_i + w(r_i) * Delta_i(X_kept)   if token i is kept        r_i = w . x_i
     x_i <- x_i                              otherwise
 
-Kept tokens attend to kept tokens only. Delta is what the block adds, so that capacity 1 with w = 1 is the dense model.
-Where we differ: k = floor(capacity * length) of each document, padding excluded; the causal decisions are named in
-`decisions`. Options after later papers, each in its file: `tanh` weights and a capacity that falls over depth (p-MoD,
+Kept tokens attend to kept tokens only. Delta is the block's update, so that capacity 1 with w = 1 is the dense model.
+Differences from the paper: k = floor(capacity * length) of each document, padding excluded; `decisions` has the causal
+decisions. Options from later papers, each in its file: `tanh` weights and a capacity that falls over depth (p-MoD,
 arXiv 2412.04449), a threshold in place of top-k (MoDification, arXiv 2410.14268), keys and values of skipped tokens
-(`kv: full`, FlexiDepth, arXiv 2503.23798; its adapter for skipped tokens is not here), a skip path that computes
-something (Informed Routing, arXiv 2510.13831), a z-loss and a warm-up of the capacity (Mixture-of-Recursions, arXiv
-2507.10524; with a single logit the z-loss is score^2). Routed attention or MLP alone is a matter of the site (`on`).
+(`kv: full`, FlexiDepth, arXiv 2503.23798, without its adapter for skipped tokens), a low-rank update for skipped tokens
+(Informed Routing, arXiv 2510.13831), a z-loss and a warm-up of the capacity (Mixture-of-Recursions, arXiv 2507.10524;
+with a single logit the z-loss is score^2). The option `on` routes attention or MLP alone.
 
 Shape letters: B rows, T tokens, K kept tokens, D width.
 """
@@ -40,7 +40,7 @@ from skipstone.mechanisms.schedules import Capacity, Ramp, Shape, capacity_at, r
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.ops import reference as ops
 
-WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {  # of the score and the scale of `tanh`
+WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {  # functions of the score and the scale of `tanh`
     "raw": lambda score_BT, scale: score_BT,
     "sigmoid": lambda score_BT, scale: score_BT.sigmoid(),
     "tanh": lambda score_BT, scale: 1 + scale * score_BT.tanh(),
@@ -48,26 +48,26 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {  # of the score and the 
 }
 
 
-LARGEST_RANK = 1 << 16  # wider than any decoder: a slip
+LARGEST_RANK = 1 << 16  # wider than any decoder, so a larger rank is a mistake
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfDepthsConfig:
-    """capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for each routed
+    """Options of Mixture-of-Depths.
+
+    capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for each routed
     block, or `{start, end, shape: linear | cosine}` over depth. decision: see `decisions`; threshold: p of
     `threshold_p`.
-
-    weight: the factor on a kept token's update: none (1), raw (the paper's), sigmoid, tanh (1 + a tanh r, a = 0 at
-    first).
-    guidance: the router learns from the gradient at the block's output (see `guidance`), and sends none into the model.
-    router: linear or mlp; router_norm: its input is divided by its root mean square. Unless they are set, both are on
-    where the weight is none and the decision reads scores, off otherwise.
-    kv: kept (a skipped token leaves no key and no value) or full (it does). skip: what a skipped token gets: identity,
-    or low_rank with rank skip_rank.
+    weight: the factor on a kept token's update: none (1), raw (the paper's), sigmoid, tanh (1 + a tanh r, initially
+    a = 0).
+    guidance: the router learns from the gradient at the block's output (see `guidance`) and sends none into the model.
+    router: linear or mlp; router_norm: its input is divided by its root mean square. Default of guidance and
+    router_norm: on if the weight is none and the decision reads scores, else off.
+    kv: kept (skipped tokens give no keys and values) or full (they do). skip: the update of skipped tokens: identity
+    (none), or low_rank with rank skip_rank.
     capacity_warmup: share of the training over which the capacity falls from 1, by warmup_shape.
-    exploration: size of the Gumbel noise on the scores when training selects, falling to 0 at exploration_until (share
-    of the training). auxiliary_weight: coefficient of guidance and of the decision's auxiliary loss; z_loss: of
-    score^2.
+    exploration: scale of the Gumbel noise on the scores in training, falling to 0 at exploration_until (share of the
+    training). auxiliary_weight: coefficient of guidance and of the decision's auxiliary loss; z_loss: of score^2.
     """
 
     capacity: float | list[float] | Ramp = 0.125
@@ -104,23 +104,23 @@ class MixtureOfDepthsConfig:
         choose("weight", self.weight, WEIGHTS)
         choose("router", self.router, ROUTERS)
         if self.exploration and not decision.reads_scores:
-            raise ValueError(f"exploration is noise on scores, at which decision {self.decision!r} does not look")
+            raise ValueError(f"exploration adds noise to scores, which decision {self.decision!r} does not read")
         for name in ("guidance", "router_norm"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.weight == "none" and decision.reads_scores)
         if self.guidance and not decision.reads_scores:
-            raise ValueError(f"guidance trains scores, at which decision {self.decision!r} does not look")
+            raise ValueError(f"guidance trains scores, which decision {self.decision!r} does not read")
 
 
 class MixtureOfDepths(DepthMechanism):
-    """A router keeps the top tokens of a block; the rest skip it."""
+    """Mixture-of-Depths as a depth mechanism: a router keeps the top tokens of a block, and the others skip it."""
 
     Config = MixtureOfDepthsConfig
     default_layers = "1::2"
     budget_by = "capacity"
     cast_with_model = ("skip", "tanh_scale")
-    # What lets it start as the dense model: every token kept at first, weight 1. Its decision is the same in training
-    # and in generation; normed inputs, because a pretrained stream grows over depth.
+    # These let it start as the dense model: all tokens kept at first, with weight 1. The decision is the same in
+    # training and generation; inputs are normalised, because the residual stream of pretrained models grows over depth.
     adapt_defaults: ClassVar[PlainDict] = {
         "weight": "tanh",
         "decision": "ema_threshold",
@@ -149,7 +149,7 @@ class MixtureOfDepths(DepthMechanism):
 
     @property
     def capacity(self) -> float:
-        """The set one, after any warm-up; `decision.capacity.now` is the one in force."""
+        """The configured capacity, after any warm-up; `decision.capacity.now` is the present one."""
         return self.decision.capacity.final
 
     def set_capacity(self, capacity: float) -> None:
@@ -186,7 +186,7 @@ class MixtureOfDepths(DepthMechanism):
             init.zeros_(self.tanh_scale)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Update of the kept tokens; for the others 0, or what the skip path says."""
+        """Return the update of the kept tokens, 0 or the skip path's for the others, and the records."""
         seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
         score_BT = self.router(seen_BTD)
         reached_BT = real_mask(tokens, score_BT)
@@ -209,7 +209,7 @@ class MixtureOfDepths(DepthMechanism):
         return delta_BTD, {**records, **inner}
 
     def decide(self, score_BT: Tensor, seen_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """bool [B, T]; padding may be among the kept."""
+        """Return the kept tokens, bool [B, T]; padding may be among them."""
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(score_BT)
         if self.decision.capacity.now >= 1:
@@ -230,7 +230,7 @@ class MixtureOfDepths(DepthMechanism):
     def _alone(
         self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
     ) -> tuple[Tensor, Records]:
-        """Skipped tokens do not exist inside."""
+        """Run the block on the kept tokens only; skipped tokens give no keys and values."""
         part = tokens.select_kept(kept_BT, *self._width(tokens))
         if part.is_empty and not torch.is_grad_enabled():
             return torch.zeros_like(x_BTD), {}
@@ -243,12 +243,12 @@ class MixtureOfDepths(DepthMechanism):
     def _with_all_keys(
         self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
     ) -> tuple[Tensor, Records]:
-        """Skipped tokens give keys and values."""
+        """Run the block with keys and values of all tokens, but updates of the kept ones only."""
         delta_BTD, inner = update(x_BTD, tokens.restrict_queries(kept_BT, *self._width(tokens), share=self.capacity))
         return delta_BTD * weight_BT[..., None].to(delta_BTD.dtype), inner
 
     def _width(self, tokens: Tokens) -> tuple[int | None, bool]:
-        """Columns to gather where they are known beforehand, and whether every row fills them."""
+        """Return the number of columns to gather, if known in advance, and whether every row fills them."""
         capacity = self.decision.capacity.now
         static = capacity >= 1 or (tokens.mode.routing == "oracle" and self.decision.static)
         if tokens.forced_BT is not None or not static or self.decision.imposed:
@@ -256,7 +256,7 @@ class MixtureOfDepths(DepthMechanism):
         return ops.quota(capacity, tokens.length), tokens.group_BT is None
 
     def _learns(self, tokens: Tokens) -> bool:
-        """Only an oracle's decision is a target: a causal one would teach the predictor its own guess."""
+        """Return whether decisions are training targets: only an oracle's are, a causal one would teach itself."""
         return tokens.mode.routing == "oracle" and tokens.forced_BT is None
 
     def _loss(
@@ -270,7 +270,7 @@ class MixtureOfDepths(DepthMechanism):
     ) -> Tensor | None:
         if not self._learns(tokens):
             return None
-        if self._explores(tokens) and self.decision.capacity.now < 1:  # what it would keep without the noise
+        if self._explores(tokens) and self.decision.capacity.now < 1:  # the target is what it would keep without noise
             kept_BT = self.decision.oracle(score_BT, seen_BTD, tokens) & reached_BT
         loss_BT = self.decision.loss(score_BT, kept_BT, seen_BTD, reached_BT)
         terms = [x_BT * self.config.auxiliary_weight for x_BT in (loss_BT, guided_BT) if x_BT is not None]
@@ -279,7 +279,7 @@ class MixtureOfDepths(DepthMechanism):
         return torch.where(reached_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """The best `capacity` of each row by score; None where the decision looks at no score."""
+        """Return the top `capacity` of each row by score, bool [B, T]; None if the decision reads no scores."""
         if not self.decision.reads_scores:
             return None
         return ops.select_top(record.score_BT, self.capacity, torch.where(record.reached_BT, 0, -1))
@@ -304,10 +304,10 @@ class MixtureOfDepths(DepthMechanism):
             self.decision.require_causal()
 
     def start_as_dense(self) -> None:
-        """Nothing: the capacity's warm-up starts at 1."""
+        """Do nothing: the capacity's warm-up starts at 1."""
 
     def set_identity(self) -> None:
-        """Capacity 1 and weight 1: raw scores cannot be 1 everywhere by any choice of parameters."""
+        """Set capacity and weight to 1; no parameters would make raw scores 1 everywhere."""
         self.decision.capacity.pin(1.0)
         if self.tanh_scale is None:
             self.weighting = "none"
@@ -318,10 +318,10 @@ class MixtureOfDepths(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Tokens that are not kept vanish, or with `kv: full` ask for nothing.
+        """Return the token counts inside: tokens not kept are absent or, with `kv: full`, only give keys and values.
 
-        A promise (`kept` None) is by the set capacity. What a static decision executes is the quota of the one that is
-        in force, whatever the scores.
+        Without measured `kept`, the configured capacity counts. A static decision executes the quota of the present
+        capacity whatever the scores.
         """
         static = oracle and self.decision.static
         if kept is None:

@@ -1,20 +1,20 @@
-"""Neuron groups: some groups of an MLP's neurons are off for a chunk of tokens, and then not multiplied at all.
+"""Neuron groups: a router turns groups of an MLP's neurons off for a chunk of tokens; they are not multiplied.
 
     c      = exponential mean of W_c x over the document's tokens up to the first one of the chunk
     score  = W_s relu(c + b_c) + b_s              one number for each group of `group_size` neurons
     kept   = the floor(capacity G) groups with the highest score (plus their balance, if any)
     y      = W_down[kept] ( gain * act(W_gate[kept] x) * W_up[kept] x ),    gain = 2 sigmoid(score)
 
-The best groups of a chunk are taken, not the best tokens of a row, so the share is exact and no token sees a later one:
-training decides and computes as generation does. The router learns from the gain of the groups that it keeps. The chunk
-exists for decoding: while it lasts, the same part of the weights is read in every step.
+The router ranks the groups of a chunk, not the tokens of a row, so the share is exact and decisions are causal:
+training decides and computes as generation does. The router learns from the gain of the groups that it keeps. Chunks
+serve decoding: during a chunk, every step reads the same part of the weights.
 
-`decision: magnitude` does without a router: `magnitude.py`.
+`decision: magnitude` needs no router: see `magnitude.py`.
 
-All is ours. Related: a prompt's neurons serve what follows it (GRIFFIN, arXiv 2404.01365, training-free);
-mixtures of many small experts, of which this is one with a decision for a chunk and the storage of a dense MLP.
-Balancing without a loss is that of arXiv 2408.15664: a bias that only choosing sees, moved by u sign(mean - share of
-tokens) a step.
+The method is ours. Related are GRIFFIN (arXiv 2404.01365, training-free), which uses the neurons of a prompt for the
+text that follows, and mixtures of many small experts, of which this is one with a decision per chunk and the storage of
+a dense MLP. Balancing without a loss follows arXiv 2408.15664: a bias on the ranking alone, moved by u sign(mean -
+share of tokens) per step.
 
 Shape letters: B rows, T tokens, D width, R projected width, G groups, K kept groups.
 """
@@ -44,8 +44,10 @@ from skipstone.ops import score_linear
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronGroupsConfig(GroupingConfig):
-    """Options of `GroupingConfig`, and: chunk_size: tokens of a document that share a decision. decay: a token weighs
-    that much of the next one. router_width: R. balance_rate: u, 0 for none. decision: learned, or random as a control.
+    """Options of neuron groups, in addition to those of `GroupingConfig`.
+
+    chunk_size: tokens of a document that share a decision. decay: weight of a token relative to the next one.
+    router_width: R. balance_rate: u, 0 for no balancing. decision: learned, or random as a control.
     """
 
     chunk_size: int = 64
@@ -66,7 +68,7 @@ class NeuronGroupsConfig(GroupingConfig):
 
 
 class NeuronGroups(ScheduledGroups, InputGroupRouter):
-    """Decides for each chunk of tokens which groups are on; `nn/grouped_mlp.py` executes it."""
+    """Choose for each chunk of tokens which groups are on; `nn/grouped_mlp.py` executes it."""
 
     Config: ClassVar[type[NeuronGroupsConfig]] = NeuronGroupsConfig
 
@@ -78,7 +80,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         config: NeuronGroupsConfig | None = None,
         **options: object,
     ) -> None:
-        """`neurons`: of the MLP before pruning. Options of `NeuronGroupsConfig`, unless `config` has them."""
+        """Build the router. neurons: of the MLP before pruning. `options` are parsed unless `config` is given."""
         read = parsed(NeuronGroupsConfig, config, options)
         super().__init__(read, neurons, placement)
         self.config = read
@@ -104,20 +106,20 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
 
     @property
     def kept(self) -> int:
-        """K in force."""
+        """K, the number of groups that are on at present."""
         return self.in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:
-        """K / G once a warm-up is over."""
+        """K / G once any warm-up is over."""
         return Fraction(self.config.kept(self.neurons, self.schedule.final), self.total)
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """All three matrices are multiplied for the groups that are on alone."""
+        """Return `share`: all three matrices are multiplied only for the groups that are on."""
         return share
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """x_BTD: the MLP's input, not unpadded."""
+        """Choose the groups that are on for each token. x_BTD: the MLP's input, padded."""
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
         group_BTK = ranked_BTG.topk(self.kept, dim=-1, sorted=False).indices.sort(-1).values
@@ -141,17 +143,18 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return score_linear((start_BTR + ops.wide(self.context_bias)).relu(), self.score_weight, self.score_bias)
 
     def _random(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Control: the fractional part of a large sine of chunk of positions, group and layer."""
+        """Return pseudo-random scores of each chunk and group, for the control."""
         chunk_BT = (tokens.position_BT // self.config.chunk_size).double()
         group_G = torch.arange(self.total, device=x_BTD.device) * 4.1414 + self.placement.layer * 78.233
         turned_BTG = torch.sin(chunk_BT[..., None] * 12.9898 + group_G) * 43758.5453
         return (turned_BTG - turned_BTG.floor()).to(ops.wide_dtype(x_BTD)).expand(*x_BTD.shape[:2], -1)
 
     def share(self, record: NeuronGroupsRecord) -> Tensor:
-        """Share of the tokens for which each group is on, fp32 [G]; NaN where nobody was asked."""
+        """Return the share of tokens for which each group is on, fp32 [G]; NaN if no token was reached."""
         return record.kept_BTG.sum((0, 1)) / record.reached_BT.sum()
 
     def statistics(self, record: Record) -> Tensor | None:
+        """Return the share of tokens of each group, which moves the balancing bias; None without a bias."""
         record = expect(record, NeuronGroupsRecord)
         return self.share(record) if self.config.balance_rate else None
 
@@ -161,7 +164,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
             self.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
     def set_identity(self) -> None:
-        """Every group on, with a gain of 1."""
+        """Turn every group on, with gain 1."""
         super().set_identity()
         if self.learns:
             with torch.no_grad():
@@ -172,5 +175,5 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return 2 * tokens * (self.context_weight.numel() + self.score_weight.numel()) if self.learns else 0
 
     def cache_bytes(self, tokens: float) -> float:
-        """fp32 sums and their count, tokens counted, the chunk's start; and the int64 slot."""
+        """Return the bytes of fp32 sums, token counts and chunk starts, and of int64 slots, after `tokens` tokens."""
         return tokens * (4 * (2 * self.config.router_width + 2) + 8) if self.learns else 0

@@ -1,7 +1,7 @@
-"""A threshold on a gain that the options hold for all blocks of an entry.
+"""A threshold on gains that is an option, shared by all blocks of an entry of `mechanisms`.
 
-All of its blocks share it: with early exit a token that has left could come back otherwise, and gains are comparable
-between blocks as they are, for each is the factor on an update.
+With early exit, a token that exited could otherwise come back; and gains are comparable between blocks as they are,
+because each is the factor on an update.
 
 Shape letters: B rows, T tokens.
 """
@@ -14,11 +14,11 @@ from dataclasses import replace
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.threshold import ScoreThreshold, State
 
-LARGEST_LOGIT = 30.0  # a gain of 1 - 1e-13: above all that fp32 can hold, and still below 1
+LARGEST_LOGIT = 30.0  # a gain of 1 - 1e-13: closer to 1 than any fp32 number below 1
 
 
 class OptionThreshold(ScoreThreshold):
-    """The option `threshold` of a gate: of the gain (`keeps_above`), or of what is lost, p = 1 - gain."""
+    """The option `threshold` of a gate, as a logit: on the gain (`keeps_above`) or on p = 1 - gain."""
 
     option = "threshold"
 

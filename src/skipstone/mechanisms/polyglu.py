@@ -4,9 +4,9 @@
     g      = softmax((logits + Gumbel noise) / tau)  noise in training only
     y      = W_down( sum_k g_k act_k(W_gate x) * W_up x )
 
-Where we differ: the paper's context is the mean of the whole sequence, so that every position sees the future
-(`context: sequence`, for parity); the default is the mean of the tokens so far (`running_mean`), which generation can
-compute, and three more are causal (`contexts.py`). The paper draws noise in evaluation too; here evaluation is
+Differences from the paper: its context is the mean of the whole sequence, which includes later tokens (`context:
+sequence`, for parity); the default is the mean of the tokens so far (`running_mean`), which generation can compute, and
+three other contexts are causal (`contexts.py`). The paper draws noise in evaluation too; here evaluation is
 deterministic. alpha is `preference_scale` times `preference_bias`, whose name exempts it from weight decay; since the
 step of an adaptive optimizer does not depend on the size of the gradient, alpha moves `preference_scale` times as fast
 as other weights. tau is a buffer that the trainer anneals.
@@ -40,21 +40,23 @@ from skipstone.ops.neurons import Runs, mix_kept
 NUM_ACTIVATIONS = len(ops.ACTIVATIONS)
 SILU = 2
 SEQUENCE = "context 'sequence' of polyglu"
-NEUTRAL_LOGIT = 10.0  # the other three then share 1.4e-4, their gradients still alive
+NEUTRAL_LOGIT = 10.0  # the other three then share 1.4e-4, with gradients that do not vanish
 
 Context = Literal["running_mean", "exponential_mean", "token", "chunk", "sequence"]
 OPTION_OF = {"decay": "exponential_mean", "chunk_size": "chunk"}
-SUMS = {"running_mean": 1, "exponential_mean": 1, "chunk": 2}  # of each token, in the cache
+SUMS = {"running_mean": 1, "exponential_mean": 1, "chunk": 2}  # sums per token in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolyGLUConfig:
-    """context: what the gate looks at. running_mean: the mean of the tokens so far; exponential_mean: the same, a token
-    weighing `decay` times the next one; token: the token alone; chunk: the mean of all earlier chunks of `chunk_size`
-    tokens, 0 in the first; sequence: the mean of the whole row, the paper's, which sees the future.
+    """Options of PolyGLU.
 
-    tau: at the start and at the end. noise: Gumbel noise in training. router_width: R. preference_scale: factor between
-    the learned preference of a neuron and its logits.
+    context: the input of the gate. running_mean: the mean of the tokens so far; exponential_mean: the same with each
+    token weighted `decay` times the next one; token: the token alone; chunk: the mean of all earlier chunks of
+    `chunk_size` tokens, 0 in the first; sequence: the mean of the whole row as in the paper, which includes later
+    tokens.
+    tau_start, tau_end: temperature at the start and end of training. noise: Gumbel noise in training. router_width: R.
+    preference_scale: factor from the learned preference of a neuron to its logits.
     """
 
     context: Context = "running_mean"
@@ -79,11 +81,11 @@ class PolyGLUConfig:
             raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
         for option, context in OPTION_OF.items():
             if context != self.context and getattr(self, option) != getattr(PolyGLUConfig, option):
-                raise ValueError(f"{option} has a meaning with context {context!r} only, got context {self.context!r}")
+                raise ValueError(f"{option} applies to context {context!r} only, got context {self.context!r}")
 
 
 class PolyGLU(MixFigures, Activation):
-    """Fills the activation slot of an MLP."""
+    """PolyGLU as the activation of an MLP."""
 
     Config: ClassVar[type[PolyGLUConfig]] = PolyGLUConfig
     cast_with_model = ("scale", "context_weight", "context_bias", "mix_weight", "mix_bias")
@@ -96,7 +98,7 @@ class PolyGLU(MixFigures, Activation):
         config: PolyGLUConfig | None = None,
         **options: object,
     ) -> None:
-        """Options of `PolyGLUConfig`, unless `config` has them."""
+        """Build the mechanism. `options` are those of `PolyGLUConfig`, unless `config` is given."""
         super().__init__()
         self.config: PolyGLUConfig = parsed(PolyGLUConfig, config, options)
         self.placement = placement or Placement(name="polyglu")
@@ -126,7 +128,10 @@ class PolyGLU(MixFigures, Activation):
         cache: SkipstoneCacheLayer | None = None,
         runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
-        """The mixed activation [B, T, F] of the gate's pre-activations; with `runs` of those that are on, as packed."""
+        """Return the mixed activations of the gate's pre-activations, shaped as these, and the record.
+
+        runs: the groups of neurons that are on, if only some are; gate_BTF then holds their neurons only.
+        """
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
         noise = tokens.mode.noise and self.config.noise
         static_BFA = self.preference_FA[None]
@@ -139,6 +144,7 @@ class PolyGLU(MixFigures, Activation):
     def _mixed(
         self, gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, tokens: Tokens, runs: Runs | None
     ) -> Tensor:
+        """Mix the activations of all neurons, or of those that are on."""
         if runs is None:
             return mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
         B, T = len(dynamic_BTA), tokens.length
@@ -152,13 +158,13 @@ class PolyGLU(MixFigures, Activation):
         return ops.wide(self.preference_bias) * self.config.preference_scale
 
     def _dynamic(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        """beta * gate_net(context), fp32 [B, T or 1, A]."""
+        """Return beta * gate_net(context), fp32 [B, T or 1, A]."""
         mean_BTR = self._context(score_linear(x_BTD, self.context_weight), tokens, cache)
         hidden_BTR = (mean_BTR + ops.wide(self.context_bias)).relu()
         return ops.wide(self.scale) * score_linear(hidden_BTR, self.mix_weight, self.mix_bias)
 
     def _context(self, z_BTR: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        """fp32 [B, T or 1, R]."""
+        """Return the context of each token, fp32 [B, T or 1, R]."""
         config, memory = self.config, Memory(tokens, cache, self.placement.name)
         if config.context == "running_mean":
             return running_mean(z_BTR, tokens, memory)
@@ -175,26 +181,26 @@ class PolyGLU(MixFigures, Activation):
         return sequence_mean(z_BTR, tokens)
 
     def _gumbel(self, rows: int, tokens: Tokens) -> Tensor:
-        """Noise of each row, neuron and activation, the same for all tokens of the row."""
+        """Return Gumbel noise of each row, neuron and activation, the same for all tokens of a row."""
         return -(-row_noise(tokens, self.placement.noise_key, rows, *self.preference_bias.shape).log()).log()
 
     def routing_modules(self) -> dict[str, RoutingModule]:
         return {self.placement.name: self}
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Linear annealing of tau (the paper's max(0.1, 1 - 0.9 * step / total))."""
+        """Anneal tau linearly (the paper's max(0.1, 1 - 0.9 * step / total))."""
         start, end = self.config.tau_start, self.config.tau_end
         self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))
 
     def moving(self) -> dict[str, Tensor]:
-        """tau, which is one number for the model."""
+        """Return tau, which is one number for the whole model."""
         return {"tau": self.tau}
 
     def decay_kind(self, name: str) -> str | None:
         return "preferences" if name == "preference_bias" else super().decay_kind(name)
 
     def set_identity(self) -> None:
-        """SiLU everywhere."""
+        """Make every neuron use SiLU."""
         with torch.no_grad():
             self.mix_weight.zero_()
             self.mix_bias.zero_()
@@ -225,6 +231,6 @@ class PolyGLU(MixFigures, Activation):
         return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
 
     def cache_bytes(self, tokens: float) -> float:
-        """fp32 sums and a count, and the int64 slot."""
+        """Return the bytes of fp32 sums and counts and of int64 slots, after `tokens` tokens of a row."""
         sums = SUMS.get(self.config.context, 0)
         return tokens * (4 * sums * (self.config.router_width + 1) + 8) if sums else 0

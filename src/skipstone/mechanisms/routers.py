@@ -1,7 +1,7 @@
-"""Routers: from a token's hidden state to its score, always in fp32.
+"""Routers: modules that turn a token's hidden state into its score, always in fp32.
 
-They hold bare parameters instead of nn.Linear, so that adapters and quantisers that take every Linear leave them alone.
-Shape letters: B rows, T tokens, D width, R hidden width of the router.
+They hold bare parameters instead of nn.Linear, so that adapters and quantisers that replace every Linear leave them
+alone. Shape letters: B rows, T tokens, D width, R hidden width of the router.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from skipstone.ops import score_linear
 
 
 class LinearRouter(nn.Module):
-    """score = w . x (Mixture-of-Depths, arXiv 2404.02258, section 3.4), with an optional start bias.
+    """A linear router: score = w . x (Mixture-of-Depths, arXiv 2404.02258, section 3.4), with an optional bias.
 
-    outputs: scores of a token, where there are several. norm: x is divided by its root mean square.
+    outputs: scores per token. norm: x is divided by its root mean square.
     """
 
     def __init__(self, width: int, start_bias: float | None = None, outputs: int = 1, norm: bool = False) -> None:
@@ -38,30 +38,31 @@ class LinearRouter(nn.Module):
             init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """fp32 score [B, T], of a router with one output."""
+        """Return the score of each token, fp32 [B, T], for a router with one output."""
         return self.all(x_BTD).squeeze(-1)
 
     def all(self, x_BTD: Tensor) -> Tensor:
-        """fp32 scores [B, T, outputs]."""
+        """Return all scores, fp32 [B, T, outputs]."""
         return score_linear(x_BTD, self.weight, self.score_bias, self.norm)
 
     def constant(self, score: float) -> None:
-        """Score every token the same, the weights' gradients alive."""
+        """Set the parameters so that all tokens get this score, with weight gradients that do not vanish."""
         with torch.no_grad():
             self.weight.zero_()
             if self.score_bias is not None:
                 self.score_bias.fill_(score)
 
     def flops(self, tokens: float) -> float:
+        """Return the matrix FLOPs of the forward pass over `tokens` tokens."""
         return 2 * tokens * self.weight.numel()
 
     def weight_flops(self, tokens: float) -> float:
-        """Of a backward pass that sends nothing to the input."""
+        """Return the matrix FLOPs of a backward pass without a gradient of the input."""
         return self.flops(tokens)
 
 
 class MLPRouter(nn.Module):
-    """score = w2 . relu(W1 x + b1) + b2 (Token-Selective Attention, arXiv 2605.05222, equation of the router).
+    """An MLP router: score = w2 . relu(W1 x + b1) + b2 (Token-Selective Attention, arXiv 2605.05222).
 
     norm: x is divided by its root mean square.
     """
@@ -76,33 +77,34 @@ class MLPRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """torch's own default for nn.Linear, but the last bias, which sets how open the gate starts."""
+        """Initialise like nn.Linear, except for the last bias, which sets how open a gate starts."""
         hidden, width = self.hidden_weight.shape
         for parameter, fan in ((self.hidden_weight, width), (self.hidden_bias, width), (self.weight, hidden)):
             init.uniform_(parameter, -1 / math.sqrt(fan), 1 / math.sqrt(fan))
         init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """fp32 score [B, T]."""
+        """Return the score of each token, fp32 [B, T]."""
         hidden_BTR = score_linear(x_BTD, self.hidden_weight, self.hidden_bias, self.norm).relu()
         return score_linear(hidden_BTR, self.weight, self.score_bias).squeeze(-1)
 
     def constant(self, score: float) -> None:
-        """Score every token the same, the last layer's gradients alive."""
+        """Set the parameters so that all tokens get this score, with gradients in the last layer that do not vanish."""
         with torch.no_grad():
             self.weight.zero_()
             self.score_bias.fill_(score)
 
     def flops(self, tokens: float) -> float:
+        """Return the matrix FLOPs of the forward pass over `tokens` tokens."""
         return 2 * tokens * (self.hidden_weight.numel() + self.weight.numel())
 
     def weight_flops(self, tokens: float) -> float:
-        """Of a backward pass that sends nothing to the input."""
+        """Return the matrix FLOPs of a backward pass without a gradient of the input."""
         return 2 * self.flops(tokens) - 2 * tokens * self.hidden_weight.numel()
 
 
 class ConstantRouter(nn.Module):
-    """score = b, the same for every token: what a gate can do that knows nothing of them."""
+    """A router that gives every token the same learned score, b; a control for gates that see tokens."""
 
     def __init__(self, start_bias: float = 0.0) -> None:
         super().__init__()
@@ -114,26 +116,28 @@ class ConstantRouter(nn.Module):
         init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """fp32 score [B, T]."""
+        """Return the score of each token, fp32 [B, T]."""
         return ops.wide(self.score_bias) + x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
 
     def constant(self, score: float) -> None:
+        """Set the score of all tokens."""
         with torch.no_grad():
             self.score_bias.fill_(score)
 
     def flops(self, tokens: float) -> float:
+        """Return 0: there is no matrix product."""
         return 0
 
     weight_flops = flops
 
 
 def hidden_width(width: int) -> int:
-    """Of an MLP router unless told otherwise: a quarter, at least 16 (arXiv 2605.05222)."""
+    """Return the default hidden width of an MLP router: a quarter of the width, at least 16 (arXiv 2605.05222)."""
     return max(width // 4, 16)
 
 
 def build_router(kind: str, width: int, norm: bool = False) -> LinearRouter | MLPRouter:
-    """Raises ValueError for an unknown kind."""
+    """Build a router of this kind, `linear` or `mlp`. Raises ValueError for an unknown kind."""
     return choose("router", kind, ROUTERS)(width, norm)
 
 

@@ -1,6 +1,6 @@
-"""What moves with the progress of a training: how far a schedule is, and the capacity that is in force.
+"""Schedules over a training: their progress, and the capacity at present.
 
-A trainer moves schedules between optimizer steps, never forward, which activation checkpointing repeats.
+A trainer advances schedules between optimizer steps, not in forward, which activation checkpointing repeats.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers import initialization as init
 from skipstone.mechanisms.base import Placement
 
 Shape = Literal["linear", "cosine"]
-UNIT = 1_000_000  # an integer keeps its value whatever type the model is cast to
+UNIT = 1_000_000  # progress is stored as an integer, which casting a model does not change
 
 
 def between(start: float, end: float, share: float, shape: Shape) -> float:
-    """From `start` at share 0 to `end` at share 1 and beyond, in a straight line or as half a cosine."""
+    """Interpolate from `start` at share 0 to `end` at share 1 and beyond, linearly or as half a cosine."""
     share = min(max(share, 0.0), 1.0)
     if shape == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
@@ -29,14 +29,14 @@ def between(start: float, end: float, share: float, shape: Shape) -> float:
 
 
 def require_capacity(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a share of tokens that a block may keep."""
+    """Raise ValueError unless `value` is in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """A capacity over depth: `start` in the first routed block, `end` in the last."""
+    """A capacity that changes over depth, from `start` in the first routed block to `end` in the last."""
 
     start: float
     end: float
@@ -48,7 +48,7 @@ class Ramp:
 
 
 def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
-    """Raise ValueError unless all numbers are capacities, and there is one. A ramp has checked its own."""
+    """Raise ValueError unless `capacity` is a number in (0, 1], a list of at least one, or a ramp."""
     if capacity == []:
         raise ValueError(f"{name} lists no number; give one for each routed block")
     for number in [] if isinstance(capacity, Ramp) else capacity if isinstance(capacity, list) else [capacity]:
@@ -56,7 +56,10 @@ def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
 
 
 def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> float:
-    """The capacity of one block. Raises ValueError for a list that has not one number for each routed block."""
+    """Return the capacity of one block.
+
+    Raises ValueError for a list whose length is not the number of routed blocks.
+    """
     if isinstance(capacity, Ramp):
         return between(capacity.start, capacity.end, placement.index / max(placement.count - 1, 1), capacity.shape)
     if not isinstance(capacity, list):
@@ -69,9 +72,11 @@ def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> f
 
 
 class Progress(nn.Module):
-    """How far a schedule is that ends at `until` of the training: a buffer for checkpoints, Python values for the host.
+    """The progress of a schedule that ends at `until` of the training: a buffer for checkpoints, Python values for the
+    host.
 
-    They stand still from then on, or a compiler, which takes them for constants, would start anew in every step.
+    The Python values stop changing at the end of the schedule, because a compiler treats them as constants and would
+    recompile at every change.
     """
 
     millionths: Tensor
@@ -80,24 +85,24 @@ class Progress(nn.Module):
         super().__init__()
         self.until = until
         self.register_buffer("millionths", torch.zeros((), dtype=torch.long))
-        self._known: int | None = None  # None: look at the buffer, which makes the host wait once
-        self.over = False  # known to be; a schedule that is over and does not know it computes the same
+        self._known: int | None = None  # None: to be read from the buffer, which makes the host wait once
+        self.over = False  # known to be over; if it is over but not known to be, results are the same
 
     def reset_parameters(self) -> None:
-        """For checkpoints without this buffer, which transformers allocates without a value."""
+        """Initialise the buffer for checkpoints without it, for which transformers allocates empty memory."""
         init.zeros_(self.millionths)
         self._forget()
 
     @property
     def share(self) -> float:
-        """0 before the first step, 1 from the end of the schedule on."""
+        """Progress of the schedule: 0 before the first step, 1 from its end on."""
         if self._known is None:
             self._know(int(self.millionths.item()))
         assert self._known is not None
         return self._known / UNIT
 
     def advance(self, progress: float) -> None:
-        """To this share of the training, exactly as a checkpoint holds it."""
+        """Set the progress of the training, 0 to 1, rounded as a checkpoint stores it."""
         self._know(round(min(max(progress / self.until, 0.0), 1.0) * UNIT))
         self.millionths.fill_(self._known)  # type: ignore[arg-type]
 
@@ -112,15 +117,15 @@ class Progress(nn.Module):
         self._forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Progress:
-        self._forget()  # the buffer may come from elsewhere, or hold nothing yet
+        self._forget()  # the buffer may have been replaced, or be uninitialised
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
 
 class Capacity(nn.Module):
-    """The share of tokens that a block may keep. `now` falls from 1 to `final` over the first `warmup` of a training.
+    """The share of tokens that a block may keep: `now` falls from 1 to `final` over the first `warmup` of a training.
 
-    A warm-up lets a block learn what it does for every token before it has to choose (Mixture-of-Recursions,
-    arXiv 2507.10524, warms up the share of tokens of its expert-choice router, too).
+    A warm-up lets a block learn on every token before it has to choose (Mixture-of-Recursions, arXiv 2507.10524, also
+    warms up the share of tokens of its expert-choice router).
     """
 
     def __init__(self, final: float, warmup: float = 0.0, shape: Shape = "linear") -> None:
@@ -130,17 +135,18 @@ class Capacity(nn.Module):
 
     @property
     def now(self) -> float:
+        """The capacity at present."""
         if self.progress is None:
             return self.final
         return between(1.0, self.final, self.progress.share, self.shape)
 
     @property
     def moves(self) -> bool:
-        """Whether a warm-up is still going on."""
+        """Whether a warm-up is still running."""
         return self.progress is not None and self.progress.share < 1
 
     def pin(self, capacity: float) -> None:
-        """This capacity from now on; a warm-up, if there is one, now falls towards it."""
+        """Set the final capacity; a warm-up, if there is one, now falls towards it."""
         self.final = capacity
 
     def advance(self, progress: float) -> None:

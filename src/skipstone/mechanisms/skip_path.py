@@ -1,4 +1,4 @@
-"""What a token gets from a block that it skips, where that is not nothing.
+"""Skip paths: the update of a token that skips a block, if it is not zero.
 
 Shape letters: B rows, T tokens, D width, R rank.
 """
@@ -16,10 +16,10 @@ from skipstone.core.tokens import Tokens
 
 
 class LowRankSkip(nn.Module):
-    """up (down x): a linear guess at the update, neutral at the start because `up` is zero.
+    """A low-rank linear approximation of a block's update, up (down x); initially 0, because `up` is zero.
 
     After Informed Routing (arXiv 2510.13831), which approximates what it does not execute. There a forecast of the
-    unit's output also informs the router; here it is the skip path alone, and the decision does not see it.
+    output also informs the router; here decisions do not depend on the skip path.
     """
 
     def __init__(self, width: int, rank: int) -> None:
@@ -34,9 +34,10 @@ class LowRankSkip(nn.Module):
         init.zeros_(self.up_weight)
 
     def forward(self, x_BTD: Tensor, skipped_BT: Tensor, tokens: Tokens) -> Tensor:
-        """[B, T, D], with the gain of outer gates; 0 where not in `skipped_BT` and where nobody wants the update.
+        """Return the update of tokens in `skipped_BT`, [B, T, D], with the gain of outer gates; 0 for tokens that are
+        no queries.
 
-        Computed for every token: at these ranks gathering would cost more than it saves.
+        It is computed for every token: at these ranks gathering would cost more than it saves.
         """
         skipped_BT = tokens.queries.and_mask(skipped_BT)
         update_BTD = self.guess(x_BTD)
@@ -45,7 +46,7 @@ class LowRankSkip(nn.Module):
         return torch.where(skipped_BT[..., None], update_BTD, 0.0)
 
     def guess(self, x: Tensor) -> Tensor:
-        """The update [..., D] of every token of x [..., D]."""
+        """Return the approximate update [..., D] of every token of x [..., D]."""
         return F.linear(F.linear(x, self.down_weight), self.up_weight)
 
     def flops(self, tokens: float) -> float:

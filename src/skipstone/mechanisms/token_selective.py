@@ -5,10 +5,11 @@
     h  <- h + (1 - p) * FFN(LN2(h))                         one p for both
     loss = CE + depth_weight * mean over gated blocks and tokens of (1 - p)
 
-Hard execution leaves tokens with p >= threshold out: no query, no output projection, no FFN; their keys and values are
-computed from the carried-forward h, as in the paper. Where we differ: a kept token keeps its gain 1 - p by default
-(`hard_gain: gate`); the paper's sparse mode gives it 1 (`hard_gain: one`), which costs up to .06 nats. The paper trains
-softly only; training the pass that is executed, keeping a given share of tokens (`capacity`) and the controls are ours.
+Hard execution skips tokens with p >= threshold: no query, no output projection, no FFN; their keys and values are
+computed from the carried-forward h, as in the paper. Differences from the paper: a kept token keeps its gain 1 - p by
+default (`hard_gain: gate`); the paper's sparse mode gives it 1 (`hard_gain: one`), which costs up to .06 nats. The
+paper trains with soft gates only; training with hard gates, keeping a given share of tokens (`capacity`) and the
+controls are ours.
 
 Shape letters: B rows, T tokens, K kept tokens, D width.
 """
@@ -35,26 +36,28 @@ from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width
 from skipstone.mechanisms.schedules import Capacity, Ramp, capacity_at, require_capacities
 
-NEUTRAL_SCORE = 9.0  # an open gate of 1 - 1.2e-4, whose gradient is still alive
+NEUTRAL_SCORE = 9.0  # a gate of 1 - 1.2e-4, with a gradient that does not vanish
 
-SHARES = {name: DECISIONS[name] for name in ("ema_threshold", "random", "positional")}  # the same in both passes
+SHARES = {name: DECISIONS[name] for name in ("ema_threshold", "random", "positional")}  # same in oracle and causal
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelectiveConfig:
-    """start_bias: b2 before training (-1: p is .27). router_width: hidden width, default max(d / 4, 16). router_norm:
-    the router's input is divided by its root mean square; unless set, on with guidance. gate: one for each token, or
-    one constant for the block. learn: false leaves the gate as it starts. depth_weight: lambda of the depth loss.
+    """Options of Token-Selective Attention.
 
-    execution: what a causal pass does, hard (skip) or soft (scale only). training: what an oracle pass does, soft, hard
-    (skip as a causal pass does) or straight_through (the numbers of hard, but all is computed, so that every gate has a
+    start_bias: initial b2 (-1: p is .27). router_width: hidden width, default max(d / 4, 16). router_norm: the router's
+    input is divided by its root mean square; default: as guidance. gate: one per token, or one constant for the block.
+    learn: false freezes the initial gate. depth_weight: coefficient of the depth loss.
+
+    execution: of a causal pass, hard (skip) or soft (scale only). training: of an oracle pass, soft, hard (skip as a
+    causal pass does) or straight_through (the values of hard, but everything is computed, so that every gate has a
     gradient). threshold: p at and above which a hard pass skips. hard_gain: gain of a kept token, gate (1 - p) or one.
 
-    capacity: in place of the threshold, the share of tokens that each gated block keeps, in (0, 1]: one number, a list
+    capacity: instead of the threshold, the share of tokens that each gated block keeps, in (0, 1]: one number, a list
     with one for each gated block, or `{start, end, shape: linear | cosine}` over depth. capacity_warmup: share of the
-    training over which it falls from 1. decision: who is kept, ema_threshold (a running quantile of the scores), or the
-    controls random and positional. guidance: the router learns from the gradient at the block's output (see
-    `guidance`), with coefficient auxiliary_weight; its input sends none into the model.
+    training over which it falls from 1. decision: how tokens are kept, ema_threshold (a running quantile of the scores)
+    or the controls random and positional. guidance: the router learns from the gradient at the block's output (see
+    `guidance`), with coefficient auxiliary_weight, and sends none into the model.
     kv: full (skipped tokens give keys and values) or kept (they do not).
     """
 
@@ -120,7 +123,7 @@ class TokenSelectiveConfig:
 
 
 class TokenSelective(DepthMechanism):
-    """A small gate per token scales a block's update or, executed hard, skips it."""
+    """Token-Selective Attention as a depth mechanism: a gate per token scales a block's update, or skips it if hard."""
 
     Config = TokenSelectiveConfig
     default_layers = "1:"
@@ -139,7 +142,7 @@ class TokenSelective(DepthMechanism):
         return MLPRouter(self.hidden_size, width, self.config.start_bias, bool(self.config.router_norm))
 
     def _build_decision(self) -> Decision | None:
-        """None: the threshold of the options decides."""
+        """Build the decision that keeps a capacity; None if the threshold of the options decides."""
         config: TokenSelectiveConfig = self.config
         if config.capacity is None:
             return None
@@ -149,7 +152,7 @@ class TokenSelective(DepthMechanism):
 
     @property
     def capacity(self) -> float | None:
-        """The share of tokens that a hard pass keeps by promise, after any warm-up; None where a threshold decides."""
+        """The share of tokens that a hard pass keeps, after any warm-up; None if a threshold decides."""
         return None if self.decision is None else self.decision.capacity.final
 
     @property
@@ -174,9 +177,10 @@ class TokenSelective(DepthMechanism):
         return {self.log_name(kind): value for kind, value in found.items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """The inner update, each token's gated by 1 - p.
+        """Return the inner update, gated by 1 - p of each token, and the records.
 
-        A pass that computes every token records every token as kept, those that it only pretends to skip with weight 0.
+        A pass that computes every token records all of them as kept, those that straight-through training treats as
+        skipped with weight 0.
         """
         score_BT = self._score(x_BTD)
         open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)
@@ -202,7 +206,7 @@ class TokenSelective(DepthMechanism):
         return delta_BTD, {**records, **inner}
 
     def _score(self, x_BTD: Tensor) -> Tensor:
-        """Logit of 1 - p, fp32 [B, T]."""
+        """Return the logit of 1 - p, fp32 [B, T]."""
         seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
         score_BT = -self.router(seen_BTD)
         return score_BT if self.config.learn else score_BT.detach()
@@ -213,7 +217,7 @@ class TokenSelective(DepthMechanism):
     def _decide(
         self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gains (None: 1), and the tokens that are computed (None: all), padding perhaps among them."""
+        """Return the gains (None: 1) and the computed tokens (None: all), which may include padding."""
         kept_BT = self._keeps(score_BT, open_BT, x_BTD, tokens)
         if kept_BT is None:
             return open_BT, None
@@ -223,7 +227,7 @@ class TokenSelective(DepthMechanism):
         return gain_BT, kept_BT
 
     def _keeps(self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor | None:
-        """bool [B, T], whom the hard pass keeps; None in a soft pass."""
+        """Return the tokens that the hard pass keeps, bool [B, T]; None in a soft pass."""
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(open_BT)
         hard = self.config.training != "soft" if self._trains(tokens) else is_hard(self.config.execution, tokens)
@@ -239,7 +243,7 @@ class TokenSelective(DepthMechanism):
     def _alone(
         self, update: Update, x_BTD: Tensor, tokens: Tokens, gain_BT: Tensor | None, kept_BT: Tensor
     ) -> tuple[Tensor, Records]:
-        """As `gate`, but skipped tokens do not exist inside."""
+        """Compute the update like `gate`, but without keys and values of skipped tokens."""
         part = tokens.select_kept(kept_BT)
         if part.is_empty:
             return x_BTD * 0, {}
@@ -262,7 +266,7 @@ class TokenSelective(DepthMechanism):
         return self.decision.capacity.not_ready_reason() or self.decision.not_ready_reason()
 
     def set_identity(self) -> None:
-        """Open gates, and nobody left out."""
+        """Open all gates and keep every token."""
         self.router.constant(-NEUTRAL_SCORE)
         if self.decision is not None:
             self.decision.capacity.pin(1.0)
@@ -270,7 +274,7 @@ class TokenSelective(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """An oracle pass leaves tokens out with `training: hard` only."""
+        """Return the token counts inside; an oracle pass skips tokens only with `training: hard`."""
         if oracle and self.config.training != "hard":
             return counts
         if kept is None and (self._share >= 1 or self.config.execution == "soft"):

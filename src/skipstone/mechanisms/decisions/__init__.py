@@ -1,6 +1,6 @@
-"""Decisions: from scores to who is kept. One class each, and a table.
+"""Decisions: rules that turn scores into kept tokens, one class each, and a table of them.
 
-An oracle decision sees the whole row (training); a causal one is what generation can do.
+An oracle decision may look at the whole row (training); a causal one can be made while generating.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["DECISIONS", "Decision", "EmaThreshold", "Forced", "build_decision", 
 
 
 def causal_decisions() -> list[str]:
-    """Names of the decisions that generation can make."""
+    """Return the names of the decisions that can be made while generating."""
     return [name for name, kind in DECISIONS.items() if kind.is_causal and kind is not Forced]
 
 
@@ -40,5 +40,6 @@ def build_decision(
     norm: bool = False,
     noise_key: int = 0,
 ) -> Decision:
+    """Build the decision `name`. Raises ValueError for an unknown name. Options as in `Decision.__init__`."""
     kind = choose("decision", name, DECISIONS)
     return kind(capacity, width, seed=seed, threshold=threshold, norm=norm, noise_key=noise_key)

@@ -1,4 +1,4 @@
-"""What every decision declares.
+"""`Decision`: the base class of decisions.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -14,12 +14,12 @@ from skipstone.ops import reference as ops
 
 
 class Decision(nn.Module):
-    """From scores to who is kept. The oracle is the paper's: the best `capacity` of each document of each row.
+    """A rule that turns scores into kept tokens. By default the oracle keeps each document's top `capacity` share.
 
-    is_causal: generation can make it. static: an oracle decision keeps a number of tokens that is known beforehand, and
-    so gathers without a host sync. has_loss: it has an auxiliary loss. trains_router: that loss sends gradients into
-    the router. reads_scores: it depends on the scores, so that noise on them changes which tokens are kept. imposed:
-    the caller decides.
+    is_causal: generation can make it. static: an oracle decision keeps a number of tokens known in advance, and so
+    gathers without a host sync. has_loss: it has an auxiliary loss. trains_router: that loss sends gradients into the
+    router. reads_scores: it depends on the scores, so that noise on them changes which tokens are kept. imposed: the
+    caller decides.
     """
 
     is_causal = False
@@ -38,47 +38,53 @@ class Decision(nn.Module):
         norm: bool = False,
         noise_key: int = 0,
     ) -> None:
-        """width: D. seed: for controls that draw. threshold: the probability of decisions with a fixed one. norm: the
-        router's input is normalised. noise_key: of random numbers. Each decision names those that it reads."""
+        """Set the capacity, a share in (0, 1]; subclasses use the other options that they need.
+
+        width: D. seed: for random controls. threshold: probability, for a fixed threshold. norm: whether the router's
+        input is normalised. noise_key: of random draws.
+        """
         super().__init__()
         self.noise_key = noise_key
         self.capacity = capacity if isinstance(capacity, Capacity) else Capacity(capacity)
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """bool [B, T], may look at the whole row."""
+        """Return the kept tokens, bool [B, T]; may depend on the whole row."""
         return ops.select_top(score_BT.detach(), self.capacity.now, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """bool [B, T]; a token's entry depends on no later token. Only where `is_causal`."""
+        """Return the kept tokens, bool [B, T], none depending on later tokens. Only if `is_causal`."""
         raise NotImplementedError
 
     def require_causal(self) -> None:
         """Raise ValueError if the decision has no causal form."""
 
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """fp32 auxiliary loss of each token [B, T] against the oracle's decision, or None."""
+        """Return the auxiliary loss of each token against the oracle's decision, fp32 [B, T], or None."""
         return None
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
+        """Return what `advance` needs from one micro-batch as an fp32 vector; None if nothing."""
         return None
 
     def advance(self, statistics: Tensor | None) -> None:
-        pass
+        """Update the decision's state after an optimizer step from averaged `statistics`."""
 
     def not_ready_reason(self) -> str | None:
+        """Return why causal decisions cannot be trusted yet; None if they can."""
         return None
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return the threshold that scores are compared with in a causal pass, or None."""
+        """Return the threshold that a causal pass compares scores with; None without one."""
         return None
 
     def moving(self) -> dict[str, Tensor]:
-        """Return the scalars that `advance` moves, by their kinds."""
+        """Return the scalars that `advance` changes, by kind."""
         return {}
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Matrix FLOPs of the decision itself, the router's not among them."""
+        """Return the matrix FLOPs of the decision itself, without the router's."""
         return 0
 
     def backward_flops(self, tokens: float) -> float:
+        """Return the matrix FLOPs of the decision itself in the backward pass."""
         return 0

@@ -1,4 +1,4 @@
-"""Decisions that learn nothing: what a router has to beat, and what a caller imposes.
+"""Decisions without a trained router: controls that a router has to beat, and decisions that the caller imposes.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -18,7 +18,7 @@ from skipstone.ops import reference as ops
 
 
 class Random(Decision):
-    """Control: tokens drawn at random; without noise a fixed pseudo-random pattern of positions."""
+    """A control that keeps random tokens; without noise, a fixed pseudo-random pattern of positions."""
 
     is_causal = True
     reads_scores = False
@@ -39,19 +39,19 @@ class Random(Decision):
         return self._hash(tokens.position_BT).expand_as(score_BT) < self.capacity.now
 
     def _hash(self, position_BT: Tensor) -> Tensor:
-        """A number in [0, 1) from position and seed: the fractional part of a large sine, enough for a control."""
+        """Return a number in [0, 1) from position and seed, the fractional part of a large sine, [B, T]."""
         turned = torch.sin(position_BT.double() * 12.9898 + self.seed * 78.233) * 43758.5453
         return (turned - turned.floor()).float()
 
 
 class Positional(Decision):
-    """Control: every 1/capacity-th position of a document."""
+    """A control that keeps every 1/capacity-th position of a document."""
 
     is_causal = True
     reads_scores = False
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """The same pattern, filled up or cut to the quota where positions have gaps (inside another mechanism)."""
+        """Keep the pattern of `causal`, extended or cut to the quota if positions have gaps (inside a mechanism)."""
         return ops.select_top(self.causal(score_BT, x_BTD, tokens).float(), self.capacity.now, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
@@ -61,7 +61,7 @@ class Positional(Decision):
 
 
 class Forced(Decision):
-    """Only what the caller imposes: forward(routing={layer: mask})."""
+    """A decision that the caller imposes in every call: forward(routing={layer: mask})."""
 
     is_causal = True
     reads_scores = False

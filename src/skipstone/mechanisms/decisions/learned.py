@@ -1,4 +1,4 @@
-"""Decisions by a router that is trained for them: best of the row, fixed thresholds, a predictor.
+"""Decisions by a trained router: top-k of the row, fixed thresholds, a predictor.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -20,7 +20,7 @@ from skipstone.mechanisms.schedules import Capacity
 
 
 class TopK(Decision):
-    """The paper's training decision. Oracle only."""
+    """The paper's training decision, the top-k tokens of the row; it has no causal form."""
 
     def require_causal(self) -> None:
         from skipstone.mechanisms.decisions import causal_decisions
@@ -32,7 +32,7 @@ class TopK(Decision):
 
 
 class FixedThreshold(ScoreThreshold):
-    """A number that follows from the options when a model is loaded, so that no saved model keeps another."""
+    """A threshold that follows from the options, so that a saved model does not store a changed one."""
 
     saved = False
 
@@ -47,9 +47,10 @@ class FixedThreshold(ScoreThreshold):
 
 
 class Threshold(Decision):
-    """score > 0 after a binary cross-entropy that pulls the router's own scores towards the oracle's decision.
+    """Keep tokens with score > 0; a binary cross-entropy pulls the router's scores towards the oracle's decision.
 
-    arXiv 2404.02258, section 3.5, first method. It changes the language-model loss, because the router serves both.
+    arXiv 2404.02258, section 3.5, first method. The loss affects the language model, because its gradient reaches the
+    router's scores, which also weight updates.
     """
 
     is_causal = True
@@ -68,9 +69,9 @@ class Threshold(Decision):
 
 
 class Predictor(Decision):
-    """A small MLP on the router's input, gradient stopped, guesses the oracle's decision; the model is not touched.
+    """Keep tokens by a small MLP trained to predict the oracle's decision from the router's input, gradient stopped.
 
-    arXiv 2404.02258, section 3.5, second method.
+    arXiv 2404.02258, section 3.5, second method. The model itself gets no gradient from it.
     """
 
     is_causal = True
@@ -95,11 +96,12 @@ class Predictor(Decision):
 
 
 class ThresholdP(Decision):
-    """sigmoid(score) > p, the same in training and inference: how many pass depends on the tokens alone.
+    """Keep tokens with sigmoid(score) > p in training and inference alike; the number kept depends on the tokens alone.
 
-    After MoDification (arXiv 2410.14268), which puts a threshold p in the place of top-k. The term that holds the
-    capacity is ours: (load - capacity)^2, load the share of a row's tokens that passes, with the gradient of the mean
-    of sigmoid(score). Its coefficient must suffice against the language-model loss, or the capacity is not held.
+    After MoDification (arXiv 2410.14268), which replaces top-k by a threshold p. The loss that holds the capacity is
+    ours: (load - capacity)^2, where load is the share of a row's tokens that pass, with the gradient of the mean of
+    sigmoid(score). Its coefficient must be large enough to outweigh the language-model loss, or the capacity is not
+    held.
     """
 
     is_causal = True

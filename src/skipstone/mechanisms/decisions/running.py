@@ -1,4 +1,4 @@
-"""A threshold that runs after the scores.
+"""A decision by a threshold that follows the scores.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -18,16 +18,17 @@ from skipstone.mechanisms.schedules import Capacity
 
 
 class EmaThreshold(Decision):
-    """score > a running average of the (1 - capacity) quantile of the scores, the same in training and inference.
+    """Keep tokens whose score exceeds a running average of the (1 - capacity) quantile, in training and inference
+    alike.
 
-    After Expert Threshold routing (arXiv 2603.11535), there for experts. The threshold moves once an optimizer step,
-    outside forward; without a trainer that advances it, it stays where it is. While a warm-up moves the capacity, the
-    average starts anew each step: quantiles of other capacities lie far from where the threshold has to be.
+    After Expert Threshold routing (arXiv 2603.11535), proposed there for experts. The threshold moves once per
+    optimizer step, outside of forward; without a trainer that calls `advance` it stays unchanged. During a capacity
+    warm-up the average restarts at each step, because quantiles at other capacities are far from the threshold needed.
     """
 
     is_causal = True
     static = False
-    momentum = 0.9  # a batch's quantile is exact to under a per cent of its tokens, while scores drift by more
+    momentum = 0.9  # a batch's quantile is accurate to under 1 % of its tokens, while scores drift by more
     threshold: Tensor
     steps: Tensor
 
@@ -37,7 +38,7 @@ class EmaThreshold(Decision):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def reset_parameters(self) -> None:
-        """For checkpoints without these buffers, which transformers allocates without a value."""
+        """Initialise the buffers for checkpoints without them, for which transformers allocates empty memory."""
         init.zeros_(self.threshold)
         init.zeros_(self.steps)
 
@@ -48,7 +49,7 @@ class EmaThreshold(Decision):
         return score_BT > self.threshold
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """[1], the quantile that capacity asks for; NaN where nobody was asked."""
+        """Return the (1 - capacity) quantile of the scores, [1]; NaN if no token was reached."""
         return torch.where(reached_BT, score_BT, torch.nan).nanquantile(1 - self.capacity.now)[None]
 
     def advance(self, statistics: Tensor | None) -> None:
@@ -57,7 +58,7 @@ class EmaThreshold(Decision):
             if self.capacity.moves:
                 self.steps.zero_()
             self.steps += seen
-            momentum = torch.clamp(1 - 1 / self.steps.clamp(min=1), max=self.momentum)  # the first ones count in full
+            momentum = torch.clamp(1 - 1 / self.steps.clamp(min=1), max=self.momentum)  # at first a plain mean
             self.threshold.lerp_(torch.where(seen, statistics[0].to(self.threshold), self.threshold), 1 - momentum)
 
     def score_threshold(self) -> ScoreThreshold:
@@ -86,7 +87,7 @@ class RunningThreshold(ScoreThreshold):
 
     def set(self, threshold: float) -> None:
         self._decision.threshold.fill_(threshold)
-        self._decision.steps.clamp_(min=1)  # set from text, it is as ready as one that followed a training
+        self._decision.steps.clamp_(min=1)  # a calibrated threshold is as ready as a trained one
 
     def state(self) -> State:
         return [self.get(), float(self._decision.steps)]
