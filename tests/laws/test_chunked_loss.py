@@ -81,7 +81,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     head = model.lm_head
     model.lm_head = nn.Sequential(head)  # type: ignore[assignment]
     try:
-        with pytest.raises(ValueError, match="loss_chunk needs the head's weight as it is"):
+        with pytest.raises(ValueError, match="loss_chunk needs direct access to the head's weight"):
             model(ids(), labels=ids(), loss_chunk=4)
     finally:
         model.lm_head = head

@@ -132,7 +132,7 @@ def test_oracle_decisions_cannot_generate() -> None:
         ) as error:
             act()
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="routing 'oracle' sees the whole row and cannot use a cache"):
+    with pytest.raises(ValueError, match="routing 'oracle' needs the whole row and cannot use a cache"):
         fresh(case(entry("mixture_of_depths"))).generate(ids(), max_new_tokens=2, routing="oracle")
 
 

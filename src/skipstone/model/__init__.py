@@ -1,1 +1,1 @@
-"""Floor 3: configuration, construction, the decoder and its Hugging Face face."""
+"""Floor 3: configuration, construction, the decoder and its Hugging Face model classes."""

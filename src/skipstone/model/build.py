@@ -1,4 +1,4 @@
-"""From configuration to modules: the only file that sees both the decoder's parts and the mechanisms."""
+"""Build modules from a configuration; the only file that imports both decoder parts and mechanisms."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def _activation(config: SkipstoneConfig, layer: int) -> Activation:
 
 
 def _neurons(config: SkipstoneConfig, layer: int) -> int:
-    """Of the layer's MLP: all, unless some were cut."""
+    """Return the neurons of the layer's MLP: all, unless some were pruned."""
     groups = config.groups_entry
     return config.neurons if groups is None else groups.options.neurons(layer, config.neurons)
 
 
 def _everywhere(config: SkipstoneConfig, layer: int, name: str) -> Placement:
-    """The placement of a part that every block has."""
+    """Return the placement of a part that every block has."""
     layers = config.num_hidden_layers
     return Placement(layer=layer, num_layers=layers, index=layer, count=layers, name=name)
 
@@ -68,7 +68,7 @@ def _attention(config: SkipstoneConfig, layer: int) -> Attention:
 
 
 class Blocks(nn.ModuleList):
-    """The blocks of a decoder, as such also for a type checker."""
+    """The blocks of a decoder: an `nn.ModuleList` whose items are typed."""
 
     def __iter__(self) -> Iterator[Block]:
         return super().__iter__()  # type: ignore[return-value]
@@ -78,7 +78,7 @@ class Blocks(nn.ModuleList):
 
 
 def build_blocks(config: SkipstoneConfig) -> Blocks:
-    """All blocks of a model, mechanisms in place. Warns once of each thing that a mechanism has to be trusted with."""
+    """Build all blocks of a model with their mechanisms. Issues each distinct `build_warning` once."""
     config.parse()
     entries = config.mechanism_entries
     blocks = [
@@ -124,7 +124,7 @@ def _mlp(config: SkipstoneConfig, layer: int) -> FeedForward:
 def _grouped_mlp(
     config: SkipstoneConfig, groups: GroupsEntry, layer: int, activation: Activation, dropout: float
 ) -> FeedForward:
-    """What chooses the groups, and the MLP that executes it."""
+    """Build an MLP of neuron groups with its router."""
     placement = _everywhere(config, layer, NEURON_GROUPS)
     router: Callable[..., NeuronGroups | MagnitudeGroups] = GROUPS[groups.kind]
     chooses = router(config.hidden_size, config.neurons, placement, groups.options)
@@ -135,19 +135,19 @@ def _grouped_mlp(
 
 
 def build_norm(config: SkipstoneConfig) -> nn.Module:
-    """The final norm."""
+    """Build the final norm."""
     return _norm(config, config.hidden_size)
 
 
 def build_positions(config: SkipstoneConfig) -> nn.Module:
-    """Rotary angles, or an embedding of positions."""
+    """Build the position embedding: rotary angles or a learned embedding."""
     if config.positions == "rope":
         return Rotary(config)
     return nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
 
 def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
-    """Start one module where transformers' own defaults are not ours."""
+    """Initialise one module where transformers' default initialisation is not ours."""
     if isinstance(module, nn.Linear) and config.linear_init == "torch":
         _start_as_torch(module)
     if isinstance(module, ExpertsMLP):
@@ -161,12 +161,12 @@ def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether a module starts as its own `reset_parameters` says; transformers starts all others."""
+    """Return whether a module initialises itself by `reset_parameters`; transformers initialises all others."""
     return type(module).__module__.startswith("skipstone.") and not isinstance(module, nn.Linear)
 
 
 def _start_as_torch(module: nn.Linear) -> None:
-    """What nn.Linear does when it is built: weights and bias U(-1/sqrt(inputs), 1/sqrt(inputs))."""
+    """Initialise as nn.Linear does: weights and bias U(-1/sqrt(inputs), 1/sqrt(inputs))."""
     bound = module.in_features**-0.5
     for parameter in (module.weight, module.bias):
         if parameter is not None:
@@ -174,7 +174,7 @@ def _start_as_torch(module: nn.Linear) -> None:
 
 
 def _start_experts(module: ExpertsMLP, config: SkipstoneConfig) -> None:
-    """As the linear layers of a dense MLP start."""
+    """Initialise experts like the linear layers of a dense MLP."""
     for weight in (module.gate_proj, module.up_proj, module.down_proj):
         if weight is module.down_proj and config.scaled_output_init:
             init.normal_(weight, 0.0, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)

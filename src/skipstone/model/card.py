@@ -7,7 +7,7 @@ from pathlib import Path
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
-MARK = "<!-- written by skipstone -->"  # a card without it is a user's own and is not overwritten
+MARK = "<!-- written by skipstone -->"  # cards without it were written by users and are not overwritten
 Realised = Mapping[int, Mapping[str, float]]
 
 
@@ -20,7 +20,7 @@ def write_card(
     realised: Realised | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> None:
-    """Write `render_card(...)` to README.md. Raises FileExistsError if a card of the user's own is there."""
+    """Write `render_card(...)` to README.md in a folder. Raises FileExistsError if a user's own card is there."""
     path = Path(folder) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         raise FileExistsError(f"model card {str(path)!r} was not written by skipstone and is not overwritten")
@@ -36,10 +36,10 @@ def render_card(
     realised: Realised | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> str:
-    """The card as Markdown, the same for the same arguments.
+    """Return the card as Markdown, the same for the same arguments.
 
-    source: name of the checkpoint that was converted. realised: {block: {mechanism: share of tokens kept, in [0, 1]}}
-    of a causal pass, as executed; losses: name to value in nats per token. What is absent is said to be not measured.
+    source: name of the checkpoint that was converted. realised: {block: {mechanism: share of tokens kept, in [0, 1]}},
+    measured on a causal pass. losses: name to value in nats per token. Absent values are shown as not measured.
     """
     sections = [
         _header(model, source),
@@ -96,7 +96,7 @@ def _mechanisms(model: SkipstoneForCausalLM, realised: Realised | None) -> str:
     for layer, block in enumerate(model.model.layers):
         for name, mechanism in block.routing_modules().items():
             if mechanism.built_in:
-                continue  # told under Architecture
+                continue  # described under Architecture
             asked = realised_share = "every token"  # of an activation mechanism, which leaves none out
             if name in block.mechanisms:
                 capacity = getattr(mechanism, "capacity", None)

@@ -1,4 +1,4 @@
-"""The language model as Hugging Face knows one: head, loss, generation.
+"""The language model as a Hugging Face class: decoder, head, loss, generation.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -35,7 +35,7 @@ from skipstone.model.decoder import (
 from skipstone.model.tokens import within_documents
 from skipstone.ops.head_loss import IGNORED, Distillation, linear_cross_entropy, linear_distillation_loss
 
-# Arguments of transformers that the decoder serves; one that is absent leaves the choice to the configuration.
+# transformers' arguments that are passed on to the decoder; without them the configuration decides.
 OF_THE_DECODER = ("output_hidden_states", "output_attentions")
 
 AnyModule = TypeVar("AnyModule", bound=RoutingModule)
@@ -43,10 +43,11 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """loss: what is minimised, token loss plus auxiliary losses, and a teacher's where one is given.
+    """The output of the language model.
 
-    token_loss, auxiliary_loss, distillation_loss: its parts, without coefficients. logits [B, T, V], or None.
-    attentions: always None, as in `DecoderOutput`.
+    loss: the training loss: token loss plus auxiliary losses, and the teacher's if one is given. token_loss,
+    auxiliary_loss, distillation_loss: its parts, without coefficients. logits: [B, T, V], or None. attentions: always
+    None, as in `DecoderOutput`.
     """
 
     loss: Tensor | None = None
@@ -61,7 +62,7 @@ class CausalLMOutput(ModelOutput):
 
 
 class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
-    """A decoder whose blocks may skip tokens and whose neurons may choose their activation."""
+    """A causal language model whose blocks may skip tokens and whose neurons may choose their activation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -91,17 +92,17 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Logits, and with labels the loss.
+        """Return logits and, with labels, the loss.
 
-        labels: int64 [B, T], the input ids (shifted here), -100 for tokens not to predict. `shift_labels`, a keyword:
-        the same already shifted, the target of each position. The other arguments are those of
-        `SkipstoneModel.forward`. The auxiliary losses are summed over labelled tokens and divided like the token loss,
-        so that accumulation changes nothing; `config.auxiliary_loss_over` "all": the mean over all real tokens.
-        loss_chunk: with labels, make the logits of so many tokens at a time and hand none out; 0: of all at once.
-        distillation: with loss_chunk, a teacher's part of `loss`; `token_loss` then carries no gradient of its own.
+        labels: int64 [B, T], the input ids (they are shifted here), -100 for tokens without a target. shift_labels: the
+        same already shifted, passed by keyword. Other arguments are those of `SkipstoneModel.forward`. Auxiliary losses
+        are summed over labelled tokens and divided like the token loss, so that gradient accumulation changes nothing;
+        with `config.auxiliary_loss_over` "all" they are means over all real tokens. loss_chunk: with labels, compute
+        the logits of this many tokens at a time and return none; 0: all at once. distillation: with loss_chunk, a
+        teacher's part of `loss`; `token_loss` then carries no gradient of its own.
         """
         refuse_mistyped(kwargs)
-        shift_labels = kwargs.get("shift_labels")  # if it were named above, Trainer would want it to report eval_loss
+        shift_labels = kwargs.get("shift_labels")  # as a named argument, Trainer would require it to report eval_loss
         out: DecoderOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -143,12 +144,12 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         chunk: int,
         distillation: Distillation | None,
     ) -> dict[str, Tensor]:
-        """The loss and its parts."""
+        """Return the loss and its parts."""
         if hidden_BTD.shape[1] != target_BT.shape[1]:
-            raise ValueError("logits_to_keep cannot be combined with labels: the loss needs the logits of every token")
+            raise ValueError("logits_to_keep cannot be combined with labels: the loss needs the logits of all tokens")
         if logits_BTV is not None:
             if distillation is not None:
-                raise ValueError("distillation needs a loss_chunk of 1 or more: all logits are not compared here")
+                raise ValueError("distillation needs a loss_chunk of 1 or more, got 0")
             parts = {"token_loss": self._token_loss(logits_BTV, target_BT, items)}
         else:
             parts = self._chunked(hidden_BTD, target_BT, items, chunk, distillation)
@@ -157,7 +158,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return {"loss": minimised + auxiliary_loss, "auxiliary_loss": auxiliary_loss, **parts}
 
     def _token_loss(self, logits_BTV: Tensor, target_BT: Tensor, items: Tensor | int | None) -> Tensor:
-        """Cross-entropy: the sum over labelled tokens by the number of labels, of the whole step where it is given."""
+        """Return the cross-entropy summed over labelled tokens, divided by the number of labels or by `items`."""
         if logits_BTV.dtype == torch.float64:  # transformers' function computes in fp32
             count = (target_BT != IGNORED).sum() if items is None else items
             flat_NV, flat_N = logits_BTV.flatten(0, 1), target_BT.flatten().to(logits_BTV.device)
@@ -178,11 +179,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         chunk: int,
         distillation: Distillation | None,
     ) -> dict[str, Tensor]:
-        """The same, and with a teacher the divergence and what is minimised, all logits never at hand."""
+        """Return the token loss, and with a teacher its divergence and the total, without holding all logits."""
         if not weight_is_readable(self.lm_head) or is_quantised(self.lm_head):
             raise ValueError(
-                "loss_chunk needs the head's weight as it is, without adapter, hooks, offloading, quantisation or "
-                "sharding; pass 0"
+                "loss_chunk needs direct access to the head's weight, without adapter, hooks, offloading, "
+                "quantisation or sharding; pass 0"
             )
         target_N = target_BT.flatten().to(hidden_BTD.device)
         given = (hidden_BTD.flatten(0, 1), self.lm_head.weight, target_N)
@@ -199,7 +200,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def _auxiliary_loss(
         self, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None, like: Tensor
     ) -> Tensor:
-        """The mechanisms' own losses, summed over labelled tokens and divided like the token loss."""
+        """Return the mechanisms' auxiliary losses, divided like the token loss."""
         labelled_BT = target_BT != IGNORED
         decided = [record for layer in records for record in layer.values()]
         losses = [(r.loss_BT, r.reached_BT) for r in decided if r.loss_BT is not None]
@@ -208,38 +209,38 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         labels = labelled_BT.sum().clamp(min=1)
         if self.config.auxiliary_loss_over == "labelled":
             terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT, _ in losses]
-        else:  # means over the tokens that were asked, times the labels, which the division takes out again
+        else:  # means over reached tokens; the factor cancels with the division below
             terms = [labels * loss_BT.sum() / reached_BT.sum().clamp(min=1) for loss_BT, reached_BT in losses]
         return sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
 
     def routing_modules(self) -> Iterator[RoutingModule]:
-        """Every mechanism of the model, in the order of the blocks."""
+        """Yield every routing module of the model in the order of the blocks."""
         for block in self.model.layers:
             yield from block.routing_modules().values()
 
     @property
     def head_is_tied(self) -> bool:
-        """Whether the head shares the embedding's weight; configurations are known to be wrong about it."""
+        """Whether the head shares the embedding's weight; configurations are sometimes wrong about it."""
         return self.lm_head.weight is self.model.embed_tokens.weight
 
     def modules_of(self, kind: type[AnyModule]) -> list[AnyModule]:
-        """The routing modules of this class, in the order of the blocks."""
+        """Return the routing modules of this class in the order of the blocks."""
         return [module for module in self.routing_modules() if isinstance(module, kind)]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generation, with causal decisions and without noise, whatever mode the model is in.
+        """Generate as transformers does, with causal decisions and without noise, in training mode too.
 
-        `routing="oracle", use_cache=False` generates as models with sight of the whole row are published to: every step
-        runs the text so far anew, decisions on earlier tokens included. `document_ids` [B, T] of a packed prompt: what
-        is generated goes on with the last document of each row. Raises ValueError for decisions that see the
-        whole row otherwise, and for caches that cannot hold rows of unequal length.
+        `routing="oracle", use_cache=False` generates as published models with oracle decisions do: every step
+        recomputes the whole text, including decisions on earlier tokens. document_ids: [B, T] of a packed prompt; new
+        tokens continue the last document of each row. Raises ValueError for decisions that otherwise depend on later
+        tokens, and for caches that cannot hold rows of different lengths.
         """
         settings = kwargs.get("generation_config") or self.generation_config
         kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
         if kind not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation {kind!r} cannot hold what blocks that skip tokens keep; "
-                "choose 'dynamic' or 'static'"
+                f"cache_implementation {kind!r} cannot hold rows of different lengths, which blocks that skip tokens "
+                "need; choose 'dynamic' or 'static'"
             )
         if kwargs.get("document_ids") is not None and kwargs.get("position_ids") is None:
             mask = kwargs.get("attention_mask")
@@ -251,8 +252,9 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             warnings.warn(reason, stacklevel=2)
         return super().generate(*args, **kwargs)
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature tells transformers what may be passed
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the allowed arguments from its signature
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> PlainDict:
+        """Return transformers' inputs of a step, with causal decisions, no noise and this call's documents."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if inputs.get("document_ids") is not None:
             inputs["document_ids"] = _documents(inputs)
@@ -262,11 +264,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: object
     ) -> Tensor | None:
-        """What transformers asks for with a cache of fixed size: here the mask of this call's tokens alone."""
+        """Return the padding mask of this call's tokens; transformers calls this for caches of fixed size."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
     def get_compiled_call(self, compile_config: object) -> Callable[..., CausalLMOutput]:
-        """Compiles steps of one token; a prompt's shapes follow from what is kept of it, and it runs as it is."""
+        """Return a call that compiles steps of one token; prompts, whose shapes depend on decisions, run uncompiled."""
         compiled = super().get_compiled_call(compile_config)
 
         def call(*args: object, input_ids: Tensor | None = None, **kwargs: object) -> CausalLMOutput:
@@ -277,7 +279,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
 
 
 def _documents(inputs: PlainDict) -> Tensor:
-    """The documents of this call's tokens: what is generated goes on with the last document of the prompt."""
+    """Return the documents of this call's tokens: new tokens continue the last document of the prompt."""
     document_BT, cache = inputs["document_ids"], inputs.get("past_key_values")
     given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     start = 0 if cache is None else int(cache.get_seq_length())
@@ -287,14 +289,14 @@ def _documents(inputs: PlainDict) -> Tensor:
 
 
 def shifted(labels_BT: Tensor) -> Tensor:
-    """The label of the next token at each position, none at the last."""
+    """Return the label of the next token at each position, -100 at the last."""
     return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
 AutoModelForCausalLM.register(SkipstoneConfig, SkipstoneForCausalLM, exist_ok=True)
-# Trainer shifts labels itself (label smoothing, losses of one's own) for the class names in this list alone.
+# Trainer shifts labels itself (label smoothing, custom losses) only for the class names in this list.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["skipstone"] = "SkipstoneForCausalLM"
-# `transformers serve` looks for the class in transformers, by its name. Not `import transformers`: while 5.23 is being
-# imported it replaces itself by a second module, which is the one that the server will see.
+# `transformers serve` looks the class up in transformers by name. Not by `import transformers`: 5.23 replaces itself in
+# sys.modules while it is imported, and the server sees the replacement.
 _transformers: Any = sys.modules["transformers"]
 _transformers.SkipstoneForCausalLM = SkipstoneForCausalLM

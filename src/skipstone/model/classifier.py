@@ -1,4 +1,4 @@
-"""A head that puts a whole text into classes, on the last token's state."""
+"""A sequence classifier on the hidden state of the last token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 
 
 class SkipstoneForSequenceClassification(GenericForSequenceClassification, SkipstonePreTrainedModel):
-    """`config.num_labels` scores [B, labels] of each text, read where it ends, by transformers' own generic head.
+    """A classifier of whole texts: `config.num_labels` scores [B, labels], from transformers' generic head.
 
-    Texts of a batch are told from padding by `config.pad_token_id`. The loss is that of the labels alone: routers get
-    gradients through what they weigh, not their auxiliary losses. `routing` and the decoder's other arguments pass
-    through.
+    The score is read at the last token that is not `config.pad_token_id`. The loss is that of the labels alone, without
+    auxiliary losses: routers get gradients only through what they weight. `routing` and the decoder's other arguments
+    are passed on.
     """
 
 

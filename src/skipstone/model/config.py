@@ -1,4 +1,4 @@
-"""The model's configuration: a Hugging Face config with parts chosen by name and mechanisms as plain dicts."""
+"""`SkipstoneConfig`: a Hugging Face configuration with parts chosen by name and mechanisms as plain dicts."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from skipstone.model.parts import (
 )
 from skipstone.model.shim import AUTO_MAP, write_shim
 
-WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # which an MLP that is computed in parts does not have
-# Releases before 0.2 took these options of `neuron_groups` with decision magnitude, and did not read them.
+WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # not supported by MLPs that are computed in parts
+# Releases before 0.2 accepted and ignored these options of `neuron_groups` with decision magnitude.
 NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
 
 
 @strict
 class SkipstoneConfig(ModelFields, PreTrainedConfig):
-    """A Hugging Face configuration; the fields and their meaning are those of `ModelFields`."""
+    """The Hugging Face configuration of a model; `ModelFields` documents its fields."""
 
     model_type = "skipstone"
     keys_to_ignore_at_inference = ["past_key_values", "records", "token_loss", "auxiliary_loss", "distillation_loss"]
@@ -107,9 +107,9 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         groups.options.require(self.num_hidden_layers, self.neurons)
 
     def parse(self) -> None:
-        """Parse the options of parts that were assigned since; what is parsed stays the same object.
+        """Parse options of parts that were assigned since the last call; parsed ones stay the same objects.
 
-        Raises ValueError for unknown names and keys, and for values that cannot be.
+        Raises ValueError for unknown names and keys and for invalid values.
         """
         self.mechanisms = list(parse_mechanisms(self.mechanisms or [], self.num_hidden_layers))
         if not isinstance(self.activation, str):
@@ -121,56 +121,56 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @property
     def mechanism_entries(self) -> list[MechanismEntry]:
-        """`mechanisms`, parsed."""
+        """The parsed `mechanisms`."""
         return parse_mechanisms(self.mechanisms or [], self.num_hidden_layers)
 
     @property
     def activation_entry(self) -> ActivationEntry:
-        """`activation`, parsed."""
+        """The parsed `activation`."""
         return parse_activation(self.activation)
 
     @property
     def groups_entry(self) -> GroupsEntry | None:
-        """`neuron_groups`, parsed; None where all neurons are always on."""
+        """The parsed `neuron_groups`; None if all neurons are always on."""
         return None if self.neuron_groups is None else parse_groups(self.neuron_groups)
 
     @property
     def experts_entry(self) -> ExpertsEntry:
-        """`experts`, parsed; all defaults where nothing is said."""
+        """The parsed `experts`; defaults if unset."""
         return parse_experts(self.experts or {})
 
     @property
     def key_value_heads(self) -> int:
-        """`num_key_value_heads`, filled in."""
+        """`num_key_value_heads`, never None."""
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
 
     def to_dict(self) -> PlainDict:
-        """As in transformers, options of parts as they were written."""
+        """Return a plain dict as transformers does, with options of parts as they were written."""
         return {name: _plain(value) for name, value in super().to_dict().items()}
 
     def validate_layer_type(self) -> None:
-        """All layers share one cache class; transformers' own list of layer types does not apply."""
+        """Skip transformers' check of layer types: all layers share one cache class."""
 
     @property
     def layer_types(self) -> list[str]:
-        """The cache class of each layer, as transformers' DynamicCache asks for it."""
+        """The type of each layer, by which transformers' caches choose a layer class."""
         return ["skipstone"] * self.num_hidden_layers
 
     @property
     def activation_options(self) -> PlainDict:
-        """The activation as a dict with a name."""
+        """The activation as a dict with its name."""
         return self.activation_entry.plain()
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: object) -> None:
-        """As in transformers, with the shim that serves processes which never import this package."""
+        """Save as transformers does, with the module that lets processes load the model without importing skipstone."""
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        """As in transformers, and the shim beside a config.json.
+        """Write as transformers does, with the module of `write_shim` beside a config.json.
 
-        Written here and not in `save_pretrained`: that uploads the files which are new since it began.
+        Here and not in `save_pretrained`, which uploads only files that are new since it began.
         """
         super().to_json_file(json_file_path, use_diff=use_diff)
         if Path(json_file_path).name == CONFIG_NAME:
@@ -178,11 +178,11 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy this source file into saved folders, where the shim already is."""
+        """Do nothing: transformers would copy this source file into saved folders; `write_shim` serves them."""
 
     @classmethod
     def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> SkipstoneConfig:
-        """As in transformers: from what is saved. Options of neuron groups that were never read are left out."""
+        """Build from a saved dict as transformers does, dropping options of neuron groups that old releases ignored."""
         groups = config_dict.get("neuron_groups")
         if isinstance(groups, dict) and groups.get("decision") == "magnitude":
             config_dict = {**config_dict, "neuron_groups": {k: v for k, v in groups.items() if k not in NOT_READ}}
@@ -190,7 +190,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def from_plain(cls, values: PlainDict) -> SkipstoneConfig:
-        """From a recipe: like the constructor, but strict about keys and types, naming the nearest key."""
+        """Build from a recipe, strictly: unknown keys and wrong types raise ValueError naming the nearest key."""
         fields = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
         lines = [unknown("key in model", key, TYPES) for key in values if key not in fields]
         typed, wrong = {}, set()
@@ -207,7 +207,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def _plainly(cls, **values: Any) -> SkipstoneConfig:
-        """The constructor, with transformers' own checks as errors of one line; its last line says what is wrong."""
+        """Call the constructor, turning transformers' multi-line errors into their last line, which has the reason."""
         try:
             return cls(**values)
         except StrictDataclassError as error:
@@ -215,7 +215,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
 
 def _plain(value: Any) -> Any:
-    """`value` with entries of parts as dicts."""
+    """Return `value` with entries of parts as dicts."""
     if isinstance(value, Entry):
         return value.plain()
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,13 +1,13 @@
-"""What a model costs, from the shapes of its modules alone: no forward pass, and a model on the meta device will do.
+"""The cost of a model in FLOPs and bytes, computed from the shapes of its modules; a model on the meta device suffices.
 
-A multiply-accumulate counts 2 FLOPs. Counted: matrix products, attention, routers, head. Everything else is 0 by
-convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py and S keys stored before, in one block:
+A multiply-accumulate counts 2 FLOPs. Matrix products, attention, routers and head are counted; everything else is 0 by
+convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py and S stored keys, one block takes
 
     2 (kv_tokens (K + V) + query_tokens (Q + O))   attention, linear; a capital is the size of the weight
-    4 H E query_tokens (S + kv_tokens)             attention, scores and their mean of values; not halved for causality
-    2 query_tokens MLP                             and the routers' own; of experts, the choices computed instead
+    4 H E query_tokens (S + kv_tokens)             attention, scores and weighted values; not halved for causality
+    2 query_tokens MLP                             plus the routers' own; with experts, the choices that are computed
 
-`measure/flops.py` counts the same while operations execute; a law holds both equal.
+`measure/flops.py` counts the same while operations execute; a test over all mechanisms holds both equal.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from skipstone.core.unpad import pays
 from skipstone.model.build import Attention, Block, Blocks
 
 Kept = Mapping[int, Mapping[str, Amount]]
-SLOT_BYTES = 8  # int64, one for each pair of key and value
+SLOT_BYTES = 8  # one int64 slot for each pair of key and value
 
 
 class Weighted(Protocol):
-    """What has parameters."""
+    """Anything with parameters."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Decoder(Protocol):
-    """What the cost of a decoder depends on."""
+    """The parts of a decoder that its cost depends on."""
 
     @property
     def layers(self) -> Blocks: ...
@@ -49,7 +49,7 @@ class Decoder(Protocol):
 
 
 class Model(Weighted, Protocol):
-    """A decoder, or what holds one and perhaps a head."""
+    """A decoder, or a model that holds one and perhaps a head."""
 
     @property
     def decoder(self) -> Decoder: ...
@@ -61,7 +61,10 @@ ROUTINGS = ("oracle", "causal", "forced")
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """FLOPs by kind. mlp: its matrices; router: all that mechanisms compute themselves, PolyGLU's gate included."""
+    """FLOPs by kind.
+
+    mlp: the MLP's matrices. router: everything that mechanisms compute themselves, including PolyGLU's gate.
+    """
 
     attention_linear: float = 0
     attention_score: float = 0
@@ -71,11 +74,12 @@ class Flops:
 
     @property
     def linear(self) -> float:
-        """The blocks' weight matrices."""
+        """FLOPs of the blocks' weight matrices."""
         return self.attention_linear + self.mlp
 
     @property
     def total(self) -> float:
+        """FLOPs of all kinds together."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __add__(self, other: Flops) -> Flops:
@@ -87,9 +91,10 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of parameters. embedding: of tokens and positions (a tied head is the same); mechanism: part of total.
+    """Numbers of parameters.
 
-    active: without the experts that a token does not choose; total where every MLP is dense.
+    embedding: of tokens and positions (a tied head adds none). mechanism: those of mechanisms, included in total.
+    active: without the experts that a token does not choose; equal to total if every MLP is dense.
     """
 
     total: int
@@ -100,12 +105,12 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One call with `batch` rows of `tokens` tokens after `past`.
+    """The cost of one call with `batch` rows of `tokens` tokens after `past`.
 
-    forward: of the whole call, decided as `routing` says. training: forward and backward of the oracle form without
-    past, recomputation excluded. kv_bytes_per_token: keys, values and slots that a token of a row leaves in the cache,
-    skipped or not, in the mean; state_bytes_per_token: what mechanisms keep beside them. dense: the same model without
-    mechanisms and with no choice spent on a no-op; None in a dense cost itself.
+    forward: of the whole call, with decisions as `routing` says. training: forward and backward pass of the oracle form
+    without past, recomputation excluded. kv_bytes_per_token: bytes of keys, values and slots in the cache, averaged
+    over all tokens of a row, skipped or not; state_bytes_per_token: those of mechanism state. dense: the cost of the
+    same model without mechanisms and with no choice spent on a no-op; None in a dense cost itself.
     """
 
     tokens: int
@@ -121,6 +126,7 @@ class Cost:
 
     @property
     def forward_per_token(self) -> Flops:
+        """Forward FLOPs per token of the call."""
         return self.forward * (1 / (self.batch * self.tokens))
 
     @property
@@ -139,14 +145,14 @@ def cost(
     routing: str = "causal",
     logits_to_keep: int = 0,
 ) -> Cost:
-    """Cost of one call.
+    """Return the cost of one call.
 
-    kept: what each mechanism keeps of a row, by layer and name, from `kept_from_records` or as plain numbers; without
-    it an oracle Mixture-of-Depths keeps floor(capacity * tokens), a causal one capacity * tokens in the mean, and gates
-    keep all. routing: "forced" is a causal pass whose decisions the caller imposes, so that no predictor runs.
-    stored: keys in the cache of each layer (`cache.layers[i].kv.width`; where rows differ, of the longest that asks);
-    without it what `past` tokens leave there by the same promise. logits_to_keep: as in forward, 0 for every token.
-    Raises ValueError for sizes that make no call.
+    kept: what each mechanism keeps of a row, by layer and name, from `kept_from_records` or as plain numbers; None: an
+    oracle Mixture-of-Depths keeps floor(capacity * tokens), a causal one capacity * tokens on average, and gates keep
+    all. routing: "oracle", "causal", or "forced": a causal pass with decisions imposed by the caller, so that no
+    predictor runs. stored: number of keys in the cache of each layer (`cache.layers[i].kv.width`; if rows differ, that
+    of the longest row with a query); None: what `past` tokens leave there under the same assumption. logits_to_keep: as
+    in forward, 0 for every token. Raises ValueError for invalid sizes.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
@@ -158,9 +164,9 @@ def cost(
 
 
 def forward_flops(model: Model, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
-    """The forward FLOPs of `cost` alone, of one causal row without past; without `mechanisms` those of the dense model.
+    """Return the forward FLOPs of `cost` for one causal row without past; without `mechanisms`, the dense model's.
 
-    Many times as fast: whoever looks for a threshold asks for every row at every setting.
+    Much faster than `cost`, for searches over thresholds that evaluate every row at every setting.
     """
     call = _Call(tokens, 0, 1, "causal", tokens, kept or {}, {}, mechanisms)
     blocks = (_executed(block, call, i)[-1] for i, block in enumerate(model.decoder.layers))
@@ -168,12 +174,12 @@ def forward_flops(model: Model, tokens: int, kept: Kept | None = None, mechanism
 
 
 def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
-    """What mechanisms kept in a forward pass, as `cost` wants it.
+    """Return what mechanisms kept in a forward pass, in the form that `cost` takes.
 
-    A gathered batch has as many columns as its row with most tokens: `widest` is what was executed, `mean` what was
-    useful. Attention computes all columns; projections and MLP leave out the padding where it is much. With one token a
-    row, as in decoding, only rows that keep it are computed, and both are the mean.
-    Padding is never kept.
+    A gathered batch has as many columns as its row with most tokens: rows="widest" gives what was executed, "mean" what
+    was needed. Attention computes all columns; projections and MLP leave out the padding if there is much of it. With
+    one token per row, as in decoding, only rows that keep it are computed, and both are the mean. Padding is never
+    kept.
     """
     kept: dict[int, dict[str, Amount]] = {}
     for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):
@@ -185,17 +191,21 @@ def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["w
 
 
 def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, TokenCounts]]:
-    """Tokens kept by each mechanism from the outside in; asked for are those that all outer ones keep, too."""
+    """Yield the tokens that each mechanism keeps, from the outermost in; query tokens are those that all outer ones
+    keep too.
+    """
 
     reached_BT = None
     for name in path:
         record = find(decided, name, DepthRecord)
-        if record is not None:  # missing where an outer mechanism kept nothing at all
+        if record is not None:  # absent if an outer mechanism kept no token
             reached_BT = record.kept_BT if reached_BT is None else reached_BT & record.kept_BT
             yield name, _counts(record.kept_BT, reached_BT, rows)
 
 
 def _counts(given_BT: torch.Tensor, reached_BT: torch.Tensor, rows: str) -> TokenCounts:
+    """Count the kept tokens and the query tokens of a row."""
+
     def mean(kept_BT: torch.Tensor) -> float:
         return Fraction(int(kept_BT.sum()), len(kept_BT))  # type: ignore[return-value]
 
@@ -226,9 +236,10 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Work:
-    """What one block does for a row: counts of its sub-layers, and what decides with the tokens that each is given.
+    """The work of one block for a row: token counts of its sub-layers, and its routing modules with the tokens that
+    reach each.
 
-    passes: through the MLP, all of whose neurons are on, or through any one expert.
+    passes: through the MLP with all neurons on, or through any one expert.
     """
 
     attention: TokenCounts
@@ -263,7 +274,7 @@ def _cost(model: Model, call: _Call) -> Cost:
 
 
 def _executed(block: Block, call: _Call, layer: int) -> tuple[_Work, _Work, float, Flops]:
-    """What one block did for the tokens before and does for those of the call, keys stored, and its forward FLOPs."""
+    """Return a block's work for earlier and present tokens, the number of stored keys, and its forward FLOPs."""
     oracle, kept = call.routing == "oracle", call.kept.get(layer, {})
     single_token = call.tokens == call.batch == 1 and not oracle
     before = _work(block, call.past, {}, False, call.mechanisms)
@@ -275,19 +286,24 @@ def _executed(block: Block, call: _Call, layer: int) -> tuple[_Work, _Work, floa
 
 
 def _unpadded(kept: Mapping[str, Amount]) -> dict[str, Amount]:
+    """Return the counts of layers that leave out padding."""
     return {
         name: counts.unpadded or counts if isinstance(counts, TokenCounts) else counts for name, counts in kept.items()
     }
 
 
 def _whole(flops: Flops) -> Flops:
+    """Convert exact fractions to floats."""
     return replace(flops, **{field.name: float(getattr(flops, field.name)) for field in fields(flops)})
 
 
 def _work(
     block: Block, tokens: int, kept: Mapping[str, Amount], oracle: bool, mechanisms: bool, single_token: bool = False
 ) -> _Work:
-    """single_token: in a call of one token without gradients."""
+    """Return the work of a block for a row of `tokens` tokens.
+
+    single_token: in a call of one token without gradients.
+    """
     ran: list[tuple[RoutingModule, float]] = []
 
     def inside(site: str, counts: TokenCounts) -> TokenCounts:
@@ -309,11 +325,11 @@ def _restriction(kept: Amount | None) -> TokenCounts | float | None:
 
 
 def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: str) -> Flops:
-    """unpadded: the work of what sees tokens one at a time, where that is less."""
+    """Return the forward FLOPs of a block. unpadded: the work of layers that leave out padding."""
     attention, counts, each = block.self_attn, work.attention, unpadded.attention
     given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
-    keys = stored + max(counts.kv_tokens, 1)  # a mean below one token, as in decoding: a query sees itself in full
+    keys = stored + max(counts.kv_tokens, 1)  # the mean may be below one, but a query always attends to itself
     return Flops(
         attention_linear=2 * (each.kv_tokens * given + each.query_tokens * asked),
         attention_score=4 * counts.query_tokens * keys * attention.q_proj.weight.shape[0],
@@ -323,7 +339,7 @@ def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: s
 
 
 def _training(block: Block, work: _Work, unpadded: _Work) -> Flops:
-    """Forward and backward: a product has two gradients of its own size; mechanisms know what they stop."""
+    """Return the FLOPs of forward and backward pass: a product has two gradients of its own size."""
     forward = _flops(block, work, unpadded, 0, "oracle")
     backward = sum(mechanism.backward_flops(tokens) for mechanism, tokens in work.mechanisms)
     return replace(forward * 3, router=forward.router + backward)
@@ -335,7 +351,7 @@ def _head(model: Model, tokens: int) -> Flops:
 
 
 def _entry_bytes(attention: Attention) -> int:
-    """Of one token: key, value and slot, in the type of the weights."""
+    """Return the bytes of one token's key, value and slot, in the dtype of the weights."""
     weight = attention.k_proj.weight
     return 2 * weight.shape[0] * weight.element_size() + SLOT_BYTES
 

@@ -1,4 +1,4 @@
-"""The decoder: embeddings, blocks, final norm. One for every mechanism.
+"""The decoder, the same for all mechanisms: embeddings, blocks, final norm.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -37,9 +37,10 @@ Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """last_hidden_state [B, T, D]; records: for each block, what its mechanisms decided.
+    """The output of the decoder.
 
-    attentions: always None; transformers' own heads pass it on.
+    last_hidden_state: [B, T, D], normalised. records: for each block, the decisions of its mechanisms. attentions:
+    always None; transformers' generic heads expect the field.
     """
 
     last_hidden_state: Tensor | None = None
@@ -62,20 +63,25 @@ OWN_ARGUMENTS = (
 
 
 def refuse_mistyped(arguments: PlainMapping) -> None:
-    """transformers passes arguments on that a model may ignore; one that is nearly ours was meant for us."""
-    for name in () if torch.compiler.is_compiling() else arguments:  # a compiler cannot follow the comparison of words
+    """Raise ValueError for an unknown argument whose name is close to one of ours.
+
+    Transformers ignores unknown ones.
+    """
+    for name in () if torch.compiler.is_compiling() else arguments:  # compilers cannot trace the comparison of names
         if (near := _meant(name)) is not None:
             raise ValueError(f"unknown argument {name!r}; did you mean {near!r}?")
 
 
 @lru_cache
 def _meant(name: str) -> str | None:
-    """The argument of ours that `name` nearly is, or None."""
+    """Return our argument whose name is close to `name`, or None."""
     near = [] if name in OWN_ARGUMENTS else difflib.get_close_matches(name, OWN_ARGUMENTS, n=1, cutoff=0.8)
     return near[0] if near else None
 
 
 class SkipstonePreTrainedModel(PreTrainedModel):
+    """The base class of our models: initialisation, cost, and options that can be changed later."""
+
     config: SkipstoneConfig
     config_class = SkipstoneConfig
     base_model_prefix = "model"
@@ -95,24 +101,27 @@ class SkipstonePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing, for the reason given in `SkipstoneConfig`."""
+        """Do nothing, for the reason given in `SkipstoneConfig`."""
 
     @property
     def decoder(self) -> SkipstoneModel:
-        """Embeddings, blocks and final norm: this model, or the one inside it."""
+        """The decoder: this model itself, or the one inside it."""
         found = self.base_model
         assert isinstance(found, SkipstoneModel)
         return found
 
     def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
-        """FLOPs, parameters and cache bytes of one call, equal to what executes; see `skipstone.model.cost.cost`."""
+        """Return FLOPs, parameters and cache bytes of one call, equal to what executes.
+
+        See `skipstone.model.cost.cost`.
+        """
         return cost(self, tokens, past, batch, **options)
 
     def change_mechanism(self, index: int, **options: object) -> None:
-        """Change options of an entry of `config.mechanisms`, there and in every block that carries it; None: defaults.
+        """Change options of entry `index` of `config.mechanisms` in the configuration and in all its blocks.
 
-        For options that passes read, as thresholds are; those that shape modules need a new model. Raises ValueError
-        for options that cannot be.
+        None restores a default. Only for options that are read in each pass, such as thresholds; options that define
+        modules need a new model. Raises ValueError for invalid options.
         """
         entries = self.config.mechanism_entries
         entry = entries[index] = entries[index].changed(**options)
@@ -129,7 +138,7 @@ class SkipstonePreTrainedModel(PreTrainedModel):
 
 
 class SkipstoneModel(SkipstonePreTrainedModel):
-    """Embeddings, blocks, final norm."""
+    """The decoder: embeddings, blocks and final norm."""
 
     def __init__(self, config: SkipstoneConfig) -> None:
         super().__init__(config)
@@ -160,14 +169,14 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         output_records: bool = False,
         **kwargs: Any,
     ) -> DecoderOutput:
-        """Hidden states of the last block, normed.
+        """Return the normalised hidden states of the last block.
 
-        input_ids: int64 [B, T]. attention_mask: [B, seen + T], 0 for padding. document_ids: int64 [B, T], packed rows.
-        routing: "oracle" sees the whole row (the default in training mode, unless `config.training_routing` says
-        "causal"), "causal" decides as generation does (the default otherwise), or `{layer: bool mask [B, T]}` imposes
-        decisions on these blocks, the others being causal. noise: may mechanisms draw random numbers; default: in
-        training mode with oracle routing. executor: "gathered" or "masked", which must agree. Raises ValueError for
-        routing that the call cannot have.
+        input_ids: int64 [B, T]. attention_mask: [B, seen + T], 0 for padding. document_ids: int64 [B, T], for packed
+        rows. routing: "oracle" may look at the whole row (default in training mode, unless `config.training_routing` is
+        "causal"), "causal" decides as generation does (default otherwise), and `{layer: bool mask [B, T]}` imposes
+        decisions on these blocks, the others being causal. noise: whether mechanisms may draw random numbers; default:
+        in training mode with oracle routing. executor: "gathered" or "masked", which give the same result. Raises
+        ValueError for invalid arguments and combinations.
         """
         refuse_mistyped(kwargs)
         if kwargs.get("output_attentions"):
@@ -178,7 +187,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         tokens = self._tokens(x_BTD, mode, cache, attention_mask, position_ids, document_ids)
         x_BTD = self._positioned(x_BTD, tokens)
         records = []
-        # transformers lowers the number for a while to draft with the first blocks (`assistant_early_exit`)
+        # transformers temporarily lowers the number to draft with the first blocks (`assistant_early_exit`)
         for i, block in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             given = tokens.replace(forced_BT=forced[i]) if i in forced else tokens
             x_BTD, decided = block(x_BTD, given, past_key_values=cache)
@@ -194,7 +203,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         )
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The residual stream before the first block. Raises ValueError for ids outside of the vocabulary."""
+        """Return the residual stream before the first block. Raises ValueError for ids outside of the vocabulary."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
@@ -202,7 +211,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         assert input_ids is not None
         try:
             return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
-        except IndexError:  # on an accelerator this would be an assertion of the device, and looking would make it wait
+        except IndexError:  # raised on a CPU only; accelerators fail with a device assertion, and a check would sync
             wrong = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
             raise ValueError(
                 f"input_ids must lie in 0 to {self.config.vocab_size - 1} (vocab_size - 1), got {int(wrong[0])}"
@@ -211,7 +220,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     def _mode(
         self, routing: Routing | None, noise: bool | None, executor: Executor, shape: torch.Size
     ) -> tuple[PassMode, Mapping[int, Tensor]]:
-        """How the pass decides and executes, and the masks that the caller imposes, by block."""
+        """Return how the pass decides and executes, and the masks that the caller imposes, by block."""
         forced = routing if isinstance(routing, Mapping) else {}
         default: str = self.config.training_routing if self.training else "causal"
         decided = "causal" if isinstance(routing, Mapping) else routing or default
@@ -242,16 +251,17 @@ class SkipstoneModel(SkipstonePreTrainedModel):
                 )
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: PassMode, rows: int) -> Cache | None:
+        """Return the cache of this call: the given one after checks, a new one, or None."""
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
             return DynamicCache(config=self.config) if build else None
         _check_cache(past_key_values, self.config.num_hidden_layers, rows)
         if self.training and any(block.gradient_checkpointing for block in self.layers):
-            raise ValueError(  # transformers would take the cache away from the blocks and only log it
+            raise ValueError(  # transformers would not pass the cache to the blocks, and only log it
                 "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
             )
         if mode.routing == "oracle" and any(block.mechanisms for block in self.layers):
-            raise ValueError("routing 'oracle' sees the whole row and cannot use a cache; pass routing='causal'")
+            raise ValueError("routing 'oracle' needs the whole row and cannot use a cache; pass routing='causal'")
         return past_key_values
 
     def _tokens(
@@ -263,7 +273,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         position_ids: Tensor | None,
         document_ids: Tensor | None,
     ) -> Tokens:
-        """The tokens of this call, with rotary angles and the tensors that cross blocks."""
+        """Return the tokens of this call, with rotary angles and initial mechanism state."""
         call = Call(
             shape=x_BTD.shape[:2],
             device=x_BTD.device,
@@ -284,12 +294,13 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         return tokens.replace(state=state, rotary=rotary, noise_seed=seed)
 
     def _positioned(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """The stream with learned positions, if the model has some, after embedding dropout."""
+        """Add learned positions, if the model has them, and apply embedding dropout."""
         if self.config.positions != "rope":
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
         return dropped(x_BTD, self.config.embedding_dropout, self.training)
 
     def _checked(self, position_BT: Tensor) -> Tensor:
+        """Return the positions after checking them against the context length."""
         limit = self.config.max_position_embeddings
         if not torch.compiler.is_compiling() and position_BT.device.type == "cpu" and int(position_BT.max()) >= limit:
             raise ValueError(f"the input is longer than the model's context of {limit} learned positions")
@@ -297,7 +308,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
 
 
 def _check_cache(cache: Any, blocks: int, rows: int) -> None:
-    """Raise ValueError, one line, unless `cache` was made for a model of so many blocks and holds so many rows."""
+    """Raise ValueError unless the cache was made for a model with `blocks` blocks and holds `rows` rows."""
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
         raise ValueError(
@@ -308,23 +319,23 @@ def _check_cache(cache: Any, blocks: int, rows: int) -> None:
     if len(layers) < blocks:
         raise ValueError(f"past_key_values has {len(layers)} layers, but the model has {blocks} blocks")
     if cache.offloading:
-        raise ValueError(
-            "past_key_values must not be offloaded: it would move keys and values but not what goes with them"
-        )
+        raise ValueError("past_key_values must not be offloaded: slots and mechanism state would stay behind")
     held = next((layer.rows for layer in layers if layer.rows is not None), None)
     if held is not None and held != rows:
         raise ValueError(f"past_key_values holds {held} rows, but the call has {rows}; a row is never added to a cache")
 
 
 def _described(cache: object) -> str:
-    """The type of a cache, and of its first layer where it has one."""
+    """Return the type of a cache and of its first layer."""
     layers = getattr(cache, "layers", None)
     return type(cache).__name__ + (f" of {type(layers[0]).__name__}" if layers else "")
 
 
 def _of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:
-    """With a cache of fixed size no shape of a step may follow from a decision: all is computed and what is not kept
-    thrown away. Prompts are not worth that, but nobody may be left out altogether, so that every store has its memory.
+    """Return the mode for a cache of fixed size, in which no shape of a step may depend on decisions.
+
+    Steps compute everything and discard what is not kept. Prompts may gather, but every block has to get a token, so
+    that every store allocates its memory.
     """
     if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):
         return mode

@@ -1,4 +1,4 @@
-"""`ModelFields`: sizes and parts of a model, and what can be said of them without loading torch."""
+"""`ModelFields`: sizes and parts of a model, with the checks that need no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias, get_type_hints
 from skipstone.core.strict import PlainDict, PlainMapping, build, convert, mistakes, unknown
 
 FORMAT_VERSION = 1
-Written: TypeAlias = Mapping[str, object]  # options of a part as they are written
+Written: TypeAlias = Mapping[str, object]  # options of a part as a user wrote them
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -40,25 +40,26 @@ FOREIGN = (
     "return_dict",
     "transformers_version",
 )
-MOST_BLOCKS, MOST_BYTES = 1 << 16, 1 << 46  # far beyond any machine: a slip of the keyboard, not a model
+MOST_BLOCKS, MOST_BYTES = 1 << 16, 1 << 46  # beyond any machine, so a larger value is a typing mistake
 
 
 @dataclass(kw_only=True)
 class ModelFields:
-    """Sizes as in Llama; parts by name; mechanisms as a list of plain dicts, the outermost first.
+    """The sizes and parts of a model: sizes named as in Llama, parts chosen by name, mechanisms as plain dicts.
 
-    norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain | experts, the last one's options in
-    `experts` (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`
+    norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain | experts; `experts` has the options of the
+    last (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`
     or `{name: fixed_mix, groups: {silu: 96, gelu: 32}}` (see `nn/mlp.py`). neuron_groups: options of groups of a gated
-    MLP's neurons that are off for a while (see `mechanisms/neuron_groups.py`); None: all are always on.
-    mechanisms: `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`.
-    attention_bias: biases on queries, keys and values; attention_output_bias: on their output projection.
-    linear_init: how linear layers start, normal (N(0, initializer_range), biases 0) or torch (nn.Linear's own).
-    scaled_output_init: start the projections into the residual stream N(0, initializer_range / sqrt(2 * layers)), as
-    GPT-2 and PolyGLU do. residual_dropout: on the output of attention and MLP; mlp_dropout: on the MLP's alone, where
-    it differs; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: which tokens the auxiliary losses are
-    averaged over, labelled or all (padding excepted). training_routing: the decisions of a forward pass in training
-    mode that is not told which, oracle or causal (those of generation, without noise: for preference and RL training).
+    MLP's neurons that can be off (see `mechanisms/neuron_groups.py`); None: all are always on.
+    mechanisms: a list of `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`, the outermost
+    first.
+    attention_bias: biases on queries, keys and values; attention_output_bias: on the output projection.
+    linear_init: initial linear layers, normal (N(0, initializer_range), biases 0) or torch (nn.Linear's own).
+    scaled_output_init: initialise projections into the residual stream with N(0, initializer_range / sqrt(2 * layers)),
+    as GPT-2 and PolyGLU do. residual_dropout: on the outputs of attention and MLP; mlp_dropout: on the MLP's output,
+    if different; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: the tokens over which auxiliary losses
+    are averaged, labelled or all (except padding). training_routing: default routing of a forward pass in training
+    mode, oracle or causal (as in generation, without noise: for preference and RL training).
     """
 
     format_version: int = FORMAT_VERSION
@@ -105,13 +106,13 @@ class ModelFields:
         self._check()
 
     def _fill(self) -> None:
-        """Types as declared, and defaults that follow from other values."""
+        """Convert fields to their declared types and fill in defaults that follow from other fields."""
         for name, hint in TYPES.items():
             setattr(self, name, convert(hint, getattr(self, name), name))
         if self.num_attention_heads < 1:
             raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}")
         gated = self.mlp != "plain"
-        if self.intermediate_size is None:  # as many parameters as a plain MLP of 4 d, rounded up to 32
+        if self.intermediate_size is None:  # as many parameters as a plain MLP of 4 d neurons, rounded up
             self.intermediate_size = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
@@ -155,7 +156,7 @@ class ModelFields:
             )
 
     def weights(self) -> int:
-        """Parameters of the matrices of the dense model: embeddings, attention, MLPs."""
+        """Return the number of parameters in the dense model's matrices: embeddings, attention, MLPs."""
         assert self.intermediate_size is not None
         assert self.head_dim is not None
         assert self.num_key_value_heads is not None
@@ -195,22 +196,25 @@ class ModelFields:
 
     @property
     def neurons(self) -> int:
-        """`intermediate_size`, filled in."""
+        """`intermediate_size`, never None."""
         assert self.intermediate_size is not None
         return self.intermediate_size
 
     @property
     def head_size(self) -> int:
-        """`head_dim`, filled in."""
+        """`head_dim`, never None."""
         assert self.head_dim is not None
         return self.head_dim
 
 
-TYPES = get_type_hints(ModelFields)  # of all fields, by name
+TYPES = get_type_hints(ModelFields)  # by field name
 
 
 def check_fields(values: PlainMapping) -> list[str]:
-    """A line for each mistake in a recipe's `model`, as far as this file knows. Presets say what else a model has."""
+    """Return a message for each mistake in a recipe's `model` that can be found without loading torch.
+
+    With a preset, only keys and types are checked, because the preset supplies the other values.
+    """
     lines = [unknown("key in model", key, TYPES) for key in values if key not in {*TYPES, *FOREIGN, "preset"}]
     typed, wrong = {}, set()
     for key in (key for key in values if key in TYPES):

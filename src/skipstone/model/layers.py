@@ -1,12 +1,13 @@
-"""Layer patterns: which blocks carry a mechanism."""
+"""Layer patterns, which name the blocks that carry a mechanism."""
 
 from __future__ import annotations
 
 
 def parse_layers(pattern: object, num_layers: int, where: str = "layers") -> list[int]:
-    """Block indices of a pattern: a slice string ("1::2", ":", "2:-1"), a list of indices, or one index.
+    """Return the block indices of a pattern: a slice string ("1::2", ":", "2:-1"), a list of indices, or one index.
 
-    Raises ValueError naming `where` for anything else, for an index outside the model and for a pattern without blocks.
+    where: the name shown in errors. Raises ValueError for anything else, for an index outside of the model and for a
+    pattern that matches no block.
     """
     if isinstance(pattern, str):
         chosen = list(range(num_layers))[_slice(pattern, where)]
@@ -24,6 +25,7 @@ def parse_layers(pattern: object, num_layers: int, where: str = "layers") -> lis
 
 
 def _slice(pattern: str, where: str) -> slice:
+    """Parse a slice string."""
     parts = pattern.split(":")
     try:
         if not 2 <= len(parts) <= 3:

@@ -1,4 +1,4 @@
-"""What every way of loading shares: tensors into a model of ours, strictly, and each trouble as one line."""
+"""Shared code of all loaders: load tensors into a model strictly, and report each error as one line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from skipstone.model.config import SkipstoneConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = str | torch.dtype | None
-# Constants that older releases of transformers saved beside the weights, and that no version ever trained: causal masks
-# and their value, tables of positions and of RoPE's frequencies.
+# Constants that older releases of transformers saved with the weights and that were never trained: causal masks and
+# their value, tables of positions and of RoPE frequencies.
 CONSTANT = re.compile(r"(^|\.)(attn\.bias|(attn|attention)\.masked_bias|rotary_emb\.inv_freq|position_ids)$")
 
 
 def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> SkipstoneForCausalLM:
-    """A model of ours with these weights. Raises ValueError if any is missing, left over or of another shape."""
+    """Build a model with these weights. Raises ValueError for missing, additional and wrongly shaped tensors."""
     model, info = SkipstoneForCausalLM.from_pretrained(
         None,
         config=config,
@@ -40,7 +40,7 @@ def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: 
 
 
 def check_complete(info: PlainMapping) -> None:
-    """Raise ValueError unless every parameter came from the checkpoint and every tensor of it was used."""
+    """Raise ValueError unless the checkpoint has exactly the model's parameters, in their shapes."""
     for kind in ("missing", "unexpected"):
         if keys := sorted(key for key in info[f"{kind}_keys"] if not CONSTANT.search(key)):
             what = "the checkpoint lacks" if kind == "missing" else "the model has no place for"
@@ -50,38 +50,41 @@ def check_complete(info: PlainMapping) -> None:
 
 
 def and_more(keys: list[str]) -> str:
-    """The first of some keys, and how many there are beside it."""
+    """Return the first key, with the number of the others."""
     return f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
 
 
 def named_dtype(dtype: Dtype, default: Any) -> Any:
-    """The torch.dtype of a name. Raises ValueError naming what is allowed."""
+    """Return the torch.dtype for a name, `default` for None. Raises ValueError for an unknown name."""
     if dtype is None:
         return default
     return dtype if isinstance(dtype, torch.dtype) else choose("dtype", dtype, DTYPES)
 
 
 def one_line(error: Exception) -> str:
-    """The line that says what is wrong: the last one of a failed check, else the first."""
+    """Return the informative line of an error: the last of a failed validation, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
-    # The text of such an error says little without its name: a KeyError's is the key alone.
+    # The message of other errors says little without their type: that of a KeyError is the key alone.
     telling = isinstance(error, OSError | ValueError | ImportError | StrictDataclassError | SafetensorError)
     return line if telling else f"{type(error).__name__}: {line}"
 
 
 @contextmanager
 def about(name: str) -> Iterator[None]:
-    """Every error of the source as one line that names it."""
+    """Turn every error inside a `with` block into a ValueError of one line that begins with `name`."""
     try:
         yield
-    except Exception as error:  # whatever a library raises about a file of the user's
+    except Exception as error:  # libraries raise many types for broken files
         raise ValueError(f"{name}: {one_line(error)}") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' reports and progress bars: what they would say is checked here, and raised."""
+    """Silence reports and progress bars of transformers and the hub inside a `with` block.
+
+    Whatever they would report is checked and raised by our code.
+    """
     level, hub_level, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""What a configuration says of the parts of a model, parsed once: where each sits, and its options as a frozen object.
+"""Entries: the options of a model's parts, parsed once, as frozen objects that know the position of each part.
 
-An entry reads as the mapping that was written, which is also what config.json keeps; `options` are the same values with
-every default filled in, and reach the constructor as they are.
+An entry is also the mapping that the user wrote, which config.json keeps; `options` has the same values with all
+defaults, and is passed to constructors as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from skipstone.nn.positions import STATIC_ROPE as STATIC_ROPE
 
 @dataclass(frozen=True, eq=False)
 class Entry(Mapping[str, object]):
-    """Options of one part as they were written: a mapping that cannot be changed, equal to a dict of the same items."""
+    """The options of one part as written: an immutable mapping, equal to a dict with the same items."""
 
     written: Written
 
@@ -44,14 +44,16 @@ class Entry(Mapping[str, object]):
         return repr(self.plain())
 
     def plain(self) -> dict[str, object]:
-        """A dict of its own, as for JSON."""
+        """Return an independent dict, as for JSON."""
         return copy.deepcopy(dict(self.written))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MechanismEntry(Entry):
-    """One entry of `mechanisms`. kind: the mechanism's name in `DEPTH`. site: in `SITES`. layers: the blocks that carry
-    it, of `num_layers`. options: of the mechanism's `Config`.
+    """An entry of `mechanisms`.
+
+    kind: the mechanism's name in `DEPTH`. site: one of `SITES`. layers: the blocks that carry it, out of `num_layers`.
+    options: an instance of the mechanism's `Config`.
     """
 
     kind: str
@@ -62,18 +64,21 @@ class MechanismEntry(Entry):
 
     @property
     def key(self) -> str:
-        """Name of its parameters and records in a block."""
+        """The name of its parameters and records in a block."""
         return self.kind if self.site == "block" else f"{self.kind}_on_{self.site}"
 
     def changed(self, **changes: object) -> MechanismEntry:
-        """The entry with other options; None takes the default. Raises ValueError for options that cannot be."""
+        """Return the entry with other options; None restores a default. Raises ValueError for invalid options."""
         written = {key: value for key, value in {**self.written, **changes}.items() if value is not None}
         return _parse_mechanism(written, self.num_layers, self.kind)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationEntry(Entry):
-    """The activation. kind: its name. options: None for a plain function."""
+    """The entry of the activation.
+
+    kind: its name. options: None for a plain function.
+    """
 
     kind: str
     options: FixedMixConfig | PolyGLUConfig | None
@@ -81,7 +86,10 @@ class ActivationEntry(Entry):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupsEntry(Entry):
-    """Groups of neurons. kind: the decision in `GROUPS`."""
+    """The entry of neuron groups.
+
+    kind: the decision in `GROUPS`.
+    """
 
     kind: str
     options: GroupingConfig
@@ -89,15 +97,15 @@ class GroupsEntry(Entry):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExpertsEntry(Entry):
-    """An MLP of experts."""
+    """The entry of an MLP of experts."""
 
     options: ExpertsConfig
 
 
 def parse_mechanisms(entries: Sequence[Written], num_layers: int) -> list[MechanismEntry]:
-    """Read strictly; what is parsed for as many layers stays the same object.
+    """Parse the entries of `mechanisms`, strictly; entries parsed for as many layers stay the same objects.
 
-    Raises ValueError for unknown names, keys, sites or layers, and for a mechanism that sits twice on one site.
+    Raises ValueError for unknown names, keys, sites or layers, and for a mechanism that appears twice on one site.
     """
     parsed: list[MechanismEntry] = []
     lines: list[str] = []
@@ -137,12 +145,12 @@ def _parse_mechanism(written: Written, num_layers: int, where: str) -> Mechanism
 
 
 def _with_words(written: Mapping[object, object] | Written) -> dict[str, object]:
-    """YAML reads a bare `on` as true."""
+    """Restore the key `on`, which YAML reads as true."""
     return {"on" if key is True else str(key): value for key, value in written.items()}
 
 
 def parse_activation(activation: str | Written) -> ActivationEntry:
-    """A name alone is an entry without options. Raises ValueError for unknown names and keys."""
+    """Parse the activation; a name alone is an entry without options. Raises ValueError for unknown names and keys."""
     if isinstance(activation, ActivationEntry):
         return activation
     written = {"name": activation} if isinstance(activation, str) else copy.deepcopy(dict(activation))
@@ -159,9 +167,9 @@ def parse_activation(activation: str | Written) -> ActivationEntry:
 
 
 def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
-    """The options are of the class that their `decision` asks for.
+    """Parse options of neuron groups with the `Config` that their `decision` selects.
 
-    Raises ValueError for unknown keys, and for an option that only another decision reads.
+    Raises ValueError for unknown keys, and for an option that only other decisions read.
     """
     if isinstance(written, GroupsEntry):
         return written
@@ -176,7 +184,7 @@ def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
 
 
 def parse_experts(written: Written) -> ExpertsEntry:
-    """Raises ValueError for unknown keys and impossible values."""
+    """Parse options of an MLP of experts. Raises ValueError for unknown keys and invalid values."""
     if isinstance(written, ExpertsEntry):
         return written
     values = copy.deepcopy(dict(written))

@@ -1,7 +1,7 @@
-"""What a saved folder carries for processes that never import skipstone: they load it with `trust_remote_code=True`.
+"""A module saved with each model, for processes that load it with `trust_remote_code=True` without importing skipstone.
 
-transformers runs the file that `auto_map` in config.json names. Ours holds one import, so the code that runs is the
-installed package, never a copy that ages in the folder.
+transformers runs the file that `auto_map` in config.json names. Ours holds one import, so that the installed package
+runs and not an outdated copy in the folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AUTO_MAP = {auto: f"{MODULE}.{name}" for auto, name in CLASSES.items()}
 
 
 def write_shim(folder: str | PathLike[str]) -> None:
-    """Write the one-line module into `folder`, which is made if it is not there."""
+    """Write the one-line module into `folder`, creating the folder if needed."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     names = ", ".join(sorted(CLASSES.values()))

@@ -1,18 +1,18 @@
-"""What can be said about a checkpoint's folder before any library reads it."""
+"""Checks of a checkpoint's folder before any library reads it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that git-lfs leaves in place of a file
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of the text that git-lfs leaves in place of a file
 READ = {".safetensors", ".bin", ".json", ".model", ".gguf", ".txt"}
 ADAPTER = "adapter_config.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError, one line, for pointers of git-lfs in place of files, and for a folder that holds an adapter.
+    """Raise ValueError if a folder holds git-lfs pointers instead of files, or an adapter.
 
-    A hub's name that is no folder passes.
+    A hub name that is not a folder passes.
     """
     if not folder.is_dir():
         return
@@ -20,7 +20,7 @@ def check_folder(folder: Path) -> None:
         if path.suffix in READ and path.is_file() and _is_pointer(path):
             raise ValueError(f"{str(path)!r} is a pointer of git-lfs, not the file itself; run `git lfs pull` there")
     if (folder / ADAPTER).is_file():
-        # transformers would apply it silently if PEFT is installed, and leave it out silently otherwise.
+        # transformers would silently apply it if PEFT is installed, and silently ignore it otherwise
         raise ValueError(
             f"{str(folder)!r} holds an adapter ({ADAPTER}); merge it into its base first "
             "(PEFT: model.merge_and_unload().save_pretrained(FOLDER)) and name that folder"

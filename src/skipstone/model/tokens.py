@@ -1,4 +1,4 @@
-"""From a Hugging Face call to `Tokens`: slots, positions, documents, padding.
+"""Build `Tokens` from the arguments of a Hugging Face call: slots, positions, documents, padding.
 
 Shape letters: B rows, T tokens of this call, S tokens seen before.
 """
@@ -16,23 +16,26 @@ from skipstone.core.tokens import PassMode, Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What the caller said about the tokens of one forward pass."""
+    """The caller's arguments about the tokens of one forward pass."""
 
     shape: torch.Size  # B, T
     device: torch.device
-    seen: int | Tensor  # S; a tensor [] where a cache of fixed size counts them on the device
+    seen: int | Tensor  # S; a tensor [] if a cache of fixed size counts on the device
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
 
     @property
     def begun(self) -> bool:
-        """Whether a cache has seen tokens before; one that counts on the device has, or is asked as if it had."""
+        """Whether a cache has seen tokens before; assumed for a cache that counts on the device."""
         return isinstance(self.seen, Tensor) or self.seen > 0
 
 
 def tokens_of(call: Call, mode: PassMode) -> Tokens:
-    """Raises ValueError for a mask that is not [B, S + T] or [B, T], and for ids that are not [B, T]."""
+    """Return the tokens of a call.
+
+    Raises ValueError for a mask that is not [B, S + T] or [B, T], and for ids that are not [B, T].
+    """
     B, T = call.shape
     if call.document_ids is not None and call.document_ids.shape != call.shape:
         raise ValueError(f"document_ids must have shape {list(call.shape)}, got {list(call.document_ids.shape)}")
@@ -46,12 +49,13 @@ def tokens_of(call: Call, mode: PassMode) -> Tokens:
         position_BT=position_BT,
         document_BT=_documents(call, position_BT),
         real_BT=real_BT,
-        queries=EVERYONE,  # said although it is the default: a compiler cannot follow a default that is an object
+        queries=EVERYONE,  # explicit, because compilers cannot trace a default that is an object
         mode=mode,
     )
 
 
 def _real(call: Call) -> Tensor | None:
+    """Return the mask of real tokens, or None if none of them is padding."""
     mask = call.attention_mask
     if mask is None:
         return None
@@ -64,30 +68,32 @@ def _real(call: Call) -> Tensor | None:
     real_BT = mask[:, -T:].bool()
     if isinstance(call.seen, Tensor) or torch.compiler.is_compiling() or not _cheap(mask):
         return real_BT
-    look = int(2 * ((mask != 0) & (mask != 1)).any() + real_BT.all())  # both questions at one look
+    look = int(2 * ((mask != 0) & (mask != 1)).any() + real_BT.all())  # two checks with one host sync
     if look >= 2:
         low, high = (float(x) for x in mask.aminmax())
         raise ValueError(
             f"attention_mask must hold 1 for tokens and 0 for padding, got {low if low < 0 else high:g}; "
             "tell packed documents apart by document_ids or position_ids"
         )
-    return None if look else real_BT  # the common case: nothing is padding, so the fast paths stay open
+    return None if look else real_BT  # None, the common case, enables the fast paths
 
 
 def _reaches_back(mask: Tensor, call: Call) -> bool:
-    """Whether the mask is of all tokens so far. A compiled step cannot ask and takes any width but T for that."""
+    """Return whether the mask covers all tokens so far; compiled steps, which cannot check, assume so unless its width
+    is T.
+    """
     if isinstance(call.seen, Tensor) and torch.compiler.is_compiling():
         return mask.shape[1] > call.shape[1]
     return mask.shape[1] == int(call.seen) + call.shape[1]
 
 
 def _cheap(x: Tensor) -> bool:
-    """Whether looking at a value costs no synchronisation; in evaluation one look a call is worth its price."""
+    """Return whether reading a value costs no host sync, or is worth one because gradients are off."""
     return x.device.type == "cpu" or not torch.is_grad_enabled()
 
 
 def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Counted over real tokens, and in each document anew, so that neither padding nor packing moves a token."""
+    """Return positions counted over real tokens, from 0 in each document: padding and packing change nothing."""
     if call.document_ids is not None:
         if call.begun:
             raise ValueError("document_ids need position_ids beside them once a cache holds earlier tokens")
@@ -99,7 +105,7 @@ def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
 
 
 def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Index of each token among the real ones of its run of equal documents."""
+    """Return the index of each token among the real tokens of its run of equal document ids."""
     one_BT = torch.ones_like(document_BT) if real_BT is None else real_BT.long()
     before_BT = one_BT.cumsum(1) - one_BT
     new_BT = torch.ones_like(document_BT, dtype=torch.bool)
@@ -108,7 +114,7 @@ def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
 
 
 def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
-    """As given; or read from positions that start again, the convention of packed rows in transformers."""
+    """Return documents as given, or inferred from positions that restart, transformers' convention for packed rows."""
     if call.document_ids is not None:
         return call.document_ids
     if call.position_ids is None or call.attention_mask is not None or call.begun or torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""The table of released layouts; file to model folder and back."""
+"""The table of released layouts, and conversion from a file to a model folder and back."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ WRITTEN = (".pt", ".safetensors")
 
 
 def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options: object) -> SkipstoneForCausalLM:
-    """The model that a file of released weights holds, in their own dtype unless another is named.
+    """Load the model in a file of released weights, in their own dtype unless another is named.
 
-    layout: `tsa` or `polychromatic`. options: what the weights do not tell, num_heads of `tsa` and tau of
-    `polychromatic` (default: as in the file, or .1). Raises FileNotFoundError if there is no such file, and ValueError
-    for a file, a tensor or an option that the layout does not have.
+    layout: `tsa` or `polychromatic`. options: values that the weights do not contain: num_heads of `tsa`; tau of
+    `polychromatic` (default: as in the file, else .1). Raises FileNotFoundError if there is no such file, and
+    ValueError for a file, tensor or option that does not fit the layout.
     """
     chosen, path = choose("layout", layout, LAYOUTS), Path(file).expanduser()
     given = {name: value for name, value in options.items() if value is not None}
@@ -43,7 +43,10 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
 
 
 def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: object) -> None:
-    """Write `load_released(...)` to the folder `out`, with a model card. Raises FileExistsError if it is taken."""
+    """Write `load_released(...)` to the folder `out`, with a model card.
+
+    Raises FileExistsError if `out` is a file or a folder that is not empty.
+    """
     with complete(Path(out)) as partial:
         model = load_released(file, layout, dtype, **options)
         with quiet():
@@ -52,10 +55,10 @@ def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, 
 
 
 def convert_to(folder: str | Path, out: Path, layout: str, dtype: Dtype = None) -> None:
-    """Write a model of ours in a released layout to the file `out`, a .pt or .safetensors file by its suffix.
+    """Write a model of ours in a released layout to the file `out`, .pt or .safetensors by its suffix.
 
-    Raises FileExistsError if something is there, and ValueError for a layout that is only read, another suffix, and a
-    model that the released code would compute otherwise.
+    Raises FileExistsError if `out` exists, and ValueError for a layout that can only be read, another suffix, and a
+    model that the released code would compute differently.
     """
     out, writers = Path(out), {name: found.write for name, found in LAYOUTS.items() if found.write is not None}
     write = choose("layout to write", layout, writers)
@@ -74,5 +77,5 @@ def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Off the file, which may be mapped into memory and may change."""
+    """Copy tensors out of a file that may be memory-mapped."""
     return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Files of released weights. Tensors and plain values are read; whatever else a pickle holds is refused, not run."""
+"""Read and write files of released weights: tensors and plain values only, refusing anything else in a pickle."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch import Tensor
 
 from skipstone.model.loading import one_line
 
-STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")  # where training scripts put it among other things
+STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")  # keys under which training scripts store it
 SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict, and the plain numbers that stood beside it in the file."""
+    """A state dict, and the plain numbers stored beside it in the file."""
 
     tensors: dict[str, Tensor]
     beside: dict[str, int | float] = field(default_factory=dict)
 
 
 def read_weights(path: Path) -> Weights:
-    """The state dict of a .safetensors file, or of a file of torch.save (by itself or inside a checkpoint).
+    """Read the state dict of a .safetensors file or of a torch.save file (alone or inside a checkpoint).
 
-    The tensors of a .pt file stay on disk until they are used: optimizer states beside the weights cost no memory.
-    Raises FileNotFoundError if there is no such file, and ValueError for one that is something else.
+    Tensors of a .pt file stay on disk until used, so that optimizer states in it cost no memory. Raises
+    FileNotFoundError if there is no such file, and ValueError for a file that cannot be read.
     """
     if not path.exists():
         raise FileNotFoundError(f"file {str(path)!r} does not exist")
@@ -51,12 +51,14 @@ def _unpickled(path: Path) -> Any:
 
 
 def _why(error: Exception) -> str:
+    """Return why a file cannot be read."""
     if refused := re.search(r"Unsupported (?:global|class|operand).*?(?:GLOBAL\s+)?([\w.]+\.[\w.]+)", str(error)):
         return f"holds more than tensors and plain values ({refused[1]}), which is not read; save its state dict alone"
     return f"is no file of weights that can be read ({one_line(error)[:120]})"
 
 
 def _weights(found: Any, name: str) -> Weights:
+    """Find the state dict in what was read."""
     inside = [
         found[key] for key in STATE_DICT_KEYS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)
     ]
@@ -71,7 +73,7 @@ def _weights(found: Any, name: str) -> Weights:
 
 
 def write_weights(weights: Weights, path: Path, kind: str) -> None:
-    """Write to `path`: kind `.safetensors`, where tensors that share memory are written twice; else as torch.save does.
+    """Write to `path`: kind `.safetensors`, where shared tensors are stored twice; else as torch.save does.
 
     A .pt file holds the state dict under `model`, and the numbers beside it.
     """

@@ -1,4 +1,4 @@
-"""What a layout is: how released weights become a model of ours, and the way back."""
+"""`Layout`: how released weights become a model of ours, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Options = PlainMapping
 
 @dataclass(frozen=True, kw_only=True)
 class Translated:
-    """values: of SkipstoneConfig. tensors: under our names."""
+    """A released model in our terms. values: fields of SkipstoneConfig. tensors: state dict under our names."""
 
     values: PlainDict
     tensors: dict[str, Tensor]
@@ -24,9 +24,10 @@ class Translated:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """read: from weights and options. write: the way back, or None. options: names of what the weights do not tell.
+    """A layout of released weights.
 
-    Both raise ValueError, one line, for weights or models that are not of this layout.
+    read: translates weights and options. write: the reverse, or None. options: names of values that the weights do not
+    contain. Both functions raise ValueError for weights or models that do not fit the layout.
     """
 
     read: Callable[[Weights, Options], Translated]

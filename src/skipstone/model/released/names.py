@@ -1,4 +1,4 @@
-"""From released names to ours. A table maps patterns, in which `{i}` is a block and `{next}` the one behind it."""
+"""Map released tensor names to ours by tables of patterns: `{i}` stands for a block, `{next}` for the following one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Table = Mapping[str, str]
 
 
 def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many blocks the names `prefix.0...`, `prefix.1...` stand for. Raises ValueError if there is none."""
+    """Return the number of blocks among names `prefix.0...`, `prefix.1...`. Raises ValueError if there is none."""
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
     numbers = {int(match[1]) for match in found if match}
     if not numbers:
@@ -23,12 +23,12 @@ def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def expand(table: Table, count: int) -> dict[str, str]:
-    """Every name of `count` blocks."""
+    """Return the table with patterns expanded for `count` blocks."""
     return {k.format(i=i, next=i + 1): v.format(i=i, next=i + 1) for i in range(count) for k, v in table.items()}
 
 
 def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, object], ignored: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless the tensors are the expected ones; those `ignored` may be there or not."""
+    """Raise ValueError unless the tensors are exactly the expected ones; `ignored` ones may be present or not."""
     if missing := [name for name in expected if name not in tensors and name not in ignored]:
         raise ValueError(f"lacks {and_more(missing)}")
     if left := [name for name in tensors if name not in expected and name not in ignored]:
@@ -38,7 +38,7 @@ def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, object], i
 
 
 def sizes(tensors: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    """The shape of a tensor. Raises ValueError if it has another number of axes."""
+    """Return the shape of a tensor. Raises ValueError if it has another number of axes."""
     shape = tuple(tensors[name].shape)
     if len(shape) != axes:
         raise ValueError(f"{name} has shape {list(shape)}, {axes} axes are expected")

@@ -1,8 +1,8 @@
-"""PolychromaticLM (Medeiros 2026, arXiv 2603.13347): the state dict of its released weights, read and written.
+"""PolychromaticLM (Medeiros 2026, arXiv 2603.13347): read and write the state dict of its released weights.
 
-Every size is in the weights. The rotary tables are in them too, rounded like everything else; they are checked against
-the paper's angles, left out, and made again on the way back. tau is not a tensor: it stands beside the state dict in a
-.pt file, and is .1 at the end of the paper's training. The converted model keeps it while it is trained further.
+All sizes follow from the weights. They include rounded rotary tables, which are checked against the paper's angles,
+dropped, and recomputed for writing. tau is not a tensor: a .pt file stores it beside the state dict; it is .1 at the
+end of the paper's training. The converted model keeps tau constant when it is trained further.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LAST_TAU = 0.1
 
 ROPE_THETA = 10_000.0
 ROPE_TOLERANCE = 1e-2  # bf16 rounds the tables by up to 4e-3; another theta is wrong by 1
-# What the released code computes whatever its sizes are.
+# Settings of the released code that do not depend on its sizes.
 BASE: PlainDict = {
     "norm": "rmsnorm",
     "norm_eps": 1e-6,
@@ -63,12 +63,12 @@ BASE: PlainDict = {
 
 
 def _names(layers: int) -> dict[str, str]:
-    """Ours of every released parameter, in the release's order."""
+    """Return our name of every released parameter, in the release's order."""
     return {EMBEDDING: OUR_EMBEDDING, **expand(BLOCK, layers), NORM: "model.norm.weight"}
 
 
 def rope_tables(context: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [context, head_dim / 2] of the angles position / theta^(2 i / head_dim), fp32."""
+    """Return cos and sin [context, head_dim / 2] of the angles position / theta^(2 i / head_dim), fp32."""
     even = torch.arange(0, head_dim, 2, dtype=torch.float32)
     angle = torch.arange(context, dtype=torch.float32)[:, None] * (1 / ROPE_THETA ** (even / head_dim))
     return angle.cos(), angle.sin()
@@ -78,7 +78,7 @@ def _read(weights: Weights, options: Options) -> Translated:
     tensors = weights.tensors
     layers = count_blocks(tensors, BLOCKS)
     ours = _names(layers)
-    # safetensors knows no shared memory: its own saver leaves the head out, others write it twice
+    # safetensors has no shared tensors: its own saver omits the head, others write it twice
     check_names(tensors, {**ours, COSINES: None, SINES: None}, ignored=(HEAD,))
     if HEAD in tensors and not tensors[HEAD].equal(tensors[EMBEDDING]):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}; in this layout they are one matrix")
@@ -95,7 +95,7 @@ def _read(weights: Weights, options: Options) -> Translated:
 
 
 def values_of(tensors: Mapping[str, Tensor], layers: int) -> PlainDict:
-    """The values of SkipstoneConfig that the tensors' shapes tell, and what the released code fixes."""
+    """Return the fields of SkipstoneConfig that follow from tensor shapes and from the released code."""
     vocabulary, width = sizes(tensors, EMBEDDING, 2)
     (head_dim,) = sizes(tensors, f"{FIRST}gqa.rmsnorm_q.gama", 1)
     heads = {}
@@ -143,12 +143,12 @@ def _write(model: SkipstoneForCausalLM) -> Weights:
 
 
 def _shortest(tau: float) -> float:
-    """The number that was rounded to this fp32 value: .1, not .10000000149."""
+    """Return the decimal number that was rounded to this fp32 value: .1, not .10000000149."""
     return float(f"{tau:.7g}")
 
 
 def _check_config(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model that the released code would compute otherwise."""
+    """Raise ValueError for a model that the released code would compute differently."""
     config = model.config
     for key, value in {**BASE, "mechanisms": []}.items():
         if key != "scaled_output_init" and getattr(config, key) != value:

@@ -1,9 +1,9 @@
-"""Token-Selective Attention (Mohammed 2026, arXiv 2605.05222): the state dict of its released PyTorch code.
+"""Token-Selective Attention (Mohammed 2026, arXiv 2605.05222): read the state dict of its released PyTorch code.
 
-Queries, keys and values are one matrix whose rows are first all queries, then all keys, then all values, each of them
-by heads; so the number of heads is the one size that the weights do not tell. Router r stands apart from the blocks; it
-reads the stream behind block r and gates block r + 1. The head shares the embedding's weights. lambda is a setting of
-the training and not in the weights: the converted model has the paper's for language.
+Queries, keys and values are one matrix whose rows are all queries, then all keys, then all values, each grouped by
+head, so the number of heads is the only size that the weights do not determine. Routers are separate from blocks:
+router r reads the stream after block r and gates block r + 1. The head shares the embedding's weights. lambda is a
+training setting that the weights do not contain: the converted model gets the paper's value for language.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from skipstone.model.released.layout import Layout, Options, Translated
 from skipstone.model.released.names import check_names, count_blocks, expand, sizes
 
 HEAD, EMBEDDING = "head.weight", "token_emb.weight"
-DEPTH_LOSS = "_last_depth_reg_loss"  # a buffer that remembers the last training step's loss; of no use here
+DEPTH_LOSS = "_last_depth_reg_loss"  # a buffer with the last training step's loss, not needed here
 WHOLE = {
     EMBEDDING: "model.embed_tokens.weight",
     "pos_emb.weight": "model.positions.weight",
@@ -44,9 +44,9 @@ ROUTER = {
     "routers.{i}.mlp.2.bias": "model.layers.{next}.mechanisms.token_selective.router.score_bias",
 }
 
-# What the released code computes whatever its sizes are. How its weights start: embeddings N(0, .02), projections into
-# the stream 1/sqrt(2 L) of that, everything else as PyTorch builds it. Its gates are soft in every pass; its sparse
-# mode gives kept tokens gain 1; its depth loss averages over all tokens, labelled or not.
+# Settings of the released code that do not depend on its sizes. It initialises embeddings with N(0, .02), projections
+# into the residual stream with 1/sqrt(2 L) of that, and everything else as PyTorch does. Its gates are soft in every
+# pass; its sparse mode gives kept tokens gain 1; its depth loss averages over all tokens, labelled or not.
 BASE: PlainDict = {
     "norm": "layernorm",
     "norm_eps": 1e-5,
@@ -67,7 +67,7 @@ LANGUAGE, SYNTHETIC = 0.001, 0.01  # the paper's lambdas
 
 
 def gate(depth_weight: float = LANGUAGE, **options: object) -> PlainDict:
-    """The mechanism on every block but the first."""
+    """Return the entry of `mechanisms` that gates every block but the first."""
     values = {"start_bias": -1.0, "depth_weight": depth_weight, "execution": "soft", "hard_gain": "one"}
     return {"name": "token_selective", "layers": "1:", **values, **options}
 
@@ -76,7 +76,7 @@ def _read(weights: Weights, options: Options) -> Translated:
     tensors = weights.tensors
     layers = count_blocks(tensors, "blocks")
     if layers < 2:
-        raise ValueError("has one block, which is never gated: there is no Token-Selective Attention in it")
+        raise ValueError("has only one block, which is never gated; at least 2 are expected")
     qkv, plain = expand(QKV, layers), {**WHOLE, **expand(BLOCK, layers), **expand(ROUTER, layers - 1)}
     check_names(tensors, {**plain, **qkv, HEAD: None}, ignored=(DEPTH_LOSS,))
     if not tensors[HEAD].equal(tensors[EMBEDDING]):
@@ -91,14 +91,14 @@ def _read(weights: Weights, options: Options) -> Translated:
 def _thirds(tensors: Mapping[str, Tensor], key: str) -> tuple[Tensor, ...]:
     rows, width = sizes(tensors, key, 2)
     if rows != 3 * width:
-        raise ValueError(f"{key} has shape [{rows}, {width}]; three square matrices above each other are expected")
+        raise ValueError(f"{key} has shape [{rows}, {width}]; three stacked square matrices are expected")
     return tensors[key].split(width)
 
 
 def _values(tensors: Mapping[str, Tensor], layers: int, num_heads: int | None) -> PlainDict:
     vocabulary, width = sizes(tensors, EMBEDDING, 2)
     if num_heads is None:
-        raise ValueError("the weights do not tell how many heads the attention has: give num_heads (--num-heads)")
+        raise ValueError("the number of heads does not follow from the weights: give num_heads (--num-heads)")
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads must divide the width, which is {width}; got {num_heads}")
     return {
