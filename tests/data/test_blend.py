@@ -153,7 +153,7 @@ def test_refusals(blend: Any, message: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"corpus": "python-stdlib", "blend": {"start": {"a": 1}}}, "blend is for corpus shards:FOLDER alone"),
+        ({"corpus": "python-stdlib", "blend": {"start": {"a": 1}}}, "blend applies to corpus shards:FOLDER only"),
         ({"corpus": "shards:x", "tokenizer": "byte"}, "corpus 'shards:x' has its tokenizer: leave tokenizer out"),
         ({"corpus": "shards"}, "corpus 'shards' is incomplete: write shards:FOLDER"),
     ],

@@ -195,7 +195,7 @@ def test_files_are_read_in_order_and_gzip_too(tmp_path: Path) -> None:
         ('{"body": "x"}', r"texts.jsonl, line 61: no text under 'text' \(its keys: body\)"),
         ('{"text": 3}', r"line 61: no text under 'text'"),
         ("[1]", r"line 61: no text under 'text'"),
-        ('{"text": "a\\ud800"}', r"document 60 of 'jsonl:.*' is not text: half a surrogate at 1"),
+        ('{"text": "a\\ud800"}', r"document 60 of 'jsonl:.*' has a lone surrogate at character 1"),
     ],
 )
 def test_what_is_no_text_is_named(line: str, message: str, lines: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_what_is_no_text_is_named(line: str, message: str, lines: Path, tmp_path
         ("reset-s3", {}, "'reset-s3' has no text to tokenise"),
         ("shards:x", {}, "'shards:x' has no text to tokenise"),
         ("jsonl:nowhere", {}, "there is no file or folder 'nowhere'"),
-        ("tiny-shakespeare", {"field": "body"}, "field is for jsonl: and hf: alone"),
+        ("tiny-shakespeare", {"field": "body"}, "field applies to jsonl: and hf: only"),
         ("python-stdlib", {"tokenizer": "bite"}, "unknown tokenizer 'bite'; did you mean 'byte'"),
         ("python-stdlib", {"shard_tokens": 0}, "shard_tokens must be at least 1, got 0"),
     ],
@@ -270,7 +270,7 @@ def test_sources_must_share_their_tokenizer(lines: Path, tmp_path: Path) -> None
     assert list(open_sources(tmp_path / "all" / "one")) == ["one"]
     (tmp_path / "plain.txt").write_text("to be or not to be " * 9)
     sharding.write_shards(f"text:{tmp_path / 'plain.txt'}", tmp_path / "all" / "two", tokenizer="char")
-    with pytest.raises(ValueError, match="tokenizer 'char' has to see all of the text first"):
+    with pytest.raises(ValueError, match="tokenizer 'char' needs all of the text in advance"):
         write(lines, tmp_path / "out", tokenizer="char")
     with pytest.raises(ValueError, match="'one' and 'two' were made with different tokenizers"):
         open_sources(tmp_path / "all")

@@ -1,24 +1,24 @@
 """Floor 3: data. Nothing here imports a model, and naming corpora imports nothing heavy.
 
-corpora.py     the registry: names, what they are, `load_corpus`
-corpus.py      a corpus: named splits of documents, read when asked for; the two ways to split
-fetch.py       where files are looked for; the only code that downloads
+corpora.py     the registry of corpora by name, and `load_corpus`
+corpus.py      `Corpus`: named splits of documents, read when they are needed; two ways to split
+fetch.py       finds corpus files; the only code that downloads
 published.py   corpora that are published files: tiny-shakespeare, wikitext-2, enwik8, gcide
 installed.py   corpora made of Python sources installed on this machine
-users.py       corpora the user brings: text:PATH, jsonl:PATH, hf:NAME
+users.py       the user's own corpora: text:PATH, jsonl:PATH, hf:NAME
 tokenizers.py  char, byte and pretrained tokenizers, all of them Hugging Face's
-encode.py      documents -> token ids, fast where the tokenizer allows it
-draws.py       random numbers that are a function of (seed, row, column), in any order
-rows.py        the map-style dataset every kind of row shares, and `collate`
-packing.py     token ids -> rows: random windows to train on, every token once to evaluate on
-streams.py     documents one after the other, of corpora that need not fit into memory
-sharding.py    `write_shards`: tokenised documents on disk, with their manifest; goes on where it was stopped
-shards.py      reading them without loading them
-blend.py       rows from several sources, in shares that change while a model trains
-synthetic.py   Reset-S3: rows whose needed depth is known
-switched.py    the same where no symbol tells by itself whether it needs depth
-mixed.py       text with spans of these
+encode.py      documents to token ids, fast where the tokenizer allows it
+draws.py       random numbers as a function of (seed, row, column), in any order
+rows.py        the base class of map-style datasets, and `collate`
+packing.py     token ids to rows: random windows for training, every token once for evaluation
+streams.py     streams of documents, for corpora that do not fit into memory
+sharding.py    `write_shards`: tokenised documents on disk, with a manifest; resumes an interrupted call
+shards.py      reads shards by memory mapping
+blend.py       rows from several sources, in shares that change during training
+synthetic.py   Reset-S3: rows with known difficulty
+switched.py    Switched-S3: rows with known difficulty that no token shows by itself
+mixed.py       text with spans of Switched-S3
 sequences.py   the copy and sort tasks
-config.py      `DataConfig`: what to train and to evaluate on, checked without loading torch
-prepare.py     `prepare`: all of the above in the one call that a trainer makes
+config.py      `DataConfig`: the data of a run, checked without loading torch
+prepare.py     `prepare`: all of the above in one call
 """

@@ -1,7 +1,7 @@
-"""Rows from several sources: how often each is read, and how that changes while a model trains.
+"""Rows from several sources, in shares that may change during training.
 
-Nothing is drawn from a state: which source gives row i, and which of its windows that is, follow from the fields and i.
-Shapes: N rows in all, S sources, B rows of a batch, T tokens a row.
+Nothing depends on a generator's state: the source of row i and its window there follow from the fields and i. Shapes: N
+rows in all, S sources, B rows of a batch, T tokens per row.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from skipstone.data.config import Blend
 from skipstone.data.packing import CoveringWindows, WindowsOnce
 from skipstone.data.rows import Batch, RowDataset
 
-SOURCE_STREAM = 1 << 20  # far from those that windows are drawn from
+SOURCE_STREAM = 1 << 20  # far from the streams from which windows are drawn
 
 
 def check_sources(blend: Blend, known: Sequence[str]) -> None:
-    """Raise ValueError for a source that is not there."""
+    """Raise ValueError for a source of the blend that does not exist."""
     for name in {**blend.start, **(blend.end or {})}:
         if name not in known:
             raise ValueError(unknown("source in blend", name, known))
@@ -31,15 +31,15 @@ def check_sources(blend: Blend, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Joined(RowDataset):
-    """Rows of several parts; which row of which, `plan` says."""
+    """Rows of several parts, in the order of `plan`."""
 
     @property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """For each row its part and its place in there, [N] each."""
+        """Part and place in it of each row, [N] each."""
         raise NotImplementedError
 
     def pick(self, part: int, place_B: NDArray[np.int64]) -> Batch:
-        """The rows of one part at these places."""
+        """Return the rows of one part at these places."""
         raise NotImplementedError
 
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
@@ -54,10 +54,11 @@ class _Joined(RowDataset):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlendedWindows(_Joined):
-    """For training. A source's windows lie side by side; they are read in an order that the seed shuffles, each once,
-    then in another order once more. Since the blend may change, row i depends on how many rows there are.
+    """Training rows from several sources.
 
-    once: raise ValueError instead of reading a window again.
+    The windows of a source lie side by side and are read in an order shuffled by the seed, each once, then again in
+    another order. Because the blend may change, row i depends on the number of rows. once: raise ValueError instead of
+    reading a window again.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)
@@ -79,7 +80,7 @@ class BlendedWindows(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """Place: how many rows of the same source came before."""
+        """Source and place of each row; the place counts earlier rows of the same source."""
         index_N = np.arange(self.rows)
         ends_NS = np.cumsum(self.blend.shares(index_N / self.rows), axis=1)
         drawn_N1 = draws.uniform(self.seed, SOURCE_STREAM, index_N, 1)
@@ -97,7 +98,9 @@ class BlendedWindows(_Joined):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InTurn(_Joined):
-    """For evaluation: the first row of every part, the second of every part, ..., so that a prefix has some of each."""
+    """Evaluation rows from several parts: the first row of each, then the second of each, so that a prefix has some of
+    each.
+    """
 
     parts: tuple[CoveringWindows, ...] = field(repr=False)
 
@@ -119,6 +122,6 @@ class InTurn(_Joined):
         return found_B
 
     def reached(self) -> list[CoveringWindows]:
-        """The parts, cut to the rows that are here; a prefix of them, where not even each part's first row is."""
+        """Return the parts, cut to the rows that are used; parts without any are left out."""
         counts = np.bincount(self.plan[0], minlength=len(self.parts))
         return [replace(part, rows=int(n)) for part, n in zip(self.parts, counts, strict=True) if n]

@@ -1,4 +1,4 @@
-"""`DataConfig`: what to train and to evaluate on. Importing this file loads neither torch nor NumPy."""
+"""`DataConfig`: the training and evaluation data of a run. Importing this module loads neither torch nor NumPy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PACKINGS = ("stream", "packed")
-LARGEST = 1 << 31  # of contexts, seeds and numbers of rows
+LARGEST = 1 << 31  # largest context, seed and number of rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """Shares of the rows by source, in any unit: `start` until `anneal_from` of the training, then in a straight line
-    to `end` at its last row. end: None: `start` to the end."""
+    """Shares of the rows by source, in any unit.
+
+    start: shares until `anneal_from` of the training, from where they change linearly to `end` at the last row. end:
+    None: `start` throughout.
+    """
 
     start: dict[str, float]
     end: dict[str, float] | None = None
@@ -38,14 +41,14 @@ class Blend:
 
     @property
     def sources(self) -> list[str]:
-        """Those that some row comes from, in order of their names."""
+        """Names of the sources with a positive share, sorted."""
         return sorted(name for name in {**self.start, **(self.end or {})} if self._share(name) > 0)
 
     def _share(self, name: str) -> float:
         return self.start.get(name, 0.0) + (self.end or {}).get(name, 0.0)
 
     def shares(self, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[N, S], each row's sum 1. progress: 0 at the first row, 1 after the last."""
+        """Return the shares of each row, [N, S], each row's sum 1. progress_N: 0 at the first row, 1 after the last."""
         import numpy as np
 
         start_S, end_S = (_normalised(shares, self.sources) for shares in (self.start, self.end or self.start))
@@ -66,17 +69,17 @@ def _normalised(shares: Mapping[str, float], sources: Sequence[str]) -> NDArray[
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train and to evaluate on.
+    """The training and evaluation data of a run.
 
     corpus: a name of `CORPORA`. tokenizer: `char`, `byte`, `pretrained:NAME_OR_PATH`; None: the corpus's default.
-    context: tokens a row. packing: "stream" (documents follow each other through their eos) or "packed" (rows carry
-    document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows.
-    sampling: None: training rows are windows at random places, without end; "once": those that lie side by side, in
-    random order, none of them twice. Rows of shards always lie side by side: None reads them all before any twice.
-    blend: of shards, how much of each source; None: as much as it has tokens.
-    train_rows: length of the training set; None: as many windows as the text holds side by side, or 65,536 synthetic
-    rows. Any length serves: row i does not depend on it. validation_rows: the first so many; None: the whole split, or
-    1,024 synthetic rows. Synthetic tasks take no tokenizer, packing or sampling, shards no tokenizer.
+    context: tokens per row. packing: "stream" (documents follow each other, separated by eos) or "packed" (rows carry
+    document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows. sampling: None:
+    training rows are windows at random places, without end; "once": windows that lie side by side, in random order,
+    none of them twice. Rows of shards always lie side by side: None reads all of them before any twice. blend: for
+    shards, the share of each source; None: proportional to its tokens. train_rows: length of the training set; None:
+    the number of windows that fit side by side into the text, or 65,536 synthetic rows. Any length is valid: row i does
+    not depend on it. validation_rows: number of rows; None: the whole split, or 1,024 synthetic rows. Synthetic tasks
+    take no tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"
@@ -96,7 +99,7 @@ class DataConfig:
         if self.packing not in PACKINGS:
             raise ValueError(unknown("packing", self.packing, PACKINGS))
         if self.blend is not None and entry.kind != "shards":
-            raise ValueError(f"blend is for corpus shards:FOLDER alone, got it with {self.corpus!r}")
+            raise ValueError(f"blend applies to corpus shards:FOLDER only, got it with {self.corpus!r}")
         if self.tokenizer is not None and entry.kind == "shards":
             raise ValueError(f"corpus {self.corpus!r} has its tokenizer: leave tokenizer out, got {self.tokenizer!r}")
         usual = {"tokenizer": None, "packing": "stream", "sampling": None}
@@ -115,5 +118,5 @@ class DataConfig:
 
     @property
     def tells_difficulty(self) -> bool:
-        """Whether rows have `difficulty`: not negative where a token is known to need depth."""
+        """Whether rows have a `difficulty`, which is 0 or more at tokens known to need depth."""
         return knows_difficulty(self.corpus)

@@ -1,4 +1,4 @@
-"""The registry of corpora by name. Importing it imports nothing heavy: the command line lists it.
+"""The registry of corpora by name. Importing it imports nothing heavy, because the command line lists it.
 
 A new corpus is one function `(argument) -> Corpus` and one entry in `CORPORA`.
 """
@@ -16,13 +16,13 @@ from skipstone.data.corpus import Corpus
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the registry.
+    """One entry of the registry.
 
-    kind: "text" has documents and a tokenizer; "synthetic" makes rows of token ids; "mixed" puts such rows into the
-    text of another corpus (see `prepare`); "shards" has token ids and their tokenizer. known: its rows tell the
-    `difficulty` of tokens. load: from what follows the colon in the name ("" when nothing does); None without text.
-    argument: how that part is written, "" where there is none; `required` when the name means nothing without it.
-    tokenizer: the one taken when the user names none; None where none can be named.
+    kind: "text" has documents and a tokenizer; "synthetic" generates rows of token ids; "mixed" puts such rows into the
+    text of another corpus (see `prepare`); "shards" has token ids and their tokenizer. known: its rows have a
+    `difficulty`. load: builds the corpus from the part of the name after the colon ("" if there is none); None for
+    corpora without text. argument: how that part is written, "" if there is none; required: whether the name needs it.
+    tokenizer: the default; None if none can be chosen.
     """
 
     summary: str
@@ -100,9 +100,9 @@ CORPORA: dict[str, Entry] = {
 
 
 def find_entry(name: str) -> tuple[Entry, str]:
-    """`name` or `name:argument` -> its registry entry and the argument ("" if none).
+    """Return the registry entry for `name` or `name:argument`, and the argument ("" if none).
 
-    Raises ValueError for an unknown name (naming the nearest), a missing argument, and one that is not taken.
+    Raises ValueError for an unknown name (naming the nearest), a missing argument, and one that is not accepted.
     """
     head, colon, argument = str(name).partition(":")
     entry = choose("corpus", head, CORPORA)
@@ -114,15 +114,15 @@ def find_entry(name: str) -> tuple[Entry, str]:
 
 
 def knows_difficulty(name: str | None) -> bool:
-    """Whether rows of this corpus tell which tokens need depth."""
+    """Return whether rows of this corpus tell which tokens need depth."""
     return name is not None and find_entry(name)[0].known
 
 
 def load_corpus(name: str) -> Corpus:
-    """The corpus called `name` (`name:argument` for some). Its documents are read when asked for.
+    """Return the corpus called `name` or `name:argument`. Its documents are read when they are needed.
 
-    Raises ValueError for a name that is not in the registry or that names rows without documents, FileNotFoundError
-    where `text:`, `jsonl:` or `hf:` points at nothing. Files of published corpora are looked for by `Corpus.documents`.
+    Raises ValueError for a name that is not in the registry or has rows instead of documents, FileNotFoundError if
+    `text:`, `jsonl:` or `hf:` points at nothing. Files of published corpora are looked for by `Corpus.documents`.
     """
     entry, argument = find_entry(name)
     if entry.load is None:

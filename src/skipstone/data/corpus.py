@@ -1,4 +1,4 @@
-"""A corpus: named splits of documents, read when they are asked for, and the two ways to split one."""
+"""`Corpus`: named splits of documents, read when they are needed, and two ways to split."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ Percent = Sequence[int | Fraction]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Text under a name. A split is a tuple of documents; a corpus that is one stream has one document a split.
+    """A named corpus of text. Each split is a tuple of documents; a corpus that is one stream has one document per
+    split.
 
-    `readers` maps each split to what reads it. Reading waits for `documents`, so a corpus of which one split is absent
+    readers: the function that reads each split. It is called by `documents`, so that a corpus with one missing split
     still serves the others, and listing costs nothing.
     """
 
@@ -32,13 +33,14 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
         return tuple(self.readers)
 
     def documents(self, split: str) -> Documents:
-        """The documents of `split`, none of them empty.
+        """Return the documents of a split, without empty ones.
 
-        Raises ValueError for a split that this corpus does not have or that holds no text, FileNotFoundError when its
-        file is neither here nor can be had.
+        Raises ValueError for a split that this corpus does not have or that holds no text, FileNotFoundError if its
+        file is neither on this machine nor can be downloaded.
         """
         if split not in self.readers:
             raise ValueError(unknown(f"split of corpus {self.name!r}", split, self.readers))
@@ -49,9 +51,9 @@ class Corpus:
 
 
 def contiguous(read: Reader, percent: Percent) -> dict[str, Reader]:
-    """Splits that follow each other in the text, cut at `percent` of its characters; a document may be cut in two.
+    """Split the text into consecutive parts, cut at `percent` of its characters; a document may be cut in two.
 
-    `percent` has two or three entries (train, validation, test) that sum to 100.
+    percent: two or three entries (train, validation, test) with sum 100.
     """
     read = cache(read)
     ends = [sum(percent[: i + 1]) for i in range(len(percent))]
@@ -66,7 +68,7 @@ def contiguous(read: Reader, percent: Percent) -> dict[str, Reader]:
 
 
 def _between(documents: Documents, start: int, end: int) -> Iterable[str]:
-    """The characters [start, end) of the documents laid end to end, still cut into documents."""
+    """Yield the characters [start, end) of the concatenated documents, still divided into documents."""
     at = 0
     for document in documents:
         yield document[max(start - at, 0) : max(end - at, 0)]
@@ -74,9 +76,10 @@ def _between(documents: Documents, start: int, end: int) -> Iterable[str]:
 
 
 def by_hash(read: Reader, percent: Percent = (90, 5, 5)) -> dict[str, Reader]:
-    """Shares (train, validation and perhaps test, sum 100) by the SHA-256 of each document's text.
+    """Split documents by the SHA-256 of their text, in shares of `percent` (train, validation, optionally test; sum
+    100).
 
-    A document's split depends on nothing but its text: adding documents moves none, and equal documents stay together.
+    A document's split depends only on its text: adding documents moves none, and equal documents stay together.
     """
     read = cache(read)
 
@@ -87,22 +90,22 @@ def by_hash(read: Reader, percent: Percent = (90, 5, 5)) -> dict[str, Reader]:
 
 
 def split_by_hash(document: str, percent: Percent) -> str:
-    """The split that a document's text puts it into."""
+    """Return the split of a document, which follows from its text."""
     bucket = _bucket(document)
     return next(split for i, split in enumerate(SPLITS) if bucket < sum(percent[: i + 1]))
 
 
 def _bucket(document: str) -> Fraction:
-    """In [0, 100), in steps of a hundredth; whole per cents come from digits of their own."""
+    """Return a number in [0, 100) in steps of a hundredth, from the hash of the text."""
     digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
     hundredths, percent = divmod(int.from_bytes(digest[:8], "big"), 100)
     return percent + Fraction(hundredths % 100, 100)
 
 
 def parse_percent(text: str, where: str) -> tuple[Fraction, ...]:
-    """`"80-10-10"` -> (80, 10, 10), `"99.5-.5"` likewise, to hundredths.
+    """Parse a split such as `"80-10-10"` or `"99.5-.5"`, in per cent with at most two decimals.
 
-    Raises ValueError unless it is two or three shares above zero that sum to 100.
+    Raises ValueError unless it is two or three shares above zero with sum 100. where: the name shown in errors.
     """
     parts = text.split("-")
     shares = tuple(Fraction(part) for part in parts if re.fullmatch(r"[0-9]+|[0-9]*\.[0-9]{1,2}", part))

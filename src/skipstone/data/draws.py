@@ -1,8 +1,7 @@
-"""Random numbers that are a function of (seed, stream, row, column), so any row can be made alone, in any order.
+"""Random numbers as a function of (seed, stream, row, column), so that any row can be generated alone, in any order.
 
 Every 64-bit word is a counter passed through splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014, with
-Stafford's constants "Mix13"). Resuming needs no generator state: row i is row i.
-Shapes: R rows, C columns.
+Stafford's constants "Mix13"). Resuming needs no generator state. Shapes: R rows, C columns.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Apply splitmix64's finaliser."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def uniform(seed: int, stream: int, rows: ArrayLike, columns: int) -> NDArray[np.float64]:
-    """(R, columns) numbers in [0, 1), 53 bits each. Different streams of one seed are independent of each other."""
+    """Return (R, columns) numbers in [0, 1), 53 bits each. Different streams of one seed are independent."""
     key = np.array([seed], np.uint64)
     for counter in (np.array([stream], np.uint64), np.asarray(rows, np.uint64).reshape(-1, 1), np.arange(columns)):
         key = _mix(key * _GOLDEN + _mix(counter.astype(np.uint64) + _GOLDEN))
@@ -28,5 +28,5 @@ def uniform(seed: int, stream: int, rows: ArrayLike, columns: int) -> NDArray[np
 
 
 def integers(seed: int, stream: int, rows: ArrayLike, columns: int, below: int) -> NDArray[np.int64]:
-    """(R, columns) integers in [0, below), uniform (to 1 part in 2**53 / below)."""
+    """Return (R, columns) integers in [0, below), uniform (to 1 part in 2**53 / below)."""
     return (uniform(seed, stream, rows, columns) * below).astype(np.int64)

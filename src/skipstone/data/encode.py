@@ -1,7 +1,7 @@
-"""Documents -> token ids, in one compact array.
+"""Encode documents as token ids, in one compact array.
 
-Where a tokenizer maps every character or byte to an id by itself, a table in numpy does the same some ten times
-faster and in little memory; tests hold the two equal.
+Where a tokenizer maps each character or byte to an id, a table in NumPy does the same about ten times as fast and in
+little memory; tests hold both equal.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from skipstone.data.ids import Ids, Stitched
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 1 << 22  # characters at a time: bounds the memory that UTF-32 takes
+CHUNK = 1 << 22  # characters at a time, to limit the memory of UTF-32
 BATCH = 256  # documents at a time
 LAST_CODE_POINT = 0x10FFFF
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
-    """The documents of a split as token ids, joined: one `eos` after every document but the last.
+    """The documents of a split as token ids, concatenated with one eos after every document but the last.
 
-    ids (N,): uint16 or uint32, whichever fits the vocabulary, in memory or on disk. An eos belongs to the document that
-    it ends. Shards have one after their last document, too.
-    document_starts (D,) int64: where each document's first token is; the first is 0.
-    document_bytes (D,) int64: UTF-8 bytes of each document's text; an eos has none.
+    ids: (N,) uint16 or uint32, whichever fits the vocabulary, in memory or on disk. An eos belongs to the document that
+    it ends. Shards have one after their last document, too. document_starts: (D,) int64, index of each document's first
+    token; the first is 0. document_bytes: (D,) int64, UTF-8 bytes of each document's text; an eos counts none.
     """
 
     ids: Ids | Stitched
@@ -42,9 +41,9 @@ class Encoded:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> Encoded:
-    """Encode and join. Special tokens written in a text ("<eos>") stay text: only the joints get the special token.
+    """Encode and concatenate documents. Special tokens written in a text ("<eos>") are encoded as text.
 
-    Raises ValueError when there are several documents and the tokenizer has no eos token to join them with.
+    Raises ValueError if there are several documents and the tokenizer has no eos token to separate them.
     """
     eos = tokenizer.eos_token_id
     if eos is None and len(documents) > 1:
@@ -64,12 +63,12 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str
 
 
 def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
-    """The smaller type that holds every id."""
+    """Return the smaller of uint16 and uint32 that holds every id."""
     return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
 
 
 def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: np.dtype[Any]) -> Iterator[Ids]:
-    """The token ids of each document by itself, without any special token; documents are taken as they are needed."""
+    """Yield the token ids of each document without special tokens; documents are read as they are needed."""
     kind, table = _simple(tokenizer)
     if kind == "byte":
         return (np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in documents)
@@ -80,12 +79,14 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dt
 
 
 def _look_up(table: Ids, text: str) -> Ids:
+    """Encode a text by a table over code points."""
     pieces = (text[at : at + CHUNK] for at in range(0, len(text), CHUNK))
     found = [table[np.frombuffer(piece.encode("utf-32-le"), np.dtype("<u4"))] for piece in pieces]
     return np.concatenate(found) if found else table[:0]
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: np.dtype[Any]) -> Iterator[Ids]:
+    """Encode documents by the tokenizer, in batches."""
     rest = iter(documents)
     while batch := list(islice(rest, BATCH)):
         encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
@@ -93,15 +94,16 @@ def _call(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: n
 
 
 def _simple(tokenizer: PreTrainedTokenizerBase) -> tuple[str, NDArray[np.uint32] | None]:
-    """("byte", None), ("char", table over code points) or ("", None), told from the tokenizer's own definition.
+    """Return ("byte", None), ("char", table over code points) or ("", None), from the tokenizer's definition.
 
-    Simple means: no normaliser, no merges, no prefix or suffix on words, so each character or byte is a token.
+    A tokenizer is simple if it has no normaliser, no merges, and no prefix or suffix on words, so that each character
+    or byte is a token.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
     model = state.get("model", {})
     plain = model.get("type") == "BPE" and not model["merges"] and state["normalizer"] is None
-    plain = plain and all(token["special"] for token in state["added_tokens"])  # others are cut out of the text
+    plain = plain and all(token["special"] for token in state["added_tokens"])  # others match inside texts
     if not plain or model["continuing_subword_prefix"] or model["end_of_word_suffix"] or model["byte_fallback"]:
         return "", None
     return ("byte", None) if _is_byte(state) else ("char", _char_table(state))
@@ -127,9 +129,9 @@ def _char_table(state: PlainDict) -> NDArray[np.uint32] | None:
 
 
 def text_bytes(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, tokens: int) -> int:
-    """UTF-8 bytes of the text that the first `tokens` tokens stand for; an eos between documents stands for none.
+    """Return the UTF-8 bytes of the text that the first `tokens` tokens encode; an eos counts none.
 
-    Documents that are covered whole count exactly; the rest of the last one is decoded.
+    Whole documents are counted exactly; the rest of the last one is decoded.
     """
     ends = np.append(encoded.document_starts[1:], len(encoded.ids))
     whole = int(np.searchsorted(ends, tokens, side="right"))

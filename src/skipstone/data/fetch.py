@@ -1,6 +1,6 @@
-"""Where corpus files are looked for, and the only code in this package that downloads anything.
+"""Find corpus files on this machine; the only code in this package that downloads anything.
 
-Order: the folder SKIPSTONE_DATA, the cache (SKIPSTONE_CACHE, else ~/.cache/skipstone), system places, the download.
+Order: the folder SKIPSTONE_DATA, the cache (SKIPSTONE_CACHE, else ~/.cache/skipstone), system folders, the download.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CHUNK = 1 << 20  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One published file: `path` below the data folder, and what is known of it. None means: not fixed, not checked.
+    """A published file with its checks. None means that a value is not fixed and not checked.
 
-    path: such as `enwik8/enwik8`. size, sha256: of the file itself, in bytes and lower-case hex.
-    url: where it can be had; with `member`, that is a zip archive of `download_size` bytes which holds the file.
-    system: places outside the data folder where a system package puts it. hint: what else a user can do.
+    path: below the data folder, such as `enwik8/enwik8`. size, sha256: of the file itself, in bytes and lower-case hex.
+    url: its address; with `member`, that of a zip archive of `download_size` bytes that holds the file. system: paths
+    outside of the data folder where system packages install it. hint: what else a user can do.
     """
 
     path: str
@@ -46,26 +46,27 @@ class SourceFile:
 
 
 def offline() -> bool:
-    """True when SKIPSTONE_OFFLINE asks for no network (set, and neither empty nor 0)."""
+    """Return whether SKIPSTONE_OFFLINE forbids network access (set, and neither empty nor 0)."""
     return os.environ.get("SKIPSTONE_OFFLINE", "") not in ("", "0")
 
 
 def cache_folder() -> Path:
+    """Return the folder for downloads: SKIPSTONE_CACHE, or ~/.cache/skipstone."""
     return Path(os.environ.get("SKIPSTONE_CACHE") or Path.home() / ".cache" / "skipstone").expanduser()
 
 
 def places(source: SourceFile) -> list[Path]:
-    """Every path at which `source` is looked for, first choice first."""
+    """Return every path at which `source` is looked for, in order of preference."""
     data = os.environ.get("SKIPSTONE_DATA")
     roots = ([Path(data).expanduser()] if data else []) + [cache_folder()]
     return [root / source.path for root in roots] + [Path(path) for path in source.system]
 
 
 def locate(source: SourceFile) -> Path:
-    """The path of `source` on this machine, downloaded to the cache if need be.
+    """Return the path of `source` on this machine, downloading it to the cache if needed.
 
-    Raises FileNotFoundError, one line, when it is not here and cannot be had; ValueError when a file is there but is
-    not the published one (it is left as it is).
+    Raises FileNotFoundError if it is neither here nor can be downloaded; ValueError if a file is there but is not the
+    published one (it is left unchanged).
     """
     looked = places(source)
     for path in looked:
@@ -90,13 +91,14 @@ def locate(source: SourceFile) -> Path:
 
 
 def _absent(source: SourceFile, looked: list[Path], reason: str) -> str:
+    """Return the message for a file that was not found."""
     where = ", ".join(map(str, looked))
     todo = source.hint or f"put it at $SKIPSTONE_DATA/{source.path}" + (f" (from {source.url})" if source.url else "")
     return f"{source.path} is not here: looked for {where}; " + (f"{reason}; " if reason else "") + todo
 
 
 def _download(source: SourceFile, target: Path) -> None:
-    """Fetch aside, check, then rename: `target` either is the whole published file or does not exist."""
+    """Download to a temporary file, check, then rename: `target` is the whole published file or does not exist."""
     assert source.url is not None
     log.info("downloading %s to %s", source.url, target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,7 @@ def _unpack(source: SourceFile, archive: Path, target: Path) -> None:
 
 
 def _copy(source: IO[bytes], out: IO[bytes], size: int | None) -> None:
-    """Copy at most one byte more than expected: enough to see that a stream is too long, never a full disk."""
+    """Copy at most one byte more than expected, which shows that a stream is too long without filling the disk."""
     if size is None:
         shutil.copyfileobj(source, out, CHUNK)
         return
@@ -139,7 +141,9 @@ def _copy(source: IO[bytes], out: IO[bytes], size: int | None) -> None:
 
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` (the same file system: renaming is atomic), gone afterwards whatever happens."""
+    """Yield a temporary path beside `target`, on the same file system so that renaming is atomic, and remove it
+    afterwards.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     os.close(handle)
     try:
@@ -155,7 +159,7 @@ def _check(path: Path, what: str, size: int | None, sha256: str | None) -> None:
 
 
 def _difference(path: Path, size: int | None, sha256: str | None) -> str:
-    """How the file differs from what is known of it; empty when it does not."""
+    """Return how the file differs from what is known of it; empty if it does not."""
     actual = path.stat().st_size
     if size is not None and actual != size:
         more = "more than " if actual == size + 1 else ""

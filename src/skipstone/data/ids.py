@@ -1,4 +1,4 @@
-"""Arrays of token ids, in memory or joined from files on disk."""
+"""Arrays of token ids, in memory or concatenated from files on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Ids: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 
 class Stitched:
-    """Arrays of token ids as if they were one; only what is indexed is read. `x[slice]` and `x[integers]` copy."""
+    """Several arrays of token ids presented as one; only what is indexed is read. `x[slice]` and `x[integers]` copy."""
 
     def __init__(self, parts: Sequence[Ids]) -> None:
         self.parts = parts

@@ -1,4 +1,4 @@
-"""Corpora that are on every machine: the Python sources installed there. Nothing is downloaded, nothing is imported."""
+"""Corpora that exist on every machine: the installed Python sources. Nothing is downloaded or imported."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SPLIT = "90-5-5"
 
 
 def python_stdlib(argument: str) -> Corpus:
-    """Every .py file of the running interpreter's standard library (its tests too, where installed) is a document.
+    """Return the corpus of the running interpreter's standard library; each .py file is a document.
 
-    argument: another split by hash, as 99-0.5-0.5.
+    Its tests are included where installed. argument: another split by hash, such as 99-0.5-0.5.
     """
     return Corpus(
         name="python-stdlib",
@@ -29,7 +29,10 @@ def python_stdlib(argument: str) -> Corpus:
 
 
 def python_packages(argument: str) -> Corpus:
-    """The standard library and the installed torch and transformers: more than 100 MB. argument: as there."""
+    """Return the corpus of the standard library, torch and transformers, over 100 MB.
+
+    argument: as in `python_stdlib`.
+    """
     return Corpus(
         name="python-packages",
         description="sources of the standard library and of the installed torch and transformers (over 100 MB)",
@@ -44,11 +47,15 @@ def _stdlib_and(packages: tuple[str, ...]) -> Documents:
 
 
 def stdlib_folder() -> Path:
+    """Return the folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def package_folder(name: str) -> Path:
-    """Where package `name` is installed, found without importing it. Raises FileNotFoundError when it is not."""
+    """Return the folder of an installed package without importing it.
+
+    Raises FileNotFoundError if it is not installed.
+    """
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"corpus python-packages needs the package {name}, which is not installed")
@@ -56,9 +63,9 @@ def package_folder(name: str) -> Path:
 
 
 def sources(folder: Path) -> Documents:
-    """The .py files below `folder`, ordered by path. Files that are not UTF-8 (tests of the tokenizer) are left out.
+    """Return the text of the .py files below a folder, ordered by path, leaving out those that are not UTF-8.
 
-    Raises FileNotFoundError when there is none: some distributions ship compiled files only.
+    Raises FileNotFoundError if there is none: some distributions ship compiled files only.
     """
     documents = tuple(text for path in _python_files(folder) if (text := _utf8(path)) is not None)
     if not documents:

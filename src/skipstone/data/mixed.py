@@ -1,13 +1,13 @@
-"""The mixed stream: text, and in half of its windows a span of 32 entries of Switched-S3 in the text's place.
+"""The mixed corpus: text in which half of the windows contain a span of 32 entries of Switched-S3.
 
-What the text needs is nobody's to know; the operations of a span need depth that is known. A model that spends depth
-where it is needed shows it here, and what it costs the text.
+The depth that text needs is unknown, while that of a span's operations is known. The corpus thus shows whether a model
+spends depth where it is needed, and what that costs on text.
 
-A span stands at a uniform place, at least one token from either end of its window, and knows nothing of other spans.
-Its symbols are 15 tokens of their own behind the text's vocabulary. Targets are aligned with the inputs
-(`shift_labels`): at text the next token, at a span's entry the label that Switched-S3 gives it. Nothing is asked at the
-token before a span, whose first entry is random, and at the window's last. `difficulty` is -2 in text, and
-Switched-S3's in spans. Shapes: B rows, T tokens a row, S entries of a span.
+A span begins at a uniformly random place, at least one token from either end of its window, and is independent of other
+spans. Its symbols are 15 additional tokens after the text's vocabulary. Targets are aligned with the inputs
+(`shift_labels`): in text the next token, at a span's entry the label of Switched-S3. There is no target at the token
+before a span, whose first entry is random, and at the window's last token. `difficulty` is -2 in text, and that of
+Switched-S3 in spans. Shapes: B rows, T tokens per row, S entries of a span.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPAN = 32
-SHARE = 0.5  # of windows
+SHARE = 0.5  # share of windows with a span
 TEXT = -2  # difficulty of text: unknown
-PLACE_STREAMS, SPAN_STREAM = 64, 32  # far from those that the windows themselves are drawn from
+PLACE_STREAMS, SPAN_STREAM = 64, 32  # far from the streams from which windows are drawn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedWindows(RowDataset):
     """The windows of `text` with spans. Row i is a function of `text`'s row i and (seed, stream, i).
 
-    first_id: of the spans' tokens. Raises ValueError for a context that a span does not fit into.
+    first_id: id of the spans' first token. Raises ValueError for a context that is too short for a span.
     """
 
     text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)
@@ -71,14 +71,14 @@ class MixedWindows(RowDataset):
         return self.text.lengths(index_B)
 
     def spanned(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which rows hold a span; one that is cut short never does."""
+        """Return which rows hold a span, bool [B]; a shortened row never does."""
         drawn_B = draws.uniform(self.seed, self._place, index_B, 1)[:, 0] < SHARE
         lengths_B = self.lengths(index_B)
         return drawn_B if lengths_B is None else drawn_B & (lengths_B == self.text.context)
 
     @property
     def num_labels(self) -> int:
-        """Predictions in all rows of covering windows: those of the text, less one for each span."""
+        """Number of predictions in all rows of covering windows: those of the text, minus one per span."""
         assert isinstance(self.text, CoveringWindows)
         return self.text.num_labels - int(self.spanned(np.arange(self.rows)).sum())
 
@@ -87,7 +87,7 @@ class MixedWindows(RowDataset):
         return PLACE_STREAMS + 2 * self.stream
 
     def _text(self, index_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Ids and next tokens; the last real token of a row has none."""
+        """Return ids and next tokens; the last real token of a row has no target."""
         text = self.text.batch(index_B)
         target_BT = np.full_like(text["labels"], IGNORE)
         target_BT[:, :-1] = text["labels"][:, 1:]
@@ -98,9 +98,9 @@ class MixedWindows(RowDataset):
 
 
 def with_spans(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the tokenizer the spans' tokens, unless it has them. The first one's id; the others follow it.
+    """Add the spans' tokens to the tokenizer unless it has them, and return the id of the first; the others follow.
 
-    Raises ValueError where one of them is a token already that stands elsewhere.
+    Raises ValueError if one of them already exists elsewhere in the vocabulary.
     """
     names = [f"<{name}>" for name in NAMES]
     tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)

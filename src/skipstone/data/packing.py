@@ -1,13 +1,13 @@
-"""Token ids -> rows of a fixed length.
+"""Cut token ids into rows of a fixed length.
 
-Every row has input_ids and labels (T,), Hugging Face's convention: labels are the row's own ids and the model shifts
-them. -100 stands at every token that nothing in its row may predict: the first of the row, the first of a document that
-is kept apart, padding. So `(labels != -100).sum()` is the number of predictions.
+Every row has input_ids and labels (T,) in Hugging Face's convention: labels are the row's own ids, and the model shifts
+them. Tokens that nothing in the row may predict have label -100: the first of the row, the first of each packed
+document, padding. So `(labels != -100).sum()` is the number of predictions.
 
 With `document_starts` rows are *packed*: document_ids (T,), 0 for the row's first document and up by one at each start,
 and position_ids (T,) that restart at 0 with each document (and with the row, where a document is cut), so that
-attention can keep documents apart. Without, they are a *stream*: documents follow each other through their eos alone.
-Shapes: N tokens of a split, D documents, B rows, T tokens a row.
+attention can keep documents apart. Without, they are a *stream*: documents follow each other, separated by eos only.
+Shapes: N tokens of a split, D documents, B rows, T tokens per row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Windows(RowDataset):
     document_starts: NDArray[np.int64] | None = field(default=None, repr=False)  # (D,) sorted, the first is 0
 
     def window(self, start_B: NDArray[np.int64]) -> Batch:
-        """The windows that begin at `start_B`; what lies beyond the last token is the last token again."""
+        """Return the windows that begin at `start_B`, repeating the last token beyond the end."""
         slots_BT = start_B[:, None] + np.arange(self.context)
         input_BT = self.ids[np.minimum(slots_BT, len(self.ids) - 1)].astype(np.int64)
         labels_BT = input_BT.copy()
@@ -54,9 +54,9 @@ class _Windows(RowDataset):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RandomWindows(_Windows):
-    """For training: row i is a window at a uniform place, a function of (seed, i). There are no epochs.
+    """Training rows at uniformly random places, row i a function of (seed, i). There are no epochs.
 
-    Raises ValueError when `ids` has fewer tokens than one context.
+    Raises ValueError if `ids` has fewer tokens than one context.
     """
 
     seed: int
@@ -76,9 +76,9 @@ class RandomWindows(_Windows):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowsOnce(_Windows):
-    """For training that reads nothing twice: the windows that lie side by side, in an order that `seed` shuffles.
+    """Training rows that read nothing twice: windows that lie side by side, in an order shuffled by `seed`.
 
-    Raises ValueError when `rows` asks for more windows than there are.
+    Raises ValueError if `rows` is larger than the number of windows.
     """
 
     seed: int
@@ -93,6 +93,7 @@ class WindowsOnce(_Windows):
 
     @property
     def count(self) -> int:
+        """Number of windows that lie side by side."""
         return len(self.ids) // self.context
 
     @cached_property
@@ -100,13 +101,14 @@ class WindowsOnce(_Windows):
         return {}
 
     def _order(self, time: int) -> NDArray[np.int64]:
+        """Return the order in which windows are read for the time-th time."""
         if time not in self._orders:
             drawn = draws.uniform(self.seed, AGAIN_STREAM + time if time else ORDER_STREAM, np.arange(self.count), 1)
             self._orders[time] = np.argsort(drawn[:, 0], kind="stable")
         return self._orders[time]
 
     def nth(self, place_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the windows begin that are read at these places; after the last, all come again in another order."""
+        """Return where the windows begin that are read at these places; after the last, all follow in another order."""
         start_B = np.zeros_like(place_B)
         for time in np.unique(place_B // self.count):
             inside_B = place_B // self.count == time
@@ -118,36 +120,36 @@ class WindowsOnce(_Windows):
 
 
 def num_covering(tokens: int, context: int) -> int:
-    """How many windows `CoveringWindows` needs for that many tokens."""
+    """Return the number of windows that `CoveringWindows` needs for that many tokens."""
     return -(-(tokens - 1) // (context - 1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CoveringWindows(_Windows):
-    """For evaluation: windows in order, each beginning with the last token of the one before it.
+    """Evaluation rows: windows in order, each beginning with the last token of the one before.
 
-    All windows together predict every token exactly once: but for the very first (N - 1 labels), and, packed, the first
-    of each document (N - D labels). The last window may be shorter; `collate` pads it. Fewer `rows` is a prefix.
-    Raises ValueError when there are fewer than two tokens.
+    Together they predict every token exactly once, except the very first (N - 1 labels) and, if packed, the first of
+    each document (N - D labels). The last window may be shorter; `collate` pads it. Fewer `rows` are a prefix. Raises
+    ValueError if there are fewer than two tokens.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.ids) < 2:
             raise ValueError(
-                f"{len(self.ids)} tokens cannot be evaluated: nothing predicts the first; choose a larger corpus"
+                f"{len(self.ids)} tokens cannot be evaluated: at least 2 are needed; choose a larger corpus"
             )
         if self.rows > num_covering(len(self.ids), self.context):
             raise ValueError(f"rows must be at most {num_covering(len(self.ids), self.context)}, got {self.rows}")
 
     @property
     def tokens(self) -> int:
-        """Tokens of the split that these rows reach, the first included."""
+        """Number of tokens of the split that these rows cover, the first included."""
         return min(len(self.ids), self.rows * (self.context - 1) + 1)
 
     @property
     def num_labels(self) -> int:
-        """Predictions in all rows together: N - 1, or packed N - D, when every row is there."""
+        """Number of predictions in all rows together: N - 1, or N - D if packed, when no row is left out."""
         if self.document_starts is None:
             return self.tokens - 1
         return self.tokens - int(np.searchsorted(self.document_starts, self.tokens))

@@ -1,4 +1,4 @@
-"""`prepare`: from names to the datasets that a trainer and an evaluator read."""
+"""`prepare`: build the datasets that a trainer and an evaluator read from a `DataConfig`."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SYNTHETIC_ROWS = {"train": 1 << 16, "validation": 1024, "test": 1024}
-SYNTHETIC_STREAM = {"train": 0, "validation": 1, "test": 2}  # of a mixed corpus's spans too
+SYNTHETIC_STREAM = {"train": 0, "validation": 1, "test": 2}  # also for the spans of a mixed corpus
 VOCABULARIES = {
     "reset-s3": synthetic.VOCAB_SIZE,
     "switched-s3": switched.VOCAB_SIZE,
     "copy": sequences.VOCAB_SIZE,
     "sort": sequences.VOCAB_SIZE,
 }
-EVALUATION_SEED = 0  # every run is measured on the same synthetic rows, whatever its own seed
+EVALUATION_SEED = 0  # all runs are evaluated on the same synthetic rows, whatever their seeds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedData:
-    """What `prepare` hands out.
+    """The datasets of a run, with their tokenizer and counts.
 
-    train: rows 0, 1, 2, ... are meant to be read in that order (a sequential sampler): each is already a random draw
-    from (seed, i). `dataclasses.replace(train, rows=steps * batch)` sets its length. None where it was not asked for.
-    validation: every token of the split once (see `CoveringWindows`), or synthetic rows that do not depend on the seed.
-    tokenizer: None for a synthetic task, with the spans' tokens for a mixed corpus. vocab_size: ids that occur are
-    below it. pad_id: what `collate` fills with.
-    validation_labels: predictions in `validation`, all rows together. validation_bytes: UTF-8 bytes of the text these
-    rows cover, so that bits per byte = summed loss in nats / ln 2 / validation_bytes (losses on eos count, eos has no
-    bytes; the bytes of the few tokens that nothing predicts count too). None for a synthetic task or a mixed corpus.
-    fingerprint: of shards, which changes with any byte of them; else None.
+    train: rows to be read in order 0, 1, 2, ... (a sequential sampler), since each is already a random draw from (seed,
+    i). `dataclasses.replace(train, rows=steps * batch)` sets its length. None if not requested. validation: every token
+    of the split once (see `CoveringWindows`), or synthetic rows that do not depend on the seed. tokenizer: None for a
+    synthetic task; includes the spans' tokens for a mixed corpus. vocab_size: all ids are below it. pad_id: what
+    `collate` fills with. validation_labels: number of predictions in all rows of `validation`. validation_bytes: UTF-8
+    bytes of the text that these rows cover, so that bits per byte = summed loss in nats / ln 2 / validation_bytes
+    (losses on eos count, eos has no bytes; bytes of the few tokens without a prediction count too). None for a
+    synthetic task or a mixed corpus. fingerprint: a hash of all shards; None for other corpora.
     """
 
     config: DataConfig
@@ -60,7 +59,7 @@ class PreparedData:
     fingerprint: str | None = None
 
     def collate(self, items: Sequence[Row]) -> Row:
-        """`rows.collate` with this data's pad id: pass it to a DataLoader or a Trainer."""
+        """Collate rows with this data's pad id: pass it to a DataLoader or a Trainer. See `rows.collate`."""
         return rows.collate(items, self.pad_id)
 
 
@@ -71,11 +70,11 @@ def prepare(
     train: bool = True,
     split: str = "validation",
 ) -> PreparedData:
-    """Load, tokenize and cut into rows.
+    """Load, tokenise and cut the data of a run into rows.
 
-    tokenizer: one that exists (a saved run's) in place of the one that `config` names. train: False leaves the training
-    split unread, so evaluation works where it is absent. split: what `validation` is made from, "validation" or "test".
-    Raises ValueError or FileNotFoundError, one line, for names, files and corpora too small for one context.
+    tokenizer: an existing tokenizer (of a saved run) instead of the one that `config` names. train: False skips the
+    training split, so that evaluation works without it. split: the source of `validation`, "validation" or "test".
+    Raises ValueError or FileNotFoundError for unknown names, missing files, and corpora too small for one context.
     """
     entry, _ = find_entry(config.corpus)
     if entry.kind == "synthetic":
@@ -107,7 +106,7 @@ def prepare(
 
 
 def _mixed(data: PreparedData, first_id: int, split: str) -> PreparedData:
-    """The text's rows with spans in them."""
+    """Put spans into the text's rows."""
 
     def over(text: Any, stream: str, seed: int) -> MixedWindows:
         return MixedWindows(rows=len(text), text=text, first_id=first_id, seed=seed, stream=SYNTHETIC_STREAM[stream])
@@ -139,7 +138,7 @@ def _validation(config: DataConfig, encoded: Encoded) -> CoveringWindows:
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad, else its eos, else 0: padding is masked and has no label, so any id serves."""
+    """Return the tokenizer's pad id, else its eos id, else 0; padding is masked and has no label, so any id works."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 

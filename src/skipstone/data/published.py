@@ -1,4 +1,4 @@
-"""Corpora that are published files, each with its address, size and checksum."""
+"""Corpora that are published files, with their address, size and checksum."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ GCIDE = SourceFile(
 
 
 def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
-    """One stream, cut 90-10 by custom; `argument` chooses another cut, e.g. `80-10-10`."""
+    """Return tiny-shakespeare, one stream that is by convention cut 90-10. argument: another cut, e.g. `80-10-10`."""
     percent = parse_percent(argument or "90-10", "corpus tiny-shakespeare")
     return Corpus(
         name="tiny-shakespeare",
@@ -67,7 +67,7 @@ def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
 
 
 def wikitext_2(argument: str, sources: dict[str, SourceFile] = WIKITEXT) -> Corpus:
-    """Word-tokenised text with `<unk>` for rare words: one stream a split, each its own file."""
+    """Return WikiText-2: word-tokenised text with `<unk>` for rare words, one file and one stream per split."""
     return Corpus(
         name="wikitext-2",
         description="Wikipedia articles, tokenised into words, as in pytorch/examples",
@@ -77,7 +77,10 @@ def wikitext_2(argument: str, sources: dict[str, SourceFile] = WIKITEXT) -> Corp
 
 
 def enwik8(argument: str, source: SourceFile = ENWIK8, cuts: tuple[int, int] = ENWIK8_CUTS) -> Corpus:
-    """Bytes [0, 90M), [90M, 95M), [95M, 100M); a character across a cut goes whole to the split after it."""
+    """Return enwik8, cut into bytes [0, 90M), [90M, 95M), [95M, 100M).
+
+    A character across a cut goes to the later split.
+    """
     spans = {"train": (0, cuts[0]), "validation": cuts, "test": (cuts[1], None)}
     return Corpus(
         name="enwik8",
@@ -88,7 +91,7 @@ def enwik8(argument: str, source: SourceFile = ENWIK8, cuts: tuple[int, int] = E
 
 
 def gcide(argument: str, source: SourceFile = GCIDE) -> Corpus:
-    """A dictionary entry is a document; split by document hash, so that every letter is in every split."""
+    """Return the GCIDE dictionary, one document per entry, split by hash so that every letter is in every split."""
     return Corpus(
         name="gcide",
         description="the Collaborative International Dictionary of English, from Debian's dict-gcide (40 MB)",
@@ -107,14 +110,17 @@ def _span(source: SourceFile, low: int, high: int | None) -> Documents:
 
 
 def _boundary(data: bytes, at: int) -> int:
-    """`at`, moved back to the first byte of the UTF-8 character that it falls into."""
+    """Return `at`, moved back to the first byte of the UTF-8 character that contains it."""
     while 0 < at < len(data) and data[at] & 0xC0 == 0x80:
         at -= 1
     return at
 
 
 def _entries(source: SourceFile) -> Documents:
-    """Entries start in the first column after an empty line. The `00-database-...` ones describe the file itself."""
+    """Return the entries, which start in the first column after an empty line.
+
+    `00-database-...` entries are metadata.
+    """
     text = gzip.decompress(locate(source).read_bytes()).decode("cp1252", "replace")  # ASCII but for a few stray bytes
     entries = re.split(r"\n\s*\n(?=\S)", text.strip("\n"))
     return tuple(entry + "\n" for entry in entries if not entry.startswith("00-database"))

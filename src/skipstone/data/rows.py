@@ -1,6 +1,6 @@
-"""The map-style dataset that every kind of row shares, and the collator.
+"""`RowDataset`, the base class of map-style datasets, and the collator.
 
-Shapes: B rows, T tokens a row.
+Shapes: B rows, T tokens per row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORE = -100  # Hugging Face's label for "not predicted here"
+IGNORE = -100  # Hugging Face's label for tokens without a target
 Row = dict[str, Tensor]
 Batch = dict[str, NDArray[np.int64]]
 _PADDING = {"labels": IGNORE, "shift_labels": IGNORE, "document_ids": -1, "difficulty": -1}
@@ -23,10 +23,11 @@ _PADDING = {"labels": IGNORE, "shift_labels": IGNORE, "document_ids": -1, "diffi
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowDataset(Dataset[Row]):
-    """`rows` rows, each a dict of int64 tensors (T,). Row i is a function of the fields and i alone.
+    """A dataset of `rows` rows, each a dict of int64 tensors (T,). Row i is a function of the fields and i alone.
 
-    So `dataclasses.replace(dataset, rows=n)` gives the same rows, more or fewer; a trainer that reads rows 0, 1, 2, ...
-    in order resumes exactly by starting at the row where it stopped. `__getitems__` makes the rows of a batch together.
+    So `dataclasses.replace(dataset, rows=n)` gives the same rows, more or fewer, and a trainer that reads rows 0, 1, 2,
+    ... in order resumes exactly by starting at the row where it stopped. `__getitems__` builds the rows of a batch
+    together.
     """
 
     rows: int
@@ -37,10 +38,10 @@ class RowDataset(Dataset[Row]):
 
     @abstractmethod
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
-        """The rows `index_B` as int64 arrays (B, T), negative entries already excluded."""
+        """Return the rows `index_B` as int64 arrays (B, T). Indices are checked before."""
 
     def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Tokens that are real in each row of `batch`; None when all are."""
+        """Return the number of real tokens in each row of `batch`; None if all are real."""
         return None
 
     def __len__(self) -> int:
@@ -62,10 +63,11 @@ class RowDataset(Dataset[Row]):
 
 
 def collate(items: Sequence[Row], pad_id: int = 0) -> Row:
-    """Stack rows into (B, T) int64 tensors, T the longest row.
+    """Stack rows into int64 tensors (B, T), where T is the longest row.
 
-    Shorter rows are padded on the right: `pad_id` for input_ids, -100 for labels, -1 for document_ids and difficulty, 0
-    else. Only then is there an `attention_mask` (B, T), 1 for real tokens: models take a faster path without one.
+    Shorter rows are padded on the right: with `pad_id` for input_ids, -100 for labels, -1 for document_ids and
+    difficulty, 0 otherwise. Only then there is an `attention_mask` (B, T), 1 for real tokens, because models are faster
+    without one.
     """
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     padding = _PADDING | {"input_ids": pad_id}

@@ -1,8 +1,8 @@
-"""Copy and sort: n symbols, a separator, the same symbols again (in order, or sorted), an end. Context 2n + 2.
+"""The copy and sort tasks: n symbols, a separator, the same symbols again (in order, or sorted), an end token.
 
-The sizes are those of arXiv 2605.05222 (32 ids); the layout of the 2n + 2 tokens is our choice: symbols 0..29,
-separator 30, end 31. Labels follow Hugging Face's convention (the model shifts) and are -100 up to the separator.
-Shapes: B rows, N symbols, T = 2N + 2 tokens a row.
+The context is 2n + 2. Sizes are those of arXiv 2605.05222 (32 ids); the layout is ours: symbols 0..29, separator 30,
+end 31. Labels follow Hugging Face's convention (the model shifts) and are -100 up to the separator. Shapes: B rows, N
+symbols, T = 2N + 2 tokens per row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEPARATOR, END = 30, 31
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sequences(RowDataset):
-    """Row i, a function of (seed, stream, i): input_ids and labels, int64 (T,).
+    """Rows of the copy or sort task: input_ids and labels, int64 (T,), a function of (seed, stream, i).
 
     Raises ValueError unless `context` is even and at least 4.
     """

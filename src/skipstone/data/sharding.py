@@ -1,7 +1,7 @@
-"""Writing shards: documents are read, encoded and written one after the other, so that any amount of text will do.
+"""`write_shards`: read, encode and write documents one after the other, so that text of any size can be tokenised.
 
-Every file is written aside and renamed when it is whole; the manifest comes last. What is finished is noted, so that
-the same call goes on where another one was stopped: the documents before are read again and not encoded.
+Every file is written under a temporary name and renamed when complete; the manifest comes last. Progress is recorded,
+so that the same call resumes an interrupted one: earlier documents are read again but not encoded.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def write_shards(
     shard_tokens: int = SHARD_TOKENS,
     report: Report | None = None,
 ) -> Manifest:
-    """Tokenise a source into the folder `out`; go on with it, if this call was stopped before.
+    """Tokenise a source into the folder `out`, resuming the same call if it was interrupted.
 
-    source: `jsonl:PATH`, `hf:...` (both as a stream) or any text corpus. tokenizer: as in `DataConfig`. field: what of
-    a JSON object or row is the document. split: per cent by hash of the documents' text, where the source has no splits
-    of its own; "98-1-1" if None. shard_tokens: a shard ends with the first document that reaches so many. report:
-    called after each shard with its split and the split's documents and tokens so far.
-    A folder that is finished and was made by the same call is left as it is. Raises ValueError, FileNotFoundError or
-    FileExistsError, one line, also while another process writes the folder; never overwrites what it has not written.
+    source: `jsonl:PATH`, `hf:...` (both streamed) or any text corpus. tokenizer: as in `DataConfig`. field: the field
+    of a JSON object or row that is the document. split: per cent by hash of the documents' text, for sources without
+    splits of their own; None: "98-1-1". shard_tokens: a shard ends with the first document that reaches this number.
+    report: called after each shard with its split and the split's documents and tokens so far. A folder that the same
+    call has finished is left unchanged. Raises ValueError, FileNotFoundError or FileExistsError, also while another
+    process writes the folder; never overwrites files that it has not written.
     """
     if find_entry(source)[0].kind != "text":
         raise ValueError(f"{source!r} has no text to tokenise: name a corpus of documents, jsonl:PATH or hf:OWNER/NAME")
@@ -77,7 +77,7 @@ def write_shards(
     if split is not None and "" not in opened.streams:
         raise ValueError(f"{source!r} has splits of its own ({', '.join(opened.streams)}): leave split out")
     if tokenizer == "char" and "" in opened.streams:
-        raise ValueError(f"tokenizer 'char' has to see all of the text first, and {source!r} is a stream: take byte")
+        raise ValueError(f"tokenizer 'char' needs all of the text in advance, but {source!r} is a stream: use byte")
     percent = parse_percent(split or USUAL_SPLIT, "split")
     built = build_tokenizer(tokenizer, load_corpus(source) if tokenizer == "char" else None)
     settings = {"source": source, "field": field, "split": split, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
@@ -95,7 +95,7 @@ def _given(split: str, document: str) -> str:
 
 
 class _Work:
-    """The state of a folder while it is written: for each split its shards, and the place in its stream after them."""
+    """The state of a folder while it is written: the shards of each split, and the place in its stream after them."""
 
     def __init__(
         self, out: Path, settings: PlainDict, tokenizer: PreTrainedTokenizerBase, report: Report | None
@@ -120,10 +120,10 @@ class _Work:
             )
 
     def _known(self) -> PlainDict | None:
-        """The settings that this folder was begun with, its state taken over; None for a folder that is new."""
+        """Return the settings that this folder was begun with, after restoring its state; None for a new folder."""
         if (self.out / MANIFEST).is_file():
             self.finished = open_shards(self.out).manifest
-            self._tidy()  # a call that was killed at its very end has left its notes
+            self._tidy()  # remove what a call that was killed at its very end has left
             return self.finished.settings
         path = self.out / PROGRESS
         if not path.is_file():
@@ -149,7 +149,7 @@ class _Work:
         atomic_write.write_json(self.out / PROGRESS, {"settings": self.settings, "place": self.place, "shards": shards})
 
     def write(self, documents: Iterable[str], split_of: Callable[[str], str]) -> None:
-        """One stream to its end."""
+        """Write one stream to its end."""
         open_files: dict[str, _File] = {}
         try:
             for place, split, size, ids in self._encoded(documents, split_of):
@@ -165,7 +165,7 @@ class _Work:
                 file.file.close()
 
     def _encoded(self, documents: Iterable[str], split_of: Callable[[str], str]) -> Iterator[tuple[int, str, int, Ids]]:
-        """Place in the stream, split, bytes and ids (its eos included) of each document that is still to be written."""
+        """Yield place in the stream, split, bytes and ids (with eos) of each document that is still to be written."""
         eos = np.array([self.tokenizer.eos_token_id], self.dtype)
         waiting: deque[tuple[int, str, int]] = deque()
 
@@ -192,7 +192,7 @@ class _Work:
             atomic_write.remove(path)
 
     def finish(self) -> Manifest:
-        """Tokenizer and manifest."""
+        """Write tokenizer and manifest."""
         for split in ("train", "validation"):
             if split not in self.shards:
                 raise ValueError(
@@ -221,7 +221,7 @@ class _Work:
 
 
 class _File:
-    """The files of a shard that is being written: hidden, then under their names."""
+    """The files of one shard while it is written: under temporary names, then renamed."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
@@ -232,6 +232,7 @@ class _File:
         self.index: list[tuple[int, int]] = []
 
     def add(self, ids: Ids, size: int) -> None:
+        """Append a document of `size` bytes."""
         data = ids.astype(self.dtype, copy=False).tobytes()
         self.file.write(data)
         self.sha256.update(data)
@@ -239,6 +240,7 @@ class _File:
         self.tokens += len(ids)
 
     def close(self) -> Shard:
+        """Write the index, rename both files and return the shard's entry."""
         _sync(self.file)
         index = np.array(self.index, INDEX).tobytes()
         aside = self.folder / f".{self.name}{DOCUMENTS}.partial"
@@ -258,19 +260,20 @@ class _File:
 
 
 def _is_note(path: Path) -> bool:
-    """Whether this is what a call leaves that was killed before it had begun in earnest."""
+    """Return whether this file is what a call leaves that is killed before its first progress record."""
     return path == atomic_write.partial_of(path.with_name(PROGRESS))
 
 
 def _sync(file: BinaryIO) -> None:
-    """On the disk before anything says that it is."""
+    """Flush a file to disk and close it."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
 def _bytes(text: str, place: int, source: str) -> int:
+    """Return the UTF-8 bytes of a text. Raises ValueError for lone surrogates."""
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise ValueError(f"document {place} of {source!r} is not text: half a surrogate at {error.start}") from None
+        raise ValueError(f"document {place} of {source!r} has a lone surrogate at character {error.start}") from None

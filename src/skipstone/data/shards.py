@@ -1,13 +1,13 @@
-"""Tokenised shards on disk: their manifest, and reading them without loading them.
+"""Tokenised shards on disk: the manifest, and reading by memory mapping.
 
 A folder of shards, written by `sharding.py`:
 
-    manifest.json                 what is in it, with the SHA-256 of every other file; written last
+    manifest.json                 the contents, with the SHA-256 of every other file; written last
     tokenizer/                    Hugging Face's format
     train-00000.tokens            token ids, little-endian uint16 or uint32, an eos after every document
-    train-00000.documents         little-endian int64 [D, 2]: where each document starts, and its text's bytes
+    train-00000.documents         little-endian int64 [D, 2]: start of each document, and bytes of its text
 
-Ids are memory-mapped: a row is read when it is asked for, and the system keeps in memory what it has room for.
+Ids are memory-mapped: rows are read when they are needed, and the operating system caches what fits into memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
-TOKENS, DOCUMENTS = ".tokens", ".documents"  # what files of a shard end with
+TOKENS, DOCUMENTS = ".tokens", ".documents"  # suffixes of a shard's files
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 INDEX = np.dtype("<i8")
 AGAIN = "make the shards again with skipstone prepare"
@@ -40,7 +40,10 @@ AGAIN = "make the shards again with skipstone prepare"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One pair of files. name: without its ending. sha256, documents_sha256: of either file."""
+    """The manifest's entry of one shard.
+
+    name: without suffix. sha256, documents_sha256: hashes of its two files.
+    """
 
     name: str
     tokens: int
@@ -52,10 +55,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds. bytes: UTF-8 bytes of the text. settings: how it was made, for the reader.
+    """The contents of a folder of shards.
 
-    tokenizer_sha256: of tokenizer.json. tokenizer_files: SHA-256 of every file of the tokenizer by name; empty in what
-    earlier releases wrote.
+    bytes: UTF-8 bytes of the text. settings: how it was made, for information. tokenizer_sha256: of tokenizer.json.
+    tokenizer_files: SHA-256 of every file of the tokenizer by name; empty in manifests of earlier releases.
     """
 
     format_version: int
@@ -67,25 +70,29 @@ class Manifest:
     tokenizer_files: dict[str, str] = field(default_factory=dict)
 
     def total(self, split: str, what: str) -> int:
-        """Sum of `tokens`, `documents` or `bytes` over the shards of a split."""
+        """Return the sum of `tokens`, `documents` or `bytes` over the shards of a split."""
         return sum(getattr(shard, what) for shard in self.splits[split])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardSet:
-    """An opened folder. sha256: of its manifest, which holds those of all its files."""
+    """An opened folder of shards.
+
+    sha256: of its manifest, which contains the hashes of all its files.
+    """
 
     folder: Path
     manifest: Manifest
     sha256: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that the shards were made with."""
         return load_saved(self.folder / TOKENIZER)
 
     def encoded(self, split: str) -> Encoded:
-        """The documents of a split, its ids still on disk. Every file is read once, and its SHA-256 compared.
+        """Return the documents of a split, with ids that stay on disk, after comparing every file's SHA-256.
 
-        Raises ValueError for a split that is not there, and for a file that is not the one the manifest names.
+        Raises ValueError for a split that does not exist, and for a file that differs from the manifest.
         """
         if split not in self.manifest.splits:
             raise ValueError(unknown(f"split of shards {str(self.folder)!r}", split, self.manifest.splits))
@@ -103,10 +110,10 @@ class ShardSet:
 
 
 def open_shards(folder: Path) -> ShardSet:
-    """Read the manifest and check the tokenizer against it; no token is read.
+    """Read the manifest of a folder and check the tokenizer against it, without reading tokens.
 
-    Raises FileNotFoundError for a folder without shards, or where they are not finished; ValueError for a manifest of
-    another form and a tokenizer that is another one.
+    Raises FileNotFoundError for a folder without finished shards; ValueError for a manifest in another format and for a
+    tokenizer that differs.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -135,9 +142,9 @@ def _manifest(values: Any) -> Manifest:
 
 
 def open_sources(folder: Path) -> dict[str, ShardSet]:
-    """The shards of a folder under its name; or, of a folder of such folders, all of them under theirs.
+    """Open a folder of shards under its name, or, for a folder of such folders, all of them under theirs.
 
-    Raises as `open_shards`, and ValueError where they were made with different tokenizers.
+    Raises as `open_shards`, and ValueError if they were made with different tokenizers.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"corpus shards:FOLDER: there is no folder {str(folder)!r}")
@@ -152,12 +159,12 @@ def open_sources(folder: Path) -> dict[str, ShardSet]:
 
 
 def fingerprint(sets: Mapping[str, ShardSet]) -> str:
-    """One SHA-256 for all of them and their names."""
+    """Return one SHA-256 over the names and manifests of all sources."""
     return hashlib.sha256("".join(f"{name} {sets[name].sha256}\n" for name in sorted(sets)).encode()).hexdigest()
 
 
 def check(folder: Path, manifest: Manifest, splits: Sequence[str]) -> None:
-    """Read all files of the splits. Raises ValueError, one line, for the first that differs from the manifest."""
+    """Read all files of the splits and raise ValueError for the first that differs from the manifest."""
     itemsize = DTYPES[manifest.dtype].itemsize
     for shard in (shard for split in splits for shard in manifest.splits[split]):
         _compare(folder / f"{shard.name}{TOKENS}", shard.tokens * itemsize, shard.sha256)

@@ -1,4 +1,4 @@
-"""Documents one after the other, for corpora that need not fit into memory: what `skipstone prepare` reads."""
+"""Streams of documents, for corpora that do not fit into memory; `skipstone prepare` reads them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TEXT = "text"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Streams of documents. Each is either one split, or is shared out by the hash of the documents' text.
+    """Streams of documents, each of them either one split or to be split by the hash of the documents' text.
 
-    streams: by the split that they are; under "" the one that is to be shared out. size: bytes of the files that are
-    read, None where that is not known.
+    streams: by split; the stream to be split by hash has the name "". size: bytes of the files that are read; None if
+    unknown.
     """
 
     streams: Mapping[str, Callable[[], Iterator[str]]]
@@ -30,10 +30,10 @@ class Source:
 
 
 def open_source(name: str, field: str | None = None) -> Source:
-    """`jsonl:PATH` and `hf:...`, read as a stream; any text corpus of the registry, with its own splits.
+    """Open `jsonl:PATH` and `hf:...` as streams, or any text corpus of the registry with its own splits.
 
-    field: which one of a JSON object or a row is the document; `text` if None (of a dataset: or its only string).
-    Raises ValueError or FileNotFoundError, one line, for what cannot be read.
+    field: the field of a JSON object or row that is the document; None: `text` (of a dataset: or its only string
+    column). Raises ValueError or FileNotFoundError for what cannot be read.
     """
     head, _, argument = name.partition(":")
     if head == "jsonl":
@@ -42,7 +42,7 @@ def open_source(name: str, field: str | None = None) -> Source:
     if head == "hf":
         return _dataset(argument, field)
     if field is not None:
-        raise ValueError(f"field is for jsonl: and hf: alone, got {field!r} with {name!r}")
+        raise ValueError(f"field applies to jsonl: and hf: only, got {field!r} with {name!r}")
     corpus = load_corpus(name)
     return Source(streams={split: partial(_documents, corpus, split) for split in corpus.splits})
 
@@ -56,7 +56,7 @@ def _lines(files: list[Path], field: str) -> Iterator[str]:
 
 
 def _dataset(argument: str, field: str | None) -> Source:
-    """Its own splits where it has train and validation; else its train split, to be shared out."""
+    """Return the dataset's own splits if it has train and validation; else its train split, to be split by hash."""
     loaded = users.load_dataset(argument, streaming=True)
     found = {split: next((n for n in names if n in loaded), None) for split, names in users.OWN_SPLITS.items()}
     if found["train"] is None:

@@ -1,16 +1,16 @@
-"""Switched-S3: Reset-S3 in which no symbol tells by itself whether it is an operation.
+"""Switched-S3: a variant of Reset-S3 in which a symbol alone does not show whether it is an operation.
 
-Fillers and operations share one alphabet: the six elements of S3 and the reset. An earlier entry tells which of them a
-symbol is: after `on` it is an operation as in Reset-S3, after `off` a filler, whose label is itself and which changes
-nothing (the state waits). So a router that looks at a token alone can do no better than chance.
+Fillers and operations share one alphabet: the six elements of S3 and the reset. The last switch decides what a symbol
+is: after `on` it is an operation as in Reset-S3, after `off` a filler, whose label is itself and which does not change
+the state. So a router that sees a single token can do no better than chance.
 
 Each entry is, independently, a switch (probability 1/8; `on` with 2/7, else `off`) or a symbol (reset 1/16, else a
 uniform element); the first entry of a row is always a switch. So one entry in four is an operation (1/4 = 2/7 * 7/8,
-but for the first), whatever its symbol. A switch's label is itself.
+except for the first), whatever its symbol. A switch's label is itself.
 
 Ids: 0 off, 1 on, 2..7 elements, 8 reset, 9..14 states (labels only): a vocabulary of 15. Labels, difficulty and bins as
-in Reset-S3: `difficulty` counts operations since the last reset that was one; fillers and switches have -1.
-Shapes: B rows, T entries a row.
+in Reset-S3: `difficulty` counts operations since the last reset that was an operation; fillers and switches have -1.
+Shapes: B rows, T entries per row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ VOCAB_SIZE = len(NAMES)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SwitchedS3(RowDataset):
-    """Row i, a function of (seed, stream, i): input_ids, shift_labels, labels, difficulty, int64 (T,) each."""
+    """Rows of Switched-S3, row i a function of (seed, stream, i).
+
+    Fields: input_ids, shift_labels, labels, difficulty, int64 (T,) each.
+    """
 
     seed: int
     stream: int = 0
@@ -62,7 +65,7 @@ class SwitchedS3(RowDataset):
 
 
 def operations(input_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which entries are operations: the symbols whose last switch is `on`."""
+    """Return which entries are operations, bool (B, T): the symbols whose last switch is `on`."""
     switch_BT = input_BT < FIRST_ELEMENT
     last_BT = np.maximum.accumulate(np.where(switch_BT, np.arange(input_BT.shape[1]), 0), axis=1)
     on_BT = np.take_along_axis(input_BT, last_BT, axis=1) == ON

@@ -1,19 +1,19 @@
-"""Reset-S3: rows in which the depth that each token needs is known.
+"""Reset-S3: a synthetic task in which the depth that each token needs is known.
 
 A row is T entries (128 by default). Each is, independently, a filler (probability 3/4, uniform over 16 symbols) or an
 operation; an operation is a reset with probability 1/16, else a uniform element of S3, the six permutations of three
-things. The state starts as the identity, a reset makes it the identity, an element g makes it state * g. The label of
-an operation is the state after it, the label of a filler is the filler. The state itself is never shown.
+things. The state starts as the identity; a reset sets it to the identity, an element g to state * g. The label of
+an operation is the state after it, the label of a filler is the filler. The state itself is not an input.
 
 Ids: 0..15 fillers, 16..21 elements, 22 reset, 23..28 states (labels only): a vocabulary of 29.
 `difficulty` is the number of operations since the last reset, or since the start of the row: the reset itself 0, the
-first operation after it 1 (one that opens a row is 1 too); a filler has -1. S3 does not commute, so the product has to
-be carried through all of them.
+first operation after it 1 (also one that begins a row); a filler has -1. S3 does not commute, so the product has to
+be computed through all of them.
 
-Targets are aligned with the inputs, not shifted: `shift_labels[t]` is what the logits at t should say (Hugging Face's
-name for labels that need no shift). `labels` holds the same targets one place later, so that whatever counts or shifts
-`labels` agrees with it (the target of the last position is in `shift_labels` alone).
-Shapes: B rows, T entries a row.
+Targets are aligned with the inputs, not shifted: `shift_labels[t]` is the target of the logits at t (Hugging Face's
+name for labels that need no shift). `labels` holds the same targets one place later, for code that counts or shifts
+`labels` (the target of the last position is in `shift_labels` alone).
+Shapes: B rows, T entries per row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 NUM_FILLERS = 16
 FILLER_SHARE = 0.75
-RESET_SHARE = 1 / 16  # of operations
+RESET_SHARE = 1 / 16  # share of operations that are resets
 ROW_LENGTH = 128
 
 ELEMENTS = tuple(itertools.permutations(range(3)))  # ELEMENTS[0] is the identity
@@ -46,7 +46,7 @@ BINS: dict[str, tuple[int, int | None]] = {"0-3": (0, 3), "4-7": (4, 7), "8-15":
 
 
 def _multiply() -> NDArray[np.int64]:
-    """(6, 6): entry [a, b] is the index of a * b, the permutation x -> a[b[x]]."""
+    """Return the multiplication table (6, 6): entry [a, b] is the index of a * b, the permutation x -> a[b[x]]."""
     table = [[ELEMENTS.index(tuple(a[b[x]] for x in range(3))) for b in ELEMENTS] for a in ELEMENTS]
     return np.array(table, np.int64)
 
@@ -56,9 +56,10 @@ MULTIPLY = _multiply()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResetS3(RowDataset):
-    """Row i, a function of (seed, stream, i): input_ids, shift_labels, labels, difficulty, int64 (T,) each.
+    """Rows of Reset-S3, row i a function of (seed, stream, i).
 
-    Train and validation rows come from different `stream`s of draws, so no seed makes them meet.
+    Fields: input_ids, shift_labels, labels, difficulty, int64 (T,) each. Train and validation rows come from different
+    `stream`s, so that they differ for every seed.
     """
 
     seed: int
@@ -84,9 +85,10 @@ class ResetS3(RowDataset):
 def solve(
     element_BT: NDArray[np.int64], reset_BT: NDArray[np.bool_], operation_BT: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The state after each entry and its difficulty (B, T), one column at a time over all rows.
+    """Return the state after each entry and its difficulty (B, T), computed one column at a time over all rows.
 
-    element_BT: indices into ELEMENTS, read only where an operation is no reset. What is no operation changes nothing.
+    element_BT: indices into ELEMENTS, used where an operation is not a reset. Entries that are not operations change
+    nothing.
     """
     states_BT, difficulty_BT = np.zeros_like(element_BT), np.full_like(element_BT, -1)
     state_B, since_B = np.zeros(len(element_BT), np.int64), np.zeros(len(element_BT), np.int64)
@@ -100,22 +102,22 @@ def solve(
 
 
 def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficulty_BT: NDArray[np.int64]) -> Batch:
-    """Rows whose targets stand at the entry that they are of, and once more, one place later, for who shifts."""
+    """Return rows with targets aligned with the inputs (`shift_labels`), and one place later (`labels`)."""
     labels_BT = np.full_like(target_BT, IGNORE)
     labels_BT[:, 1:] = target_BT[:, :-1]
     return {"input_ids": input_BT, "shift_labels": target_BT, "labels": labels_BT, "difficulty": difficulty_BT}
 
 
 def oracle_keep(input_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which entries a router that knows the needed depth keeps: the operations. A bool array or tensor like the ids."""
+    """Return which entries need depth, the operations: a bool array or tensor shaped like the ids."""
     return (input_ids >= FIRST_ELEMENT) & (input_ids <= RESET)
 
 
 def accuracy_by_bin(predictions: ArrayLike, labels: ArrayLike, difficulty: ArrayLike) -> dict[str, float]:
-    """The share of right predictions in each bin of `BINS`, nan for one that is empty. Fillers are in none of them.
+    """Return the share of correct predictions in each bin of `BINS`; nan for an empty bin. Fillers are in no bin.
 
-    predictions, labels, difficulty: arrays or CPU tensors of integers, of one shape; predictions at t are the argmax of
-    the logits at t, and labels are `shift_labels`.
+    predictions, labels, difficulty: integer arrays or CPU tensors of one shape; predictions at t are the argmax of the
+    logits at t, and labels are `shift_labels`. Raises ValueError for different shapes.
     """
     right, difficulty = np.asarray(predictions) == np.asarray(labels), np.asarray(difficulty)
     if right.shape != difficulty.shape:

@@ -1,7 +1,7 @@
 """Tokenizers by name: characters, bytes, or any pretrained one.
 
-All are Hugging Face tokenizers whose whole behaviour is in the files they save, so `AutoTokenizer.from_pretrained`
-loads them where this package is not installed.
+All are Hugging Face tokenizers that are fully defined by their saved files, so that `AutoTokenizer.from_pretrained`
+loads them without this package.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ KINDS = ("char", "byte", "pretrained:NAME_OR_PATH")
 
 
 def check_spec(spec: str) -> None:
-    """Raises ValueError unless `spec` is `char`, `byte` or `pretrained:NAME_OR_PATH`."""
+    """Raise ValueError unless `spec` is `char`, `byte` or `pretrained:NAME_OR_PATH`."""
     if spec in ("char", "byte") or (spec.startswith("pretrained:") and spec != "pretrained:"):
         return
     raise ValueError(unknown("tokenizer", spec, KINDS))
 
 
 def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
-    """The tokenizer `spec` names; only `char` looks at the corpus.
+    """Build the tokenizer that `spec` names; only `char` uses the corpus.
 
     `char`: one id for every character of the corpus's train and validation text, by code point from 0, then `<unk>`,
-    `<eos>`, `<pad>`; a character it has not seen becomes `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is
-    `<eos>`, 257 is `<pad>`; it represents any text. `pretrained:NAME_OR_PATH`: as published, nothing added.
-    Raises ValueError for another spec, FileNotFoundError when a pretrained tokenizer cannot be had.
+    `<eos>`, `<pad>`; unseen characters become `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is `<eos>`, 257
+    is `<pad>`; it represents any text. `pretrained:NAME_OR_PATH`: as published, without additions. Raises ValueError
+    for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
     """
     check_spec(spec)
     if spec == "char":
@@ -45,7 +45,7 @@ def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase
 
 
 def char_tokenizer(characters: set[str]) -> PreTrainedTokenizerBase:
-    """One id a character. BPE without merges is exactly that, and several times faster than splitting by a pattern."""
+    """Build a tokenizer with one id per character: BPE without merges, faster than splitting by a pattern."""
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {char: i for i, char in enumerate(sorted(characters))}
@@ -56,7 +56,7 @@ def char_tokenizer(characters: set[str]) -> PreTrainedTokenizerBase:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One id a byte. The library writes bytes as the printable characters of its ByteLevel alphabet."""
+    """Build a tokenizer with one id per byte; the library writes bytes as the characters of its ByteLevel alphabet."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     backend = Tokenizer(models.BPE({char: byte for byte, char in enumerate(byte_alphabet())}, []))
@@ -66,7 +66,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def byte_alphabet() -> list[str]:
-    """The character that stands for each byte: printable Latin-1 for itself, the others from U+0100 on, in order."""
+    """Return the character for each byte: printable Latin-1 as itself, the others from U+0100 on, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -79,7 +79,7 @@ def _wrap(backend: Any, **specials: str) -> PreTrainedTokenizerBase:
         tokenizer_object=backend,
         eos_token=EOS,
         pad_token=PAD,
-        padding_side="left",  # what batched generation needs; training rows are padded by `collate`
+        padding_side="left",  # for batched generation; `collate` pads training rows
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         **specials,
@@ -87,7 +87,7 @@ def _wrap(backend: Any, **specials: str) -> PreTrainedTokenizerBase:
 
 
 def load_saved(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved to this folder; code that it brings along is never run.
+    """Load the tokenizer saved in a folder, never running code from it.
 
     Raises ValueError naming the folder if it cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Corpora that the user brings: text files, JSON lines, and datasets of the Hugging Face hub or of its file formats."""
+"""The user's own corpora: text files, JSON lines, and datasets of the Hugging Face hub or in its file formats."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OWN_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"),
 
 
 def text(argument: str) -> Corpus:
-    """`text:PATH`: a UTF-8 file is one document, a folder all .txt files below it, ordered by path, cut 90-10.
+    """Return the corpus `text:PATH`: a UTF-8 file as one document, or all .txt files below a folder by path, cut 90-10.
 
-    A folder with train.txt and validation.txt (or valid.txt, val.txt; test.txt too) is taken as already split.
+    A folder with train.txt and validation.txt (or valid.txt, val.txt; optionally test.txt) counts as already split.
     """
     path = Path(argument).expanduser()
     if not argument or not path.exists():
@@ -39,7 +39,7 @@ def text(argument: str) -> Corpus:
 
 
 def _own_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that are splits by their names, in order of `OWN_SPLITS`; nothing for a file."""
+    """Return the files of a folder that are splits by their names, in order of `OWN_SPLITS`; none for a file."""
     found: dict[str, Path] = {}
     for split, stems in OWN_SPLITS.items():
         for stem in stems:
@@ -60,9 +60,9 @@ def _decode(path: Path) -> str:
 
 
 def jsonl(argument: str) -> Corpus:
-    """`jsonl:PATH`: a file, or all of a folder, of JSON objects, one a line; `text` of each is a document.
+    """Return the corpus `jsonl:PATH`: a file or folder of JSON objects, one per line, whose `text` is a document.
 
-    Files end with .jsonl or .jsonl.gz. Cut 90/5/5 by hash.
+    Files end in .jsonl or .jsonl.gz. Split 90/5/5 by hash.
     """
     files = jsonl_files(argument)
     return Corpus(
@@ -74,7 +74,7 @@ def jsonl(argument: str) -> Corpus:
 
 
 def jsonl_files(argument: str) -> list[Path]:
-    """The file, or those below the folder, ordered by path. Raises FileNotFoundError if there is none."""
+    """Return the file, or those below the folder by path. Raises FileNotFoundError if there is none."""
     path = Path(argument).expanduser()
     if not argument or not path.exists():
         raise FileNotFoundError(f"corpus jsonl:PATH: there is no file or folder {argument!r}")
@@ -85,7 +85,7 @@ def jsonl_files(argument: str) -> list[Path]:
 
 
 def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
-    """The field of each line's object. Raises ValueError naming the line that has none, or no JSON."""
+    """Yield the field of each line's object. Raises ValueError naming a line that has none or is not JSON."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -101,10 +101,11 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
 
 
 def huggingface(argument: str) -> Corpus:
-    """`hf:NAME`, `hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG` or `hf:FOLDER`: a dataset with a column of text.
+    """Return the corpus `hf:NAME`, `hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG` or `hf:FOLDER`, a dataset with a text
+    column.
 
-    A row is a document. The dataset's own splits are used; without a validation split, train is cut 90/5/5 by hash.
-    Splits are only known once it is loaded, so this loads it.
+    Each row is a document. The dataset's own splits are used; without a validation split, train is split 90/5/5 by
+    hash. The dataset is loaded at once, because its splits are not known before.
     """
     if not argument:
         raise ValueError("corpus hf:NAME: the name of a dataset is missing")
@@ -125,7 +126,7 @@ def huggingface(argument: str) -> Corpus:
 
 
 def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
-    """The splits of a dataset. streaming: rows are read one after the other, and not downloaded before."""
+    """Return the splits of a dataset. streaming: read rows one after the other instead of downloading all first."""
     try:
         import datasets
     except ImportError:
@@ -139,14 +140,14 @@ def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
     try:
         with _hub_offline(offline() and not local):
             return dict(datasets.load_dataset(path, config, streaming=streaming))
-    except (OSError, ValueError, RuntimeError) as error:  # the library's own errors are many, and long
+    except (OSError, ValueError, RuntimeError) as error:  # the library raises many types, with long messages
         reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(f"corpus hf:{argument} could not be loaded: {reason}") from error
 
 
 @contextmanager
 def _hub_offline(wanted: bool) -> Iterator[None]:
-    """Both libraries read their environment once, at import; this is the switch that still works afterwards."""
+    """Set the offline switches of both libraries in a `with` block; their environment variables act only at import."""
     import datasets
     import huggingface_hub.constants as hub
 
@@ -160,7 +161,7 @@ def _hub_offline(wanted: bool) -> Iterator[None]:
 
 
 def _column(name: str, rows: Any) -> Documents:
-    """The column `text`, or the only column of strings."""
+    """Return the column `text`, or the only column of strings."""
     strings = [
         column for column, kind in rows.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
     ]
