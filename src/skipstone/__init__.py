@@ -1,7 +1,7 @@
 """Conditional computation for transformers that really saves the computation.
 
-Importing the package registers its models with transformers' Auto classes. Only the `skipstone` command puts that off,
-because it answers a mistake in what was typed before it loads torch.
+Importing the package registers its models with transformers' Auto classes. The `skipstone` command defers this, so that
+it can report mistakes on the command line before it loads torch.
 """
 
 from __future__ import annotations

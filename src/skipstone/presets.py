@@ -1,4 +1,4 @@
-"""Configurations by name: `presets.get("polychromatic-0.6b")`. Plain dicts in one table, every key overridable."""
+"""Model configurations by name, such as `presets.get("polychromatic-0.6b")`: plain dicts with overridable keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from skipstone.core.strict import PlainDict, choose
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.released import polychromatic, tsa
 
-# The base model of Token-Selective Attention (arXiv 2605.05222), as its released code builds and starts it.
+# The base model of Token-Selective Attention (arXiv 2605.05222), as its released code builds and initialises it.
 TSA_BASE: PlainDict = {
     **tsa.BASE,
     "hidden_size": 256,
@@ -84,8 +84,8 @@ PRESETS: dict[str, PlainDict] = {
         "qk_norm": True,
         "tie_word_embeddings": True,
     },
-    # Mixture-of-Depths (arXiv 2404.02258): the paper names 220M parameters, every other block, capacity 12.5 % and
-    # context 2048, but neither width nor depth; those are ours.
+    # Mixture-of-Depths (arXiv 2404.02258): the paper gives 220M parameters, every other block, capacity 12.5 % and
+    # context 2048, but neither width nor depth; these are ours.
     "mod-220m": {
         "vocab_size": 50_257,
         "hidden_size": 1024,
@@ -118,8 +118,8 @@ PRESETS: dict[str, PlainDict] = {
         "max_position_embeddings": 64,
         "mechanisms": [tsa.gate(tsa.SYNTHETIC)],
     },
-    # PolychromaticLM (arXiv 2603.13347), context "sequence" as published: it sees the future and cannot generate with a
-    # cache. Override `activation` with {"name": "polyglu"} for the causal form.
+    # PolychromaticLM (arXiv 2603.13347), with context "sequence" as published: it depends on later tokens and cannot
+    # generate with a cache. Override `activation` with {"name": "polyglu"} for the causal form.
     "polychromatic-0.6b": {
         **polychromatic.BASE,
         "vocab_size": 151_669,
@@ -136,13 +136,13 @@ PRESETS: dict[str, PlainDict] = {
 
 
 def names() -> list[str]:
-    """All presets."""
+    """Return the names of all presets."""
     return list(PRESETS)
 
 
 def get(name: str, **overrides: object) -> SkipstoneConfig:
-    """The configuration called `name`, with some keys set otherwise.
+    """Return the configuration called `name`, with overridden keys.
 
-    Raises ValueError for a name or a key that does not exist, naming the nearest one.
+    Raises ValueError for a name or key that does not exist, naming the nearest one.
     """
     return SkipstoneConfig.from_plain(deepcopy({**choose("preset", name, PRESETS), **overrides}))

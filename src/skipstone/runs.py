@@ -1,10 +1,10 @@
-"""Run folders: what training writes and everything else reads.
+"""Run folders, which training writes and all other commands read.
 
-RUN/config.yaml       the resolved recipe          RUN/tokenizer/     Hugging Face's format; text corpora only
-RUN/environment.json  versions, commit, machine    RUN/checkpoints/   checkpoint-N, to resume from
-RUN/metrics.jsonl     one line a log               RUN/model/         the trained model, written at the end
-RUN/result.json       the summary, written last      RUN/view.json      what a report shows of the model
-RUN/best/             the model of the lowest validation loss, a saved model like any other; with `keep_best` only
+RUN/config.yaml       the resolved recipe           RUN/tokenizer/     Hugging Face's format; text corpora only
+RUN/environment.json  versions, commit, machine     RUN/checkpoints/   checkpoint-N, to resume from
+RUN/metrics.jsonl     one line per log              RUN/model/         the trained model, written at the end
+RUN/result.json       the summary, written last     RUN/view.json      data about the model for reports
+RUN/best/             the model with the lowest validation loss, with `keep_best` only
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
 TOKENIZER, CHECKPOINTS, MODEL, VIEW = "tokenizer", "checkpoints", "model", "view.json"
 BEST, BEST_STEP = "best", "best.json"  # the folder, and in it the step and its validation loss
-MODEL_CONFIG = "config.json"  # what makes a folder a saved model
-HASHED = 256 * 2**20  # bytes of weights whose hashes are compared whenever they are loaded; it takes a moment
+MODEL_CONFIG = "config.json"  # its presence makes a folder a saved model
+HASHED = 256 * 2**20  # bytes of weights up to which hashes are compared at every load, which takes a moment
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, or the folder of a saved model (which has weights and perhaps a tokenizer, but no recipe).
+    """A run folder, or the folder of a saved model (with weights and perhaps a tokenizer, but no recipe).
 
     Raises FileNotFoundError for a folder that does not exist and ValueError for one that is neither.
     """
@@ -64,15 +64,19 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the folder."""
         return self.folder.resolve().name
 
     @property
     def finished(self) -> bool:
-        """Whether training reached its end; the summary is the last thing that it writes."""
+        """Whether training reached its end, that is, wrote the summary."""
         return (self.folder / RESULT).is_file()
 
     def config(self) -> PlainDict:
-        """The resolved recipe: {"model": ..., "data": ..., "train": ...}. ValueError for a saved model without one."""
+        """Return the resolved recipe: {"model": ..., "data": ..., "train": ...}.
+
+        Raises ValueError for a saved model.
+        """
         text = self._read(CONFIG)
         try:
             values = yaml.safe_load(text)
@@ -84,11 +88,11 @@ class Run:
         return values
 
     def environment(self) -> PlainDict:
-        """Versions, commit, machine, seed, start and command."""
+        """Return versions, commit, machine, seed, start time and command."""
         return self._json(ENVIRONMENT)
 
     def result(self) -> PlainDict:
-        """The summary. ValueError for a run that has not reached its end."""
+        """Return the summary. Raises ValueError for a run that is not finished."""
         if not self.finished and not self.is_saved_model:
             raise ValueError(
                 f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` goes on with it"
@@ -96,15 +100,18 @@ class Run:
         return self._json(RESULT)
 
     def metrics(self) -> list[PlainDict]:
-        """Every line that was logged, in order of steps."""
+        """Return every logged line in order of steps."""
         return read_metrics(self._file(METRICS))
 
     def best(self) -> PlainDict | None:
-        """Return the step of the lowest validation loss and that loss in nats; None where no such model was kept."""
+        """Return the step of the lowest validation loss and that loss in nats; None if no such model was kept."""
         return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST / BEST_STEP).is_file() else None
 
     def model_folder(self) -> Path:
-        """Where the weights are: the final model or, with a warning, the last checkpoint. ValueError without either."""
+        """Return the folder of the weights: the final model or, with a warning, the last checkpoint.
+
+        Raises ValueError if there is neither.
+        """
         if self.is_saved_model:
             return self.folder
         if (self.folder / MODEL / MODEL_CONFIG).is_file():
@@ -116,10 +123,10 @@ class Run:
         return last
 
     def load_model(self) -> SkipstoneForCausalLM:
-        """The trained model in evaluation mode, loaded strictly: nothing missing, nothing left over.
+        """Load the trained model in evaluation mode, strictly: no weight missing, none unexpected.
 
-        Raises ValueError naming the file for weights that are not what was written; hashes are compared up to 256 MiB,
-        sizes always.
+        Raises ValueError naming the file for weights that differ from what was written; sizes are always compared,
+        hashes up to 256 MiB.
         """
         from skipstone.model.pretrained import load_model
 
@@ -130,9 +137,9 @@ class Run:
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of the run or of the saved model, None where there is none (synthetic tasks).
+        """Load the tokenizer of the run or saved model; None if there is none (synthetic tasks).
 
-        Raises ValueError, one line, for files that cannot be read.
+        Raises ValueError for files that cannot be read.
         """
         from skipstone.data.tokenizers import load_saved
         from skipstone.model.pretrained import TOKENIZER_FILES
@@ -143,16 +150,17 @@ class Run:
         return load_saved(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
     def data_config(self) -> DataConfig:
+        """Return the data configuration of the recipe."""
         return from_dict(DataConfig, self.config()["data"], "data")
 
     def data(self, split: str = "validation", *, train: bool = False) -> PreparedData:
-        """The run's rows, with its own tokenizer. `split` is what `PreparedData.validation` is made from."""
+        """Return the run's rows, with its own tokenizer. split: the source of `PreparedData.validation`."""
         from skipstone.data.prepare import prepare
 
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
 
     def kept_view(self) -> PlainDict | None:
-        """Return what `keep_view` kept; None where that was nothing, or was of other weights or another recipe."""
+        """Return what `keep_view` saved; None if nothing was, or for other weights or another recipe."""
         try:
             values = json.loads((self.folder / VIEW).read_text(encoding="utf-8"))
             return dict(values["view"]) if values["sha256"] == self._digest() else None
@@ -160,14 +168,14 @@ class Run:
             return None
 
     def keep_view(self, view: PlainMapping) -> None:
-        """Keep what a report shows of the model with the run; where the folder cannot be written, it is made anew."""
+        """Save what a report shows of the model with the run, unless the folder cannot be written."""
         try:
             write_whole(self.folder / VIEW, json.dumps({"sha256": self._digest(), "view": view}) + "\n")
         except (OSError, WriteError):
             return
 
     def _digest(self) -> str:
-        """SHA-256 of the recipe, the model's configuration and its weights."""
+        """Return the SHA-256 of the recipe, the model's configuration and its weights."""
         model, digest = self.model_folder(), hashlib.sha256()
         for path in [self.folder / CONFIG, model / MODEL_CONFIG, *sorted(model.glob("*.safetensors"))]:
             digest.update(path.name.encode())
@@ -197,9 +205,9 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[PlainDict]:
-    """The lines of a metrics file. A last line that a crash cut short is left out.
+    """Return the lines of a metrics file, leaving out a last line that a crash cut short.
 
-    Raises ValueError naming the file and the line for one that is no line of metrics.
+    Raises ValueError naming the file and the line for an invalid one.
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
@@ -214,7 +222,7 @@ def read_metrics(path: Path) -> list[PlainDict]:
 
 
 def count_lines(path: Path) -> int:
-    """How many whole lines a metrics file has, once they are on the disk; 0 without the file."""
+    """Return the number of complete lines in a metrics file, after flushing it to disk; 0 without the file."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
@@ -223,7 +231,7 @@ def count_lines(path: Path) -> int:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises ValueError naming it if it is something else."""
+    """Return the text of a UTF-8 file. Raises ValueError naming it if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -231,11 +239,11 @@ def read_text(path: Path) -> str:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest `checkpoints/checkpoint-N` of a run folder."""
+    """Return the newest `checkpoints/checkpoint-N` of a run folder; None if there is none."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Every `checkpoints/checkpoint-N` of a run folder, the newest last."""
+    """Return every `checkpoints/checkpoint-N` of a run folder, the newest last."""
     found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -1,17 +1,20 @@
 """Floor 4: training, on transformers' Trainer.
 
-recipe.py       `TrainConfig` and `Recipe`: what a run is, read strictly
-early.py        all mistakes of a recipe that can be told before torch is loaded
-decay.py        which parameters weight decay spares
-training.py     `train`: from a recipe to a finished run folder
-estimate.py     FLOPs, memory and hours on a named GPU, before the start
-setup.py        recipe -> model configuration, model, Trainer's arguments
-folder.py       a run folder while it is written
+recipe.py       `TrainConfig` and `Recipe`: the definition of a run, parsed strictly
+early.py        checks of a recipe that do not load torch
+decay.py        the parameters that weight decay leaves out
+training.py     `train`: trains a recipe into a run folder
+estimate.py     estimates FLOPs, memory and hours on a named GPU
+setup.py        builds model configuration, model and Trainer's arguments from a recipe
+folder.py       writes run folders
 environment.py  versions, commit, machine
 trainer.py      `RoutingMixin`, `RoutingTrainer` (for any training), and the trainer of `train`
-callback.py     `RoutingCallback`: moves thresholds and schedules once an optimizer step
+callback.py     `RoutingCallback`: advances thresholds and schedules once per optimizer step
 validation.py   oracle and causal loss on validation rows
-log_window.py   what the next log line reports; survives a checkpoint
+log_window.py   sums for the next log line, saved in checkpoints
+checkpoints.py  checks checkpoints before a run is resumed from one
+best.py         `KeepBest`: keeps the model of the lowest validation loss
+environment.py  versions, commit, machine
 watch.py        metrics.jsonl, progress bar, stop signals
 """
 
@@ -31,7 +34,7 @@ _HOMES = {"RoutingCallback": "callback", "RoutingMixin": "trainer", "RoutingTrai
 
 
 def __getattr__(name: str) -> object:
-    """Load what needs torch when it is asked for: reading a recipe does not."""
+    """Import names that need torch on first use; reading a recipe does not need it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'skipstone.train' has no attribute {name!r}")
     return getattr(import_module(f"skipstone.train.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`KeepBest` keeps the model that had the lowest validation loss so far beside the run's checkpoints."""
+"""`KeepBest` keeps the model with the lowest validation loss so far beside the run's checkpoints."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def validation_loss(line: PlainMapping) -> float:
-    """Return the loss of a validation, in nats: of the causal pass, which generation takes, where there is one."""
+    """Return the loss of a validation in nats: of the causal pass, if the model has one, else of the oracle pass."""
     causal = line.get("causal_loss")
     return float(line["oracle_loss"] if causal is None else causal)
 
 
 class KeepBest(TrainerCallback):
-    """After each validation, writes RUN/best if no validation before was as low. Equal losses keep the earlier model.
+    """Write RUN/best after each validation whose loss is lower than all before.
 
-    A run that is resumed repeats its steps exactly, so what was kept after the checkpoint is found again.
+    A resumed run repeats its steps exactly, so a model kept after the checkpoint is found again.
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

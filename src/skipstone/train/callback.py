@@ -1,4 +1,4 @@
-"""`RoutingCallback` moves thresholds and schedules, once an optimizer step; forward never does."""
+"""`RoutingCallback` advances thresholds and schedules once per optimizer step; forward passes never do."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ NOTHING_SEEN = (
 
 
 class RoutingCallback(TrainerCallback):
-    """For any `transformers.Trainer`.
+    """A callback for any `transformers.Trainer` that advances the model's routing modules.
 
-    Alone it moves what depends on progress only (PolyGLU's tau). Thresholds (`ema_threshold`) follow what the routers
-    did, so somebody must call `observe` with each micro-batch's records: `RoutingTrainer` and `RoutingMixin` do.
-    All state is in buffers of the model: checkpoints hold it, and a resumed run goes on exactly.
+    Alone it advances what depends on progress only (PolyGLU's tau). Thresholds (`ema_threshold`) follow the routers'
+    scores, so `observe` must be called with the records of each micro-batch, as `RoutingTrainer` and `RoutingMixin` do.
+    All state is in buffers of the model: checkpoints contain it, and a resumed run continues exactly.
 
-    schedules: False for a model whose training is over and which is tuned further: what depends on progress (warm-ups
-    of capacities, exploration, tau) stays at its end, while thresholds go on following the routers.
+    schedules: False for a trained model that is tuned further: what depends on progress (capacity warm-ups,
+    exploration, tau) stays at its end, while thresholds keep following the routers.
     """
 
     def __init__(self, schedules: bool = True) -> None:
         self.schedules = schedules
-        self.saves_whole_model = False  # whether adapters are saved with all that they sit on, so that nothing is lost
-        self._sums: dict[tuple[int, str], Tensor] = {}  # each statistic's sums, then how many were summed
+        self.saves_whole_model = False  # whether adapters are saved together with their base model
+        self._sums: dict[tuple[int, str], Tensor] = {}  # for each statistic, its sums and their counts
         self._warned = False
-        self._before: dict[str, Tensor] = {}  # what training may move and no adapter holds, as it was
+        self._before: dict[str, Tensor] = {}  # initial buffers that training may move and adapters do not save
 
     @torch.no_grad()
     def observe(self, model: Any, records: tuple[Records, ...] | None) -> None:
-        """One training micro-batch. Does not make the host wait."""
+        """Add the statistics of one training micro-batch's records. The host does not wait."""
         for mechanism in _mechanisms(model) if records is not None else ():
             key = (mechanism.placement.layer, mechanism.placement.name)
             record = records[key[0]].get(key[1])  # type: ignore[index]
@@ -68,7 +68,7 @@ class RoutingCallback(TrainerCallback):
             warnings.warn(NOTHING_SEEN, stacklevel=2)
 
     def _warn_of_adapters(self, model: Any) -> None:
-        """Once, as soon as something has moved that a saved adapter, or a checkpoint of one, would leave behind."""
+        """Warn once when a buffer has moved that a saved adapter or its checkpoint would not contain."""
         moved = [n for n, value in _outside_adapters(model) if n in self._before and not value.equal(self._before[n])]
         if moved:
             self._before = {}
@@ -87,14 +87,14 @@ class RoutingCallback(TrainerCallback):
 
 
 def _mechanisms(model: Any) -> Iterator[RoutingModule]:
-    """Those of our models, inside whatever wraps them; none of other models."""
+    """Yield the routing modules of our models inside any wrapper; none for other models."""
     while not hasattr(model, "routing_modules") and hasattr(model, "module"):
         model = model.module
     return model.routing_modules() if hasattr(model, "routing_modules") else iter(())
 
 
 def _outside_adapters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Saved buffers of the mechanisms of a model that PEFT has wrapped, by name; nothing for any other model."""
+    """Yield the saved buffers of the mechanisms of a model wrapped by PEFT, by name; none for other models."""
     while getattr(model, "peft_config", None) is None:
         if not hasattr(model, "module"):
             return
@@ -106,12 +106,12 @@ def _outside_adapters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _waiting(mechanism: RoutingModule) -> bool:
-    """Whether it has a threshold that never moved."""
+    """Return whether the mechanism has a threshold that never moved."""
     return mechanism.follows_scores and mechanism.not_ready_reason() is not None
 
 
 def _means(sums: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
-    """Over micro-batches and processes; statistics that nobody saw are left out. One host sync, if there is any."""
+    """Return means over micro-batches and processes, leaving out statistics without values. At most one host sync."""
     if not sums:
         return {}
     total = torch.cat(list(sums.values()), dim=1)

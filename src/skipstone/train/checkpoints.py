@@ -1,4 +1,4 @@
-"""Checkpoints are checked before a run goes on from one: what is damaged or absent is named, never used."""
+"""Check checkpoints before a run is resumed from one, so that damaged or missing files are named and never used."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from skipstone.core.checksums import Damaged
 from skipstone.runs import CHECKPOINTS, checkpoints
 from skipstone.train.log_window import FILE as WINDOW
 
-PARTIAL = ".partial"  # beside the checkpoints: where one is written before it gets its name
+PARTIAL = ".partial"  # folder beside the checkpoints in which one is written before it is renamed
 NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", WINDOW)
-RANDOM = "rng_state*.pth"  # one of each process
+RANDOM = "rng_state*.pth"  # one per process
 
 
 def check(checkpoint: Path) -> None:
-    """Raise ValueError, one line, naming what is damaged or absent in a checkpoint and the one before it.
+    """Raise ValueError for a damaged or missing file in a checkpoint, naming the file and the previous checkpoint.
 
-    Sizes and hashes are compared; of a checkpoint of an earlier release, which has none, every file is looked at.
+    Sizes and hashes are compared; checkpoints of earlier releases have none, so every file is opened instead.
     """
     try:
         if not checksums.check(checkpoint):
@@ -31,19 +31,20 @@ def check(checkpoint: Path) -> None:
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Do what a process has left undone that was killed just after it had written a run's last checkpoint."""
+    """Remove what a process left behind that was killed just after it had written the run's last checkpoint."""
     atomic_write.remove(folder / CHECKPOINTS / PARTIAL)
     for old in checkpoints(folder)[:-keep]:
         atomic_write.remove(old)
 
 
 def _look_at(checkpoint: Path) -> None:
+    """Check that all files of a checkpoint are there and can be opened."""
     names = [name for name in NEEDED if not (name == "model.safetensors" and any(checkpoint.glob("*.index.json")))]
     for name in names:
         if not (checkpoint / name).is_file():
-            raise Damaged(f"{str(checkpoint / name)!r} is absent: the checkpoint is not whole")
+            raise Damaged(f"{str(checkpoint / name)!r} is absent: the checkpoint is incomplete")
     if not any(checkpoint.glob(RANDOM)):
-        raise Damaged(f"{str(checkpoint / 'rng_state.pth')!r} is absent: the checkpoint is not whole")
+        raise Damaged(f"{str(checkpoint / 'rng_state.pth')!r} is absent: the checkpoint is incomplete")
     for path in sorted(checkpoint.iterdir()):
         try:
             _open(path)
@@ -53,7 +54,7 @@ def _look_at(checkpoint: Path) -> None:
 
 
 def _open(path: Path) -> None:
-    """Read as much of a file as shows that it is whole. Whatever its library raises goes through."""
+    """Read enough of a file to see that it is complete; raises whatever its library raises."""
     if path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
     elif path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, as far as that can be told before torch is loaded: all of it together."""
+"""Checks of a recipe that do not load torch; all mistakes are reported together."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def check(
     writes: bool = True,
     read: Callable[[PlainMapping], Recipe] = read_recipe,
 ) -> None:
-    """Raise ValueError with one line for each mistake in the recipe `config`, its run folder and its corpus.
+    """Raise ValueError with one message for each mistake in a recipe, its run folder and its corpus.
 
-    writes: whether a run folder is going to be written. read: `read_recipe` of the kind of recipe. What mechanisms ask
-    of their options is checked when the model is configured, which loads torch.
+    writes: whether a run folder will be written. read: the parser for this kind of recipe. Options of mechanisms are
+    checked when the model is configured, which loads torch.
     """
     lines: list[str] = []
     try:
@@ -44,7 +44,7 @@ def check(
 
 
 def _surroundings(recipe: Recipe, out: Path | None, resume: bool, writes: bool) -> Iterator[str]:
-    """Of a recipe that can be read: loggers, run folder, corpus."""
+    """Yield mistakes outside of a valid recipe: loggers, run folder, corpus."""
     checks: list[Callable[[], object]] = [
         lambda: check_loggers(recipe.train),
         lambda: _check_corpus(recipe.data.corpus),
@@ -59,13 +59,13 @@ def _surroundings(recipe: Recipe, out: Path | None, resume: bool, writes: bool) 
 
 
 def _corpus_of(data: object) -> list[str]:
-    """What is wrong with the files of a corpus, although something else is wrong with the recipe, too."""
+    """Return mistakes in the files of the corpus of an otherwise invalid recipe."""
     try:
         _check_corpus(from_dict(DataConfig, data).corpus)  # type: ignore[arg-type]
     except OSError as error:
         return [str(error)]
     except ValueError:
-        pass  # told already
+        pass  # reported already
     return []
 
 
@@ -83,7 +83,7 @@ def _check_folder(recipe: Recipe, out: Path | None, resume: bool) -> None:
 
 
 def _check_corpus(name: str) -> None:
-    """Whether the files of a corpus of one's own are there; published ones are looked for when they are read."""
+    """Raise an error if files of a user's corpus are missing; published files are looked for when they are read."""
     entry, argument = find_entry(name)
     if name.partition(":")[0] in ("text", "jsonl"):
         load_corpus(name)

@@ -1,4 +1,4 @@
-"""Where and with what a run was made: versions, commit, machine."""
+"""The environment of a run: versions, commit, machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def describe(seed: int) -> PlainDict:
-    """What environment.json holds. `git_commit` and `git_dirty` are None where the package is not in a checkout."""
+    """Return the contents of environment.json.
+
+    `git_commit` and `git_dirty` are None if the package is not in a checkout.
+    """
     import torch
     import transformers
 
@@ -36,11 +39,12 @@ def describe(seed: int) -> PlainDict:
 
 
 def session() -> dict[str, str]:
-    """When this process began to train, and how it was called."""
+    """Return start time and command of this process."""
     return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv)}
 
 
 def machine() -> PlainDict:
+    """Return processor, numbers of cores and torch threads, and GPU."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -48,7 +52,10 @@ def machine() -> PlainDict:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout that tracks this folder, and whether it holds changes; (None, None) without one."""
+    """Return the commit of the checkout that tracks this folder and whether it has changes.
+
+    (None, None) without one.
+    """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None, None
     commit = _git(folder, "rev-parse", "HEAD")

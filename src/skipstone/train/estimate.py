@@ -1,4 +1,4 @@
-"""What a training will cost, before it starts: FLOPs, memory and hours on a named GPU."""
+"""Estimate the cost of a training in advance: FLOPs, memory and hours on a named GPU."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from skipstone.model.cost import cost
 from skipstone.train import setup
 from skipstone.train.recipe import Recipe, read_recipe
 
-MFU = 0.4  # what well-tuned dense training reaches on one GPU; an assumption, and stated as one
+MFU = 0.4  # an assumption: what well-tuned dense training reaches on one GPU
 FP32, BF16 = 4, 2  # bytes
-STATE = {"weights": FP32, "gradients": FP32, "AdamW": 2 * FP32}  # of a parameter; all fp32, also under autocast
-UPDATE = 7 * FP32  # that AdamW moves for a parameter: it reads four numbers and writes three
-SMALL, LARGE = 16, 32  # tokens of the passes from which activations are extrapolated
+STATE = {"weights": FP32, "gradients": FP32, "AdamW": 2 * FP32}  # bytes per parameter; fp32 also under autocast
+UPDATE = 7 * FP32  # bytes per parameter that AdamW moves: it reads four numbers and writes three
+SMALL, LARGE = 16, 32  # tokens of the two passes from which activations are extrapolated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """flops: peak per second in bf16, dense, fp32 sums. memory: GB. bandwidth: of it, GB/s. All by their makers."""
+    """The makers' figures of a GPU.
+
+    flops: peak per second for dense bf16 products with fp32 sums. memory: GB. bandwidth: of the memory, GB/s.
+    """
 
     flops: float
     memory: float
@@ -50,8 +53,11 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """flops: of the whole training, recomputed blocks included. memory: bytes by what takes them; None: not known
-    before a pass. seconds: of one optimizer step. checkpoint: bytes of one on the disk."""
+    """The estimated cost of a training.
+
+    flops: of the whole training, recomputation included. memory: bytes by purpose; None: not known without a pass.
+    seconds: per optimizer step. checkpoint: bytes of one checkpoint on disk.
+    """
 
     gpu: str
     mfu: float
@@ -65,10 +71,11 @@ class Estimate:
 
     @property
     def hours(self) -> float:
+        """Hours of all optimizer steps."""
         return self.steps * self.seconds / 3600
 
     def lines(self) -> list[str]:
-        """One figure a line, with what it rests on."""
+        """Return the estimate as text, one figure per line, with the assumptions."""
         card, tokens = GPUS[self.gpu], self.steps * self.tokens_per_step
         known = [size for size in self.memory.values() if size is not None]
         speed = self.tokens_per_step / self.seconds
@@ -92,9 +99,9 @@ def _gb(size: float | None) -> str:
 
 
 def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estimate:
-    """The estimate of a recipe as `train` takes it. Trains nothing, and reads data only for an unnamed vocabulary.
+    """Estimate the cost of a recipe without training; data are read only if the recipe does not set the vocabulary.
 
-    Raises ValueError for a GPU that is not in `GPUS`, an mfu outside (0, 1], and whatever is wrong with the recipe.
+    Raises ValueError for a GPU that is not in `GPUS`, an mfu outside (0, 1], and mistakes in the recipe.
     """
     card = choose("gpu", gpu, GPUS)
     if not 0 < mfu <= 1:
@@ -124,36 +131,36 @@ def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estim
 
 
 def _known(recipe: Recipe) -> PlainDict:
-    """What the model's configuration takes from the data, if it has not said it itself."""
+    """Return what the model's configuration takes from the data, unless the recipe sets it."""
     if {"preset", "vocab_size"} & recipe.model.keys():
         return {}
     return setup.data_defaults(prepare(recipe.data, train=False))
 
 
 def _passing(config: SkipstoneConfig, recipe: Recipe) -> dict[str, float | None]:
-    """Bytes of one micro-batch: what its forward pass keeps for the backward pass, and its logits."""
+    """Return the bytes of one micro-batch: tensors saved for the backward pass, and logits."""
     train = recipe.train
     tokens = train.batch_size // train.gradient_accumulation * recipe.data.context
     chunk = train.loss_chunk_of(config.vocab_size)
     bf16 = train.precision == "bf16"
-    # At once: logits and their gradient in the type of the products, and in fp32 one tensor, or three without chunks.
+    # At the same time: logits and their gradient in the dtype of the products, and one fp32 tensor (three unchunked).
     logits = config.vocab_size * (
         min(chunk, tokens) * (2 * BF16 * bf16 + FP32) if chunk else tokens * (BF16 * bf16 + 3 * FP32)
     )
     try:
         fixed, each = _kept(config, recipe)
-    except RuntimeError:  # what is kept depends on what the tokens are
+    except RuntimeError:  # the saved tensors depend on the values of tokens
         return {"activations": None, "logits": logits}
-    if train.activation_checkpointing:  # the inputs of all blocks, and one block that is recomputed
+    if train.activation_checkpointing:  # inputs of all blocks, and one recomputed block
         each = config.num_hidden_layers * config.hidden_size * FP32 + each / config.num_hidden_layers
     return {"copies of the weights": fixed, "activations": each * tokens, "logits": logits}
 
 
 def _kept(config: SkipstoneConfig, recipe: Recipe) -> tuple[float, float]:
-    """Bytes that the blocks keep for the backward pass: whatever the tokens' number, and for each token.
+    """Return bytes that the blocks save for the backward pass: a constant, and bytes per token.
 
-    From two short passes of the model itself, as a CPU runs it, on tensors that have a shape and no data. Masks of
-    packed rows, which grow with the square of the row, are left out.
+    They are measured in two short passes of the model on a CPU with fake tensors. Masks of packed rows, which grow with
+    the square of the row, are left out.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -165,13 +172,14 @@ def _kept(config: SkipstoneConfig, recipe: Recipe) -> tuple[float, float]:
 
 
 def _bytes(decoder: Any, tokens: int, bf16: bool) -> int:
+    """Return the bytes of tensors saved for the backward pass over `tokens` tokens."""
     own = {tensor.untyped_storage()._cdata for tensor in (*decoder.parameters(), *decoder.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, or its address would serve again
+            kept[storage._cdata] = storage  # keep it alive, or its address could be reused
         return tensor
 
     unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731

@@ -1,4 +1,4 @@
-"""A run folder while it is written. Files and folders in it appear whole."""
+"""Write run folders. Files and folders in them appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Write = Callable[[Path], object]  # writes a file or a folder at the path
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """runs/NAME, or runs/CORPUS-TIME for a recipe without a name."""
+    """Return runs/NAME, or runs/CORPUS-TIME for a recipe without a name."""
     if recipe.name is not None:
         return Path("runs") / recipe.name
     corpus = recipe.data.corpus.partition(":")[0]
@@ -34,7 +34,7 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
-    """The folder that a run goes to. Raises ValueError or FileNotFoundError where there is nothing to resume."""
+    """Return the folder of a run. Raises ValueError or FileNotFoundError if there is nothing to resume."""
     folder = Path(out) if out is not None else default_folder(recipe)
     if not resume:
         return folder
@@ -46,12 +46,12 @@ def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes; Trainer does not tell before it has its arguments."""
+    """Return whether this process writes files, known before Trainer has its arguments."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def check_new(folder: Path) -> None:
-    """Raise FileExistsError if anything is at `folder` but an empty folder."""
+    """Raise FileExistsError if there is anything at `folder` except an empty folder."""
     if not atomic_write.is_free(folder):
         raise FileExistsError(
             f"run folder {str(folder)!r} exists already and nothing is overwritten; name another with --out, or go on "
@@ -60,9 +60,10 @@ def check_new(folder: Path) -> None:
 
 
 def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Write], data: str | None = None) -> None:
-    """A new run folder with its recipe, its environment and `parts`; all of it is there at once, or nothing.
+    """Create a run folder with its recipe, environment and `parts`, completely or not at all.
 
-    parts: by name, what writes further files and folders. data: fingerprint of shards that it trains on.
+    parts: functions that write further files and folders, by name. data: fingerprint of the shards that the run trains
+    on.
     """
     check_new(folder)
     more = {} if data is None else {DATA: data}
@@ -77,7 +78,7 @@ def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Wr
 
 
 def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
-    """Write those parts that a run lacks: earlier releases could be killed before they had written them."""
+    """Write the parts that a run lacks because an earlier release was killed before writing them."""
     for name, write in parts.items():
         path = folder / name
         if path.exists():
@@ -90,14 +91,14 @@ def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, without what transformers notes about where it was loaded from."""
+    """Save a tokenizer, without transformers' notes on where it was loaded from."""
     for place in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(place, None)
     tokenizer.save_pretrained(folder)
 
 
 def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> None:
-    """Raise ValueError naming the first key in which the recipe differs from the one of the run to be resumed.
+    """Raise ValueError naming the first key in which the recipe differs from that of the run to be resumed.
 
     When and how many checkpoints are written may differ.
     """
@@ -125,7 +126,7 @@ def check_data(folder: Path, data: str | None) -> None:
 
 
 def note_resumption(folder: Path, step: int) -> None:
-    """Add this process to environment.json, and name what has changed since the run began."""
+    """Add this process to environment.json, with what has changed since the run began."""
     known = Run(folder).environment()
     now = environment.describe(known["seed"])
     changed = {key: now[key] for key in now if key not in environment.session() and now[key] != known.get(key)}
@@ -134,10 +135,10 @@ def note_resumption(folder: Path, step: int) -> None:
 
 
 def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
-    """Forget lines after `step`: the steps they tell of are about to be done again.
+    """Remove the lines of metrics.jsonl after `step`, whose steps will be repeated.
 
-    count: how many lines there were when the checkpoint was written; the closing of a run logs its last step again.
-    Raises ValueError if there are fewer now.
+    count: number of lines when the checkpoint was written, since the end of a run logs its last step again. Raises
+    ValueError if there are fewer now.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -158,7 +159,7 @@ def save_model(
     name: str = MODEL,
     parts: Mapping[str, Write] | None = None,
 ) -> None:
-    """Write RUN/name, whole or not at all: weights with their hashes, tokenizer, model card, and further parts."""
+    """Write RUN/name, completely or not at all: weights with their hashes, tokenizer, model card and further parts."""
     from skipstone.model.card import write_card
 
     partial = atomic_write.partial_of(folder / name)
@@ -179,4 +180,5 @@ def save_model(
 
 
 def save_result(folder: Path, result: PlainMapping) -> None:
+    """Write the summary of a finished run."""
     write_json(folder / RESULT, result)

@@ -1,4 +1,4 @@
-"""What the next log line reports: losses and time since the last one. It survives a checkpoint bit for bit."""
+"""`LogWindow`: sums of losses and time since the last log line. A checkpoint restores them exactly."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ STATE: dict[str, type] = {"began": int, "tokens": int, "total_tokens": int, "sec
 
 
 class LogWindow:
-    """Sums on the device, so that adding to them never makes the host wait.
+    """Sums for the next log line, kept on the device so that adding to them never makes the host wait.
 
-    began: the step after which this window began. sums are those of this process, tokens those of all. The
-    totals run over the whole training. Time spent on evaluation and
-    on saving is left out.
+    began: the step after which this window began. sums: token loss and auxiliary loss of this process; tokens: of all
+    processes. Totals run over the whole training. Time of evaluation and saving is left out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,17 +31,18 @@ class LogWindow:
         self._since: float | None = None
 
     def add(self, token_loss: Tensor, auxiliary_loss: Tensor, tokens: int) -> None:
-        """One micro-batch: its share of the step's mean losses, and how many tokens it had."""
+        """Add one micro-batch: its share of the step's mean losses, and its number of tokens."""
         self.sums += torch.stack((token_loss.detach(), auxiliary_loss.detach())).to(self.sums)
         self.tokens += tokens
         self.total_tokens += tokens
 
     def start(self) -> None:
+        """Start counting time."""
         self._since = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here does not count. The caller has waited for the device before it enters."""
+        """Stop counting time during a `with` block. The caller has synchronised the device before."""
         if self._since is not None:
             elapsed = time.perf_counter() - self._since
             self.seconds += elapsed
@@ -59,16 +59,16 @@ class LogWindow:
         self.began, self.tokens, self.seconds = step, 0, 0.0
 
     def save(self, folder: Path, sums: Tensor, lines: int) -> None:
-        """sums: over all processes. lines: of metrics.jsonl so far."""
+        """Write the state to a checkpoint. sums: over all processes. lines: number of lines in metrics.jsonl."""
         state = {name: getattr(self, name) for name in STATE}
         state |= {"sums": sums.tolist(), "lines": lines}
         (folder / FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path, first: bool = True) -> int | None:
-        """Go on with the window of a checkpoint; returns the lines of metrics.jsonl that it knew of, None if untold.
+        """Restore the state of a checkpoint; return the number of lines in metrics.jsonl at that time, None if unknown.
 
-        first: whether this is the first of the processes, which takes the sums of all. Raises ValueError for a
-        checkpoint that was not written by this trainer.
+        first: whether this is the first process, which takes the sums of all. Raises ValueError for a checkpoint that
+        was not written by this trainer.
         """
         path = folder / FILE
         if not path.is_file():

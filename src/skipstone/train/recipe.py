@@ -1,4 +1,4 @@
-"""`TrainConfig` and `Recipe`: what a training run is, read strictly from plain dicts."""
+"""`TrainConfig` and `Recipe`: the definition of a training run, parsed strictly from plain dicts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Literal
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict, unknown
 from skipstone.data.config import DataConfig
 
-# Kinds of parameters that weight decay may spare (see decay.py). preferences: of PolyGLU's neurons, for an activation.
-# embeddings: of tokens and positions; a tied head is one of them. routers: all else that mechanisms own.
+# Kinds of parameters that weight decay may leave out (see decay.py). preferences: those of PolyGLU's neurons.
+# embeddings: of tokens and positions, and a tied head. routers: all other parameters of mechanisms.
 DECAY_KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
 LOGGERS = ("jsonl", "tensorboard", "wandb")
-NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints", "keep_best")  # what is written, and when
-LARGE_VOCABULARY, LOSS_CHUNK = (
-    65_536,
-    1024,
-)  # from there on, the logits of a micro-batch outgrow the model's own tensors
+NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints", "keep_best")  # only affect what is written and when
+# From this vocabulary on, the logits of a micro-batch are larger than the model's other tensors.
+LARGE_VOCABULARY, LOSS_CHUNK = 65_536, 1024
 
-# Larger ones are slips: no machine has so many threads, and torch takes no larger seed.
+# Larger values are typing mistakes: no machine has so many threads, and torch accepts no larger seed.
 LARGEST = {
     "steps": 1 << 31,
     "batch_size": 1 << 24,
@@ -31,34 +29,34 @@ LARGEST = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. Everything here may change the result, but for the intervals, `loggers` and what is kept.
+    """The options of a training. All may change the result, except intervals, `loggers` and what is kept.
 
-    Of these, `NOT_THE_RESULT` may even differ between a run and its resumption.
+    The options in `NOT_THE_RESULT` may differ between a run and its resumption.
 
-    steps: optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches; so
-    gradient_accumulation, the number of micro-batches it is cut into, changes memory and not the result, but for
-    what is measured on a micro-batch: the thresholds of `ema_threshold`, the targets of guided gates, the balancing
-    loss of experts. The number of processes has the same effect.
-    learning_rate: at the end of the linear warm-up of warmup_steps (None: a tenth of the steps, at most 100); it then
+    steps: optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches.
+    gradient_accumulation: number of micro-batches per step. It changes memory and not the result, except for what is
+    measured on a micro-batch: the thresholds of `ema_threshold`, the targets of guided gates, the balancing loss of
+    experts. The number of processes has the same effect.
+    learning_rate: at the end of the linear warm-up over warmup_steps (None: a tenth of the steps, at most 100); it then
     falls as a cosine to min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's.
-    no_decay: what weight decay spares, of preferences (of PolyGLU's neurons), biases, norms, embeddings (a tied head is
-    one) and routers (all else that mechanisms own); the matrices of attention and MLP always decay. None: the first
-    three.
-    max_grad_norm: gradients are clipped to this norm; 0: not at all.
+    no_decay: kinds of parameters without weight decay: preferences (of PolyGLU's neurons), biases, norms, embeddings
+    (and a tied head), routers (all other parameters of mechanisms); the matrices of attention and MLP always decay.
+    None: the first three.
+    max_grad_norm: gradients are clipped to this norm; 0: no clipping.
     precision: fp32, or bf16 (autocast; weights and optimizer stay fp32). compile: torch.compile of each block.
-    activation_checkpointing: recompute blocks in the backward pass instead of keeping what is inside them.
-    loss_chunk: tokens whose logits exist at a time; 0: those of all at once; None: 1,024 where the vocabulary has
-    65,536 tokens or more, else all.
-    routing: learned, or difficulty: every block with a depth mechanism keeps exactly the tokens whose row entry
-    `difficulty` is not negative (the upper bound that Reset-S3 is measured against).
-    eval_every, log_every, save_every: in steps; 0: at the end only (log_every at least 1). eval_rows: validate on the
-    first so many rows only. save_minutes: a checkpoint, too, whenever so many minutes have passed since the last one;
-    None: by steps alone. eval_batch_size: rows of a forward pass; None: those of a micro-batch.
-    keep_checkpoints: the newest so many stay. keep_best: also keep the model of the lowest validation loss so far, in
-    RUN/best; the loss of the causal pass where the model has one. seed: of weights, dropout and noise; `data.seed`
-    draws the rows.
-    threads: of torch on the CPU; None: as it is. device: auto takes an accelerator where there is one.
-    loggers: where metrics go. jsonl is always written.
+    activation_checkpointing: recompute blocks in the backward pass instead of saving their intermediate tensors.
+    loss_chunk: number of tokens whose logits exist at a time; 0: all; None: 1,024 if the vocabulary has 65,536 tokens
+    or more, else all.
+    routing: learned, or difficulty: every block with a depth mechanism keeps exactly the tokens whose `difficulty` is
+    not negative (the upper bound on Reset-S3).
+    eval_every, log_every, save_every: in steps; 0: at the end only (log_every at least 1). eval_rows: number of rows
+    for validation. save_minutes: also save a checkpoint when this many minutes have passed since the last one; None: by
+    steps only. eval_batch_size: rows of a forward pass; None: as in a micro-batch.
+    keep_checkpoints: number of newest checkpoints to keep. keep_best: also keep the model with the lowest validation
+    loss so far, in RUN/best, by the loss of the causal pass if the model has one. seed: of weights, dropout and noise;
+    `data.seed` draws the rows.
+    threads: torch's CPU threads; None: unchanged. device: auto uses an accelerator if there is one.
+    loggers: destinations of metrics; jsonl is always written.
     """
 
     steps: int = 1000
@@ -119,7 +117,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     def loss_chunk_of(self, vocab_size: int) -> int:
-        """Tokens whose logits a model of this vocabulary makes at a time; 0: of all at once."""
+        """Return the number of tokens whose logits a model with this vocabulary computes at a time; 0: all."""
         if self.loss_chunk is not None:
             return self.loss_chunk
         return LOSS_CHUNK if vocab_size >= LARGE_VOCABULARY else 0
@@ -142,7 +140,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. model: keys of SkipstoneConfig, or {preset: NAME, ...overrides}. name: of the default run folder."""
+    """The definition of a whole run.
+
+    name: of the default run folder. model: fields of SkipstoneConfig, or {preset: NAME, ...overrides}. data, train: see
+    their classes.
+    """
 
     name: str | None = None
     model: PlainDict = field(default_factory=dict)
@@ -160,12 +162,15 @@ class Recipe:
 
 
 def read_recipe(values: PlainMapping) -> Recipe:
-    """The recipe of a plain dict. Raises ValueError, one line a mistake, naming the field and what is allowed."""
+    """Parse a recipe from a plain dict.
+
+    Raises ValueError with one message per mistake, naming field and allowed values.
+    """
     if "arms" in values:
         raise ValueError("a recipe with arms is a comparison: run it by `skipstone isoflop`, or leave arms out")
     return from_dict(Recipe, values)
 
 
 def to_dict(recipe: Recipe) -> PlainDict:
-    """The recipe as plain values, as config.yaml keeps it."""
+    """Return the recipe as plain values, as config.yaml stores it."""
     return {key: value for key, value in asdict(recipe).items() if value is not None}

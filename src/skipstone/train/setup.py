@@ -1,4 +1,4 @@
-"""From a recipe to the model's configuration, the model, and Trainer's arguments."""
+"""Build the model's configuration, the model, and Trainer's arguments from a recipe."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from skipstone.train.recipe import Recipe, TrainConfig
 
 
 def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> SkipstoneConfig:
-    """The configuration that a recipe's `model` names, its context and vocabulary taken from the data if not set.
+    """Return the configuration for a recipe's `model`, with context and vocabulary from the data if not set.
 
-    `defaults`: what the data knows (vocabulary size, special tokens); empty before it is read, to check the rest early.
-    Raises ValueError for keys or values that cannot be, a context shorter than the rows and a vocabulary too small.
+    defaults: what the data determine (vocabulary size, special tokens); empty to check the rest before data are read.
+    Raises ValueError for invalid keys and values, a context shorter than the rows and a vocabulary that is too small.
     """
     given = {"max_position_embeddings": context, **defaults, **values}
     preset = given.pop("preset", None)
     needed, own = defaults.get("vocab_size", 0), values.get("vocab_size")
-    if isinstance(own, int) and own < needed:  # before its special tokens are found to be outside of it
+    if isinstance(own, int) and own < needed:  # a clearer error than one about special tokens outside of it
         raise ValueError(f"model.vocab_size ({own}) is too small: the tokenizer has {needed} tokens")
     config = SkipstoneConfig.from_plain(given) if preset is None else presets.get(preset, **given)
     if config.max_position_embeddings < context:
@@ -42,25 +42,25 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
 
 
 def data_defaults(data: PreparedData) -> PlainDict:
-    """What the model's configuration takes from the data."""
+    """Return what the model's configuration takes from the data: vocabulary size and special tokens."""
     found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:
         eos, pad = data.tokenizer.eos_token_id, data.tokenizer.pad_token_id
         found |= {"eos_token_id": eos, "bos_token_id": data.tokenizer.bos_token_id}
-        # The embedding of a pad token never learns: where another token also serves as pad, it must not be one.
+        # The embedding of a pad token is never trained, so a token with another use must not be the pad token.
         found["pad_token_id"] = pad if pad not in (eos, data.tokenizer.bos_token_id) else None
     return found
 
 
 def plain(config: SkipstoneConfig) -> PlainDict:
-    """The whole configuration as plain values, as a recipe may hold it."""
+    """Return the whole configuration as plain values, as in a recipe."""
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(config) if field.name in TYPES]
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
 def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCausalLM:
-    """Fresh weights, a function of the seed; its blocks compiled if asked for.
+    """Build a model with fresh weights, a function of the seed, with compiled blocks if configured.
 
     Raises ValueError for weights that would not fit into the machine's memory.
     """
@@ -79,13 +79,13 @@ def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCaus
 
 
 def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
-    """The data with a training set of exactly as many rows as the training reads: one epoch, no wrap-around."""
+    """Return the data with exactly as many training rows as the training reads, so that it is one epoch."""
     rows = train.steps * train.batch_size
     return dataclasses.replace(data, train=dataclasses.replace(data.train, rows=rows))  # type: ignore[type-var]
 
 
 def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
-    """Trainer's arguments. Raises ValueError if a step's rows cannot be shared out evenly."""
+    """Return Trainer's arguments. Raises ValueError if the rows of a step cannot be divided evenly."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows, rest = divmod(train.batch_size, train.gradient_accumulation * processes)
     if rest:
@@ -116,7 +116,7 @@ def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
         save_steps=train.save_every or train.steps,
         logging_steps=train.log_every,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would hide that a run has diverged
+        logging_nan_inf_filter=False,  # it would hide divergence
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -128,14 +128,14 @@ def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
 
 
 def _checkpointing(wanted: bool) -> PlainDict:
-    """transformers 5.23 has renamed the switch."""
+    """Return Trainer's switch for activation checkpointing, which transformers 5.23 has renamed."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
 def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCallback]:
-    """Trainer's own callbacks for the loggers that are asked for."""
+    """Return Trainer's own callbacks for the configured loggers."""
     from transformers.integrations import TensorBoardCallback, WandbCallback
 
     found: list[TrainerCallback] = []
@@ -149,7 +149,7 @@ def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCal
 
 
 def check_early(recipe: Recipe) -> None:
-    """Find what is wrong with a recipe's model or loggers before any corpus is read."""
+    """Raise ValueError for mistakes in a recipe's model or loggers, before any corpus is read."""
     early.check_loggers(recipe.train)
     model_config(recipe.model, recipe.data.context, {})
     if recipe.data.train_rows is not None:
@@ -157,7 +157,7 @@ def check_early(recipe: Recipe) -> None:
 
 
 def model_mistakes(values: PlainMapping) -> list[str]:
-    """A line for each mistake in a recipe's `model`, the options of its mechanisms included."""
+    """Return a message for each mistake in a recipe's `model`, including the options of its mechanisms."""
     try:
         model_config(values, 1, {})
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Trainers: a mixin that shows records to the routing callback, and the trainer behind `skipstone train`."""
+"""Trainers: a mixin that passes records to the routing callback, and the trainer of `skipstone train`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from skipstone.train.validation import batches, loss_sums
 
 
 class RoutingMixin:
-    """Before any Trainer among the bases: `class MyTrainer(RoutingMixin, SFTTrainer)`.
+    """A mixin that lets any Trainer update routing thresholds: `class MyTrainer(RoutingMixin, SFTTrainer)`.
 
-    Asks the model for its records and shows them to a `RoutingCallback`, which is added if there is none.
+    It requests records from the model and passes them to a `RoutingCallback`, which is added if there is none.
     """
 
     routing: RoutingCallback
@@ -47,24 +47,25 @@ class RoutingMixin:
             self.add_callback(self.routing)  # type: ignore[attr-defined]
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: object) -> Any:
+        """Return the loss, including auxiliary losses if Trainer computes it from logits; passes on the records."""
         asked = {**inputs, "output_records": True}
         elsewhere = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
-        if elsewhere and "labels" in inputs:  # Trainer takes the labels away and computes the loss from logits
+        if elsewhere and "labels" in inputs:  # Trainer removes the labels and computes the loss from logits
             asked["shift_labels"] = shifted(inputs["labels"])
         loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)  # type: ignore[misc]
         if elsewhere and outputs.get("auxiliary_loss") is not None:
-            loss = loss + outputs["auxiliary_loss"]  # the routers' own losses, which logits do not hold
+            loss = loss + outputs["auxiliary_loss"]  # auxiliary losses, which do not follow from logits
         if model.training:
             self.routing.observe(model, outputs.get("records"))
         return (loss, outputs) if return_outputs else loss
 
 
 class RoutingTrainer(RoutingMixin, Trainer):
-    """`transformers.Trainer` that also moves thresholds."""
+    """A `transformers.Trainer` that also advances routing thresholds and schedules."""
 
 
 class RunTrainer(RoutingTrainer):
-    """What `skipstone train` runs: exact resume, own validation, metrics by name, checkpoints that appear complete."""
+    """The trainer of `skipstone train`, with exact resuming, its own validation and atomic checkpoints."""
 
     def __init__(self, *, recipe: TrainConfig, data: PreparedData, **kwargs: object) -> None:
         super().__init__(train_dataset=data.train, eval_dataset=data.validation, data_collator=data.collate, **kwargs)
@@ -73,20 +74,22 @@ class RunTrainer(RoutingTrainer):
         self.window = LogWindow(self.args.device)
         self.meter = RecordMeter()
         self.obstacle = causal_obstacle(self._plain.routing_modules())
-        self.routing.saves_whole_model = True  # adapters are in its checkpoints with the model, and merged at the end
+        self.routing.saves_whole_model = True  # its checkpoints contain adapters with their model
 
-    # The order of rows: each row is already a random draw from (seed, index), so a step's rows follow from its number.
+    # Rows are read in order: each is already a random draw from (seed, index), so a step's rows follow from its number.
     def _get_train_sampler(self, train_dataset: Sized | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of parameters with weight decay, by the recipe's `no_decay`."""
         return decaying(model, (name for name, _ in model.named_parameters()), self.recipe.no_decay)
 
     def floating_point_ops(self, inputs: PlainDict) -> int:
-        """Trainer's rule of thumb counts a routed model as dense; the cost model and the evaluation count truly."""
+        """Return 0: Trainer's estimate would count a routed model as dense; the cost model counts exactly."""
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Return the loss of a micro-batch, adding to the sums for the next log line."""
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
@@ -97,11 +100,11 @@ class RunTrainer(RoutingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _tokens(self, inputs: PlainDict) -> int:
-        """Of a micro-batch, over all processes, which have rows of one length."""
+        """Return the tokens of a micro-batch over all processes, which have rows of equal length."""
         return int(inputs["input_ids"].numel()) * self.accelerator.num_processes
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """What is minimised, the model's own loss here. Whoever changes it keeps `outputs` true for the log.
+        """Return the loss to minimise, by default the model's own. Overrides must keep `outputs` correct for the log.
 
         items: predicted tokens of the whole optimizer step, by which sums are divided.
         """
@@ -112,7 +115,7 @@ class RunTrainer(RoutingTrainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _forced(self, batch: Row) -> dict[int, Tensor]:
-        """Exactly the tokens whose needed depth is known to be one or more, in every block that routes."""
+        """Return masks that keep exactly the tokens known to need depth, for every block that routes."""
         return forced_routing(self._plain, batch["difficulty"] >= 0)
 
     def _logs_this_step(self) -> bool:
@@ -122,7 +125,7 @@ class RunTrainer(RoutingTrainer):
     # --- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training losses are our own sums: means since the last line, exact across a resume."""
+        """Log with our own training losses: means since the last line, exact across a resumption."""
         if "train_runtime" in logs:
             return  # Trainer's closing summary; result.json has ours
         if "loss" in logs:
@@ -130,6 +133,7 @@ class RunTrainer(RoutingTrainer):
         super().log(logs, start_time)
 
     def _window_logs(self) -> dict[str, float]:
+        """Return the figures since the last log line, and begin a new window."""
         window = self.window
         steps = self.state.global_step - window.began
         token_loss, auxiliary_loss = (self.accelerator.reduce(window.sums, "sum") / max(steps, 1)).tolist()
@@ -141,7 +145,10 @@ class RunTrainer(RoutingTrainer):
         return logs
 
     def _check_finite(self, grad_norm: Tensor | float | None) -> None:
-        """Before anything is written: what has diverged is neither logged nor saved. The host waits once for both."""
+        """Raise ValueError for a loss or gradient that is not finite, before anything is logged or saved.
+
+        The host waits once for both.
+        """
         pair = torch.stack((self.window.sums.sum(), torch.as_tensor(grad_norm).to(self.window.sums)))
         loss, norm = pair.tolist()
         if not math.isfinite(loss + norm):
@@ -156,7 +163,7 @@ class RunTrainer(RoutingTrainer):
     ) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             if self.args.device.type == "cuda":
-                torch.cuda.synchronize()  # what is still queued belongs to the time before
+                torch.cuda.synchronize()  # queued work belongs to the training time
             self._check_finite(grad_norm)
             with self.window.paused():
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -164,10 +171,12 @@ class RunTrainer(RoutingTrainer):
     # --- validation
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
-        """`eval_oracle_loss` and, where the model has a causal pass, `eval_causal_loss`, with what that pass kept."""
+        """Return `eval_oracle_loss` and, if the model can decide causally, `eval_causal_loss` with the capacities of
+        that pass.
+        """
         model, was_training = self.model, self.model.training
         model.eval()
-        with torch.compiler.set_stance("force_eager"):  # other passes than the training step are not worth compiling
+        with torch.compiler.set_stance("force_eager"):  # validation passes are not worth compiling
             metrics = {"eval_oracle_loss": self._validation_loss("oracle", RecordMeter())}
             if self.obstacle is None:
                 meter = RecordMeter()
@@ -192,7 +201,7 @@ class RunTrainer(RoutingTrainer):
     # --- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """Written aside and renamed, so that a checkpoint with a name is complete."""
+        """Save a checkpoint under a temporary name and rename it when it is complete."""
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         partial = folder / PARTIAL
         if self.args.should_save:
@@ -208,7 +217,7 @@ class RunTrainer(RoutingTrainer):
                     self._close_checkpoint(partial / name, folder / name, sums)
         except BaseException:
             if self.args.should_save:
-                atomic_write.remove(partial)  # it may be what fills the disk
+                atomic_write.remove(partial)  # it may have filled the disk
             raise
         finally:
             self.args.output_dir = str(folder)
@@ -217,8 +226,8 @@ class RunTrainer(RoutingTrainer):
             rotate_checkpoints(str(folder), self.recipe.keep_checkpoints)
 
     def _close_checkpoint(self, partial: Path, final: Path, sums: Tensor) -> None:
-        """What Trainer leaves out; then hashes of all files, and the name."""
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
+        """Add what Trainer does not save and the hashes of all files, then rename."""
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that we never read
         self.window.save(partial, sums, count_lines(final.parent.parent / METRICS))
         checksums.record(partial)
         atomic_write.replace_folder(partial, final)

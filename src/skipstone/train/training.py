@@ -1,4 +1,4 @@
-"""`train`: from a recipe to a finished run folder."""
+"""`train`: train a recipe into a run folder."""
 
 from __future__ import annotations
 
@@ -37,14 +37,13 @@ def train(
     save_minutes: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Train the recipe `config` into a run folder and return it.
+    """Train the recipe `config` into a run folder and return the folder.
 
-    out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe without a name. resume: go on from the
-    last checkpoint of an existing run (from the start, if it has none) with the recipe that it was started with; a
-    finished run is left as it is. progress: show a bar. data: the recipe's rows, where they are prepared already.
-    save_minutes: at most so many minutes between checkpoints, where the recipe says nothing of minutes. callbacks:
-    further ones for Trainer.
-    Raises ValueError, FileNotFoundError or FileExistsError, one line, also while another process is at work on the
+    out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe without a name. resume: continue an
+    existing run from its last checkpoint (from the start, if it has none) with the recipe that it was started with; a
+    finished run is left unchanged. progress: show a bar. data: the recipe's rows, if they are prepared already.
+    save_minutes: largest interval between checkpoints, unless the recipe sets one in minutes. callbacks: further
+    callbacks for Trainer. Raises ValueError, FileNotFoundError or FileExistsError, also while another process uses the
     folder; `Interrupted` after a stop signal.
     """
     recipe = read_recipe(config)
@@ -91,7 +90,7 @@ def _train(
 
 @contextmanager
 def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
-    """The folder of the run, locked: no other process trains into it."""
+    """Yield the folder of the run, locked against other processes during a `with` block."""
     folder = folders.chosen(recipe, out, resume)
     with locked(folder) if folders.is_first_process() else nullcontext():
         if not resume and folders.is_first_process():
@@ -100,7 +99,7 @@ def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
 
 
 def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
-    """The run to go on with, None for a new one. Says so where it is finished already."""
+    """Return the run to resume, None for a new one; prints a message if it is already finished."""
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     run = Run(folder) if resume else None
@@ -110,7 +109,7 @@ def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
 
 
 def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> PreparedData:
-    """Rows to train and to validate on; a run that is resumed keeps its tokenizer."""
+    """Return the rows for training and validation; a resumed run keeps its tokenizer."""
     if run is not None:
         saved = run.config()
         folders.check_same(
@@ -131,9 +130,9 @@ def fit(
     finish: Callable[[RunTrainer], None],
     save_minutes: float | None = None,
 ) -> Path:
-    """Train to the end, from the folder's last checkpoint if there is one, then `finish`; returns the folder.
+    """Train to the end, from the folder's last checkpoint if there is one, then call `finish`; returns the folder.
 
-    trainer_of: builds the trainer with the callbacks of a run. save_minutes: where the recipe has none. Raises
+    trainer_of: builds the trainer with the callbacks of a run. save_minutes: used if the recipe has none. Raises
     `Interrupted` after a stop signal.
     """
     checkpoint = last_checkpoint(folder)
@@ -165,11 +164,12 @@ def fit(
         with quiet():
             finish(trainer)
     if stop.received is not None:
-        signal.raise_signal(stop.received)  # it came during the last step: the run is whole, but others may wait
+        signal.raise_signal(stop.received)  # it came during the last step, which ended the run as usual
     return folder
 
 
 def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
+    """Print how to resume the run and raise `Interrupted`."""
     assert stop.received is not None
     name = signal.Signals(stop.received).name
     print(  # noqa: T201
@@ -181,7 +181,7 @@ def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
 
 
 def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object) -> None:
-    """The final model with its card, then the summary, which holds `more`, too."""
+    """Save the final model with its card, then the summary with the additional entries `more`."""
     lines = Run(folder).metrics()
     training = [line for line in lines if line["split"] == "train"]
     validation = next(line for line in reversed(lines) if line["split"] == "validation")
@@ -204,7 +204,7 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object
             "steps": trainer.state.global_step,
             "tokens": window.total_tokens,
             "seconds": window.total_seconds,
-            "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first steps warm up
+            "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first window includes warm-up
             "train_loss": training[-1]["loss"],
             "validation": losses,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -214,10 +214,10 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object
 
 
 def _keep_view(folder: Path, model: SkipstoneForCausalLM, data: PreparedData, forced: bool) -> None:
-    """Keep what a report shows of the model: one pass over a few rows, which a report need not make again."""
+    """Save what a report shows of the model, from one pass over a few rows, so that reports need no pass."""
     try:
         with torch.compiler.set_stance("force_eager"):
             view = view_model(model, data, forced)
-    except ValueError:  # a model that waits for decisions which its data do not know: a report says so
+    except ValueError:  # the model needs masks that its data cannot provide; a report will say so
         return
     Run(folder).keep_view(view.to_dict())

@@ -1,4 +1,4 @@
-"""Validation during training: the loss with sight of the whole row, and the loss with decisions generation can make."""
+"""Validation during training: the losses of oracle passes and of causal passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skipstone.measure.record_meter import RecordMeter
 
 
 def batches(data: PreparedData, rows: int | None, size: int, part: int = 0, parts: int = 1) -> Iterator[Row]:
-    """The first `rows` validation rows (None: all), `size` at a time; `parts` processes take turns."""
+    """Yield the first `rows` validation rows (None: all), `size` at a time, taking turns with other processes."""
     count = min(rows or len(data.validation), len(data.validation))
     for start in range(part * size, count, parts * size):
         yield data.collate(data.validation.__getitems__(list(range(start, min(start + size, count)))))
@@ -31,7 +31,10 @@ def loss_sums(
     meter: RecordMeter,
     loss_chunk: int = 0,
 ) -> Tensor:
-    """fp64 [2]: cross-entropy in nats summed over predictions, and their number. The gathered executor, no noise."""
+    """Return the cross-entropy in nats summed over predictions, and their number, fp64 [2].
+
+    The pass uses the gathered executor without noise.
+    """
     asked: PlainDict = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in rows:
@@ -44,5 +47,5 @@ def loss_sums(
 
 
 def predictions(batch: Row) -> Tensor:
-    """How many labels of the batch are predicted."""
+    """Return the number of predictions in a batch."""
     return (targets(batch) != IGNORE).sum()

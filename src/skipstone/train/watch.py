@@ -1,4 +1,4 @@
-"""Callbacks that watch a run: metrics.jsonl, the progress bar, stop signals."""
+"""Callbacks of a run: metrics.jsonl, the progress bar, stop signals."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from transformers.utils import logging as transformers_logging
 from skipstone.core.atomic_write import naming
 from skipstone.core.strict import PlainDict, PlainMapping
 
-VALIDATION = "eval_"  # how Trainer and its integrations mark what validation measured
-AGREE_EVERY = 10  # steps, on accelerators
+VALIDATION = "eval_"  # prefix of validation metrics in Trainer and its integrations
+AGREE_EVERY = 10  # steps between agreements of processes on accelerators
 SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "causal", "tokens_per_second": "tokens/s"}
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON object a line: step, split, then what was measured. `causal_loss` is null without a causal pass."""
+    """Write one JSON object per log line: step, split, then metrics. `causal_loss` is null without a causal pass."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class MetricsFile(TrainerCallback):
 
 
 def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
-    """What a line of metrics.jsonl holds of Trainer's logs."""
+    """Return the line of metrics.jsonl for one of Trainer's logs."""
     values = {name: value for name, value in logs.items() if name != "epoch"}
     if not any(name.startswith(VALIDATION) for name in values):
         return {"step": step, "split": "train", **values}
@@ -53,7 +53,7 @@ def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
 
 
 class Progress(TrainerCallback):
-    """A bar on stderr where that is a terminal; elsewhere a line at each validation."""
+    """Show a progress bar on stderr if it is a terminal; else print a line at each validation."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -101,18 +101,19 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back, also after an error."""
+        """Remove the bar from the terminal, also after an error."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
     def summary(self) -> str:
+        """Return the latest figures as one line."""
         return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own bars for every file that is written."""
+    """Disable transformers' progress bars for written files inside a `with` block."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -123,10 +124,10 @@ def quiet() -> Iterator[None]:
 
 
 class StopSignals(TrainerCallback):
-    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; a second one ends the process.
+    """Stop a training after SIGINT or SIGTERM: finish the step and save a checkpoint; a second signal ends the process.
 
-    save_minutes: a checkpoint is also saved whenever so many minutes have passed since the last one. Where several
-    processes train, they agree on both at the end of each step, so that all of them save the same step.
+    save_minutes: also save a checkpoint when this many minutes have passed since the last one. Several processes agree
+    on both at the end of each step, so that all save the same step.
     """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -138,7 +139,10 @@ class StopSignals(TrainerCallback):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Signals can be handled in the main thread only; elsewhere this does nothing."""
+        """Handle the signals during a `with` block.
+
+        Does nothing outside of the main thread, where they cannot be handled.
+        """
         try:
             before = {number: signal.signal(number, self._receive) for number in self.HANDLED}
         except ValueError:
@@ -165,7 +169,7 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
         control.should_save = control.should_save or due
         if state.global_step >= state.max_steps:
-            control.should_log = True  # Trainer logs at multiples of the interval only
+            control.should_log = True  # Trainer only logs at multiples of the interval
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -176,9 +180,9 @@ class StopSignals(TrainerCallback):
 
 
 def _agreed(received: int | None, due: bool, device: torch.device, step: int) -> tuple[int | None, bool]:
-    """What any of the processes has received, and whether a checkpoint is due on any of them.
+    """Return the signal that any process has received, and whether a checkpoint is due on any of them.
 
-    On an accelerator the host waits for the answer, so they ask each other at every tenth step only.
+    On an accelerator the host waits for the answer, so processes agree at every tenth step only.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return received, due
@@ -191,4 +195,4 @@ def _agreed(received: int | None, due: bool, device: torch.device, step: int) ->
 
 
 class Interrupted(SystemExit):
-    """Training was stopped by a signal and can be resumed; leaves the process with 128 + the signal's number."""
+    """Training was stopped by a signal and can be resumed. The exit status is 128 + the signal's number."""
