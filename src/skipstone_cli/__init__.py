@@ -1,6 +1,6 @@
-"""The `skipstone` command. Light on purpose: torch and transformers are imported inside a verb, never here."""
+"""The `skipstone` command. It imports torch and transformers only inside verbs, so that it starts quickly."""
 
 from __future__ import annotations
 
-# Whether this process is the command. `main` sets it; `skipstone` then loads torch only when that is needed.
+# Whether this process is the command, set by `main`; `skipstone` then loads torch only when it is needed.
 running = False

@@ -1,4 +1,4 @@
-"""A user's mistakes become a line each on stderr and exit code 2; anything unexpected keeps its traceback."""
+"""Report users' mistakes as one line each on stderr with exit code 2; unexpected errors keep their traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-# The library raises ValueError (or a subclass) for users and asserts for invariants, so these are all that is caught.
+# The library raises ValueError (or a subclass) for mistakes of users and asserts invariants, so only these are caught.
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -17,7 +17,7 @@ _SHOWN_BY_PYTHON = warnings.showwarning
 
 
 class UserError(ValueError):
-    """Mistakes on the command line that the command itself finds, before the library is asked; a line each."""
+    """Mistakes on the command line that the command itself finds; one message for each."""
 
     def __init__(self, *lines: str) -> None:
         self.lines = list(lines)
@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn `USER_ERRORS` into `skipstone: ...` and exit code 2. SKIPSTONE_TRACEBACK=1 lets them through."""
+    """Turn `USER_ERRORS` into `skipstone: ...` and exit code 2. SKIPSTONE_TRACEBACK=1 disables this."""
     warnings.showwarning = _show
     try:
         yield
@@ -39,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def usual_warnings() -> None:
-    """Show warnings as Python does, not as this command does."""
+    """Show warnings as Python does, instead of as this command does."""
     warnings.showwarning = _SHOWN_BY_PYTHON
 
 
@@ -51,13 +51,13 @@ def _show(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings as one line; those of libraries are for developers and stay away."""
+    """Show our own warnings as one line; warnings of libraries are for developers and are not shown."""
     if issubclass(category, UserWarning) and f"{os.sep}skipstone" in filename:
         print(f"skipstone: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def describe(error: Exception) -> str:
-    """The error's text as one line; the operating system's errors without their number."""
+    """Return the error's text as one line; errors of the operating system without their number."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     else:

@@ -1,4 +1,4 @@
-"""The `skipstone` command: a table of verbs. This module and what it imports must stay light (tests/cli hold it)."""
+"""The `skipstone` command as a table of verbs. This module and its imports must stay light (tests/cli check this)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "run-module": run_module,
 }
 
-# Plain help (no rich markup) keeps a mistyped option to click's few lines, and start-up short.
+# Plain help without rich markup: mistyped options give only a few lines, and the command starts faster.
 app = typer.Typer(
     name="skipstone",
     no_args_is_help=True,
@@ -61,13 +61,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def skipstone(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Conditional computation for transformers that really saves the computation."""
 
 
-# What follows the module's name belongs to the module, its --help too.
+# Everything after the module's name is passed to the module, including --help.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 for _name, _verb in VERBS.items():
@@ -75,7 +75,7 @@ for _name, _verb in VERBS.items():
 
 
 def main() -> None:
-    """Entry point of the console script, and of `python -m skipstone`."""
+    """Run the command; the entry point of the console script and of `python -m skipstone`."""
     skipstone_cli.running = True
     with one_line_errors():
         app(prog_name="skipstone")

@@ -1,4 +1,4 @@
-"""What `eval` and `compare` share: a rich table on stdout, and the same figures as JSON and Markdown files."""
+"""Output of `eval`, `compare` and `calibrate`: a table on stdout, and the same figures as JSON and Markdown files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Figures(Protocol):
-    """What a measuring function of the library returns."""
+    """The results of a measuring function of the library."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -23,7 +23,7 @@ class Figures(Protocol):
 
 
 def check_targets(*, json: Path | None, markdown: Path | None) -> None:
-    """Refuse existing files, and places where none can be made, before the measurement starts, not after it."""
+    """Raise an error for output files that exist or cannot be created, before the measurement starts."""
     from skipstone.core.atomic_write import check_writable
 
     for path, option in ((json, "--json"), (markdown, "--markdown")):
@@ -33,7 +33,7 @@ def check_targets(*, json: Path | None, markdown: Path | None) -> None:
 
 
 def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> None:
-    """Print the table; write the files that were asked for."""
+    """Print the table and write the requested files."""
     from rich.console import Console
 
     Console().print(figures.table())
@@ -46,5 +46,5 @@ def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> No
 def _write(path: Path, text: str) -> None:
     from skipstone.core.atomic_write import write_whole
 
-    new_path(path, "output file")  # a file that appeared meanwhile is not overwritten either
+    new_path(path, "output file")  # a file that was created meanwhile is not overwritten either
     write_whole(path, text)

@@ -1,6 +1,6 @@
-"""Recipe and `key=value` words into one plain dict. Precedence: defaults < recipe < command line.
+"""Merge a recipe and `key=value` words into one plain dict. Precedence: defaults < recipe < command line.
 
-The defaults are those of the library's dataclasses, which also refuse unknown keys; nothing is checked twice here.
+The defaults are those of the library's dataclasses, which also refuse unknown keys; nothing is checked twice.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ EXAMPLE = "for example train.learning_rate=1e-3 or model.mechanisms.0.capacity=0
 
 
 def load_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The recipe at `path` with `overrides` on top, later ones winning, interpolations resolved.
+    """Return the recipe at `path` with overrides applied, later ones winning, and interpolations resolved.
 
-    Raises UserError when the file is absent or no YAML mapping, and for an override that is malformed or fits nowhere.
+    Raises UserError if the file is missing or not a YAML mapping, and for an override that is malformed or fits
+    nowhere.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -46,7 +47,7 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def split(word: str) -> tuple[str, str]:
-    """`key=value` into its halves; the value may hold further equals signs. Raises UserError when it is neither."""
+    """Split `key=value` at the first equals sign. Raises UserError if the word has another form."""
     key, equals, value = word.partition("=")
     parts = key.split(".")
     if not equals or not all(part and part == part.strip() for part in parts):
@@ -64,7 +65,7 @@ def _read(path: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, AssertionError, RecursionError) as error:
         raise UserError(f"recipe {str(path)!r} is not readable YAML: {_said(error)}") from None
     a_text = len(config) == 1 and [str(key) for key in config] == [path.read_text(encoding="utf-8").strip()]
-    if a_text or not isinstance(config, DictConfig):  # OmegaConf reads a bare text as a key without a value
+    if a_text or not isinstance(config, DictConfig):  # OmegaConf reads a plain text as a key without a value
         raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values at its top")
     return config
 
@@ -75,7 +76,7 @@ def _apply(config: DictConfig, key: str, value: str) -> None:
     from yaml import YAMLError
 
     try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]  # numbers, booleans and lists as in YAML
+        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]  # parses numbers, booleans and lists as YAML
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"override {key}={value}: the value is not YAML ({_said(error)})") from None
     if OmegaConf.is_dict(parsed) and not value.lstrip().startswith("{"):
@@ -88,7 +89,7 @@ def _apply(config: DictConfig, key: str, value: str) -> None:
 
 
 def _check_way(config: DictConfig, key: str, value: str) -> None:
-    """OmegaConf would replace a number or a text on the way to `key` by a mapping, silently; refuse that instead."""
+    """Raise UserError if `key` leads through a number or text, which OmegaConf would silently replace by a mapping."""
     from omegaconf import ListConfig, OmegaConf
 
     parts = key.split(".")
@@ -103,12 +104,12 @@ def _check_way(config: DictConfig, key: str, value: str) -> None:
 
 def _said(error: BaseException) -> str:
     if isinstance(error, RecursionError):
-        return "lists or mappings lie too deep inside each other"
+        return "lists or mappings are nested too deeply"
     return str(error) or "it is no mapping of keys to values"
 
 
 def _steps(config: DictConfig) -> tuple[Any, Any]:
-    """`train.steps` and `train.warmup_steps` as they are now."""
+    """Return the present `train.steps` and `train.warmup_steps`."""
     from omegaconf import OmegaConf
 
     train = OmegaConf.select(config, "train")
@@ -117,7 +118,7 @@ def _steps(config: DictConfig) -> tuple[Any, Any]:
 
 
 def _shorten_warmup(config: DictConfig, steps_before: Any, warmup_before: Any) -> None:
-    """A training that the command line has made shorter than the recipe's warm-up keeps the warm-up's share of it."""
+    """Keep the warm-up's share of the training if the command line makes it shorter than the recipe's warm-up."""
     from omegaconf import OmegaConf
 
     steps, warmup = _steps(config)
@@ -127,7 +128,7 @@ def _shorten_warmup(config: DictConfig, steps_before: Any, warmup_before: Any) -
     shorter = steps * warmup_before // steps_before
     OmegaConf.update(config, "train.warmup_steps", shorter)
     print(
-        f"skipstone: train.warmup_steps is {shorter} of {steps} steps, the share of the recipe's {warmup_before} of "
-        f"{steps_before}",
+        f"skipstone: train.warmup_steps is set to {shorter} of {steps} steps, the same share as the recipe's "
+        f"{warmup_before} of {steps_before}",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""The mistakes of a recipe: all of them, as they were typed, and before torch is loaded where that can be."""
+"""Report all mistakes of a recipe together, as they were typed, and without loading torch where possible."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PARTS = re.compile(r"model(\.(mechanisms|activation|neuron_groups|experts)\b|=)"
 
 
 def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any) -> None:
-    """Raise UserError with a line for each mistake in `config`, which `overrides` are part of. how: as `early.check`.
+    """Raise UserError with a message for each mistake in `config`, which includes the overrides. how: as `early.check`.
 
-    Where the command line names a mechanism or another part, its options are checked, too: that loads torch.
+    If the command line names a mechanism or another part, its options are checked too, which loads torch.
     """
     from skipstone.core.strict import mistakes
     from skipstone.train.early import check
@@ -38,7 +38,7 @@ def _about_the_model(model: object) -> list[str]:
 
 
 def as_typed(line: str, overrides: Sequence[str]) -> str:
-    """The line, with what was typed where the value that it shows was written otherwise, as `0` that became `0.0`."""
+    """Return the message with the typed word appended if it shows the value in another form (`0` as `0.0`)."""
     for word in reversed(overrides):
         key, value = split(word)
         *_, section, name = ["", *key.split(".")]

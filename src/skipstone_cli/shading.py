@@ -1,4 +1,4 @@
-"""Generated text on the terminal as it comes, each token on a background that tells how much compute it took."""
+"""Print generated text as it is generated, with a background colour for each token that shows its share of compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Five steps from the least to the most compute: dark blue to yellow, readable for the colour-blind.
+# Five colours from the least to the most compute, dark blue to yellow, readable for colour-blind users.
 STEPS = (
     "#ffffff on #30346b",
     "#ffffff on #2d6a8a",
@@ -31,14 +31,14 @@ class Piece(Protocol):
 
 
 def style(compute: float) -> str:
-    """The rich style of a token that took `compute` (0 to 1) of the blocks' work."""
+    """Return the rich style of a token that took the share `compute` (0 to 1) of the blocks' work."""
     return STEPS[min(int(max(compute, 0.0) * len(STEPS)), len(STEPS) - 1)]
 
 
 def show(pieces: Iterable[Piece], *, colour: bool, console: Console | None = None) -> None:
-    """Print `pieces` as they come: as they are or, with `colour`, shaded, with a legend after the text.
+    """Print pieces as they come, with `colour` shaded and followed by a legend.
 
-    Where there are no colours (a pipe, NO_COLOR), `colour` writes a line for each piece: per cent, tab, text as JSON.
+    Without a colour terminal (a pipe, NO_COLOR), `colour` writes one line per piece: per cent, tab, text as JSON.
     """
     from rich.console import Console
 
@@ -66,7 +66,7 @@ def _shade(pieces: Iterable[Piece], console: Console) -> None:
     seen = []
     for piece in pieces:
         seen.append(piece.compute)
-        # A line's end has a width of its own, or nobody would see what it took.
+        # Line ends get a visible character, so that their colour can be seen.
         text = visible(piece.text).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n")
         console.print(Text(text, style=style(piece.compute)), end="")
         console.file.flush()
@@ -78,7 +78,7 @@ def _shade(pieces: Iterable[Piece], console: Console) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` without control characters but tab and newline: a byte model can write escape codes to the terminal."""
+    """Return the text without control characters except tab and newline, which could be terminal escape codes."""
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text
     )

@@ -111,7 +111,7 @@ def test_odd_recipes_are_one_line(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "warmup", "said"),
     [
-        (["train.steps=20"], 2, "train.warmup_steps is 2 of 20 steps, the share of the recipe's 60 of 600"),
+        (["train.steps=20"], 2, "train.warmup_steps is set to 2 of 20 steps, the same share as the recipe's 60 of 600"),
         (["train.steps=100"], 60, ""),
         (["train.steps=20", "train.warmup_steps=30"], 30, ""),
     ],

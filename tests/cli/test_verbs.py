@@ -114,7 +114,7 @@ def test_prepare_and_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert sum(int(line.split()[1]) for line in told.out.splitlines()[:-1]) == 20
     assert len(told.err.splitlines()) > 2, "a line a shard"
     command(monkeypatch, "prepare", "shards", "--check")
-    assert "shards are what manifest.json says" in capsys.readouterr().out
+    assert "shards agree with manifest.json" in capsys.readouterr().out
     path = Path("shards/train-00000.tokens")
     path.write_bytes(path.read_bytes()[::-1])
     monkeypatch.setattr("sys.argv", ["skipstone", "prepare", "shards", "--check"])

@@ -1,1 +1,1 @@
-"""One thin file a verb: parse the arguments, import what is heavy, call one function of the library."""
+"""The verbs, one thin file each: parse the arguments, import what is heavy, call one function of the library."""

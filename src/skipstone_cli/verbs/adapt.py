@@ -12,14 +12,14 @@ from skipstone_cli.paths import existing_source
 
 def adapt(
     source: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of a dense checkpoint.")],
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to adapt by.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe of the adaptation.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to write; the recipe's own if absent.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: the recipe's own.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
 ) -> None:
-    """Make a dense checkpoint compute less, starting from exactly what it computes."""
+    """Adapt a dense checkpoint so that it computes less, starting from exactly its own outputs."""
     from skipstone_cli.overrides import load_recipe
     from skipstone_cli.recipes import check_recipe
 

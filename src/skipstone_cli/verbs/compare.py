@@ -20,7 +20,7 @@ def compare(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here as Markdown.")] = None,
 ) -> None:
-    """Put runs beside each other: loss, executed FLOPs, capacity, speed, memory, energy."""
+    """Compare runs in one table: loss, executed FLOPs, capacity, speed, memory, energy."""
     for run in [*runs, *(twin for twin in (dense, forced) if twin is not None)]:
         existing_dir(run, "run folder")
     check_targets(json=json, markdown=markdown)

@@ -17,7 +17,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder or hub name of a dense checkpoint; with --from, a file.")],
     out: Annotated[Path, typer.Argument(help="Folder (with --to: file) to write; it must not exist.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if absent.")
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")
     ] = None,
     from_layout: Annotated[
         str | None, typer.Option("--from", help="Read weights as a paper released them: tsa or polychromatic.")
@@ -26,22 +26,23 @@ def convert(
         str | None,
         typer.Option(
             "--to",
-            help="Write a saved model otherwise: dense (without mechanisms, for transformers alone), hardened (each "
-            "neuron of PolyGLU with one activation, no router), pruned (without neuron groups that are never used) "
-            "or polychromatic.",
+            help="Write a saved model in another form: dense (without mechanisms, for transformers alone), hardened "
+            "(each neuron of PolyGLU with one activation, no router), pruned (without neuron groups that are never "
+            "used) or polychromatic.",
         ),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(help="With --from tsa: attention heads, which its weights do not tell.")
+        int | None,
+        typer.Option(help="With --from tsa: number of attention heads, which does not follow from its weights."),
     ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="With --from polychromatic: temperature; else the file's own, or .1.")
+        float | None, typer.Option(help="With --from polychromatic: temperature. Default: the file's own, or .1.")
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="With --to hardened or pruned: text to calibrate on, if not the run's own.")
+        str | None, typer.Option(help="With --to hardened or pruned: corpus to calibrate on. Default: the run's own.")
     ] = None,
 ) -> None:
-    """Turn a dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or weights of a paper, into a Skipstone model."""
+    """Convert a dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or a paper's weights, to a Skipstone model."""
     if from_layout is not None and to_layout is not None:
         raise UserError("--from reads released weights and --to writes them; give one of the two")
     for option, value in (("--num-heads", num_heads), ("--tau", tau)):

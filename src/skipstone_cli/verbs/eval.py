@@ -15,20 +15,24 @@ from skipstone_cli.paths import existing_dir, existing_run
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
     split: Annotated[str, typer.Option(help="Split of the run's corpus.")] = "validation",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
-    corpus: Annotated[str | None, typer.Option(help="Another corpus; needed for a saved model.")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Another number of tokens a row.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
+    corpus: Annotated[
+        str | None, typer.Option(help="Corpus; needed for a saved model. Default: the run's own.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens per row. Default: the run's own.")] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="SHARE,...", help="Set the model to these shares of its dense FLOPs, too.")
+        str | None, typer.Option(metavar="SHARE,...", help="Also evaluate at these shares of the dense FLOPs.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness, in place of a corpus.")
+        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness, instead of a corpus.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, as YAML.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples of each task.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of your own tasks as YAML.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of samples per task.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """Oracle, causal and executed loss on a whole split, and what the mechanisms did; or scores of tasks."""
+    """Measure oracle, causal and executed loss on a whole split, with statistics of the mechanisms; or score tasks."""
     existing_dir(run, "run folder")
     check_targets(json=json, markdown=None)
     _check(tasks, corpus=corpus, context=context, budget=budget, include_path=include_path, limit=limit)
@@ -59,7 +63,7 @@ def _shares(budget: str | None) -> list[float]:
 
 
 def _check(tasks: str | None, **given: object) -> None:
-    """An option that would have no effect is a mistake. Raises UserError."""
+    """Raise UserError for an option that would have no effect."""
     idle = ("corpus", "context", "budget") if tasks is not None else ("include_path", "limit")
     for name in idle:
         if given[name] is not None:

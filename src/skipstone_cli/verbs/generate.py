@@ -14,20 +14,20 @@ from skipstone_cli.shading import show
 
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many tokens; 128, or what the context leaves, if absent.")
+        int | None, typer.Option(min=1, help="Largest number of new tokens. Default: 128, or what the context leaves.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Above 0; lower is safer; 0.8 if absent.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 0. Default: 0.8.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     budget: Annotated[
         float | None, typer.Option(help="Share of the dense FLOPs to execute; needs `skipstone calibrate`.")
     ] = None,
-    show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour tokens by the compute they took.")] = False,
+    show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour tokens by their share of compute.")] = False,
 ) -> None:
-    """Stream text from a model."""
+    """Generate text from a model, printing it as it is generated."""
     sampling = {"--temperature": temperature, "--top-k": top_k, "--seed": seed}
     idle = [option for option, value in sampling.items() if value is not None]
     if greedy and idle:

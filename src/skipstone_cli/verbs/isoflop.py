@@ -13,38 +13,45 @@ from skipstone_cli.errors import UserError
 
 
 class Scale(StrEnum):
+    """Names of the grids."""
+
     LAPTOP = "laptop"
     PAPER = "paper"
 
 
 class RateRule(StrEnum):
+    """Rules for the learning rate of other sizes."""
+
     CONSTANT = "constant"
     INVERSE_WIDTH = "inverse_width"
 
 
-Budgets = Annotated[str | None, typer.Option(metavar="1e12,3e12", help="Training FLOPs of a run.")]
+Budgets = Annotated[str | None, typer.Option(metavar="1e12,3e12", help="Training FLOPs per run.")]
 Sizes = Annotated[str | None, typer.Option(metavar="64,128x6", help="WIDTH, or WIDTHxBLOCKS.")]
 Rates = Annotated[str | None, typer.Option(metavar="1e-3,2e-3", help="Learning rates that each arm tries.")]
-Rule = Annotated[RateRule | None, typer.Option(help="The best rate for every size alike, or falling with the width.")]
-Arms = Annotated[str | None, typer.Option(metavar="dense,mod,random", help="All that the recipe has, if absent.")]
+Rule = Annotated[RateRule | None, typer.Option(help="Use the best rate at every size, or scale it with 1/width.")]
+Arms = Annotated[
+    str | None, typer.Option(metavar="dense,mod,random", help="Arms to train. Default: all of the recipe.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the grid. Default: 0.")]
 OptimumSeeds = Annotated[int | None, typer.Option(help="Seeds at the size nearest each optimum. Default: 3.")]
 Repeats = Annotated[bool, typer.Option("--allow-repeats", help="Runs may read the corpus more than once.")]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of table, page, records; --runs if absent.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for table, page and records. Default: --runs.")]
 Estimate = Annotated[
-    bool, typer.Option("--estimate", help="Print every run with its FLOPs and time here; train nothing.")
+    bool, typer.Option("--estimate", help="Print every run with its FLOPs and time on this machine; train nothing.")
 ]
 Speed = Annotated[
-    float | None, typer.Option(metavar="4e14", help="With --estimate: of another machine, instead of timing this.")
+    float | None,
+    typer.Option(metavar="4e14", help="With --estimate: speed of another machine, instead of timing this one."),
 ]
 
 
 def isoflop(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The base: its model is what sizes change.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The base recipe, whose model is scaled.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
     ] = None,
-    scale: Annotated[Scale, typer.Option(help="The grid, where nothing else is given.")] = Scale.LAPTOP,
+    scale: Annotated[Scale, typer.Option(help="Default values of the grid.")] = Scale.LAPTOP,
     budgets: Budgets = None,
     sizes: Sizes = None,
     rates: Rates = None,
@@ -57,9 +64,9 @@ def isoflop(
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of run folders.")] = Path("runs"),
     estimate: Estimate = False,
     flops_per_second: Speed = None,
-    render: Annotated[bool, typer.Option("--render", help="Run nothing, render from the records alone.")] = False,
+    render: Annotated[bool, typer.Option("--render", help="Train nothing, only render existing records.")] = False,
 ) -> None:
-    """Train arms and sizes for equal training FLOPs, fit their optima, and write the table and the page."""
+    """Train arms and sizes at equal training FLOPs, fit their optima, and write the table and the page."""
     from skipstone_cli.overrides import load_recipe
 
     given = {
@@ -95,7 +102,7 @@ def isoflop(
 
 
 def _options(given: Mapping[str, object]) -> list[str]:
-    """The options as they can be given again; where files go is left out."""
+    """Return the options as they would be typed, without output folders."""
     found = []
     for name, value in given.items():
         if value is not None:
@@ -109,7 +116,7 @@ def _short(value: object) -> str:
 
 
 def _words(option: str, text: str | None) -> list[str] | None:
-    """`a,b` as a list without repetition. Raises UserError otherwise."""
+    """Parse `a,b` as a list without repetition. Raises UserError otherwise."""
     if text is None:
         return None
     words = [word.strip() for word in text.split(",")]
@@ -119,7 +126,7 @@ def _words(option: str, text: str | None) -> list[str] | None:
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
-    """The same as numbers."""
+    """Parse numbers separated by commas, without repetition. Raises UserError otherwise."""
     words = _words(option, text)
     try:
         return None if words is None else [float(word) for word in words]

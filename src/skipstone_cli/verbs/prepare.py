@@ -16,17 +16,19 @@ def prepare(
         typer.Argument(help="jsonl:PATH, hf:OWNER/NAME[/CONFIG], text:PATH or another corpus; with --check, shards."),
     ],
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="byte, char or pretrained:NAME_OR_PATH; byte if absent.")
+        str | None, typer.Option(metavar="SPEC", help="byte, char or pretrained:NAME_OR_PATH. Default: byte.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the shards go.")] = None,
-    field: Annotated[str | None, typer.Option(help="Of a JSON object or a row: its text; 'text' if absent.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder for the shards.")] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of a JSON object or row with the text. Default: text.")
+    ] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="98-1-1", help="Per cent by hash, where the source has no splits of its own.")
+        str | None, typer.Option(metavar="98-1-1", help="Shares by hash in per cent, if the source has no splits.")
     ] = None,
-    shard_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a shard; 134,217,728 if absent.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing, compare the checksums of SOURCE.")] = False,
+    shard_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per shard. Default: 134,217,728.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing, verify the checksums of SOURCE.")] = False,
 ) -> None:
-    """Tokenise text into shards on disk, to train from with corpus shards:FOLDER; go on where it was stopped."""
+    """Tokenise text into shards on disk, for training with corpus shards:FOLDER; resumes an interrupted call."""
     given = {"--tokenizer": tokenizer, "--out": out, "--field": field, "--split": split, "--shard-tokens": shard_tokens}
     if check:
         idle = [option for option, value in given.items() if value is not None]
@@ -65,7 +67,7 @@ def _check(folder: Path) -> None:
     for name, opened in shards.open_sources(folder).items():
         shards.check(opened.folder, opened.manifest, list(opened.manifest.splits))
         count = sum(map(len, opened.manifest.splits.values()))
-        typer.echo(f"{name}: {count} shards are what {shards.MANIFEST} says")
+        typer.echo(f"{name}: {count} shards agree with {shards.MANIFEST}")
 
 
 def _line(split: str, documents: int, tokens: int) -> str:

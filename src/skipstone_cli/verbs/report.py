@@ -14,7 +14,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to show.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
     evaluation: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="From `eval --budget --json`; may be given again.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Output of `eval --budget --json`; may be repeated.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about runs."""

@@ -12,6 +12,8 @@ from skipstone_cli.errors import UserError
 
 
 class Scale(StrEnum):
+    """Names of the scales."""
+
     QUICK = "quick"
     LAPTOP = "laptop"
     PAPER = "paper"
@@ -19,23 +21,24 @@ class Scale(StrEnum):
 
 def reproduce(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered study; see --list.")] = None,
-    scale: Annotated[Scale, typer.Option(help="How big the models and the runs are.")] = Scale.LAPTOP,
-    arms: Annotated[str | None, typer.Option(metavar="ARM,ARM", help="Run these arms only; all if absent.")] = None,
-    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds; the study's own if absent.")] = None,
+    scale: Annotated[Scale, typer.Option(help="Size of the models and the runs.")] = Scale.LAPTOP,
+    arms: Annotated[str | None, typer.Option(metavar="ARM,ARM", help="Arms to run. Default: all.")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds. Default: the study's own.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of tables and records; that of --runs if absent.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for tables and records. Default: --runs.")
     ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of run folders.")] = Path("runs"),
     readme: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table here too, between <!-- NAME:begin --> and end.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the table into this file, between <!-- NAME:begin --> and end."),
     ] = None,
-    render: Annotated[bool, typer.Option("--render", help="Run nothing, render from the records alone.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="List the studies and leave.")] = False,
+    render: Annotated[bool, typer.Option("--render", help="Run nothing, only render existing records.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
     ledger: Annotated[
-        bool, typer.Option("--ledger", help="Write what all records in --out took, and say, into its README.md.")
+        bool, typer.Option("--ledger", help="Write costs and claims of all records in --out into its README.md.")
     ] = False,
 ) -> None:
-    """Run a registered study, or go on with it, and render its table from the records."""
+    """Run or resume a registered study, and render its table from the records."""
     numbers = parse_seeds(seeds)
     if ledger and (name is not None or list_):
         raise UserError("--ledger is about all studies: it takes neither a name nor --list")
@@ -56,7 +59,7 @@ def reproduce(
 
     choose("study", name, FILES)
     if not render:
-        typer.echo("loading torch and the studies; what is left is told once a model trains", err=True)
+        typer.echo("loading torch and the studies; remaining time is shown once a model trains", err=True)
 
     from skipstone_studies.run import reproduce as run
 
@@ -68,6 +71,7 @@ def reproduce(
 
 
 def print_list() -> None:
+    """Print all studies with their purposes."""
     from skipstone_studies.run import describe
 
     for name, purpose in describe().items():
@@ -75,7 +79,7 @@ def print_list() -> None:
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
-    """`0,1,2` as integers without repetition. Raises UserError otherwise."""
+    """Parse `0,1,2` as integers without repetition. Raises UserError otherwise."""
     if text is None:
         return None
     words = [word.strip() for word in text.split(",")]

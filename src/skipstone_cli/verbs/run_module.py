@@ -27,6 +27,6 @@ def run_module(
     sys.argv[:] = [module, *context.args]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except USER_ERRORS:  # the tool's own, which are shown as the tool's: with their traceback
+    except USER_ERRORS:  # errors of the tool, shown with their traceback as the tool itself would
         traceback.print_exc()
         raise typer.Exit(1) from None

@@ -15,14 +15,14 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to write; the recipe's own if absent.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: the recipe's own.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Print FLOPs, memory and hours on a GPU; train nothing.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(help="With --estimate: A100, H100, ...; H100 if absent.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --estimate: A100, H100, ... Default: H100.")] = None,
     mfu: Annotated[
-        float | None, typer.Option(metavar="0.4", help="With --estimate: the share of its peak FLOP/s that is reached.")
+        float | None, typer.Option(metavar="0.4", help="With --estimate: assumed share of the peak FLOP/s.")
     ] = None,
 ) -> None:
     """Train a model from a recipe into a run folder."""

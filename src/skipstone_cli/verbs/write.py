@@ -13,18 +13,18 @@ from skipstone_cli.paths import existing_source, new_path
 def write(
     source: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of a dense checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Of all texts together, at least.")] = 300_000,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a text, at most.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Texts that are written at a time.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Least number of tokens of all texts together.")] = 300_000,
+    length: Annotated[int, typer.Option(min=1, help="Largest number of tokens per text.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are generated at a time.")] = 64,
     start: Annotated[
-        str | None, typer.Option(help="What stands before each text; the model's own beginning of a text if absent.")
+        str | None, typer.Option(help="Prompt of each text. Default: the model's own start of a text.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 while writing; float32 if absent.")
+        str | None, typer.Option(help="float32, bfloat16 or float16 for generation. Default: float32.")
     ] = None,
 ) -> None:
-    """Let a dense checkpoint write text at temperature 1, to adapt it on with data.corpus=text:FOLDER."""
+    """Sample text from a dense checkpoint at temperature 1, to adapt it on with data.corpus=text:FOLDER."""
     existing_source(source)
     new_path(out, "output folder")
 
