@@ -20,6 +20,7 @@ from skipstone_cli.verbs.prepare import prepare
 from skipstone_cli.verbs.report import report
 from skipstone_cli.verbs.reproduce import reproduce
 from skipstone_cli.verbs.run_module import run_module
+from skipstone_cli.verbs.trace import trace
 from skipstone_cli.verbs.train import train
 from skipstone_cli.verbs.write import write
 
@@ -36,6 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "reproduce": reproduce,
     "isoflop": isoflop,
     "report": report,
+    "trace": trace,
     "run-module": run_module,
 }
 

@@ -71,6 +71,7 @@ def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says:
         (["compare", "."], "'.' is no run folder"),
         (["calibrate", "."], "'.' is no run folder"),
         (["generate", ".", "--prompt", "x"], "'.' is no run folder"),
+        (["trace", ".", "--text", __file__, "--out", "absent.csv"], "'.' is no run folder"),
         (["prepare", "jsnol:x", "--out", "absent"], "unknown corpus 'jsnol'; did you mean 'jsonl'?"),
         (["prepare", "jsonl:x", "--out", "absent", "--tokenizer", "bite"], "unknown tokenizer 'bite'"),
         (["reproduce", "dmeo"], "unknown study 'dmeo'; did you mean 'demo'?"),

@@ -201,3 +201,14 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.json").touch()
     command(monkeypatch, "report", "run", "--out", "a.html", "--evaluation", "a.json")
     assert calls == [(([Path("run")], Path("a.html")), {"evaluations": [Path("a.json")]})]
+
+
+def test_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.evaluate.trace_file", "write_trace", 1200)
+    Path("a.txt").touch()
+    command(monkeypatch, "trace", "run", "--text", "a.txt", "--out", "a.csv", "--limit", "3")
+    (args, options) = calls[0]
+    options.pop("report")(2, 3)
+    assert args == (Path("run"), Path("a.txt"), Path("a.csv"))
+    assert options == {"context": None, "limit": 3}
+    assert capsys.readouterr() == ("written: a.csv, 1,200 lines\n", "2 of 3 tokens\n")

@@ -5,6 +5,7 @@ budget_curve.py  what one model executes and loses at several budgets; `calibrat
 comparison.py    `compare`: runs beside each other
 metrics.py       what is measured of each of them, and how each figure is written
 harness.py       `evaluate_tasks`: lm-evaluation-harness on one run
+trace_file.py    `write_trace`: the depth map of a text as a parquet, CSV or JSONL file
 loaded_run.py    `load_run`: a run or a saved model, ready to be measured
 tables.py        sections as rich tables and Markdown
 """
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from skipstone.evaluate.evaluation import evaluate
     from skipstone.evaluate.harness import evaluate_tasks
     from skipstone.evaluate.loaded_run import load_run
+    from skipstone.evaluate.trace_file import write_trace
 
-__all__ = ["calibrate_run", "compare", "evaluate", "evaluate_tasks", "load_run"]
+__all__ = ["calibrate_run", "compare", "evaluate", "evaluate_tasks", "load_run", "write_trace"]
 
 _HOMES = {
     "calibrate_run": "budget_curve",
@@ -29,6 +31,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "evaluate_tasks": "harness",
     "load_run": "loaded_run",
+    "write_trace": "trace_file",
 }
 
 

@@ -8,6 +8,7 @@ flops.py         FLOPs and host syncs, counted while a pass runs, beside the cos
 share.py         the share of the dense FLOPs that the decisions of causal passes need
 compute.py       the share of the blocks' work that a token got
 trace.py         what each layer did to each token of a sample
+depth_map.py     the decision of each depth mechanism for each token of a text, and the loss of its prediction
 model_view.py    what a report shows of a model
 token_trace.py   both as plain numbers that JSON keeps, without torch
 speed.py         tokens per second of models timed in turns, joules, bytes of the cache

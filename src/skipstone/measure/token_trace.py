@@ -12,6 +12,7 @@ from typing import TypeVar
 from skipstone.core.strict import PlainDict, PlainMapping
 
 CATEGORIES = ("letters", "digits", "signs", "white space")
+COLUMNS = ("row", "position", "token", "layer", "mechanism", "score", "weight", "kept", "loss")  # of a depth map
 FORMAT = 2  # of a view's plain values; others are made anew
 
 

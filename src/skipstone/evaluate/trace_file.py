@@ -1,0 +1,112 @@
+"""`write_trace`: the depth map of a text as a file that pandas, polars and spreadsheets read."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from skipstone.core.atomic_write import check_free, complete
+from skipstone.core.strict import unknown
+from skipstone.measure.token_trace import COLUMNS
+from skipstone.runs import Run, read_text
+
+LINES = 1 << 16  # of a row group in a parquet file
+Line = Sequence[object]
+
+
+def write_trace(
+    run: Path,
+    text: Path,
+    out: Path,
+    *,
+    context: int | None = None,
+    limit: int | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the depth map of the file `text` (UTF-8) under a run or a saved model to `out`; return its lines.
+
+    The suffix of `out` says what is written: .parquet (needs pyarrow), .csv or .jsonl. context: tokens of a row, those
+    of the model's context if absent. limit: only the first so many tokens. report: called with the tokens done and all
+    of them. Raises ValueError for another suffix, a missing package, a model without a tokenizer, an empty text and a
+    context out of range; FileExistsError where `out` exists.
+    """
+    check_suffix(out)
+    check_free(out)
+
+    from skipstone.core.routing_module import causal_obstacle  # loads torch, which the checks above do not need
+    from skipstone.measure.depth_map import depth_maps
+
+    opened = Run(run)
+    model, tokenizer = opened.load_model(), opened.load_tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to trace")
+    longest = model.config.max_position_embeddings
+    if context is not None and not 1 <= context <= longest:
+        raise ValueError(f"context must be from 1 to {longest} (max_position_embeddings), got {context}")
+    if causal_obstacle(model.routing_modules()):
+        warnings.warn("this model has no causal decisions; these have sight of the whole row", stacklevel=2)
+    ids: list[int] = tokenizer(read_text(text))["input_ids"][:limit]
+    done = None if report is None else (lambda tokens: report(tokens, len(ids)))
+    parts = depth_maps(model, ids, min(context or longest, len(ids) or 1), done)
+    lines = (line for part in parts for line in part.lines(lambda i: str(tokenizer.decode([i]))))
+    with complete(out) as partial:
+        return WRITERS[out.suffix](partial, lines)
+
+
+def check_suffix(out: Path) -> None:
+    """Raise ValueError for a file that `write_trace` cannot write: another suffix, or parquet without pyarrow."""
+    if out.suffix not in WRITERS:
+        raise ValueError(unknown("suffix of the file", out.suffix, WRITERS))
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("parquet files need a package: pip install 'skipstone[trace]'; or name a .csv or .jsonl file")
+
+
+def _counted(lines: Iterable[Line], write: Callable[[Line], object]) -> int:
+    count = 0
+    for line in lines:
+        write(line)
+        count += 1
+    return count
+
+
+def _write_csv(path: Path, lines: Iterator[Line]) -> int:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        return _counted(lines, writer.writerow)
+
+
+def _write_jsonl(path: Path, lines: Iterator[Line]) -> int:
+    with path.open("w", encoding="utf-8") as file:
+        return _counted(
+            lines,
+            lambda line: file.write(json.dumps(dict(zip(COLUMNS, line, strict=True)), ensure_ascii=False) + "\n"),
+        )
+
+
+def _write_parquet(path: Path, lines: Iterator[Line]) -> int:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    kinds = (arrow.int32(), arrow.int32(), arrow.string(), arrow.int16(), arrow.string())
+    kinds += (arrow.float32(), arrow.float32(), arrow.bool_(), arrow.float32())
+    schema = arrow.schema(list(zip(COLUMNS, kinds, strict=True)))
+    count = 0
+    with parquet.ParquetWriter(path, schema) as writer:
+        while group := list(islice(lines, LINES)):
+            columns = [list(column) for column in zip(*group, strict=True)]
+            writer.write_table(arrow.table(columns, schema=schema))
+            count += len(group)
+    return count
+
+
+WRITERS: dict[str, Callable[[Path, Iterator[Line]], int]] = {
+    ".parquet": _write_parquet,
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+}

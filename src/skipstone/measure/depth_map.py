@@ -1,0 +1,137 @@
+"""The depth map: what each depth mechanism decided for each token of a text, and the loss of the token's prediction.
+
+`DepthMap` is a table with one line for each token, block and mechanism. `skipstone trace` writes it, and the live page
+reads the same decisions (`read_decisions`) token by token.
+
+Shape letters: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipstone.core.records import DepthRecord, Records, of_kind
+from skipstone.core.routing_module import causal_obstacle
+from skipstone.measure.losses import token_nats
+from skipstone.measure.passes import PASSES
+from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
+from skipstone.nn.block import Block
+
+ROWS = 8  # rows of a forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What one mechanism of one block decided in a pass; all tensors are on the CPU.
+
+    mechanism: its name; None for a block without depth mechanisms, which every token takes in full. score_BT: fp32, the
+    score that is compared with a threshold, NaN where the token did not reach the mechanism. weight_BT: fp32, factor on
+    the update, 0 where it is skipped. kept_BT: bool.
+    """
+
+    layer: int
+    mechanism: str | None
+    score_BT: Tensor
+    weight_BT: Tensor
+    kept_BT: Tensor
+
+
+def read_decisions(blocks: Sequence[Block], records: Sequence[Records], shape: tuple[int, int]) -> list[Decisions]:
+    """Return the decisions of every depth mechanism in a pass over [B, T] = `shape` tokens, by block.
+
+    A block without depth mechanisms gets one entry without a name. A mechanism inside a block that kept no token left
+    no record; it kept none.
+    """
+    found = []
+    for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
+        records_of = of_kind(decided, DepthRecord)
+        names = [name for site in block.sites.values() for name in site]
+        found += [_decisions(layer, name, records_of.get(name), shape) for name in names]
+        if not names:
+            whole = torch.ones(shape)
+            unknown = torch.full(shape, float("nan"))
+            found.append(
+                Decisions(layer=layer, mechanism=None, score_BT=unknown, weight_BT=whole, kept_BT=whole.bool())
+            )
+    return found
+
+
+def _decisions(layer: int, name: str, record: DepthRecord | None, shape: tuple[int, int]) -> Decisions:
+    if record is None:
+        score_BT, weight_BT, kept_BT = torch.full(shape, float("nan")), torch.zeros(shape), torch.zeros(shape).bool()
+    else:
+        score_BT, weight_BT, kept_BT = (
+            x.float().expand(shape).cpu() for x in (record.score_BT, record.weight_BT, record.kept_BT)
+        )
+    return Decisions(layer=layer, mechanism=name, score_BT=score_BT, weight_BT=weight_BT, kept_BT=kept_BT.bool())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthMap:
+    """A part of the table: decisions and losses of B consecutive rows of T tokens.
+
+    first_row: the number of the first of these rows in the text. loss_BT: fp32, nats of the prediction that the pass
+    over a token makes of the token after it; NaN for the last token of the text.
+    """
+
+    first_row: int
+    ids_BT: Tensor
+    decisions: Sequence[Decisions]
+    loss_BT: Tensor
+
+    def lines(self, text_of: Callable[[int], str]) -> Iterator[tuple[object, ...]]:
+        """Yield the lines of the table, values in the order of `token_trace.COLUMNS`, None where there is no number."""
+        names = {i: text_of(i) for i in self.ids_BT.unique().tolist()}
+        ids, losses = self.ids_BT.tolist(), _numbers(self.loss_BT)
+        columns = [
+            (d.layer, d.mechanism, _numbers(d.score_BT), d.weight_BT.tolist(), d.kept_BT.tolist())
+            for d in self.decisions
+        ]
+        for b, row in enumerate(ids):
+            for t, token in enumerate(row):
+                for layer, mechanism, score, weight, kept in columns:
+                    place = (self.first_row + b, t, names[token], layer, mechanism)
+                    yield (*place, score[b][t], weight[b][t], kept[b][t], losses[b][t])
+
+
+def _numbers(x_BT: Tensor) -> list[list[float | None]]:
+    return [[None if value != value else value for value in row] for row in x_BT.tolist()]
+
+
+@torch.no_grad()
+def depth_maps(
+    model: SkipstoneForCausalLM, ids: Sequence[int], context: int, done: Callable[[int], None] | None = None
+) -> Iterator[DepthMap]:
+    """Yield the depth map of a text in parts of a few rows of at most `context` tokens, one row after the other.
+
+    Decisions are causal, those of the pass that skips; a model whose decisions have no causal form takes those with
+    sight of the whole row. Noise is off. done: called with the number of tokens after each part. Raises ValueError for
+    a text without tokens, and a model that needs decisions and gets none.
+    """
+    if not len(ids):
+        raise ValueError("the text is empty: a depth map needs at least one token")
+    forward = PASSES["oracle" if causal_obstacle(model.routing_modules()) else "executed"]
+    blocks = list(model.model.layers)
+    whole = len(ids) // context * context
+    parts = [(i, min(i + ROWS * context, whole)) for i in range(0, whole, ROWS * context)]
+    parts += [(whole, len(ids))] if whole < len(ids) else []
+    for start, stop in parts:
+        length = min(context, stop - start)
+        ids_BT = torch.tensor(ids[start:stop]).view(-1, length)
+        target_BT = torch.tensor([*ids[start + 1 : stop + 1], *([IGNORED] if stop == len(ids) else [])]).view_as(ids_BT)
+        out = forward.run(model, {"input_ids": ids_BT.to(model.device)}, output_records=True)
+        assert out.logits is not None
+        assert out.records is not None
+        loss_BT = token_nats(out.logits, target_BT.to(model.device)).cpu()
+        yield DepthMap(
+            first_row=start // context,
+            ids_BT=ids_BT,
+            decisions=read_decisions(blocks, out.records, (ids_BT.shape[0], length)),
+            loss_BT=loss_BT.masked_fill(target_BT == IGNORED, float("nan")),
+        )
+        if done is not None:
+            done(stop)

@@ -1,0 +1,33 @@
+"""`skipstone trace RUN --text FILE --out FILE`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.paths import existing_dir, existing_file, existing_run, new_path
+
+
+def trace(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to read, UTF-8.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Table to write: .parquet, .csv or .jsonl.")],
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the model's context if absent.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many tokens.")] = None,
+) -> None:
+    """Write the depth map of a text: what each block decided for each token, and the loss of its prediction."""
+    existing_dir(run, "run folder")
+    existing_file(text, "--text")
+    new_path(out, "--out")
+
+    existing_run(run)
+
+    from skipstone.evaluate.trace_file import write_trace
+
+    def report(done: int, tokens: int) -> None:
+        typer.echo(f"{done:,} of {tokens:,} tokens", err=True)
+
+    lines = write_trace(run, text, out, context=context, limit=limit, report=report)
+    typer.echo(f"written: {out}, {lines:,} lines")

@@ -1,0 +1,109 @@
+"""The depth map as a file: its lines are the decisions and losses of the pass that skips."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipstone.data.tokenizers import byte_tokenizer
+from skipstone.evaluate.trace_file import write_trace
+from skipstone.measure.depth_map import depth_maps
+from skipstone.measure.token_trace import COLUMNS
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+
+TEXT = 'one, "two"\nthree <b>four</b> ' * 3
+
+
+def model_of(**options: object) -> SkipstoneForCausalLM:
+    mechanisms = [
+        {"name": "mixture_of_depths", "layers": [1], "capacity": 0.5, "decision": "threshold"},
+        {"name": "token_selective", "layers": [1, 2], "start_bias": 0.0},
+    ]
+    values = {"mechanisms": mechanisms, "max_position_embeddings": 16, **options}
+    config = SkipstoneConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, **values
+    )
+    torch.manual_seed(0)
+    return SkipstoneForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    model_of().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_line_for_each_token_block_and_mechanism() -> None:
+    model, ids = model_of(), list(range(40))
+    lines = [line for part in depth_maps(model, ids, 16) for line in part.lines(str)]
+    assert len(lines) == 40 * (1 + 2 + 1)
+    table = [dict(zip(COLUMNS, line, strict=True)) for line in lines]
+    assert [line["token"] for line in table[::4]] == [str(i) for i in ids]
+    assert [line["position"] for line in table[::4]] == [*range(16), *range(16), *range(8)]
+    assert [line["row"] for line in table[::4]] == [0] * 16 + [1] * 16 + [2] * 8
+    assert [(line["layer"], line["mechanism"]) for line in table[:4]] == [
+        (0, None),
+        (1, "mixture_of_depths"),
+        (1, "token_selective"),
+        (2, "token_selective"),
+    ]
+    assert all(line["kept"] and line["weight"] == 1 and line["score"] is None for line in table[::4])
+    for outer, inner in zip(table[1::4], table[2::4], strict=True):
+        assert (outer["weight"] != 0) == outer["kept"]
+        assert (inner["score"] is None) == (not outer["kept"]), "only tokens that the outer one kept have a score"
+    assert {line["kept"] for line in table[1::4]} == {True, False}
+
+
+def test_losses_are_those_of_the_next_token_across_rows() -> None:
+    model, ids = model_of(), [5, 6, 7, 8, 9, 10]
+    losses = [line[-1] for part in depth_maps(model, ids, 4) for line in part.lines(str)][::4]
+    assert losses[-1] is None
+    with torch.no_grad():
+        for rows, targets, found in (([5, 6, 7, 8], [6, 7, 8, 9], losses[:4]), ([9, 10], [10], losses[4:5])):
+            logits = model(input_ids=torch.tensor([rows]), routing="causal").logits[0, : len(targets)]
+            expected = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none")
+            assert found == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_an_empty_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="the text is empty"):
+        next(depth_maps(model_of(), [], 4))
+
+
+def test_three_formats_hold_the_same_lines(saved: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    counts = {suffix: write_trace(saved, text, tmp_path / f"map.{suffix}") for suffix in ("parquet", "csv", "jsonl")}
+    table = parquet.read_table(tmp_path / "map.parquet").to_pylist()
+    assert {*counts.values()} == {len(table)} == {len(TEXT) * 4}
+    assert tuple(table[0]) == COLUMNS
+    assert "".join(line["token"] for line in table[::4]) == TEXT
+    with (tmp_path / "map.jsonl").open(encoding="utf-8") as file:
+        plain = [json.loads(line) for line in file]
+    with (tmp_path / "map.csv").open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    for one, two, three in zip(table, plain, written, strict=True):
+        exact = ("row", "position", "token", "layer", "mechanism", "kept")
+        assert [one[name] for name in exact] == [two[name] for name in exact]
+        assert [str(two[name]) if two[name] is not None else "" for name in COLUMNS] == list(three.values())
+        assert one["loss"] == two["loss"] or math.isclose(one["loss"], two["loss"], rel_tol=1e-6)
+
+
+def test_what_cannot_be_written_is_told_in_one_line(saved: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("abc", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unknown suffix of the file '\.parket'; did you mean '\.parquet'\?"):
+        write_trace(saved, text, tmp_path / "map.parket")
+    with pytest.raises(ValueError, match="context must be from 1 to 16"):
+        write_trace(saved, text, tmp_path / "map.csv", context=17)
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        write_trace(saved, text, text.rename(tmp_path / "a.csv"))
