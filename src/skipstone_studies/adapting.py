@@ -1,4 +1,4 @@
-"""What makes the run of an arm that begins with a checkpoint: adapting it, or keeping it as it is."""
+"""Make the run of an arm that begins with a checkpoint, by adapting the checkpoint or keeping it unchanged."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ HUB = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Adapt a checkpoint into a run folder.
 
-    recipe: as `skipstone adapt` reads it, and `source`: the name of a checkpoint, or {"arm": NAME}, the run of another
-    arm of the same study and seed. Without `adapt` the source is kept as it is; without `source` a model is trained
-    from random weights. sampled: options of `sampled_text`, which is then the corpus.
+    recipe: as `skipstone adapt` reads it, plus `source`: the name of a checkpoint, or {"arm": NAME} for the run of
+    another arm of the same study and seed. Without `adapt` the source is kept unchanged; without `source` a model is
+    trained from random weights. sampled: options of `sampled_text`, which then makes the corpus.
     """
     if "source" not in recipe:
         train_run(recipe, folder, resume, callbacks)
@@ -45,15 +45,15 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 
 
 def source_of(recipe: RecipeDict, folder: Path) -> str:
-    """Where the checkpoint of a recipe is. Raises FileNotFoundError if it is nowhere."""
+    """Return the path or hub name of a recipe's checkpoint. Raises FileNotFoundError if it does not exist."""
     source = recipe["source"]
     return source_path(source) if isinstance(source, str) else str(run_beside(folder, source["arm"]).model_folder())
 
 
 def source_path(name: str) -> str:
-    """A checkpoint by name: a folder or a GGUF file in SKIPSTONE_DATA, else what the hub calls it.
+    """Return the path of a checkpoint: a folder or GGUF file in SKIPSTONE_DATA, else its name on the hub.
 
-    Raises FileNotFoundError where there is neither.
+    Raises FileNotFoundError if there is neither.
     """
     data = os.environ.get("SKIPSTONE_DATA")
     for path in (Path(data, name), Path(data, f"{name}.gguf")) if data else ():
@@ -67,7 +67,10 @@ def source_path(name: str) -> str:
 
 
 def run_beside(folder: Path, arm: str) -> Run:
-    """The run of another arm of the same study, scale and seed. Raises FileNotFoundError if it is not there."""
+    """Return the run of another arm of the same study, scale and seed.
+
+    Raises FileNotFoundError if it does not exist.
+    """
     path = folder.with_name(f"{arm}-seed{folder.name.rpartition('seed')[2]}")
     if not path.is_dir():
         raise FileNotFoundError(f"the run of arm {arm!r} is not in {str(folder.parent)!r}: it is made before this arm")
@@ -75,18 +78,18 @@ def run_beside(folder: Path, arm: str) -> Run:
 
 
 def text_folder(folder: Path, options: PlainDict) -> Path:
-    """Where the text that is sampled with these options lies, for all arms and seeds of a study."""
+    """Return the folder of text sampled with these options, shared by all arms and seeds of a study."""
     return folder.with_name(f"text-{digest(options)}")
 
 
 def sampled_text(source: str, out: Path, also: str | None = None, **options: Any) -> Path:
-    """Text that the checkpoint generates itself, in the folder `out`; sampled once.
+    """Sample text from the checkpoint into the folder `out`, unless it exists already; returns the folder.
 
-    options: of `skipstone.adapt.self_generated.write`. also: a corpus whose validation split is put before the
-    training text.
+    options: those of `skipstone.adapt.self_generated.write`. also: a corpus whose validation split is put before the
+    sampled training text.
     """
     if not out.is_dir():
-        with locked(out), complete(out) as partial:  # another process that is at it leaves this arm for later
+        with locked(out), complete(out) as partial:  # raises Busy while another process samples it
             write(source, partial, **options)
             if also is not None:
                 train = partial / "train.txt"

@@ -1,6 +1,6 @@
-"""Every study by name. A new one is a file in quality/ or speed/ and a line in `FILES`, in the order of the list.
+"""All studies by name. A new one is a file in quality/ or speed/ and a line in `FILES`, in the order of the list.
 
-A study is loaded when it is asked for, so that a name that is mistyped is answered before torch is loaded.
+Studies are imported when they are needed, so that a mistyped name is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from skipstone_studies.study import Study
 
-# The file of each study, which holds it under its name in capitals. First what models lose and learn, then timings,
-# which make no run: models with random weights beside each other, and beside transformers' own.
+# The file of each study, which defines it under its name in capitals. Studies of losses come first, then timings, which
+# train nothing: they compare models with random weights with each other and with transformers' models.
 FILES = {
     "demo": "quality.demo",
     "mod_decisions": "quality.mod_decisions",
@@ -54,7 +54,7 @@ FILES = {
 
 
 class Catalogue(MutableMapping[str, "Study"]):
-    """Studies by name, in the order of `FILES`. Others may be added, and stand in place of those of the same name."""
+    """Studies by name, in the order of `FILES`. Added studies replace those of the same name."""
 
     def __init__(self) -> None:
         self._added: dict[str, Study] = {}

@@ -1,4 +1,4 @@
-"""Pictures of loss against a quantity on a logarithmic axis: measured points, the parabola, its optimum, a level."""
+"""Charts of loss against a quantity on a logarithmic axis: measured points, parabola, optimum, reference level."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Label = Callable[[float], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Dot:
-    """A measured point. hover: what a browser shows. faint: one seed among several; hollow: not measured just there."""
+    """A measured point.
+
+    hover: text that a browser shows on hovering. faint: one of several seeds. hollow: not measured exactly there.
+    """
 
     x: float
     y: float
@@ -30,7 +33,10 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """An arm in a panel. line: (x, y) of its parabola, or the way through its points. star: the optimum."""
+    """One arm in a panel.
+
+    line: points (x, y) of its parabola, or a line through its points. star: the optimum.
+    """
 
     style: Style
     dots: Sequence[Dot]
@@ -40,7 +46,10 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A loss across the panel, with drops to the axis where arms come down to it: (x, label)."""
+    """A horizontal line at a loss.
+
+    drops: (x, label) of vertical lines to the axis, where arms reach this loss.
+    """
 
     y: float
     label: str
@@ -48,7 +57,7 @@ class Level:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round values within [low, high], finer where the range is narrow."""
+    """Return round values within [low, high], finer if the range is narrow."""
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(i / 10 for i in range(10, 100))):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [step * 10.0**power for power in powers for step in steps]
@@ -59,7 +68,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def log_bounds(values: Sequence[float]) -> tuple[float, float]:
-    """The range of `values`, wider by a twentieth on both sides of the logarithmic axis."""
+    """Return the range of `values`, extended by a twentieth on both sides of the logarithmic axis."""
     low, high = bounds((math.log10(value) for value in values), 0.05)
     return 10.0**low, 10.0**high
 
@@ -74,7 +83,7 @@ def panel(
     level: Level | None = None,
     label: Label = short,
 ) -> Markup:
-    """Loss against x. What lies outside the ranges is cut off by the caller's choice of them."""
+    """Return a chart of loss against x. Points outside of the ranges are cut off."""
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)
     parts = FRAME.y_axis(up, "causal loss, nats a token")
@@ -134,6 +143,6 @@ def _level(level: Level, across: Scale, up: Scale) -> list[Markup]:
     for i, (value, text) in enumerate(level.drops):
         x = _x(across, value)
         parts.append(svg.line(x, y, x, FRAME.floor, "level"))
-        # To the left and below nothing is drawn: the arm comes down to the level only here.
+        # The text goes to the lower left, which is free: the arm's curve lies above the level there.
         parts.append(svg.text(x - 5, y + 15 + 15 * i, text, "said", text_anchor="end"))
     return parts

@@ -1,4 +1,4 @@
-"""Published figures beside ours, and which claims hold: by rules, from figures and their intervals, never by hand."""
+"""Published figures beside ours, and verdicts on claims, derived by rules from figures and their intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Published = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedColumn:
-    """One kind of figure. key: where ours is in the figures. published: its name in the published ones, "" for none."""
+    """A figure that a paper published.
+
+    key: path of our figure. published: its name among the published ones, "" for none.
+    """
 
     title: str
     key: str
@@ -28,17 +31,18 @@ class PublishedColumn:
 
 
 def values(figures: ByArm, arm: str, key: str) -> list[float]:
-    """One figure an arm, of every seed that has it."""
+    """Return one figure of an arm for every seed that has it."""
     return [value for found in figures.get(arm, {}).values() if (value := lookup(found, key)) is not None]
 
 
 def mean(figures: ByArm, arm: str, key: str) -> float | None:
+    """Return the mean of a figure over the seeds of an arm; None if there is none."""
     found = values(figures, arm, key)
     return statistics.fmean(found) if found else None
 
 
 def paired_differences(figures: ByArm, arm: str, other: str, key: str, other_key: str | None = None) -> list[float]:
-    """arm's figure less the other arm's, of every seed that has both."""
+    """Return the arm's figure minus the other arm's, for every seed that has both."""
     seeds = figures.get(arm, {}).keys() & figures.get(other, {}).keys()
     pairs = [
         (lookup(figures[arm][seed], key), lookup(figures[other][seed], other_key or key)) for seed in sorted(seeds)
@@ -57,9 +61,9 @@ def judge(
     told: str = "",
     blocks: Sequence[Sequence[float]] = (),
 ) -> Iterator[Claim]:
-    """Yield the claim that the mean of `found` is below `most`, or above `least`; nothing where nothing was found.
+    """Yield the claim that the mean of `found` is below `most` or above `least`; nothing if `found` is empty.
 
-    found: one value a seed. blocks: of each seed, the values by block of text. told: what is shown before the interval.
+    found: one value per seed. blocks: for each seed, the values by block of text. told: text shown before the interval.
     The verdict is that of the interval; one seed is inconclusive. Against a limit of 0, an inconclusive interval is
     shown with the differences that were detectable.
     """
@@ -86,10 +90,10 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Paired differences between arms and one of them in one figure.
+    """Paired differences of one figure between arms and a reference arm.
 
-    key: where the figure is. against: the arm that is subtracted. arms: those compared, all that have the figure if ().
-    better: which sign is better.
+    key: path of the figure. against: the reference, which is subtracted. arms: those compared; (): all that have the
+    figure. better: which sign is better.
     """
 
     key: str
@@ -113,7 +117,7 @@ def as_claims(figures: ByArm, compared: Sequence[Comparison]) -> Iterator[Claim]
 def comparisons(figures: ByArm, compared: Sequence[Comparison], refused: bool = False) -> str:
     """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference.
 
-    refused: no verdict is given, because depth does not pay (`skipstone_studies.headroom`).
+    refused: give no verdict, because depth does not pay (`skipstone_studies.headroom`).
     """
     sections = []
     for one in compared:
@@ -132,7 +136,7 @@ def comparisons(figures: ByArm, compared: Sequence[Comparison], refused: bool = 
 
 
 def beside(title: str, figures: ByArm, published: Published, shown: Sequence[PublishedColumn], source: str) -> str:
-    """A table of each arm's figures, the published one before ours."""
+    """Return a Markdown table of each arm's figures, with the published figure before ours."""
     columns = ["arm"]
     for one in shown:
         columns += [f"{one.title}, paper", f"{one.title}, ours"] if one.published else [one.title]
@@ -148,7 +152,7 @@ def beside(title: str, figures: ByArm, published: Published, shown: Sequence[Pub
 
 
 def claims_table(title: str, claims: Iterable[Claim]) -> str:
-    """Markdown: a row for each claim, a column for each arm; nothing where there is nothing to judge yet."""
+    """Return a Markdown table with a row per claim and a column per arm; empty without claims."""
     by_text: dict[str, dict[str, str]] = {}
     for claim in claims:
         by_text.setdefault(claim.text, {})[claim.arm] = f"{claim.verdict}: {claim.found}"

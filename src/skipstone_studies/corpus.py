@@ -1,4 +1,4 @@
-"""The first of several corpora that can be had on this machine."""
+"""The first of several corpora that is available on this machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from skipstone.data.corpora import load_corpus
 
 
 def first_available(names: Sequence[str]) -> tuple[str | None, str]:
-    """(its name, why those before it could not be had, "" if it is the first). (None, "") for no names.
+    """Return the first available corpus, and why those before it are not ("" if it is the first of the list).
 
-    Raises FileNotFoundError with the last one's reason when none can be had.
+    Returns (None, "") for no names. Raises FileNotFoundError with the last one's reason if none is available.
     """
     reason = ""
     for name in names:

@@ -1,8 +1,8 @@
-"""Figures of models whose gates are trained soft and executed hard: what is claimed as saved, and what is skipped.
+"""Figures of models whose gates are trained soft and executed hard: savings that are claimed and that are realised.
 
-A token-layer is one token in one block. `claimed` is the share of them that the paper's metric counts as saved: it
-takes the mean of soft gates for work that is left out (arXiv 2605.05222). `skipped` is the share that the executed pass
-really leaves out; both over all blocks, gated or not.
+A token-layer is one token in one block. `claimed` is the share of them that the paper's metric counts as saved, one
+minus the mean of soft gates (arXiv 2605.05222). `skipped` is the share that the executed pass leaves out. Both are
+taken over all blocks, gated or not.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from skipstone_studies import text_blocks
 
 ROWS = 64  # rows of a forward pass
 EXITS = (0.3, 0.5, 0.7, 0.9)
-EPSILON = 1e-6  # a mean gate within this of 0 or 1 counts as that far away, so that its logit is finite
+EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that their logit is finite
 Figures = PlainDict
 Layers = Sequence[Mapping[str, PlainMapping]]
 
 
 def savings(evaluation: PlainMapping) -> Figures:
-    """alpha, claimed and skipped, gap (executed less soft loss, nats) from the figures of `skipstone eval`."""
+    """Return alpha, claimed, skipped and gap (executed minus soft loss, nats) from the figures of `skipstone eval`."""
     ways = evaluation["ways"]
     found: Figures = {}
     if "oracle" in ways:
@@ -48,7 +48,7 @@ def savings(evaluation: PlainMapping) -> Figures:
 
 
 def _gates(layers: Layers) -> Iterator[tuple[float, float]]:
-    """Mean weight of a kept update and share of kept tokens, of each gated block."""
+    """Yield the mean weight of a kept update and the share of kept tokens for each gated block."""
     for layer in layers:
         for figures in layer.values():
             if "capacity" in figures:
@@ -60,13 +60,12 @@ def _mean(values: Sequence[float], empty: float) -> float:
 
 
 def variants(folder: Path) -> dict[str, float]:
-    """Losses of further passes of a model with softly trained Token-Selective Attention; empty for any other.
+    """Return losses of further passes of a model with softly trained Token-Selective Attention; empty for others.
 
-    at_start: no loss, but what the paper's metric counts as saved before training, from the start bias alone.
-
-    one, gate: executed hard, kept tokens with gain 1 (the paper's sparse mode) or with 1 - p. random: as `one`, but
-    with tokens drawn at random, in each block as many as its gates keep. constant: soft, each gate replaced by its
-    block's mean; what is lost is all that the gates tell of tokens.
+    at_start: not a loss but the saving that the paper's metric claims before training, from the start bias alone. one,
+    gate: hard passes in which kept tokens have gain 1 (the paper's sparse mode) or 1 - p. random: as `one`, with random
+    tokens, in each block as many as its gates keep. constant: a soft pass in which each gate is replaced by its block's
+    mean; its additional loss is what the gates know about tokens.
     """
     loaded = load_run(folder)
     gates = [gate for gate in _found(loaded.model, TokenSelective) if gate.decision is None and gate.config.learn]
@@ -88,11 +87,10 @@ def variants(folder: Path) -> dict[str, float]:
 
 
 def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
-    """One model with early exit, executed with other thresholds: figures by threshold; else empty.
+    """Return figures of a model with early exit at other thresholds, by threshold; empty for other models.
 
-    loss; stretches: the loss by block of text, see `skipstone_studies.text_blocks`; skipped.
-
-    flops: counted, a token; the stem, every token's keys and values, and the routers are among them, each once.
+    loss. stretches: the loss by block of text, see `skipstone_studies.text_blocks`. skipped. flops: counted per token,
+    including the stem, all keys and values, and the routers.
     """
     loaded = load_run(folder)
     gates, found = _found(loaded.model, EarlyExit), {}
@@ -110,12 +108,13 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
 
 
 def exit_name(threshold: float) -> str:
+    """Return the key of a threshold in the figures."""
     return f"{threshold:.0%}"  # no dot: it is a step of a path into the figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMasks(Pass):
-    """Forced decisions, drawn: block i of those that are gated keeps each token with probability shares[i]."""
+    """A pass with random forced decisions: the i-th gated block keeps each token with probability shares[i]."""
 
     shares: tuple[float, ...]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))

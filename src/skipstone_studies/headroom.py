@@ -1,7 +1,7 @@
-"""Whether depth pays at all: a router that skips blocks cannot win where a model with fewer blocks is as good.
+"""Headroom: whether a deeper model has a lower loss, without which a router that skips blocks has nothing to win.
 
-A verdict on routing needs room: the full model must beat the best of its shallower rivals by `LEAST` nats. Where it
-does not, the verdict is refused, whatever the routed arms' losses are.
+Routing is judged only if the full model beats the best shallower one by `LEAST` nats. Otherwise the verdict is refused,
+whatever the losses of the routed arms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ REFUSED = "No headroom: nothing to route."
 
 @dataclass(frozen=True, kw_only=True)
 class Headroom:
-    """gain: mean loss of the best shallower rival less that of the full model, in nats. interval: None for one seed."""
+    """The advantage of the full model over shallower ones.
+
+    gain: mean loss of the best shallower model minus that of the full model, in nats. interval: None for one seed.
+    """
 
     full: str
     rival: str
@@ -28,10 +31,11 @@ class Headroom:
 
     @property
     def there(self) -> bool:
+        """Whether the gain suffices to judge routing."""
         return self.gain >= LEAST
 
     def sentence(self) -> str:
-        """What the page says of it."""
+        """Return the sentence for the page."""
         shown = f"{self.gain:+.3f}" if self.interval is None else self.interval.shown()
         found = f"the loss of {self.rival}, the best model with fewer blocks, is that of {self.full} {shown} nats"
         if self.there:
@@ -40,7 +44,7 @@ class Headroom:
 
 
 def headroom(figures: ByArm, full: str, shallower: Sequence[str], key: str) -> Headroom | None:
-    """None where the full model or every rival is missing. key: of a loss in nats."""
+    """Return the headroom; None if the full model or every shallower one is missing. key: of a loss in nats."""
     losses = {arm: loss for arm in shallower if (loss := mean(figures, arm, key)) is not None}
     if not losses or mean(figures, full, key) is None:
         return None

@@ -1,9 +1,8 @@
-"""Whether one arm is better than another: confidence intervals of paired differences, and what a study could have seen.
+"""Confidence intervals of paired differences between arms, and the smallest difference that a study could detect.
 
-The only intervals of this package. A difference is taken between two runs of one seed, which share data and first
-weights; its mean over seeds has Student's t interval. Where the difference is known for each block of the validation
-text, too, the interval counts both that other seeds and that other text would have given another difference. One seed
-tells nothing about other seeds, so it has no interval.
+Differences are taken between two runs with the same seed, which share data and initial weights; their mean over seeds
+has Student's t interval. If the differences are also known for each block of the validation text, the interval includes
+the variation over text. One seed has no interval. All intervals of this package are computed here.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ Verdict = Literal["yes", "no", "inconclusive", "no headroom"]
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """The mean of paired differences, and its confidence interval.
+    """The mean of paired differences with its confidence interval.
 
-    errors: independent parts of the standard error of the mean, each with the degrees of freedom that it is known to.
-    The half width is the root of the sum of squares of the parts' own half widths: exact where one part dominates,
-    a little too wide where several are alike.
+    errors: independent parts of the standard error of the mean, each with its degrees of freedom. The half width is the
+    root of the sum of squares of the parts' half widths: exact if one part dominates, slightly too wide if several are
+    similar.
     """
 
     mean: float
@@ -41,30 +40,32 @@ class Interval:
 
     @property
     def low(self) -> float:
+        """Lower end of the interval."""
         return self.mean - self._half
 
     @property
     def high(self) -> float:
+        """Upper end of the interval."""
         return self.mean + self._half
 
     def below(self, limit: float = 0.0) -> Verdict:
-        """Whether the true difference is below `limit`, as far as the interval tells."""
+        """Return whether the interval shows that the true difference is below `limit`."""
         return "yes" if self.high < limit else "no" if self.low > limit else "inconclusive"
 
     def above(self, limit: float = 0.0) -> Verdict:
-        """Whether the true difference is above `limit`, as far as the interval tells."""
+        """Return whether the interval shows that the true difference is above `limit`."""
         return "yes" if self.low > limit else "no" if self.high < limit else "inconclusive"
 
     def detectable(self, power: float = POWERS[0]) -> float:
-        """The smallest true difference whose interval would exclude 0 with probability `power`, at these errors."""
+        """Return the smallest true difference that such an interval would find with probability `power`."""
         return math.hypot(*(detectable_in_errors(power, degrees, self.confidence) * e for e, degrees in self.errors))
 
     def shown(self, form: str = "+.3f") -> str:
-        """`-0.025 [-0.040, -0.010]`."""
+        """Return a text such as `-0.025 [-0.040, -0.010]`."""
         return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def with_power(self, form: str = "+.3f") -> str:
-        """As `shown`; where the interval holds 0, with what was detectable: `..., detectable 0.021 / 0.025`."""
+        """Return `shown`, and if the interval contains 0, what was detectable: `..., detectable 0.021 / 0.025`."""
         if self.below() != "inconclusive":
             return self.shown(form)
         seen = (format(self.detectable(power), form.removeprefix("+")) for power in POWERS)
@@ -73,7 +74,10 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A published claim about one arm. found: what we measured of it. verdict: by the rule that `text` states."""
+    """A claim about one arm.
+
+    found: our measurement. verdict: by the rule that `text` states.
+    """
 
     arm: str
     text: str
@@ -82,10 +86,10 @@ class Claim:
 
 
 def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ()) -> Interval | None:
-    """The interval of a mean difference; None for fewer than two seeds.
+    """Return the interval of a mean difference; None for fewer than two seeds.
 
-    differences: one a seed. blocks: for each seed, the difference on each block of the validation text, the same blocks
-    for all seeds; the error of the mean then has a part of the seeds and a part of the text.
+    differences: one per seed. blocks: for each seed, the difference on each block of the validation text, with the same
+    blocks for all seeds; the error of the mean then has a part from seeds and a part from text.
     """
     seeds = len(differences)
     if seeds < 2:
@@ -98,7 +102,7 @@ def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ())
 
 
 def t_cdf(t: float, degrees: int) -> float:
-    """Student's t distribution function, for whole degrees of freedom: the finite series in the angle of t."""
+    """Return Student's t distribution function for integer degrees of freedom, by its finite series."""
     angle = math.atan2(t, math.sqrt(degrees))
     square, odd = math.cos(angle) ** 2, degrees % 2
     term = math.cos(angle) if odd else 1.0
@@ -112,19 +116,20 @@ def t_cdf(t: float, degrees: int) -> float:
 
 @cache
 def t_quantile(probability: float, degrees: int) -> float:
-    """Where `t_cdf` is `probability`, which lies in (.5, 1)."""
+    """Return the t at which `t_cdf` is `probability`, which must be in (.5, 1)."""
     return _bisect(lambda t: t_cdf(t, degrees) - probability, 1e4)
 
 
 @cache
 def detectable_in_errors(power: float, degrees: int, confidence: float = CONFIDENCE) -> float:
-    """A true mean, in standard errors, that a two-sided t test at 1 - confidence finds with probability `power`.
+    """Return the true mean, in standard errors, that a two-sided t test at 1 - confidence finds with probability
+    `power`.
 
-    The error is estimated with `degrees` degrees of freedom, so the test statistic follows the noncentral t
-    distribution; it is integrated over the estimated error by its true size.
+    The error is estimated with `degrees` degrees of freedom, so the statistic follows the noncentral t distribution; it
+    is integrated over the ratio of estimated to true error.
     """
     limit = t_quantile((1 + confidence) / 2, degrees)
-    ratio = np.linspace(1e-4, 6.0, 1000)  # of the estimated error by the true one
+    ratio = np.linspace(1e-4, 6.0, 1000)  # estimated error / true error
     log_density = (degrees - 1) * np.log(ratio) - degrees * ratio**2 / 2
     density = np.exp(log_density - log_density.max())
     density /= density.sum()
@@ -137,7 +142,7 @@ def detectable_in_errors(power: float, degrees: int, confidence: float = CONFIDE
 
 
 def _bisect(rising: Callable[[float], float], high: float) -> float:
-    """Where a rising function crosses 0 between 0 and `high`."""
+    """Return where a rising function crosses 0 between 0 and `high`."""
     low = 0.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,8 +1,8 @@
-"""What all records together cost, and what they say: two tables for the README of the results.
+"""The ledger: costs and claims of all records, as two tables for the README of the results.
 
-A record's FLOPs are those that its grid counted, else three times the executed forward FLOPs of a token, times the
-tokens that were read: forward once, backward twice. Gates that are trained soft compute everything, so what they were
-trained with is more than that.
+The FLOPs of a record are those that its grid counted, else three times the executed forward FLOPs per token (one
+forward and two for backward) times the number of tokens. Gates that are trained soft compute everything, so their
+training took more.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from skipstone_studies.isoflop.table import claims as grid_claims
 from skipstone_studies.page import figures_of, groups, lookup
 from skipstone_studies.record import Record
 
-FEW = 3  # arms that are named
-COMPUTE, CLAIMS = "compute", "claims"  # the names of the marks
+FEW = 3  # up to so many arms are named
+COMPUTE, CLAIMS = "compute", "claims"  # names of the marks in the README
 CHANGES: dict[Verdict, str] = {
     "no headroom": "a text or a length on which depth pays",
     "inconclusive": "more seeds, or less noise",
@@ -32,7 +32,10 @@ SCALE = "another scale"
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Of one run's training. hours: of a core, or of the GPU. None where the record does not tell."""
+    """The cost of one run's training.
+
+    hours: of a core, or of the GPU. None where the record does not contain it.
+    """
 
     tokens: float
     hours: float
@@ -42,7 +45,7 @@ class Compute:
 
 
 def compute_of(record: Record) -> Compute | None:
-    """None for what was not trained, and for records that do not tell."""
+    """Return the cost of a record's training; None if nothing was trained or the record does not contain it."""
     tokens, seconds = (lookup(record.figures, f"training.{name}") for name in ("tokens", "seconds"))
     if tokens is None or seconds is None:
         return None
@@ -59,7 +62,7 @@ def compute_of(record: Record) -> Compute | None:
 
 
 def compute(out: Path) -> str:
-    """Markdown: what the runs of every study with records in `out` took."""
+    """Return a Markdown table of the costs of every study with records in `out`."""
     found = {name: [compute_of(record) for record in records.read_all(out, name)] for name in names(out)}
     rows = [_row(name, each) for name, each in found.items()]
     everything = [one for each in found.values() for one in each]
@@ -79,7 +82,7 @@ def compute(out: Path) -> str:
 
 
 def names(out: Path) -> list[str]:
-    """Every study with records in `out`."""
+    """Return the names of all studies with records in `out`."""
     return sorted(path.parent.name for path in out.glob("*/records"))
 
 
@@ -104,7 +107,7 @@ def _row(name: str, found: Sequence[Compute | None]) -> list[str]:
 
 
 def claims(out: Path) -> str:
-    """Markdown: every claim that is judged by rule, its verdicts by arm, and what would change them."""
+    """Return a Markdown table of every claim judged by rule, with its verdicts by arm and what would change them."""
     columns = ["study", "claim, by rule", "verdicts", "seeds", "largest model", "FLOPs", "what would change it"]
     rows = [[name, *row] for name in names(out) for row in _claims(out, name)]
     return markdown([Section(title="Claims", columns=columns, rows=rows)]).partition("\n\n")[2].strip("\n")
@@ -141,7 +144,7 @@ def _arms(arms: Sequence[str]) -> str:
 
 
 def write(out: Path) -> Path:
-    """Put both tables into OUT/README.md, between their marks. Raises ValueError where it has no place for them."""
+    """Write both tables into OUT/README.md, between their marks. Raises ValueError if it has no such marks."""
     path = out / "README.md"
     for name, text in ((COMPUTE, compute(out)), (CLAIMS, claims(out))):
         readme.check(path, name)

@@ -1,4 +1,4 @@
-"""What is measured of one finished run, and of all runs of a seed in one timing session."""
+"""Measurements of one finished run, and of all runs of a seed in one timing session."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from skipstone_studies.timing import training_speeds
 
 
 def standard(folder: Path) -> PlainDict:
-    """training: the run's own summary. evaluation: losses, capacities and FLOPs on the validation rows."""
+    """Return the run's own summary (`training`) and its losses, capacities and FLOPs (`evaluation`)."""
     return {"training": Run(folder).result(), "evaluation": evaluate(folder).to_dict()}
 
 
 def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
-    """training_speed, comparison: taken interleaved by all arms, so that the machine's mood is the same for each."""
+    """Return `training_speed` and `comparison` of each arm, timed interleaved.
+
+    Machine noise then affects all arms equally.
+    """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]
     return {
@@ -28,6 +31,6 @@ def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
 
 
 def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
-    """Generated text, as much as `skipstone generate` writes unasked. pieces: (text, share of the compute it took)."""
+    """Return generated text with the default settings of `skipstone generate`. pieces: (text, share of compute)."""
     pieces = stream_text(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}

@@ -1,4 +1,4 @@
-"""A line, now and then, that tells what is left of a study, from the measured time of a training step."""
+"""Messages with the remaining time of a study, estimated from the measured time of a training step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from skipstone.core.strict import PlainMapping
 from skipstone_studies.study import RecipeDict
 
-FIRST_STEPS = 20  # the first line comes after so many steps, the others after each checkpoint
+FIRST_STEPS = 20  # steps before the first message; others follow each checkpoint
 DEFAULTS = {"steps": 1000, "batch_size": 16, "context": 256, "num_hidden_layers": 1}
 
 
 def work(recipe: RecipeDict) -> float:
-    """Tokens times blocks: what the time of a training is roughly proportional to between the arms of a study."""
+    """Return tokens times blocks, to which training times of a study's arms are roughly proportional."""
     values: PlainMapping = {
         **DEFAULTS,
         **recipe.get("model", {}),
@@ -26,9 +26,9 @@ def work(recipe: RecipeDict) -> float:
 
 
 class TimeLeft(TrainerCallback):
-    """Measures the steps of a training as they come, saving and evaluation included.
+    """A callback that measures training steps, including saving and evaluation, and reports the remaining time.
 
-    share: the work of all that comes after this training, as a multiple of its own. say: takes the line.
+    share: the work after this training, as a multiple of its own. say: receives the message.
     """
 
     def __init__(self, share: float, say: Callable[[str], None]) -> None:
@@ -52,6 +52,7 @@ class TimeLeft(TrainerCallback):
             self.tell(state.global_step, state.max_steps)
 
     def tell(self, step: int, steps: int) -> None:
+        """Report the remaining time."""
         seconds = (monotonic() - self.since) / (step - self.first)
         here, all_of_it = seconds * (steps - step), seconds * (steps - step + self.share * steps)
         whole = f", about {duration(all_of_it)} of all" if self.share else ""
@@ -59,7 +60,7 @@ class TimeLeft(TrainerCallback):
 
 
 def duration(seconds: float) -> str:
-    """Seconds up to two minutes, minutes up to two hours, then hours, days, years."""
+    """Return a duration in seconds up to two minutes, minutes up to two hours, then hours, days, years."""
     for unit, name, limit in ((1, "s", 120), (60, "min", 7200), (3600, "h", 172_800), (86_400, "d", 8.64e7)):
         if seconds < limit:
             return f"{seconds / unit:,.0f} {name}" if unit == 1 else f"{seconds / unit:,.1f} {name}"

@@ -1,4 +1,4 @@
-"""Records -> Markdown. Pure: no clock, no machine, no file, so the same records give the same bytes."""
+"""Render records as Markdown. Nothing but the records matters, so that equal records give equal bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTHER_SESSION = "Speeds of a seed's arms were not all taken in one timing sessio
 
 
 def render(study: Study, records: Sequence[Record]) -> str:
-    """The whole of results/NAME.md. Records of configurations that the study no longer has are left out."""
+    """Return the text of results/NAME.md. Records of configurations that the study no longer has are left out."""
     parts = [f"# {study.name}", study.purpose, study.about]
     shown = 0
     for current in groups(study, records):
@@ -30,7 +30,7 @@ def render(study: Study, records: Sequence[Record]) -> str:
 
 
 def groups(study: Study, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
-    """The records that make a table each: one for every scale (or `scale` alone) and corpus that has any."""
+    """Yield the records of each table: one for every scale (or `scale` alone) and corpus that has records."""
     for name in (name for name in SCALES if name in study.seeds and scale in (None, name)):
         for arms in study.variants(name):
             if current := current_records(arms, [record for record in records if record.scale == name]):
@@ -38,14 +38,14 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
 
 
 def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
-    """Those that were made with the arms' recipes as they are now, and converted ones; in the arms' order, by seed."""
+    """Return the records made with the arms' present recipes, and converted ones, in the order of arms and seeds."""
     order = list(arms)
     kept = [r for r in records if r.arm in arms and (r.converted is not None or r.digest == digest(arms[r.arm]))]
     return sorted(kept, key=lambda record: (order.index(record.arm), record.seed))
 
 
 def heading(records: Sequence[Record]) -> str:
-    """`laptop, tiny-shakespeare`."""
+    """Return a heading such as `laptop, tiny-shakespeare`."""
     corpora = dict.fromkeys(record.config.get("data", {}).get("corpus") for record in records)
     return ", ".join([records[0].scale, *(str(corpus) for corpus in corpora if corpus)])
 
@@ -57,7 +57,7 @@ def _section(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
-    """SVG files beside the page, by file name."""
+    """Return the SVG files beside the page, by file name."""
     found: dict[str, str] = {}
     for current in groups(study, records):
         drawn = {} if study.pictures is None else study.pictures(figures_of(study, current))
@@ -66,14 +66,14 @@ def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
 
 
 def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
-    """File names of a table's pictures, and what they show."""
+    """Return file names of a table's pictures, with what they show."""
     drawn = {} if study.pictures is None else study.pictures(figures_of(study, records))
     scale = "" if records[0].scale == SCALES[0] else f"-{records[0].scale}"
     return {f"{study.name}{scale}-{name}.svg": name for name in drawn}
 
 
 def block(study: Study, records: Sequence[Record]) -> str:
-    """The table with its notes and the command that makes it: what a README shows."""
+    """Return the table with its notes and the command that makes it, as a README shows it."""
     columns = [(column, _cells(column, figures_of(study, records))) for column in study.columns]
     section = Section(
         title=heading(records),
@@ -81,13 +81,13 @@ def block(study: Study, records: Sequence[Record]) -> str:
         rows=[[arm, *(_marked(cells[arm]) for _, cells in columns)] for arm in _arms(records)],
         notes=_notes(study, records),
     )
-    # The heading above says what the table is; `markdown` would give it another.
+    # The page has a heading above the table already; drop that of `markdown`.
     text = markdown([section]).partition("\n\n")[2]
     return text.strip("\n") + f"\n\n`{command(records)}`"
 
 
 def terminal(study: Study, records: Sequence[Record]) -> Section:
-    """The same figures with arms as columns, because terminals are narrow, and ratios on lines of their own."""
+    """Return the same table for a terminal, with arms as columns and ratios on separate lines."""
     rows = []
     for column in study.columns:
         cells = _cells(column, figures_of(study, records))
@@ -102,7 +102,7 @@ def _arms(records: Sequence[Record]) -> list[str]:
 
 
 def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, PlainMapping]]:
-    """Figures of each arm by seed, in order, those that follow from other arms included."""
+    """Return the figures of each arm by seed, including those derived from other arms."""
     found: dict[str, dict[int, PlainMapping]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
         of_seed: dict[str, PlainMapping] = {r.arm: r.figures for r in records if r.seed == seed}
@@ -113,7 +113,7 @@ def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, P
 
 
 def lookup(figures: PlainMapping, key: str) -> float | None:
-    """The figure at a dotted path, None where there is none."""
+    """Return the figure at a dotted path; None if there is none."""
     at: Any = figures
     for step in key.split("."):
         if not isinstance(at, Mapping) or step not in at:
@@ -128,7 +128,7 @@ def _values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
 
 
 def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
-    """` (least to greatest)` of the turns of all seeds."""
+    """Return ` (least to greatest)` over the turns of all seeds."""
     ends = []
     for end, best in (("min", min), ("max", max)):
         found = [value for figures in seeds.values() if (value := lookup(figures, f"{column.key}.{end}")) is not None]
@@ -138,7 +138,10 @@ def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """text: mean and spread. ratio: to the first arm, "" where it is not asked for. best: of its column."""
+    """A cell of the table.
+
+    text: mean and spread. ratio: to the first arm, "" if not wanted. best: whether it is the best of its column.
+    """
 
     text: str
     ratio: str = ""
@@ -168,7 +171,7 @@ def _marked(cell: Cell) -> str:
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
-    """`1.234`, with more than one value `1.234 ± 0.005`, a dash for none."""
+    """Return `1.234`, for several values `1.234 ± 0.005`, a dash for none."""
     if not values:
         return UNKNOWN
     mean = _shown(statistics.fmean(values), form)
@@ -195,13 +198,13 @@ def _notes(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def command(records: Sequence[Record]) -> str:
-    """The one that makes all of these records."""
+    """Return the command that makes all of these records."""
     base = min(record.command for record in records)
     return f"{base} --seeds {','.join(map(str, sorted({record.seed for record in records})))}"
 
 
 def provenance(records: Sequence[Record]) -> str:
-    """With what, at which commit and on which machine the records were made."""
+    """Return versions, commit and machine with which the records were made, as a sentence."""
     made = dict.fromkeys(_made_with(record.environment) for record in records)
     text = "Made with " + "; and with ".join(made) + "."
     files = dict.fromkeys(record.converted["file"] for record in records if record.converted is not None)

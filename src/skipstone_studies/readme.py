@@ -1,4 +1,4 @@
-"""A study's table inside a README, between two marks."""
+"""Write a study's table into a README, between two marks."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from skipstone_studies.study import Study
 
 
 def check(path: Path, name: str) -> None:
-    """Raise FileNotFoundError or ValueError where there is no place for the table."""
+    """Raise FileNotFoundError or ValueError if there is no place for the table."""
     if not path.is_file():
         raise FileNotFoundError(f"README {str(path)!r} does not exist")
     _cut(path.read_text(encoding="utf-8"), path, name)
 
 
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
-    """Put the table of `records` between the marks, and change nothing else."""
+    """Write the table of `records` between the marks and change nothing else."""
     write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
 
 
 def write_between(path: Path, name: str, text: str) -> None:
-    """Put `text` between the marks of `name`, and change nothing else."""
+    """Write `text` between the marks of `name` and change nothing else."""
     before, after = _cut(path.read_text(encoding="utf-8"), path, name)
     write_whole(path, f"{before}\n{text}\n{after}")
 
 
 def _cut(text: str, path: Path, name: str) -> tuple[str, str]:
-    """What stands before and after, marks included."""
+    """Return the text before and after, marks included."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise ValueError(f"{str(path)!r} has no place for the table: it needs one line {begin} and below it one {end}")

@@ -1,4 +1,7 @@
-"""One JSON record a run: what was run, where, and what came out. Tables are rendered from these alone."""
+"""Records: one JSON file per run with its configuration, environment and results.
+
+Tables are rendered from these alone.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ from skipstone.evaluate.tables import plain
 
 FORMAT_VERSION = 1
 DIGEST_LENGTH = 16
-ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # the names that records have always had in files
+ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # names of fields in files, kept from earlier releases
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What one run of one arm gave.
+    """The result of one run of one arm.
 
-    config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine.
-    command: what makes it again. figures: what was measured. timing_session: when, and with which arms beside it, the
-    figures that compare arms were taken; None until they are. converted: of a record that was converted from the file
-    of an earlier script, {"file", "commit"}; its config tells what that file says of the run, and it has no digest.
+    config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine. command:
+    the command that makes it. figures: the measurements. timing_session: time and arms of the session in which figures
+    that compare arms were taken; None until then. converted: for a record converted from the file of an earlier script,
+    {"file", "commit"}; its config has what that file says of the run, and it has no digest.
     """
 
     study: str
@@ -46,21 +49,23 @@ class Record:
 
 
 def digest(recipe: PlainMapping) -> str:
-    """The same for equal recipes, whatever the order of their keys."""
+    """Return a hash of a recipe that does not depend on the order of its keys."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def folder(out: Path, name: str) -> Path:
+    """Return the folder of a study's records."""
     return out / name / "records"
 
 
 def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
+    """Return the file of a record."""
     return folder(out, name) / scale / f"{arm}-seed{seed}.json"
 
 
 def write(record: Record, out: Path) -> Path:
-    """Written aside and renamed: a record that is there is whole."""
+    """Write a record atomically and return its path."""
     path = path_of(out, record.study, record.scale, record.arm, record.seed)
     values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
     if record.converted is None:
@@ -70,7 +75,7 @@ def write(record: Record, out: Path) -> Path:
 
 
 def read(path: Path) -> Record:
-    """Raises ValueError naming the file when it is not a record."""
+    """Read a record. Raises ValueError naming the file if it is not one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         names = {there: here for here, there in ON_DISK.items()}
@@ -82,11 +87,12 @@ def read(path: Path) -> Record:
 
 
 def find(out: Path, name: str, scale: str, arm: str, seed: int) -> Record | None:
+    """Return the record of a run; None if there is none."""
     path = path_of(out, name, scale, arm, seed)
     return read(path) if path.is_file() else None
 
 
 def read_all(out: Path, name: str) -> list[Record]:
-    """Every record of a study, ordered by scale, arm and seed."""
+    """Return every record of a study, ordered by scale, arm and seed."""
     paths: Iterable[Path] = folder(out, name).glob("*/*.json")
     return sorted(map(read, paths), key=lambda record: (record.scale, record.arm, record.seed))

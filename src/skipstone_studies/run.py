@@ -1,4 +1,4 @@
-"""`reproduce`: from a name to a table, going on with whatever is there already."""
+"""`reproduce`: run what is missing of a study and render its table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from skipstone_studies.record import Record
 from skipstone_studies.session import Session
 from skipstone_studies.study import RecipeDict, Study
 
-RUNS = Path("runs")  # where runs go and, unless `out` is named, tables too: a folder that git ignores
+RUNS = Path("runs")  # default folder of runs and tables, ignored by git
 
 
 def describe() -> dict[str, str]:
-    """Purposes by name, of every study."""
+    """Return the purpose of every study by name."""
     return {name: study.purpose for name, study in STUDIES.items()}
 
 
@@ -41,15 +41,14 @@ def reproduce(
     readme: Path | None = None,
     render_only: bool = False,
 ) -> Path:
-    """Run what is not recorded yet of study `name`, render OUT/NAME.md and return its path.
+    """Run what is not yet recorded of a study, render OUT/NAME.md and return its path.
 
-    arms: those to run, all if None; the table shows all that are recorded. seeds: the study's own if None.
-    out: folder of tables and records, `runs` if None. runs: folder of run folders.
-    readme: a file in which the table is written between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
-    render_only: train and measure nothing, render from records alone.
-    Raises ValueError, one line, for unknown names, scales and arms, for records that cannot be read, and at the end,
-    when everything else is done, if arms have failed. What is recorded is never run again. An arm that another process
-    is at work on is left out with one line.
+    arms: those to run; None: all. The table shows all that are recorded. seeds: None: the study's own. out: folder of
+    tables and records; None: `runs`. runs: folder of run folders. readme: a file into which the table is written
+    between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. render_only: train and measure nothing. Raises ValueError for
+    unknown names, scales and arms, for records that cannot be read, and at the end, when everything else is done, if
+    arms have failed. Recorded runs are never run again. Arms that another process is running are left out, with a
+    message.
     """
     study = choose("study", name, STUDIES)
     chosen = _seeds(study, scale, seeds)
@@ -105,7 +104,7 @@ def _run(
 
 
 def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
-    """Arms from words that were separated by commas; an arm's name may hold commas itself."""
+    """Return arms from words that were separated by commas, as names of arms may contain commas."""
     rest, found = list(words), []
     while rest:
         ends = (end for end in range(len(rest), 0, -1) if end == 1 or ", ".join(rest[:end]) in known)
@@ -116,7 +115,7 @@ def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
 
 
 def _report(session: Session, arms: dict[str, RecipeDict], seed: int) -> None:
-    """report.html beside the run folders, of those of one seed that are here."""
+    """Write report.html beside the run folders, for those of one seed."""
     found = {arm: record for arm in arms if (record := session.recorded(arm, seed)) is not None}
     here = {arm: session.folder(arm, seed) for arm in found if (session.folder(arm, seed) / METRICS).is_file()}
     if not here:
@@ -133,11 +132,12 @@ def _sample(record: Record) -> list[tuple[str, float]]:
 
 
 def table_path(out: Path, name: str) -> Path:
+    """Return the path of a study's page."""
     return out / f"{name}.md"
 
 
 def _publish(study: Study, scale: str, found: Sequence[Record], out: Path, readme: Path | None) -> None:
-    """Write the table, show that of `scale` on the terminal, and hand it to the README if one is named."""
+    """Write the page, print the table of `scale`, and write it into the README if one is given."""
     write_whole(table_path(out, study.name), render(study, found))
     for file, drawing in pictures(study, found).items():
         write_whole(out / file, drawing)

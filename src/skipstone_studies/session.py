@@ -1,7 +1,7 @@
-"""What is still to do of one seed of a study, done so that it can be stopped at any moment and gone on with.
+"""Run what is missing of a study, so that it can be interrupted at any moment and resumed.
 
-A run's folder is RUNS/NAME/SCALE/ARM-seedN; beside it, ARM-seedN.recipe.json tells which recipe it belongs to. A folder
-of an earlier recipe is moved aside, never overwritten.
+A run's folder is RUNS/NAME/SCALE/ARM-seedN; ARM-seedN.recipe.json beside it has the recipe that it belongs to. Folders
+of earlier recipes are renamed, never overwritten.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ USER_ERRORS = (ValueError, OSError)
 
 @dataclass(kw_only=True)
 class Session:
-    """One study at one scale. arms: its recipes, without seeds. failures: one line each.
+    """One study at one scale.
 
-    Several processes may share a session's folders: each arm of a seed is locked while it is run.
+    arms: its recipes, without seeds. failures: one message each. Several processes may share a session's folders: each
+    arm of a seed is locked while it runs.
     """
 
     study: Study
@@ -43,28 +44,31 @@ class Session:
     out: Path
     console: Console
     only: Sequence[str] | None = None  # the arms to run; all if None
-    made_by: str = ""  # the command that makes the records, where it is not `skipstone reproduce`
+    made_by: str = ""  # the command that makes the records, if it is not `skipstone reproduce`
     failures: list[str] = field(default_factory=list)
-    busy: list[str] = field(default_factory=list)  # arms that another process is at work on, left out
+    busy: list[str] = field(default_factory=list)  # arms left out because another process runs them
     spent: list[float] = field(default_factory=list)  # seconds of each arm that was run in this process
 
     @property
     def command(self) -> str:
+        """The command that makes the records."""
         return self.made_by or f"skipstone reproduce {self.study.name} --scale {self.scale}"
 
     def folder(self, arm: str, seed: int) -> Path:
+        """Return the run folder of an arm and seed."""
         return self.runs / self.study.name / self.scale / f"{arm}-seed{seed}"
 
     def recorded(self, arm: str, seed: int) -> Record | None:
-        """The record of this very recipe, if there is one."""
+        """Return the record made with the arm's present recipe; None if there is none."""
         record = records.find(self.out, self.study.name, self.scale, arm, seed)
         return record if record is not None and record.digest == digest(self.arms[arm]) else None
 
     def finished(self, seeds: list[int]) -> int:
+        """Return the number of recorded runs."""
         return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
 
     def run(self, seeds: list[int]) -> None:
-        """Everything that is not recorded yet; arms that fail are noted and left out."""
+        """Run everything that is not yet recorded; arms that fail are noted and skipped."""
         wanted = list(self.arms) if self.only is None else list(self.only)
         left = [(arm, seed) for seed in seeds for arm in wanted if self.recorded(arm, seed) is None]
         for seed in seeds:
@@ -72,22 +76,22 @@ class Session:
                 if (arm, seed) in left:
                     left.remove((arm, seed))
                     self._guarded(arm, seed, [other for other, _ in left])
-            if not self.busy:  # speeds that are taken beside another training would not be true
+            if not self.busy:  # speeds measured beside another training would be wrong
                 self._measure_together(seed)
 
     def _guarded(self, arm: str, seed: int, after: Sequence[str]) -> None:
-        """Run one arm, unless another process has it; what fails is noted. after: the arms that are still to come."""
+        """Run one arm unless another process runs it, and note failures. after: the arms that are still to come."""
         where, start = f"{self.study.name}, arm {arm!r}, seed {seed}", time.perf_counter()
         doing = "running" if self.study.clock is None else "timing"
         try:
             with locked(self.folder(arm, seed)):
                 if self.recorded(arm, seed) is not None:
-                    return  # another process has just done it
+                    return  # another process has just finished it
                 self.say(f"[bold]{arm}[/bold], seed {seed}: {doing} ({len(after) + 1} to do)")
                 self._record(arm, seed, self._made_and_measured(arm, seed, after))
         except Busy as error:
             self.busy.append(arm)
-            self.say(f"[bold]{arm}[/bold], seed {seed}: left out, for {error}")
+            self.say(f"[bold]{arm}[/bold], seed {seed}: left out, because {error}")
             return
         except USER_ERRORS as error:
             self.failures.append(f"{where}: {' '.join(str(error).split())}")
@@ -103,7 +107,7 @@ class Session:
         self._claim(folder, recipe)
         if not is_made(folder):
             if folder.is_dir() and last_checkpoint(folder) is None:
-                shutil.rmtree(folder)  # stopped before its first checkpoint, perhaps while the folder was written
+                shutil.rmtree(folder)  # interrupted before its first checkpoint
             share = sum(work(self.arms[other]) for other in after) / work(recipe)
             time_left = TimeLeft(share, lambda line: self.say(f"{arm}, seed {seed}: {line}"))
             self.study.make(recipe, folder, folder.is_dir(), [time_left])
@@ -111,16 +115,16 @@ class Session:
         return dict(self.study.measure(folder))
 
     def _claim(self, folder: Path, recipe: RecipeDict) -> None:
-        """Make sure that what is at `folder`, if anything, belongs to `recipe`."""
+        """Make sure that an existing folder belongs to `recipe`, renaming one of another recipe."""
         note = folder.with_name(f"{folder.name}.recipe.json")
         if folder.exists() and not note.is_file():
-            raise ValueError(f"{str(folder)!r} is there but was not made by this command; remove it or use --runs")
+            raise ValueError(f"{str(folder)!r} exists but was not made by this command; remove it or use --runs")
         if folder.exists() and (before := json.loads(note.read_text(encoding="utf-8"))) != recipe:
             aside = folder.with_name(f"{folder.name}.{digest(before)}")
             if aside.exists():
                 raise ValueError(f"{str(aside)!r} is in the way of moving {str(folder)!r} aside; remove one of them")
             folder.rename(aside)
-            self.say(f"an earlier run with another recipe is now {aside}")
+            self.say(f"an earlier run with another recipe was renamed to {aside}")
         write_whole(note, json.dumps(recipe, indent=1) + "\n")
 
     def _record(self, arm: str, seed: int, figures: PlainDict) -> None:
@@ -138,13 +142,13 @@ class Session:
         records.write(record, self.out)
 
     def _environment(self, arm: str, seed: int) -> PlainDict:
-        """The run's own; of this process where nothing was trained."""
+        """Return the run's environment, or this process's if nothing was trained."""
         folder = self.folder(arm, seed)
         trained = self.study.clock is None and not Run(folder).is_saved_model
         return Run(folder).environment() if trained else describe(seed)
 
     def _measure_together(self, seed: int) -> None:
-        """Measure what compares arms, where an arm lacks it: all arms whose folders are here take part."""
+        """Measure what compares arms, if an arm lacks it; all arms whose folders exist take part."""
         if self.study.measure_together is None or self.study.clock is not None:
             return
         found = {arm: record for arm in self.arms if (record := self.recorded(arm, seed)) is not None}
@@ -163,7 +167,7 @@ class Session:
             records.write(replace(record, figures={**record.figures, **figures[arm]}, timing_session=session), self.out)
 
     def _is_here(self, arm: str, seed: int) -> bool:
-        """Whether the run folder exists, is finished and belongs to the recipe."""
+        """Return whether the run folder exists, is finished and belongs to the recipe."""
         folder = self.folder(arm, seed)
         note = folder.with_name(f"{folder.name}.recipe.json")
         if not (note.is_file() and is_made(folder)):
@@ -171,18 +175,19 @@ class Session:
         return bool(json.loads(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
+        """Print a message."""
         self.console.print(f"[dim]{self.study.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
 
 def is_made(folder: Path) -> bool:
-    """Whether a run folder is finished, or holds a saved model; both are complete once they are there."""
+    """Return whether a folder is a finished run or a saved model; both are complete as soon as they exist."""
     if not folder.is_dir() or not any((folder / name).is_file() for name in (CONFIG, MODEL_CONFIG)):
         return False
     return Run(folder).finished or Run(folder).is_saved_model
 
 
 def _public(environment: PlainDict) -> PlainDict:
-    """Without the command lines of the processes that trained, which hold paths of the machine."""
+    """Return the environment without the command lines of processes, which contain paths of the machine."""
     resumed = [{k: v for k, v in entry.items() if k != "command"} for entry in environment.get("resumed", [])]
     kept = {name: value for name, value in environment.items() if name not in ("command", "resumed")}
     return {**kept, "resumed": resumed} if resumed else kept

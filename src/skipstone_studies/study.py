@@ -1,4 +1,4 @@
-"""What a study is: arms, seeds, what is measured, which columns are shown."""
+"""The definition of a study: arms, seeds, measurements and columns of the table."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from skipstone_studies.measure import measure_together, standard
 SCALES = ("laptop", "paper", "quick")
 RecipeDict = PlainDict  # as `skipstone train` reads it: {"model": ..., "data": ..., "train": ...}
 Figures = PlainMapping
-# recipe, run folder, whether to go on with what is there, callbacks of the trainer
+# arguments: recipe, run folder, whether to resume, callbacks of the trainer
 Make = Callable[[RecipeDict, Path, bool, Sequence[TrainerCallback]], object]
-SAVE_MINUTES = 10.0  # between checkpoints: no stop costs more work than that
+SAVE_MINUTES = 10.0  # minutes between checkpoints, the most work that an interruption can cost
 
 
 def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Train from random weights into a run folder."""
+    """Train a model from random weights into a run folder."""
     train(recipe, out=folder, resume=resume, progress=True, save_minutes=SAVE_MINUTES, callbacks=callbacks)
 
 
@@ -32,9 +32,8 @@ def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 class Column:
     """One column of the table.
 
-    key: path of the figure in a record's figures, its steps joined by dots. unit: what the figure is divided by.
-    format: as Python's format() takes it.
-    better: which end is shown in bold, None for neither. relative: add each arm's ratio to the first arm.
+    key: path of the figure in a record's figures, joined by dots. unit: divisor of the figure. format: for Python's
+    format(). better: which end is shown in bold, None for neither. relative: add each arm's ratio to the first arm.
     spread: the figure is {median, min, max} of several turns, and all three are shown.
     """
 
@@ -48,28 +47,25 @@ class Column:
 
     @classmethod
     def speed(cls, key: str, title: str) -> Column:
-        """Tokens/s at `key`."""
+        """Return the column of tokens/s at `key`."""
         return cls(key=f"{key}.tokens_per_second", title=title, format=",.0f", better="high", relative=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A published table.
+    """A study with its published table.
 
-    purpose: one line, for `--list`. about: paragraphs above the table.
-    arms: recipes by name for a scale, without seeds; the first is the one that others are compared with.
-    seeds: those of each scale unless the user names others. A seed is the recipe's train.seed and data.seed.
-    make: makes a run of an arm's recipe: `train_run`, `adapt_run`, or one of the study's own. It takes the recipe, the
-    run folder, whether to go on with what is there, and callbacks that watch the training.
-    clock: for timings, which make no run: the figures of an arm, measured from its recipe alone. `make`, `measure` and
-    `measure_together` are not used then.
-    columns: of the table. corpora: take the first that can be had in place of the recipes' own; () leaves them.
-    measure: figures of one finished run. measure_together: further figures of all runs of a seed, by arm, taken in one
-    timing session so that arms compare fairly; None where nothing needs that. derive: figures that follow from those of
-    all arms of a seed, by arm; computed when the table is rendered. details: Markdown below a table, from the
-    figures of each arm by seed, those that `derive` adds included. claims: those that are judged by rule, from the
-    same figures, for the ledger. closing: what is said below the table of a scale on the terminal. pictures: SVG
-    files by name, from the same figures, which lie beside the page.
+    purpose: one line, for `--list`. about: paragraphs above the table. arms: recipes by name for a scale, without
+    seeds; the first is the reference. seeds: those of each scale, unless the user names others. A seed sets the
+    recipe's train.seed and data.seed. make: makes the run of an arm: `train_run`, `adapt_run`, or a function of the
+    study. clock: for timings, which make no run: returns the figures of an arm from its recipe; `make`, `measure` and
+    `measure_together` are not used then. columns: of the table. corpora: the first available one replaces the recipes'
+    own; () keeps them. measure: returns figures of one finished run. measure_together: returns further figures of all
+    runs of a seed, by arm, taken in one timing session so that arms compare fairly; None if there are none. derive:
+    returns figures that follow from those of all arms of a seed, by arm; called when the table is rendered. details:
+    returns Markdown below a table, from the figures of each arm by seed, derived ones included. claims: returns the
+    claims judged by rule, from the same figures, for the ledger. closing: returns text printed below the table on the
+    terminal. pictures: returns SVG files beside the page, by name, from the same figures.
     """
 
     name: str
@@ -90,7 +86,10 @@ class Study:
     pictures: Callable[[Mapping[str, Mapping[int, Figures]]], Mapping[str, str]] | None = None
 
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, RecipeDict]:
-        """The arms of `scale`, on `corpus` if one is named. Raises ValueError for a scale that is not declared."""
+        """Return the arms of `scale`, on `corpus` if one is given.
+
+        Raises ValueError for a scale that is not declared.
+        """
         choose(f"scale of study {self.name!r}", scale, self.seeds)
         arms = {name: copy.deepcopy(dict(recipe)) for name, recipe in self.arms(scale).items()}
         for recipe in arms.values() if corpus is not None else ():
@@ -98,12 +97,12 @@ class Study:
         return arms
 
     def variants(self, scale: str) -> list[dict[str, RecipeDict]]:
-        """The arms on every corpus that they may run on."""
+        """Return the arms on every corpus that they may run on."""
         return [self.recipes(scale, corpus) for corpus in self.corpora or (None,)]
 
 
 def seeded(recipe: RecipeDict, seed: int) -> RecipeDict:
-    """The recipe of one run. A timing's recipe, which has no parts, gets the seed itself."""
+    """Return the recipe with a seed. A timing's recipe, which has no parts, gets the seed itself."""
     if "train" not in recipe:
         return {**recipe, "seed": seed}
     part = {name: {**recipe.get(name, {}), "seed": seed} for name in ("data", "train")}

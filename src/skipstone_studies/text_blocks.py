@@ -1,6 +1,6 @@
 """Losses by blocks of the validation text, so that two runs are compared on the same text.
 
-A block is a batch of neighbouring windows: text near by is alike, so single windows are not independent of each other.
+A block is a batch of neighbouring windows, because single windows of the same passage are not independent.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pathlib import Path
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.measure.losses import measure_loss
 
-WINDOWS = 64  # of a block
-RECORDED = "stretches"  # the name that the losses by block have always had in records
+WINDOWS = 64  # windows per block
+RECORDED = "stretches"  # name of the losses by block in records, kept from earlier releases
 
 
 def block_losses(folder: Path) -> list[float]:
-    """Loss in nats of each block, in the order of the text, of the pass that stands for the model."""
+    """Return the loss of each block in nats, in the order of the text, for the model's primary pass."""
     return list(of_loaded(load_run(folder)))
 
 
 def of_loaded(loaded: LoadedRun) -> Iterator[float]:
-    """Yield what `block_losses` lists, for a model that is loaded already."""
+    """Yield the losses of `block_losses` for a loaded model."""
     assert loaded.data is not None
     for batch in batches(loaded.data, WINDOWS, loaded.model.device):
         yield measure_loss(loaded.model, loaded.primary, [batch], activations=False).loss

@@ -1,4 +1,4 @@
-"""Training steps and forward passes of several models, timed interleaved: a noisy machine is equally noisy to all."""
+"""Time training steps and forward passes of several models interleaved, so that machine noise affects all equally."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from skipstone.measure.speed import Lap, Task, take_turns
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 
-ROUNDS = 7  # timed steps of each model, after one that warms up
+ROUNDS = 7  # timed steps of each model, after one warm-up step
 
 
 def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str, PlainDict]:
-    """Forward, backward, clipping and optimizer of each run's model on its own recipe's rows, by arm.
+    """Time training steps of each run's model on its own recipe's rows; returns speeds by arm.
 
-    tokens_per_second: by the median of `rounds` steps. spread: half of their range, as a share of that.
+    A step is forward, backward, clipping and optimizer. tokens_per_second: by the median of `rounds` steps. spread:
+    half of their range, as a share of the median.
     """
     rates = take_turns({arm: training_step(Run(folder)) for arm, folder in runs.items()}, rounds)
     return {
@@ -32,7 +33,7 @@ def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str,
 
 
 def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUNDS) -> dict[str, PlainDict]:
-    """`forward`: passes over `rows` whole evaluation rows, without a cache, as each model is executed, by arm."""
+    """Time passes over `rows` whole evaluation rows without a cache; returns speeds by arm under `forward`."""
     rates = take_turns({arm: forward_pass(load_run(folder), rows) for arm, folder in runs.items()}, rounds)
     return {
         arm: {"forward": {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread, "rounds": rounds}}
@@ -41,7 +42,7 @@ def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUND
 
 
 def forward_pass(loaded: LoadedRun, rows: int) -> Task:
-    """The way that stands for the model, on the first evaluation rows."""
+    """Return a task that runs the model's primary pass on the first evaluation rows."""
     assert loaded.data is not None
     batch = next(batches(loaded.data, rows, loaded.model.device))
 
@@ -56,7 +57,10 @@ def forward_pass(loaded: LoadedRun, rows: int) -> Task:
 
 
 def training_step(run: Run) -> Task:
-    """One step as the run's recipe trains: its rows, micro-batches, precision, compilation and routing."""
+    """Return a task that runs one training step by the run's recipe.
+
+    It has the recipe's rows, micro-batches, precision, compilation and routing.
+    """
     recipe = run.config()["train"]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.get("device") != "cpu" else "cpu")
     model = run.load_model().to(device).train()  # type: ignore[arg-type]
@@ -66,7 +70,7 @@ def training_step(run: Run) -> Task:
         for block in model.model.layers:
             block.compile()
     batches = _micro_batches(run, recipe["batch_size"], recipe.get("gradient_accumulation", 1), device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)  # the weights hardly move: routing stays as trained
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)  # so small that routing stays as trained
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     forward = [_arguments(model, batch, recipe.get("routing", "learned")) for batch in batches]
 
@@ -95,7 +99,7 @@ def _micro_batches(run: Run, rows: int, parts: int, device: torch.device) -> lis
 
 
 def _arguments(model: SkipstoneForCausalLM, batch: Row, routing: str) -> PlainDict:
-    """What the trainer calls forward with."""
+    """Return the arguments with which the trainer calls forward."""
     targets = "shift_labels" if "shift_labels" in batch else "labels"
     arguments: PlainDict = {**inputs_of(batch), targets: batch[targets]}
     if routing == "difficulty":

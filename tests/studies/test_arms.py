@@ -40,7 +40,7 @@ def test_an_arm_that_another_process_runs_is_left_out(tiny: Register, capsys: py
         reproduce("tiny")
         said = capsys.readouterr().err
         assert said.count("left out") == 1
-        assert f"dense, seed 0: left out, for '{folder}' is in use by another process (process {other})" in said
+        assert f"dense, seed 0: left out, because '{folder}' is in use by another process (process {other})" in said
         assert not folder.exists()
         records = Path("runs/tiny/records/laptop")
         assert [path.name for path in records.iterdir()] == ["mod-seed0.json"]

@@ -1,13 +1,13 @@
-"""Equal training FLOPs: arms x budgets x sizes, the parabolas through their losses, and what follows from them.
+"""IsoFLOP studies: arms at several sizes and equal training FLOPs, compared by parabolas through their losses.
 
-spec.py      `GridSpec` and `GridSize`: what is asked for, read strictly; the grids by scale
-grid.py      which runs that makes: recipes, steps, FLOPs; whether the corpus has text enough to be read once
-estimate.py  every run with its FLOPs and hours, before anything is trained
+spec.py      `GridSpec` and `GridSize`: the specification of a grid; default grids by scale
+grid.py      the runs of a grid: recipes, steps, FLOPs; whether the corpus suffices
+estimate.py  FLOPs and hours of every run, before anything is trained
 measure.py   figures of one finished run
-curves.py    records -> points of the grid -> the parabola of an arm at a budget, its optimum, where it crosses a level
-result.py    points -> optima, shares of FLOPs, equal times, with their intervals
-notes.py     result -> what a reader must know beside the tables
-table.py     result -> Markdown
-page.py      result -> pictures and one HTML page
+curves.py    fits records by parabolas of loss over size
+result.py    optima, shares of FLOPs and losses after equal times, with confidence intervals
+notes.py     notes to the tables
+table.py     renders the result as Markdown
+page.py      renders the result as one HTML page with charts
 run.py       `isoflop`: the stages of a grid, each a `Session`
 """

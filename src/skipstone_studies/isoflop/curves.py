@@ -1,6 +1,6 @@
-"""Records -> the points of the grid -> an arm's loss over the logarithm of size: the parabola and its optimum.
+"""Curves of a grid: collect records as points and fit a parabola of loss over the logarithm of size.
 
-Nothing is known here that is not in the spec and the records.
+Everything follows from the spec and the records.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ FEW: Final = "too few sizes"
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """x: the size; loss: there. where: inside the grid, or why the lowest measured point stands in for an optimum."""
+    """The optimum of a curve.
+
+    x: the size. loss: there. where: "inside" the grid, or why the lowest measured point is given instead.
+    """
 
     x: float
     loss: float
@@ -39,9 +42,9 @@ class Optimum:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """loss(x) = a (ln x - middle)^2 + b (ln x - middle) + c, for x within [low, high]; coefficients (a, b, c).
+    """The parabola loss(x) = a (ln x - middle)^2 + b (ln x - middle) + c for x within [low, high], by least squares.
 
-    optimum: the vertex if it is a minimum within the grid. residuals: of the points, in nats.
+    coefficients: (a, b, c). optimum: the vertex if it is a minimum within the grid. residuals: of the points, in nats.
     """
 
     coefficients: tuple[float, float, float]
@@ -52,19 +55,21 @@ class Fit:
     residuals: tuple[float, ...]
 
     def __call__(self, x: float) -> float:
+        """Return the loss at size x."""
         a, b, c = self.coefficients
         u = math.log(x) - self.middle
         return (a * u + b) * u + c
 
     @property
     def usable(self) -> bool:
-        """Whether there is a parabola, and it opens upward."""
+        """Whether there is a parabola that opens upward."""
         return self.optimum.where not in (DOWNWARD, FEW)
 
     def first_below(self, level: float) -> float | None:
-        """The smallest x in [low, high] whose loss is at most `level`; None where there is none, or no parabola.
+        """Return the smallest x in [low, high] whose loss is at most `level`; None if there is none, or no usable
+        parabola.
 
-        One that opens downward says nothing: it is below the level at its ends and not between them.
+        A parabola that opens downward is below the level at its ends and not between them, so it is not used.
         """
         if not self.usable:
             return None
@@ -80,7 +85,7 @@ class Fit:
 
 
 def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
-    """Least squares through at least one point; fewer than three sizes make no parabola. x above 0, all different."""
+    """Fit a parabola by least squares; fewer than three sizes give none. xs must be positive and distinct."""
     u = np.log(np.asarray(xs, np.float64))
     y = np.asarray(losses, np.float64)
     middle = float(u.mean())
@@ -113,17 +118,17 @@ def _optimum(
         return Optimum(x=math.exp(log_x), loss=c - b * b / (4 * a), where=INSIDE)
     best = int(y.argmin())
     where: Where = DOWNWARD if not a > 0 else LOW if vertex < u.min() else HIGH
-    if where in (LOW, HIGH):  # the parabola falls towards that end, so that is where its best is
+    if where in (LOW, HIGH):  # the parabola falls towards that end
         best = int(u.argmin() if where == LOW else u.argmax())
     return Optimum(x=float(xs[best]), loss=float(y[best]), where=where)
 
 
-FOLDER = "grid"  # of the records, where `reproduce` has its scales
+FOLDER = "grid"  # folder of the records, in place of a scale's name
 Lookup = Callable[[GridCell, int], Record | None]
 
 
 def lookup(out: Path, name: str) -> Lookup:
-    """Finds the record of a run, if it was made with the recipe that the run has now."""
+    """Return a function that finds the record of a run, if it was made with the run's present recipe."""
     return partial(_find, out, name)
 
 
@@ -134,39 +139,44 @@ def _find(out: Path, name: str, cell: GridCell, seed: int) -> Record | None:
 
 @dataclass(frozen=True, kw_only=True)
 class GridPoint:
-    """A cell with the records of its seeds, the grid's first."""
+    """A cell of the grid with the records of its seeds, that of the grid's seed first."""
 
     cell: GridCell
     records: tuple[Record, ...]
 
     @property
     def losses(self) -> list[float]:
+        """Losses of all seeds, in nats."""
         return [record.figures["loss"] for record in self.records]
 
     @property
     def loss(self) -> float:
+        """Mean loss over seeds, in nats."""
         return statistics.fmean(self.losses)
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return self.cell.shape.parameters
 
     @property
     def forward_flops(self) -> float:
-        """Of a token, as executed."""
+        """Executed forward FLOPs per token."""
         return statistics.fmean(record.figures["forward_flops"] for record in self.records)
 
     @property
     def seconds(self) -> float:
-        """Of training, as the runs took."""
+        """Seconds of training, as measured by the runs."""
         return statistics.fmean(record.figures["training"]["seconds"] for record in self.records)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridRecords:
-    """sweep: losses by arm and rate. chosen: the best rate of each arm. curves: points by size, for (arm, budget).
+    """All records of a grid.
 
-    speeds: training tokens a second by (arm, size), timed interleaved; what is not there yet is missing everywhere.
+    sweep: losses by arm and learning rate. chosen: the best rate of each arm. curves: points by size, for (arm,
+    budget). speeds: training tokens per second by (arm, size), timed interleaved. Whatever is not recorded yet is
+    missing.
     """
 
     grid: Grid
@@ -177,6 +187,7 @@ class GridRecords:
 
     @property
     def records(self) -> list[Record]:
+        """All records of the curves."""
         return [record for points in self.curves.values() for point in points for record in point.records]
 
     def __iter__(self) -> Iterator[GridPoint]:
@@ -184,6 +195,7 @@ class GridRecords:
 
 
 def collect(grid: Grid, find: Lookup) -> GridRecords:
+    """Collect the records of a grid."""
     sweep = {arm: _sweep(grid, arm, find) for arm in grid.spec.arms}
     chosen = {arm: min(losses, key=losses.__getitem__) for arm, losses in sweep.items() if losses}
     if len(grid.spec.rates) == 1:  # nothing to choose
@@ -208,7 +220,7 @@ def _sweep(grid: Grid, arm: str, find: Lookup) -> dict[float, float]:
 
 
 def nearest_optimum(points: list[GridPoint]) -> GridCell:
-    """The grid's size nearest to the optimum that the first seeds show."""
+    """Return the cell whose size is nearest to the optimum by the first seeds."""
     xs, ys = [point.parameters for point in points], [point.losses[0] for point in points]
     best = fit(xs, ys).optimum.x
     return min(points, key=lambda point: abs(point.parameters / best - 1)).cell
@@ -216,7 +228,10 @@ def nearest_optimum(points: list[GridPoint]) -> GridCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """An arm at a budget (or at a time). forward: FLOPs of a token by size, straight in logarithms between points."""
+    """The curve of an arm at a budget (or at a time).
+
+    forward_flops: per token by size, interpolated linearly in logarithms.
+    """
 
     arm: str
     parameters: tuple[float, ...]
@@ -226,12 +241,13 @@ class Curve:
     fit: Fit
 
     def forward(self, parameters: float) -> float:
-        """Executed FLOPs of a token at a size within the grid."""
+        """Return the executed FLOPs per token at a size within the grid."""
         xs, ys = np.log(self.parameters), np.log(self.forward_flops)
         return float(np.exp(np.interp(math.log(parameters), xs, ys)))
 
 
 def curve(points: Sequence[GridPoint]) -> Curve:
+    """Return the curve through points of one arm and budget."""
     return make_curve(
         points[0].cell.arm,
         [point.parameters for point in points],
@@ -244,6 +260,7 @@ def curve(points: Sequence[GridPoint]) -> Curve:
 def make_curve(
     arm: str, xs: Sequence[float], forward: Sequence[float], losses: Sequence[float], seeds: Sequence[float]
 ) -> Curve:
+    """Build a curve from sizes, FLOPs, losses and numbers of seeds."""
     return Curve(
         arm=arm,
         parameters=tuple(map(float, xs)),

@@ -1,7 +1,7 @@
-"""The estimate: every run with its FLOPs and hours, before anything is trained.
+"""Estimate FLOPs and hours of every run of a grid before anything is trained.
 
-Step times come from a few passes over random tokens. Forward and backward are timed by the row and the optimizer by the
-step, so that a large batch need not be run.
+Step times come from a few passes over random tokens. Forward and backward are timed per row and the optimizer per step,
+so that large batches need not be run.
 """
 
 from __future__ import annotations
@@ -31,27 +31,31 @@ from skipstone_studies.isoflop.grid import (
 )
 from skipstone_studies.pace import duration
 
-ROUNDS = 3  # timed, after one that warms up and sets the thresholds
-ROW_LIMIT, PASS_LIMIT = 1e12, 1e11  # training FLOPs: a row with more is not timed, a pass has no more rows than this
-PARAMETER_LIMIT = 250_000_000  # weights, gradients and both moments: 4 GB
+ROUNDS = 3  # timed rounds, after one that warms up and sets the thresholds
+ROW_LIMIT, PASS_LIMIT = 1e12, 1e11  # training FLOPs of the largest row that is timed, and of the largest pass
+PARAMETER_LIMIT = 250_000_000  # weights, gradients and both moments take 4 GB
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a row's forward and backward pass, and of an optimizer step. measured: False: taken from a smaller."""
+    """Seconds of a row's forward and backward pass, and of an optimizer step.
+
+    measured: False if extrapolated from a smaller size.
+    """
 
     row: float
     optimizer: float
     measured: bool
 
     def step(self, batch: int) -> float:
+        """Return the seconds of a training step with `batch` rows."""
         return batch * self.row + self.optimizer
 
 
 def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
-    """Of every shape. Those that are too large to be timed get the FLOPs per second of the arm's largest that was.
+    """Time every shape; those too large get the FLOPs per second of the arm's largest timed one.
 
-    Raises ValueError when an arm's smallest is too large already.
+    Raises ValueError if an arm's smallest size is too large already.
     """
     found: dict[ModelShape, StepTime] = {}
     batch, device = grid.base.train.batch_size, _device(grid.base)
@@ -71,7 +75,7 @@ def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
 
 
 def step_times_at(grid: Grid, flops_per_second: float) -> dict[ModelShape, StepTime]:
-    """Of every shape on a machine that keeps up so many training FLOPs a second. Raises ValueError unless above 0."""
+    """Return the step times on a machine with this many training FLOPs per second. Raises ValueError unless above 0."""
     if not 0 < flops_per_second < float("inf"):
         raise ValueError(f"FLOPs per second must be above 0, got {flops_per_second}")
     shapes = [grid.shape(arm, size) for arm in grid.spec.arms for size in grid.sizes]
@@ -117,7 +121,7 @@ def _backward(loss: Tensor | None) -> None:
 
 @torch.no_grad()
 def _settle(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
-    """Thresholds follow the scores from here on; at their start they would keep far more than the capacity."""
+    """Let thresholds follow the scores; their initial values would keep far more than the capacity."""
     for mechanism in model.routing_modules():
         record = records[mechanism.placement.layer].get(mechanism.placement.name)
         mechanism.advance(0.0, None if record is None else mechanism.statistics(record))
@@ -129,12 +133,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-FORWARD = 1 / 3  # of a row's training time: what validation takes of it
+FORWARD = 1 / 3  # validation time of a row as a share of its training time
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridEstimate:
-    """seconds: of a run: training and validation. source: of the step_times, in words."""
+    """The estimate of a grid.
+
+    source: how step_times were found, in words.
+    """
 
     grid: Grid
     facts: CorpusFacts
@@ -142,11 +149,13 @@ class GridEstimate:
     source: str = "from a few training steps on random tokens, on this machine as busy as it was just now"
 
     def seconds(self, cell: GridCell) -> float:
+        """Return the seconds of a run's training and validation."""
         pace, batch = self.step_times[cell.shape], self.grid.base.train.batch_size
         rows = 0 if self.facts.data is None else len(self.facts.data.validation)
         return cell.steps * pace.step(batch) + FORWARD * rows * pace.row
 
     def sections(self) -> list[Section]:
+        """Return the tables: every run, and the sums."""
         return [self._runs(), self._total()]
 
     def _runs(self) -> Section:
@@ -175,7 +184,7 @@ class GridEstimate:
         ]
 
     def parts(self) -> dict[str, list[GridCell]]:
-        """Runs by what they are for. The optima are not known yet: their seeds are taken at the middle size."""
+        """Return the runs by purpose. The optima are not known yet, so their seeds are taken at the middle size."""
         grid, arms = self.grid, self.grid.spec.arms
         middle = [grid.cell(arm, budget, grid.middle, grid.spec.rates[0]) for arm in arms for budget in grid.budgets]
         return {

@@ -1,7 +1,8 @@
-"""Which runs an isoFLOP study makes, what each of them costs, and whether the corpus has enough text for them.
+"""The runs of an isoFLOP study, their costs, and whether the corpus has enough text for them.
 
-Equal budget means equal training FLOPs by `model.cost`, so an arm that skips gets more steps:
-steps = budget / (training FLOPs of one step as that arm executes it).
+An equal budget means equal training FLOPs by `model.cost`, so an arm that skips gets more steps:
+
+    steps = budget / (training FLOPs of one step as that arm executes it)
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from skipstone.train.recipe import Recipe, read_recipe
 from skipstone.train.setup import model_config
 from skipstone_studies.isoflop.spec import Changes, GridSize, GridSpec, RecipeDict
 
-LOG_LINES = 60  # of a run's training curve, about
+LOG_LINES = 60  # approximate number of log lines per run
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """An arm at a size. step_flops: training FLOPs of one optimizer step. forward_flops: of a token, causal, promised.
+    """An arm at one size.
 
-    parameters: all; model: the recipe's section.
+    step_flops: training FLOPs of one optimizer step. forward_flops: per token of a causal pass, by the configured
+    capacities. parameters: all. model: the recipe's section.
     """
 
     arm: str
@@ -45,7 +47,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """One run but for its seed."""
+    """One run except for its seed."""
 
     shape: ModelShape
     budget: float
@@ -55,29 +57,32 @@ class GridCell:
 
     @property
     def arm(self) -> str:
+        """Name of the arm."""
         return self.shape.arm
 
     @property
     def size(self) -> GridSize:
+        """Size of the model."""
         return self.shape.size
 
     @property
     def flops(self) -> float:
-        """Training FLOPs that the steps come to: the budget, to half a step."""
+        """Training FLOPs of all steps: the budget, to half a step."""
         return self.steps * self.shape.step_flops
 
     @property
     def label(self) -> str:
+        """Name of the cell in run folders and records."""
         return f"{self.arm}-{compact(self.budget)}-{self.size}-lr{self.rate:g}"
 
 
 def compact(value: float) -> str:
-    """3e+12 as 3e12."""
+    """Format a number as 3e12 instead of 3e+12."""
     return re.sub(r"e\+0*", "e", f"{value:g}")
 
 
 class Grid:
-    """The runs of a spec. Nothing here is trained or read from disk; models are built without memory."""
+    """The runs of a spec. Nothing is trained or read from disk; models are built on the meta device."""
 
     def __init__(self, spec: GridSpec) -> None:
         self.spec = spec
@@ -88,12 +93,16 @@ class Grid:
         self.budgets = sorted(spec.budgets)
 
     def shape(self, arm: str, size: GridSize) -> ModelShape:
-        """Raises ValueError for widths that the heads do not fit, budgets apart, and for arms without a causal form."""
+        """Return an arm at a size.
+
+        Raises ValueError for widths that do not fit the heads, and for arms without causal decisions.
+        """
         if (arm, size) not in self._shapes:
             self._shapes[arm, size] = _shape(self.base, arm, size, self.spec.known[arm])
         return self._shapes[arm, size]
 
     def cell(self, arm: str, budget: float, size: GridSize, rate: float) -> GridCell:
+        """Return one run. Raises ValueError for a budget of less than one step."""
         shape = self.shape(arm, size)
         steps = round(budget / shape.step_flops)
         if budget < shape.step_flops:
@@ -105,27 +114,32 @@ class Grid:
 
     @property
     def middle(self) -> GridSize:
-        """Where learning rates are tried: of an even number of sizes the lower middle one."""
+        """The size at which learning rates are tried: the middle one, or the lower of two."""
         return self.sizes[(len(self.sizes) - 1) // 2]
 
     def sweep(self, arm: str) -> list[GridCell]:
-        """Every rate once, at the smallest budget and the middle size; nothing where there is one rate only."""
+        """Return the runs that try the learning rates, at the smallest budget and middle size.
+
+        None for a single rate.
+        """
         if len(self.spec.rates) == 1:
             return []
         return [self.cell(arm, self.budgets[0], self.middle, rate) for rate in self.spec.rates]
 
     def rate(self, chosen: float, size: GridSize) -> float:
-        """The rate of a size, by the rule, from the one that was best at the middle size. To three digits."""
+        """Return the learning rate of a size by the rule, given the best one at the middle size, to three digits."""
         if self.spec.rate_rule == "constant":
             return chosen
         return float(f"{chosen * self.middle.width / size.width:.3g}")
 
     def cells(self, arm: str, chosen: float) -> list[GridCell]:
-        """The arm's part of the grid."""
+        """Return all cells of an arm."""
         return [self.cell(arm, budget, size, self.rate(chosen, size)) for budget in self.budgets for size in self.sizes]
 
     def everything(self) -> list[GridCell]:
-        """All cells of the grid at the first rate, in the order in which they run: the arms of a size side by side."""
+        """Return all cells of the grid at the first rate, in the order in which they run, with the arms of a size
+        adjacent.
+        """
         rate = self.spec.rates[0]
         return [
             self.cell(arm, budget, size, rate)
@@ -135,7 +149,7 @@ class Grid:
         ]
 
     def _recipe(self, shape: ModelShape, steps: int, rate: float) -> RecipeDict:
-        """Warm-up keeps its share of the steps. Validation is left to `measure`: once, when the run is finished."""
+        """Return the recipe of a run. Warm-up keeps its share of steps; validation is done once, by `measure`."""
         train = {
             **(self.spec.recipe.get("train") or {}),
             "steps": steps,
@@ -150,6 +164,7 @@ class Grid:
 
     @property
     def other_seeds(self) -> Sequence[int]:
+        """The further seeds that are run at the optima."""
         return range(self.spec.seed + 1, self.spec.seed + self.spec.optimum_seeds)
 
 
@@ -173,8 +188,7 @@ def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelSha
 
 
 def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
-    """The recipe's model, changed, at another size: as many heads of the same size as the width holds; MLPs in
-    proportion."""
+    """Return the recipe's model with changes at another size: heads keep their size, MLPs are scaled with the width."""
     was = model_config(base.model, base.data.context, {})
     head_dim, groups = was.head_dim or 1, was.num_attention_heads // (was.num_key_value_heads or 1)
     if size.width % (head_dim * groups):
@@ -198,10 +212,10 @@ def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """vocab_size: None where the corpus was not read. tokens: of the training split; None: without end or unknown.
+    """Facts about the corpus.
 
-    sha256: of the training split's token ids. data: its rows; None where it was not read. trouble: why
-    it was not, "" if it was.
+    vocab_size: None if it was not read. tokens: of the training split; None if unlimited or unknown. sha256: of the
+    training split's token ids. data: its rows; None if not read. trouble: why it was not read, "" if it was.
     """
 
     vocab_size: int | None = None
@@ -211,11 +225,12 @@ class CorpusFacts:
     trouble: str = ""
 
     def to_dict(self) -> PlainDict:
+        """Return the facts that records keep."""
         return {"tokens": self.tokens, "sha256": self.sha256}
 
 
 def read_corpus(config: DataConfig) -> CorpusFacts:
-    """Read the corpus. Raises ValueError or FileNotFoundError, one line, when it cannot be had."""
+    """Read the corpus. Raises ValueError or FileNotFoundError if it is not available."""
     data = prepare(config)
     ids: Any = getattr(data.train, "ids", None)
     return CorpusFacts(
@@ -227,7 +242,7 @@ def read_corpus(config: DataConfig) -> CorpusFacts:
 
 
 def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
-    """Read the corpus for an estimate, but no dataset of the hub. A corpus that is absent is no error."""
+    """Read the corpus for an estimate, except datasets of the hub. A missing corpus is not an error."""
     if config.corpus.startswith("hf:") or find_entry(config.corpus)[0].kind == "synthetic":
         return CorpusFacts(trouble=f"corpus {config.corpus} was not read")
     try:
@@ -237,11 +252,12 @@ def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
 
 
 def corpus_share(grid: Grid, cell: GridCell, facts: CorpusFacts) -> float | None:
-    """How often a run reads the corpus; None where it has no end, or is not known."""
+    """Return how often a run reads the corpus; None if it is unlimited or unknown."""
     return None if facts.tokens is None else cell.steps * tokens_per_step(grid) / facts.tokens
 
 
 def tokens_per_step(grid: Grid) -> int:
+    """Return the tokens of one optimizer step."""
     return grid.base.train.batch_size * grid.base.data.context
 
 

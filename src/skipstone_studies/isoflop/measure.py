@@ -1,4 +1,4 @@
-"""Figures of one finished run: the causal loss as executed on the whole validation set, FLOPs, seconds."""
+"""Figures of one finished run: the loss of the executed pass on the whole validation set, FLOPs, seconds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from skipstone.model.cost import cost
 from skipstone.runs import Run
 from skipstone_studies.isoflop.grid import CorpusFacts, GridCell
 
-COUNTED_ROWS = 8  # rows of a batch whose FLOPs are counted, as `skipstone eval` takes them
+COUNTED_ROWS = 8  # rows per batch whose FLOPs are counted, as in `skipstone eval`
 EXECUTED = PASSES["executed"]
 
 
 @dataclass(kw_only=True)
 class CoreUse:
-    """Of the process that trained a run to its end. busy: CPU seconds by wall seconds and thread: 1: it had them."""
+    """Use of the processor by the process that finished a run.
+
+    busy: CPU seconds per second and thread; 1: it had them to itself. load: the machine's load average.
+    """
 
     busy: float = 0.0
     load: float = 0.0
@@ -37,7 +40,9 @@ class CoreUse:
 
 @contextmanager
 def watched() -> Iterator[CoreUse]:
-    """How much of its core this process had, and the machine's load average (a minute's) at the end."""
+    """Measure how much of its cores this process gets during a `with` block, and the load average (of a minute) at its
+    end.
+    """
     clock = CoreUse()
     wall, own = time.perf_counter(), time.process_time()
     yield clock
@@ -46,7 +51,7 @@ def watched() -> Iterator[CoreUse]:
 
 
 def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
-    """Losses in nats, FLOPs of training or (forward) of a token."""
+    """Return the figures of a finished run: losses in nats, FLOPs of the training or (forward) per token."""
     assert facts.data is not None
     run = Run(folder)
     model = run.load_model()
@@ -84,7 +89,7 @@ def _capacities(layers: list[dict[str, PlainDict]]) -> list[dict[str, float]]:
 
 
 def executed_training(model: SkipstoneForCausalLM, run: Run, cell: GridCell) -> float:
-    """Training FLOPs with the capacities that the log says were realised, in the mean over its lines."""
+    """Return the training FLOPs with the logged capacities, averaged over log lines."""
     config = run.config()
     context, rows = config["data"]["context"], config["train"]["batch_size"]
     kept = {
@@ -95,7 +100,7 @@ def executed_training(model: SkipstoneForCausalLM, run: Run, cell: GridCell) -> 
 
 
 def realised(metrics: list[PlainDict]) -> Mapping[int, Mapping[str, float]]:
-    """{layer: {mechanism: mean share kept}} of the training lines."""
+    """Return {layer: {mechanism: mean share kept}} of the training log lines."""
     lines: dict[tuple[int, str], list[float]] = {}
     for line in metrics:
         for key, value in line.items() if line["split"] == "train" else ():

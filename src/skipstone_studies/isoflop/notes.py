@@ -1,4 +1,4 @@
-"""What a reader of an isoFLOP table must know beside it."""
+"""Notes that readers of an isoFLOP table need."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from skipstone_studies.isoflop.curves import INSIDE
 from skipstone_studies.isoflop.grid import compact
 from skipstone_studies.isoflop.result import IsoFlopResult
 
-ALONE = 0.9  # of its core: a run that had less of it shared the machine
+ALONE = 0.9  # a run that had less than this share of its cores shared the machine
 
 
 def notes(result: IsoFlopResult) -> list[str]:
-    """One plain sentence each."""
+    """Return the notes, one plain sentence each."""
     return [
         *_unfinished(result),
         *_scale(result),
@@ -23,7 +23,7 @@ def notes(result: IsoFlopResult) -> list[str]:
 
 
 def _scale(result: IsoFlopResult) -> list[str]:
-    """How small the models are, and whether their depth was varied."""
+    """Say how small the models are, and whether their depth was varied."""
     points, grid = list(result.collected), result.collected.grid
     if not points:
         return []

@@ -1,4 +1,4 @@
-"""Result -> one self-contained HTML page, as `skipstone report` writes them: no script, nothing fetched."""
+"""Render the result as one self-contained HTML page like those of `skipstone report`, without scripts or downloads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Figure = tuple[str, Markup]
 
 
 def render(result: IsoFlopResult) -> str:
-    """The page of what is recorded so far."""
+    """Return the page for what is recorded so far."""
     pages = environment()
     ours = PackageLoader("skipstone_studies.isoflop", "templates")
     assert pages.loader is not None
@@ -34,7 +34,7 @@ def render(result: IsoFlopResult) -> str:
 
 
 def context(result: IsoFlopResult) -> PlainDict:
-    """The variables of `templates/isoflop.html`."""
+    """Return the variables of `templates/isoflop.html`."""
     spec, found = result.collected.grid.spec, result.collected.records
     return {
         "title": spec.name,
@@ -59,14 +59,14 @@ def _look(result: IsoFlopResult, arm: str) -> Style:
 
 
 def _loss_range(result: IsoFlopResult, margin: float = 0.06) -> tuple[float, float]:
-    """One for all panels of a row, so that they can be read across."""
+    """Return one range of losses for all panels of a row."""
     losses = [loss for point in result.collected for loss in point.losses]
     curves = [curve for arms in result.curves.values() for curve in arms.values()]
     return bounds([*losses, *(curve.fit.optimum.loss for curve in curves)], margin)
 
 
 def _iso_flop(result: IsoFlopResult) -> list[Figure]:
-    """Loss over parameters, a panel a budget."""
+    """Return charts of loss over parameters, one panel per budget."""
     xs = [point.parameters for point in result.collected]
     made = []
     for budget, curves in result.curves.items():
@@ -86,7 +86,7 @@ def _iso_flop(result: IsoFlopResult) -> list[Figure]:
 
 
 def _dots(points: Sequence[GridPoint]) -> list[Dot]:
-    """The mean of each cell, with its seeds behind it where there are several."""
+    """Return the mean of each cell, and its seeds if there are several."""
     made = []
     for point in points:
         said = f"{point.cell.arm} {point.cell.size}, {point.parameters:,} parameters, {point.cell.steps:,} steps"
@@ -97,7 +97,7 @@ def _dots(points: Sequence[GridPoint]) -> list[Dot]:
 
 
 def _sizes(curve: Curve) -> list[float]:
-    """From the smallest to the largest size, evenly on a logarithmic axis."""
+    """Return sizes from the smallest to the largest, evenly spaced on a logarithmic axis."""
     low, high = math.log(curve.fit.low), math.log(curve.fit.high)
     return [math.exp(low + (high - low) * i / STEPS) for i in range(STEPS + 1)]
 
@@ -117,7 +117,7 @@ def _star(curve: Curve, x: float) -> Dot | None:
 
 
 def _relative(result: IsoFlopResult) -> list[Figure]:
-    """Loss over the FLOPs of a forward pass by those of the base's optimum, a panel a budget."""
+    """Return charts of loss over forward FLOPs relative to the base's optimum, one panel per budget."""
     base = result.base
     based = {budget: curves for budget, curves in result.curves.items() if base in curves}
     units = {budget: curves[base].forward(curves[base].fit.optimum.x) for budget, curves in based.items()}
@@ -161,7 +161,7 @@ def _against_flops(result: IsoFlopResult, curve: Curve, points: Sequence[GridPoi
 
 
 def _iso_time(result: IsoFlopResult) -> list[Figure]:
-    """Loss over parameters after equal seconds, a panel a time; then every run over its seconds."""
+    """Return charts of loss over parameters after equal times, and one of every run over its seconds."""
     xs = [point.parameters for point in result.collected]
     made = []
     for time in result.times:
@@ -208,7 +208,7 @@ def _all_seconds(result: IsoFlopResult) -> Markup:
 
 
 def _frontier(dots: Sequence[Dot]) -> list[tuple[float, float]]:
-    """The points that no quicker one beats."""
+    """Return the points that no faster run beats."""
     best: list[tuple[float, float]] = []
     for dot in sorted(dots, key=lambda dot: dot.x):
         if not best or dot.y < best[-1][1]:

@@ -1,9 +1,9 @@
-"""Points -> optima, the FLOPs of a forward pass at the same loss, losses after equal times; all with their spread.
+"""The result of a grid: optima, forward FLOPs at equal loss, losses after equal times, all with confidence intervals.
 
-The spread is a parametric bootstrap: every loss gets normal noise of the size that seeds show (pooled over all cells
-with more than one; else that of the parabolas' residuals), and everything is fitted again. The size of the noise is
-itself known only to its degrees of freedom, so each draw takes another one, from the scaled inverse chi distribution:
-of a single difference the interval would be Student's.
+Intervals are a parametric bootstrap: every loss gets normal noise of the size observed between seeds (pooled over all
+cells with more than one, else that of the parabolas' residuals), and everything is fitted again. The size of the noise
+is itself only known to its degrees of freedom, so each draw uses another one, from the scaled inverse chi distribution:
+for a single difference the interval would be Student's.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, curv
 
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """Losses after the same seconds of training. stretched: sizes whose loss lies beyond the budgets that were run.
+    """Losses after the same seconds of training.
 
-    The seeds of its curves are those that a mean of as little noise would have.
+    stretched: sizes whose loss is extrapolated beyond the budgets that were run. The seeds of its curves are the
+    numbers of seeds whose mean would have the same noise.
     """
 
     seconds: float
@@ -35,29 +36,32 @@ class EqualTime:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOff:
-    """A loss read off a line. beyond: outside of the points. seeds: of a mean with as little noise."""
+    """A loss interpolated on a line.
+
+    beyond: whether it is extrapolated. seeds: the number of seeds whose mean has the same noise.
+    """
 
     loss: float
     beyond: bool
     seeds: float
 
 
-STRETCH = 0.3  # of the distance between the outermost budgets, in logarithms: how far beyond them a loss is guessed
+STRETCH = 0.3  # largest extrapolation, as a share of the distance between the outermost budgets in logarithms
 
 
 def seconds_of(collected: GridRecords, point: GridPoint) -> float:
-    """Of training: its tokens at the interleaved timing's speed, else as the run took."""
+    """Return the seconds of a point's training: its tokens at the interleaved timing's speed, else as the run took."""
     speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
     tokens = point.records[0].figures["training"]["tokens"]
     return point.seconds if speed is None else tokens / speed
 
 
 def equal_times(collected: GridRecords) -> list[EqualTime]:
-    """Half way between budgets, by the median time that the base's sizes take for a budget.
+    """Return losses at times halfway between budgets, by the median time of the base's sizes for a budget.
 
-    There most losses lie between two that were measured: the loss of a size at a time is read off a straight line
-    between its budgets, over the logarithm of the seconds. Not at the largest budget: the sizes that are done sooner
-    would have to be guessed, and come out better than anything that was run. Needs two budgets.
+    At these times most losses can be interpolated: the loss of a size is read off a straight line between its budgets,
+    over the logarithm of the seconds. At the largest budget, sizes that finish sooner would have to be extrapolated and
+    would come out better than anything that was run. Needs two budgets.
     """
     of_budgets = [collected.curves.get((collected.grid.spec.base, budget), []) for budget in collected.grid.budgets]
     medians = [statistics.median(seconds_of(collected, p) for p in points) for points in of_budgets if points]
@@ -89,7 +93,9 @@ def _at(collected: GridRecords, seconds: float) -> EqualTime:
 
 
 def _read_off(points: Sequence[tuple[float, float, int]], seconds: float) -> ReadOff | None:
-    """points: (seconds, loss, seeds). None with fewer than two of them, or too far beyond."""
+    """Return the loss at a time by linear interpolation over (seconds, loss, seeds); None with fewer than two points or
+    too far beyond.
+    """
     if len(points) < 2:
         return None
     points = sorted(points)
@@ -109,7 +115,10 @@ DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """deviation: of one run's loss, in nats. source: seeds, or the parabolas' residuals. degrees: of freedom."""
+    """The noise of one run's loss.
+
+    deviation: standard deviation in nats. source: seeds, or the parabolas' residuals. degrees: of freedom.
+    """
 
     deviation: float
     source: Literal["seeds", "residuals"]
@@ -118,13 +127,13 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class SameLoss:
-    """How an arm compares with the optimum of the base, the arm that others are held against, at the same budget.
+    """The comparison of an arm with the optimum of the base arm at the same budget.
 
-    share: FLOPs of its forward pass, at the smallest size that reaches the base's loss, by those of that optimum; None
-    where no size does. at_most: its smallest size reaches it already. parameters: of that size; ratio: by those of the
-    base's optimum. gap: its own best loss minus the base's. low, high, ratio_low, ratio_high: 90 % intervals of share
-    and ratio over the draws that reach the loss, whose part of all draws is `reached`; gap_low, gap_high: of the gap;
-    None without noise.
+    share: forward FLOPs at the arm's smallest size that reaches the base's loss, relative to those of the base's
+    optimum; None if no size does. at_most: its smallest size already reaches it. parameters: of that size; ratio:
+    relative to those of the base's optimum. gap: its best loss minus the base's. low, high, ratio_low, ratio_high: 90 %
+    intervals of share and ratio over the draws that reach the loss, whose fraction is `reached`; gap_low, gap_high: of
+    the gap; None without noise.
     """
 
     arm: str
@@ -140,18 +149,18 @@ class SameLoss:
     reached: float | None = None
     gap_low: float | None = None
     gap_high: float | None = None
-    detectable: tuple[float, ...] = ()  # gaps that such noise lets be seen, at each of `intervals.POWERS`
+    detectable: tuple[float, ...] = ()  # detectable gaps, at each of `intervals.POWERS`
 
     @property
     def verdict(self) -> str:
-        """Of the best losses, by the interval of their gap."""
+        """The verdict on the best losses, by the interval of their gap."""
         if self.gap_low is None or self.gap_high is None:
             return "no interval"
         return "better" if self.gap_high < 0 else "worse" if self.gap_low > 0 else "not told apart"
 
 
 def noise(collected: GridRecords) -> Noise | None:
-    """None where neither seeds nor residuals tell anything."""
+    """Return the noise of one run's loss; None if neither seeds nor residuals determine it."""
     groups = [point.losses for point in collected if len(point.losses) > 1]
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in groups)
     degrees = sum(len(losses) - 1 for losses in groups)
@@ -166,7 +175,7 @@ def noise(collected: GridRecords) -> Noise | None:
 
 
 def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
-    """Every arm but the base, at one budget; nothing without a curve of the base."""
+    """Return the comparison of every arm with the base at one budget; none without a curve of the base."""
     base = curves.get(name)
     if base is None:
         return []
@@ -211,13 +220,13 @@ def _with_spread(base: Curve, other: Curve, spread: Noise | None) -> SameLoss:
 
 
 def _deviations(spread: Noise, generator: np.random.Generator) -> list[float]:
-    """A noise for each draw: what it may be by so many degrees of freedom."""
+    """Return a standard deviation for each draw, distributed as its degrees of freedom allow."""
     squares = generator.chisquare(spread.degrees, DRAWS) / spread.degrees
     return (spread.deviation / np.sqrt(squares)).tolist()
 
 
 def _detectable(low: float | None, high: float | None, degrees: int) -> tuple[float, ...]:
-    """From the half width of the interval, as of Student's t."""
+    """Return detectable gaps from the half width of the interval, as for Student's t."""
     if low is None or high is None:
         return ()
     error = (high - low) / 2 / t_quantile((1 + CONFIDENCE) / 2, degrees)
@@ -233,7 +242,7 @@ def _interval(drawn: Sequence[float | None]) -> tuple[float | None, float | None
 
 
 def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Curve:
-    """A parametric bootstrap sample of the curve; a mean over more seeds has less noise."""
+    """Return a parametric bootstrap sample of the curve; a mean over more seeds has less noise."""
     deviations = deviation / np.sqrt(curve.seeds)
     losses = np.asarray(curve.losses) + deviations * generator.standard_normal(len(curve.losses))
     return make_curve(curve.arm, curve.parameters, curve.forward_flops, losses.tolist(), curve.seeds)
@@ -244,23 +253,27 @@ def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Cu
 
 @dataclass(frozen=True, kw_only=True)
 class IsoFlopResult:
-    """curves: by budget and arm. same: how the others compare with the base, by budget. noise: None if unknown."""
+    """The result of a grid.
+
+    curves: by budget and arm. noise: None if unknown. same: comparisons of the arms with the base, by budget. times:
+    losses after equal times.
+    """
 
     collected: GridRecords
     curves: dict[float, dict[str, Curve]]
     noise: Noise | None
     same: dict[float, list[SameLoss]]
     times: list[EqualTime]
-    same_times: list[list[SameLoss]]  # as `same`, at each of `times`
+    same_times: list[list[SameLoss]]  # comparisons at each of `times`
 
     @property
     def base(self) -> str:
-        """The arm that others are held against."""
+        """The arm that others are compared with."""
         return self.collected.grid.spec.base
 
 
 def find(collected: GridRecords) -> IsoFlopResult:
-    """What the records say so far. Budgets without a point are left out."""
+    """Return the result for the records so far, leaving out budgets without points."""
     curves: dict[float, dict[str, Curve]] = {}
     for budget in collected.grid.budgets:
         of_budget = {arm: curve(points) for (arm, b), points in collected.curves.items() if b == budget}

@@ -1,4 +1,4 @@
-"""`isoflop`: from a recipe and a grid to a table and a page, going on with whatever is there already."""
+"""`isoflop`: run what is missing of a grid and render its table and page."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from skipstone_studies.session import Session
 from skipstone_studies.study import Figures, RecipeDict, Study
 from skipstone_studies.timing import training_speeds
 
-PLAN = "plan.json"  # the spec that the table and the page were last rendered for, beside the records
+PLAN = "plan.json"  # the spec, kept beside the records
 
 
 def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path]:
-    """Train what is not recorded yet, and render after every stage. Returns the table's and the page's path.
+    """Train what is not recorded yet, rendering after every stage; returns the paths of table and page.
 
-    Raises ValueError or FileNotFoundError, one line, before anything is trained when a run cannot be; ValueError at the
-    end if runs have failed, when everything else is done.
+    Raises ValueError or FileNotFoundError before anything is trained if a run is impossible; ValueError at the end,
+    when everything else is done, if runs have failed.
     """
     facts = read_corpus(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -62,10 +62,10 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
 
 @dataclass(kw_only=True)
 class Stages:
-    """The runs of a grid: learning rates, the grid, steps timed interleaved, further seeds at the optima.
+    """The stages of a grid: learning rates, the grid, interleaved timings, further seeds at the optima.
 
-    Each stage is a `Session` whose arms are cells, by label, so that runs are resumed and recorded as those of any
-    study. failures: one line each.
+    Each stage is a `Session` whose arms are cells, by label, so that runs are resumed and recorded as in any study.
+    failures: one message each.
     """
 
     grid: Grid
@@ -75,26 +75,28 @@ class Stages:
     command: str
     console: Console = field(default_factory=lambda: Console(stderr=True))
     failures: list[str] = field(default_factory=list)
-    use: dict[Path, CoreUse] = field(default_factory=dict)  # of what was trained in this process, by run folder
+    use: dict[Path, CoreUse] = field(default_factory=dict)  # by run folder, for runs trained in this process
 
     def say(self, text: str) -> None:
+        """Print a message."""
         self.console.print(f"[dim]{self.grid.spec.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def run(self) -> None:
+        """Run all stages."""
         grid, spec, known = self.grid, self.grid.spec, lookup(self.out, self.grid.spec.name)
         self.stage("rates", [cell for arm in spec.arms for cell in grid.sweep(arm)], [spec.seed])
         chosen = collect(grid, known).chosen
         self.say(f"learning rates: {', '.join(f'{arm} {rate:g}' for arm, rate in chosen.items())}")
         cells = {arm: grid.cells(arm, rate) for arm, rate in chosen.items()}
         self.stage("grid", [cell for row in zip(*cells.values(), strict=True) for cell in row], [spec.seed])
-        for size, arms in _by_size(grid, cells).items():  # one budget's, for a step does not depend on their number
+        for size, arms in _by_size(grid, cells).items():  # one budget suffices: a step does not depend on it
             recorded = [cell for cell in arms.values() if known(cell, spec.seed) is not None]
             self.stage(f"steps at {size}", recorded, [spec.seed], timed=True)
         best = [nearest_optimum(points) for points in collect(grid, known).curves.values()]
         self.stage("seeds", best, grid.other_seeds)
 
     def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
-        """Run these cells with these seeds, as far as they are not recorded yet, and render."""
+        """Run these cells with these seeds unless they are recorded, and render."""
         if not cells or not seeds:
             return
         recipes, by_label = {cell.label: cell.recipe for cell in cells}, {cell.label: cell for cell in cells}
@@ -123,7 +125,7 @@ class Stages:
         _render_if_any(self.out, self.grid.spec.name)
 
     def _train(self, recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-        """The corpus is read once for all runs; a seed has its own order of it."""
+        """Train one cell on the shared corpus, which is read once; each seed has its own order of rows."""
         data = self.facts.data
         assert data is not None
         assert data.train is not None
@@ -142,7 +144,7 @@ def _speeds(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 
 def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[str, GridCell]]:
-    """At the smallest budget."""
+    """Return the cells at the smallest budget, by size and arm."""
     found: dict[str, dict[str, GridCell]] = {}
     for arm, row in cells.items():
         for cell in row:
@@ -152,7 +154,7 @@ def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[
 
 
 def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
-    """The spec with the corpus's vocabulary in its recipe, so that costs follow from the spec alone."""
+    """Return the spec with the corpus's vocabulary size in its recipe, so that costs follow from the spec alone."""
     model: PlainDict = dict(spec.recipe.get("model") or {})
     if facts.vocab_size is None and "vocab_size" not in model:
         raise ValueError(f"{facts.trouble}; set model.vocab_size, on which the cost depends")
@@ -161,9 +163,9 @@ def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
 
 
 def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
-    """Print every run with its FLOPs and its time, on this machine or at so many FLOPs a second; train nothing.
+    """Print FLOPs and time of every run, on this machine or at a given number of FLOPs per second; train nothing.
 
-    Raises ValueError, one line, for runs that cannot be.
+    Raises ValueError for impossible runs.
     """
     facts = read_corpus_if_cheap(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -178,7 +180,7 @@ def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
 
 
 def render(out: Path, name: str) -> list[Path]:
-    """Write OUT/NAME.md and OUT/NAME.html from the records alone. Raises ValueError where there are none."""
+    """Write OUT/NAME.md and OUT/NAME.html from the records. Raises ValueError if there are none."""
     collected = load(out, name)
     if not collected.records:
         raise ValueError(f"no records of the grid of {name!r} in {str(out)!r}: nothing to render")
@@ -190,7 +192,7 @@ def render(out: Path, name: str) -> list[Path]:
 
 
 def load(out: Path, name: str) -> GridRecords:
-    """Raises FileNotFoundError where no isoFLOP study of that name was begun."""
+    """Load the records of a grid. Raises FileNotFoundError if no isoFLOP study of that name was begun."""
     path = out / name / PLAN
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP study {name!r} was begun there")
@@ -199,5 +201,5 @@ def load(out: Path, name: str) -> GridRecords:
 
 
 def _render_if_any(out: Path, name: str) -> list[Path]:
-    """After a stage; before the grid's first record there is nothing to show."""
+    """Render after a stage, unless there are no records yet."""
     return render(out, name) if load(out, name).records else []

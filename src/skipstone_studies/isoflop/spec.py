@@ -14,12 +14,12 @@ from skipstone.data.corpora import find_entry
 from skipstone.train.recipe import read_recipe
 from skipstone_studies.study import RecipeDict
 
-Changes = PlainDict  # of the recipe's section model
+Changes = PlainDict  # changes of the recipe's section `model`
 DENSE = "dense"
 SIZED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
-# laptop: an hour on one core. paper: arXiv 2404.02258, section 4.1: its budgets, and sizes over its range of
-# parameters (60M to 3B with a vocabulary of 32,000); it tells neither widths nor rates.
+# laptop: an hour on one core. paper: the budgets of arXiv 2404.02258, section 4.1, and sizes over its range of
+# parameters (60M to 3B with a vocabulary of 32,000); the paper gives neither widths nor learning rates.
 GRIDS: dict[str, PlainDict] = {
     "laptop": {
         "budgets": [5e11, 1.5e12],
@@ -36,7 +36,7 @@ GRIDS: dict[str, PlainDict] = {
 
 @dataclass(frozen=True)
 class GridSize:
-    """Width of the residual stream, and blocks."""
+    """A model size: width of the residual stream and number of blocks."""
 
     width: int
     blocks: int
@@ -46,7 +46,7 @@ class GridSize:
 
 
 def parse_size(word: Any, blocks: int) -> GridSize:
-    """`128x6`, or `128` with as many blocks as the base model. Raises ValueError for anything else."""
+    """Parse `128x6`, or `128` with the base model's number of blocks. Raises ValueError for anything else."""
     found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(word).strip())
     if found is None:
         raise ValueError(f"size {str(word)!r} is neither WIDTH nor WIDTHxBLOCKS, such as 128 or 128x6")
@@ -54,8 +54,11 @@ def parse_size(word: Any, blocks: int) -> GridSize:
 
 
 def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
-    """What the model of each arm has of its own: no mechanisms, those of the recipe, and those with Mixture-of-Depths
-    deciding at random."""
+    """Return the default arms with their changes of the model: dense, the recipe's mechanisms, and the latter with
+    random decisions.
+
+    The random arm exists only if the recipe has Mixture-of-Depths.
+    """
     entries = [dict(entry) for entry in recipe.get("model", {}).get("mechanisms") or []]
     arms: dict[str, Changes] = {DENSE: {"mechanisms": []}}
     if not entries:
@@ -70,14 +73,14 @@ def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
 
 @dataclass(frozen=True, kw_only=True)
 class GridSpec:
-    """recipe: the base, as `skipstone train` reads it, its vocabulary size filled in. budgets: training FLOPs of a run.
+    """The specification of a grid.
 
-    sizes: WIDTH or WIDTHxBLOCKS; heads follow from the width, their size stays. arms: those to run; the first one, or
-    dense where it is among them, is what others are held against. changes: what the model of each arm that could run
-    has of its own; None: see `arms_of`.
-    rates: learning rates that every arm tries at the smallest budget, middle size. rate_rule: the best one serves all
-    sizes (constant), or falls with the width (inverse_width). seed: of the grid. optimum_seeds: how many seeds the size
-    nearest each optimum gets, the grid's among them. allow_repeats: runs may read the corpus more than once.
+    recipe: the base, as `skipstone train` reads it, with its vocabulary size. budgets: training FLOPs per run. sizes:
+    WIDTH or WIDTHxBLOCKS; heads keep their size. arms: those to run; the reference is dense, or the first one if dense
+    is not among them. changes: changes of the model by arm, for all arms that could run; None: see `arms_of`. rates:
+    learning rates that every arm tries at the smallest budget and middle size. rate_rule: whether the best one is used
+    for all sizes (constant) or scaled with 1/width (inverse_width). seed: of the grid. optimum_seeds: number of seeds
+    at the size nearest each optimum, including the grid's. allow_repeats: runs may read the corpus more than once.
     """
 
     name: str
@@ -115,25 +118,30 @@ class GridSpec:
 
     @property
     def known(self) -> dict[str, Changes]:
-        """What the model of each arm that could run has of its own."""
+        """Changes of the model by arm, for all arms that could run."""
         return arms_of(self.recipe) if self.changes is None else self.changes
 
     @property
     def base(self) -> str:
-        """The arm that others are held against."""
+        """The arm that others are compared with."""
         return DENSE if self.changes is None or DENSE in self.arms else self.arms[0]
 
     @property
     def data(self) -> DataConfig:
-        """The recipe's, reading each window once unless repeats are allowed; synthetic rows have no end anyway."""
+        """The recipe's data, with each window read once unless repeats are allowed.
+
+        Synthetic rows are unlimited anyway.
+        """
         own = read_recipe(self.recipe).data
         once = not self.allow_repeats and find_entry(own.corpus)[0].kind == "text"
         return replace(own, sampling="once") if once else own
 
     def parsed_sizes(self) -> list[GridSize]:
+        """Return the sizes."""
         return [parse_size(word, 1) for word in self.sizes]
 
     def to_dict(self) -> PlainDict:
+        """Return the spec as plain values."""
         return asdict(self)
 
 
@@ -143,10 +151,10 @@ def _check_list(field: str, values: Sequence[Any]) -> None:
 
 
 def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: object) -> GridSpec:
-    """A spec with the grid of `scale` where nothing else is given; None counts as not given.
+    """Build a spec, with the grid of `scale` as default; None counts as not given.
 
-    The recipe may have a section `arms`: what the model of each arm has of its own, by name. Raises ValueError, one
-    line, for sizes, arms and numbers that cannot be.
+    The recipe may have a section `arms`: changes of the model by arm. Raises ValueError for invalid sizes, arms and
+    numbers.
     """
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))

@@ -1,4 +1,4 @@
-"""Result -> tables. Pure: the same records give the same bytes."""
+"""Render the result as Markdown tables. Equal records give equal bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLACES = {
 
 
 def page(result: IsoFlopResult) -> str:
-    """The whole of OUT/NAME.md."""
+    """Return the text of OUT/NAME.md."""
     spec = result.collected.grid.spec
     said = "\n".join(f"* {line}" for line in verdicts(result))
     parts = [
@@ -43,12 +43,13 @@ def page(result: IsoFlopResult) -> str:
 
 
 def _arms(result: IsoFlopResult) -> str:
-    """Every arm's own part of the model."""
+    """List the arms with their changes of the model."""
     grid = result.collected.grid
     return "\n".join(f"* *{arm}*: {own(grid, arm)}" for arm in grid.spec.arms)
 
 
 def about(result: IsoFlopResult) -> str:
+    """Return the paragraph above the tables."""
     grid = result.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
@@ -60,7 +61,7 @@ def about(result: IsoFlopResult) -> str:
 
 
 def _router(grid: Grid) -> str:
-    """That Mixture-of-Depths is not as in the paper, where it is not."""
+    """Return a sentence if Mixture-of-Depths differs from the paper's."""
     entries = [entry for arm in grid.spec.arms for entry in grid.spec.known[arm].get("mechanisms") or []]
     guided = any(e["name"] == "mixture_of_depths" and e.get("weight", "none") == "none" for e in entries)
     paper = " Updates are not scaled by the router's output (weight none), so this is not the paper's router."
@@ -68,7 +69,7 @@ def _router(grid: Grid) -> str:
 
 
 def own(grid: Grid, arm: str) -> str:
-    """What the arm's model has of its own, in words."""
+    """Return the arm's changes of the model in words."""
     parts = []
     for key, value in grid.spec.known[arm].items():
         if key == "mechanisms":
@@ -84,7 +85,7 @@ def _entry(entry: PlainDict) -> str:
 
 
 def verdicts(result: IsoFlopResult) -> list[str]:
-    """One plain sentence for each arm and budget, beside the base."""
+    """Return one sentence for each arm and budget, comparing it with the base."""
     return [
         f"At {compact(budget)}: {_verdict(found, result.curves[budget], result.base)}"
         for budget, compared in result.same.items()
@@ -108,7 +109,7 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
 
 
 def claims(collected: GridRecords) -> list[Claim]:
-    """For each arm and budget, whether its best loss is below the base's."""
+    """Return, for each arm and budget, the claim that its best loss is below the base's."""
     result = find(collected)
     words: dict[str, Verdict] = {"better": "yes", "worse": "no"}
     return [
@@ -124,7 +125,7 @@ def claims(collected: GridRecords) -> list[Claim]:
 
 
 def _gap(found: SameLoss) -> str:
-    """`-0.0319 [-0.0895 to +0.0191], not told apart (detectable: 0.09 / 0.11)`."""
+    """Return a text such as `-0.0319 [-0.0895 to +0.0191], not told apart (detectable: 0.09 / 0.11)`."""
     if found.gap_low is None:
         return f"{found.gap:+.4f}, without an interval"
     shown = f"{found.gap:+.4f} [{_interval(found.gap_low, found.gap_high, _signed)}], {found.verdict}"
@@ -138,12 +139,13 @@ def _signed(value: float) -> str:
 
 
 def sections(result: IsoFlopResult) -> list[Section]:
-    """Every table, those that have nothing yet left out."""
+    """Return every table that has rows."""
     made = [same(result), optima(result), times(result), speeds(result), rates(result), runs(result)]
     return [section for section in made if section.rows]
 
 
 def same(result: IsoFlopResult) -> Section:
+    """Return the table of forward FLOPs at equal loss."""
     spread = result.noise
     told = [] if spread is None else [f"90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
     return Section(
@@ -193,6 +195,7 @@ def _interval(low: float | None, high: float | None, shown: object) -> str:
 
 
 def optima(result: IsoFlopResult) -> Section:
+    """Return the table of optima."""
     rows = []
     for budget, curves in result.curves.items():
         for arm, curve in curves.items():
@@ -227,6 +230,7 @@ def _with_deviation(losses: Sequence[float]) -> str:
 
 
 def times(result: IsoFlopResult) -> Section:
+    """Return the table of losses after equal times."""
     rows = []
     for time, compared in zip(result.times, result.same_times, strict=True):
         gaps = {found.arm: found for found in compared}
@@ -251,6 +255,7 @@ def times(result: IsoFlopResult) -> Section:
 
 
 def speeds(result: IsoFlopResult) -> Section:
+    """Return the table of interleaved training speeds."""
     grid, found = result.collected.grid, result.collected.speeds
     rows = []
     for size in grid.sizes:
@@ -272,6 +277,7 @@ def speeds(result: IsoFlopResult) -> Section:
 
 
 def rates(result: IsoFlopResult) -> Section:
+    """Return the table of learning rates."""
     collected = result.collected
     tried = sorted({rate for losses in collected.sweep.values() for rate in losses})
     rows = []
@@ -290,6 +296,7 @@ def rates(result: IsoFlopResult) -> Section:
 
 
 def runs(result: IsoFlopResult) -> Section:
+    """Return the table of all runs."""
     return Section(
         title="All runs of the grid",
         columns=[
