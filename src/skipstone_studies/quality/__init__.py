@@ -1,1 +1,1 @@
-"""Studies of what models lose and learn. A new one is a file here and a line in `catalogue.py`."""
+"""Studies of losses. A new one is a file here and a line in `catalogue.py`."""

@@ -1,8 +1,9 @@
-"""What a pretrained model loses when it computes less: Mixture-of-Depths, random skipping, fewer blocks, and neurons by
-magnitude, at the FLOPs of the checkpoint without six of its 30 blocks.
+"""The loss of a pretrained model that is adapted to compute less, by four methods at equal FLOPs.
 
-All arms learn from the same rows, from text and source alike (or from the source alone), and are judged as executed, on
-the first rows of three texts, two of which nobody trains on.
+The methods are Mixture-of-Depths, random skipping, fewer blocks, and neurons by magnitude, at the FLOPs of the
+checkpoint without six of its 30 blocks. All arms learn from the same rows, from text and source alike (or from the
+source alone), and are evaluated by the executed pass on the first rows of three texts, two of which no arm is trained
+on.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from skipstone_studies.speed.interleaved import ratio
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 SOURCE = "SmolLM2-135M-Instruct"
-DROPPED, BUDGET = 6, 0.8395  # blocks, and the share of a row's FLOPs that is left without them
-NEURONS = {0.8395: 0.5799, 0.9: 0.7383, 0.79: 0.4504}  # mean share of neurons with which decoding meets a budget
-APART = 0.08  # shares of neurons tried and kept, from their mean: a wide optimum, see docs/log.md
+DROPPED, BUDGET = 6, 0.8395  # dropped blocks, and the share of a row's FLOPs without them
+NEURONS = {0.8395: 0.5799, 0.9: 0.7383, 0.79: 0.4504}  # by budget: mean share of neurons with which decoding meets it
+APART = 0.08  # distance of the shares tried and kept from their mean: a flat optimum, see docs/log.md
 CONTEXT, BATCH, COUNTED = 256, 8, 8
-DIALLED = 16  # rows that thresholds are set by
-PROMPT, STEPS, TURNS = 64, 64, 7  # of decoding, one row
+DIALLED = 16  # rows for calibrating thresholds
+PROMPT, STEPS, TURNS = 64, 64, 7  # for the timing of decoding one row
 LEAST = {"score": "block_influence"}
 
 
@@ -53,8 +54,8 @@ def arms(
     sampled: bool,
     move_to: tuple[float, ...] = (),
 ) -> dict[str, RecipeDict]:
-    """The source, what the tokens alone bring, and at the budget what computes less."""
-    layers = {**LEAST, "count": 8 * DROPPED // 3}  # a wide optimum: see docs/log.md
+    """Return the arms: the source, the source tuned on the same tokens, and methods that compute less at the budget."""
+    layers = {**LEAST, "count": 8 * DROPPED // 3}  # a flat optimum: see docs/log.md
     best: PlainDict = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
     best |= {"skip": "low_rank", "skip_rank": 64}
     random = {**best, "decision": "random", "weight": "none"}
@@ -76,7 +77,7 @@ def arms(
 
 
 def moved(kind: str, budget: float) -> str:
-    """The name of an arm whose thresholds or numbers of neurons are set to another budget than it was adapted for."""
+    """Return the name of an arm that is set to another budget than it was adapted for."""
     return f"{kind} at {BUDGET:.0%}, set to {budget:.0%}"
 
 
@@ -109,7 +110,7 @@ def _recipe(
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Adapt; or save the model of another arm with thresholds or neurons for the budget that `at_budget` names."""
+    """Make the run of an arm: adapt, or save another arm's model set to the budget that `at_budget` names."""
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)
         return
@@ -127,7 +128,7 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 
 
 def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> AbstractContextManager[Any]:
-    """The model with the thresholds of a budget; neurons by magnitude have none."""
+    """Set the thresholds of a budget during a `with` block; neurons by magnitude have none."""
     if model.config.neuron_groups is not None:
         return nullcontext()
     if BudgetTable.find(run.model_folder()) is None:
@@ -136,7 +137,7 @@ def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> Abstract
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Nats a token and counted FLOPs a token on each text that is judged, and a sample."""
+    """Return nats per token and counted FLOPs per token on each text, and a sample."""
     found: PlainDict = {"greedy": greedy(folder), "tokens": 0}
     if not Run(folder).is_saved_model:
         found["tokens"] = Run(folder).result()["tokens"]
@@ -153,7 +154,7 @@ def measured(folder: Path, rows: int) -> Figures:
 
 
 def greedy(folder: Path) -> str:
-    """Greedy words after the prompt."""
+    """Return the greedy continuation of the prompt."""
     run = Run(folder)
     model, tokenizer = run.load_model(), run.load_tokenizer()
     assert tokenizer is not None
@@ -163,7 +164,10 @@ def greedy(folder: Path) -> str:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """FLOPs and tokens/s of one row by the source's, after words of the first text: what is skipped depends on them."""
+    """Return FLOPs and tokens/s of decoding one row relative to the source, after a prompt of the first text.
+
+    A real prompt is used because what is skipped depends on the text.
+    """
     corpus, split = next(iter(TEXTS.values()))
     data = load_run(runs["source"], split, corpus, CONTEXT).data
     assert data is not None
@@ -180,7 +184,7 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 @torch.no_grad()
 def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
-    """Of the steps that follow the prompt, counted while they run."""
+    """Return the FLOPs of the steps after the prompt, counted while they run."""
     cache = DynamicCache(config=model.config)
     token, total = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1), 0
     for _ in range(STEPS):
@@ -191,7 +195,9 @@ def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Of each text: share of the source's FLOPs, perplexity, and that by the tuned source's (or the source's)."""
+    """Return for each text the share of the source's FLOPs, perplexity, and perplexity relative to the tuned source (or
+    the source).
+    """
     source = figures.get("source")
     base = figures.get(TUNED, source)
     if source is None or base is None:
@@ -213,6 +219,7 @@ def _judged(of_arm: Figures, base: Figures, source: Figures) -> Figures:
 
 
 def columns(over: str) -> Iterator[Column]:
+    """Yield the columns of the table. over: the reference of relative perplexities."""
     yield Column(key="tokens", title="learned from, tokens", format=",d")
     for text in TEXTS:
         yield Column(key=f"by_text.{text}.share", title=f"{text}: FLOPs", format=".1%")
@@ -257,14 +264,14 @@ COMPARED = tuple(
 
 
 def details(figures: ByArm) -> str:
-    """Each arm beside the source and beside the tuned source, where seeds repeat; samples."""
+    """Return comparisons with the source and the tuned source, if seeds repeat, and samples."""
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), samples(figures)) if part)
 
 
 def frontier(
     name: str, purpose: str, *, more: str = "", rows: int = 128, seeds: tuple[int, ...] = (0,), **options: Any
 ) -> Study:
-    """One page. options: what `arms` takes."""
+    """Build one study. options: those of `arms`."""
     learns = options["language_modelling"] > 0
     about = f"{LEARNED if learns else DISTILLED} {ABOUT.format(rows=rows)} {more}".strip()
     return Study(

@@ -1,8 +1,8 @@
-"""PolyGLU adapted from a SwiGLU checkpoint, beside PolyGLU trained from scratch for the same FLOPs.
+"""PolyGLU adapted from a SwiGLU checkpoint, compared with PolyGLU trained from scratch at equal FLOPs.
 
-A small SwiGLU model is trained; what follows costs the FLOPs of `MORE` steps of PolyGLU: the checkpoint trained on as
-it is, or adapted to PolyGLU. Beside it, from scratch: PolyGLU and SwiGLU for the FLOPs of both parts together, and
-PolyGLU for those of the second part alone, when the checkpoint was there anyway.
+A small SwiGLU model is trained first. It is then trained further, unchanged or adapted to PolyGLU, for the FLOPs of
+`MORE` steps of PolyGLU. From scratch, PolyGLU and SwiGLU are trained for the FLOPs of both parts together, and PolyGLU
+for those of the second part alone, as if the checkpoint were free.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 STEPS, MORE = 400, 200
 CONTEXT, BATCH, TINY = 128, 16, {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-CHARACTERS = 65  # of Tiny-Shakespeare
-RATE, LATER = 3e-3, 1e-3  # of a training from scratch, and of what goes on with a checkpoint
-NEUTRAL = {"name": "polyglu", "noise": False, "tau_end": 1.0}  # what a neutral start needs
+CHARACTERS = 65  # vocabulary of Tiny-Shakespeare
+RATE, LATER = 3e-3, 1e-3  # from scratch, and from a checkpoint
+NEUTRAL = {"name": "polyglu", "noise": False, "tau_end": 1.0}  # for a start at the identity
 SOURCE, ADAPTED, TUNED = "SwiGLU, the checkpoint", "checkpoint, adapted to PolyGLU", "checkpoint, trained on"
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """The checkpoint, what goes on with it, and trainings from scratch at equal FLOPs."""
+    """Return the arms: the checkpoint, its two continuations, and trainings from scratch at equal FLOPs."""
     ratio = forward_flops("polyglu") / forward_flops("silu")
     whole = STEPS + MORE * ratio  # in steps of SwiGLU
     return {
@@ -49,7 +49,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 @cache
 def forward_flops(activation: str) -> float:
-    """Of a row, dense or with PolyGLU."""
+    """Return the forward FLOPs of a row, dense or with PolyGLU."""
     with torch.device("meta"):
         config = SkipstoneConfig.from_plain({**TINY, "activation": activation, "vocab_size": CHARACTERS})
         return float(SkipstoneForCausalLM(config).cost(tokens=CONTEXT).forward.total)
@@ -71,9 +71,9 @@ def _rest(steps: int, rate: float) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Nats a character of the whole validation split; FLOPs of the run's training, up to a constant.
+    """Return nats per character on the validation split, and the FLOPs of the run's training up to a constant.
 
-    apart: where neurons choose, the share that chooses another function than most of its layer, on some rows.
+    apart: if neurons choose, the share that chooses another function than most of its layer, on some rows.
     """
     loaded = load_run(folder, "validation")
     assert loaded.data is not None
@@ -92,7 +92,9 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """flops: of the training, the checkpoint's included, by the checkpoint's. over: nats more than that trained on."""
+    """Return `flops`, of the training with its checkpoint relative to the checkpoint's, and `over`, nats above the
+    continued checkpoint.
+    """
     source, tuned = figures.get(SOURCE), figures.get(TUNED)
     if source is None or tuned is None:
         return {}

@@ -1,7 +1,7 @@
-"""What a small pretrained model loses when it computes less, beside what else the same FLOPs and tokens buy.
+"""The loss of a small pretrained model that is adapted to compute less, compared with other uses of the same FLOPs.
 
-The checkpoint generates stories (temperature 1); every arm is adapted on the same ones, learning from the text and from
-the source's distribution. All that skip execute the FLOPs of the model without one block.
+The checkpoint generates stories at temperature 1; every arm is adapted on the same ones, learning from the text and
+from the source's distribution. All arms that skip execute the FLOPs of the model without one block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from skipstone_studies.adapting import adapt_run, text_folder
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 SOURCE = "stories260K"
-BUDGET = 0.8155  # the FLOPs of a row of 256 tokens without one of five blocks, by all
+BUDGET = 0.8155  # FLOPs of a row of 256 tokens without one of five blocks, as a share of all
 CONTEXT, STEPS, ROWS, COUNTED = 256, 200, 128, 16
 SAMPLED = {"tokens": 600_000, "length": 384, "batch": 128}
 LOSS = {"language_modelling": 0.5, "distillation": 0.5}
@@ -26,7 +26,7 @@ LEAST = {"score": "block_influence"}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """The source; tuned; without a block; and what skips."""
+    """Return the arms: the source, the tuned source, the source without a block, and arms that skip."""
     mixture = {"name": "mixture_of_depths", "layers": {**LEAST, "count": 3}, "capacity_warmup": 0.15}
     best = {**mixture, "kv": "full", "skip": "low_rank", "skip_rank": 16}
     random = {**best, "decision": "random", "weight": "none"}
@@ -63,7 +63,7 @@ def _recipe(model: PlainDict, **options: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Nats as executed on held-out stories and on text of another kind; counted FLOPs of a token of a story."""
+    """Return executed nats on held-out stories and on another kind of text, and counted FLOPs per token of a story."""
     stories = f"text:{text_folder(folder, SAMPLED)}"
     found: PlainDict = {}
     for name, corpus, split in (("stories", stories, "validation"), ("wikitext-2", "wikitext-2", "test")):
@@ -77,7 +77,7 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """share: of the source's FLOPs. perplexity: of a token of the stories."""
+    """Return `share`, of the source's FLOPs, and `perplexity`, per token of the stories."""
     if "source" not in figures:
         return {}
     whole = figures["source"]["flops"]

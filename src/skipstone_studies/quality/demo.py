@@ -14,8 +14,10 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of all five models and of their training. capacity: MoD's, on every other block. eval_rows: during training.
-    validation_rows: after it.
+    """The size of the five models and of their training.
+
+    capacity: of Mixture-of-Depths, on every other block. eval_rows: validation rows during training. validation_rows:
+    after it.
     """
 
     hidden_size: int
@@ -27,10 +29,10 @@ class Size:
     learning_rate: float
     capacity: float
     eval_rows: int
-    validation_rows: int = 512  # more than Tiny-Shakespeare has; the library, its stand-in, has fifteen times as many
+    validation_rows: int = 512  # more than Tiny-Shakespeare has; python-stdlib, its replacement, has 15 times as many
 
 
-# quick: three minutes on two slow cores. laptop: minutes a model, yet wide enough that skipped blocks save more than
+# quick: three minutes on two slow cores. laptop: minutes per model, but wide enough that skipped blocks save more than
 # routing costs.
 SIZES = {
     "quick": Size(
@@ -73,9 +75,9 @@ PROMPTS = {"tiny-shakespeare": "ROMEO:\n", "python-stdlib": "def "}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """The same recipe five times, but for the mechanisms."""
+    """Return the five arms: one recipe with different mechanisms."""
     size = SIZES[scale]
-    # ema_threshold decides in training as it does while generating, so nothing is lost between the two.
+    # ema_threshold makes the same decisions in training and generation, so no loss comes from switching.
     mod = {
         "name": "mixture_of_depths",
         "layers": "1::2",
@@ -115,13 +117,13 @@ def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """The usual figures, and what the model writes."""
+    """Return the standard figures, and a sample of text."""
     prompt = PROMPTS[Run(folder).data_config().corpus]
     return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}
 
 
 def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """What each arm's first seed wrote, as Markdown."""
+    """Return the text that each arm's first seed generated, as Markdown."""
     parts = ["### Samples"]
     for arm, by_seed in figures.items():
         found = by_seed[min(by_seed)]
@@ -130,7 +132,7 @@ def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
     return "\n\n".join(parts)
 
 
-# A test holds these figures against results/demo/records.
+# A test compares these figures with results/demo/records.
 LARGER = (
     "These models are small to make the demonstration short. On models six times as large, `make demo SCALE=laptop` "
     "(about ten times as long; its table is results/demo.md) trained Mixture-of-Depths 1.58 times as fast as the dense "
@@ -139,7 +141,7 @@ LARGER = (
 
 
 def closing(scale: str, figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Samples, which arms are faster than dense, and what a larger scale shows: for the terminal, below the table."""
+    """Return text for the terminal below the table: samples, arms faster than dense, and what a larger scale shows."""
     faster = {"training": "training_speed", "decoding": "comparison.speed.decode 1"}
     lines = [samples(figures).replace("### Samples", "Samples")]
     for what, key in faster.items():

@@ -1,4 +1,4 @@
-"""Does switching neurons off save more than it costs? Neuron groups beside narrower MLPs of equal FLOPs, and TEAL."""
+"""Neuron groups compared with narrower MLPs of equal FLOPs, and with TEAL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipstone_studies.quality.teal import measure_teal
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 DENSE = "dense"
-SHARES = (0.6, 0.4)  # of the MLP's FLOPs that are executed
+SHARES = (0.6, 0.4)  # executed shares of the MLP's FLOPs
 SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 640},
     "paper": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 8, "intermediate_size": 2560},
@@ -35,11 +35,11 @@ CONTROLS: dict[str, PlainDict] = {  # at the first share
     "random": {"capacity_warmup": 0.0, "decision": "random"},
 }
 SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
-BATCH, CALIBRATION = 16, 4  # rows of a pass, passes to calibrate on
+BATCH, CALIBRATION = 16, 4  # rows per pass, passes for calibration
 
 
 def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
-    """SwiGLU; at each share a narrower SwiGLU and neuron groups; at the first one these in other ways, too."""
+    """Return the arms: SwiGLU; at each share a narrower SwiGLU and neuron groups; at the first share also controls."""
     full = SIZES[scale]["intermediate_size"]
     recipe = partial(_recipe, scale, corpus)
     found = {DENSE: recipe(full)}
@@ -65,7 +65,7 @@ def _recipe(scale: str, corpus: str, neurons: int, options: PlainDict | None = N
 
 
 def measured(folder: Path) -> Figures:
-    """The usual figures; the FLOPs of the MLPs alone; of SwiGLU also the loss with small inputs set to 0."""
+    """Return the standard figures, the FLOPs of the MLPs, and for SwiGLU the loss with small inputs set to 0."""
     figures, loaded = measure.standard(folder), load_run(folder)
     cost = loaded.model.cost(loaded.context)
     figures = {**figures, "mlp_flops": cost.forward_per_token.mlp}
@@ -75,7 +75,7 @@ def measured(folder: Path) -> Figures:
 
 
 def _step(share: float) -> str:
-    """Of a path into the figures, so without a dot."""
+    """Return the key of a share in the figures, without a dot."""
     return f"{share:.0%}"
 
 
@@ -95,7 +95,7 @@ def _teal(folder: Path, loaded: LoadedRun, sparsity: float) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
-    """loss_ratio and mlp_ratio: by those of SwiGLU, less 1, and as a share."""
+    """Return loss_ratio, the loss relative to SwiGLU minus 1, and mlp_ratio, the MLPs' FLOPs relative to SwiGLU's."""
     if DENSE not in figures:
         return {}
     loss, flops = _loss(figures[DENSE]), figures[DENSE]["mlp_flops"]
@@ -110,7 +110,7 @@ def _loss(figures: Figures) -> float:
 
 
 def details(figures: ByArm) -> str:
-    """Each arm beside SwiGLU and beside a narrower one; SwiGLU with small inputs set to 0, not trained for it."""
+    """Return comparisons with SwiGLU and with narrower MLPs, and SwiGLU with small inputs set to 0 without training."""
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), _thresholds(figures)) if part)
 
 

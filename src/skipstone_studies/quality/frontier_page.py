@@ -1,4 +1,4 @@
-"""What stands below the table of a pretrained model that computes less: samples, and a picture for each text."""
+"""Samples and charts below the table of a pretrained model that computes less."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from skipstone.report.palette import Style, style
 from skipstone_studies.charts import FRAME, Dot, Drawn, log_bounds, panel
 from skipstone_studies.claims import ByArm, values
 
-TEXTS = {  # on which models are judged, and their splits
+TEXTS = {  # corpora and splits for evaluation
     "wikitext-2": ("wikitext-2", "test"),
     "dictionary": ("gcide", "validation"),
     "plays": ("tiny-shakespeare", "validation"),
 }
 TUNED = "dense, tuned"
-DEAR = "neurons by magnitude"  # the only kind whose FLOPs fall in decoding and nowhere else
+DEAR = "neurons by magnitude"  # the only kind that saves FLOPs in decoding only
 KINDS = ("fewer blocks", "mixture of depths", "random skipping", DEAR)
 TITLE = "A pretrained model computes less: loss by executed FLOPs"
 PROMPT_TEXT, SAMPLED_TOKENS = "The old bridge across the river was built in", 40
 
 
 def samples(figures: ByArm) -> str:
-    """What each arm's first seed generates."""
+    """Return the text that each arm's first seed generates."""
     first = {arm: seeds[min(seeds)] for arm, seeds in figures.items()}
     texts = {arm: " ".join(found["greedy"].split()) for arm, found in first.items() if "greedy" in found}
     lines = [f"* {arm}: “{PROMPT_TEXT} **{text}**”" for arm, text in texts.items()]
@@ -33,12 +33,14 @@ def samples(figures: ByArm) -> str:
 
 
 def pictures(figures: ByArm) -> dict[str, str]:
-    """An SVG for each text that was judged."""
+    """Return an SVG for each evaluated text."""
     return {text: picture(figures, text) for text in TEXTS if values(figures, "source", f"{text}.loss")}
 
 
 def picture(figures: ByArm, text: str) -> str:
-    """Loss on `text` by share of FLOPs, a line for each kind of arm, from the tuned source on (or the source)."""
+    """Return a chart of loss on `text` by share of FLOPs, with a line for each kind of arm from the tuned source on (or
+    the source).
+    """
     start = TUNED if TUNED in figures else "source"
     kinds: dict[str, list[tuple[float, float]]] = {}
     known = [kind for kind in KINDS if any(arm.startswith(kind) for arm in figures)]
@@ -47,7 +49,7 @@ def picture(figures: ByArm, text: str) -> str:
             continue
         share = values(figures, arm, "decode.flops" if DEAR in arm else f"by_text.{text}.share")
         point = (statistics.fmean(share), statistics.fmean(values(figures, arm, f"{text}.loss")))
-        own = DEAR if DEAR in arm else arm.split(" at ")[0]  # more or fewer neurons are one line
+        own = DEAR if DEAR in arm else arm.split(" at ")[0]  # all shares of neurons are one line
         for kind in known if arm == start else [own]:
             kinds.setdefault(kind, []).append(point)
     drawn = []
@@ -68,7 +70,7 @@ def picture(figures: ByArm, text: str) -> str:
 
 
 def standalone(drawing: str, names: Sequence[tuple[str, Style]]) -> str:
-    """A file of its own: the style that a page would give, and a legend."""
+    """Return the drawing as a file of its own, with the style that a page would provide and a legend."""
     style = (files("skipstone.report") / "templates" / "style.css").read_text(encoding="utf-8")
     right = FRAME.width - FRAME.right
     legend = [

@@ -1,4 +1,4 @@
-"""Which decision should Mixture-of-Depths make? All of them on the same text, oracle beside causal, with controls."""
+"""All decisions of Mixture-of-Depths on the same text, with oracle and causal losses and controls."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SIZES: dict[str, PlainDict] = {
     "paper": {"hidden_size": 512, "num_attention_heads": 8, "context": 512, "steps": 5000, "rate": 6e-4},
 }
 BLOCKS = 6
-ROWS: dict[str, PlainDict] = {"python-packages": {"validation_rows": 1024}}  # its whole validation set is 5 MB
+ROWS: dict[str, PlainDict] = {"python-packages": {"validation_rows": 1024}}  # of a validation set of 5 MB
 SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 PLAIN = {"weight": "raw"}  # the paper's router
 ROUTED: dict[str, PlainDict] = {
-    "guided": {},  # as it comes
+    "guided": {},  # the defaults
     "guided-predictor": {"decision": "predictor"},
     "guided-threshold": {"decision": "threshold"},
     "ema_threshold": {**PLAIN, "decision": "ema_threshold"},
@@ -36,7 +36,7 @@ ROUTED: dict[str, PlainDict] = {
 
 
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
-    """A dense model, one of half its depth, and one routed model a decision."""
+    """Return the arms: a dense model, one of half its depth, and one routed model per decision."""
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY}
     return {
         "dense": _recipe(scale, corpus, BLOCKS),
@@ -67,7 +67,7 @@ def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[PlainDict] | 
 
 
 def measured(folder: Path) -> Figures:
-    """The usual figures, with the gap between oracle and executed loss and the realised capacity in one place."""
+    """Return the standard figures, with the gap between oracle and executed loss and the realised capacity."""
     figures = measure.standard(folder)
     ways = figures["evaluation"]["ways"]
     gap = ways["executed"]["loss"] / ways["oracle"]["loss"] - 1
@@ -104,14 +104,14 @@ COMPARED = tuple(Comparison(key=LOSS, title="executed loss in nats", against=arm
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Whether each arm is better than dense and than chance; refused where depth does not pay."""
+    """Yield whether each arm is better than dense and than random, refused if depth does not pay."""
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     for claim in as_claims(figures, COMPARED):
         yield claim if room is None or room.there else replace(claim, verdict="no headroom")
 
 
 def details(figures: ByArm) -> str:
-    """Below the table: whether depth pays, and each arm beside dense and beside chance."""
+    """Return whether depth pays, and comparisons of each arm with dense and with random."""
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     parts = (
         "" if room is None else room.sentence(),
@@ -121,7 +121,7 @@ def details(figures: ByArm) -> str:
 
 
 def on(corpus: str, name: str) -> Study:
-    """The study on one corpus."""
+    """Build the study on one corpus."""
     return Study(
         name=name,
         purpose=f"every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",

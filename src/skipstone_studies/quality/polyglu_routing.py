@@ -1,4 +1,4 @@
-"""What does PolyGLU's routing come to? Entropies, who departs from the majority, and what a fixed choice would lose."""
+"""The routing that PolyGLU learns: entropies, diversity of neurons, and the loss of hardening it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from skipstone_studies.page import mean_and_spread
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 SWIGLU = "swiglu"
-SCALES = (1, 16, 64)  # of the learned preferences; the paper's is 1
+SCALES = (1, 16, 64)  # scales of the learned preferences; the paper's is 1
 SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4},
     "paper": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12},
@@ -33,12 +33,14 @@ TRAIN: dict[str, PlainDict] = {
 }
 CONTEXT = {"laptop": 128, "paper": 512}
 SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
-POINTS = 5  # of the course that are shown
+POINTS = 5  # points of the training that are shown
 ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
 
 
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
-    """SwiGLU; PolyGLU with preferences of three scales, each with Gumbel noise in training and without."""
+    """Return the arms: SwiGLU, and PolyGLU with preferences of three scales, each with and without Gumbel noise in
+    training.
+    """
     recipe = partial(_recipe, scale, corpus)
     found = {SWIGLU: recipe("silu")}
     for factor in SCALES:
@@ -63,7 +65,7 @@ def _recipe(scale: str, corpus: str, activation: str | PlainDict) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """The usual figures; of PolyGLU also its routing by layer and in the mean, its course, what hardening loses."""
+    """Return the standard figures, and for PolyGLU its routing and the loss of hardening."""
     figures = measure.standard(folder)
     ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]
     layers = [one for layer in ways[main]["layers"] for one in layer.values() if "diversity" in one]
@@ -71,12 +73,12 @@ def measured(folder: Path) -> Figures:
         return figures
     means = {name: statistics.fmean(layer[name] for layer in layers) for name in ROUTING}
     hardened = _hardened(folder, load_run(folder)) - ways[main]["loss"]
-    neurons = [layer["neurons"] for layer in layers]  # by layer, the share whose strongest activation is each
+    neurons = [layer["neurons"] for layer in layers]  # by layer: share of neurons by strongest activation
     return {**figures, **means, "hardened": hardened, "neurons": neurons, "course": course(Run(folder))}
 
 
 def _hardened(folder: Path, loaded: LoadedRun) -> float:
-    """Nats of the model whose neurons keep one activation for good, chosen on training rows."""
+    """Return the nats of the model with one fixed activation per neuron, chosen on training rows."""
     train = load_run(folder, "train")
     assert loaded.data is not None
     assert train.data is not None
@@ -87,7 +89,9 @@ def _hardened(folder: Path, loaded: LoadedRun) -> float:
 
 
 def course(run: Run) -> dict[str, dict[str, float]]:
-    """Means over layers of what training logged, at the ends of so many equal parts of it, by percent of the steps."""
+    """Return logged routing statistics at evenly spaced points of the training, averaged over layers, by per cent of
+    the steps.
+    """
     lines = [line for line in run.metrics() if line.get("split") == "train" and _logged(line, "diversity")]
     last, found = lines[-1]["step"], {}
     for part in range(1, POINTS + 1):
@@ -105,7 +109,7 @@ DETERMINISTIC, UNUSED, REACHED, LOST = 1e-3, 0.01, 0.05, 0.01
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """The paper's two, in each arm; whether neurons are reached; whether a fixed choice loses anything."""
+    """Yield the paper's two claims, whether neurons are reached, and whether a fixed choice loses anything."""
     for arm in figures:
         share = [value / math.log(len(NAMES)) for value in values(figures, arm, "dynamic_entropy")]
         text = f"routing is nearly deterministic: dynamic entropy at most {DETERMINISTIC:.1%} of ln 4 (paper: 0.03 %)"
@@ -123,13 +127,14 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
+    """Return the claims, and tables of the routing by layer and over the training."""
     sections = [section for section in (_layers(figures), _course(figures)) if section.rows]
     parts = [claims_table("Which claims hold", claims(figures)), markdown(sections).strip("\n") if sections else ""]
     return "\n\n".join(part for part in parts if part)
 
 
 def _layers(figures: ByArm) -> Section:
-    """What most neurons of each layer use, seed by seed."""
+    """Return the table of the activations that most neurons of each layer use, by seed."""
     rows = []
     for arm, seeds in figures.items():
         for seed, found in seeds.items():
@@ -142,7 +147,7 @@ def _layers(figures: ByArm) -> Section:
 
 
 def _most(layer: Mapping[str, float]) -> str:
-    """Those of at least 5 %, the largest first."""
+    """Return the activations with at least 5 % of the neurons, the largest share first."""
     shown = sorted(((share, name) for name, share in layer.items() if share >= REACHED), reverse=True)
     return ", ".join(f"{name} {percent(share)}" for share, name in shown)
 

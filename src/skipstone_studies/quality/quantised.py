@@ -1,8 +1,8 @@
-"""What is lost when weights are quantised, tokens skip, or both at once.
+"""Losses of quantised weights, of skipped tokens, and of both together.
 
 The runs are those of other studies; each is measured with its own weights, and with linear layers in int8 and int4 by
-torchao (weights only), after it was saved and loaded again. Routers, gates, norms and embeddings keep full precision:
-none of them is an nn.Linear.
+torchao (weights only), after saving and loading. Routers, gates, norms and embeddings keep full precision, because none
+of them is an nn.Linear.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 WEIGHTS = ("as trained", "int8", "int4")
 PRUNED = ", pruned"
 PROMPT, NEW, ROUNDS = 64, 32, 5
-TEXT = "text.json"  # beside the saved model: where it is measured
+TEXT = "text.json"  # beside the saved model: the text on which it is measured
 
 
 def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: int = 0) -> dict[str, RecipeDict]:
-    """runs: (study, arm), the first of a dense model. group: weights of a row that share an int4 scale, 0 for all."""
+    """Return the arms. runs: (study, arm), the first of a dense model. group: weights of a row that share an int4
+    scale, 0 for all.
+    """
     return {
         name_of(arm, weights): {
             "run": {"study": study, "arm": arm.removesuffix(PRUNED), "pruned": arm.endswith(PRUNED)},
@@ -49,11 +51,12 @@ def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: in
 
 
 def name_of(arm: str, weights: str) -> str:
+    """Return the name of an arm with these weights."""
     return f"{arm}, {weights}"
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Save the other study's model with these weights, loaded again and compared."""
+    """Save the other study's model with these weights, and check that the saved model is the same."""
     named, seed = recipe["run"], recipe["seed"]
     source = folder.parents[2] / named["study"] / folder.parent.name / f"{named['arm']}-seed{seed}"
     if not source.is_dir():
@@ -76,7 +79,7 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 
 
 def _options(weights: str, group: int) -> PlainDict:
-    """What `from_pretrained` is told to load weights so."""
+    """Return the arguments of `from_pretrained` that load weights in this form."""
     if weights == "as trained":
         return {}
     try:
@@ -92,7 +95,7 @@ def _options(weights: str, group: int) -> PlainDict:
 
 @torch.no_grad()
 def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
-    """Raises ValueError where the saved model is another one, or its routers are quantised."""
+    """Raise ValueError if the saved model differs, or its routers are quantised."""
     loaded = SkipstoneForCausalLM.from_pretrained(folder).eval()
     ids_BT = torch.arange(2 * PROMPT).view(2, PROMPT) % made.config.vocab_size
     if not torch.equal(loaded(ids_BT).logits, made(ids_BT).logits):
@@ -102,7 +105,7 @@ def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Nats as executed, and bytes of the weights' file."""
+    """Return executed nats, and bytes of the weights' file."""
     text = json.loads((folder / TEXT).read_text(encoding="utf-8"))
     loaded = load_run(folder, **text)
     assert loaded.data is not None
@@ -112,7 +115,7 @@ def measured(folder: Path, rows: int) -> Figures:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Tokens/s of one row, and half of their range as a share of them."""
+    """Return tokens/s of decoding one row, and half of their range as a share of them."""
     tasks = {}
     for arm, folder in runs.items():
         loaded = load_run(folder, **json.loads((folder / TEXT).read_text(encoding="utf-8")))
@@ -122,7 +125,9 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 
 def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
-    """interaction: what skipping and quantising lose together, less the sum of what each loses alone."""
+    """Return perplexity and interaction: the loss of skipping and quantising together, minus the sum of the losses of
+    each alone.
+    """
     found: dict[str, Figures] = {}
     for name, of_arm in figures.items():
         arm, _, weights = name.rpartition(", ")
@@ -137,7 +142,7 @@ def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
 def quantised(
     name: str, purpose: str, about: str, runs: tuple[tuple[str, str], ...], rows: int, **options: Any
 ) -> Study:
-    """One page. options: what `arms` takes."""
+    """Build one study. options: those of `arms`."""
     return Study(
         name=name,
         purpose=purpose,

@@ -1,6 +1,6 @@
-"""Reset-S3: the task where it is known which tokens need depth. Does a learned router find them?
+"""Reset-S3, the task in which the tokens that need depth are known: whether a learned router finds them.
 
-The first two blocks of the routed models are dense (`ROUTED`): what a token is worth shows after some mixing.
+The first two blocks of the routed models are dense (`ROUTED`), because tokens differ only after some mixing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from skipstone_studies.claims import Comparison, as_claims, comparisons
 from skipstone_studies.quality.tsa.recipes import ALONE, HARD, LEARNED
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
-CAPACITY = 0.25  # the share of entries that are operations
-BLOCKS = 8  # of the routed models, and of the deepest dense one
+CAPACITY = 0.25  # share of entries that are operations
+BLOCKS = 8  # blocks of the routed models and of the deepest dense one
 ROUTED = "2:"
 DENSE = {"laptop": (2, 4), "paper": (2, 4, 8)}
-DECISIONS: dict[str, PlainDict] = {  # of Mixture-of-Depths; all cause what they execute from the past alone
+DECISIONS: dict[str, PlainDict] = {  # options of Mixture-of-Depths; all execute causally
     "mod-guided": {},
     "mod-guided-predictor": {"decision": "predictor"},
     "mod-guided-threshold": {"decision": "threshold"},
@@ -33,7 +33,7 @@ DECISIONS: dict[str, PlainDict] = {  # of Mixture-of-Depths; all cause what they
     "mod-random": {"decision": "random"},
     "mod-positional": {"decision": "positional"},
 }
-GATES: dict[str, PlainDict] = {  # of Token-Selective Attention
+GATES: dict[str, PlainDict] = {  # options of Token-Selective Attention
     "tsa-hard": {**HARD, **LEARNED, "capacity": CAPACITY},
     "tsa-hard-kept": {**HARD, **LEARNED, **ALONE, "capacity": CAPACITY},
     "tsa-soft": {"depth_weight": tsa.SYNTHETIC},
@@ -43,11 +43,11 @@ SIZES: dict[str, PlainDict] = {
     "laptop": {"hidden_size": 64, "num_attention_heads": 4, "steps": 2000, "batch_size": 32, "rate": 2e-3},
     "paper": {"hidden_size": 256, "num_attention_heads": 8, "steps": 20000, "batch_size": 256, "rate": 1e-3},
 }
-SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # seed 0 chose the guided router: it is not counted
+SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # without seed 0, on which the guided router was chosen
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Dense models of several depths; routed ones that differ in who decides and in what their routers learn from."""
+    """Return the arms: dense models of several depths, and routed ones by decision and training of the router."""
     size = SIZES[scale]
     return {
         **{f"dense-{blocks}": recipe(size, blocks) for blocks in DENSE[scale]},
@@ -58,12 +58,12 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def mixture(**options: Any) -> PlainDict:
-    """Mixture-of-Depths on every block but the first two, as many tokens as there are operations."""
+    """Return Mixture-of-Depths on every block but the first two, with the capacity that the operations need."""
     return {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY, **options}
 
 
 def gate(**options: Any) -> PlainDict:
-    """A gate on every block but the first two, executed hard."""
+    """Return a gate of hard execution on every block but the first two."""
     return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
 
 
@@ -74,7 +74,7 @@ def recipe(
     corpus: str = "reset-s3",
     **train: Any,
 ) -> RecipeDict:
-    """One arm. size: an entry of `SIZES`, or one like it."""
+    """Return the recipe of one arm. size: an entry of `SIZES` or similar."""
     steps = size["steps"]
     return {
         "model": {
@@ -98,7 +98,7 @@ def recipe(
 
 
 def measured(folder: Path) -> Figures:
-    """The usual figures, with the accuracy and FLOPs of the way that stands for the model in one place."""
+    """Return the standard figures, with accuracy and FLOPs of the model's primary pass."""
     figures = measure.standard(folder)
     evaluation = figures["evaluation"]
     accuracy = evaluation["ways"][evaluation["main"]]["accuracy"]
@@ -108,7 +108,9 @@ def measured(folder: Path) -> Figures:
 def captured(
     figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
 ) -> dict[str, Figures]:
-    """headroom of the judged arms: where they stand between dense models of equal executed FLOPs and the forced arm."""
+    """Return `headroom` of the judged arms: their position between dense models of equal executed FLOPs and the forced
+    arm.
+    """
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get(knowing)
     if not dense or forced is None:
@@ -128,7 +130,7 @@ def _headroom(arm: Figures, dense: list[Figures], forced: Figures, bins: list[st
 
 
 def interpolate(x: float, points: list[tuple[float, float]]) -> float:
-    """y at `x` on straight lines between `points`, which are sorted by x; the end's y outside of them."""
+    """Return y at `x` by linear interpolation between `points`, sorted by x; constant outside of them."""
     if x <= points[0][0]:
         return points[0][1]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):

@@ -1,9 +1,9 @@
-"""Does routing stay as it is through supervised fine-tuning? The claim of arXiv 2603.13347, on a tiny model.
+"""Whether PolyGLU's routing stays unchanged during supervised fine-tuning, as arXiv 2603.13347 claims, on a tiny model.
 
-A PolyGLU model learns Python code, tau falling to .1, and is then tuned on GSM8K's chats by TRL's SFTTrainer,
-unchanged: ChatML, loss on the assistant's tokens alone (the token that ends its turn among them), tau frozen. What the
-routing does is measured on chats that are never trained on. A second model learns without noise. Needs trl, and
-gsm8k/train.jsonl in the folder that SKIPSTONE_DATA names.
+A PolyGLU model is trained on Python code while tau falls to .1, and is then tuned on GSM8K's chats by TRL's unmodified
+SFTTrainer: ChatML, loss on the assistant's tokens only (including the token that ends its turn), tau frozen. Routing is
+measured on chats that are never trained on. A second model is trained without noise. Needs trl, and gsm8k/train.jsonl
+in the folder that SKIPSTONE_DATA names.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study, train_ru
 
 VOCABULARY, CONTEXT, ROWS, HELD_OUT = 1024, 256, 2, 64
 BASE_STEPS, STEPS = 3000, 13_067
-LINES = 26  # of the routing's course
-DRIFT, FLIPS = 0.10, 0.01  # what counts as stable
+LINES = 26  # measurements during the tuning
+DRIFT, FLIPS = 0.10, 0.01  # largest changes that count as stable
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -48,11 +48,11 @@ TEMPLATE = (
     "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SFT, COURSE = "sft", "course.jsonl"  # in the run folder: TRL's checkpoints, and what the routing did
+SFT, COURSE = "sft", "course.jsonl"  # in the run folder: TRL's checkpoints, and measurements of the routing
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """The base model's training, with Gumbel noise and without."""
+    """Return the recipes of the base model, with Gumbel noise and without."""
     return {"with noise": _recipe({}), "without noise": _recipe({"noise": False})}
 
 
@@ -74,7 +74,7 @@ def _recipe(options: PlainDict) -> RecipeDict:
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Train the base model, with a tokenizer made of the chats."""
+    """Train the base model, with a tokenizer trained on the chats."""
     tokenizer = folder.with_name("tokenizer")
     if not tokenizer.is_dir():
         make_tokenizer(chats(), tokenizer)
@@ -84,7 +84,7 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 
 
 def chats() -> list[PlainDict]:
-    """GSM8K's rows as chats. Raises FileNotFoundError where they are not."""
+    """Return GSM8K's rows as chats. Raises FileNotFoundError if the file is missing."""
     path = Path(os.environ.get("SKIPSTONE_DATA", ""), "gsm8k", "train.jsonl")
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not there: put GSM8K into the folder that SKIPSTONE_DATA names")
@@ -94,7 +94,7 @@ def chats() -> list[PlainDict]:
 
 
 def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
-    """Byte-level BPE of the chats, with ChatML's tokens. The turn's end is what generation stops on."""
+    """Train a byte-level BPE tokenizer on the chats, with ChatML's tokens; the end of a turn is its eos token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -112,7 +112,10 @@ def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
 
 
 class Routing:
-    """What the routing does on rows that stay the same. strongest: of the model before it was tuned."""
+    """Measurements of a model's routing on fixed rows.
+
+    strongest: each neuron's strongest activation before tuning.
+    """
 
     def __init__(self, model: SkipstoneForCausalLM, rows: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.rows = model, rows
@@ -120,7 +123,7 @@ class Routing:
 
     @torch.no_grad()
     def figures(self) -> PlainDict:
-        """Dynamic entropy in nats by layer, and the share of neurons that have changed their mind."""
+        """Return dynamic entropy in nats by layer, and the share of neurons whose strongest activation has changed."""
         was_training = self.model.training
         self.model.eval()
         sums, count = torch.zeros(len(self.model.model.layers), dtype=torch.float64), 0
@@ -136,7 +139,7 @@ class Routing:
         return {"dynamic_entropy": (sums / count).tolist(), "flips": float(flips)}
 
     def _strongest(self) -> list[Tensor]:
-        """[F] for each layer."""
+        """Return the strongest activation of each neuron, [F] per layer."""
         was_training = self.model.training
         dynamic = mean_logits(self.model.eval(), PASSES["executed"], self.rows)
         self.model.train(was_training)
@@ -145,7 +148,7 @@ class Routing:
 
 
 class Watch(TrainerCallback):
-    """Measures so often, and writes a line to `path` each time."""
+    """A callback that measures the routing at intervals and appends a line to `path` each time."""
 
     def __init__(self, routing: Routing, every: int, path: Path) -> None:
         self.routing, self.every, self.path = routing, every, path
@@ -153,7 +156,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Lines that are about to be measured again are forgotten."""
+        """Remove lines of steps that will be repeated, and measure before the first step."""
         kept = [line for line in course(self.path) if line["step"] <= state.global_step]
         lines = kept or [{"step": 0, **self.routing.figures()}]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -167,13 +170,13 @@ class Watch(TrainerCallback):
 
 
 def course(path: Path) -> list[PlainDict]:
-    """The lines that were measured so far. One that a kill cut short is left out."""
+    """Return the lines measured so far, without one that was cut short by a kill."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def measured(folder: Path) -> Figures:
-    """Tune the base model, from the last checkpoint of the tuning if there is one, and tell what the routing did."""
+    """Tune the base model, resuming an interrupted tuning, and return the figures of its routing."""
     try:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
@@ -223,7 +226,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, row: PlainDict) -> dict[str, Tensor
 
 
 def figures(losses: Sequence[float], lines: Sequence[PlainMapping], tau: float) -> Figures:
-    """Of the tuning: losses as they were logged, the routing's course, and what both come to."""
+    """Return the figures of the tuning: logged losses, the routing over time, and summaries of both."""
     means = [statistics.fmean(line["dynamic_entropy"]) for line in lines]
     drifts, flips = [mean / means[0] - 1 for mean in means], lines[-1]["flips"]
     return {

@@ -1,11 +1,11 @@
-"""Control: a dense model's MLPs with their small inputs set to 0, without any training (TEAL, arXiv 2408.14690).
+"""TEAL as a control: a dense model whose MLPs get small inputs set to 0, without training (arXiv 2408.14690).
 
     x~ = x where |x| > t, else 0        before W_gate and W_up with one t, before W_down with another
 
-The thresholds are quantiles of |x| over calibration tokens, so that `sparsity` of the inputs fall below them, alike in
-every layer (the paper's uniform allocation; its greedy one spreads the same mean over layers by the measured error). A
-column of a weight whose input is 0 need not be multiplied: the MLP's FLOPs fall by that share, for one token at a time.
-Only the loss is measured here: nothing is skipped, and the shares realised are reported.
+The thresholds are quantiles of |x| over calibration tokens, so that a share `sparsity` of the inputs falls below them,
+in every layer alike (the paper's uniform allocation; its greedy one distributes the same mean over layers by measured
+error). Columns of a weight whose input is 0 need not be multiplied, which saves this share of the MLP's FLOPs, for one
+token at a time. Only the loss is measured here: nothing is skipped, and the realised shares are reported.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from skipstone.measure.losses import measure_loss
 from skipstone.measure.passes import Pass
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
-INPUTS = ("gate_proj", "up_proj", "down_proj")  # gate and up have the same
+INPUTS = ("gate_proj", "up_proj", "down_proj")  # gate and up have the same input
 Batches = Iterable[Mapping[str, Tensor]]
-SAMPLE = 1_000_000  # values of a matrix's input that its quantile is taken of, at most
+SAMPLE = 1_000_000  # largest number of input values for a quantile
 
 
 @dataclass
 class Site:
-    """One matrix. threshold: None while the magnitudes of its inputs are collected."""
+    """A hook on one matrix.
+
+    threshold: None while the magnitudes of its inputs are collected.
+    """
 
     magnitudes: list[Tensor] = field(default_factory=list)
     threshold: float | None = None
@@ -48,6 +51,7 @@ class Site:
         return (x.masked_fill(small, 0.0),)
 
     def settle(self, sparsity: float) -> None:
+        """Set the threshold to a quantile of the collected magnitudes."""
         ordered = torch.cat(self.magnitudes).sort().values
         self.threshold = float(ordered[min(int(sparsity * len(ordered)), len(ordered) - 1)])
         self.magnitudes = []
@@ -55,7 +59,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholded:
-    """loss: nats a prediction. sparsity: share of zeros among the inputs of all MLP matrices, by their weights."""
+    """The result of TEAL.
+
+    loss: nats per prediction. sparsity: share of zeros among the inputs of all MLP matrices, weighted by their sizes.
+    """
 
     loss: float
     sparsity: float
@@ -64,8 +71,10 @@ class Thresholded:
 def measure_teal(
     model: SkipstoneForCausalLM, forward: Pass, calibration: Batches, batches: Batches, sparsity: float
 ) -> Thresholded:
-    """The loss on `batches` with thresholds from `calibration`. Raises ValueError unless 0 <= sparsity < 1, and for a
-    model without gated MLPs."""
+    """Return the loss on `batches` with thresholds from `calibration`.
+
+    Raises ValueError unless 0 <= sparsity < 1, and for a model without gated MLPs.
+    """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     with _sites(model) as sites:
@@ -81,7 +90,7 @@ def measure_teal(
 
 @contextmanager
 def _sites(model: SkipstoneForCausalLM) -> Iterator[list[tuple[Any, Site]]]:
-    """Hooks before the matrices of every MLP, which live as long as this measures."""
+    """Install hooks on the matrices of every MLP during a `with` block."""
     blocks = model.model.layers
     if any(not isinstance(getattr(block.mlp, name, None), nn.Linear) for block in blocks for name in INPUTS):
         raise ValueError(f"thresholds need gated MLPs of three matrices, this model has mlp {model.config.mlp!r}")

@@ -1,7 +1,7 @@
-"""Decoding steps of a Mixture-of-Depths model beside the dense model's, by rows; `Decoding` serves others, too.
+"""Decoding steps of a Mixture-of-Depths model compared with the dense model's, by number of rows.
 
 All weights are random and all text is random tokens; both models of a comparison continue the same prompts with the
-same tokens, one a row and step. What is skipped follows from thresholds that are set where the scores of such text say.
+same tokens, one per row and step. Thresholds are calibrated on such text. Other timings use `Decoding`, too.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ RANDOM_TEXT = (
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 SIZE = {"width": 1024, "blocks": 10, "vocabulary": 1024, "prompt": 48, "steps": 24, "turns": 7}
 ROUTED = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.125, "decision": "ema_threshold"}
-CALIBRATION = 32  # rows of text that a threshold is set by, at least
-Size = PlainMapping  # width, blocks, vocabulary, and of decoding: prompt, steps, turns
+CALIBRATION = 32  # least number of rows for calibrating a threshold
+Size = PlainMapping  # width, blocks, vocabulary; prompt, steps and turns of decoding
 
 
 def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalLM:
-    """Random weights, the same whatever routes; heads of 64 channels."""
+    """Build a model with random weights, the same for every routing, and heads of 64 channels."""
     torch.manual_seed(0)
     config = SkipstoneConfig(
         vocab_size=size["vocabulary"],
@@ -47,10 +47,12 @@ def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalL
 
 
 def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
+    """Return random tokens, int64 [rows, length]."""
     return torch.randint(0, size["vocabulary"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
+    """Yield block, name and mechanism of every depth mechanism."""
     blocks = model.model.layers
     for i, block in enumerate(blocks):
         for name, mechanism in block.mechanisms.items():
@@ -59,7 +61,7 @@ def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
 
 @torch.inference_mode()
 def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
-    """Each threshold at the quantile of its scores, block after block, over the tokens from `first` on."""
+    """Set each threshold to the quantile of its scores over the tokens from `first` on, block after block."""
     for i, name, mechanism in routers(model):
         record = model(ids, use_cache=False, output_records=True).records[i][name]
         scores = record.score_BT[:, first:].flatten()
@@ -68,7 +70,7 @@ def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
 
 
 class Decoding:
-    """A prompt in the cache; every turn feeds other tokens."""
+    """A prompt in the cache, continued by other tokens in every turn."""
 
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
         self.model, self.size, self.rows, self.steps = model, size, rows, size["steps"]
@@ -81,6 +83,7 @@ class Decoding:
 
     @torch.inference_mode()
     def lap(self) -> Lap:
+        """Run and time one turn, then restore the cache."""
         fed = text(self.size, self.rows, self.steps, seed=100 + next(self.turns)).split(1, dim=1)
         start = time.perf_counter()
         for token in fed:
@@ -91,7 +94,7 @@ class Decoding:
 
     @torch.inference_mode()
     def computed(self) -> float:
-        """Rows a step that a block with a mechanism computes, in the mean of the turns."""
+        """Return the mean number of rows per step that a block with a mechanism computes."""
         kept = []
         for turn in range(self.size["turns"] + 1):
             for token in text(self.size, self.rows, self.steps, seed=100 + turn).split(1, dim=1):
@@ -102,7 +105,7 @@ class Decoding:
 
     @torch.inference_mode()
     def memory(self) -> dict[str, int]:
-        """Entries and bytes, slots included, that a prompt and a turn's tokens leave in a new cache."""
+        """Return entries and bytes, slots included, that a prompt and the tokens of a turn leave in a new cache."""
         cache = DynamicCache(config=self.model.config)
         self.model(self.prompts, past_key_values=cache)
         for token in text(self.size, self.rows, self.steps, seed=101).split(1, dim=1):
@@ -116,16 +119,17 @@ class Decoding:
 
 
 def of_rows(rows: int) -> str:
+    """Return `1 row` or `N rows`."""
     return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """By number of rows."""
+    """Return the arms, by number of rows."""
     return {of_rows(rows): {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Seconds a step of both models, and what the routed one computes and keeps in its cache."""
+    """Return seconds per step of both models, and what the routed one computes and stores in its cache."""
     models = {"dense": model_of(recipe, []), "routed": model_of(recipe, [recipe["mechanism"]])}
     decodings = {name: Decoding(model, recipe, recipe["rows"]) for name, model in models.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, recipe["turns"])
@@ -145,7 +149,10 @@ def figures(
     rows: int,
     memory: Mapping[str, Mapping[str, int]],
 ) -> Figures:
-    """step: seconds of each model. speed: tokens/s of the routed model by the dense one's."""
+    """Return the figures of an arm.
+
+    step: seconds of each model. speed: tokens/s of the routed model relative to the dense one's.
+    """
     ours, dense = memory["routed"], memory["dense"]
     shares = {what: ours[what] / dense[what] for what in ours}
     return {

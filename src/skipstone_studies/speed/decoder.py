@@ -1,4 +1,4 @@
-"""Our dense decoder's pace beside that of transformers' Llama, and the start of the command line."""
+"""The speed of our dense decoder relative to transformers' Llama, and the start-up time of the command line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ STARTS = 5
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
+    """Return the arms: a training step, decoding one row, and the start of the command."""
     return {
         "training step": {"task": "train", **SIZE},
         "decoding one row": {"task": "decode", **SIZE},
@@ -26,7 +27,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Our time by Llama's, or seconds of a whole process."""
+    """Return our time relative to Llama's, or the seconds of a whole process."""
     if recipe["task"] == "help":
         command = [sys.executable, "-m", "skipstone_cli.main", "--help"]
         start = timed(lambda: subprocess.run(command, capture_output=True, check=True))

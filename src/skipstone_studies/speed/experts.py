@@ -1,8 +1,8 @@
-"""A training step of a mixture of experts beside the dense MLP that costs a token the same FLOPs.
+"""A training step of a mixture of experts compared with the dense MLP of equal FLOPs per token.
 
-fp32, forward and backward of the MLP alone, balancing loss included. `mixtral` is transformers' own block, with its
-loop over experts and by its grouped products; it computes no loss. No-ops: half as many as experts, chosen as often as
-others.
+fp32, forward and backward of the MLP alone, including the balancing loss. `mixtral` is transformers' own block, with
+its loop over experts and with its grouped products; it computes no loss. No-ops: half as many as experts, chosen
+equally often.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ Step = Callable[[Tensor], Tensor]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
+    """Return the arms, by width and implementation."""
     return {f"width {width}, {kind}": {"width": width, "kind": kind, **SIZE} for width in (256, 512) for kind in KINDS}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """CPU time of a step, and by that of the dense MLP."""
+    """Return the CPU time of a step, and its ratio to the dense MLP's."""
     torch.manual_seed(recipe["seed"])
     x_BTD = torch.randn(1, recipe["tokens"], recipe["width"], requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""An MLP with neuron groups beside the SwiGLU of the same matrices, and beside a narrower one of equal FLOPs."""
+"""An MLP with neuron groups compared with a SwiGLU of the same matrices, and with a narrower one of equal FLOPs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[[], object]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """A training step of the MLP by width, share of neurons that are on and chunk; decoding with the first chunk."""
+    """Return the arms: a training step by width, share of neurons on and chunk; decoding with the first chunk."""
     found: dict[str, RecipeDict] = {}
     for part, chunks in (("training", CHUNKS), ("decoding", CHUNKS[:1])):
         for width in WIDTHS:
@@ -38,6 +38,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
+    """Return CPU times relative to SwiGLU's."""
     torch.manual_seed(recipe["seed"])
     return (_training if recipe["part"] == "training" else _decoding)(recipe)
 
@@ -71,13 +72,13 @@ def _decoding(recipe: RecipeDict) -> Figures:
 
 
 def _neurons(recipe: RecipeDict) -> tuple[int, int]:
-    """Four times the width, and those of whole groups that are on."""
+    """Return four times the width, and the neurons of the whole groups that are on."""
     neurons = 4 * recipe["width"]
     return neurons, int(neurons / GROUP * recipe["share"] + 1e-9) * GROUP
 
 
 def _cpu_time(runs: Mapping[str, Run], rounds: int) -> Figures:
-    """CPU time of each by SwiGLU's."""
+    """Return each CPU time relative to SwiGLU's."""
     taken = seconds({name: timed(run, time.process_time) for name, run in runs.items()}, rounds)
     return {name: ratio(taken[name], taken["SwiGLU"]) for name in ("groups", "narrow")}
 

@@ -1,8 +1,8 @@
-"""Training steps of the whole 597,153,888-parameter model, for real: memory, seconds, FLOPs.
+"""Training steps of the full model with 597,153,888 parameters: memory, seconds, FLOPs.
 
-The model, the optimizer and its groups, the clipping, the autocast and the loss in chunks are those of
-recipes/polychromatic-0.6b.yaml, at the rate of the end of its warm-up. A first step allocates what later ones have:
-times are those of the last. Weights, gradients and both moments are fp32.
+Model, optimizer, its groups, clipping, autocast and chunked loss are those of recipes/polychromatic-0.6b.yaml, at the
+learning rate after its warm-up. The first step allocates memory, so times are those of the last. Weights, gradients and
+both moments are fp32.
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
+    """Return the single arm."""
     return {"256 tokens": {**RECIPE, "tokens": 256, "steps": 2}}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """On the GPU where there is one; speeds are then by the clock, else by CPU time, which others disturb less."""
+    """Return the figures, on a GPU if there is one.
+
+    Times are wall time on a GPU, else CPU time, which other processes disturb less.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})
     config = setup.model_config(read.model, read.data.context, {})
@@ -68,7 +72,7 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
-    """One packed row of two documents of random tokens, the first as long as a third."""
+    """Return one packed row of two documents of random tokens, the first a third of the row."""
     slot = torch.arange(tokens)
     document = (slot >= tokens // 3).long()
     ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -79,7 +83,7 @@ def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
 
 
 def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with the recipe's groups of weight decay."""
+    """Build AdamW with the recipe's groups of weight decay."""
     train, named = recipe.train, dict(model.named_parameters())
     decays = set(decaying(model, named, train.no_decay))
     groups = [
@@ -92,7 +96,7 @@ def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Opt
 def step(
     model: SkipstoneForCausalLM, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], recipe: Recipe, device: str
 ) -> PlainDict:
-    """Loss, norm of the gradient, and seconds of each part."""
+    """Run a training step; returns its loss, gradient norm, and the seconds of each part."""
     at = [_now(device)]
     with torch.autocast(device, torch.bfloat16):
         loss = model(**given, use_cache=False, loss_chunk=recipe.train.loss_chunk or 0).loss
@@ -115,7 +119,7 @@ def _now(device: str) -> float:
 
 
 def peak_memory() -> int:
-    """The most memory that this process ever held, in bytes (Linux)."""
+    """Return the peak memory of this process in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 

@@ -24,26 +24,29 @@ KINDS: dict[str, int | None] = {ALL: None, "chunks of 256": 256, "chunks of 1024
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """By function and precision; PyTorch's own takes minutes on a CPU and is left to the larger scale."""
+    """Return the arms, by function and precision.
+
+    PyTorch's own takes minutes on a CPU and is left to the larger scale.
+    """
     kinds = [kind for kind in KINDS if kind != "torch's" or scale == "paper"]
     return {f"{kind}, {p}": {**SIZE, "kind": kind, "precision": p} for p in ("fp32", "bf16") for kind in kinds}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Mean loss, the most memory beyond weight and hidden states, and CPU time by that of all logits at once."""
+    """Return mean loss, peak memory beyond weight and hidden states, and CPU time relative to all logits at once."""
     given = inputs(recipe)
     kinds = (ALL, recipe["kind"])
     tasks = {kind: timed(partial(step, kind, given, recipe), time.process_time) for kind in kinds}
     loss = step(recipe["kind"], given, recipe) / recipe["tokens"]
     taken = seconds(tasks, recipe["rounds"])
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: the most that it ever held
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a new process, for its peak memory
         memory = pool.apply(memory_of, (recipe,))
     ours = taken[recipe["kind"]]
     return {"loss": loss, "gib": memory, "seconds": statistics.median(ours), "time": ratio(ours, taken[ALL])}
 
 
 def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and targets."""
+    """Return hidden states, weight and targets."""
     torch.manual_seed(0)
     weight = torch.empty(recipe["vocabulary"], recipe["width"]).normal_(0, 0.02).requires_grad_()
     x = torch.randn(recipe["tokens"], recipe["width"]).requires_grad_()
@@ -51,7 +54,7 @@ def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def step(kind: str, given: tuple[Tensor, Tensor, Tensor], recipe: RecipeDict) -> float:
-    """The summed loss of one forward and backward pass."""
+    """Run one forward and backward pass and return the summed loss."""
     for tensor in given[:2]:
         tensor.grad = None
     with torch.autocast("cpu", torch.bfloat16) if recipe["precision"] == "bf16" else nullcontext():
@@ -74,7 +77,7 @@ def _loss(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def memory_of(recipe: RecipeDict) -> float:
-    """GiB that a step adds to the most that this process ever held (Linux)."""
+    """Return the GiB by which a step raises the peak memory of this process (Linux)."""
     given = inputs(recipe)
     before = peak_memory()
     step(recipe["kind"], given, recipe)

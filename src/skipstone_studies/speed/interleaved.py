@@ -1,4 +1,4 @@
-"""Timing several calls interleaved, so that a machine that is busy for a minute is busy for all of them."""
+"""Time several calls interleaved, so that machine noise affects all of them equally."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ K = TypeVar("K")
 
 
 def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Task:
-    """`run` as a task. clock: `time.process_time` takes the CPU time of this process, which others disturb less."""
+    """Return `run` as a timed task.
+
+    clock: `time.process_time` measures CPU time, which other processes disturb less.
+    """
 
     def lap() -> Lap:
         start = clock()
@@ -24,21 +27,21 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 
 def seconds(tasks: Mapping[K, Task], rounds: int) -> dict[K, list[float]]:
-    """Seconds of each task in each round; a first round, which warms up, is thrown away."""
+    """Return the seconds of each task in each round, after a warm-up round that is discarded."""
     return {name: [lap.seconds for lap in rate.laps] for name, rate in take_turns(tasks, rounds).items()}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Our figures by theirs, round by round: median, least and greatest."""
+    """Return median, least and greatest of our figures relative to theirs, round by round."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest: what `Column.spread` shows."""
+    """Return median, least and greatest, as `Column.spread` shows them."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def time_ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Our seconds by theirs, interleaved; less than 1 is faster."""
+    """Time both interleaved and return our seconds relative to theirs; less than 1 is faster."""
     found = seconds({"ours": timed(ours), "theirs": timed(theirs)}, rounds)
     return ratio(found["ours"], found["theirs"])

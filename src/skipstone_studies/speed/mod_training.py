@@ -1,7 +1,7 @@
-"""Does a Mixture-of-Depths step take the time that its FLOPs say? Training steps beside the dense model's.
+"""The time of a Mixture-of-Depths training step relative to its FLOPs, compared with the dense model's.
 
-A step is forward, backward and AdamW. The FLOPs are counted while the step runs; the optimizer's, which multiplies no
-matrices, are not among them. `bf16` is autocast with fp32 weights, as `Trainer` does it.
+A step is forward, backward and AdamW. FLOPs are counted while the step runs, without the optimizer, which has no matrix
+products. `bf16` is autocast with fp32 weights, as `Trainer` does it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES: tuple[tuple[PlainDict, tuple[str, ...]], ...] = (
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """By size, decision, and the way in which a step is made."""
+    """Return the arms, by size, decision and kind of step."""
     return {
         name_of(size, decision, way): {**size, "decision": decision, "way": way}
         for size, decisions in SIZES
@@ -46,11 +46,12 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(size: PlainDict, decision: str, way: str) -> str:
+    """Return the name of an arm."""
     return f"d {size['width']}, {size['rows']} rows of {size['context']}, {decision}, {way}"
 
 
 def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
-    """Random weights; every other block is routed unless `decision` is None."""
+    """Build a model with random weights; every other block is routed unless `decision` is None."""
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": decision}
     torch.manual_seed(0)
     config = SkipstoneConfig(
@@ -65,11 +66,12 @@ def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
 
 
 def ids_of(size: RecipeDict) -> torch.Tensor:
+    """Return random token ids."""
     return torch.randint(0, 256, (size["rows"], size["context"]), generator=torch.Generator().manual_seed(0))
 
 
 def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """One step of a loop of one's own; thresholds that a trainer moves are moved."""
+    """Return one step of a custom loop, which also advances thresholds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -84,6 +86,7 @@ def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) ->
 
 
 def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
+    """Advance the thresholds by the records of a pass."""
     blocks = model.model.layers
     for block, record in zip(blocks, records, strict=True):
         for name, mechanism in block.routing_modules().items():
@@ -91,7 +94,7 @@ def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
 
 
 class Repeated(Dataset[dict[str, torch.Tensor]]):
-    """The same rows again and again."""
+    """A dataset that repeats the same rows."""
 
     def __init__(self, ids: torch.Tensor, times: int) -> None:
         self.ids, self.times = ids, times
@@ -105,7 +108,7 @@ class Repeated(Dataset[dict[str, torch.Tensor]]):
 
 
 def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) -> Callable[[], None]:
-    """A few steps through `RoutingTrainer`, its set-up included."""
+    """Return a few steps through `RoutingTrainer`, including its set-up."""
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=size["trainer_steps"],
@@ -125,10 +128,10 @@ def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) ->
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Seconds and FLOPs of a step by the dense model's, and the host syncs of a forward pass."""
+    """Return seconds and FLOPs of a step relative to the dense model's, and the host syncs of a forward pass."""
     ids, decision, way = ids_of(recipe), recipe["decision"], recipe["way"]
     ours, theirs = (training_step(model_of(recipe, kind), ids, way == "bf16") for kind in (decision, None))
-    ours()  # a first step gives a threshold its value
+    ours()  # the first step sets the threshold
     flops = count_flops(ours).total / count_flops(theirs).total
     if way == TRAINER:
         with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +144,7 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
+    """Return the figures of an arm."""
     over = {} if decision in MOVING else {"over": time["median"] / flops}
     return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}
 

@@ -1,4 +1,4 @@
-"""Decoding one row by a part of the neurons, beside the dense model: rows read in place, and rows copied."""
+"""Decoding one row with a part of the neurons, compared with the dense model: rows read in place, and rows copied."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     },
-    "d2048": {  # a model of 1.2 G parameters, with 4 of its 24 blocks
+    "d2048": {  # 4 of the 24 blocks of a model with 1.2 billion parameters
         "hidden_size": 2048,
         "intermediate_size": 5632,
         "num_hidden_layers": 4,
@@ -31,13 +31,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 8192,
     },
 }
-PARTS = ((0.82, 0.66), (0.66, 0.5), (0.5, 0.34))  # shares of the neurons: of up, of down
+PARTS = ((0.82, 0.66), (0.66, 0.5), (0.5, 0.34))  # shares of the neurons, for up and for down
 DTYPES = ("float32", "bfloat16")
 PROMPT, STEPS, TURNS = 32, 32, 7
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """By shape, type of the weights, and shares of the neurons."""
+    """Return the arms, by shape, dtype of the weights, and shares of the neurons."""
     timing = {"prompt": PROMPT, "steps": STEPS, "turns": TURNS}
     return {
         name_of(shape, dtype, up, down): {"shape": sizes, "dtype": dtype, "up": up, "down": down, **timing}
@@ -48,17 +48,19 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(shape: str, dtype: str, up: float, down: float) -> str:
+    """Return the name of an arm."""
     return f"{shape}, {dtype}, {up:.2f} and {down:.2f}"
 
 
 def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausalLM:
+    """Build a model with random weights."""
     torch.manual_seed(0)
     config = SkipstoneConfig(**recipe["shape"], tie_word_embeddings=True, neuron_groups=groups)
     return SkipstoneForCausalLM(config).to(getattr(torch, recipe["dtype"])).eval()
 
 
 def copied(task: Task) -> Task:
-    """As it is where numba is not at hand."""
+    """Return the task as it runs without numba, with copied rows."""
 
     def lap() -> Lap:
         with patch.object(magnitude, "_kernels", lambda: None):
@@ -68,7 +70,7 @@ def copied(task: Task) -> Task:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """FLOPs of a step and tokens/s, by those of the dense model."""
+    """Return FLOPs of a step and tokens/s relative to the dense model."""
     groups = {"decision": "magnitude", "group_size": 1, "capacity": recipe["up"], "down_capacity": recipe["down"]}
     dense, model = model_of(recipe, None), model_of(recipe, groups)
     prompt = torch.arange(recipe["prompt"])[None] * 37 % recipe["shape"]["vocab_size"]

@@ -1,7 +1,7 @@
-"""Parity with transformers: the same weights, the same tokens, both models' logits and greedy text.
+"""Parity with transformers: logits and greedy text of both models, for the same weights and tokens.
 
-Each family at a small size with random weights (norms and biases too, so that none is neutral), and the real
-checkpoints that SKIPSTONE_DATA holds. `measure(CHECKPOINT)` tells it of any other.
+Each family is tested at a small size with random weights (norms and biases too, so that none is neutral), and with the
+real checkpoints in SKIPSTONE_DATA. `measure(CHECKPOINT)` tests any other checkpoint.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ CASES: dict[str, PreTrainedConfig] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """fp32, bf16: relative error of the logits. generation: whether both write the same greedy text."""
+    """The parity of one checkpoint.
+
+    fp32, bf16: relative error of the logits. generation: whether both generate the same greedy text.
+    """
 
     fp32: float
     bf16: float
@@ -90,7 +93,7 @@ class Parity:
 
 
 def save_random(config: PreTrainedConfig, folder: Path) -> None:
-    """A checkpoint whose every tensor is drawn, so that a norm or bias that is left out shows."""
+    """Save a checkpoint with random tensors, so that an omitted norm or bias changes the output."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -100,17 +103,18 @@ def save_random(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def theirs(source: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the checkpoint with transformers."""
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """max |ours - reference| / max |reference|."""
+    """Return max |ours - reference| / max |reference|."""
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @torch.no_grad()
 def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call: Tensor) -> float:
-    """Relative error over the tokens that are not padding."""
+    """Return the relative error of the logits over tokens that are not padding."""
     ours, reference = load_pretrained(source, dtype), theirs(source, dtype)
     assert ours.dtype == reference.dtype == dtype
     real_BT = real_tokens({"input_ids": ids_BT, **call})
@@ -119,13 +123,13 @@ def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call:
 
 
 def greedy(model: SkipstoneForCausalLM, ids_BT: Tensor, tokens: int, **call: Tensor) -> list[list[int]]:
-    """Ids of prompt and greedy continuation."""
+    """Return the ids of prompt and greedy continuation."""
     call.setdefault("attention_mask", torch.ones_like(ids_BT))
     return model.generate(ids_BT, do_sample=False, max_new_tokens=tokens, pad_token_id=0, **call).tolist()
 
 
 def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity:
-    """Parity of one checkpoint on two rows of random tokens."""
+    """Measure the parity of one checkpoint on two rows of random tokens."""
     vocabulary = AutoConfig.from_pretrained(source).vocab_size
     ids_BT = torch.randint(2, vocabulary, (2, length), generator=torch.Generator().manual_seed(1))
     prompt = ids_BT[:, : length // 2]
@@ -138,12 +142,13 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """The families' configurations, and a real checkpoint."""
+    """Return the families' configurations, and a real checkpoint."""
     families: dict[str, RecipeDict] = {name: {"config": config.to_diff_dict()} for name, config in CASES.items()}
     return families | {"stories260K (real)": {"source": "stories260K"}}
 
 
 def measured(recipe: RecipeDict) -> Figures:
+    """Return the parity of an arm as figures."""
     with quiet(), tempfile.TemporaryDirectory() as folder:
         if "source" in recipe:
             return vars(measure(source_path(recipe["source"]), length=128, tokens=100))

@@ -1,7 +1,7 @@
-"""PolyGLU's feed-forward network beside the SwiGLU of the same matrices; a hardened model beside SwiGLU in decoding.
+"""PolyGLU's MLP compared with a SwiGLU of the same matrices, and a hardened model with SwiGLU in decoding.
 
-Training: forward and backward of one MLP, with the logits of a model that begins (tau 1) and with some nats between
-them at the tau where training ends (.1). Saved: bytes that autograd keeps for the backward pass, parameters left out.
+Training: forward and backward of one MLP, with logits as at initialisation (tau 1) and as after training (some nats
+apart, tau .1). Saved: bytes that autograd keeps for the backward pass, without parameters.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 WIDTHS, TOKENS, ROUNDS = (256, 512, 1024), 2048, 15
 ROWS = 8
-STEPS = 20  # decoded tokens a round
-TAUS = (1.0, 0.1)  # of routers as they start, and as if trained
+STEPS = 20  # decoded tokens per round
+TAUS = (1.0, 0.1)  # initial and trained
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Training by width, tau, precision and noise; decoding by width."""
+    """Return the arms: training by width, tau, precision and noise; decoding by width."""
     found: dict[str, RecipeDict] = {}
     for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
         case: PlainDict = {"width": width, "precision": "bf16" if bf16 else "fp32", "tau": tau, "noise": noise}
@@ -38,14 +38,17 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def training_name(width: int, precision: str, tau: float, noise: bool) -> str:
+    """Return the name of a training arm."""
     return f"training, width {width}, {precision}, tau {tau:g}, noise {'on' if noise else 'off'}"
 
 
 def decoding_name(width: int) -> str:
+    """Return the name of a decoding arm."""
     return f"decoding, width {width}, hardened"
 
 
 def measured(recipe: RecipeDict) -> Figures:
+    """Return the figures of an arm."""
     torch.manual_seed(recipe["seed"])
     return _training(recipe) if "tau" in recipe else _decoding(recipe)
 
@@ -63,7 +66,7 @@ def _training(recipe: RecipeDict) -> Figures:
 
 
 def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
-    """PolyGLU and SwiGLU, with equal matrices."""
+    """Return a PolyGLU and a SwiGLU with equal matrices."""
     neurons = -(-8 * width // 96) * 32
     ours = GatedMLP(width, neurons, PolyGLU(width, neurons))
     theirs = GatedMLP(width, neurons, FixedActivation("silu"))
@@ -72,6 +75,8 @@ def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
 
 
 def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[], None]:
+    """Return a function that runs forward and backward of an MLP."""
+
     def run() -> None:
         mlp.zero_grad(set_to_none=True)
         x_BTD.grad = None
@@ -83,7 +88,7 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
 
 
 def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
-    """Distinct memory that the forward pass keeps, without parameters and their copies in bf16."""
+    """Return the bytes that the forward pass saves, without parameters and their copies in bf16."""
     seen: dict[int, int] = {}
     weights = {p.numel() for p in mlp.parameters()}
 
@@ -101,7 +106,9 @@ def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int
 
 @torch.no_grad()
 def as_if_trained(activation: PolyGLU, tau: float) -> None:
-    """Some five nats between the logits of a token, a third of a nat between those of neurons; tau at its end."""
+    """Set router weights and tau as after training: about five nats between a token's logits, a third of a nat between
+    those of neurons.
+    """
     for weight, spread in ((activation.context_weight, 0.3), (activation.mix_weight, 1.0)):
         nn.init.normal_(weight, 0.0, spread)
     nn.init.normal_(activation.preference_bias, 0.0, 0.3)
@@ -109,7 +116,7 @@ def as_if_trained(activation: PolyGLU, tau: float) -> None:
 
 
 def _decoding(recipe: RecipeDict) -> Figures:
-    """A hardened model with a quarter of the neurons for each activation, and SwiGLU."""
+    """Time a hardened model with a quarter of the neurons for each activation against SwiGLU."""
     heads = max(1, recipe["width"] // 64)
     values = {"vocab_size": 256, "hidden_size": recipe["width"], "num_hidden_layers": recipe["blocks"]}
     routed = SkipstoneForCausalLM(SkipstoneConfig(**values, num_attention_heads=heads, activation={"name": "polyglu"}))
@@ -120,6 +127,7 @@ def _decoding(recipe: RecipeDict) -> Figures:
 
 
 def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
+    """Return a function that decodes some tokens and restores the cache."""
     cache, token_B1 = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long)
 
     @torch.no_grad()

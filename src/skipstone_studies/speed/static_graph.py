@@ -1,4 +1,4 @@
-"""Is the routed graph static? Many inputs of one shape: operations and their shapes, FLOPs, and compilations."""
+"""Whether the routed graph is static over many inputs of one shape: operations with shapes, FLOPs, compilations."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ INPUTS, ROWS, CONTEXT = 1000, 2, 128
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
+    """Return the arms, by decision."""
     return {decision: {"decision": decision, "inputs": INPUTS} for decision in (*STATIC, *DYNAMIC)}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """How many different lists of operations, FLOPs and graphs there were."""
+    """Return the numbers of different lists of operations, of FLOPs and of graphs."""
     draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
     batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]
     model = model_of(decision)
-    passed(model, batches[0])()  # gradients exist from here on
+    passed(model, batches[0])()  # allocates the gradients
     lists = {signature(passed(model, ids)) for ids in batches}
     flops = {count_flops(passed(model, ids)).total for ids in batches[: max(len(batches) // 10, 1)]}
     return {"lists": len(lists), "flops": len(flops), **compiled(model, batches, decision in STATIC)}
 
 
 def model_of(decision: str) -> SkipstoneForCausalLM:
+    """Build a small routed model in training mode."""
     torch.manual_seed(0)
     mod = {"name": "mixture_of_depths", "layers": "1::2", "decision": decision}
     sizes: PlainDict = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -44,7 +46,7 @@ def model_of(decision: str) -> SkipstoneForCausalLM:
 
 
 class Signature(TorchDispatchMode):
-    """A digest of every operation that runs and the shapes that it is given."""
+    """A digest of every operation that runs and of its shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +59,8 @@ class Signature(TorchDispatchMode):
 
 
 def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
+    """Return a function that runs forward and backward."""
+
     def run() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=False)
@@ -65,13 +69,15 @@ def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]
 
 
 def signature(run: Callable[[], None]) -> str:
+    """Return the digest of a run."""
     with Signature() as seen:
         run()
     return seen.digest.hexdigest()
 
 
 def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bool) -> dict[str, int]:
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # a graph break is what is counted here
+    """Return the numbers of graphs, recompilations and graph breaks."""
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # silences graph breaks, which are counted here
     torch._dynamo.reset()
     counters.clear()
     forward = torch.compile(model, backend="aot_eager", fullgraph=whole)

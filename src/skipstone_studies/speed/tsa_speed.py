@@ -1,4 +1,4 @@
-"""Token-Selective Attention beside the dense model of its size: sparse prefill and decoding steps."""
+"""Token-Selective Attention compared with the dense model of its size: sparse prefill and decoding steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = {"width": 256, "blocks": 8, "vocabulary": 256, "prompt": 64, "steps": 32,
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """What is done, for how many rows, which keys and values are computed, and the share that is skipped."""
+    """Return the arms, by phase, number of rows, keys and values that are computed, and share that is skipped."""
     found = {}
     for part, counts in (("prefill", PROMPTS), ("decode", ROWS)):
         for rows in counts:
@@ -33,10 +33,12 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
+    """Return the name of an arm."""
     return f"{part}, {of_rows(rows)}, kv {kv}, {skipped:.0%}"
 
 
 def measured(recipe: RecipeDict) -> Figures:
+    """Return the figures of an arm."""
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
     dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])
     return (_prefill if recipe["part"] == "prefill" else _decode)(recipe, dense, model)
@@ -51,11 +53,13 @@ def _prefill(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneFo
 
 
 def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Figures:
+    """Return the figures of prefill."""
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 
 
 @torch.inference_mode()
 def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
+    """Return the share of tokens that the gates keep."""
     records = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
     return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
 

@@ -1,4 +1,4 @@
-"""The studies of Token-Selective Attention's paper (arXiv 2605.05222), and the controls that it lacks.
+"""Studies of the paper on Token-Selective Attention (arXiv 2605.05222), with additional controls.
 
 published.py   the paper's figures                recipes.py      its model and training, at two scales
 text.py        what the studies on text share judged.py       which claims hold

@@ -1,8 +1,8 @@
-"""The paper's synthetic tasks: copy and sort, right answers soft and as executed.
+"""The paper's synthetic tasks, copy and sort: accuracy of soft and executed passes.
 
-The paper leaves n open; its released code takes 20 symbols, hence 42 tokens in 64 positions, and 390 steps where the
-text says 10,000. Rows here are drawn anew at every step; the paper's are 10,000, read ten times. `accuracy` is the
-share of right tokens in the answer.
+The paper does not state n; its released code uses 20 symbols, hence 42 tokens in 64 positions, and 390 steps where the
+text says 10,000. Rows are drawn anew at every step; the paper has 10,000, read ten times. `accuracy` is the share of
+correct tokens in the answer.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SIZES: dict[str, PlainDict] = {
         "train": {"steps": 390, "batch_size": 256, "learning_rate": 3e-4, "warmup_steps": 0},
     },
 }
-FEW = (1, 2)  # blocks of further dense models: how much depth does the task ask for?
-POINT = 0.01  # of accuracy: what counts as no loss of it
+FEW = (1, 2)  # blocks of further dense models, which show how much depth the task needs
+POINT = 0.01  # accuracy differences up to this count as none
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Dense, gated, and dense with few blocks, on either task."""
+    """Return the arms for both tasks: dense, gated, and dense with few blocks."""
     size = SIZES[scale]
     model = {"max_position_embeddings": 64, **size["model"]}
     found: dict[str, RecipeDict] = {}
@@ -66,12 +66,13 @@ def _data(task: str, symbols: int) -> PlainDict:
 
 
 def measured(folder: Path) -> Figures:
+    """Return the standard figures, savings, and losses of further passes."""
     figures = measure.standard(folder)
     return {**figures, **gates.savings(figures["evaluation"]), "variants": gates.variants(folder)}
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Of both tasks: accuracy is kept, what is claimed as saved is skipped, and few blocks would not do."""
+    """Return the claims for both tasks: accuracy kept, savings realised, few blocks not sufficient."""
     return [claim for task in TASKS for claim in _of_task(figures, task)]
 
 
@@ -93,6 +94,7 @@ def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
+    """Return the claims, the paper's figures beside ours, and other ways to execute."""
     parts = (
         claims_table("Which claims hold", claims(figures)),
         beside("Beside the paper", figures, paper.COPY_SORT, BESIDE, SOURCE),

@@ -1,4 +1,4 @@
-"""What an arm's skipping is worth: its executed loss less that of rivals at the same executed FLOPs, with intervals."""
+"""The value of an arm's skipping: its executed loss minus that of rivals at equal executed FLOPs, with intervals."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ BY_BLOCK = "_by_block"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model on the plane of executed FLOPs a token and executed loss. losses: whole, then of each block of text."""
+    """A model's executed FLOPs per token and executed losses.
+
+    losses: of the whole text, then of each block of text.
+    """
 
     flops: float
     losses: tuple[float, ...]
 
 
 def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Each arm's executed loss less that of its `RIVALS` at its FLOPs, and the same by blocks of the text.
+    """Return each arm's executed loss minus that of its `RIVALS` at its FLOPs, also by blocks of the text.
 
-    In nats, on straight lines between the dense models of several depths, between the shares of tokens drawn at random
-    (and all of them), and between the thresholds of early exit. An arm that needs more FLOPs than the best of them is
-    held against that one; one that needs less than all is not.
+    In nats. Rivals are interpolated linearly between dense models of several depths, between shares of random tokens
+    (and all tokens), and between thresholds of early exit. An arm with more FLOPs than the best rival is compared with
+    that one; an arm with fewer than all rivals is not compared.
     """
     points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
     dense = [point for arm, point in points.items() if arm.startswith("dense")]
@@ -79,12 +82,12 @@ def _exit_points(figures: Figures) -> list[Point]:
 
 
 def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
-    """The difference to a rival by block of text, of each seed that has it."""
+    """Return the difference to a rival by block of text, for each seed that has it."""
     return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]
 
 
 def intervals(figures: ByArm) -> str:
-    """Markdown: differences at equal FLOPs with their interval over seeds and blocks of the text."""
+    """Return a Markdown table of differences at equal FLOPs with intervals over seeds and blocks of text."""
     rows = []
     for arm, seeds in figures.items():
         cells = [_cell(seeds, rival) for rival in RIVALS]

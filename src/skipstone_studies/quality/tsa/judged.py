@@ -1,4 +1,4 @@
-"""Which of the paper's claims hold: each a rule with its threshold in the text, judged by the interval over seeds.
+"""Verdicts on the paper's claims, each by a rule with its threshold in the text and by the interval over seeds.
 
 Differences are between runs of one seed, in nats.
 """
@@ -15,16 +15,16 @@ from skipstone_studies.quality.tsa.equal_flops import EXECUTED, RIVALS, blocks_o
 from skipstone_studies.quality.tsa.published import JITTER, SHAKESPEARE
 
 SOFT = "evaluation.ways.oracle.loss"
-REALLY = 0.9  # of what is claimed as saved, to be called saved
+REALLY = 0.9  # share of a claimed saving that must be realised
 
 
 def depth_pays(figures: ByArm) -> Headroom | None:
-    """Whether the dense model beats those of fewer blocks."""
+    """Return the headroom of the dense model over those of fewer blocks; None if either is missing."""
     return headroom(figures, "dense", [arm for arm in figures if arm.startswith("dense-")], EXECUTED)
 
 
 def language(figures: ByArm) -> list[Claim]:
-    """Of every arm whose gates are trained soft, of the sweep, and of every budget that is trained as executed."""
+    """Return the claims for every softly trained arm, for the lambda sweep, and for every budget trained hard."""
     gated = [arm for arm in figures if mean(figures, arm, "variants.one") is not None]
     budgets = [arm for arm in figures if arm.startswith("hard=")]
     return [
@@ -55,7 +55,7 @@ def _of_arm(figures: ByArm, arm: str) -> Iterator[Claim]:
 
 
 def _rivals(figures: ByArm, arm: str) -> Iterator[Claim]:
-    """Rivals that were trained. No verdict where depth does not pay."""
+    """Yield comparisons with trained rivals, without a verdict if depth does not pay."""
     room = depth_pays(figures)
     for key, rival in RIVALS.items():
         found, blocks = values(figures, arm, key), blocks_of(figures.get(arm, {}), key)

@@ -1,4 +1,4 @@
-"""Token-Selective Attention where it is known which tokens need depth: trained soft, and trained as it is executed."""
+"""Token-Selective Attention on a task in which the tokens that need depth are known, trained soft and hard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 BLOCKS = reset_s3.BLOCKS
 DENSE = reset_s3.DENSE
 JUDGED = ("tsa-soft", "tsa-hard", "tsa-hard-kept", "tsa-random")
-# The laptop's are smaller batches than Reset-S3's own table has: a soft gate computes every block for every token.
+# Laptop batches are smaller than in Reset-S3's own table, because soft gates compute every block for every token.
 SIZES = {
     "laptop": {**reset_s3.SIZES["laptop"], "batch_size": 16, "steps": 1500},
     "paper": reset_s3.SIZES["paper"],
@@ -27,7 +27,7 @@ SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Dense models; gates trained soft, as executed, forced by what is known, and random."""
+    """Return the arms: dense models, and gates trained soft, trained hard, forced by known difficulty, and random."""
     make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
     quarter = {"capacity": reset_s3.CAPACITY}
     return {
@@ -41,7 +41,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(folder: Path) -> Figures:
-    """As for Reset-S3, and what is claimed and skipped."""
+    """Return the figures of Reset-S3, with claimed and realised savings."""
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}
 

@@ -1,4 +1,4 @@
-"""Large corpora, read once: the paper's enwik8, and what is reached at several budgets when training is as executed."""
+"""Token-Selective Attention on large corpora read once: the paper's enwik8, and several budgets of hard training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from skipstone_studies.study import RecipeDict
 
 BUDGETS = (0.2, 0.4, 0.6, 0.8)  # share of tokens that each gated block keeps
 CORPORA = ("enwik8", "gcide", "python-packages")
-# The paper's is by character, of the whole file; a laptop reads bytes, none twice, and judges by 2 MB of the split.
+# The paper reads characters of the whole file; a laptop reads bytes, none twice, and evaluates 2 MB of the split.
 ENWIK8: dict[str, PlainDict] = {
     "laptop": {"corpus": "enwik8", "tokenizer": "byte", "sampling": "once", "validation_rows": 2048},
     "paper": {"corpus": "enwik8", "tokenizer": "char", "context": 256},
@@ -18,7 +18,7 @@ ENWIK8: dict[str, PlainDict] = {
 
 
 def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
-    """The paper's two, a higher price, its rival, chance, and fewer blocks."""
+    """Return the arms on enwik8: the paper's two, a larger lambda, early exit, random tokens, and fewer blocks."""
     data = ENWIK8[scale]
     return {
         "dense": language(scale, data, []),
@@ -31,7 +31,7 @@ def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def frontier_arms(scale: str) -> dict[str, RecipeDict]:
-    """Loss by executed FLOPs: gates trained as executed, fewer blocks, early exit, chance."""
+    """Return the arms for loss by executed FLOPs: gates trained hard, fewer blocks, early exit, random tokens."""
     data = ENWIK8["laptop"]
     return {
         "dense": language(scale, data, []),

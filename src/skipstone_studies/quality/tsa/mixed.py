@@ -1,4 +1,4 @@
-"""Text with spans of operations in it: does depth go where it is needed, and what does the text pay for it?"""
+"""Text with spans of operations: whether depth goes to the operations, and what that costs on the text."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ SIZES: dict[str, PlainDict] = {
 SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 CAPACITIES = (0.25, 0.5)
 TEXT, WORK = "kinds.text.loss", f"accuracy.{OVERALL}"
-NEAR, DEEPER = 0.005, 2.0  # of text loss; times the text's depth on operations
+NEAR, DEEPER = 0.005, 2.0  # largest relative text loss; least depth of operations as a multiple of the text's
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Dense models, gates trained soft and as executed, and chance."""
+    """Return the arms: dense models, gates trained soft and hard, and random tokens."""
     size = SIZES[scale]
     make = partial(_recipe, size)
     learned = {f"tsa-hard={share:g}": gate(**HARD, **LEARNED, capacity=share) for share in CAPACITIES}
@@ -56,7 +56,7 @@ def _recipe(size: PlainMapping, blocks: int, mechanisms: list[PlainDict] | None 
 
 
 def measured(folder: Path) -> Figures:
-    """The usual figures, with what the executed pass does to each kind of token in one place."""
+    """Return the standard figures, with the executed pass's losses and depths by kind of token."""
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]
     kinds = evaluation["ways"][evaluation["main"]]["kinds"]
@@ -65,7 +65,7 @@ def measured(folder: Path) -> Figures:
 
 
 def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """text_cost: each arm's text loss by that of the first, deepest dense arm, less 1."""
+    """Return `text_cost`: each arm's text loss relative to that of the deepest dense arm, minus 1."""
     dense = next((found for arm, found in figures.items() if arm.startswith("dense-")), None)
     if dense is None:
         return {}
@@ -74,7 +74,7 @@ def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Whether each gated arm reaches what is aimed at."""
+    """Return whether each gated arm reaches the two targets."""
     found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):
         cost, deeper = values(figures, arm, "text_cost"), values(figures, arm, "deeper")
@@ -84,7 +84,7 @@ def claims(figures: ByArm) -> list[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """What is aimed at, and whether depth pays on text."""
+    """Return the verdicts on the targets, and whether depth pays on text."""
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None
     parts = (claims_table("What is aimed at", claims(figures)), "" if room is None else f"On text: {room.sentence()}")

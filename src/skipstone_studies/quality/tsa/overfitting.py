@@ -1,7 +1,8 @@
-"""Figures of runs that read their text many times: along the training, at the last and the best step, on both splits.
+"""Figures of runs that read their text many times: during training, at the last and the best step, on both splits.
 
-The paper reads Tiny-Shakespeare 46 times and reports the last step on 20 random batches of the validation split; both
-choices are repeated here, beside the whole validation and test splits and the step that validation would choose.
+The paper reads Tiny-Shakespeare 46 times and reports the last step on 20 random batches of the validation split. Both
+choices are repeated here, and compared with the whole validation and test splits and with the step of the lowest
+validation loss.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from skipstone.runs import BEST, Run
 from skipstone_studies.claims import ByArm, values
 from skipstone_studies.page import mean_and_spread
 
-RECORDED = "overfitting"  # where the figures stand in a record
+RECORDED = "overfitting"  # key of the figures in a record
 RANDOM_BATCHES = f"{RECORDED}.random_batches.loss"
 SOFT = "evaluation.ways.oracle.loss"
-BATCHES, ROWS = 20, 64  # the paper's
-RISE = 0.01  # nats above the best validation: by so much two runs of one setting differ in the paper
+BATCHES, ROWS = 20, 64  # as in the paper
+RISE = 0.01  # nats above the best validation loss; two runs of one setting differ by this much in the paper
 SEED = 0
 
 
 def measured(folder: Path) -> PlainDict:
-    """Return the figures by name; nothing for a run that did not keep its best step. Losses in nats a token.
+    """Return the figures by name; none for a run that did not keep its best step. Losses in nats per token.
 
     curve: [step, loss of the pass as trained, loss of the causal pass or None] of each validation. random_batches: the
-    paper's way to measure, of the last step as trained. test: of the last step. best: step, and losses of both splits.
+    last step's loss as the paper measures it. test: of the last step. best: step, and losses of both splits.
     """
     run = Run(folder)
     best = run.best()
@@ -56,7 +57,7 @@ def measured(folder: Path) -> PlainDict:
 
 
 def _losses(folder: Path, split: str, corpus: str | None = None, context: int | None = None) -> PlainDict:
-    """soft: as trained. executed: of the pass that stands for the model. flops: of that pass, counted, a token."""
+    """Return `soft`, the loss as trained, and `executed` and `flops`, loss and counted FLOPs of the primary pass."""
     found = evaluate(folder, split=split, batch_size=ROWS, corpus=corpus, context=context)
     losses = {name: result.loss for name, result in found.measured.items()}
     executed = losses[found.primary]
@@ -66,7 +67,7 @@ def _losses(folder: Path, split: str, corpus: str | None = None, context: int | 
 def random_batches(loaded: LoadedRun) -> PlainDict:
     """Return the mean loss over 20 batches of 64 windows at random places of the validation split, and their spread.
 
-    The windows are the same for every run of a text. deviation: of the batches' losses, one standard deviation.
+    The windows are the same for every run of a text. deviation: standard deviation of the batches' losses.
     """
     found = [measure_loss(loaded.model, PASSES["oracle"], [batch], activations=False).loss for batch in _drawn(loaded)]
     return {"loss": statistics.fmean(found), "deviation": statistics.stdev(found)}
@@ -83,7 +84,7 @@ def _drawn(loaded: LoadedRun) -> Iterator[dict[str, Tensor]]:
 
 
 def table(figures: ByArm) -> str:
-    """Return Markdown: each arm's loss at its last and at its best step; nothing where no run kept its best step."""
+    """Return a Markdown table of each arm's loss at its last and best step; empty if no run kept its best step."""
     rows = []
     for arm in figures:
         steps = values(figures, arm, f"{RECORDED}.best.step")
@@ -108,7 +109,7 @@ def table(figures: ByArm) -> str:
 
 
 def _risen(figures: ByArm, arm: str) -> str:
-    """The first step at which each seed's validation has risen for good; "-" for a seed where it never does."""
+    """Return the first step after which each seed's validation loss stays above its minimum; "-" if it never does."""
     found = []
     for seed in figures[arm].values():
         curve = [(step, oracle if causal is None else causal) for step, oracle, causal in seed[RECORDED]["curve"]]

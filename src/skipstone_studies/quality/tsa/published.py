@@ -1,7 +1,7 @@
-"""Figures that are published of Token-Selective Attention: arXiv 2605.05222, its tables and result files.
+"""Published figures of Token-Selective Attention: arXiv 2605.05222, its tables and result files.
 
-loss: nats a token. alpha: mean soft gate of the gated blocks. saved: share of token-layer operations by its metric,
-which is 1 - (1 + (L - 1) alpha) / L for L blocks; where only alpha is published, `saved` is that formula's.
+loss: nats per token. alpha: mean soft gate of the gated blocks. saved: share of token-layers by its metric, which is 1
+- (1 + (L - 1) alpha) / L for L blocks; computed by this formula if only alpha is published.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ SOURCE = (
     "laptop scale (1.4 times the text) the losses are of another regime and not comparable, only the shares are."
 )
 BLOCKS = 6
-JITTER = 0.01  # nats by which two of its runs of one setting differ (1.4482 and 1.4391 at lambda .001)
+JITTER = 0.01  # nats between two of its runs of one setting (1.4482 and 1.4391 at lambda .001)
 
 
 def saved(alpha: float, blocks: int = BLOCKS) -> float:
-    """Its metric, in [0, 1]."""
+    """Return the paper's metric of savings, in [0, 1]."""
     return 1 - (1 + (blocks - 1) * alpha) / blocks
 
 

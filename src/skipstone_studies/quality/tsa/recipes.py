@@ -1,6 +1,6 @@
-"""The paper's model and training, at its sizes and at a laptop's. What its code leaves open is named where we choose.
+"""The paper's model and training, at its sizes and at a laptop's. Choices that its code leaves open are marked.
 
-One difference at either scale: its AdamW leaves the embeddings undecayed, ours decays them like every matrix.
+One difference at either scale: its AdamW does not decay embeddings, while ours decays them like every matrix.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from skipstone_studies.study import RecipeDict
 Mechanisms = list[PlainDict]
 GATED = "1:"  # every block but the first
 SEEDS = {"laptop": (0, 1, 2), "paper": (42, 43, 44)}
-# As recipes/tsa-hard.yaml: the pass that is executed is the one that is trained, and gates learn from the gradient at
-# their block's output. CONSTANT is for arms whose scores nobody reads.
+# As recipes/tsa-hard.yaml: training runs the executed pass, and gates learn from the gradient at their block's output.
+# CONSTANT is for arms whose decisions read no scores.
 HARD: PlainDict = {"training": "hard", "hard_gain": "gate", "depth_weight": 0.0}
 LEARNED: PlainDict = {"guidance": True}
-ALONE: PlainDict = {"kv": "kept"}  # skipped tokens give no keys and values: cheaper, and kept ones are undisturbed
+ALONE: PlainDict = {"kv": "kept"}  # skipped tokens give no keys and values
 CONSTANT: PlainDict = {"gate": "constant"}
-# laptop: ours. A higher rate, because the steps are few; the paper's would hardly move the gates.
+# laptop: our sizes, with a higher learning rate; in so few steps the paper's would hardly move the gates.
 LANGUAGE: dict[str, PlainDict] = {
     "laptop": {
         "model": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -29,7 +29,7 @@ LANGUAGE: dict[str, PlainDict] = {
     "paper": {
         "model": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8},
         "context": 128,
-        # Validated often, the best model kept: the text is read 46 times, and each arm overfits at its own step.
+        # Validated often, with the best model kept: the text is read 46 times, and each arm overfits at another step.
         "train": {
             "steps": 5000,
             "batch_size": 64,
@@ -43,14 +43,14 @@ LANGUAGE: dict[str, PlainDict] = {
 
 
 def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
-    """One arm on text. blocks: another number of them."""
+    """Return the recipe of one arm on text. blocks: another number of blocks."""
     size = LANGUAGE[scale]
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
     return recipe({**size["model"], **depth}, {"context": size["context"], **data}, size["train"], mechanisms)
 
 
 def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mechanisms) -> RecipeDict:
-    """The paper's decoder in these sizes, with these mechanisms in place of its own."""
+    """Return the recipe of the paper's decoder in these sizes, with these mechanisms instead of its own."""
     base = {name: value for name, value in TSA_BASE.items() if name != "mechanisms"}
     return {
         "model": {**base, **model, **({"mechanisms": mechanisms} if mechanisms else {})},
@@ -60,25 +60,26 @@ def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mech
 
 
 def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
-    """The paper's gates, trained soft as in the paper, and executed as its sparse mode executes."""
+    """Return the paper's gates, trained soft as in the paper and executed as its sparse mode."""
     return [tsa.gate(depth_weight, execution="hard", **options)]
 
 
 def early_exit() -> Mechanisms:
+    """Return early exit on the gated blocks."""
     return [{"name": "early_exit", "layers": GATED}]
 
 
 def hard(capacity: float) -> Mechanisms:
-    """Each gated block keeps a share of the tokens, in training as in execution."""
+    """Return gates that keep a share of the tokens in each gated block, in training and execution."""
     return [tsa.gate(execution="hard", capacity=capacity, **HARD, **LEARNED)]
 
 
 def random(capacity: float) -> Mechanisms:
-    """A share of the tokens, drawn at random, through each gated block; trained as executed, with one gain a block."""
+    """Return gates that keep random tokens in each gated block, trained as executed, with one gain per block."""
     return [tsa.gate(execution="hard", capacity=capacity, decision="random", **HARD, **CONSTANT)]
 
 
 def shallower(scale: str, data: PlainDict) -> dict[str, RecipeDict]:
-    """Dense models of fewer blocks, from two on."""
+    """Return dense models of fewer blocks, from two on."""
     blocks = LANGUAGE[scale]["model"]["num_hidden_layers"]
     return {f"dense-{fewer}": language(scale, data, [], fewer) for fewer in range(2, blocks)}

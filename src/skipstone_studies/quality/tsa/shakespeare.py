@@ -1,4 +1,4 @@
-"""Tiny-Shakespeare: the paper's table and its sweep beside ours, and the controls that it lacks."""
+"""Token-Selective Attention on Tiny-Shakespeare: the paper's table and sweep beside ours, with additional controls."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from skipstone_studies.quality.tsa.text import ABOUT, COLUMNS, EQUAL, RIVALS, on
 from skipstone_studies.study import RecipeDict
 
 LAMBDAS = {"laptop": (0.0, 0.01, 0.05, 0.1), "paper": (0.0, 0.005, 0.01, 0.05, 0.1, 0.5)}
-DRAWN = {"laptop": (0.5,), "paper": (0.95, 0.9, 0.75, 0.5)}  # at the paper's size, also what its gates may really keep
+DRAWN = {"laptop": (0.5,), "paper": (0.95, 0.9, 0.75, 0.5)}  # at the paper's size also shares near what its gates keep
 BIASES = (-5, -3, 0, 1)
 SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 
 
 def claims_arms(scale: str) -> dict[str, RecipeDict]:
-    """The paper's table, its lambda sweep and its rival, and what it lacks: chance and fewer blocks."""
+    """Return the arms of the paper's table with its lambda sweep, early exit, random tokens and fewer blocks."""
     data = SHAKESPEARE
     return {
         "dense": language(scale, data, []),
@@ -28,7 +28,7 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def control_arms(scale: str) -> dict[str, RecipeDict]:
-    """Does the saving come from the start? Do the gates tell tokens apart? Would chance do as well?"""
+    """Return controls of the start bias, of frozen and constant gates, and random tokens."""
     data = SHAKESPEARE
     return {
         "tsa": language(scale, data, gated()),

@@ -1,4 +1,4 @@
-"""What the studies on text share: what is measured of a run, and what the page says of all of them."""
+"""Measurements and page sections shared by the studies on text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipstone_studies.timing import forward_speeds
 
 
 def measured(folder: Path) -> Figures:
-    """The usual figures; savings, other ways to execute the gates, and other thresholds of an early exit."""
+    """Return the standard figures, savings, further passes of the gates, and further thresholds of early exit."""
     figures = measure.standard(folder)
     further = {
         "variants": gates.variants(folder),
@@ -31,9 +31,9 @@ def measured(folder: Path) -> Figures:
 
 
 def details(figures: ByArm, published: Published, corpus: str) -> str:
-    """Below the table: the paper's figures beside ours, other ways to execute, thresholds, claims.
+    """Return the sections below the table: claims, the paper's figures beside ours, other ways to execute, thresholds.
 
-    corpus: the paper's. Losses on another text compare nothing, so there the paper's figures are left out.
+    corpus: the paper's. On other texts the paper's figures are left out, because losses cannot be compared.
     """
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
@@ -53,7 +53,7 @@ def details(figures: ByArm, published: Published, corpus: str) -> str:
 
 
 def _columns(figures: ByArm) -> tuple[PublishedColumn, ...]:
-    """The paper's way to measure the loss stands beside the paper's losses where runs were measured so."""
+    """Return the columns beside the paper's, with the paper's way to measure the loss if runs have it."""
     if not any(values(figures, arm, overfitting.RANDOM_BATCHES) for arm in figures):
         return BESIDE
     loss = PublishedColumn(
@@ -68,7 +68,7 @@ def _same_corpus(figures: ByArm, corpus: str) -> bool:
 
 
 def ways_to_execute(figures: ByArm) -> str:
-    """Losses of the same soft-trained weights in further passes; nothing where no arm has them."""
+    """Return a table of losses of the same softly trained weights in further passes; empty if no arm has them."""
     keys = ("gate", "one", "random", "constant")
     rows = [
         [arm, *(mean_and_spread(values(figures, arm, f"variants.{key}"), ".3f") for key in keys)]
@@ -86,7 +86,7 @@ def ways_to_execute(figures: ByArm) -> str:
 
 
 def exit_thresholds(figures: ByArm) -> str:
-    """One trained model by threshold; nothing without the arm."""
+    """Return a table of one trained model by threshold; empty without the arm."""
     rows = []
     for threshold in gates.EXITS:
         path = f"exits.{gates.exit_name(threshold)}"
@@ -134,7 +134,7 @@ EQUAL = (
 
 
 def on_text(*, published: Published, corpus: str = "", **options: Any) -> Study:
-    """What the studies of this file share. corpus: that of the published figures."""
+    """Build a study on text. corpus: that of the published figures."""
     return Study(
         seeds=SEEDS,
         measure=measured,
