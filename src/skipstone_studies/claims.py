@@ -79,12 +79,12 @@ def judge(
 
 
 DETECTABLE = (
-    "*Detectable*, where the interval holds 0: the true differences that so many seeds with such noise find with "
-    f"{' / '.join(f'{power:.0%}' for power in POWERS)} probability."
+    "*Detectable*, shown where the interval contains 0, is the true difference that this number of seeds with this "
+    f"noise would find with {' / '.join(f'{power:.0%}' for power in POWERS)} probability."
 )
 RULE = (
-    f"Means with their {CONFIDENCE:.0%} interval over seeds (Student's t of paired differences): *yes* and *no* where "
-    f"the interval lies on one side of the limit, else *inconclusive*. {DETECTABLE}"
+    f"Means with their {CONFIDENCE:.0%} interval over seeds (Student's t of paired differences). The verdict is *yes* "
+    f"or *no* where the interval lies on one side of the limit, and otherwise *inconclusive*. {DETECTABLE}"
 )
 
 
@@ -128,10 +128,10 @@ def comparisons(figures: ByArm, compared: Sequence[Comparison], refused: bool = 
                 good = interval.below() if one.better == "low" else interval.above()
                 word = "no headroom" if refused else {"yes": "better", "no": "worse"}.get(good, "not told apart")
                 rows.append([arm, str(len(found)), word, interval.with_power(one.format)])
-        columns = ["arm", "paired seeds", "verdict", f"{one.title}, less that of {one.against}"]
-        title = f"{one.title[0].upper()}{one.title[1:]}: beside {one.against}"
+        columns = ["arm", "paired seeds", "verdict", f"difference from {one.against}"]
+        title = f"{one.title[0].upper()}{one.title[1:]}: compared with {one.against}"
         sections += [Section(title=title, columns=columns, rows=rows)] if rows else []
-    note = f"{CONFIDENCE:.0%} intervals over seeds (Student's t of paired differences). {DETECTABLE}"
+    note = f"Means of paired differences with {CONFIDENCE:.0%} intervals over seeds (Student's t). {DETECTABLE}"
     return markdown(sections).strip("\n") + f"\n\n{note}" if sections else ""
 
 

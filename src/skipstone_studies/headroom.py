@@ -37,10 +37,11 @@ class Headroom:
     def sentence(self) -> str:
         """Return the sentence for the page."""
         shown = f"{self.gain:+.3f}" if self.interval is None else self.interval.shown()
-        found = f"the loss of {self.rival}, the best model with fewer blocks, is that of {self.full} {shown} nats"
+        rival = f"{self.rival}, the best model with fewer blocks"
+        found = f"the loss of {rival}, differs from that of {self.full} by {shown} nats"
         if self.there:
-            return f"Headroom: {found}; routing is judged from +{LEAST} on."
-        return f"**{REFUSED}** {found[0].upper()}{found[1:]}; less than +{LEAST} leaves a router too little to win."
+            return f"Headroom: {found}; routing is judged if this is at least +{LEAST}."
+        return f"**{REFUSED}** {found[0].upper()}{found[1:]}; below +{LEAST}, a router has too little to gain."
 
 
 def headroom(figures: ByArm, full: str, shallower: Sequence[str], key: str) -> Headroom | None:

@@ -24,7 +24,7 @@ from skipstone_studies.record import Record
 FEW = 3  # up to so many arms are named
 COMPUTE, CLAIMS = "compute", "claims"  # names of the marks in the README
 CHANGES: dict[Verdict, str] = {
-    "no headroom": "a text or a length on which depth pays",
+    "no headroom": "a text or a training length on which depth pays",
     "inconclusive": "more seeds, or less noise",
 }
 SCALE = "another scale"
@@ -67,15 +67,16 @@ def compute(out: Path) -> str:
     rows = [_row(name, each) for name, each in found.items()]
     everything = [one for each in found.values() for one in each]
     columns = [
-        *("study", "records", "of trainings", "core hours", "GPU hours", "FLOPs", "GFLOP/s a core"),
+        *("study", "records", "of trainings", "core hours", "GPU hours", "FLOPs", "GFLOP/s per core"),
         "largest run: tokens, parameters",
     ]
     note = (
-        "*Of trainings*: those whose record tells what the training took; the others are timings, evaluations of a "
-        "model that another arm trained, or were converted from an earlier script's file, which kept none. FLOPs: "
-        "three times the executed forward FLOPs of a token, times tokens (isoFLOP grids: by the cost model with the "
-        "capacities that were realised); soft gates, which compute everything in training, took more. GFLOP/s: those "
-        "FLOPs by the time of the training, on machines that were often shared. Measuring is not counted."
+        "*Of trainings* counts the records that say what the training took. The others are timings, evaluations of a "
+        "model that another arm trained, or records converted from an earlier script's output, which did not say it. "
+        "FLOPs are three times the executed forward FLOPs per token, times tokens (for isoFLOP grids: by the cost "
+        "model with the realised capacities); gates trained soft compute everything in training and took more. "
+        "GFLOP/s are these FLOPs divided by the time of the training, on machines that were often shared. "
+        "Measurements are not included."
     )
     section = Section(title="Compute", columns=columns, rows=[*rows, _row("**all**", everything)], notes=[note])
     return markdown([section]).partition("\n\n")[2].strip("\n")

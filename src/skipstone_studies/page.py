@@ -14,7 +14,7 @@ from skipstone_studies.record import Record, digest
 from skipstone_studies.study import SCALES, Column, Study
 
 SPREAD = "Mean ± standard deviation over seeds."
-OTHER_SESSION = "Speeds of a seed's arms were not all taken in one timing session, so they compare less well."
+OTHER_SESSION = "The arms of a seed were not all timed in one session, so their speeds are less comparable."
 
 
 def render(study: Study, records: Sequence[Record]) -> str:
@@ -128,7 +128,7 @@ def _values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
 
 
 def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
-    """Return ` (least to greatest)` over the turns of all seeds."""
+    """Return ` (min to max)` over the turns of all seeds."""
     ends = []
     for end, best in (("min", min), ("max", max)):
         found = [value for figures in seeds.values() if (value := lookup(figures, f"{column.key}.{end}")) is not None]
@@ -211,7 +211,8 @@ def provenance(records: Sequence[Record]) -> str:
     if files:
         named = "`, `".join(files)
         text += (
-            f"\n\nConverted from `{named}`, which a script wrote; the records carry no digest until they are made anew."
+            f"\n\nConverted from `{named}`, the output of an earlier script; the records have no digest until they are "
+            "measured again."
         )
     return text
 
@@ -223,4 +224,4 @@ def _made_with(environment: PlainMapping) -> str:
     machine = environment["machine"]
     place = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
-    return f"{versions}, {f'commit {commit[:12]}{state}' if commit else 'no commit known'}, on {place}{gpu}"
+    return f"{versions}, {f'commit {commit[:12]}{state}' if commit else 'commit unknown'}, on {place}{gpu}"

@@ -109,8 +109,8 @@ def test_missing_figures_and_seeds_are_shown_as_missing() -> None:
 
 def test_speeds_of_different_sittings_are_marked() -> None:
     late = record("mod", 0, 1.0, 1.0, timing_session={"time": "later", "arms": ["mod"]})
-    assert "not all taken in one timing session" in render(study(), [RECORDS[1], late])
-    assert "not all taken in one timing session" not in render(study(), RECORDS)
+    assert "not all timed in one session" in render(study(), [RECORDS[1], late])
+    assert "not all timed in one session" not in render(study(), RECORDS)
 
 
 def test_corpora_are_tables_of_their_own() -> None:

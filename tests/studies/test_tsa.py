@@ -199,17 +199,17 @@ def test_claims_follow_from_figures_alone() -> None:
     claims = judged.language({"dense": dense, "tsa": arm})
     assert {claim.arm for claim in claims} == {"tsa"}
     expected = {
-        "at least 90% of what is claimed as saved is skipped (skipped - 90% of claimed)": "no",
-        "more is claimed as saved than the start bias gives before training (claimed - before)": "yes",
+        "at least 90% of the claimed saving is skipped (skipped - 90% of claimed)": "no",
+        "the claimed saving exceeds that of the start bias before training (claimed - before)": "yes",
         "soft loss within 0.01 nats of dense": "no",
         "executed loss within 0.01 nats of dense": "no",
-        "skipping beats random tokens, as many": "yes",
-        "executed, below fewer blocks at equal FLOPs": "no",
+        "skipping beats as many random tokens": "yes",
+        "executed loss below that of fewer blocks at equal FLOPs": "no",
     }
     assert {claim.text: claim.verdict for claim in claims} == expected
     flat = judged.language({"dense": dense, "dense-2": {seed: figures(1.61, 2.0) for seed in (0, 1)}, "tsa": arm})
     verdicts = {claim.text: claim.verdict for claim in flat}
-    assert verdicts == {**expected, "executed, below fewer blocks at equal FLOPs": "no headroom"}
+    assert verdicts == {**expected, "executed loss below that of fewer blocks at equal FLOPs": "no headroom"}
     alone = judged.language({"dense": {0: dense[0]}, "tsa": {0: arm[0]}})
     assert {claim.verdict for claim in alone} == {"inconclusive"}
     assert judged.language({"dense": {0: figures(1.6, 4.0)}}) == []

@@ -146,7 +146,7 @@ class GridEstimate:
     grid: Grid
     facts: CorpusFacts
     step_times: Mapping[ModelShape, StepTime]
-    source: str = "from a few training steps on random tokens, on this machine as busy as it was just now"
+    source: str = "from a few training steps on random tokens on this machine, at its present load"
 
     def seconds(self, cell: GridCell) -> float:
         """Return the seconds of a run's training and validation."""
@@ -159,11 +159,13 @@ class GridEstimate:
         return [self._runs(), self._total()]
 
     def _runs(self) -> Section:
-        notes = [] if not self.facts.trouble else [f"{self.facts.trouble}: shares of it are unknown."]
+        notes = [] if not self.facts.trouble else [f"{self.facts.trouble}, so shares of the corpus are unknown."]
         if any(not pace.measured for pace in self.step_times.values()):
-            notes.append("~ was not timed: it is taken to run at the FLOPs per second of the arm's largest that was.")
+            notes.append(
+                "Times with ~ were not measured; they assume the FLOPs per second of the arm's largest timed size."
+            )
         return Section(
-            title=f"{self.grid.spec.name}: the grid, a run a line",
+            title=f"{self.grid.spec.name}: the runs of the grid",
             columns=["budget", "size", "arm", "params", "steps", "tokens", "corpus", "FLOPs", "time"],
             rows=[self._row(cell) for cell in self.grid.everything()],
             notes=notes,
@@ -188,7 +190,7 @@ class GridEstimate:
         grid, arms = self.grid, self.grid.spec.arms
         middle = [grid.cell(arm, budget, grid.middle, grid.spec.rates[0]) for arm in arms for budget in grid.budgets]
         return {
-            "learning rates, beyond the grid's own": [cell for arm in arms for cell in grid.sweep(arm)[1:]],
+            "learning rates besides the grid's own": [cell for arm in arms for cell in grid.sweep(arm)[1:]],
             "grid": grid.everything(),
             "further seeds at the optima": middle * len(grid.other_seeds),
         }

@@ -28,12 +28,14 @@ def _scale(result: IsoFlopResult) -> list[str]:
     if not points:
         return []
     counts = [point.parameters for point in points]
-    found = [f"Models of {amount(min(counts))} to {amount(max(counts))} parameters; larger ones may behave otherwise."]
+    found = [
+        f"Models have {amount(min(counts))} to {amount(max(counts))} parameters; larger ones may behave differently."
+    ]
     depths = {size.blocks for size in grid.sizes}
     if len(depths) == 1 and any(grid.spec.known[arm].get("mechanisms") for arm in grid.spec.arms):
         found.append(
-            f"All sizes have {depths.pop()} blocks, so it is not known whether depth pays here, which is what a router "
-            "that skips blocks needs to win anything."
+            f"All sizes have {depths.pop()} blocks, so it is not known whether depth pays here; without that, a router "
+            "that skips blocks has nothing to gain."
         )
     return found
 
@@ -57,7 +59,7 @@ def _optima(result: IsoFlopResult) -> list[str]:
     return [
         (
             f"The optimum does not lie inside the grid for {', '.join(outside)}: a better size may be beyond its "
-            "edge, so losses and shares that rest on it are those of the grid, not of the arm."
+            "edge, so losses and shares that depend on it are properties of the grid, not of the arm."
         )
     ]
 
@@ -65,12 +67,13 @@ def _optima(result: IsoFlopResult) -> list[str]:
 def _noise(result: IsoFlopResult) -> list[str]:
     spread = result.noise
     if spread is None:
-        return ["There is nothing to tell the noise from (no second seed, too few sizes): no intervals."]
+        return ["There are no intervals, because nothing measures the noise (no second seed, and too few sizes)."]
     source = "seeds of the same run" if spread.source == "seeds" else "the parabolas' residuals (no second seed yet)"
     return [
         (
-            f"Noise of one run's loss: standard deviation {spread.deviation:.4f} nats, from {source}, {spread.degrees} "
-            "degrees of freedom. It does not cover that a parabola may be the wrong curve, nor other corpora."
+            f"The noise of one run's loss has a standard deviation of {spread.deviation:.4f} nats, estimated from "
+            f"{source} with {spread.degrees} degrees of freedom. It does not cover the error of fitting a parabola, or "
+            "other corpora."
         ),
         *_many(result),
     ]
@@ -82,8 +85,8 @@ def _many(result: IsoFlopResult) -> list[str]:
         return []
     return [
         (
-            f"{compared} comparisons with {result.base}, each with a 90 % interval of its own: where nothing "
-            f"differs, about {compared / 10:g} of them exclude 0 by chance."
+            f"There are {compared} comparisons with {result.base}, each with its own 90 % interval: if nothing "
+            f"differed, about {compared / 10:g} of them would still exclude 0."
         )
     ]
 
@@ -91,18 +94,18 @@ def _many(result: IsoFlopResult) -> list[str]:
 def _rates(result: IsoFlopResult) -> list[str]:
     collected = result.collected
     if len(collected.grid.spec.rates) < 2:
-        return ["One learning rate for all arms: none was tuned."]
+        return ["All arms use one learning rate; none was tuned."]
     grid, ends = (
         collected.grid,
         [arm for arm, rate in collected.chosen.items() if rate in _ends(list(collected.sweep[arm]))],
     )
     found = [
         (
-            f"Learning rates were tuned at one size ({grid.middle}), one budget and one seed: at other sizes an arm's "
-            "loss also shows how well that rate suits them, so that arms differ by their tuning, too."
+            f"Learning rates were tuned at one size ({grid.middle}), one budget and one seed. At other sizes, an arm's "
+            "loss also depends on how well that rate suits them, so arms differ in their tuning as well."
         )
     ]
-    beyond = f"The best learning rate is at an end of the list for {', '.join(ends)}: one beyond it might be better."
+    beyond = f"The best learning rate is at an end of the list for {', '.join(ends)}; one beyond it might be better."
     return [*found, *([beyond] if ends else [])]
 
 
@@ -119,25 +122,28 @@ def _runs(result: IsoFlopResult) -> list[str]:
     seen = [r.figures["corpus"]["seen"] for r in records if r.figures["corpus"]["seen"] is not None]
     found = [
         (
-            f"Training FLOPs with the capacities that were realised: {min(executed):.3f} to {max(executed):.3f} of the "
-            "budget (an arm whose decision keeps more or fewer tokens than its capacity differs)."
+            f"Training FLOPs at the realised capacities are {min(executed):.3f} to {max(executed):.3f} of the budget "
+            "(they differ for an arm whose decision keeps more or fewer tokens than its capacity)."
         )
     ]
     once = (
-        " Windows lie side by side and none is read twice." if collected.grid.once else " Windows lie at random places."
+        " Windows do not overlap, and none is read twice."
+        if collected.grid.once
+        else " Windows are at random positions."
     )
     found += [f"No run reads more than {max(seen):.1%} of the corpus.{once}"] if seen else []
     shared = sum(r.figures["sharing"]["busy"] < ALONE for r in records)
     if shared:
         found.append(
-            f"{shared} of {len(records)} runs had less than {ALONE:.0%} of the cores that they asked for: the machine "
-            "was shared, and the seconds of single runs compare badly."
+            f"{shared} of {len(records)} runs had less than {ALONE:.0%} of the cores that they requested, because the "
+            "machine was shared; the seconds of single runs are therefore not comparable."
         )
     timed = len(collected.speeds) == len(collected.grid.sizes) * len(collected.grid.spec.arms)
     found.append(
-        "Times are tokens by the training speed of each arm and size, timed interleaved by the arms of a size."
+        "Times are tokens divided by the training speed of each arm and size, timed with the arms of a size "
+        "interleaved."
         if timed
-        else "Times are those of the runs themselves, one after the other."
+        else "Times are those of the runs themselves, which ran one after the other."
     )
     base = collected.grid.spec.base
     return [*found, *([] if base in collected.grid.spec.arms else [f"There is no arm {base!r} to compare with."])]

@@ -91,7 +91,9 @@ def _dots(points: Sequence[GridPoint]) -> list[Dot]:
     for point in points:
         said = f"{point.cell.arm} {point.cell.size}, {point.parameters:,} parameters, {point.cell.steps:,} steps"
         seeds = point.losses if len(point.losses) > 1 else []
-        made += [Dot(x=point.parameters, y=loss, hover=f"{said}: one seed {loss:.4f}", faint=True) for loss in seeds]
+        made += [
+            Dot(x=point.parameters, y=loss, hover=f"{said}: one seed, loss {loss:.4f}", faint=True) for loss in seeds
+        ]
         made.append(Dot(x=point.parameters, y=point.loss, hover=f"{said}: loss {point.loss:.4f}"))
     return made
 
@@ -152,7 +154,7 @@ def _against_flops(result: IsoFlopResult, curve: Curve, points: Sequence[GridPoi
         Dot(
             x=point.forward_flops / unit,
             y=point.loss,
-            hover=f"{curve.arm} {point.cell.size}: {amount(point.forward_flops)} FLOPs a token, loss {point.loss:.4f}",
+            hover=f"{curve.arm} {point.cell.size}: {amount(point.forward_flops)} FLOPs/token, loss {point.loss:.4f}",
         )
         for point in points
     ]
@@ -169,7 +171,7 @@ def _iso_time(result: IsoFlopResult) -> list[Figure]:
         drawn = [_at_time(result, time, curve) for curve in time.curves.values()]
         picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(result))
         made.append((title, picture))
-    return [*made, ("every cell over its seconds", _all_seconds(result))]
+    return [*made, ("loss of every run over its training time", _all_seconds(result))]
 
 
 def _at_time(result: IsoFlopResult, time: EqualTime, curve: Curve) -> Drawn:
@@ -200,7 +202,7 @@ def _all_seconds(result: IsoFlopResult) -> Markup:
     return panel(
         drawn,
         x_title="seconds of training",
-        title="loss over seconds of training; the line joins the best so far",
+        title="loss over seconds of training; the line joins the best runs so far",
         x_range=log_bounds(seconds),
         y_range=_loss_range(result),
         label=short,

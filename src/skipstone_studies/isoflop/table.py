@@ -30,7 +30,7 @@ def page(result: IsoFlopResult) -> str:
     spec = result.collected.grid.spec
     said = "\n".join(f"* {line}" for line in verdicts(result))
     parts = [
-        f"# {spec.name}: the same training FLOPs",
+        f"# {spec.name}: equal training FLOPs",
         about(result),
         _arms(result),
         *(["Best losses:", said] if said else []),
@@ -53,10 +53,11 @@ def about(result: IsoFlopResult) -> str:
     grid = result.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
-        f"Arms {', '.join(grid.spec.arms)} on {grid.base.data.corpus}, each trained for {budgets} FLOPs (forward and "
-        f"backward, by the cost model) at {len(grid.sizes)} sizes: an arm that skips takes more steps. Losses are "
-        "causal, as executed, in nats a token, on the whole validation set. A parabola of loss over the logarithm of "
-        f"parameters gives each arm's optimum.{_router(grid)}"
+        f"The arms {', '.join(grid.spec.arms)} on {grid.base.data.corpus}, each trained for {budgets} FLOPs (forward "
+        f"and backward, by the cost model) at {len(grid.sizes)} sizes; an arm that skips therefore takes more steps. "
+        "Losses are those of the executed pass with causal decisions, in nats per token, on the whole validation set. "
+        "The minimum of a parabola of the loss over the logarithm of the parameters is each arm's "
+        f"optimum.{_router(grid)}"
     )
 
 
@@ -64,7 +65,7 @@ def _router(grid: Grid) -> str:
     """Return a sentence if Mixture-of-Depths differs from the paper's."""
     entries = [entry for arm in grid.spec.arms for entry in grid.spec.known[arm].get("mechanisms") or []]
     guided = any(e["name"] == "mixture_of_depths" and e.get("weight", "none") == "none" for e in entries)
-    paper = " Updates are not scaled by the router's output (weight none), so this is not the paper's router."
+    paper = " Updates are not scaled by the router's output (weight none), which differs from the paper's router."
     return paper if guided else ""
 
 
@@ -97,7 +98,7 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
     best, level = curves[found.arm].fit.optimum, curves[base].fit.optimum
     losses = f"{found.arm}'s best loss is {best.loss:.4f}, the {base} optimum {level.loss:.4f}: {_gap(found)}"
     if not curves[found.arm].fit.usable:
-        return f"{losses}; there is no parabola to read a share of FLOPs from."
+        return f"{losses}; without a parabola, the share of FLOPs is unknown."
     if found.share is None:
         return f"{losses}; no size of {found.arm} reaches that loss."
     bound = "at most " if found.at_most else ""
@@ -147,12 +148,12 @@ def sections(result: IsoFlopResult) -> list[Section]:
 def same(result: IsoFlopResult) -> Section:
     """Return the table of forward FLOPs at equal loss."""
     spread = result.noise
-    told = [] if spread is None else [f"90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
+    told = [] if spread is None else [f"Intervals are 90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
     return Section(
-        title="Same loss at what share of FLOPs a forward pass",
+        title="FLOPs of a forward pass at equal loss",
         columns=[
-            *("budget", "arm", "share", "90 %", "reached in", "parameters", "ratio", "90 % of it"),
-            *(f"best loss − {result.base}'s", "90 % of it", "detectable"),
+            *("budget", "arm", "share", "90 % interval", "reached in", "parameters", "ratio", "90 % interval"),
+            *(f"best loss − {result.base}'s", "90 % interval", "detectable"),
         ],
         rows=[
             [compact(budget), *_same(found, result.curves[budget])]
@@ -161,10 +162,11 @@ def same(result: IsoFlopResult) -> Section:
         ],
         notes=[
             (
-                f"Share: forward FLOPs a token, as executed on batches of {COUNTED_ROWS} rows (shorter ones filled "
-                f"up), of the arm's smallest size whose loss is that of the {result.base} optimum, by those of that "
-                "optimum. *Reached in*: the part of the draws in which some size does. *Parameters*: of that size; "
-                f"*ratio*: by those of the {result.base} optimum."
+                "*Share* is the forward FLOPs per token of the arm's smallest size that reaches the loss of the "
+                f"{result.base} optimum, relative to that optimum, as executed on batches of {COUNTED_ROWS} rows (in "
+                "which rows that keep fewer tokens are filled up). *Reached in* is the share of the draws in which "
+                "some size reaches it. *Parameters* are those of that size, and *ratio* is relative to the "
+                f"{result.base} optimum."
             ),
             *told,
         ],
@@ -214,9 +216,9 @@ def optima(result: IsoFlopResult) -> Section:
             )
     return Section(
         title="Optima",
-        columns=["budget", "arm", "loss", "parameters", "forward FLOPs/token", "nearest size run", "where"],
+        columns=["budget", "arm", "loss", "parameters", "forward FLOPs/token", "nearest size that was run", "where"],
         rows=rows,
-        notes=["Nearest size run: mean ± standard deviation over its seeds."],
+        notes=["For the nearest size, the loss is the mean ± standard deviation over its seeds."],
     )
 
 
@@ -242,13 +244,13 @@ def times(result: IsoFlopResult) -> Section:
                 gap = [_signed(found.gap), spread, found.verdict]
             rows.append([f"{time.seconds:,.0f} s", arm, number(best.loss), *gap, amount(best.x), PLACES[best.where]])
     return Section(
-        title="The same seconds of training",
-        columns=["time", "arm", "best loss", f"− {result.base}'s", "90 % of it", "verdict", "parameters", "where"],
+        title="Equal training time",
+        columns=["time", "arm", "best loss", f"− {result.base}'s", "90 % interval", "verdict", "parameters", "where"],
         rows=rows,
         notes=[
             (
-                f"The times: half way between budgets, by the median of what {result.base}'s sizes take. The loss of "
-                "a size at a time is read off a straight line between its budgets, over the logarithm of seconds."
+                f"Each time lies half way between two budgets, by the median time of {result.base}'s sizes. The loss "
+                "of a size at that time is interpolated linearly between its budgets, over the logarithm of seconds."
             )
         ],
     )
@@ -270,8 +272,8 @@ def speeds(result: IsoFlopResult) -> Section:
                 flops = f"{grid.shape(arm, size).step_flops / grid.shape(result.base, size).step_flops:.2f}"
             rows.append([str(size), arm, f"{speed:,.0f}", time, flops])
     return Section(
-        title="Training steps, timed interleaved",
-        columns=["size", "arm", "tokens/s", *(f"{what} a step × {result.base}" for what in ("time", "FLOPs"))],
+        title="Speed of training, timed interleaved",
+        columns=["size", "arm", "tokens/s", *(f"{what} per step / {result.base}" for what in ("time", "FLOPs"))],
         rows=rows,
     )
 
@@ -286,7 +288,11 @@ def rates(result: IsoFlopResult) -> Section:
         best = collected.chosen.get(arm)
         rows.append([arm, *(f"**{c}**" if rate == best else c for rate, c in zip(tried, cells, strict=True))])
     grid = collected.grid
-    rule = "serves every size" if grid.spec.rate_rule == "constant" else "times middle width / width serves the others"
+    rule = (
+        "is used at every size"
+        if grid.spec.rate_rule == "constant"
+        else "is used at the middle width w and scaled by w / width elsewhere"
+    )
     return Section(
         title=f"Learning rates, at {compact(grid.budgets[0])} FLOPs and size {grid.middle}",
         columns=["arm", *(f"{rate:g}" for rate in tried)],

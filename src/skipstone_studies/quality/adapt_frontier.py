@@ -220,39 +220,42 @@ def _judged(of_arm: Figures, base: Figures, source: Figures) -> Figures:
 
 def columns(over: str) -> Iterator[Column]:
     """Yield the columns of the table. over: the reference of relative perplexities."""
-    yield Column(key="tokens", title="learned from, tokens", format=",d")
+    yield Column(key="tokens", title="training tokens", format=",d")
     for text in TEXTS:
         yield Column(key=f"by_text.{text}.share", title=f"{text}: FLOPs", format=".1%")
         yield Column(key=f"by_text.{text}.perplexity", title="perplexity", format=".2f")
-        yield Column(key=f"by_text.{text}.over", title=f"by {over}", format="+.1%")
+        yield Column(key=f"by_text.{text}.over", title=f"vs. {over}", format="+.1%")
     yield Column(key="decode.flops", title="decode: FLOPs", format=".1%")
     yield Column(key="decode.speed", title="tokens/s", format=".2f", spread=True)
 
 
 LEARNED = (
-    "Every arm is the same checkpoint, SmolLM2-135M-Instruct, trained on the same rows, from the text and from the "
-    "checkpoint's own distribution alike; *dense, tuned* is what the tokens alone bring, and perplexities are held "
-    "against that of the same seeds: a model that was not tuned loses less on text that is far from what is learned."
+    "Every arm starts from the same checkpoint, SmolLM2-135M-Instruct, and is trained on the same rows with two "
+    "losses of equal weight: cross-entropy on the text, and the divergence from the distribution of the unmodified "
+    "checkpoint. *Dense, tuned* shows what these tokens alone bring. Perplexities are compared with it, seed by seed, "
+    "because tuning helps on some texts and harms on others."
 )
 DISTILLED = (
-    "Every arm is the same checkpoint, SmolLM2-135M-Instruct, trained on the same rows to give the distribution that "
-    "the whole one gives, and nothing else: the source has nothing to learn from that, and perplexities are held "
-    "against it."
+    "Every arm starts from the same checkpoint, SmolLM2-135M-Instruct, and is trained on the same rows to reproduce "
+    "the distribution of the unmodified checkpoint, and nothing else. The source cannot improve by this loss, so "
+    "perplexities are compared with the source's."
 )
 ABOUT = (
-    "At the FLOPs of the checkpoint without 6 of its 30 blocks: as many whole blocks left out, those that change the "
-    "stream least; Mixture-of-Depths on 8/3 as many, a skip path of rank 64 beside each, both started as measured; the "
-    "same with tokens skipped at random; all blocks for all tokens, but of each token's neurons only some (`decision: "
-    "magnitude`), which saves in decoding. *Set to*: the same weights with other thresholds or other "
-    "numbers of neurons. Losses are of the pass that skips, on {rows} rows of 256 tokens of each text; FLOPs are "
-    "counted while it runs, one row at a time, as shares of the source's (of each text's, for the same thresholds let "
-    "more or fewer pass). *Decode*: one row of wikitext-2, 64 tokens after 64; FLOPs counted and tokens/s interleaved, "
-    "both by the source's. What saves in decoding only stands in the pictures with these FLOPs. Nobody trains on the "
-    "dictionary (GCIDE) or the plays (Tiny-Shakespeare)."
+    "The arms *at 84%* execute the FLOPs of the checkpoint without 6 of its 30 blocks:\n\n* *Fewer blocks* removes the "
+    "6 blocks that change the residual stream least.\n* *Mixture of depths* routes 8/3 as many blocks and gives each "
+    "a skip path of rank 64; routers and skip paths are initialised from measurements (`start: measured`).\n* *Random "
+    "skipping* is the same with tokens that are skipped at random.\n* *Neurons by magnitude* (`decision: magnitude`) "
+    "computes all blocks for all tokens, but only some neurons for each token. It saves FLOPs in decoding only, and "
+    "the pictures show it at its decoding FLOPs.\n* *Set to* means the same weights with other thresholds or another "
+    "number of neurons.\n\nLosses are those of the pass that skips, on {rows} rows of 256 tokens of each text. FLOPs "
+    "are counted while this pass runs, one row at a time, as a share of the source's FLOPs; they differ between "
+    "texts, because the same thresholds keep more tokens of one text than of another. *Decode* is one row of "
+    "wikitext-2, 64 tokens after a prompt of 64: counted FLOPs, and tokens/s interleaved with the source, both "
+    "relative to the source. No arm is trained on the dictionary (GCIDE) or the plays (Tiny-Shakespeare)."
 )
 MIXED = (
-    "Texts to learn from: the validation split of wikitext-2 and texts that the checkpoint generates (`skipstone "
-    "write`), rows drawn from both."
+    "The training rows are drawn from the validation split of wikitext-2 and from texts that the checkpoint generated "
+    "(`skipstone write`)."
 )
 
 
@@ -293,8 +296,8 @@ def frontier(
 
 ADAPT_FRONTIER = frontier(
     "adapt_frontier",
-    "a pretrained model computes less: SmolLM2-135M tuned on wikitext-2, whole blocks or tokens left out",
-    more="Texts to learn from: wikitext-2.",
+    "A pretrained model computes less: SmolLM2-135M tuned on wikitext-2, with fewer blocks or skipped tokens",
+    more="The training rows are drawn from wikitext-2.",
     rows=256,
     tokens=400_000,
     rate=2e-4,
@@ -303,7 +306,7 @@ ADAPT_FRONTIER = frontier(
 )
 ADAPT_FRONTIER_MIXED = frontier(
     "adapt_frontier_mixed",
-    "a pretrained model computes less: SmolLM2-135M tuned on wikitext-2 and on text of its own",
+    "A pretrained model computes less: SmolLM2-135M tuned on wikitext-2 and on text that it generated",
     more=MIXED,
     tokens=400_000,
     rate=2e-4,
@@ -312,11 +315,11 @@ ADAPT_FRONTIER_MIXED = frontier(
 )
 ADAPT_FRONTIER_NEURONS = frontier(
     "adapt_frontier_neurons",
-    "a pretrained model computes less: SmolLM2-135M, neurons by magnitude beside whole blocks left out",
+    "A pretrained model computes less: SmolLM2-135M, neurons by magnitude against fewer blocks",
     more=MIXED
     + (
-        " A user has the source, not the tuned one: against it neurons by magnitude lose more on the two texts that "
-        "nobody trained on. Blocks left out need longer training than these 48 steps most, so one seed of them is no "
+        " Users have the untuned source: compared with it, neurons by magnitude lose more on the two texts that no arm "
+        "was trained on. Of all arms, fewer blocks needs training beyond these 48 steps most, so its one seed is not a "
         "fair baseline."
     ),
     seeds=(0, 1, 2),
@@ -328,11 +331,11 @@ ADAPT_FRONTIER_NEURONS = frontier(
 )
 ADAPT_FRONTIER_DISTILLED = frontier(
     "adapt_frontier_distilled",
-    "a pretrained model computes less: SmolLM2-135M, learning from its own distribution alone",
+    "A pretrained model computes less: SmolLM2-135M, trained by distillation alone",
     more=MIXED
     + (
-        " *Neurons by magnitude* stands here with a quarter of the tokens of the other arms (see the column), so it "
-        "is not to be compared with them."
+        " *Neurons by magnitude* was trained on a quarter of the other arms' tokens (see the column), so it cannot be "
+        "compared with them."
     ),
     tokens=400_000,
     rate=3e-4,

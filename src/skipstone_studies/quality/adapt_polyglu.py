@@ -115,9 +115,10 @@ ADAPT_POLYGLU = Study(
     name="adapt_polyglu",
     purpose="PolyGLU adapted from a SwiGLU checkpoint, and from scratch",
     about=(
-        "Tiny-Shakespeare, 4 blocks of width 64, rows of 128 characters; *FLOPs* are those of the training, forward "
-        "and backward, by the SwiGLU checkpoint's. *Nats* are of the whole validation split. *Apart*: neurons whose "
-        "strongest function is another one than that of most in their layer, mean over layers and tokens."
+        "Tiny-Shakespeare, 4 blocks of width 64, rows of 128 characters. *FLOPs* are training FLOPs, forward and "
+        "backward, relative to those of the SwiGLU checkpoint. *Nats* are measured on the whole validation split. "
+        "*Apart* is the share of neurons whose strongest activation is not the most frequent one of their layer, "
+        "averaged over layers and tokens."
     ),
     arms=arms,
     seeds={"laptop": (0, 1, 2)},
@@ -130,7 +131,7 @@ ADAPT_POLYGLU = Study(
     columns=(
         Column(key="flops", title="training FLOPs", format=".2f"),
         Column(key="nats", title="nats", format=".4f"),
-        Column(key="over", title="more than the checkpoint trained on", format="+.4f"),
+        Column(key="over", title="nats above the checkpoint trained on", format="+.4f"),
         Column(key="apart", title="apart", format=".1%"),
     ),
 )

@@ -89,12 +89,13 @@ def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
 ADAPT_STORIES = Study(
     name="adapt_stories",
-    purpose="a small pretrained model computes less: Mixture-of-Depths, random skipping, gates, fewer blocks",
+    purpose="A small pretrained model computes less: Mixture-of-Depths, random skipping, gates, fewer blocks",
     about=(
-        "stories260K, adapted for 200 steps on stories that it generates itself. Every arm reads the same rows and "
-        "learns from text and teacher alike. All that skip execute the FLOPs of the model without one block. *Nats* "
-        "and *perplexity* are of the pass that skips, on rows that nobody trained on; wikitext-2 is text of another "
-        "kind. FLOPs are counted, one row at a time."
+        "stories260K is adapted for 200 steps on stories that it generated. Every arm reads the same rows and is "
+        "trained with cross-entropy and distillation in equal parts. All arms that skip execute about the FLOPs of "
+        "the model without one block; FLOPs are counted, one row at a time. *Nats* and *perplexity* are those of the "
+        "pass that skips, on rows that no arm was trained on; wikitext-2 is text of another kind. Arms named *same* "
+        "differ from *mixture of depths* in the property named."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

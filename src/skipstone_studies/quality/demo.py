@@ -159,12 +159,12 @@ def closing(scale: str, figures: Mapping[str, Mapping[int, Figures]]) -> str:
 
 DEMO = Study(
     name="demo",
-    purpose="dense, MoD, TSA, PolyGLU and all three beside each other on real text, minutes each",
+    purpose="Dense, MoD, TSA, PolyGLU and all three combined, on real text, in minutes per arm",
     about=(
-        "Five decoders of one size, trained for the same few steps on the same rows. So short a training tells "
-        "little about quality; it shows what each mechanism costs and saves. Training and decoding speeds are taken "
-        "interleaved by all arms after training. Loss is in nats a token: *oracle* as trained, *executed* with the "
-        "decisions that generation makes, computed by the pass that really skips."
+        "Five decoders of one size, trained for the same few steps on the same rows. Such a short training says "
+        "little about quality; the table shows what each mechanism costs and saves. Training and decoding speeds are "
+        "measured after training, with the arms interleaved. Loss is in nats per token: *oracle* as in training, "
+        "*executed* with the decisions that generation makes, measured on the pass that really skips."
     ),
     arms=arms,
     seeds=SEEDS,

@@ -120,8 +120,11 @@ def _thresholds(figures: ByArm) -> str:
         losses, executed = (values(figures, DENSE, f"teal.{_step(share)}.{name}") for name in ("loss", "executed"))
         if losses:
             rows.append([percent(1 - share), mean_and_spread(losses, ".4f"), number(sum(executed) / len(executed), 3)])
-    note = "The dense arm after training, thresholds calibrated on training rows; nothing is skipped in this pass."
-    columns = ["inputs below their threshold", "loss", "MLP FLOPs left, share"]
+    note = (
+        "The dense arm after training, with thresholds calibrated on training rows. This pass computes everything and "
+        "sets small inputs to 0."
+    )
+    columns = ["inputs below their threshold", "loss", "share of MLP FLOPs left"]
     section = Section(title="Training-free thresholds (TEAL)", columns=columns, rows=rows, notes=[note])
     return markdown([section]).strip("\n") if rows else ""
 
@@ -142,13 +145,13 @@ COMPARED = (
 )
 FFN_GROUPS = Study(
     name="ffn_groups",
-    purpose="neuron groups switched off by chunk, beside narrower MLPs of equal FLOPs, random groups and TEAL",
+    purpose="Neuron groups that are off for whole chunks, against narrower MLPs of equal FLOPs, random groups and TEAL",
     about=(
-        f"An MLP's neurons lie in {GROUPS} groups; for each chunk of {CHUNK} tokens a router that has seen the tokens "
-        "before it keeps a share of them, and the others are not multiplied, in training neither. *narrow* is a SwiGLU "
-        "with that share of the neurons. The capacity falls from 1 over the first 40 % of the training, but in *no "
-        "warm-up* and in *random*, which draws the groups; *balanced* adds a bias for groups that are on less than "
-        "others. Losses are those of the executed pass."
+        f"The neurons of an MLP are divided into {GROUPS} groups. For each chunk of {CHUNK} tokens, a router that has "
+        "seen only earlier tokens keeps a share of the groups; the others are not multiplied, in training as in "
+        "generation. *narrow* is a SwiGLU with that share of the neurons. The capacity falls from 1 over the first 40 "
+        "% of the training, except in *no warm-up* and in *random*, which draws its groups; *balanced* adds a bias "
+        "for groups that are on less often than others. Losses are those of the executed pass."
     ),
     arms=arms,
     seeds=SEEDS,

@@ -20,7 +20,7 @@ TEXTS = {  # corpora and splits for evaluation
 TUNED = "dense, tuned"
 DEAR = "neurons by magnitude"  # the only kind that saves FLOPs in decoding only
 KINDS = ("fewer blocks", "mixture of depths", "random skipping", DEAR)
-TITLE = "A pretrained model computes less: loss by executed FLOPs"
+TITLE = "A pretrained model computes less: loss against executed FLOPs"
 PROMPT_TEXT, SAMPLED_TOKENS = "The old bridge across the river was built in", 40
 
 
@@ -29,7 +29,7 @@ def samples(figures: ByArm) -> str:
     first = {arm: seeds[min(seeds)] for arm, seeds in figures.items()}
     texts = {arm: " ".join(found["greedy"].split()) for arm, found in first.items() if "greedy" in found}
     lines = [f"* {arm}: “{PROMPT_TEXT} **{text}**”" for arm, text in texts.items()]
-    return "\n".join([f"Greedy, {SAMPLED_TOKENS} tokens after the same words:", "", *lines])
+    return "\n".join([f"Greedy continuations of the same words, {SAMPLED_TOKENS} tokens each:", "", *lines])
 
 
 def pictures(figures: ByArm) -> dict[str, str]:
@@ -59,7 +59,7 @@ def picture(figures: ByArm, text: str) -> str:
     xs, ys = zip(*(point for points in kinds.values() for point in points), strict=True)
     drawing = panel(
         drawn,
-        x_title="executed FLOPs by the source's",
+        x_title="executed FLOPs / the source's",
         title=f"{TITLE}: {text}",
         x_range=log_bounds(xs),
         y_range=bounds(ys, 0.08),

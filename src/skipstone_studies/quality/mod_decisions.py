@@ -91,11 +91,11 @@ COLUMNS = (
     *(Column(key=name, title=name, format=".2f") for name in ("precision", "recall", "f1")),
 )
 ABOUT = (
-    "Mixture-of-Depths on every other block at capacity 0.125, trained alike but for the decision and for what "
-    "its router learns from; whole validation set. *Oracle* is the pass as trained, *executed* the one that "
-    "generates and skips. *guided* is Mixture-of-Depths as it comes. *random* and *positional* are controls: a "
-    "learned router that does no better has learned nothing. Precision, recall and F1 compare the executed "
-    "decision with the best of the row by the same scores, in the mean over routed blocks."
+    "Mixture-of-Depths on every other block at capacity 0.125. The arms differ only in the decision and in what the "
+    "router learns from; figures are for the whole validation set. *Oracle* is the pass as in training, *executed* "
+    "the one that generates and skips. *guided* is the package's default. *random* and *positional* are controls: a "
+    "learned router that does no better has learned nothing useful. Precision, recall and F1 compare the executed "
+    "decision with the top tokens of the row by the same scores, averaged over routed blocks."
 )
 
 
@@ -124,7 +124,7 @@ def on(corpus: str, name: str) -> Study:
     """Build the study on one corpus."""
     return Study(
         name=name,
-        purpose=f"every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",
+        purpose=f"Every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",
         about=ABOUT,
         arms=partial(arms, corpus=corpus),
         seeds=SEEDS,

@@ -160,18 +160,21 @@ def _course(figures: ByArm) -> Section:
             found = [values(figures, arm, f"course.{part}.{name}") for part in parts]
             if any(found):
                 rows.append([arm, name.replace("_", " "), *(mean_and_spread(each, ".3f") for each in found)])
-    note = "Mean over layers, entropies in nats without tau (ln 4 = 1.386); tau falls from 1 to .1 meanwhile."
-    return Section(title="While it trains", columns=["arm", "figure", *parts], rows=rows, notes=[note])
+    note = (
+        "Means over layers. Entropies are in nats, without tau (ln 4 = 1.386); tau falls from 1 to .1 during training."
+    )
+    return Section(title="During training", columns=["arm", "figure", *parts], rows=rows, notes=[note])
 
 
 POLYGLU_ROUTING = Study(
     name="polyglu_routing",
-    purpose="PolyGLU's routing: entropies, neurons that depart from their layer, what a fixed choice loses",
+    purpose="PolyGLU's routing: entropies, diversity within a layer, and the loss of a fixed choice",
     about=(
-        "PolyGLU with preferences that are learned 1 (the paper's), 16 or 64 times as fast, with Gumbel noise in "
-        "training or without. *Diversity* is the share of neurons whose strongest activation is not that of most "
-        "neurons of the layer. *Hard mix*: what the loss becomes when each neuron uses its strongest activation of the "
-        "moment; *hardened*: when it keeps one for good, chosen on training rows. Evaluation draws no noise."
+        "PolyGLU with preferences that learn 1 (the paper's), 16 or 64 times as fast, with and without Gumbel noise "
+        "in training. *Diversity* is the share of neurons whose strongest activation is not the most frequent one of "
+        "their layer. *Hard mix* is the change in loss when each neuron uses only its strongest activation for each "
+        "token; *hardened* is the change when each neuron keeps one activation for good, chosen on training rows. "
+        "Evaluation draws no noise."
     ),
     arms=arms,
     seeds=SEEDS,

@@ -159,22 +159,22 @@ def quantised(
             Column(key="perplexity", title="perplexity"),
             Column(key="interaction", title="interaction, nats", format="+.4f"),
             Column(key="tokens_per_second", title="tokens/s", format=".0f"),
-            Column(key="spread", title="half of their range", format=".0%"),
+            Column(key="spread", title="± range", format=".0%"),
         ),
     )
 
 
 ABOUT = (
-    "Weights of linear layers are quantised by torchao, weights only; routers, gates, norms and embeddings keep full "
-    "precision. Every model was saved and loaded again before it was measured. *Nats* are of the pass that skips. "
-    "*Interaction*: what skipping and quantising lose together, minus the sum of what each loses alone. *MB*: the "
-    "weights' file; int4 values lie in bytes of their own here, packed they would take half. *Tokens/s*: decoding one "
-    "row."
+    "Only the weights of linear layers are quantised, by torchao; routers, gates, norms and embeddings keep full "
+    "precision. Every model was saved and loaded again before it was measured. *Nats* are those of the pass that "
+    "skips. *Interaction* is the loss of skipping and quantising together minus the sum of the losses of each alone. "
+    "*MB* is the size of the weights' file; int4 values are stored in one byte each here and would take half of that "
+    "if packed. *Tokens/s* is for decoding one row, *± range* half of the range of its turns."
 )
 QUANTISED = quantised(
     "quantised",
-    "skipping and quantised weights: the arms of adapt_stories",
-    "128 rows of stories, one scale for a row of weights.",
+    "Skipping and quantised weights: the arms of adapt_stories",
+    "Measured on 128 rows of stories, with one scale for each row of weights.",
     tuple(("adapt_stories", arm) for arm in ("dense, tuned", "mixture of depths", "token-selective attention")),
     128,
     text={},
@@ -182,19 +182,22 @@ QUANTISED = quantised(
 GROUPS = ("dense", "narrow 0.4", "groups 0.6", f"groups 0.6{PRUNED}", "groups 0.4", f"groups 0.4{PRUNED}")
 QUANTISED_GROUPS = quantised(
     "quantised_groups",
-    "neuron groups, pruned and quantised: the arms of ffn_groups",
-    "128 rows, one scale a row of weights. *Pruned*: without the groups of neurons that 64 training rows do not use.",
+    "Neuron groups, pruned and quantised: the arms of ffn_groups",
+    (
+        "Measured on 128 rows, with one scale for each row of weights. *Pruned* removes the groups that 64 training "
+        "rows never use."
+    ),
     tuple(("ffn_groups", arm) for arm in GROUPS),
     128,
     text={},
 )
 QUANTISED_SMOLLM2 = quantised(
     "quantised_smollm2",
-    "skipping and quantised weights: SmolLM2-135M",
+    "Skipping and quantised weights: SmolLM2-135M",
     (
-        "16 rows of 256 tokens of wikitext-2, one scale for a row of weights, in int4 for 32 weights of it. The other "
-        "arms were trained after the source was taken, so their *interaction* tells of that training, too, and must "
-        "not be read as what skipping does to quantisation."
+        "Measured on 16 rows of 256 tokens of wikitext-2, with one scale for each row of weights in int8 and for every "
+        "32 weights in int4. Unlike the source, the other arms were tuned, so their *interaction* includes the effect "
+        "of tuning and must not be read as an effect of skipping on quantisation."
     ),
     (
         ("adapt_frontier_neurons", "source"),

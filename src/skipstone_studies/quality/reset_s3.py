@@ -140,27 +140,28 @@ def interpolate(x: float, points: list[tuple[float, float]]) -> float:
 
 
 ABOUT = (
-    "Each entry of a row is a filler, or an operation on a state that is never shown: a reset, or an element of S3. "
-    "The label of an operation is the state, so it takes the more depth the more operations have passed since the "
-    "reset (the bins). All figures are of the pass that skips. *mod-guided* is Mixture-of-Depths as it comes: a "
-    "running threshold, and a router that learns from the gradient at its block's output; *-predictor* and "
-    "*-threshold* train top-k with that router and decide in other ways. *mod-unguided* has a running threshold and "
-    "raw weights, *mod-paper* is top-k with raw weights and a predictor, *mod-forced* keeps exactly the operations, "
-    "*mod-random* tokens at random, *mod-positional* every fourth. *tsa-hard* is Token-Selective Attention trained as"
-    " it is executed, its gates learning as in *mod-guided*; in *tsa-hard-kept* skipped tokens give no keys and "
-    "values, in *tsa-hard* they do; *tsa-soft* is the published one with lambda 0.01, executed hard. The first two of"
-    " 8 blocks are dense. *Gain by forced's* is (arm - dense) / (forced - dense) in accuracy, dense being "
-    "interpolated between the dense arms at the arm's executed FLOPs (an arm with more FLOPs than the deepest of them"
-    " is held against that one, which flatters it): 0 is no better than dense, 1 as good as forced decisions, "
-    "which are no upper bound. A dense model of all 8 blocks is not among the arms at laptop scale: what skipping "
-    "loses against it is not known."
+    "Each entry of a row is either a filler or an operation on a hidden state: a reset, or an element of S3. The "
+    "label of an operation is the resulting state, so an operation needs more depth the more operations have passed "
+    "since the reset (the bins). All figures are those of the pass that skips. In arms with mechanisms, the first two "
+    "of 8 blocks are dense.\n\n* *mod-guided* is the package's default Mixture-of-Depths: a running threshold, and a "
+    "router that learns from the gradient at its block's output. *mod-guided-predictor* and *mod-guided-threshold* "
+    "train top-k with that router and decide by a predictor or a fixed threshold.\n* *mod-unguided* has a running "
+    "threshold and raw weights; *mod-paper* is top-k with raw weights and a predictor.\n* *mod-forced* keeps exactly "
+    "the operations, *mod-random* random tokens, and *mod-positional* every fourth token.\n* *tsa-hard* is "
+    "Token-Selective Attention trained as it is executed, with gates that learn as in *mod-guided*; skipped tokens "
+    "provide keys and values in *tsa-hard* and not in *tsa-hard-kept*. *tsa-soft* is the published variant with "
+    "lambda 0.01, executed hard.\n\n*Headroom captured* is (arm - dense) / (forced - dense) in accuracy, where the "
+    "dense accuracy is interpolated between the dense arms at the arm's executed FLOPs (an arm that executes more "
+    "FLOPs than the deepest dense arm is compared with that one, which flatters it): 0 is no better than dense, and 1 "
+    "as good as forced decisions, which are not an upper bound. At laptop scale there is no dense arm with all 8 "
+    "blocks, so the loss of skipping relative to it is unknown."
 )
 COMPARED = Comparison(
     key=f"accuracy.{OVERALL}", title="accuracy, all", against="mod-random", arms=JUDGED, format="+.1%", better="high"
 )
 RESET_S3 = Study(
     name="reset_s3",
-    purpose="does a learned router find the tokens that are known to need depth?",
+    purpose="Does a learned router find the tokens that are known to need depth?",
     about=ABOUT,
     arms=arms,
     seeds=SEEDS,
@@ -173,7 +174,7 @@ RESET_S3 = Study(
         Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
         *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),
         Column(key=f"accuracy.{OVERALL}", title="accuracy, all", format=".1%", better="high"),
-        Column(key="headroom.4-7", title="gain by forced's, 4-7", format=".2f"),
-        Column(key=f"headroom.{OVERALL}", title="gain by forced's, all", format=".2f"),
+        Column(key="headroom.4-7", title="headroom captured, 4-7", format=".2f"),
+        Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
     ),
 )

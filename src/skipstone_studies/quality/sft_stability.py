@@ -248,11 +248,12 @@ SFT_STABILITY = Study(
     name="sft_stability",
     purpose="PolyGLU's routing through supervised fine-tuning",
     about=(
-        f"Width 64, 4 blocks, a vocabulary of {VOCABULARY:,}, context {CONTEXT}. *Dynamic entropy* in nats, mean over "
-        f"layers and over the tokens of {HELD_OUT} chats that are never trained on, noise off (ln 4 = 1.386). *Drift*: "
-        "of the mean entropy from the start of the tuning to its end, as a share of the start; *largest*, of any time "
-        "between. *Flips*: the share of neurons whose strongest activation on these chats is another one at the end. "
-        f"Stable: a drift of at most {DRIFT:.0%} and flips of at most {FLIPS:.0%}. {ROWS} chats a step."
+        f"Width 64, 4 blocks, a vocabulary of {VOCABULARY:,}, context {CONTEXT}, {ROWS} chats per step. *Dynamic "
+        f"entropy* is in nats, averaged over layers and over the tokens of {HELD_OUT} chats that are never trained on, "
+        "without noise (ln 4 = 1.386). *Drift* is the relative change of the mean entropy from the start of "
+        "fine-tuning to its end; *largest* is the largest such change at any time. *Flips* is the share of neurons "
+        "whose strongest activation on these chats has changed by the end. A run is stable if it drifts by at most "
+        f"{DRIFT:.0%} and flips at most {FLIPS:.0%}."
     ),
     arms=arms,
     seeds={"laptop": (0, 1, 2)},

@@ -23,8 +23,8 @@ from skipstone_studies.speed.interleaved import ratio, seconds
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 RANDOM_TEXT = (
-    "**Random weights on random tokens**, with thresholds set so that the wanted share is skipped: these are times of "
-    "executed work, not of a trained model, whose tokens are skipped less evenly. "
+    "**Random weights on random tokens**, with thresholds set to skip the wanted share of tokens: these are times of "
+    "executed work. In a trained model, skipped tokens are distributed less evenly."
 )
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 SIZE = {"width": 1024, "blocks": 10, "vocabulary": 1024, "prompt": 48, "steps": 24, "turns": 7}
@@ -166,27 +166,28 @@ def figures(
 
 DECODE = Study(
     name="decode",
-    purpose="Mixture-of-Depths: decoding steps beside the dense model's, by number of rows",
+    purpose="Mixture-of-Depths: decoding speed relative to the dense model, by number of rows",
     about=RANDOM_TEXT
     + (
-        "One token a row and step, fp32, greedy decisions of a causal threshold that keeps 12.5 % in every other of "
-        f"{SIZE['blocks']} blocks of width {SIZE['width']} (128.6 M parameters, 1.6 % of them embedding and head). "
-        f"Prompts of {SIZE['prompt']} tokens, {SIZE['steps']} steps a turn. *Speed* is the dense model's seconds by "
-        "the routed model's in the same turn, so tokens per second by the dense model's: above 1 is faster. *Rows "
-        "computed* is the mean over routed blocks and steps. *KV* is what the cache holds by the dense model's."
+        " Each step decodes one token per row, greedily and in fp32. A causal threshold keeps 12.5 % of the tokens in "
+        f"every other of {SIZE['blocks']} blocks of width {SIZE['width']} (128.6 M parameters, 1.6 % of them in "
+        f"embedding and head). Prompts have {SIZE['prompt']} tokens, and a turn takes {SIZE['steps']} steps. *Speed* "
+        "is the tokens per second of the routed model divided by those of the dense model in the same turn, so above "
+        "1 is faster. *Rows computed* is the mean over routed blocks and steps, and *share* is the same relative to "
+        "all rows. The KV columns give what the cache holds relative to the dense model's cache."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
-        Column(key="seconds.dense", title="dense, ms a step", format=".2f", unit=1e-3),
-        Column(key="seconds.routed", title="routed, ms a step", format=".2f", unit=1e-3),
-        Column(key="speed", title="speed (least to greatest)", format=".2f", spread=True),
+        Column(key="seconds.dense", title="dense, ms per step", format=".2f", unit=1e-3),
+        Column(key="seconds.routed", title="routed, ms per step", format=".2f", unit=1e-3),
+        Column(key="speed", title="speed (min to max)", format=".2f", spread=True),
         Column(key="computed", title="rows computed", format=".2f"),
         Column(key="share", title="share", format=".1%"),
         Column(key="memory.entries", title="KV entries", format=".1%"),
         Column(key="memory.bytes", title="KV bytes with slots", format=".1%"),
         Column(key="memory.allocated", title="KV allocated", format=".1%"),
-        Column(key="memory.unused", title="of it unused", format=".1%"),
+        Column(key="memory.unused", title="unused share of it", format=".1%"),
     ),
 )

@@ -69,10 +69,11 @@ def _decode(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None
 
 DECODER = Study(
     name="decoder",
-    purpose="our dense decoder's time by that of transformers' Llama of the same sizes; the start of the command line",
+    purpose="Our dense decoder's time relative to transformers' Llama of the same sizes; start-up of the command line",
     about=(
-        "**Random weights and tokens.** Width 512, 8 blocks, context 256, batch 4, fp32; decoding by `generate`, 32 "
-        "tokens after 32. Interleaved in one process, medians of ratios; less than 1 is faster."
+        "**Random weights and tokens.** Width 512, 8 blocks, context 256, batch 4, fp32. Decoding is by `generate`, "
+        "32 tokens after a prompt of 32. The models are timed interleaved in one process; the table has medians of "
+        "the ratios, and less than 1 is faster."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

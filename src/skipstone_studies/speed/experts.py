@@ -84,17 +84,18 @@ def _mixtral(width: int, neurons: int, count: int, top_k: int, kind: str) -> tup
 
 EXPERTS = Study(
     name="experts",
-    purpose="a mixture of experts beside the dense MLP of equal FLOPs a token, and Mixtral's: CPU time of a step",
+    purpose="A mixture of experts and Mixtral's block against the dense MLP of equal FLOPs per token: CPU time",
     about=(
-        "**Random weights.** fp32, forward and backward of the MLP alone on 4,096 tokens, balancing loss included; 8 "
-        "experts, 2 a token, neurons divided among the two. *mixtral* is transformers' own block, which computes no "
-        "loss. CPU time of the process, interleaved with the dense MLP."
+        "**Random weights.** Forward and backward of the MLP alone in fp32 on 4,096 tokens, balancing loss included. "
+        "There are 8 experts, 2 for each token, and the neurons of the dense MLP are divided among the two. *mixtral* "
+        "is transformers' own block, which computes no balancing loss. CPU time of the process, interleaved with the "
+        "dense MLP."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
-        Column(key="seconds", title="CPU ms a step", format=".0f", unit=1e-3),
-        Column(key="time", title="by dense (least to greatest)", format=".2f", spread=True),
+        Column(key="seconds", title="CPU ms per step", format=".0f", unit=1e-3),
+        Column(key="time", title="time / dense (min to max)", format=".2f", spread=True),
     ),
 )

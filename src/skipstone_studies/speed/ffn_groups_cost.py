@@ -109,12 +109,13 @@ def _decode(model: SkipstoneForCausalLM) -> Run:
 
 FFN_GROUPS_COST = Study(
     name="ffn_groups_cost",
-    purpose="neuron groups beside SwiGLU: CPU time of a training step of the MLP, and of decoding",
+    purpose="Neuron groups against SwiGLU: CPU time of a training step of the MLP, and of decoding",
     about=(
-        "**Random weights**, a router as it starts, so that decisions differ from chunk to chunk. Training: forward "
-        "and backward of one MLP in fp32, 2,048 tokens in rows of 512. Decoding: one token of one row through a whole "
-        f"model of {BLOCKS} blocks with a cache, {STEPS} steps. CPU time of the process, interleaved, by SwiGLU's; "
-        "*narrow* is a SwiGLU with the neurons that are on. FLOPs are counted while they execute."
+        "**Random weights** with an untrained router, so decisions differ from chunk to chunk. Training: forward and "
+        "backward of one MLP in fp32, 2,048 tokens in rows of 512. Decoding: one token of one row through a whole "
+        f"model of {BLOCKS} blocks with a cache, {STEPS} steps. Times are CPU times of the process, interleaved, "
+        "relative to SwiGLU; *narrow* is a SwiGLU with as many neurons as are on. FLOPs are counted while they "
+        "execute."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

@@ -126,26 +126,26 @@ def peak_memory() -> int:
 
 FULL_SIZE = Study(
     name="full_size",
-    purpose="training steps of the whole 597M-parameter PolyGLU model: memory, seconds, FLOPs",
+    purpose="Training steps of the whole 597M-parameter PolyGLU model: memory, seconds, FLOPs",
     about=(
-        "**Random weights, one row of random tokens that repeats**, so that its loss must fall (uniform: 11.929): this "
-        "shows that the model fits and how fast it trains, not what it learns. Two steps as the recipe makes them, in "
-        "bf16 under autocast; CPU seconds are those of the last. FLOPs are the cost model's, forward and backward; "
-        "tokens/s count the optimizer, too."
+        "**Random weights, one row of random tokens that repeats**, so the loss must fall (uniform: 11.929). This "
+        "shows that the model fits and how fast it trains, not what it learns. Two steps as in the recipe, in bf16 "
+        "under autocast; CPU seconds are those of the last step. FLOPs come from the cost model, forward and "
+        "backward; tokens/s include the optimizer."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
         Column(key="parameters", title="parameters", format=",d"),
-        Column(key="routing", title="for routing", format=",d"),
+        Column(key="routing", title="of these, routing", format=",d"),
         Column(key="first.loss", title="loss, first step"),
         Column(key="last.loss", title="last step"),
         Column(key="first.gradient_norm", title="gradient norm, first step", format=".2f"),
         Column(key="last.gradient_norm", title="last step", format=".2f"),
         *(Column(key=f"last.seconds.{part}", title=f"{part}, CPU s", format=".1f") for part in PARTS),
-        Column(key="peak_gb", title="most memory, GB", format=".1f"),
-        Column(key="flops", title="FLOPs a step", format=".3g"),
+        Column(key="peak_gb", title="peak memory, GB", format=".1f"),
+        Column(key="flops", title="FLOPs per step", format=".3g"),
         Column(key="flops_per_second", title="FLOPs/s", format=".3g"),
         Column(key="tokens_per_second", title="tokens/s", format=".1f"),
     ),

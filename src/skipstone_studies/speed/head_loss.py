@@ -86,12 +86,12 @@ def memory_of(recipe: RecipeDict) -> float:
 
 HEAD_LOSS = Study(
     name="head_loss",
-    purpose="the loss of a vocabulary of 151,936: memory and CPU time, all logits at once and in chunks",
+    purpose="The loss over a vocabulary of 151,936: memory and CPU time, all logits at once and in chunks",
     about=(
-        "**Random weights and tokens.** Forward and backward of head and loss alone, 2,048 tokens of width 1,024, from "
-        "a hidden state that needs a gradient. *GiB*: the most that a process of its own ever held beyond weight and "
-        "hidden states, gradients included. CPU time is interleaved with that of all logits at once. bf16 is autocast "
-        "over fp32 weights, as `skipstone train` does it."
+        "**Random weights and tokens.** Forward and backward of head and loss alone, for 2,048 tokens of width 1,024 "
+        "and a hidden state that requires a gradient. *GiB* is the peak memory of a separate process beyond weight "
+        "and hidden states, gradients included. CPU time is interleaved with the variant that computes all logits at "
+        "once. bf16 means autocast over fp32 weights, as in `skipstone train`."
     ),
     arms=arms,
     seeds={"laptop": (0,), "paper": (0,)},
@@ -100,6 +100,6 @@ HEAD_LOSS = Study(
         Column(key="loss", title="loss", format=".6f"),
         Column(key="gib", title="GiB", format=".2f", better="low"),
         Column(key="seconds", title="CPU s", format=".2f"),
-        Column(key="time", title="by all logits (least to greatest)", format=".2f", spread=True),
+        Column(key="time", title="time / all logits (min to max)", format=".2f", spread=True),
     ),
 )

@@ -151,21 +151,22 @@ def figures(decision: str, flops: float, time: dict[str, float], limit: float, s
 
 MOD_TRAINING = Study(
     name="mod_training",
-    purpose="Mixture-of-Depths: does a training step take the time that its FLOPs say?",
+    purpose="Mixture-of-Depths: does the time of a training step fall with its FLOPs?",
     about=(
-        "**Random weights and tokens.** Seconds of a training step (forward, backward, AdamW) by those of the dense "
-        "model of the same size, interleaved, beside the FLOPs that the step executes by the dense step's; every other "
-        f"block is routed, capacity {CAPACITY}. *Target* is how many times the FLOPs the time may be. AdamW and the "
-        "casts of the weights to bf16 cost the same for both models whatever is skipped: the fewer tokens a step has, "
-        "the more of its time they are. `ema_threshold` keeps another number of tokens every step until its threshold "
-        "has settled; the FLOPs beside it are those of one step, and are not to be divided by."
+        "**Random weights and tokens.** *Time* is the time of a training step (forward, backward, AdamW) relative to "
+        "the dense model of the same size, interleaved; *FLOPs* are the FLOPs that the step executes, relative to the "
+        f"dense step. Every other block is routed, with capacity {CAPACITY}. *Target* is the largest ratio of time to "
+        "FLOPs that we accept. AdamW and the casts of the weights to bf16 cost the same in both models however much "
+        "is skipped, and their share of the time is larger the fewer tokens a step has. `ema_threshold` keeps a "
+        "different number of tokens in every step until its threshold has settled; its FLOPs are those of a single "
+        "step, so its time cannot be divided by them."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
         Column(key="flops", title="FLOPs"),
-        Column(key="time", title="time (least to greatest)", spread=True),
+        Column(key="time", title="time (min to max)", spread=True),
         Column(key="over", title="time / FLOPs", format=".2f"),
         Column(key="limit", title="target", format=".2f"),
         Column(key="host_syncs", title="host syncs", format="d"),

@@ -84,20 +84,21 @@ def measured(recipe: RecipeDict) -> Figures:
 
 NEURONS_DECODE = Study(
     name="neurons_decode",
-    purpose="neurons by magnitude: decoding one row by a part of the neurons, on the clock",
+    purpose="Neurons by magnitude: time to decode one row with a part of the neurons",
     about=(
-        f"**Random weights**: a trained model chooses other neurons, in the same number. One row, {STEPS} tokens after "
-        f"{PROMPT}, greedy; neurons by magnitude, one by one, the second matrix for the first share of them and the "
-        "third for the second. FLOPs and tokens/s are by those of the dense model in the same turns. *In place*: by "
-        "`ops/magnitude_native.py`, the copy of the third matrix that the first step makes included; *copied*: without "
-        "numba."
+        "**Random weights**: a trained model chooses other neurons, but equally many. One row is decoded greedily, "
+        f"{STEPS} tokens after a prompt of {PROMPT}, with single neurons chosen by magnitude. Of the two shares in an "
+        "arm's name, the first is the share of neurons for which the second matrix (up) is multiplied, the second "
+        "that of the third matrix (down). FLOPs and tokens/s are relative to the dense model in the same turns. *In "
+        "place* reads the weights by `ops/magnitude_native.py` and includes the copy of the third matrix that the "
+        "first step makes; *copied* does without numba."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
         Column(key="flops", title="FLOPs", format=".1%"),
-        Column(key="place", title="in place (least to greatest)", format=".2f", spread=True),
-        Column(key="copy", title="copied (least to greatest)", format=".2f", spread=True),
+        Column(key="place", title="in place (min to max)", format=".2f", spread=True),
+        Column(key="copy", title="copied (min to max)", format=".2f", spread=True),
     ),
 )

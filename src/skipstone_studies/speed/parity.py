@@ -159,11 +159,11 @@ def measured(recipe: RecipeDict) -> Figures:
 
 PARITY = Study(
     name="parity",
-    purpose="parity with transformers: the same weights, the same tokens, both models' logits and greedy text",
+    purpose="Parity with transformers: logits and greedy text of both models for the same weights and tokens",
     about=(
-        "Small models of each family with random weights (norms and biases too, so that none is neutral), and a real "
-        "checkpoint. *Error*: the largest difference of two logits by the largest logit. *Greedy text equal*: the "
-        "share of prompts that both go on with by the same tokens."
+        "Small models of each family with random weights (also in norms and biases, so that none is neutral), and one "
+        "real checkpoint. *Max relative error* is the largest difference between two logits divided by the largest "
+        "logit. *Greedy text equal* is the share of prompts that both models continue with the same tokens."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

@@ -141,18 +141,18 @@ def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
 
 POLYGLU_COST = Study(
     name="polyglu_cost",
-    purpose="PolyGLU beside SwiGLU: seconds and memory of training, seconds of decoding once hardened",
+    purpose="PolyGLU against SwiGLU: time and memory of training, and time of decoding once hardened",
     about=(
         "**Random weights.** Training: forward and backward of one MLP on 2,048 tokens, with the routing of a model "
-        "that begins (tau 1) and of one as if trained (tau .1). *Saved*: bytes that are kept for the backward pass. "
-        "Decoding: one token of one row through a whole model of 6 blocks with a cache, each neuron having kept one "
-        "activation. Everything is interleaved with SwiGLU; medians of the ratios."
+        "at its start (tau 1) and of a trained one (tau .1). *Saved bytes* are kept for the backward pass. Decoding: "
+        "one token of one row through a whole model of 6 blocks with a cache, after each neuron was hardened to one "
+        "activation. Everything is interleaved with SwiGLU; the table has medians of the ratios."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
-        Column(key="time", title="time / SwiGLU (least to greatest)", format=".2f", spread=True),
+        Column(key="time", title="time / SwiGLU (min to max)", format=".2f", spread=True),
         Column(key="saved", title="saved bytes / SwiGLU", format=".2f"),
     ),
 )

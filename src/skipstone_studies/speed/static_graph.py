@@ -92,20 +92,22 @@ def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bo
 
 STATIC_GRAPH = Study(
     name="static_graph",
-    purpose="is the routed graph static? operations, FLOPs and compilations over many inputs",
+    purpose="Is the routed graph static? Operations, FLOPs and compilations over many inputs",
     about=(
         f"**Random weights and tokens.** {INPUTS:,} training passes (forward and backward) over different inputs of "
-        f"{ROWS} rows of {CONTEXT} tokens; a small decoder, every other block routed at capacity 0.125. FLOPs are "
-        "counted over a tenth of them; *graphs* are those that `torch.compile` makes of the whole forward pass. "
-        "`ema_threshold` decides in training as in generation: how many it keeps depends on the input, so its shapes "
-        "do too, and its capacity is met on average (*99 % of rows keep at most* of `skipstone eval`)."
+        f"{ROWS} rows of {CONTEXT} tokens, through a small decoder in which every other block is routed at capacity "
+        "0.125. *Operations and shapes* and *FLOPs* give the number of distinct sequences and counts among the "
+        "inputs; FLOPs are counted for a tenth of them. *Graphs* are those that `torch.compile` makes of the whole "
+        "forward pass. `ema_threshold` decides in training as in generation: the number of tokens that it keeps "
+        "depends on the input, so its shapes do too, and its capacity is met on average (`skipstone eval` reports *99 "
+        "% of rows keep at most*)."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
-        Column(key="lists", title="lists of operations, shapes", format=",d"),
-        Column(key="flops", title="different FLOPs", format=",d"),
+        Column(key="lists", title="operations and shapes", format=",d"),
+        Column(key="flops", title="FLOPs", format=",d"),
         Column(key="graphs", title="graphs", format=",d"),
         Column(key="recompilations", title="recompilations after the first", format=",d"),
         Column(key="breaks", title="graph breaks", format=",d"),

@@ -76,15 +76,15 @@ def _decode(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneFor
 
 TSA_SPEED = Study(
     name="tsa_speed",
-    purpose="Token-Selective Attention: time of prompts and of decoding beside the dense model's",
+    purpose="Token-Selective Attention: time of prefill and of decoding relative to the dense model",
     about=RANDOM_TEXT
     + (
-        f"fp32, {SIZE['blocks']} blocks of width {SIZE['width']}, every block but the first gated, gates hard. An arm "
-        "is named by what its thresholds were set to skip; *skipped* is the share of tokens and gated blocks that was "
-        "really skipped. `kv full` computes keys and values of skipped tokens, `kv kept` does not. Prefill: prompts of "
-        f"{CONTEXT} tokens, with a cache; *FLOPs* are counted while they execute, gates included, by those of the "
-        "dense model, and *time* is by the dense model's in the same turn. Target: time at most 1.10 times the FLOPs. "
-        "Decoding: *speed* is tokens/s by the dense model's. Target: at least 1."
+        f" fp32, {SIZE['blocks']} blocks of width {SIZE['width']}, hard gates on every block but the first. An arm's "
+        "name gives the share that its thresholds were set to skip; *skipped* is the share of pairs of a token and a "
+        "gated block that was really skipped. `kv full` computes keys and values of skipped tokens, `kv kept` does "
+        f"not. Prefill: prompts of {CONTEXT} tokens, with a cache. *FLOPs* are counted while they execute, gates "
+        "included, and both *FLOPs* and *time* are relative to the dense model, timed in the same turn. Target: time "
+        "at most 1.10 times the FLOPs. Decoding: *speed* is tokens/s relative to the dense model. Target: at least 1."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
@@ -92,9 +92,9 @@ TSA_SPEED = Study(
     columns=(
         Column(key="skipped", title="skipped", format=".1%"),
         Column(key="flops", title="prefill: FLOPs"),
-        Column(key="time", title="time (least to greatest)", spread=True),
+        Column(key="time", title="time (min to max)", spread=True),
         Column(key="over", title="time / FLOPs", format=".2f"),
-        Column(key="dense_seconds", title="decode: dense, ms a step", format=".2f", unit=1e-3),
-        Column(key="speed", title="speed (least to greatest)", spread=True),
+        Column(key="dense_seconds", title="decode: dense, ms per step", format=".2f", unit=1e-3),
+        Column(key="speed", title="speed (min to max)", spread=True),
     ),
 )

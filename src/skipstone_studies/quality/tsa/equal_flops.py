@@ -16,7 +16,7 @@ from skipstone_studies.study import Figures
 
 EXECUTED = "evaluation.ways.executed.loss"
 FLOPS = "evaluation.flops_per_token.counted"
-RIVALS = {"over_dense": "fewer blocks", "over_random": "chance", "over_exit": "early exit"}
+RIVALS = {"over_dense": "fewer blocks", "over_random": "random tokens", "over_exit": "early exit"}
 BY_BLOCK = "_by_block"
 
 
@@ -93,11 +93,11 @@ def intervals(figures: ByArm) -> str:
         cells = [_cell(seeds, rival) for rival in RIVALS]
         rows += [[arm, *cells]] if any(cell != UNKNOWN for cell in cells) else []
     note = (
-        f"Nats; in brackets the {CONFIDENCE:.0%} interval over seeds (Student's t) and over blocks of "
-        f"{text_blocks.WINDOWS} neighbouring windows of the text, none for one seed. Below 0: the arm is better than "
-        f"its rival at the same executed FLOPs. {DETECTABLE}"
+        f"Differences in nats. In brackets: the {CONFIDENCE:.0%} interval over seeds (Student's t) and over blocks of "
+        f"{text_blocks.WINDOWS} neighbouring windows of the text; a single seed has none. Below 0, the arm is better "
+        f"than its rival at the same executed FLOPs. {DETECTABLE}"
     )
-    columns = ["arm", *(f"over {name}" for name in RIVALS.values())]
+    columns = ["arm", *(f"vs. {name}" for name in RIVALS.values())]
     section = Section(title="At equal executed FLOPs", columns=columns, rows=rows, notes=[note])
     return markdown([section]).strip("\n") if rows else ""
 

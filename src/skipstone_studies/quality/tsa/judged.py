@@ -38,11 +38,11 @@ def _of_arm(figures: ByArm, arm: str) -> Iterator[Claim]:
     claimed, skipped = (values(figures, arm, key) for key in ("claimed", "skipped"))
     start = mean(figures, arm, "variants.at_start")
     if start is not None and claimed:
-        text = f"at least {REALLY:.0%} of what is claimed as saved is skipped (skipped - {REALLY:.0%} of claimed)"
+        text = f"at least {REALLY:.0%} of the claimed saving is skipped (skipped - {REALLY:.0%} of claimed)"
         rest = [really - REALLY * said for really, said in zip(skipped, claimed, strict=True)]
         told = f"{statistics.fmean(skipped):.1%} of {statistics.fmean(claimed):.1%}: "
         yield from judge(arm, text, rest, least=0.0, form="+.1%", told=told)
-        text = "more is claimed as saved than the start bias gives before training (claimed - before)"
+        text = "the claimed saving exceeds that of the start bias before training (claimed - before)"
         more = [said - start for said in claimed]
         told = f"{statistics.fmean(claimed):.1%}, before {start:.1%}: "
         yield from judge(arm, text, more, least=0.0, form="+.1%", told=told)
@@ -50,7 +50,7 @@ def _of_arm(figures: ByArm, arm: str) -> Iterator[Claim]:
         text = f"{kind} loss within {JITTER} nats of dense"
         yield from judge(arm, text, paired_differences(figures, arm, "dense", key), most=JITTER)
     chance = paired_differences(figures, arm, arm, "variants.one", "variants.random")
-    yield from judge(arm, "skipping beats random tokens, as many", chance, most=0.0)
+    yield from judge(arm, "skipping beats as many random tokens", chance, most=0.0)
     yield from _rivals(figures, arm)
 
 
@@ -59,7 +59,7 @@ def _rivals(figures: ByArm, arm: str) -> Iterator[Claim]:
     room = depth_pays(figures)
     for key, rival in RIVALS.items():
         found, blocks = values(figures, arm, key), blocks_of(figures.get(arm, {}), key)
-        for claim in judge(arm, f"executed, below {rival} at equal FLOPs", found, most=0.0, blocks=blocks):
+        for claim in judge(arm, f"executed loss below that of {rival} at equal FLOPs", found, most=0.0, blocks=blocks):
             yield claim if room is None or room.there else replace(claim, verdict="no headroom")
 
 

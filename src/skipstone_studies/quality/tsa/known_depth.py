@@ -47,28 +47,30 @@ def measured(folder: Path) -> Figures:
 
 
 TASK = (
-    "Switched-S3: the same symbols are operations or fillers, as an earlier switch says, so no symbol tells by itself."
+    "Switched-S3: an earlier switch decides whether a symbol is an operation or a filler, so no symbol reveals by "
+    "itself what it needs."
 )
 ABOUT = (
-    "Operations need depth, the more of them have passed since a reset (the bins); one entry in four is one. Figures "
-    "are of the pass that skips unless they say *soft*. *tsa-soft* is Token-Selective Attention as published, with "
-    "lambda 0.01, executed hard; *tsa-hard* keeps a quarter of the tokens, trained as it is executed, its gates "
-    "learning from the gradient at the block's output; *tsa-random* draws them; *tsa-forced* keeps exactly the "
-    "operations. Skipped tokens give keys and values, but neither in *tsa-hard-kept* nor in *tsa-forced*. The first "
-    "two of 8 blocks are dense. *Gain by forced's* is (arm - dense) / (forced - dense) in accuracy, dense being "
-    "interpolated between the dense arms at the arm's executed FLOPs. Forced decisions also drop the switches and were "
-    "not tuned, so they are no upper bound. A dense model of all 8 blocks is not among the arms at laptop scale: what "
-    "skipping loses against it is not known."
+    "One entry in four is an operation, and it needs more depth the more operations have passed since a reset (the "
+    "bins). Figures are those of the pass that skips unless they say *soft*. In arms with gates, the first two of 8 "
+    "blocks are dense.\n\n* *tsa-soft* is Token-Selective Attention as published, with lambda 0.01, executed hard.\n* "
+    "*tsa-hard* keeps a quarter of the tokens and is trained as it is executed, with gates that learn from the "
+    "gradient at the block's output.\n* *tsa-random* keeps a quarter of the tokens at random; *tsa-forced* keeps "
+    "exactly the operations.\n* Skipped tokens provide keys and values except in *tsa-hard-kept* and *tsa-forced*."
+    "\n\n*Headroom captured* is (arm - dense) / (forced - dense) in accuracy, where the dense accuracy is interpolated "
+    "between the dense arms at the arm's executed FLOPs. Forced decisions also drop the switches and were not tuned, "
+    "so they are not an upper bound. At laptop scale there is no dense arm with all 8 blocks, so the loss of skipping "
+    "relative to it is unknown."
 )
 COLUMNS = (
     Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6),
     Column(key="claimed", title="saved by the paper's metric", format=".1%"),
-    Column(key="skipped", title="token-layers really skipped", format=".1%"),
+    Column(key="skipped", title="token-layers skipped", format=".1%"),
     Column(key=f"evaluation.ways.oracle.accuracy.{OVERALL}", title="accuracy, all, soft", format=".1%", better="high"),
     Column(key=f"accuracy.{OVERALL}", title="accuracy, all", format=".1%", better="high"),
     *(Column(key=f"accuracy.{name}", title=f"accuracy {name}", format=".1%", better="high") for name in BINS),
-    Column(key="headroom.4-7", title="gain by forced's, 4-7", format=".2f"),
-    Column(key=f"headroom.{OVERALL}", title="gain by forced's, all", format=".2f"),
+    Column(key="headroom.4-7", title="headroom captured, 4-7", format=".2f"),
+    Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
 )
 
 COMPARED = Comparison(
@@ -77,7 +79,7 @@ COMPARED = Comparison(
 
 TSA_SWITCHED_S3 = Study(
     name="tsa_switched_s3",
-    purpose="Token-Selective Attention where no symbol tells by itself what it needs: do its gates find it?",
+    purpose="Token-Selective Attention where no symbol reveals by itself what it needs: do the gates find it?",
     about=f"{TASK} {ABOUT}",
     arms=arms,
     seeds=SEEDS,

@@ -44,10 +44,9 @@ def frontier_arms(scale: str) -> dict[str, RecipeDict]:
 
 TSA_ENWIK8 = on_text(
     name="tsa_enwik8",
-    purpose="Token-Selective Attention on enwik8 or another large corpus, beside early exit and fewer blocks",
-    about=f"{ABOUT} {EQUAL} At laptop scale by byte, no text read twice, "
-    "on enwik8 or the first large corpus there is, which the table names; the paper's losses stand beside ours "
-    "on enwik8 alone.",
+    purpose="Token-Selective Attention on enwik8 or another large corpus, against early exit and fewer blocks",
+    about=f"{ABOUT} {EQUAL} At laptop scale, the text is read by byte and at most once. The corpus is enwik8 or, if "
+    "that is not available, another large corpus, which the table names; the paper's losses are shown on enwik8 only.",
     arms=enwik8_arms,
     corpora=CORPORA,
     columns=(*COLUMNS, *RIVALS),
@@ -56,13 +55,13 @@ TSA_ENWIK8 = on_text(
 )
 TSA_FRONTIER = on_text(
     name="tsa_frontier",
-    purpose="Token-Selective Attention trained as it is executed, at four budgets, against fewer blocks and chance",
+    purpose="Token-Selective Attention trained as executed, at four budgets, against fewer blocks and random tokens",
     about=(
-        "Token-Selective Attention trained by the pass that is executed: *hard* keeps the named share of tokens in "
-        "every block but the first, by a running quantile of its gates' scores. Kept tokens are scaled by their gate "
-        "1 - p, the others give keys and values and get no update. *random* draws as many, with one gain a block. "
-        "*Soft* is here the loss of the pass that is trained. "
-        f"{COUNTED} {EQUAL} By byte, no text read twice."
+        "Token-Selective Attention trained on the pass that is executed. *hard* keeps the named share of tokens in "
+        "every block but the first, by a running quantile of the gates' scores. Updates of kept tokens are scaled by "
+        "their gate 1 - p; the others provide keys and values and get no update. *random* keeps the same share of "
+        "random tokens, with one learned gain per block. *Soft* here means the loss of the pass that is trained. "
+        f"{COUNTED} {EQUAL} The text is read by byte and at most once."
     ),
     arms=frontier_arms,
     corpora=CORPORA,

@@ -78,8 +78,10 @@ def claims(figures: ByArm) -> list[Claim]:
     found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):
         cost, deeper = values(figures, arm, "text_cost"), values(figures, arm, "deeper")
-        found += judge(arm, f"text within {NEAR:.1%} of dense", cost, most=NEAR, form="+.2%")
-        found += judge(arm, f"operations {DEEPER:g} times as deep as text", deeper, least=DEEPER, form=".2f")
+        found += judge(arm, f"loss on text within {NEAR:.1%} of dense", cost, most=NEAR, form="+.2%")
+        found += judge(
+            arm, f"depth of operations at least {DEEPER:g} times the depth of text", deeper, least=DEEPER, form=".2f"
+        )
     return found
 
 
@@ -87,19 +89,20 @@ def details(figures: ByArm) -> str:
     """Return the verdicts on the targets, and whether depth pays on text."""
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None
-    parts = (claims_table("What is aimed at", claims(figures)), "" if room is None else f"On text: {room.sentence()}")
+    parts = (claims_table("Targets", claims(figures)), "" if room is None else f"On text: {room.sentence()}")
     return "\n\n".join(part for part in parts if part)
 
 
 TSA_MIXED = Study(
     name="tsa_mixed",
-    purpose="text with spans of switched-s3: does depth go to the operations, and what does the text pay?",
+    purpose="Text with spans of Switched-S3: is depth spent on the operations, and what does the text lose?",
     about=(
-        "Half of the windows of 256 bytes hold a span of 32 entries of Switched-S3. All figures are of the pass that "
-        "skips. *Depth* is the number of blocks that update a token. *tsa-hard* is trained as it is executed and keeps "
-        "the named share of tokens in every gated block, *tsa-hard-kept* without keys and values of the others; "
-        "*tsa-random* draws as many, *tsa-soft* is as published. The first two blocks are dense. Where no arm gets "
-        "many operations right, the dense model included, they are not learned, and where the depth goes tells nothing."
+        "Half of the windows of 256 bytes contain a span of 32 entries of Switched-S3. All figures are those of the "
+        "pass that skips. *Depth* is the number of blocks that update a token. *tsa-hard* is trained as it is "
+        "executed and keeps the named share of tokens in every gated block, *tsa-hard-kept* without keys and values "
+        "of the others; *tsa-random* keeps the same share of random tokens; *tsa-soft* is as published. The first two "
+        "blocks are dense. If no arm, including the dense ones, gets many operations right, then the operations were "
+        "not learned, and the depth that they receive says nothing."
     ),
     arms=arms,
     seeds=SEEDS,
@@ -111,11 +114,11 @@ TSA_MIXED = Study(
     columns=(
         Column(key="flops", title="MFLOPs/token", format=".3f", unit=1e6, relative=True),
         Column(key=TEXT, title="loss on text", format=".4f", better="low"),
-        Column(key="text_cost", title="by the deepest dense", format="+.2%"),
+        Column(key="text_cost", title="vs. the deepest dense", format="+.2%"),
         Column(key=WORK, title="accuracy on operations", format=".1%", better="high"),
         Column(key="kinds.text.depth", title="depth of text", format=".2f"),
         Column(key="kinds.operations.depth", title="depth of operations", format=".2f"),
-        Column(key="deeper", title="operations by text", format=".2f"),
-        Column(key="skipped", title="token-layers really skipped", format=".1%"),
+        Column(key="deeper", title="operations / text", format=".2f"),
+        Column(key="skipped", title="token-layers skipped", format=".1%"),
     ),
 )

@@ -100,9 +100,9 @@ def table(figures: ByArm) -> str:
         rows.append([arm, mean_and_spread(steps, ",.0f"), *cells, _risen(figures, arm)])
     columns = ["arm", "best step", "validation, last", "best", "test, last", "best", "overfits from"]
     note = (
-        "Nats of the pass that skips. *Best* is the step of the lowest validation loss of those that were validated; "
-        f"its test loss is no choice of ours. *Overfits from*: the first step from which on the validation loss "
-        f"stays more than {RISE:g} nats above the best."
+        "Losses in nats of the pass that skips. *Best* is the validated step with the lowest validation loss; the test "
+        "split played no part in choosing it. *Overfits from* is the first step after which the validation loss stays "
+        f"more than {RISE:g} nats above the best."
     )
     section = Section(title="Last and best step", columns=columns, rows=rows, notes=[note])
     return markdown([section]).strip("\n") if rows else ""

@@ -41,8 +41,8 @@ def control_arms(scale: str) -> dict[str, RecipeDict]:
 
 TSA_SHAKESPEARE = on_text(
     name="tsa_shakespeare",
-    purpose="Token-Selective Attention on Tiny-Shakespeare: the paper's table and sweep, soft and as executed",
-    about=f"{ABOUT} {EQUAL} *early-exit* is the learned one of this package, not the paper's, which is by confidence.",
+    purpose="Token-Selective Attention on Tiny-Shakespeare: the paper's table and sweep, soft and executed",
+    about=f"{ABOUT} {EQUAL} *early-exit* is this package's learned early exit; the paper's is decided by confidence.",
     arms=claims_arms,
     columns=(*COLUMNS, *RIVALS),
     published=paper.SHAKESPEARE,
@@ -50,10 +50,10 @@ TSA_SHAKESPEARE = on_text(
 )
 TSA_CONTROLS = on_text(
     name="tsa_controls",
-    purpose="the controls that Token-Selective Attention's paper lacks: start bias, frozen and constant gates, chance",
-    about=f"{ABOUT} *b2* is the router's start bias (the paper's and *tsa*'s is -1), *frozen* keeps every gate's "
-    "weights as they start, *constant* learns one gate a block, *random* draws the share of tokens that each gated "
-    "block keeps.",
+    purpose="Controls for Token-Selective Attention: start bias, frozen and constant gates, random tokens",
+    about=f"{ABOUT} *b2* is the router's start bias (-1 in the paper and in *tsa*). *frozen* never trains the gates' "
+    "weights, *constant* learns one gate per block, and *random* keeps the named share of random tokens in each gated "
+    "block.",
     arms=control_arms,
     columns=COLUMNS,
     published={},

@@ -38,7 +38,7 @@ def details(figures: ByArm, published: Published, corpus: str) -> str:
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
     if published and _same_corpus(figures, corpus):
-        parts.append(beside("Beside the paper", figures, published, _columns(figures), paper.SOURCE))
+        parts.append(beside("Comparison with the paper", figures, published, _columns(figures), paper.SOURCE))
     return "\n\n".join(
         part
         for part in (
@@ -76,12 +76,12 @@ def ways_to_execute(figures: ByArm) -> str:
         if values(figures, arm, "variants.one")
     ]
     note = (
-        "Losses in nats of one set of weights, trained soft. The first three skip alike in number: kept tokens with "
-        "their gate 1 - p; with gain 1, as in the paper's sparse mode; random tokens, as many in each block, with "
-        "gain 1. The last skips nothing: each gate is replaced by its block's mean."
+        "Losses in nats of one set of weights, trained soft. The first three columns skip equally many tokens in each "
+        "block: kept tokens are scaled by their gate 1 - p; or by 1, as in the paper's sparse mode; or the kept tokens "
+        "are random, with gain 1. The last column skips nothing: each gate is replaced by the mean of its block."
     )
-    columns = ["arm", "kept with gain 1 - p", "kept with gain 1", "random tokens", "soft, one constant a block"]
-    section = Section(title="The same weights, executed otherwise", columns=columns, rows=rows, notes=[note])
+    columns = ["arm", "kept with gain 1 - p", "kept with gain 1", "random tokens", "soft, one constant per block"]
+    section = Section(title="Other ways to execute the same weights", columns=columns, rows=rows, notes=[note])
     return markdown([section]).strip("\n") if rows else ""
 
 
@@ -93,8 +93,11 @@ def exit_thresholds(figures: ByArm) -> str:
         loss, skipped, flops = (values(figures, "early-exit", f"{path}.{key}") for key in ("loss", "skipped", "flops"))
         shown = ((loss, ".3f"), (skipped, ".1%"), ([value / 1e6 for value in flops], ".3f"))
         rows += [[f"{threshold:g}", *(mean_and_spread(found, form) for found, form in shown)]] if loss else []
-    columns = ["survival at which a token leaves", "loss, executed", "really skipped", "MFLOPs/token"]
-    note = "One model, executed with several thresholds. FLOPs are counted while it runs, so the stem counts once."
+    columns = ["threshold on survival", "loss, executed", "token-layers skipped", "MFLOPs/token"]
+    note = (
+        "One model, executed with several thresholds. FLOPs are counted while it runs and include, once each, the "
+        "first blocks, the keys and values of every token, and the routers."
+    )
     section = Section(title="Early exit by threshold", columns=columns, rows=rows, notes=[note])
     return markdown([section]).strip("\n") if rows else ""
 
@@ -103,33 +106,33 @@ BESIDE = (
     PublishedColumn(title="loss, soft", key="evaluation.ways.oracle.loss", published="loss", format=".4f"),
     PublishedColumn(title="alpha", key="alpha", published="alpha"),
     PublishedColumn(title="saved by the paper's metric", key="claimed", published="saved", format=".1%"),
-    PublishedColumn(title="really skipped", key="skipped", format=".1%"),
+    PublishedColumn(title="skipped", key="skipped", format=".1%"),
 )
 COLUMNS = (
     Column(key="evaluation.ways.oracle.loss", title="loss, soft", better="low"),
     Column(key="evaluation.ways.executed.loss", title="loss, executed", better="low"),
     Column(key="gap", title="executed - soft", format="+.3f"),
     Column(key="claimed", title="saved by the paper's metric", format=".1%"),
-    Column(key="skipped", title="token-layers really skipped", format=".1%"),
+    Column(key="skipped", title="token-layers skipped", format=".1%"),
     Column(key="evaluation.flops_per_token.counted", title="MFLOPs/token", format=".3f", unit=1e6, relative=True),
     Column.speed("forward", "forward tokens/s, 64 rows"),
 )
-RIVALS = tuple(Column(key=key, title=f"over {rival}", format="+.3f") for key, rival in equal_flops.RIVALS.items())
+RIVALS = tuple(Column(key=key, title=f"vs. {rival}", format="+.3f") for key, rival in equal_flops.RIVALS.items())
 GATES = (
-    "Token-Selective Attention as published (arXiv 2605.05222): a gate 1 - p scales each token's update in every block "
-    "but the first, and lambda prices open gates."
+    "Token-Selective Attention as published (arXiv 2605.05222): in every block but the first, a gate 1 - p scales "
+    "each token's update, and lambda weights a penalty on open gates."
 )
 COUNTED = (
-    "The paper's metric counts soft gates as saved work; *really skipped* counts the token-layers that the executed "
-    "pass leaves out, and MFLOPs are counted while it runs."
+    "The paper's metric counts soft gates as saved work; *skipped* counts the token-layers that the executed pass "
+    "leaves out, and MFLOPs are counted while that pass runs."
 )
 ABOUT = (
-    f"{GATES} *Soft* is the pass as trained: it computes everything. *Executed* is the pass that skips tokens with "
-    f"p >= 0.5 and gives kept ones gain 1, as the paper's sparse mode does. {COUNTED}"
+    f"{GATES} *Soft* is the pass as in training, which computes everything. *Executed* skips tokens with p >= 0.5 and "
+    f"gives the kept ones gain 1, as the paper's sparse mode does. {COUNTED}"
 )
 EQUAL = (
-    "The last columns are executed loss less that of dense models, of random tokens, and of early exit, at the arm's "
-    "executed FLOPs, on straight lines between what was run: above 0 is worse."
+    "The last columns are the executed loss minus that of dense models, of random tokens and of early exit at the "
+    "arm's executed FLOPs, interpolated linearly between the models that were run; above 0 is worse."
 )
 
 
