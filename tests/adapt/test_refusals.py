@@ -34,10 +34,10 @@ def changed(source: Path, folder: Path, **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"model_type": "gpt_neox"}, "architecture 'gpt_neox'"),
-        ({"model_type": "gpt_neox"}, "supported: llama, mistral, qwen2, qwen3, gpt2"),
+        ({"model_type": "gptj"}, "architecture 'gptj'"),
+        ({"model_type": "gptj"}, "supported: llama, mistral, ministral, qwen2, qwen3"),
         ({"model_type": "mixtral", "num_local_experts": 4}, "mixture of experts"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window=8"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ],
 )
 def test_sources_that_this_decoder_does_not_compute(

@@ -140,6 +140,46 @@ GROUPS = [  # of neurons: alone, as in the middle of a warm-up, drawn, and insid
         neuron_groups=Frozen(decision="magnitude", group_size=1, capacity=0.7, down_capacity=0.5),
     ),
 ]
+WINDOWS = [  # of slots, with every mechanism: shorter than a row, so that tokens that were skipped count
+    case(attention_window=4),
+    *(case(entry(name), attention_window=3) for name in DEPTH),
+    case(entry("mixture_of_depths", kv="full"), entry("early_exit", on="mlp"), attention_window=2),
+    case(entry("token_selective", on="attention"), activation="polyglu", attention_window=5),
+]
+DECODERS = [  # the parts of other families: Gemma's, those of OLMo, SmolLM and Granite, of GPT-NeoX, and of StableLM
+    case(
+        *map(entry, KINDS[:2]),
+        attention_window=4,
+        window_layers="::2",
+        window_rope_parameters=Frozen(rope_theta=50.0),
+        norm="rmsnorm_offset",
+        norm_placement="around",
+        qk_norm=True,
+        attention_scale=0.3,
+        attention_soft_cap=5.0,
+        logit_soft_cap=4.0,
+        embedding_scale=3.0,
+    ),
+    case(
+        entry("mixture_of_depths"),
+        norm_placement="after",
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        rope_layers=(0, 2),
+        residual_scale=0.5,
+        logit_scale=0.3,
+    ),
+    case(
+        entry("early_exit"),
+        entry("mixture_of_depths", on="mlp"),
+        parallel_residual=True,
+        rope_parameters=Frozen(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5),
+        norm="layernorm",
+        mlp="plain",
+        mlp_bias=True,
+    ),
+    case(entry("token_selective"), parallel_residual=True, norm_placement="shared", norm="layernorm_without_bias"),
+]
 NESTED = [
     case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),
     case(*[entry(n, on=on) for n in DEPTH for on in ("block", "attention", "mlp")], activation="polyglu"),
@@ -152,6 +192,8 @@ NESTED = [
     *(case(*map(entry, names), activation=form) for form in FORMS for names in ((), KINDS[:1], KINDS)),
     *EXPERTS,
     *GROUPS,
+    *WINDOWS,
+    *DECODERS,
 ]
 EVERY_DECISION = [  # with every weight
     case(entry("mixture_of_depths", decision=decision, weight=weight))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from skipstone.core.selection import Gathered, Padded
 from skipstone.core.tokens import Tokens
-from skipstone.nn.attention import Attention, AttentionShape, slot_mask
+from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.norm import RMSNorm
+from skipstone.nn.windows import slot_mask
 
 H, G, E, D = 4, 2, 6, 16
 
@@ -42,7 +43,7 @@ def tokens(T: int, **more: object) -> Tokens:
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
-@pytest.mark.parametrize("more", [{}, {"bias": True, "output_bias": True}, {"head_norm": RMSNorm}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"bias": True, "output_bias": True}, {"norm": RMSNorm}], ids=str)
 def test_formula(kind: str, more: dict[str, object]) -> None:
     layer, x = attention(kind, **more), torch.randn(2, 7, D)
     got = layer(x, tokens(7))

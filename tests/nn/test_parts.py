@@ -12,7 +12,7 @@ from torch import nn
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms import PolyGLU
 from skipstone.nn.attention import Attention, AttentionShape
-from skipstone.nn.block import Block
+from skipstone.nn.block import Block, Residual
 from skipstone.nn.mlp import FUNCTIONS, FixedActivation, GatedMLP, PlainMLP
 from skipstone.nn.norm import RMSNorm
 from skipstone.nn.positions import Rotary
@@ -72,7 +72,13 @@ def block(dropout: float = 0.0) -> Block:
     torch.manual_seed(0)
     shape = AttentionShape(hidden_size=8, num_heads=2, num_key_value_heads=2, head_dim=4, residual_dropout=dropout)
     attention = Attention(shape, SimpleNamespace(_attn_implementation="sdpa"), 0)
-    return Block(attention, GatedMLP(8, 12, FixedActivation("silu"), dropout=dropout), RMSNorm(8), RMSNorm(8), {}, {})
+    return Block(
+        attention,
+        GatedMLP(8, 12, FixedActivation("silu"), dropout=dropout),
+        Residual(before_attention=RMSNorm(8), before_mlp=RMSNorm(8)),
+        {},
+        {},
+    )
 
 
 def test_a_plain_block_adds_attention_then_mlp() -> None:

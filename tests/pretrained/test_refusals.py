@@ -16,13 +16,6 @@ from skipstone_studies.speed import parity
 
 WEIGHTS = "model.safetensors"
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "factor": 2.0,
-    "short_factor": [1.0] * 6,
-    "long_factor": [2.0] * 6,
-}
 
 
 def refusal(source: str | Path, kind: type[Exception] = ValueError, **options: Any) -> str:
@@ -44,21 +37,17 @@ def describe(folder: Path, case: str, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("case", "changes", "said"),
     [
-        ("Llama", {"model_type": "gpt_neox"}, "architecture 'gpt_neox'"),
-        ("Llama", {"model_type": "gpt_neox"}, "llama, mistral, qwen2, qwen3, gpt2"),
+        ("Llama", {"model_type": "gptj"}, "architecture 'gptj'"),
+        ("Llama", {"model_type": "gptj"}, "llama, mistral, ministral, qwen2, qwen3, smollm3, granite, olmo2, gemma2"),
+        ("Llama", {"model_type": "gemma3"}, "architecture 'gemma3' is not one of"),
         ("Llama", {"model_type": "not_even_known"}, "architecture 'not_even_known'"),
         ("Llama", {"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
         ("Qwen3", {"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
         ("Llama", {"model_type": None}, "no model_type"),
         ("Llama", {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}, "architecture 'x'"),
-        ("Mistral", {"sliding_window": 16}, "sliding_window=16"),
-        ("Mistral", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 16}, "ministral"),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": None, "max_window_layers": 1},
-         "sliding_window=16"),
         ("Qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'chunked_attention'"),
         ("Llama", {"rope_parameters": DYNAMIC}, "rope_type 'dynamic'"),
-        ("Qwen2", {"rope_parameters": LONG}, "rope_type 'longrope'"),
-        ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("Llama", {"partial_rotary_factor": 0.25}, "head_dim 12 times partial_rotary_factor 0.25 must be even"),
         ("Llama", {"hidden_act": "relu2"}, "hidden_act 'relu2'"),
         ("GPT-2", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
         ("GPT-2", {"scale_attn_weights": False}, "scale_attn_weights=False"),

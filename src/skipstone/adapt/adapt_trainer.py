@@ -116,8 +116,9 @@ class AdaptTrainer(RunTrainer):
         if not chunked:
             return {"loss_chunk": 0} if wanted.distillation else {}
         distillation = Distillation(
-            hidden_BTE=self.theirs.last_hidden_state,
+            hidden_BTE=teacher.to_head(self.theirs.last_hidden_state),
             head_VE=teacher.lm_head.weight,
+            soft_cap=teacher.config.logit_soft_cap,
             language_modelling=wanted.language_modelling,
             distillation=wanted.distillation,
             temperature=wanted.temperature,

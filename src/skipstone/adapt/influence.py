@@ -28,7 +28,8 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
     seen: list[Tensor] = []
     blocks = model.model.layers
     hooks = [block.register_forward_hook(lambda _, args, out: seen.extend((args[0], out[0]))) for block in blocks]
-    hooks += [block.self_attn.register_forward_hook(lambda _, args, out: seen.append(out)) for block in blocks]
+    last = [block.attention_output_layernorm or block.self_attn for block in blocks]
+    hooks += [module.register_forward_hook(lambda _, args, out: seen.append(out)) for module in last]
     try:
         for row in rows:
             seen.clear()
@@ -36,9 +37,11 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
             model(**inputs, use_cache=False, logits_to_keep=1)
             real_BT = real_tokens(inputs)
             found = []
-            for a_BTD, x_BTD, y_BTD in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
-                before, between, after = x_BTD[real_BT], (x_BTD + a_BTD)[real_BT], y_BTD[real_BT]
-                found.append({"block": (before, after), "attention": (before, between), "mlp": (between, after)})
+            for block, a_BTD, x_BTD, y_BTD in zip(blocks, seen[::3], seen[1::3], seen[2::3], strict=True):
+                a_ND, before, after = block.residual_scale * a_BTD[real_BT], x_BTD[real_BT], y_BTD[real_BT]
+                between = before + a_ND
+                mlp = (before, after - a_ND) if block.parallel else (between, after)
+                found.append({"block": (before, after), "attention": (before, between), "mlp": mlp})
             yield found
     finally:
         for hook in hooks:

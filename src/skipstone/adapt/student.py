@@ -74,10 +74,24 @@ def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> Skipstone
             tensors[name] = value
         elif int(found[1]) in kept:
             tensors[f"model.layers.{kept.index(int(found[1]))}.{found[2]}"] = value
-    config = SkipstoneConfig.from_plain({**plain(model.config), "num_hidden_layers": len(kept)})
+    left = {"num_hidden_layers": len(kept), **_patterns(model.config, kept)}
+    config = SkipstoneConfig.from_plain({**plain(model.config), **left})
     smaller = SkipstoneForCausalLM(config).to(model.dtype)
     smaller.load_state_dict(tensors)
     return smaller.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _patterns(config: SkipstoneConfig, kept: Sequence[int]) -> PlainDict:
+    """The layers that have a window or rotary positions, as they are numbered among those that are kept."""
+    windowed, rotary = config.windowed_layers(), config.rotary_layers()
+    patterns: PlainDict = {}
+    if config.window_layers is not None:
+        left = [i for i, layer in enumerate(kept) if layer in windowed]
+        none = {"attention_window": None, "window_layers": None, "window_rope_parameters": None}
+        patterns |= {"window_layers": left} if left else none
+    if config.rope_layers is not None:
+        patterns["rope_layers"] = [i for i, layer in enumerate(kept) if layer in rotary]
+    return patterns
 
 
 def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> SkipstoneForCausalLM:

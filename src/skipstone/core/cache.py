@@ -12,22 +12,31 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from skipstone.core.row_subset import RowSubset
+from skipstone.ops.reference import gather_rows
 
 EMPTY = 2**62  # slot of an unused column: no query's slot reaches it, so causality masks it by itself
 GROWTH = 64  # columns added at a time, at least
+SLACK = 64  # entries kept beyond a window, so that as many tokens can be cropped; and added before the next forgetting
+
+
+def entries_held(entries: float, window: int | None) -> float:
+    """How many of a row's entries are left, once a call is over, in a block with this window."""
+    return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
 class RaggedStore:
     """Append-only storage with rows of different lengths: named tensors [B, columns, ...] and the slot of each entry.
 
     lengths: number of entries of each row, on the host; None while all rows are equally long. width: length of the
-    longest row. Methods that take `rows` work on these rows only, and tensors then have one row for each of them.
+    longest row. forgotten: number of each row's oldest entries that were dropped; None: none. Methods that take `rows`
+    work on these rows only, and tensors then have one row for each of them.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, Tensor] = {}
         self.width = 0
         self.lengths: list[int] | None = None
+        self.forgotten: list[int] | None = None
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
         """Append the real tokens of one call to their rows.
@@ -118,12 +127,43 @@ class RaggedStore:
             return True
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
-    def view(self, name: str, rows: RowSubset | None = None) -> Tensor:
-        """Return the columns in use of one tensor, [B, C, ...]; columns beyond a row's length have EMPTY slots."""
-        if rows is None:
-            return self.entries[name][:, : self.width]
-        longest = self.width if self.lengths is None else max(self.lengths[b] for b in rows.at)
-        return rows.gather(self.entries[name][:, :longest])
+    def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
+        """Return the columns in use of one tensor, [B, C, ...]; columns beyond a row's length have EMPTY slots.
+
+        newest: return at most so many of the newest entries of each row; they are copied where rows differ in length.
+        """
+        longest = self.width
+        if rows is not None and self.lengths is not None:
+            longest = max(self.lengths[b] for b in rows.at)
+        if newest is None or longest <= newest:
+            part = self.entries[name][:, :longest]
+            return part if rows is None else rows.gather(part)
+        if self.even(rows):
+            part = self.entries[name][:, longest - newest : longest]
+            return part if rows is None else rows.gather(part)
+        value = self.entries[name] if rows is None else rows.gather(self.entries[name])
+        lengths = self.lengths or []
+        first = [max(length - newest, 0) for length in (lengths if rows is None else [lengths[b] for b in rows.at])]
+        first_B1 = torch.tensor(first, device=value.device)[:, None]
+        return gather_rows(value, first_B1 + torch.arange(newest, device=value.device))
+
+    def forget(self, keep: int) -> None:
+        """Drop all but the newest `keep` entries of each row. No host sync."""
+        if self.width <= keep:
+            return
+        slot = self.entries["slot"]
+        lengths = [self.width] * slot.shape[0] if self.lengths is None else self.lengths
+        dropped = [max(length - keep, 0) for length in lengths]
+        if self.lengths is None:
+            self.entries = {
+                name: value[:, self.width - keep : self.width].clone() for name, value in self.entries.items()
+            }
+        else:
+            first_B1 = torch.tensor(dropped, device=slot.device)[:, None]
+            column_BK = first_B1 + torch.arange(keep, device=slot.device)
+            self.entries = {name: gather_rows(value, column_BK) for name, value in self.entries.items()}
+        self.forgotten = [a + b for a, b in zip(self.forgotten or [0] * len(dropped), dropped, strict=True)]
+        self._settle([min(length, keep) for length in lengths])
 
     def last(self, name: str, rows: RowSubset | None = None) -> Tensor | None:
         """Return the newest entry of each row, [B, ...], zeros for an empty row; None before the first append."""
@@ -140,19 +180,30 @@ class RaggedStore:
         has = torch.tensor([self.lengths[b] > 0 for b in at], device=value.device)
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
-    def crop(self, slots: int) -> None:
-        """Remove all entries whose slot is `slots` or larger."""
+    def crop(self, slots: int, window: int | None = None) -> None:
+        """Remove all entries whose slot is `slots` or larger. Raises ValueError if a window reaches dropped entries."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
+        lengths = stays.sum(1).tolist()
+        if self.forgotten is not None and slots > 0:
+            pairs = zip(lengths, self.forgotten, strict=True)
+            if window is not None and any(dropped and left < window - 1 for left, dropped in pairs):
+                raise ValueError(
+                    f"the cache cannot be cropped to {slots} tokens: a block with a window of {window} has forgotten "
+                    f"what it would need; {SLACK} tokens can always be taken back"
+                )
         self.entries["slot"] = torch.where(stays, self.entries["slot"], EMPTY)
-        self._settle(stays.sum(1).tolist())
+        self.forgotten = self.forgotten if slots > 0 else None
+        self._settle(lengths)
 
     def take(self, rows: Tensor) -> None:
         """Keep the rows at these indices, in this order; indices may repeat (beam search, batch select and repeat)."""
         self.entries = {name: value.index_select(0, rows.to(value.device)) for name, value in self.entries.items()}
         if self.lengths is not None:
             self._settle([self.lengths[b] for b in rows.tolist()])
+        if self.forgotten is not None:
+            self.forgotten = [self.forgotten[b] for b in rows.tolist()]
 
     def stored(self) -> int:
         """Return the number of entries over all rows."""
@@ -196,6 +247,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.stores: dict[str, RaggedStore] = {}
         # Values that a decoding step may reuse from the step before, after checking that they still hold.
         self.scratch: dict[str, object] = {}
+        self.window: int | None = None  # of the block, which says so when it stores; keys beyond it are forgotten
         self.cumulative_length = 0
 
     def store(self, name: str) -> RaggedStore:
@@ -272,8 +324,10 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 
     def advance(self, tokens: int) -> None:
-        """Add to the number of tokens that the model has seen."""
+        """Add to the number of tokens that the model has seen, and drop the entries that no window reaches."""
         self.cumulative_length += tokens
+        if self.window is not None and entries_held(self.kv.width, self.window) < self.kv.width:
+            self.kv.forget(self.window + SLACK)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens that the model has seen, including those that this block skipped."""
@@ -296,7 +350,8 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         """Keep the first `max_length` slots; 0 or a negative number removes that many of the newest slots instead."""
         length = max_length if max_length > 0 else self.cumulative_length + max_length
         if length < self.cumulative_length:
-            for store in self._all():
+            self.kv.crop(length, self.window)
+            for store in self.stores.values():
                 store.crop(length)
             self.cumulative_length = max(length, 0)
 

@@ -85,8 +85,8 @@ class StaticStore(RaggedStore):
         """Return False: unused columns are always in view."""
         return False
 
-    def view(self, name: str, rows: RowSubset | None = None) -> Tensor:
-        """Return all columns of one tensor, [B, C, ...]."""
+    def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
+        """Return all columns of one tensor, [B, C, ...]; `newest` is ignored, and windows only mask."""
         assert rows is None
         return self.entries[name][:, 1 : self.width + 1]
 
@@ -99,7 +99,7 @@ class StaticStore(RaggedStore):
         has = (self.lengths_B > 0).view(-1, *[1] * (newest.dim() - 1))
         return torch.where(has, newest, torch.zeros_like(newest))
 
-    def crop(self, slots: int) -> None:
+    def crop(self, slots: int, window: int | None = None) -> None:
         if self.width:
             slot_BC = self.entries["slot"]
             slot_BC.masked_fill_(slot_BC >= slots, EMPTY)

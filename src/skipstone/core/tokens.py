@@ -51,12 +51,13 @@ class Tokens:
     int64, for position embeddings; never renumbered. rotary: cos and sin [B, T, E] of the positions, or None.
     document_BT: int64 document of each token; None: one document per row. real_BT: bool, False for padding; None: every
     token is real. aligned: real tokens are known to come first in every row. gain_BT: factor on both sub-layers'
-    updates; None: 1. queries: the tokens whose update is computed; the others still serve as keys and values. rows: the
-    rows of the cache that these tokens continue; None: all. unpadding: indices of the real tokens if many are padding;
-    projections and MLP then see [1, N, D]. state: named tensors [B, T] that are carried between blocks, created before
-    block 0. forced_BT: bool, the decision that the caller imposes on this block, or None. noise_seed: int64 [], the
-    seed of this pass's random numbers (`core/noise.py`); None: drawn when needed. mode: how the pass decides and
-    executes.
+    updates; None: 1. reach: upper bound of the distance of two slots of a row plus 1, cached tokens included; None: not
+    known on the host. queries: the tokens whose update is computed; the others still serve as keys and values. rows:
+    the rows of the cache that these tokens continue; None: all. unpadding: indices of the real tokens if many are
+    padding; projections and MLP then see [1, N, D]. state: named tensors [B, T] that are carried between blocks,
+    created before block 0. forced_BT: bool, the decision that the caller imposes on this block, or None. noise_seed:
+    int64 [], the seed of this pass's random numbers (`core/noise.py`); None: drawn when needed. mode: how the pass
+    decides and executes.
     """
 
     slot_BT: Tensor
@@ -66,6 +67,7 @@ class Tokens:
     real_BT: Tensor | None = None
     aligned: bool = False
     gain_BT: Tensor | None = None
+    reach: int | None = None
     queries: Selection = EVERYONE
     rows: RowSubset | None = None
     unpadding: Unpadding | None = None

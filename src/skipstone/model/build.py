@@ -16,14 +16,23 @@ from skipstone.mechanisms.grouping import NAME as NEURON_GROUPS
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.parts import GroupsEntry, MechanismEntry
 from skipstone.nn.attention import Attention, AttentionShape
-from skipstone.nn.block import SITES, Block
+from skipstone.nn.block import SITES, Block, Residual
+from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
 from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
-from skipstone.nn.positions import Rotary
+from skipstone.nn.positions import Rotary as Rotary
+from skipstone.nn.windows import pairs as pairs
+
+PLACEMENTS = {  # norm_placement: the norms of `nn/block.py` that a block has
+    "before": ("before_attention", "before_mlp"),
+    "after": ("after_attention", "after_mlp"),
+    "around": ("before_attention", "before_mlp", "after_attention", "after_mlp"),
+    "shared": ("before_attention",),
+}
 
 
 def _norm(config: SkipstoneConfig, width: int) -> nn.Module:
@@ -62,7 +71,11 @@ def _attention(config: SkipstoneConfig, layer: int) -> Attention:
         output_bias=config.attention_output_bias,
         dropout=config.attention_dropout,
         residual_dropout=config.residual_dropout,
-        head_norm=partial(_norm, config) if config.qk_norm else None,
+        norm=partial(_norm, config) if config.qk_norm else None,
+        over_all_heads=config.qk_norm_over == "all_heads",
+        scale=config.attention_scale,
+        soft_cap=config.attention_soft_cap,
+        window=config.attention_window if layer in config.windowed_layers() else None,
     )
     return Attention(shape, config, layer)
 
@@ -103,8 +116,13 @@ def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry]) -
         )
         mechanisms[entry.key] = DEPTH[entry.kind](config.hidden_size, placement, config=entry.options)
     feed = _mlp(config, layer)
-    norms = (_norm(config, config.hidden_size), _norm(config, config.hidden_size))
-    return Block(_attention(config, layer), feed, *norms, mechanisms, sites)
+    return Block(_attention(config, layer), feed, _residual(config), mechanisms, sites)
+
+
+def _residual(config: SkipstoneConfig) -> Residual:
+    norms = {name: _norm(config, config.hidden_size) for name in PLACEMENTS[config.norm_placement]}
+    shared = config.norm_placement == "shared"
+    return Residual(**norms, shared=shared, parallel=config.parallel_residual, scale=config.residual_scale)  # type: ignore[arg-type]
 
 
 def _mlp(config: SkipstoneConfig, layer: int) -> FeedForward:
@@ -139,11 +157,23 @@ def build_norm(config: SkipstoneConfig) -> nn.Module:
     return _norm(config, config.hidden_size)
 
 
+def build_embedding(config: SkipstoneConfig) -> nn.Embedding:
+    """The embedding of tokens."""
+    sizes = (config.vocab_size, config.hidden_size, config.pad_token_id)
+    return nn.Embedding(*sizes) if config.embedding_scale == 1 else ScaledEmbedding(*sizes, config.embedding_scale)
+
+
 def build_positions(config: SkipstoneConfig) -> nn.Module:
     """Build the position embedding: rotary angles or a learned embedding."""
     if config.positions == "rope":
         return Rotary(config)
     return nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+
+def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
+    """Rotary angles of the blocks with a window, where theirs differ."""
+    rope = config.window_rope_parameters
+    return None if rope is None or config.positions != "rope" else Rotary(config, rope)
 
 
 def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
@@ -162,7 +192,7 @@ def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
 
 def _is_ours(module: nn.Module) -> bool:
     """Return whether a module initialises itself by `reset_parameters`; transformers initialises all others."""
-    return type(module).__module__.startswith("skipstone.") and not isinstance(module, nn.Linear)
+    return type(module).__module__.startswith("skipstone.") and not isinstance(module, nn.Linear | nn.Embedding)
 
 
 def _start_as_torch(module: nn.Linear) -> None:

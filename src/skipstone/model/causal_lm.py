@@ -24,6 +24,7 @@ from skipstone.core.routing_module import RoutingModule, require_causal
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
+from skipstone.model.build import Rotary
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
     DecoderOutput,
@@ -119,9 +120,9 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None and out.records is not None  # noqa: PT018
-        hidden_BTD = out.last_hidden_state[:, keep]
+        hidden_BTD = self.to_head(out.last_hidden_state[:, keep])
         target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
-        logits_BTV = self.lm_head(hidden_BTD) if target_BT is None or not loss_chunk else None
+        logits_BTV = self._logits(hidden_BTD) if target_BT is None or not loss_chunk else None
         losses: PlainDict = {}
         if target_BT is not None:
             items = kwargs.get("num_items_in_batch")
@@ -133,6 +134,15 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             records=out.records if output_records else None,
             **losses,
         )
+
+    def to_head(self, hidden_BTD: Tensor) -> Tensor:
+        """What the head reads: the normed stream times `config.logit_scale`."""
+        return hidden_BTD if self.config.logit_scale == 1 else hidden_BTD * self.config.logit_scale
+
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+        logits_BTV = self.lm_head(hidden_BTD)
+        cap = self.config.logit_soft_cap
+        return logits_BTV if cap is None else (logits_BTV / cap).tanh() * cap
 
     def _losses(
         self,
@@ -189,8 +199,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         given = (hidden_BTD.flatten(0, 1), self.lm_head.weight, target_N)
         count = (target_N != IGNORED).sum() if items is None else torch.as_tensor(items, device=target_N.device)
         if distillation is None:
-            return {"token_loss": linear_cross_entropy(*given, chunk) / count}
-        minimised, nats, divergence = linear_distillation_loss(*given, distillation, chunk)
+            return {"token_loss": linear_cross_entropy(*given, chunk, self.config.logit_soft_cap) / count}
+        minimised, nats, divergence = linear_distillation_loss(*given, distillation, chunk, self.config.logit_soft_cap)
         return {
             "minimised": minimised / count,
             "token_loss": nats / count,
@@ -254,11 +264,23 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the allowed arguments from its signature
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> PlainDict:
-        """Return transformers' inputs of a step, with causal decisions, no noise and this call's documents."""
+        if self._outgrown(args[0] if args else kwargs["input_ids"], kwargs.get("past_key_values")):
+            kwargs |= {"past_key_values": None, "next_sequence_length": None}
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if inputs.get("document_ids") is not None:
             inputs["document_ids"] = _documents(inputs)
         return {"routing": "causal", "noise": False, **inputs}
+
+    def _outgrown(self, input_ids: Any, cache: Cache | None) -> bool:
+        """Whether longrope now takes its frequencies for long rows, so that keys turned by the others are stale.
+
+        The row is then computed anew, once, as transformers does.
+        """
+        positions = self.model.positions
+        border = positions.border if isinstance(positions, Rotary) else None
+        if border is None or cache is None or input_ids is None:
+            return False
+        return bool(input_ids.shape[1] > border >= cache.get_seq_length())
 
     @staticmethod
     def create_masks_for_generate(

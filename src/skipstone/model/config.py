@@ -17,8 +17,8 @@ from skipstone.model.parts import (
     FIXED_MIX,
     MLPS,
     NORMS,
+    ROPES,
     ROW_OF_16_BYTES,
-    STATIC_ROPE,
     ActivationEntry,
     Entry,
     ExpertsEntry,
@@ -67,9 +67,9 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         for name, table in (("norm", NORMS), ("mlp", {**MLPS, "experts": None})):
             choose(name, getattr(self, name), table)
         if self.positions == "rope":
-            kind = (self.rope_parameters or {}).get("rope_type", "default")
-            if kind not in STATIC_ROPE:
-                raise ValueError(unknown("rope_type", kind, STATIC_ROPE))
+            for rope in (self.rope_parameters, self.window_rope_parameters):
+                if (kind := (rope or {}).get("rope_type", "default")) not in ROPES:
+                    raise ValueError(unknown("rope_type", kind, ROPES))
 
     def _check_activation(self) -> None:
         entry = self.activation_entry

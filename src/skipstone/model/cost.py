@@ -5,6 +5,7 @@ convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py
 
     2 (kv_tokens (K + V) + query_tokens (Q + O))   attention, linear; a capital is the size of the weight
     4 H E query_tokens (S + kv_tokens)             attention, scores and weighted values; not halved for causality
+                                                   (with a window see `_score_pairs`)
     2 query_tokens MLP                             plus the routers' own; with experts, the choices that are computed
 
 `measure/flops.py` counts the same while operations execute; a test over all mechanisms holds both equal.
@@ -20,12 +21,13 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from skipstone.core.cache import entries_held
 from skipstone.core.counts import Amount, TokenCounts
 from skipstone.core.records import DepthRecord, Records, find
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 from skipstone.core.unpad import pays
-from skipstone.model.build import Attention, Block, Blocks
+from skipstone.model.build import Attention, Block, Blocks, pairs
 
 Kept = Mapping[int, Mapping[str, Amount]]
 SLOT_BYTES = 8  # one int64 slot for each pair of key and value
@@ -258,7 +260,8 @@ def _cost(model: Model, call: _Call) -> Cost:
         kept = call.kept.get(i, {})
         trained = [_work(block, call.tokens, which, True, call.mechanisms) for which in (kept, _unpadded(kept))]
         training += _training(block, *trained)
-        kv += (stored + work.attention.kv_tokens) * _entry_bytes(block.self_attn)
+        held = entries_held(stored + work.attention.kv_tokens, block.self_attn.window)
+        kv += held * _entry_bytes(block.self_attn)
         state += _state_bytes(before) + _state_bytes(work)
     return Cost(
         tokens=call.tokens,
@@ -281,7 +284,7 @@ def _executed(block: Block, call: _Call, layer: int) -> tuple[_Work, _Work, floa
     work, seen = (
         _work(block, call.tokens, which, oracle, call.mechanisms, single_token) for which in (kept, _unpadded(kept))
     )
-    stored = call.stored.get(layer, before.attention.kv_tokens)
+    stored = call.stored.get(layer, entries_held(before.attention.kv_tokens, block.self_attn.window))
     return before, work, stored, _flops(block, work, seen, stored, call.routing)
 
 
@@ -329,13 +332,22 @@ def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: s
     attention, counts, each = block.self_attn, work.attention, unpadded.attention
     given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
-    keys = stored + max(counts.kv_tokens, 1)  # the mean may be below one, but a query always attends to itself
     return Flops(
         attention_linear=2 * (each.kv_tokens * given + each.query_tokens * asked),
-        attention_score=4 * counts.query_tokens * keys * attention.q_proj.weight.shape[0],
+        attention_score=4 * _score_pairs(counts, stored, attention.window) * attention.q_proj.weight.shape[0],
         mlp=2 * unpadded.passes * block.mlp.weights_per_pass(),
         router=sum(mechanism.flops(tokens, routing) for mechanism, tokens in work.mechanisms),
     )
+
+
+def _score_pairs(counts: TokenCounts, stored: float, window: int | None) -> float:
+    """Pairs of query and key of a row whose scores are computed; of a window W, those of bands of W queries and 2 W
+    keys where they are fewer, and after a cache at most the newest W - 1 keys of it."""
+    own = max(counts.kv_tokens, 1)  # a mean below one token, as in decoding: a query sees itself in full
+    if stored or counts.query_tokens != own:
+        before = stored if window is None else min(stored, window - 1)
+        return counts.query_tokens * (before + own)
+    return pairs(own, window)
 
 
 def _training(block: Block, work: _Work, unpadded: _Work) -> Flops:

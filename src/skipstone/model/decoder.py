@@ -26,13 +26,22 @@ from skipstone.core.records import Records, carried
 from skipstone.core.static import SkipstoneStaticCacheLayer
 from skipstone.core.strict import PlainDict, PlainMapping, unknown
 from skipstone.core.tokens import Executor, PassMode, Tokens
-from skipstone.model.build import Block, build_blocks, build_norm, build_positions, initialise
+from skipstone.model.build import (
+    Block,
+    build_blocks,
+    build_embedding,
+    build_norm,
+    build_positions,
+    build_window_positions,
+    initialise,
+)
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
 from skipstone.model.tokens import Call, tokens_of
 from skipstone.ops.reference import dropped
 
 Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
+Rotation = tuple[Tensor, Tensor]  # cos and sin of each token's angles
 
 
 @dataclass
@@ -142,10 +151,12 @@ class SkipstoneModel(SkipstonePreTrainedModel):
 
     def __init__(self, config: SkipstoneConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = build_embedding(config)
         self.positions = build_positions(config)
+        self.window_positions = build_window_positions(config)
         self.layers = build_blocks(config)
         self.norm = build_norm(config)
+        self.turned_by = self._turned_by(config)
         self.gradient_checkpointing = False
         blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
@@ -185,11 +196,14 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         mode, forced = self._mode(routing, noise, executor, x_BTD.shape[:2])
         cache = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
         tokens = self._tokens(x_BTD, mode, cache, attention_mask, position_ids, document_ids)
-        x_BTD = self._positioned(x_BTD, tokens)
+        x_BTD, angles = self._positioned(x_BTD, tokens)
+        tokens = tokens.replace(rotary=angles[self.turned_by[0]])
         records = []
         # transformers temporarily lowers the number to draft with the first blocks (`assistant_early_exit`)
         for i, block in enumerate(islice(self.layers, self.config.num_hidden_layers)):
-            given = tokens.replace(forced_BT=forced[i]) if i in forced else tokens
+            given = tokens
+            if i in forced or self.turned_by[i] != self.turned_by[0]:
+                given = tokens.replace(rotary=angles[self.turned_by[i]], forced_BT=forced.get(i))
             x_BTD, decided = block(x_BTD, given, past_key_values=cache)
             if carry := carried(decided.values()):
                 tokens = tokens.replace(state={**tokens.state, **carry})
@@ -273,7 +287,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         position_ids: Tensor | None,
         document_ids: Tensor | None,
     ) -> Tokens:
-        """Return the tokens of this call, with rotary angles and initial mechanism state."""
+        """Return the tokens of this call, with initial mechanism state."""
         call = Call(
             shape=x_BTD.shape[:2],
             device=x_BTD.device,
@@ -287,17 +301,27 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         for block in self.layers:
             for mechanism in block.mechanisms.values() if block.num_routing_modules else ():
                 state.update(mechanism.initial_state(x_BTD))
-        rope = self.config.positions == "rope"
-        rotary = self.positions(tokens.position_BT, x_BTD.dtype) if rope else None
         draws = tokens.mode.noise and any(block.num_routing_modules for block in self.layers)
         seed = draw_seed(x_BTD.device) if draws else None
-        return tokens.replace(state=state, rotary=rotary, noise_seed=seed)
+        return tokens.replace(state=state, noise_seed=seed)
 
-    def _positioned(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Add learned positions, if the model has them, and apply embedding dropout."""
+    def _turned_by(self, config: SkipstoneConfig) -> list[str]:
+        """For each block which of the model's rotary angles its queries and keys are turned by."""
+        windowed = config.windowed_layers() if self.window_positions is not None else []
+        rotary = config.rotary_layers() if config.positions == "rope" else []
+        names = {i: "window" if i in windowed else "row" for i in rotary}
+        return [names.get(i, "none") for i in range(config.num_hidden_layers)]
+
+    def _positioned(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Rotation | None]]:
+        """Add learned positions and embedding dropout to the stream; return it with the rotary angles by name."""
+        angles: dict[str, Rotation | None] = {"none": None}
         if self.config.positions != "rope":
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
-        return dropped(x_BTD, self.config.embedding_dropout, self.training)
+        else:
+            angles["row"] = self.positions(tokens.position_BT, x_BTD.dtype)
+            if self.window_positions is not None:
+                angles["window"] = self.window_positions(tokens.position_BT, x_BTD.dtype)
+        return dropped(x_BTD, self.config.embedding_dropout, self.training), angles
 
     def _checked(self, position_BT: Tensor) -> Tensor:
         """Return the positions after checking them against the context length."""

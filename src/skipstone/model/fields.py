@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, get_type_hints
 
 from skipstone.core.strict import PlainDict, PlainMapping, build, convert, mistakes, unknown
+from skipstone.model.layers import parse_layers
 
 FORMAT_VERSION = 1
 Written: TypeAlias = Mapping[str, object]  # options of a part as a user wrote them
@@ -20,9 +21,12 @@ SIZES = (
     "max_position_embeddings",
 )
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "mlp_hidden_dropout")
-DYNAMIC_ROPE = ("dynamic", "longrope", "proportional")
+DYNAMIC_ROPE = ("dynamic", "proportional")
+SCALES = ("embedding_scale", "residual_scale", "logit_scale")
 ALLOWED = {
     "positions": ("rope", "learned"),
+    "norm_placement": ("before", "after", "around", "shared"),
+    "qk_norm_over": ("head", "all_heads"),
     "linear_init": ("normal", "torch"),
     "auxiliary_loss_over": ("labelled", "all"),
     "training_routing": ("oracle", "causal"),
@@ -47,7 +51,16 @@ MOST_BLOCKS, MOST_BYTES = 1 << 16, 1 << 46  # beyond any machine, so a larger va
 class ModelFields:
     """The sizes and parts of a model: sizes named as in Llama, parts chosen by name, mechanisms as plain dicts.
 
-    norm: rmsnorm | layernorm. positions: rope | learned. mlp: gated | plain | experts; `experts` has the options of the
+    norm: rmsnorm | rmsnorm_offset | layernorm | layernorm_without_bias (see `nn/norm.py`). norm_placement: norms stand
+    before each sub-layer, after it, around it (both), or one norm before both (shared, with parallel_residual).
+    parallel_residual: the MLP reads the same stream as the attention. qk_norm: norm queries and keys, each head by
+    itself or over all heads (qk_norm_over). attention_scale: factor on q k; None: 1/sqrt(head_dim). attention_soft_cap,
+    logit_soft_cap: cap * tanh(x / cap) of scores and logits. embedding_scale, residual_scale, logit_scale: factors on
+    the embeddings, on what each sub-layer adds, and on the logits. attention_window: number of slots that a query sees,
+    its own included, in window_layers (a pattern as in mechanisms; None: all). rope_layers: the blocks with rotary
+    positions; None: all, []: none. window_rope_parameters: RoPE of the blocks with a window; None: rope_parameters.
+    family: the model_type of transformers from which the model was converted.
+    positions: rope | learned. mlp: gated | plain | experts; `experts` has the options of the
     last (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`
     or `{name: fixed_mix, groups: {silu: 96, gelu: 32}}` (see `nn/mlp.py`). neuron_groups: options of groups of a gated
     MLP's neurons that can be off (see `mechanisms/neuron_groups.py`); None: all are always on.
@@ -73,9 +86,22 @@ class ModelFields:
     max_position_embeddings: int = 1024
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
+    norm_placement: str = "before"
+    parallel_residual: bool = False
     positions: str = "rope"
     rope_parameters: PlainDict | None = None
+    rope_layers: str | list[int] | None = None
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    attention_window: int | None = None
+    window_layers: str | list[int] | None = None
+    window_rope_parameters: PlainDict | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp: str = "gated"
@@ -99,6 +125,7 @@ class ModelFields:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         self._fill()
@@ -140,6 +167,7 @@ class ModelFields:
             if getattr(self, field) not in allowed:
                 raise ValueError(unknown(field, getattr(self, field), allowed))
         self._check_positions()
+        self._check_attention()
         self._check_special_tokens()
 
     def _check_size(self) -> None:
@@ -166,24 +194,59 @@ class ModelFields:
         return self.hidden_size * (embeddings + self.num_hidden_layers * (attention + mlp))
 
     def _check_positions(self) -> None:
-        rope = self.rope_parameters or {}
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}: heads turn as a whole"
-            )
+        self.windowed_layers()
+        self.rotary_layers()
         if self.positions != "rope":
+            if self.rope_layers is not None:
+                raise ValueError(f"rope_layers needs positions 'rope', got {self.positions!r}")
             return
-        if self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim must be even with positions 'rope', which turns pairs, got {self.head_dim}")
-        theta = rope.get("rope_theta", 1.0)
+        for field in ("rope_parameters", "window_rope_parameters"):
+            self._check_rope(getattr(self, field) or {}, field)
+
+    def _check_rope(self, rope: PlainDict, field: str) -> None:
+        theta, share = rope.get("rope_theta", 1.0), rope.get("partial_rotary_factor", 1.0)
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-            raise ValueError(f"rope_parameters.rope_theta must be a number above 0, got {theta!r}")
-        kind = rope.get("rope_type", "default")
-        if kind in DYNAMIC_ROPE:
+            raise ValueError(f"{field}.rope_theta must be a number above 0, got {theta!r}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"{field}.partial_rotary_factor must be in (0, 1], got {share!r}")
+        if self.head_dim is not None and (turned := int(self.head_dim * share)) % 2:
+            of = "head_dim" if share == 1 else f"head_dim {self.head_dim} times partial_rotary_factor {share}"
+            raise ValueError(f"{of} must be even with positions 'rope', which turns pairs, got {turned}")
+        if (kind := rope.get("rope_type", "default")) in DYNAMIC_ROPE:
             raise ValueError(
                 f"rope_type {kind!r} changes its frequencies with the input's length, so that cached keys go stale; "
-                "supported: default, linear, llama3, yarn"
+                "supported: default, linear, llama3, yarn, longrope"
             )
+
+    def _check_attention(self) -> None:
+        for field in ("attention_scale", "attention_soft_cap", "logit_soft_cap", *SCALES):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{field} must be above 0, got {value}")
+        if self.attention_window is not None and self.attention_window < 1:
+            raise ValueError(f"attention_window must be at least 1 slot, got {self.attention_window}")
+        for field in ("window_layers", "window_rope_parameters"):
+            if self.attention_window is None and getattr(self, field) is not None:
+                raise ValueError(f"{field} is set, but attention_window is not: no block has a window")
+        if self.window_rope_parameters is not None and "rope_theta" not in self.window_rope_parameters:
+            raise ValueError("window_rope_parameters.rope_theta is missing")
+        if self.norm_placement == "shared" and not self.parallel_residual:
+            raise ValueError("norm_placement 'shared' needs parallel_residual: only then both read the same stream")
+
+    def windowed_layers(self) -> list[int]:
+        """The blocks whose attention has a window."""
+        return [] if self.attention_window is None else self._layers("window_layers")
+
+    def rotary_layers(self) -> list[int]:
+        """The blocks whose queries and keys are turned by their positions."""
+        return self._layers("rope_layers")
+
+    def _layers(self, field: str) -> list[int]:
+        """The blocks of a pattern; None is all, [] none."""
+        pattern = getattr(self, field)
+        if pattern is None:
+            return list(range(self.num_hidden_layers))
+        return parse_layers(pattern, self.num_hidden_layers, field) if pattern != [] else []
 
     def _check_special_tokens(self) -> None:
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -22,7 +22,7 @@ from skipstone.nn.experts import ExpertsConfig
 from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, FixedMix, FixedMixConfig
 from skipstone.nn.mlp import MLPS as MLPS
 from skipstone.nn.norm import NORMS as NORMS
-from skipstone.nn.positions import STATIC_ROPE as STATIC_ROPE
+from skipstone.nn.positions import ROPES as ROPES
 
 
 @dataclass(frozen=True, eq=False)

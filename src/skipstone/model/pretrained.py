@@ -48,7 +48,7 @@ def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
 
 
 def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str | None = None) -> SkipstoneForCausalLM:
-    """A dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or a model of ours, from a folder, the hub or GGUF.
+    """A dense checkpoint of one of the `FAMILIES`, or a model of ours, from a folder, the hub or a GGUF file.
 
     dtype: "float32", "bfloat16", "float16" or a torch.dtype; the checkpoint's own by default. `source` may also be the
     path of a .gguf file. Raises FileNotFoundError if there is nothing at `source`, and ValueError naming the
@@ -144,7 +144,8 @@ def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
 def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneForCausalLM:
     """The same model in our classes. Whether the head is tied is seen in the weights: configs are known to be wrong."""
     config.tie_word_embeddings = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-    model = from_tensors(config, FAMILIES[theirs.config.model_type].tensors(theirs.state_dict()), theirs.dtype)
+    layout = FAMILIES[theirs.config.model_type].layout
+    model = from_tensors(config, layout.ours(theirs.state_dict(), config), theirs.dtype)
     model.generation_config = theirs.generation_config
     return model
 

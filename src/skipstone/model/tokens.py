@@ -49,7 +49,8 @@ def tokens_of(call: Call, mode: PassMode) -> Tokens:
         position_BT=position_BT,
         document_BT=_documents(call, position_BT),
         real_BT=real_BT,
-        queries=EVERYONE,  # explicit, because compilers cannot trace a default that is an object
+        reach=None if isinstance(call.seen, Tensor) else call.seen + T,
+        queries=EVERYONE,  # said although it is the default: a compiler cannot follow a default that is an object
         mode=mode,
     )
 

@@ -17,7 +17,9 @@ from skipstone.core.cache import EMPTY, RaggedStore, SkipstoneCacheLayer
 from skipstone.core.row_subset import RowSubset
 from skipstone.core.selection import WholeRows
 from skipstone.core.tokens import Tokens
+from skipstone.nn import windows
 from skipstone.nn.linear import OutputLinear
+from skipstone.nn.windows import closes, pairs, slot_mask
 from skipstone.ops import reference as ops
 
 Seen: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and a mask if slots must be compared
@@ -28,9 +30,11 @@ LEAST_COPY = 128  # keys of all rows; copying fewer takes negligible time
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """Sizes, biases and dropout of an attention layer.
+    """Sizes, biases and dropout of an attention layer, and what is done to its scores.
 
-    head_norm: builds the norm of each head's queries and keys (QK-norm); None: no norm.
+    norm: builds the norm of queries and keys (QK-norm); None: no norm. over_all_heads: one norm over all heads instead
+    of one for each. scale: factor on q k; None: 1/sqrt(head_dim). soft_cap: c of c tanh(score / c). window: number of
+    slots that a query sees, its own included; None: all.
     """
 
     hidden_size: int
@@ -41,7 +45,11 @@ class AttentionShape:
     output_bias: bool = False
     dropout: float = 0.0
     residual_dropout: float = 0.0
-    head_norm: Callable[[int], nn.Module] | None = None
+    norm: Callable[[int], nn.Module] | None = None
+    over_all_heads: bool = False
+    scale: float | None = None
+    soft_cap: float | None = None
+    window: int | None = None
 
 
 class AttentionConfig(Protocol):
@@ -51,7 +59,8 @@ class AttentionConfig(Protocol):
 
 
 class Attention(nn.Module):
-    """Self-attention, softmax(q k / sqrt(E)) v, over keys of the same document whose slot is not later.
+    """Self-attention, softmax(q k / sqrt(E)) v, over keys of the same document whose slot is not later, nor too early
+    for the window.
 
     config: used only for the name of the attention implementation (`config._attn_implementation`).
     """
@@ -62,15 +71,16 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, shape.head_dim
         self.num_key_value_groups = shape.num_heads // shape.num_key_value_heads
-        self.scaling = shape.head_dim**-0.5
+        self.scaling = shape.head_dim**-0.5 if shape.scale is None else shape.scale
+        self.soft_cap, self.window, self.norm_over_all_heads = shape.soft_cap, shape.window, shape.over_all_heads
         self.dropout, self.residual_dropout = shape.dropout, shape.residual_dropout
         inner, grouped = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, inner, bias=shape.bias)
         self.k_proj = nn.Linear(shape.hidden_size, grouped, bias=shape.bias)
         self.v_proj = nn.Linear(shape.hidden_size, grouped, bias=shape.bias)
         self.o_proj = OutputLinear(inner, shape.hidden_size, bias=shape.output_bias)
-        self.q_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
-        self.k_norm = shape.head_norm(shape.head_dim) if shape.head_norm else None
+        widths = (inner, grouped) if shape.over_all_heads else (shape.head_dim, shape.head_dim)
+        self.q_norm, self.k_norm = (shape.norm(width) if shape.norm else None for width in widths)
 
     def forward(
         self,
@@ -92,7 +102,7 @@ class Attention(nn.Module):
         asking = x if tokens.queries.is_all else tokens.queries.gather_unpadded(x_BTD)
         query = self._heads(queries.pad(self.q_proj(asking)), self.q_norm, queries.rotary)
         if self._store(key, value, tokens, cache):
-            y_BKHE = self._attend(query, *self._own(key, value, tokens, queries))
+            y_BKHE = self._attend_own(query, key, value, tokens, queries)
         else:
             assert cache is not None
             y_BKHE = self._attend_stored(query, tokens, queries, cache.kv)
@@ -105,7 +115,8 @@ class Attention(nn.Module):
         return key, self._heads(tokens.pad(self.v_proj(x)))
 
     def _heads(self, y: Tensor, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Split into heads [B, H, T, E], normalised and rotated if asked for."""
+        if norm is not None and self.norm_over_all_heads:
+            y, norm = norm(y), None
         y_BTHE = y.unflatten(-1, (-1, self.head_dim))
         y_BHTE = (y_BTHE if norm is None else norm(y_BTHE)).transpose(1, 2)
         return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
@@ -114,21 +125,35 @@ class Attention(nn.Module):
         """Append to the cache, if there is one; return whether this call's own keys are all there are."""
         if cache is None:
             return True
-        was_empty = cache.kv.width == 0
+        was_empty, cache.window = cache.kv.width == 0, self.window
         cache.append(key, value, tokens.slot_BT, tokens.real_BT, tokens.document_BT, tokens.rows)
         return was_empty
 
+    def _attend_own(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, queries: Tokens) -> Tensor:
+        """Attend to this call's own keys, in bands if the rows are so long that these have fewer scores."""
+        B, T = query.shape[0], tokens.length
+        in_bands = tokens.queries.is_all and closes(self.window, tokens) and pairs(T, self.window) < T * T
+        if not in_bands:
+            return self._attend(query, *self._own(key, value, tokens, queries))
+        assert self.window is not None
+        q, k, v, mask = windows.in_bands(query, key, value, tokens, self.window)
+        return windows.out_of_bands(self._attend(q, k, v, mask), B, T)
+
     def _own(self, key: Tensor, value: Tensor, tokens: Tokens, queries: Tokens) -> Seen:
-        """Return this call's own keys and values, without a mask where a sorted row attends to itself."""
-        if isinstance(tokens.queries, WholeRows):  # one token per row, which attends to itself
+        """Return this call's own keys and values, without a mask where a sorted row attends to all of itself."""
+        if isinstance(tokens.queries, WholeRows):  # one token a row, which sees itself
             return tokens.queries.gather(key), tokens.queries.gather(value), None
         sorted_rows = tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned)
-        if tokens.queries.is_all and sorted_rows:
+        if tokens.queries.is_all and sorted_rows and not closes(self.window, tokens):
             return key, value, None
         slot_BT = tokens.slot_BT
         if tokens.real_BT is not None:
             slot_BT = torch.where(tokens.real_BT, slot_BT, EMPTY)
-        return key, value, slot_mask(slot_BT, tokens.document_BT, queries)
+        return key, value, slot_mask(slot_BT, tokens.document_BT, queries, self._closed(tokens))
+
+    def _closed(self, tokens: Tokens) -> int | None:
+        """Return the window if it hides any key of the rows, else None."""
+        return self.window if closes(self.window, tokens) else None
 
     def _attend_stored(self, query: Tensor, tokens: Tokens, queries: Tokens, kv: RaggedStore) -> Tensor:
         """Attend to all stored keys, including this call's.
@@ -146,21 +171,23 @@ class Attention(nn.Module):
         """Return stored keys and values of these rows (None: all), without a mask if the newest token attends to all of
         them.
         """
-        key, value = kv.view("key", rows).transpose(1, 2), kv.view("value", rows).transpose(1, 2)
-        newest = tokens.length == 1 and tokens.document_BT is None
-        if newest and kv.even(rows):  # padding, too, attends to all keys
-            return key, value, None
-        document_BC = None if tokens.document_BT is None else kv.view("document", rows)
-        return key, value, slot_mask(kv.view("slot", rows), document_BC, queries)
+        window = self._closed(tokens)
+        newest = None if window is None else window - 1 + tokens.length  # no more columns hold what a window reaches
+        key, value = (kv.view(name, rows, newest).transpose(1, 2) for name in ("key", "value"))
+        if window is None and tokens.length == 1 and tokens.document_BT is None and kv.even(rows):
+            return key, value, None  # padding, too, sees all that is there
+        document_BC = None if tokens.document_BT is None else kv.view("document", rows, newest)
+        return key, value, slot_mask(kv.view("slot", rows, newest), document_BC, queries, window)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Run the configured attention implementation; returns [B, K, H, E]."""
-        implementation = self.config._attn_implementation
+        implementation = "eager" if self.soft_cap is not None else self.config._attn_implementation  # no other caps
         if implementation != "sdpa":
             mask = _additive(_by_column(query) if mask is None and query.shape[2] > 1 else mask, query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        dropout = self.dropout if self.training else 0.0
-        y_BKHE, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        given = {"dropout": self.dropout if self.training else 0.0, "scaling": self.scaling}
+        if self.soft_cap is not None:
+            given["softcap"] = self.soft_cap
+        y_BKHE, _ = attend(self, query, key, value, mask, **given)
         return y_BKHE
 
 
@@ -169,21 +196,6 @@ def _all_rows_are_cheaper(queries: Tokens, rows: RowSubset, kv: RaggedStore) -> 
     if len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total or rows.total * kv.width < LEAST_COPY:
         return False
     return queries.slot_BT.shape[0] == 1 and queries.real_BT is None and queries.document_BT is None
-
-
-def slot_mask(key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Tokens) -> Tensor:
-    """Return which keys each query may attend to, bool [B, 1, K, C].
-
-    Padding among the queries attends to everything, so that its softmax stays finite.
-    """
-    slot_BK, real_BK = queries.slot_BT, queries.real_BT
-    if real_BK is not None:
-        slot_BK = torch.where(real_BK, slot_BK, EMPTY)
-    mask = key_slot_BC[:, None, :] <= slot_BK[:, :, None]
-    if key_document_BC is not None and queries.document_BT is not None:
-        mask = mask & (key_document_BC[:, None, :] == queries.document_BT[:, :, None])
-        mask = mask if real_BK is None else mask | ~real_BK[:, :, None]
-    return mask[:, None]
 
 
 def _by_column(query_BHTE: Tensor) -> Tensor:
@@ -209,6 +221,7 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention by the plain formula with an additive mask, with the signature of transformers' attention
@@ -217,6 +230,8 @@ def eager_attention(
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]
     logits_BHKC = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        logits_BHKC = (logits_BHKC / softcap).tanh() * softcap
     if attention_mask is not None:
         logits_BHKC = logits_BHKC + attention_mask
     weight_BHKC = nn.functional.dropout(

@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -28,8 +29,26 @@ CachedUpdate: TypeAlias = Callable[[Tensor, Tokens, SkipstoneCacheLayer | None],
 SITES = ("block", "attention", "mlp")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """How a block's sub-layers meet the residual stream.
+
+    before_attention, before_mlp: norms of what a sub-layer reads. after_attention, after_mlp: norms of what it gives.
+    None: no norm there. shared: the MLP reads through the attention's norm. parallel: it reads the stream before the
+    attention. scale: factor on what each sub-layer adds.
+    """
+
+    before_attention: nn.Module | None = None
+    before_mlp: nn.Module | None = None
+    after_attention: nn.Module | None = None
+    after_mlp: nn.Module | None = None
+    shared: bool = False
+    parallel: bool = False
+    scale: float = 1.0
+
+
 class Block(GradientCheckpointingLayer):
-    """A pre-norm block of attention and MLP.
+    """A block of attention and MLP.
 
     sites: for each site ("block", "attention", "mlp"), the names of its mechanisms in `mechanisms`, outermost first.
     """
@@ -38,14 +57,15 @@ class Block(GradientCheckpointingLayer):
         self,
         attention: Attention,
         mlp: FeedForward,
-        input_norm: nn.Module,
-        post_norm: nn.Module,
+        residual: Residual,
         mechanisms: Mapping[str, DepthModule],
         sites: Mapping[str, list[str]],
     ) -> None:
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
-        self.input_layernorm, self.post_attention_layernorm = input_norm, post_norm
+        self.input_layernorm, self.post_attention_layernorm = residual.before_attention, residual.before_mlp
+        self.attention_output_layernorm, self.mlp_output_layernorm = residual.after_attention, residual.after_mlp
+        self.shared_norm, self.parallel, self.residual_scale = residual.shared, residual.parallel, residual.scale
         self.mechanisms = DepthModules(mechanisms)
         self.sites = {site: list(sites.get(site, [])) for site in SITES}
         self.num_routing_modules = len(self.routing_modules())
@@ -96,7 +116,8 @@ class Block(GradientCheckpointingLayer):
             return self._remembered(x_BTD, tokens, cache), {}
         queries = tokens.query_tokens()
         a = self._attended(x_BTD, tokens, queries, cache)
-        m, records = self._fed(added(tokens.gather_queries(x_BTD), a), queries, cache)
+        x = tokens.gather_queries(x_BTD)
+        m, records = self._fed(x if self.parallel else added(x, a), queries, cache)
         return tokens.scatter_queries((a + m).to(x_BTD.dtype)), lift(records, tokens.queries, tokens.state)
 
     def _sum_of_sublayers(
@@ -112,7 +133,7 @@ class Block(GradientCheckpointingLayer):
         """Return the attention's update, the stream after it, the MLP's update, and all records."""
         a_BTD, records = self._inside("attention", self._attention, x_BTD, tokens, cache)
         after_BTD = added(x_BTD, a_BTD)
-        m_BTD, more = self._inside("mlp", self._mlp, after_BTD, tokens, cache)
+        m_BTD, more = self._inside("mlp", self._mlp, x_BTD if self.parallel else after_BTD, tokens, cache)
         return a_BTD, after_BTD, m_BTD, {**records, **more}
 
     def _attention(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
@@ -130,19 +151,24 @@ class Block(GradientCheckpointingLayer):
 
     def _remembered(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """Return an update of zeros for a call without queries, storing keys and values all the same."""
-        self.self_attn(self.input_layernorm(x_BTD), tokens, cache)
+        self.self_attn(_through(self.input_layernorm, x_BTD), tokens, cache)
         return torch.zeros_like(x_BTD)
 
     def _attended(self, x_BTD: Tensor, tokens: Tokens, queries: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
         """Return the attention's update of the query tokens, unpadded."""
-        return _scaled(self.self_attn(self.input_layernorm(x_BTD), tokens, cache, queries), queries)
+        a = self.self_attn(_through(self.input_layernorm, x_BTD), tokens, cache, queries)
+        return self._scaled(_through(self.attention_output_layernorm, a), queries)
 
     def _fed(self, x: Tensor, queries: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
         """Return the MLP's update of the query tokens, unpadded if x is."""
-        m, records = self.mlp(self.post_attention_layernorm(x), queries, cache)
-        return _scaled(m, queries), records
+        read = self.input_layernorm if self.shared_norm else self.post_attention_layernorm
+        m, records = self.mlp(_through(read, x), queries, cache)
+        return self._scaled(_through(self.mlp_output_layernorm, m), queries), records
+
+    def _scaled(self, y: Tensor, tokens: Tokens) -> Tensor:
+        y = y if self.residual_scale == 1 else y * self.residual_scale
+        return y if tokens.gain_BT is None else y * tokens.unpad(tokens.gain_BT)[..., None].to(y.dtype)
 
 
-def _scaled(y: Tensor, tokens: Tokens) -> Tensor:
-    """Multiply an update by the tokens' gain."""
-    return y if tokens.gain_BT is None else y * tokens.unpad(tokens.gain_BT)[..., None].to(y.dtype)
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from skipstone.ops import reference as ops
 
@@ -14,9 +15,11 @@ from skipstone.ops import reference as ops
 class RMSNorm(nn.Module):
     """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * weight, with statistics in fp32 (arXiv 1910.07467)."""
 
+    offset = 0.0  # what is added to the weight
+
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.full((width,), 1 - self.offset))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,4 +33,27 @@ class RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
-NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
+class OffsetRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), all of it in fp32, as Gemma has it; the weight starts at 0."""
+
+    offset = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.0 + ops.wide(self.weight)
+        return F.rms_norm(ops.wide(x), self.weight.shape, scale, self.eps).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+
+
+def layernorm_without_bias(width: int, eps: float) -> nn.LayerNorm:
+    """Layer normalisation with a weight alone."""
+    return nn.LayerNorm(width, eps, bias=False)
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "rmsnorm_offset": OffsetRMSNorm,
+    "layernorm": nn.LayerNorm,
+    "layernorm_without_bias": layernorm_without_bias,
+}

@@ -5,36 +5,60 @@ Shape letters: B rows, T tokens, E head size.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from skipstone.core.strict import PlainDict
+
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+ROPES = (*STATIC_ROPE, "longrope")
 
 
 class Rotary(nn.Module):
-    """Cos and sin of rotary angles (arXiv 2104.09864), half-split layout; scaled frequencies come from transformers."""
+    """Cos and sin of rotary angles (arXiv 2104.09864), half-split layout; scaled frequencies come from transformers.
+
+    parameters: a `rope_parameters` of its own; None: the configuration's. With `partial_rotary_factor` p only the first
+    p E elements of a head are rotated. longrope (arXiv 2402.13753) has two sets of frequencies; a call uses the set for
+    long rows as soon as one of its positions reaches `original_max_position_embeddings`.
+    """
 
     inverse_E2: Tensor
+    long_E2: Tensor
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, parameters: PlainDict | None = None) -> None:
         super().__init__()
+        if parameters is not None:
+            config = copy.copy(config)
+            config.rope_parameters = dict(parameters)
         self.config = config
+        self.border = None if self.kind != "longrope" else config.rope_parameters["original_max_position_embeddings"]
         inverse_E2, self.scale = self._frequencies()
         self.register_buffer("inverse_E2", inverse_E2, persistent=False)
+        if self.border is not None:
+            self.register_buffer("long_E2", self._frequencies(self.border + 1)[0], persistent=False)
 
-    def _frequencies(self) -> tuple[Tensor, float]:
-        """Return the inverse frequencies [E/2] and the factor on cos and sin."""
-        kind = self.config.rope_parameters["rope_type"]
-        if kind == "default":
-            even = torch.arange(0, self.config.head_dim, 2, dtype=torch.float)
-            return 1.0 / self.config.rope_parameters["rope_theta"] ** (even / self.config.head_dim), 1.0
-        return ROPE_INIT_FUNCTIONS[kind](self.config)
+    @property
+    def kind(self) -> str:
+        """The name of the scaling."""
+        return self.config.rope_parameters.get("rope_type", "default")  # type: ignore[no-any-return]
+
+    def _frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        rope = self.config.rope_parameters
+        if self.kind == "default":
+            turned = int(self.config.head_dim * rope.get("partial_rotary_factor", 1.0))
+            even = torch.arange(0, turned, 2, dtype=torch.float)
+            return 1.0 / rope["rope_theta"] ** (even / turned), 1.0
+        return ROPE_INIT_FUNCTIONS[self.kind](self.config, seq_len=length)
 
     def reset_parameters(self) -> None:
         init.copy_(self.inverse_E2, self._frequencies()[0])
+        if self.border is not None:
+            init.copy_(self.long_E2, self._frequencies(self.border + 1)[0])
 
     @torch.no_grad()
     def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,7 +66,10 @@ class Rotary(nn.Module):
         `ops.rotate`.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        angle = position_BT[..., None].to(wide) * self.inverse_E2.to(wide)
+        inverse_E2 = self.inverse_E2
+        if self.border is not None:
+            inverse_E2 = torch.where(position_BT.max() >= self.border, self.long_E2, inverse_E2)
+        angle = position_BT[..., None].to(wide) * inverse_E2.to(wide)
         cos, sin = angle.cos(), angle.sin()
         if self.scale != 1:
             cos, sin = cos * self.scale, sin * self.scale

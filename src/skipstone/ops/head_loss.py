@@ -11,6 +11,8 @@ so that the backward pass only scales them. It computes the same three matrix pr
 
     T^2 KL(teacher || student)        d logits = T (softmax(logits / T) - softmax(teacher's logits / T))
 
+With a soft cap c the logits are c tanh(x W^T / c), and d (x W^T) = d logits (1 - tanh^2).
+
 Shape letters: B rows, T tokens, N tokens of all rows, D width, E width of the teacher, V vocabulary, C tokens of a
 chunk.
 """
@@ -30,19 +32,23 @@ from skipstone.ops.reference import wide, wide_dtype
 IGNORED = -100  # target of a token that is not predicted
 
 
-def plain_linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+def plain_linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, soft_cap: float | None = None
+) -> Tensor:
     """Return the cross-entropy summed over tokens with a target, in nats, fp32 []; the specification."""
-    return F.cross_entropy(wide(F.linear(x_ND, weight_VD)), target_N, ignore_index=IGNORED, reduction="sum")
+    logits_NV = wide(F.linear(x_ND, weight_VD))
+    if soft_cap is not None:
+        logits_NV = (logits_NV / soft_cap).tanh() * soft_cap
+    return F.cross_entropy(logits_NV, target_N, ignore_index=IGNORED, reduction="sum")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
     """A teacher's outputs for the same tokens, and the coefficients of the two parts of the loss.
 
-    hidden_BTE, head_VE: its final normalised hidden states and its head, whose product are its logits; they get no
-    gradient. language_modelling, distillation: coefficients of the cross-entropy and of T^2 KL(teacher
-
-    student), in nats. temperature: T (Hinton et al. 2015, arXiv 1503.02531).
+    hidden_BTE, head_VE: the input and the weight of its head, whose product are its logits; they get no gradient.
+    soft_cap: of its logits, or None. language_modelling, distillation: coefficients of the cross-entropy and of
+    T^2 KL(teacher || student), in nats. temperature: T (Hinton et al. 2015, arXiv 1503.02531).
     """
 
     hidden_BTE: Tensor
@@ -50,37 +56,50 @@ class Distillation:
     language_modelling: float
     distillation: float
     temperature: float = 1.0
+    soft_cap: float | None = None
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int) -> Tensor:
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int, soft_cap: float | None = None
+) -> Tensor:
     """Return the summed cross-entropy in nats, fp32 [], computing logits of `chunk` tokens at a time.
 
-    target_N: int64, -100 for tokens without a target. Sums over chunks are fp32. It can be differentiated once:
-    gradients are handed out, not copied, and a second backward pass raises RuntimeError. Raises ValueError for a chunk
-    below 1.
+    soft_cap: c of logits c tanh(x W^T / c). target_N: int64, -100 for tokens without a target. Sums over chunks are
+    fp32. It can be differentiated once: gradients are handed out, not copied, and a second backward pass raises
+    RuntimeError. Raises ValueError for a chunk below 1.
     """
-    return _loss(x_ND, weight_VD, target_N, None, chunk)[0]
+    return _loss(x_ND, weight_VD, target_N, None, chunk, soft_cap)[0]
 
 
 def linear_distillation_loss(
-    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, distillation: Distillation, chunk: int
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    distillation: Distillation,
+    chunk: int,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return total loss, cross-entropy and T^2 KL, each summed over tokens with a target, fp32 [].
 
     The first is the sum of the other two with their coefficients, and the only one that can be differentiated.
     Everything else as in `linear_cross_entropy`.
     """
-    return _loss(x_ND, weight_VD, target_N, distillation, chunk)
+    return _loss(x_ND, weight_VD, target_N, distillation, chunk, soft_cap)
 
 
 def _loss(
-    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, distillation: Distillation | None, chunk: int
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    distillation: Distillation | None,
+    chunk: int,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     grad = torch.is_grad_enabled()
     wanted = (grad and x_ND.requires_grad, grad and weight_VD.requires_grad)
-    return _Loss.apply(x_ND, weight_VD, target_N, distillation, chunk, wanted)  # type: ignore[no-any-return]
+    return _Loss.apply(x_ND, weight_VD, target_N, distillation, (chunk, soft_cap), wanted)  # type: ignore[no-any-return]
 
 
 class _Loss(torch.autograd.Function):
@@ -91,14 +110,14 @@ class _Loss(torch.autograd.Function):
         weight_VD: Tensor,
         target_N: Tensor,
         distillation: Distillation | None,
-        chunk: int,
+        how: tuple[int, float | None],
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = x_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         with torch.autocast(device, enabled=False):
             teacher = None if distillation is None else _Teacher(distillation, dtype)
-            found, d_x, d_weight = _forward(x_ND.to(dtype), weight_VD.to(dtype), target_N, teacher, chunk, wanted)
+            found, d_x, d_weight = _forward(x_ND.to(dtype), weight_VD.to(dtype), target_N, teacher, how, wanted)
         ctx.gradients = (
             None if d_x is None else d_x.to(x_ND.dtype),
             None if d_weight is None else d_weight.to(weight_VD.dtype),
@@ -130,7 +149,8 @@ class _Teacher:
 
     def log_odds(self, at: slice) -> Tensor:
         """Return the teacher's log-probabilities [C, V] at the temperature, fp32."""
-        return F.log_softmax(wide(F.linear(self.x_NE[at], self.weight_VE)).div_(self.distillation.temperature), dim=-1)
+        logits_CV = _capped(wide(F.linear(self.x_NE[at], self.weight_VE)), self.distillation.soft_cap)[0]
+        return F.log_softmax(logits_CV.div_(self.distillation.temperature), dim=-1)
 
 
 def _forward(
@@ -138,16 +158,17 @@ def _forward(
     weight_VD: Tensor,
     target_N: Tensor,
     teacher: _Teacher | None,
-    chunk: int,
+    how: tuple[int, float | None],
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
     """Return both sums and the requested gradients: of x in x's dtype, of the weight in fp32."""
     nats, divergence = torch.zeros((), device=x_ND.device), torch.zeros((), device=x_ND.device)
     d_x_ND = torch.empty_like(x_ND) if wanted[0] else None
     d_weight_VD = torch.zeros_like(weight_VD, dtype=wide_dtype(weight_VD)) if wanted[1] else None
+    chunk, soft_cap = how
     for start in range(0, len(x_ND), chunk):
         at = slice(start, start + chunk)
-        logits_CV = wide(F.linear(x_ND[at], weight_VD))
+        logits_CV, slope_CV = _capped(wide(F.linear(x_ND[at], weight_VD)), soft_cap)
         if teacher is None:
             more, d_logits_CV = _chunk(logits_CV, target_N[at])
         else:
@@ -160,12 +181,23 @@ def _forward(
             )
             divergence += far
         nats += more
+        if slope_CV is not None:
+            d_logits_CV.mul_(slope_CV)
         d_logits_CV = d_logits_CV.to(x_ND.dtype)
         if d_x_ND is not None:
             torch.mm(d_logits_CV, weight_VD, out=d_x_ND[at])
         if d_weight_VD is not None:
             _add_product(d_weight_VD, d_logits_CV.T, x_ND[at])
     return (nats, divergence), d_x_ND, d_weight_VD
+
+
+def _capped(logits_CV: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Capped logits, in place, and the slope of the cap there; with no cap None."""
+    if soft_cap is None:
+        return logits_CV, None
+    share_CV = logits_CV.div_(soft_cap).tanh_()
+    slope_CV = 1 - share_CV.square()
+    return share_CV.mul_(soft_cap), slope_CV
 
 
 def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:

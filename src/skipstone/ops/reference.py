@@ -29,8 +29,13 @@ def quota(capacity: float, length: int) -> int:
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """Apply rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2)).
 
-    The first half of `sin_BTE` is already negated, so that rotating a pair needs no sign change.
+    The first half of `sin_BTE` is already negated, so that rotating a pair needs no sign change. If
+    there are fewer angles than E, only the first elements of a head are rotated.
     """
+    turned = cos_BTE.shape[-1]
+    if turned < x_BHTE.shape[-1]:
+        rest_BHTE = x_BHTE[..., turned:]
+        return torch.cat((rotate(x_BHTE[..., :turned], cos_BTE, sin_BTE), rest_BHTE), dim=-1)
     cos_B1TE, sin_B1TE = cos_BTE.unsqueeze(1), sin_BTE.unsqueeze(1)
     return x_BHTE * cos_B1TE + x_BHTE.roll(x_BHTE.shape[-1] // 2, -1) * sin_B1TE
 

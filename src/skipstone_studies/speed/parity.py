@@ -15,13 +15,22 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from skipstone.core.strict import PlainDict
@@ -63,6 +72,25 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
+PARTIAL: PlainDict = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONGROPE: PlainDict = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+    "original_max_position_embeddings": 32,
+}
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+PADDED: PlainDict = {**SIZE, "pad_token_id": 0}
+UNGROUPED: PlainDict = {name: value for name, value in SIZE.items() if name != "num_key_value_heads"}
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.25,
+    "logits_scaling": 8.0,
+}
+GEMMA: PlainDict = {**PADDED, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 20}
+
 CASES: dict[str, PreTrainedConfig] = {
     "Llama": LlamaConfig(**SIZE),
     "Llama, tied": LlamaConfig(**SIZE, tie_word_embeddings=True),
@@ -71,10 +99,52 @@ CASES: dict[str, PreTrainedConfig] = {
     "Llama, linear RoPE, biases": LlamaConfig(**SIZE, rope_parameters=LINEAR, attention_bias=True, mlp_bias=True),
     "Mistral": MistralConfig(**SIZE, sliding_window=None),
     "Mistral, head size 20": MistralConfig(**SIZE, sliding_window=None, head_dim=20),
+    "Mistral, window": MistralConfig(**SIZE, sliding_window=7),
+    "Ministral": MinistralConfig(**SIZE, head_dim=12, sliding_window=5, layer_types=TYPES),
     "Qwen2": Qwen2Config(**SIZE),
     "Qwen2, tied": Qwen2Config(**SIZE, tie_word_embeddings=True),
+    "Qwen2, window": Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "Qwen3": Qwen3Config(**SIZE, head_dim=16),
     "Qwen3, tied, biases": Qwen3Config(**SIZE, head_dim=16, tie_word_embeddings=True, attention_bias=True),
+    "Qwen3, window": Qwen3Config(**SIZE, head_dim=16, use_sliding_window=True, sliding_window=5, layer_types=TYPES),
+    "SmolLM3": SmolLM3Config(**PADDED, no_rope_layers=[1, 0, 1]),
+    "SmolLM3, window, biases": SmolLM3Config(
+        **PADDED,
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=6,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "Granite": GraniteConfig(**SIZE, **MULTIPLIERS),
+    "Granite, tied, biases": GraniteConfig(
+        **SIZE, **MULTIPLIERS, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
+    "OLMo 2": Olmo2Config(**PADDED),
+    "OLMo 2, tied, biases": Olmo2Config(**PADDED, tie_word_embeddings=True, attention_bias=True),
+    "Gemma 2": Gemma2Config(**GEMMA),
+    "Gemma 2, no caps": Gemma2Config(**GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None),
+    "Gemma 3": Gemma3TextConfig(**GEMMA, layer_types=TYPES),
+    "Gemma 3, caps, biases, linear RoPE": Gemma3TextConfig(
+        **GEMMA,
+        layer_types=TYPES,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=4.0,
+        attention_bias=True,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    "Phi-3, window, partial RoPE": Phi3Config(**PADDED, sliding_window=6, rope_parameters=PARTIAL),
+    "Phi-3, longrope": Phi3Config(**PADDED, rope_parameters=LONGROPE),
+    "StarCoder2, window": Starcoder2Config(**SIZE, sliding_window=9),
+    "StarCoder2, no biases, untied": Starcoder2Config(**SIZE, use_bias=False, tie_word_embeddings=False),
+    "GPT-NeoX": GPTNeoXConfig(**UNGROUPED, rope_parameters=PARTIAL),
+    "GPT-NeoX, sequential, no biases": GPTNeoXConfig(
+        **UNGROUPED,
+        use_parallel_residual=False,
+        attention_bias=False,
+        rope_parameters={**LINEAR, "partial_rotary_factor": 1.0},
+    ),
     "GPT-2": GPT2Config(**GPT2_SIZE),
     "GPT-2, untied, n_inner": GPT2Config(**GPT2_SIZE, tie_word_embeddings=False, n_inner=72),
 }

@@ -1,0 +1,128 @@
+"""The families of pretrained decoders that load, and the way back to a configuration of theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from skipstone.core.strict import PlainMapping
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.families.base import SHARED, Family, Options, shared_back
+from skipstone.model.families.gemma import GEMMA2, GEMMA3
+from skipstone.model.families.gpt2 import GPT2
+from skipstone.model.families.gpt_neox import GPT_NEOX
+from skipstone.model.families.llama import GRANITE, LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3, SMOLLM3
+from skipstone.model.families.olmo2 import OLMO2
+from skipstone.model.families.phi3 import PHI3
+from skipstone.model.families.starcoder2 import STARCODER2
+from skipstone.model.fields import TYPES
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "ministral": MINISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "granite": GRANITE,
+    "olmo2": OLMO2,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "phi3": PHI3,
+    "starcoder2": STARCODER2,
+    "gpt_neox": GPT_NEOX,
+    "gpt2": GPT2,
+}
+# Fields that decide what a dense model computes in evaluation.
+COMPUTED = TYPES.keys() - {
+    "format_version", "family", "mechanisms", "neuron_groups", "activation", "auxiliary_loss_over", "training_routing",
+    "initializer_range", "linear_init", "scaled_output_init", "embedding_dropout", "attention_dropout",
+    "residual_dropout", "mlp_dropout", "mlp_hidden_dropout", *SHARED,
+}  # fmt: skip
+ACTIVATIONS_BACK = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "tanh": "tanh"}
+
+
+def family_of(values: PlainMapping) -> Family:
+    """The family of a configuration, as read from config.json. Raises ValueError naming those that are supported."""
+    kind, supported = values.get("model_type"), f"supported: {', '.join(FAMILIES)}"
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind is None:
+        raise ValueError(f"config.json names no model_type; {supported}")
+    experts = any(values.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    what = "a mixture of experts; only dense models load" if experts else "not one of the architectures that load"
+    raise ValueError(f"architecture {kind!r} is {what} ({supported})")
+
+
+def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
+    """Our configuration of the same model. Raises ValueError naming what this decoder does not compute."""
+    family = family_of({"model_type": theirs.model_type})
+    for reason in _refusals(theirs, family):
+        raise ValueError(reason)
+    return SkipstoneConfig.from_plain({**family.read(theirs), "family": theirs.model_type})
+
+
+def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
+    """Reasons why the model would compute something else here; more are raised by our own configuration."""
+    for name, supported in family.only.items():
+        if getattr(theirs, name, supported[0]) not in supported:
+            yield f"{name}={getattr(theirs, name)} is not supported (only {supported[0]})"
+    if getattr(theirs, "quantization_config", None) is not None:
+        yield "the weights are quantised (quantization_config); load the unquantised checkpoint"
+
+
+def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
+    """The configuration of the same dense model in a family of transformers, that from which it was read if possible.
+
+    activation: the function of every neuron. A family fits if what it writes reads as the same model again. Raises
+    ValueError if none does.
+    """
+    if config.neuron_groups is not None and config.neuron_groups.get("decision") != "magnitude":
+        raise ValueError("no dense family has neuron_groups: what they compute is scaled anew in every chunk")
+    for kind in sorted(FAMILIES, key=lambda kind: kind != config.family):
+        theirs = _written(kind, config, activation)
+        if theirs is not None:
+            return theirs
+    default = SkipstoneConfig()
+    parts = {
+        name: getattr(config, name) for name in sorted(COMPUTED) if getattr(config, name) != getattr(default, name)
+    }
+    raise ValueError(f"no dense family computes this decoder ({', '.join(FAMILIES)}): {json.dumps(parts)}")
+
+
+def _written(kind: str, config: SkipstoneConfig, activation: str) -> PreTrainedConfig | None:
+    """Their configuration, or None where it would not be the same model."""
+    family = FAMILIES[kind]
+    try:
+        theirs = AutoConfig.for_model(kind, **shared_back(config), **family.write(config, ACTIVATIONS_BACK[activation]))
+        again = config_of(theirs)
+    except (ValueError, StrictDataclassError):  # what the family cannot be, its configuration refuses
+        return None
+    same = all(_comparable(again, name) == _comparable(config, name) for name in COMPUTED)
+    return theirs if same and again.activation == activation else None
+
+
+def _comparable(config: SkipstoneConfig, name: str) -> object:
+    value = getattr(config, name)
+    if name == "window_layers":
+        return config.windowed_layers()
+    if name == "rope_layers":
+        return config.rotary_layers() if config.positions == "rope" else None
+    if name == "attention_scale":
+        return round((config.head_size**-0.5 if value is None else value) * 1e6)
+    if name == "logit_scale":
+        return round(value * 1e9)
+    if name == "window_rope_parameters" and value is None and config.windowed_layers():
+        value = config.rope_parameters
+    if name in ("rope_parameters", "window_rope_parameters"):
+        return _rope(value) if config.positions == "rope" else None
+    return value
+
+
+def _rope(rope: Options | None) -> Options:
+    """Without what is said by default."""
+    rope = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0, **(rope or {})}
+    return {name: value for name, value in rope.items() if value is not None and name != "type"}

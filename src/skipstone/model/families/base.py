@@ -1,0 +1,205 @@
+"""What a family of pretrained decoders is: how its configuration reads here, and what its tensors are called.
+
+A family is one `Family`, in a file of its own, and one line of the table in `__init__.py`. Both directions are written
+down: `read` and `Layout.ours` for loading, `write` and `Layout.theirs` for a checkpoint of transformers' own class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from skipstone.core.strict import PlainDict, choose
+from skipstone.model.config import SkipstoneConfig
+
+Options = PlainDict
+Tensors = dict[str, Tensor]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """A projection of theirs that is several of ours, by name without the dots around it.
+
+    split, join: its tensor (weight or bias) into those of the parts and back, for a model of this configuration.
+    """
+
+    parts: tuple[str, ...]
+    split: Callable[[Tensor, SkipstoneConfig], list[Tensor]]
+    join: Callable[[list[Tensor], SkipstoneConfig], Tensor] = lambda parts, config: torch.cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """names: parts of their names and ours for them. fused: their projections that are taken apart here. transposed:
+    their projections whose weights are [in, out]."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
+
+    def ours(self, theirs: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
+        """Their state dict under our names."""
+        found: Tensors = {}
+        for name, tensor in theirs.items():
+            value = tensor.t() if self._is_transposed(name) else tensor
+            whole = next((projection for projection in self.fused if f".{projection}." in name), None)
+            if whole is None:
+                found[_renamed(name, self.names)] = value.contiguous()
+                continue
+            fused = self.fused[whole]
+            for part, piece in zip(fused.parts, fused.split(value, config), strict=True):
+                found[_renamed(name.replace(f".{whole}.", f".{part}."), self.names)] = piece.contiguous()
+        return found
+
+    def theirs(self, ours: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
+        """Our state dict under their names."""
+        back = {new: old for old, new in self.names.items()}
+        found: Tensors = {}
+        pieces: dict[tuple[str, str], Tensors] = {}
+        for name, value in ours.items():
+            whole = next(
+                ((projection, part) for projection, fused in self.fused.items() for part in fused.parts
+                 if f".{part}." in name), None
+            )  # fmt: skip
+            if whole is None:
+                found[_renamed(name, back)] = value
+            else:
+                projection, part = whole
+                at = _renamed(name, back).replace(f".{part}.", f".{projection}.")
+                pieces.setdefault((at, projection), {})[part] = value
+        for (at, projection), parts in pieces.items():
+            fused = self.fused[projection]
+            found[at] = fused.join([parts[part] for part in fused.parts], config)
+        return {n: (x.t() if self._is_transposed(n) else x).contiguous() for n, x in found.items()}
+
+    def _is_transposed(self, theirs: str) -> bool:
+        return theirs.endswith(".weight") and any(f".{name}." in theirs for name in self.transposed)
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    if not names:
+        return name
+    return re.sub("|".join(re.escape(old) for old in names), lambda found: names[found[0]], name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """read: our configuration from theirs. write: theirs from ours, with the activation under their name; what
+    `shared` and `shared_back` say is filled in. only: settings that change what is computed, and the one value that is
+    computed here."""
+
+    read: Callable[[PreTrainedConfig], Options]
+    write: Callable[[SkipstoneConfig, str], Options]
+    layout: Layout = field(default_factory=Layout)
+    only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+
+def context_of(theirs: PreTrainedConfig) -> int:
+    """Tokens that the model reads. YaRN stretches the context that it names, and configs often name the one before."""
+    named: int = theirs.max_position_embeddings
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn" or "original_max_position_embeddings" not in rope:
+        return named
+    return max(named, int(rope["original_max_position_embeddings"] * float(rope.get("factor") or 1)))
+
+
+def padding_of(theirs: PreTrainedConfig) -> int | None:
+    """The padding id, or None where the file says -1 for that."""
+    return None if theirs.pad_token_id is None or theirs.pad_token_id < 0 else theirs.pad_token_id
+
+
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def shared(theirs: PreTrainedConfig) -> Options:
+    """What every family calls the same."""
+    names = {name: getattr(theirs, name) for name in SHARED}
+    return {**names, "max_position_embeddings": context_of(theirs), "pad_token_id": padding_of(theirs)}
+
+
+def shared_back(config: SkipstoneConfig) -> Options:
+    """The same for the way back."""
+    return {name: getattr(config, name) for name in SHARED}
+
+
+def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act") -> Options:
+    """What all families after Llama have: RMSNorm, RoPE, grouped heads, a gated MLP; without biases."""
+    return {
+        **shared(theirs),
+        "intermediate_size": theirs.intermediate_size,
+        "num_key_value_heads": theirs.num_key_value_heads,
+        "head_dim": getattr(theirs, "head_dim", None),
+        "norm_eps": theirs.rms_norm_eps,
+        "rope_parameters": dict(theirs.rope_parameters),
+        "activation": choose(activation, getattr(theirs, activation), ACTIVATIONS),
+        "attention_dropout": theirs.attention_dropout or 0.0,  # some files say null
+    }
+
+
+def llama_like_back(config: SkipstoneConfig, activation: str) -> Options:
+    """The same for the way back, biases under Llama's names."""
+    return {
+        "intermediate_size": config.intermediate_size,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope_back(config),
+        "hidden_act": activation,
+        "attention_dropout": config.attention_dropout,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+def rope_back(config: SkipstoneConfig) -> Options:
+    return dict(config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def windows(theirs: PreTrainedConfig) -> Options:
+    """A sliding window, in all blocks or in those that `layer_types` names.
+
+    Raises ValueError for types of attention that are neither full nor sliding.
+    """
+    window, types = getattr(theirs, "sliding_window", None), list(getattr(theirs, "layer_types", None) or [])
+    if other := sorted(set(types) - {FULL, SLIDING}):
+        raise ValueError(f"layer_types has {other[0]!r}; supported: {FULL}, {SLIDING}")
+    layers = [i for i, kind in enumerate(types) if kind == SLIDING] if types else None
+    if window is None or layers == []:
+        return {}
+    return {"attention_window": window, "window_layers": layers if layers and len(layers) < len(types) else None}
+
+
+def layer_types(config: SkipstoneConfig) -> list[str]:
+    """What `layer_types` says of the same model."""
+    windowed = config.windowed_layers()
+    return [SLIDING if i in windowed else FULL for i in range(config.num_hidden_layers)]

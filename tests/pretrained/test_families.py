@@ -1,0 +1,121 @@
+"""What conversion promises beside equal logits: beams, saved files, the way back, and a start that changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from skipstone import SkipstoneConfig
+from skipstone.adapt.export import export_dense
+from skipstone.adapt.student import drop_blocks, route, with_defaults
+from skipstone.core.routing_module import causal_obstacle
+from skipstone.mechanisms import DEPTH
+from skipstone.model.families import FAMILIES, family_config
+from skipstone.model.pretrained import convert, load_model, load_pretrained
+from skipstone_studies.speed import parity
+
+ONE_EACH = [  # a family's richest case
+    "Mistral, window", "Ministral", "Qwen2, window", "Qwen3, window", "SmolLM3, window, biases",
+    "Granite, tied, biases", "OLMo 2, tied, biases", "Gemma 2", "Gemma 3, caps, biases, linear RoPE",
+    "Phi-3, window, partial RoPE", "Phi-3, longrope", "StarCoder2, window", "GPT-NeoX", "GPT-2",
+    "Llama, linear RoPE, biases",
+]  # fmt: skip
+LENGTH, FP32 = 30, 5e-6
+NEUTRAL = 1e-3  # a gate that is open is not quite 1
+
+
+@pytest.fixture(params=ONE_EACH, scope="module")
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    parity.save_random(parity.CASES[request.param], folder / "source")
+    convert(folder / "source", folder / "ours")
+    return folder
+
+
+def ids(rows: int = 3, length: int = LENGTH) -> Tensor:
+    return torch.randint(2, 97, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def test_every_family_is_here() -> None:
+    assert {parity.CASES[case].model_type for case in ONE_EACH} == FAMILIES.keys()
+
+
+@torch.no_grad()
+def test_logits_beams_of_padded_rows_and_the_way_back(checkpoint: Path) -> None:
+    """Past the windows and past longrope's border, from a file of ours, with rows reordered as beams are."""
+    ours, theirs = load_model(checkpoint / "ours"), parity.theirs(checkpoint / "source")
+    expected = theirs(ids()).logits
+    assert parity.relative_error(ours(ids()).logits, expected) < FP32
+    mask_BT = (torch.arange(LENGTH) >= torch.tensor([[0], [7], [LENGTH - 1]])).long()
+    options = {"attention_mask": mask_BT, "num_beams": 2, "do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    assert ours.generate(ids(), **options).tolist() == theirs.generate(ids(), **options).tolist()
+    export_dense(checkpoint / "ours", checkpoint / "back")
+    back = parity.theirs(checkpoint / "back")
+    assert type(back) is type(theirs)
+    assert back.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(x, theirs.state_dict()[name]) for name, x in back.state_dict().items())
+    assert parity.relative_error(back(ids()).logits, expected) < 1e-6  # gelu_new comes back under another name
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_start_that_changes_nothing_and_decisions_that_do(checkpoint: Path) -> None:
+    """Every mechanism on the family's blocks, as `adapt` starts it, and then with decisions under both executors."""
+    source = load_model(checkpoint / "ours")
+    expected = source(ids()).logits
+    for name in DEPTH:
+        entries = with_defaults([{"name": name, "layers": [1]}])
+        config = SkipstoneConfig.from_dict({**source.config.to_dict(), "mechanisms": entries})
+        model = route(source, config, 0).eval()
+        for routing in ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]:
+            assert parity.relative_error(model(ids(), routing=routing).logits, expected) < NEUTRAL
+        kept = {1: torch.rand(3, LENGTH) < 0.5}
+        gathered, masked = (model(ids(), routing=kept, executor=which).logits for which in ("gathered", "masked"))
+        assert parity.relative_error(gathered, masked) < FP32
+        assert parity.relative_error(gathered, expected) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_sharded_and_bfloat16_files(case: str, tmp_path: Path) -> None:
+    parity.save_random(parity.CASES[case], tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "sharded", max_shard_size="20KB"
+    )
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert load_pretrained(tmp_path / "sharded").dtype == torch.bfloat16
+    assert parity.logits_error(tmp_path / "sharded", ids(), torch.float32) < 1e-5
+    convert(tmp_path / "sharded", tmp_path / "ours")
+    export_dense(tmp_path / "ours", tmp_path / "back")
+    a, b = (parity.theirs(tmp_path / name).state_dict() for name in ("sharded", "back"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_decoder_that_no_family_computes_is_refused() -> None:
+    config = SkipstoneConfig(norm_placement="after", qk_norm=True, vocab_size=97)
+    with pytest.raises(ValueError, match=r'no dense family computes this decoder .*"norm_placement": "after"'):
+        family_config(config, "silu")
+
+
+def test_a_model_goes_back_to_the_first_family_that_computes_it() -> None:
+    assert family_config(SkipstoneConfig(), "silu").model_type == "llama"
+    assert family_config(SkipstoneConfig(attention_window=5), "silu").model_type == "mistral"
+    assert family_config(SkipstoneConfig(family="granite"), "silu").model_type == "granite"
+    assert family_config(SkipstoneConfig(family="granite", qk_norm=True), "silu").model_type == "qwen3"
+
+
+@torch.no_grad()
+def test_blocks_that_are_left_keep_their_window_and_their_positions(tmp_path: Path) -> None:
+    parity.save_random(parity.CASES["SmolLM3, window, biases"], tmp_path)
+    source = load_pretrained(tmp_path)  # the block in the middle has a window and no positions
+    for dropped in ([0], [1], [0, 2]):
+        smaller = drop_blocks(source, dropped)
+        kept = [i for i in range(3) if i not in dropped]
+        for i, block in enumerate(smaller.model.layers):
+            assert (block.self_attn.window, smaller.model.turned_by[i]) == (
+                (6, "none") if kept[i] == 1 else (None, "row")
+            )
