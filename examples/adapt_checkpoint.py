@@ -1,4 +1,4 @@
-"""Make a dense checkpoint compute less: a small Llama learns to skip a fifth of its FLOPs.
+"""Adapt a dense checkpoint to compute less: a small Llama learns to skip a fifth of its FLOPs.
 
 Run it with `python examples/adapt_checkpoint.py` (about a minute), or name a checkpoint and a folder of text:
 `python examples/adapt_checkpoint.py PATH TEXT`. Without arguments a Llama of transformers is trained on the Python
@@ -41,7 +41,7 @@ RECIPE: dict[str, Any] = {
 
 
 def write_text(folder: Path) -> None:
-    """Two files, as `data.corpus=text:FOLDER` expects them."""
+    """Write two files of text, as `data.corpus=text:FOLDER` expects them."""
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     folder.mkdir()
     for name, part in (("train.txt", sources[:40]), ("validation.txt", sources[40:44])):
@@ -49,7 +49,7 @@ def write_text(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path, text: Path, steps: int = 60) -> None:
-    """A dense Llama of bytes, trained for a moment. It stands for a checkpoint of yours."""
+    """Train a dense byte-level Llama for a moment and save it, in place of a checkpoint of your own."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, text: Path, steps: int = 60) -> None:
 
 
 def main(source: str | None = None, text: str | None = None) -> None:
-    """Adapt the checkpoint, then measure source and result by the pass that each really executes."""
+    """Adapt the checkpoint, then measure source and result by the passes that they execute."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if source is None or text is None:

@@ -1,4 +1,4 @@
-"""Route tokens around the blocks of a decoder that Skipstone knows nothing of: a small mixture of experts.
+"""Route tokens around the blocks of a decoder that Skipstone has no code for: a small mixture of experts.
 
 Run it with `python examples/route_any_decoder.py`. It trains a byte-level Qwen3-MoE of transformers on the Python
 sources of the standard library, puts Mixture-of-Depths around every second block in place, and trains on. It prints
@@ -24,7 +24,7 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 
 
 def decoder() -> Qwen3MoeForCausalLM:
-    """Bytes in, logits of the next byte out."""
+    """Return a decoder that reads bytes and predicts the next byte."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=256, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
@@ -35,14 +35,17 @@ def decoder() -> Qwen3MoeForCausalLM:
 
 
 def corpus() -> Tensor:
-    """The Python files of the standard library, as one tensor of bytes."""
+    """Return the Python files of the standard library as one tensor of bytes."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:60])
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 def train(model: Qwen3MoeForCausalLM, text: Tensor, after: Callable[[float], None]) -> float:
-    """Train for `STEPS` steps, `after` of each given the progress; the mean loss of the last ten in nats a byte."""
+    """Train for `STEPS` steps and return the mean loss of the last ten in nats per byte.
+
+    after: called after each step with the progress, from 0 to 1.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     draw = torch.Generator().manual_seed(0)
     losses = []
@@ -60,7 +63,7 @@ def train(model: Qwen3MoeForCausalLM, text: Tensor, after: Callable[[float], Non
 
 @torch.no_grad()
 def report(name: str, model: Qwen3MoeForCausalLM, text: Tensor) -> None:
-    """Print the loss on rows that training has not drawn, and FLOPs a token."""
+    """Print the loss on rows that were not used in training, and FLOPs per token."""
     rows = text[-ROWS * CONTEXT :].view(ROWS, CONTEXT)
     loss = model.eval()(rows, labels=rows).loss
     flops = count_flops(lambda: model(rows)).total / rows.numel()
@@ -68,7 +71,7 @@ def report(name: str, model: Qwen3MoeForCausalLM, text: Tensor) -> None:
 
 
 def main() -> None:
-    """Train, route, train on, generate."""
+    """Train, route, train further, generate."""
     text = corpus()
     model = decoder()
     train(model, text[: -ROWS * CONTEXT], after=lambda progress: None)

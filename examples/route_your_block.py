@@ -22,7 +22,7 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 
 
 class Block(nn.Module):
-    """A residual block as you have one: causal attention and an MLP. It knows nothing of routing."""
+    """A residual block such as yours, with causal attention and an MLP and without any code for routing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Bytes in, logits of the next byte out. Every second block is routed if `capacity` is given."""
+    """A model that reads bytes and predicts the next byte. Every second block is routed if `capacity` is given."""
 
     def __init__(self, capacity: float | None = None) -> None:
         super().__init__()
@@ -56,23 +56,26 @@ class Model(nn.Module):
         self.blocks, self.norm, self.head = nn.Sequential(*blocks), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256)
 
     def stream(self, bytes_BT: Tensor) -> Tensor:
-        """The residual stream before the first block."""
+        """Return the residual stream before the first block."""
         return self.byte(bytes_BT) + self.position.weight[: bytes_BT.shape[1]]
 
     def forward(self, bytes_BT: Tensor) -> Tensor:
-        """Logits [B, T, 256]."""
+        """Return the logits [B, T, 256]."""
         return self.head(self.norm(self.blocks(self.stream(bytes_BT))))
 
 
 def corpus() -> Tensor:
-    """The Python files of the standard library, as one tensor of bytes."""
+    """Return the Python files of the standard library as one tensor of bytes."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:60])
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 def train(model: Model, text: Tensor) -> tuple[float, float]:
-    """Train for `STEPS` steps; the mean loss of the last ten in nats a byte, and the CPU seconds of all steps."""
+    """Train for `STEPS` steps.
+
+    Return the mean loss of the last ten in nats per byte, and the CPU seconds of all steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     draw = torch.Generator().manual_seed(0)
     losses, start = [], time.process_time()
@@ -90,10 +93,10 @@ def train(model: Model, text: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def kept(model: Model, line: bytes) -> str:
-    """The line, with the bytes that the first routed block left out shown as dots."""
+    """Return the line with dots for the bytes that the first routed block skipped."""
     x_BTD = model.stream(torch.tensor([list(line)]))
     x_BTD = model.blocks[0](x_BTD)
-    # Top-k looks at the whole row, so this is what training does; a decision such as "threshold" generates, too.
+    # Top-k needs the whole row, so this is the decision of training; decisions such as "threshold" can also generate.
     _, records = model.blocks[1](x_BTD, routing="oracle", return_records=True)
     keeps = records["MixtureOfDepths"].kept_BT[0].tolist()
     return "".join(chr(byte) if keep else "·" for byte, keep in zip(line, keeps, strict=True))

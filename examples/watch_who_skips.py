@@ -24,7 +24,7 @@ LINE = "    def forward(self, hidden_states, mask=None):\n        return self.no
 
 
 def rows(number: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of bytes from the standard library; a causal model's labels are its inputs."""
+    """Return rows of bytes from the standard library; a causal model's labels are its inputs."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:60])
     draw = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def rows(number: int) -> list[dict[str, torch.Tensor]]:
 
 
 def trained() -> SkipstoneForCausalLM:
-    """A model of four blocks, two of them routed. `RoutingTrainer` is a Trainer that also moves thresholds."""
+    """Train a model of four blocks, two of them routed. `RoutingTrainer` is a Trainer that also advances thresholds."""
     torch.manual_seed(0)
     routed = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.3, "decision": "ema_threshold"}
     config = SkipstoneConfig(hidden_size=96, num_hidden_layers=4, mechanisms=[routed])
@@ -49,14 +49,14 @@ def trained() -> SkipstoneForCausalLM:
 
 @torch.no_grad()
 def depths(model: SkipstoneForCausalLM, text: str) -> list[list[bool]]:
-    """For each routed block, whether it computed each character; decided causally, as generation decides."""
+    """Return which characters each routed block computed, decided causally as in generation."""
     ids = torch.tensor([list(text.encode())])
     records = model(ids, routing="causal", output_records=True).records
     return [record.kept_BT[0].tolist() for layer in records for record in layer.values()]
 
 
 def main() -> None:
-    """Train, and print who was computed."""
+    """Train, and print which characters were computed."""
     model = trained()
     kept = depths(model, LINE)
     print(f"\n{LINE}\n")

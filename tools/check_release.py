@@ -1,7 +1,7 @@
-"""Check what `make release` has built: `python tools/check_release.py dist`. Ends with 1 and a line for each fault.
+"""Check what `make release` has built: `python tools/check_release.py dist`. Exits with 1 and a line for each fault.
 
-One sdist and one wheel of the version in src/skipstone/__init__.py, for which CHANGELOG.md has a dated heading. The
-sdist holds every file that git tracks, the wheel every file of the packages, and both hold nothing else.
+There must be one sdist and one wheel of the version in src/skipstone/__init__.py, which has a dated heading in
+CHANGELOG.md. The sdist must hold exactly the files that git tracks, the wheel exactly the files of the packages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GENERATED = {"PKG-INFO"}
 
 
 def version() -> str:
-    """Return the version that the package names."""
+    """Return the version of the package."""
     text = (ROOT / "src" / "skipstone" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
@@ -40,13 +40,13 @@ def of_sdist(path: Path) -> set[str]:
 
 
 def of_wheel(path: Path) -> set[str]:
-    """Return the paths in a wheel, its metadata left out."""
+    """Return the paths in a wheel, without its metadata."""
     with zipfile.ZipFile(path) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def faults(folder: Path, files: set[str], number: str) -> Iterator[str]:
-    """Yield a line for everything that is wrong with the archives in `folder`."""
+    """Yield a line for each fault of the archives in `folder`."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     if not re.search(rf"^## \[{re.escape(number)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         yield f"CHANGELOG.md has no dated heading for {number}"

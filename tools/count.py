@@ -1,9 +1,9 @@
-"""Counts of the sources: lines, files, imports, `Any`, ignored types, checks by class, circles of imports.
+"""Count properties of the sources: lines, files, imports, `Any`, ignored types, checks by class, import cycles.
 
     python tools/count.py            a table of this tree
-    python tools/count.py OTHER      the same beside another checkout's
+    python tools/count.py OTHER      the same beside another checkout
 
-Only the sources are read; nothing of Skipstone is imported.
+Only the sources are read; Skipstone is not imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("src", "benchmarks")
-# Checks of a record's or a mechanism's class: the names that the classes of both end with or are known by.
+# Names of record and mechanism classes, to count checks of them.
 RECORDS = ("DepthRecord", "ActivationRecord", "ExpertsRecord", "GroupsRecord", "NeuronGroupsRecord")
 MECHANISMS = (
     "Adjustable", "RoutingModule", "DepthMechanism", "MixtureOfDepths", "TokenSelective", "EarlyExit", "GateSkip",
@@ -28,7 +28,7 @@ DUCKS = ("hasattr",)
 
 
 class Source:
-    """One file: its text, its tree and its dotted name."""
+    """One file with its text, syntax tree and dotted name."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.text = path.read_text(encoding="utf-8")
@@ -37,12 +37,12 @@ class Source:
         self.module = ".".join(parts[:-1] if parts and parts[-1] == "__init__" else parts)
 
     def words(self, word: str) -> int:
-        """How often a name stands in the code, its imports included, comments and strings excepted."""
+        """Return how often a name occurs in the code, including imports but not comments and strings."""
         tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
         return sum(t.type == tokenize.NAME and t.string == word for t in tokens)
 
     def imports(self) -> Iterator[str]:
-        """Every imported module, also of imports inside functions and of those for types alone."""
+        """Yield every imported module, including imports inside functions and for types only."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
@@ -50,7 +50,7 @@ class Source:
                 yield node.module or ""
 
     def imports_of(self, known: Mapping[str, object]) -> Iterator[str]:
-        """The `known` modules that are imported; `from package import module` is an import of the module."""
+        """Yield the imported modules among `known`; `from package import module` counts as an import of the module."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -62,7 +62,7 @@ class Source:
             yield from (name for name in names if name in known and name != self.module)
 
     def class_checks(self) -> int:
-        """isinstance checks of a record or a mechanism."""
+        """Return the number of isinstance checks of a record or a mechanism."""
         return sum(
             any(isinstance(n, ast.Name) and n.id in (*RECORDS, *MECHANISMS) for n in ast.walk(call.args[1]))
             for call in self._calls(("isinstance",))
@@ -70,7 +70,7 @@ class Source:
         )
 
     def ducks(self) -> int:
-        """hasattr, and getattr with a default."""
+        """Return the number of calls of hasattr, and of getattr with a default."""
         return len(self._calls(DUCKS)) + sum(len(call.args) == 3 for call in self._calls(("getattr",)))
 
     def _calls(self, names: tuple[str, ...]) -> list[ast.Call]:
@@ -79,7 +79,7 @@ class Source:
 
 
 def circles(files: list[Source]) -> list[tuple[str, ...]]:
-    """Groups of modules that import each other, directly or through others (Tarjan's strongly connected components)."""
+    """Return groups of modules that import each other, directly or not (Tarjan's strongly connected components)."""
     known = {source.module: source for source in files if source.module}
     edges = {name: list(source.imports_of(known)) for name, source in known.items()}
     index: dict[str, int] = {}
@@ -110,7 +110,7 @@ def circles(files: list[Source]) -> list[tuple[str, ...]]:
 
 
 def counts(root: Path) -> dict[str, float]:
-    """The table's rows for one checkout."""
+    """Return the rows of the table for one checkout."""
     paths = [path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py"))]
     files = [Source(path, root) for path in paths]
     of_src = [source for source in files if source.module]
@@ -131,7 +131,7 @@ def counts(root: Path) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table of this tree, beside those of other checkouts."""
+    """Print the table of this tree beside those of other checkouts."""
     roots = [*(Path(argument) for argument in arguments), ROOT]
     tables = [counts(root) for root in roots]
     for name in tables[-1]:

@@ -1,6 +1,6 @@
-"""Draw the README's picture: tokens that pass blocks, skip some of them, and neurons that choose their activation.
+"""Draw the README's picture: tokens that pass or skip blocks, and neurons that choose their activation.
 
-`python tools/picture.py docs/picture.svg` writes the file; `tests/test_picture.py` holds that it is up to date. The
+`python tools/picture.py docs/picture.svg` writes the file; `tests/test_picture.py` checks that it is up to date. The
 picture is a scheme, not a measurement. Its colours follow the reader's light or dark mode.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 WIDTH, HEIGHT = 960, 440
 TOKENS = ["The", "cat", "that", "we", "saw", "sat", "on", "it"]
-# From the bottom: who is computed in which block, and with which gain.
+# Blocks from the bottom: the tokens that are computed, and their gains.
 BLOCKS: list[tuple[str, str, dict[int, float]]] = [
     ("block 1", "dense", dict.fromkeys(range(8), 1.0)),
     ("block 2", "Mixture-of-Depths", {1: 1.0, 4: 1.0, 5: 1.0}),
@@ -22,14 +22,14 @@ BLOCKS: list[tuple[str, str, dict[int, float]]] = [
     ("block 5", "early exit", {0: 1.0, 1: 1.0, 4: 1.0, 5: 1.0, 7: 1.0}),
     ("block 6", "early exit", {1: 1.0, 5: 1.0, 7: 1.0}),
 ]
-LEFT, COLUMN, BOTTOM, ROW = 168, 52, 366, 48  # of the grid of tokens and blocks
+LEFT, COLUMN, BOTTOM, ROW = 168, 52, 366, 48  # layout of the grid of tokens and blocks
 ACTIVATIONS: list[tuple[str, str, Callable[[float], float]]] = [
     ("ReLU", "#d1495b", lambda v: max(v, 0.0)),
     ("Tanh", "#b8860b", math.tanh),
     ("SiLU", "#2a7fba", lambda v: v / (1 + math.exp(-v))),
     ("GELU", "#2e9e6b", lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2),
 ]
-CHOSEN = "2.02 10.3 2.21 .120 03.2 .021 2.30 1.03"  # of 32 neurons: which function; a dot is off
+CHOSEN = "2.02 10.3 2.21 .120 03.2 .021 2.30 1.03"  # the functions of 32 neurons; a dot is off
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #24292f; }
   .small { font-size: 11.5px; fill: #57606a; }
@@ -46,12 +46,12 @@ STYLE = """
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    """A line of text whose baseline starts, centres or ends at (x, y)."""
+    """Return a line of text whose baseline starts, centres or ends at (x, y)."""
     return f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{words}</text>'
 
 
 def blocks() -> Iterable[str]:
-    """The grid: one column for each token, one row for each block, the stream running upwards through both."""
+    """Yield the grid: a column for each token and a row for each block, with the stream running upwards."""
     yield text(24, 30, "Tokens choose their blocks", "title")
     yield text(24, 50, "A token that skips a block takes no part in its matrix products.", "small")
     for column, token in enumerate(TOKENS):
@@ -72,7 +72,7 @@ def blocks() -> Iterable[str]:
 
 
 def neurons() -> Iterable[str]:
-    """The right panel: a grid of neurons coloured by the function that each has chosen, and the functions."""
+    """Yield the right panel: neurons coloured by their chosen function, and the functions."""
     left, top = 624, 92
     yield text(left, 30, "Neurons choose their activation", "title")
     yield text(left, 50, "Four functions, by PolyGLU; some neurons are off.", "small")
@@ -90,7 +90,7 @@ def neurons() -> Iterable[str]:
 
 
 def legend() -> Iterable[str]:
-    """What a filled, a pale and a dashed shape mean."""
+    """Yield the explanation of filled, pale and dashed shapes."""
     y = HEIGHT - 12
     yield f'<rect class="computed" x="24" y="{y - 13}" width="22" height="16" rx="4"/>'
     yield text(54, y, "computed", "small")
@@ -103,7 +103,7 @@ def legend() -> Iterable[str]:
 
 
 def picture() -> str:
-    """The whole SVG."""
+    """Return the whole SVG."""
     parts = [*blocks(), *neurons(), *legend()]
     label = "A grid of tokens and blocks in which some tokens skip blocks, and a grid of neurons coloured by activation"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'

@@ -304,7 +304,7 @@ def test_arguments_that_mean_nothing_to_skipped_tokens_are_one_line(ids: Tensor)
     for name in ("output_attentions", "output_router_logits"):
         with pytest.raises(ValueError, match=f"{name} is not supported by a routed model"):
             model(ids, **{name: True})
-    with pytest.raises(ValueError, match=r"mechanisms\[0\].on must be 'block': route sees blocks from outside"):
+    with pytest.raises(ValueError, match=r"mechanisms\[0\].on must be 'block', as route wraps whole blocks"):
         skipstone.route(built("llama"), [{**MOD, "on": "mlp"}])
     with pytest.raises(ValueError, match="did you mean 'capacity'"):
         skipstone.route(built("llama"), [{"name": "mixture_of_depths", "capcity": 0.5}])

@@ -1,4 +1,4 @@
-"""Mechanisms around the blocks of somebody else's decoder, in place: `skipstone.route`."""
+"""`skipstone.route` puts depth mechanisms around the blocks of any transformers decoder, in place."""
 
 from __future__ import annotations
 

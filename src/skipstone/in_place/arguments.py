@@ -1,4 +1,4 @@
-"""What a decoder block is called with, by name, and the same for some of its tokens.
+"""The arguments that a decoder block is called with, by name, and their restriction to some of its tokens.
 
 Shape letters: B rows, T tokens of the call, S tokens of keys, K tokens of a selection, R rows of a selection.
 """
@@ -22,22 +22,22 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class Signature:
-    """How a block wants to be called: `forward(hidden states, ...)`, with a cache under one of `CACHE_NAMES`."""
+    """The signature of a block's forward: hidden states first, and a cache under one of `CACHE_NAMES`."""
 
     def __init__(self, block: nn.Module) -> None:
-        """Raises ValueError, one line, for a block that takes no cache."""
+        """Inspect the block. Raises ValueError for a block that takes no cache."""
         self._signature = inspect.signature(type(block).forward)
         names = list(self._signature.parameters)
         kinds = {p.kind for p in self._signature.parameters.values()}
         if inspect.Parameter.VAR_POSITIONAL in kinds:
-            raise ValueError(f"{type(block).__name__} takes any number of arguments, so that none has a meaning")
+            raise ValueError(f"{type(block).__name__} takes *args, so that its arguments cannot be told by name")
         found = next((name for name in CACHE_NAMES if name in names), None)
         if found is None and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise ValueError(f"{type(block).__name__} takes no cache of keys and values (no argument past_key_values)")
         self.cache_name = found or CACHE_NAMES[0]
 
     def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[Any, ...], kwargs: PlainDict) -> PlainDict:
-        """All arguments but the hidden states by name."""
+        """Return all arguments by name, except the hidden states."""
         bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
         values: PlainDict = {}
         for name, value in list(bound.items())[2:]:
@@ -50,7 +50,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some tokens of a call, as its arguments see them: whole rows (`rows`), or tokens of every row (`index_BK`)."""
+    """Some tokens of a call: whole rows (`rows`), or tokens of every row (`index_BK`)."""
 
     shape: torch.Size  # B, T
     rows: RowSubset | None = None
@@ -58,14 +58,14 @@ class Subset:
 
     @classmethod
     def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
-        """The tokens that `part` gathers."""
+        """Return the tokens that `part` gathers."""
         if isinstance(part, WholeRows):
             return cls(shape, rows=part.rows)
         slot_BT = torch.arange(shape[1], device=device).expand(shape)
         return cls(shape, index_BK=part.gather(slot_BT))
 
     def at(self, x: Tensor, row_axis: int) -> Tensor:
-        """x [..., B or 1, T, ...] for these tokens; `row_axis` is negative, the tokens' axis follows it."""
+        """Return x [..., B or 1, T, ...] for these tokens. row_axis: negative; the axis of tokens follows it."""
         axis = row_axis + x.dim()
         if self.rows is not None:
             return x if x.shape[axis] == 1 else x.index_select(axis, self.rows.index_R)
@@ -77,7 +77,10 @@ class Subset:
 
 
 def for_tokens(arguments: PlainDict, subset: Subset, keys_too: bool = False) -> PlainDict:
-    """The arguments of a block for some of the call's tokens. keys_too: the others do not serve as keys either."""
+    """Return the arguments of a block for some of the call's tokens.
+
+    keys_too: whether the other tokens do not serve as keys either.
+    """
     return {name: _picked(name, value, subset, keys_too) for name, value in arguments.items()}
 
 
@@ -98,7 +101,9 @@ def _picked(name: str, value: Any, subset: Subset, keys_too: bool) -> Any:
 
 
 def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
-    """Of [B or 1, H or 1, T, S]: the rows of these queries, and with `keys_too` the columns of these keys."""
+    """Return the rows of these queries of a mask [B or 1, H or 1, T, S], with `keys_too` also only the columns of these
+    keys.
+    """
     B, T = subset.shape
     if mask.dim() != 4 or mask.shape[2] != T:
         return mask
@@ -112,20 +117,21 @@ def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
 
 
 def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | None]) -> PlainDict:
-    """The arguments with another attention mask."""
+    """Return the arguments with the attention mask changed by `change`."""
     return {**arguments, "attention_mask": change(arguments.get("attention_mask"))}
 
 
 def causal_mask(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """The mask as it is, or where it is left to the attention the causal one, bool [1, 1, T, T]."""
+    """Return the mask unchanged, or the causal one, bool [1, 1, T, T], if there is none."""
     if mask is not None:
         return mask
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
-    """The mask [B or 1, H or 1, K, K] closed for keys that are not kept; a token that is not kept sees itself, so that
-    no row of it is closed altogether.
+    """Return the mask [B or 1, H or 1, K, K] without keys that are not kept.
+
+    A token that is not kept attends to itself, so that no row of the mask is empty.
     """
     itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
     closed = ~(kept_BK[:, None, None, :] | itself)

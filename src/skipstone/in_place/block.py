@@ -1,8 +1,8 @@
-"""One block of somebody else's decoder inside depth mechanisms.
+"""One block of a foreign decoder inside depth mechanisms.
 
-What the mechanisms ask for is executed by the block itself, called with fewer tokens: its keys and values of skipped
-tokens are caught (see `keys`), so that the model's own cache and masks serve as they are. Gates scale the whole update
-of a block, since nothing is known of what is inside.
+The block itself executes what the mechanisms decide, called with fewer tokens: keys and values of skipped tokens are
+captured (see `keys`), so that the model's own cache and masks can be used. Gates scale the whole update of a block,
+because its sub-layers are not known.
 
 Shape letters: B rows, T tokens of the call, L tokens that reach the block, K tokens of a selection, D width.
 """
@@ -31,31 +31,35 @@ from skipstone.ops.reference import wide
 if TYPE_CHECKING:
     from skipstone.in_place.handle import RoutedDecoder
 
-TOLERANCE, LOW_TOLERANCE = 1e-4, 0.05  # of the largest update, where a block is held against itself
+TOLERANCE, LOW_TOLERANCE = 1e-4, 0.05  # errors relative to the largest update
 
 
 class RoutedBlock:
-    """Stands in for `block.forward`. `mechanisms` are a child of the block under this name, the first outermost."""
+    """A replacement for `block.forward` that runs the block inside its mechanisms.
+
+    `mechanisms` are a child module of the block, the first outermost.
+    """
 
     def __init__(
         self, decoder: RoutedDecoder, layer: int, block: nn.Module, signature: Signature, mechanisms: DepthModules
     ) -> None:
         self.decoder, self.layer, self.block = decoder, layer, block
         self.signature = signature
-        self.rest: tuple[Any, ...] | None = None  # what the block returns beside the stream, as far as it is known
-        self._before = block.__dict__.get("forward")  # of a hook, perhaps
+        self.rest: tuple[Any, ...] | None = None  # what the block returns besides the stream
+        self._before = block.__dict__.get("forward")  # set by a hook, for example
         self._original: Callable[..., Any] = block.forward
         block.add_module("mechanisms", mechanisms)
         block.forward = self.forward  # type: ignore[method-assign]
 
     @property
     def mechanisms(self) -> DepthModules:
+        """The depth mechanisms of the block."""
         found = self.block.mechanisms
         assert isinstance(found, DepthModules)
         return found
 
     def undo(self) -> None:
-        """Take the mechanisms out again. Raises ValueError where somebody has wrapped the block since."""
+        """Remove the mechanisms. Raises ValueError if the block was wrapped by other code since."""
         if getattr(self.block.__dict__.get("forward"), "__self__", None) is not self:
             raise ValueError(f"block {self.layer} was wrapped after it was routed; undo that first")
         del self.block._modules["mechanisms"]
@@ -64,11 +68,11 @@ class RoutedBlock:
             self.block.forward = self._before
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own, with the update that the mechanisms leave of it."""
+        """Return what the block returns, with its update under the mechanisms."""
         arguments = self.signature.named(self.block, hidden_states, args, kwargs)
         cache = arguments.pop(self.signature.cache_name, None)
         if arguments.get("alibi") is not None:
-            raise ValueError("alibi is a bias of the whole row and cannot follow single tokens; it is not supported")
+            raise ValueError("alibi is not supported: its bias is for whole rows and cannot be gathered by token")
         tokens = self.decoder.tokens_at(self, hidden_states, cache)
         if getattr(self.block, "gradient_checkpointing", False) and self.block.training:
             run = partial(self._recomputed, tokens, arguments)
@@ -82,7 +86,7 @@ class RoutedBlock:
         return stream if rest is None else (stream, *rest)
 
     def _recomputed(self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor) -> Any:
-        """Inside activation checkpointing, which the block would otherwise do itself, without our keys and values."""
+        """Run inside activation checkpointing; the block's own would not include the captured keys and values."""
         self.block.gradient_checkpointing = False  # type: ignore[assignment]
         try:
             return self._run(tokens, arguments, x_BTD, None)
@@ -100,7 +104,7 @@ class RoutedBlock:
         return (x_BTD + delta_BTD).to(x_BTD.dtype), self.rest, records
 
     def _inside(self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor, cache: Any) -> tuple[Tensor, Records]:
-        """The block's update inside its mechanisms, and what they decided."""
+        """Return the block's update inside its mechanisms, and their records."""
         call = Call(self, tokens, arguments, cache, x_BTD.shape[:2])
         result = wrap(call.update, self.mechanisms.values())(x_BTD, tokens)
         if cache is not None and not call.stored:
@@ -111,7 +115,7 @@ class RoutedBlock:
         return result
 
     def _compare(self, delta_BTD: Tensor, expected_BTD: Tensor) -> None:
-        """Raise ValueError, one line, where skipping did not give what computing everything gives."""
+        """Raise ValueError if skipping gives another update than computing everything."""
         low = torch.finfo(self._dtype).bits < 32
         error, size = (delta_BTD - expected_BTD).abs().max(), expected_BTD.abs().max()
         if not error <= (LOW_TOLERANCE if low else TOLERANCE) * size:
@@ -125,7 +129,7 @@ class RoutedBlock:
         return next(p.dtype for p in self.block.parameters() if p.is_floating_point())
 
     def call(self, x: Tensor, arguments: PlainDict, cache: Any) -> Tensor:
-        """The block itself. Raises ValueError where it returns no stream of its input's shape."""
+        """Call the block itself. Raises ValueError if it returns no stream with its input's shape."""
         out = self._original(x, **arguments, **{self.signature.cache_name: cache})
         if isinstance(out, tuple):
             out, self.rest = out[0], tuple(None if isinstance(v, Tensor) else v for v in out[1:])
@@ -139,22 +143,24 @@ class RoutedBlock:
 
 
 class Call:
-    """One call of a block: the innermost update of its mechanisms."""
+    """One call of a block: the innermost update inside its mechanisms."""
 
     def __init__(
         self, routed: RoutedBlock, tokens: Tokens, arguments: PlainDict, cache: Any, shape: torch.Size
     ) -> None:
         self.routed, self.whole, self.arguments, self.cache, self.shape = routed, tokens, arguments, cache, shape
-        self.stored = False  # whether the cache has been given every token's keys and values
+        self.stored = False  # whether keys and values of all tokens were stored in the cache
 
     def update(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """What the block adds to the stream of the query tokens, 0 for all others."""
+        """Return the block's update of the query tokens, 0 for all others."""
         narrowed = tokens.slot_BT is not self.whole.slot_BT
         arguments, part = self._reaching(tokens) if narrowed else self.arguments, tokens.queries
-        if tokens.real_BT is not None and tokens.real_BT is not self.whole.real_BT:  # others must not serve as keys
+        if (
+            tokens.real_BT is not None and tokens.real_BT is not self.whole.real_BT
+        ):  # other tokens must not serve as keys
             close = partial(self._closed, tokens.real_BT, x_BLD)
             arguments = masks_of(arguments, close)
-        if narrowed or arguments is not self.arguments:  # the keys of some are no keys for the model's cache
+        if narrowed or arguments is not self.arguments:  # the model's cache needs keys of all tokens
             cache = None
         else:
             cache, self.stored = self.cache, True
@@ -173,17 +179,17 @@ class Call:
         return delta, {}
 
     def _reaching(self, tokens: Tokens) -> PlainDict:
-        """The arguments for the tokens that an outer mechanism has left."""
+        """Return the arguments for the tokens that an outer mechanism kept."""
         index_BK = (tokens.slot_BT - self.whole.slot_BT[:, :1]).expand(self.shape[0], -1)
         return for_tokens(self.arguments, Subset(self.shape, index_BK=index_BK), keys_too=True)
 
     def _closed(self, real_BL: Tensor, x_BLD: Tensor, mask: Tensor | None) -> Tensor | None:
         if mask is None and self.whole.mode.executor == "gathered" and x_BLD.shape[1] < self.shape[1]:
-            return None  # what fills up a row comes last in it, and so is behind every query
+            return None  # padding comes last in a row, after every query
         return without_keys(causal_mask(mask, x_BLD.shape[1], x_BLD.device), real_BL.expand(x_BLD.shape[:2]))
 
     def _keys(self, x: Tensor, arguments: Mapping[str, Any]) -> Catching:
-        """Keys and values of these tokens, in the very form in which the attention hands them over."""
+        """Return keys and values of these tokens as the attention passes them to a cache."""
         given = {**arguments, "attention_mask": None}
         return keys_of(self.routed.block, f"block {self.routed.layer}", partial(self._hand_over, x, given), self.cache)
 
@@ -191,7 +197,7 @@ class Call:
         self.routed.call(x, arguments, catching)
 
     def _gathered(self, x_BLD: Tensor, tokens: Tokens, arguments: PlainDict, part: Selection) -> Tensor:
-        """What the block adds to the tokens of `part` alone, the others giving keys and values: [B, K, D] or rows."""
+        """Return the update of the tokens of `part` alone, given keys and values of the others: [B, K, D] or rows."""
         shape = x_BLD.shape[:2]
         others = _rest_of(part, tokens)
         subset = partial(Subset.of, shape=shape, device=x_BLD.device)
@@ -215,19 +221,21 @@ class Call:
         return delta
 
     def _square(self, length: int, device: torch.device) -> Callable[[Tensor | None], Tensor | None]:
-        """Where causality is left to the attention, it takes queries and keys to be the same tokens."""
+        """Return a function that makes causality explicit; implicit causal masks assume that queries and keys are the
+        same tokens.
+        """
         return lambda mask: causal_mask(mask, length, device)
 
 
 def _rest_of(part: Selection, tokens: Tokens) -> Selection:
-    """The tokens that `part` leaves out."""
+    """Return the tokens that `part` leaves out."""
     left_BL = ~part.mask()
     exact = part.valid_BK is None and not isinstance(part, WholeRows)
     return tokens.select_kept(left_BL, tokens.length - part.width if exact else None, exact)
 
 
 def _joined(part: Selection, mine: Tensor, others: Selection, theirs: Tensor) -> Tensor:
-    """Keys or values [B, H, L, E] of all tokens from those of `part` and of the others."""
+    """Return keys or values [B, H, L, E] of all tokens from those of `part` and of the others."""
     return (part.scatter(mine.transpose(1, 2)) + others.scatter(theirs.transpose(1, 2))).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Every routed block against itself, on a few tokens: skipping must give what computing everything gives.
+"""Check every routed block on a few tokens: skipping must give the same result as computing everything.
 
 Shape letters: B rows, T tokens.
 """
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from skipstone.in_place.handle import RoutedDecoder
 
 LENGTH = 6
-KEPT = ((1, 0, 1, 1, 0, 1), (0, 1, 0, 1, 1, 0))  # ragged, so that rows are filled up
+KEPT = ((1, 0, 1, 1, 0, 1), (0, 1, 0, 1, 1, 0))  # ragged, so that rows are padded
 NEXT = ((1,), (0,))
 
 
 @torch.no_grad()
 def check(handle: RoutedDecoder) -> None:
-    """Run a prompt of two rows and one more token of each with imposed decisions, on every routed block.
+    """Run a prompt of two rows and one further token of each with forced decisions, on every routed block.
 
-    Raises ValueError, one line, for a block whose output differs from its own where everything is computed.
+    Raises ValueError for a block whose output differs from that with everything computed.
     """
     if any(p.device.type == "meta" for p in handle.decoder.parameters()):
-        return  # weights that are elsewhere cannot be looked at now
+        return  # offloaded weights cannot be checked now
     device = handle.decoder.get_input_embeddings().weight.device  # type: ignore[operator]
     ids = torch.arange(2 * (LENGTH + 1), device=device).view(2, LENGTH + 1) % 7 + 1
     with _in_evaluation(handle.decoder):

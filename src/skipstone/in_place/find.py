@@ -1,4 +1,4 @@
-"""The decoder of a model and its blocks, and what is refused of a model before anything is put into it."""
+"""Find the decoder of a model and its blocks, and refuse models that cannot be routed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ KERNELS = ("sdpa", "eager")
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The causal decoder: that of a language model, or the text tower of one that sees.
+    """Return the causal decoder of a language model, or the text decoder of a multimodal one.
 
-    Raises ValueError, one line, for a model that has none, or one whose blocks decide already.
+    Raises ValueError for a model that has none, or whose blocks carry mechanisms already.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
@@ -22,20 +22,20 @@ def decoder_of(model: nn.Module) -> nn.Module:
     if any(isinstance(module, RoutingModule) for module in model.modules()):
         raise ValueError(f"{kind} carries mechanisms already; undo() them first, or name them in its configuration")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind} has an encoder and attention to it, which route does not know; it needs a decoder")
+        raise ValueError(f"{kind} has an encoder, which route does not support; a decoder-only model is needed")
     found = model.get_decoder()  # type: ignore[operator]
     assert isinstance(found, nn.Module)
     return found
 
 
 def text_config(decoder: nn.Module) -> Any:
-    """The configuration of the decoder's blocks."""
+    """Return the configuration of the decoder's blocks."""
     config: Any = decoder.config
     return config.get_text_config(decoder=True)
 
 
 def blocks_of(decoder: nn.Module) -> nn.ModuleList:
-    """The decoder's list of blocks. Raises ValueError, one line, where there is no such list, or more than one."""
+    """Return the decoder's list of blocks. Raises ValueError if there is no such list, or more than one."""
     count = text_config(decoder).num_hidden_layers
     found = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(found) != 1:
@@ -45,7 +45,7 @@ def blocks_of(decoder: nn.Module) -> nn.ModuleList:
 
 
 def require_kernel(decoder: nn.Module) -> None:
-    """Raise ValueError unless the attention takes the masks that skipping needs."""
+    """Raise ValueError unless the attention implementation takes the masks that skipping needs."""
     kernel = text_config(decoder)._attn_implementation
     if kernel not in KERNELS:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""`route`: mechanisms around the blocks of any decoder of transformers, in place, and the handle to them.
+"""`route` puts mechanisms around the blocks of any transformers decoder in place; `RoutedDecoder` is the handle to
+them.
 
 Shape letters: B rows, T tokens of the call, D width.
 """
@@ -41,17 +42,17 @@ def route(
     dense_start: bool = False,
     verify: bool = True,
 ) -> RoutedDecoder:
-    """Put depth mechanisms around the blocks of a decoder of transformers, in place, and return the handle to them.
+    """Put depth mechanisms around the blocks of a transformers decoder, in place, and return the handle to them.
 
-    model: a causal language model, or one that sees and has a text tower: its blocks take hidden states first and
-    return a stream, alone or at the head of a tuple. mechanisms: entries as `SkipstoneConfig` takes them (name, layers,
-    options), around whole blocks; `kv` is "full" unless it is given. Or a folder that `RoutedDecoder.save` has written.
-    dense_start: start as the model is, for weights that are to be tuned; options that an entry does not name are then
-    those of `skipstone adapt`. verify: hold every routed block against itself, skipping against computing everything,
-    on a few tokens.
+    model: a causal language model, or a multimodal one with a text decoder, whose blocks take hidden states first and
+    return a stream, alone or as the first item of a tuple. mechanisms: entries as in `SkipstoneConfig` (name, layers,
+    options), around whole blocks; `kv` defaults to "full". Or a folder that `RoutedDecoder.save` has written.
+    dense_start: start with the model's own outputs, for weights that are to be tuned; default options are then those of
+    `skipstone adapt`. verify: check on a few tokens that every routed block gives the same result with skipping and
+    with everything computed.
 
-    Raises ValueError, one line each, for entries that cannot be, for models whose blocks are not like that, and for a
-    block that skips inexactly.
+    Raises ValueError for invalid entries, for models whose blocks have another form, and for a block that does not skip
+    exactly.
     """
     decoder = decoder_of(model)
     require_kernel(decoder)
@@ -77,10 +78,10 @@ def route(
 
 
 def _completed(written: Written, dense_start: bool) -> dict[str, object]:
-    """An entry with the options that `route` sets where it does not say."""
+    """Return an entry with the options that `route` sets by default."""
     entry = dict(written)
     mechanism = DEPTH.get(str(entry.get("name")))
-    if mechanism is None:  # what reads it will say so
+    if mechanism is None:  # reported by the parser
         return entry
     known = {field.name for field in fields(mechanism.Config)}
     start = mechanism.adapt_defaults if dense_start else {}
@@ -91,16 +92,16 @@ def _completed(written: Written, dense_start: bool) -> dict[str, object]:
 def _refuse_sites(entries: Sequence[MechanismEntry]) -> None:
     for i, entry in enumerate(entries):
         if entry.site != "block":
-            raise ValueError(f"mechanisms[{i}].on must be 'block': route sees blocks from outside, got {entry.site!r}")
+            raise ValueError(f"mechanisms[{i}].on must be 'block', as route wraps whole blocks; got {entry.site!r}")
 
 
 class RoutedDecoder:
     """The handle to the mechanisms that `route` has put into a model.
 
-    records: of the last pass, for each block, what its mechanisms decided. executor: "gathered" computes kept tokens
-    only, "masked" computes all and throws away; they agree. training_routing: how a pass in training mode decides that
-    computes gradients, "oracle" (sees the whole row) or "causal"; all other passes decide causally. routing: where it
-    is not None, how every pass decides. forced: `{layer: bool mask [B, T]}`, decisions that are imposed.
+    records: the decisions of the last pass, for each block. executor: "gathered" computes kept tokens only, "masked"
+    computes all and discards the others; results are equal. training_routing: routing of passes in training mode that
+    compute gradients, "oracle" (may look at the whole row) or "causal"; all other passes decide causally. routing:
+    routing of every pass, if not None. forced: `{layer: bool mask [B, T]}`, imposed decisions.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class RoutedDecoder:
         self.training_routing: Literal["oracle", "causal"] = "oracle"
         self.routing: Literal["oracle", "causal"] | None = None
         self.forced: Mapping[int, Tensor] = {}
-        self.verifying = False  # whether blocks are held against themselves (`check`)
+        self.verifying = False  # whether `check` compares results
         self.records: tuple[Records, ...] = ()
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
@@ -122,23 +123,23 @@ class RoutedDecoder:
             RoutedBlock(self, i, block, signature, _mechanisms(entries, i, len(blocks), width, block))
             for i, block, signature in chosen
         ]
-        self._names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # of positional arguments
+        self._names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # names of positional arguments
         self._hook = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._forward = _WithLosses(self, model) if model is not decoder else None
         model.routing_modules = self.routing_modules  # type: ignore[assignment]  # where a `RoutingCallback` looks
 
     def routing_modules(self) -> Iterator[DepthModule]:
-        """Every mechanism, in the order of the blocks."""
+        """Yield every mechanism in the order of the blocks."""
         for routed in self.blocks:
             yield from routed.mechanisms.values()
 
     def modules(self) -> Iterator[tuple[str, DepthModules]]:
-        """The mechanisms of each routed block, by a name that does not depend on the model's."""
+        """Yield the mechanisms of each routed block with a name that does not depend on the model's names."""
         for routed in self.blocks:
             yield f"layers.{routed.layer}", routed.mechanisms
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the mechanisms alone, for an optimizer that leaves the model as it is."""
+        """Yield the parameters of the mechanisms alone, for an optimizer that leaves the model unchanged."""
         for mechanism in self.routing_modules():
             yield from mechanism.parameters()
 
@@ -148,9 +149,9 @@ class RoutedDecoder:
             mechanism.set_identity()
 
     def auxiliary_loss(self) -> Tensor:
-        """The mechanisms' own losses in the last pass: for each the mean over its tokens, and their sum.
+        """Return the sum of the mechanisms' auxiliary losses in the last pass, each averaged over its tokens.
 
-        A model that is given labels has added it to its loss in training mode.
+        In training mode, a model that is called with labels has already added it to its loss.
         """
         losses = [(r.loss_BT, r.reached_BT) for layer in self.records for r in layer.values() if r.loss_BT is not None]
         if not losses:
@@ -159,9 +160,9 @@ class RoutedDecoder:
 
     @torch.no_grad()
     def advance(self, progress: float) -> None:
-        """Once an optimizer step in a loop of one's own: move thresholds and schedules after the last pass.
+        """Advance thresholds and schedules by the last pass; call it once per optimizer step in a custom loop.
 
-        progress: from 0 to 1 over the training. A Trainer does it by `RoutingMixin`.
+        progress: from 0 to 1 over the training. A Trainer does this by `RoutingMixin`.
         """
         for mechanism in self.routing_modules():
             place = mechanism.placement
@@ -169,7 +170,7 @@ class RoutedDecoder:
             mechanism.advance(progress, None if record is None else mechanism.statistics(record))
 
     def kept_share(self) -> float:
-        """The share of tokens that the blocks of the last pass computed, blocks without mechanisms counted whole."""
+        """Return the share of token-layers that the last pass computed; blocks without mechanisms count as 1."""
         shares = [1.0] * self.count
         for i, records in enumerate(self.records):
             kept = [r.kept_BT for r in records.values()]  # type: ignore[union-attr]
@@ -178,14 +179,14 @@ class RoutedDecoder:
         return sum(shares) / self.count
 
     def save(self, folder: str | Path) -> None:
-        """Write the entries and the mechanisms' weights, thresholds included, for `route(model, folder)`.
+        """Write entries and weights of the mechanisms, including thresholds, for `route(model, folder)`.
 
-        The model's own weights stay where they are, so this is to a model what an adapter is.
+        The model's own weights are not saved, as with an adapter.
         """
         write(Path(folder), [entry.plain() for entry in self.entries], dict(self.modules()))
 
     def undo(self) -> None:
-        """Take everything out of the model again. Raises ValueError where somebody has wrapped a block since."""
+        """Remove everything from the model. Raises ValueError if a block was wrapped by other code since."""
         for routed in self.blocks:
             routed.undo()
         self._hook.remove()
@@ -196,7 +197,7 @@ class RoutedDecoder:
     # --- a pass
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: PlainDict) -> None:
-        """Before the decoder runs: take what it says of the tokens."""
+        """Take the decoder's arguments about tokens before it runs."""
         require_kernel(decoder)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         config = text_config(decoder)
@@ -208,7 +209,10 @@ class RoutedDecoder:
         self._tokens, self.records = None, tuple({} for _ in range(self.count))
 
     def tokens_at(self, routed: RoutedBlock, x_BTD: Tensor, cache: Any) -> Tokens:
-        """The tokens of the pass as they reach a block. Raises ValueError for hidden states that are not [B, T, D]."""
+        """Return the tokens of the pass as they reach a block.
+
+        Raises ValueError for hidden states that are not [B, T, D].
+        """
         if x_BTD.dim() != 3:
             raise ValueError(f"block {routed.layer} must be given hidden states [B, T, D], got {list(x_BTD.shape)}")
         if self._tokens is None:
@@ -225,7 +229,7 @@ class RoutedDecoder:
         plain = self._mask if isinstance(self._mask, Tensor) and self._mask.dim() == 2 else None
         if routing == "oracle" and self._mask is not None and plain is None:
             raise ValueError(
-                "attention_mask must have shape [B, T], 1 for tokens and 0 for padding, where a row chooses"
+                "attention_mask must have shape [B, T], 1 for tokens and 0 for padding, with oracle routing"
             )
         positions = self._positions
         if not isinstance(positions, Tensor) or positions.shape not in ((1, T), (B, T)):
@@ -238,7 +242,7 @@ class RoutedDecoder:
         return tokens_of(call, mode).replace(state=state, noise_seed=draw_seed(x_BTD.device) if noise else None)
 
     def note(self, layer: int, records: Records) -> None:
-        """What the mechanisms of a block decided, and the tensors that they hand to later blocks."""
+        """Store the records of a block, and the tensors that its mechanisms carry to later blocks."""
         self.records[layer].update(records)  # type: ignore[attr-defined]
         if self._tokens is not None and (carry := carried(records.values())):
             self._tokens = self._tokens.replace(state={**self._tokens.state, **carry})
@@ -247,7 +251,7 @@ class RoutedDecoder:
 def _mechanisms(
     entries: Sequence[MechanismEntry], layer: int, count: int, width: int, block: nn.Module
 ) -> DepthModules:
-    """New mechanisms of one block, on its device, in fp32 but for what takes the model's dtype."""
+    """Build the mechanisms of one block on its device, in fp32 except for what takes the model's dtype."""
     built: dict[str, DepthModule] = {}
     like = next((p for p in block.parameters() if p.is_floating_point() and p.device.type != "meta"), None)
     for entry in entries:
@@ -264,7 +268,7 @@ def _mechanisms(
 
 
 def _cast(mechanism: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """One parameter or child to a dtype."""
+    """Cast one parameter or child module to a dtype."""
     part = getattr(mechanism, name, None)
     if isinstance(part, nn.Module):
         part.to(dtype)
@@ -273,12 +277,12 @@ def _cast(mechanism: nn.Module, name: str, dtype: torch.dtype) -> None:
 
 
 class _WithLosses:
-    """Stands in for the model's `forward`: the loss of a pass in training mode has the mechanisms' own losses in it."""
+    """A replacement for the model's `forward` that adds auxiliary losses to the loss in training mode."""
 
     def __init__(self, handle: RoutedDecoder, model: nn.Module) -> None:
         self._handle, self._model = handle, model
         self._before, self._original = model.__dict__.get("forward"), model.forward
-        update_wrapper(self, self._original)  # its signature tells transformers what may be passed
+        update_wrapper(self, self._original)  # transformers reads the allowed arguments from its signature
         model.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -292,7 +296,7 @@ class _WithLosses:
         return out
 
     def undo(self) -> None:
-        """Give the model its `forward` back, unless somebody has put another there since."""
+        """Restore the model's `forward`, unless other code has replaced it since."""
         if self._model.__dict__.get("forward") is self:
             del self._model.__dict__["forward"]
             if self._before is not None:

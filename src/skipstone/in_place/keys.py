@@ -1,8 +1,9 @@
-"""Caches that stand between a block's attention and the model's own: keys of all tokens, queries of some.
+"""Caches between a block's attention and the model's own, so that some tokens can attend to the keys of all.
 
-An attention of transformers hands the keys and values of its tokens to the cache and attends to what it gets back. So
-a block may be run for some tokens and attend to all: the keys and values of the others, caught by a first run that ends
-where they are handed over, are put between those of the second before the model's cache sees them.
+An attention of transformers passes keys and values of its tokens to the cache and attends to what the cache returns. So
+a block can run for some tokens and attend to all: a first run for the other tokens is ended where it passes keys and
+values to a cache that captures them; the second run's cache merges them with its own before the model's cache gets
+them.
 
 Shape letters: B rows, H heads of keys, T tokens of the call, S tokens of keys, E head size.
 """
@@ -21,11 +22,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class _Caught(BaseException):
-    """Ends a block where its keys and values are known; no error, so that nobody's `except Exception` takes it."""
+    """Ends a block once its keys and values are known. A BaseException, so that no `except Exception` stops it."""
 
 
 class _Between(Cache):
-    """Everything of the model's cache, but what is handed over: `update` is ours. Without a cache it is empty."""
+    """A cache that delegates everything except `update` to the model's cache, or to an empty one."""
 
     def __init__(self, cache: Any) -> None:
         self.behind = DynamicCache() if cache is None else cache
@@ -42,18 +43,20 @@ class _Between(Cache):
 
 
 class Catching(_Between):
-    """Catches keys and values and ends the run."""
+    """A cache that captures keys and values and ends the run."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Capture keys and values and end the run."""
         self.caught = key_states, value_states
         self.handed = args, kwargs
         raise _Caught
 
 
 class Joining(_Between):
-    """Makes of some tokens' keys or values those of all (`join`), and of what the cache returns what these rows see.
+    """A cache that merges keys and values of some tokens with the others' (`join`), and returns those of the rows that
+    run.
 
-    It stores in the cache that is behind, if there is one.
+    It stores the merged ones in the model's cache, if there is one.
     """
 
     def __init__(self, cache: Any, join: Callable[[Pair], Pair], rows: Callable[[Tensor], Tensor]) -> None:
@@ -61,6 +64,7 @@ class Joining(_Between):
         self._stores, self._join, self._rows = cache is not None, join, rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Merge, store, and return keys and values for the rows that run."""
         self.calls += 1
         pair = self._join((key_states, value_states))
         if self._stores:
@@ -69,7 +73,7 @@ class Joining(_Between):
 
 
 def keys_of(block: nn.Module, where: str, run: Callable[[Catching], Any], cache: Any) -> Catching:
-    """Run a block as far as its keys and values. Raises ValueError, one line, for a block that hands none over."""
+    """Run a block up to its keys and values. Raises ValueError for a block that passes none to a cache."""
     catching = Catching(cache)
     try:
         with _without_queries(block):
@@ -83,7 +87,7 @@ def keys_of(block: nn.Module, where: str, run: Callable[[Catching], Any], cache:
 
 @contextmanager
 def _without_queries(block: nn.Module) -> Iterator[None]:
-    """The projection of queries gives zeros: nobody looks at them before the run ends."""
+    """Make the projection of queries return zeros, which are not used before the run ends."""
     found = [m for name, m in block.named_modules() if name.rpartition(".")[2] == "q_proj" and _width(m) is not None]
     before = [module.__dict__.get("forward") for module in found]
     for module in found:

@@ -1,4 +1,4 @@
-"""Mechanisms as files beside a model: `skipstone_routing.json` has the entries, `.safetensors` the weights."""
+"""Files of mechanisms beside a model: `skipstone_routing.json` has the entries, `.safetensors` the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 1
 
 
 def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, nn.Module]) -> None:
-    """Write both files; what else is in the folder stays."""
+    """Write both files into a folder, leaving its other files alone."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _named(modules).items()}
     partial = atomic_write.partial_of(folder / WEIGHTS)
@@ -29,7 +29,7 @@ def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, 
 
 
 def read_mechanisms(folder: Path) -> list[PlainDict]:
-    """The entries. Raises ValueError, one line, for a file that is missing or does not hold them."""
+    """Read the entries. Raises ValueError for a file that is missing or invalid."""
     path = folder / ENTRIES
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def read_mechanisms(folder: Path) -> list[PlainDict]:
 
 
 def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Load the weights. Raises ValueError, one line, for a file that is missing, broken or of other mechanisms."""
+    """Load the weights. Raises ValueError for a file that is missing, broken or of other mechanisms."""
     path = folder / WEIGHTS
     try:
         found = load_file(path)
@@ -59,5 +59,5 @@ def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _named(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name."""
+    """Return parameters and saved buffers by name."""
     return {f"{prefix}.{name}": value for prefix, m in modules.items() for name, value in m.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Routing for any residual block of the user's: `Routed(block, MixtureOfDepths(hidden_size, ...))`.
+"""`Routed` adds routing to any residual block: `Routed(block, MixtureOfDepths(hidden_size, ...))`.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -21,15 +21,15 @@ from skipstone.ops import reference as ops
 class Routed(nn.Module):
     """A residual block inside one or more depth mechanisms, the first of them outermost.
 
-    `block` maps x [B, T, D] to a residual stream of that shape (its input included), or to a tuple that begins with
-    one; it mixes tokens in order of their index if at all, and takes no cache. It is called with the kept tokens only,
-    so it must not depend on T. Gates scale its whole update; tokens that a hard gate leaves out are not computed at
-    all, keys and values included.
+    block: maps x [B, T, D] to a residual stream of that shape (including its input), or to a tuple that begins with
+    one. If it mixes tokens, it does so in order of their index; it takes no cache. It is called with the kept tokens
+    only, so it must not depend on T. Gates scale its whole update; tokens skipped by a hard gate are not computed at
+    all, and give no keys and values.
 
-    Further arguments, positional or by name, go to the block as they are, but for tensors that have an entry for each
-    token: [B or 1, T, ...] (positions, rotary tables, padding masks) and masks of pairs [B or 1, H or 1, T, T] are
-    gathered like x. Tuples, lists and dicts are looked into. What the block itself slices to the length of its input,
-    such as a rotary table that it owns, is then wrong; hand it over as an argument, or add positions before the blocks.
+    Further arguments are passed to the block as they are, except tensors with an entry for each token: [B or 1, T, ...]
+    (positions, rotary tables, padding masks) and pair masks [B or 1, H or 1, T, T] are gathered like x, also inside
+    tuples, lists and dicts. A tensor that the block itself slices to the length of its input, such as its own rotary
+    table, would be wrong; pass it as an argument, or add positions before the blocks.
     """
 
     def __init__(self, block: nn.Module, *mechanisms: nn.Module) -> None:
@@ -46,11 +46,11 @@ class Routed(nn.Module):
         return_records: bool = False,
         **kwargs: object,
     ) -> Any:
-        """The stream after the block, and with `return_records` what the mechanisms decided.
+        """Return the stream after the block, and with `return_records` the mechanisms' records.
 
-        routing: "oracle" sees the whole row (default in training mode and right for encoders), "causal" does not.
-        real_BT: bool, False for padding. Other arguments go to the block, those of every token gathered (see the
-        class). What else a block returns in a tuple is handed out as it came, of the kept tokens.
+        routing: "oracle" may look at the whole row (default in training mode, and right for encoders), "causal" may
+        not. real_BT: bool, False for padding. Other arguments are passed to the block, gathered if they have an entry
+        for each token (see the class). Further items of a returned tuple are passed through, for the kept tokens only.
         """
         if routing not in ("oracle", "causal", None):
             raise ValueError(unknown("routing", routing, ["oracle", "causal"]))
@@ -61,7 +61,7 @@ class Routed(nn.Module):
             state.update(mechanism.initial_state(x_BTD))  # type: ignore[operator]
         tokens = Tokens(slot_BT=slot_BT, position_BT=slot_BT, real_BT=real_BT, queries=EVERYONE, state=state, mode=mode)
 
-        # The mechanisms narrow x and the tokens' own fields; so the arguments of every token travel by their index.
+        # Mechanisms select from x and the tokens' own fields only, so arguments per token are gathered by index.
         rest: list[Any] = []
 
         def update(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
@@ -99,7 +99,10 @@ class Routed(nn.Module):
 
 
 def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any) -> Any:
-    """`value`, its tensors of every token gathered to the tokens `index_BK` (None: all) of rows of `shape` [B, T]."""
+    """Return `value` with its tensors per token gathered to these tokens.
+
+    index_BK: the tokens; None: all. shape: [B, T] of all tokens.
+    """
     if index_BK is None:
         return value
     if isinstance(value, dict):
@@ -109,7 +112,7 @@ def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any) -> Any:
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] not in (1, shape[0]):
         return value
     B, T = shape
-    if value.dim() == 4 and value.shape[2:] == (T, T):  # a mask of pairs: of queries and of keys
+    if value.dim() == 4 and value.shape[2:] == (T, T):  # a mask of query and key pairs
         pairs_BTHT = ops.gather_rows(value.expand(B, -1, -1, -1).transpose(1, 2), index_BK)
         return ops.gather_rows(pairs_BTHT.transpose(1, 3), index_BK).permute(0, 2, 3, 1)
     if value.shape[1] != T:
