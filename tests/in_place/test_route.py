@@ -247,7 +247,7 @@ def refusals() -> dict[str, tuple[Any, str]]:
         ),
         "alibi": (
             lambda: _causal(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)),
-            "alibi is a bias of the whole row",
+            "alibi is not supported",
         ),
         "kernel": (lambda: with_attention("flash_attention_2"), "'flash_attention_2' takes no mask for single queries"),
     }
