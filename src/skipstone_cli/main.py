@@ -17,6 +17,7 @@ from skipstone_cli.verbs.eval import evaluate
 from skipstone_cli.verbs.generate import generate
 from skipstone_cli.verbs.isoflop import isoflop
 from skipstone_cli.verbs.prepare import prepare
+from skipstone_cli.verbs.quantise import quantise
 from skipstone_cli.verbs.report import report
 from skipstone_cli.verbs.reproduce import reproduce
 from skipstone_cli.verbs.run_module import run_module
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "generate": generate,
     "convert": convert,
+    "quantise": quantise,
     "write": write,
     "adapt": adapt,
     "reproduce": reproduce,

@@ -19,6 +19,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.families import FAMILIES, family_config
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import load_model, load_tokenizer
+from skipstone.model.quantise import dequantise
 from skipstone.nn.mlp import FixedMix
 from skipstone.ops import reference as ops
 from skipstone.runs import Run
@@ -35,6 +36,8 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
     """
     folder = Run(Path(model)).model_folder()
     ours = load_model(folder, dtype).eval()
+    if ours.config.weight_format != "float":
+        ours = dequantise(ours)
     activation = dense_activation(ours)
     # A merge or a new head may have untied them since the configuration was written.
     ours.config.tie_word_embeddings = ours.head_is_tied

@@ -22,6 +22,8 @@ def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
             f"{source}: it is routed already ({', '.join(names)}); adapt a dense checkpoint, or make one of it with "
             "`skipstone convert --to dense`"
         )
+    if model.config.weight_format != "float":
+        raise ValueError(f"{source}: it has int8 weights, which cannot be trained; adapt the original, then quantise")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

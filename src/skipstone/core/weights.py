@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,6 +19,12 @@ def weight_is_readable(linear: nn.Module) -> bool:
         return False
     weight = linear.weight
     return weight.device.type != "meta" and (type(weight) is nn.Parameter or is_quantised(linear))
+
+
+def compute_dtype(linear: nn.Module) -> torch.dtype:
+    """Return the dtype of the layer's outputs, which an int8 weight does not tell."""
+    dtype: torch.dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else linear.compute_dtype  # type: ignore[assignment, union-attr]
+    return dtype
 
 
 def is_quantised(linear: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.measure.passes import Pass
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
-from skipstone.ops import magnitude
+from skipstone.ops import int8, magnitude
 
 aten = torch.ops.aten
 
@@ -192,6 +192,7 @@ TABLE: dict[object, Callable[..., int]] = {
     **dict.fromkeys(FORWARD, _attention),
     **dict.fromkeys(BACKWARD, _attention_backward),
     aten._grouped_mm: _grouped,
+    int8.NATIVE: lambda x, weight, *args, **kwargs: 2 * x.numel() * weight.shape[0],
     magnitude.NATIVE: _magnitude,
     magnitude.NATIVE_LARGEST: lambda *args, **kwargs: 0,
 }

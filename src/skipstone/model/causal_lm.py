@@ -34,6 +34,7 @@ from skipstone.model.decoder import (
     refuse_mistyped,
 )
 from skipstone.model.tokens import within_documents
+from skipstone.nn.int8 import Int8Linear
 from skipstone.ops.head_loss import IGNORED, Distillation, linear_cross_entropy, linear_distillation_loss
 
 # transformers' arguments that are passed on to the decoder; without them the configuration decides.
@@ -70,7 +71,13 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def __init__(self, config: SkipstoneConfig) -> None:
         super().__init__(config)
         self.model = SkipstoneModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear | Int8Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.weight_format == "int8":
+            self.lm_head = Int8Linear(config.hidden_size, config.vocab_size, bias=False)
+            self._tied_weights_keys = {
+                **self._tied_weights_keys,
+                "lm_head.weight_scale": "model.embed_tokens.weight_scale",
+            }
         self.post_init()
 
     @can_return_tuple

@@ -62,6 +62,8 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         self._check_activation()
         self._check_experts()
         self._check_neuron_groups()
+        if self.weight_format == "int8" and self.mlp == "experts":
+            raise ValueError("weight_format 'int8' needs mlp 'gated' or 'plain', got 'experts'")
 
     def _check_names(self) -> None:
         for name, table in (("norm", NORMS), ("mlp", {**MLPS, "experts": None})):

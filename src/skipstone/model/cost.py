@@ -27,6 +27,7 @@ from skipstone.core.records import DepthRecord, Records, find
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 from skipstone.core.unpad import pays
+from skipstone.core.weights import compute_dtype
 from skipstone.model.build import Attention, Block, Blocks, pairs
 
 Kept = Mapping[int, Mapping[str, Amount]]
@@ -363,9 +364,8 @@ def _head(model: Model, tokens: int) -> Flops:
 
 
 def _entry_bytes(attention: Attention) -> int:
-    """Return the bytes of one token's key, value and slot, in the dtype of the weights."""
-    weight = attention.k_proj.weight
-    return 2 * weight.shape[0] * weight.element_size() + SLOT_BYTES
+    """Return the bytes of one token's key, value and slot, in the dtype of the model."""
+    return 2 * attention.k_proj.weight.shape[0] * compute_dtype(attention.k_proj).itemsize + SLOT_BYTES
 
 
 def _state_bytes(work: _Work) -> float:

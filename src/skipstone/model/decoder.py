@@ -38,6 +38,7 @@ from skipstone.model.build import (
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
 from skipstone.model.tokens import Call, tokens_of
+from skipstone.nn.int8 import int8_layers
 from skipstone.ops.reference import dropped
 
 Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
@@ -119,6 +120,13 @@ class SkipstonePreTrainedModel(PreTrainedModel):
         assert isinstance(found, SkipstoneModel)
         return found
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations; with int8 weights, whose scales stay fp32, that of the final norm."""
+        if self.config.weight_format == "float":
+            return super().dtype
+        return next(self.decoder.norm.parameters()).dtype
+
     def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
         """Return FLOPs, parameters and cache bytes of one call, equal to what executes.
 
@@ -160,6 +168,9 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.gradient_checkpointing = False
         blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
+        if config.weight_format == "int8":
+            int8_layers(self)
+            self._keep_in_fp32_modules_strict |= {"weight_scale"}
         self.post_init()
 
     @merge_with_config_defaults

@@ -30,6 +30,7 @@ ALLOWED = {
     "linear_init": ("normal", "torch"),
     "auxiliary_loss_over": ("labelled", "all"),
     "training_routing": ("oracle", "causal"),
+    "weight_format": ("float", "int8"),
 }
 # Keys that transformers has for every model.
 FOREIGN = (
@@ -72,7 +73,8 @@ class ModelFields:
     as GPT-2 and PolyGLU do. residual_dropout: on the outputs of attention and MLP; mlp_dropout: on the MLP's output,
     if different; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: the tokens over which auxiliary losses
     are averaged, labelled or all (except padding). training_routing: default routing of a forward pass in training
-    mode, oracle or causal (as in generation, without noise: for preference and RL training).
+    mode, oracle or causal (as in generation, without noise: for preference and RL training). weight_format: of matrices
+    and token embeddings, float, or int8 with a scale for each row (`skipstone quantise`; such a model is not trained).
     """
 
     format_version: int = FORMAT_VERSION
@@ -121,6 +123,7 @@ class ModelFields:
     linear_init: str = "normal"
     scaled_output_init: bool = False
     tie_word_embeddings: bool = False
+    weight_format: str = "float"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -34,6 +34,8 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
     if isinstance(own, int) and own < needed:  # a clearer error than one about special tokens outside of it
         raise ValueError(f"model.vocab_size ({own}) is too small: the tokenizer has {needed} tokens")
     config = SkipstoneConfig.from_plain(given) if preset is None else presets.get(preset, **given)
+    if config.weight_format != "float":
+        raise ValueError("model.weight_format must be float in training; `skipstone quantise` rounds a trained model")
     if config.max_position_embeddings < context:
         raise ValueError(
             f"model.max_position_embeddings ({config.max_position_embeddings}) is shorter than data.context ({context})"

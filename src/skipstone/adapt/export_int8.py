@@ -1,0 +1,37 @@
+"""A folder with the int8 form of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skipstone.core.atomic_write import complete
+from skipstone.core.checksums import record
+from skipstone.model.card import write_card
+from skipstone.model.loading import quiet
+from skipstone.model.pretrained import load_pretrained, load_tokenizer
+from skipstone.model.quantise import quantise
+from skipstone.runs import CONFIG, Run
+
+
+def export_int8(source: str | Path, out: Path) -> None:
+    """Write the model at `source` with int8 weights to the folder `out`, with its tokenizer and a card.
+
+    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. `out` appears when it is complete.
+    Raises what `load_pretrained` and `quantise` raise, and FileExistsError if something is at `out`.
+    """
+    folder = Path(source).expanduser()
+    if (folder / CONFIG).is_file():
+        run = Run(folder)
+        model, tokenizer = run.load_model(), run.load_tokenizer()
+    else:
+        model, tokenizer = load_pretrained(source), load_tokenizer(source)
+    with complete(Path(out)) as partial:
+        small = quantise(model)
+        with quiet():
+            small.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            write_card(
+                small, partial, title=Path(out).name, source=folder.resolve().name if folder.exists() else str(source)
+            )
+            record(partial, partial.glob("*.safetensors"))

@@ -1,0 +1,68 @@
+"""From a model with floating-point weights to one with int8 weights, and back.
+
+Every matrix of attention, MLP, head and token embedding is rounded row by row. Norms, biases, learned positions and
+what mechanisms own keep their numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from skipstone.core.weights import is_quantised
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.loading import from_tensors
+from skipstone.nn.int8 import Int8Embedding, Int8Linear
+from skipstone.ops import int8
+
+FLOAT, INT8 = "float", "int8"
+
+
+def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
+    """Return a copy of the model with int8 weights.
+
+    Raises ValueError for a model with int8 or torchao's weights, a mixture of experts, and weights that are not finite.
+    """
+    if model.config.weight_format == INT8:
+        raise ValueError("the model has int8 weights already")
+    if any(is_quantised(module) for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        raise ValueError("the model's weights are quantised already, by torchao; quantise the original")
+    config = _with_format(model, INT8)
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    for name in _names(config):
+        if f"{name}.weight" in tensors:
+            number, scale = int8.quantise(tensors[f"{name}.weight"])
+            tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
+    return _built(model, config, tensors)
+
+
+def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
+    """Return a copy of a model of int8 weights with the floating-point weights that they stand for."""
+    config = _with_format(model, FLOAT)
+    tensors = dict(model.state_dict())
+    for name in _names(model.config):
+        number, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight_scale")
+        tensors[f"{name}.weight"] = int8.restore(number, scale, model.dtype)
+    return _built(model, config, tensors)
+
+
+def _with_format(model: SkipstoneForCausalLM, weight_format: str) -> SkipstoneConfig:
+    return SkipstoneConfig(**{**model.config.to_dict(), "weight_format": weight_format})
+
+
+def _names(config: SkipstoneConfig) -> list[str]:
+    """Of the layers whose weights are int8, those that share the weight of another one included."""
+    with torch.device("meta"):
+        model = SkipstoneForCausalLM(config)
+    return [name for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)]
+
+
+def _built(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:
+    if config.tie_word_embeddings:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
+    built = from_tensors(config, tensors, model.dtype).train(model.training)
+    built.generation_config = copy.deepcopy(model.generation_config)
+    return built

@@ -1,0 +1,91 @@
+"""Linear layers and embeddings with int8 weights, for models that are trained already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from skipstone.core.routing_module import RoutingModule
+from skipstone.ops import int8
+
+
+class _Int8(nn.Module):
+    """An int8 weight [O, I] with an fp32 scale for each row, which stays fp32 when the model's dtype changes.
+
+    The weight is no parameter that learns. compute_dtype: the dtype of the model around it.
+    """
+
+    like: Tensor
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.int8), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones(rows, dtype=torch.float32), requires_grad=False)
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self.weight_scale.data
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale.data = before.to(self.weight.device)
+        return self
+
+    def restored(self) -> Tensor:
+        """Return the weight as numbers of the model's dtype."""
+        return int8.restore(self.weight, self.weight_scale, self.compute_dtype)
+
+
+class Int8Linear(_Int8):
+    """A linear layer whose weight is read as it is stored where a call has few tokens (`ops/int8.py`)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise ValueError("int8 weights cannot be trained; train the original model, then quantise it")
+        y = int8.linear(x, self.weight, self.weight_scale)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Embedding(_Int8):
+    """An embedding that restores the rows that are looked up."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scale = functional.embedding(ids, self.weight_scale[:, None])  # raises IndexError for an id outside
+        return (self.weight[ids].float() * scale).to(self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def int8_layers(module: nn.Module) -> None:
+    """Replace every linear layer and token embedding below `module` in place, but for what mechanisms own.
+
+    The new layers have no weights yet.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, RoutingModule):
+            continue
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
+        elif isinstance(child, nn.Embedding) and name == "embed_tokens":
+            setattr(module, name, Int8Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx))
+        else:
+            int8_layers(child)

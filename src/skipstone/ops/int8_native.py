@@ -1,0 +1,131 @@
+"""Products of few tokens with int8 weights, compiled by numba for this processor.
+
+A row of weights is read from memory once, whatever the number of tokens: two rows at a time stay in the processor's
+nearest cache while they are multiplied with four tokens, then with the next ones. Sums are fp32.
+
+Shape letters: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from skipstone.ops.magnitude_native import Array, _lying, compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LEAST = 1 << 17  # weights below which a second thread costs more than it saves
+# As `compiled`, on several threads.
+spread = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True, parallel=True)
+
+
+def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """Return x (scale * weight)^T, [..., O] in the dtype of x."""
+    outputs, inputs = weight_OI.shape
+    x_NI = x.reshape(-1, inputs).to(torch.float32).contiguous()
+    y_NO = torch.empty(len(x_NI), outputs)
+    weight_OI, scale_O = weight_OI.contiguous(), scale_O.float().contiguous()
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if weight_OI.numel() >= LEAST else 1
+    run: Callable[..., None] = _rows
+    if threads > 1 and _threads_are_safe():
+        numba.set_num_threads(threads)
+        run = _parts
+    run((weight_OI.data_ptr(), scale_O.data_ptr(), x_NI.data_ptr(), y_NO.data_ptr()), (len(x_NI), outputs, inputs))
+    return y_NO.reshape(*x.shape[:-1], outputs).to(x.dtype)
+
+
+def _threads_are_safe() -> bool:
+    """Whether numba's threads come from OpenMP; those of its own ("workqueue") end a process that calls them twice."""
+    if numba.config.THREADING_LAYER == "default":
+        try:
+            import_module("numba.np.ufunc.omppool")
+        except ImportError:
+            return False
+        numba.config.THREADING_LAYER = "omp"
+    return bool(numba.config.THREADING_LAYER in ("omp", "tbb", "safe", "threadsafe"))
+
+
+@compiled
+def _rows(addresses: Array, sizes: Array) -> None:
+    _some_rows(addresses, sizes, 0, sizes[1])
+
+
+@spread
+def _parts(addresses: Array, sizes: Array) -> None:
+    threads = numba.get_num_threads()
+    share = -(-sizes[1] // (4 * threads)) * 4
+    for part in prange(threads):
+        _some_rows(addresses, sizes, min(part * share, sizes[1]), min((part + 1) * share, sizes[1]))
+
+
+@compiled
+def _some_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
+    """Compute the outputs from `first` to before `last` for all tokens."""
+    weight_at, scale_at, x_at, y_at = addresses
+    N, outputs, inputs = sizes
+    single = np.float32(0)
+    weight, scale = _lying(weight_at, (outputs, inputs), np.int8(0)), _lying(scale_at, (outputs,), single)
+    x, y = _lying(x_at, (N, inputs), single), _lying(y_at, (N, outputs), single)
+    if N == 1:
+        _one(weight, scale, x[0], y[0], first, last)
+        return
+    whole = last - (last - first) % 2
+    for o in range(first, whole, 2):
+        for n in range(0, N - N % 4, 4):
+            _two_by_four(weight, scale, x, y, o, n)
+        for n in range(N - N % 4, N):
+            a = b = single
+            for i in range(inputs):
+                a += np.float32(weight[o, i]) * x[n, i]
+                b += np.float32(weight[o + 1, i]) * x[n, i]
+            y[n, o], y[n, o + 1] = a * scale[o], b * scale[o + 1]
+    if whole < last:
+        for n in range(N):
+            _one(weight, scale, x[n], y[n], whole, last)
+
+
+@compiled
+def _one(weight: Array, scale: Array, x: Array, y: Array, first: int, last: int) -> None:
+    """One token: four rows at a time, because a single stream does not use the memory bandwidth."""
+    whole = last - (last - first) % 4
+    for o in range(first, whole, 4):
+        a = b = c = d = np.float32(0)
+        for i in range(len(x)):
+            a += np.float32(weight[o, i]) * x[i]
+            b += np.float32(weight[o + 1, i]) * x[i]
+            c += np.float32(weight[o + 2, i]) * x[i]
+            d += np.float32(weight[o + 3, i]) * x[i]
+        y[o], y[o + 1], y[o + 2], y[o + 3] = a * scale[o], b * scale[o + 1], c * scale[o + 2], d * scale[o + 3]
+    for o in range(whole, last):
+        alone = np.float32(0)
+        for i in range(len(x)):
+            alone += np.float32(weight[o, i]) * x[i]
+        y[o] = alone * scale[o]
+
+
+@compiled
+def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int) -> None:
+    """Two rows and four tokens: each number of a row is converted once for the four."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+    for i in range(x.shape[1]):
+        v, w = np.float32(weight[o, i]), np.float32(weight[o + 1, i])
+        x0, x1, x2, x3 = x[n, i], x[n + 1, i], x[n + 2, i], x[n + 3, i]
+        a0 += v * x0
+        a1 += v * x1
+        a2 += v * x2
+        a3 += v * x3
+        b0 += w * x0
+        b1 += w * x1
+        b2 += w * x2
+        b3 += w * x3
+    s, t = scale[o], scale[o + 1]
+    y[n, o], y[n + 1, o], y[n + 2, o], y[n + 3, o] = a0 * s, a1 * s, a2 * s, a3 * s
+    y[n, o + 1], y[n + 1, o + 1], y[n + 2, o + 1], y[n + 3, o + 1] = b0 * t, b1 * t, b2 * t, b3 * t
