@@ -20,6 +20,9 @@ from skipstone.nn.block import SITES, Block, Residual
 from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
 from skipstone.nn.grouped_mlp import GroupedMLP
+from skipstone.nn.int8 import Int8Embedding as Int8Embedding
+from skipstone.nn.int8 import Int8Linear as Int8Linear
+from skipstone.nn.int8 import int8_layers as int8_layers
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig

@@ -24,7 +24,7 @@ from skipstone.core.routing_module import RoutingModule, require_causal
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
-from skipstone.model.build import Rotary
+from skipstone.model.build import Int8Linear, Rotary
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
     DecoderOutput,
@@ -34,7 +34,6 @@ from skipstone.model.decoder import (
     refuse_mistyped,
 )
 from skipstone.model.tokens import within_documents
-from skipstone.nn.int8 import Int8Linear
 from skipstone.ops.head_loss import IGNORED, Distillation, linear_cross_entropy, linear_distillation_loss
 
 # transformers' arguments that are passed on to the decoder; without them the configuration decides.

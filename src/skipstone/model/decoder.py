@@ -34,11 +34,11 @@ from skipstone.model.build import (
     build_positions,
     build_window_positions,
     initialise,
+    int8_layers,
 )
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
 from skipstone.model.tokens import Call, tokens_of
-from skipstone.nn.int8 import int8_layers
 from skipstone.ops.reference import dropped
 
 Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]

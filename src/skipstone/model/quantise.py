@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from skipstone.core.weights import is_quantised
+from skipstone.model.build import Int8Embedding, Int8Linear
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.loading import from_tensors
-from skipstone.nn.int8 import Int8Embedding, Int8Linear
 from skipstone.ops import int8
 
 FLOAT, INT8 = "float", "int8"
