@@ -103,6 +103,12 @@ def test_bf16_keeps_the_scales_in_fp32_and_its_own_dtype(tmp_path: Path) -> None
     )
 
 
+def test_the_embedding_keeps_its_factor() -> None:
+    small = quantise(model(embedding_scale=3.0))
+    with torch.no_grad():
+        assert torch.allclose(small(ids()).logits, dequantise(small)(ids()).logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_flops_are_those_of_the_model_and_counted_the_same(tokens: int) -> None:
     whole, row = model(), ids(1, tokens)

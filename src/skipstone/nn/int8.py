@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipstone.core.routing_module import RoutingModule
+from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.ops import int8
 
 
@@ -61,15 +62,17 @@ class Int8Linear(_Int8):
 
 
 class Int8Embedding(_Int8):
-    """An embedding that restores the rows that are looked up."""
+    """An embedding that restores the rows that are looked up; scale: a constant factor on them."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float = 1.0) -> None:
         super().__init__(num_embeddings, embedding_dim)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
         scale = functional.embedding(ids, self.weight_scale[:, None])  # raises IndexError for an id outside
-        return (self.weight[ids].float() * scale).to(self.compute_dtype)
+        x = (self.weight[ids].float() * scale).to(self.compute_dtype)
+        return x if self.scale == 1 else x * x.new_full((), self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
@@ -86,6 +89,7 @@ def int8_layers(module: nn.Module) -> None:
         if isinstance(child, nn.Linear):
             setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
         elif isinstance(child, nn.Embedding) and name == "embed_tokens":
-            setattr(module, name, Int8Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx))
+            factor = child.scale if isinstance(child, ScaledEmbedding) else 1.0
+            setattr(module, name, Int8Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx, factor))
         else:
             int8_layers(child)
