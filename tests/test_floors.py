@@ -25,6 +25,7 @@ FLOORS: dict[str, float] = {
     "evaluate": 4,
     "report": 4,
     "adapt": 4.25,
+    "view": 4.25,
     "skipstone_studies": 4.5,
     "skipstone_cli": 5,
 }

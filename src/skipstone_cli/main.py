@@ -23,6 +23,7 @@ from skipstone_cli.verbs.reproduce import reproduce
 from skipstone_cli.verbs.run_module import run_module
 from skipstone_cli.verbs.trace import trace
 from skipstone_cli.verbs.train import train
+from skipstone_cli.verbs.view import view
 from skipstone_cli.verbs.write import write
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -40,6 +41,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "isoflop": isoflop,
     "report": report,
     "trace": trace,
+    "view": view,
     "run-module": run_module,
 }
 

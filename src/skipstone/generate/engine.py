@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,20 @@ class Step:
     compute_B: Tensor
 
 
+class DecodingPass(NamedTuple):
+    """A pass over the prompt or over one token a row, and the token that was chosen from it.
+
+    token_B, live_B: as in `Step`. records: of every block. logits_BTV: those that were asked for, of the last tokens.
+    cache: after the pass.
+    """
+
+    token_B: Tensor
+    live_B: Tensor
+    records: tuple[Records, ...]
+    logits_BTV: Tensor
+    cache: Cache
+
+
 def generate(
     model: SkipstoneForCausalLM,
     input_ids: Tensor,
@@ -60,9 +75,9 @@ def generate(
     budget_table: BudgetTable | None = None,
 ) -> Tensor:
     """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens."""
-    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, budget_table))
-    return torch.cat([input_ids, *(token_B[:, None] for token_B, _, _ in passes)], dim=1)
+    decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table))
+    return torch.cat([input_ids, *(each.token_B[:, None] for each in passes)], dim=1)
 
 
 def stream(
@@ -93,18 +108,19 @@ def stream(
     row that would outgrow the model's context, values out of range, and a decision that cannot be made while
     generating; FileNotFoundError for a budget without a budget table.
     """
-    decode = _Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), _setting(model, budget, budget_table))
-    return (_step(model, *decided) for decided in passes)
+    decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table))
+    return (_step(model, decided) for decided in passes)
 
 
-def _step(model: SkipstoneForCausalLM, token_B: Tensor, live_B: Tensor, records: Sequence[Records]) -> Step:
-    share_BT = compute_shares(model.model.layers, records)
-    return Step(token_B=token_B, live_B=live_B, compute_B=share_BT[:, -1].expand(len(token_B)))
+def _step(model: SkipstoneForCausalLM, decided: DecodingPass) -> Step:
+    share_BT = compute_shares(model.model.layers, decided.records)
+    compute_B = share_BT[:, -1].expand(len(decided.token_B))
+    return Step(token_B=decided.token_B, live_B=decided.live_B, compute_B=compute_B)
 
 
-class _Decoder:
-    """A checked prompt, ready to be gone on from."""
+class Decoder:
+    """A checked prompt, ready to be continued. The arguments are those of `stream`."""
 
     def __init__(
         self,
@@ -125,13 +141,13 @@ class _Decoder:
         self.pad = next((i for i in pads if i in known), 0)
         self.ends_E = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
 
-    def __call__(self, sample: Sampler, setting: Setting) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
-        """The new token of each row, the rows that had not ended, and the records of the pass; one for each pass."""
+    def __call__(self, sample: Sampler, setting: Setting, logits_to_keep: int = 1) -> Iterator[DecodingPass]:
+        """Yield every pass. logits_to_keep: as in forward, 0 for every token."""
         with setting():
-            yield from self._passes(sample)
+            yield from self._passes(sample, logits_to_keep)
 
     @torch.no_grad()
-    def _passes(self, sample: Sampler) -> Iterator[tuple[Tensor, Tensor, tuple[Records, ...]]]:
+    def _passes(self, sample: Sampler, logits_to_keep: int) -> Iterator[DecodingPass]:
         ids, mask_BT = self.input_ids, self.mask_BT
         cache = self.new_cache(self.model.config, ids.shape[1] + self.max_new_tokens)
         position_BT = None if mask_BT is None else (mask_BT.cumsum(1) - 1).clamp(min=0)
@@ -146,10 +162,10 @@ class _Decoder:
                 routing="causal",
                 noise=False,
                 output_records=True,
-                logits_to_keep=1,
+                logits_to_keep=logits_to_keep,
             )
             token_B = torch.where(live_B, sample(out.logits[:, -1]), self.pad)
-            yield token_B, live_B, out.records
+            yield DecodingPass(token_B, live_B, out.records, out.logits, cache)
             live_B = live_B & ~torch.isin(token_B, self.ends_E)
             if len(self.ends_E) and not bool(live_B.any()):
                 return
@@ -157,7 +173,7 @@ class _Decoder:
             position_BT = None if position_BT is None else position_BT[:, -1:] + 1
 
 
-def _setting(model: SkipstoneForCausalLM, budget: float | None, budget_table: BudgetTable | None) -> Setting:
+def setting_of(model: SkipstoneForCausalLM, budget: float | None, budget_table: BudgetTable | None) -> Setting:
     """What the model is set to while it decodes. Raises ValueError or FileNotFoundError for what cannot be."""
     if budget is None:
         if budget_table is not None:

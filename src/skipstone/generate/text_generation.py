@@ -55,7 +55,7 @@ def stream_text(
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
     if tokenizer is None:
         raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to go on from")
-    ids = _encode(tokenizer, prompt)
+    ids = encode(tokenizer, prompt)
     if max_new_tokens is None:
         check_length(model, len(ids), 1)
         max_new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - len(ids))
@@ -66,14 +66,15 @@ def stream_text(
         temperature=0.0 if greedy else TEMPERATURE if temperature is None else temperature,
         top_k=top_k,
         seed=seed,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=ends(model, tokenizer),
         budget=budget,
         budget_table=None if budget is None else BudgetTable.load(opened.model_folder()),
     )
     return _pieces(steps, Detokenizer(tokenizer, ids))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the ids of a prompt. Raises ValueError for an empty one, warns of characters without an id."""
     if not prompt:
         raise ValueError("the prompt is empty: generation goes on from at least one character")
     ids: list[int] = tokenizer(prompt)["input_ids"]
@@ -83,8 +84,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def _ends(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a text: the model's own, else the tokenizer's."""
+def ends(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end a text: the model's own, else the tokenizer's."""
     own = ends_of(model) or [tokenizer.eos_token_id]
     return [i for i in own if i is not None]
 

@@ -1,0 +1,224 @@
+"""`LiveModel`: a loaded model, and one event for each pass over the prompt or over a token, as plain values for JSON.
+
+Shape letters: B rows (one), T tokens of a pass, V vocabulary, F neurons, A activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from skipstone.budget import BudgetTable
+from skipstone.core.records import ActivationRecord, Records, of_kind
+from skipstone.core.strict import PlainDict
+from skipstone.generate.detokenizer import Detokenizer
+from skipstone.generate.engine import Decoder, DecodingPass, Sampler, setting_of
+from skipstone.generate.text_generation import encode, ends
+from skipstone.measure.compute import compute_shares
+from skipstone.measure.depth_map import read_decisions
+from skipstone.measure.model_view import mechanisms_in_words
+from skipstone.measure.summaries import ACTIVATION_NAMES
+from skipstone.mechanisms.mix_figures import MixFigures
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.cost import cost, forward_flops, kept_from_records
+from skipstone.model.fields import TYPES
+from skipstone.runs import Run
+
+TWIN_PARAMETERS = 300_000_000  # a dense twin of a larger model is not built: it would double the memory
+NEURONS = 256  # of a layer in the map of neurons; of more, every k-th is shown
+DIGITS = 5  # significant, of numbers that go to the page
+
+
+class LiveModel:
+    """A run or a saved model, ready to be watched.
+
+    Raises ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        opened = Run(folder)
+        self.name, self.model, tokenizer = name, opened.load_model(), opened.load_tokenizer()
+        if tokenizer is None:
+            raise ValueError(f"{folder} has no tokenizer: a synthetic task has no text to type")
+        self.tokenizer = tokenizer
+        self.table = BudgetTable.load(place) if BudgetTable.find(place := opened.model_folder()) else None
+        self.blocks = list(self.model.model.layers)
+        self.context: int = self.model.config.max_position_embeddings
+        self._twin: DenseTwin | None = None
+
+    def describe(self) -> PlainDict:
+        """Return what the page shows of the model before anything is typed.
+
+        slots: block and mechanism of the decisions of every token, in their order. budgets: the least and the largest
+        budget, None without a budget table. neurons: whether there is a map of neurons.
+        """
+        sites = [[name for site in block.sites.values() for name in site] for block in self.blocks]
+        return {
+            "name": self.name,
+            "mechanisms": mechanisms_in_words(self.model),
+            "parameters": self.model.num_parameters(),
+            "context": self.context,
+            "layers": len(self.blocks),
+            "slots": [[layer, name] for layer, names in enumerate(sites) for name in names or [None]],
+            "budgets": None if self.table is None else list(self.table.range),
+            "budget_gap": None if self.table is None else str(self.table),
+            "neurons": bool(self._mixes()),
+            "twin": self.has_twin,
+            "dense_flops": forward_flops(self.model, 1, mechanisms=False).total,
+        }
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether the dense twin is small enough to be timed beside the model."""
+        return self.model.num_parameters() <= TWIN_PARAMETERS
+
+    def twin(self) -> DenseTwin:
+        """Return the dense twin, which is built when it is first asked for."""
+        if self._twin is None:
+            self._twin = DenseTwin(self.model)
+        return self._twin
+
+    def neurons(self) -> PlainDict:
+        """Return each layer's static preferences, [F, A] as `preference_FA`, of at most NEURONS neurons.
+
+        The activation that a neuron prefers for a token is the largest of preference + the token's logits.
+        """
+        layers = []
+        for layer, mix in self._mixes().items():
+            preference_FA = mix.preference_FA.detach().float().cpu()
+            every = -(-len(preference_FA) // NEURONS)
+            rows = [[rounded(value) for value in row] for row in preference_FA[::every].tolist()]
+            layers.append({"layer": layer, "every": every, "preference": rows})
+        return {"names": list(ACTIVATION_NAMES), "layers": layers}
+
+    def _mixes(self) -> dict[int, MixFigures]:
+        """The activation mechanisms that mix, by block."""
+        modules = [(i, module) for i, block in enumerate(self.blocks) for module in block.routing_modules().values()]
+        return {i: module for i, module in modules if isinstance(module, MixFigures)}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the ids of the prompt. Raises ValueError for an empty one."""
+        return encode(self.tokenizer, prompt)
+
+    def events(
+        self, ids: Sequence[int], *, new_tokens: int, temperature: float, seed: int, budget: float | None
+    ) -> Iterator[PlainDict]:
+        """Yield `start` and then a `pass` for each forward pass; the first reads the prompt, others a token each.
+
+        Raises ValueError, before the first event, for a prompt that outgrows the context and a budget out of reach.
+        """
+        input_ids = torch.tensor([list(ids)], device=self.model.device)
+        table = None if budget is None else self.table
+        decode = Decoder(self.model, input_ids, None, new_tokens, None, ends(self.model, self.tokenizer), "dynamic")
+        passes = decode(Sampler(temperature, None, seed, input_ids.device), setting_of(self.model, budget, table), 0)
+        return self._events(list(ids), passes)
+
+    def _events(self, ids: list[int], passes: Iterator[DecodingPass]) -> Iterator[PlainDict]:
+        text, label = Detokenizer(self.tokenizer, ids), self.tokenizer.decode
+        reading = Detokenizer(self.tokenizer)
+        yield {"type": "start", "prompt": [{"text": reading.push(i), "label": label([i])} for i in ids]}
+        reads, past, flops, dense = ids, 0, 0.0, 0.0
+        stored: dict[int, float] = {}
+        while True:
+            began = perf_counter()
+            try:
+                each = next(passes)
+            except StopIteration:
+                return
+            token = int(each.token_B[0])  # waits for an accelerator, which belongs to the time
+            seconds = perf_counter() - began
+            spent = self._spent(each, len(reads), past, stored)
+            flops, dense = flops + spent[0], dense + spent[1]
+            yield {
+                "type": "pass",
+                "first": past,
+                "read": self._read(each, reads, token),
+                "token": {"text": text.push(token), "label": label([token])},
+                "seconds": rounded(seconds),
+                "flops": flops,
+                "dense_flops": dense,
+            }
+            past, reads = past + len(reads), [token]
+            stored = {i: layer.kv.width for i, layer in enumerate(each.cache.layers)}  # type: ignore[attr-defined]
+
+    def _spent(self, each: DecodingPass, tokens: int, past: int, stored: Mapping[int, float]) -> tuple[float, float]:
+        """FLOPs of a pass by the cost model, as executed and dense; the head counts for the last token alone."""
+        kept = kept_from_records(self.model, each.records)
+        found = cost(self.model, tokens=tokens, past=past, kept=kept, stored=stored, logits_to_keep=1)
+        assert found.dense is not None
+        return found.forward.total, found.dense.forward.total
+
+    def _read(self, each: DecodingPass, reads: Sequence[int], chosen: int) -> list[PlainDict]:
+        """What a pass decided for each token that it read, and the prediction made from it."""
+        T = len(reads)
+        decided = read_decisions(self.blocks, each.records, (1, T))
+        compute = compute_shares(self.blocks, each.records).expand(1, T)[0].tolist()
+        entropy, loss = _prediction(each.logits_BTV[0], [*reads[1:], chosen])
+        logits = _activation_logits(each.records, T)
+        return [
+            {
+                "compute": rounded(compute[t]),
+                "entropy": rounded(entropy[t]),
+                "loss": rounded(loss[t]),
+                "score": [rounded(float(d.score_BT[0, t])) for d in decided],
+                "weight": [rounded(float(d.weight_BT[0, t])) for d in decided],
+                "kept": [bool(d.kept_BT[0, t]) for d in decided],
+                **({"mix": logits[t]} if logits else {}),
+            }
+            for t in range(T)
+        ]
+
+
+class DenseTwin:
+    """A model of the same shape without mechanisms, with random weights: the time of a pass does not depend on them."""
+
+    def __init__(self, model: SkipstoneForCausalLM) -> None:
+        written = model.config.to_dict()
+        values = {name: written[name] for name in TYPES if written.get(name) is not None}
+        values |= {"mechanisms": [], "neuron_groups": None}
+        if model.config.activation_entry.options is not None:
+            values["activation"] = "silu"
+        config = SkipstoneConfig.from_plain(values)
+        self.model = SkipstoneForCausalLM(config).to(device=model.device, dtype=model.dtype).eval()
+
+    def seconds(self, ids: Sequence[int], new_tokens: int) -> Iterator[float]:
+        """Yield the seconds of each pass: the first over the prompt, then one for each new token."""
+        input_ids = torch.tensor([list(ids)], device=self.model.device)
+        passes = Decoder(self.model, input_ids, None, new_tokens, None, [], "dynamic")(
+            Sampler(0.0, None, 0, input_ids.device), setting_of(self.model, None, None)
+        )
+        while True:
+            began = perf_counter()
+            try:
+                int(next(passes).token_B[0])
+            except StopIteration:
+                return
+            yield perf_counter() - began
+
+
+def rounded(value: float) -> float | None:
+    """Return the number with few digits; None for what JSON has no number for."""
+    return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
+
+
+def _prediction(logits_TV: Tensor, target: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Entropy of each prediction and its loss on what came next, in nats."""
+    log_TV = logits_TV.float().log_softmax(-1)
+    entropy_T = -(log_TV.exp() * log_TV).nan_to_num().sum(-1)
+    loss_T = -log_TV.gather(-1, torch.tensor(target, device=log_TV.device)[:, None])[:, 0]
+    return entropy_T.tolist(), loss_T.tolist()
+
+
+def _activation_logits(records: Sequence[Records], T: int) -> list[list[list[float | None]]]:
+    """The dynamic logits of each token, for each layer that mixes activations."""
+    found = [
+        record.logits_BTA.float().expand(1, T, -1)[0].tolist()
+        for decided in records
+        for record in of_kind(decided, ActivationRecord).values()
+    ]
+    return [[[rounded(x) for x in layer[t]] for layer in found] for t in range(T)] if found else []

@@ -1,0 +1,102 @@
+"""A request from the page: read strictly from JSON, and the events of its models in turns.
+
+One thread computes, pass by pass: the first model, its dense twin, the second model, its dense twin. Every one is timed
+by itself, so models that are shown side by side do not disturb each other's figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from skipstone.core.strict import PlainDict, from_dict
+from skipstone.view.live_model import LiveModel, rounded
+
+PROMPT = 20_000  # characters at most
+NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the page asks for.
+
+    prompt: at most PROMPT characters. new_tokens: at most NEW_TOKENS, and fewer where a context is shorter.
+    temperature: 0 takes the likeliest token. models: numbers of the models, each once. budgets: of every model here, a
+    share of its dense FLOPs, or None for the model as it was trained. twin: whether dense twins are timed.
+    """
+
+    prompt: str
+    models: list[int]
+    new_tokens: int = 64
+    temperature: float = 0.8
+    seed: int = 0
+    budgets: list[float | None] = field(default_factory=list)
+    twin: bool = True
+
+    def check(self, models: int) -> None:
+        """Raise ValueError, one line, for values that are not allowed. models: how many there are."""
+        if not self.prompt or len(self.prompt) > PROMPT:
+            raise ValueError(f"prompt must have from 1 to {PROMPT:,} characters, got {len(self.prompt):,}")
+        if not 1 <= self.new_tokens <= NEW_TOKENS:
+            raise ValueError(f"new_tokens must be from 1 to {NEW_TOKENS:,}, got {self.new_tokens:,}")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10):
+            raise ValueError(f"temperature must be from 0 to 10, got {self.temperature}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, got {self.seed}")
+        if not self.models or len({*self.models}) < len(self.models) or not {*self.models} <= {*range(models)}:
+            raise ValueError(f"models must be numbers from 0 to {models - 1}, each once, got {self.models}")
+        if len(self.budgets) not in (0, len(self.models)):
+            raise ValueError(f"budgets must have an entry for each of the models, got {self.budgets}")
+
+
+def read_request(values: object, models: int) -> Request:
+    """Build a request from what JSON held. Raises ValueError, one line, for anything that is not allowed."""
+    if not isinstance(values, dict):
+        raise ValueError("a request must be a JSON object")
+    request: Request = from_dict(Request, values, "request")
+    request.check(models)
+    return request
+
+
+def events(models: Sequence[LiveModel], request: Request) -> Iterator[PlainDict]:
+    """Yield the events of all models that were asked for, each with its number as `model`, and `end` for each.
+
+    Raises ValueError, one line, before the first event, where a model cannot do what is asked.
+    """
+    budgets = request.budgets or [None] * len(request.models)
+    runs = {i: _run(models[i], request, budget) for i, budget in zip(request.models, budgets, strict=True)}
+    return _in_turns(runs)
+
+
+def _in_turns(runs: dict[int, Iterator[PlainDict]]) -> Iterator[PlainDict]:
+    while runs:
+        for i, run in list(runs.items()):
+            event = next(run, None)
+            if event is None:
+                del runs[i]
+            yield {"model": i, **(event or {"type": "end"})}
+
+
+def _run(model: LiveModel, request: Request, budget: float | None) -> Iterator[PlainDict]:
+    ids = model.encode(request.prompt)
+    room = model.context - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the prompt of {len(ids):,} tokens leaves no room in the context of {model.name}, {model.context:,} tokens"
+        )
+    if budget is not None and model.table is None:
+        raise ValueError(f"{model.name} has no budget table; `skipstone calibrate` writes it")
+    new = min(request.new_tokens, room)
+    found = model.events(ids, new_tokens=new, temperature=request.temperature, seed=request.seed, budget=budget)
+    if not (request.twin and model.has_twin):
+        return found
+    return _beside(found, model.twin().seconds(ids, new))
+
+
+def _beside(found: Iterator[PlainDict], twin: Iterator[float]) -> Iterator[PlainDict]:
+    """Add the seconds of the dense twin's pass to each pass."""
+    for event in found:
+        if event["type"] == "pass":
+            event["dense_seconds"] = rounded(next(twin))
+        yield event

@@ -1,0 +1,153 @@
+"""The page, its data, and what is checked of every request. It serves the user of this machine, and nobody else.
+
+* Host must name the loopback, so that a foreign page cannot reach the server by a name that it resolves to 127.0.0.1.
+* Origin, where a browser sends one, must be the page's own; and what starts work must be JSON, which a browser does not
+  send to another origin without asking first.
+* The page runs scripts of this server only, and nothing that a model or a prompt says becomes markup.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from skipstone.core.strict import PlainDict
+from skipstone.view.live_model import LiveModel
+from skipstone.view.live_session import NEW_TOKENS, PROMPT, events, read_request
+from skipstone.view.work_queue import BusyError, Job, WorkQueue
+
+LONGEST = 1 << 18  # bytes of a request
+HOSTS = ("127.0.0.1", "localhost")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+# Files of the page, their package and type: nothing else is served.
+FILES = {
+    "": ("skipstone.view", "static/index.html", "text/html"),
+    "static/style.css": ("skipstone.report", "templates/style.css", "text/css"),
+    "static/view.css": ("skipstone.view", "static/view.css", "text/css"),
+    "static/view.js": ("skipstone.view", "static/view.js", "text/javascript"),
+    "static/panel.js": ("skipstone.view", "static/panel.js", "text/javascript"),
+    "static/pictures.js": ("skipstone.view", "static/pictures.js", "text/javascript"),
+}
+
+
+class Guard:
+    """Refuses requests that do not come from the page of this server, and adds the headers of every answer."""
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self.app = app
+        self.hosts = {f"{host}:{port}" for host in HOSTS}
+        self.origins = {f"http://{host}" for host in self.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
+            await send(message)
+
+        refusal = self.refusal(Request(scope).headers)
+        await (self.app if refusal is None else refusal)(scope, receive, send_guarded)
+
+    def refusal(self, headers: Mapping[str, str]) -> Response | None:
+        """Return the answer to a request that is refused, None for others."""
+        if headers.get("host") not in self.hosts:
+            return answer(421, "this server answers to 127.0.0.1 only")
+        if "origin" in headers and headers["origin"] not in self.origins:
+            return answer(403, "requests from other pages are refused")
+        return None
+
+
+def answer(status: int, message: str, **headers: str) -> JSONResponse:
+    """Return a refusal in one line."""
+    return JSONResponse({"error": message}, status, headers=headers)
+
+
+def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGIApp:
+    """Return the whole server as an ASGI application."""
+
+    async def models_of(request: Request) -> Response:
+        limits = {"prompt": PROMPT, "new_tokens": NEW_TOKENS}
+        return JSONResponse({"models": [model.describe() for model in models], "limits": limits})
+
+    async def neurons(request: Request) -> Response:
+        number = request.path_params["number"]
+        return JSONResponse(models[number].neurons()) if number < len(models) else answer(404, "no such model")
+
+    async def generate(request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return answer(415, "a request must be application/json")
+        try:
+            wanted = read_request(await _json(request), len(models))
+            job = work.submit(lambda: events(models, wanted))
+        except OverflowError:
+            return answer(413, f"a request may have at most {LONGEST:,} bytes")
+        except ValueError as error:
+            return answer(400, " ".join(str(error).split()))
+        except BusyError:
+            return answer(503, "too many requests wait already; try again in a moment", **{"retry-after": "1"})
+        return StreamingResponse(_stream(job), media_type="text/event-stream")
+
+    routes = [Route(f"/{name}", _file(*place), methods=["GET"]) for name, place in FILES.items()]
+    routes += [
+        Route("/api/models", models_of, methods=["GET"]),
+        Route("/api/neurons/{number:int}", neurons, methods=["GET"]),
+        Route("/api/generate", generate, methods=["POST"]),
+    ]
+    return Guard(Starlette(routes=routes), port)
+
+
+async def _json(request: Request) -> object:
+    """The body. Raises OverflowError for one that is too long, ValueError for what is no JSON."""
+    body = b""
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > LONGEST:
+                raise OverflowError
+    except ClientDisconnect:
+        raise ValueError("the request is incomplete") from None
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError("a request must be a JSON object") from None
+
+
+async def _stream(job: Job) -> AsyncIterator[str]:
+    """Server-sent events, one for each event of the job."""
+    async for event in job.events():
+        yield f"data: {_dumps(event)}\n\n"
+
+
+def _dumps(event: PlainDict) -> str:
+    return json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _file(package: str, name: str, kind: str) -> Any:
+    content = files(package).joinpath(name).read_bytes()
+
+    async def serve_file(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return serve_file

@@ -1,0 +1,84 @@
+"""`serve`: the live page on loopback, until it is stopped."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from skipstone.view.live_model import LiveModel
+from skipstone.view.server import application
+from skipstone.view.work_queue import WorkQueue
+
+ADDRESS = "127.0.0.1"
+
+
+def serve(runs: Sequence[Path], *, port: int, browser: bool, announce: Callable[[str], None]) -> None:
+    """Serve the live page of one or two runs on 127.0.0.1 until SIGINT or SIGTERM; 0 takes any free port.
+
+    browser: whether the page is opened. announce: called with the address once the page can be asked for. Raises
+    ValueError, one line, for a port that is taken and for a folder that cannot be shown.
+    """
+    with _bound(port) as listening:
+        models = [LiveModel(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+        chosen, work = listening.getsockname()[1], WorkQueue()
+        address = f"http://{ADDRESS}:{chosen}/"
+        config = uvicorn.Config(
+            application(models, chosen, work),
+            log_config=None,
+            log_level="critical",  # what the user has to know is announced, or raised
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=0,
+        )
+
+        def ready() -> None:
+            announce(address)
+            if browser:
+                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+        _Server(config, work, ready).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Tells when it listens, and stops the work as soon as a signal comes."""
+
+    def __init__(self, config: uvicorn.Config, work: WorkQueue, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._work, self._ready = work, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._work.stop()
+        super().handle_exit(sig, frame)
+
+
+def _bound(port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((ADDRESS, port))
+    except OSError as error:
+        listening.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            reason = "is taken" if error.errno == errno.EADDRINUSE else "may not be used"
+            raise ValueError(f"port {port} {reason}; name another with --port, or 0 for any free one") from None
+        raise
+    return listening
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names; with their parents' where these are equal."""
+    names = [run.resolve().name for run in runs]
+    return names if len({*names}) == len(names) else ["/".join(run.resolve().parts[-2:]) for run in runs]

@@ -1,0 +1,99 @@
+// The page: asks the server, reads its events, hands them to the panels of the models.
+import { Panel } from "./panel.js";
+
+const byId = (id) => document.getElementById(id);
+const form = byId("ask");
+let panels = [];
+let running = null; // AbortController of the request that streams
+
+function say(text, trouble = false) {
+  byId("status").textContent = text;
+  byId("status").classList.toggle("trouble", trouble);
+}
+
+function request() {
+  const number = (id) => Number(byId(id).value);
+  return {
+    prompt: byId("prompt").value,
+    models: panels.map((_, i) => i),
+    new_tokens: Math.trunc(number("new-tokens")),
+    temperature: number("temperature"),
+    seed: Math.trunc(number("seed")),
+    budgets: panels.map((panel) => panel.budget),
+    twin: byId("twin").checked,
+  };
+}
+
+// Server-sent events of a POST request: EventSource can only GET.
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const events = text.split("\n\n");
+    text = events.pop();
+    for (const event of events) if (event.startsWith("data: ")) yield JSON.parse(event.slice(6));
+  }
+}
+
+async function run() {
+  running?.abort();
+  const mine = (running = new AbortController());
+  byId("stop").disabled = false;
+  panels.forEach((panel) => panel.clear());
+  say("computing …");
+  try {
+    const response = await fetch("/api/generate", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(request()),
+      signal: mine.signal,
+    });
+    if (!response.ok) throw new Error((await response.json()).error);
+    for await (const event of eventsOf(response)) {
+      if (event.type === "waiting") say(`waiting: ${event.ahead} ahead`);
+      else if (event.type === "error") throw new Error(event.message);
+      else {
+        if (event.type === "start") say("computing …");
+        panels[event.model].take(event);
+      }
+    }
+    say("done");
+  } catch (error) {
+    if (mine !== running) return; // another request has taken over
+    if (error.name === "AbortError") say("stopped");
+    else say(error.message || "the server does not answer", true);
+  } finally {
+    if (mine === running) {
+      running = null;
+      byId("stop").disabled = true;
+      panels.forEach((panel) => panel.finish());
+    }
+  }
+}
+
+async function start() {
+  const answer = await (await fetch("/api/models")).json();
+  byId("prompt").maxLength = answer.limits.prompt;
+  byId("new-tokens").max = answer.limits.new_tokens;
+  panels = answer.models.map((model, i) => new Panel(model, i, () => byId("prompt").value && run()));
+  byId("panels").replaceChildren(...panels.map((panel) => panel.element));
+  byId("panels").classList.toggle("two", panels.length > 1);
+  if (!answer.models.some((model) => model.twin)) {
+    byId("twin").checked = false;
+    byId("twin").disabled = true;
+  }
+  say("");
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  run();
+});
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+byId("stop").addEventListener("click", () => running?.abort());
+start().catch(() => say("the server does not answer", true));

@@ -1,0 +1,104 @@
+"""One job computes at a time, few wait, and the others are told so: a model has one state, and a machine few cores.
+
+A job is an iterator of events. It runs in one thread of its own; what it yields is handed to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from skipstone.core.strict import PlainDict
+
+WAITING = 4  # jobs that may wait for the one that computes
+
+
+class BusyError(Exception):
+    """As many jobs wait as may."""
+
+
+class Job:
+    """A job that was accepted. Its events arrive in the event loop that it was made in."""
+
+    def __init__(self, make: Callable[[], Iterator[PlainDict]], ahead: int) -> None:
+        self._make, self.ahead = make, ahead
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[PlainDict | None] = asyncio.Queue()
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let the job end after the pass that it is computing; callable from any thread."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Compute the job, in the thread of the queue."""
+        try:
+            if not self._stopped.is_set():
+                for event in self._make():
+                    self._tell(event)
+                    if self._stopped.is_set():
+                        break
+        except ValueError as error:  # the library's one line for what users can change
+            self._tell({"type": "error", "message": " ".join(str(error).split())})
+        except Exception as error:
+            self._tell({"type": "error", "message": f"{type(error).__name__}: the model could not be run"})
+            raise
+        finally:
+            self._tell(None)
+
+    def _tell(self, event: PlainDict | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self.stop()
+
+    async def events(self) -> AsyncIterator[PlainDict]:
+        """Yield the events as they come, `waiting` first if others are ahead; the job ends when nobody listens."""
+        try:
+            if self.ahead:
+                yield {"type": "waiting", "ahead": self.ahead}
+            while (event := await self._events.get()) is not None:
+                yield event
+        finally:
+            self.stop()
+
+
+class WorkQueue:
+    """Runs jobs one after the other in a daemon thread, which does not keep the process alive."""
+
+    def __init__(self, waiting: int = WAITING) -> None:
+        self._limit = 1 + waiting
+        self._jobs: queue.Queue[Job] = queue.Queue()
+        self._accepted: list[Job] = []
+        self._lock = threading.Lock()
+        threading.Thread(target=self._work, name="skipstone-view", daemon=True).start()
+
+    def submit(self, make: Callable[[], Iterator[PlainDict]]) -> Job:
+        """Accept a job. Raises BusyError where the queue is full. Called in an event loop."""
+        with self._lock:
+            if len(self._accepted) >= self._limit:
+                raise BusyError
+            job = Job(make, ahead=len(self._accepted))
+            self._accepted.append(job)
+        self._jobs.put(job)
+        return job
+
+    def stop(self) -> None:
+        """Let all jobs end."""
+        with self._lock:
+            for job in self._accepted:
+                job.stop()
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                job.run()
+            except Exception:  # a defect of ours: told on the terminal, and the next job gets its turn
+                traceback.print_exc()
+            finally:
+                with self._lock:
+                    self._accepted.remove(job)

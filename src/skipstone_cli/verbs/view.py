@@ -1,0 +1,38 @@
+"""`skipstone view RUN [RUN2]`"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipstone_cli.errors import UserError
+from skipstone_cli.paths import existing_dir, existing_run
+
+PORT = 8737
+
+
+def view(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN2]", help="One or two run folders or saved models.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes any free one.")] = PORT,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Open a live page: type a prompt and watch which blocks every token takes."""
+    if len(runs) > 2:
+        raise UserError(f"view shows one or two models side by side, got {len(runs)}")
+    for run in runs:
+        existing_dir(run, "run folder")
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"view needs packages ({', '.join(missing)} missing): pip install 'skipstone[view]'")
+    for run in runs:
+        existing_run(run)
+
+    from skipstone.view.serving import serve
+
+    try:
+        serve(runs, port=port, browser=browser, announce=lambda address: typer.echo(f"{address}  (Ctrl-C stops)"))
+    except KeyboardInterrupt:
+        raise typer.Exit from None

@@ -1,0 +1,108 @@
+"""What the page is told is what the model did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skipstone.generate.engine import generate
+from skipstone.view.live_model import LiveModel
+from skipstone.view.live_session import Request, events, read_request
+
+PROMPT = "a <b> é"
+
+
+@pytest.fixture(scope="module")
+def model(saved: Path) -> LiveModel:
+    return LiveModel(saved, "small")
+
+
+def told(model: LiveModel, **options: Any) -> list[dict[str, Any]]:
+    usual = {"prompt": PROMPT, "models": [0], "new_tokens": 5, "temperature": 0.0, "twin": False}
+    return list(events([model], Request(**{**usual, **options})))
+
+
+def test_every_token_is_chosen_as_generate_chooses_it_and_read_once(model: LiveModel) -> None:
+    found = told(model)
+    assert [event["type"] for event in found] == ["start", *["pass"] * 5, "end"]
+    ids = model.encode(PROMPT)
+    continued = generate(model.model, torch.tensor([ids]), max_new_tokens=5)[0].tolist()
+    passes = found[1:-1]
+    assert [event["token"]["label"] for event in passes] == [model.tokenizer.decode([i]) for i in continued[len(ids) :]]
+    assert "".join(token["text"] for token in found[0]["prompt"]) == PROMPT
+    assert [event["first"] for event in passes] == [0, *range(len(ids), len(ids) + 4)]
+    assert [len(event["read"]) for event in passes] == [len(ids), 1, 1, 1, 1]
+
+
+def test_what_a_pass_tells_of_a_token_is_what_one_pass_over_all_of_them_says(model: LiveModel) -> None:
+    found = told(model)
+    read = [token for event in found[1:-1] for token in event["read"]]
+    ids = model.encode(PROMPT)
+    continued = generate(model.model, torch.tensor([ids]), max_new_tokens=5)
+    with torch.no_grad():
+        out = model.model(input_ids=continued[:, :-1], routing="causal", output_records=True)
+    log_TV = out.logits[0].log_softmax(-1)
+    for t, token in enumerate(read):
+        assert token["loss"] == pytest.approx(-float(log_TV[t, continued[0, t + 1]]), rel=1e-3)
+        assert token["entropy"] == pytest.approx(float(-(log_TV[t].exp() * log_TV[t]).sum()), rel=1e-3)
+        record = out.records[1]["mixture_of_depths"]
+        assert token["kept"][1] == bool(record.kept_BT[0, t])
+        assert token["score"][1] == pytest.approx(float(record.score_BT[0, t]), rel=1e-3)
+        assert len(token["kept"]) == len(model.describe()["slots"]) == 4
+    assert {token["kept"][1] for token in read} == {True, False}
+
+
+def test_executed_flops_follow_the_budget_and_dense_ones_do_not(model: LiveModel) -> None:
+    low, high = (told(model, budgets=[share])[-2] for share in (0.4, 0.46))
+    assert low["dense_flops"] == high["dense_flops"]
+    assert low["flops"] < high["flops"]
+
+
+def test_models_take_turns_and_each_has_its_twin(model: LiveModel) -> None:
+    request = Request(prompt="ab", models=[0, 1], new_tokens=2)
+    found = list(events([model, model], request))
+    assert [(event["model"], event["type"]) for event in found] == [
+        (i, kind) for kind in ("start", "pass", "pass", "end") for i in (0, 1)
+    ]
+    assert all(event["dense_seconds"] > 0 for event in found if event["type"] == "pass")
+    assert model.twin().model.config.mechanisms == []
+
+
+def test_the_map_of_neurons_has_the_logits_of_every_token(model: LiveModel) -> None:
+    map_ = model.neurons()
+    assert [layer["layer"] for layer in map_["layers"]] == [0, 1, 2]
+    assert {len(layer["preference"]) for layer in map_["layers"]} == {24}
+    for token in told(model)[1]["read"]:
+        assert [len(layer) for layer in token["mix"]] == [len(map_["names"])] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompt": ""}, "prompt must have from 1 to 20,000 characters, got 0"),
+        ({"prompt": "x" * 20_001}, "got 20,001"),
+        ({"new_tokens": 0}, "new_tokens must be from 1 to 1,024, got 0"),
+        ({"temperature": float("nan")}, "temperature must be from 0 to 10"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"models": [1]}, "models must be numbers from 0 to 0, each once"),
+        ({"models": [0, 0]}, "each once"),
+        ({"models": []}, "each once"),
+        ({"budgets": [0.5, 0.5]}, "budgets must have an entry for each"),
+        ({"promt": "x"}, "did you mean 'prompt'"),
+        ({"new_tokens": "many"}, "new_tokens must be int"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_in_words(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        read_request({"prompt": "x", "models": [0], **options}, 1)
+
+
+def test_what_the_model_cannot_do_is_told_before_it_starts(model: LiveModel) -> None:
+    with pytest.raises(ValueError, match="leaves no room in the context of small, 96 tokens"):
+        told(model, prompt="x" * 96)
+    with pytest.raises(ValueError, match=r"budget 0\.9 is out of reach"):
+        told(model, budgets=[0.9])
+    assert len(told(model, prompt="x" * 94, new_tokens=50)) == 2 + 2, "new tokens end where the context ends"
