@@ -212,3 +212,32 @@ def test_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert args == (Path("run"), Path("a.txt"), Path("a.csv"))
     assert options == {"context": None, "limit": 3}
     assert capsys.readouterr() == ("written: a.csv, 1,200 lines\n", "2 of 3 tokens\n")
+
+
+def test_view(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.view.serving", "serve", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    command(monkeypatch, "view", "run", "run", "--port", "0", "--no-browser")
+    (args, options) = calls[0]
+    options.pop("announce")("http://127.0.0.1:1/")
+    assert args == ([Path("run"), Path("run")],)
+    assert options == {"port": 0, "browser": False}
+    assert capsys.readouterr().out == "http://127.0.0.1:1/  (Ctrl-C stops)\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "installed", "says"),
+    [
+        (["run"] * 3, True, "view shows one or two models side by side, got 3"),
+        (["run"], False, "(starlette, uvicorn missing): pip install 'skipstone[view]'"),
+    ],
+)
+def test_view_refuses(
+    words: list[str], installed: bool, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if installed else None)
+    monkeypatch.setattr("sys.argv", ["skipstone", "view", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
