@@ -51,7 +51,7 @@ def split(word: str) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     parts = key.split(".")
     if not equals or not all(part and part == part.strip() for part in parts):
-        raise UserError(f"override {word!r} is not of the form key=value ({EXAMPLE})")
+        raise UserError(f"override {word!r} does not have the form key=value ({EXAMPLE})")
     return key, value
 
 
@@ -66,7 +66,7 @@ def _read(path: Path) -> DictConfig:
         raise UserError(f"recipe {str(path)!r} is not readable YAML: {_said(error)}") from None
     a_text = len(config) == 1 and [str(key) for key in config] == [path.read_text(encoding="utf-8").strip()]
     if a_text or not isinstance(config, DictConfig):  # OmegaConf reads a plain text as a key without a value
-        raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values at its top")
+        raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values")
     return config
 
 
@@ -85,7 +85,7 @@ def _apply(config: DictConfig, key: str, value: str) -> None:
     try:
         OmegaConf.update(config, key, parsed, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError, AssertionError, RecursionError) as error:
-        raise UserError(f"override {key}={value} fits nowhere in the recipe: {_said(error)}") from None
+        raise UserError(f"override {key}={value} does not fit the recipe: {_said(error)}") from None
 
 
 def _check_way(config: DictConfig, key: str, value: str) -> None:
@@ -97,15 +97,15 @@ def _check_way(config: DictConfig, key: str, value: str) -> None:
         at = ".".join(parts[:end])
         node = OmegaConf.select(config, at)
         if node is not None and not OmegaConf.is_config(node):
-            raise UserError(f"override {key}={value}: {at} is {node!r}, it has no keys")
+            raise UserError(f"override {key}={value}: {at} is {node!r} and has no keys")
         if isinstance(node, ListConfig) and not (parts[end].isdecimal() and int(parts[end]) < len(node)):
-            raise UserError(f"override {key}={value}: {at} is a list of {len(node)}, use an index from 0 below that")
+            raise UserError(f"override {key}={value}: {at} is a list of {len(node)}, numbered from 0")
 
 
 def _said(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "lists or mappings are nested too deeply"
-    return str(error) or "it is no mapping of keys to values"
+    return str(error) or "it is not a mapping of keys to values"
 
 
 def _steps(config: DictConfig) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ def existing_dir(path: Path, what: str) -> Path:
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     if not path.is_dir():
-        raise UserError(f"{what} {str(path)!r} is a file, a folder is expected")
+        raise UserError(f"{what} {str(path)!r} is a file, but a folder is expected")
     return path
 
 
@@ -21,7 +21,7 @@ def existing_file(path: Path, what: str) -> Path:
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     if not path.is_file():
-        raise UserError(f"{what} {str(path)!r} is a folder, a file is expected")
+        raise UserError(f"{what} {str(path)!r} is a folder, but a file is expected")
     return path
 
 
@@ -44,5 +44,5 @@ def existing_source(source: str) -> str:
 def new_path(path: Path, what: str) -> Path:
     """Return `path` if nothing exists there. Raises UserError otherwise: existing files are never overwritten."""
     if path.exists() or path.is_symlink():
-        raise UserError(f"{what} {str(path)!r} exists already; nothing is overwritten, name another or remove it")
+        raise UserError(f"{what} {str(path)!r} exists already and nothing is overwritten; name another path or remove it")
     return path

@@ -61,14 +61,14 @@ def test_the_command_line_wins(recipe: Path, words: list[str], way: list[Any], v
 
 @pytest.mark.parametrize("word", ["seed", "=1", "", ".seed=1", "seed.=1", "a..b=1", "se ed =1", " seed=1"])
 def test_a_malformed_override_is_named(recipe: Path, word: str) -> None:
-    with pytest.raises(UserError, match="not of the form key=value"):
+    with pytest.raises(UserError, match="does not have the form key=value"):
         load_recipe(recipe, [word])
 
 
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("seed.x=1", "seed is 1, it has no keys"),
+        ("seed.x=1", "seed is 1 and has no keys"),
         ("model.mechanisms.2.capacity=1", "model.mechanisms is a list of 2"),
         ("model.mechanisms.first.capacity=1", "model.mechanisms is a list of 2"),
         ("model.mechanisms.-1.capacity=1", "model.mechanisms is a list of 2"),

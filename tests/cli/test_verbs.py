@@ -90,7 +90,7 @@ def test_train_estimates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     [
         (["train", "a.yaml", "--gpu", "L4"], "--gpu would have no effect without --estimate"),
         (["train", "a.yaml", "--estimate", "--out", "x"], "--out would have no effect with --estimate"),
-        (["prepare", "jsonl:x"], "--out is missing: name the folder for the shards"),
+        (["prepare", "jsonl:x"], "--out is missing; name the folder for the shards"),
         (["prepare", "run", "--check", "--split", "90-10"], "--check writes nothing, so --split would have no effect"),
     ],
 )

@@ -229,7 +229,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(here: Path, monkeypatch:
         (["--budgets", "1e9"], "it would see text"),
         (["--rates", "1e-3,1e-3"], "--rates must be different values"),
         (["--arms", "dense,mood"], "unknown arm of this recipe 'mood'; did you mean 'mod'?"),
-        (["--estimate", "--render"], "take one of them"),
+        (["--estimate", "--render"], "give only one of them"),
         (["--flops-per-second", "1e9"], "--flops-per-second would have no effect"),
         (["--render"], "no isoFLOP study 'tiny' was begun there"),
         (["model.hiden_size=3"], "did you mean 'hidden_size'"),

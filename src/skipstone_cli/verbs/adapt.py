@@ -14,7 +14,8 @@ def adapt(
     source: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of a dense checkpoint.")],
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe of the adaptation.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="Override a key of the recipe; the last override of a key wins."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: the recipe's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,

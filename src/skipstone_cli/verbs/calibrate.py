@@ -17,7 +17,7 @@ def calibrate(
         str | None, typer.Option(help="Corpus; needed for a saved model. Default: the run's own.")
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens per row. Default: the run's own.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Training rows to calibrate on.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Number of training rows to calibrate on.")] = 32,
 ) -> None:
     """Write budget.json beside the weights, with the thresholds for every budget that the model can execute."""
     existing_dir(run, "run folder")

@@ -13,12 +13,14 @@ from skipstone_cli.paths import existing_dir, existing_run
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of saved models.")],
-    dense: Annotated[Path | None, typer.Option(metavar="RUN", help="Reset-S3: dense run of equal FLOPs.")] = None,
+    dense: Annotated[Path | None, typer.Option(metavar="RUN", help="For Reset-S3: a dense run of equal FLOPs.")] = None,
     forced: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Reset-S3: run routed by known difficulty.")
+        Path | None, typer.Option(metavar="RUN", help="For Reset-S3: a run that is routed by the known difficulty.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here as Markdown.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the figures to this JSON file.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the table to this Markdown file.")
+    ] = None,
 ) -> None:
     """Compare runs in one table: loss, executed FLOPs, capacity, speed, memory, energy."""
     for run in [*runs, *(twin for twin in (dense, forced) if twin is not None)]:

@@ -20,7 +20,8 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")
     ] = None,
     from_layout: Annotated[
-        str | None, typer.Option("--from", help="Read weights as a paper released them: tsa or polychromatic.")
+        str | None,
+        typer.Option("--from", help="Read weights in the layout that a paper released: tsa or polychromatic."),
     ] = None,
     to_layout: Annotated[
         str | None,

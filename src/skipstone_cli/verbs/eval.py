@@ -14,7 +14,7 @@ from skipstone_cli.paths import existing_dir, existing_run
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
-    split: Annotated[str, typer.Option(help="Split of the run's corpus.")] = "validation",
+    split: Annotated[str, typer.Option(help="Split of the corpus to evaluate.")] = "validation",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     corpus: Annotated[
         str | None, typer.Option(help="Corpus; needed for a saved model. Default: the run's own.")
@@ -30,7 +30,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="Folder of your own tasks as YAML.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of samples per task.")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Measure oracle, causal and executed loss on a whole split, with statistics of the mechanisms; or score tasks."""
     existing_dir(run, "run folder")

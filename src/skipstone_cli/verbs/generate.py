@@ -19,11 +19,11 @@ def generate(
         int | None, typer.Option(min=1, help="Largest number of new tokens. Default: 128, or what the context leaves.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Above 0. Default: 0.8.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
     budget: Annotated[
-        float | None, typer.Option(help="Share of the dense FLOPs to execute; needs `skipstone calibrate`.")
+        float | None, typer.Option(help="Share of the dense FLOPs to execute; run `skipstone calibrate` first.")
     ] = None,
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour tokens by their share of compute.")] = False,
 ) -> None:
@@ -31,9 +31,9 @@ def generate(
     sampling = {"--temperature": temperature, "--top-k": top_k, "--seed": seed}
     idle = [option for option, value in sampling.items() if value is not None]
     if greedy and idle:
-        raise UserError(f"--greedy does not sample, so {idle[0]} would have no effect; leave one of them out")
+        raise UserError(f"--greedy does not sample, so {idle[0]} would have no effect; give only one of them")
     if temperature is not None and not 0 < temperature < float("inf"):
-        raise UserError(f"--temperature must be above 0, got {temperature:g}; --greedy takes the likeliest token")
+        raise UserError(f"--temperature must be above 0, got {temperature:g}; use --greedy for the most likely token")
     existing_dir(run, "run folder")
 
     existing_run(run)

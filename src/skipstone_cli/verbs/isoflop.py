@@ -27,15 +27,15 @@ class RateRule(StrEnum):
 
 
 Budgets = Annotated[str | None, typer.Option(metavar="1e12,3e12", help="Training FLOPs per run.")]
-Sizes = Annotated[str | None, typer.Option(metavar="64,128x6", help="WIDTH, or WIDTHxBLOCKS.")]
-Rates = Annotated[str | None, typer.Option(metavar="1e-3,2e-3", help="Learning rates that each arm tries.")]
+Sizes = Annotated[str | None, typer.Option(metavar="64,128x6", help="Model sizes, each as WIDTH or WIDTHxBLOCKS.")]
+Rates = Annotated[str | None, typer.Option(metavar="1e-3,2e-3", help="Learning rates to try for each arm.")]
 Rule = Annotated[RateRule | None, typer.Option(help="Use the best rate at every size, or scale it with 1/width.")]
 Arms = Annotated[
     str | None, typer.Option(metavar="dense,mod,random", help="Arms to train. Default: all of the recipe.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the grid. Default: 0.")]
-OptimumSeeds = Annotated[int | None, typer.Option(help="Seeds at the size nearest each optimum. Default: 3.")]
-Repeats = Annotated[bool, typer.Option("--allow-repeats", help="Runs may read the corpus more than once.")]
+OptimumSeeds = Annotated[int | None, typer.Option(help="Number of seeds at the size nearest each optimum. Default: 3.")]
+Repeats = Annotated[bool, typer.Option("--allow-repeats", help="Allow runs to read the corpus more than once.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for table, page and records. Default: --runs.")]
 Estimate = Annotated[
     bool, typer.Option("--estimate", help="Print every run with its FLOPs and time on this machine; train nothing.")
@@ -49,7 +49,8 @@ Speed = Annotated[
 def isoflop(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The base recipe, whose model is scaled.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="Override a key of the recipe; the last override of a key wins."),
     ] = None,
     scale: Annotated[Scale, typer.Option(help="Default values of the grid.")] = Scale.LAPTOP,
     budgets: Budgets = None,
@@ -61,7 +62,7 @@ def isoflop(
     optimum_seeds: OptimumSeeds = None,
     allow_repeats: Repeats = False,
     out: Out = None,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of run folders.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder that contains the run folders.")] = Path("runs"),
     estimate: Estimate = False,
     flops_per_second: Speed = None,
     render: Annotated[bool, typer.Option("--render", help="Train nothing, only render existing records.")] = False,
@@ -80,9 +81,9 @@ def isoflop(
         "allow_repeats": allow_repeats or None,
     }
     if flops_per_second is not None and not estimate:
-        raise UserError("--flops-per-second would have no effect: it is for --estimate")
+        raise UserError("--flops-per-second would have no effect without --estimate")
     if estimate and render:
-        raise UserError("--estimate and --render: take one of them")
+        raise UserError("--estimate and --render exclude each other; give only one of them")
     config = load_recipe(recipe, overrides or [])
 
     from skipstone_studies.isoflop import run

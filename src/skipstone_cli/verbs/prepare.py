@@ -13,7 +13,9 @@ from skipstone_cli.errors import UserError
 def prepare(
     source: Annotated[
         str,
-        typer.Argument(help="jsonl:PATH, hf:OWNER/NAME[/CONFIG], text:PATH or another corpus; with --check, shards."),
+        typer.Argument(
+            help="jsonl:PATH, hf:OWNER/NAME[/CONFIG], text:PATH or another corpus; with --check, a folder of shards."
+        ),
     ],
     tokenizer: Annotated[
         str | None, typer.Option(metavar="SPEC", help="byte, char or pretrained:NAME_OR_PATH. Default: byte.")
@@ -33,11 +35,11 @@ def prepare(
     if check:
         idle = [option for option, value in given.items() if value is not None]
         if idle:
-            raise UserError(f"--check writes nothing, so {idle[0]} would have no effect; leave one of them out")
+            raise UserError(f"--check writes nothing, so {idle[0]} would have no effect; give only one of them")
         _check(Path(source))
         return
     if out is None:
-        raise UserError("--out is missing: name the folder for the shards")
+        raise UserError("--out is missing; name the folder for the shards")
 
     from skipstone.data.corpora import find_entry
     from skipstone.data.tokenizers import check_spec

@@ -17,7 +17,7 @@ def report(
         list[Path] | None, typer.Option(metavar="FILE", help="Output of `eval --budget --json`; may be repeated.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about runs."""
+    """Write a self-contained HTML report about runs."""
     for run in runs:
         existing_dir(run, "run folder")
     for file in evaluation or []:

@@ -20,14 +20,14 @@ class Scale(StrEnum):
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered study; see --list.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of a registered study; see --list.")] = None,
     scale: Annotated[Scale, typer.Option(help="Size of the models and the runs.")] = Scale.LAPTOP,
     arms: Annotated[str | None, typer.Option(metavar="ARM,ARM", help="Arms to run. Default: all.")] = None,
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds. Default: the study's own.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for tables and records. Default: --runs.")
     ] = None,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of run folders.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder that contains the run folders.")] = Path("runs"),
     readme: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also write the table into this file, between <!-- NAME:begin --> and end."),
@@ -41,14 +41,14 @@ def reproduce(
     """Run or resume a registered study, and render its table from the records."""
     numbers = parse_seeds(seeds)
     if ledger and (name is not None or list_):
-        raise UserError("--ledger is about all studies: it takes neither a name nor --list")
+        raise UserError("--ledger covers all studies, so it takes neither a name nor --list")
     if ledger:
         from skipstone_studies.ledger import write
 
         typer.echo(f"ledger: {write(runs if out is None else out)}")
         return
     if name is None and not list_:
-        raise UserError("name a study to reproduce; `skipstone reproduce --list` shows them")
+        raise UserError("name a study to reproduce; `skipstone reproduce --list` lists them")
 
     if name is None or list_:
         print_list()

@@ -16,9 +16,11 @@ from skipstone_cli.errors import USER_ERRORS, UserError, usual_warnings
 
 def run_module(
     context: typer.Context,
-    module: Annotated[str, typer.Argument(metavar="MODULE", help="As for `python -m`; its own arguments follow.")],
+    module: Annotated[
+        str, typer.Argument(metavar="MODULE", help="Module, as for `python -m`; its own arguments follow.")
+    ],
 ) -> None:
-    """Run another tool's module in a process whose Auto classes know Skipstone's models."""
+    """Run another tool's module with Skipstone's models registered in the Auto classes."""
     if find_spec(module.partition(".")[0]) is None:
         raise UserError(f"there is no module {module!r} to run")
     for part in ("causal_lm", "classifier"):

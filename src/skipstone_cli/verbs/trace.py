@@ -12,10 +12,10 @@ from skipstone_cli.paths import existing_dir, existing_file, existing_run, new_p
 
 def trace(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to read, UTF-8.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text file in UTF-8.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Table to write: .parquet, .csv or .jsonl.")],
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the model's context if absent.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many tokens.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens per row. Default: the model's context.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of tokens to read. Default: all.")] = None,
 ) -> None:
     """Write the depth map of a text: what each block decided for each token, and the loss of its prediction."""
     existing_dir(run, "run folder")

@@ -11,14 +11,15 @@ from skipstone_cli.errors import UserError
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to train.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the training.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="Override a key of the recipe; the last override of a key wins."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: the recipe's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print FLOPs, memory and hours on a GPU; train nothing.")
+        bool, typer.Option("--estimate", help="Print the FLOPs, the memory and the hours on a GPU; train nothing.")
     ] = False,
     gpu: Annotated[str | None, typer.Option(help="With --estimate: A100, H100, ... Default: H100.")] = None,
     mfu: Annotated[

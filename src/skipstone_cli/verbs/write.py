@@ -15,7 +15,7 @@ def write(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write; it must not exist.")],
     tokens: Annotated[int, typer.Option(min=1, help="Least number of tokens of all texts together.")] = 300_000,
     length: Annotated[int, typer.Option(min=1, help="Largest number of tokens per text.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Texts that are generated at a time.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Number of texts that are generated at a time.")] = 64,
     start: Annotated[
         str | None, typer.Option(help="Prompt of each text. Default: the model's own start of a text.")
     ] = None,
