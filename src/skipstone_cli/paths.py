@@ -44,5 +44,7 @@ def existing_source(source: str) -> str:
 def new_path(path: Path, what: str) -> Path:
     """Return `path` if nothing exists there. Raises UserError otherwise: existing files are never overwritten."""
     if path.exists() or path.is_symlink():
-        raise UserError(f"{what} {str(path)!r} exists already and nothing is overwritten; name another path or remove it")
+        raise UserError(
+            f"{what} {str(path)!r} exists already and nothing is overwritten; name another path or remove it"
+        )
     return path

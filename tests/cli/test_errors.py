@@ -63,7 +63,7 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["trian"], "Did you mean 'train'?"),
+        (["trian"], "Did you mean 'train', 'trace'?"),
         (["train", "x.yaml", "--resum"], "--resume"),
         (["generate", "x"], "--prompt"),
         (["reproduce", "demo", "--scale", "big"], "laptop"),
