@@ -59,6 +59,14 @@ class RaggedStore:
             assert rows is None
             self._append_ragged(real_BT, entries)
 
+    def new_column(self) -> int:
+        """Lengthen every row, all of one length above 0, by a column that the caller fills; return its index."""
+        assert self.lengths is None
+        if self.entries["slot"].shape[1] == self.width:
+            self._reserve(self.width + 1, self.entries, len(self.entries["slot"]))
+        self.width += 1
+        return self.width - 1
+
     def _append_ragged(self, real_BT: Tensor | None, entries: dict[str, Tensor]) -> None:
         """Append different numbers of tokens to the rows."""
         slot_BT = entries["slot"]

@@ -20,6 +20,7 @@ from skipstone.core.tokens import Tokens
 from skipstone.nn import windows
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.windows import closes, pairs, slot_mask
+from skipstone.ops import decode_step
 from skipstone.ops import reference as ops
 
 Seen: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and a mask if slots must be compared
@@ -93,6 +94,8 @@ class Attention(nn.Module):
 
         queries: `tokens.query_tokens()`, if the caller has it already.
         """
+        if cache is not None and tokens.mode.single_token and self._steps(x_BTD, tokens, cache.kv):
+            return self.o_proj(self._newest(x_BTD, tokens, cache.kv))
         x = tokens.unpad(x_BTD)
         key, value = self._keys_and_values(x, tokens)
         if tokens.no_queries:
@@ -108,6 +111,27 @@ class Attention(nn.Module):
             y_BKHE = self._attend_stored(query, tokens, queries, cache.kv)
         y_BKD = self.o_proj(queries.unpad(y_BKHE.flatten(2)))
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
+
+    def _steps(self, x_BTD: Tensor, tokens: Tokens, kv: RaggedStore) -> bool:
+        """Return whether this call of one token may attend by one compiled operation."""
+        plain = tokens.queries.is_all and tokens.rows is None and tokens.real_BT is None and tokens.document_BT is None
+        if not plain or type(kv) is not RaggedStore or not 0 < kv.width < decode_step.MOST_KEYS:
+            return False
+        if self.window is not None or self.soft_cap is not None or self.norm_over_all_heads:
+            return False
+        if self.training or self.config._attn_implementation != "sdpa" or "document" in kv.entries:
+            return False
+        return decode_step.takes(x_BTD, kv.entries["key"]) and not kv.entries["key"].requires_grad
+
+    def _newest(self, x_11D: Tensor, tokens: Tokens, kv: RaggedStore) -> Tensor:
+        """Store one token's key and value and return what it attends to, [1, 1, H E]."""
+        query, key, value = self.q_proj(x_11D), self.k_proj(x_11D), self.v_proj(x_11D)
+        query = query if self.q_norm is None else self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(2)
+        key = key if self.k_norm is None else self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(2)
+        column = kv.new_column()
+        return decode_step.attend_newest(
+            query, key, value, tokens.rotary, kv.entries, tokens.slot_BT, column, self.scaling
+        )
 
     def _keys_and_values(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, H, T, E] of all tokens; x may be unpadded."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from skipstone.ops import decode_step
 from skipstone.ops import reference as ops
 
 
@@ -23,6 +24,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= decode_step.MOST_ROWS * len(self.weight) and decode_step.takes(x, self.weight):
+            return decode_step.rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32 == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = ops.wide(x)

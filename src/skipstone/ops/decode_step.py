@@ -1,0 +1,80 @@
+"""Small operations of a decoding step on a CPU, each of which is one compiled call instead of several of torch's.
+
+A step of one token multiplies little, and the calls around its products take as long as they do in a small model. With
+numba installed, fp32 tensors take the compiled form (`decode_step_native.py`); `takes` says whether they may.
+
+Shape letters: B rows, T tokens, D width, C columns of the cache, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOST_ROWS = 8  # rows of a norm; torch is as fast with more
+MOST_KEYS = 1024  # torch attends to more of them in less time, with several threads in particular
+PLAIN = (Tensor, nn.Parameter)  # no subclass: its data may lie elsewhere
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Return whether the compiled operations take these tensors here and now.
+
+    They need numba, plain fp32 tensors in a CPU's memory, and no gradients. They are invisible to torch, so they are
+    not used where something watches its operations: compilers, tracers and counters of FLOPs.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _installed():
+        return False
+    if torch.is_autocast_enabled("cpu"):  # products would be bf16
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(x) in PLAIN and x.is_cpu and x.dtype == torch.float32 for x in tensors)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight for x [..., D] of few rows; see `takes`."""
+    x = x.contiguous()
+    y, width = torch.empty_like(x), x.shape[-1]
+    _native().rms_norm(x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
+    return y
+
+
+def attend_newest(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    stored: dict[str, Tensor],
+    slot: Tensor,
+    column: int,
+    scaling: float,
+) -> Tensor:
+    """Rotate the newest token's query and key, store key, value and slot, and attend to all stored keys; see `takes`.
+
+    query: [1, 1, H E]. key, value: [1, 1, G E]. rotary: cos and sin [1, 1, E] as `reference.rotate` takes them, or
+    None. stored: "key" and "value", [1, C, G, E], and "slot", int64 [1, C]; `column` of them is written. slot: int64
+    [1, 1]. Returns [1, 1, H E].
+    """
+    query, key, value = (x.float().contiguous() for x in (query, key, value))
+    y = torch.empty_like(query)
+    _, C, G, E = stored["key"].shape
+    cos, sin = (0, 0) if rotary is None else (rotary[0].data_ptr(), rotary[1].data_ptr())
+    addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr(), cos, sin, slot.data_ptr())
+    memory = (stored["key"].data_ptr(), stored["value"].data_ptr(), stored["slot"].data_ptr(), y.data_ptr())
+    _native().attend_newest((*addresses, *memory), (query.numel() // E, G, E, C, column), scaling)
+    return y
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("numba") is not None
+
+
+@cache
+def _native() -> Any:
+    return import_module("skipstone.ops.decode_step_native")

@@ -1,0 +1,88 @@
+"""The compiled operations of a decoding step equal torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.nn.positions import Rotary
+from skipstone.ops import decode_step, reference
+
+pytest.importorskip("numba")
+
+
+@torch.no_grad()
+def test_norm_equals_torch() -> None:
+    x, weight = torch.randn(2, 3, 20) * 4, torch.randn(20)
+    assert decode_step.takes(x, weight)
+    torch.testing.assert_close(decode_step.rms_norm(x, weight, 1e-5), F.rms_norm(x, (20,), weight, 1e-5))
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("column", [0, 1, 37])
+@torch.no_grad()
+def test_attention_equals_torch(column: int, rotated: bool) -> None:
+    """Grouped heads; columns behind the newest hold NaN and must not be read."""
+    H, G, E = 6, 2, 8
+    query, key, value = torch.randn(1, 1, H * E) * 5, torch.randn(1, 1, G * E) * 5, torch.randn(1, 1, G * E)
+    config = SkipstoneConfig(vocab_size=8, hidden_size=H * E, num_attention_heads=H, num_hidden_layers=1)
+    rotary = Rotary(config)(torch.tensor([[column + 3]]), torch.float32) if rotated else None
+    stored = {name: torch.full((1, column + 2, G, E), torch.nan) for name in ("key", "value")}
+    for x in stored.values():
+        x[:, :column] = torch.randn(1, column, G, E) * 3
+    stored["slot"] = torch.zeros(1, column + 2, dtype=torch.long)
+    y = decode_step.attend_newest(query, key, value, rotary, stored, torch.tensor([[9]]), column, 0.3)
+
+    def heads(x: Tensor) -> Tensor:
+        x_BHTE = x.unflatten(-1, (-1, E)).transpose(1, 2)
+        return x_BHTE if rotary is None else reference.rotate(x_BHTE, *rotary)
+
+    seen = {name: x[:, : column + 1].transpose(1, 2) for name, x in stored.items() if name != "slot"}
+    torch.testing.assert_close(seen["key"][:, :, -1:], heads(key))
+    assert torch.equal(seen["value"][:, :, -1].flatten(), value.flatten())
+    assert stored["slot"][0].tolist() == [0] * column + [9, 0]
+    expected = F.scaled_dot_product_attention(heads(query), seen["key"], seen["value"], scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(y, expected.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_nan_stays_a_nan() -> None:
+    stored = {"key": torch.ones(1, 2, 1, 4), "value": torch.ones(1, 2, 1, 4), "slot": torch.zeros(1, 2).long()}
+    query = torch.tensor([[[1.0, torch.nan, 1.0, 1.0]]])
+    y = decode_step.attend_newest(query, query * 0 + 1, query * 0 + 1, None, stored, torch.tensor([[1]]), 1, 1.0)
+    assert y.isnan().all()
+
+
+def test_not_taken_where_torch_has_to_see_the_operations() -> None:
+    x = torch.ones(4)
+    assert not decode_step.takes(x)  # gradients are on
+    with torch.no_grad():
+        assert decode_step.takes(x)
+        assert not decode_step.takes(x, x.bfloat16())
+        assert not decode_step.takes(x, x.to("meta"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not decode_step.takes(x)
+        with FlopCounterMode(display=False):
+            assert not decode_step.takes(x)
+
+
+@pytest.mark.parametrize("family", [{"qk_norm": True}, {"positions": "learned", "norm": "layernorm"}, {}])
+def test_steps_equal_the_pass_over_the_whole_row(family: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token, past the memory that the cache first has, and with as many calls as blocks and steps."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, num_key_value_heads=2, **family)).eval()
+    calls, attend = [], decode_step.attend_newest
+    monkeypatch.setattr(decode_step, "attend_newest", lambda *args: calls.append(0) or attend(*args))
+    ids, cache = torch.randint(0, 31, (1, 70)), DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(ids).logits[:, 2:]
+        model(ids[:, :3], past_key_values=cache)
+        steps = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3, 70)], dim=1)
+    torch.testing.assert_close(steps, whole[:, 1:], rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * 67
