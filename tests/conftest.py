@@ -1,4 +1,4 @@
-"""One thread, offline, the same seed before every test; real data only through SKIPSTONE_DATA."""
+"""Every test runs with one thread, offline and with the same seed; real data come only from SKIPSTONE_DATA."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Kills every command at every gap between two file operations, goes on, and compares with a run that nobody killed.
+"""Kill every command between any two file operations, resume it, and compare the result with an uninterrupted run.
 
     python tests/kills.py --limit 40 train adapt     # at most 40 kills of each of these commands
     python tests/kills.py --out docs/kills.md        # everything, with its table
 
 A command is run in a fork of this process. *Event n* is a SIGKILL just before the n-th call inside the command's folder
-that creates, opens for writing, renames or removes something. Every other continuation is killed as well, at another
-event. Writers in other languages (safetensors, torch, tokenizers) are not interrupted inside of a file, but between
-files; kills at random moments (`--moments N`) do that.
+that creates, opens for writing, renames or removes something. Every second resumption is killed as well, at another
+event. Writers in other languages (safetensors, torch, tokenizers) are interrupted between files, not inside of one;
+kills at random moments (`--moments N`) do the latter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The code of a page, as tests take it from there: what a reader copies is what was run."""
+"""Code blocks of documentation pages, which tests run as readers copy them."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Plant each fault of `faults.toml` alone in a copy of the tree and see whether the quick suite finds it.
+"""Plant each fault of `faults.toml` alone in a copy of the tree, and report whether the quick suite finds it.
 
-    python tests/plant_faults.py                    # all faults, one after the other; what is known is not tried again
+    python tests/plant_faults.py                    # all faults, one after the other; known results are kept
     python tests/plant_faults.py --only "off by one"    # those whose name contains this
     python tests/plant_faults.py --check            # only: does every patch still fit the code?
     python tests/plant_faults.py --table            # the findings as a table, for docs/testing.md
 
-A fault is found when a test fails or cannot be collected. The tests named beside it are tried first; if they pass, the
-whole quick suite is, up to its first failure.
+A fault is found when a test fails or cannot be collected. The tests named with it run first; if they pass, the whole
+quick suite runs, up to its first failure.
 """
 
 from __future__ import annotations

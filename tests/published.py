@@ -1,11 +1,11 @@
-"""Figures as the papers define them, beside which our own are put.
+"""Figures by the papers' definitions, for comparison with our own.
 
     alpha = mean over gated blocks of the mean weight of a token's update
     saved = 1 - (ungated blocks + sum of the gated blocks' means) / blocks                  ("TLOps", arXiv 2605.05222)
     entropy of a block = mean over rows and neurons of H(softmax(alpha + beta * gate_net))  (PolyGLU, arXiv 2603.13347)
 
-In a soft pass the first two count scaled updates as saved ones, although every one is computed; in a pass that is
-executed hard with gain 1 they count what is skipped. The third leaves out the temperature at which the mix is executed.
+In a soft pass the first two count scaled updates as saved, although all are computed; in a hard pass with gain 1 they
+count skipped ones. The third omits the temperature of the executed mix.
 """
 
 from __future__ import annotations

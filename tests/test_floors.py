@@ -1,4 +1,4 @@
-"""Imports go only down the floors, siblings never import each other, and files and functions stay small."""
+"""Imports only go down the floors, siblings never import each other, and files and functions stay small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short version of `kills.py`: commands are killed between two file operations, and go on as if they had not been."""
+"""A short version of `kills.py`: commands that are killed between two file operations resume without a difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's picture is what its command draws."""
+"""The README's picture is up to date."""
 
 from __future__ import annotations
 

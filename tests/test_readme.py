@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type works, and pages lead where they say."""
+"""Commands of the README work, and links of pages lead to existing places."""
 
 from __future__ import annotations
 

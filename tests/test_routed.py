@@ -1,4 +1,4 @@
-"""Mechanisms around blocks that are not ours."""
+"""`Routed` around foreign blocks."""
 
 from __future__ import annotations
 

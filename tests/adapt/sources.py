@@ -1,4 +1,4 @@
-"""A tiny dense Llama of transformers' own, with a tokenizer, and recipes to adapt it by: about a second each."""
+"""A tiny dense Llama of transformers with a tokenizer, and recipes that adapt it in about a second each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a run folder on which everything else works."""
+"""Adapting a checkpoint: the run folder works with everything else."""
 
 from __future__ import annotations
 

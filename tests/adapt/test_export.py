@@ -1,4 +1,4 @@
-"""Back to transformers' own classes: the same logits, or one line that says why not or what is lost."""
+"""Export to transformers' own classes: equal logits, or a one-line error or warning about what cannot be exported."""
 
 from __future__ import annotations
 

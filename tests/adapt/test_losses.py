@@ -1,4 +1,4 @@
-"""Distillation, block influence and budgets are what their formulas say."""
+"""Distillation, block influence and budgets agree with their formulas."""
 
 from __future__ import annotations
 

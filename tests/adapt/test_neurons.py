@@ -1,4 +1,4 @@
-"""A dense checkpoint learns to leave neurons out, token by token."""
+"""Adapting a dense checkpoint so that it leaves neurons out, token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 1 for pretrained weights: step 0 of every mechanism and combination has the source's logits, and can learn."""
+"""Law 1 for pretrained weights: at step 0, every mechanism and combination gives the source's logits and can learn."""
 
 from __future__ import annotations
 

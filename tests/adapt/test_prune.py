@@ -1,4 +1,4 @@
-"""Groups that a calibration set never uses are cut out of the weights; on that set nothing changes."""
+"""Pruning removes neuron groups that a calibration set never uses, without changing outputs on that set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be adapted says so in one line, before anything is written."""
+"""Checkpoints and recipes that cannot be adapted are refused with one line, before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that a source writes by itself."""
+"""Sampling text from the source model."""
 
 from __future__ import annotations
 

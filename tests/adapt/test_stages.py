@@ -1,4 +1,4 @@
-"""Who trains when, and how fast."""
+"""Stages of adapting: which parameters train when, and at which learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One trained model at many budgets: met on rows that were not calibrated on, and undone to the bit."""
+"""Budget tables: budgets are met on rows outside of the calibration set, and resetting restores the model exactly."""
 
 from __future__ import annotations
 

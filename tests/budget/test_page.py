@@ -1,4 +1,4 @@
-"""What docs/budget.md tells a reader to type runs."""
+"""The code of docs/budget.md runs."""
 
 from __future__ import annotations
 

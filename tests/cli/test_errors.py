@@ -1,4 +1,4 @@
-"""A user's mistake is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
+"""Mistakes of users give one line on stderr and exit code 2; internal errors keep their traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command answers at once: nothing heavy is imported before a verb needs it."""
+"""The command starts quickly: nothing heavy is imported before a verb needs it."""
 
 from __future__ import annotations
 

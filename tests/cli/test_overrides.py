@@ -1,4 +1,4 @@
-"""Recipe < command line, values read as YAML reads them, and one clear line for what does not fit."""
+"""Overrides take precedence over the recipe, are parsed as YAML, and are refused clearly if they do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streamed text: unchanged where it is piped, shaded by compute and free of escape codes on a terminal."""
+"""Streamed text is unchanged in a pipe, and shaded by compute without escape codes of the model on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each verb hands its arguments to one function of the library, which is replaced here by one that notes them."""
+"""Each verb passes its arguments to one library function, which is replaced by one that records them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commit c9a02a1 saved is read today, and gives the figures that it gave then.
+"""Files saved by commit c9a02a1 can be read, and give the same figures as then.
 
 `c9a02a1/run` was trained by that commit: 4 steps of width 16 on Reset-S3 with Mixture-of-Depths, Token-Selective
 Attention and PolyGLU. It has the `dial.json` that `skipstone calibrate` wrote. `c9a02a1/evaluation.json` is what

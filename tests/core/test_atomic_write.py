@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all; what the system says against it is one line with the path."""
+"""Files and folders are written completely or not at all, and errors of the system are one line with the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One block's cache under transformers' names."""
+"""The cache of one block, by the methods that transformers calls."""
 
 from __future__ import annotations
 

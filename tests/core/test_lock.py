@@ -1,4 +1,4 @@
-"""A lock on a folder between processes: it ends with its process, and every command that writes a folder takes it."""
+"""Locks on folders end with their process, and every command that writes a folder takes one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers of tokens and rows: uniform, independent, and the same however the tokens are laid out."""
+"""Random numbers of tokens and rows are uniform, independent, and do not depend on the layout of tokens."""
 
 from __future__ import annotations
 

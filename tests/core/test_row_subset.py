@@ -1,4 +1,4 @@
-"""Rows of a batch: which they are, taken out and put back, rows of rows."""
+"""Subsets of rows: gathering, scattering, and subsets of subsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache's ragged rows against plain lists."""
+"""The ragged store of the cache, compared with plain lists."""
 
 from __future__ import annotations
 

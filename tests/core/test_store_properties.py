@@ -1,4 +1,4 @@
-"""A layer's cache, keys, values and mechanism stores together, against plain lists, through transformers' names."""
+"""Property tests of a layer's cache with mechanism stores, compared with plain lists, by transformers' methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain dicts to dataclasses: every mistake is one line that names the place, the value and what is allowed."""
+"""Conversion of plain dicts to dataclasses: every mistake is one line with the place, the value and what is allowed."""
 
 from __future__ import annotations
 

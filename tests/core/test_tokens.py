@@ -1,4 +1,4 @@
-"""Selections and wishes compose, in every executor and with rows that agree."""
+"""Selections and query restrictions compose in every executor, also where rows are equal."""
 
 from __future__ import annotations
 

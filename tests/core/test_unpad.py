@@ -1,4 +1,4 @@
-"""Rows that keep different numbers of tokens, without the padding between them."""
+"""Unpadding of rows that keep different numbers of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several sources: how much of each, when, and that nothing comes twice before all has come once."""
+"""Blends of sources: shares, their change over a training, and no window read twice before all are read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry, the published corpora on small made files, the installed ones, and the ways to split."""
+"""The registry of corpora: published ones with small test files, installed ones, and ways to split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding and downloading, against a server on the loopback: whole, wrong, cut short, too long, zipped."""
+"""Downloads from a local server: complete, wrong, cut short, too long, zipped."""
 
 from __future__ import annotations
 

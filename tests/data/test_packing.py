@@ -1,4 +1,4 @@
-"""Rows from token ids: pure in (seed, i), every token predicted once, documents told apart."""
+"""Rows of token ids: a function of (seed, i), every token predicted once, documents kept apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`DataConfig` and `prepare`: what a trainer gets, from names alone."""
+"""`prepare` builds a trainer's data from a `DataConfig`."""
 
 from __future__ import annotations
 

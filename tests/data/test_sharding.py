@@ -1,4 +1,4 @@
-"""Tokenised shards: what is written is the text, is whole or absent, and goes on where it was stopped."""
+"""Tokenised shards contain the text, are complete or absent, and are resumed after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Switched-S3 and the mixed stream against slow references written from their definitions."""
+"""Switched-S3 and the mixed corpus, compared with slow references written from their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reset-S3 against a slow reference written from its definition; copy and sort."""
+"""Reset-S3, compared with a slow reference written from its definition; copy and sort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Round trips, what is saved, and that the fast way to encode is the tokenizer's own."""
+"""Tokenizers: round trips, saved files, and fast encoding equal to the tokenizer's own."""
 
 from __future__ import annotations
 

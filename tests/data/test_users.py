@@ -1,4 +1,4 @@
-"""Corpora that the user brings: files, folders, datasets."""
+"""The user's own corpora: files, folders, datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder as the page assumes it: a small saved model that routes in every way, its tokenizer, a few texts."""
+"""A folder as docs/ecosystem.md assumes it: a small model with all kinds of routing, its tokenizer, a few texts."""
 
 from __future__ import annotations
 

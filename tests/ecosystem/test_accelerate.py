@@ -1,4 +1,4 @@
-"""`accelerate launch`: the page's training script on two processes."""
+"""`accelerate launch` runs the training script of docs/ecosystem.md on two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone run-module MODULE` runs another tool's module where our classes are known."""
+"""`skipstone run-module MODULE` runs another tool's module with our classes registered."""
 
 from __future__ import annotations
 

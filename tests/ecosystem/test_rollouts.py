@@ -1,4 +1,4 @@
-"""Preference and RL training: the pass that learns must make the decisions of the pass that wrote the text."""
+"""Preference and RL training: the training pass makes the same decisions as the pass that generated the text."""
 
 from __future__ import annotations
 

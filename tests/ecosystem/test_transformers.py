@@ -1,4 +1,4 @@
-"""transformers' own tools: pipelines, Trainer, device_map, a head for classes."""
+"""transformers' own tools: pipelines, Trainer, device_map, a classification head."""
 
 from __future__ import annotations
 

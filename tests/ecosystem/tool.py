@@ -1,4 +1,4 @@
-"""What the tests of single tools share."""
+"""Code shared by the tests of single tools."""
 
 from __future__ import annotations
 

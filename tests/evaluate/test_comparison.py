@@ -1,4 +1,4 @@
-"""`compare`: what each figure is measured on, and what it says where something cannot be measured."""
+"""`compare`: the data that each figure is measured on, and the cells of figures that cannot be measured."""
 
 from __future__ import annotations
 

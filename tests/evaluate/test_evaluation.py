@@ -1,4 +1,4 @@
-"""`evaluate`: the figures are those of the model's own loss, and of the pass that is executed."""
+"""`evaluate` returns the model's own loss, for the pass that is executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them; the same sections as rich table, Markdown and JSON."""
+"""Formatting of numbers, and equal sections as rich table, Markdown and JSON."""
 
 from __future__ import annotations
 

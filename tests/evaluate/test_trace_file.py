@@ -1,4 +1,4 @@
-"""The depth map as a file: its lines are the decisions and losses of the pass that skips."""
+"""The file of a depth map contains the decisions and losses of the executed pass."""
 
 from __future__ import annotations
 

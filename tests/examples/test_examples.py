@@ -1,4 +1,4 @@
-"""Every file in examples/ runs as it stands, and prints what it promises."""
+"""Every file in examples/ runs unchanged and prints what it should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces are whole characters, and all of them together are what decoding at once gives."""
+"""Streamed pieces are whole characters, and together equal the text decoded at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 11: our greedy decoding equals `model.generate`, for every mechanism and order; and what the engine refuses."""
+"""Law 11: our greedy decoding equals `model.generate` for every mechanism and order; and errors of the engine."""
 
 from __future__ import annotations
 

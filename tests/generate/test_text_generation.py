@@ -1,4 +1,4 @@
-"""Text from a run folder or a saved model: the engine's tokens, as whole characters."""
+"""Text from a run folder or a saved model has the engine's tokens, as whole characters."""
 
 from __future__ import annotations
 

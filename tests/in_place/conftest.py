@@ -1,4 +1,4 @@
-"""Tiny decoders of transformers that `skipstone convert` does not know, with weights that make decisions differ."""
+"""Tiny transformers decoders that `skipstone convert` does not support, with weights that make decisions differ."""
 
 from __future__ import annotations
 

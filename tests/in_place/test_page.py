@@ -1,4 +1,4 @@
-"""What docs/route.md shows runs as it stands."""
+"""The code of docs/route.md runs unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone.route`: mechanisms around the blocks of decoders that are not ours."""
+"""`skipstone.route` puts mechanisms around the blocks of foreign decoders."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tiny models whose mechanisms really decide something: about half of the tokens go each way, and rows differ.
+"""Tiny models whose decisions are not trivial: about half of the tokens are kept, and rows differ.
 
-A mechanism that is added to the tables is tested by every law without a change here: laws and `enliven` ask it what it
-declares (`core/routing_module.py`, `core/depth.py`).
+A mechanism that is added to the tables is tested by every law without a change here, because laws and `enliven` use
+only what it declares (`core/routing_module.py`, `core/depth.py`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which cases of a law are quick: few that hold its pairs, chosen anew for every law.
+"""The choice of quick cases for each law: a small set that covers all pairs of parts.
 
-A law is tried on every composition of `laws.builders`; most of them repeat each other. The quick suite keeps a cover:
-every two parts that some case has together (mechanisms at their sites, the outer one first; activations; experts;
-groups of neurons; the law's other parameters). Pairs without two mechanisms are kept by one law in `PAIRS`, option
-values by one in `VALUES`, drawn by the law's name, which also breaks ties: different laws keep different cases. Tests
-elsewhere that borrow the cases keep every part once. `make test-all` runs the whole product.
+A law is tested on every composition of `laws.builders`, most of which repeat each other. The quick suite keeps a set
+that covers every two parts that occur together in some case (mechanisms at their sites, the outer one first;
+activations; experts; neuron groups; the law's other parameters). Pairs without two mechanisms are kept by one law in
+`PAIRS`, option values by one in `VALUES`, chosen by the law's name, which also breaks ties, so that different laws keep
+different cases. Other tests that use the cases keep every part once. `make test-all` runs the whole product.
 """
 
 from __future__ import annotations

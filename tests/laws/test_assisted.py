@@ -1,4 +1,4 @@
-"""Law 11: assisted decoding says what greedy decoding says, whoever guesses and checks, and guesses are really used."""
+"""Law 11: assisted decoding equals greedy decoding for every assistant and model, and guesses are really used."""
 
 from __future__ import annotations
 

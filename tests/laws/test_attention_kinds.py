@@ -1,4 +1,4 @@
-"""Law 17: the plain formula and PyTorch's kernels compute the same attention, gathered, padded, packed and cached."""
+"""Law 17: the plain formula and PyTorch's kernels compute the same attention: gathered, padded, packed and cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws prove something only where decisions are not trivial: about half are kept, rows and blocks differ."""
+"""The test cases of the laws are not trivial: about half of the tokens are kept, and rows and blocks differ."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Law 3: any history of cache operations leaves the model where the rows' own tokens, computed afresh, would leave it.
+"""Law 3: after any sequence of cache operations, the model gives what it computes for the rows' tokens from scratch.
 
-Each row is a list of what it was given; the specification is the plain forward pass of every document of every row
-alone, without cache, padding and packing.
+Each row is the list of its inputs; the specification is the plain forward pass of every document of every row alone,
+without cache, padding and packing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Law 14: activation checkpointing changes nothing: loss, records, gradients; what it cannot do is refused."""
+"""Law 14: activation checkpointing does not change loss, records or gradients; unsupported uses are refused."""
 
 from __future__ import annotations
 

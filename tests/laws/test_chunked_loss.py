@@ -1,4 +1,4 @@
-"""Law 15: the loss in chunks is the loss: in value, in every gradient, in what is executed, for every mechanism."""
+"""Law 15: the chunked loss equals the plain loss in value, gradients and executed operations, for every mechanism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Law 3: prefill in chunks and decoding equal the full forward pass; the cache may be cropped, reordered, repeated."""
+"""Law 3: prefill in chunks and decoding equal the full forward pass.
+
+The cache can be cropped, reordered and repeated.
+"""
 
 from __future__ import annotations
 

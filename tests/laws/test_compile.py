@@ -1,4 +1,4 @@
-"""Law 9: torch.compile takes the static training forward of every mechanism as one graph."""
+"""Law 9: torch.compile compiles the static training pass of every mechanism as one graph."""
 
 from __future__ import annotations
 

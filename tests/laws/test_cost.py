@@ -1,4 +1,4 @@
-"""Law 7: `cost` is what executes: FLOPs counted operation by operation, bytes as the cache holds them."""
+"""Law 7: `cost` equals what executes: FLOPs counted by operation, and bytes of the cache."""
 
 from __future__ import annotations
 

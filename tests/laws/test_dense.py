@@ -1,4 +1,4 @@
-"""Law 12: a configuration without mechanisms is transformers' own model, logits from the same weights."""
+"""Law 12: without mechanisms, a model has the logits of transformers' own model with the same weights."""
 
 from __future__ import annotations
 

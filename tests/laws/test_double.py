@@ -1,4 +1,4 @@
-"""Law 19: in fp64 a model computes in fp64 throughout, so that gradients can be checked against differences."""
+"""Law 19: an fp64 model computes in fp64 throughout, so that gradients can be checked by finite differences."""
 
 from __future__ import annotations
 

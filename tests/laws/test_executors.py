@@ -1,4 +1,4 @@
-"""Law 8: computing the kept tokens only equals computing all and throwing away: decisions, forward, every gradient."""
+"""Law 8: computing only the kept tokens equals computing all and discarding: decisions, outputs, every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 13: forced decisions reproduce any given mask, and a wrong mask is one clear line."""
+"""Law 13: forced decisions follow any given mask, and an invalid mask is one clear error."""
 
 from __future__ import annotations
 

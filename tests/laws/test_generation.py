@@ -1,4 +1,4 @@
-"""Law 11: `generate` is a plain loop that recomputes everything, in every mode, batch and search."""
+"""Law 11: `generate` equals a plain loop that recomputes everything, in every mode, batch and search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 5: at the default start gradients are finite, above zero, and reach the router."""
+"""Law 5: with default initialisation, gradients are finite, not zero, and reach the router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 15: labels and shifted labels, auxiliary terms that scale like the token loss, gradient accumulation."""
+"""Law 15: labels and shifted labels, auxiliary losses that scale like the token loss, gradient accumulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 1: a neutral mechanism is as if it were not there, and can still learn."""
+"""Law 1: a mechanism set to the identity does not change the model, and can still learn."""
 
 from __future__ import annotations
 

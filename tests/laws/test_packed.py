@@ -1,4 +1,4 @@
-"""Law 4: documents packed in a row, through the cache: each is the document alone; decoding continues the last one."""
+"""Law 4: documents packed in a row, with a cache, equal the documents alone; decoding continues the last one."""
 
 from __future__ import annotations
 

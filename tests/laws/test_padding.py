@@ -1,4 +1,4 @@
-"""Law 4: a row in a padded batch is the row alone; a document in a packed row is the document alone."""
+"""Law 4: a row in a padded batch equals the row alone; a document in a packed row equals the document alone."""
 
 from __future__ import annotations
 

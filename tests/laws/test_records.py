@@ -1,4 +1,4 @@
-"""Law 16: records are complete, in the row's own coordinates, NaN where nobody was asked, never kept by the model."""
+"""Law 16: records are complete, in the row's coordinates, NaN for tokens not reached, and never stored on the model."""
 
 from __future__ import annotations
 

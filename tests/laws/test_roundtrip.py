@@ -1,4 +1,4 @@
-"""Law 6: what is saved is what is loaded, buffers that training moved included."""
+"""Law 6: a saved model loads unchanged, including buffers that training moved."""
 
 from __future__ import annotations
 

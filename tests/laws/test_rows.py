@@ -1,4 +1,4 @@
-"""Law 8: decoding where rows disagree: only the rows that keep their token are computed, and nothing else changes."""
+"""Law 8: decoding where rows decide differently computes only the rows that keep their token, without other changes."""
 
 from __future__ import annotations
 

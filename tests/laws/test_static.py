@@ -1,4 +1,4 @@
-"""Law 18: a cache of fixed size says what the growing one says, and nothing in it moves, waits or is compiled twice."""
+"""Law 18: a static cache gives the same results as a growing one; it never moves, waits or is compiled twice."""
 
 from __future__ import annotations
 

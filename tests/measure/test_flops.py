@@ -1,4 +1,4 @@
-"""Counting: attention is never 0, no operation is overlooked, and the host waits only where it is said to."""
+"""FLOP counts: attention is never 0, no operation is unknown, and host syncs happen only where documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures that are logged, against figures counted by hand."""
+"""Logged figures agree with figures counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing in turns, and energy from counters that a machine may or may not have."""
+"""Interleaved timing, and energy from counters that a machine may not have."""
 
 from __future__ import annotations
 

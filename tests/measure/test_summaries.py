@@ -1,4 +1,4 @@
-"""Sums over records, against numbers counted by hand. Rows, tokens and masks are small enough to read."""
+"""Summaries of records agree with numbers counted by hand on small examples."""
 
 from __future__ import annotations
 

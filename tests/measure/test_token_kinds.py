@@ -1,4 +1,4 @@
-"""Loss and depth by kind of token, against a slow reference."""
+"""Loss and depth by kind of token agree with a slow reference."""
 
 from __future__ import annotations
 

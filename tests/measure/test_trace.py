@@ -1,4 +1,4 @@
-"""What the pictures are drawn from agrees with the model's own records."""
+"""Traces agree with the model's own records."""
 
 from __future__ import annotations
 

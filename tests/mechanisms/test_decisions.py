@@ -1,4 +1,4 @@
-"""Each decision by itself: what it keeps, what it learns from, what moves it."""
+"""Each decision alone: the tokens that it keeps, its loss, and its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guided router learns which tokens the loss still pulls at, and the model hears nothing of it."""
+"""A guided router learns from the gradient of the loss, and sends no gradient into the model."""
 
 from __future__ import annotations
 

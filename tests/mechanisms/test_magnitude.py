@@ -1,4 +1,4 @@
-"""Neurons by magnitude, tried and kept."""
+"""Neuron groups by magnitude: groups that are tried and groups that are kept."""
 
 from __future__ import annotations
 

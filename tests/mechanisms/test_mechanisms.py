@@ -1,4 +1,4 @@
-"""Mechanisms without a block: the equations of their papers, their options, their mistakes."""
+"""Mechanisms without a block: the equations of their papers, their options, and errors."""
 
 from __future__ import annotations
 

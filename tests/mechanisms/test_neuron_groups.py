@@ -1,4 +1,4 @@
-"""Neuron groups: an exact share, one decision a chunk, known when it begins, one gathering a chunk in decoding."""
+"""Neuron groups: an exact share, one decision per chunk known at its start, and one gathering per chunk in decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PolyGLU's causal contexts are what they are said to be, and preferences have a scale."""
+"""PolyGLU's causal contexts agree with their definitions, and preferences have a scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capacity over depth and training, and exploration: what a trainer moves, and what a checkpoint keeps of it."""
+"""Capacity over depth and training, and exploration: what a trainer advances, and what checkpoints keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token-Selective Attention beyond its paper: training the pass that is executed, a given share, and the controls."""
+"""Token-Selective Attention beyond its paper: training the executed pass, a given share, and controls."""
 
 from __future__ import annotations
 

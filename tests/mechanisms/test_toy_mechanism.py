@@ -1,7 +1,7 @@
-"""A mechanism is one file and one line: two that are defined here run through everything, and no other file knows them.
+"""Two mechanisms that are defined in this file only work everywhere, so a mechanism needs no code outside of its file.
 
-`Valve` has a router with a name of its own, a threshold, a schedule and an auxiliary loss. `RowDropout` has nothing of
-these: in training whole rows skip a block by chance. docs/add-a-mechanism.md tells the first of them step by step.
+`Valve` has a router with a name of its own, a threshold, a schedule and an auxiliary loss. `RowDropout` has none of
+these: in training, random whole rows skip a block. docs/add-a-mechanism.md explains the former step by step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What later papers changed in Mixture-of-Depths, one option each."""
+"""Variants of Mixture-of-Depths from later papers, one option each."""
 
 from __future__ import annotations
 

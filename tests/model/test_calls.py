@@ -1,4 +1,4 @@
-"""From a Hugging Face call to tokens: positions, documents, padding, and the line for a wrong shape."""
+"""Tokens of a Hugging Face call: positions, documents, padding, and errors for wrong shapes."""
 
 from __future__ import annotations
 

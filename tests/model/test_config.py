@@ -1,4 +1,4 @@
-"""The configuration: what follows from what, and one clear line for what cannot be built."""
+"""The configuration: derived defaults, and one clear line for invalid values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model whose blocks lie in different places: accelerate moves what a block is called with, tokens included."""
+"""A model with blocks on several devices: accelerate moves a block's arguments, tokens included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks, ids, caches and flags as other tools hand them over: computed as they mean, or refused in one line."""
+"""Masks, ids, caches and flags as other tools pass them are computed correctly or refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An argument of forward that is nearly one of ours."""
+"""An argument of forward whose name is close to one of ours is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever acts around the call of a linear layer is never passed by: offloading, hooks, parametrisations, adapters."""
+"""Nothing that acts around the call of a linear layer is bypassed: offloading, hooks, parametrisations, adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention against its formula: causal by slot, gathered, asked in part, grouped heads."""
+"""Attention agrees with its formula: causal by slot, gathered, with some queries, grouped heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mixture of experts as the MLP: who is computed, with which weight, and what the auxiliary losses say."""
+"""A mixture of experts as the MLP: computed tokens, their weights, and auxiliary losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that a kernel forgets to write holds NaN here, not what happened to lie there."""
+"""Uninitialised memory holds NaN in these tests, so that values that a kernel forgets to write are noticed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The Triton kernels equal the reference, forward and every gradient.
+"""The Triton kernels equal the reference in values and every gradient.
 
-Run by `test_fused.py` in a process of its own: without a GPU they are interpreted, and all of Triton has to know that
-when it is imported.
+`test_fused.py` runs this file in a process of its own: without a GPU the kernels are interpreted, which Triton has to
+know when it is imported.
 """
 
 from __future__ import annotations

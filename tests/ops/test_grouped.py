@@ -1,4 +1,4 @@
-"""Experts by grouped products equal the reference, forward and every gradient, whatever is in unused memory."""
+"""Experts by grouped products equal the reference in values and every gradient, whatever unused memory holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token of an MLP in part: rows read in place, and copied, are what the whole gives with the rest taken by 0."""
+"""One token's partial MLP, with rows read in place or copied, equals the full MLP with the other neurons set to 0."""
 
 from __future__ import annotations
 

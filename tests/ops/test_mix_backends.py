@@ -1,4 +1,4 @@
-"""The chunked mixture of activations equals the reference, forward and every gradient."""
+"""The chunked mixture of activations equals the reference in values and every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with some groups of neurons equal those with all of them and zeros: forward, every gradient, FLOPs."""
+"""Products with some neuron groups equal those with all of them and zeros: values, every gradient, FLOPs."""
 
 from __future__ import annotations
 

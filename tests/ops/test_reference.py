@@ -1,4 +1,4 @@
-"""Gathering, scattering, rotating and mixing, against their definitions."""
+"""Gathering, scattering, rotating and mixing agree with their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores that keep little for the backward pass are those of the plain product, in every gradient."""
+"""The memory-saving product of scores equals the plain one in every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`select_top` against a loop that anybody can read, and the rounding of quotas."""
+"""`select_top` agrees with a simple loop; rounding of quotas."""
 
 from __future__ import annotations
 

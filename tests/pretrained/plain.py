@@ -1,4 +1,4 @@
-"""The two papers' models once more, as plain functions of a released state dict: formulas only, nothing of ours.
+"""Independent implementations of the two papers' models as plain functions of a released state dict.
 
 Shape letters: B rows, T tokens, D width, H heads, E head size, F neurons, A activations.
 """

@@ -1,4 +1,4 @@
-"""The model card says what the model is, and what nobody measured."""
+"""The model card describes the model, and says what was not measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone convert`: a folder that every Hugging Face tool loads, or one line and nothing written."""
+"""`skipstone convert` writes a folder that every Hugging Face tool loads, or prints one line and writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of ours: what was saved is what is loaded, and nothing is made up where something is missing."""
+"""Saved models load unchanged, and no missing weight is initialised at random."""
 
 from __future__ import annotations
 

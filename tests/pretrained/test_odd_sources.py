@@ -1,4 +1,4 @@
-"""Checkpoints as people really have them: read as they mean, or answered by one line that names folder and cause."""
+"""Unusual checkpoints of real users are read correctly, or refused in one line that names folder and cause."""
 
 from __future__ import annotations
 

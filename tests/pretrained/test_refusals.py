@@ -1,4 +1,4 @@
-"""What does not load says so in one line that names the setting, before any weight is read."""
+"""Unsupported checkpoints are refused in one line that names the setting, before any weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PolychromaticLM: the released layouts give what the paper's formulas give, and are written back byte for byte."""
+"""PolychromaticLM: released layouts agree with the paper's formulas, and are written back byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Released weights that are not what they should be: one line that says so, and nothing written."""
+"""Released weights with faults are refused in one line, and nothing is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token-Selective Attention: a state dict in the released layout gives what the paper's formulas give."""
+"""Token-Selective Attention: a state dict in the released layout agrees with the paper's formulas."""
 
 from __future__ import annotations
 

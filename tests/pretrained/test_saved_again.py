@@ -1,4 +1,4 @@
-"""Saved models that something has changed since: untied heads, tokenizers of a single file."""
+"""Saved models that were changed by other code: untied heads, tokenizers of a single file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved folder loads in a process that never imports the package itself."""
+"""A saved folder loads in a process that does not import the package itself."""
 
 from __future__ import annotations
 

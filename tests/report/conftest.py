@@ -1,4 +1,4 @@
-"""Tiny runs that were really trained: a dense one, and one with every kind of mechanism."""
+"""Tiny trained runs: a dense one, and one with every kind of mechanism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales, ticks and SVG: what is drawn is where the numbers say, and nothing a run says can break the page."""
+"""Scales, ticks and SVG: drawings match the numbers, and no text of a run can break the page."""
 
 from __future__ import annotations
 

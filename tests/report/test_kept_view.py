@@ -1,4 +1,4 @@
-"""What a report shows of a model is kept with the run, and made anew when it is of something else."""
+"""A report's data about a model are kept with the run, and computed again for another model or recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of real runs: complete, self-contained, well-formed, with everything escaped."""
+"""The page of real runs is complete, self-contained and well-formed, with everything escaped."""
 
 from __future__ import annotations
 

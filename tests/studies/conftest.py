@@ -1,4 +1,4 @@
-"""A study small enough to be run for real: two arms of three steps, registered as `tiny`."""
+"""A study that is small enough to run: two arms of three steps, registered as `tiny`."""
 
 from __future__ import annotations
 

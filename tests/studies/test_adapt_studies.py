@@ -1,4 +1,4 @@
-"""Studies that begin with a checkpoint: interrupted at any moment and repeated, they go on."""
+"""Studies that begin with a checkpoint can be interrupted at any moment and resumed."""
 
 from __future__ import annotations
 

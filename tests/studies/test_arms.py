@@ -1,4 +1,4 @@
-"""`reproduce --arms`, what is left, and two processes on one study."""
+"""`reproduce --arms`, the remaining time, and two processes on one study."""
 
 from __future__ import annotations
 

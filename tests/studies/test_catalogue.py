@@ -1,4 +1,4 @@
-"""The registered studies are what they say, and what is published can be rendered again."""
+"""Registered studies agree with their names and files, and published pages render again from their records."""
 
 from __future__ import annotations
 

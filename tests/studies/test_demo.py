@@ -1,4 +1,4 @@
-"""The demonstration: what it says below its table, and that its smallest scale is what `make demo` runs."""
+"""The demonstration: the text below its table, and its smallest scale, which `make demo` runs."""
 
 from __future__ import annotations
 

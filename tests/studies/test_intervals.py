@@ -1,4 +1,4 @@
-"""Intervals hold the true difference as often as they say, and detectable differences are detected as often."""
+"""Intervals contain the true difference as often as they should, and so are detectable differences detected."""
 
 from __future__ import annotations
 

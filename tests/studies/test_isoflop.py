@@ -1,4 +1,4 @@
-"""A grid that takes seconds, run for real: stopped and gone on with, rendered from its records, as table and page."""
+"""A small isoFLOP grid that is really run: interrupted and resumed, and rendered as table and page."""
 
 from __future__ import annotations
 

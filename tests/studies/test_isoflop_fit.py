@@ -1,4 +1,4 @@
-"""Parabolas: the optimum that was put in comes out, and where there is none it is said."""
+"""Fits find the optimum of a known parabola, and report when there is none."""
 
 from __future__ import annotations
 

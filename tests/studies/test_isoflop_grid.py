@@ -1,4 +1,4 @@
-"""The plan of an isoFLOP experiment: FLOPs, steps, sizes, arms, rates, and text that is read once."""
+"""The plan of an isoFLOP study: FLOPs, steps, sizes, arms, rates, and text that is read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledgers are sums over records, and the README of the results shows those of the records that lie beside it."""
+"""The ledger sums over records, and the README of the results agrees with the records beside it."""
 
 from __future__ import annotations
 

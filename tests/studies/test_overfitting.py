@@ -1,4 +1,4 @@
-"""Last and best step of a run that reads its text many times, and the paper's way to measure a loss."""
+"""The last and best step of a run that reads its text many times, and the paper's way to measure a loss."""
 
 from __future__ import annotations
 

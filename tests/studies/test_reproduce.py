@@ -1,4 +1,4 @@
-"""`reproduce` runs what is missing, never what is recorded, and can be stopped anywhere."""
+"""`reproduce` runs what is missing and never what is recorded, and can be interrupted at any moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thresholds on the inputs of a dense MLP: calibrated shares, zeros where they should be, nothing left behind."""
+"""TEAL's thresholds on the inputs of a dense MLP: calibrated shares, zeros in the right places, and no hooks left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every timing, at a size that takes a second: an arm of each kind gives the figures that its columns show."""
+"""Every timing, at a size that takes a second: one arm of each kind gives the figures of its columns."""
 
 from __future__ import annotations
 

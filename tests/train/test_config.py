@@ -1,4 +1,4 @@
-"""Recipes are read strictly."""
+"""Recipes are parsed strictly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flipped bits; files cut, emptied, half zeros, longer or gone: what has hashes is named, nothing is a traceback."""
+"""Damaged files (flipped bits, cut, emptied, half zeros, longer, missing) are named, and never give a traceback."""
 
 from __future__ import annotations
 

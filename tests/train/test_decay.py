@@ -1,4 +1,4 @@
-"""Which parameters weight decay spares."""
+"""The parameters that weight decay leaves out."""
 
 from __future__ import annotations
 

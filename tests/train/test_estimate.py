@@ -1,4 +1,4 @@
-"""The cost of a training before it starts."""
+"""The estimate of a training's cost."""
 
 from __future__ import annotations
 

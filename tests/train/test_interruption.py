@@ -1,4 +1,4 @@
-"""A run that was interrupted anywhere goes on by --resume, and what is damaged or absent is named and not used."""
+"""A run interrupted anywhere continues with --resume, and damaged or missing files are named and not used."""
 
 from __future__ import annotations
 

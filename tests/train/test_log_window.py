@@ -1,4 +1,4 @@
-"""The window of the next log line: what it counts, and that it survives a checkpoint."""
+"""The sums for the next log line, and their restoration from a checkpoint."""
 
 from __future__ import annotations
 

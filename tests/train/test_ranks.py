@@ -1,4 +1,4 @@
-"""Several processes (gloo): they stop together, and what they log survives a resumption on another number of them."""
+"""Several processes (gloo) stop together, and their logs survive a resumption with another number of processes."""
 
 from __future__ import annotations
 

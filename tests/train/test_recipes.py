@@ -1,4 +1,4 @@
-"""Every recipe that we ship, its sizes cut, trains, and what it trains can generate."""
+"""Every shipped recipe, with reduced sizes, trains, and its model can generate."""
 
 from __future__ import annotations
 

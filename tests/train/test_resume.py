@@ -1,4 +1,4 @@
-"""Law 10: a run that was stopped and resumed is the run that was not, bit for bit: weights and logged figures."""
+"""Law 10: an interrupted and resumed run equals an uninterrupted one exactly: weights and logged figures."""
 
 from __future__ import annotations
 

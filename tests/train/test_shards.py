@@ -1,4 +1,4 @@
-"""Training from shards: it goes on at its exact position, and not on other data."""
+"""Training from shards resumes at its exact position, and refuses other data."""
 
 from __future__ import annotations
 

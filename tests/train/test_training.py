@@ -1,4 +1,4 @@
-"""`train` from a recipe to a finished run folder, and what it refuses."""
+"""`train` turns a recipe into a finished run folder, and refuses invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small runs: a model of width 32 on a few kilobytes of text, a second each."""
+"""Small runs that take a second each: a model of width 32 on a few kilobytes of text."""
 
 from __future__ import annotations
 
