@@ -21,7 +21,10 @@ from skipstone_studies.record import digest
 from skipstone_studies.study import SAVE_MINUTES, RecipeDict, train_run
 
 PARTS = ("model", "data", "train", "adapt")
-HUB = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB = {
+    "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma-3-270m-q4_k_m": "google/gemma-3-270m",  # the file of this name is in five packages of the Python index
+}
 
 
 def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:

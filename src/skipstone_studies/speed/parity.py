@@ -78,6 +78,7 @@ LONGROPE: PlainDict = {
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+    "factor": 2.0,
     "original_max_position_embeddings": 32,
 }
 TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -173,8 +174,11 @@ def save_random(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def theirs(source: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load the checkpoint with transformers."""
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    """Return the reference: what transformers makes of a folder, a hub name or a .gguf file."""
+    path, gguf = Path(source), {}
+    if path.suffix == ".gguf":
+        source, gguf = path.parent, {"gguf_file": path.name}
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf).eval()
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

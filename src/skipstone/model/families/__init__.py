@@ -45,6 +45,16 @@ COMPUTED = TYPES.keys() - {
 ACTIVATIONS_BACK = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "tanh": "tanh"}
 
 
+def register(model_type: str, family: Family) -> None:
+    """Add a family, so that `convert` and `adapt` read it and `convert --to dense` writes it.
+
+    Raises ValueError if the architecture has one already.
+    """
+    if model_type in FAMILIES:
+        raise ValueError(f"architecture {model_type!r} is registered already")
+    FAMILIES[model_type] = family
+
+
 def family_of(values: PlainMapping) -> Family:
     """The family of a configuration, as read from config.json. Raises ValueError naming those that are supported."""
     kind, supported = values.get("model_type"), f"supported: {', '.join(FAMILIES)}"
