@@ -1,4 +1,4 @@
-"""A folder with the int8 form of a model."""
+"""Export of a model with int8 weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skipstone.runs import CONFIG, Run
 def export_int8(source: str | Path, out: Path) -> None:
     """Write the model at `source` with int8 weights to the folder `out`, with its tokenizer and a card.
 
-    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. `out` appears when it is complete.
+    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. `out` appears only when it is complete.
     Raises what `load_pretrained` and `quantise` raise, and FileExistsError if something is at `out`.
     """
     folder = Path(source).expanduser()

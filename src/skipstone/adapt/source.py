@@ -1,4 +1,4 @@
-"""The dense checkpoint to start from, and what has to be true of it."""
+"""Loading of the dense checkpoint to start from, of its tokenizer and of a teacher, with checks that they fit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
-    """Load a dense model in evaluation mode with frozen weights. Raises as `load_pretrained` does, and for a routed
-    one.
+    """Load a dense model in evaluation mode with frozen weights.
+
+    Raises what `load_pretrained` raises, and ValueError for a model with mechanisms.
     """
     model = load_pretrained(source, dtype)
     if names := sorted({mechanism.placement.name for mechanism in model.routing_modules()}):
@@ -28,7 +29,10 @@ def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
 
 
 def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
-    """Load the source's tokenizer. Raises ValueError where there is none, or one with more tokens than the model."""
+    """Load the source's tokenizer.
+
+    Raises ValueError if it has none, or one with more tokens than the model.
+    """
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ValueError(f"{source}: it has no tokenizer beside it; put one there, or name one as data.tokenizer")
@@ -36,6 +40,10 @@ def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenize
 
 
 def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
+    """Return the tokenizer.
+
+    Raises ValueError if it has more tokens than the model.
+    """
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
     return tokenizer
@@ -50,7 +58,10 @@ def same_tokens(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, n
 
 
 def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SkipstoneForCausalLM:
-    """Load another dense model to learn from. Raises ValueError unless its vocabulary is the student's."""
+    """Load another dense model to distil from.
+
+    Raises ValueError if its vocabulary is not the student's.
+    """
     teacher = load_dense(name)
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size
     if ours != theirs:

@@ -1,4 +1,6 @@
-"""The model that will compute less: the source's weights, mechanisms added, and the proof that nothing has changed yet.
+"""Construction of the model that will compute less, from the source's weights and new mechanisms.
+
+Also the check that the mechanisms change nothing before the first step.
 
 Shape letters: B rows, T tokens, V vocabulary, N tokens of all rows.
 """
@@ -21,15 +23,16 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
 
-# Lets neurons that are left out by their magnitude start as the dense model; one by one, for groups are not sparse.
+# With these, magnitude groups start as the dense model; of one neuron each, because larger groups are not sparse.
 NEURON_DEFAULTS: PlainDict = {"decision": "magnitude", "group_size": 1, "capacity_warmup": 0.15}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeutralStart:
-    """How far the adapted model is from the source before the first step.
+    """The difference between the logits of the adapted model and of the source before the first step.
 
-    difference: the largest |logit difference| between source and adapted model. largest: the source's |logit|.
+    difference: the largest absolute difference of logits. largest: the source's largest absolute logit. tokens: number
+    of tokens that were compared.
     """
 
     difference: float
@@ -38,6 +41,7 @@ class NeutralStart:
 
     @property
     def share(self) -> float:
+        """The difference as a share of the largest logit."""
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:
@@ -57,13 +61,16 @@ class NeutralStart:
 
 
 def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
-    """Return the recipe's mechanisms, with what adapting needs where they do not say."""
+    """Return the recipe's mechanisms, with the defaults for adaptation where an option is not given."""
     defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
     return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]
 
 
 def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
-    """Build the dense model without these blocks, the others unchanged. Raises ValueError if none is left."""
+    """Build the dense model without these blocks, the others unchanged.
+
+    Raises ValueError if none is left.
+    """
     kept = [i for i in range(len(model.model.layers)) if i not in layers]
     if not kept:
         raise ValueError("model.drop_layers drops every block; keep at least one")
@@ -82,7 +89,7 @@ def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> Skipstone
 
 
 def _patterns(config: SkipstoneConfig, kept: Sequence[int]) -> PlainDict:
-    """The layers that have a window or rotary positions, as they are numbered among those that are kept."""
+    """Return the options for windows and rotary positions with layers numbered among those that are kept."""
     windowed, rotary = config.windowed_layers(), config.rotary_layers()
     patterns: PlainDict = {}
     if config.window_layers is not None:
@@ -119,8 +126,9 @@ def _names(model: SkipstoneForCausalLM, mechanism: RoutingModule) -> list[str]:
 
 @torch.no_grad()
 def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> NeutralStart:
-    """Compare the logits of both models on the same rows, the adapted ones with oracle and with causal decisions,
-    without noise.
+    """Compare the logits of both models on the same rows, without noise.
+
+    The adapted model decides once as an oracle and, where its decisions have a causal form, once causally.
     """
     routings = ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]
     was_training = model.training

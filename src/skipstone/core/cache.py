@@ -20,7 +20,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """How many of a row's entries are left, once a call is over, in a block with this window."""
+    """Return how many of a row's `entries` remain after a call in a block with this window."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -60,7 +60,10 @@ class RaggedStore:
             self._append_ragged(real_BT, entries)
 
     def new_column(self) -> int:
-        """Lengthen every row, all of one length above 0, by a column that the caller fills; return its index."""
+        """Extend every row by one entry that the caller fills, and return its column.
+
+        All rows must have the same length, at least 1.
+        """
         assert self.lengths is None
         if self.entries["slot"].shape[1] == self.width:
             self._reserve(self.width + 1, self.entries, len(self.entries["slot"]))

@@ -1,4 +1,4 @@
-"""The depth map: what each depth mechanism decided for each token of a text, and the loss of the token's prediction.
+"""The depth map: the decision of each depth mechanism for each token of a text, and the loss of its prediction.
 
 `DepthMap` is a table with one line for each token, block and mechanism. `skipstone trace` writes it, and the live page
 reads the same decisions (`read_decisions`) token by token.
@@ -26,7 +26,7 @@ ROWS = 8  # rows of a forward pass
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
-    """What one mechanism of one block decided in a pass; all tensors are on the CPU.
+    """The decisions of one mechanism of one block in a pass; all tensors are on the CPU.
 
     mechanism: its name; None for a block without depth mechanisms, which every token takes in full. score_BT: fp32, the
     score that is compared with a threshold, NaN where the token did not reach the mechanism. weight_BT: fp32, factor on
@@ -41,10 +41,10 @@ class Decisions:
 
 
 def read_decisions(blocks: Sequence[Block], records: Sequence[Records], shape: tuple[int, int]) -> list[Decisions]:
-    """Return the decisions of every depth mechanism in a pass over [B, T] = `shape` tokens, by block.
+    """Return the decisions of every depth mechanism in a pass over tokens of `shape` [B, T], block by block.
 
-    A block without depth mechanisms gets one entry without a name. A mechanism inside a block that kept no token left
-    no record; it kept none.
+    A block without depth mechanisms gets one entry without a name. A mechanism inside a block that kept no token has no
+    record; it kept none.
     """
     found = []
     for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
@@ -84,7 +84,10 @@ class DepthMap:
     loss_BT: Tensor
 
     def lines(self, text_of: Callable[[int], str]) -> Iterator[tuple[object, ...]]:
-        """Yield the lines of the table, values in the order of `token_trace.COLUMNS`, None where there is no number."""
+        """Yield the table's lines, with values in the order of `token_trace.COLUMNS`, None where there is no number.
+
+        text_of: returns the text of a token id.
+        """
         names = {i: text_of(i) for i in self.ids_BT.unique().tolist()}
         ids, losses = self.ids_BT.tolist(), _numbers(self.loss_BT)
         columns = [
@@ -106,11 +109,11 @@ def _numbers(x_BT: Tensor) -> list[list[float | None]]:
 def depth_maps(
     model: SkipstoneForCausalLM, ids: Sequence[int], context: int, done: Callable[[int], None] | None = None
 ) -> Iterator[DepthMap]:
-    """Yield the depth map of a text in parts of a few rows of at most `context` tokens, one row after the other.
+    """Yield the depth map of a text in parts of a few rows of at most `context` tokens.
 
-    Decisions are causal, those of the pass that skips; a model whose decisions have no causal form takes those with
-    sight of the whole row. Noise is off. done: called with the number of tokens after each part. Raises ValueError for
-    a text without tokens, and a model that needs decisions and gets none.
+    Decisions are causal and blocks are really skipped; a model whose decisions have no causal form takes those that
+    look at the whole row. Noise is off. done: called with the number of tokens after each part. Raises ValueError for a
+    text without tokens, and for a model that needs given decisions and gets none.
     """
     if not len(ids):
         raise ValueError("the text is empty: a depth map needs at least one token")

@@ -161,7 +161,7 @@ def build_norm(config: SkipstoneConfig) -> nn.Module:
 
 
 def build_embedding(config: SkipstoneConfig) -> nn.Embedding:
-    """The embedding of tokens."""
+    """Build the token embedding."""
     sizes = (config.vocab_size, config.hidden_size, config.pad_token_id)
     return nn.Embedding(*sizes) if config.embedding_scale == 1 else ScaledEmbedding(*sizes, config.embedding_scale)
 
@@ -174,7 +174,7 @@ def build_positions(config: SkipstoneConfig) -> nn.Module:
 
 
 def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
-    """Rotary angles of the blocks with a window, where theirs differ."""
+    """Build the rotary angles of the blocks with a window; None if they use those of the others."""
     rope = config.window_rope_parameters
     return None if rope is None or config.positions != "rope" else Rotary(config, rope)
 

@@ -142,7 +142,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         )
 
     def to_head(self, hidden_BTD: Tensor) -> Tensor:
-        """What the head reads: the normed stream times `config.logit_scale`."""
+        """Return the input of the head: the normalised hidden states times `config.logit_scale`."""
         return hidden_BTD if self.config.logit_scale == 1 else hidden_BTD * self.config.logit_scale
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -278,7 +278,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return {"routing": "causal", "noise": False, **inputs}
 
     def _outgrown(self, input_ids: Any, cache: Cache | None) -> bool:
-        """Whether longrope now takes its frequencies for long rows, so that keys turned by the others are stale.
+        """Return whether longrope now uses its frequencies for long rows while the cached keys were rotated by the
+        others.
 
         The row is then computed anew, once, as transformers does.
         """

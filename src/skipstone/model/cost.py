@@ -342,8 +342,11 @@ def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: s
 
 
 def _score_pairs(counts: TokenCounts, stored: float, window: int | None) -> float:
-    """Pairs of query and key of a row whose scores are computed; of a window W, those of bands of W queries and 2 W
-    keys where they are fewer, and after a cache at most the newest W - 1 keys of it."""
+    """Return the number of pairs of query and key in a row whose scores are computed.
+
+    With a window W, these are the pairs in bands of W queries and 2 W keys where they are fewer, and of cached keys at
+    most the newest W - 1.
+    """
     own = max(counts.kv_tokens, 1)  # a mean below one token, as in decoding: a query sees itself in full
     if stored or counts.query_tokens != own:
         before = stored if window is None else min(stored, window - 1)

@@ -317,7 +317,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         return tokens.replace(state=state, noise_seed=seed)
 
     def _turned_by(self, config: SkipstoneConfig) -> list[str]:
-        """For each block which of the model's rotary angles its queries and keys are turned by."""
+        """Return for each block the name of the rotary angles of its queries and keys: row, window or none."""
         windowed = config.windowed_layers() if self.window_positions is not None else []
         rotary = config.rotary_layers() if config.positions == "rope" else []
         names = {i: "window" if i in windowed else "row" for i in rotary}

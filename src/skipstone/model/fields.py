@@ -237,15 +237,15 @@ class ModelFields:
             raise ValueError("norm_placement 'shared' needs parallel_residual: only then both read the same stream")
 
     def windowed_layers(self) -> list[int]:
-        """The blocks whose attention has a window."""
+        """Return the indices of the blocks whose attention has a window."""
         return [] if self.attention_window is None else self._layers("window_layers")
 
     def rotary_layers(self) -> list[int]:
-        """The blocks whose queries and keys are turned by their positions."""
+        """Return the indices of the blocks with rotary positions."""
         return self._layers("rope_layers")
 
     def _layers(self, field: str) -> list[int]:
-        """The blocks of a pattern; None is all, [] none."""
+        """Return the block indices of a pattern; None means all, [] none."""
         pattern = getattr(self, field)
         if pattern is None:
             return list(range(self.num_hidden_layers))

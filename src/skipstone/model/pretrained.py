@@ -1,4 +1,4 @@
-"""Loading: models of ours, strictly, and dense checkpoints of other families; writing the latter as models of ours."""
+"""Loading of saved models and of dense checkpoints of other families, and their conversion to our format."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 
 
 def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
-    """The model of ours that a folder holds, in its own dtype unless another is named; nothing is made up at random.
+    """Load a saved Skipstone model from a folder, in its own dtype unless another is named.
 
-    Raises FileNotFoundError if there is no such folder, ValueError for one without config.json, of another
-    architecture or format_version, and for weights that are missing, left over or of another shape.
+    No weight is initialised at random. Raises FileNotFoundError if there is no such folder, ValueError for one without
+    config.json, of another architecture or format_version, and for weights that are missing, left over or of another
+    shape.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -48,10 +49,10 @@ def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
 
 
 def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str | None = None) -> SkipstoneForCausalLM:
-    """A dense checkpoint of one of the `FAMILIES`, or a model of ours, from a folder, the hub or a GGUF file.
+    """Load a dense checkpoint of one of the `FAMILIES`, or a model of ours, from a folder, the hub or a GGUF file.
 
     dtype: "float32", "bfloat16", "float16" or a torch.dtype; the checkpoint's own by default. `source` may also be the
-    path of a .gguf file. Raises FileNotFoundError if there is nothing at `source`, and ValueError naming the
+    path of a .gguf file. Raises FileNotFoundError if there is nothing at `source`, and ValueError that names the
     architecture or setting that is not supported, or the weights that are missing or left over.
     """
     name, gguf_file = _locate(source, gguf_file)
@@ -77,10 +78,10 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
 
 
 def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_file: str | None = None) -> None:
-    """Write `load_pretrained(source)` to the folder `out`, with its tokenizer, generation_config and a model card.
+    """Convert the checkpoint `source` to a model folder `out`, with tokenizer, generation_config and a model card.
 
-    Raises FileExistsError if `out` is a file or a folder with something in it, and what `load_pretrained` raises.
-    `out` appears only when it is complete.
+    The arguments are those of `load_pretrained`. Raises FileExistsError if `out` is a file or a folder with something
+    in it, and what `load_pretrained` raises. `out` appears only when it is complete.
     """
     with complete(Path(out)) as partial:
         name, gguf_file = _locate(source, gguf_file)
@@ -94,7 +95,7 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
 
 
 def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
-    """Folder or hub name, and the GGUF file in it if that is what `source` is."""
+    """Return the folder or hub name, and the name of the GGUF file in it if `source` is one."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         if importlib.util.find_spec("gguf") is None:
@@ -117,7 +118,7 @@ def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]
 
 
 def _config_values(name: str, gguf_file: str | None) -> PlainDict:
-    """config.json as a plain dict (of a GGUF file: what transformers makes of its header)."""
+    """Return config.json as a plain dict; for a GGUF file, what transformers makes of its header."""
     try:
         with quiet():
             values, _ = PreTrainedConfig.get_config_dict(name, **_gguf(gguf_file))
@@ -142,7 +143,10 @@ def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
 
 
 def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneForCausalLM:
-    """The same model in our classes. Whether the head is tied is seen in the weights: configs are known to be wrong."""
+    """Return the same model in our classes.
+
+    Whether the head is tied is read from the weights, because configurations are known to be wrong about it.
+    """
     config.tie_word_embeddings = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     layout = FAMILIES[theirs.config.model_type].layout
     model = from_tensors(config, layout.ours(theirs.state_dict(), config), theirs.dtype)
@@ -151,9 +155,10 @@ def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneFor
 
 
 def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint, None where there is none; `source` as in `load_pretrained`.
+    """Load the tokenizer of a checkpoint; None if it has none.
 
-    Through transformers rather than file by file: older folders leave the tokenizer's class to the architecture.
+    `source` is as in `load_pretrained`. transformers chooses the class, because older folders leave it to the
+    architecture.
     """
     name, gguf_file = _locate(source, gguf_file)
     present = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES)
@@ -168,5 +173,5 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
 
 
 def _public(name: str, gguf_file: str | None) -> str:
-    """How a card may name the source: a hub name as it is, of a file or folder its last part only."""
+    """Return the source's name for a model card: a hub name in full, of a file or folder the last part of its path."""
     return gguf_file or (Path(name).resolve().name if Path(name).is_dir() else name)

@@ -1,7 +1,7 @@
-"""From a model with floating-point weights to one with int8 weights, and back.
+"""Quantisation of a model to int8 weights, and the reverse.
 
-Every matrix of attention, MLP, head and token embedding is rounded row by row. Norms, biases, learned positions and
-what mechanisms own keep their numbers.
+All matrices of attention, MLP, head and token embedding are rounded row by row. Norms, biases, learned positions and
+the parameters of mechanisms keep their precision.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ FLOAT, INT8 = "float", "int8"
 def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     """Return a copy of the model with int8 weights.
 
-    Raises ValueError for a model with int8 or torchao's weights, a mixture of experts, and weights that are not finite.
+    Raises ValueError for a model whose weights are quantised already, by this function or by torchao, for a mixture of
+    experts, and for weights that are not finite.
     """
     if model.config.weight_format == INT8:
         raise ValueError("the model has int8 weights already")
@@ -40,7 +41,7 @@ def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
 
 
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
-    """Return a copy of a model of int8 weights with the floating-point weights that they stand for."""
+    """Return a copy of an int8 model with floating-point weights of the same values."""
     config = _with_format(model, FLOAT)
     tensors = dict(model.state_dict())
     for name in _names(model.config):
@@ -54,7 +55,7 @@ def _with_format(model: SkipstoneForCausalLM, weight_format: str) -> SkipstoneCo
 
 
 def _names(config: SkipstoneConfig) -> list[str]:
-    """Of the layers whose weights are int8, those that share the weight of another one included."""
+    """Return the names of the layers with int8 weights, including those that share the weight of another one."""
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
     return [name for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)]

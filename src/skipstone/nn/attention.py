@@ -31,7 +31,7 @@ LEAST_COPY = 128  # keys of all rows; copying fewer takes negligible time
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """Sizes, biases and dropout of an attention layer, and what is done to its scores.
+    """Sizes, biases, dropout and score settings of an attention layer.
 
     norm: builds the norm of queries and keys (QK-norm); None: no norm. over_all_heads: one norm over all heads instead
     of one for each. scale: factor on q k; None: 1/sqrt(head_dim). soft_cap: c of c tanh(score / c). window: number of
@@ -60,10 +60,10 @@ class AttentionConfig(Protocol):
 
 
 class Attention(nn.Module):
-    """Self-attention, softmax(q k / sqrt(E)) v, over keys of the same document whose slot is not later, nor too early
-    for the window.
+    """Self-attention, softmax(q k / sqrt(E)) v, over keys of the same document in the query's and earlier slots.
 
-    config: used only for the name of the attention implementation (`config._attn_implementation`).
+    With a window, keys too many slots earlier are excluded. config: used only for the name of the attention
+    implementation (`config._attn_implementation`).
     """
 
     is_causal = True
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
     def _steps(self, x_BTD: Tensor, tokens: Tokens, kv: RaggedStore) -> bool:
-        """Return whether this call of one token may attend by one compiled operation."""
+        """Return whether this call of one token can use the compiled operation for a decoding step."""
         plain = tokens.queries.is_all and tokens.rows is None and tokens.real_BT is None and tokens.document_BT is None
         if not plain or type(kv) is not RaggedStore or not 0 < kv.width < decode_step.MOST_KEYS:
             return False
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         return decode_step.takes(x_BTD, kv.entries["key"]) and not kv.entries["key"].requires_grad
 
     def _newest(self, x_11D: Tensor, tokens: Tokens, kv: RaggedStore) -> Tensor:
-        """Store one token's key and value and return what it attends to, [1, 1, H E]."""
+        """Store one token's key and value and return its attention output, [1, 1, H E]."""
         query, key, value = self.q_proj(x_11D), self.k_proj(x_11D), self.v_proj(x_11D)
         query = query if self.q_norm is None else self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(2)
         key = key if self.k_norm is None else self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(2)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
 
     def _store(self, key: Tensor, value: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> bool:
-        """Append to the cache, if there is one; return whether this call's own keys are all there are."""
+        """Append to the cache, if there is one; return whether no keys but this call's are stored."""
         if cache is None:
             return True
         was_empty, cache.window = cache.kv.width == 0, self.window
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         return was_empty
 
     def _attend_own(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, queries: Tokens) -> Tensor:
-        """Attend to this call's own keys, in bands if the rows are so long that these have fewer scores."""
+        """Attend to this call's own keys, in bands where these have fewer scores."""
         B, T = query.shape[0], tokens.length
         in_bands = tokens.queries.is_all and closes(self.window, tokens) and pairs(T, self.window) < T * T
         if not in_bands:

@@ -31,11 +31,11 @@ SITES = ("block", "attention", "mlp")
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """How a block's sub-layers meet the residual stream.
+    """The norms and the scale with which a block's sub-layers read the residual stream and add to it.
 
-    before_attention, before_mlp: norms of what a sub-layer reads. after_attention, after_mlp: norms of what it gives.
-    None: no norm there. shared: the MLP reads through the attention's norm. parallel: it reads the stream before the
-    attention. scale: factor on what each sub-layer adds.
+    before_attention, before_mlp: norms of a sub-layer's input. after_attention, after_mlp: norms of its output. None:
+    no norm there. shared: the MLP's input is normalised by the attention's norm. parallel: the MLP reads the stream
+    before the attention. scale: factor on what each sub-layer adds.
     """
 
     before_attention: nn.Module | None = None

@@ -1,4 +1,4 @@
-"""Embeddings of tokens."""
+"""Token embeddings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class ScaledEmbedding(nn.Embedding):
-    """An embedding times a constant, which is rounded to the weights' type first, as Gemma does."""
+    """A token embedding multiplied by a constant, which is first rounded to the weights' dtype, as in Gemma."""
 
     def __init__(self, tokens: int, width: int, padding_idx: int | None, scale: float) -> None:
         super().__init__(tokens, width, padding_idx)

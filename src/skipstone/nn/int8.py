@@ -1,4 +1,4 @@
-"""Linear layers and embeddings with int8 weights, for models that are trained already."""
+"""Linear layers and token embeddings with int8 weights, for inference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skipstone.ops import int8
 class _Int8(nn.Module):
     """An int8 weight [O, I] with an fp32 scale for each row, which stays fp32 when the model's dtype changes.
 
-    The weight is no parameter that learns. compute_dtype: the dtype of the model around it.
+    The weight is not trainable. compute_dtype: the dtype of the model around it.
     """
 
     like: Tensor
@@ -39,12 +39,12 @@ class _Int8(nn.Module):
         return self
 
     def restored(self) -> Tensor:
-        """Return the weight as numbers of the model's dtype."""
+        """Return the weight in floating point, in the model's dtype."""
         return int8.restore(self.weight, self.weight_scale, self.compute_dtype)
 
 
 class Int8Linear(_Int8):
-    """A linear layer whose weight is read as it is stored where a call has few tokens (`ops/int8.py`)."""
+    """A linear layer with int8 weights, which calls with few tokens read as they are stored (`ops/int8.py`)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(out_features, in_features)
@@ -62,7 +62,10 @@ class Int8Linear(_Int8):
 
 
 class Int8Embedding(_Int8):
-    """An embedding that restores the rows that are looked up; scale: a constant factor on them."""
+    """A token embedding with int8 weights, which restores the rows that are looked up.
+
+    scale: a constant factor on the result.
+    """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float = 1.0) -> None:
         super().__init__(num_embeddings, embedding_dim)
@@ -79,7 +82,7 @@ class Int8Embedding(_Int8):
 
 
 def int8_layers(module: nn.Module) -> None:
-    """Replace every linear layer and token embedding below `module` in place, but for what mechanisms own.
+    """Replace all linear layers and token embeddings below `module` by int8 ones, in place, except those of mechanisms.
 
     The new layers have no weights yet.
     """

@@ -1,4 +1,4 @@
-"""Normalisation."""
+"""Normalisation layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class OffsetRMSNorm(RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight), all of it in fp32, as Gemma has it; the weight starts at 0."""
+    """Root-mean-square norm of Gemma, x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32; the weight starts at 0."""
 
     offset = 1.0
 
@@ -50,7 +50,7 @@ class OffsetRMSNorm(RMSNorm):
 
 
 def layernorm_without_bias(width: int, eps: float) -> nn.LayerNorm:
-    """Layer normalisation with a weight alone."""
+    """Return a layer norm that has a weight and no bias."""
     return nn.LayerNorm(width, eps, bias=False)
 
 

@@ -1,9 +1,9 @@
-"""Attention in which a query sees a window of slots: which keys it may see, in how many columns they lie.
+"""Attention with a sliding window of slots: its mask, its cost, and a banded form for rows longer than the window.
 
-A window of W counts slots, not stored entries: a query in slot s sees the keys in slots s - W + 1 to s. Slots of a row
-ascend and differ, so that these are at most W neighbouring columns, whoever was skipped in between.
+A window of W counts slots, not stored entries: a query in slot s sees the keys in slots s - W + 1 to s. The slots of a
+row ascend and differ, so these keys lie in at most W adjacent columns, even if tokens between them skipped the block.
 
-Shape letters: B rows, T tokens, K tokens that ask, C keys, H heads, E head size, N chunks of W tokens.
+Shape letters: B rows, T tokens, K queries, C keys, H heads, E head size, N chunks of W tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from skipstone.core.tokens import Tokens
 def slot_mask(
     key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Tokens, window: int | None = None
 ) -> Tensor:
-    """bool [B, 1, K, C]: who may see whom. Padding among the queries sees everything: its softmax stays finite."""
+    """Return the attention mask of slots, bool [B, 1, K, C], True where a query sees a key.
+
+    A query sees keys of its own document in its own and earlier slots, with a window the last `window` slots. Queries
+    that are padding see everything, so that their softmax stays finite.
+    """
     slot_BK, real_BK = queries.slot_BT, queries.real_BT
     if real_BK is not None:
         slot_BK = torch.where(real_BK, slot_BK, EMPTY)
@@ -35,21 +39,21 @@ def slot_mask(
 
 
 def closes(window: int | None, tokens: Tokens) -> bool:
-    """Whether some query may be too far from a key of its row; where slots are not known on the host, yes."""
+    """Return whether a window excludes any key of these rows; True also where slots are not known on the host."""
     return window is not None and (tokens.reach is None or tokens.reach > window)
 
 
 def pairs(length: float, window: int | None) -> float:
-    """Scores that a row of so many tokens computes against itself: of all pairs, or in bands where these are fewer."""
+    """Return the number of scores of a row that attends to itself: all pairs, or those in bands if they are fewer."""
     whole = length * length
     return whole if window is None else min(whole, -(-length // window) * 2 * window * window)
 
 
 def in_bands(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, window: int) -> tuple[Tensor, ...]:
-    """Queries [B N, H, W, E], keys and values [B N, H, 2 W, E], and their mask: each chunk of W tokens beside the keys
-    of its own and of the one before it.
+    """Arrange rows in chunks of W queries, each with the keys of its own and of the previous chunk.
 
-    All tokens ask. What fills the last chunk up is padding; it sees itself.
+    Returns queries [B N, H, W, E], keys and values [B N, H, 2 W, E], and the mask. Every token is a query. The last
+    chunk is filled up with padding, which sees itself.
     """
     B, T = query.shape[0], query.shape[2]
     chunks = -(-T // window)
@@ -73,7 +77,7 @@ def in_bands(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, window: 
 
 
 def out_of_bands(y_NWHE: Tensor, rows: int, length: int) -> Tensor:
-    """[B, T, H, E] of what attention in bands gave, [B N, W, H, E]."""
+    """Return the result of attention in bands, [B N, W, H, E], as rows [B, T, H, E]."""
     return y_NWHE.unflatten(0, (rows, -1)).flatten(1, 2)[:, :length]
 
 
@@ -84,6 +88,6 @@ def _banded(x_BHTE: Tensor, chunks: int, window: int, short: int) -> Tensor:
 
 
 def _beside(x_BT: Tensor, chunks: int, window: int) -> Tensor:
-    """[B, N, 2 W] of x [B, (N + 1) W]."""
+    """Return each chunk after its predecessor: [B, N, 2 W] from [B, (N + 1) W]."""
     halves = x_BT.unflatten(1, (chunks + 1, window))
     return torch.cat((halves[:, :-1], halves[:, 1:]), dim=2)

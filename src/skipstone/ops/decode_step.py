@@ -1,7 +1,7 @@
-"""Small operations of a decoding step on a CPU, each of which is one compiled call instead of several of torch's.
+"""Small operations of a decoding step on a CPU, each compiled to one call instead of several of torch's.
 
-A step of one token multiplies little, and the calls around its products take as long as they do in a small model. With
-numba installed, fp32 tensors take the compiled form (`decode_step_native.py`); `takes` says whether they may.
+In a small model, a step of one token spends as much time in calls around the matrix products as in the products. With
+numba installed, fp32 tensors use the compiled form (`decode_step_native.py`) where `takes` allows it.
 
 Shape letters: B rows, T tokens, D width, C columns of the cache, H query heads, G key/value heads, E head size.
 """
@@ -22,10 +22,10 @@ PLAIN = (Tensor, nn.Parameter)  # no subclass: its data may lie elsewhere
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Return whether the compiled operations take these tensors here and now.
+    """Return whether the compiled operations can be used for these tensors now.
 
-    They need numba, plain fp32 tensors in a CPU's memory, and no gradients. They are invisible to torch, so they are
-    not used where something watches its operations: compilers, tracers and counters of FLOPs.
+    They need numba, plain fp32 tensors in a CPU's memory, and no gradients. torch does not see them, so they are not
+    used while a compiler, a tracer or a FLOP counter observes its operations.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _installed():
         return False

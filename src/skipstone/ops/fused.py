@@ -60,7 +60,7 @@ def _grid(gate: Tensor) -> tuple[int, int, int]:
 
 
 def _sizes(gate: Tensor, static: Tensor, dynamic: Tensor) -> dict[str, int]:
-    """Lengths and strides; a part that serves all rows, or all tokens, is read with stride 0."""
+    """Return lengths and strides; a part shared by all rows, or by all tokens, has stride 0."""
     _, T, width = gate.shape
     return {
         "T": T,
@@ -76,7 +76,7 @@ def _sizes(gate: Tensor, static: Tensor, dynamic: Tensor) -> dict[str, int]:
 
 
 def _whole(parts_BP3X: Tensor, like_BAX: Tensor) -> Tensor:
-    """The gradient of a part, from what each tile found of its first three logits."""
+    """Return the gradient of a logit part from each tile's partial sums of its first three logits."""
     first_B3X = parts_BP3X.sum(1)
     d_BAX = torch.cat((first_B3X, -first_B3X.sum(1, keepdim=True)), dim=1)
     return d_BAX.sum_to_size(like_BAX.shape)
@@ -84,7 +84,7 @@ def _whole(parts_BP3X: Tensor, like_BAX: Tensor) -> Tensor:
 
 @triton.jit
 def _place(T, F, TOKENS: tl.constexpr, NEURONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row, tokens and neurons of this program, and which of them exist."""
+    """Return row, tokens and neurons of this program, and masks of those that exist."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     f = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     return tl.program_id(2), t, f, t < T, f < F
@@ -92,7 +92,7 @@ def _place(T, F, TOKENS: tl.constexpr, NEURONS: tl.constexpr):  # type: ignore[n
 
 @triton.jit
 def _powers(static, dynamic, b, t, f, there_t, there_f, F, static_row, dynamic_row, dynamic_part, dynamic_token):  # type: ignore[no-untyped-def]
-    """exp of the four logits, less their maximum, and their sum."""
+    """Return exp of the four logits less their maximum, and the sum of the four."""
     s = static + b * static_row + f
     c = dynamic + b * dynamic_row + t * dynamic_token
     z0 = tl.load(c, there_t, 0.0)[:, None] + tl.load(s, there_f, 0.0)[None, :]
@@ -106,7 +106,7 @@ def _powers(static, dynamic, b, t, f, there_t, there_f, F, static_row, dynamic_r
 
 @triton.jit
 def _values(g):  # type: ignore[no-untyped-def]
-    """ReLU, tanh, SiLU and GELU by erf; the sigmoid and the normal distribution function are shared with the slopes."""
+    """Return ReLU, tanh, SiLU and GELU by erf, and the sigmoid and normal distribution function that the slopes use."""
     tanh = 2 * tl.sigmoid(2 * g) - 1
     sigmoid = tl.sigmoid(g)
     normal = 0.5 * (1 + tl.erf(g * SQRT_HALF))

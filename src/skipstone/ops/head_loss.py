@@ -192,7 +192,7 @@ def _forward(
 
 
 def _capped(logits_CV: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Capped logits, in place, and the slope of the cap there; with no cap None."""
+    """Return the logits after the soft cap and its slope; without a cap, the logits as they are and None."""
     if soft_cap is None:
         return logits_CV, None
     share_CV = logits_CV.div_(soft_cap).tanh_()

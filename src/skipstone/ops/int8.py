@@ -1,6 +1,6 @@
 """Products with int8 weights that have one fp32 scale for each row: y = x (scale * weight)^T.
 
-A call with few tokens is bound by reading the weights, so on a CPU a loop that numba compiles reads them once, as they
+A call with few tokens is bound by reading the weights; on a CPU, a kernel compiled by numba reads them once, as they
 are stored. A call with many tokens restores a part of the rows at a time and multiplies it as usual.
 
 Shape letters: N tokens, I inputs, O outputs.
@@ -30,9 +30,10 @@ NO_NUMBA = (
 
 
 def quantise(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to int8. Returns the numbers, in [-127, 127], and the fp32 scales [O] that restore the row.
+    """Round a weight matrix to int8, row by row.
 
-    Raises ValueError for weights that are not finite.
+    Returns int8 [O, I] in [-127, 127] and the fp32 scales [O] that restore the rows. Raises ValueError for weights that
+    are not finite.
     """
     weight_OI = weight_OI.detach().float()
     largest_O = weight_OI.abs().amax(1)
@@ -43,7 +44,7 @@ def quantise(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restore(weight_OI: Tensor, scale_O: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return scale * weight in `dtype`."""
+    """Return the weight matrix scale * weight in `dtype`."""
     return (weight_OI.float() * scale_O.float()[:, None]).to(dtype)
 
 
@@ -76,7 +77,7 @@ def _kernels() -> bool:
 
 
 def _in_parts(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """The same with ordinary products. No more than a part of the weights is held in the dtype of x."""
+    """Return the same product by ordinary ones; only a part of the weights at a time is held in the dtype of x."""
     rows = max(PART // weight_OI.shape[1], 1)
     parts = [
         functional.linear(x, weight_OI[at : at + rows].to(x.dtype)) * scale_O[at : at + rows].to(x.dtype)

@@ -1,7 +1,7 @@
 """Products of few tokens with int8 weights, compiled by numba for this processor.
 
-A row of weights is read from memory once, whatever the number of tokens: two rows at a time stay in the processor's
-nearest cache while they are multiplied with four tokens, then with the next ones. Sums are fp32.
+A row of weights is read from memory once, whatever the number of tokens: two rows at a time stay in the first-level
+cache while they are multiplied with four tokens after four. Sums are fp32.
 
 Shape letters: N tokens, I inputs, O outputs.
 """
@@ -43,7 +43,10 @@ def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
 
 
 def _threads_are_safe() -> bool:
-    """Whether numba's threads come from OpenMP; those of its own ("workqueue") end a process that calls them twice."""
+    """Return whether numba's threads come from OpenMP or TBB.
+
+    Its own ("workqueue") abort the process if called twice.
+    """
     if numba.config.THREADING_LAYER == "default":
         try:
             import_module("numba.np.ufunc.omppool")
@@ -94,7 +97,7 @@ def _some_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 @compiled
 def _one(weight: Array, scale: Array, x: Array, y: Array, first: int, last: int) -> None:
-    """One token: four rows at a time, because a single stream does not use the memory bandwidth."""
+    """Compute the outputs for one token, four rows at a time: a single stream does not use the memory bandwidth."""
     whole = last - (last - first) % 4
     for o in range(first, whole, 4):
         a = b = c = d = np.float32(0)
@@ -113,7 +116,7 @@ def _one(weight: Array, scale: Array, x: Array, y: Array, first: int, last: int)
 
 @compiled
 def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int) -> None:
-    """Two rows and four tokens: each number of a row is converted once for the four."""
+    """Compute two rows for four tokens, so that each weight is converted once for the four."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
     for i in range(x.shape[1]):
         v, w = np.float32(weight[o, i]), np.float32(weight[o + 1, i])

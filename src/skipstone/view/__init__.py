@@ -1,9 +1,9 @@
-"""Floor 4.25: the live page. A model goes on from what is typed, and every token shows which blocks it took.
+"""Floor 4.25: the live page, on which a model continues what is typed and every token shows which blocks it took.
 
 live_model.py   `LiveModel`: a loaded model; one event for each pass over the prompt or over a token
 live_session.py a request from the page, checked; the events of several models and their dense twins, in turns
-work_queue.py   one request computes at a time, few wait, the others are told so
-server.py       the pages and answers, and what is checked of every request
+work_queue.py   one request computes at a time, a few wait, and further ones are refused
+server.py       the pages and answers, and the checks of every request
 serving.py      `serve`: the server on loopback until it is stopped
 static/         the page itself: HTML, CSS and JavaScript without a build step
 """

@@ -35,7 +35,7 @@ DIGITS = 5  # significant, of numbers that go to the page
 
 
 class LiveModel:
-    """A run or a saved model, ready to be watched.
+    """A loaded run or saved model whose decisions can be shown while it generates.
 
     Raises ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer.
     """
@@ -52,7 +52,7 @@ class LiveModel:
         self._twin: DenseTwin | None = None
 
     def describe(self) -> PlainDict:
-        """Return what the page shows of the model before anything is typed.
+        """Return what the page shows of the model before a prompt is entered.
 
         slots: block and mechanism of the decisions of every token, in their order. budgets: the least and the largest
         budget, None without a budget table. neurons: whether there is a map of neurons.
@@ -78,7 +78,7 @@ class LiveModel:
         return self.model.num_parameters() <= TWIN_PARAMETERS
 
     def twin(self) -> DenseTwin:
-        """Return the dense twin, which is built when it is first asked for."""
+        """Return the dense twin; it is built on the first call."""
         if self._twin is None:
             self._twin = DenseTwin(self.model)
         return self._twin
@@ -97,7 +97,7 @@ class LiveModel:
         return {"names": list(ACTIVATION_NAMES), "layers": layers}
 
     def _mixes(self) -> dict[int, MixFigures]:
-        """The activation mechanisms that mix, by block."""
+        """Return the activation mechanisms that mix, by block."""
         modules = [(i, module) for i, block in enumerate(self.blocks) for module in block.routing_modules().values()]
         return {i: module for i, module in modules if isinstance(module, MixFigures)}
 
@@ -108,9 +108,10 @@ class LiveModel:
     def events(
         self, ids: Sequence[int], *, new_tokens: int, temperature: float, seed: int, budget: float | None
     ) -> Iterator[PlainDict]:
-        """Yield `start` and then a `pass` for each forward pass; the first reads the prompt, others a token each.
+        """Yield a `start` event and then a `pass` event for each forward pass.
 
-        Raises ValueError, before the first event, for a prompt that outgrows the context and a budget out of reach.
+        The first pass reads the prompt, the others one token each. Raises ValueError, before the first event, for a
+        prompt that exceeds the context and for a budget that the model cannot reach.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
@@ -147,14 +148,17 @@ class LiveModel:
             stored = {i: layer.kv.width for i, layer in enumerate(each.cache.layers)}  # type: ignore[attr-defined]
 
     def _spent(self, each: DecodingPass, tokens: int, past: int, stored: Mapping[int, float]) -> tuple[float, float]:
-        """FLOPs of a pass by the cost model, as executed and dense; the head counts for the last token alone."""
+        """Return the FLOPs of a pass by the cost model, as executed and dense.
+
+        The head counts for the last token alone.
+        """
         kept = kept_from_records(self.model, each.records)
         found = cost(self.model, tokens=tokens, past=past, kept=kept, stored=stored, logits_to_keep=1)
         assert found.dense is not None
         return found.forward.total, found.dense.forward.total
 
     def _read(self, each: DecodingPass, reads: Sequence[int], chosen: int) -> list[PlainDict]:
-        """What a pass decided for each token that it read, and the prediction made from it."""
+        """Return a pass's decisions for each token that it read, and the prediction made from that token."""
         T = len(reads)
         decided = read_decisions(self.blocks, each.records, (1, T))
         compute = compute_shares(self.blocks, each.records).expand(1, T)[0].tolist()
@@ -175,7 +179,7 @@ class LiveModel:
 
 
 class DenseTwin:
-    """A model of the same shape without mechanisms, with random weights: the time of a pass does not depend on them."""
+    """A dense model of the same shape with random weights, to compare the time of a pass."""
 
     def __init__(self, model: SkipstoneForCausalLM) -> None:
         written = model.config.to_dict()
@@ -202,12 +206,12 @@ class DenseTwin:
 
 
 def rounded(value: float) -> float | None:
-    """Return the number with few digits; None for what JSON has no number for."""
+    """Return the number rounded to `DIGITS` significant digits; None for infinities and NaN, which JSON cannot hold."""
     return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
 
 
 def _prediction(logits_TV: Tensor, target: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Entropy of each prediction and its loss on what came next, in nats."""
+    """Return the entropy of each prediction and its loss on the token that followed, in nats."""
     log_TV = logits_TV.float().log_softmax(-1)
     entropy_T = -(log_TV.exp() * log_TV).nan_to_num().sum(-1)
     loss_T = -log_TV.gather(-1, torch.tensor(target, device=log_TV.device)[:, None])[:, 0]
@@ -215,7 +219,7 @@ def _prediction(logits_TV: Tensor, target: Sequence[int]) -> tuple[list[float], 
 
 
 def _activation_logits(records: Sequence[Records], T: int) -> list[list[list[float | None]]]:
-    """The dynamic logits of each token, for each layer that mixes activations."""
+    """Return the dynamic logits of each token, for each layer that mixes activations."""
     found = [
         record.logits_BTA.float().expand(1, T, -1)[0].tolist()
         for decided in records

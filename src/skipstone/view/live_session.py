@@ -1,7 +1,7 @@
-"""A request from the page: read strictly from JSON, and the events of its models in turns.
+"""The page's requests: strict reading from JSON, and the events of the requested models in turns.
 
-One thread computes, pass by pass: the first model, its dense twin, the second model, its dense twin. Every one is timed
-by itself, so models that are shown side by side do not disturb each other's figures.
+One thread computes, pass by pass: the first model, its dense twin, the second model, its dense twin. Each is timed by
+itself, so models that are shown side by side do not disturb each other's figures.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ NEW_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the page asks for.
+    """A request of the page: a prompt, how to continue it, and by which models.
 
     prompt: at most PROMPT characters. new_tokens: at most NEW_TOKENS, and fewer where a context is shorter.
-    temperature: 0 takes the likeliest token. models: numbers of the models, each once. budgets: of every model here, a
-    share of its dense FLOPs, or None for the model as it was trained. twin: whether dense twins are timed.
+    temperature: 0 takes the likeliest token. models: indices of the models, each once. budgets: for each of these
+    models a share of its dense FLOPs, or None for the model as it was trained. twin: whether dense twins are timed.
     """
 
     prompt: str
@@ -35,7 +35,7 @@ class Request:
     twin: bool = True
 
     def check(self, models: int) -> None:
-        """Raise ValueError, one line, for values that are not allowed. models: how many there are."""
+        """Raise ValueError, one line, for values that are not allowed; `models` is the number of models."""
         if not self.prompt or len(self.prompt) > PROMPT:
             raise ValueError(f"prompt must have from 1 to {PROMPT:,} characters, got {len(self.prompt):,}")
         if not 1 <= self.new_tokens <= NEW_TOKENS:
@@ -51,7 +51,10 @@ class Request:
 
 
 def read_request(values: object, models: int) -> Request:
-    """Build a request from what JSON held. Raises ValueError, one line, for anything that is not allowed."""
+    """Build a request from decoded JSON.
+
+    Raises ValueError, one line, for values that are not allowed.
+    """
     if not isinstance(values, dict):
         raise ValueError("a request must be a JSON object")
     request: Request = from_dict(Request, values, "request")
@@ -60,9 +63,9 @@ def read_request(values: object, models: int) -> Request:
 
 
 def events(models: Sequence[LiveModel], request: Request) -> Iterator[PlainDict]:
-    """Yield the events of all models that were asked for, each with its number as `model`, and `end` for each.
+    """Yield the events of all requested models, each with its number as `model`, and a final `end` for each.
 
-    Raises ValueError, one line, before the first event, where a model cannot do what is asked.
+    Raises ValueError, one line, before the first event, if a model cannot serve the request.
     """
     budgets = request.budgets or [None] * len(request.models)
     runs = {i: _run(models[i], request, budget) for i, budget in zip(request.models, budgets, strict=True)}

@@ -1,9 +1,9 @@
-"""The page, its data, and what is checked of every request. It serves the user of this machine, and nobody else.
+"""The web application of the live page, and the checks of every request; it serves the user of this machine only.
 
 * Host must name the loopback, so that a foreign page cannot reach the server by a name that it resolves to 127.0.0.1.
 * Origin, where a browser sends one, must be the page's own; and what starts work must be JSON, which a browser does not
   send to another origin without asking first.
-* The page runs scripts of this server only, and nothing that a model or a prompt says becomes markup.
+* The page runs scripts of this server only, and text of a model or a prompt never becomes markup.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FILES = {
 
 
 class Guard:
-    """Refuses requests that do not come from the page of this server, and adds the headers of every answer."""
+    """Middleware that refuses requests from other pages and adds security headers to every answer."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self.app = app
@@ -71,7 +71,7 @@ class Guard:
         await (self.app if refusal is None else refusal)(scope, receive, send_guarded)
 
     def refusal(self, headers: Mapping[str, str]) -> Response | None:
-        """Return the answer to a request that is refused, None for others."""
+        """Return the answer that refuses a request, or None if it is allowed."""
         if headers.get("host") not in self.hosts:
             return answer(421, "this server answers to 127.0.0.1 only")
         if "origin" in headers and headers["origin"] not in self.origins:
@@ -80,12 +80,12 @@ class Guard:
 
 
 def answer(status: int, message: str, **headers: str) -> JSONResponse:
-    """Return a refusal in one line."""
+    """Return a JSON answer with a one-line error."""
     return JSONResponse({"error": message}, status, headers=headers)
 
 
 def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGIApp:
-    """Return the whole server as an ASGI application."""
+    """Return the server as an ASGI application."""
 
     async def models_of(request: Request) -> Response:
         limits = {"prompt": PROMPT, "new_tokens": NEW_TOKENS}

@@ -1,4 +1,4 @@
-"""`serve`: the live page on loopback, until it is stopped."""
+"""The server of the live page on loopback."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ADDRESS = "127.0.0.1"
 
 
 def serve(runs: Sequence[Path], *, port: int, browser: bool, announce: Callable[[str], None]) -> None:
-    """Serve the live page of one or two runs on 127.0.0.1 until SIGINT or SIGTERM; 0 takes any free port.
+    """Serve the live page of one or two runs on 127.0.0.1 until SIGINT or SIGTERM.
 
-    browser: whether the page is opened. announce: called with the address once the page can be asked for. Raises
-    ValueError, one line, for a port that is taken and for a folder that cannot be shown.
+    port: 0 takes any free port. browser: whether to open the page. announce: called with the address as soon as the
+    page can be loaded. Raises ValueError, one line, for a port that is taken and for a folder that cannot be shown.
     """
     with _bound(port) as listening:
         models = [LiveModel(run, name) for run, name in zip(runs, _names(runs), strict=True)]
@@ -48,7 +48,7 @@ def serve(runs: Sequence[Path], *, port: int, browser: bool, announce: Callable[
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, and stops the work as soon as a signal comes."""
+    """A uvicorn server that calls back when it listens, and stops the work as soon as a signal arrives."""
 
     def __init__(self, config: uvicorn.Config, work: WorkQueue, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -79,6 +79,6 @@ def _bound(port: int) -> socket.socket:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The folders' names; with their parents' where these are equal."""
+    """Return the names of the folders, with their parents' names if two are equal."""
     names = [run.resolve().name for run in runs]
     return names if len({*names}) == len(names) else ["/".join(run.resolve().parts[-2:]) for run in runs]

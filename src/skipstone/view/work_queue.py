@@ -1,6 +1,7 @@
-"""One job computes at a time, few wait, and the others are told so: a model has one state, and a machine few cores.
+"""A queue of jobs of which one computes at a time, because a model has one state and a machine few cores.
 
-A job is an iterator of events. It runs in one thread of its own; what it yields is handed to the event loop.
+A job is an iterator of events. It runs in one thread of its own, which hands each event to the event loop. A few jobs
+may wait; more are refused.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ WAITING = 4  # jobs that may wait for the one that computes
 
 
 class BusyError(Exception):
-    """As many jobs wait as may."""
+    """Raised for a job when as many jobs are waiting as the queue allows."""
 
 
 class Job:
-    """A job that was accepted. Its events arrive in the event loop that it was made in."""
+    """An accepted job, whose events arrive in the event loop in which it was made."""
 
     def __init__(self, make: Callable[[], Iterator[PlainDict]], ahead: int) -> None:
         self._make, self.ahead = make, ahead
@@ -30,7 +31,7 @@ class Job:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Let the job end after the pass that it is computing; callable from any thread."""
+        """Make the job end after its current pass; callable from any thread."""
         self._stopped.set()
 
     def run(self) -> None:
@@ -52,7 +53,7 @@ class Job:
     def _tell(self, event: PlainDict | None) -> None:
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except RuntimeError:  # the loop is closed, so the events are not needed any more
             self.stop()
 
     async def events(self) -> AsyncIterator[PlainDict]:
@@ -67,7 +68,7 @@ class Job:
 
 
 class WorkQueue:
-    """Runs jobs one after the other in a daemon thread, which does not keep the process alive."""
+    """A queue that runs jobs one after the other in a daemon thread, which does not keep the process alive."""
 
     def __init__(self, waiting: int = WAITING) -> None:
         self._limit = 1 + waiting
@@ -77,7 +78,10 @@ class WorkQueue:
         threading.Thread(target=self._work, name="skipstone-view", daemon=True).start()
 
     def submit(self, make: Callable[[], Iterator[PlainDict]]) -> Job:
-        """Accept a job. Raises BusyError where the queue is full. Called in an event loop."""
+        """Accept a job; to be called in an event loop.
+
+        Raises BusyError if the queue is full.
+        """
         with self._lock:
             if len(self._accepted) >= self._limit:
                 raise BusyError
@@ -87,7 +91,7 @@ class WorkQueue:
         return job
 
     def stop(self) -> None:
-        """Let all jobs end."""
+        """Make all jobs end."""
         with self._lock:
             for job in self._accepted:
                 job.stop()
@@ -97,7 +101,7 @@ class WorkQueue:
             job = self._jobs.get()
             try:
                 job.run()
-            except Exception:  # a defect of ours: told on the terminal, and the next job gets its turn
+            except Exception:  # a defect of ours: it is printed, and the next job runs
                 traceback.print_exc()
             finally:
                 with self._lock:

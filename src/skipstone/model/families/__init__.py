@@ -1,4 +1,4 @@
-"""The families of pretrained decoders that load, and the way back to a configuration of theirs."""
+"""The table of the pretrained decoder families that load, and the conversion of configurations in both directions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def register(model_type: str, family: Family) -> None:
 
 
 def family_of(values: PlainMapping) -> Family:
-    """The family of a configuration, as read from config.json. Raises ValueError naming those that are supported."""
+    """Return the family of a configuration as read from config.json.
+
+    Raises ValueError that names the supported families.
+    """
     kind, supported = values.get("model_type"), f"supported: {', '.join(FAMILIES)}"
     if kind in FAMILIES:
         return FAMILIES[kind]
@@ -68,7 +71,10 @@ def family_of(values: PlainMapping) -> Family:
 
 
 def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
-    """Our configuration of the same model. Raises ValueError naming what this decoder does not compute."""
+    """Translate a configuration of transformers to ours.
+
+    Raises ValueError that names a setting which this decoder does not compute.
+    """
     family = family_of({"model_type": theirs.model_type})
     for reason in _refusals(theirs, family):
         raise ValueError(reason)
@@ -76,7 +82,7 @@ def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
 
 
 def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
-    """Reasons why the model would compute something else here; more are raised by our own configuration."""
+    """Yield the reasons why the model would compute something else here; our own configuration raises further ones."""
     for name, supported in family.only.items():
         if getattr(theirs, name, supported[0]) not in supported:
             yield f"{name}={getattr(theirs, name)} is not supported (only {supported[0]})"
@@ -85,10 +91,10 @@ def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
 
 
 def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
-    """The configuration of the same dense model in a family of transformers, that from which it was read if possible.
+    """Translate our configuration to a family of transformers, if possible the one that the model was converted from.
 
-    activation: the function of every neuron. A family fits if what it writes reads as the same model again. Raises
-    ValueError if none does.
+    activation: the activation function of all neurons. A family is suitable if its configuration translates back to the
+    same model. Raises ValueError if none is.
     """
     if config.neuron_groups is not None and config.neuron_groups.get("decision") != "magnitude":
         raise ValueError("no dense family has neuron_groups: what they compute is scaled anew in every chunk")
@@ -104,7 +110,7 @@ def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
 
 
 def _written(kind: str, config: SkipstoneConfig, activation: str) -> PreTrainedConfig | None:
-    """Their configuration, or None where it would not be the same model."""
+    """Return the configuration in the family `kind`, or None if it would not be the same model."""
     family = FAMILIES[kind]
     try:
         theirs = AutoConfig.for_model(kind, **shared_back(config), **family.write(config, ACTIVATIONS_BACK[activation]))
@@ -133,6 +139,6 @@ def _comparable(config: SkipstoneConfig, name: str) -> object:
 
 
 def _rope(rope: Options | None) -> Options:
-    """Without what is said by default."""
+    """Return RoPE's parameters with defaults filled in and unset ones removed."""
     rope = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0, **(rope or {})}
     return {name: value for name, value in rope.items() if value is not None and name != "type"}

@@ -1,7 +1,7 @@
-"""What a family of pretrained decoders is: how its configuration reads here, and what its tensors are called.
+"""The description of a family of pretrained decoders: how to translate its configuration and the names of its tensors.
 
-A family is one `Family`, in a file of its own, and one line of the table in `__init__.py`. Both directions are written
-down: `read` and `Layout.ours` for loading, `write` and `Layout.theirs` for a checkpoint of transformers' own class.
+Each family is one `Family` in a file of its own and one line of the table in `__init__.py`. Both directions are
+defined: `read` and `Layout.ours` load a checkpoint, `write` and `Layout.theirs` write one for transformers' own class.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A projection of theirs that is several of ours, by name without the dots around it.
+    """A projection of the family that corresponds to several of ours, such as one matrix for queries, keys and values.
 
-    split, join: its tensor (weight or bias) into those of the parts and back, for a model of this configuration.
+    parts: the names of ours, without the dots around them. split, join: divide its tensor (weight or bias) into those
+    of the parts, and the reverse, for a model of this configuration.
     """
 
     parts: tuple[str, ...]
@@ -45,15 +46,18 @@ class Fused:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """names: parts of their names and ours for them. fused: their projections that are taken apart here. transposed:
-    their projections whose weights are [in, out]."""
+    """The correspondence of a family's tensors to ours.
+
+    names: parts of the family's tensor names, and ours for them. fused: the family's projections that are split here.
+    transposed: the family's projections whose weights are [in, out].
+    """
 
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, Fused] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
 
     def ours(self, theirs: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
-        """Their state dict under our names."""
+        """Translate a state dict of the family to our names and shapes."""
         found: Tensors = {}
         for name, tensor in theirs.items():
             value = tensor.t() if self._is_transposed(name) else tensor
@@ -67,7 +71,7 @@ class Layout:
         return found
 
     def theirs(self, ours: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
-        """Our state dict under their names."""
+        """Translate a state dict of ours to the family's names and shapes."""
         back = {new: old for old, new in self.names.items()}
         found: Tensors = {}
         pieces: dict[tuple[str, str], Tensors] = {}
@@ -99,9 +103,12 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """read: our configuration from theirs. write: theirs from ours, with the activation under their name; what
-    `shared` and `shared_back` say is filled in. only: settings that change what is computed, and the one value that is
-    computed here."""
+    """A family of pretrained decoders.
+
+    read: returns our options for a configuration of the family. write: returns the family's options for ours, given the
+    family's name of the activation; those of `shared_back` are added to them. only: settings that change the result,
+    each with the values that are supported, the default first.
+    """
 
     read: Callable[[PreTrainedConfig], Options]
     write: Callable[[SkipstoneConfig, str], Options]
@@ -110,7 +117,7 @@ class Family:
 
 
 def context_of(theirs: PreTrainedConfig) -> int:
-    """Tokens that the model reads. YaRN stretches the context that it names, and configs often name the one before."""
+    """Return the context length in tokens; with YaRN, the stretched one even if the file names the original one."""
     named: int = theirs.max_position_embeddings
     rope = getattr(theirs, "rope_parameters", None) or {}
     if rope.get("rope_type") != "yarn" or "original_max_position_embeddings" not in rope:
@@ -119,7 +126,7 @@ def context_of(theirs: PreTrainedConfig) -> int:
 
 
 def padding_of(theirs: PreTrainedConfig) -> int | None:
-    """The padding id, or None where the file says -1 for that."""
+    """Return the padding id, or None where the file has a negative one, which means none."""
     return None if theirs.pad_token_id is None or theirs.pad_token_id < 0 else theirs.pad_token_id
 
 
@@ -139,18 +146,18 @@ SHARED = (
 
 
 def shared(theirs: PreTrainedConfig) -> Options:
-    """What every family calls the same."""
+    """Return our options for the settings that have the same name in all families."""
     names = {name: getattr(theirs, name) for name in SHARED}
     return {**names, "max_position_embeddings": context_of(theirs), "pad_token_id": padding_of(theirs)}
 
 
 def shared_back(config: SkipstoneConfig) -> Options:
-    """The same for the way back."""
+    """Return the family's options for the settings that have the same name in all families."""
     return {name: getattr(config, name) for name in SHARED}
 
 
 def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act") -> Options:
-    """What all families after Llama have: RMSNorm, RoPE, grouped heads, a gated MLP; without biases."""
+    """Return our options for a family like Llama: RMSNorm, RoPE, grouped heads, a gated MLP, no biases."""
     return {
         **shared(theirs),
         "intermediate_size": theirs.intermediate_size,
@@ -164,7 +171,7 @@ def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act") -> Opti
 
 
 def llama_like_back(config: SkipstoneConfig, activation: str) -> Options:
-    """The same for the way back, biases under Llama's names."""
+    """Return a family's options for a model like Llama, with biases under Llama's names."""
     return {
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
@@ -179,6 +186,7 @@ def llama_like_back(config: SkipstoneConfig, activation: str) -> Options:
 
 
 def rope_back(config: SkipstoneConfig) -> Options:
+    """Return transformers' `rope_parameters` for our configuration."""
     return dict(config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
 
 
@@ -186,7 +194,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def windows(theirs: PreTrainedConfig) -> Options:
-    """A sliding window, in all blocks or in those that `layer_types` names.
+    """Return our options for a sliding window, in all blocks or in those that `layer_types` names.
 
     Raises ValueError for types of attention that are neither full nor sliding.
     """
@@ -200,6 +208,6 @@ def windows(theirs: PreTrainedConfig) -> Options:
 
 
 def layer_types(config: SkipstoneConfig) -> list[str]:
-    """What `layer_types` says of the same model."""
+    """Return transformers' `layer_types`: for each block whether its attention is full or has a sliding window."""
     windowed = config.windowed_layers()
     return [SLIDING if i in windowed else FULL for i in range(config.num_hidden_layers)]

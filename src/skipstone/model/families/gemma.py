@@ -1,6 +1,7 @@
-"""Gemma 2 and the text model of Gemma 3: norms around each sub-layer, (1 + w) in norms, scaled embeddings, soft caps.
+"""Gemma 2 and the text model of Gemma 3.
 
-Blocks with a window stand between blocks without; in Gemma 3 the two have RoPE of their own.
+Norms stand before and after each sub-layer and scale by 1 + w; embeddings are scaled, scores and logits have soft caps.
+Blocks with and without a window alternate; in Gemma 3 each kind has RoPE parameters of its own.
 """
 
 from __future__ import annotations

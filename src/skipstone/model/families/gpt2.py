@@ -1,4 +1,7 @@
-"""GPT-2: LayerNorm, learned positions, a plain MLP, biases; weights [in, out], queries, keys and values in one."""
+"""GPT-2: LayerNorm, learned positions, a plain MLP and biases.
+
+Weights are [in, out]; queries, keys and values are one projection.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""GPT-NeoX and Pythia: attention and MLP read the same stream, part of each head turns, LayerNorm, biases.
+"""GPT-NeoX and Pythia: attention and MLP in parallel, rotary positions on a part of each head, LayerNorm, biases.
 
-Queries, keys and values are one projection, in which those of each head stand together.
+Queries, keys and values are one projection, in which those of each head are adjacent.
 """
 
 from __future__ import annotations

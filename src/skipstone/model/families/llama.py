@@ -1,4 +1,4 @@
-"""Llama, and what differs from it in single options: Mistral, Qwen2, Qwen3, SmolLM3, Granite."""
+"""Llama, and families that differ from it in single options: Mistral, Qwen2, Qwen3, SmolLM3, Granite."""
 
 from __future__ import annotations
 

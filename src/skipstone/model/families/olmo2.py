@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind the sub-layers instead of before them, and a norm over all heads of queries and keys."""
+"""OLMo 2: norms after the sub-layers instead of before them, and one norm over all heads of queries and of keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Llama with fused projections, partial rotary heads, a window, and RoPE stretched by longrope."""
+"""Phi-3 and Phi-4: Llama with fused projections, partial rotary embedding, a sliding window, and longrope."""
 
 from __future__ import annotations
 
