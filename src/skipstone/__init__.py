@@ -63,7 +63,7 @@ def __getattr__(name: str) -> object:
 
 
 def _is_command() -> bool:
-    """Whether this process is the `skipstone` command, started as a script or by `python -m skipstone`."""
+    """Return whether this process is the `skipstone` command, started as a script or by `python -m skipstone`."""
     if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:  # what runpy leaves there while it looks for the module
         return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["skipstone"]
     return getattr(sys.modules.get("skipstone_cli"), "running", False)

@@ -35,13 +35,14 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What is minimised, each term a mean over predicted tokens; auxiliary losses of mechanisms come on top.
+    """The terms of the training loss, each a mean over predicted tokens; mechanisms' auxiliary losses are added.
 
-    language_modelling: coefficient of the cross-entropy. distillation: of KL(teacher || student) of the logits at
-    `temperature` T, times T^2 (Hinton et al. 2015, arXiv 1503.02531). hidden_states: of the squared error of each
-    block's output, divided by the teacher's own mean square there. budget: of the squared distance between the share
-    of tokens that soft gates let pass and the share that the budget allows.
-    teacher: a dense checkpoint with the same vocabulary; None: the source as it was.
+    language_modelling: coefficient of the cross-entropy. distillation: of KL(teacher
+
+    student) of the logits at `temperature` T, times T^2 (Hinton et al. 2015, arXiv 1503.02531). hidden_states: of the
+    squared error of each block's output, divided by the teacher's own mean square there. budget: of the squared
+    distance between the share of tokens that soft gates let pass and the share that the budget allows. teacher: a dense
+    checkpoint with the same vocabulary; None: the source before adaptation.
     """
 
     language_modelling: float = 1.0
@@ -85,17 +86,15 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """How to adapt.
+    """The settings of an adaptation: budget, stages, losses, and the start of routers and skip paths.
 
-    train_only, router_learning_rate (None: the learning rate): for stages that do not say. stages: one after the other;
-    none: a single one of train.steps. loss, lora: see there.
-    budget: forward FLOPs a token to execute, as a share of the dense source's, at rows of data.context tokens; None:
-    whatever the mechanisms' options give. start: random, or measured: linear routers of Mixture-of-Depths start as a
-    least-squares guess of how much their site changes a token, low-rank skip paths as one of its update, both measured
-    on the source.
-    calibration_rows: so many training rows (all, if there are fewer) on which blocks are scored and routers started;
-    thresholds are set on the first 32 of them.
-    tolerance: of the neutral start, as a share of the source's largest logit.
+    train_only, router_learning_rate (None: the learning rate): defaults for stages that set neither. stages: one after
+    the other; none: a single one of train.steps. loss, lora: see there. budget: forward FLOPs per token to execute, as
+    a share of the dense source's, at rows of data.context tokens; None: what the mechanisms' options give. start:
+    random, or measured: linear routers of Mixture-of-Depths start as a least-squares estimate of how much their site
+    changes a token, low-rank skip paths as one of its update, both measured on the source. calibration_rows: number of
+    training rows (all, if there are fewer) on which blocks are scored and routers started; thresholds are set on the
+    first 32 of them. tolerance: of the neutral start, as a share of the source's largest logit.
     """
 
     train_only: Trained = "all"

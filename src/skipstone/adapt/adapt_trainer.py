@@ -23,7 +23,7 @@ from skipstone.train.trainer import RunTrainer
 
 
 class Unfreeze(TrainerCallback):
-    """Gives gradients, at the first step of a stage, to what it trains and to nothing else."""
+    """A callback that gives gradients, at the first step of a stage, only to the parameters that it trains."""
 
     def __init__(self, stages: list[Stage]) -> None:
         self.stages = stages
@@ -79,7 +79,7 @@ class AdaptTrainer(RunTrainer):
         return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """All terms of `Loss`. What comes on top of the token loss is logged as auxiliary, so the sum stays true."""
+        """Return the weighted sum of the terms of `Loss`; all but the token loss are logged as auxiliary."""
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it
         asked_BT = targets(inputs) != IGNORED
@@ -106,7 +106,10 @@ class AdaptTrainer(RunTrainer):
         return total * torch.nan_to_num(scale, nan=1.0)
 
     def _ask(self, teacher: SkipstoneForCausalLM, inputs: PlainDict) -> PlainDict:
-        """What the teacher says of a micro-batch, kept for `objective`; what the student's pass needs of it."""
+        """Run the teacher on a micro-batch and keep its output for `objective`.
+
+        Returns the arguments that the student's pass needs for it.
+        """
         wanted = self.adapt.loss
         given: PlainDict = inputs_of(inputs)
         given |= {"use_cache": False, "output_hidden_states": wanted.hidden_states > 0}
@@ -126,7 +129,7 @@ class AdaptTrainer(RunTrainer):
         return {"distillation": distillation}
 
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
-        """(share of tokens whose gain passes the threshold - what the budget allows)^2, by the mean gain's gradient."""
+        """Return (share of tokens with a gain above the threshold - allowed share)^2, with the mean gain's gradient."""
         passed, means = [], []
         for mechanism in soft_gates(self._plain):
             record = expect(records[mechanism.placement.layer][mechanism.placement.name], DepthRecord)
@@ -145,4 +148,5 @@ class AdaptTrainer(RunTrainer):
 
 
 def on_device(row: Row, device: torch.device) -> Row:
+    """Return the row with all tensors on `device`."""
     return {name: value.to(device) for name, value in row.items()}

@@ -57,7 +57,7 @@ def adapt(
 
 
 def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> Plan:
-    """Everything up to the first step; a new run's folder is written."""
+    """Prepare everything up to the first step, and write the folder of a new run."""
     plan = prepare_plan(source, recipe, run)
     resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}
     arguments = setup.arguments(recipe.train, folder)
@@ -132,7 +132,7 @@ def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
 
 
 def _reached(plan: Plan, model: SkipstoneForCausalLM) -> float:
-    """Counted on validation rows, one at a time, as a share of the dense source's at the same length."""
+    """Return the FLOPs counted on validation rows, one at a time, as a share of the dense source's at that length."""
     data, context = plan.data, plan.recipe.data.context
     count = min(COUNTED_ROWS, len(data.validation))
     rows = [on_device(data.collate([data.validation[i]]), model.device) for i in range(count)]

@@ -24,8 +24,12 @@ def logit_divergence(student_BTV: Tensor, teacher_BTV: Tensor, asked_BT: Tensor,
 
 
 def stream_error(student: Sequence[Tensor], teacher: Sequence[Tensor], asked_BT: Tensor) -> Tensor:
-    """Squared error of each stream [B, T, D] as a share of the teacher's mean square, mean over streams, summed over
-    the asked tokens, fp32."""
+    """Return the squared error of the student's streams as a share of the teacher's mean square, summed over tokens,
+    fp32.
+
+    The error of a stream [B, T, D] is a mean over D; the result is the mean over streams. asked_BT: bool, the tokens
+    that count.
+    """
     total = torch.zeros((), device=asked_BT.device)
     for ours_BTD, theirs_BTD in zip(student, teacher, strict=True):
         error_BT = (ours_BTD.float() - theirs_BTD.float()).square().mean(-1)

@@ -59,7 +59,7 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """Say what is lost by leaving each kind of depth mechanism out, and neuron groups that are chosen by magnitude."""
+    """Return a sentence for each kind of mechanism that the export leaves out and that changes the model."""
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.model.layers):
         for name in block.mechanisms:  # type: ignore[union-attr]
@@ -91,9 +91,10 @@ def dense_activation(model: SkipstoneForCausalLM) -> str:
 
 @torch.no_grad()
 def _pure(activation: PolyGLU) -> set[str]:
-    """Names of the functions that single neurons use, "" among them if some neuron mixes.
+    """Return the names of the functions that single neurons use, with "" if some neuron mixes several.
 
-    The context's part is bounded by its weights only where these are 0; otherwise any mix may occur.
+    The part of the logits that depends on the context is bounded only where its weights are 0; otherwise any mix may
+    occur.
     """
     if activation.mix_weight.abs().max() > 0:
         return {""}

@@ -23,8 +23,11 @@ SCORE_KEYS = ("score", "count", "among")
 
 @torch.no_grad()
 def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[list[dict[str, tuple[Tensor, Tensor]]]]:
-    """For each batch and each block of a dense model, the stream [N, D] of the real tokens before and after the whole
-    block, its attention and its MLP."""
+    """Yield for each batch the residual stream before and after every block of a dense model, its attention and its
+    MLP.
+
+    Each batch gives a list over blocks of pairs [N, D], keyed by site; padding is left out.
+    """
     seen: list[Tensor] = []
     blocks = model.model.layers
     hooks = [block.register_forward_hook(lambda _, args, out: seen.extend((args[0], out[0]))) for block in blocks]
@@ -64,6 +67,7 @@ def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[fl
 
 
 def wants_score(layers: object) -> bool:
+    """Return whether `layers` has to be chosen by score."""
     return isinstance(layers, Mapping)
 
 

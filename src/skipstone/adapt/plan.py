@@ -30,9 +30,11 @@ NEUTRAL_ROWS = 4
 
 @dataclass(kw_only=True)
 class Plan:
-    """What is about to be trained. teacher: frozen; None where nothing is learned from one. rows: to calibrate on.
-    dense: the source's forward FLOPs of a token. passing: see `AdaptTrainer`. record: what
-    the run folder keeps of it."""
+    """A prepared adaptation: models, data and what the run folder records about them.
+
+    teacher: frozen; None without a distillation term. rows: for calibration. dense: the source's forward FLOPs per
+    token. passing: see `AdaptTrainer`. record: what is stored in the run folder.
+    """
 
     recipe: AdaptRecipe
     teacher: SkipstoneForCausalLM | None
@@ -114,7 +116,10 @@ def _teacher(
 
 
 def _data(recipe: AdaptRecipe, source: str, model: SkipstoneForCausalLM, run: Run | None) -> PreparedData:
-    """Rows in the source's own tokens."""
+    """Return the rows of the recipe's data, tokenised by the source's own tokenizer.
+
+    Raises ValueError for data that cannot be.
+    """
     corpus, named = recipe.data.corpus, recipe.data.tokenizer
     kind = find_entry(corpus)[0].kind
     if kind not in ("text", "shards"):
@@ -150,7 +155,7 @@ def _mechanisms(recipe: AdaptRecipe) -> list[PlainDict]:
 def _dropped(
     recipe: AdaptRecipe, source: SkipstoneForCausalLM, scores: Sequence[float] | None
 ) -> tuple[SkipstoneForCausalLM, list[int]]:
-    """The source without the blocks that the recipe leaves out, and which these are."""
+    """Return the source without the blocks that the recipe drops, and their indices."""
     wanted = recipe.model.get("drop_layers")
     if wanted is None:
         return source, []
@@ -168,7 +173,7 @@ def _layers(wanted: Any, scores: Sequence[float] | None, count: int, where: str)
 def _config(
     recipe: AdaptRecipe, base: SkipstoneForCausalLM, scores: Sequence[float] | None, flops: float
 ) -> tuple[SkipstoneConfig, float | None, float | None]:
-    """The student's configuration, and what keeps the budget: a capacity, or the share that gates let pass."""
+    """Return the student's configuration, and what holds the budget: a capacity, or the share that gates let pass."""
     entries = student.with_defaults(_mechanisms(recipe))
     for i, entry in enumerate(entries):
         if influence.wants_score(entry.get("layers")):

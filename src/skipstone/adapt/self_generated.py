@@ -98,7 +98,7 @@ def _begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) -
 def _batches(
     model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase, begun_BT: Tensor, length: int, seed: int
 ) -> Iterator[list[tuple[str, int]]]:
-    """Texts that are not empty, and their numbers of tokens; without end."""
+    """Yield, without end, batches of generated texts with their numbers of tokens; empty texts are left out."""
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *ends_of(model)} - {None}
     seeds = Random(seed)  # not seed + 1, + 2: the next seed would write the same texts
     while True:
@@ -110,5 +110,5 @@ def _batches(
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:
-    """What stands before the first of these ids."""
+    """Return the ids before the first of `ends`."""
     return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

@@ -68,7 +68,7 @@ def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: f
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices do, biases and norms do not; nor do adapters, which start at 0 and are small by construction."""
+    """Return whether weight decay applies: to matrices, but not to biases, norms and adapters, which start at 0."""
     return parameter.dim() > 1 and not name.endswith("bias") and ".lora_" not in name
 
 
@@ -98,6 +98,7 @@ def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], processes: int) 
 
 
 def needs_adapters(stages: Sequence[Stage]) -> bool:
+    """Return whether a stage trains LoRA adapters."""
     return any(stage.train_only == LORA for stage in stages)
 
 

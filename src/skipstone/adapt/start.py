@@ -88,7 +88,7 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
 
 
 def _site(mechanism: DepthMechanism) -> str:
-    """What it sits on, as `site_streams` calls it."""
+    """Return the mechanism's site under its name in `site_streams`."""
     return mechanism.placement.name.rpartition("_on_")[2] if "_on_" in mechanism.placement.name else "block"
 
 
@@ -116,7 +116,7 @@ def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
 
 
 def _least_squares(x_ND: Tensor, y_NK: Tensor) -> Tensor:
-    """fp64 [D, K], with a ridge against features that hardly vary."""
+    """Return the ridge solution [D, K], fp64; the ridge keeps features that hardly vary from large weights."""
     x_ND, y_NK = x_ND.double(), y_NK.double()
     square_DD = x_ND.T @ x_ND
     square_DD.diagonal().add_(RIDGE * square_DD.diagonal().mean())

@@ -147,7 +147,7 @@ class BudgetTable:
 
 
 def _of_today(values: object) -> Any:
-    """Values of a legacy file under the names of today."""
+    """Return the values of a legacy file under the present names."""
     if isinstance(values, Mapping):
         return {LEGACY_KEYS.get(key, key): _of_today(value) for key, value in values.items()}
     return [_of_today(value) for value in values] if isinstance(values, list) else values

@@ -112,7 +112,7 @@ class _Path:
 def _between(
     path: _Path, low: float, one: OperatingPoint, high: float, other: OperatingPoint, depth: int = 0
 ) -> list[tuple[float, OperatingPoint]]:
-    """Points between two, so close that their thresholds can be interpolated linearly."""
+    """Return operating points between two, so close that their thresholds can be interpolated linearly."""
     if other.share <= one.share * STEP or depth == HALVINGS:
         return []
     place = (low + high) / 2

@@ -21,9 +21,9 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 
 class ThresholdHandle:
-    """One threshold, of one block or, where the options hold it, of all blocks of an entry.
+    """A threshold that can be set: of one block or, where the options hold it, of all blocks of a mechanism.
 
-    name: blocks and mechanism. index: the entry of `config.mechanisms` that a saved model keeps the option in.
+    name: blocks and mechanism. index: the entry of `config.mechanisms` in which a saved model keeps the option.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, index: int, mechanisms: Sequence[DepthModule]) -> None:
@@ -44,6 +44,7 @@ class ThresholdHandle:
         return self._thresholds[0].get()
 
     def set(self, threshold: float) -> None:
+        """Set the threshold in all its blocks, and in the configuration if the options hold it."""
         self._thresholds[0].set(threshold)
         if self._option is not None:  # of which all blocks read one object
             self._model.change_mechanism(self._index, **{self._option: self._thresholds[0].state()[0]})
@@ -54,6 +55,7 @@ class ThresholdHandle:
         return state if self._option is None else [*state, self._written]
 
     def restore(self, state: State) -> None:
+        """Restore what `state` returned."""
         if self._option is None:
             self._thresholds[0].restore(state)
         else:

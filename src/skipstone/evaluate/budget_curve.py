@@ -69,6 +69,7 @@ def _measured(
 
 
 def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
+    """Tabulate share of FLOPs, FLOPs per token and loss at each budget."""
     return Section(
         title="loss by budget, executed",
         columns=["budget", "share of dense FLOPs", "off by", "FLOPs a token", "counted in batches", "loss (nats)"],
@@ -103,6 +104,7 @@ class Calibrated:
     budget_table: BudgetTable
 
     def to_dict(self) -> PlainDict:
+        """Return path, range and operating points as plain values for JSON."""
         return plain(
             {
                 "path": str(self.path),
@@ -112,9 +114,11 @@ class Calibrated:
         )
 
     def markdown(self) -> str:
+        """Return the table in Markdown."""
         return markdown([self._section()])
 
     def table(self) -> Table:
+        """Return the table for a terminal."""
         return rich_table([self._section()])
 
     def _section(self) -> Section:
@@ -153,7 +157,7 @@ def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
 
 
 def _spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
-    """Batches of whole rows, from all over the split."""
+    """Yield batches of whole rows, spread evenly over the split."""
     assert loaded.data is not None
     config = replace(loaded.data.config, validation_rows=None)
     data = prepare(config, tokenizer=loaded.run.load_tokenizer(), train=False, split=split)
@@ -164,6 +168,6 @@ def _spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
 
 
 def _shown(points: Sequence[OperatingPoint], most: int = 12) -> list[OperatingPoint]:
-    """From the first to the last, evenly."""
+    """Return at most `most` of the points, evenly spaced, with the first and the last."""
     count = min(most, len(points))
     return [points[round(i * (len(points) - 1) / max(count - 1, 1))] for i in range(count)]

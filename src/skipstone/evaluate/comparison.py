@@ -65,10 +65,11 @@ class Comparison:
         )
 
     def markdown(self) -> str:
+        """Return the tables in Markdown, runs as columns."""
         return markdown(self._sections(len(self.runs)))
 
     def table(self) -> Table:
-        """Runs as columns, a few at a time."""
+        """Return the tables for a terminal, a few runs at a time as columns."""
         return rich_table(self._sections(COLUMNS))
 
     def _sections(self, width: int) -> list[Section]:
@@ -127,7 +128,7 @@ def _measured(loaded: Sequence[LoadedRun], rounds: int) -> list[RunMetrics]:
 
 
 def _names(loaded: Sequence[LoadedRun]) -> list[str]:
-    """Folder names; with the parent's before them where two are the same."""
+    """Return the runs' folder names, with the parent's name where two are the same."""
     count = Counter(o.run.name for o in loaded)
     return [o.run.name if count[o.run.name] == 1 else "/".join(o.run.folder.resolve().parts[-2:]) for o in loaded]
 

@@ -46,9 +46,11 @@ class TaskEvaluation:
         return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
 
     def markdown(self) -> str:
+        """Return the scores as a Markdown table."""
         return markdown([self._section()])
 
     def table(self) -> Table:
+        """Return the scores as a table for a terminal."""
         return rich_table([self._section()])
 
     def _section(self) -> Section:
@@ -93,7 +95,11 @@ def evaluate_tasks(
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """Knows every task that was asked for. Reading the harness's own takes many seconds, so they come last."""
+    """Return a task manager of lm_eval that knows all the tasks.
+
+    lm_eval's own tasks, which take many seconds to read, are read only if needed. Raises ValueError for an unknown
+    task.
+    """
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
@@ -111,7 +117,7 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
 
 def _scores(found: PlainMapping) -> Iterator[Score]:
-    """The harness names a figure `metric,filter` and its error `metric_stderr,filter`."""
+    """Yield the scores in a result of lm_eval, whose keys are `metric,filter` and `metric_stderr,filter`."""
     for task, figures in found["results"].items():
         for key, value in figures.items():
             metric, _, kind = key.partition(",")

@@ -44,6 +44,7 @@ class RunMetrics:
     accuracy: Mapping[str, float] | None
 
     def to_dict(self) -> PlainDict:
+        """Return the metrics as plain values for JSON."""
         rates = {
             name: {
                 "tokens_per_second": rate.tokens_per_second,
@@ -128,7 +129,7 @@ def _sample(loaded: LoadedRun, ids_BT: Tensor) -> list[dict[str, Tensor]]:
 
 
 def _accuracy(loaded: LoadedRun) -> Mapping[str, float] | None:
-    """On all evaluation rows, where the data know the difficulty."""
+    """Return the accuracy by difficulty on all evaluation rows; None for data without a known difficulty."""
     if loaded.data is None or not loaded.data.config.tells_difficulty:
         return None
     rows = batches(loaded.data, ROWS * 4, loaded.model.device)
@@ -200,8 +201,9 @@ CELLS: dict[str, Cell] = {
 
 
 def main_section(runs: Sequence[RunMetrics]) -> Section:
-    """Tabulate metrics as rows and runs as columns. A row that says nothing of any run is left out, or said once
-    below.
+    """Tabulate metrics as rows and runs as columns.
+
+    A row without a value for any run is left out; one that is not measurable for any run is a note.
     """
     rows, notes = [], []
     for name, cell in CELLS.items():
@@ -226,7 +228,10 @@ def _notes(runs: Sequence[RunMetrics]) -> Iterator[str]:
 
 
 def capacity_section(runs: Sequence[RunMetrics]) -> Section | None:
-    """Tabulate the kept share of the tokens that reached each mechanism, by layer; None without any depth mechanism."""
+    """Tabulate for each mechanism, by layer, the kept share of the tokens that reached it.
+
+    None without depth mechanisms.
+    """
     names = {
         (i, name): None
         for run in runs

@@ -105,9 +105,7 @@ def plain(value: Any) -> Any:
 
 
 def layer_sections(layers: Sequence[Mapping[str, PlainMapping]], pass_name: str) -> list[Section]:
-    """Tabulate what mechanisms did in each layer (`Summaries.layers`), one section for each table that a reader
-    declares.
-    """
+    """Tabulate the figures of mechanisms in each layer (`Summaries.layers`), one section for each table of a reader."""
     from skipstone.measure.summaries import READERS
 
     entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]

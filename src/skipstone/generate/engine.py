@@ -174,7 +174,10 @@ class Decoder:
 
 
 def setting_of(model: SkipstoneForCausalLM, budget: float | None, budget_table: BudgetTable | None) -> Setting:
-    """What the model is set to while it decodes. Raises ValueError or FileNotFoundError for what cannot be."""
+    """Return a context manager's constructor that sets the model to a budget while it decodes.
+
+    Without a budget it changes nothing. Raises ValueError or FileNotFoundError for a budget that cannot be set.
+    """
     if budget is None:
         if budget_table is not None:
             raise ValueError("a budget table has no effect without a budget")
@@ -216,7 +219,7 @@ class Sampler:
 def _checked(
     model: SkipstoneForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> Tensor | None:
-    """The mask, or None where nothing is padding."""
+    """Return the attention mask, or None if nothing is padding, after checking the arguments."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
@@ -250,7 +253,7 @@ def _check_causal(model: SkipstoneForCausalLM) -> None:
 
 
 def ends_of(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
-    """The ids that end a text: `eos_token_id`, or those of the model's generation_config; there may be several."""
+    """Return the ids that end a text: `eos_token_id`, or those of the model's generation_config."""
     ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     if ends is None:
         return []

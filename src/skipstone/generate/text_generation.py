@@ -26,7 +26,10 @@ TEMPERATURE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Whole characters, and the mean compute share (0 to 1, see `compute`) of the tokens that they came from."""
+    """A piece of generated text: whole characters, and the mean compute share of the tokens that they came from.
+
+    compute: from 0 to 1 (see `compute`).
+    """
 
     text: str
     compute: float

@@ -40,26 +40,26 @@ def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> T
 
 
 def _matrices(block: Block) -> dict[str, int]:
-    """Weights that a given token and that an asking token are multiplied with in attention."""
+    """Return the numbers of attention weights that multiply each key/value token and each query token."""
     a = block.self_attn
     given = a.k_proj.weight.numel() + a.v_proj.weight.numel()
     return {"given": given, "asked": a.q_proj.weight.numel() + a.o_proj.weight.numel()}
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """Matrix work of attention, and whether the MLP is asked, [B, T]; from each way in which mechanisms can decide."""
+    """Return the attention's matrix work and whether the MLP runs, both [B, T], by the mechanisms' decisions."""
     names = [name for site in block.sites.values() for name in site]
     if not names:
         return torch.full((1, 1), float(attention["given"] + attention["asked"])), torch.ones(1, 1)
     kept = {name: record.kept_BT.cpu() for name, record in of_kind(decided, DepthRecord).items()}
-    # Inside a block that keeps nobody, no record is made: those inside kept nobody either.
+    # Inside a block that keeps no token, no record is made: the mechanisms inside kept none either.
     code_BT = torch.stack([kept[name].long() << bit for bit, name in enumerate(names) if name in kept]).sum(0)
     attended, asked = torch.tensor([_work(block, way, attention) for way in _ways(names)]).unbind(1)
     return attended[code_BT], asked[code_BT]
 
 
 def _ways(names: Sequence[str]) -> Iterator[dict[str, float]]:
-    """All combinations of kept (1) and skipped (0), the first name the lowest bit."""
+    """Yield all combinations of kept (1) and skipped (0); the first name is the lowest bit."""
     for code in range(2 ** len(names)):
         yield {name: float(code >> bit & 1) for bit, name in enumerate(names)}
 

@@ -143,7 +143,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object) -> int:
-    """Two products for each pair of query and key; query heads in grouped attention."""
+    """Return the FLOPs of attention: two products for each pair of query and key in every query head."""
     *rows_and_heads, queries, width = query.shape
     pairs = queries * key.shape[-2]
     for size in rows_and_heads:
@@ -160,7 +160,10 @@ def _attention_backward(
 def _grouped(
     a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *args: object, **kwargs: object
 ) -> int:
-    """Products of groups: rows of a (2 axes by 3), columns of b (3 by 2) or the summed axis (2 by 2) end at `offs`."""
+    """Return the FLOPs of a grouped product, in which groups end at `offs`.
+
+    Groups are rows of a (2 axes by 3), columns of b (3 by 2) or parts of the summed axis (2 by 2).
+    """
     inside = int(offs[-1]) if offs is not None and len(offs) else 0
     if a.dim() == b.dim() == 2:
         return 2 * a.shape[0] * inside * b.shape[1]
@@ -168,7 +171,7 @@ def _grouped(
 
 
 def _magnitude(*args: Any, **kwargs: object) -> int:
-    """Rows of two matrices: those that are tried, those that are kept."""
+    """Return the FLOPs of magnitude groups: rows of one matrix for the groups tried, of another for those kept."""
     up_FD, tried, kept, size = args[3], *args[5:8]
     return 2 * (tried + kept) * size * up_FD.shape[1]  # type: ignore[no-any-return]
 
@@ -245,7 +248,7 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
 
 
 def _predicted(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """FLOPs of the batch by the cost model, for the decisions that the pass takes."""
+    """Return the FLOPs of the batch by the cost model, for the decisions of the pass."""
     rows, length = batch["input_ids"].shape
     records = forward.run(model, batch, output_records=True).records or ()
     widest, mean = (

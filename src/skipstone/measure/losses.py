@@ -101,12 +101,13 @@ def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 
 class Accuracy:
-    """Collects predictions of operations by difficulty; fillers, which a model copies, are in no bin."""
+    """Collects predictions of operations by difficulty; fillers, which a model only has to copy, are not counted."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, logits_BTV: Tensor, target_BT: Tensor, difficulty_BT: Tensor) -> None:
+        """Add the predictions of one batch; difficulty_BT is negative for fillers."""
         operation_BT = difficulty_BT >= 0
         columns = logits_BTV.argmax(-1), target_BT, difficulty_BT
         guess, target, difficulty = (x[operation_BT].cpu() for x in columns)

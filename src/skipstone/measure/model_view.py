@@ -59,7 +59,7 @@ def set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
 
 
 def _categories(ids_BT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
-    """int64 [B, T]; None for tokens that stand for no text."""
+    """Return the category of each token's text, int64 [B, T]; None without a tokenizer."""
     if tokenizer is None:
         return None
     known, at_BT = ids_BT.unique(return_inverse=True)

@@ -40,7 +40,10 @@ class Overhead:
 
 
 def overhead(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, Tensor], steps: int = 2) -> Overhead:
-    """Profile `steps` training steps (forward with noise, backward, no optimizer) after one to warm up."""
+    """Profile `steps` training steps (forward with noise, backward, no optimizer), after one to warm up.
+
+    Returns the shares of time in routing and in activation mechanisms.
+    """
     arguments = {**forward.arguments(model, batch), "noise": True, "labels": batch["input_ids"]}
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines of its own to the terminal
     training, on_device = model.training, model.device.type == "cuda"
@@ -66,7 +69,7 @@ Arguments: TypeAlias = tuple[Any, ...]  # of a module's forward pass
 
 @contextmanager
 def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
-    """Profiler ranges around mechanisms, and around the updates inside them."""
+    """Mark mechanisms, and the updates inside them, as profiler ranges inside a `with` block."""
     blocks = model.model.layers
     hooks = []
     for block in blocks:
@@ -112,7 +115,10 @@ def _enter_activation(ranges: list[record_function], args: Arguments) -> None:
 
 
 def _shares(events: Sequence[FunctionEvent], on_device: bool) -> Overhead:
-    """Self times of forward operations by their nearest range, and of backward ones by their forward one."""
+    """Return the shares of time.
+
+    Forward operations count by their nearest range, backward ones by their forward one.
+    """
     events = sorted(events, key=lambda event: event.time_range.start)
     kinds = {event.id: _kind(event) for event in events}
     # Several operations carry one number when not all of them need a gradient: the last of them made the node.
@@ -132,14 +138,14 @@ def _up(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
 
 
 def _kind(event: FunctionEvent) -> str:
-    """ROUTING, ACTIVATION, or UPDATE for all the rest of a step."""
+    """Return ROUTING, ACTIVATION, or UPDATE for all the rest of a step."""
     names = [above.name for above in _up(event)]
     nearest = next((name for name in names if name in (ROUTING, UPDATE, ACTIVATION)), None)
     return ROUTING if nearest == UPDATE and GATHERING.intersection(names) else nearest or UPDATE
 
 
 def _node(event: FunctionEvent) -> FunctionEvent | None:
-    """The backward node that an event runs in."""
+    """Return the backward node in which an event runs."""
     return next((above for above in _up(event) if above.name.startswith("autograd::engine::evaluate_function")), None)
 
 

@@ -33,6 +33,7 @@ class RecordMeter:
 
     @torch.no_grad()
     def add(self, mechanisms: Iterable[RoutingModule], records: tuple[Records, ...]) -> None:
+        """Add the figures of one pass."""
         for mechanism in mechanisms:
             placement = mechanism.placement
             record = records[placement.layer].get(placement.name)

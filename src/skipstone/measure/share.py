@@ -34,9 +34,9 @@ class ScoreReader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What causal passes decided, and the FLOPs that they need.
+    """The decisions of causal passes, and the FLOPs that they need.
 
-    needed, dense: FLOPs a token by the cost model, of what was decided and without mechanisms. scores: of the tokens
+    needed, dense: FLOPs per token by the cost model, with these decisions and without mechanisms. scores: of the tokens
     that reached each handle's blocks, [N] each; kept: the share of them above its threshold.
     """
 
@@ -76,7 +76,7 @@ def observe(
 
 
 def _spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
-    """FLOPs needed and dense, each row by itself: attention's grow with the square of what a row keeps."""
+    """Return the FLOPs needed and dense, row by row, because attention grows with the square of what a row keeps."""
     rows, tokens = ids_BT.shape
     needed = 0.0
     for row in range(rows):

@@ -185,7 +185,10 @@ def find_meter(device: torch.device, powercap: Path = POWERCAP) -> EnergyMeter |
 
 
 def _rapl(powercap: Path) -> EnergyMeter | None:
-    """CPU packages only: the domains inside a package (intel-rapl:0:1) would count twice."""
+    """Return a meter of the CPU packages, None if unreadable.
+
+    Domains inside a package (intel-rapl:0:1) would count twice.
+    """
     packages = [folder for folder in sorted(powercap.glob("*-rapl:*")) if folder.name.count(":") == 1]
     try:
         counters = [_Wrapping(folder) for folder in packages]

@@ -44,9 +44,9 @@ class FigureColumn:
 
 @dataclass(frozen=True)
 class FigureTable:
-    """How one kind of figures is tabulated, a row for each layer and mechanism.
+    """The layout of a table of one kind of figures, with a row for each layer and mechanism.
 
-    key: the figure by which this kind is known. first: head of the first column.
+    key: the figure by which this kind is recognised. first: head of the first column.
     """
 
     key: str
@@ -109,9 +109,10 @@ class Summaries:
 
 
 class PrecisionRecall:
-    """How well a decision keeps the tokens that it should: counts with `add`; `result()` is the figures so far.
+    """Precision and recall of the tokens that a decision keeps, against those that it should keep.
 
-    A decision that always skips is right about 87.5 % of the tokens at capacity 0.125, so accuracy says nothing here.
+    `add` counts, `result` returns the figures so far. A decision that always skips is right about 87.5 % of the tokens
+    at capacity 0.125, so accuracy says nothing here.
     """
 
     def __init__(self) -> None:
@@ -194,7 +195,7 @@ class DepthReader(Reader[DepthMechanism, DepthRecord]):
 
 
 def _quantile(x_N: Tensor, q: float) -> float | None:
-    """By sorting: torch.quantile refuses more than 16 million values."""
+    """Return a quantile by sorting, because torch.quantile refuses more than 16 million values."""
     if not len(x_N):
         return None
     return float(x_N.sort().values[min(int(q * len(x_N)), len(x_N) - 1)])

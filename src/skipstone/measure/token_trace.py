@@ -18,9 +18,9 @@ FORMAT = 2  # of a view's plain values; others are made anew
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSummary:
-    """What the neurons of one layer mix.
+    """The activations that the neurons of one layer mix.
 
-    shares: mean share of each activation. entropy: of the mix, as a share of its maximum. strongest: of each neuron,
+    shares: mean share of each activation. entropy: of the mix, as a share of its maximum. strongest: for each neuron,
     the activation that its mean logits favour. by_category: shares for the tokens of each category that occurs.
     """
 
@@ -36,15 +36,15 @@ class ActivationSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTrace:
-    """What a model did to a sample of text.
+    """A model's decisions for a sample of text, by layer and token.
 
-    tokens: text of the first row's tokens. weight_LT: factor on the block's update, its two halves averaged, 0 where
-    skipped. kept_LT: whether any of the update was computed. depth_T: share of all halves of blocks that were computed.
-    routed: blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism, {layer:
-    {mechanism: share}}, over all rows. activations: of activation mechanisms, by layer, whose shares are in the order
-    of `activation_names`. experts: shares of all choices by layer, of the most and the least chosen expert and of the
-    no-ops together. depth: mean of the computed share over all tokens of all rows. routing: "causal"; "oracle" where a
-    decision cannot be made otherwise; "forced" where it was imposed.
+    tokens: text of the first row's tokens. weight_LT: factor on the block's update, mean of attention and MLP, 0 where
+    skipped. kept_LT: whether any of the update was computed. depth_T: share of all attentions and MLPs that were
+    computed. routed: blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism,
+    {layer: {mechanism: share}}, over all rows. activations: of activation mechanisms, by layer, whose shares are in the
+    order of `activation_names`. experts: shares of all choices by layer, of the most and the least chosen expert and of
+    the no-ops together. depth: mean of the computed share over all tokens of all rows. routing: "causal"; "oracle"
+    where a decision cannot be made otherwise; "forced" where it was imposed.
     """
 
     tokens: list[str]

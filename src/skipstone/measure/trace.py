@@ -70,7 +70,7 @@ def trace_tokens(
 
 
 def _halves(sites: Mapping[str, list[str]], records: Records, real_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and computed share of a block [B, T]: means over attention and MLP of products over their mechanisms."""
+    """Return a block's weight and computed share [B, T], means over attention and MLP of products over mechanisms."""
     decided = of_kind(records, DepthRecord)
     weights, kept = [], []
     for half in SUBLAYERS:
@@ -138,7 +138,7 @@ def _summary(module: Any, record: ActivationRecord, category_BT: Tensor | None) 
 
 
 def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]]:
-    """Means over the tokens of each category that occurs."""
+    """Return means over the tokens of each category that occurs."""
     return {
         category: shares_NA[category_N == k].mean(0).tolist()
         for k, category in enumerate(CATEGORIES)
@@ -147,7 +147,10 @@ def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]
 
 
 def _each(figure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Tensor:
-    """A figure of every token that reached the MLP, [N, ...]. By rows: each neuron has its own mix, which is large."""
+    """Return a figure of every token that reached the MLP, [N, ...].
+
+    It is computed row by row, because each neuron has its own mix, which is large.
+    """
     found = []
     for logits_TA, reached_T in zip(record.logits_BTA, record.reached_BT, strict=True):
         value_T = figure(ActivationRecord(logits_TA[None], reached_T[None]))[0]

@@ -1,4 +1,4 @@
-"""From values to pixels: scales, round ticks, and the frame that every chart is drawn in."""
+"""Axes of charts: scales from values to pixels, round ticks, and the frame in which every chart is drawn."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def short(value: float) -> str:
 
 
 def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
-    """Return the range of the finite values, `margin` of it wider on both sides and never empty; (0, 1) without
-    values.
+    """Return the range of the finite values, widened by `margin` of it on both sides; (0, 1) without values.
+
+    The range is never empty.
     """
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
@@ -69,12 +70,15 @@ class Frame:
 
     @property
     def floor(self) -> float:
+        """The y of the plot area's lower edge, in pixels."""
         return self.height - self.bottom
 
     def across(self, low: float, high: float) -> Scale:
+        """Return the horizontal scale of the plot area for values from `low` to `high`."""
         return Scale(low, high, self.left, self.width - self.right)
 
     def up(self, low: float, high: float) -> Scale:
+        """Return the vertical scale of the plot area for values from `low` to `high`."""
         return Scale(low, high, self.floor, self.top)
 
     def y_axis(self, scale: Scale, title: str) -> list[Markup]:

@@ -56,7 +56,7 @@ def lines(
 
 
 def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
-    """The line, with dots where there are few enough points to tell apart."""
+    """Draw the line, with dots where there are few enough points to distinguish."""
     parts = [svg.polyline(pixels, s.style.colour, s.style.dash, s.label)] if len(pixels) > 1 else []
     if len(pixels) <= 20:
         parts += [
@@ -114,7 +114,7 @@ def stacked(
 
 
 def _slots(frame: Frame, layers: int) -> tuple[float, list[Markup]]:
-    """The width of a layer's place, and the axis that numbers layers from 0 (every few when they are many)."""
+    """Return the width of a layer's column, and the axis that numbers layers from 0 (every few if they are many)."""
     slot = (frame.width - frame.right - frame.left) / max(layers, 1)
     every = max(1, math.ceil(22 / slot))
     marks = [(frame.left + slot * (i + 0.5), str(i)) for i in range(0, layers, every)]

@@ -57,7 +57,7 @@ def _of_category(run: RunView, activations: Mapping[int, ActivationSummary], cat
 def _shift(
     run: RunView, activations: Mapping[int, ActivationSummary], categories: Sequence[str], layers: int
 ) -> Markup | None:
-    """How far each category's shares lie from those of all tokens."""
+    """Draw the distance of each category's shares from those of all tokens."""
     bars = [
         Bar(layer=layer, name=category, value=one.shift(category))
         for layer, one in activations.items()
@@ -72,7 +72,7 @@ def _shift(
 
 
 def _entropy(run: RunView, activations: Mapping[int, ActivationSummary]) -> Markup:
-    """How undecided the neurons still are: 1 all activations alike, 0 one chosen."""
+    """Draw the entropy of the neurons' mixes by layer: 1 for all activations alike, 0 for a single one."""
     points = [(float(layer), one.entropy) for layer, one in sorted(activations.items())]
     series = [Series(label=run.name, points=points, style=run.style)]
     x_range = bounds((x for x, _ in points), 0)
@@ -80,7 +80,7 @@ def _entropy(run: RunView, activations: Mapping[int, ActivationSummary]) -> Mark
 
 
 def _course(run: RunView) -> Markup | None:
-    """Entropy over training, a line a layer; None where it was not logged."""
+    """Draw the entropy over training, a line per layer; None if it was not logged."""
     series = []
     for line_of in sorted(_logged(run), key=lambda key: int(key.split("/")[1])):
         points = [(float(line["step"]), float(line[line_of])) for line in run.metrics if _trains(line, line_of)]
@@ -101,7 +101,7 @@ def _trains(line: PlainMapping, key: str) -> bool:
 
 
 def _every(activations: Mapping[int, ActivationSummary]) -> int:
-    """Neurons between two that the map shows, so that they fit."""
+    """Return k such that the map of every k-th neuron is small enough to be drawn."""
     return -(-max(len(one.strongest) for one in activations.values()) // MOST_NEURONS)
 
 

@@ -10,7 +10,10 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
 class Style(NamedTuple):
-    """How a run is drawn wherever it appears. dash: an SVG stroke-dasharray, "" for a solid line."""
+    """The colour and dash with which a run is drawn in every picture.
+
+    dash: an SVG stroke-dasharray, "" for a solid line.
+    """
 
     colour: str
     dash: str

@@ -54,7 +54,7 @@ def environment() -> Environment:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of their parents as it takes to tell them apart."""
+    """Return the folders' names, with as many parent folders as are needed to distinguish them."""
     paths = [run.resolve().parts for run in runs]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-depth:]) for parts in paths]

@@ -58,7 +58,7 @@ def context(
 
 
 def _troubles(runs: Sequence[RunView]) -> dict[str, list[str]]:
-    """Why pictures are missing, with the names of the runs it is true of."""
+    """Return the reasons why pictures are missing, with the names of the runs that each applies to."""
     found: dict[str, list[str]] = {}
     for run in runs:
         if run.trouble:
@@ -84,7 +84,7 @@ def _last(run: RunView, split: str, key: str) -> float | None:
 
 
 def _losses(runs: Sequence[RunView]) -> list[tuple[str, Markup]]:
-    """Training and validation on the same ranges, so that they can be read across. Empty panels are left out."""
+    """Draw training and validation loss on the same ranges, so that they can be compared; empty panels are left out."""
     panels = {
         "training": ("train", "token_loss"),
         "validation, causal decisions": ("validation", "causal_loss"),
@@ -106,7 +106,7 @@ COURSES = {"learning rate": "learning_rate", "tokens/s": "tokens_per_second", "t
 
 
 def _training(runs: Sequence[RunView]) -> list[tuple[str, Markup]]:
-    """What else was logged at every step, each on ranges of its own; what no run has is left out."""
+    """Draw the other figures logged at every step, each on its own range; figures that no run has are left out."""
     drawn = []
     for title, key in COURSES.items():
         series = [Series(label=run.name, points=_curve(run, "train", key), style=run.style) for run in runs]
@@ -118,7 +118,7 @@ def _training(runs: Sequence[RunView]) -> list[tuple[str, Markup]]:
 
 
 def _routed(run: RunView) -> PlainDict:
-    """The card of a run that skips: the picture, the capacities, the text."""
+    """Return the page section of a run with depth mechanisms: the picture, the capacities, the text."""
     assert run.trace is not None
     bars = [
         Bar(layer=layer, name=name, value=share, mark=run.set_capacity.get(layer, {}).get(name))

@@ -41,10 +41,12 @@ def drawing(width: float, height: float, children: Iterable[Markup], title: str)
 
 
 def text(x: float, y: float, content: str, class_: str = "", **attributes: str | float | None) -> Markup:
+    """Build a text element."""
     return element("text", content, x=x, y=y, class_=class_ or None, **attributes)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    """Build a line."""
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
@@ -57,6 +59,7 @@ def rectangle(
 
 
 def polyline(points: Iterable[tuple[float, float]], colour: str, dash: str = "", hover: str = "") -> Markup:
+    """Build a polyline; `hover` is the text that a browser shows when the pointer rests on it."""
     path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
     inside = [element("title", hover)] if hover else []
     return element("polyline", *inside, points=path, class_="curve", stroke=colour, stroke_dasharray=dash or None)

@@ -42,7 +42,7 @@ def picture(trace: TokenTrace, count: int, title: str) -> Markup:
 
 
 def _row(trace: TokenTrace, layer: int, labels: Sequence[str], y: float) -> Markup:
-    """The cells of one layer, a plain block's as a single bar: all of its tokens are alike."""
+    """Draw the cells of one layer; a block without mechanisms is a single bar, because all of its tokens are alike."""
     name = svg.text(LEFT - 8, y + CELL_HEIGHT / 2 + 4, str(layer), "tick", text_anchor="end")
     if layer not in trace.routed:
         whole = CELL_WIDTH * len(labels) - GAP
@@ -72,7 +72,10 @@ def _label(label: str, x: float, y: float, longest: int) -> Markup:
 
 
 def coloured(pieces: Sequence[tuple[str, float]], hover: str = "{:.0%} of the compute") -> Markup:
-    """Colour text, each piece by its number in [0, 1]; line breaks stay, control characters become visible."""
+    """Return text in which each piece is coloured by its number in [0, 1].
+
+    Line breaks stay, control characters become visible.
+    """
     spans = [
         Markup('<span style="--depth-share: {}" title="{}">{}</span>').format(
             svg.number(min(max(share, 0.0), 1.0)), hover.format(share), escape(_readable(text))
