@@ -2,6 +2,8 @@
 
 engine.py           `generate` and `stream`: causal decisions, a cache, left-padded batches
 text_generation.py  `stream_text`: text from a run folder or a saved model, what the command calls
+drafts.py           what guesses several tokens: lookup, fewer blocks, a lower budget, another model
+speculation.py      how many to guess, and which guesses stand
 detokenizer.py      token ids -> text as it comes, whole characters only
 """
 

@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens of the prompt, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,12 +16,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from skipstone.budget import BudgetTable
 from skipstone.core.records import Records
 from skipstone.core.routing_module import require_causal
 from skipstone.core.strict import choose
+from skipstone.generate.drafts import Draft, build_draft
+from skipstone.generate.speculation import Length, stand_or_redraw
 from skipstone.measure.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -29,6 +33,7 @@ CACHES: dict[str, Callable[[SkipstoneConfig, int], Cache]] = {
     "dynamic": lambda config, tokens: DynamicCache(config=config),
     "static": lambda config, tokens: StaticCache(config=config, max_cache_len=tokens),
 }
+MOST_GUESSES = 32  # of a pass; a cache can take back as many, windows or not
 Setting = Callable[[], AbstractContextManager[None]]
 
 
@@ -37,19 +42,21 @@ class Step:
     """One new token a row. token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended.
 
     compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' work in the pass that predicted the token: that of the
-    token before it.
+    token before it. guessed_B: bool, whether a draft had proposed the token; what drafts compute is not in compute_B.
     """
 
     token_B: Tensor
     live_B: Tensor
     compute_B: Tensor
+    guessed_B: Tensor
 
 
 class DecodingPass(NamedTuple):
     """A pass over the prompt or over one token a row, and the token that was chosen from it.
 
     token_B, live_B: as in `Step`. records: of every block. logits_BTV: those that were asked for, of the last tokens.
-    cache: after the pass.
+    cache: after the pass. at: the place of the token that it was chosen from, counted from the end of the pass.
+    guessed_B: bool, whether a draft had proposed it; None without drafts.
     """
 
     token_B: Tensor
@@ -57,6 +64,8 @@ class DecodingPass(NamedTuple):
     records: tuple[Records, ...]
     logits_BTV: Tensor
     cache: Cache
+    at: int = -1
+    guessed_B: Tensor | None = None
 
 
 def generate(
@@ -73,10 +82,16 @@ def generate(
     cache: str = "dynamic",
     budget: float | None = None,
     budget_table: BudgetTable | None = None,
+    draft: str | PreTrainedModel | None = None,
+    draft_length: int | None = None,
 ) -> Tensor:
-    """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens."""
+    """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens.
+
+    The arguments are those of `stream`.
+    """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table))
+    decode.drafting = _drafting(decode, draft, draft_length, budget, budget_table)
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table, draft))
     return torch.cat([input_ids, *(each.token_B[:, None] for each in passes)], dim=1)
 
 
@@ -94,6 +109,8 @@ def stream(
     cache: str = "dynamic",
     budget: float | None = None,
     budget_table: BudgetTable | None = None,
+    draft: str | PreTrainedModel | None = None,
+    draft_length: int | None = None,
 ) -> Iterator[Step]:
     """Continue a prompt, yielding one `Step` for each new token as it is decided; ends when every row has met an
     end-of-sequence id.
@@ -104,19 +121,44 @@ def stream(
     "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens, and a
     step's shapes depend on nothing. budget: the share of the dense FLOPs to execute, by `budget_table`, or by the
     budget.json in the folder that the model was loaded from; from the first step to the last the model is set to it,
-    then it is as it was before. Raises ValueError, before the first step, for an empty prompt, padding on the right, a
-    row that would outgrow the model's context, values out of range, and a decision that cannot be made while
-    generating; FileNotFoundError for a budget without a budget table.
+    then it is as it was before. draft: guesses several tokens, which the model checks in one pass: "lookup", "exit",
+    "exit:N", "skip", "budget:SHARE" or another model (`drafts.build_draft`). Greedy text stays the same, up to rounding
+    of logits that are equal; sampled text keeps its distribution. draft_length: tokens that are guessed at a time;
+    None: as many as pay, by measured times, none where none do. Raises ValueError, before the first step, for an empty
+    prompt, padding on the right, a row that would outgrow the model's context, values out of range, a draft that cannot
+    be, and a decision that cannot be made while generating; FileNotFoundError for a budget without a budget table.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table))
+    decode.drafting = _drafting(decode, draft, draft_length, budget, budget_table)
+    passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table, draft))
     return (_step(model, decided) for decided in passes)
 
 
 def _step(model: SkipstoneForCausalLM, decided: DecodingPass) -> Step:
     share_BT = compute_shares(model.model.layers, decided.records)
-    compute_B = share_BT[:, -1].expand(len(decided.token_B))
-    return Step(token_B=decided.token_B, live_B=decided.live_B, compute_B=compute_B)
+    at = decided.at if share_BT.shape[1] > 1 else -1  # one column stands for all tokens of a dense model
+    compute_B = share_BT[:, at].expand(len(decided.token_B))
+    guessed_B = torch.zeros_like(decided.live_B) if decided.guessed_B is None else decided.guessed_B
+    return Step(token_B=decided.token_B, live_B=decided.live_B, compute_B=compute_B, guessed_B=guessed_B)
+
+
+def _drafting(
+    decode: Decoder,
+    draft: str | PreTrainedModel | None,
+    length: int | None,
+    budget: float | None,
+    table: BudgetTable | None,
+) -> tuple[Draft, Length] | None:
+    """What guesses, and how many tokens at a time. Raises ValueError for what cannot be."""
+    if draft is None:
+        if length is not None:
+            raise ValueError("draft_length has no effect without a draft")
+        return None
+    if decode.fixed_size:
+        raise ValueError("a draft needs cache 'dynamic': a cache of fixed size cannot take guesses back")
+    if length is not None and not 1 <= length <= MOST_GUESSES:
+        raise ValueError(f"draft_length must be in [1, {MOST_GUESSES}], got {length}")
+    return build_draft(draft, decode.model, table, budget), Length(length)
 
 
 class Decoder:
@@ -132,7 +174,8 @@ class Decoder:
         eos_token_id: int | Sequence[int] | None,
         cache: str,
     ) -> None:
-        self.new_cache = choose("cache", cache, CACHES)
+        self.new_cache, self.fixed_size = choose("cache", cache, CACHES), cache == "static"
+        self.drafting: tuple[Draft, Length] | None = None
         self.mask_BT = _checked(model, input_ids, attention_mask, max_new_tokens)
         self.model, self.input_ids, self.max_new_tokens = model, input_ids, max_new_tokens
         ends = ends_of(model, eos_token_id)
@@ -144,7 +187,7 @@ class Decoder:
     def __call__(self, sample: Sampler, setting: Setting, logits_to_keep: int = 1) -> Iterator[DecodingPass]:
         """Yield every pass. logits_to_keep: as in forward, 0 for every token."""
         with setting():
-            yield from self._passes(sample, logits_to_keep)
+            yield from self._passes(sample, logits_to_keep) if self.drafting is None else self._drafted(sample)
 
     @torch.no_grad()
     def _passes(self, sample: Sampler, logits_to_keep: int) -> Iterator[DecodingPass]:
@@ -172,14 +215,71 @@ class Decoder:
             ids, mask_BT = token_B[:, None], None  # nothing new is padding
             position_BT = None if position_BT is None else position_BT[:, -1:] + 1
 
+    @torch.no_grad()
+    def _drafted(self, sample: Sampler) -> Iterator[DecodingPass]:
+        """Yield every token of passes that check guesses; the rows go on together, as far as all of them agree."""
+        assert self.drafting is not None
+        (draft, length), cache = self.drafting, self.new_cache(self.model.config, 0)
+        whole, first = self.input_ids, self.input_ids.shape[1]
+        position_BT = None if self.mask_BT is None else (self.mask_BT.cumsum(1) - 1).clamp(min=0)
+        live_B = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
+        guess_BK, guessing, end = whole[:, :0], 0.0, first + self.max_new_tokens
+        while whole.shape[1] < end:
+            prompt, began, count = whole.shape[1] == first, time.perf_counter(), guess_BK.shape[1]
+            out = self.model(
+                input_ids=whole if prompt else torch.cat([whole[:, -1:], guess_BK], 1),
+                attention_mask=self.mask_BT if prompt else None,
+                position_ids=position_BT if prompt else _on(position_BT, whole.shape[1] - first, count + 1),
+                past_key_values=cache,
+                use_cache=True,
+                routing="causal",
+                noise=False,
+                output_records=True,
+                logits_to_keep=count + 1,
+            )
+            checking, stood = time.perf_counter() - began, 0
+            for i in range(count + 1):
+                guess_B = guess_BK[:, i] if i < count else None
+                token_B = torch.where(live_B, sample(out.logits[:, i], guess_B), self.pad)
+                right_B = torch.zeros_like(live_B) if guess_B is None else (token_B == guess_B) & live_B
+                yield DecodingPass(token_B, live_B, out.records, out.logits, cache, i - count - 1, right_B)
+                whole = torch.cat([whole, token_B[:, None]], 1)
+                agreed = guess_B is not None and bool((right_B | ~live_B).all())
+                live_B = live_B & ~torch.isin(token_B, self.ends_E)
+                if len(self.ends_E) and not bool(live_B.any()):
+                    return
+                if not agreed or whole.shape[1] == end:
+                    break
+                stood += 1
+            cache.crop(whole.shape[1] - 1)
+            if not prompt:
+                length.learn(count, stood, guessing, checking)
+            began, most = time.perf_counter(), max(end - whole.shape[1] - 1, 0)
+            wanted = length.next(most)
+            last_B1 = _on(position_BT, whole.shape[1] - first, 1)
+            guess_BK = draft.propose(whole, cache, last_B1, wanted) if wanted else whole[:, :0]
+            guessing = time.perf_counter() - began
 
-def setting_of(model: SkipstoneForCausalLM, budget: float | None, budget_table: BudgetTable | None) -> Setting:
+
+def _on(position_BT: Tensor | None, steps: int, count: int) -> Tensor | None:
+    """The positions of `count` tokens from the one that comes `steps` after the last of the prompt."""
+    if position_BT is None:
+        return None
+    return position_BT[:, -1:] + steps + torch.arange(count, device=position_BT.device)
+
+
+def setting_of(
+    model: SkipstoneForCausalLM,
+    budget: float | None,
+    budget_table: BudgetTable | None,
+    draft: str | PreTrainedModel | None = None,
+) -> Setting:
     """Return a context manager's constructor that sets the model to a budget while it decodes.
 
     Without a budget it changes nothing. Raises ValueError or FileNotFoundError for a budget that cannot be set.
     """
     if budget is None:
-        if budget_table is not None:
+        if budget_table is not None and not (isinstance(draft, str) and draft.startswith("budget:")):
             raise ValueError("a budget table has no effect without a budget")
         return nullcontext
     budget_table = BudgetTable.load(model.name_or_path) if budget_table is None else budget_table
@@ -202,15 +302,26 @@ class Sampler:
         else:
             self.generator.manual_seed(seed)
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
+    def __call__(self, logits_BV: Tensor, guess_B: Tensor | None = None) -> Tensor:
+        """Draw; guess_B: what a draft has proposed, which is drawn as often as it would be without the draft."""
         if self.temperature == 0:
             return logits_BV.argmax(-1)
+        if guess_B is not None:
+            return stand_or_redraw(self._probabilities(logits_BV), guess_B, self.generator)
         logits_BV = logits_BV.float()
         logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow when nearly greedy
         if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
             best_BK, index_BK = logits_BV.topk(self.top_k)
             return index_BK.gather(1, self._draw(best_BK)[:, None])[:, 0]
         return self._draw(logits_BV)
+
+    def _probabilities(self, logits_BV: Tensor) -> Tensor:
+        logits_BV = logits_BV.float()
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
+            best_BK, index_BK = logits_BV.topk(self.top_k)
+            return torch.zeros_like(logits_BV).scatter(1, index_BK, best_BK.softmax(-1))
+        return logits_BV.softmax(-1)
 
     def _draw(self, logits_BV: Tensor) -> Tensor:
         return torch.multinomial(logits_BV.softmax(-1), 1, generator=self.generator)[:, 0]

@@ -45,11 +45,13 @@ def stream_text(
     seed: int | None = None,
     greedy: bool = False,
     budget: float | None = None,
+    draft: str | None = None,
 ) -> Iterator[Piece]:
     """Stream the continuation of `prompt` by a run or a saved model; everything is checked before the first piece.
 
     max_new_tokens: None is 128, or what the model's context leaves. temperature: None is 0.8. greedy: take the
-    likeliest token. budget: the share of the dense FLOPs to execute, by the budget table beside the weights. Raises
+    likeliest token. budget: the share of the dense FLOPs to execute, by the budget table beside the weights. draft:
+    what guesses several tokens at a time, as in `stream`, or the folder of another model. Raises
     ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer, an empty prompt, one that
     outgrows the context, a model whose decisions cannot be made while generating, and a budget without a budget table
     or out of its reach.
@@ -62,6 +64,8 @@ def stream_text(
     if max_new_tokens is None:
         check_length(model, len(ids), 1)
         max_new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - len(ids))
+    needed = budget is not None or (draft or "").startswith("budget:")
+    table = BudgetTable.load(opened.model_folder()) if needed else None
     steps = stream_steps(
         model.eval(),
         torch.tensor([ids], device=model.device),
@@ -71,9 +75,17 @@ def stream_text(
         seed=seed,
         eos_token_id=ends(model, tokenizer),
         budget=budget,
-        budget_table=None if budget is None else BudgetTable.load(opened.model_folder()),
+        budget_table=table,
+        draft=_draft(draft),
     )
     return _pieces(steps, Detokenizer(tokenizer, ids))
+
+
+def _draft(draft: str | None) -> str | SkipstoneForCausalLM | None:
+    """Return a folder's model, or the name of a draft as it is."""
+    if draft is None or not Path(draft).is_dir():
+        return draft
+    return Run(Path(draft)).load_model()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -25,6 +25,12 @@ def generate(
     budget: Annotated[
         float | None, typer.Option(help="Share of the dense FLOPs to execute; run `skipstone calibrate` first.")
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW", help="Guess several tokens and check them together: lookup, exit, skip, budget:SHARE, a run."
+        ),
+    ] = None,
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour tokens by their share of compute.")] = False,
 ) -> None:
     """Generate text from a model, printing it as it is generated."""
@@ -49,5 +55,6 @@ def generate(
         seed=seed,
         greedy=greedy,
         budget=budget,
+        draft=draft,
     )
     show(pieces, colour=show_depth)

@@ -1,0 +1,188 @@
+"""Drafts: cheap guesses at the next tokens, which the model then checks together in one pass.
+
+A draft proposes the same tokens whenever it is asked the same, so checking is exact: greedy text is that without
+drafts, and sampled text has the same distribution (`speculation.py`).
+
+Shape letters: B rows, T tokens so far, K proposed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from skipstone.core.strict import unknown
+from skipstone.model.build import Blocks
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+if TYPE_CHECKING:
+    from skipstone.budget import BudgetTable
+
+LOOKUP, EXIT, SKIP, BUDGET = "lookup", "exit", "skip", "budget"
+KINDS = (LOOKUP, EXIT, SKIP, BUDGET)
+LONGEST_MATCH = 3  # tokens
+
+
+class Draft:
+    """A way to guess."""
+
+    def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
+        """Return int64 [B, K], at most `count` guesses for each row.
+
+        ids: all tokens so far, the last of which the cache has not seen. cache: the model's own; it is left as it was.
+        position: of the last token, None where positions are slots.
+        """
+        raise NotImplementedError
+
+
+class Lookup(Draft):
+    """Prompt lookup: what followed the last tokens when they stood in the row before (arXiv 2304.04487)."""
+
+    def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
+        found = [_continuation(row, count) for row in ids_BT.tolist()]
+        width = min(len(row) for row in found)
+        return torch.tensor([row[:width] for row in found], device=ids_BT.device).long().reshape(len(found), width)
+
+
+def _continuation(row: list[int], count: int) -> list[int]:
+    """The tokens after the latest earlier place of the longest ending that occurs twice."""
+    for length in range(min(LONGEST_MATCH, len(row) - 1), 0, -1):
+        ending = row[-length:]
+        for start in range(len(row) - length - 1, -1, -1):
+            if row[start : start + length] == ending:
+                return row[start + length : start + length + count]
+    return []
+
+
+class OwnDraft(Draft):
+    """The model itself, made cheaper for the guesses, with its own cache.
+
+    Entries of the guesses are taken back before the model checks them.
+    """
+
+    def __init__(self, model: SkipstoneForCausalLM) -> None:
+        self.model = model
+
+    def cheaper(self) -> AbstractContextManager[None]:
+        """Make the model cheaper inside a `with` block."""
+        raise NotImplementedError
+
+    def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
+        seen, token_B1, found = cache.get_seq_length(), ids_BT[:, -1:], []
+        with self.cheaper():
+            for _ in range(count):
+                out = self.model(token_B1, position_ids=position_B1, past_key_values=cache, use_cache=True, **CAUSAL)
+                token_B1 = out.logits[:, -1:].argmax(-1)
+                position_B1 = None if position_B1 is None else position_B1 + 1
+                found.append(token_B1)
+        cache.crop(seen)
+        return torch.cat(found, 1)
+
+
+CAUSAL: dict[str, Any] = {"routing": "causal", "noise": False, "logits_to_keep": 1}
+
+
+class FewerBlocks(OwnDraft):
+    """Some blocks only, with the final norm and head: the first ones (early exit), or all but every second one."""
+
+    def __init__(self, model: SkipstoneForCausalLM, blocks: list[int]) -> None:
+        super().__init__(model)
+        self.kept = [model.model.layers[i] for i in blocks]
+
+    @contextmanager
+    def cheaper(self) -> Iterator[None]:
+        whole = self.model.model.layers
+        self.model.model.layers = Blocks(self.kept)
+        try:
+            yield
+        finally:
+            self.model.model.layers = whole
+
+
+class LowerBudget(OwnDraft):
+    """The model at a lower budget of its table."""
+
+    def __init__(self, model: SkipstoneForCausalLM, table: BudgetTable, budget: float) -> None:
+        super().__init__(model)
+        table.thresholds(budget)
+        self.table, self.budget = table, budget
+
+    def cheaper(self) -> AbstractContextManager[None]:
+        return self.table.at(self.model, self.budget)
+
+
+class OtherModel(Draft):
+    """Another model with the same vocabulary, ours or transformers', with a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel, target: SkipstoneForCausalLM) -> None:
+        ours, theirs = target.config.vocab_size, model.config.vocab_size
+        if ours != theirs:
+            raise ValueError(f"draft: its vocabulary has {theirs} tokens, the model's {ours}; they must be the same")
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.options = CAUSAL if isinstance(model, SkipstoneForCausalLM) else {}
+
+    def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
+        if position_B1 is not None:
+            raise ValueError("draft: another model drafts for rows of one length only, without padding")
+        seen, total, found = self.cache.get_seq_length(), ids_BT.shape[1], []
+        ids = ids_BT[:, seen:]
+        for _ in range(count):
+            out = self.model(ids, past_key_values=self.cache, use_cache=True, **self.options)
+            ids = out.logits[:, -1:].argmax(-1)
+            found.append(ids)
+        if (guesses := self.cache.get_seq_length() - total) > 0:
+            self.cache.crop(-guesses)  # they are fed again where they were right
+        return torch.cat(found, 1)
+
+
+def build_draft(
+    kind: str | PreTrainedModel, model: SkipstoneForCausalLM, table: BudgetTable | None, budget: float | None
+) -> Draft:
+    """Build the draft that `kind` names.
+
+    kind: "lookup"; "exit" or "exit:N", the first half or the first N blocks; "skip", all blocks but every second one;
+    "budget:SHARE", the model at that lower budget of `table`; or a model. Raises ValueError, one line, for others.
+    """
+    if isinstance(kind, PreTrainedModel):
+        return OtherModel(kind, model)
+    name, _, argument = kind.partition(":")
+    total = model.config.num_hidden_layers
+    if name == LOOKUP and not argument:
+        return Lookup()
+    if name == EXIT:
+        return FewerBlocks(model, list(range(_whole(kind, argument, total, default=-(-total // 2)))))
+    if name == SKIP and not argument:
+        return FewerBlocks(model, [i for i in range(total) if i % 2 == 0])
+    if name == BUDGET:
+        return LowerBudget(model, _table(model, table), _share(kind, argument, budget))
+    raise ValueError(unknown("draft", kind, [LOOKUP, EXIT, f"{EXIT}:N", SKIP, f"{BUDGET}:SHARE"]))
+
+
+def _whole(kind: str, argument: str, total: int, default: int) -> int:
+    if not argument:
+        return default
+    if not argument.isdecimal() or not 1 <= int(argument) < total:
+        raise ValueError(f"draft {kind!r}: the number of blocks must be in [1, {total - 1}], got {argument!r}")
+    return int(argument)
+
+
+def _table(model: SkipstoneForCausalLM, table: BudgetTable | None) -> BudgetTable:
+    from skipstone.budget import BudgetTable
+
+    return BudgetTable.load(model.name_or_path) if table is None else table
+
+
+def _share(kind: str, argument: str, budget: float | None) -> float:
+    try:
+        share = float(argument)
+    except ValueError:
+        raise ValueError(f"draft {kind!r}: name the share of the dense FLOPs, as in budget:0.5") from None
+    if budget is not None and share >= budget:
+        raise ValueError(f"draft {kind!r}: its budget must be below the model's, {budget:g}")
+    return share

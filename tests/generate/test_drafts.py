@@ -1,0 +1,158 @@
+"""Drafts change the time that a text takes: greedy text is the same, sampled text has the same distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import skipstone
+from skipstone.generate import generate, stream
+from skipstone.generate.drafts import Lookup
+from skipstone.generate.speculation import Length, stand_or_redraw
+
+ROUTED: list[dict[str, Any]] = [
+    {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.5, "decision": "threshold"},
+    {"name": "token_selective", "layers": "2:"},
+]
+
+
+def model(mechanisms: list[dict[str, Any]] | None = None, **options: Any) -> skipstone.SkipstoneForCausalLM:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 23}
+    config = skipstone.SkipstoneConfig(**{**sizes, "initializer_range": 0.3, **options}, mechanisms=mechanisms)
+    return skipstone.SkipstoneForCausalLM(config).eval()
+
+
+def ids(rows: int = 1, tokens: int = 7) -> Tensor:
+    return torch.randint(0, 23, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("draft", ["lookup", "exit", "exit:1", "skip", "model", "llama"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_text_is_the_same(draft: str, rows: int) -> None:
+    target = model(ROUTED)
+    others = {"model": lambda: model(num_hidden_layers=1), "llama": llama}
+    guesses = others[draft]() if draft in others else draft
+    plain = generate(target, ids(rows), max_new_tokens=24)
+    for length in (3, None):
+        assert torch.equal(generate(target, ids(rows), max_new_tokens=24, draft=guesses, draft_length=length), plain)
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=23, bos_token_id=None, eos_token_id=None)).eval()
+
+
+def test_a_lower_budget_drafts() -> None:
+    target = model(ROUTED[1:])
+    table = skipstone.calibrate(target, ids(4, 32))
+    low = table.range[0]
+    plain = generate(target, ids(), max_new_tokens=12)
+    assert torch.equal(
+        generate(target, ids(), max_new_tokens=12, draft=f"budget:{low:g}", budget_table=table, draft_length=2), plain
+    )
+
+
+def test_padding_and_ends_are_those_without_drafts() -> None:
+    target, given = model(ROUTED), ids(2)
+    mask = torch.ones_like(given)
+    mask[0, :3] = 0
+    end = int(generate(target, given, mask, max_new_tokens=8)[0, -3])
+    options: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": end, "pad_token_id": 0}
+    plain = generate(target, given, mask, **options)
+    for draft in ("lookup", "exit"):
+        assert torch.equal(generate(target, given, mask, **options, draft=draft, draft_length=4), plain)
+
+
+def test_steps_tell_what_was_guessed_and_the_model_is_as_it_was() -> None:
+    target = model()
+    layers = target.model.layers
+    steps = list(stream(target, ids(), max_new_tokens=30, draft="exit:3", draft_length=2))
+    plain = list(stream(target, ids(), max_new_tokens=30))
+    assert [int(step.token_B) for step in steps] == [int(step.token_B) for step in plain]
+    assert any(bool(step.guessed_B) for step in steps)
+    assert not any(bool(step.guessed_B) for step in plain)
+    assert target.model.layers is layers
+
+
+def test_lookup_goes_on_from_the_latest_place() -> None:
+    row = torch.tensor([[5, 6, 7, 1, 5, 6, 8, 2, 5, 6]])
+    assert Lookup().propose(row, None, None, 3).tolist() == [[8, 2, 5]]  # type: ignore[arg-type]
+    assert Lookup().propose(torch.tensor([[1, 2, 3]]), None, None, 3).shape == (1, 0)  # type: ignore[arg-type]
+
+
+def plausible(counts: Tensor, expected: Tensor) -> bool:
+    """Pearson's chi-square test at 1 %."""
+    statistic = ((counts - expected) ** 2 / expected).sum().double()
+    return bool(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2) > 0.01)
+
+
+@pytest.mark.parametrize("guess", [0, 3, 5])
+def test_a_guess_is_drawn_as_often_as_without_it(guess: int) -> None:
+    """Chi-square over 20,000 draws of a distribution with six tokens, one of them impossible."""
+    probability = torch.tensor([0.35, 0.25, 0.2, 0.15, 0.05, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = stand_or_redraw(probability.expand(20_000, -1), torch.full((20_000,), guess), generator)
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[5] == 0
+    assert plausible(counts[:5], probability[:5] * 20_000)
+    certain = torch.tensor([[0.0, 1.0]]).expand(64, -1)
+    assert stand_or_redraw(certain, torch.full((64,), 1), generator).eq(1).all()
+
+
+@pytest.mark.slow
+def test_sampled_text_keeps_its_distribution() -> None:
+    """Second tokens of 1,500 rows, with and without a draft, by a chi-square test of equal distributions."""
+    target, rows = model(vocab_size=6, initializer_range=0.1), 1500
+    given = torch.tensor([[1, 2, 3]]).expand(rows, -1)
+    plain = generate(target, given, max_new_tokens=3, temperature=1.0, seed=0)[:, -1]
+    drafted = [
+        generate(target, given[:1], max_new_tokens=3, temperature=1.0, seed=i, draft="exit:3", draft_length=2)[0, -1]
+        for i in range(300)
+    ]
+    expected = torch.bincount(plain, minlength=6).double() / rows
+    counts = torch.bincount(torch.stack(drafted), minlength=6)
+    assert plausible(counts, expected * 300)
+
+
+def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
+    length = Length()
+    assert length.next(8) == 0
+    length.learn(0, 0, 0.0, 1.0)
+    assert length.next(8) == 4
+    for _ in range(20):
+        length.learn(4, 0, 2.0, 1.6)
+    assert length.next(8) == 0
+    assert 4 in {length.next(8) for _ in range(40)}
+    paying = Length()
+    paying.learn(0, 0, 0.0, 1.0)
+    for _ in range(20):
+        paying.learn(4, 4, 0.1, 1.1)
+    assert paying.next(16) == 8
+    assert paying.next(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "luck"}, "unknown draft 'luck'"),
+        ({"draft": "exit:9"}, r"the number of blocks must be in \[1, 3\]"),
+        ({"draft": "budget:x"}, "name the share of the dense FLOPs"),
+        ({"draft_length": 3}, "draft_length has no effect without a draft"),
+        ({"draft": "exit", "draft_length": 0}, r"draft_length must be in \[1, 32\]"),
+        ({"draft": "exit", "cache": "static"}, "needs cache 'dynamic'"),
+    ],
+)
+def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:
+    target = model(ROUTED[1:])
+    table = {"budget_table": skipstone.calibrate(target, ids(2, 16))} if "budget" in str(options) else {}
+    with pytest.raises(ValueError, match=message):
+        generate(target, ids(), max_new_tokens=2, **options, **table)
+
+
+def test_a_draft_of_another_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="its vocabulary has 29 tokens, the model's 23"):
+        generate(model(), ids(), max_new_tokens=2, draft=model(vocab_size=29))
