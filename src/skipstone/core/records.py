@@ -6,8 +6,9 @@ Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G g
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from skipstone.core.selection import Selection
@@ -160,3 +161,29 @@ def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
     """Return the new values of all tensors that are carried between blocks, by name."""
     return {name: value for record in records for name, value in record.carry.items()}
+
+
+def auxiliary_loss(
+    records: Iterable[Records],
+    labelled_BT: Tensor | None,
+    items: Tensor | int | None = None,
+    over: Literal["labelled", "all"] | str = "labelled",
+) -> Tensor | None:
+    """Return the sum of the mechanisms' own losses, divided like a token loss; None where there are none.
+
+    labelled_BT: bool, the tokens with a target; None: each loss is the mean over the tokens that reached its mechanism.
+    items: the number to divide by, where it is not that of the labelled tokens. over: "labelled" sums over the labelled
+    tokens, "all" takes means over the tokens that reached a mechanism.
+    """
+    decided = [record for layer in records for record in layer.values()]
+    losses = [(r.loss_BT, r.reached_BT) for r in decided if r.loss_BT is not None]
+    if not losses:
+        return None
+    if labelled_BT is not None and over == "labelled":
+        labels = labelled_BT.sum().clamp(min=1)
+        terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT, _ in losses]
+        return sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
+    means = [loss_BT.sum() / reached_BT.sum().clamp(min=1) for loss_BT, reached_BT in losses]
+    if labelled_BT is None or items is None:
+        return sum(means)  # type: ignore[return-value]
+    return sum(means) * labelled_BT.sum().clamp(min=1) / items

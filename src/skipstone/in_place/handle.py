@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from skipstone.core.depth import DepthModule, DepthModules
 from skipstone.core.noise import draw_seed
-from skipstone.core.records import Records, carried
+from skipstone.core.records import Records, auxiliary_loss, carried
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor, PassMode, Tokens
 from skipstone.in_place.arguments import Signature
@@ -117,6 +117,7 @@ class RoutedDecoder:
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         self._tokens: Tokens | None = None
+        self.in_forward = False  # whether the model's own `forward` runs, which adds the losses
         width = text_config(decoder).hidden_size
         chosen = [(i, block, Signature(block)) for i, block in enumerate(blocks) if any(i in e.layers for e in entries)]
         self.blocks = [
@@ -126,6 +127,7 @@ class RoutedDecoder:
         self._names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # names of positional arguments
         self._hook = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._forward = _WithLosses(self, model) if model is not decoder else None
+        model.skipstone_routing = self  # type: ignore[assignment]  # where a `RoutingMixin` looks
         model.routing_modules = self.routing_modules  # type: ignore[assignment]  # where a `RoutingCallback` looks
 
     def routing_modules(self) -> Iterator[DepthModule]:
@@ -153,10 +155,8 @@ class RoutedDecoder:
 
         In training mode, a model that is called with labels has already added it to its loss.
         """
-        losses = [(r.loss_BT, r.reached_BT) for layer in self.records for r in layer.values() if r.loss_BT is not None]
-        if not losses:
-            return torch.zeros((), device=next(self.decoder.parameters()).device)
-        return sum(loss.sum() / reached.sum().clamp(min=1) for loss, reached in losses)  # type: ignore[return-value]
+        found = auxiliary_loss(self.records, None)
+        return torch.zeros((), device=next(self.decoder.parameters()).device) if found is None else found
 
     @torch.no_grad()
     def advance(self, progress: float) -> None:
@@ -192,7 +192,7 @@ class RoutedDecoder:
         self._hook.remove()
         if self._forward is not None:
             self._forward.undo()
-        del self.model.routing_modules
+        del self.model.routing_modules, self.model.skipstone_routing
 
     # --- a pass
 
@@ -286,7 +286,11 @@ class _WithLosses:
         model.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self._original(*args, **kwargs)
+        self._handle.in_forward = True
+        try:
+            out = self._original(*args, **kwargs)
+        finally:
+            self._handle.in_forward = False
         loss = getattr(out, "loss", None)
         if loss is None or not self._model.training or not torch.is_grad_enabled():
             return out

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
-from skipstone.core.records import Records
+from skipstone.core.records import Records, auxiliary_loss
 from skipstone.core.routing_module import RoutingModule, require_causal
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
@@ -110,6 +110,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         """
         refuse_mistyped(kwargs)
         shift_labels = kwargs.get("shift_labels")  # as a named argument, Trainer would require it to report eval_loss
+        target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
         out: DecoderOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -121,18 +122,17 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             routing=routing,
             noise=noise,
             executor=executor,
-            output_records=True,
+            output_records=True if output_records or target_BT is not None else None,
             **{name: kwargs[name] for name in OF_THE_DECODER if name in kwargs},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        assert out.last_hidden_state is not None and out.records is not None  # noqa: PT018
+        assert out.last_hidden_state is not None
         hidden_BTD = self.to_head(out.last_hidden_state[:, keep])
-        target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
         logits_BTV = self._logits(hidden_BTD) if target_BT is None or not loss_chunk else None
         losses: PlainDict = {}
         if target_BT is not None:
-            items = kwargs.get("num_items_in_batch")
-            losses = self._losses(hidden_BTD, logits_BTV, target_BT, out.records, items, loss_chunk, distillation)
+            items, records = kwargs.get("num_items_in_batch"), out.records or ()
+            losses = self._losses(hidden_BTD, logits_BTV, target_BT, records, items, loss_chunk, distillation)
         return CausalLMOutput(
             logits=logits_BTV,
             past_key_values=out.past_key_values,
@@ -170,8 +170,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         else:
             parts = self._chunked(hidden_BTD, target_BT, items, chunk, distillation)
         minimised = parts.pop("minimised", parts["token_loss"])
-        auxiliary_loss = self._auxiliary_loss(target_BT, records, items, minimised)
-        return {"loss": minimised + auxiliary_loss, "auxiliary_loss": auxiliary_loss, **parts}
+        added = self._auxiliary_loss(target_BT, records, items, minimised)
+        return {"loss": minimised + added, "auxiliary_loss": added, **parts}
 
     def _token_loss(self, logits_BTV: Tensor, target_BT: Tensor, items: Tensor | int | None) -> Tensor:
         """Return the cross-entropy summed over labelled tokens, divided by the number of labels or by `items`."""
@@ -217,17 +217,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         self, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None, like: Tensor
     ) -> Tensor:
         """Return the mechanisms' auxiliary losses, divided like the token loss."""
-        labelled_BT = target_BT != IGNORED
-        decided = [record for layer in records for record in layer.values()]
-        losses = [(r.loss_BT, r.reached_BT) for r in decided if r.loss_BT is not None]
-        if not losses:
-            return like.new_zeros(())
-        labels = labelled_BT.sum().clamp(min=1)
-        if self.config.auxiliary_loss_over == "labelled":
-            terms = [torch.where(labelled_BT, loss_BT, 0.0).sum() for loss_BT, _ in losses]
-        else:  # means over reached tokens; the factor cancels with the division below
-            terms = [labels * loss_BT.sum() / reached_BT.sum().clamp(min=1) for loss_BT, reached_BT in losses]
-        return sum(terms) / (labels if items is None else items)  # type: ignore[return-value]
+        found = auxiliary_loss(records, target_BT != IGNORED, items, self.config.auxiliary_loss_over)
+        return like.new_zeros(()) if found is None else found
 
     def routing_modules(self) -> Iterator[RoutingModule]:
         """Yield every routing module of the model in the order of the blocks."""

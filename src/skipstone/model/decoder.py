@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens, D width.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -59,6 +60,11 @@ class DecoderOutput(ModelOutput):
     attentions: None = None
     records: tuple[Records, ...] | None = None
 
+
+LOSSES_LEFT_OUT = (
+    "a training pass computes its loss outside SkipstoneForCausalLM, so the routers' own losses are not in it and "
+    "routers that learn by these stay as they are: mix skipstone.train.RoutingMixin into the trainer, or pass labels"
+)
 
 OWN_ARGUMENTS = (
     "routing",
@@ -188,7 +194,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         routing: Routing | None = None,
         noise: bool | None = None,
         executor: Executor = "gathered",
-        output_records: bool = False,
+        output_records: bool | None = False,
         **kwargs: Any,
     ) -> DecoderOutput:
         """Return the normalised hidden states of the last block.
@@ -221,6 +227,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             records.append(decided)
         for layer in () if cache is None else cache.layers:
             layer.advance(tokens.length)
+        if self.training and output_records is False and not torch.compiler.is_compiling():
+            _warn_of_losses_left_out(records)
         return DecoderOutput(
             last_hidden_state=self.norm(x_BTD),
             past_key_values=cache,
@@ -340,6 +348,12 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if not torch.compiler.is_compiling() and position_BT.device.type == "cpu" and int(position_BT.max()) >= limit:
             raise ValueError(f"the input is longer than the model's context of {limit} learned positions")
         return position_BT
+
+
+def _warn_of_losses_left_out(records: list[Records]) -> None:
+    """Where nobody asks for the records of a training pass, whoever computes the loss cannot add what they hold."""
+    if torch.is_grad_enabled() and any(r.loss_BT is not None for layer in records for r in layer.values()):
+        warnings.warn(LOSSES_LEFT_OUT, stacklevel=2)
 
 
 def _check_cache(cache: Any, blocks: int, rows: int) -> None:

@@ -8,7 +8,8 @@ estimate.py     estimates FLOPs, memory and hours on a named GPU
 setup.py        builds model configuration, model and Trainer's arguments from a recipe
 folder.py       writes run folders
 environment.py  versions, commit, machine
-trainer.py      `RoutingMixin`, `RoutingTrainer` (for any training), and the trainer of `train`
+mixin.py        `RoutingMixin`, `RoutingTrainer`: for any training; seen.py shows them its passes
+trainer.py      the trainer of `train`
 callback.py     `RoutingCallback`: advances thresholds and schedules once per optimizer step
 validation.py   oracle and causal loss on validation rows
 log_window.py   sums for the next log line, saved in checkpoints
@@ -25,12 +26,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skipstone.train.callback import RoutingCallback
-    from skipstone.train.trainer import RoutingMixin, RoutingTrainer
+    from skipstone.train.mixin import RoutingMixin, RoutingTrainer
     from skipstone.train.training import train
 
 __all__ = ["RoutingCallback", "RoutingMixin", "RoutingTrainer", "train"]
 
-_HOMES = {"RoutingCallback": "callback", "RoutingMixin": "trainer", "RoutingTrainer": "trainer", "train": "training"}
+_HOMES = {"RoutingCallback": "callback", "RoutingMixin": "mixin", "RoutingTrainer": "mixin", "train": "training"}
 
 
 def __getattr__(name: str) -> object:

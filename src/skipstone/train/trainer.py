@@ -1,4 +1,4 @@
-"""Trainers: a mixin that passes records to the routing callback, and the trainer of `skipstone train`."""
+"""The trainer of `skipstone train`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from skipstone.core import atomic_write, checksums
@@ -20,48 +19,14 @@ from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import Row
 from skipstone.measure.passes import forced_routing
 from skipstone.measure.record_meter import RecordMeter, moving
-from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
+from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM
 from skipstone.runs import METRICS, count_lines
-from skipstone.train.callback import RoutingCallback
 from skipstone.train.checkpoints import PARTIAL
 from skipstone.train.decay import decaying
 from skipstone.train.log_window import LogWindow
+from skipstone.train.mixin import RoutingTrainer
 from skipstone.train.recipe import TrainConfig
 from skipstone.train.validation import batches, loss_sums
-
-
-class RoutingMixin:
-    """A mixin that lets any Trainer update routing thresholds: `class MyTrainer(RoutingMixin, SFTTrainer)`.
-
-    It requests records from the model and passes them to a `RoutingCallback`, which is added if there is none.
-    """
-
-    routing: RoutingCallback
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        handler = self.callback_handler  # type: ignore[attr-defined]
-        present = [callback for callback in handler.callbacks if isinstance(callback, RoutingCallback)]
-        self.routing = present[0] if present else RoutingCallback()
-        if not present:
-            self.add_callback(self.routing)  # type: ignore[attr-defined]
-
-    def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: object) -> Any:
-        """Return the loss, including auxiliary losses if Trainer computes it from logits; passes on the records."""
-        asked = {**inputs, "output_records": True}
-        elsewhere = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
-        if elsewhere and "labels" in inputs:  # Trainer removes the labels and computes the loss from logits
-            asked["shift_labels"] = shifted(inputs["labels"])
-        loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)  # type: ignore[misc]
-        if elsewhere and outputs.get("auxiliary_loss") is not None:
-            loss = loss + outputs["auxiliary_loss"]  # auxiliary losses, which do not follow from logits
-        if model.training:
-            self.routing.observe(model, outputs.get("records"))
-        return (loss, outputs) if return_outputs else loss
-
-
-class RoutingTrainer(RoutingMixin, Trainer):
-    """A `transformers.Trainer` that also advances routing thresholds and schedules."""
 
 
 class RunTrainer(RoutingTrainer):
