@@ -1,21 +1,21 @@
-"""Between floors 4 and 5: a dense checkpoint becomes one that computes less, and dense again.
+"""Between floors 4 and 5: adaptation of dense checkpoints to conditional computation, and export back to dense ones.
 
-adapt_recipe.py       `AdaptRecipe`: what an adaptation is, read strictly
+adapt_recipe.py       `AdaptRecipe`: the options of an adaptation, read strictly
 adaptation.py         `adapt`: from a checkpoint to a finished run folder
-plan.py               everything up to the first step
+plan.py               preparation of everything before the first step
 self_generated.py     text sampled from the source model, to adapt it on
 source.py             the dense checkpoint, its tokenizer, another teacher
-student.py            the source's weights with mechanisms that change nothing yet, and the proof of it
-start.py              routers and skip paths that start from what the source does
-influence.py          how much each block matters, and which to choose by it
-flop_budget.py        executed FLOPs: what promises a budget, and what is reached; the package `budget` meets it
-stages.py             what trains when, learning rates, adapters
+student.py            the source's weights with mechanisms that change nothing yet, and the check of it
+start.py              routers and skip paths fitted to the source
+influence.py          how much each block changes the stream, and the choice of blocks by it
+flop_budget.py        capacities and thresholds for a budget of executed FLOPs, and the FLOPs reached
+stages.py             trained parameters, learning rates and adapters of each stage
 distillation.py       losses against the dense model
-adapt_trainer.py      the trainer of `skipstone train` with all this
-export.py             back to a checkpoint of transformers' own classes
-harden.py             PolyGLU's neurons each with one activation for good, and no router
-prune.py              neuron groups that calibration rows never use are cut out of the weights
-export_calibrated.py  what these two share
+adapt_trainer.py      the trainer of `skipstone train` with stages, distillation and a budget loss
+export.py             export to a dense checkpoint of transformers' own classes
+harden.py             conversion of PolyGLU to one fixed activation per neuron, without a router
+prune.py              removal of neuron groups that calibration rows never use
+export_calibrated.py  common code of the two
 """
 
 from __future__ import annotations

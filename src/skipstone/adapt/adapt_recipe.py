@@ -1,4 +1,4 @@
-"""`AdaptRecipe`: how a dense checkpoint is turned into one that computes less, read strictly from plain dicts."""
+"""`AdaptRecipe`: the options for adapting a dense checkpoint, read strictly from plain dicts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Trained = Literal["routers", "routers+lora", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One part of the training. Numbers that are left out are those of `adapt` and `train`.
+    """A stage of the training, with its own trained parameters and learning rates.
 
-    train_only: routers (everything that belongs to mechanisms), routers+lora (low-rank adapters on every projection of
-    the blocks, too; merged at the end), all (every weight, but no adapters).
-    learning_rate: after `warmup_steps` it falls as a cosine to train.min_lr_ratio of itself, anew in each stage.
-    router_learning_rate: the same for routers. routing: which pass trains, oracle (gates are soft) or causal (the pass
-    that generation executes: hard gates, no noise).
+    Numbers that are not set are those of `adapt` and `train`. train_only: routers (all parameters of mechanisms),
+    routers+lora (also low-rank adapters on every projection of the blocks; merged at the end), all (every weight, but
+    no adapters). learning_rate: after `warmup_steps` it falls as a cosine to train.min_lr_ratio of itself, anew in each
+    stage. router_learning_rate: the same for routers. routing: the decisions of training passes, oracle (gates are
+    soft) or causal (the pass that generation executes: hard gates, no noise).
     """
 
     train_only: Trained | None = None
@@ -149,9 +149,9 @@ class AdaptRecipe(Recipe):
 
 
 def read_recipe(values: PlainMapping) -> AdaptRecipe:
-    """Read the recipe of a plain dict; its stages are complete and train.steps is their sum.
+    """Read a recipe from a plain dict and complete its stages, whose steps add up to train.steps.
 
-    Raises ValueError, one line, naming the field and what is allowed.
+    Raises ValueError, one line, naming the field and the allowed values.
     """
     values = dict(values)
     train, stages = dict(values.get("train") or {}), (values.get("adapt") or {}).get("stages")

@@ -52,7 +52,7 @@ class AdaptTrainer(RunTrainer):
         super().__init__(**kwargs)
         self.adapt, self.teacher, self.passing = adapt, teacher, passing
         self.parts: Counter[str] = Counter()
-        self.theirs: Any = None  # what the teacher says of the micro-batch at hand
+        self.theirs: Any = None  # the teacher's output for the current micro-batch
         self.add_callback(Unfreeze(adapt.stages))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Learning from the dense model: its logits, and if wanted the stream after each of its blocks.
+"""Distillation losses: divergence from the dense model's logits, and error of the stream after each block.
 
 Shape letters: B rows, T tokens, V vocabulary, D width.
 """
@@ -24,11 +24,10 @@ def logit_divergence(student_BTV: Tensor, teacher_BTV: Tensor, asked_BT: Tensor,
 
 
 def stream_error(student: Sequence[Tensor], teacher: Sequence[Tensor], asked_BT: Tensor) -> Tensor:
-    """Return the squared error of the student's streams as a share of the teacher's mean square, summed over tokens,
-    fp32.
+    """Return the squared error of the student's streams relative to the teacher's mean square, summed over tokens.
 
-    The error of a stream [B, T, D] is a mean over D; the result is the mean over streams. asked_BT: bool, the tokens
-    that count.
+    The error of a stream [B, T, D] is a mean over D; the result is the mean over streams, fp32. asked_BT: bool, the
+    tokens that count.
     """
     total = torch.zeros((), device=asked_BT.device)
     for ours_BTD, theirs_BTD in zip(student, teacher, strict=True):

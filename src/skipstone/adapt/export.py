@@ -1,6 +1,6 @@
-"""Back to a checkpoint of transformers' own classes, which needs nothing of ours to load.
+"""Export to a dense checkpoint of transformers' own classes, which loads without Skipstone.
 
-Mechanisms that only decide who is computed are left out, and said to be; what they had changed in the weights stays.
+Depth mechanisms are left out with a warning; their effect on the other weights during training stays.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PURE = 0.999  # a neuron's mix is a single activation if that one's share is at 
 
 
 def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None:
-    """Write a saved model or run of ours to `out` as a dense checkpoint of transformers: of the family that it
-    was read from, or of the first that computes the same.
+    """Write a saved model or run to `out` as a dense checkpoint of transformers.
 
-    Warns, one line for each mechanism that is left out, what is lost. Raises ValueError for a PolyGLU whose neurons mix
-    activations, for a decoder that none of these families computes, and FileExistsError if `out` holds something.
+    The family is that of the original checkpoint, or the first that computes the same. Warns, one line for each
+    mechanism left out, about the loss. Raises ValueError for a PolyGLU whose neurons mix activations and for a decoder
+    that none of these families computes, and FileExistsError if `out` holds something.
     """
     folder = Run(Path(model)).model_folder()
     ours = load_model(folder, dtype).eval()

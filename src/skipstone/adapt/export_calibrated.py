@@ -1,4 +1,4 @@
-"""What `harden` and `prune` share: open a model, change it by what training rows show, and write it."""
+"""Common code of `harden` and `prune`: open a model, change it by measurements on training rows, and write it."""
 
 from __future__ import annotations
 

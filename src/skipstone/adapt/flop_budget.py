@@ -1,8 +1,7 @@
-"""The executed-FLOPs budget: what capacities promise it, which thresholds meet it (package `budget`), and what is
-reached.
+"""The budget of executed FLOPs: capacities that promise it, thresholds that meet it (package `budget`), FLOPs reached.
 
-A budget is a share of the dense source's forward FLOPs a token, at rows of one length, one row at a time: in a batch,
-rows that keep fewer tokens are filled up, and that is the batch's doing.
+A budget is a share of the dense source's forward FLOPs per token, at rows of one length, one row at a time; in a batch,
+rows that keep fewer tokens are padded, which costs more.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""PolyGLU without its router: every neuron keeps one activation for good, and neurons of one activation lie together.
+"""Conversion of PolyGLU to a fixed activation for each neuron, without a router.
 
     k_f = argmax_k (preference_fk + mean over calibration tokens of the context's logit k)
 
-Gate and up rows and down columns are then sorted by k, and the activation becomes a `fixed_mix`. What is lost is what
-the mix had besides its strongest part, and what the context changed: nothing where the entropy of the mix is 0.
+Gate and up rows and down columns are then sorted by k, and the activation becomes a `fixed_mix`. The result differs by
+the weaker parts of each mix and by the influence of the context; it is exact where the entropy of the mix is 0.
 
 Shape letters: B rows, T tokens, F neurons, A activations.
 """
@@ -50,10 +50,10 @@ def export_hardened(
 
 @torch.no_grad()
 def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None) -> SkipstoneForCausalLM:
-    """Build a model of the same function in which each neuron uses its strongest activation alone, without a router.
+    """Build a model in which each neuron has its strongest activation only, and no router.
 
-    dynamic: [A] for each layer, what the context adds to every neuron's preferences (`mean_logits`); None: nothing.
-    Raises ValueError for a model without PolyGLU.
+    dynamic: [A] for each layer, added to every neuron's preferences (`mean_logits`); None: nothing. Raises ValueError
+    for a model without PolyGLU.
     """
     require_polyglu(model)
     tensors, groups = {n: x for n, x in model.state_dict().items() if ".mlp.activation." not in n}, []
@@ -71,9 +71,7 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
 
 
 def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Return what the context adds to the logits, the mean over tokens: fp32 [A] for each layer, 0 where no token
-    arrived.
-    """
+    """Return the mean of the router's logits over tokens, fp32 [A] for each layer, 0 where no token arrived."""
     activations = model.modules_of(PolyGLU)
     sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in activations]
     for batch in batches:

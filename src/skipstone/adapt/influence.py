@@ -1,4 +1,4 @@
-"""How much each block matters, measured on text, and which blocks to choose by it.
+"""The influence of each block on the stream, measured on text, and the choice of blocks by it.
 
 Shape letters: B rows, T tokens, D width, N tokens of all rows.
 """
@@ -23,10 +23,9 @@ SCORE_KEYS = ("score", "count", "among")
 
 @torch.no_grad()
 def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[list[dict[str, tuple[Tensor, Tensor]]]]:
-    """Yield for each batch the residual stream before and after every block of a dense model, its attention and its
-    MLP.
+    """Yield for each batch the residual stream before and after every site of a dense model.
 
-    Each batch gives a list over blocks of pairs [N, D], keyed by site; padding is left out.
+    Each batch gives a list over blocks of pairs [N, D] for the keys block, attention and mlp; padding is left out.
     """
     seen: list[Tensor] = []
     blocks = model.model.layers
@@ -52,7 +51,7 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
 
 
 def token_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
-    """Return 1 - cos(x, y), fp32 [N]: how far a block turns a token's stream."""
+    """Return 1 - cos(x, y), fp32 [N], how far a block turns each token's stream."""
     return 1 - F.cosine_similarity(x_ND.float(), y_ND.float(), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""What is about to be trained: everything up to the first step, measured and checked."""
+"""Preparation of an adaptation: everything before the first step, measured and checked."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Plan:
 
 
 def check_early(recipe: AdaptRecipe) -> None:
-    """Find what is wrong with mechanisms, loggers or packages before any weights are read."""
+    """Check mechanisms, loggers and packages before any weights are read."""
     early.check_loggers(recipe.train)
     stages.check_packages(recipe.adapt.stages)
     for entry in _mechanisms(recipe):
@@ -59,7 +59,10 @@ def check_early(recipe: AdaptRecipe) -> None:
 
 
 def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Plan:
-    """Prepare everything up to the first step and check the neutral start. Prints what was measured to stderr."""
+    """Prepare everything before the first step and check the neutral start.
+
+    Prints the measurements to stderr.
+    """
     dense = load_dense(source)
     data = _data(recipe, source, dense, run)
     count = min(recipe.adapt.calibration_rows, recipe.train.steps * recipe.train.batch_size)

@@ -1,7 +1,7 @@
-"""Cut the groups of neurons that a calibration set never uses out of the weights.
+"""Removal of neuron groups that a calibration set never uses.
 
-On that set the pruned model computes what the whole one does: a group that was never among the kept ones is missed by
-nobody, and the others keep their order. Elsewhere a group that would have been chosen gives its place to the next best.
+On that set the pruned model computes the same as before, because the remaining groups keep their order. On other text,
+the next best group takes the place of a removed one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Text that a checkpoint writes by itself, to adapt it on where the text that it was trained on cannot be had.
+"""Text sampled from a checkpoint, to adapt it on where its training text is not available.
 
-After LLM-QAT (Liu et al. 2023, arXiv 2305.17888), which trains a quantised model on what the whole one generates; there
-the first tokens are taken greedily from every start, here everything is sampled at temperature 1, so that texts come as
-often as the model finds them likely.
+After LLM-QAT (Liu et al. 2023, arXiv 2305.17888), which trains a quantised model on text that the full model generated.
+There the first tokens are taken greedily from every start; here everything is sampled at temperature 1, so that texts
+occur as often as the model finds them likely.
 
 Shape letters: B texts of a batch, T tokens.
 """
@@ -40,13 +40,14 @@ def write(
     dtype: str | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write `train.txt` and `validation.txt` to the new folder `out`, an empty line between texts; all or nothing.
+    """Sample texts from a checkpoint and write them to `train.txt` and `validation.txt` in the new folder `out`.
 
-    source: what `adapt` takes. tokens: of all texts together, at least. length: of a text, at most. batch: texts at a
-    time. start: text that stands before each of them and is not written; None: the token that begins a text, or else
-    the one that ends it. dtype: of the weights, None: float32. report: told after each batch how many tokens are in the
-    files. Raises what `load_dense` raises, and ValueError for numbers out of range, a source without a tokenizer or
-    without such a token, and one that writes nothing.
+    An empty line separates texts. source: as for `adapt`. tokens: the least number of tokens of all texts together.
+    length: the largest number of tokens of a text. batch: texts at a time. start: text before each of them that is not
+    written; None: the token that begins a text, or else the one that ends it. dtype: of the weights; None: float32.
+    report: called after each batch with the number of tokens in the files. Raises what `load_dense` raises, and
+    ValueError for numbers out of range, a source without a tokenizer or without such a token, and one that generates
+    nothing but empty texts.
     """
     for name, value in (("tokens", tokens), ("length", length), ("batch", batch)):
         if value < 1:

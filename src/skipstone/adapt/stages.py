@@ -1,4 +1,4 @@
-"""What trains when: parameters by role, learning rates by stage, adapters in and out."""
+"""The stages of an adaptation: parameters by role, learning rates by stage, adapters added and merged."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
 
 
 def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[PlainDict]:
-    """Yield optimizer groups of everything that some stage trains. The first one's rate is what is logged."""
+    """Yield optimizer groups of all parameters that some stage trains.
+
+    The learning rate of the first group is the one that is logged.
+    """
     used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
     named = roles(model)
     for role in ("weights", "lora", "routers"):

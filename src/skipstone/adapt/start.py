@@ -1,8 +1,8 @@
-"""Routers and skip paths that start from what the source does, by least squares on calibration rows.
+"""Least-squares start of routers and skip paths, from the source's behaviour on calibration rows.
 
-At step 0 every token is kept, so none of this changes the neutral start; it tells which tokens go first, and what they
-get instead. The two depend on each other: a skip path is fitted on the tokens that are skipped, and those are best
-skipped for which the skip path leaves little undone. So they are fitted in turns.
+At step 0 every token is kept, so the neutral start is not affected; only the order in which tokens are skipped later,
+and their replacement, are. The two depend on each other: a skip path is fitted on the skipped tokens, and the best
+tokens to skip are those that the skip path approximates best. So they are fitted in turns.
 
 Shape letters: N tokens of all rows, D width, R rank of a skip path.
 """
@@ -32,9 +32,7 @@ LEAST_SKIPPED = 0.1  # a skip path is fitted on at least this share of the token
 
 @torch.no_grad()
 def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
-    """Measure the root mean square of what each neuron's second matrix gives, for neurons that are left out by
-    magnitude.
-    """
+    """Measure the root mean square of each neuron's second factor, for groups chosen by magnitude."""
     mlps = [module for module in model.modules() if isinstance(module, MagnitudeMLP)]
     squares = [torch.zeros(mlp.up_proj.out_features, dtype=torch.float64) for mlp in mlps]
     seen: list[Tensor] = []
@@ -59,11 +57,11 @@ def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
 
 @torch.no_grad()
 def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
-    """Start every linear router and low-rank skip path of Mixture-of-Depths.
+    """Fit every linear router and low-rank skip path of Mixture-of-Depths to the source.
 
-    A router becomes the best linear guess of (the logarithm of) how much its site changes a token beyond what the skip
-    path does, scaled to variance 1; a skip path the best guess of its rank of the update of those tokens that a perfect
-    router would skip. Raises ValueError where there is nothing to start.
+    A router starts as the best linear estimate of (the logarithm of) how much its site changes a token beyond the skip
+    path, scaled to variance 1; a skip path as the best estimate, of its rank, of the update of those tokens that a
+    perfect router would skip. Raises ValueError if there is neither.
     """
     mixtures = [m for m in depth_mechanisms(model) if any(part is not None for part in m.fitted_parts())]
     if not mixtures:
@@ -108,7 +106,7 @@ def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
     size_N1 = torch.linalg.vector_norm(x_ND.double(), dim=-1, keepdim=True).clamp(min=1e-9)
     x_ND, update_ND = x_ND / size_N1, update_ND / size_N1
     map_DD = _least_squares(x_ND, update_ND)
-    # The main directions are eigenvectors of what it gives, squared: a fraction of an SVD's time.
+    # The main directions are eigenvectors of the squared outputs: a fraction of an SVD's time.
     given_DD = map_DD.T @ (x_ND.T @ x_ND) @ map_DD
     chosen_RD = torch.linalg.eigh(given_DD).eigenvectors.T.flip(0)[: skip.down_weight.shape[0]]
     skip.down_weight[: len(chosen_RD)] = (map_DD @ chosen_RD.T).T.to(skip.down_weight)

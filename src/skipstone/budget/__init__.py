@@ -1,8 +1,8 @@
-"""Floor 3.5: one trained model at many budgets. Its thresholds are set so that it executes a share of the dense FLOPs.
+"""Floor 3.5: thresholds at which a trained model executes a chosen share of the dense FLOPs.
 
-handles.py      threshold handles: the thresholds of a model that decide which tokens are kept, read and set alike
+handles.py      threshold handles: one interface to the thresholds that decide which tokens are kept
 calibration.py  `calibrate`: from rows to a budget table; `meet`: to one budget
-budget_table.py `BudgetTable`: thresholds by budget; sets a model, and puts it back
+budget_table.py `BudgetTable`: thresholds by budget; sets a model, and restores it
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     share_k(u) = b_k u / (b_k u + (1 - b_k)(1 - u))         u in [0, 1]
 
-is the share of tokens that threshold k keeps: b_k as trained, which u = 1/2 gives back, none for u = 0 and all for u =
-1. All thresholds move by the same log odds, so that blocks keep their order. A threshold is the quantile of the scores
-that keeps this share. Blocks see what earlier blocks leave, so thresholds are set and observed again until nothing
+is the share of tokens that threshold k keeps: the trained share b_k for u = 1/2, none for u = 0 and all for u = 1. All
+thresholds move by the same log odds, so that blocks keep their order. A threshold is the quantile of the scores that
+keeps this share. Scores depend on what earlier blocks skip, so thresholds are set and observed again until nothing
 changes.
 
-Shape letters: N tokens that were asked.
+Shape letters: N tokens that reached a block.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ WITHIN = 0.01  # `meet` is content this close to the budget, as a share of it
 
 
 def calibrate(model: SkipstoneForCausalLM, rows: Rows, text: str = "") -> BudgetTable:
-    """Measure the budget table of a model: its thresholds for every budget in range. The model is left as it was.
+    """Measure the budget table of a model: its thresholds for every budget in range.
 
-    rows: token ids, int64 [rows, tokens], or a sequence of what forward takes, rows of equal length in batches of any
-    size; not the rows that will be evaluated. text: what they are, in words. Raises ValueError for no rows, a model
-    without a threshold to turn, and decisions that have no causal form.
+    The model is restored afterwards. rows: token ids, int64 [rows, tokens], or a sequence of forward's arguments, rows
+    of equal length in batches of any size; not the rows that will be evaluated. text: a description of the rows. Raises
+    ValueError for no rows, a model without a threshold that can be set, and decisions that have no causal form.
     """
     handles, batches = require_handles(model), _batches(model, rows)
     with _left_as_it_was(model, handles):
@@ -75,7 +75,7 @@ def meet(
 class _Path:
     """The path from no token kept, through the model as trained, to every token kept.
 
-    seen: what the thresholds in force decided. trained: the operating point at which the model was found.
+    seen: the decisions at the present thresholds. trained: the operating point of the model before.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class _Path:
         return self._here(self.go(place))
 
     def go(self, place: float) -> Seen:
-        """Set the thresholds for one u and return what they decide."""
+        """Set the thresholds for one u and return the decisions."""
         before = math.inf
         for _ in range(SETTINGS):
             for handle, base, score_N in zip(self.handles, self.base, self.seen.scores, strict=True):

@@ -1,9 +1,9 @@
-"""The thresholds of a model that decide which tokens are kept, behind one interface wherever a mechanism holds them.
+"""Threshold handles: one interface to the thresholds that decide which tokens are kept, for all mechanisms.
 
-A token is kept where its score is above the threshold. The score is what records hold, so that a calibration reads it
+A token is kept if its score is above the threshold. The score is that of the records, so that a calibration reads it
 from ordinary passes: a router's logit, or the logit of a gate's gain.
 
-Shape letters: B rows, T tokens, N tokens that were asked.
+Shape letters: B rows, T tokens, N tokens that reached a block.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find the handles as `find_handles` does. Raises ValueError for a model without any, naming what it has, or
-    without causal passes.
+    """Find the handles as `find_handles` does.
+
+    Raises ValueError for a model without any, naming its mechanisms, or without causal passes.
     """
     require_causal(model.routing_modules())
     handles = find_handles(model)

@@ -25,11 +25,11 @@ Executor = Literal["gathered", "masked"]
 
 @dataclass(frozen=True, kw_only=True)
 class PassMode:
-    """How a forward pass decides and executes: plain values, fixed before it starts.
+    """The way a forward pass decides and executes; plain values, fixed before it starts.
 
-    routing: "oracle" may look at the whole row (training); "causal" uses what is available while generating. noise:
-    whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only; "masked" computes all
-    tokens and discards the others' updates (the specification that "gathered" must equal). per_row_gather: with one
+    routing: "oracle" may look at the whole row (training); "causal" uses only earlier tokens, as generation has to.
+    noise: whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only; "masked" computes
+    all tokens and discards the others' updates (the specification that "gathered" must equal). per_row_gather: with one
     token per row, the gathered executor leaves out whole rows, so that inner calls may see fewer rows. never_empty: a
     gathered selection has at least one column even if no token is kept. single_token: the call has one token and no
     gradients, as in decoding one row, so that weights may be read in part.

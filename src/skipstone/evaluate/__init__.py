@@ -1,9 +1,9 @@
-"""Floor 4: what a trained model is worth: quality, cost and speed of run folders and saved models.
+"""Floor 4: quality, cost and speed of run folders and saved models.
 
 evaluation.py    `evaluate`: losses, accuracy, mechanisms and FLOPs of one run
-budget_curve.py  what one model executes and loses at several budgets; `calibrate_run` measures its budget table
-comparison.py    `compare`: runs beside each other
-metrics.py       what is measured of each of them, and how each figure is written
+budget_curve.py  FLOPs and loss of one model at several budgets; `calibrate_run` measures its budget table
+comparison.py    `compare`: runs side by side
+metrics.py       the figures that `compare` measures, and their format
 harness.py       `evaluate_tasks`: lm-evaluation-harness on one run
 trace_file.py    `write_trace`: the depth map of a text as a parquet, CSV or JSONL file
 loaded_run.py    `load_run`: a run or a saved model, ready to be measured
@@ -36,7 +36,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Load a function with what it needs when it is asked for: writing a table needs no torch."""
+    """Import a function of this package on first use, because writing a table needs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'skipstone.evaluate' has no attribute {name!r}")
     return getattr(import_module(f"skipstone.evaluate.{_HOMES[name]}"), name)

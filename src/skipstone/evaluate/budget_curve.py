@@ -1,4 +1,4 @@
-"""One model at several budgets: what it executes, what it loses, and its budget table measured on a run's text."""
+"""FLOPs and loss of one model at several budgets, and its budget table measured on a run's text."""
 
 from __future__ import annotations
 

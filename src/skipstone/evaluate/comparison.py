@@ -1,4 +1,4 @@
-"""`compare`: runs beside each other, measured on the same machine in the same minutes."""
+"""`compare`: runs side by side, measured on the same machine within minutes."""
 
 from __future__ import annotations
 

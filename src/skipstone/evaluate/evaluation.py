@@ -1,4 +1,4 @@
-"""`evaluate`: what a trained model is worth, as trained, as specified and as executed."""
+"""`evaluate`: losses, accuracy, mechanisms and FLOPs of a trained model, as trained, as specified and as executed."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """Figures of one run on one split. measured: by the name of a pass (`measure.passes`);
-    unavailable: why a pass is missing.
+    """The figures of one run on one split.
 
-    hard_mix: the primary pass with the strongest activation of each neuron alone, None where activations are not mixed.
-    flops: of the primary pass, whose figures stand for the model (as executed, else as trained). notes: what a reader
-    must know. budgets: the same model set to budgets, the first as trained; none unless asked for. budget_table: what
-    set it, in words.
+    measured: by the name of a pass (`measure.passes`); unavailable: why a pass is missing. hard_mix: the primary pass
+    with the strongest activation of each neuron alone, None where activations are not mixed. flops: of the primary
+    pass, whose figures stand for the model (as executed, else as trained). notes: remarks for the reader. budgets: the
+    same model at several budgets, the first as trained; empty unless requested. budget_table: its source, in words.
     """
 
     name: str
@@ -204,7 +203,7 @@ def evaluate(
     if budget_table is None:
         return _evaluated(loaded, loaded.data, split, batch_size)
     for budget in budgets:
-        budget_table.thresholds(budget)  # out of reach is told before anything is measured
+        budget_table.thresholds(budget)  # raises for one out of reach, before anything is measured
     points = at_budgets(loaded, loaded.data, budget_table, budgets, batch_size)
     return replace(_evaluated(loaded, loaded.data, split, batch_size), budgets=points, budget_table=str(budget_table))
 

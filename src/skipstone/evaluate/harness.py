@@ -65,11 +65,11 @@ class TaskEvaluation:
 def evaluate_tasks(
     run: Path, tasks: Sequence[str], *, include_path: Path | None = None, limit: int | None = None, batch_size: int = 8
 ) -> TaskEvaluation:
-    """Score the model on tasks of the harness, groups and tags among them.
+    """Score a model on tasks, groups and tags of lm-evaluation-harness.
 
     run: a run folder or a saved model, with a tokenizer. include_path: a folder of further tasks, as YAML; those of the
-    harness are read only where one is asked for that is not in it. limit: the first so many samples of each task.
-    Raises ValueError or FileNotFoundError, one line, for what is not installed, not there or not known.
+    harness are read only for names that are not in it. limit: number of samples of each task, from the first. Raises
+    ValueError or FileNotFoundError, one line, for a missing package, folder or tokenizer, and for an unknown task.
     """
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs a package: pip install 'skipstone[eval]'")

@@ -1,4 +1,4 @@
-"""A run or a saved model, ready to be measured: the model on its device, and rows to measure it on."""
+"""A loaded run or saved model: the model on its device, and rows to measure it on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skipstone.runs import Run
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedRun:
-    """A model with what it is measured on.
+    """A model and the data to measure it on.
 
     data: None for a saved model without a recipe. passes: those that the model has, by name. unavailable: why others
     are missing.
@@ -32,9 +32,9 @@ class LoadedRun:
 
     @property
     def primary(self) -> Pass:
-        """The pass whose figures stand for the model: as executed if it can be, else as trained.
+        """The pass whose figures stand for the model: as executed if possible, else as trained.
 
-        Raises ValueError for a model that waits for decisions which nobody gives.
+        Raises ValueError for a model that needs given decisions and gets none.
         """
         for name in ("executed", "oracle", "forced"):
             if name in self.passes:

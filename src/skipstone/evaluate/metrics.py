@@ -1,4 +1,4 @@
-"""Everything that `compare` measures of one run, and how each figure is called and written in its table."""
+"""The figures that `compare` measures of each run, and their names and format in its table."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | No
 
 
 def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
-    """Return what is timed, on rows of one length for all runs, the first half of them the prompt; nothing without a
-    cache.
+    """Return the timing tasks, on rows of one length for all runs; none for a model without a cache.
+
+    The first half of a row is the prompt.
     """
     if "executed" not in loaded.passes:
         return {}

@@ -1,4 +1,4 @@
-"""`write_trace`: the depth map of a text as a file that pandas, polars and spreadsheets read."""
+"""`write_trace`: the depth map of a text as a file for pandas, polars or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def write_trace(
     limit: int | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write the depth map of the file `text` (UTF-8) under a run or a saved model to `out`; return its lines.
+    """Write the depth map of the text file `text` (UTF-8) for a run or saved model; return the number of lines.
 
-    The suffix of `out` says what is written: .parquet (needs pyarrow), .csv or .jsonl. context: tokens of a row, those
-    of the model's context if absent. limit: only the first so many tokens. report: called with the tokens done and all
-    of them. Raises ValueError for another suffix, a missing package, a model without a tokenizer, an empty text and a
+    The suffix of `out` determines the format: .parquet (needs pyarrow), .csv or .jsonl. context: tokens per row; None:
+    the model's context. limit: number of tokens to read, from the first. report: called with the tokens done and their
+    total. Raises ValueError for another suffix, a missing package, a model without a tokenizer, an empty text and a
     context out of range; FileExistsError where `out` exists.
     """
     check_suffix(out)

@@ -1,8 +1,8 @@
-"""Token ids -> text as it comes.
+"""Streaming decoding of token ids to text, in whole characters.
 
-Two things stand in the way of decoding token by token: a character may be spread over several tokens, and some
-tokenizers write a word's space only when a token stands before it. So the last few ids are decoded together, and only
-what is new and complete is handed out. All that is handed out, joined, is the decoded whole.
+Token ids cannot be decoded one by one: a character may extend over several tokens, and some tokenizers write a word's
+space only if another token precedes it. So the last few ids are decoded together, and only new, complete text is
+returned. The pieces joined equal the text decoded at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Detokenizer:
         self._ids.append(token)
         text = self._decoded()
         self.waiting = text.endswith(INCOMPLETE)
-        # What stands before a last incomplete character cannot change any more, bytes that are no text included.
+        # Everything before a last incomplete character is final, including bytes that are no text.
         new = self._take(text[:-1] if self.waiting else text)
         if not self.waiting:
             self._ids = self._ids[-CONTEXT:]

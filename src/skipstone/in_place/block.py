@@ -1,8 +1,8 @@
-"""One block of a foreign decoder inside depth mechanisms.
+"""A block of a foreign decoder wrapped in depth mechanisms.
 
-The block itself executes what the mechanisms decide, called with fewer tokens: keys and values of skipped tokens are
-captured (see `keys`), so that the model's own cache and masks can be used. Gates scale the whole update of a block,
-because its sub-layers are not known.
+The block itself is called with the kept tokens only: keys and values of skipped tokens are captured (see `keys`), so
+that the model's own cache and masks can be used. Gates scale the whole update of a block, because its sub-layers are
+not known.
 
 Shape letters: B rows, T tokens of the call, L tokens that reach the block, K tokens of a selection, D width.
 """
@@ -115,7 +115,7 @@ class RoutedBlock:
         return result
 
     def _compare(self, delta_BTD: Tensor, expected_BTD: Tensor) -> None:
-        """Raise ValueError if skipping gives another update than computing everything."""
+        """Raise ValueError if skipping results in another update than computing everything."""
         low = torch.finfo(self._dtype).bits < 32
         error, size = (delta_BTD - expected_BTD).abs().max(), expected_BTD.abs().max()
         if not error <= (LOW_TOLERANCE if low else TOLERANCE) * size:

@@ -1,11 +1,11 @@
-"""How much of the model a token passed: the share of the blocks' matrix FLOPs that its forward pass executed.
+"""The compute share of each token: the share of the blocks' matrix FLOPs that its forward pass executed.
 
     compute = sum over blocks of (given * (K + V) + asked * (Q + O) + asked_mlp * MLP) / the same with all counts 1
 
-given and asked are the counts that the mechanisms leave of one token (core/counts.py), from what they recorded. Weights
-are the matrices' sizes. Left out, because they depend on the length of the row: attention scores; because they are
-neither blocks nor saved: embeddings, head and routers. PolyGLU counts as a full MLP, an MLP of experts by the share of
-its choices that are no no-ops, one with neuron groups by the share that is on. A soft gate skips nothing.
+given and asked are one token's counts as a key and as a query (core/counts.py), by the recorded decisions; capitals are
+the matrices' sizes. Attention scores are left out because they depend on the length of the row; embeddings, head and
+routers because they belong to no block and are never skipped. PolyGLU counts as a full MLP, an MLP of experts by the
+share of its choices that are not no-ops, one with neuron groups by the share that is on. A soft gate skips nothing.
 Shape letters: B rows, T tokens.
 """
 

@@ -1,8 +1,8 @@
-"""Counting what executes: FLOPs by kind, host syncs, and both beside what the cost model says of the same pass.
+"""Counting of executed FLOPs by kind and of host syncs, and comparison with the cost model.
 
 An operation is in the FLOP table, or it is free by convention (pointwise, view, reduction, or named below), or it is
 reported as unknown. Fused attention counts 4 H E Tq Tk forward and twice that backward: the scores that a fused kernel
-computes again are not counted, like the recomputation of MFU figures, so that no figure depends on the kernel chosen.
+recomputes are not counted, as in MFU, so that no figure depends on the choice of kernel.
 """
 
 from __future__ import annotations
@@ -203,12 +203,12 @@ TABLE: dict[object, Callable[..., int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCheck:
-    """Forward FLOPs per token of whole rows without a cache, padding counted as a token because it is computed.
+    """Forward FLOPs per token of whole rows without a cache: counted, predicted, needed and dense.
 
-    counted: of the operations that ran. predicted: `cost` for what the records say was kept. needed: the same without
-    the columns that only fill up rows which keep fewer than the widest of their batch. dense: `cost` without
-    mechanisms. syncs: times a forward pass made the host wait, in the mean. unknown: operations that ran and that the
-    counter does not know; the count is not to be trusted while there are any.
+    Padding counts as a token because it is computed. counted: of the operations that ran. predicted: by `cost`, for the
+    recorded decisions. needed: the same without padding of rows that keep fewer tokens than the widest of their batch.
+    dense: `cost` without mechanisms. syncs: mean number of times that a forward pass made the host wait. unknown:
+    operations that ran and are not in the counter's table; while there are any, the count is incomplete.
     """
 
     counted: float

@@ -1,4 +1,4 @@
-"""Loss and accuracy of one pass over all evaluation rows; where the data tell difficulty, by bin and kind of token.
+"""Loss and accuracy of one pass over all evaluation rows, by difficulty and kind of token where the data have them.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -135,10 +135,10 @@ def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: M
 
 
 class TokenKinds:
-    """Loss and depth of each kind of token: collects with `add`; `result()` is the figures so far.
+    """Loss and depth of each kind of token.
 
-    Operations are known to need depth (difficulty 0 and above), fillers not to (-1); what text needs is unknown
-    (below).
+    `add` collects, `result` returns the figures so far. Operations are known to need depth (difficulty 0 and above),
+    fillers are known not to (-1); for text it is unknown (below).
     """
 
     def __init__(self) -> None:

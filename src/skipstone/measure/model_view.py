@@ -1,4 +1,4 @@
-"""What a report shows of a trained model itself (`ModelView`). Training keeps it with the run.
+"""Measurement of a `ModelView`, the part of a report about the model itself, which training stores with the run.
 
 Shape letters: B rows, T tokens.
 """

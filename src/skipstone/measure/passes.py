@@ -1,9 +1,9 @@
-"""Forward passes that a measurement tells apart, which of them a model has, and what a batch says.
+"""The kinds of forward pass that measurements distinguish, and the inputs, masks and targets of a batch.
 
-oracle     decisions with sight of the whole row, as in training, noise off; gates are soft
+oracle     decisions that look at the whole row, as in training, noise off; gates are soft
 causal     decisions that generation can make, computed by the masked executor: the specification
 executed   the same decisions by the gathered executor: the very pass that skips
-forced     where the data tell it: every depth mechanism keeps exactly the tokens that are known to need depth
+forced     where the data have difficulties: every depth mechanism keeps exactly the tokens known to need depth
 
 Shape letters: B rows, T tokens.
 """
@@ -42,7 +42,7 @@ def real_tokens(batch: Batch) -> Tensor:
 
 
 def targets(batch: Batch) -> Tensor:
-    """Return int64 [B, T]: what the logits at each token should predict, -100 where nothing is to be predicted."""
+    """Return the token that the logits at each position should predict, int64 [B, T], -100 where there is none."""
     return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"])
 
 

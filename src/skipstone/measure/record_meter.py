@@ -1,4 +1,4 @@
-"""What mechanisms did in a pass, as numbers to log.
+"""Figures of mechanisms in training passes, for the log.
 
 Shape letters: B rows, T tokens.
 """
@@ -16,10 +16,9 @@ from skipstone.measure.summaries import READERS
 
 
 class RecordMeter:
-    """Means of what mechanisms did, to be logged: sums over micro-batches on the device; `read` makes the host wait
-    once.
+    """Means of mechanisms' figures over micro-batches, for the log; only `read` makes the host wait.
 
-    capacity/L/NAME: share of the tokens asked in block L that NAME kept. gate/L/NAME: mean weight of the tokens asked.
+    capacity/L/NAME: share kept of the tokens that reached NAME in block L. gate/L/NAME: their mean weight.
     entropy/L/NAME: mean entropy of the activation mix, or of a token's softmax over experts, as a share of its maximum.
     diversity/L/NAME: share of neurons whose strongest activation is not that of most. dynamic_entropy/L/NAME,
     static_entropy/L/NAME: the paper's, in nats, without tau: of all logits, and of the neurons' preferences alone.
@@ -53,5 +52,5 @@ class RecordMeter:
 
 
 def moving(mechanisms: Iterable[RoutingModule]) -> dict[str, float]:
-    """Return what the callback moves, by the names that mechanisms give it: `tau`, `threshold/L/NAME`."""
+    """Return the quantities that the callback changes, by the names that mechanisms use: `tau`, `threshold/L/NAME`."""
     return {name: value.item() for mechanism in mechanisms for name, value in mechanism.moving().items()}

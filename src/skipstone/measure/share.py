@@ -1,7 +1,7 @@
-"""What causal passes decide, and the FLOPs that they need as a share of the dense model's.
+"""Decisions of causal passes, and the FLOPs that they need as a share of the dense model's.
 
-One row at a time is meant: in a batch, rows that keep fewer tokens are filled up to the fullest, which is the batch's
-doing. Shape letters: N tokens that were asked.
+FLOPs are those of one row at a time; in a batch, rows that keep fewer tokens are padded to the fullest. Shape letters:
+N tokens that reached a block.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Seen:
 def observe(
     model: SkipstoneForCausalLM, rows: Iterable[Mapping[str, Tensor]], handles: Sequence[ScoreReader] = ()
 ) -> Seen:
-    """Run causal passes over `rows` (batches of any size) without noise and return what they decided; the model is
-    in evaluation mode.
+    """Run causal passes over `rows` (batches of any size) without noise and return the decisions.
+
+    The model must be in evaluation mode.
     """
     scores: list[list[Tensor]] = [[] for _ in handles]
     needed = dense = tokens = 0.0

@@ -1,6 +1,6 @@
 """Tokens per second of prefill and decoding, joules, and the bytes of the cache.
 
-Models are timed in turns, so that none has the machine's good minute.
+Models are timed in turns, so that changes in the machine's speed affect all of them.
 Routing is causal with a cache, greedy. Shape letters: B rows, P tokens of the prompt, N new tokens.
 """
 

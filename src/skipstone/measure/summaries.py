@@ -1,4 +1,4 @@
-"""What mechanisms did, layer by layer: one reader for each kind of record.
+"""Figures of mechanisms, layer by layer: one reader for each kind of record.
 
 A new kind of record is a class in `core/records.py` and a reader in `READERS`: the log of a training, evaluation and
 its tables take it from there.
@@ -104,7 +104,7 @@ class Summaries:
                     readers.setdefault(name, reader(self._activation_rows)).add(modules[name], record, known_BT)
 
     def layers(self) -> list[dict[str, PlainDict]]:
-        """Return what the readers' `result` describes, for each block and each of its mechanisms."""
+        """Return for each block the figures of its mechanisms, as described by the readers' `result`."""
         return [{name: reader.result() for name, reader in readers.items()} for readers in self._readers]
 
 
@@ -136,12 +136,12 @@ class PrecisionRecall:
 
 
 class DepthReader(Reader[DepthMechanism, DepthRecord]):
-    """Reads depth mechanisms.
+    """The reader of depth mechanisms' records.
 
     `capacity`: kept tokens as a share of those that reached the mechanism; `capacity_p99`: that share's 99th percentile
     over rows; `weight`: mean factor on a kept token's update; `precision`, `recall` and `f1` of the kept tokens against
-    those that are known to need depth, or else those that the best of the row would be by the same scores (missing for
-    mechanisms without such an oracle). None where no token counts.
+    those that are known to need depth, or else the best of the row by the same scores (missing for mechanisms without
+    such an oracle). None where no token counts.
     """
 
     tables = (
@@ -267,10 +267,10 @@ class ActivationReader(Reader[MixFigures, ActivationRecord]):
 
 
 class ExpertsReader(Reader[ExpertsMLP, ExpertsRecord]):
-    """Reads mixtures of experts.
+    """The reader of mixtures of experts.
 
-    `experts`: the share of each in all choices; `no_op`: the share of the no-ops together; `entropy` of a token's
-    softmax over both as a share of its maximum, in the mean. None where no token reached the experts.
+    `experts`: each expert's share of all choices; `no_op`: the share of the no-ops together; `entropy`: mean entropy of
+    the softmax over both, as a share of its maximum. None where no token reached the experts.
     """
 
     tables = (

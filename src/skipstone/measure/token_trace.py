@@ -1,4 +1,4 @@
-"""`TokenTrace` and `ModelView`: what was seen of a model, as plain numbers that JSON keeps. Needs no torch.
+"""`TokenTrace` and `ModelView`: measurements of a model as plain values for JSON, without torch.
 
 Shape letters: T tokens, L layers.
 """
@@ -88,9 +88,9 @@ def _with_keys(kind: Callable[[str], Key], values: Mapping[str, Value]) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class ModelView:
-    """A model as a report shows it.
+    """The figures of a model that a report shows.
 
-    mechanisms: in words. set_capacity: what the configuration promises, {layer: {mechanism: share}}. trace: of the
+    mechanisms: in words. set_capacity: capacities of the configuration, {layer: {mechanism: share}}. trace: of the
     first validation rows.
     """
 

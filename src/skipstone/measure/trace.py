@@ -1,4 +1,4 @@
-"""What each layer did to each token of a sample of text: one pass without a cache, as plain numbers.
+"""The decisions of each layer for each token of a sample of text, from one pass without a cache.
 
 Shape letters: B rows, T tokens, L layers, N tokens of all rows, F neurons, A activations.
 """
@@ -101,7 +101,7 @@ def _experts(blocks: Sequence[Any], all_records: Sequence[Records]) -> dict[int,
 
 
 def category_of(token: str) -> int:
-    """Return the index in CATEGORIES of a token's text."""
+    """Return the category of a token's text, as an index in CATEGORIES."""
     for category, belongs in enumerate((str.isalpha, str.isdigit)):
         if any(map(belongs, token)):
             return category

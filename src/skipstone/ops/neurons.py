@@ -62,7 +62,10 @@ def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
 
 
 def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tensor:
-    """Compute F.linear with the neurons that are on: axis 0 of the weight gives [N, J], axis 1 takes it."""
+    """Compute F.linear with only the neurons that are on.
+
+    axis 0: the neurons are outputs, and the result is [N, J]; axis 1: they are inputs, and x is [N, J].
+    """
     device, dtype = weight_OI.device.type, weight_OI.dtype
     if torch.is_autocast_enabled(device):  # autocast does not cover custom functions
         dtype = torch.get_autocast_dtype(device)

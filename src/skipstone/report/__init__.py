@@ -1,15 +1,15 @@
-"""Floor 4: one self-contained HTML page about runs. Reports only draw: what they show is measured in `measure`.
+"""Floor 4: one self-contained HTML page about runs; the figures come from `measure`.
 
 rendering.py      `write_report`: run folders in, one HTML file out
-run_view.py       what a report needs to know of a run
-report_page.py    runs -> what the template shows
+run_view.py       the figures and files of one run
+report_page.py    the sections of the page, from runs to strings and pictures
 token_picture.py  the tokens x layers picture and coloured text
-mixes.py          pictures of what activation mechanisms mix
+mixes.py          pictures of the mixed activations
 budget_chart.py   loss by budget, from files of `skipstone eval --budget --json`
 charts.py         lines, bars, stacked bars
 axes.py           scales, ticks, the frame of a chart
 svg.py            SVG elements as escaped strings
-palette.py        colours that the colour-blind can tell apart
+palette.py        colours that remain distinct in colour blindness
 """
 
 from __future__ import annotations

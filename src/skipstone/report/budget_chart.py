@@ -20,7 +20,7 @@ FRAME = Frame(width=460, height=300)
 
 
 def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
-    """Read what was measured of each run, by its name on the page.
+    """Read each run's losses by budget, under its name on the page.
 
     Raises ValueError for a file without budgets, and one whose run is not on the page or is there twice.
     """

@@ -1,4 +1,4 @@
-"""Pictures of what PolyGLU's neurons chose: by layer, by neuron, by category of token, and while training."""
+"""Pictures of the activations of PolyGLU's neurons: by layer, by neuron, by category of token, and over training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Colours that the colour-blind can tell apart (the palette of Okabe and Ito, 2008), and dashes when they run out."""
+"""Colours that remain distinct in colour blindness (the palette of Okabe and Ito, 2008), and dashes beyond them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From runs to what the template shows: tables of strings, pictures as SVG."""
+"""The sections of a report: tables of strings and pictures as SVG, built from runs for the template."""
 
 from __future__ import annotations
 

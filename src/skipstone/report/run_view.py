@@ -1,4 +1,4 @@
-"""What a report needs to know of a run, read once."""
+"""The figures and files of a run that a report shows, read once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from skipstone.runs import Run
 class RunView:
     """A run under the name and style that it has on the page.
 
-    mechanisms, set_capacity, trace: as in `ModelView`. trace: None where the model could not be run; `trouble` then
-    says why.
+    mechanisms, set_capacity, trace: as in `ModelView`. trace: None where the model could not be run, for the reason in
+    `trouble`.
     """
 
     name: str

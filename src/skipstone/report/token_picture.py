@@ -1,4 +1,4 @@
-"""Where the compute went: tokens across, layers up, and the text itself coloured by depth."""
+"""The picture of compute by token and layer (tokens across, layers up), and the text coloured by depth."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estim
 
 
 def _known(recipe: Recipe) -> PlainDict:
-    """Return what the model's configuration takes from the data, unless the recipe sets it."""
+    """Return the model options that follow from the data, unless the recipe sets them."""
     if {"preset", "vocab_size"} & recipe.model.keys():
         return {}
     return setup.data_defaults(prepare(recipe.data, train=False))

@@ -44,7 +44,7 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
 
 
 def data_defaults(data: PreparedData) -> PlainDict:
-    """Return what the model's configuration takes from the data: vocabulary size and special tokens."""
+    """Return the model options that follow from the data: vocabulary size and special tokens."""
     found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:
         eos, pad = data.tokenizer.eos_token_id, data.tokenizer.pad_token_id
