@@ -1,10 +1,10 @@
-"""Floor 4: generation. A small decode loop of our own that tells how much compute each token took.
+"""Floor 4: generation, by a small decode loop that also returns the compute of each token.
 
 engine.py           `generate` and `stream`: causal decisions, a cache, left-padded batches
-text_generation.py  `stream_text`: text from a run folder or a saved model, what the command calls
-drafts.py           what guesses several tokens: lookup, fewer blocks, a lower budget, another model
-speculation.py      how many to guess, and which guesses stand
-detokenizer.py      token ids -> text as it comes, whole characters only
+text_generation.py  `stream_text`: text from a run folder or a saved model, as the command prints it
+drafts.py           draft models for speculative decoding: lookup, fewer blocks, a lower budget, another model
+speculation.py      the number of tokens to draft, and the acceptance of drafted tokens
+detokenizer.py      streaming decoding of token ids, in whole characters
 """
 
 from __future__ import annotations

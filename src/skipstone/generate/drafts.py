@@ -1,7 +1,7 @@
-"""Drafts: cheap guesses at the next tokens, which the model then checks together in one pass.
+"""Drafts for speculative decoding: cheap proposals of the next tokens, which the model then checks in one pass.
 
-A draft proposes the same tokens whenever it is asked the same, so checking is exact: greedy text is that without
-drafts, and sampled text has the same distribution (`speculation.py`).
+A draft is deterministic, so checking is exact: greedy text is the same as without drafts, and sampled text has the same
+distribution (`speculation.py`).
 
 Shape letters: B rows, T tokens so far, K proposed tokens.
 """
@@ -30,19 +30,19 @@ LONGEST_MATCH = 3  # tokens
 
 
 class Draft:
-    """A way to guess."""
+    """The base class of drafts."""
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
-        """Return int64 [B, K], at most `count` guesses for each row.
+        """Return int64 [B, K], at most `count` proposed tokens for each row.
 
-        ids: all tokens so far, the last of which the cache has not seen. cache: the model's own; it is left as it was.
-        position: of the last token, None where positions are slots.
+        ids_BT: all tokens so far, the last of which is not in the cache yet. cache: the model's own, which is left
+        unchanged. position_B1: of the last token, None where positions are slots.
         """
         raise NotImplementedError
 
 
 class Lookup(Draft):
-    """Prompt lookup: what followed the last tokens when they stood in the row before (arXiv 2304.04487)."""
+    """Prompt lookup: a draft of the tokens that followed an earlier match of the last ones (arXiv 2304.04487)."""
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         found = [_continuation(row, count) for row in ids_BT.tolist()]
@@ -51,7 +51,7 @@ class Lookup(Draft):
 
 
 def _continuation(row: list[int], count: int) -> list[int]:
-    """The tokens after the latest earlier place of the longest ending that occurs twice."""
+    """Return the tokens after the latest earlier occurrence of the longest ending that occurs twice."""
     for length in range(min(LONGEST_MATCH, len(row) - 1), 0, -1):
         ending = row[-length:]
         for start in range(len(row) - length - 1, -1, -1):
@@ -61,9 +61,9 @@ def _continuation(row: list[int], count: int) -> list[int]:
 
 
 class OwnDraft(Draft):
-    """The model itself, made cheaper for the guesses, with its own cache.
+    """A draft by the model itself in a cheaper form, with the model's cache.
 
-    Entries of the guesses are taken back before the model checks them.
+    Entries of the proposed tokens are removed from the cache before the model checks them.
     """
 
     def __init__(self, model: SkipstoneForCausalLM) -> None:
@@ -89,7 +89,7 @@ CAUSAL: dict[str, Any] = {"routing": "causal", "noise": False, "logits_to_keep":
 
 
 class FewerBlocks(OwnDraft):
-    """Some blocks only, with the final norm and head: the first ones (early exit), or all but every second one."""
+    """A draft by some of the model's blocks with its final norm and head: the first ones, or every second one."""
 
     def __init__(self, model: SkipstoneForCausalLM, blocks: list[int]) -> None:
         super().__init__(model)
@@ -106,7 +106,7 @@ class FewerBlocks(OwnDraft):
 
 
 class LowerBudget(OwnDraft):
-    """The model at a lower budget of its table."""
+    """A draft by the model at a lower budget of its table."""
 
     def __init__(self, model: SkipstoneForCausalLM, table: BudgetTable, budget: float) -> None:
         super().__init__(model)
@@ -118,7 +118,7 @@ class LowerBudget(OwnDraft):
 
 
 class OtherModel(Draft):
-    """Another model with the same vocabulary, ours or transformers', with a cache of its own."""
+    """A draft by another model with the same vocabulary, ours or transformers', with a cache of its own."""
 
     def __init__(self, model: PreTrainedModel, target: SkipstoneForCausalLM) -> None:
         ours, theirs = target.config.vocab_size, model.config.vocab_size
@@ -144,9 +144,9 @@ class OtherModel(Draft):
 def build_draft(
     kind: str | PreTrainedModel, model: SkipstoneForCausalLM, table: BudgetTable | None, budget: float | None
 ) -> Draft:
-    """Build the draft that `kind` names.
+    """Build a draft from its name, or from a model.
 
-    kind: "lookup"; "exit" or "exit:N", the first half or the first N blocks; "skip", all blocks but every second one;
+    kind: "lookup"; "exit" or "exit:N", the first half or the first N blocks; "skip", every second block;
     "budget:SHARE", the model at that lower budget of `table`; or a model. Raises ValueError, one line, for others.
     """
     if isinstance(kind, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling with a cache, and what each token cost.
+"""Greedy decoding and sampling with a cache, optionally speculative, and the compute of each token.
 
 Routing is causal and noise is off, whatever mode the model is in. Rows of different length are padded on the left.
 Shape letters: B rows, T tokens of the prompt, N new tokens, V vocabulary.
@@ -33,16 +33,17 @@ CACHES: dict[str, Callable[[SkipstoneConfig, int], Cache]] = {
     "dynamic": lambda config, tokens: DynamicCache(config=config),
     "static": lambda config, tokens: StaticCache(config=config, max_cache_len=tokens),
 }
-MOST_GUESSES = 32  # of a pass; a cache can take back as many, windows or not
+MOST_GUESSES = 32  # of a pass; a cache can remove as many again, with or without a window
 Setting = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One new token a row. token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended.
+    """A new token of each row.
 
-    compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' work in the pass that predicted the token: that of the
-    token before it. guessed_B: bool, whether a draft had proposed the token; what drafts compute is not in compute_B.
+    token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended. compute_B: fp32 on the
+    CPU, the share (0 to 1) of the blocks' work in the pass that predicted the token: that of the token before it.
+    guessed_B: bool, whether a draft had proposed the token; what drafts compute is not in compute_B.
     """
 
     token_B: Tensor
@@ -52,11 +53,11 @@ class Step:
 
 
 class DecodingPass(NamedTuple):
-    """A pass over the prompt or over one token a row, and the token that was chosen from it.
+    """A pass over the prompt or over one token per row, and the token chosen from it.
 
-    token_B, live_B: as in `Step`. records: of every block. logits_BTV: those that were asked for, of the last tokens.
-    cache: after the pass. at: the place of the token that it was chosen from, counted from the end of the pass.
-    guessed_B: bool, whether a draft had proposed it; None without drafts.
+    token_B, live_B: as in `Step`. records: of every block. logits_BTV: of the last tokens, as many as requested. cache:
+    after the pass. at: index of the position that predicted the token, counted from the end of the pass. guessed_B:
+    bool, whether a draft had proposed it; None without drafts.
     """
 
     token_B: Tensor
@@ -112,21 +113,20 @@ def stream(
     draft: str | PreTrainedModel | None = None,
     draft_length: int | None = None,
 ) -> Iterator[Step]:
-    """Continue a prompt, yielding one `Step` for each new token as it is decided; ends when every row has met an
-    end-of-sequence id.
+    """Continue a prompt, yielding one `Step` for each new token, until every row has an end-of-sequence id.
 
-    input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which stands on the left. temperature: 0 takes the
+    input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which must be on the left. temperature: 0 takes the
     likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: of a
     generator of our own; None draws one. eos_token_id, pad_token_id: default to the model's generation_config. cache:
-    "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens, and a
-    step's shapes depend on nothing. budget: the share of the dense FLOPs to execute, by `budget_table`, or by the
-    budget.json in the folder that the model was loaded from; from the first step to the last the model is set to it,
-    then it is as it was before. draft: guesses several tokens, which the model checks in one pass: "lookup", "exit",
-    "exit:N", "skip", "budget:SHARE" or another model (`drafts.build_draft`). Greedy text stays the same, up to rounding
-    of logits that are equal; sampled text keeps its distribution. draft_length: tokens that are guessed at a time;
-    None: as many as pay, by measured times, none where none do. Raises ValueError, before the first step, for an empty
-    prompt, padding on the right, a row that would outgrow the model's context, values out of range, a draft that cannot
-    be, and a decision that cannot be made while generating; FileNotFoundError for a budget without a budget table.
+    "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens, and the
+    shapes of a step are constant. budget: the share of the dense FLOPs to execute, by `budget_table`, or by the
+    budget.json in the folder that the model was loaded from; the model is set to it from the first step to the last and
+    restored afterwards. draft: proposes several tokens, which the model checks in one pass: "lookup", "exit", "exit:N",
+    "skip", "budget:SHARE" or another model (`drafts.build_draft`). Greedy text stays the same, up to rounding of logits
+    that are equal; sampled text keeps its distribution. draft_length: number of tokens proposed at a time; None: the
+    fastest by measured times, 0 if drafts do not pay. Raises ValueError, before the first step, for an empty prompt,
+    padding on the right, a row that would exceed the model's context, values out of range, an unknown or unsuitable
+    draft, and a decision that cannot be made while generating; FileNotFoundError for a budget without a budget table.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = _drafting(decode, draft, draft_length, budget, budget_table)
@@ -149,7 +149,10 @@ def _drafting(
     budget: float | None,
     table: BudgetTable | None,
 ) -> tuple[Draft, Length] | None:
-    """What guesses, and how many tokens at a time. Raises ValueError for what cannot be."""
+    """Return the draft and the number of tokens that it proposes at a time; None without one.
+
+    Raises ValueError for a draft that is not possible.
+    """
     if draft is None:
         if length is not None:
             raise ValueError("draft_length has no effect without a draft")
@@ -162,7 +165,10 @@ def _drafting(
 
 
 class Decoder:
-    """A checked prompt, ready to be continued. The arguments are those of `stream`."""
+    """A checked prompt and the loop that continues it.
+
+    The arguments are those of `stream`.
+    """
 
     def __init__(
         self,
@@ -217,7 +223,10 @@ class Decoder:
 
     @torch.no_grad()
     def _drafted(self, sample: Sampler) -> Iterator[DecodingPass]:
-        """Yield every token of passes that check guesses; the rows go on together, as far as all of them agree."""
+        """Yield every token of passes that check drafted tokens.
+
+        All rows advance by the number of tokens that every row accepts.
+        """
         assert self.drafting is not None
         (draft, length), cache = self.drafting, self.new_cache(self.model.config, 0)
         whole, first = self.input_ids, self.input_ids.shape[1]
@@ -262,7 +271,7 @@ class Decoder:
 
 
 def _on(position_BT: Tensor | None, steps: int, count: int) -> Tensor | None:
-    """The positions of `count` tokens from the one that comes `steps` after the last of the prompt."""
+    """Return the positions of `count` tokens, the first of which is `steps` after the last of the prompt."""
     if position_BT is None:
         return None
     return position_BT[:, -1:] + steps + torch.arange(count, device=position_BT.device)
@@ -303,7 +312,10 @@ class Sampler:
             self.generator.manual_seed(seed)
 
     def __call__(self, logits_BV: Tensor, guess_B: Tensor | None = None) -> Tensor:
-        """Draw; guess_B: what a draft has proposed, which is drawn as often as it would be without the draft."""
+        """Draw a token of each row.
+
+        guess_B: the drafted tokens; they are returned exactly as often as they would be drawn without a draft.
+        """
         if self.temperature == 0:
             return logits_BV.argmax(-1)
         if guess_B is not None:
@@ -348,7 +360,7 @@ def _checked(
 
 
 def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
-    """Raise ValueError when `prompt` and `new` tokens together outgrow the model's context."""
+    """Raise ValueError if `prompt` and `new` tokens together exceed the model's context."""
     limit = model.config.max_position_embeddings
     if prompt + new > limit:
         raise ValueError(

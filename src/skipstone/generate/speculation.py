@@ -1,9 +1,10 @@
-"""How many tokens to draft, and which of them stand: speculative decoding without loss (arXiv 2211.17192).
+"""Speculative decoding without loss (arXiv 2211.17192): the number of tokens to draft, and their acceptance.
 
-A draft's guess is one token, so the rule for sampling is simple: it stands with the probability p that the model gives
-it; else a token is drawn from the model's distribution without it. The result is a draw from p.
+A draft proposes a single token with certainty, so the rule for sampling is simple: the token is accepted with the
+probability p that the model gives it; otherwise a token is drawn from the model's distribution without it. The result
+is a draw from the model's distribution.
 
-Shape letters: B rows, K guesses, V vocabulary.
+Shape letters: B rows, K drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ MARGIN = 1.02  # drafts must be expected to be so many times as fast
 
 
 class Length:
-    """How many tokens to guess next, from measured times and from how many guesses stood.
+    """The number of tokens to draft, chosen from measured times and from the share that is accepted.
 
-    fixed: always so many.
+    fixed: a constant number; None: chosen.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -32,7 +33,7 @@ class Length:
         self.waiting = 0
 
     def next(self, most: int) -> int:
-        """Return the number of guesses, at most `most`."""
+        """Return the number of tokens to draft, at most `most`."""
         if self.fixed is not None:
             return min(self.fixed, most)
         if 0 not in self.check:  # what a plain step takes has to be known
@@ -48,12 +49,12 @@ class Length:
         return min(best, most)
 
     def _speed(self, count: int) -> float:
-        """Tokens a second that are expected with so many guesses."""
+        """Return the expected tokens per second with so many drafted tokens."""
         tokens = sum(self.stands**i for i in range(count + 1))
         return tokens / (self._checking(count) + count * (self.guess or 0.0))
 
     def _checking(self, count: int) -> float:
-        """Seconds, measured or on the line between measurements."""
+        """Return the seconds of checking `count` tokens, measured or interpolated linearly."""
         if count in self.check:
             return self.check[count]
         known = sorted(self.check)
@@ -65,7 +66,7 @@ class Length:
         return self.check[low] * (1 - share) + self.check[high] * share
 
     def learn(self, guesses: int, stood: int, guessing: float, checking: float) -> None:
-        """Take in one pass: how many were guessed and stood, and the seconds that guessing and checking took."""
+        """Record a pass: the numbers of tokens drafted and accepted, and the seconds of drafting and checking."""
         self.check[guesses] = _mean(self.check.get(guesses), checking)
         if guesses:
             self.guess = _mean(self.guess, guessing / guesses)
@@ -78,7 +79,7 @@ def _mean(before: float | None, new: float) -> float:
 
 
 def stand_or_redraw(probability_BV: Tensor, guess_B: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a draw from each row's distribution, int64 [B], that is the guess whenever the guess stands."""
+    """Return a draw from each row's distribution, int64 [B], which is the drafted token whenever that is accepted."""
     at_B1 = guess_B[:, None]
     given_B = probability_BV.gather(1, at_B1)[:, 0]
     drawn_B = torch.rand(given_B.shape, generator=generator, device=given_B.device, dtype=given_B.dtype)

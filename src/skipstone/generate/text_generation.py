@@ -1,4 +1,4 @@
-"""Text from a run folder or a saved model, piece by piece."""
+"""Streaming text generation by a run folder or a saved model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from skipstone.runs import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEW_TOKENS = 128  # unless told, or unless the context is shorter
+NEW_TOKENS = 128  # by default, unless the context is shorter
 TEMPERATURE = 0.8
 
 
@@ -47,14 +47,14 @@ def stream_text(
     budget: float | None = None,
     draft: str | None = None,
 ) -> Iterator[Piece]:
-    """Stream the continuation of `prompt` by a run or a saved model; everything is checked before the first piece.
+    """Stream the continuation of `prompt` by a run or a saved model.
 
-    max_new_tokens: None is 128, or what the model's context leaves. temperature: None is 0.8. greedy: take the
-    likeliest token. budget: the share of the dense FLOPs to execute, by the budget table beside the weights. draft:
-    what guesses several tokens at a time, as in `stream`, or the folder of another model. Raises
-    ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer, an empty prompt, one that
-    outgrows the context, a model whose decisions cannot be made while generating, and a budget without a budget table
-    or out of its reach.
+    Everything is checked before the first piece. max_new_tokens: None is 128, or less if the model's context is
+    shorter. temperature: None is 0.8. greedy: take the likeliest token. budget: the share of the dense FLOPs to
+    execute, by the budget table beside the weights. draft: as in `stream`, or the folder of another model. Raises
+    ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer, a prompt that is empty or
+    exceeds the context, a model whose decisions cannot be made while generating, and a budget without a budget table or
+    out of its range.
     """
     opened = Run(run)
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
@@ -82,7 +82,7 @@ def stream_text(
 
 
 def _draft(draft: str | None) -> str | SkipstoneForCausalLM | None:
-    """Return a folder's model, or the name of a draft as it is."""
+    """Return the model in a folder, or the name of a draft unchanged."""
     if draft is None or not Path(draft).is_dir():
         return draft
     return Run(Path(draft)).load_model()
