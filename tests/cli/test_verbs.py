@@ -151,7 +151,15 @@ def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = listen(monkeypatch, "skipstone.generate.text_generation", "stream_text", [])
     command(monkeypatch, "generate", "run", "--prompt", "O, ", "--max-new-tokens", "5", "--top-k", "3", "--seed", "7")
-    options = {"max_new_tokens": 5, "temperature": None, "top_k": 3, "seed": 7, "greedy": False, "budget": None}
+    options = {
+        "max_new_tokens": 5,
+        "temperature": None,
+        "top_k": 3,
+        "seed": 7,
+        "greedy": False,
+        "budget": None,
+        "draft": None,
+    }
     assert calls == [((Path("run"), "O, "), options)]
 
 
