@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skipstone import SkipstoneConfig
 from skipstone.adapt.export import export_dense
@@ -119,3 +122,50 @@ def test_blocks_that_are_left_keep_their_window_and_their_positions(tmp_path: Pa
             assert (block.self_attn.window, smaller.model.turned_by[i]) == (
                 (6, "none") if kept[i] == 1 else (None, "row")
             )
+
+
+OTHERS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - FAMILIES.keys() - {"skipstone"})
+ODD = [  # of each family: settings that this decoder does not compute, and what the one line says
+    *[(case, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised") for case in ONE_EACH],
+    *[
+        (case, {"hidden_act": "relu2", "hidden_activation": "relu2", "activation_function": "relu2"}, "'relu2'")
+        for case in ONE_EACH
+    ],
+    *[
+        (case, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic")
+        for case in ("Llama, linear RoPE, biases", "Mistral, window", "Granite, tied, biases", "OLMo 2, tied, biases")
+    ],
+    *[
+        (case, {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'chunked_attention'")
+        for case in ("Qwen2, window", "Qwen3, window", "Gemma 2", "Ministral")
+    ],
+    ("Gemma 2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("Gemma 3, caps, biases, linear RoPE", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+]
+
+
+def refused(folder: Path, values: dict[str, Any]) -> str:
+    """The one line with which `convert` refuses a folder with this config.json, writing nothing."""
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        convert(folder, folder / "out" / "model")
+    assert not (folder / "out").exists() or not any((folder / "out").iterdir())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.slow
+def test_every_other_architecture_of_transformers_is_refused_by_name(tmp_path: Path) -> None:
+    assert len(OTHERS) > 100
+    for kind in OTHERS:
+        message = refused(tmp_path, {"model_type": kind})
+        assert f"architecture {kind!r}" in message
+        assert f"supported: {', '.join(FAMILIES)}" in message
+
+
+@pytest.mark.parametrize(("case", "changes", "said"), ODD)
+def test_a_setting_that_is_not_computed_is_refused_by_name(
+    case: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    assert said in refused(tmp_path, {**parity.CASES[case].to_dict(), **changes})

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.fields import unlike_llama
 
 MARK = "<!-- written by skipstone -->"  # cards without it were written by users and are not overwritten
 Realised = Mapping[int, Mapping[str, float]]
@@ -87,6 +88,8 @@ def _architecture(model: SkipstoneForCausalLM) -> Iterator[tuple[str, str]]:
     words = model.decoder.layers[0].mlp.in_words()
     yield "MLP", words if words and config.mlp == "experts" else ", ".join(filter(None, (dense, words)))
     yield "norm, positions", f"{config.norm}, {config.positions}"
+    if parts := unlike_llama(config):
+        yield "other parts", ", ".join(f"{name} {value}" for name, value in parts.items())
     head = "tied" if model.head_is_tied else "untied"
     yield "vocabulary, context", f"{config.vocab_size:,} ({head} head), {config.max_position_embeddings:,} tokens"
 

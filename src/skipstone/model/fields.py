@@ -22,6 +22,22 @@ SIZES = (
 )
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "mlp_hidden_dropout")
 DYNAMIC_ROPE = ("dynamic", "proportional")
+# Parts of a decoder whose defaults are those of Llama.
+PARTS = (
+    "norm_placement",
+    "parallel_residual",
+    "rope_layers",
+    "qk_norm_over",
+    "attention_scale",
+    "attention_soft_cap",
+    "attention_window",
+    "window_layers",
+    "window_rope_parameters",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "logit_soft_cap",
+)
 SCALES = ("embedding_scale", "residual_scale", "logit_scale")
 ALLOWED = {
     "positions": ("rope", "learned"),
@@ -271,6 +287,12 @@ class ModelFields:
         """`head_dim`, never None."""
         assert self.head_dim is not None
         return self.head_dim
+
+
+def unlike_llama(config: ModelFields) -> dict[str, object]:
+    """Return the `PARTS` of a decoder that have another value than in Llama."""
+    values = {name: getattr(config, name) for name in PARTS}
+    return {name: value for name, value in values.items() if value != getattr(ModelFields, name)}
 
 
 TYPES = get_type_hints(ModelFields)  # by field name

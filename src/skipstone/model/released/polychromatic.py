@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.fields import unlike_llama
 from skipstone.model.released.files import Weights
 from skipstone.model.released.layout import Layout, Options, Translated
 from skipstone.model.released.names import check_names, count_blocks, expand, sizes
@@ -153,8 +154,12 @@ def _check_config(model: SkipstoneForCausalLM) -> None:
     for key, value in {**BASE, "mechanisms": []}.items():
         if key != "scaled_output_init" and getattr(config, key) != value:
             raise ValueError(f"{key} is {getattr(config, key)!r}, this layout has {value!r} only")
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default" or rope.get("rope_theta") != ROPE_THETA:
+    if parts := unlike_llama(config):
+        raise ValueError(f"{next(iter(parts))} is {next(iter(parts.values()))!r}, this layout has none")
+    rope = {"partial_rotary_factor": 1.0, **(config.rope_parameters or {})}
+    if (rope.get("rope_type", "default"), rope["partial_rotary_factor"]) != ("default", 1.0) or (
+        rope.get("rope_theta") != ROPE_THETA
+    ):
         raise ValueError(f"rope_parameters are {rope}, this layout has theta {ROPE_THETA:.0f} without scaling only")
     activation = config.activation_options
     if (activation["name"], activation.get("context")) != ("polyglu", "sequence"):
