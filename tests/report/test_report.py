@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from skipstone.report.frontier_chart import Place, frontier
 from skipstone.report.rendering import write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -51,15 +54,44 @@ def test_the_page_of_two_runs(runs: dict[str, Path], tmp_path: Path) -> None:
         "Report on 2 runs",
         "Figures",
         "Loss",
+        "Loss against executed FLOPs",
         "Where the compute went",
+        "Which tokens got the compute",
         "Which activations the neurons chose",
         "Generated text",
         "Configuration",
     ]
     assert "O &lt;b&gt;" in text
     assert "mixture of depths on blocks 1; token selective on blocks 2; polyglu" in text
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
-    assert not re.search(r"https?://|url\(|@import", text), "the page must fetch nothing"
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe"}
+    assert not re.search(r"https?://|url\(|@import", text.replace("http://www.w3.org/2000/svg", "")), (
+        "it must fetch nothing"
+    )
+
+
+def test_the_one_script_is_the_one_that_the_policy_allows(runs: dict[str, Path], tmp_path: Path) -> None:
+    text, page = page_of([runs["routed"]], tmp_path, samples={"routed": [("<script>alert(1)</script>", 0.5)]})
+    (script,) = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
+
+
+def test_every_picture_has_its_numbers(runs: dict[str, Path], tmp_path: Path) -> None:
+    text, page = page_of(list(runs.values()), tmp_path)
+    pictures = [a for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
+    assert len(pictures) == text.count('<details class="numbers">') > 12
+    assert "<td>mixture_of_depths</td><td>0.5</td><td>0.5</td>" in text, "the bar and what was configured"
+
+
+def test_the_runs_that_no_other_one_beats_are_the_frontier() -> None:
+    places = [
+        Place(run=None, label=label, flops=flops, loss=loss)  # type: ignore[arg-type]
+        for label, flops, loss in (("a", 2, 3), ("b", 1, 4), ("c", 2, 2.5), ("d", 3, 2.6), ("e", 4, 1), ("f", 1, 5))
+    ]
+    assert [place.label for place in frontier(places)] == ["b", "c", "e"]
 
 
 def test_every_picture_is_valid_xml(runs: dict[str, Path], tmp_path: Path) -> None:

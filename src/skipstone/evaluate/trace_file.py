@@ -93,8 +93,8 @@ def _write_parquet(path: Path, lines: Iterator[Line]) -> int:
     import pyarrow as arrow
     from pyarrow import parquet
 
-    kinds = (arrow.int32(), arrow.int32(), arrow.string(), arrow.int16(), arrow.string())
-    kinds += (arrow.float32(), arrow.float32(), arrow.bool_(), arrow.float32())
+    where = [arrow.int32(), arrow.int32(), arrow.string(), arrow.int16(), arrow.string()]
+    kinds = [*where, arrow.float32(), arrow.float32(), arrow.bool_(), arrow.float32()]
     schema = arrow.schema(list(zip(COLUMNS, kinds, strict=True)))
     count = 0
     with parquet.ParquetWriter(path, schema) as writer:

@@ -8,6 +8,7 @@ flops.py         FLOPs and host syncs, counted while a pass runs, and the cost m
 share.py         the share of the dense FLOPs that the decisions of causal passes need
 compute.py       the share of the blocks' matrix FLOPs executed for each token
 trace.py         the decisions of each layer for each token of a sample
+allocation.py    the compute of groups of tokens, and whether it follows difficulty
 depth_map.py     the decision of each depth mechanism for each token of a text, and the loss of its prediction
 model_view.py    the part of a report about the model itself
 token_trace.py   both as plain values for JSON, without torch

@@ -66,8 +66,8 @@ def observe(
         assert out.records is not None
         for handle, found in zip(handles, scores, strict=True):
             found.append(handle.scores(out.records).to(row["input_ids"].device))
-        spent = _spent(model, row["input_ids"], out.records)
-        needed, dense, tokens = needed + spent[0], dense + spent[1], tokens + row["input_ids"].numel()
+        of_row, dense_of_row = spent(model, row["input_ids"], out.records)
+        needed, dense, tokens = needed + of_row, dense + dense_of_row, tokens + row["input_ids"].numel()
     joined = [torch.cat(found) for found in scores]
     kept = [
         float((s > handle.threshold).double().mean()) if len(s) else 0.0
@@ -76,7 +76,7 @@ def observe(
     return Seen(needed=needed / tokens, dense=dense / tokens, scores=joined, kept=kept)
 
 
-def _spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
+def spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
     """Return the FLOPs needed and dense, row by row, because attention grows with the square of what a row keeps."""
     rows, tokens = ids_BT.shape
     needed = 0.0

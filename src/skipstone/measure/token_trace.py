@@ -13,7 +13,7 @@ from skipstone.core.strict import PlainDict, PlainMapping
 
 CATEGORIES = ("letters", "digits", "signs", "white space")
 COLUMNS = ("row", "position", "token", "layer", "mechanism", "score", "weight", "kept", "loss")  # of a depth map
-FORMAT = 2  # of a view's plain values; others are made anew
+FORMAT = 3  # of a view's plain values; others are made anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,42 @@ class ActivationSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenGroup:
+    """A group of tokens. compute: mean share of the blocks' updates that were computed for them.
+
+    loss: mean nats of the predictions of the tokens after them; None where there is nothing to predict.
+    """
+
+    name: str
+    tokens: int
+    compute: float
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """To which tokens the compute went, over all rows of a trace.
+
+    correlation: of compute and loss over tokens; without_position, without_token, without_both: after the means of
+    groups of positions, of equal tokens, and of both are removed from the two. None where one does not vary.
+    """
+
+    by_kind: list[TokenGroup]
+    by_frequency: list[TokenGroup]
+    by_position: list[TokenGroup]
+    correlation: float | None
+    without_position: float | None
+    without_token: float | None
+    without_both: float | None
+
+    @classmethod
+    def from_dict(cls, values: PlainMapping) -> Allocation:
+        """Build it from plain values."""
+        groups = {name: [TokenGroup(**one) for one in values[name]] for name in values if name.startswith("by_")}
+        return cls(**{**values, **groups})
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenTrace:
     """A model's decisions for a sample of text, by layer and token.
 
@@ -44,7 +80,9 @@ class TokenTrace:
     {layer: {mechanism: share}}, over all rows. activations: of activation mechanisms, by layer, whose shares are in the
     order of `activation_names`. experts: shares of all choices by layer, of the most and the least chosen expert and of
     the no-ops together. depth: mean of the computed share over all tokens of all rows. routing: "causal"; "oracle"
-    where a decision cannot be made otherwise; "forced" where it was imposed.
+    where a decision cannot be made otherwise; "forced" where it was imposed. allocation: over all rows; None where the
+    batch has no labels. flops, dense_flops: forward FLOPs per token by the cost model, of what was decided, each row by
+    itself, and without mechanisms; None where the decisions are not causal.
     """
 
     tokens: list[str]
@@ -58,6 +96,9 @@ class TokenTrace:
     activations: Mapping[int, ActivationSummary] = field(default_factory=dict)
     activation_names: Sequence[str] = ()
     experts: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    flops: float | None = None
+    dense_flops: float | None = None
 
     @property
     def strongest(self) -> float:
@@ -68,14 +109,19 @@ class TokenTrace:
         """Return plain values for JSON; layers become text, as JSON's keys are."""
         by_layer = {name: _with_keys(str, getattr(self, name)) for name in ("capacity", "experts")}
         activations = {str(layer): asdict(summary) for layer, summary in self.activations.items()}
-        return {**vars(self), "routed": sorted(self.routed), **by_layer, "activations": activations}
+        allocation = None if self.allocation is None else asdict(self.allocation)
+        plain = {"activations": activations, "allocation": allocation}
+        return {**vars(self), "routed": sorted(self.routed), **by_layer, **plain}
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> TokenTrace:
         """Build a trace from what `to_dict` gave. Raises TypeError or ValueError for anything else."""
         by_layer = {name: _with_keys(int, values[name]) for name in ("capacity", "experts")}
         activations = {int(layer): ActivationSummary(**one) for layer, one in values["activations"].items()}
-        return cls(**{**values, "routed": frozenset(values["routed"]), **by_layer, "activations": activations})
+        found = values["allocation"]
+        allocation = None if found is None else Allocation.from_dict(found)
+        plain = {"activations": activations, "allocation": allocation}
+        return cls(**{**values, "routed": frozenset(values["routed"]), **by_layer, **plain})
 
 
 Key = TypeVar("Key")

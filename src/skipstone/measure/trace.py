@@ -14,10 +14,13 @@ from torch import Tensor
 from skipstone.core.records import ActivationRecord, DepthRecord, ExpertsRecord, Records, of_kind
 from skipstone.core.routing_module import causal_obstacle
 from skipstone.core.strict import PlainMapping
-from skipstone.measure.passes import forced_routing, inputs_of, real_tokens
+from skipstone.measure.allocation import measure_allocation
+from skipstone.measure.losses import token_nats
+from skipstone.measure.passes import forced_routing, inputs_of, real_tokens, targets
+from skipstone.measure.share import spent
 from skipstone.measure.summaries import ACTIVATION_NAMES
-from skipstone.measure.token_trace import CATEGORIES, ActivationSummary, TokenTrace
-from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.measure.token_trace import CATEGORIES, ActivationSummary, Allocation, TokenTrace
+from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
 
 SUBLAYERS = ("attention", "mlp")
 
@@ -38,6 +41,7 @@ def trace_tokens(
     """
     blocks = list(model.model.layers)
     routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
+    routing = routing if known_BT is None else "forced"
     inputs, was_training = inputs_of(batch, model.device), model.training
     out = model.eval()(
         **inputs,
@@ -53,6 +57,7 @@ def trace_tokens(
     weight_LBT = torch.stack([weight for weight, _ in halves]).float().cpu()
     kept_LBT = torch.stack([kept for _, kept in halves]).float().cpu()
     depth_BT, shown = kept_LBT.mean(0), len(names)
+    flops, dense_flops = _flops_per_token(model, inputs, out.records) if routing == "causal" else (None, None)
     capacity = {i: shares for i, records in enumerate(out.records) if (shares := _capacity(records))}
     return TokenTrace(
         tokens=names,
@@ -60,13 +65,33 @@ def trace_tokens(
         kept_LT=(kept_LBT[:, 0, :shown] > 0).tolist(),
         depth_T=depth_BT[0, :shown].tolist(),
         depth=depth_BT[real_BT.cpu()].mean().item(),
-        routing=routing if known_BT is None else "forced",
+        routing=routing,
         routed=frozenset(capacity),
         capacity=capacity,
         activations=summarise_activations(blocks, out.records, category_BT),
         activation_names=list(ACTIVATION_NAMES),
         experts=_experts(blocks, out.records),
+        allocation=_allocation(batch, out.logits, depth_BT, real_BT.cpu(), category_BT),
+        flops=flops,
+        dense_flops=dense_flops,
     )
+
+
+def _allocation(
+    batch: PlainMapping, logits_BTV: Tensor | None, depth_BT: Tensor, real_BT: Tensor, category_BT: Tensor | None
+) -> Allocation | None:
+    if logits_BTV is None or not {"labels", "shift_labels"} & {*batch}:
+        return None
+    target_BT = targets(batch).to(logits_BTV.device)
+    loss_BT = token_nats(logits_BTV, target_BT).masked_fill(target_BT == IGNORED, float("nan")).cpu()
+    return measure_allocation(depth_BT, loss_BT, batch["input_ids"].cpu(), real_BT, category_BT)
+
+
+def _flops_per_token(
+    model: SkipstoneForCausalLM, inputs: Mapping[str, Tensor], records: Sequence[Records]
+) -> tuple[float, float]:
+    needed, dense = spent(model, inputs["input_ids"], records)
+    return needed / inputs["input_ids"].numel(), dense / inputs["input_ids"].numel()
 
 
 def _halves(sites: Mapping[str, list[str]], records: Records, real_BT: Tensor) -> tuple[Tensor, Tensor]:

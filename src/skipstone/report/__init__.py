@@ -5,6 +5,9 @@ run_view.py       the figures and files of one run
 report_page.py    the sections of the page, from runs to strings and pictures
 token_picture.py  the tokens x layers picture and coloured text
 mixes.py          pictures of the mixed activations
+frontier_chart.py     loss against executed FLOPs of several runs, the best marked
+allocation_charts.py  compute by kind, frequency and position of tokens, and against their loss
+drawn.py          a picture with its numbers as a table
 budget_chart.py   loss by budget, from files of `skipstone eval --budget --json`
 charts.py         lines, bars, stacked bars
 axes.py           scales, ticks, the frame of a chart

@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from markupsafe import Markup
-
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.report import charts
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Series
+from skipstone.report.drawn import Drawn
 from skipstone.report.run_view import RunView
 from skipstone.runs import Run
 
@@ -53,7 +52,7 @@ def _of_today(point: PlainMapping) -> PlainDict:
     return {"target" if key == "asked" else key: value for key, value in point.items()}
 
 
-def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Markup | None:
+def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
     """Draw loss over the share of the dense FLOPs that was executed; None where nothing was measured."""
     series = [
         Series(

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from skipstone.report import svg
 from skipstone.report.axes import Frame, Scale, short, ticks
+from skipstone.report.drawn import Drawn
 from skipstone.report.palette import SERIES, Style
 
 MAX_POINTS = 600  # a curve needs no more points than the page has pixels
@@ -42,7 +43,7 @@ def lines(
     frame: Frame,
     x_range: tuple[float, float],
     y_range: tuple[float, float],
-) -> Markup:
+) -> Drawn:
     """Draw curves on shared axes; one that has a single point is a dot."""
     kept = [(s, points) for s in series if (points := thinned(s.points))]
     across, up = frame.across(*x_range), frame.up(*y_range)
@@ -52,7 +53,8 @@ def lines(
         parts += _curve(s, [(across(x), up(y)) for x, y in points])
     if not kept:
         parts.append(svg.text(frame.width / 2, frame.height / 2, "nothing was logged", "axis", text_anchor="middle"))
-    return svg.drawing(frame.width, frame.height, parts, title)
+    rows = [(s.label, f"{x:g}", f"{y:.5g}") for s, points in kept for x, y in points]
+    return Drawn.of(svg.drawing(frame.width, frame.height, parts, title), ("", x_title, y_title or title), rows)
 
 
 def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
@@ -76,7 +78,7 @@ class Bar:
     mark: float | None = None
 
 
-def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame, high: float = 1.0) -> Markup:
+def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame, high: float = 1.0) -> Drawn:
     """Draw bars by layer, one beside the other where a layer has several; colours follow the names. high: of the
     axis.
     """
@@ -93,12 +95,15 @@ def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: F
         parts.append(_column(x, width, up, 0.0, bar.value, SERIES[names.index(bar.name) % len(SERIES)], hover))
         if bar.mark is not None:
             parts.append(svg.line(x - 3, up(bar.mark), x + width + 3, up(bar.mark), "mark"))
-    return svg.drawing(frame.width, frame.height, parts, title)
+    rows = [
+        (str(bar.layer), bar.name, f"{bar.value:.3g}", "" if bar.mark is None else f"{bar.mark:.3g}") for bar in data
+    ]
+    return Drawn.of(svg.drawing(frame.width, frame.height, parts, title), ("layer", "", y_title, "as configured"), rows)
 
 
 def stacked(
     shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame
-) -> Markup:
+) -> Drawn:
     """Draw shares that sum to 1, one stack a layer, in the order of `names` from the bottom."""
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)
@@ -110,7 +115,8 @@ def stacked(
             hover = f"layer {layer}, {names[k]}: {share:.1%}"
             parts.append(_column(x, 0.76 * slot, up, base, base + share, SERIES[k % len(SERIES)], hover))
             base += share
-    return svg.drawing(frame.width, frame.height, parts, title)
+    rows = [(str(layer), *(f"{share:.3f}" for share in parts_of_layer)) for layer, parts_of_layer in shares.items()]
+    return Drawn.of(svg.drawing(frame.width, frame.height, parts, title), ("layer", *names), rows)
 
 
 def _slots(frame: Frame, layers: int) -> tuple[float, list[Markup]]:

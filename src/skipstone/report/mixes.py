@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from markupsafe import Markup
-
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.measure.token_trace import CATEGORIES, ActivationSummary
 from skipstone.report import charts, svg
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
+from skipstone.report.drawn import Drawn
 from skipstone.report.palette import SERIES, style
 from skipstone.report.run_view import RunView
 
@@ -45,18 +44,18 @@ def names_of(run: RunView) -> Sequence[str]:
     return () if run.trace is None else run.trace.activation_names
 
 
-def _stacked(run: RunView, shares: Mapping[int, Sequence[float]], layers: int, what: str, frame: Frame) -> Markup:
+def _stacked(run: RunView, shares: Mapping[int, Sequence[float]], layers: int, what: str, frame: Frame) -> Drawn:
     return charts.stacked(shares, names_of(run), layers=layers, title=f"{run.name}: {what}", frame=frame)
 
 
-def _of_category(run: RunView, activations: Mapping[int, ActivationSummary], category: str, layers: int) -> Markup:
+def _of_category(run: RunView, activations: Mapping[int, ActivationSummary], category: str, layers: int) -> Drawn:
     shares = {i: one.by_category[category] for i, one in activations.items() if category in one.by_category}
     return _stacked(run, shares, layers, f"activations for {category}", SMALL)
 
 
 def _shift(
     run: RunView, activations: Mapping[int, ActivationSummary], categories: Sequence[str], layers: int
-) -> Markup | None:
+) -> Drawn | None:
     """Draw the distance of each category's shares from those of all tokens."""
     bars = [
         Bar(layer=layer, name=category, value=one.shift(category))
@@ -71,7 +70,7 @@ def _shift(
     return charts.bars(bars, layers=layers, y_title="distance", title=title, frame=WIDE, high=min(high, 1.0))
 
 
-def _entropy(run: RunView, activations: Mapping[int, ActivationSummary]) -> Markup:
+def _entropy(run: RunView, activations: Mapping[int, ActivationSummary]) -> Drawn:
     """Draw the entropy of the neurons' mixes by layer: 1 for all activations alike, 0 for a single one."""
     points = [(float(layer), one.entropy) for layer, one in sorted(activations.items())]
     series = [Series(label=run.name, points=points, style=run.style)]
@@ -79,7 +78,7 @@ def _entropy(run: RunView, activations: Mapping[int, ActivationSummary]) -> Mark
     return charts.lines(series, "layer", "entropy / ln 4", f"{run.name}: entropy", FRAME, x_range, (0.0, 1.02))
 
 
-def _course(run: RunView) -> Markup | None:
+def _course(run: RunView) -> Drawn | None:
     """Draw the entropy over training, a line per layer; None if it was not logged."""
     series = []
     for line_of in sorted(_logged(run), key=lambda key: int(key.split("/")[1])):
@@ -105,7 +104,7 @@ def _every(activations: Mapping[int, ActivationSummary]) -> int:
     return -(-max(len(one.strongest) for one in activations.values()) // MOST_NEURONS)
 
 
-def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str], title: str) -> Markup:
+def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str], title: str) -> Drawn:
     """Draw neurons across and layers up, in the colour of the strongest activation. Neighbours alike are one bar."""
     every, layers = _every(activations), max(activations) + 1
     cell = MAP_WIDTH / -(-max(len(one.strongest) for one in activations.values()) // every)
@@ -123,4 +122,8 @@ def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str
     turned = f"rotate(-90 12 {svg.number(ROW * layers / 2)})"
     parts.append(svg.text(12, ROW * layers / 2, "layer", "axis", text_anchor="middle", transform=turned))
     parts.append(svg.text(LEFT + MAP_WIDTH / 2, ROW * layers + 16, "neuron", "axis", text_anchor="middle"))
-    return svg.drawing(LEFT + MAP_WIDTH + 8, ROW * layers + 24, parts, title)
+    picture = svg.drawing(LEFT + MAP_WIDTH + 8, ROW * layers + 24, parts, title)
+    rows = [
+        (str(layer), *(str(one.strongest.count(k)) for k in range(len(names)))) for layer, one in activations.items()
+    ]
+    return Drawn.of(picture, ("layer", *(f"neurons with {name}" for name in names)), rows)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from skipstone.core.atomic_write import write_whole
 from skipstone.report.budget_chart import read_budgets
@@ -23,7 +27,7 @@ def write_report(
     evaluations: Sequence[Path] = (),
     replace: bool = False,
 ) -> Path:
-    """Write one self-contained page about `runs` to `out`: no script, nothing fetched.
+    """Write one self-contained page about `runs` to `out`, which fetches nothing.
 
     names: of the runs on the page, their folders' names if absent. samples: generated text of runs by name, as (piece,
     share of the compute it took). evaluations: files of `skipstone eval --budget --json`, whose losses by budget are
@@ -40,9 +44,18 @@ def write_report(
     opened = [Run(Path(run)) for run in runs]
     measured = read_budgets(evaluations, opened, titles)
     shown = [load_view(run, name, i) for i, (run, name) in enumerate(zip(opened, titles, strict=True))]
-    html = environment().get_template("page.html").render(context(shown, samples or {}, measured))
+    html = environment().get_template("page.html").render(**context(shown, samples or {}, measured), **_script())
     write_whole(out, html)
     return out
+
+
+def _script() -> dict[str, Markup]:
+    """The script that saves pictures, and its hash: the page's policy lets no other one run."""
+    templates = files("skipstone.report").joinpath("templates")
+    saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))
+    text = "\n" + saving.replace("export function", "function") + buttons
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"script": Markup(text), "script_hash": Markup(digest)}
 
 
 def environment() -> Environment:

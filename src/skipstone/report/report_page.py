@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import yaml
-from markupsafe import Markup
 
 from skipstone.core.strict import PlainDict, PlainMapping
-from skipstone.report import budget_chart, charts, mixes, token_picture
+from skipstone.report import allocation_charts, budget_chart, charts, frontier_chart, mixes, token_picture
 from skipstone.report.axes import Frame, bounds
 from skipstone.report.charts import Bar, Series
+from skipstone.report.drawn import Drawn
 from skipstone.report.palette import SERIES
 from skipstone.report.run_view import RunView
 
@@ -43,9 +43,11 @@ def context(
         "figures": [title for title, _, _ in FIGURES],
         "rows": [(run, [_figure(get(run), form) for _, get, form in FIGURES]) for run in runs],
         "losses": _losses(runs),
+        "frontier": frontier_chart.chart(runs, measured),
         "budgets": budget_chart.curve(runs, measured),
         "budget_rows": budget_chart.table(runs, measured),
         "routed": [_routed(run) for run in runs if run.trace is not None and run.trace.routed],
+        "allocations": [card for run in runs if (card := allocation_charts.card(run)) is not None],
         "training": _training(runs),
         "mixes": [mixes.card(run) for run in runs if run.trace is not None and run.trace.activations],
         "activation_names": list(zip(next(filter(None, map(mixes.names_of, runs)), ()), SERIES, strict=False)),
@@ -83,7 +85,7 @@ def _last(run: RunView, split: str, key: str) -> float | None:
     return next((y for _, y in reversed(_curve(run, split, key))), None)
 
 
-def _losses(runs: Sequence[RunView]) -> list[tuple[str, Markup]]:
+def _losses(runs: Sequence[RunView]) -> list[tuple[str, Drawn]]:
     """Draw training and validation loss on the same ranges, so that they can be compared; empty panels are left out."""
     panels = {
         "training": ("train", "token_loss"),
@@ -105,7 +107,7 @@ def _losses(runs: Sequence[RunView]) -> list[tuple[str, Markup]]:
 COURSES = {"learning rate": "learning_rate", "tokens/s": "tokens_per_second", "tau": "tau"}
 
 
-def _training(runs: Sequence[RunView]) -> list[tuple[str, Markup]]:
+def _training(runs: Sequence[RunView]) -> list[tuple[str, Drawn]]:
     """Draw the other figures logged at every step, each on its own range; figures that no run has are left out."""
     drawn = []
     for title, key in COURSES.items():
@@ -143,7 +145,7 @@ def _routed(run: RunView) -> PlainDict:
     }
 
 
-def _experts(run: RunView) -> Markup:
+def _experts(run: RunView) -> Drawn:
     assert run.trace is not None
     bars = [
         Bar(layer=layer, name=name, value=shares[name])

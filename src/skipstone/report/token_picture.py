@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from skipstone.measure.token_trace import TokenTrace
 from skipstone.report import svg
+from skipstone.report.drawn import Drawn
 
 CELL_WIDTH, CELL_HEIGHT, GAP = 11.2, 23, 1
 LEFT, TOP = 62, 8
@@ -24,7 +25,7 @@ def visible(token: str) -> str:
     )
 
 
-def picture(trace: TokenTrace, count: int, title: str) -> Markup:
+def picture(trace: TokenTrace, count: int, title: str) -> Drawn:
     """Draw the weight of each layer's update for the first `count` tokens; a skipped one is empty, layer 0 is the
     lowest.
     """
@@ -38,7 +39,14 @@ def picture(trace: TokenTrace, count: int, title: str) -> Markup:
     parts += [_label(label, LEFT + CELL_WIDTH * (t + 0.5), floor + 13, longest) for t, label in enumerate(labels)]
     turned = f"rotate(-90 12 {svg.number((TOP + floor) / 2)})"
     parts.append(svg.text(12, (TOP + floor) / 2, "layer", "axis", text_anchor="middle", transform=turned))
-    return svg.drawing(width, floor + room + 4, parts, title)
+    layers_of = sorted(trace.routed)
+    rows = [(label, *(_cell(trace, layer, t) for layer in layers_of)) for t, label in enumerate(labels)]
+    heads = ("token", *(f"layer {layer}" for layer in layers_of))
+    return Drawn.of(svg.drawing(width, floor + room + 4, parts, title), heads, rows)
+
+
+def _cell(trace: TokenTrace, layer: int, t: int) -> str:
+    return f"{trace.weight_LT[layer][t]:.3g}" if trace.kept_LT[layer][t] else "skipped"
 
 
 def _row(trace: TokenTrace, layer: int, labels: Sequence[str], y: float) -> Markup:

@@ -57,7 +57,7 @@ class LiveModel:
         slots: block and mechanism of the decisions of every token, in their order. budgets: the least and the largest
         budget, None without a budget table. neurons: whether there is a map of neurons.
         """
-        sites = [[name for site in block.sites.values() for name in site] for block in self.blocks]
+        sites: list[list[str | None]] = [[n for site in block.sites.values() for n in site] for block in self.blocks]
         return {
             "name": self.name,
             "mechanisms": mechanisms_in_words(self.model),

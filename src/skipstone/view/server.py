@@ -42,6 +42,7 @@ HEADERS = {
 FILES = {
     "": ("skipstone.view", "static/index.html", "text/html"),
     "static/style.css": ("skipstone.report", "templates/style.css", "text/css"),
+    "static/saving.js": ("skipstone.report", "templates/saving.js", "text/javascript"),
     "static/view.css": ("skipstone.view", "static/view.css", "text/css"),
     "static/view.js": ("skipstone.view", "static/view.js", "text/javascript"),
     "static/panel.js": ("skipstone.view", "static/panel.js", "text/javascript"),

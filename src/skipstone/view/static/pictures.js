@@ -1,3 +1,7 @@
+import { saveable } from "./saving.js";
+
+export { saveable };
+
 // Pictures as SVG, built from elements: no text of a model ever becomes markup.
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -132,26 +136,4 @@ export function drawNeurons(map, mix, colours) {
   const every = Math.max(...map.layers.map((layer) => layer.every));
   const note = every > 1 ? [h("span", { class: "key" }, `one neuron of ${every} is shown`)] : [];
   return [drawn, h("p", { class: "legend" }, ...names, ...note, saveable(() => drawn, "neurons"))];
-}
-
-const COPIED = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "font-family", "font-size", "opacity", "visibility"];
-
-// A button that saves a picture as it is seen, its style written into it.
-export function saveable(find, name) {
-  const button = h("button", { type: "button", class: "save" }, "Save as SVG");
-  button.addEventListener("click", () => {
-    const shown = find();
-    if (!shown) return;
-    const copy = shown.cloneNode(true);
-    const originals = [shown, ...shown.querySelectorAll("*")];
-    [copy, ...copy.querySelectorAll("*")].forEach((element, i) => {
-      const style = getComputedStyle(originals[i]);
-      for (const property of COPIED) element.setAttribute(property, style.getPropertyValue(property));
-    });
-    copy.setAttribute("xmlns", SVG);
-    const address = URL.createObjectURL(new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" }));
-    h("a", { href: address, download: `${name}.svg` }).click();
-    setTimeout(() => URL.revokeObjectURL(address), 1000);
-  });
-  return button;
 }
