@@ -14,7 +14,7 @@ from skipstone.report.drawn import Drawn
 from skipstone.report.palette import BLUE, VERMILION
 from skipstone.report.run_view import RunView
 
-WIDTH, LEFT, RIGHT, ROW, TOP = 350, 138, 14, 24, 6
+WIDTH, LEFT, RIGHT, ROW, TOP = 350, 138, 22, 24, 6
 CORRELATIONS = {
     "as it is": "correlation",
     "position removed": "without_position",
