@@ -46,10 +46,10 @@ demo: $(STAMP)  ## train and compare dense, MoD, TSA, PolyGLU and all three (SCA
 	$(BIN)/skipstone reproduce demo --scale $(SCALE)
 
 test: $(DEV_STAMP)  ## the quick tests
-	$(TEST_THREADS) $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	$(TEST_THREADS) $(BIN)/python -m pytest -m "not slow" --cpu-seconds $(PARALLEL)
 
 test-all: $(DEV_STAMP)  ## every test, the slow ones and the whole product of every law too
-	$(TEST_THREADS) $(BIN)/python -m pytest $(PARALLEL)
+	$(TEST_THREADS) $(BIN)/python -m pytest --cpu-seconds $(PARALLEL)
 
 test-ecosystem:  ## the tests with other people's tools: TRL, lm-evaluation-harness, a server
 	$(MAKE) VENV=.venv-tools EXTRAS=$(TOOLS) setup-dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -28,6 +29,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+pytest_plugins = ["cpu_seconds"]
 settings.register_profile("skipstone", derandomize=True, deadline=None, database=None)
 settings.load_profile("skipstone")
 
@@ -55,3 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         from laws.selection import leave_out
 
         leave_out(items)
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules and collected tests stay: take them from the eyes of the garbage collector.
+
+    Trainers collect garbage by hand several times a run; half of the time of a small training went into that.
+    """
+    gc.collect()
+    gc.freeze()

@@ -1,10 +1,11 @@
-"""The choice of quick cases for each law: a small set that covers all pairs of parts.
+"""The choice of quick cases for the laws: a small set of each file that covers all pairs of mechanisms.
 
-A law is tested on every composition of `laws.builders`, most of which repeat each other. The quick suite keeps a set
-that covers every two parts that occur together in some case (mechanisms at their sites, the outer one first;
-activations; experts; neuron groups; the law's other parameters). Pairs without two mechanisms are kept by one law in
-`PAIRS`, option values by one in `VALUES`, chosen by the law's name, which also breaks ties, so that different laws keep
-different cases. Other tests that use the cases keep every part once. `make test-all` runs the whole product.
+A law is tested on every composition of `laws.builders`, most of which repeat each other. The quick suite keeps a cover.
+Every law keeps each mechanism of the table, PolyGLU, experts, neuron groups and its own other parameters once. The laws
+of a file together keep, each in whichever law comes cheapest: every part (a mechanism at a site, an activation), every
+two mechanisms of one case (the outer one first), one in `PAIRS` of the other pairs, and one in `VALUES` of the option
+values. These are chosen by the file's name, which also breaks ties, so that different files keep different cases. Other
+tests that use the cases keep every part once. `make test-all` runs the whole product.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import pytest
 
 from laws.builders import Case
 
-PAIRS, VALUES = 4, 12
-# Parts of a decoder that no mechanism can see: one law in twice PAIRS keeps each.
+PAIRS, VALUES = 6, 12
+# Parts of a decoder that no mechanism can see: one file in two keeps each, in one law.
 UNSEEN = ("attention_window", "norm_placement", "parallel_residual")
 SLOW_PARTS = {"neuron_groups": 4.0, "experts": 2.0}  # how many times as long as others
 
@@ -51,19 +52,20 @@ def values(chosen: Case) -> Iterator[str]:
         yield from (f"{key} {name}={found}" for name, found in inner)
 
 
-def goals(law: str, params: dict[str, Any]) -> frozenset[Hashable]:
-    """What one run of a law is there for."""
-    chosen = _case(params)
-    if shown := [key for key in UNSEEN if key in dict(chosen.more)]:
-        return frozenset(key for key in shown if drawn(2 * PAIRS, law, key))
-    found: set[Hashable] = {*parts(chosen)}
-    if "/laws/" not in law:
-        return frozenset(found)
+def goals(key: str, params: dict[str, Any]) -> frozenset[Hashable]:
+    """What one run is there for: the goals of its law carry the law's name, the others are those of its file."""
+    chosen, law, file = _case(params), key.partition("[")[0], key.partition("::")[0]
+    if shown := [name for name in UNSEEN if name in dict(chosen.more)]:
+        return frozenset(name for name in shown if drawn(2, file, name))
+    if "/laws/" not in file:
+        return frozenset((law, part) for part in parts(chosen))
     others = [f"{name}={value!r}" for name, value in params.items() if not isinstance(value, Case)]
-    found |= {*itertools.combinations(mechanisms(chosen), 2), *others}
+    kinds = {entry["name"] for entry in chosen.entries} | {"polyglu", *SLOW_PARTS} & {*parts(chosen)}
+    found: set[Hashable] = {(law, goal) for goal in (*kinds, *others)}
+    found |= {*parts(chosen), *itertools.combinations(mechanisms(chosen), 2)}
     pairs = itertools.combinations((*parts(chosen), *others), 2)
-    found |= {pair for pair in pairs if drawn(PAIRS, law, *pair)}
-    return frozenset(found | {value for value in values(chosen) if drawn(VALUES, law, value)})
+    found |= {pair for pair in pairs if drawn(PAIRS, file, *pair)}
+    return frozenset(found | {value for value in values(chosen) if drawn(VALUES, file, value)})
 
 
 def cost(params: dict[str, Any]) -> float:
@@ -71,28 +73,30 @@ def cost(params: dict[str, Any]) -> float:
     return 2.0 + sum(SLOW_PARTS.get(part, 1.0) for part in parts(_case(params)))
 
 
-def cover(law: str, runs: dict[str, dict[str, Any]]) -> set[str]:
-    """Greedily, by what is new for its cost, until nothing is missing; always the same for the same law."""
-    order = sorted(runs, key=lambda key: zlib.crc32(f"{law} {key}".encode()))
-    held = {key: goals(law, params) for key, params in runs.items()}
+def cover(file: str, runs: dict[str, dict[str, Any]]) -> set[str]:
+    """Greedily, by what is new for its cost, until nothing is missing; always the same for the same file."""
+    held = {key: goals(key, params) for key, params in runs.items()}
+    costs = {key: cost(params) for key, params in runs.items()}
+    order = sorted(runs, key=lambda key: zlib.crc32(f"{file} {key}".encode()))
     missing = set().union(*held.values())
     chosen: set[str] = set()
     while missing:
-        best = max(order, key=lambda key: len(held[key] & missing) / cost(runs[key]))
+        best = max(order, key=lambda key: len(held[key] & missing) / costs[key])
         chosen.add(best)
         missing -= held[best]
+        order = [key for key in order if not held[key].isdisjoint(missing)]
     return chosen
 
 
 def leave_out(items: Iterable[pytest.Item]) -> None:
-    """Mark as slow what the quick suite does without: runs of a law over cases that others cover."""
-    laws: dict[str, dict[str, pytest.Function]] = defaultdict(dict)
+    """Mark as slow what the quick suite does without: runs of laws over cases that others cover."""
+    files: dict[str, dict[str, pytest.Function]] = defaultdict(dict)
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if any(isinstance(value, Case) for value in params.values()):
-            laws[item.nodeid.partition("[")[0]][item.nodeid] = item
-    for law, runs in laws.items():
-        for key in runs.keys() - cover(law, {key: item.callspec.params for key, item in runs.items()}):
+        if any(isinstance(value, Case) for value in params.values()) and not item.get_closest_marker("slow"):
+            files[item.nodeid.partition("::")[0]][item.nodeid] = item
+    for file, runs in files.items():
+        for key in runs.keys() - cover(file, {key: item.callspec.params for key, item in runs.items()}):
             runs[key].add_marker("slow")
 
 

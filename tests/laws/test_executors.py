@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,20 +74,28 @@ def test_oracle_with_documents_and_padding(chosen: Case) -> None:
 @pytest.mark.parametrize("length", [1, 2, 7, 16, 33])
 @pytest.mark.parametrize("chosen", [c for c in NESTED if "soft" not in c.name], ids=str)
 def test_odd_sizes(chosen: Case, length: int) -> None:
+    model = lively(chosen)
     for rows in (1, 2):
         for routing in ("oracle", "causal"):
             tokens = ids(rows, length + 1)[:, :-1] if length > 1 else ids(rows, 1)
             results = [
-                lively(chosen)(tokens, routing=routing, noise=False, executor=executor, output_records=True)
+                model(tokens, routing=routing, noise=False, executor=executor, output_records=True)
                 for executor in ("gathered", "masked")
             ]
             assert_close(results[0].logits, results[1].logits, f"{rows} rows, {routing}")
             assert_same_records(results[0].records, results[1].records)
 
 
-@pytest.mark.parametrize("capacity", [0.05, 1.0], ids=["k=0", "k=T"])
-@pytest.mark.parametrize("order", [0, 1, 2], ids=["first", "middle", "last"])
-@pytest.mark.parametrize("decision", ["topk", "random", "positional", "predictor"])
+def extremes() -> Iterator[Any]:
+    """Every decision at every place, keeping nobody or everybody; quick in one place for each."""
+    for i, decision in enumerate(("topk", "random", "positional", "predictor")):
+        for j, (capacity, kept) in enumerate(((0.05, "k=0"), (1.0, "k=T"))):
+            for order, place in enumerate(("first", "middle", "last")):
+                marks = () if order == (i + j) % 3 else pytest.mark.slow
+                yield pytest.param(decision, order, capacity, id=f"{decision}-{place}-{kept}", marks=marks)
+
+
+@pytest.mark.parametrize(("decision", "order", "capacity"), list(extremes()))
 def test_none_and_all_kept(decision: str, order: int, capacity: float) -> None:
     entries = [entry(name) for name in DEPTH if name != "mixture_of_depths"]
     entries.insert(order, entry("mixture_of_depths", capacity=capacity, decision=decision))

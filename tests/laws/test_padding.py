@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.builders import ALL, LENGTH, Case, assert_close, ids, lively
+from laws.builders import ALL, LENGTH, NESTED, Case, assert_close, ids, lively
 from skipstone.ops.reference import quota
 
 LENGTHS = (LENGTH, 9, 4)
@@ -95,13 +95,11 @@ def test_quota_counts_each_document_without_padding(capacity: float, decision: s
         assert counted == [tuple(quota(capacity, n) for n in row) for row in lengths]
 
 
+@pytest.mark.parametrize("chosen", NESTED, ids=str)
 @torch.no_grad()
-def test_a_row_of_padding_alone_harms_nobody() -> None:
-    from laws.builders import NESTED
-
-    for chosen in NESTED:
-        model, mask = lively(chosen), torch.ones(3, LENGTH, dtype=torch.long)
-        mask[1] = 0
-        out = model(ids(), attention_mask=mask)
-        assert out.logits.isfinite().all()
-        assert_close(out.logits[[0, 2]], model(ids()[[0, 2]]).logits)
+def test_a_row_of_padding_alone_harms_nobody(chosen: Case) -> None:
+    model, mask = lively(chosen), torch.ones(3, LENGTH, dtype=torch.long)
+    mask[1] = 0
+    out = model(ids(), attention_mask=mask)
+    assert out.logits.isfinite().all()
+    assert_close(out.logits[[0, 2]], model(ids()[[0, 2]]).logits)

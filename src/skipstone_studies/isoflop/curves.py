@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -86,18 +86,17 @@ class Fit:
 
 def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
     """Fit a parabola by least squares; fewer than three sizes give none. xs must be positive and distinct."""
-    u = np.log(np.asarray(xs, np.float64))
+    middle, u, solution = _sizes(tuple(xs))
     y = np.asarray(losses, np.float64)
-    middle = float(u.mean())
     if len(xs) < 3:
         best = int(y.argmin())
         optimum = Optimum(x=float(xs[best]), loss=float(y[best]), where=FEW)
         coefficients, residuals = (0.0, 0.0, float(y.mean())), ()
     else:
-        a, b, c = (float(value) for value in np.polyfit(u - middle, y, 2))
+        a, b, c = (solution @ y).tolist()
         coefficients = (a, b, c)
-        residuals = tuple((y - np.polyval(coefficients, u - middle)).tolist())
-        optimum = _optimum(coefficients, u - middle, y, xs)
+        residuals = tuple((y - ((a * u + b) * u + c)).tolist())
+        optimum = _optimum(coefficients, u, y, xs, middle)
     return Fit(
         coefficients=coefficients,
         middle=middle,
@@ -108,14 +107,28 @@ def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
     )
 
 
+@cache
+def _sizes(xs: tuple[float, ...]) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean of ln x, ln x about it, and the matrix that turns losses into coefficients.
+
+    Kept, because a bootstrap fits the same sizes thousands of times.
+    """
+    u = np.log(np.asarray(xs, np.float64))
+    middle = float(u.mean())
+    return middle, u - middle, np.linalg.pinv(np.vander(u - middle, 3))
+
+
 def _optimum(
-    coefficients: tuple[float, float, float], u: NDArray[np.float64], y: NDArray[np.float64], xs: Sequence[float]
+    coefficients: tuple[float, float, float],
+    u: NDArray[np.float64],
+    y: NDArray[np.float64],
+    xs: Sequence[float],
+    middle: float,
 ) -> Optimum:
     a, b, c = coefficients
     vertex = -b / (2 * a) if a > 0 else math.nan
     if u.min() <= vertex <= u.max():
-        log_x = vertex + float(np.log(np.asarray(xs, np.float64)).mean())
-        return Optimum(x=math.exp(log_x), loss=c - b * b / (4 * a), where=INSIDE)
+        return Optimum(x=math.exp(vertex + middle), loss=c - b * b / (4 * a), where=INSIDE)
     best = int(y.argmin())
     where: Where = DOWNWARD if not a > 0 else LOW if vertex < u.min() else HIGH
     if where in (LOW, HIGH):  # the parabola falls towards that end
