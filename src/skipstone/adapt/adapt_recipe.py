@@ -65,7 +65,7 @@ class Loss:
 
     @property
     def teaches(self) -> bool:
-        """Whether a teacher is needed at all."""
+        """Whether any term needs a teacher."""
         return self.distillation > 0 or self.hidden_states > 0
 
 

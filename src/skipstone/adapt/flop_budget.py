@@ -63,7 +63,7 @@ def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 
 
 def close(model: SkipstoneForCausalLM) -> bool:
-    """End what mechanisms did to start as the dense model; return whether any did."""
+    """End the phase in which mechanisms compute as the dense model; return whether any was in it."""
     ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
     return any(ended)
 

@@ -85,7 +85,7 @@ def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 
 def require_polyglu(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model whose neurons do not route."""
+    """Raise ValueError for a model without PolyGLU."""
     if not model.modules_of(PolyGLU):
         name = model.config.activation_options["name"]
         raise ValueError(f"only activation 'polyglu' can be hardened, this model has {name!r}")

@@ -220,6 +220,6 @@ def _check_streams(model: SkipstoneForCausalLM, teacher: SkipstoneForCausalLM) -
 
 
 def say(text: str) -> None:
-    """Print to stderr, from the first process alone."""
+    """Print a line to stderr, from the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)  # noqa: T201

@@ -77,7 +77,7 @@ def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 
 def require_groups(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model whose neurons are always on."""
+    """Raise ValueError for a model without neuron groups."""
     if model.config.neuron_groups is None:
         raise ValueError("only models with neuron_groups can be pruned; this one has none")
     if model.config.neuron_groups.get("decision", "learned") != "learned":

@@ -40,7 +40,7 @@ def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenize
 
 
 def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
-    """Return the tokenizer.
+    """Return the tokenizer after checking its size against the model's vocabulary.
 
     Raises ValueError if it has more tokens than the model.
     """

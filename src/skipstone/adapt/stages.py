@@ -84,14 +84,14 @@ def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_rati
 
 
 def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
-    """Let exactly what this stage trains have gradients."""
+    """Enable gradients for the parameters that this stage trains, and disable them for all others."""
     trained, named = TRAINED[stage.train_only or "all"], roles(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(named[name] in trained)
 
 
 def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], processes: int) -> None:
-    """Raise ValueError for stages that cannot be, before anything is trained."""
+    """Raise ValueError, before anything is trained, for stages that are impossible for this model."""
     if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")
     if processes > 1 and len({stage.train_only for stage in stages}) > 1:
@@ -124,6 +124,6 @@ def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
 
 
 def merge_adapters(model: SkipstoneForCausalLM, tuner: Any) -> None:
-    """Merge the adapters into the weights, in place: an ordinary model again."""
+    """Merge the LoRA adapters into the weights in place, which leaves an ordinary model."""
     tuner.merge_and_unload()
     assert not hasattr(model, "peft_config")

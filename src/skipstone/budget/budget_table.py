@@ -57,7 +57,7 @@ class BudgetTable:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the largest budget, to three digits."""
+        """The least and the largest budget, as shares of the dense FLOPs, to three digits."""
         low, high = self.points[0].share, self.points[-1].share
         return math.ceil(low * 1000 - 1e-9) / 1000, math.floor(high * 1000 + 1e-9) / 1000
 

@@ -35,7 +35,7 @@ class ThresholdHandle:
 
     @property
     def saved(self) -> bool:
-        """Whether a saved model keeps what was set."""
+        """Whether a saved model keeps the threshold that was set."""
         return self._thresholds[0].saved
 
     @property
@@ -50,7 +50,7 @@ class ThresholdHandle:
             self._model.change_mechanism(self._index, **{self._option: self._thresholds[0].state()[0]})
 
     def state(self) -> State:
-        """Return everything that `set` changes, to the bit."""
+        """Return everything that `set` changes, exactly, for `restore`."""
         state = self._thresholds[0].state()
         return state if self._option is None else [*state, self._written]
 

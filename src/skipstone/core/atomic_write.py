@@ -119,7 +119,7 @@ def check_writable(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Flush a folder and everything in it to disk, as far as the system allows."""
+    """Flush a folder and all files in it to disk, as far as the system allows."""
     for path in (*folder.rglob("*"), folder):
         with suppress(OSError):  # some systems cannot open folders
             file = os.open(path, os.O_RDONLY)

@@ -293,7 +293,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     @values.setter
     def values(self, value: None) -> None:
-        """Ignore the assignment, as for `keys`."""
+        """Ignore the assignment of transformers' constructor, because values live in `kv`."""
 
     def append(
         self,

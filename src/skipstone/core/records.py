@@ -57,16 +57,16 @@ class ActivationRecord(NamedTuple):
 
     @property
     def loss_BT(self) -> Tensor | None:
-        """None: there is no auxiliary loss."""
+        """The auxiliary loss, None: this record has none."""
         return None
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """Empty: nothing is carried between blocks."""
+        """The tensors carried to later blocks: none."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
-        """Return the record in the coordinates of the tokens that `part` was selected from."""
+        """Return the record with a row and column for every outer token, of which `part` selected some."""
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.reached_BT, False))
 
@@ -85,11 +85,11 @@ class ExpertsRecord(NamedTuple):
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """Empty: nothing is carried between blocks."""
+        """The tensors carried to later blocks: none."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
-        """Return the record in the coordinates of the tokens that `part` was selected from."""
+        """Return the record with a row and column for every outer token, of which `part` selected some."""
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
             part.scatter(self.chosen_BTX, False),
@@ -112,16 +112,16 @@ class NeuronGroupsRecord(NamedTuple):
 
     @property
     def loss_BT(self) -> Tensor | None:
-        """None: there is no auxiliary loss."""
+        """The auxiliary loss, None: this record has none."""
         return None
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """Empty: nothing is carried between blocks."""
+        """The tensors carried to later blocks: none."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
-        """Return the record in the coordinates of the tokens that `part` was selected from."""
+        """Return the record with a row and column for every outer token, of which `part` selected some."""
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
             part.scatter(self.kept_BTG, False),

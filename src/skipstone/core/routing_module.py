@@ -97,7 +97,7 @@ class RoutingModule(nn.Module):
         raise NotImplementedError
 
     def not_ready_reason(self) -> str | None:
-        """Return why causal decisions cannot be trusted yet; None if they can."""
+        """Return why causal decisions are not reliable yet, for example untrained thresholds; None if they are."""
         return None
 
     def build_warning(self) -> str | None:

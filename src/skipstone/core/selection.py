@@ -33,7 +33,7 @@ class Selection:
 
     @property
     def width(self) -> int:
-        """K, the number of columns."""
+        """The number of columns K, the largest number of tokens that a row keeps."""
         raise NotImplementedError
 
     @property
@@ -42,7 +42,7 @@ class Selection:
         return self.width == 0
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return [B, K, ...] of x [B, T, ...]."""
+        """Return the kept tokens [B, K, ...] of x [B, T, ...]."""
         raise NotImplementedError
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
@@ -58,7 +58,7 @@ class Selection:
         return self.gather(x_BTD)
 
     def scatter_unpadded(self, y: Tensor) -> Tensor:
-        """Invert `gather_unpadded`, with 0 at all other tokens."""
+        """Return [B, T, ...] with the unpadded y at the kept tokens and 0 at all others."""
         return self.scatter(y)
 
     def and_mask(self, kept_BT: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class StaticStore(RaggedStore):
         return self.lengths_B if self.width else torch.zeros(rows, dtype=torch.long, device=device)
 
     def even(self, rows: RowSubset | None = None) -> bool:
-        """Return False: unused columns are always in view."""
+        """Return False, because a cache of fixed size always shows unused columns."""
         return False
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:

@@ -17,7 +17,10 @@ PlainMapping: TypeAlias = Mapping[str, Any]  # the same, read-only
 
 
 class Mistakes(ValueError):
-    """Several mistakes in one input. lines: one message for each."""
+    """A ValueError of several mistakes in one input.
+
+    lines: one message for each.
+    """
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines = list(lines)
@@ -30,7 +33,7 @@ def mistakes(error: ValueError) -> list[str]:
 
 
 def refuse(lines: Iterable[str]) -> None:
-    """Raise ValueError with these messages if there are any."""
+    """Raise ValueError with all messages if there are any."""
     lines = list(lines)
     if lines:
         raise Mistakes(lines) if len(lines) > 1 else ValueError(lines[0])

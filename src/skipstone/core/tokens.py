@@ -179,7 +179,7 @@ class Tokens:
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
     def pad(self, y: Tensor) -> Tensor:
-        """Invert `unpad`, with 0 for padding."""
+        """Return [B, T, ...] of unpadded tokens [1, N, ...], with 0 for padding."""
         return y if self.unpadding is None else self.unpadding.pad(y)
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class Tokens:
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:
-        """Invert `gather_queries`, with 0 at all other tokens."""
+        """Return [B, T, ...] with y at the query tokens, as `gather_queries` returns them, and 0 at all others."""
         return self.pad(y) if self.queries.is_all else self.queries.scatter_unpadded(y)
 
     def restrict_queries(

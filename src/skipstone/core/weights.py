@@ -22,7 +22,7 @@ def weight_is_readable(linear: nn.Module) -> bool:
 
 
 def compute_dtype(linear: nn.Module) -> torch.dtype:
-    """Return the dtype of the layer's outputs, which an int8 weight does not tell."""
+    """Return the dtype of the layer's outputs, also for int8 weights."""
     dtype: torch.dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else linear.compute_dtype  # type: ignore[assignment, union-attr]
     return dtype
 

@@ -16,7 +16,7 @@ from skipstone.data.corpus import Corpus
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One entry of the registry.
+    """An entry in the registry of corpora.
 
     kind: "text" has documents and a tokenizer; "synthetic" generates rows of token ids; "mixed" puts such rows into the
     text of another corpus (see `prepare`); "shards" has token ids and their tokenizer. known: its rows have a

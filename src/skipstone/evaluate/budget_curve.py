@@ -45,7 +45,7 @@ class AtBudget:
 def at_budgets(
     loaded: LoadedRun, data: PreparedData, budget_table: BudgetTable, budgets: Iterable[float], batch_size: int
 ) -> tuple[AtBudget, ...]:
-    """Measure the model as trained, then at each budget."""
+    """Measure the model as trained, then at each budget, and return the figures."""
     return tuple(_measured(loaded, data, budget_table, target, batch_size) for target in (None, *budgets))
 
 
@@ -98,7 +98,7 @@ def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A budget table that was made and written to `path`."""
+    """A measured budget table and the path where it was written."""
 
     path: Path
     budget_table: BudgetTable
@@ -114,11 +114,11 @@ class Calibrated:
         )
 
     def markdown(self) -> str:
-        """Return the table in Markdown."""
+        """Return the budget table in Markdown."""
         return markdown([self._section()])
 
     def table(self) -> Table:
-        """Return the table for a terminal."""
+        """Return the budget table for a terminal."""
         return rich_table([self._section()])
 
     def _section(self) -> Section:

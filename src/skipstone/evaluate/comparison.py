@@ -87,7 +87,7 @@ class Comparison:
 def compare(
     runs: Sequence[Path], *, dense: Path | None = None, forced: Path | None = None, rounds: int = ROUNDS
 ) -> Comparison:
-    """Measure all runs; timings are taken in turns.
+    """Measure several runs on the same data and machine; timings are taken in turns.
 
     runs: run folders or saved models. dense, forced: both or none, Reset-S3 only: the dense run of equal executed FLOPs
     and the run routed by the known difficulty, between which headroom is measured. Raises ValueError or

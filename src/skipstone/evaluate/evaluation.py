@@ -108,11 +108,11 @@ class Evaluation:
         )
 
     def markdown(self) -> str:
-        """Return the tables in Markdown."""
+        """Return the evaluation's tables in Markdown."""
         return markdown(self._sections())
 
     def table(self) -> Table:
-        """Return the tables for a terminal."""
+        """Return the evaluation's tables for a terminal."""
         return rich_table(self._sections())
 
     def _sections(self) -> list[Section]:

@@ -36,13 +36,13 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvaluation:
-    """Every score of a run, in the order of the harness."""
+    """The scores of a run on tasks of lm-evaluation-harness, in its order."""
 
     name: str
     scores: tuple[Score, ...]
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON."""
+        """Return the scores as plain values for JSON."""
         return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
 
     def markdown(self) -> str:

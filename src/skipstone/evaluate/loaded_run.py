@@ -45,7 +45,7 @@ class LoadedRun:
 
     @property
     def context(self) -> int:
-        """Tokens a row: those of its data, or as many as the model can take."""
+        """The number of tokens per row: that of the run's data, or else the model's context."""
         limit = self.model.config.max_position_embeddings
         return limit if self.data is None else min(self.data.config.context, limit)
 

@@ -18,7 +18,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that a
 
 
 class Detokenizer:
-    """Turns token ids into text piece by piece.
+    """A streaming decoder that turns token ids into text piece by piece.
 
     `prompt`: the ids before the first new one.
     """
@@ -42,7 +42,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """Return what still waits: bytes that never became a character."""
+        """Return the text of the remaining bytes, which never became a whole character."""
         return self._take(self._decoded())
 
     def _take(self, text: str) -> str:

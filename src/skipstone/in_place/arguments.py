@@ -58,7 +58,7 @@ class Subset:
 
     @classmethod
     def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
-        """Return the tokens that `part` gathers."""
+        """Return these tokens of an outer call as the tokens that `part` selects."""
         if isinstance(part, WholeRows):
             return cls(shape, rows=part.rows)
         slot_BT = torch.arange(shape[1], device=device).expand(shape)

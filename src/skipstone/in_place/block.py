@@ -68,7 +68,7 @@ class RoutedBlock:
             self.block.forward = self._before
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what the block returns, with its update under the mechanisms."""
+        """Call the block with its update under the mechanisms, and return what the block itself would return."""
         arguments = self.signature.named(self.block, hidden_states, args, kwargs)
         cache = arguments.pop(self.signature.cache_name, None)
         if arguments.get("alibi") is not None:
@@ -129,7 +129,10 @@ class RoutedBlock:
         return next(p.dtype for p in self.block.parameters() if p.is_floating_point())
 
     def call(self, x: Tensor, arguments: PlainDict, cache: Any) -> Tensor:
-        """Call the block itself. Raises ValueError if it returns no stream with its input's shape."""
+        """Call the block itself, without mechanisms.
+
+        Raises ValueError if it returns no stream with its input's shape.
+        """
         out = self._original(x, **arguments, **{self.signature.cache_name: cache})
         if isinstance(out, tuple):
             out, self.rest = out[0], tuple(None if isinstance(v, Tensor) else v for v in out[1:])

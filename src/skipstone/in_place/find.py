@@ -29,7 +29,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def text_config(decoder: nn.Module) -> Any:
-    """Return the configuration of the decoder's blocks."""
+    """Return the configuration of the text decoder's blocks."""
     config: Any = decoder.config
     return config.get_text_config(decoder=True)
 

@@ -146,7 +146,7 @@ class RoutedDecoder:
             yield from mechanism.parameters()
 
     def set_identity(self) -> None:
-        """Make the model behave as if no mechanism were there, gradients alive."""
+        """Make every mechanism keep all tokens with weight 1; gradients still reach its parameters."""
         for mechanism in self.routing_modules():
             mechanism.set_identity()
 
@@ -209,7 +209,7 @@ class RoutedDecoder:
         self._tokens, self.records = None, tuple({} for _ in range(self.count))
 
     def tokens_at(self, routed: RoutedBlock, x_BTD: Tensor, cache: Any) -> Tokens:
-        """Return the tokens of the pass as they reach a block.
+        """Return the `Tokens` that a block receives, as earlier blocks of the pass have left them.
 
         Raises ValueError for hidden states that are not [B, T, D].
         """

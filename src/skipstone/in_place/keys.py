@@ -73,7 +73,10 @@ class Joining(_Between):
 
 
 def keys_of(block: nn.Module, where: str, run: Callable[[Catching], Any], cache: Any) -> Catching:
-    """Run a block up to its keys and values. Raises ValueError for a block that passes none to a cache."""
+    """Run a block up to its attention's keys and values, and return them.
+
+    Raises ValueError for a block that passes none to a cache.
+    """
     catching = Catching(cache)
     try:
         with _without_queries(block):

@@ -18,7 +18,7 @@ VERSION = 1
 
 
 def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, nn.Module]) -> None:
-    """Write both files into a folder, leaving its other files alone."""
+    """Write the entries and weights of mechanisms into a model's folder, leaving its other files alone."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _named(modules).items()}
     partial = atomic_write.partial_of(folder / WEIGHTS)
@@ -29,7 +29,10 @@ def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, 
 
 
 def read_mechanisms(folder: Path) -> list[PlainDict]:
-    """Read the entries. Raises ValueError for a file that is missing or invalid."""
+    """Read the entries of mechanisms from a model's folder.
+
+    Raises ValueError for a file that is missing or invalid.
+    """
     path = folder / ENTRIES
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +46,10 @@ def read_mechanisms(folder: Path) -> list[PlainDict]:
 
 
 def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Load the weights. Raises ValueError for a file that is missing, broken or of other mechanisms."""
+    """Load the weights of mechanisms from a model's folder.
+
+    Raises ValueError for a file that is missing, broken or of other mechanisms.
+    """
     path = folder / WEIGHTS
     try:
         found = load_file(path)

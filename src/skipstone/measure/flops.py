@@ -44,11 +44,11 @@ FREE = frozenset(FREE_NAMES.split())
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCount:
-    """FLOPs of everything that executed while a function ran.
+    """The FLOPs, host syncs and unknown operations of everything that executed while a function ran.
 
     by_kind: attention_linear, attention_score, mlp, router, head, other in forward passes; the rest is backward.
 
-    unknown: operations that are neither in the table nor free; the total is not to be trusted while there are any.
+    unknown: operations that are neither in the table nor free; while there are any, the total is incomplete.
     """
 
     total: int
@@ -220,7 +220,7 @@ class FlopCheck:
 
     @property
     def agree(self) -> bool:
-        """Whether count and prediction are equal, but for the rounding of a division."""
+        """Whether the counted and the predicted FLOPs are equal up to rounding."""
         return abs(self.counted - self.predicted) <= 1e-9 * max(self.counted, 1) and not self.unknown
 
     @property
@@ -230,7 +230,7 @@ class FlopCheck:
 
 
 def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, torch.Tensor]]) -> FlopCheck:
-    """Count a pass over the batches beside the cost model; all figures are means."""
+    """Count the FLOPs of a pass over the batches, and compare them with the cost model; all figures are means."""
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()
     for batch in batches:

@@ -45,25 +45,26 @@ class LossResult:
 
     @property
     def loss(self) -> float:
-        """Cross-entropy in nats a prediction."""
+        """The cross-entropy per prediction, in nats."""
         return self.nats / self.predictions
 
     @property
     def perplexity(self) -> float:
-        """Perplexity a prediction; infinite losses are capped where a double ends."""
+        """The perplexity per prediction; an infinite one is capped at the largest double."""
         return math.exp(min(self.loss, 700.0))  # 700: the largest power that a double holds
 
     def bits_per_byte(self, num_bytes: int | None) -> float | None:
-        """Return bits a byte of the text, or None where the rows are not text."""
+        """Return bits per byte of the text, or None where the rows are not text."""
         return None if not num_bytes else self.nats / math.log(2) / num_bytes
 
 
 def measure_loss(
     model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]], activations: bool = True
 ) -> LossResult:
-    """Measure one pass over `batches`. No figure depends on how rows are batched, but for rounding.
+    """Measure loss, accuracy and mechanisms in one kind of pass over `batches`.
 
-    activations: whether activation mechanisms are summarised, which takes as long as the pass.
+    Apart from rounding, no figure depends on how rows are batched. activations: whether activation mechanisms are
+    summarised, which takes as long as the pass.
     """
     nats, predictions, right = 0.0, 0, 0
     summaries = Summaries(model, activation_rows=ACTIVATION_ROWS if activations else 0)
@@ -130,7 +131,7 @@ def headroom_captured(learned: float, dense: float, forced: float) -> float:
 
 
 def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
-    """Return `headroom_captured` of each bin and overall."""
+    """Return the captured headroom (`headroom_captured`) of each bin and overall."""
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}
 
 
@@ -166,7 +167,10 @@ class TokenKinds:
 
 
 def depths(records: Sequence[Records], real_BT: Tensor) -> Tensor:
-    """Return int64 [B, T]: blocks that update each token. One of which only attention or MLP is kept does not count."""
+    """Return the number of blocks that update each token, int64 [B, T].
+
+    A block of which only attention or MLP is kept does not count.
+    """
     depth_BT = torch.zeros(real_BT.shape, dtype=torch.int64, device=real_BT.device)
     for decided in records:
         kept_BT = real_BT
@@ -188,7 +192,7 @@ def measure_hard_mix(
 
 @contextmanager
 def hard_mix(model: SkipstoneForCausalLM) -> Iterator[None]:
-    """Take the mix at a temperature of next to 0 inside a `with` block."""
+    """Make activation mechanisms use only the strongest activation of each neuron inside a `with` block."""
     taus = _temperatures(model)
     before = [tau.clone() for tau in taus]
     try:

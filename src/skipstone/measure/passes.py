@@ -36,7 +36,7 @@ def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Ten
 
 
 def real_tokens(batch: Batch) -> Tensor:
-    """Return bool [B, T]: True for tokens that are not padding."""
+    """Return a mask of the tokens that are not padding, bool [B, T]."""
     mask_BT = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
 
@@ -71,7 +71,7 @@ class Pass:
     executor: Executor = "gathered"
 
     def arguments(self, model: SkipstoneForCausalLM, batch: Batch) -> PlainDict:
-        """Return what forward is called with: no noise, no cache, no labels."""
+        """Return the arguments of forward for this pass: no noise, no cache, no labels."""
         routing: Routing = self.routing  # type: ignore[assignment]
         if self.routing == "forced":
             routing = forced_routing(model, batch["difficulty"] >= 0)
@@ -85,7 +85,10 @@ class Pass:
 
     @torch.no_grad()
     def run(self, model: SkipstoneForCausalLM, batch: Batch, **more: object) -> CausalLMOutput:
-        """Run the model on a batch without gradients. more: further arguments of forward."""
+        """Run the model on a batch without gradients.
+
+        more: further arguments of forward.
+        """
         return model(**self.arguments(model, batch), **more)
 
 

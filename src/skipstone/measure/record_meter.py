@@ -32,7 +32,7 @@ class RecordMeter:
 
     @torch.no_grad()
     def add(self, mechanisms: Iterable[RoutingModule], records: tuple[Records, ...]) -> None:
-        """Add the figures of one pass."""
+        """Add the records of one pass."""
         for mechanism in mechanisms:
             placement = mechanism.placement
             record = records[placement.layer].get(placement.name)
@@ -43,7 +43,7 @@ class RecordMeter:
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def read(self) -> dict[str, float]:
-        """Return the means so far, without those of nothing, and empty the meter."""
+        """Return the means so far and reset the meter; means over no tokens are left out."""
         if not self._sums:
             return {}
         names, pairs = list(self._sums), torch.stack(list(self._sums.values())).tolist()

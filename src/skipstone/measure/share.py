@@ -22,7 +22,7 @@ from skipstone.model.cost import forward_flops, kept_from_records
 
 
 class ScoreReader(Protocol):
-    """A threshold on scores, as the threshold handles of `budget` are."""
+    """The interface to a threshold on scores, which threshold handles of `budget` have."""
 
     @property
     def threshold(self) -> float:
@@ -47,7 +47,7 @@ class Seen:
 
     @property
     def share(self) -> float:
-        """FLOPs needed as a share of the dense model's."""
+        """The needed FLOPs as a share of the dense model's."""
         return self.needed / self.dense
 
 

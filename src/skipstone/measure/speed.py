@@ -26,7 +26,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass(frozen=True, kw_only=True)
 class Lap:
-    """One timing: tokens done, seconds, and joules where there is a meter."""
+    """The measurement of one turn: tokens, seconds, and joules where there is a meter."""
 
     tokens: int
     seconds: float
@@ -41,12 +41,12 @@ class Rate:
 
     @property
     def each(self) -> list[float]:
-        """Tokens per second of each lap."""
+        """The tokens per second of each lap."""
         return [lap.tokens / lap.seconds for lap in self.laps]
 
     @property
     def tokens_per_second(self) -> float:
-        """The median over laps."""
+        """The median of tokens per second over laps."""
         return statistics.median(self.each)
 
     @property
@@ -154,7 +154,7 @@ class CacheBytes:
 
 
 def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
-    """Measure the cache that a causal prefill of `ids_BT` leaves."""
+    """Return the bytes of the cache after a causal prefill of `ids_BT`."""
     _, cache = prefill(model, ids_BT)
     kv = state = allocated = 0
     for layer in cache.layers:

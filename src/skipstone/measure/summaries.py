@@ -57,7 +57,7 @@ class FigureTable:
 
 
 class Reader(Generic[AnyModule, AnyRecord]):
-    """Sums over the records of one mechanism in one layer.
+    """The base class of readers, which sum up the records of one mechanism in one layer.
 
     rows_left: how many more rows of a batch the mechanism's most expensive figures are taken from.
     """
@@ -119,7 +119,7 @@ class PrecisionRecall:
         self.kept = self.needed = self.both = 0
 
     def add(self, kept_BT: Tensor, needed_BT: Tensor, reached_BT: Tensor) -> None:
-        """Count one batch, bool each; only tokens that reached the mechanism count."""
+        """Add the decisions of one batch, bool each; only tokens that reached the mechanism count."""
         kept_BT, needed_BT = kept_BT & reached_BT, needed_BT & reached_BT
         self.kept += int(kept_BT.sum())
         self.needed += int(needed_BT.sum())
@@ -317,7 +317,7 @@ class ExpertsReader(Reader[ExpertsMLP, ExpertsRecord]):
 
 
 class NeuronGroupsReader(Reader[GroupRouter, NeuronGroupsRecord]):
-    """Reads neuron groups.
+    """The reader of neuron groups' records.
 
     `groups`: the share of tokens for which each is on; `on`: their mean; `always_on`, `never_on`: how many are on for
     all tokens and for none.

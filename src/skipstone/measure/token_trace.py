@@ -102,11 +102,11 @@ class TokenTrace:
 
     @property
     def strongest(self) -> float:
-        """The largest weight of any routed block, by magnitude."""
+        """The largest absolute weight of any routed block."""
         return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON; layers become text, as JSON's keys are."""
+        """Return the trace as plain values for JSON, whose keys of layers are strings."""
         by_layer = {name: _with_keys(str, getattr(self, name)) for name in ("capacity", "experts")}
         activations = {str(layer): asdict(summary) for layer, summary in self.activations.items()}
         allocation = None if self.allocation is None else asdict(self.allocation)
@@ -145,7 +145,7 @@ class ModelView:
     trace: TokenTrace
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON."""
+        """Return the view as plain values for JSON."""
         capacity = {str(layer): shares for layer, shares in self.set_capacity.items()}
         return {
             "format": FORMAT,

@@ -33,7 +33,7 @@ def trace_tokens(
     known_BT: Tensor | None = None,
     category_BT: Tensor | None = None,
 ) -> TokenTrace:
-    """Trace what `model` does to `batch` ([B, T] tensors as the data hands them out).
+    """Run `model` on `batch` ([B, T] tensors of the data) and return its decisions as a `TokenTrace`.
 
     names: text of the first row's tokens. known_BT: bool, decisions to impose on every block with a depth mechanism.
     category_BT: int64, the categories of all tokens (index in `CATEGORIES`), if they are known. Raises ValueError for a

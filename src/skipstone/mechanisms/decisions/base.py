@@ -70,7 +70,7 @@ class Decision(nn.Module):
         """Update the decision's state after an optimizer step from averaged `statistics`."""
 
     def not_ready_reason(self) -> str | None:
-        """Return why causal decisions cannot be trusted yet; None if they can."""
+        """Return why causal decisions are not reliable yet; None if they are."""
         return None
 
     def score_threshold(self) -> ScoreThreshold | None:
