@@ -141,7 +141,7 @@ def names() -> list[str]:
 
 
 def get(name: str, **overrides: object) -> SkipstoneConfig:
-    """Return the configuration called `name`, with overridden keys.
+    """Return the model configuration of a preset, with overridden keys.
 
     Raises ValueError for a name or key that does not exist, naming the nearest one.
     """

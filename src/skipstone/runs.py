@@ -64,7 +64,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the folder."""
+        """The name of the run's folder."""
         return self.folder.resolve().name
 
     @property
@@ -92,7 +92,10 @@ class Run:
         return self._json(ENVIRONMENT)
 
     def result(self) -> PlainDict:
-        """Return the summary. Raises ValueError for a run that is not finished."""
+        """Return the summary of the finished training.
+
+        Raises ValueError for a run that is not finished.
+        """
         if not self.finished and not self.is_saved_model:
             raise ValueError(
                 f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` goes on with it"
@@ -100,7 +103,7 @@ class Run:
         return self._json(RESULT)
 
     def metrics(self) -> list[PlainDict]:
-        """Return every logged line in order of steps."""
+        """Return all logged lines of metrics.jsonl in order of steps."""
         return read_metrics(self._file(METRICS))
 
     def best(self) -> PlainDict | None:

@@ -17,7 +17,7 @@ _SHOWN_BY_PYTHON = warnings.showwarning
 
 
 class UserError(ValueError):
-    """Mistakes on the command line that the command itself finds; one message for each."""
+    """A mistake on the command line that the command itself finds; one message for each mistake."""
 
     def __init__(self, *lines: str) -> None:
         self.lines = list(lines)

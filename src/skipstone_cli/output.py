@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Figures(Protocol):
-    """The results of a measuring function of the library."""
+    """The interface of results, which can be printed as a table and written as JSON and Markdown."""
 
     def to_dict(self) -> dict[str, Any]: ...
 

@@ -36,7 +36,7 @@ def style(compute: float) -> str:
 
 
 def show(pieces: Iterable[Piece], *, colour: bool, console: Console | None = None) -> None:
-    """Print pieces as they come, with `colour` shaded and followed by a legend.
+    """Print pieces of text as they arrive; with `colour`, shade them by compute share and print a legend.
 
     Without a colour terminal (a pipe, NO_COLOR), `colour` writes one line per piece: per cent, tab, text as JSON.
     """

@@ -19,7 +19,7 @@ Label = Callable[[float], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Dot:
-    """A measured point.
+    """A measured point of a chart.
 
     hover: text that a browser shows on hovering. faint: one of several seeds. hollow: not measured exactly there.
     """
@@ -33,7 +33,7 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """One arm in a panel.
+    """One arm as drawn in a panel.
 
     line: points (x, y) of its parabola, or a line through its points. star: the optimum.
     """
@@ -46,7 +46,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A horizontal line at a loss.
+    """A horizontal reference line at a loss.
 
     drops: (x, label) of vertical lines to the axis, where arms reach this loss.
     """

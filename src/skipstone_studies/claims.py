@@ -19,7 +19,7 @@ Published = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedColumn:
-    """A figure that a paper published.
+    """A column of figures that a paper published.
 
     key: path of our figure. published: its name among the published ones, "" for none.
     """

@@ -108,7 +108,7 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
 
 
 def exit_name(threshold: float) -> str:
-    """Return the key of a threshold in the figures."""
+    """Return the key of an exit threshold among a run's figures."""
     return f"{threshold:.0%}"  # no dot: it is a step of a path into the figures
 
 

@@ -19,7 +19,7 @@ REFUSED = "No headroom: nothing to route."
 
 @dataclass(frozen=True, kw_only=True)
 class Headroom:
-    """The advantage of the full model over shallower ones.
+    """The headroom on a corpus: by how much the full model's loss is lower than that of the best shallower one.
 
     gain: mean loss of the best shallower model minus that of the full model, in nats. interval: None for one seed.
     """
@@ -31,11 +31,11 @@ class Headroom:
 
     @property
     def there(self) -> bool:
-        """Whether the gain suffices to judge routing."""
+        """Whether the headroom suffices to judge routing."""
         return self.gain >= LEAST
 
     def sentence(self) -> str:
-        """Return the sentence for the page."""
+        """Return the sentence about the headroom for the page."""
         shown = f"{self.gain:+.3f}" if self.interval is None else self.interval.shown()
         rival = f"{self.rival}, the best model with fewer blocks"
         found = f"the loss of {rival}, differs from that of {self.full} by {shown} nats"

@@ -40,12 +40,12 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """Lower end of the interval."""
+        """The lower end of the confidence interval."""
         return self.mean - self._half
 
     @property
     def high(self) -> float:
-        """Upper end of the interval."""
+        """The upper end of the confidence interval."""
         return self.mean + self._half
 
     def below(self, limit: float = 0.0) -> Verdict:
@@ -61,7 +61,7 @@ class Interval:
         return math.hypot(*(detectable_in_errors(power, degrees, self.confidence) * e for e, degrees in self.errors))
 
     def shown(self, form: str = "+.3f") -> str:
-        """Return a text such as `-0.025 [-0.040, -0.010]`."""
+        """Return the interval as a text such as `-0.025 [-0.040, -0.010]`."""
         return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def with_power(self, form: str = "+.3f") -> str:
@@ -74,7 +74,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim about one arm.
+    """A claim about one arm, with its verdict.
 
     found: our measurement. verdict: by the rule that `text` states.
     """

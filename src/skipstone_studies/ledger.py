@@ -32,7 +32,7 @@ SCALE = "another scale"
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """The cost of one run's training.
+    """The cost of one run's training: tokens, hours, FLOPs and parameters.
 
     hours: of a core, or of the GPU. None where the record does not contain it.
     """

@@ -45,7 +45,7 @@ def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record])
 
 
 def heading(records: Sequence[Record]) -> str:
-    """Return a heading such as `laptop, tiny-shakespeare`."""
+    """Return the heading of a part of the page, such as `laptop, tiny-shakespeare`."""
     corpora = dict.fromkeys(record.config.get("data", {}).get("corpus") for record in records)
     return ", ".join([records[0].scale, *(str(corpus) for corpus in corpora if corpus)])
 
@@ -57,7 +57,7 @@ def _section(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
-    """Return the SVG files beside the page, by file name."""
+    """Return the SVG files that belong to the page, by file name."""
     found: dict[str, str] = {}
     for current in groups(study, records):
         drawn = {} if study.pictures is None else study.pictures(figures_of(study, current))
@@ -138,7 +138,7 @@ def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A cell of the table.
+    """A cell of the page's table.
 
     text: mean and spread. ratio: to the first arm, "" if not wanted. best: whether it is the best of its column.
     """
@@ -171,7 +171,7 @@ def _marked(cell: Cell) -> str:
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
-    """Return `1.234`, for several values `1.234 ± 0.005`, a dash for none."""
+    """Format a list of values as `1.234`, as `1.234 ± 0.005` if there are several, or as a dash."""
     if not values:
         return UNKNOWN
     mean = _shown(statistics.fmean(values), form)
@@ -198,7 +198,7 @@ def _notes(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def command(records: Sequence[Record]) -> str:
-    """Return the command that makes all of these records."""
+    """Return the command that reproduces all of these records."""
     base = min(record.command for record in records)
     return f"{base} --seeds {','.join(map(str, sorted({record.seed for record in records})))}"
 

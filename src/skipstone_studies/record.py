@@ -60,7 +60,7 @@ def folder(out: Path, name: str) -> Path:
 
 
 def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
-    """Return the file of a record."""
+    """Return the path of a record's file."""
     return folder(out, name) / scale / f"{arm}-seed{seed}.json"
 
 

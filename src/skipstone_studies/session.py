@@ -31,7 +31,7 @@ USER_ERRORS = (ValueError, OSError)
 
 @dataclass(kw_only=True)
 class Session:
-    """One study at one scale.
+    """One study at one scale, with its runs and records.
 
     arms: its recipes, without seeds. failures: one message each. Several processes may share a session's folders: each
     arm of a seed is locked while it runs.
@@ -51,7 +51,7 @@ class Session:
 
     @property
     def command(self) -> str:
-        """The command that makes the records."""
+        """The command that reproduces the records."""
         return self.made_by or f"skipstone reproduce {self.study.name} --scale {self.scale}"
 
     def folder(self, arm: str, seed: int) -> Path:

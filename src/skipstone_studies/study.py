@@ -30,7 +30,7 @@ def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column of the table.
+    """A column of a study's table.
 
     key: path of the figure in a record's figures, joined by dots. unit: divisor of the figure. format: for Python's
     format(). better: which end is shown in bold, None for neither. relative: add each arm's ratio to the first arm.

@@ -21,7 +21,7 @@ def block_losses(folder: Path) -> list[float]:
 
 
 def of_loaded(loaded: LoadedRun) -> Iterator[float]:
-    """Yield the losses of `block_losses` for a loaded model."""
+    """Yield the loss of each block of text, in nats, for a loaded model's primary pass."""
     assert loaded.data is not None
     for batch in batches(loaded.data, WINDOWS, loaded.model.device):
         yield measure_loss(loaded.model, loaded.primary, [batch], activations=False).loss

@@ -60,7 +60,7 @@ def replaced(**values: torch.Tensor) -> Callable[[plain.Weights], None]:
         (replaced(blocks__1__attn__qkv__weight=torch.zeros(64, 32)), "qkv.weight has shape [64, 32]"),
         (replaced(pos_emb__weight=torch.zeros(8)), "pos_emb.weight has shape [8], 2 axes are expected"),
         (replaced(ln_f__bias=torch.zeros(5)), "model.norm.bias has shape [5] in the checkpoint and [32] in the model"),
-        (lambda w: [w.pop(k) for k in list(w) if "s.0." not in k and "." in k], "has only one block, which is never gated"),
+        (lambda w: [w.pop(k) for k in list(w) if "s.0." not in k and "." in k], "has only one block, which is never"),
     ],
 )  # fmt: skip
 def test_tsa(tmp_path: Path, change: Callable[[plain.Weights], object], said: str) -> None:

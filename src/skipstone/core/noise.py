@@ -24,7 +24,7 @@ MANTISSA = 23  # fp32 bits of a number just below 1
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
-    """Draw a seed from torch's generator, int64 [] on the device."""
+    """Draw a seed from torch's generator, an int64 scalar on the device."""
     return torch.randint(0, 2**31, (), device=device)
 
 

@@ -28,7 +28,7 @@ Share = TypeVar("Share", Fraction, Tensor)
 
 
 class Activation(nn.Module):
-    """The activation of an MLP.
+    """The interface of an MLP's activation.
 
     by_token: whether a token's result depends on that token alone, so that unpadded tokens may be given.
     """
@@ -109,7 +109,7 @@ class ActivationGroupRouter(GroupRouter):
 
     @property
     def tried(self) -> int:
-        """Number of groups that the second matrix is multiplied for at present."""
+        """The number of groups for which the second matrix is multiplied at present."""
         raise NotImplementedError
 
     @property
@@ -119,7 +119,7 @@ class ActivationGroupRouter(GroupRouter):
 
     @property
     def group_size(self) -> int:
-        """Number of neurons per group."""
+        """The number of neurons per group."""
         raise NotImplementedError
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:

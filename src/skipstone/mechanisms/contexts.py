@@ -31,7 +31,7 @@ class Memory:
     name: str
 
     def last(self, entry: str) -> Tensor | None:
-        """Return the entry of each row's newest token, [B, 1, S]; None if there is none."""
+        """Return the stored entry of each row's newest token, [B, 1, S]; None if there is none."""
         value = None if self.cache is None else self.cache.store(self.name).last(entry, self.tokens.rows)
         return None if value is None else value[:, None]
 
@@ -70,7 +70,7 @@ def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
 
 
 def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
-    """Return the running mean in which a token n tokens back has weight decay^n."""
+    """Return a running mean over earlier tokens, in which a token n tokens back has weight decay^n."""
     total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)
     return _mean(total_BTS)

@@ -34,7 +34,7 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExitConfig:
-    """Options of early exit.
+    """The options of early exit.
 
     start_bias: initial b (3: survival of .95 per block). depth_weight: coefficient of survival in the loss. execution:
     of a causal pass, hard (skip) or soft (scale only). threshold: survival at or below which a token exits.
@@ -53,7 +53,7 @@ class EarlyExitConfig:
 
 
 class SurvivalThreshold(OptionThreshold):
-    """The survival at or below which a token exits."""
+    """The threshold of early exit: a token exits when its survival is at or below it."""
 
     def __init__(self, mechanism: EarlyExit) -> None:
         super().__init__(mechanism, keeps_above=True)
@@ -88,7 +88,7 @@ class EarlyExit(DepthMechanism):
 
     @property
     def state_name(self) -> str:
-        """The name of its survival among the tensors carried between blocks."""
+        """The name of the survival among the tensors that are carried between blocks."""
         return self.placement.name or "early_exit"
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:

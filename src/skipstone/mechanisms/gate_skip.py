@@ -38,7 +38,7 @@ EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class GateSkipConfig:
-    """Options of GateSkip.
+    """The options of GateSkip.
 
     capacity: share of tokens that a hard causal pass computes, in (0, 1]. gate: one number per channel or per token.
     start_bias: initial b (5: gates start at .993). sparsity_weight: coefficient of the mean gate in the loss.

@@ -22,7 +22,7 @@ NAME = "neuron_groups"
 
 @dataclass(frozen=True, kw_only=True)
 class GroupingConfig:
-    """Options of neuron groups, whatever chooses them.
+    """The options that all routers of neuron groups share.
 
     group_size: neurons per group. capacity: share of the groups that is on. capacity_warmup: share of the training over
     which the capacity falls from 1. left: number of groups that each layer still has after pruning; None: all.
@@ -41,7 +41,7 @@ class GroupingConfig:
             raise ValueError(f"capacity_warmup must be in [0, 1), got {self.capacity_warmup}")
 
     def capacities(self) -> dict[str, float]:
-        """Return every capacity among the options, by name."""
+        """Return all capacities among the options, by name."""
         return {"capacity": self.capacity}
 
     def require(self, layers: int, neurons: int) -> None:
@@ -109,7 +109,7 @@ class ScheduledGroups(GroupRouter):
         return self.schedule.not_ready_reason()
 
     def start_as_dense(self) -> None:
-        """Do nothing: the capacity's warm-up starts at 1."""
+        """Do nothing, because the capacity's warm-up starts at 1."""
 
     def set_identity(self) -> None:
         """Turn every group on."""

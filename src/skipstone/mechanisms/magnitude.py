@@ -54,7 +54,7 @@ class MagnitudeGroupsConfig(GroupingConfig):
 
     @property
     def down(self) -> float:
-        """`down_capacity`, or `capacity` if it is None."""
+        """The capacity of the last matrix: `down_capacity`, or `capacity` if that is None."""
         return self.capacity if self.down_capacity is None else self.down_capacity
 
     def capacities(self) -> dict[str, float]:
@@ -91,12 +91,12 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     @property
     def kept(self) -> int:
-        """Number of groups that the last matrix is multiplied for at present."""
+        """The number of groups for which the last matrix is multiplied at present."""
         return self.in_force(self.down_schedule)
 
     @property
     def tried(self) -> int:
-        """Number of groups that the second matrix is multiplied for at present."""
+        """The number of groups for which the second matrix is multiplied at present."""
         return self.in_force(self.schedule)
 
     @property

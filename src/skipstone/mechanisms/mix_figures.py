@@ -26,7 +26,7 @@ class MixFigures(RoutingModule):
 
     @property
     def preference_FA(self) -> Tensor:
-        """The learned preference of each neuron, independent of the context, fp32 logits."""
+        """The learned preference of each neuron for each activation, fp32 logits [F, A], independent of the context."""
         raise NotImplementedError
 
     def shares(self, record: ActivationRecord) -> Tensor:

@@ -53,19 +53,16 @@ LARGEST_RANK = 1 << 16  # wider than any decoder, so a larger rank is a mistake
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfDepthsConfig:
-    """Options of Mixture-of-Depths.
+    """The options of Mixture-of-Depths.
 
     capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for each routed
     block, or `{start, end, shape: linear | cosine}` over depth. decision: see `decisions`; threshold: p of
-    `threshold_p`.
-    weight: the factor on a kept token's update: none (1), raw (the paper's), sigmoid, tanh (1 + a tanh r, initially
-    a = 0).
-    guidance: the router learns from the gradient at the block's output (see `guidance`) and sends none into the model.
-    router: linear or mlp; router_norm: its input is divided by its root mean square. Default of guidance and
-    router_norm: on if the weight is none and the decision reads scores, else off.
-    kv: kept (skipped tokens give no keys and values) or full (they do). skip: the update of skipped tokens: identity
-    (none), or low_rank with rank skip_rank.
-    capacity_warmup: share of the training over which the capacity falls from 1, by warmup_shape.
+    `threshold_p`. weight: the factor on a kept token's update: none (1), raw (the paper's), sigmoid, tanh (1 + a tanh
+    r, initially a = 0). guidance: the router learns from the gradient at the block's output (see `guidance`) and sends
+    none into the model. router: linear or mlp; router_norm: its input is divided by its root mean square. Default of
+    guidance and router_norm: on if the weight is none and the decision reads scores, else off. kv: kept (skipped tokens
+    give no keys and values) or full (they do). skip: the update of skipped tokens: identity (none), or low_rank with
+    rank skip_rank. capacity_warmup: share of the training over which the capacity falls from 1, by warmup_shape.
     exploration: scale of the Gumbel noise on the scores in training, falling to 0 at exploration_until (share of the
     training). auxiliary_weight: coefficient of guidance and of the decision's auxiliary loss; z_loss: of score^2.
     """
@@ -304,10 +301,10 @@ class MixtureOfDepths(DepthMechanism):
             self.decision.require_causal()
 
     def start_as_dense(self) -> None:
-        """Do nothing: the capacity's warm-up starts at 1."""
+        """Do nothing, because the capacity's warm-up starts at 1."""
 
     def set_identity(self) -> None:
-        """Set capacity and weight to 1; no parameters would make raw scores 1 everywhere."""
+        """Keep every token with weight 1, by setting capacity and weight."""
         self.decision.capacity.pin(1.0)
         if self.tanh_scale is None:
             self.weighting = "none"

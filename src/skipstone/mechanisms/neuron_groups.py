@@ -44,7 +44,7 @@ from skipstone.ops import score_linear
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronGroupsConfig(GroupingConfig):
-    """Options of neuron groups, in addition to those of `GroupingConfig`.
+    """The options of neuron groups, in addition to those of `GroupingConfig`.
 
     chunk_size: tokens of a document that share a decision. decay: weight of a token relative to the next one.
     router_width: R. balance_rate: u, 0 for no balancing. decision: learned, or random as a control.
@@ -106,12 +106,12 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
 
     @property
     def kept(self) -> int:
-        """K, the number of groups that are on at present."""
+        """The number of groups that are on at present, K."""
         return self.in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:
-        """K / G once any warm-up is over."""
+        """The share of the groups that are on once any warm-up is over, K / G."""
         return Fraction(self.config.kept(self.neurons, self.schedule.final), self.total)
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:

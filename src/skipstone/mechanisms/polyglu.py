@@ -49,14 +49,13 @@ SUMS = {"running_mean": 1, "exponential_mean": 1, "chunk": 2}  # sums per token 
 
 @dataclass(frozen=True, kw_only=True)
 class PolyGLUConfig:
-    """Options of PolyGLU.
+    """The options of PolyGLU.
 
     context: the input of the gate. running_mean: the mean of the tokens so far; exponential_mean: the same with each
     token weighted `decay` times the next one; token: the token alone; chunk: the mean of all earlier chunks of
     `chunk_size` tokens, 0 in the first; sequence: the mean of the whole row as in the paper, which includes later
-    tokens.
-    tau_start, tau_end: temperature at the start and end of training. noise: Gumbel noise in training. router_width: R.
-    preference_scale: factor from the learned preference of a neuron to its logits.
+    tokens. tau_start, tau_end: temperature at the start and end of training. noise: Gumbel noise in training.
+    router_width: R. preference_scale: factor from the learned preference of a neuron to its logits.
     """
 
     context: Context = "running_mean"
@@ -85,7 +84,7 @@ class PolyGLUConfig:
 
 
 class PolyGLU(MixFigures, Activation):
-    """PolyGLU as the activation of an MLP."""
+    """The activation PolyGLU: each neuron of a gated MLP mixes ReLU, Tanh, SiLU and GELU."""
 
     Config: ClassVar[type[PolyGLUConfig]] = PolyGLUConfig
     cast_with_model = ("scale", "context_weight", "context_bias", "mix_weight", "mix_bias")
@@ -188,12 +187,12 @@ class PolyGLU(MixFigures, Activation):
         return {self.placement.name: self}
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Anneal tau linearly (the paper's max(0.1, 1 - 0.9 * step / total))."""
+        """Anneal the temperature tau linearly (the paper's max(0.1, 1 - 0.9 * step / total))."""
         start, end = self.config.tau_start, self.config.tau_end
         self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))
 
     def moving(self) -> dict[str, Tensor]:
-        """Return tau, which is one number for the whole model."""
+        """Return the temperature tau, which is one number for the whole model."""
         return {"tau": self.tau}
 
     def decay_kind(self, name: str) -> str | None:

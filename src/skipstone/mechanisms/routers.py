@@ -57,7 +57,7 @@ class LinearRouter(nn.Module):
         return 2 * tokens * self.weight.numel()
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs of a backward pass without a gradient of the input."""
+        """Return the matrix FLOPs of a backward pass that computes no gradient of the input."""
         return self.flops(tokens)
 
 
@@ -99,7 +99,7 @@ class MLPRouter(nn.Module):
         return 2 * tokens * (self.hidden_weight.numel() + self.weight.numel())
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs of a backward pass without a gradient of the input."""
+        """Return the matrix FLOPs of a backward pass that computes no gradient of the input."""
         return 2 * self.flops(tokens) - 2 * tokens * self.hidden_weight.numel()
 
 
@@ -125,7 +125,7 @@ class ConstantRouter(nn.Module):
             self.score_bias.fill_(score)
 
     def flops(self, tokens: float) -> float:
-        """Return 0: there is no matrix product."""
+        """Return 0, because there is no matrix product."""
         return 0
 
     weight_flops = flops

@@ -95,7 +95,7 @@ class Progress(nn.Module):
 
     @property
     def share(self) -> float:
-        """Progress of the schedule: 0 before the first step, 1 from its end on."""
+        """The progress of the schedule: 0 before the first step, 1 from its end on."""
         if self._known is None:
             self._know(int(self.millionths.item()))
         assert self._known is not None
@@ -135,7 +135,7 @@ class Capacity(nn.Module):
 
     @property
     def now(self) -> float:
-        """The capacity at present."""
+        """The capacity at present: during a warm-up, between 1 and the final one."""
         if self.progress is None:
             return self.final
         return between(1.0, self.final, self.progress.share, self.shape)

@@ -43,7 +43,7 @@ SHARES = {name: DECISIONS[name] for name in ("ema_threshold", "random", "positio
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelectiveConfig:
-    """Options of Token-Selective Attention.
+    """The options of Token-Selective Attention.
 
     start_bias: initial b2 (-1: p is .27). router_width: hidden width, default max(d / 4, 16). router_norm: the router's
     input is divided by its root mean square; default: as guidance. gate: one per token, or one constant for the block.
@@ -57,8 +57,8 @@ class TokenSelectiveConfig:
     with one for each gated block, or `{start, end, shape: linear | cosine}` over depth. capacity_warmup: share of the
     training over which it falls from 1. decision: how tokens are kept, ema_threshold (a running quantile of the scores)
     or the controls random and positional. guidance: the router learns from the gradient at the block's output (see
-    `guidance`), with coefficient auxiliary_weight, and sends none into the model.
-    kv: full (skipped tokens give keys and values) or kept (they do not).
+    `guidance`), with coefficient auxiliary_weight, and sends none into the model. kv: full (skipped tokens give keys
+    and values) or kept (they do not).
     """
 
     start_bias: float = -1.0
@@ -177,7 +177,7 @@ class TokenSelective(DepthMechanism):
         return {self.log_name(kind): value for kind, value in found.items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the inner update, gated by 1 - p of each token, and the records.
+        """Return the inner update times each token's gate, 1 - skip probability, and the records.
 
         A pass that computes every token records all of them as kept, those that straight-through training treats as
         skipped with weight 0.

@@ -37,7 +37,7 @@ def render_card(
     realised: Realised | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> str:
-    """Return the card as Markdown, the same for the same arguments.
+    """Return the model card as Markdown, identical for identical arguments.
 
     source: name of the checkpoint that was converted. realised: {block: {mechanism: share of tokens kept, in [0, 1]}},
     measured on a causal pass. losses: name to value in nats per token. Absent values are shown as not measured.

@@ -123,27 +123,27 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @property
     def mechanism_entries(self) -> list[MechanismEntry]:
-        """The parsed `mechanisms`."""
+        """The entries of `mechanisms`, parsed."""
         return parse_mechanisms(self.mechanisms or [], self.num_hidden_layers)
 
     @property
     def activation_entry(self) -> ActivationEntry:
-        """The parsed `activation`."""
+        """The options of `activation`, parsed."""
         return parse_activation(self.activation)
 
     @property
     def groups_entry(self) -> GroupsEntry | None:
-        """The parsed `neuron_groups`; None if all neurons are always on."""
+        """The options of `neuron_groups`, parsed; None if all neurons are always on."""
         return None if self.neuron_groups is None else parse_groups(self.neuron_groups)
 
     @property
     def experts_entry(self) -> ExpertsEntry:
-        """The parsed `experts`; defaults if unset."""
+        """The options of `experts`, parsed; defaults if unset."""
         return parse_experts(self.experts or {})
 
     @property
     def key_value_heads(self) -> int:
-        """`num_key_value_heads`, never None."""
+        """The number of key/value heads, `num_key_value_heads`, never None."""
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
 
@@ -152,7 +152,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         return {name: _plain(value) for name, value in super().to_dict().items()}
 
     def validate_layer_type(self) -> None:
-        """Skip transformers' check of layer types: all layers share one cache class."""
+        """Skip transformers' check of layer types, because all layers share one cache class."""
 
     @property
     def layer_types(self) -> list[str]:
@@ -170,7 +170,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        """Write as transformers does, with the module of `write_shim` beside a config.json.
+        """Write the configuration as transformers does, with the module of `write_shim` beside a config.json.
 
         Here and not in `save_pretrained`, which uploads only files that are new since it began.
         """

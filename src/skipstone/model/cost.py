@@ -35,13 +35,13 @@ SLOT_BYTES = 8  # one int64 slot for each pair of key and value
 
 
 class Weighted(Protocol):
-    """Anything with parameters."""
+    """The interface of anything that has parameters."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Decoder(Protocol):
-    """The parts of a decoder that its cost depends on."""
+    """The interface of a decoder, in the parts that its cost depends on."""
 
     @property
     def layers(self) -> Blocks: ...
@@ -52,7 +52,7 @@ class Decoder(Protocol):
 
 
 class Model(Weighted, Protocol):
-    """A decoder, or a model that holds one and perhaps a head."""
+    """The interface of a decoder, or of a model that holds one and perhaps a head."""
 
     @property
     def decoder(self) -> Decoder: ...
@@ -64,7 +64,7 @@ ROUTINGS = ("oracle", "causal", "forced")
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """FLOPs by kind.
+    """FLOPs by kind of operation: attention, MLP, router, head.
 
     mlp: the MLP's matrices. router: everything that mechanisms compute themselves, including PolyGLU's gate.
     """
@@ -77,12 +77,12 @@ class Flops:
 
     @property
     def linear(self) -> float:
-        """FLOPs of the blocks' weight matrices."""
+        """The FLOPs of the blocks' weight matrices."""
         return self.attention_linear + self.mlp
 
     @property
     def total(self) -> float:
-        """FLOPs of all kinds together."""
+        """The FLOPs of all kinds together."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __add__(self, other: Flops) -> Flops:
@@ -94,7 +94,7 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of parameters.
+    """Numbers of parameters: all, and those of parts.
 
     embedding: of tokens and positions (a tied head adds none). mechanism: those of mechanisms, included in total.
     active: without the experts that a token does not choose; equal to total if every MLP is dense.
@@ -129,7 +129,7 @@ class Cost:
 
     @property
     def forward_per_token(self) -> Flops:
-        """Forward FLOPs per token of the call."""
+        """The forward FLOPs per token of the call."""
         return self.forward * (1 / (self.batch * self.tokens))
 
     @property
@@ -148,7 +148,7 @@ def cost(
     routing: str = "causal",
     logits_to_keep: int = 0,
 ) -> Cost:
-    """Return the cost of one call.
+    """Return FLOPs, parameters and cache bytes of one call of a model.
 
     kept: what each mechanism keeps of a row, by layer and name, from `kept_from_records` or as plain numbers; None: an
     oracle Mixture-of-Depths keeps floor(capacity * tokens), a causal one capacity * tokens on average, and gates keep

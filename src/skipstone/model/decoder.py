@@ -48,7 +48,7 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin of each token's angles
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """The output of the decoder.
+    """The output of the decoder, with the decisions of all blocks.
 
     last_hidden_state: [B, T, D], normalised. records: for each block, the decisions of its mechanisms. attentions:
     always None; transformers' generic heads expect the field.
@@ -117,7 +117,7 @@ class SkipstonePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing, for the reason given in `SkipstoneConfig`."""
+        """Do nothing, because models carry no code (see `SkipstoneConfig`)."""
 
     @property
     def decoder(self) -> SkipstoneModel:

@@ -278,13 +278,13 @@ class ModelFields:
 
     @property
     def neurons(self) -> int:
-        """`intermediate_size`, never None."""
+        """The number of neurons of an MLP, `intermediate_size`, never None."""
         assert self.intermediate_size is not None
         return self.intermediate_size
 
     @property
     def head_size(self) -> int:
-        """`head_dim`, never None."""
+        """The size of an attention head, `head_dim`, never None."""
         assert self.head_dim is not None
         return self.head_dim
 

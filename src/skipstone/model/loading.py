@@ -50,7 +50,7 @@ def check_complete(info: PlainMapping) -> None:
 
 
 def and_more(keys: list[str]) -> str:
-    """Return the first key, with the number of the others."""
+    """Return a text of the first key and the number of further ones, for messages."""
     return f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
 
 

@@ -44,13 +44,13 @@ class Entry(Mapping[str, object]):
         return repr(self.plain())
 
     def plain(self) -> dict[str, object]:
-        """Return an independent dict, as for JSON."""
+        """Return the options as an independent dict of plain values."""
         return copy.deepcopy(dict(self.written))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MechanismEntry(Entry):
-    """An entry of `mechanisms`.
+    """A parsed entry of `mechanisms`: one mechanism with its layers and options.
 
     kind: the mechanism's name in `DEPTH`. site: one of `SITES`. layers: the blocks that carry it, out of `num_layers`.
     options: an instance of the mechanism's `Config`.
@@ -64,7 +64,7 @@ class MechanismEntry(Entry):
 
     @property
     def key(self) -> str:
-        """The name of its parameters and records in a block."""
+        """The name under which a block keeps the mechanism's parameters and records."""
         return self.kind if self.site == "block" else f"{self.kind}_on_{self.site}"
 
     def changed(self, **changes: object) -> MechanismEntry:
@@ -75,7 +75,7 @@ class MechanismEntry(Entry):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationEntry(Entry):
-    """The entry of the activation.
+    """The parsed options of the activation.
 
     kind: its name. options: None for a plain function.
     """
@@ -86,7 +86,7 @@ class ActivationEntry(Entry):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupsEntry(Entry):
-    """The entry of neuron groups.
+    """The parsed options of neuron groups.
 
     kind: the decision in `GROUPS`.
     """
@@ -97,7 +97,7 @@ class GroupsEntry(Entry):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExpertsEntry(Entry):
-    """The entry of an MLP of experts."""
+    """The parsed options of an MLP of experts."""
 
     options: ExpertsConfig
 

@@ -32,7 +32,7 @@ class Call:
 
 
 def tokens_of(call: Call, mode: PassMode) -> Tokens:
-    """Return the tokens of a call.
+    """Return the `Tokens` of a call, from its masks, positions and documents.
 
     Raises ValueError for a mask that is not [B, S + T] or [B, T], and for ids that are not [B, T].
     """

@@ -47,7 +47,7 @@ ROW_OF_16_BYTES = 8  # elements of a 16-bit type; grouped products require width
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """Options of a mixture of experts.
+    """The options of a mixture of experts.
 
     count: number of experts. top_k: choices per token. no_op: additional experts that do nothing and cost no FLOPs.
     intermediate_size: neurons of one expert; default: the model's divided by top_k, so that a token costs as much as in
@@ -84,7 +84,7 @@ class ExpertsConfig:
 
     @property
     def total(self) -> int:
-        """Number of experts and no-ops."""
+        """The number of experts and no-ops."""
         return self.count + self.no_op
 
     def neurons(self, dense: int) -> int:
@@ -223,7 +223,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return self.usage(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Move the balancing bias by one step."""
+        """Move the load-balancing bias by one step."""
         if self.router.balance_bias is not None and statistics is not None:
             self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
@@ -239,7 +239,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return ExpertsRecord(nan_BTX, nan_BTX > 0, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
     def set_identity(self) -> None:
-        """Do nothing: the MLP is part of the decoder, not a mechanism around it."""
+        """Do nothing, because the MLP is part of the decoder, not a mechanism around it."""
 
     def flops(self, tokens: float, routing: str) -> float:
         """Return the FLOPs of the router; the experts' products count as the block's MLP."""

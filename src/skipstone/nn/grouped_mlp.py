@@ -61,7 +61,7 @@ class DivisibleMLP(FeedForward):
 
     @property
     def total(self) -> int:
-        """Number of neuron groups."""
+        """The number of neuron groups."""
         return self.router.total
 
     @property

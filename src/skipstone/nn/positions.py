@@ -44,7 +44,7 @@ class Rotary(nn.Module):
 
     @property
     def kind(self) -> str:
-        """The name of the scaling."""
+        """The name of the frequency scaling (`rope_type`)."""
         return self.config.rope_parameters.get("rope_type", "default")  # type: ignore[no-any-return]
 
     def _frequencies(self, length: int | None = None) -> tuple[Tensor, float]:

@@ -14,7 +14,7 @@ from skipstone.ops.reference import ACTIVATIONS, wide
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Compute `reference.mix_activations`, entirely in fp32."""
+    """Mix activations as `reference.mix_activations` does, entirely in fp32."""
     static, dynamic = wide(static_BFA).unbind(-1), wide(dynamic_BTA).unbind(-1)
     logits = [(s_BF[:, None] + c_BT[..., None]) / temperature for s_BF, c_BT in zip(static, dynamic, strict=True)]
     top = logits[0]

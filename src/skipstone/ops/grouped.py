@@ -28,7 +28,7 @@ def apply_experts(
     down_XDF: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Compute `reference.apply_experts` by grouped matrix products."""
+    """Apply a mixture of experts as `reference.apply_experts` does, by grouped matrix products."""
     dtype = _product_dtype(gate_XFD)
     key_NC = expert_NC if idle_NC is None else torch.where(idle_NC, len(gate_XFD), expert_NC)
     sorted_S, order_S = key_NC.flatten().sort(stable=True)

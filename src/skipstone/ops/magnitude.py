@@ -42,7 +42,7 @@ class MagnitudeWeights(NamedTuple):
 
 
 class MagnitudeOutput(NamedTuple):
-    """The output of one token's MLP with its decisions.
+    """The output of one token's MLP, and its decisions.
 
     y_BTD: the update. score_BTG: fp32. tried_BTG, kept_BTG: bool.
     """

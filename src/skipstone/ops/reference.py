@@ -117,7 +117,7 @@ def added(x: Tensor, update: Tensor) -> Tensor:
 
 
 def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Apply dropout without a module, whose call takes noticeable time in decoding."""
+    """Apply dropout by a function, because calling a module takes noticeable time in decoding."""
     return F.dropout(x, probability, training) if probability else x
 
 
@@ -158,7 +158,10 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Compute `linear_fp32`, with `norm` of the normalised x. The division follows the product, as that is smaller."""
+    """Return a router's fp32 product, F.linear of x or, with `norm`, of the normalised x.
+
+    The division by the root mean square follows the product, whose result is smaller.
+    """
     if not norm:
         return linear_fp32(x, weight, bias)
     y = linear_fp32(x, weight) * inverse_rms(x)

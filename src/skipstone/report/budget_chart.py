@@ -78,7 +78,7 @@ def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[RunView, list[str]]]:
-    """Tabulate target, realised share, FLOPs a token and loss."""
+    """Tabulate target, realised share, FLOPs per token and loss."""
     return [
         (
             run,

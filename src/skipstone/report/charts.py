@@ -44,7 +44,7 @@ def lines(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
 ) -> Drawn:
-    """Draw curves on shared axes; one that has a single point is a dot."""
+    """Draw curves on shared axes; a curve of a single point is a dot."""
     kept = [(s, points) for s in series if (points := thinned(s.points))]
     across, up = frame.across(*x_range), frame.up(*y_range)
     parts = frame.y_axis(up, y_title)

@@ -20,7 +20,7 @@ MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
 
 def card(run: RunView) -> PlainDict:
-    """Collect the pictures of one run that mixes activations."""
+    """Draw the pictures of one run whose neurons mix activations."""
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)
     categories = [

@@ -13,7 +13,7 @@ from skipstone.runs import Run
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run under the name and style that it has on the page.
+    """A run as a report shows it, with its name and style on the page.
 
     mechanisms, set_capacity, trace: as in `ModelView`. trace: None where the model could not be run, for the reason in
     `trouble`.
@@ -32,7 +32,10 @@ class RunView:
 
 
 def load_view(run: Run, name: str, index: int) -> RunView:
-    """Load everything about one run. A model or a corpus that is not there costs its pictures, not the page."""
+    """Load everything that a report shows of one run.
+
+    If the model or the corpus is missing, only the pictures that need it are left out.
+    """
     mechanisms, trace, trouble = "", None, ""
     capacity: Mapping[int, Mapping[str, float]] = {}
     try:

@@ -14,7 +14,7 @@ def number(value: float) -> str:
 
 
 def element(name: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
-    """Build `<name ...>children</name>`; strings are escaped, `Markup` is not.
+    """Build the SVG element `<name ...>children</name>`; strings are escaped, `Markup` is not.
 
     Attribute names lose a trailing underscore (`class_`) and turn others into hyphens (`stroke_width`); None leaves the
     attribute out.
@@ -29,7 +29,7 @@ def element(name: str, *children: str | Markup, **attributes: str | float | None
 
 
 def drawing(width: float, height: float, children: Iterable[Markup], title: str) -> Markup:
-    """Build a picture that scales with the page; `title` is what a screen reader says."""
+    """Build an SVG picture that scales with the page; `title` is the text for screen readers."""
     return element(
         "svg",
         element("title", title),
@@ -41,12 +41,12 @@ def drawing(width: float, height: float, children: Iterable[Markup], title: str)
 
 
 def text(x: float, y: float, content: str, class_: str = "", **attributes: str | float | None) -> Markup:
-    """Build a text element."""
+    """Build an SVG text element."""
     return element("text", content, x=x, y=y, class_=class_ or None, **attributes)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
-    """Build a line."""
+    """Build an SVG line."""
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 

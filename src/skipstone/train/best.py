@@ -24,7 +24,7 @@ def validation_loss(line: PlainMapping) -> float:
 
 
 class KeepBest(TrainerCallback):
-    """Write RUN/best after each validation whose loss is lower than all before.
+    """A callback that writes RUN/best after each validation whose loss is lower than all before.
 
     A resumed run repeats its steps exactly, so a model kept after the checkpoint is found again.
     """

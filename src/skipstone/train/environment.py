@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def describe(seed: int) -> PlainDict:
-    """Return the contents of environment.json.
+    """Return the contents of environment.json: versions, commit, machine, seed.
 
     `git_commit` and `git_dirty` are None if the package is not in a checkout.
     """
@@ -39,12 +39,12 @@ def describe(seed: int) -> PlainDict:
 
 
 def session() -> dict[str, str]:
-    """Return start time and command of this process."""
+    """Return the start time and command of this process."""
     return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv)}
 
 
 def machine() -> PlainDict:
-    """Return processor, numbers of cores and torch threads, and GPU."""
+    """Return the machine's processor, numbers of cores and torch threads, and GPU."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -26,7 +26,7 @@ SMALL, LARGE = 16, 32  # tokens of the two passes from which activations are ext
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """The makers' figures of a GPU.
+    """A GPU with its makers' figures.
 
     flops: peak per second for dense bf16 products with fp32 sums. memory: GB. bandwidth: of the memory, GB/s.
     """
@@ -71,7 +71,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """Hours of all optimizer steps."""
+        """The hours of all optimizer steps."""
         return self.steps * self.seconds / 3600
 
     def lines(self) -> list[str]:

@@ -34,7 +34,10 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
-    """Return the folder of a run. Raises ValueError or FileNotFoundError if there is nothing to resume."""
+    """Return the folder of a new or resumed run.
+
+    Raises ValueError or FileNotFoundError if there is nothing to resume.
+    """
     folder = Path(out) if out is not None else default_folder(recipe)
     if not resume:
         return folder

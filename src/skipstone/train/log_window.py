@@ -37,12 +37,15 @@ class LogWindow:
         self.total_tokens += tokens
 
     def start(self) -> None:
-        """Start counting time."""
+        """Start measuring time."""
         self._since = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop counting time during a `with` block. The caller has synchronised the device before."""
+        """Stop measuring time during a `with` block.
+
+        The caller has synchronised the device before.
+        """
         if self._since is not None:
             elapsed = time.perf_counter() - self._since
             self.seconds += elapsed

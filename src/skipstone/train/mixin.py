@@ -111,8 +111,8 @@ def _targets(inputs: PlainDict) -> Tensor | None:
 
 
 class RoutingTrainer(RoutingMixin, Trainer):
-    """`transformers.Trainer` that also moves thresholds."""
+    """A `transformers.Trainer` that also advances thresholds and schedules once per optimizer step."""
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As the mixin; the outputs have the records."""
+        """Return the loss of a micro-batch after passing its records to the routing callback."""
         return super().compute_loss(model, {**inputs, "output_records": True}, return_outputs, **kwargs)

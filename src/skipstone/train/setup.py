@@ -55,7 +55,7 @@ def data_defaults(data: PreparedData) -> PlainDict:
 
 
 def plain(config: SkipstoneConfig) -> PlainDict:
-    """Return the whole configuration as plain values, as in a recipe."""
+    """Return the whole model configuration as plain values, as in a recipe."""
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(config) if field.name in TYPES]
     return {name: values[name] for name in names if values.get(name) is not None}
@@ -87,7 +87,10 @@ def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
 
 
 def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
-    """Return Trainer's arguments. Raises ValueError if the rows of a step cannot be divided evenly."""
+    """Return the arguments of transformers' Trainer for a recipe.
+
+    Raises ValueError if the rows of a step cannot be divided evenly.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows, rest = divmod(train.batch_size, train.gradient_accumulation * processes)
     if rest:

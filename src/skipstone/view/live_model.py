@@ -102,7 +102,10 @@ class LiveModel:
         return {i: module for i, module in modules if isinstance(module, MixFigures)}
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the ids of the prompt. Raises ValueError for an empty one."""
+        """Return the token ids of the prompt.
+
+        Raises ValueError for an empty one.
+        """
         return encode(self.tokenizer, prompt)
 
     def events(

@@ -35,7 +35,7 @@ class Job:
         self._stopped.set()
 
     def run(self) -> None:
-        """Compute the job, in the thread of the queue."""
+        """Compute the job; called in the thread of the queue."""
         try:
             if not self._stopped.is_set():
                 for event in self._make():

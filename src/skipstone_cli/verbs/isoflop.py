@@ -13,14 +13,14 @@ from skipstone_cli.errors import UserError
 
 
 class Scale(StrEnum):
-    """Names of the grids."""
+    """The names of the grids that a study has by default."""
 
     LAPTOP = "laptop"
     PAPER = "paper"
 
 
 class RateRule(StrEnum):
-    """Rules for the learning rate of other sizes."""
+    """The names of the rules for learning rates of other model sizes."""
 
     CONSTANT = "constant"
     INVERSE_WIDTH = "inverse_width"

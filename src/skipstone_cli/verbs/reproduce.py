@@ -12,7 +12,7 @@ from skipstone_cli.errors import UserError
 
 
 class Scale(StrEnum):
-    """Names of the scales."""
+    """The names of the scales at which a study can run."""
 
     QUICK = "quick"
     LAPTOP = "laptop"

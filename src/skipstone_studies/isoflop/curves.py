@@ -30,7 +30,7 @@ FEW: Final = "too few sizes"
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """The optimum of a curve.
+    """The optimum of a curve of loss over size.
 
     x: the size. loss: there. where: "inside" the grid, or why the lowest measured point is given instead.
     """
@@ -159,27 +159,27 @@ class GridPoint:
 
     @property
     def losses(self) -> list[float]:
-        """Losses of all seeds, in nats."""
+        """The losses of all seeds, in nats."""
         return [record.figures["loss"] for record in self.records]
 
     @property
     def loss(self) -> float:
-        """Mean loss over seeds, in nats."""
+        """The mean loss over seeds, in nats."""
         return statistics.fmean(self.losses)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """The number of parameters."""
         return self.cell.shape.parameters
 
     @property
     def forward_flops(self) -> float:
-        """Executed forward FLOPs per token."""
+        """The executed forward FLOPs per token."""
         return statistics.fmean(record.figures["forward_flops"] for record in self.records)
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, as measured by the runs."""
+        """The seconds of training, as measured by the runs."""
         return statistics.fmean(record.figures["training"]["seconds"] for record in self.records)
 
 

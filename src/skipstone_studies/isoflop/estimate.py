@@ -38,7 +38,7 @@ PARAMETER_LIMIT = 250_000_000  # weights, gradients and both moments take 4 GB
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a row's forward and backward pass, and of an optimizer step.
+    """The time of a row's forward and backward pass, and of an optimizer step, in seconds.
 
     measured: False if extrapolated from a smaller size.
     """
@@ -138,7 +138,7 @@ FORWARD = 1 / 3  # validation time of a row as a share of its training time
 
 @dataclass(frozen=True, kw_only=True)
 class GridEstimate:
-    """The estimate of a grid.
+    """The estimated FLOPs and hours of all runs of a grid.
 
     source: how step_times were found, in words.
     """
@@ -155,7 +155,7 @@ class GridEstimate:
         return cell.steps * pace.step(batch) + FORWARD * rows * pace.row
 
     def sections(self) -> list[Section]:
-        """Return the tables: every run, and the sums."""
+        """Return the tables of the estimate: every run, and the sums."""
         return [self._runs(), self._total()]
 
     def _runs(self) -> Section:

@@ -31,7 +31,7 @@ LOG_LINES = 60  # approximate number of log lines per run
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """An arm at one size.
+    """The shape of an arm's model at one size.
 
     step_flops: training FLOPs of one optimizer step. forward_flops: per token of a causal pass, by the configured
     capacities. parameters: all. model: the recipe's section.
@@ -47,7 +47,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """One run except for its seed."""
+    """A run of the grid, except for its seed: arm, size, budget and learning rate."""
 
     shape: ModelShape
     budget: float
@@ -57,22 +57,22 @@ class GridCell:
 
     @property
     def arm(self) -> str:
-        """Name of the arm."""
+        """The name of the arm."""
         return self.shape.arm
 
     @property
     def size(self) -> GridSize:
-        """Size of the model."""
+        """The size of the model."""
         return self.shape.size
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of all steps: the budget, to half a step."""
+        """The training FLOPs of all steps, equal to the budget to half a step."""
         return self.steps * self.shape.step_flops
 
     @property
     def label(self) -> str:
-        """Name of the cell in run folders and records."""
+        """The name of the cell in run folders and records."""
         return f"{self.arm}-{compact(self.budget)}-{self.size}-lr{self.rate:g}"
 
 
@@ -93,7 +93,7 @@ class Grid:
         self.budgets = sorted(spec.budgets)
 
     def shape(self, arm: str, size: GridSize) -> ModelShape:
-        """Return an arm at a size.
+        """Return the shape of an arm's model at a size.
 
         Raises ValueError for widths that do not fit the heads, and for arms without causal decisions.
         """
@@ -102,7 +102,10 @@ class Grid:
         return self._shapes[arm, size]
 
     def cell(self, arm: str, budget: float, size: GridSize, rate: float) -> GridCell:
-        """Return one run. Raises ValueError for a budget of less than one step."""
+        """Return the cell of an arm, budget, size and learning rate.
+
+        Raises ValueError for a budget of less than one step.
+        """
         shape = self.shape(arm, size)
         steps = round(budget / shape.step_flops)
         if budget < shape.step_flops:
@@ -137,8 +140,9 @@ class Grid:
         return [self.cell(arm, budget, size, self.rate(chosen, size)) for budget in self.budgets for size in self.sizes]
 
     def everything(self) -> list[GridCell]:
-        """Return all cells of the grid at the first rate, in the order in which they run, with the arms of a size
-        adjacent.
+        """Return all cells of the grid at the first learning rate, in the order in which they run.
+
+        The arms of a size are adjacent.
         """
         rate = self.spec.rates[0]
         return [
@@ -212,7 +216,7 @@ def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """Facts about the corpus.
+    """Facts about the corpus that records keep.
 
     vocab_size: None if it was not read. tokens: of the training split; None if unlimited or unknown. sha256: of the
     training split's token ids. data: its rows; None if not read. trouble: why it was not read, "" if it was.
@@ -230,7 +234,10 @@ class CorpusFacts:
 
 
 def read_corpus(config: DataConfig) -> CorpusFacts:
-    """Read the corpus. Raises ValueError or FileNotFoundError if it is not available."""
+    """Read the corpus and return its facts.
+
+    Raises ValueError or FileNotFoundError if it is not available.
+    """
     data = prepare(config)
     ids: Any = getattr(data.train, "ids", None)
     return CorpusFacts(

@@ -29,7 +29,7 @@ EXECUTED = PASSES["executed"]
 
 @dataclass(kw_only=True)
 class CoreUse:
-    """Use of the processor by the process that finished a run.
+    """The use of processor cores by the process that finished a run.
 
     busy: CPU seconds per second and thread; 1: it had them to itself. load: the machine's load average.
     """

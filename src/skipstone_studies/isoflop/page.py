@@ -25,7 +25,7 @@ Figure = tuple[str, Markup]
 
 
 def render(result: IsoFlopResult) -> str:
-    """Return the page for what is recorded so far."""
+    """Return the HTML page of the runs recorded so far."""
     pages = environment()
     ours = PackageLoader("skipstone_studies.isoflop", "templates")
     assert pages.loader is not None

@@ -23,7 +23,7 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, curv
 
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """Losses after the same seconds of training.
+    """The losses of arms after the same seconds of training.
 
     stretched: sizes whose loss is extrapolated beyond the budgets that were run. The seeds of its curves are the
     numbers of seeds whose mean would have the same noise.
@@ -36,7 +36,7 @@ class EqualTime:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOff:
-    """A loss interpolated on a line.
+    """A loss interpolated on a line between measured points.
 
     beyond: whether it is extrapolated. seeds: the number of seeds whose mean has the same noise.
     """
@@ -115,7 +115,7 @@ DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """The noise of one run's loss.
+    """The noise of one run's loss, as observed between seeds.
 
     deviation: standard deviation in nats. source: seeds, or the parabolas' residuals. degrees: of freedom.
     """
@@ -253,7 +253,7 @@ def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Cu
 
 @dataclass(frozen=True, kw_only=True)
 class IsoFlopResult:
-    """The result of a grid.
+    """The result of an isoFLOP grid.
 
     curves: by budget and arm. noise: None if unknown. same: comparisons of the arms with the base, by budget. times:
     losses after equal times.
@@ -268,12 +268,12 @@ class IsoFlopResult:
 
     @property
     def base(self) -> str:
-        """The arm that others are compared with."""
+        """The name of the arm with which others are compared."""
         return self.collected.grid.spec.base
 
 
 def find(collected: GridRecords) -> IsoFlopResult:
-    """Return the result for the records so far, leaving out budgets without points."""
+    """Compute the result from the records so far, leaving out budgets without points."""
     curves: dict[float, dict[str, Curve]] = {}
     for budget in collected.grid.budgets:
         of_budget = {arm: curve(points) for (arm, b), points in collected.curves.items() if b == budget}

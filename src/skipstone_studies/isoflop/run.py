@@ -82,7 +82,7 @@ class Stages:
         self.console.print(f"[dim]{self.grid.spec.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def run(self) -> None:
-        """Run all stages."""
+        """Run all stages of the study."""
         grid, spec, known = self.grid, self.grid.spec, lookup(self.out, self.grid.spec.name)
         self.stage("rates", [cell for arm in spec.arms for cell in grid.sweep(arm)], [spec.seed])
         chosen = collect(grid, known).chosen
@@ -96,7 +96,7 @@ class Stages:
         self.stage("seeds", best, grid.other_seeds)
 
     def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
-        """Run these cells with these seeds unless they are recorded, and render."""
+        """Run these cells with these seeds unless they are recorded, then render table and page."""
         if not cells or not seeds:
             return
         recipes, by_label = {cell.label: cell.recipe for cell in cells}, {cell.label: cell for cell in cells}

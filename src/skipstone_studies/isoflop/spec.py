@@ -73,7 +73,7 @@ def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
 
 @dataclass(frozen=True, kw_only=True)
 class GridSpec:
-    """The specification of a grid.
+    """The specification of an isoFLOP grid.
 
     recipe: the base, as `skipstone train` reads it, with its vocabulary size. budgets: training FLOPs per run. sizes:
     WIDTH or WIDTHxBLOCKS; heads keep their size. arms: those to run; the reference is dense, or the first one if dense
@@ -118,12 +118,12 @@ class GridSpec:
 
     @property
     def known(self) -> dict[str, Changes]:
-        """Changes of the model by arm, for all arms that could run."""
+        """The changes of the model by arm, for all arms that could run."""
         return arms_of(self.recipe) if self.changes is None else self.changes
 
     @property
     def base(self) -> str:
-        """The arm that others are compared with."""
+        """The name of the arm with which others are compared."""
         return DENSE if self.changes is None or DENSE in self.arms else self.arms[0]
 
     @property
@@ -137,7 +137,7 @@ class GridSpec:
         return replace(own, sampling="once") if once else own
 
     def parsed_sizes(self) -> list[GridSize]:
-        """Return the sizes."""
+        """Return the model sizes of the grid."""
         return [parse_size(word, 1) for word in self.sizes]
 
     def to_dict(self) -> PlainDict:

@@ -26,7 +26,7 @@ PLACES = {
 
 
 def page(result: IsoFlopResult) -> str:
-    """Return the text of OUT/NAME.md."""
+    """Return the text of OUT/NAME.md, the page with all tables."""
     spec = result.collected.grid.spec
     said = "\n".join(f"* {line}" for line in verdicts(result))
     parts = [

@@ -77,7 +77,7 @@ def arms(
 
 
 def moved(kind: str, budget: float) -> str:
-    """Return the name of an arm that is set to another budget than it was adapted for."""
+    """Return the name of an arm whose thresholds are set to another budget than it was adapted for."""
     return f"{kind} at {BUDGET:.0%}, set to {budget:.0%}"
 
 
@@ -184,7 +184,7 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 @torch.no_grad()
 def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
-    """Return the FLOPs of the steps after the prompt, counted while they run."""
+    """Return the FLOPs of the decoding steps after the prompt, counted while they run."""
     cache = DynamicCache(config=model.config)
     token, total = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1), 0
     for _ in range(STEPS):
@@ -219,7 +219,10 @@ def _judged(of_arm: Figures, base: Figures, source: Figures) -> Figures:
 
 
 def columns(over: str) -> Iterator[Column]:
-    """Yield the columns of the table. over: the reference of relative perplexities."""
+    """Yield the columns of the study's table.
+
+    over: the reference of relative perplexities.
+    """
     yield Column(key="tokens", title="training tokens", format=",d")
     for text in TEXTS:
         yield Column(key=f"by_text.{text}.share", title=f"{text}: FLOPs", format=".1%")
@@ -274,7 +277,10 @@ def details(figures: ByArm) -> str:
 def frontier(
     name: str, purpose: str, *, more: str = "", rows: int = 128, seeds: tuple[int, ...] = (0,), **options: Any
 ) -> Study:
-    """Build one study. options: those of `arms`."""
+    """Build the study of one pretrained model.
+
+    options: those of `arms`.
+    """
     learns = options["language_modelling"] > 0
     about = f"{LEARNED if learns else DISTILLED} {ABOUT.format(rows=rows)} {more}".strip()
     return Study(

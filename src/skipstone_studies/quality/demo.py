@@ -14,7 +14,7 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """The size of the five models and of their training.
+    """The size of the demonstration's five models and of their training.
 
     capacity: of Mixture-of-Depths, on every other block. eval_rows: validation rows during training. validation_rows:
     after it.
@@ -117,7 +117,7 @@ def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, and a sample of text."""
+    """Return the standard figures of a run, and a sample of text."""
     prompt = PROMPTS[Run(folder).data_config().corpus]
     return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}
 

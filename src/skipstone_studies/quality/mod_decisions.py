@@ -121,7 +121,7 @@ def details(figures: ByArm) -> str:
 
 
 def on(corpus: str, name: str) -> Study:
-    """Build the study on one corpus."""
+    """Build the study of all decisions on one corpus."""
     return Study(
         name=name,
         purpose=f"Every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",

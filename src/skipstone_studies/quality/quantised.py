@@ -51,7 +51,7 @@ def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: in
 
 
 def name_of(arm: str, weights: str) -> str:
-    """Return the name of an arm with these weights."""
+    """Return the name of an arm with weights of this format."""
     return f"{arm}, {weights}"
 
 
@@ -105,7 +105,7 @@ def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Return executed nats, and bytes of the weights' file."""
+    """Return the executed loss in nats, and the bytes of the weights' file."""
     text = json.loads((folder / TEXT).read_text(encoding="utf-8"))
     loaded = load_run(folder, **text)
     assert loaded.data is not None
@@ -115,7 +115,7 @@ def measured(folder: Path, rows: int) -> Figures:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return tokens/s of decoding one row, and half of their range as a share of them."""
+    """Return the tokens/s of decoding one row, and half of their range as a share of them."""
     tasks = {}
     for arm, folder in runs.items():
         loaded = load_run(folder, **json.loads((folder / TEXT).read_text(encoding="utf-8")))
@@ -142,7 +142,10 @@ def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
 def quantised(
     name: str, purpose: str, about: str, runs: tuple[tuple[str, str], ...], rows: int, **options: Any
 ) -> Study:
-    """Build one study. options: those of `arms`."""
+    """Build the study of one pretrained model.
+
+    options: those of `arms`.
+    """
     return Study(
         name=name,
         purpose=purpose,

@@ -74,7 +74,10 @@ def recipe(
     corpus: str = "reset-s3",
     **train: Any,
 ) -> RecipeDict:
-    """Return the recipe of one arm. size: an entry of `SIZES` or similar."""
+    """Return the recipe of one arm.
+
+    size: an entry of `SIZES` or similar.
+    """
     steps = size["steps"]
     return {
         "model": {

@@ -112,7 +112,7 @@ def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
 
 
 class Routing:
-    """Measurements of a model's routing on fixed rows.
+    """Figures of a model's routing on fixed rows.
 
     strongest: each neuron's strongest activation before tuning.
     """
@@ -170,7 +170,7 @@ class Watch(TrainerCallback):
 
 
 def course(path: Path) -> list[PlainDict]:
-    """Return the lines measured so far, without one that was cut short by a kill."""
+    """Return the lines measured so far, without one that is incomplete because the process was killed."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -29,7 +29,7 @@ SAMPLE = 1_000_000  # largest number of input values for a quantile
 
 @dataclass
 class Site:
-    """A hook on one matrix.
+    """A hook that sets small inputs of one matrix to 0.
 
     threshold: None while the magnitudes of its inputs are collected.
     """
@@ -59,7 +59,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholded:
-    """The result of TEAL.
+    """The loss and the realised sparsity of TEAL.
 
     loss: nats per prediction. sparsity: share of zeros among the inputs of all MLP matrices, weighted by their sizes.
     """

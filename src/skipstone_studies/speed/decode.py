@@ -47,7 +47,7 @@ def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalL
 
 
 def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
-    """Return random tokens, int64 [rows, length]."""
+    """Return random token ids, int64 [rows, length]."""
     return torch.randint(0, size["vocabulary"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -70,7 +70,7 @@ def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
 
 
 class Decoding:
-    """A prompt in the cache, continued by other tokens in every turn."""
+    """A model with a prompt in its cache, which decodes the same tokens in every turn."""
 
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
         self.model, self.size, self.rows, self.steps = model, size, rows, size["steps"]
@@ -124,7 +124,7 @@ def of_rows(rows: int) -> str:
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, by number of rows."""
+    """Return the arms of the study, one for each number of rows."""
     return {of_rows(rows): {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
 
 
@@ -149,7 +149,7 @@ def figures(
     rows: int,
     memory: Mapping[str, Mapping[str, int]],
 ) -> Figures:
-    """Return the figures of an arm.
+    """Return the figures of decoding at one number of rows: times, speed, computed rows and memory.
 
     step: seconds of each model. speed: tokens/s of the routed model relative to the dense one's.
     """

@@ -41,12 +41,12 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the single arm."""
+    """Return the only arm of the study."""
     return {"256 tokens": {**RECIPE, "tokens": 256, "steps": 2}}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the figures, on a GPU if there is one.
+    """Return memory, seconds, FLOPs and losses of some training steps, on a GPU if there is one.
 
     Times are wall time on a GPU, else CPU time, which other processes disturb less.
     """

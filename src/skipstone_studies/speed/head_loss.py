@@ -46,7 +46,7 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden states, weight and targets."""
+    """Return random hidden states, weight and targets for the loss."""
     torch.manual_seed(0)
     weight = torch.empty(recipe["vocabulary"], recipe["width"]).normal_(0, 0.02).requires_grad_()
     x = torch.randn(recipe["tokens"], recipe["width"]).requires_grad_()

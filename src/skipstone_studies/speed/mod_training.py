@@ -71,7 +71,7 @@ def ids_of(size: RecipeDict) -> torch.Tensor:
 
 
 def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """Return one step of a custom loop, which also advances thresholds."""
+    """Return a training step of a custom loop, which also advances thresholds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -144,7 +144,7 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
-    """Return the figures of an arm."""
+    """Return the figures of an arm: FLOPs and time relative to the dense model, and host syncs."""
     over = {} if decision in MOVING else {"over": time["median"] / flops}
     return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}
 

@@ -153,7 +153,7 @@ CASES: dict[str, PreTrainedConfig] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The parity of one checkpoint.
+    """The parity of one checkpoint with transformers.
 
     fp32, bf16: relative error of the logits. generation: whether both generate the same greedy text.
     """

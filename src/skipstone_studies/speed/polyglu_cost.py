@@ -48,7 +48,7 @@ def decoding_name(width: int) -> str:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the figures of an arm."""
+    """Return the time of an arm relative to SwiGLU, in training or in decoding."""
     torch.manual_seed(recipe["seed"])
     return _training(recipe) if "tau" in recipe else _decoding(recipe)
 
@@ -66,7 +66,7 @@ def _training(recipe: RecipeDict) -> Figures:
 
 
 def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
-    """Return a PolyGLU and a SwiGLU with equal matrices."""
+    """Return a PolyGLU and a SwiGLU MLP whose matrices have the same sizes."""
     neurons = -(-8 * width // 96) * 32
     ours = GatedMLP(width, neurons, PolyGLU(width, neurons))
     theirs = GatedMLP(width, neurons, FixedActivation("silu"))

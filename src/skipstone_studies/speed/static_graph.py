@@ -59,7 +59,7 @@ class Signature(TorchDispatchMode):
 
 
 def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
-    """Return a function that runs forward and backward."""
+    """Return a function that runs a forward and a backward pass."""
 
     def run() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -69,7 +69,7 @@ def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]
 
 
 def signature(run: Callable[[], None]) -> str:
-    """Return the digest of a run."""
+    """Return the digest of all operations that `run` executes."""
     with Signature() as seen:
         run()
     return seen.digest.hexdigest()

@@ -38,7 +38,7 @@ def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the figures of an arm."""
+    """Return FLOPs and time of an arm relative to the dense model, in prefill or decoding."""
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
     dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])
     return (_prefill if recipe["part"] == "prefill" else _decode)(recipe, dense, model)
@@ -53,7 +53,7 @@ def _prefill(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneFo
 
 
 def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Figures:
-    """Return the figures of prefill."""
+    """Return the figures of prefill: FLOPs and time relative to the dense model."""
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 
 

@@ -43,7 +43,7 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
 
 
 def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: object) -> None:
-    """Write `load_released(...)` to the folder `out`, with a model card.
+    """Convert a file of released weights to a model folder `out` with a model card.
 
     Raises FileExistsError if `out` is a file or a folder that is not empty.
     """

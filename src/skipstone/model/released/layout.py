@@ -24,7 +24,7 @@ class Translated:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A layout of released weights.
+    """A layout of released weights: how to read and write it, and its options.
 
     read: translates weights and options. write: the reverse, or None. options: names of values that the weights do not
     contain. Both functions raise ValueError for weights or models that do not fit the layout.

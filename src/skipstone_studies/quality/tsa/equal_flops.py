@@ -22,7 +22,7 @@ BY_BLOCK = "_by_block"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model's executed FLOPs per token and executed losses.
+    """A model as a point: executed FLOPs per token and executed losses.
 
     losses: of the whole text, then of each block of text.
     """

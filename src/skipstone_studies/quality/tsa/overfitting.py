@@ -33,10 +33,11 @@ SEED = 0
 
 
 def measured(folder: Path) -> PlainDict:
-    """Return the figures by name; none for a run that did not keep its best step. Losses in nats per token.
+    """Return the figures of a run's course by name; none for a run that did not keep its best step.
 
-    curve: [step, loss of the pass as trained, loss of the causal pass or None] of each validation. random_batches: the
-    last step's loss as the paper measures it. test: of the last step. best: step, and losses of both splits.
+    Losses in nats per token. curve: [step, loss of the pass as trained, loss of the causal pass or None] of each
+    validation. random_batches: the last step's loss as the paper measures it. test: of the last step. best: step, and
+    losses of both splits.
     """
     run = Run(folder)
     best = run.best()

@@ -16,7 +16,7 @@ JITTER = 0.01  # nats between two of its runs of one setting (1.4482 and 1.4391 
 
 
 def saved(alpha: float, blocks: int = BLOCKS) -> float:
-    """Return the paper's metric of savings, in [0, 1]."""
+    """Return the savings by the paper's metric, in [0, 1]."""
     return 1 - (1 + (blocks - 1) * alpha) / blocks
 
 

@@ -43,7 +43,10 @@ LANGUAGE: dict[str, PlainDict] = {
 
 
 def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
-    """Return the recipe of one arm on text. blocks: another number of blocks."""
+    """Return the recipe of one arm that is trained on text.
+
+    blocks: another number of blocks.
+    """
     size = LANGUAGE[scale]
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
     return recipe({**size["model"], **depth}, {"context": size["context"], **data}, size["train"], mechanisms)
@@ -65,7 +68,7 @@ def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
 
 
 def early_exit() -> Mechanisms:
-    """Return early exit on the gated blocks."""
+    """Return the mechanism entry of early exit on the gated blocks."""
     return [{"name": "early_exit", "layers": GATED}]
 
 
@@ -80,6 +83,6 @@ def random(capacity: float) -> Mechanisms:
 
 
 def shallower(scale: str, data: PlainDict) -> dict[str, RecipeDict]:
-    """Return dense models of fewer blocks, from two on."""
+    """Return the arms of dense models with fewer blocks, from two on."""
     blocks = LANGUAGE[scale]["model"]["num_hidden_layers"]
     return {f"dense-{fewer}": language(scale, data, [], fewer) for fewer in range(2, blocks)}
