@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipstone.model.pretrained import convert, load_model, load_pretrained
 from skipstone_studies.speed import parity
@@ -88,3 +89,66 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"a.gguf' needs a package: pip install 'skipstone\[gguf\]'"):
         load_pretrained(tmp_path / "a.gguf")
+
+
+GEMMA = {"head_dim": 16, "sliding_window": 6, "tie_word_embeddings": True}
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # in GGUF's words: what a small model of transformers' class differs in
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},  # the reader takes no other
+    "phi3": {"pad_token_id": 0},
+    "starcoder2": {},
+    "gemma2": {"pad_token_id": 0, **GEMMA},
+    "gemma3": {"pad_token_id": 0, **GEMMA},
+}
+
+
+def describe(writer: Any, name: str) -> None:
+    """The header that transformers reads, and a vocabulary."""
+    size = parity.SIZE
+    writer.add_context_length(size["max_position_embeddings"])
+    writer.add_embedding_length(size["hidden_size"])
+    writer.add_block_count(size["num_hidden_layers"])
+    writer.add_feed_forward_length(size["intermediate_size"])
+    writer.add_head_count(size["num_attention_heads"])
+    writer.add_head_count_kv(size["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(size["vocab_size"])
+    if name.startswith("gemma"):
+        writer.add_key_length(16)
+        writer.add_sliding_window(6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"w{i}" for i in range(size["vocab_size"])])
+    writer.add_token_merges([])
+    writer.add_token_types([1] * size["vocab_size"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_that_both_know(name: str, tmp_path: Path) -> None:
+    """Random tensors under GGUF's names, read by transformers and here; what they stand for is the reader's affair."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    kind = {"gemma3": "gemma3_text"}.get(name, name)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**parity.SIZE, **ARCHITECTURES[name]}))
+    known = {word: arch for arch, word in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[name], parity.SIZE["num_hidden_layers"])
+    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), name)
+    describe(writer, name)
+    torch.manual_seed(0)
+    for key, tensor in model.named_parameters():
+        found = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        assert found is not None, key
+        around = 1.0 if "norm" in key else 0.0
+        writer.add_tensor(found, torch.normal(around, 0.2, tensor.shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ids_BT = torch.randint(2, 97, (2, 30))
+    with torch.no_grad():
+        expected = parity.theirs(tmp_path / "a.gguf")(ids_BT).logits
+        assert parity.relative_error(load_pretrained(tmp_path / "a.gguf")(ids_BT).logits, expected) < 1e-5
