@@ -60,6 +60,22 @@ def test_scores_are_those_of_the_pass_that_generates(work: Path) -> None:
 
 
 @needs_harness
+@pytest.mark.slow
+def test_a_tokenizer_that_adds_bos_scores_each_text_behind_one(work: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer, end = AutoTokenizer.from_pretrained("my-model"), byte_tokenizer().eos_token
+    tokenizer.bos_token = end
+    special = [(end, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{end} $A", special_tokens=special)
+    tokenizer.save_pretrained("my-model")
+    assert AutoTokenizer.from_pretrained("my-model")("a")["input_ids"][0] == tokenizer.eos_token_id
+    [score] = evaluate_tasks(Path("my-model"), ["arithmetic"], include_path=Path("tasks")).scores
+    assert score.value == pytest.approx(bits_per_byte(), rel=1e-4)
+
+
+@needs_harness
 def test_the_command(page: Page, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [*page.command("skipstone eval"), "--limit", "2", "--json", "scores.json"])
     with pytest.raises(SystemExit) as stop:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ecosystem.tool import TOOLS_OWN_WARNINGS, load, logits
+from ecosystem.tool import TOOLS_OWN_WARNINGS, load, logits, stirred
 from pages import Page
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 
@@ -95,3 +95,31 @@ def test_buffers_that_no_adapter_holds_are_named_when_they_move(moves: bool, tmp
     told = [str(w.message) for w in caught if "no adapter holds" in str(w.message)]
     assert len(told) == moves
     assert not moves or "block 1 mixture_of_depths decision.threshold" in told[0]
+
+
+@pytest.mark.slow
+def test_an_adapted_model_is_measured_as_its_base() -> None:
+    """Budgets, cost, generation, losses and traces of a model that PEFT has wrapped, its adapter being neutral."""
+    from peft import LoraConfig, get_peft_model
+
+    import skipstone
+    from skipstone.generate import generate
+    from skipstone.measure.losses import measure_loss
+    from skipstone.measure.passes import Pass
+
+    mechanisms = [{"name": "mixture_of_depths", "layers": ":", "capacity": 0.5, "decision": "threshold"}]
+    base = stirred(SkipstoneConfig(vocab_size=300, hidden_size=32, num_attention_heads=2, mechanisms=mechanisms)).eval()
+    ids = torch.randint(3, 290, (4, 24))
+
+    def measured(model: Any) -> list[Any]:
+        table = skipstone.calibrate(model, ids)
+        middle = sum(table.range) / 2
+        with table.at(model, middle):
+            text = generate(model, ids[:2], max_new_tokens=4)
+        causal = Pass(name="causal", routing="causal")
+        loss = measure_loss(model, causal, [{"input_ids": ids, "labels": ids}])
+        return [table.points, text.tolist(), model.cost(64).ratio, loss.nats]
+
+    expected = measured(base)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=["router"])
+    assert measured(get_peft_model(base, lora).eval()) == expected

@@ -82,9 +82,8 @@ def evaluate_tasks(
     require_causal(model.routing_modules())
 
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(
+    wrapped = _harness_model()(
         pretrained=model, tokenizer=tokenizer, backend="causal", device=str(model.device), batch_size=batch_size
     )
     try:
@@ -92,6 +91,25 @@ def evaluate_tasks(
     except ConnectionError as error:
         raise ValueError(f"the data of {', '.join(tasks)} could not be fetched: {one_line(error)}") from None
     return TaskEvaluation(name=loaded.name, scores=tuple(_scores(found)))
+
+
+def _harness_model() -> Any:
+    """Return lm_eval's model class, which scores a whole text behind one BOS, not BOS after BOS.
+
+    It puts BOS before a text and lets a tokenizer that adds BOS put another one there, whose probability is then scored
+    as that of the text.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # type: ignore[misc]
+        def loglikelihood_rolling(self, *args: object, **kwargs: object) -> Any:
+            before, self.add_bos_token = self.add_bos_token, False
+            try:
+                return super().loglikelihood_rolling(*args, **kwargs)
+            finally:
+                self.add_bos_token = before
+
+    return Model
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:

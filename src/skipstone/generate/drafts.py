@@ -93,16 +93,16 @@ class FewerBlocks(OwnDraft):
 
     def __init__(self, model: SkipstoneForCausalLM, blocks: list[int]) -> None:
         super().__init__(model)
-        self.kept = [model.model.layers[i] for i in blocks]
+        self.kept = [model.decoder.layers[i] for i in blocks]
 
     @contextmanager
     def cheaper(self) -> Iterator[None]:
-        whole = self.model.model.layers
-        self.model.model.layers = Blocks(self.kept)
+        whole = self.model.decoder.layers
+        self.model.decoder.layers = Blocks(self.kept)
         try:
             yield
         finally:
-            self.model.model.layers = whole
+            self.model.decoder.layers = whole
 
 
 class LowerBudget(OwnDraft):

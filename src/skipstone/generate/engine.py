@@ -135,7 +135,7 @@ def stream(
 
 
 def _step(model: SkipstoneForCausalLM, decided: DecodingPass) -> Step:
-    share_BT = compute_shares(model.model.layers, decided.records)
+    share_BT = compute_shares(model.decoder.layers, decided.records)
     at = decided.at if share_BT.shape[1] > 1 else -1  # one column stands for all tokens of a dense model
     compute_B = share_BT[:, at].expand(len(decided.token_B))
     guessed_B = torch.zeros_like(decided.live_B) if decided.guessed_B is None else decided.guessed_B

@@ -118,7 +118,7 @@ def depth_maps(
     if not len(ids):
         raise ValueError("the text is empty: a depth map needs at least one token")
     forward = PASSES["oracle" if causal_obstacle(model.routing_modules()) else "executed"]
-    blocks = list(model.model.layers)
+    blocks = list(model.decoder.layers)
     whole = len(ids) // context * context
     parts = [(i, min(i + ROWS * context, whole)) for i in range(0, whole, ROWS * context)]
     parts += [(whole, len(ids))] if whole < len(ids) else []

@@ -51,7 +51,7 @@ def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
 
 def set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
     """Return the capacity that the configuration promises, by layer and mechanism, where it promises one."""
-    blocks = list(model.model.layers)
+    blocks = list(model.decoder.layers)
     return {
         layer: {name: m.capacity for name, m in block.mechanisms.items() if m.capacity is not None}
         for layer, block in enumerate(blocks)

@@ -70,7 +70,7 @@ Arguments: TypeAlias = tuple[Any, ...]  # of a module's forward pass
 @contextmanager
 def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
     """Mark mechanisms, and the updates inside them, as profiler ranges inside a `with` block."""
-    blocks = model.model.layers
+    blocks = model.decoder.layers
     hooks = []
     for block in blocks:
         for name, module in block.routing_modules().items():

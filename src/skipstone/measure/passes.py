@@ -53,7 +53,7 @@ def known_to_need_depth(batch: Batch) -> Tensor | None:
 
 def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
     """Return the indices of the blocks that carry a depth mechanism."""
-    blocks = model.model.layers
+    blocks = model.decoder.layers
     return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
 
 

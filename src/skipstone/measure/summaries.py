@@ -90,7 +90,7 @@ class Summaries:
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
         self._activation_rows = activation_rows
-        blocks = model.model.layers
+        blocks = model.decoder.layers
         self._blocks = [block.routing_modules() for block in blocks]
         self._readers: list[dict[str, AnyReader]] = [{} for _ in self._blocks]
 

@@ -39,7 +39,7 @@ def trace_tokens(
     category_BT: int64, the categories of all tokens (index in `CATEGORIES`), if they are known. Raises ValueError for a
     model that needs decisions and gets none.
     """
-    blocks = list(model.model.layers)
+    blocks = list(model.decoder.layers)
     routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
     routing = routing if known_BT is None else "forced"
     inputs, was_training = inputs_of(batch, model.device), model.training

@@ -75,7 +75,7 @@ def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCaus
     set_seed(train.seed)
     model = SkipstoneForCausalLM(config)
     if train.compile:
-        for block in model.model.layers:
+        for block in model.decoder.layers:
             block.compile()
     return model
 
