@@ -171,7 +171,7 @@ class Run:
             return None
 
     def keep_view(self, view: PlainMapping) -> None:
-        """Save what a report shows of the model with the run, unless the folder cannot be written."""
+        """Save the figures that a report shows of the model with the run, unless the folder cannot be written."""
         try:
             write_whole(self.folder / VIEW, json.dumps({"sha256": self._digest(), "view": view}) + "\n")
         except (OSError, WriteError):

@@ -84,7 +84,7 @@ def _crossing(share: Callable[[float], float], budget: float, dense: float) -> f
 def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, dense: float) -> None:
     """Set the thresholds that are saved with the model, so that causal passes over `rows` execute the budget.
 
-    dense: the source's FLOPs a token. Decisions by a trained predictor or a fixed threshold stay as they are.
+    dense: the source's FLOPs per token. Decisions by a trained predictor or a fixed threshold stay as they are.
     """
     model.eval()
     handles = [handle for handle in find_handles(model) if handle.saved]
@@ -93,7 +93,7 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
 
 
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
-    """Count the FLOPs a token on the operations of causal passes while they run; `rows` hold one row each."""
+    """Count the FLOPs per token of causal passes by their operations; `rows` hold one row each."""
     forward = PASSES["executed"]
     total = sum(count_flops(lambda row=row: forward.run(model, row)).total for row in rows)  # type: ignore[misc]
     return total / sum(row["input_ids"].numel() for row in rows)

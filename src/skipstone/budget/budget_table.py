@@ -24,9 +24,9 @@ GAP = 1.1  # between points further apart than this no budget is promised
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """The thresholds for one share. share: of the dense FLOPs a token, measured with these `thresholds`.
+    """The thresholds of a model at which it executes one share of the dense FLOPs per token.
 
-    kept: the share of tokens that each threshold keeps.
+    share: measured with these `thresholds`. kept: the share of tokens that each threshold keeps.
     """
 
     share: float
@@ -38,7 +38,7 @@ class OperatingPoint:
 class BudgetTable:
     """Thresholds of one model at operating points from the least to the most FLOPs that it can execute.
 
-    A budget is the share of the dense model's forward FLOPs a token, of causal passes over one row at a time. Between
+    A budget is the share of the dense model's forward FLOPs per token, of causal passes over one row at a time. Between
     two points thresholds are interpolated linearly. handles: names of the thresholds. trained: their state as trained.
     tokens, rows: of the calibration text, which `text` describes.
     """
@@ -94,7 +94,7 @@ class BudgetTable:
 
     @contextmanager
     def at(self, model: SkipstoneForCausalLM, budget: float) -> Iterator[None]:
-        """Set the model to the budget inside a `with` block; afterwards it is as it was before."""
+        """Set the model to the budget inside a `with` block, and restore it afterwards."""
         before = [(handle, handle.state()) for handle in self._handles(model)]
         try:
             self.set(model, budget)

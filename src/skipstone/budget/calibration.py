@@ -61,7 +61,7 @@ def calibrate(model: SkipstoneForCausalLM, rows: Rows, text: str = "") -> Budget
 def meet(
     model: SkipstoneForCausalLM, handles: Sequence[ThresholdHandle], rows: Sequence[Mapping[str, Tensor]], needed: float
 ) -> None:
-    """Set the thresholds so that causal passes over `rows` need this many FLOPs a token, or as near as they can."""
+    """Set the thresholds so that causal passes over `rows` need this many FLOPs per token, as nearly as possible."""
     path, low, high, place = _Path(model, handles, rows), 0.0, 1.0, 0.5
     found = path.seen
     for _ in range(HALVINGS):

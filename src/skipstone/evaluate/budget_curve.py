@@ -30,10 +30,12 @@ BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class AtBudget:
-    """The model at one budget. target: the budget, None for the model as trained. realised: the share of the dense
-    FLOPs that the decisions of the whole split need, one row at a time. flops_per_token: these FLOPs.
-    counted_per_token: those of the operations that ran on the first batches, shorter rows filled up. loss: nats a
-    prediction of the executed pass."""
+    """The figures of a model at one budget.
+
+    target: the budget, None for the model as trained. realised: the share of the dense FLOPs that the decisions of the
+    whole split need, one row at a time. flops_per_token: these FLOPs. counted_per_token: those of the operations that
+    ran on the first batches, padding included. loss: of the executed pass, in nats per prediction.
+    """
 
     target: float | None
     realised: float

@@ -57,14 +57,17 @@ class Evaluation:
 
     @property
     def executed_minus_causal(self) -> float | None:
-        """Nats a prediction by which the skipping pass differs from its specification: rounding, or an error."""
+        """The loss of the skipping pass minus that of its specification, in nats per prediction.
+
+        More than rounding is an error.
+        """
         if "executed" not in self.measured:
             return None
         return self.measured["executed"].loss - self.measured["causal"].loss
 
     @property
     def hard_minus_soft(self) -> float | None:
-        """Nats a prediction that are lost if each neuron uses its strongest activation alone."""
+        """The loss in nats per prediction that each neuron's strongest activation alone adds."""
         return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.primary].loss
 
     def to_dict(self) -> PlainDict:

@@ -70,8 +70,9 @@ class RunMetrics:
 
 
 def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | None = None) -> Tensor:
-    """Return token ids, int64 [rows, length]: beginnings of evaluation rows; else of those of `others` if they fit,
-    else random.
+    """Return token ids for timing, int64 [rows, length].
+
+    They are the beginnings of evaluation rows, of those of `others` if they fit, or random.
     """
     vocabulary = loaded.model.config.vocab_size
     for source in (loaded, others):

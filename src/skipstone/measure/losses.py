@@ -157,7 +157,7 @@ class TokenKinds:
             sums += torch.stack([part.double().sum().cpu() for part in parts])
 
     def result(self) -> dict[str, PlainDict]:
-        """Return for each kind that occurs `loss`, nats a prediction, and `depth`, blocks that update a token."""
+        """Return for each kind that occurs `loss`, nats per prediction, and `depth`, blocks per token."""
         found = {}
         for kind, sums in self._sums.items():
             nats, predictions, depth, tokens = sums.tolist()

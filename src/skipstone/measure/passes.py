@@ -31,7 +31,7 @@ Batch = Mapping[str, Tensor]
 
 
 def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Return what forward takes of a batch, without labels; on `device`, if it is named."""
+    """Return the arguments of forward in a batch, without labels; on `device`, if it is given."""
     return {name: batch[name] if device is None else batch[name].to(device) for name in INPUTS if name in batch}
 
 
@@ -47,7 +47,7 @@ def targets(batch: Batch) -> Tensor:
 
 
 def known_to_need_depth(batch: Batch) -> Tensor | None:
-    """Return bool [B, T]: the tokens whose known difficulty needs depth; None where the data do not tell it."""
+    """Return the tokens whose known difficulty needs depth, bool [B, T]; None for data without difficulties."""
     return batch["difficulty"] >= 0 if "difficulty" in batch else None
 
 

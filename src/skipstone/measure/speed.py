@@ -56,7 +56,7 @@ class Rate:
 
     @property
     def joules_per_token(self) -> float | None:
-        """Joules a token over all laps together, because the counters are coarse; None without a meter."""
+        """The joules per token over all laps together, because the counters are coarse; None without a meter."""
         joules = [lap.joules for lap in self.laps if lap.joules is not None]
         return sum(joules) / sum(lap.tokens for lap in self.laps) if len(joules) == len(self.laps) else None
 
@@ -67,7 +67,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
-    """Time every task once a round, in alternating order; a first round, which pays for warming up, is thrown away."""
+    """Time every task once per round, in alternating order; the first round warms up and is discarded."""
     names = list(tasks)
     laps: dict[K, list[Lap]] = {name: [] for name in names}
     for turn in range(rounds + 1):

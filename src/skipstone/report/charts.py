@@ -104,7 +104,7 @@ def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: F
 def stacked(
     shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame
 ) -> Drawn:
-    """Draw shares that sum to 1, one stack a layer, in the order of `names` from the bottom."""
+    """Draw shares that sum to 1, one stack per layer, in the order of `names` from the bottom."""
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)
     parts += frame.y_axis(up, "share of activation")

@@ -19,7 +19,10 @@ CHARACTER = 6.3  # width of a letter of a label, about
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A run, or a run at a budget. flops: executed forward FLOPs a token. loss: nats a token of causal decisions."""
+    """A run, or a run at a budget, as a point of the chart.
+
+    flops: executed forward FLOPs per token. loss: nats per token of causal decisions.
+    """
 
     run: RunView
     label: str

@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 
 def number(value: float) -> str:
-    """Format a coordinate or length with at most two decimals: pages stay small, and pictures the same to the eye."""
+    """Format a coordinate or length with at most two decimals, which keeps pages small."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 

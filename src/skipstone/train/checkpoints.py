@@ -31,7 +31,7 @@ def check(checkpoint: Path) -> None:
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Remove what a process left behind that was killed just after it had written the run's last checkpoint."""
+    """Remove the remains of a process that was killed just after it had written the run's last checkpoint."""
     atomic_write.remove(folder / CHECKPOINTS / PARTIAL)
     for old in checkpoints(folder)[:-keep]:
         atomic_write.remove(old)

@@ -31,7 +31,7 @@ class SeenPass:
 
 
 def inner(model: Any) -> Any:
-    """Return the model inside what wraps it: DistributedDataParallel and the like, PEFT."""
+    """Return the model inside its wrappers, such as DistributedDataParallel and PEFT."""
     while not isinstance(model, SkipstonePreTrainedModel) and not hasattr(model, "skipstone_routing"):
         if hasattr(model, "module"):
             model = model.module
@@ -46,9 +46,9 @@ def inner(model: Any) -> Any:
 
 @contextmanager
 def seen_passes(model: nn.Module) -> Iterator[list[SeenPass]]:
-    """Collect the passes with gradients that run inside, of a model of ours or one that `skipstone.route` has routed.
+    """Collect the passes with gradients that a model makes inside a `with` block.
 
-    The list stays empty for any other model.
+    The model is ours, or one that `skipstone.route` has routed. The list stays empty for any other model.
     """
     found: list[SeenPass] = []
     base = inner(model)
