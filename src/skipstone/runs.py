@@ -54,7 +54,7 @@ class Run:
             raise FileNotFoundError(f"run folder {str(self.folder)!r} does not exist")
         if not (self.folder / CONFIG).is_file() and not self.is_saved_model:
             raise ValueError(
-                f"{str(self.folder)!r} is no run folder (no {CONFIG}) and no saved model (no {MODEL_CONFIG})"
+                f"{str(self.folder)!r} is neither a run folder (no {CONFIG}) nor a saved model (no {MODEL_CONFIG})"
             )
 
     @property
@@ -84,7 +84,7 @@ class Run:
             reason = " ".join(str(error).split())
             raise ValueError(f"{str(self.folder / CONFIG)!r} cannot be read: {reason}") from None
         if not isinstance(values, dict) or not {"model", "data", "train"} <= set(values):
-            raise ValueError(f"{str(self.folder / CONFIG)!r} is no recipe: it needs model, data and train")
+            raise ValueError(f"{str(self.folder / CONFIG)!r} is not a recipe: it needs model, data and train")
         return values
 
     def environment(self) -> PlainDict:
@@ -97,9 +97,7 @@ class Run:
         Raises ValueError for a run that is not finished.
         """
         if not self.finished and not self.is_saved_model:
-            raise ValueError(
-                f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` goes on with it"
-            )
+            raise ValueError(f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` continues it")
         return self._json(RESULT)
 
     def metrics(self) -> list[PlainDict]:
@@ -122,7 +120,7 @@ class Run:
         last = last_checkpoint(self.folder)
         if last is None:
             raise ValueError(f"run {str(self.folder)!r} has neither a final model nor a checkpoint yet")
-        warnings.warn(f"run {str(self.folder)!r} is not finished: taking its {last.name}", stacklevel=3)
+        warnings.warn(f"run {str(self.folder)!r} is not finished; using its {last.name}", stacklevel=3)
         return last
 
     def load_model(self) -> SkipstoneForCausalLM:
@@ -203,7 +201,7 @@ class Run:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(self.folder / name)!r} cannot be read: {error}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{str(self.folder / name)!r} cannot be read: it holds no JSON object")
+            raise ValueError(f"{str(self.folder / name)!r} cannot be read: it does not contain a JSON object")
         return values
 
 
@@ -219,7 +217,7 @@ def read_metrics(path: Path) -> list[PlainDict]:
             if not isinstance(values["step"], int) or not isinstance(values["split"], str):
                 raise ValueError("step and split are not a number and a name")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{str(path)!r}, line {number}, is no line of metrics: {error!r}") from None
+            raise ValueError(f"{str(path)!r}, line {number}, is not a line of metrics: {error!r}") from None
         found.append(values)
     return found
 

@@ -65,7 +65,7 @@ def source_path(name: str) -> str:
     if name in HUB:
         return HUB[name]
     raise FileNotFoundError(
-        f"checkpoint {name!r} is not there: put its folder into the folder that SKIPSTONE_DATA names"
+        f"checkpoint {name!r} was not found; put its folder into the folder that SKIPSTONE_DATA names"
     )
 
 
@@ -76,7 +76,7 @@ def run_beside(folder: Path, arm: str) -> Run:
     """
     path = folder.with_name(f"{arm}-seed{folder.name.rpartition('seed')[2]}")
     if not path.is_dir():
-        raise FileNotFoundError(f"the run of arm {arm!r} is not in {str(folder.parent)!r}: it is made before this arm")
+        raise FileNotFoundError(f"the run of arm {arm!r} is not in {str(folder.parent)!r}: run that arm first")
     return Run(path)
 
 

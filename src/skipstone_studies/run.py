@@ -97,7 +97,7 @@ def _run(
     try:
         session.run(seeds)
     except (KeyboardInterrupt, SystemExit):
-        session.say("stopped; the same command goes on from here")
+        session.say("stopped; repeat the command to continue")
         raise
     _report(session, arms, seeds[0])
     return session.failures

@@ -245,7 +245,9 @@ def test_rows_that_are_none() -> None:
 def test_a_gate_that_tells_no_tokens_apart_has_gaps() -> None:
     model = build([{**GATE, "gate": "constant"}])
     budget_table = calibrate(model, text(0, 2))
-    with pytest.raises(ValueError, match=r"cannot be met: the scores tell no tokens apart between 0\.\d+ and 1\.\d+"):
+    with pytest.raises(
+        ValueError, match=r"cannot be met: the scores do not distinguish tokens between 0\.\d+ and 1\.\d+"
+    ):
         budget_table.thresholds(0.7)
 
 

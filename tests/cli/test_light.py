@@ -66,12 +66,12 @@ def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["eval", "."], "'.' is no run folder (no config.yaml) and no saved model (no config.json)"),
-        (["report", "."], "'.' is no run folder"),
-        (["compare", "."], "'.' is no run folder"),
-        (["calibrate", "."], "'.' is no run folder"),
-        (["generate", ".", "--prompt", "x"], "'.' is no run folder"),
-        (["trace", ".", "--text", __file__, "--out", "absent.csv"], "'.' is no run folder"),
+        (["eval", "."], "'.' is neither a run folder (no config.yaml) nor a saved model (no config.json)"),
+        (["report", "."], "'.' is neither a run folder"),
+        (["compare", "."], "'.' is neither a run folder"),
+        (["calibrate", "."], "'.' is neither a run folder"),
+        (["generate", ".", "--prompt", "x"], "'.' is neither a run folder"),
+        (["trace", ".", "--text", __file__, "--out", "absent.csv"], "'.' is neither a run folder"),
         (["prepare", "jsnol:x", "--out", "absent"], "unknown corpus 'jsnol'; did you mean 'jsonl'?"),
         (["prepare", "jsonl:x", "--out", "absent", "--tokenizer", "bite"], "unknown tokenizer 'bite'"),
         (["reproduce", "dmeo"], "unknown study 'dmeo'; did you mean 'demo'?"),

@@ -77,7 +77,7 @@ def test_killed_before_its_first_note(lines: Path, tmp_path: Path) -> None:
 def test_notes_that_cannot_be_read_are_one_line(text: str, lines: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".progress.json").write_text(text)
-    with pytest.raises(ValueError, match=r"progress.json' cannot be read .*; remove .*out' and begin again"):
+    with pytest.raises(ValueError, match=r"progress.json' cannot be read .*; remove .*out' and start again"):
         write(lines, tmp_path / "out")
 
 
@@ -143,10 +143,10 @@ def test_finished_shards_are_left_as_they_are(lines: Path, tmp_path: Path) -> No
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     write(lines, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    with pytest.raises(FileExistsError, match="was begun with shard_tokens 200, not 300"):
+    with pytest.raises(FileExistsError, match="was started with shard_tokens 200, not 300"):
         write(lines, tmp_path / "out", shard_tokens=300)
     lines.write_text(lines.read_text() + json.dumps({"text": "more"}) + "\n")
-    with pytest.raises(FileExistsError, match="was begun with size"):
+    with pytest.raises(FileExistsError, match="was started with size"):
         write(lines, tmp_path / "out")
 
 
@@ -164,7 +164,7 @@ def test_a_corpus_keeps_its_own_splits(tmp_path: Path) -> None:
     sharding.write_shards(f"text:{tmp_path}", tmp_path / "out", tokenizer="char")
     opened = open_shards(tmp_path / "out")
     assert opened.tokenizer().decode(opened.encoded("validation").ids[:-1].tolist()) == texts_of["valid"]
-    with pytest.raises(ValueError, match="has splits of its own \\(train, validation\\): leave split out"):
+    with pytest.raises(ValueError, match="has its own splits \\(train, validation\\): leave split out"):
         sharding.write_shards(f"text:{tmp_path}", tmp_path / "other", tokenizer="byte", split="90-10")
 
 

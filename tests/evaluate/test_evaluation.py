@@ -178,7 +178,7 @@ def test_wrong_input_is_one_clear_line(runs: Path, tmp_path: Path) -> None:
         (runs / "mod", {"batch_size": 0}, "batch_size must be at least 1"),
         (runs / "mod", {"context": 48}, "context 48 is longer than the model's 24"),
         (runs / "mod", {"corpus": "tiny_shakespeare"}, "did you mean 'tiny-shakespeare'"),
-        (tmp_path, {}, "is no run folder"),
+        (tmp_path, {}, "is neither a run folder"),
     ]
     for folder, options, message in cases:
         with pytest.raises(ValueError, match=message) as caught:

@@ -86,7 +86,7 @@ def test_the_number_of_heads(tmp_path: Path) -> None:
         (lambda w: w.update({"model_core.0.polyglu.tau": torch.ones(())}), "has model_core.0.polyglu.tau, which"),
         (replaced(output_head__weight=torch.zeros(11, 16)), "output_head.weight differs from embeddings.weight"),
         (replaced(rope__cosines=torch.ones(8, 2)), "rope.cosines is not the table of a head of size 4"),
-        (replaced(model_core__0__gqa__W_k__weight=torch.zeros(6, 16)), "6 rows, which is no multiple of the head size"),
+        (replaced(model_core__0__gqa__W_k__weight=torch.zeros(6, 16)), "6 rows, which is not a multiple of the head"),
         (replaced(model_core__1__polyglu__alpha=torch.zeros(24, 5)), "has shape [24, 5] in the checkpoint and [24, 4]"),
     ],
 )  # fmt: skip
@@ -121,9 +121,9 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     assert "a.safetensors: is no file of weights" in refusal(tmp_path / "a.safetensors", "polychromatic")
     for value in ([1, 2], {"step": 3}, {"model": {}}, torch.ones(3)):
         torch.save(value, file)
-        assert "holds no state dict" in refusal(file, "tsa", num_heads=4)
+        assert "contains no state dict" in refusal(file, "tsa", num_heads=4)
     torch.save({**tsa(), "step": 3}, file)
-    assert "step is no tensor but int" in refusal(file, "tsa", num_heads=4)
+    assert "step is not a tensor, but int" in refusal(file, "tsa", num_heads=4)
     torch.save({"model": tsa(), "settings": Settings()}, file)
     said = refusal(file, "tsa", num_heads=4)
     assert "holds more than tensors and plain values" in said

@@ -231,7 +231,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(here: Path, monkeypatch:
         (["--arms", "dense,mood"], "unknown arm of this recipe 'mood'; did you mean 'mod'?"),
         (["--estimate", "--render"], "give only one of them"),
         (["--flops-per-second", "1e9"], "--flops-per-second would have no effect"),
-        (["--render"], "no isoFLOP study 'tiny' was begun there"),
+        (["--render"], "no isoFLOP study 'tiny' was started there"),
         (["model.hiden_size=3"], "did you mean 'hidden_size'"),
     ],
 )

@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
         patch.setattr(MetricsFile, "on_step_end", _signal_after_the_first_step)
         with pytest.raises(SystemExit):
             reproduce("tiny")
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "repeat the command to continue" in capsys.readouterr().err
     folder = Path("runs/tiny/laptop/dense-seed0")
     assert not (folder / "result.json").exists()
     reproduce("tiny")

@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_named(name: str, hashed: bool, run: tuple[dict[
         if damaged is not None:
             path.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=rf"checkpoint-6/{name}' is .*; remove .* to go on from checkpoint-3"
+            ValueError, match=rf"checkpoint-6/{name}' is .*; remove .* to continue from checkpoint-3"
         ) as caught:
             train(config, folder, resume=True)
         assert "\n" not in str(caught.value)
@@ -151,9 +151,9 @@ def test_weights_with_a_flipped_bit_are_not_loaded(run: tuple[dict[str, Any], Pa
         ("config.yaml", b"\xff\xfe", r"config.yaml' cannot be read"),
         ("config.yaml", b"model: {a", r"config.yaml' cannot be read"),
         ("config.yaml", b"\0" * 60, r"config.yaml' cannot be read"),
-        ("environment.json", b"[]", r"environment.json' cannot be read: it holds no JSON object"),
+        ("environment.json", b"[]", r"environment.json' cannot be read: it does not contain a JSON object"),
         ("environment.json", b"", r"environment.json' cannot be read"),
-        ("metrics.jsonl", b'{"step": 1}\n', r"metrics.jsonl', line 1, is no line of metrics"),
+        ("metrics.jsonl", b'{"step": 1}\n', r"metrics.jsonl', line 1, is not a line of metrics"),
         ("metrics.jsonl", b"\xff\n", r"metrics.jsonl' cannot be read"),
         ("metrics.jsonl", b"", r"metrics.jsonl' has lost lines: 0 are left of \d up to step 6"),
         ("tokenizer/tokenizer.json", b"", r"tokenizer.json' cannot be read"),

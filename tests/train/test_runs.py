@@ -68,7 +68,7 @@ def test_an_unfinished_run_gives_its_last_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder / "model")
     run = Run(folder)
     assert last_checkpoint(folder) == folder / "checkpoints" / "checkpoint-6"
-    with pytest.warns(UserWarning, match="is not finished: taking its checkpoint-6"):
+    with pytest.warns(UserWarning, match="is not finished; using its checkpoint-6"):
         run.load_model()
     with pytest.raises(ValueError, match="is not finished"):
         run.result()
@@ -80,7 +80,7 @@ def test_an_unfinished_run_gives_its_last_checkpoint(folder: Path) -> None:
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Run(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is no run folder"):
+    with pytest.raises(ValueError, match="is neither a run folder"):
         Run(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_broken_files_are_one_line(folder: Path) -> None:
     run = Run(folder)
     with pytest.raises(ValueError, match=r"result.json' cannot be read"):
         run.result()
-    with pytest.raises(ValueError, match="is no recipe: it needs model, data and train"):
+    with pytest.raises(ValueError, match="is not a recipe: it needs model, data and train"):
         run.config()
     with pytest.raises(ValueError, match=r"is incomplete: it has no environment\.json"):
         run.environment()

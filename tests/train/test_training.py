@@ -180,7 +180,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist: nothing to resume"):
         train(config, tmp_path / "run", resume=True)
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="is no run folder"):
+    with pytest.raises(ValueError, match="is neither a run folder"):
         train(config, tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="name it with --out"):
         training.train(config, resume=True)

@@ -91,7 +91,7 @@ def require_polyglu(model: SkipstoneForCausalLM) -> None:
         raise ValueError(f"only activation 'polyglu' can be hardened, this model has {name!r}")
     if model.config.neuron_groups is not None:
         raise ValueError(
-            "a model with neuron_groups cannot be hardened: sorting by activation would tear the groups up"
+            "a model with neuron_groups cannot be hardened: sorting by activation would break up the groups"
         )
 
 

@@ -72,7 +72,7 @@ class BudgetTable:
         one, other = next((a, b) for a, b in pairwise(self.points) if a.share <= budget <= b.share)
         if other.share > one.share * GAP:
             raise ValueError(
-                f"budget {budget:g} cannot be met: the scores tell no tokens apart between {one.share:.3f} and "
+                f"budget {budget:g} cannot be met: the scores do not distinguish tokens between {one.share:.3f} and "
                 f"{other.share:.3f} of the dense FLOPs; take one of these"
             )
         part = (budget - one.share) / (other.share - one.share) if other.share > one.share else 0.0
@@ -127,7 +127,7 @@ class BudgetTable:
     def refuse(cls, folder: str | Path) -> Path:
         """Return where `save` would write. Raises FileExistsError as it does, OSError where nothing can be written."""
         if (path := cls.find(folder)) is not None:
-            raise FileExistsError(f"{str(path)!r} exists already; nothing is overwritten, remove it to calibrate anew")
+            raise FileExistsError(f"{str(path)!r} exists already; nothing is overwritten; remove it to calibrate again")
         check_writable(Path(folder) / FILE)
         return Path(folder) / FILE
 

@@ -201,8 +201,8 @@ class RaggedStore:
             pairs = zip(lengths, self.forgotten, strict=True)
             if window is not None and any(dropped and left < window - 1 for left, dropped in pairs):
                 raise ValueError(
-                    f"the cache cannot be cropped to {slots} tokens: a block with a window of {window} has forgotten "
-                    f"what it would need; {SLACK} tokens can always be taken back"
+                    f"the cache cannot be cropped to {slots} tokens: a block with a window of {window} has dropped "
+                    f"entries that it would need; the last {SLACK} tokens can always be removed"
                 )
         self.entries["slot"] = torch.where(stays, self.entries["slot"], EMPTY)
         self.forgotten = self.forgotten if slots > 0 else None

@@ -48,11 +48,11 @@ def check(folder: Path, hash_up_to: float = float("inf")) -> bool:
     for name, (size, sha256) in known.items():
         path = folder / name
         if not path.is_file():
-            raise Damaged(f"{str(path)!r} is absent, {FILES} names it")
+            raise Damaged(f"{str(path)!r} is missing, but {FILES} lists it")
         if (actual := path.stat().st_size) != size:
             raise Damaged(f"{str(path)!r} is damaged: it has {actual} bytes, {FILES} says {size}")
         if hashes and file_sha256(path) != sha256:
-            raise Damaged(f"{str(path)!r} is damaged: its SHA-256 is not what {FILES} says")
+            raise Damaged(f"{str(path)!r} is damaged: its SHA-256 differs from {FILES}")
     return True
 
 

@@ -73,7 +73,7 @@ def locate(source: SourceFile) -> Path:
         if path.is_file():
             problem = _difference(path, source.size, source.sha256)
             if problem:
-                raise ValueError(f"{path} {problem}; move it away to have the published file looked for")
+                raise ValueError(f"{path} {problem}; move it away, so that the published file is used instead")
             return path
     if source.url is None:
         raise FileNotFoundError(_absent(source, looked, ""))
@@ -155,7 +155,7 @@ def _aside(target: Path) -> Iterator[Path]:
 def _check(path: Path, what: str, size: int | None, sha256: str | None) -> None:
     problem = _difference(path, size, sha256)
     if problem:
-        raise ValueError(f"what came from {what} {problem}; nothing was kept")
+        raise ValueError(f"the download from {what} {problem} and was discarded")
 
 
 def _difference(path: Path, size: int | None, sha256: str | None) -> str:

@@ -75,7 +75,7 @@ def write_shards(
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
     opened = open_source(source, field)
     if split is not None and "" not in opened.streams:
-        raise ValueError(f"{source!r} has splits of its own ({', '.join(opened.streams)}): leave split out")
+        raise ValueError(f"{source!r} has its own splits ({', '.join(opened.streams)}): leave split out")
     if tokenizer == "char" and "" in opened.streams:
         raise ValueError(f"tokenizer 'char' needs all of the text in advance, but {source!r} is a stream: use byte")
     percent = parse_percent(split or USUAL_SPLIT, "split")
@@ -115,8 +115,8 @@ class _Work:
         elif known != settings:
             key = next(key for key in settings if known.get(key) != settings[key])
             raise FileExistsError(
-                f"{str(out)!r} was begun with {key} {known.get(key)!r}, not {settings[key]!r}; go on as it was begun, "
-                "or name another folder"
+                f"{str(out)!r} was started with {key} {known.get(key)!r}, not {settings[key]!r}; continue with the "
+                "same setting, or name another folder"
             )
 
     def _known(self) -> PlainDict | None:
@@ -141,7 +141,7 @@ class _Work:
             return dict(state["settings"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{str(path)!r} cannot be read ({error!r}); remove {str(self.out)!r} and begin again"
+                f"{str(path)!r} cannot be read ({error!r}); remove {str(self.out)!r} and start again"
             ) from None
 
     def _save(self) -> None:

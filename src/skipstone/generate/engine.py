@@ -351,7 +351,7 @@ def _checked(
     mask_BT = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.long()
     length = input_ids.shape[1] if mask_BT is None else int(mask_BT.sum(1).max())
     if input_ids.numel() == 0 or (mask_BT is not None and not bool(mask_BT.any(1).all())):
-        raise ValueError("the prompt is empty: generation goes on from at least one token")
+        raise ValueError("the prompt is empty: generation needs at least one token")
     if mask_BT is not None and not bool(mask_BT[:, -1].all()):
         raise ValueError("the prompt is padded on the right; rows of different length must be padded on the left")
     check_length(model, length, max_new_tokens)

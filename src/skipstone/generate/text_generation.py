@@ -59,7 +59,7 @@ def stream_text(
     opened = Run(run)
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
     if tokenizer is None:
-        raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to go on from")
+        raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to continue")
     ids = encode(tokenizer, prompt)
     if max_new_tokens is None:
         check_length(model, len(ids), 1)
@@ -91,7 +91,7 @@ def _draft(draft: str | None) -> str | SkipstoneForCausalLM | None:
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the ids of a prompt. Raises ValueError for an empty one, warns of characters without an id."""
     if not prompt:
-        raise ValueError("the prompt is empty: generation goes on from at least one character")
+        raise ValueError("the prompt is empty: generation needs at least one character")
     ids: list[int] = tokenizer(prompt)["input_ids"]
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids:

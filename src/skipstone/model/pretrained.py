@@ -111,9 +111,7 @@ def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]
     try:
         validate_repo_id(str(source))
     except HFValidationError:
-        raise FileNotFoundError(
-            f"source {str(source)!r} does not exist, and is no hub name either (owner/name)"
-        ) from None
+        raise FileNotFoundError(f"source {str(source)!r} does not exist and is not a hub name (owner/name)") from None
     return str(source), gguf_file
 
 

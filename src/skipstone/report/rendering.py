@@ -39,7 +39,7 @@ def write_report(
     if not runs:
         raise ValueError("a report needs at least one run")
     if out.exists() and not replace:
-        raise FileExistsError(f"{str(out)!r} exists already; nothing is overwritten, name another or remove it")
+        raise FileExistsError(f"{str(out)!r} exists already; nothing is overwritten; name another file or remove it")
     titles = list(names) if names is not None else _names([Path(run) for run in runs])
     opened = [Run(Path(run)) for run in runs]
     measured = read_budgets(evaluations, opened, titles)

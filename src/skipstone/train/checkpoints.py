@@ -27,7 +27,7 @@ def check(checkpoint: Path) -> None:
     except Damaged as error:
         before = [path for path in checkpoints(checkpoint.parent.parent) if path != checkpoint]
         where = f"from {before[-1].name}" if before else "from the beginning"
-        raise ValueError(f"{error}; remove {str(checkpoint)!r} to go on {where}") from None
+        raise ValueError(f"{error}; remove {str(checkpoint)!r} to continue {where}") from None
 
 
 def tidy(folder: Path, keep: int) -> None:

@@ -57,8 +57,8 @@ def check_new(folder: Path) -> None:
     """Raise FileExistsError if there is anything at `folder` except an empty folder."""
     if not atomic_write.is_free(folder):
         raise FileExistsError(
-            f"run folder {str(folder)!r} exists already and nothing is overwritten; name another with --out, or go on "
-            "with it by --resume"
+            f"run folder {str(folder)!r} exists already and nothing is overwritten; name another with --out, or "
+            "continue it with --resume"
         )
 
 
@@ -113,8 +113,8 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
             check_same(old, new, f"{path}.")
         elif old != new:
             raise ValueError(
-                f"the recipe differs from the run's in {path}: {old!r} there, {new!r} now; a run is resumed with the "
-                "recipe it was started with"
+                f"the recipe differs from the run's in {path}: {old!r} there, {new!r} now; a run must be resumed "
+                "with the recipe that it was started with"
             )
 
 
@@ -124,7 +124,7 @@ def check_data(folder: Path, data: str | None) -> None:
     if known != data:
         raise ValueError(
             f"the shards have changed since the run {str(folder)!r} began (fingerprint {known} there, {data} now); "
-            "a run is resumed with the data it was started with"
+            "a run must be resumed with the data that it was started with"
         )
 
 

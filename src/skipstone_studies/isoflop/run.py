@@ -51,7 +51,7 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
     try:
         stages.run()
     except (KeyboardInterrupt, SystemExit):
-        stages.say("stopped; the same command goes on from here")
+        stages.say("stopped; repeat the command to continue")
         _render_if_any(out, grid.spec.name)
         raise
     written = _render_if_any(out, grid.spec.name)
@@ -195,7 +195,7 @@ def load(out: Path, name: str) -> GridRecords:
     """Load the records of a grid. Raises FileNotFoundError if no isoFLOP study of that name was begun."""
     path = out / name / PLAN
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP study {name!r} was begun there")
+        raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP study {name!r} was started there")
     spec = from_dict(GridSpec, json.loads(path.read_text(encoding="utf-8")))
     return collect(Grid(spec), lookup(out, name))
 

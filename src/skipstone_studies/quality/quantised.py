@@ -60,7 +60,7 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
     named, seed = recipe["run"], recipe["seed"]
     source = folder.parents[2] / named["study"] / folder.parent.name / f"{named['arm']}-seed{seed}"
     if not source.is_dir():
-        raise FileNotFoundError(f"{str(source)!r} is not there: run `skipstone reproduce {named['study']}` first")
+        raise FileNotFoundError(f"{str(source)!r} does not exist; run `skipstone reproduce {named['study']}` first")
     run, text = Run(source), dict(recipe["text"])
     if not run.is_saved_model:
         text = {"corpus": run.data_config().corpus, "context": run.data_config().context, **text}

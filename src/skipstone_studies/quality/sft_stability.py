@@ -87,7 +87,7 @@ def chats() -> list[PlainDict]:
     """Return GSM8K's rows as chats. Raises FileNotFoundError if the file is missing."""
     path = Path(os.environ.get("SKIPSTONE_DATA", ""), "gsm8k", "train.jsonl")
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is not there: put GSM8K into the folder that SKIPSTONE_DATA names")
+        raise FileNotFoundError(f"{str(path)!r} was not found; put GSM8K into the folder that SKIPSTONE_DATA names")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     said = [({"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}) for r in rows]
     return [{"messages": list(messages)} for messages in said]

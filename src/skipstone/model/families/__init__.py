@@ -97,7 +97,7 @@ def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
     same model. Raises ValueError if none is.
     """
     if config.neuron_groups is not None and config.neuron_groups.get("decision") != "magnitude":
-        raise ValueError("no dense family has neuron_groups: what they compute is scaled anew in every chunk")
+        raise ValueError("no dense family has neuron_groups, whose output is rescaled in every chunk")
     for kind in sorted(FAMILIES, key=lambda kind: kind != config.family):
         theirs = _written(kind, config, activation)
         if theirs is not None:

@@ -64,10 +64,10 @@ def _weights(found: Any, name: str) -> Weights:
     ]
     tensors = inside[0] if inside else found
     if not isinstance(tensors, Mapping) or not any(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{name}: holds no state dict (neither by itself nor under {', '.join(STATE_DICT_KEYS)})")
+        raise ValueError(f"{name}: contains no state dict (neither directly nor under {', '.join(STATE_DICT_KEYS)})")
     for key, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: {key} is no tensor but {type(value).__name__}")
+            raise ValueError(f"{name}: {key} is not a tensor, but {type(value).__name__}")
     numbers = {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     return Weights(dict(tensors), numbers)
 

@@ -103,7 +103,7 @@ def values_of(tensors: Mapping[str, Tensor], layers: int) -> PlainDict:
     for letter in "qk":
         rows, _ = sizes(tensors, name := f"{FIRST}gqa.W_{letter}.weight", 2)
         if rows % head_dim:
-            raise ValueError(f"{name} has {rows} rows, which is no multiple of the head size {head_dim}")
+            raise ValueError(f"{name} has {rows} rows, which is not a multiple of the head size {head_dim}")
         heads[letter] = rows // head_dim
     return {
         **BASE,
