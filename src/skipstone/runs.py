@@ -161,7 +161,10 @@ class Run:
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
 
     def kept_view(self) -> PlainDict | None:
-        """Return what `keep_view` saved; None if nothing was, or for other weights or another recipe."""
+        """Return the view of the model saved by `keep_view`.
+
+        None without one, and for other weights or another recipe.
+        """
         try:
             values = json.loads((self.folder / VIEW).read_text(encoding="utf-8"))
             return dict(values["view"]) if values["sha256"] == self._digest() else None

@@ -133,7 +133,10 @@ class BudgetTable:
 
     @classmethod
     def load(cls, folder: str | Path) -> BudgetTable:
-        """Read what `save` wrote. Raises FileNotFoundError without a file, ValueError for one that cannot be read."""
+        """Read a budget table that `save` wrote.
+
+        Raises FileNotFoundError without a file, ValueError for one that cannot be read.
+        """
         path = cls.find(folder)
         if path is None:
             raise FileNotFoundError(

@@ -57,7 +57,7 @@ class ActivationRecord(NamedTuple):
 
     @property
     def loss_BT(self) -> Tensor | None:
-        """The auxiliary loss, None: this record has none."""
+        """The auxiliary loss of each token: always None."""
         return None
 
     @property
@@ -112,7 +112,7 @@ class NeuronGroupsRecord(NamedTuple):
 
     @property
     def loss_BT(self) -> Tensor | None:
-        """The auxiliary loss, None: this record has none."""
+        """The auxiliary loss of each token: always None."""
         return None
 
     @property

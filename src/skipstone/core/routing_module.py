@@ -69,8 +69,9 @@ class RoutingModule(nn.Module):
         return False
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return what `advance` needs from one micro-batch as an fp32 vector; callers average it over micro-batches and
-        processes.
+        """Return the statistics of one micro-batch for `advance`, an fp32 vector; None if it needs none.
+
+        Callers average it over micro-batches and processes.
         """
         return None
 

@@ -175,7 +175,7 @@ class FeedForward(nn.Module):
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return what `passes` needs to know of a forward pass, from the records that this MLP made in it."""
+        """Return the measurements of a forward pass that `passes` uses, from the records that this MLP made in it."""
         return {}
 
     def token_passes(self, records: Records) -> Tensor:

@@ -177,7 +177,7 @@ def forward_flops(model: Model, tokens: int, kept: Kept | None = None, mechanism
 
 
 def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
-    """Return what mechanisms kept in a forward pass, in the form that `cost` takes.
+    """Return the tokens that mechanisms kept in a forward pass, in the form of the `kept` argument of `cost`.
 
     A gathered batch has as many columns as its row with most tokens: rows="widest" gives what was executed, "mean" what
     was needed. Attention computes all columns; projections and MLP leave out the padding if there is much of it. With

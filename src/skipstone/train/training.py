@@ -214,7 +214,7 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object
 
 
 def _keep_view(folder: Path, model: SkipstoneForCausalLM, data: PreparedData, forced: bool) -> None:
-    """Save what a report shows of the model, from one pass over a few rows, so that reports need no pass."""
+    """Save a report's view of the model, from one pass over a few rows, so that reports need no pass."""
     try:
         with torch.compiler.set_stance("force_eager"):
             view = view_model(model, data, forced)

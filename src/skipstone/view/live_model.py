@@ -52,7 +52,7 @@ class LiveModel:
         self._twin: DenseTwin | None = None
 
     def describe(self) -> PlainDict:
-        """Return what the page shows of the model before a prompt is entered.
+        """Return the description of the model that the page shows before a prompt is entered.
 
         slots: block and mechanism of the decisions of every token, in their order. budgets: the least and the largest
         budget, None without a budget table. neurons: whether there is a map of neurons.

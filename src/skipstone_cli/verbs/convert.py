@@ -43,7 +43,7 @@ def convert(
         str | None, typer.Option(help="With --to hardened or pruned: corpus to calibrate on. Default: the run's own.")
     ] = None,
 ) -> None:
-    """Convert a dense Llama, Mistral, Qwen2, Qwen3 or GPT-2 checkpoint, or a paper's weights, to a Skipstone model."""
+    """Convert a dense checkpoint (Llama, Qwen3, Gemma 3, GPT-2, ...) or a paper's weights to a Skipstone model."""
     if from_layout is not None and to_layout is not None:
         raise UserError("--from reads released weights and --to writes them; give one of the two")
     for option, value in (("--num-heads", num_heads), ("--tau", tau)):

@@ -270,7 +270,10 @@ COMPARED = tuple(
 
 
 def details(figures: ByArm) -> str:
-    """Return comparisons with the source and the tuned source, if seeds repeat, and samples."""
+    """Return the sections below the table: comparisons with the source and the tuned source, and samples.
+
+    Comparisons need more than one seed.
+    """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), samples(figures)) if part)
 
 

@@ -110,7 +110,7 @@ def _loss(figures: Figures) -> float:
 
 
 def details(figures: ByArm) -> str:
-    """Return comparisons with SwiGLU and with narrower MLPs, and SwiGLU with small inputs set to 0 without training."""
+    """Return the sections below the table: comparisons with SwiGLU, narrower MLPs, and zeroed small inputs."""
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), _thresholds(figures)) if part)
 
 

@@ -111,7 +111,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return whether depth pays, and comparisons of each arm with dense and with random."""
+    """Return the sections below the table: whether depth pays, and comparisons with dense and with random."""
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     parts = (
         "" if room is None else room.sentence(),

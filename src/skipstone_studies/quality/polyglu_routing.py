@@ -127,7 +127,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the claims, and tables of the routing by layer and over the training."""
+    """Return the sections below the table: claims, and the routing by layer and over the training."""
     sections = [section for section in (_layers(figures), _course(figures)) if section.rows]
     parts = [claims_table("Which claims hold", claims(figures)), markdown(sections).strip("\n") if sections else ""]
     return "\n\n".join(part for part in parts if part)

@@ -63,7 +63,7 @@ class Decision(nn.Module):
         return None
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return what `advance` needs from one micro-batch as an fp32 vector; None if nothing."""
+        """Return the statistics of one micro-batch for `advance`, an fp32 vector; None if it needs none."""
         return None
 
     def advance(self, statistics: Tensor | None) -> None:

@@ -94,7 +94,7 @@ def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the claims, the paper's figures beside ours, and other ways to execute."""
+    """Return the sections below the table: claims, the paper's figures beside ours, other ways to execute."""
     parts = (
         claims_table("Which claims hold", claims(figures)),
         beside("Comparison with the paper", figures, paper.COPY_SORT, BESIDE, SOURCE),

@@ -86,7 +86,7 @@ def claims(figures: ByArm) -> list[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the verdicts on the targets, and whether depth pays on text."""
+    """Return the sections below the table: verdicts on the targets, and whether depth pays on text."""
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None
     parts = (claims_table("Targets", claims(figures)), "" if room is None else f"On text: {room.sentence()}")
