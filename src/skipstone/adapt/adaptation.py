@@ -21,7 +21,7 @@ from skipstone.core.strict import PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import TOKENIZER, Run
 from skipstone.train import folder as folders
-from skipstone.train import setup
+from skipstone.train import parallel, setup
 from skipstone.train.recipe import to_dict
 from skipstone.train.trainer import RunTrainer
 from skipstone.train.training import finish, fit, held, open_run
@@ -89,6 +89,7 @@ def _train(
     if recipe.train.compile:
         for block in plan.model.model.layers:
             block.compile()
+    parallel.prepare(plan.model, recipe.train, arguments)
 
     def trainer_of(callbacks: list[TrainerCallback]) -> RunTrainer:
         return AdaptTrainer(
@@ -107,7 +108,8 @@ def _train(
 
 def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
     """Merge adapters, set thresholds to the budget, measure once more, and close the run."""
-    model = plan.model.requires_grad_(True)
+    assert trainer.alone is not None  # the trainer has left the rest to this process
+    model = trainer.alone.requires_grad_(True)
     if tuner is not None:
         stages.merge_adapters(model, tuner)
     rows = [on_device(row, model.device) for row in plan.rows[:THRESHOLD_ROWS]]

@@ -43,10 +43,12 @@ def row_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
 
 
 def _rows(tokens: Tokens, key: int, rows: int) -> Tensor:
-    """Return one hash per row, int64 [B], from seed, key and the row's index in the batch."""
+    """Return one hash per row, int64 [B], from seed, key and the row's index in the batch (`Tokens.first_row`)."""
     device = tokens.slot_BT.device
     seed = draw_seed(device) if tokens.noise_seed is None else tokens.noise_seed
     row_B = torch.arange(rows, device=device) if tokens.rows is None else tokens.rows.index_R
+    if tokens.first_row is not None:
+        row_B = row_B + tokens.first_row
     return _mixed(_mixed(seed ^ (key & BITS)) ^ row_B)
 
 

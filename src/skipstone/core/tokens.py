@@ -56,8 +56,9 @@ class Tokens:
     the rows of the cache that these tokens continue; None: all. unpadding: indices of the real tokens if many are
     padding; projections and MLP then see [1, N, D]. state: named tensors [B, T] that are carried between blocks,
     created before block 0. forced_BT: bool, the decision that the caller imposes on this block, or None. noise_seed:
-    int64 [], the seed of this pass's random numbers (`core/noise.py`); None: drawn when needed. mode: how the pass
-    decides and executes.
+    int64 [], the seed of this pass's random numbers (`core/noise.py`); None: drawn when needed. first_row: int64 [],
+    the index of the first row for random numbers, where the rows are a part of a larger batch; None: 0. mode: how the
+    pass decides and executes.
     """
 
     slot_BT: Tensor
@@ -74,6 +75,7 @@ class Tokens:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     forced_BT: Tensor | None = None
     noise_seed: Tensor | None = None
+    first_row: Tensor | None = None
     mode: PassMode = PassMode()
 
     @property

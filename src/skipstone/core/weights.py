@@ -27,6 +27,12 @@ def compute_dtype(linear: nn.Module) -> torch.dtype:
     return dtype
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a whole tensor for one that FSDP2 has sharded, and any other as it is; all processes call this."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
 def is_quantised(linear: nn.Module) -> bool:
     """Return whether the weight is quantised (torchao), so that its stored numbers are not its values."""
     weight = linear.weight

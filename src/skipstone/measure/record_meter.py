@@ -5,7 +5,7 @@ Shape letters: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ class RecordMeter:
         self._sums: dict[str, Tensor] = {}  # [numerator, denominator]
 
     @torch.no_grad()
-    def add(self, mechanisms: Iterable[RoutingModule], records: tuple[Records, ...]) -> None:
-        """Add the records of one pass."""
+    def add(self, mechanisms: Iterable[RoutingModule], records: tuple[Records, ...], counts: bool = True) -> None:
+        """Add the figures of one pass. counts: False only makes the names known, as several processes must agree on."""
         for mechanism in mechanisms:
             placement = mechanism.placement
             record = records[placement.layer].get(placement.name)
@@ -40,13 +40,15 @@ class RecordMeter:
                 continue
             for kind, total, count in READERS[type(record)].log_pairs(mechanism, record):
                 key, pair = f"{kind}/{placement.layer}/{placement.name}", torch.stack((total.float(), count.float()))
+                pair = pair if counts else torch.zeros_like(pair)
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
-    def read(self) -> dict[str, float]:
-        """Return the means so far and reset the meter; means over no tokens are left out."""
+    def read(self, summed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Return the means so far, without those of nothing, and empty the meter. summed: over several processes."""
         if not self._sums:
             return {}
-        names, pairs = list(self._sums), torch.stack(list(self._sums.values())).tolist()
+        stacked = torch.stack(list(self._sums.values()))
+        names, pairs = list(self._sums), (stacked if summed is None else summed(stacked)).tolist()
         self._sums = {}
         return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skipstone.core.records import ActivationRecord
 from skipstone.core.routing_module import RoutingModule
+from skipstone.core.weights import whole
 
 
 class MixFigures(RoutingModule):
@@ -58,11 +59,11 @@ class MixFigures(RoutingModule):
 
     def static_entropy(self) -> Tensor:
         """Return the paper's static entropy in nats, []: of softmax(preference); ln A if no preference was learned."""
-        return torch.special.entr(self.preference_FA.softmax(-1)).sum(-1).mean()
+        return torch.special.entr(whole(self.preference_FA).softmax(-1)).sum(-1).mean()
 
     def _mix(self, record: ActivationRecord, temperature: Tensor | float) -> Tensor:
         """Return the share of each activation in each neuron, [B, T or 1, F, A]."""
         return (self._logits(record) / temperature).softmax(-1)
 
     def _logits(self, record: ActivationRecord) -> Tensor:
-        return self.preference_FA + record.logits_BTA[:, :, None]
+        return whole(self.preference_FA) + record.logits_BTA[:, :, None]

@@ -172,6 +172,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.norm = build_norm(config)
         self.turned_by = self._turned_by(config)
         self.gradient_checkpointing = False
+        # A trainer may set the seed of the step's random numbers and the index of the pass's first row in the step.
+        self.step_noise: tuple[Tensor, Tensor] | None = None
         blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
         if config.weight_format == "int8":
@@ -321,8 +323,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             for mechanism in block.mechanisms.values() if block.num_routing_modules else ():
                 state.update(mechanism.initial_state(x_BTD))
         draws = tokens.mode.noise and any(block.num_routing_modules for block in self.layers)
-        seed = draw_seed(x_BTD.device) if draws else None
-        return tokens.replace(state=state, noise_seed=seed)
+        seed, first = self.step_noise or (draw_seed(x_BTD.device), None) if draws else (None, None)
+        return tokens.replace(state=state, noise_seed=seed, first_row=first)
 
     def _turned_by(self, config: SkipstoneConfig) -> list[str]:
         """Return for each block the name of the rotary angles of its queries and keys: row, window or none."""

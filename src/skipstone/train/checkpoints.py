@@ -13,7 +13,7 @@ from skipstone.train.log_window import FILE as WINDOW
 
 PARTIAL = ".partial"  # folder beside the checkpoints in which one is written before it is renamed
 NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", WINDOW)
-RANDOM = "rng_state*.pth"  # one per process
+RANDOM, RANDOM_OF_ONE = "rng_state*.pth", "rng_state.pth"  # one per process
 
 
 def check(checkpoint: Path) -> None:
@@ -35,6 +35,34 @@ def tidy(folder: Path, keep: int) -> None:
     atomic_write.remove(folder / CHECKPOINTS / PARTIAL)
     for old in checkpoints(folder)[:-keep]:
         atomic_write.remove(old)
+
+
+def restore_other(checkpoint: Path, rank: int, count: int) -> bool:
+    """Restore random states where another number of processes wrote the checkpoint; return whether that was so.
+
+    The generators of all processes are alike, so the first one's states serve every process.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    own = checkpoint / (RANDOM_OF_ONE if count == 1 else f"rng_state_{rank}.pth")
+    same = own.is_file() and (count == 1 or len(list(checkpoint.glob("rng_state_*.pth"))) == count)
+    written = next((p for n in (RANDOM_OF_ONE, "rng_state_0.pth") if (p := checkpoint / n).is_file()), None)
+    if same or written is None:
+        return False
+    from transformers.trainer_pt_utils import safe_globals
+
+    with safe_globals():
+        states = torch.load(written, weights_only=True)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.random.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        one = states["cuda"]
+        torch.cuda.random.set_rng_state(one[0] if isinstance(one, list) else one)
+    return True
 
 
 def _look_at(checkpoint: Path) -> None:

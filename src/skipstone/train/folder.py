@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATA = "data_sha256"  # in environment.json
+ADDED = {"train.parallel": "ddp"}  # keys that runs of earlier releases lack, and what they trained with
 Write = Callable[[Path], object]  # writes a file or a folder at the path
 
 
@@ -108,7 +109,7 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
     for key in {**saved, **given}:
         if where == "train." and key in NOT_THE_RESULT:
             continue
-        path, old, new = f"{where}{key}", saved.get(key), given.get(key)
+        path, old, new = f"{where}{key}", saved.get(key, ADDED.get(f"{where}{key}")), given.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             check_same(old, new, f"{path}.")
         elif old != new:

@@ -12,7 +12,8 @@ from skipstone.data.config import DataConfig
 # embeddings: of tokens and positions, and a tied head. routers: all other parameters of mechanisms.
 DECAY_KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
 LOGGERS = ("jsonl", "tensorboard", "wandb")
-NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints", "keep_best")  # only affect what is written and when
+# only affect what is written and compared, and when
+NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints", "keep_best", "compare_every")
 # From this vocabulary on, the logits of a micro-batch are larger than the model's other tensors.
 LARGE_VOCABULARY, LOSS_CHUNK = 65_536, 1024
 
@@ -56,6 +57,9 @@ class TrainConfig:
     loss so far, in RUN/best, by the loss of the causal pass if the model has one. seed: of weights, dropout and noise;
     `data.seed` draws the rows.
     threads: torch's CPU threads; None: unchanged. device: auto uses an accelerator if there is one.
+    parallel: how several processes share the model. ddp: each holds all of it. fsdp2: each holds a part of every
+    parameter, of its gradient and of its optimizer state. compare_every: steps between comparisons of what all
+    processes must hold alike; 0: never.
     loggers: destinations of metrics; jsonl is always written.
     """
 
@@ -86,6 +90,8 @@ class TrainConfig:
     seed: int = 0
     threads: int | None = None
     device: Literal["auto", "cpu"] = "auto"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    compare_every: int = 100
     loggers: list[str] = field(default_factory=lambda: ["jsonl"])
 
     def __post_init__(self) -> None:
@@ -94,7 +100,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed", "loss_chunk"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "eval_every",
+            "save_every",
+            "seed",
+            "loss_chunk",
+            "compare_every",
+        ):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name, most in LARGEST.items():
@@ -130,6 +145,8 @@ class TrainConfig:
                 f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation "
                 f"({self.gradient_accumulation}): it counts the rows of a whole optimizer step"
             )
+        if self.keep_best and self.parallel == "fsdp2":
+            raise ValueError("keep_best needs parallel ddp: under fsdp2 no process has a whole model to save")
         for kind in self.no_decay or ():
             if kind not in DECAY_KINDS:
                 raise ValueError(unknown("no_decay", kind, DECAY_KINDS))

@@ -126,6 +126,7 @@ def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=accelerated,
+        ddp_find_unused_parameters=False,  # every process uses every block (parallel.py)
         **_checkpointing(train.activation_checkpointing),
     )
     found._n_gpu = min(found.n_gpu, 1)  # several GPUs in one process would be nn.DataParallel, which loses records

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from skipstone.core import atomic_write, checksums
+from skipstone.core.noise import draw_seed
 from skipstone.core.routing_module import causal_obstacle
 from skipstone.core.strict import PlainDict
 from skipstone.data.prepare import PreparedData
@@ -21,24 +23,35 @@ from skipstone.measure.passes import forced_routing
 from skipstone.measure.record_meter import RecordMeter, moving
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM
 from skipstone.runs import METRICS, count_lines
-from skipstone.train.checkpoints import PARTIAL
+from skipstone.train import parallel, sharded
+from skipstone.train.checkpoints import PARTIAL, restore_other
 from skipstone.train.decay import decaying
 from skipstone.train.log_window import LogWindow
 from skipstone.train.mixin import RoutingTrainer
 from skipstone.train.recipe import TrainConfig
+from skipstone.train.same_state import SameState
 from skipstone.train.validation import batches, loss_sums
+
+SCHEDULER = "scheduler.pt"  # Trainer's name for it
 
 
 class RunTrainer(RoutingTrainer):
     """The trainer of `skipstone train`, with exact resuming, its own validation and atomic checkpoints."""
 
+    alone: SkipstoneForCausalLM | None = None  # the whole model, once the first process works alone
+
     def __init__(self, *, recipe: TrainConfig, data: PreparedData, **kwargs: object) -> None:
         super().__init__(train_dataset=data.train, eval_dataset=data.validation, data_collator=data.collate, **kwargs)
+        # Trainer then neither wraps the model in DDP nor shards it again. Told earlier, it would refuse to save.
+        self.is_distributed_loading_by_transformers = parallel.is_sharded(self.model)
         self.recipe, self.data = recipe, data
         self.loss_chunk = recipe.loss_chunk_of(self._plain.config.vocab_size)
         self.window = LogWindow(self.args.device)
         self.meter = RecordMeter()
         self.obstacle = causal_obstacle(self._plain.routing_modules())
+        self.seed_of_step: tuple[int, Tensor] | None = None  # the step, and the seed of its random numbers
+        self.part = 0  # the micro-batch of the step at hand
+        self.add_callback(SameState(recipe.compare_every))
         self.routing.saves_whole_model = True  # its checkpoints contain adapters with their model
 
     # Rows are read in order: each is already a random draw from (seed, index), so a step's rows follow from its number.
@@ -57,12 +70,57 @@ class RunTrainer(RoutingTrainer):
         """Return the loss of a micro-batch, adding to the sums for the next log line."""
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
-        loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
+        with self._noise_of_step(len(inputs["input_ids"])):
+            loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
         loss = self.objective(loss, outputs, inputs, kwargs.get("num_items_in_batch"))
         self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], self._tokens(inputs))
         if self._logs_this_step():
             self.meter.add(self._plain.routing_modules(), outputs["records"])
         return (loss, outputs) if return_outputs else loss
+
+    def _noise_of_step(self, rows: int) -> contextlib.AbstractContextManager[None]:
+        """Let a row's random numbers follow from its place in the optimizer step, however the step is cut into parts.
+
+        With one part and one process the model draws the seed itself, and dropout draws after it.
+        """
+        count = self.accelerator.num_processes
+        if count == 1 and self.recipe.gradient_accumulation == 1:
+            return contextlib.nullcontext()
+        decoder, step, device = self._plain.model, self.state.global_step, self.args.device
+        if self.seed_of_step is None or self.seed_of_step[0] != step:
+            draws = count > 1 or any(True for _ in self._plain.routing_modules())
+            self.seed_of_step = (step, draw_seed(device) if draws else torch.zeros((), dtype=torch.long, device=device))
+            self.part = 0
+        rank, seed = self.accelerator.process_index, self.seed_of_step[1]
+        first = (self.part * count + rank) * rows
+        decoder.step_noise = (seed, torch.tensor(first, device=device))
+        self.part += 1
+        return contextlib.nullcontext() if count == 1 else parallel.own_dropout(seed, rank, self.part, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.is_distributed_loading_by_transformers and self.accelerator.sync_gradients:
+            parallel.average_gradients(parallel.replicated(self.model))
+        return loss
+
+    # What Trainer does for a model that was sharded before it: it needs no settings of transformers for it here.
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Nothing to do: processes begin alike, and `training_step` averages what is not sharded."""
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return parallel.full(super()._clip_grad_norm(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return parallel.full(super()._get_grad_norm(model, grad_norm))
 
     def _tokens(self, inputs: PlainDict) -> int:
         """Return the tokens of a micro-batch over all processes, which have rows of equal length."""
@@ -77,7 +135,13 @@ class RunTrainer(RoutingTrainer):
 
     @property
     def _plain(self) -> SkipstoneForCausalLM:
-        return self.accelerator.unwrap_model(self.model)
+        return self.alone or self.accelerator.unwrap_model(self.model)
+
+    def leave_to_first(self) -> SkipstoneForCausalLM:
+        """Return the trained model, whole in the first process, which works alone from now on; all call it."""
+        found = parallel.whole_model(self._plain) if parallel.is_sharded(self.model) else self._plain
+        self.alone = found or self._plain
+        return self.alone
 
     def _forced(self, batch: Row) -> dict[int, Tensor]:
         """Return masks that keep exactly the tokens known to need depth, for every block that routes."""
@@ -105,7 +169,7 @@ class RunTrainer(RoutingTrainer):
         logs = {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
         if window.seconds:
             logs["tokens_per_second"] = window.tokens / window.seconds
-        logs |= self.meter.read() | moving(self._plain.routing_modules())
+        logs |= self.meter.read(self._summed) | moving(self._plain.routing_modules())
         window.clear(self.state.global_step)
         return logs
 
@@ -133,20 +197,25 @@ class RunTrainer(RoutingTrainer):
             with self.window.paused():
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
+    def _summed(self, values: Tensor) -> Tensor:
+        """Summed over the processes that train together; one that works alone keeps its own."""
+        return values if self.alone is not None else self.accelerator.reduce(values, "sum")
+
     # --- validation
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """Return `eval_oracle_loss` and, if the model can decide causally, `eval_causal_loss` with the capacities of
         that pass.
         """
-        model, was_training = self.model, self.model.training
+        model: Any = self.alone or self.model
+        was_training = model.training
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # validation passes are not worth compiling
             metrics = {"eval_oracle_loss": self._validation_loss("oracle", RecordMeter())}
             if self.obstacle is None:
                 meter = RecordMeter()
                 metrics["eval_causal_loss"] = self._validation_loss("causal", meter)
-                metrics |= {f"eval_{name}": value for name, value in meter.read().items()}
+                metrics |= {f"eval_{name}": value for name, value in meter.read(self._summed).items()}
         model.train(was_training)
         self.log(metrics)
         handler = self.callback_handler
@@ -156,14 +225,52 @@ class RunTrainer(RoutingTrainer):
     def _validation_loss(self, routing: str, meter: RecordMeter) -> float:
         forced = self.recipe.routing == "difficulty"
         size = self.recipe.eval_batch_size or self.args.per_device_train_batch_size
-        part, parts = self.accelerator.process_index, self.accelerator.num_processes
+        together = self.alone is None
+        part, parts = (self.accelerator.process_index, self.accelerator.num_processes) if together else (0, 1)
         rows = batches(self.data, self.recipe.eval_rows, size, part, parts)
         chosen = self._forced if forced else lambda _: routing
-        sums = loss_sums(self.model, rows, chosen, self.args.device, meter, self.loss_chunk)
-        loss, count = self.accelerator.reduce(sums, "sum").tolist()
-        return loss / count
+        sums = loss_sums(self.alone or self.model, rows, chosen, self.args.device, meter, self.loss_chunk)
+        loss, count = self._summed(sums).tolist()
+        return float(loss / count)
 
     # --- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: PlainDict | None = None) -> None:
+        if not parallel.is_sharded(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self._plain.config.save_pretrained(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not parallel.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded.save(Path(output_dir) / sharded.SHARDS, self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        shards = Path(resume_from_checkpoint) / sharded.SHARDS
+        if parallel.is_sharded(self.model) != shards.is_dir():
+            written = "fsdp2" if shards.is_dir() else "ddp"
+            raise ValueError(f"checkpoint {resume_from_checkpoint!r} was written with train.parallel={written}")
+        if parallel.is_sharded(self.model):
+            sharded.load_model(shards, self.model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not parallel.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharded.load_optimizer(Path(checkpoint) / sharded.SHARDS, self.model, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not restore_other(Path(checkpoint), self.args.process_index, self.args.world_size):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Save a checkpoint under a temporary name and rename it when it is complete."""

@@ -19,7 +19,7 @@ from skipstone.data.prepare import PreparedData, prepare
 from skipstone.measure.model_view import view_model
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
-from skipstone.train import checkpoints, setup
+from skipstone.train import checkpoints, parallel, setup
 from skipstone.train import folder as folders
 from skipstone.train.best import KeepBest
 from skipstone.train.recipe import Recipe, read_recipe, to_dict
@@ -72,6 +72,7 @@ def _train(
         folders.check_data(folder, data.fingerprint)
     arguments = setup.arguments(recipe.train, folder)
     model = setup.build_model(model_config, recipe.train)
+    parallel.prepare(model, recipe.train, arguments)
     if arguments.process_index == 0:
         parts = {} if data.tokenizer is None else {TOKENIZER: partial(folders.save_tokenizer, data.tokenizer)}
         if run is None:
@@ -159,7 +160,10 @@ def fit(
     finally:
         bar.close()
     if trainer.state.global_step < recipe.train.steps:
+        parallel.leave()
         _interrupted(stop, folder, trainer.state.global_step)
+    trainer.leave_to_first()
+    parallel.leave()
     if main:
         with quiet():
             finish(trainer)
@@ -186,7 +190,8 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object
     training = [line for line in lines if line["split"] == "train"]
     validation = next(line for line in reversed(lines) if line["split"] == "validation")
     losses = {name: validation[name] for name in ("oracle_loss", "causal_loss")}
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.alone
+    assert model is not None  # the trainer has left the rest to this process
     model.config.use_cache = True  # Trainer has switched it off
     realised: dict[int, dict[str, float]] = {}
     for name, value in validation.items():

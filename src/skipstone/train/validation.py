@@ -15,17 +15,26 @@ from skipstone.measure.passes import targets
 from skipstone.measure.record_meter import RecordMeter
 
 
-def batches(data: PreparedData, rows: int | None, size: int, part: int = 0, parts: int = 1) -> Iterator[Row]:
-    """Yield the first `rows` validation rows (None: all), `size` at a time, taking turns with other processes."""
+def batches(
+    data: PreparedData, rows: int | None, size: int, part: int = 0, parts: int = 1
+) -> Iterator[tuple[Row, bool]]:
+    """Yield the first `rows` validation rows (None: all), `size` at a time, taking turns with other processes.
+
+    Also yield whether they count: every process gets as many batches, because the passes of a sharded model are made
+    together, so a process that has no rows left gets the first rows again.
+    """
     count = min(rows or len(data.validation), len(data.validation))
-    for start in range(part * size, count, parts * size):
-        yield data.collate(data.validation.__getitems__(list(range(start, min(start + size, count)))))
+    for begin in range(0, count, parts * size):
+        start = begin + part * size
+        counts = start < count
+        first = start if counts else 0
+        yield data.collate(data.validation.__getitems__(list(range(first, min(first + size, count))))), counts
 
 
 @torch.no_grad()
 def loss_sums(
     model: Any,
-    rows: Iterator[Row],
+    rows: Iterator[tuple[Row, bool]],
     routing: Callable[[Row], object],
     device: torch.device,
     meter: RecordMeter,
@@ -34,15 +43,16 @@ def loss_sums(
     """Return the cross-entropy in nats summed over predictions, and their number, fp64 [2].
 
     The pass uses the gathered executor without noise.
+    rows: batches, and whether each counts.
     """
     asked: PlainDict = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in rows:
+    for batch, counts in rows:
         batch = {name: value.to(device) for name, value in batch.items()}
         out = model(**batch, **asked, routing=routing(batch), num_items_in_batch=1)
-        total[0] += out.token_loss
-        total[1] += predictions(batch)
-        meter.add(model.routing_modules(), out.records)
+        total[0] += out.token_loss * counts
+        total[1] += predictions(batch) * counts
+        meter.add(model.routing_modules(), out.records, counts)
     return total
 
 

@@ -1,0 +1,176 @@
+"""Training on several processes: DDP replicates the model, FSDP2 shards it, and every process uses every block.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.train.recipe import TrainConfig
+
+# Outputs of the model that are views are read, never written to.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+_GROUPS_OF_ONE: list[int] = []  # the process that has made a group of itself
+
+
+def processes() -> int:
+    """Return the number of processes that train together, 1 if this one trains alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def prepare(model: SkipstoneForCausalLM, train: TrainConfig, arguments: TrainingArguments) -> None:
+    """Make a model ready for the processes that train it: blocks that all of them use, parameters sharded if asked for.
+
+    Raises ValueError if accelerate is told to shard as well, or if parameters would stay whole.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "accelerate is configured to shard the model itself (use_fsdp); leave that out and set train.parallel=fsdp2"
+        )
+    sharded = train.parallel == "fsdp2"
+    if processes() > 1 or sharded:
+        _touch_blocks(model)
+    if sharded:
+        shard(model, arguments.device)
+
+
+def leave() -> None:
+    """End the group of a process that has trained alone on a sharded model."""
+    if os.getpid() in _GROUPS_OF_ONE:
+        _GROUPS_OF_ONE.clear()
+        dist.destroy_process_group()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 has sharded the model's parameters."""
+    return isinstance(model, FSDPModule)
+
+
+def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
+    """Shard the parameters over all processes with FSDP2, in place: one group a block, one for all that is outside.
+
+    All parameters are gathered in fp32, so that routers and norms compute as in one process; autocast then rounds the
+    matrices for the products. Parameters without a dimension cannot be sharded and stay replicated. A process that
+    trains alone becomes a group of one. Raises ValueError if a parameter was left whole.
+    """
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _GROUPS_OF_ONE.append(os.getpid())
+    model.to(device)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = {parameter for parameter in model.parameters() if parameter.dim() == 0}
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    _require_sharded(model)
+    model._is_fsdp_managed_module = True  # for Trainer, which then defers the reduction of micro-batches' gradients
+
+
+def _require_sharded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() and not isinstance(parameter, DTensor):
+            raise ValueError(f"train.parallel=fsdp2 has left the parameter {name!r} whole: it is no DTensor")
+
+
+def full(norm: Any) -> Any:
+    """Return a gradient norm as a plain tensor; that of sharded gradients is a DTensor."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trained parameters of a sharded model that every process holds whole."""
+    return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average over processes the gradients of parameters that FSDP2 does not manage, in one message."""
+    if parameters and processes() > 1:
+        flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
+        dist.all_reduce(flat)
+        parts = (flat / processes()).split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad.copy_(part.view_as(parameter))  # type: ignore[union-attr]
+
+
+# --- every process uses every parameter of every block
+
+
+class _Touched(torch.autograd.Function):
+    """Return x, and in the backward pass a gradient of zeros for each of the parameters.
+
+    A block may keep no token, or no token of it an expert. Its parameters then have no gradient in this process but
+    one in another: FSDP2 would wait for ever, and DDP would have to search the graph in each step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x_BTD.view_as(x_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
+        return (*gradients, *zeros)
+
+
+def _touch_blocks(model: SkipstoneForCausalLM) -> None:
+    for block in model.model.layers:
+        block.register_forward_pre_hook(_touch)  # FSDP2's own comes first, so that the parameters are whole
+
+
+def _touch(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let every parameter of the block have a gradient; a hook before its forward."""
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    if not parameters or not torch.is_grad_enabled():
+        return given
+    x_BTD, *rest = given
+    return (_Touched.apply(x_BTD, *parameters), *rest)  # type: ignore[no-untyped-call]
+
+
+# --- a whole model again
+
+
+def whole_model(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM | None:
+    """Return a plain copy of a sharded model in the first process, None in the others; all of them call it."""
+    first, state = dist.get_rank() == 0, {}
+    for name, value in model.state_dict().items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if first:
+            state[name] = full.detach().cpu()
+    if not first:
+        return None
+    with torch.random.fork_rng():
+        plain = SkipstoneForCausalLM(model.config)
+    plain.load_state_dict(state)
+    return plain.to(next(model.parameters()).device)
+
+
+# --- random numbers
+
+
+@contextmanager
+def own_dropout(seed: Tensor, rank: int, part: int, device: torch.device) -> Iterator[None]:
+    """Draw from generators of this process's own within; afterwards they are alike in all processes again.
+
+    seed: int64 [], of the optimizer step, alike in all processes. part: the micro-batch of the step.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices, device_type=device.type if device.type != "cpu" else "cuda"):
+        torch.manual_seed(int(seed) + (part * processes() + rank + 1) * 0x9E3779B1)
+        yield
