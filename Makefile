@@ -17,7 +17,7 @@ PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-all test-ecosystem check format count docs release clean
+.PHONY: help setup setup-dev demo test test-all test-ecosystem distributed check format count docs release clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -54,6 +54,9 @@ test-all: $(DEV_STAMP)  ## every test, the slow ones and the whole product of ev
 test-ecosystem:  ## the tests with other people's tools: TRL, lm-evaluation-harness, a server
 	$(MAKE) VENV=.venv-tools EXTRAS=$(TOOLS) setup-dev
 	$(TEST_THREADS) .venv-tools/bin/python -m pytest tests/ecosystem
+
+distributed: $(DEV_STAMP)  ## measure the table of docs/distributed.md again (processes on this machine, half an hour)
+	$(TEST_THREADS) PYTHONPATH=tests $(BIN)/python -m train.distributed_table docs/distributed.md
 
 check: $(DEV_STAMP)  ## format, lint, types, and the floors
 	$(BIN)/ruff format --check .

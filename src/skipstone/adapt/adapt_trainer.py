@@ -19,6 +19,7 @@ from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, targets
 from skipstone.model.causal_lm import IGNORED, CausalLMOutput, SkipstoneForCausalLM
 from skipstone.ops.head_loss import Distillation
+from skipstone.train.parallel import by_layout
 from skipstone.train.trainer import RunTrainer
 
 
@@ -59,7 +60,7 @@ class AdaptTrainer(RunTrainer):
         if getattr(self, "optimizer", None) is None:
             groups = staging.groups(self._plain, self.adapt.stages, self.args.weight_decay)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer: Any = torch.optim.AdamW(list(groups), betas=betas, eps=self.args.adam_epsilon)
+            self.optimizer: Any = torch.optim.AdamW(by_layout(groups), betas=betas, eps=self.args.adam_epsilon)
         return self.optimizer  # type: ignore[no-any-return]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -143,8 +144,10 @@ class AdaptTrainer(RunTrainer):
         return (torch.stack(passed).mean() + mean - mean.detach() - self.passing).square()
 
     def _window_logs(self) -> dict[str, float]:
-        parts, self.parts = dict(self.parts), Counter()
-        return super()._window_logs() | parts
+        names, values = sorted(self.parts), [self.parts[name] for name in sorted(self.parts)]
+        summed = self._summed(torch.tensor(values, device=self.args.device)).tolist() if names else []
+        self.parts = Counter()
+        return super()._window_logs() | dict(zip(names, summed, strict=True))
 
 
 def on_device(row: Row, device: torch.device) -> Row:

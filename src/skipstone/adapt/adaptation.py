@@ -61,7 +61,10 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> P
     plan = prepare_plan(source, recipe, run)
     resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}
     arguments = setup.arguments(recipe.train, folder)
-    stages.check(plan.model, recipe.adapt.stages, int(os.environ.get("WORLD_SIZE", "1")))
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1 or recipe.train.parallel == "fsdp2"
+    stages.check(plan.model, recipe.adapt.stages, together)
+    if recipe.train.parallel == "fsdp2" and stages.needs_adapters(recipe.adapt.stages):
+        raise ValueError("stages with LoRA adapters need train.parallel=ddp: a sharded model cannot merge them")
     if run is not None:
         folders.check_same(run.config(), resolved)
     if arguments.process_index == 0:
@@ -89,6 +92,7 @@ def _train(
     if recipe.train.compile:
         for block in plan.model.model.layers:
             block.compile()
+    stages.unfreeze(plan.model, recipe.adapt.stages[0])  # what is sharded keeps what it was told before
     parallel.prepare(plan.model, recipe.train, arguments)
 
     def trainer_of(callbacks: list[TrainerCallback]) -> RunTrainer:

@@ -90,13 +90,17 @@ def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
         parameter.requires_grad_(named[name] in trained)
 
 
-def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], processes: int) -> None:
-    """Raise ValueError, before anything is trained, for stages that are impossible for this model."""
+def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) -> None:
+    """Raise ValueError for impossible stages, before anything is trained.
+
+    together: whether the model is shared by several processes or sharded.
+    """
     if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")
-    if processes > 1 and len({stage.train_only for stage in stages}) > 1:
+    if together and len({stage.train_only for stage in stages}) > 1:
         raise ValueError(
-            "stages that train different weights need one process: reducers are built for the first of them"
+            "stages that train different weights need one process and train.parallel=ddp: what is shared between "
+            "processes is fixed by the first of them"
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train.recipe import TrainConfig
-
-# Outputs of the model that are views are read, never written to.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 _GROUPS_OF_ONE: list[int] = []  # the process that has made a group of itself
 
@@ -71,6 +69,8 @@ def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         _GROUPS_OF_ONE.append(os.getpid())
+    # It warns of writing to outputs that are views, which nothing does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.to(device)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {parameter for parameter in model.parameters() if parameter.dim() == 0}
@@ -106,6 +106,17 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
         parts = (flat / processes()).split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad.copy_(part.view_as(parameter))  # type: ignore[union-attr]
+
+
+def by_layout(groups: Iterable[PlainDict]) -> list[PlainDict]:
+    """Return optimizer groups in which sharded and whole parameters are apart, as fused updates need them."""
+    found = []
+    for group in groups:
+        for sharded in (True, False):
+            parts = [p for p in group["params"] if isinstance(p, DTensor) == sharded]
+            if parts:
+                found.append({**group, "params": parts})
+    return found
 
 
 # --- every process uses every parameter of every block

@@ -239,7 +239,7 @@ class RunTrainer(RoutingTrainer):
         if not parallel.is_sharded(self.model):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            self._plain.config.save_pretrained(output_dir)
+            self._plain.config.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not parallel.is_sharded(self.model):

@@ -1,0 +1,81 @@
+"""The table of docs/distributed.md: losses of 1, 2 and 4 processes with every mechanism.
+
+PYTHONPATH=src:tests python -m train.distributed_table docs/distributed.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train.ranks import on_ranks
+from train.tool import DENSE, MODELS, lines, mod, recipe, train
+
+GROUPS = {"group_size": 8, "capacity": 0.5}
+GATES = {"name": "gate_skip", "layers": "1:", "capacity": 0.75}
+MORE: dict[str, dict[str, Any]] = {
+    "gate_skip": {**DENSE, "mechanisms": [{**GATES, "on": "attention"}, {**GATES, "on": "mlp"}]},
+    "skipgpt": {**DENSE, "mechanisms": [{**mod("ema_threshold"), "on": site} for site in ("attention", "mlp")]},
+    "neuron_groups": {**DENSE, "intermediate_size": 64, "neuron_groups": {**GROUPS, "chunk_size": 8}},
+    "magnitude": {**DENSE, "intermediate_size": 64, "neuron_groups": {"decision": "magnitude", "capacity": 0.5}},
+    "tied": {**MODELS["all"], "tie_word_embeddings": True},
+}
+# Dropout draws other numbers in each process, so that no two of these runs could be compared with it.
+CASES = {name: {k: v for k, v in model.items() if "dropout" not in k} for name, model in (MODELS | MORE).items()}
+WAYS = (("ddp", 2), ("fsdp2", 2), ("ddp", 4), ("fsdp2", 4))
+ON_FOUR = ("dense", "topk", "experts", "all")  # four processes take a minute a model on two cores
+BEGIN, END = "<!-- processes:begin -->", "<!-- processes:end -->"
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """Every loss of a run's metrics, by line."""
+    return [{k: v for k, v in line.items() if "loss" in k and v is not None} for line in lines(folder)]
+
+
+def differences(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
+    """The largest difference between two runs' losses, which must be of the same names and number."""
+    assert len(ours) == len(theirs) > 2
+    assert all(a.keys() == b.keys() and a for a, b in zip(ours, theirs, strict=True))
+    return max(abs(a[name] - b[name]) for a, b in zip(ours, theirs, strict=True) for name in a)
+
+
+def measure(name: str, folder: Path) -> list[str]:
+    """The cells of a row: the largest difference to one process whose step is cut into as many parts."""
+    common = {"steps": 20, "log_every": 1, "eval_every": 10, "eval_rows": 5, "save_every": 0, "device": "cpu"}
+    found: dict[int, list[dict[str, float]]] = {}
+    cells = []
+    for kind, count in WAYS:
+        if count == 4 and name not in ON_FOUR:
+            cells.append("")
+            continue
+        if count not in found:
+            wanted = recipe(folder, CASES[name], gradient_accumulation=count, **common)
+            found[count] = losses(train(wanted, folder / f"one-{count}"))
+        wanted = recipe(folder, CASES[name], parallel=kind, **common)
+        run = folder / f"{kind}-{count}"
+        codes = on_ranks(count, partial(_into, wanted, run))
+        cells.append(f"{differences(found[count], losses(run)):.1e}" if not any(codes) else f"failed {codes}")
+    return cells
+
+
+def _into(wanted: dict[str, Any], run: Path, rank: int) -> None:
+    train(wanted, run)
+
+
+def main(page: Path) -> None:
+    rows = ["| model | " + " | ".join(f"{kind}, {count}" for kind, count in WAYS) + " |", "|---|" + "---:|" * len(WAYS)]
+    for name in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(f"| {name} | " + " | ".join(measure(name, Path(folder))) + " |")
+        print(rows[-1], flush=True)  # noqa: T201
+    text = page.read_text(encoding="utf-8")
+    table = "\n".join([BEGIN, *rows, END])
+    page.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: table, text, flags=re.DOTALL), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
