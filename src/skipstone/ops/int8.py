@@ -9,6 +9,7 @@ Shape letters: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
@@ -53,9 +54,11 @@ def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
 
     x: [..., I], fp32, bf16 or fp16. weight: int8. Gradients reach x, not the weights.
     """
-    if _in_place(x):
+    if not _in_place(x):
+        return _in_parts(x, weight_OI, scale_O)
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return NATIVE(x, weight_OI, scale_O)  # type: ignore[no-any-return]
-    return _in_parts(x, weight_OI, scale_O)
+    return _native()(x, weight_OI, scale_O)  # torch would take 20 microseconds to call it
 
 
 def _in_place(x: Tensor) -> bool:
@@ -68,12 +71,17 @@ def _in_place(x: Tensor) -> bool:
 def _kernels() -> bool:
     """Register the numba kernel as a torch operation; False without numba, after one warning of what that costs."""
     try:
-        kernels = import_module("skipstone.ops.int8_native")
+        _namespace.impl("int8_linear", _native(), "CPU")
     except ImportError:
         warnings.warn(NO_NUMBA, stacklevel=2)
         return False
-    _namespace.impl("int8_linear", kernels.linear, "CPU")
     return True
+
+
+@cache
+def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = import_module("skipstone.ops.int8_native").linear
+    return linear
 
 
 def _in_parts(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
