@@ -29,7 +29,7 @@ def export(
     require: Callable[[SkipstoneForCausalLM], None],
     change: Change,
 ) -> SkipstoneForCausalLM:
-    """Apply `change` to a run or saved model, write the result to the folder `out`, and return the folder.
+    """Apply `change` to a run or saved model, write the new model to the folder `out`, and return it.
 
     corpus: to calibrate on, if not the run's own; a saved model has none. require: raises for a model that `change`
     cannot have. Raises ValueError without a corpus, and FileExistsError if `out` holds something.

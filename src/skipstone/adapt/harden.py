@@ -33,7 +33,7 @@ ALPHABETICAL = sorted(range(len(NAMES)), key=NAMES.__getitem__)  # the order in 
 def export_hardened(
     folder: str | Path, out: Path, dtype: str | None = None, corpus: str | None = None
 ) -> SkipstoneForCausalLM:
-    """Write `harden(...)` of a run or saved model to the folder `out`, calibrated on training rows, and return it.
+    """Harden a run or saved model by training rows, write it to the folder `out`, and return the new model.
 
     corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without PolyGLU or a
     corpus, and FileExistsError if `out` holds something.

@@ -25,7 +25,7 @@ from skipstone.ops.neurons import kept_part
 def export_pruned(
     folder: str | Path, out: Path, dtype: str | None = None, corpus: str | None = None
 ) -> SkipstoneForCausalLM:
-    """Write `prune(...)` of a run or saved model to the folder `out`, calibrated on training rows, and return it.
+    """Prune a run or saved model by training rows, write it to the folder `out`, and return the new model.
 
     corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without neuron groups or a
     corpus, and FileExistsError if `out` holds something.

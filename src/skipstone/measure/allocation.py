@@ -1,8 +1,8 @@
-"""To which tokens the compute went: by kind, by frequency, by position, and whether it follows difficulty.
+"""The allocation of compute to tokens: by kind, frequency and position, and its correlation with difficulty.
 
-Difficulty is the loss of the prediction that a token's pass makes. A router may follow it only because both depend on
-the position or on which token it is; what is left of the correlation once both are removed is what it has learned
-beyond.
+Difficulty is the loss of the prediction that a token's pass makes. Compute may follow it only because both depend on
+the position or on the token id; the correlation that remains once both are removed is what the router has learned
+beyond that.
 
 Shape letters: B rows, T tokens, N tokens of all rows.
 """
@@ -25,7 +25,7 @@ LEAST = 1e-9  # variance below which there is nothing to correlate
 def measure_allocation(
     compute_BT: Tensor, loss_BT: Tensor, ids_BT: Tensor, real_BT: Tensor, category_BT: Tensor | None
 ) -> Allocation:
-    """Group tokens and correlate their compute with their loss.
+    """Measure the compute share of groups of tokens, and its correlation with their loss.
 
     compute_BT: share of the blocks' updates that were computed. loss_BT: nats of the prediction of the next token, NaN
     where there is none. ids_BT: int64. real_BT: bool, no padding. category_BT: int64, index in `CATEGORIES`, or None.
@@ -69,7 +69,7 @@ def _groups(names: list[str] | tuple[str, ...], group_N: Tensor, compute_N: Tens
 
 
 def _quarters(ids_N: Tensor) -> Tensor:
-    """The quarter of the text that each token belongs to when the text is sorted by the frequency of its tokens."""
+    """Return each token's quarter of the text, sorted by the frequency of its token ids."""
     _, at_N, count_V = ids_N.unique(return_inverse=True, return_counts=True)
     order_V = count_V.argsort(descending=True, stable=True)
     middle_V = torch.empty_like(count_V, dtype=torch.double)
@@ -79,7 +79,7 @@ def _quarters(ids_N: Tensor) -> Tensor:
 
 
 def _without(x_N: Tensor, groups: list[Tensor]) -> Tensor:
-    """Remove the means of each group, in turns until none is left of several groupings."""
+    """Return the values without the means of each group, removed in turns if there are several groupings."""
     for _ in range(ROUNDS if len(groups) > 1 else 1):
         for group_N in groups:
             _, at_N = group_N.unique(return_inverse=True)
@@ -89,7 +89,7 @@ def _without(x_N: Tensor, groups: list[Tensor]) -> Tensor:
 
 
 def _correlation(x_N: Tensor, y_N: Tensor) -> float | None:
-    """Pearson's correlation; None where one of them is constant."""
+    """Return Pearson's correlation; None where one of the two is constant."""
     if len(x_N) < 3:
         return None
     x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()

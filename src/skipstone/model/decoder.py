@@ -353,7 +353,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
 
 
 def _warn_of_losses_left_out(records: list[Records]) -> None:
-    """Where nobody asks for the records of a training pass, whoever computes the loss cannot add what they hold."""
+    """Warn if the caller of a training pass does not request the records, and so cannot add their auxiliary losses."""
     if torch.is_grad_enabled() and any(r.loss_BT is not None for layer in records for r in layer.values()):
         warnings.warn(LOSSES_LEFT_OUT, stacklevel=2)
 

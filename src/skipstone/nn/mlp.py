@@ -67,7 +67,7 @@ Groups = dict[str, int | float]
 
 @dataclass(frozen=True, kw_only=True)
 class FixedMixConfig:
-    """The options of `FixedMix`.
+    """The options of a fixed mix of activations: how many neurons use each function.
 
     groups: how many neurons use each function, `{silu: 96, gelu: 32}`, or which share, `{silu: 0.75, gelu: 0.25}`; a
     list has one such mapping per layer. Neurons of one function are adjacent, and functions are in alphabetical order,

@@ -10,9 +10,10 @@ MOST_ROWS = 60  # of a table: of more, every k-th is shown, and the last
 
 
 class Drawn(Markup):
-    """A picture (SVG) that knows its table. It is Markup, so that it can stand wherever a picture can.
+    """A picture (SVG) with the table of the numbers that it shows.
 
-    heads: of the columns. rows: cells as text, at most MOST_ROWS and the last one; `every` tells which were taken.
+    It is Markup, so that it can be used like any other picture. heads: of the columns. rows: cells as text, every
+    `every`-th row and the last one, at most MOST_ROWS + 1.
     """
 
     heads: Sequence[str]
@@ -21,7 +22,7 @@ class Drawn(Markup):
 
     @classmethod
     def of(cls, picture: Markup, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Drawn:
-        """Attach a table to a picture."""
+        """Attach a table to a picture, and return it as a `Drawn`."""
         drawn, whole = cls(picture), list(rows)
         drawn.heads, drawn.every = heads, -(-len(whole) // MOST_ROWS) or 1
         kept = whole[:: drawn.every]

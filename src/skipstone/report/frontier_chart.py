@@ -1,4 +1,4 @@
-"""Loss against executed FLOPs of several runs, with the runs marked that no other one beats in both."""
+"""The chart of loss against executed FLOPs of several runs, with the Pareto frontier marked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Place:
 
 
 def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
-    """Draw every run with causal decisions, and what was measured of it at budgets; None for fewer than two places."""
+    """Draw every run with causal decisions, and its figures at budgets; None for fewer than two places."""
     places = [place for run in runs for place in _places(run, budgets.get(run.name, ()))]
     if len(places) < 2:
         return None
@@ -57,7 +57,7 @@ def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def frontier(places: Sequence[Place]) -> list[Place]:
-    """Return the places that no other one beats in one figure without losing in the other, by FLOPs."""
+    """Return the Pareto frontier: the places that no other one beats in FLOPs and loss, in order of FLOPs."""
     best: list[Place] = []
     for place in sorted(places, key=lambda p: (p.flops, p.loss)):
         if not best or place.loss < best[-1].loss:

@@ -50,7 +50,7 @@ def write_report(
 
 
 def _script() -> dict[str, Markup]:
-    """The script that saves pictures, and its hash: the page's policy lets no other one run."""
+    """Return the script that saves pictures, and its hash: the page's policy allows no other script."""
     templates = files("skipstone.report").joinpath("templates")
     saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))
     text = "\n" + saving.replace("export function", "function") + buttons

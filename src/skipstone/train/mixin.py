@@ -78,7 +78,7 @@ class RoutingMixin:
         return steps if scaled and steps else 1
 
     def _warn_of_losses_that_rest(self, model: nn.Module, passes: list[SeenPass]) -> None:
-        """Once, where what learns by a loss of its own is given none, as in passes that decide causally."""
+        """Warn once if a mechanism that learns by an auxiliary loss gets none, as in passes that decide causally."""
         if self._has_looked or not passes:
             return
         self._has_looked = True

@@ -1,4 +1,4 @@
-"""What the passes of a training step decided, seen from outside.
+"""The records of the passes of a training step, collected by hooks.
 
 Trainers of other libraries call the decoder and the head themselves (TRL), so that the model's own `forward`, which
 returns records and adds auxiliary losses, never runs. The decoder does, and hooks on it see every pass, once.
@@ -22,8 +22,9 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class SeenPass:
-    """One pass with gradients. in_forward: whether the model's own `forward` ran it, which adds the auxiliary losses
-    where it is given labels.
+    """A pass with gradients, with its records.
+
+    in_forward: whether the model's own `forward` ran it, which adds the auxiliary losses where it is given labels.
     """
 
     records: tuple[Records, ...]
@@ -39,7 +40,7 @@ def inner(model: Any) -> Any:
             model = model.get_base_model()
         else:
             return model
-    while hasattr(model, "get_base_model"):  # PEFT hands out its base model's attributes as if they were its own
+    while hasattr(model, "get_base_model"):  # PEFT's wrappers have the attributes of their base model
         model = model.get_base_model()
     return model
 

@@ -78,7 +78,7 @@ class WorkQueue:
         threading.Thread(target=self._work, name="skipstone-view", daemon=True).start()
 
     def submit(self, make: Callable[[], Iterator[PlainDict]]) -> Job:
-        """Accept a job; to be called in an event loop.
+        """Queue a job and return it; to be called in an event loop.
 
         Raises BusyError if the queue is full.
         """
