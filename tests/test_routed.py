@@ -148,6 +148,25 @@ def test_a_layer_of_transformers_computes_inside_what_it_computes_outside(name: 
         assert torch.equal(y[b, ~kept], x[b, ~kept])
 
 
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_a_causal_mask_says_what_is_causal_without_one(additive: bool) -> None:
+    """Rows keep different numbers of tokens, so that some are filled up by tokens that no query may see."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    routed = Routed(LlamaDecoderLayer(config, 0), MixtureOfDepths(16, capacity=0.5, decision="threshold")).eval()
+    x = torch.randn(3, 12, 16)
+    table = LlamaRotaryEmbedding(config)(x, torch.arange(12)[None])
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    given = torch.zeros(1, 1, 12, 12).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+    y, records = routed(x, position_embeddings=table, return_records=True)
+    assert len(set(records["MixtureOfDepths"].kept_BT.sum(1).tolist())) > 1
+    torch.testing.assert_close(routed(x, position_embeddings=table, attention_mask=given), y)
+
+
 def test_a_block_that_returns_a_tuple_keeps_the_rest() -> None:
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, str]:

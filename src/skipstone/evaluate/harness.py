@@ -102,6 +102,8 @@ def _harness_model() -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):  # type: ignore[misc]
+        add_bos_token: bool | None
+
         def loglikelihood_rolling(self, *args: object, **kwargs: object) -> Any:
             before, self.add_bos_token = self.add_bos_token, False
             try:

@@ -126,15 +126,3 @@ def causal_mask(mask: Tensor | None, length: int, device: torch.device) -> Tenso
     if mask is not None:
         return mask
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
-
-
-def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
-    """Return the mask [B or 1, H or 1, K, K] without keys that are not kept.
-
-    A token that is not kept attends to itself, so that no row of the mask is empty.
-    """
-    itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
-    closed = ~(kept_BK[:, None, None, :] | itself)
-    if mask.dtype == torch.bool:
-        return (mask | (itself & ~kept_BK[:, None, :, None])) & ~closed
-    return torch.where(closed, torch.finfo(mask.dtype).min, mask)

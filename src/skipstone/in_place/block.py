@@ -24,8 +24,9 @@ from skipstone.core.seam import wrap
 from skipstone.core.selection import InPlace, Selection, WholeRows
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Tokens
-from skipstone.in_place.arguments import Signature, Subset, causal_mask, for_tokens, masks_of, without_keys
+from skipstone.in_place.arguments import Signature, Subset, causal_mask, for_tokens, masks_of
 from skipstone.in_place.keys import Catching, Joining, Pair, keys_of
+from skipstone.nn.routed import without_keys
 from skipstone.ops.reference import wide
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ class Routed(nn.Module):
 
         def update(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
             index_BK = None if tokens.slot_BT is slot_BT else tokens.slot_BT.expand(x.shape[:2])
-            given, named = arguments_of(index_BK, x_BTD.shape[:2], (args, kwargs))
+            given, named = arguments_of(index_BK, x_BTD.shape[:2], (args, kwargs), tokens.real_BT)
             return self._update(x, tokens, given, named, rest), {}
 
         delta_BTD, records = wrap(update, self.mechanisms)(x_BTD, tokens)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ class Routed(nn.Module):
         if not part.is_all:
             index_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2])
             chosen_BKD = part.gather(x_BTD)
-            args, kwargs = arguments_of(part.gather(index_BT), x_BTD.shape[:2], (args, kwargs))
+            args, kwargs = arguments_of(part.gather(index_BT), x_BTD.shape[:2], (args, kwargs), part.valid_BK)
         out = self.block(chosen_BKD, *args, **kwargs)
         if isinstance(out, tuple):
             out, rest[:] = out[0], out[1:]
@@ -98,23 +98,37 @@ class Routed(nn.Module):
         return delta if tokens.gain_BT is None else delta * tokens.gain_BT[..., None].to(delta.dtype)
 
 
-def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any) -> Any:
+def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_BK: Tensor | None = None) -> Any:
     """Return `value` with its tensors per token gathered to these tokens.
 
-    index_BK: the tokens; None: all. shape: [B, T] of all tokens.
+    index_BK: the tokens; None: all. shape: [B, T] of all tokens. valid_BK: bool, False for tokens that only fill up a
+    row: a pair mask is closed for them as keys; None: all are valid.
     """
     if index_BK is None:
         return value
     if isinstance(value, dict):
-        return {name: arguments_of(index_BK, shape, item) for name, item in value.items()}
+        return {name: arguments_of(index_BK, shape, item, valid_BK) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(arguments_of(index_BK, shape, item) for item in value)
+        return type(value)(arguments_of(index_BK, shape, item, valid_BK) for item in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] not in (1, shape[0]):
         return value
     B, T = shape
     if value.dim() == 4 and value.shape[2:] == (T, T):  # a mask of query and key pairs
         pairs_BTHT = ops.gather_rows(value.expand(B, -1, -1, -1).transpose(1, 2), index_BK)
-        return ops.gather_rows(pairs_BTHT.transpose(1, 3), index_BK).permute(0, 2, 3, 1)
+        mask = ops.gather_rows(pairs_BTHT.transpose(1, 3), index_BK).permute(0, 2, 3, 1)
+        return mask if valid_BK is None else without_keys(mask, valid_BK)
     if value.shape[1] != T:
         return value
     return ops.gather_rows(value.expand(B, *value.shape[1:]), index_BK)
+
+
+def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
+    """Return the mask [B or 1, H or 1, K, K] closed for keys that are not kept.
+
+    A token that is not kept sees itself, so that no row of the mask is closed altogether.
+    """
+    itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    closed = ~(kept_BK[:, None, None, :] | itself)
+    if mask.dtype == torch.bool:
+        return (mask | (itself & ~kept_BK[:, None, :, None])) & ~closed
+    return torch.where(closed, torch.finfo(mask.dtype).min, mask)
