@@ -10,7 +10,8 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 # Heavy tools, in an environment of their own: torchao alone makes every import of transformers print warnings.
 TOOLS ?= $(EXTRAS),trl,eval,serve,torchao
-TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Bytecode is kept, or every process of the tests would compile sources and rewrite assertions anew.
+TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # As many processes of tests as cores, at most four: each holds a gigabyte. WORKERS=0 runs them in this one.
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal

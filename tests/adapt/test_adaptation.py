@@ -160,6 +160,7 @@ def test_micro_batches_and_chunks_change_nothing(changed: dict[str, int], source
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours if "threshold" not in k)
 
 
+@pytest.mark.slow
 def test_gates_keep_a_budget_too(source: Path, tmp_path: Path) -> None:
     model = {"mechanisms": [{"name": "token_selective", "layers": ":", "depth_weight": 0.0}]}
     adapt = {"budget": 0.85, "router_learning_rate": 0.05, "stages": [{"steps": 6}, {"steps": 4, "routing": "causal"}]}
@@ -171,6 +172,7 @@ def test_gates_keep_a_budget_too(source: Path, tmp_path: Path) -> None:
     assert share["counted"] / share["dense"] < 0.95
 
 
+@pytest.mark.slow
 def test_a_gate_that_ranks_tokens_gets_its_capacity(source: Path, tmp_path: Path) -> None:
     """It starts with every token kept, so that it is neutral, and ends with the capacity of its options."""
     model = {"mechanisms": [{"name": "gate_skip", "gate": "token", "on": "mlp", "layers": ":", "capacity": 0.3}]}

@@ -16,9 +16,10 @@ from skipstone.adapt.export import export_dense
 from skipstone.model.pretrained import convert
 from skipstone_cli.main import main
 from skipstone_studies.speed import parity
+from train.tool import quick
 
 
-@pytest.mark.parametrize("name", parity.CASES)
+@pytest.mark.parametrize("name", quick(parity.CASES, "Llama", "Qwen2", "GPT-2"))
 def test_every_family_comes_back(name: str, tmp_path: Path) -> None:
     parity.save_random(parity.CASES[name], tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours")

@@ -82,7 +82,11 @@ def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("train_only", "changed"),
-    [("routers", {"routers"}), ("routers+lora", {"routers", "weights"}), ("all", {"routers", "weights"})],
+    [
+        pytest.param("routers", {"routers"}, marks=pytest.mark.slow),
+        ("routers+lora", {"routers", "weights"}),
+        pytest.param("all", {"routers", "weights"}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_trains(train_only: str, changed: set[str], source: Path, tmp_path: Path) -> None:
     model = {"mechanisms": [mixture(capacity=0.5, capacity_warmup=0.1)]}

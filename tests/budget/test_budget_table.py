@@ -34,7 +34,7 @@ MECHANISMS: dict[str, list[dict[str, Any]]] = {
     "gate_skip": [{"name": "gate_skip", "on": site, "layers": "1:", "gate": "token"} for site in ("attention", "mlp")],
     "nested": [{"name": "mixture_of_depths", "layers": "1:", "capacity": 0.6}, {"name": "early_exit", "layers": "2:"}],
 }
-QUICK = ("mixture_of_depths", "gates_of_a_capacity", "early_exit")
+QUICK = ("mixture_of_depths", "gates_of_a_capacity")
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MECHANISMS]
 VOCAB, ROWS, TOKENS = 40, 8, 48
 
@@ -100,7 +100,7 @@ def test_budgets_are_met_on_other_rows(case: Any) -> None:
     low, high = budget_table.range
     other = text(7)
     assert high - low > 0.25
-    for way in (0.15, 0.5, 0.85):
+    for way in (0.15, 0.7):
         budget = low + way * (high - low)
         with budget_table.at(model, budget):
             assert counted(model, other) == pytest.approx(budget, rel=0.1)

@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_of_budgets(run: Path) -> None:
     plain = evaluate(run, batch_size=4)
-    found = evaluate(run, batch_size=4, budgets=[0.6, 0.8])
+    found = evaluate(run, batch_size=4, budgets=[0.6])
     trained, *points = found.budgets
     assert (trained.target, trained.loss) == (None, pytest.approx(plain.measured["executed"].loss))
     assert trained.realised == pytest.approx(plain.flops.needed / plain.flops.dense, rel=0.02)
@@ -37,6 +37,10 @@ def test_the_table_of_budgets(run: Path) -> None:
     assert json.loads(json.dumps(found.to_dict()))["budgets"][1]["target"] == 0.6
     assert plain.to_dict()["budgets"] == []
     assert "budget" not in plain.markdown()
+
+
+@pytest.mark.slow
+def test_a_row_at_a_time_is_filled_up_by_nothing(run: Path) -> None:
     one = evaluate(run, batch_size=1, budgets=[0.6]).budgets[1]
     assert one.counted_per_token == pytest.approx(one.flops_per_token, rel=0.02)  # the first batches, and all of them
 

@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(root: Path) -> Comparison:
-    return compare([*(root / name for name in ARMS), root / "mod" / "model"], rounds=2)
+    return compare([*(root / name for name in ARMS), root / "mod" / "model"], rounds=1)
 
 
 def row(found: Comparison, name: str) -> list[str]:
@@ -54,7 +54,7 @@ def test_every_run_is_measured(compared: Comparison, root: Path) -> None:
         assert run.pass_name == ("oracle" if run.name == "topk" else "executed")
     for run in compared.runs[:3]:
         assert set(run.rates) == {"prefill", "decode 1", "decode 8"}
-        assert all(len(rate.laps) == 2 and rate.tokens_per_second > 0 for rate in run.rates.values())
+        assert all(len(rate.laps) == 1 and rate.tokens_per_second > 0 for rate in run.rates.values())
     assert row(compared, "parameters")[0] == f"{Run(root / 'dense').load_model().num_parameters():,}"
     assert compared.runs[1].flops.share < 1 == compared.runs[0].flops.share
 

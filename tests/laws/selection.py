@@ -58,7 +58,7 @@ def goals(key: str, params: dict[str, Any]) -> frozenset[Hashable]:
     if shown := [name for name in UNSEEN if name in dict(chosen.more)]:
         return frozenset(name for name in shown if drawn(2, file, name))
     if "/laws/" not in file:
-        return frozenset((law, part) for part in parts(chosen))
+        return frozenset({*parts(chosen), *((law, entry["name"]) for entry in chosen.entries)})
     others = [f"{name}={value!r}" for name, value in params.items() if not isinstance(value, Case)]
     kinds = {entry["name"] for entry in chosen.entries} | {"polyglu", *SLOW_PARTS} & {*parts(chosen)}
     found: set[Hashable] = {(law, goal) for goal in (*kinds, *others)}

@@ -40,7 +40,7 @@ def test_logits_and_greedy_text(checkpoint: Path) -> None:
     assert found.generation
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_padded_batch_with_explicit_positions(checkpoint: Path, ids_BT: torch.Tensor, side: str) -> None:
     mask_BT = torch.arange(30) >= torch.tensor([[0], [7], [29]])
     mask_BT = (mask_BT if side == "left" else mask_BT.flip(1)).long()
@@ -49,6 +49,7 @@ def test_padded_batch_with_explicit_positions(checkpoint: Path, ids_BT: torch.Te
     assert parity.logits_error(checkpoint, ids_BT, torch.float32, **call) < FP32
 
 
+@pytest.mark.slow
 def test_padded_greedy_text(checkpoint: Path, ids_BT: torch.Tensor) -> None:
     mask_BT = (torch.arange(30) >= torch.tensor([[0], [7], [29]])).long()
     ours, reference = load_pretrained(checkpoint, "float32"), parity.theirs(checkpoint)

@@ -112,6 +112,7 @@ def test_killed_and_repeated_it_goes_on(moment: str, small: None, monkeypatch: p
     assert steps == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_where_an_unbroken_one_does(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     reproduce("small", arms=["source", "tuned"], runs=Path("whole"), out=Path("whole"))
     with monkeypatch.context() as patch:

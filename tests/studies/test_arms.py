@@ -18,6 +18,7 @@ from train.tool import held_by_another
 Register = Callable[..., Study]
 
 
+@pytest.mark.slow
 def test_the_arms_that_are_named_are_run(tiny: Register) -> None:
     tiny()
     reproduce("tiny", arms=["mod"])

@@ -200,6 +200,7 @@ def test_the_demo_from_training_to_speeds(tmp_path: Path) -> None:
             assert at > 0, (arm, column.key)
 
 
+@pytest.mark.slow
 def test_training_is_timed_in_turns(tmp_path: Path) -> None:
     study = STUDIES["reset_s3"]
     runs = {arm: train(shrunk(study, arm), out=tmp_path / arm, progress=False) for arm in ("dense-2", "mod-forced")}

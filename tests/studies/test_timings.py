@@ -53,7 +53,8 @@ def test_every_timing_is_tried() -> None:
     assert set(SMALL) == {name for name, file in FILES.items() if file.startswith("speed.")}
 
 
-SLOW = ("static_graph", "neurons_decode", "head_loss")  # they compile, or start a process
+# They compile, train, or start a process.
+SLOW = ("static_graph", "neurons_decode", "head_loss", "mod_training")
 CASES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
 
 

@@ -53,7 +53,9 @@ def test_schedules_move_in_any_trainer(kind: type[Trainer], tmp_path: Path) -> N
     assert [mechanism.tau.item() for mechanism in model.routing_modules()] == pytest.approx([0.4, 0.4])
 
 
-@pytest.mark.parametrize(("schedules", "expected"), [(True, (1.0, 1.0)), (False, (0.5, 0.4))])
+@pytest.mark.parametrize(
+    ("schedules", "expected"), [pytest.param(True, (1.0, 1.0), marks=pytest.mark.slow), (False, (0.5, 0.4))]
+)
 def test_a_trained_model_is_tuned_further(schedules: bool, expected: tuple[float, float], tmp_path: Path) -> None:
     """Without schedules, capacity and tau stay where training ended, and thresholds go on."""
     warming = {**mod("ema_threshold", capacity_warmup=0.5), "capacity": 0.5}
@@ -96,7 +98,7 @@ def test_another_model_is_left_alone(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_thresholds_follow_the_mean_of_the_micro_batches(parts: int, tmp_path: Path) -> None:
     model = build({**DENSE, "mechanisms": [mod("ema_threshold")]})
     seen: list[list[float]] = []

@@ -76,7 +76,8 @@ def test_bf16_is_autocast(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {value.dtype for value in weights(rounded).values()} <= {torch.float32, torch.int64}
 
 
-@pytest.mark.parametrize("name", quick(MODELS, "scheduled"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_activation_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
     config = recipe(tmp_path, MODELS[name], steps=4, eval_every=0)
     plain = train(config, tmp_path / "plain")

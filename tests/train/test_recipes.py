@@ -35,7 +35,7 @@ def token_loss(model: SkipstoneForCausalLM) -> float:
 UNSET = [name for name, recipe in MODELS.items() if "preset" not in recipe["model"]]
 
 
-@pytest.mark.parametrize("name", quick(UNSET, "all", "mod", "mode-integrated", "neuron-groups"))
+@pytest.mark.parametrize("name", quick(UNSET, "all", "mode-integrated", "neuron-groups"))
 def test_two_steps_and_a_few_tokens(name: str, tmp_path: Path) -> None:
     values = {**MODELS[name]["model"], **SMALL}
     if "neuron_groups" in values:

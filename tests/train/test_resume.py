@@ -36,7 +36,7 @@ def same(one: Path, other: Path) -> bool:
     return equal(weights(one), weights(other)) and lines(one) == lines(other) and untimed[0] == untimed[1]
 
 
-@pytest.mark.parametrize("name", quick(MODELS, "scheduled", "all"))
+@pytest.mark.parametrize("name", quick(MODELS, "all"))
 def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     config = recipe(tmp_path, MODELS[name], keep_best=True)
     whole = train(config, tmp_path / "whole")

@@ -159,6 +159,15 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A recipe and its run, not finished."""
+    config = recipe(tmp_path_factory.mktemp("begun"), DENSE, steps=2)
+    folder = train(config, tmp_path_factory.mktemp("begun") / "run")
+    (folder / "result.json").unlink()
+    return config, folder
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value", "message"),
     [
@@ -167,10 +176,10 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
         ("data", "seed", 3, r"differs from the run's in data.seed: 0 there, 3 now"),
     ],
 )
-def test_a_changed_recipe_is_not_resumed(part: str, key: str, value: Any, message: str, tmp_path: Path) -> None:
-    config = recipe(tmp_path, DENSE, steps=2)
-    folder = train(config, tmp_path / "run")
-    (folder / "result.json").unlink()
+def test_a_changed_recipe_is_not_resumed(
+    part: str, key: str, value: Any, message: str, begun: tuple[dict[str, Any], Path]
+) -> None:
+    config, folder = begun
     with pytest.raises(ValueError, match=message):
         train({**config, part: {**config[part], key: value}}, folder, resume=True)
 
