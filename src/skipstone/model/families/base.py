@@ -211,3 +211,8 @@ def layer_types(config: SkipstoneConfig) -> list[str]:
     """Return transformers' `layer_types`: for each block whether its attention is full or has a sliding window."""
     windowed = config.windowed_layers()
     return [SLIDING if i in windowed else FULL for i in range(config.num_hidden_layers)]
+
+
+def window_back(config: SkipstoneConfig) -> int:
+    """What `sliding_window` says where `layer_types` decides: the context if no block has a window, never None."""
+    return config.attention_window or config.max_position_embeddings

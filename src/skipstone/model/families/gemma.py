@@ -19,6 +19,7 @@ from skipstone.model.families.base import (
     llama_like,
     llama_like_back,
     rope_back,
+    window_back,
     windows,
 )
 
@@ -53,7 +54,7 @@ def _gemma_back(config: SkipstoneConfig, activation: str) -> Options:
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
         "attn_logit_softcapping": config.attention_soft_cap,
         "final_logit_softcapping": config.logit_soft_cap,
-        "sliding_window": config.attention_window,
+        "sliding_window": window_back(config),
         "layer_types": layer_types(config),
     }
 

@@ -11,6 +11,7 @@ from skipstone.model.families.base import (
     layer_types,
     llama_like,
     llama_like_back,
+    window_back,
     windows,
 )
 
@@ -32,7 +33,8 @@ def _mistral_back(config: SkipstoneConfig, activation: str) -> Options:
 
 
 def _ministral_back(config: SkipstoneConfig, activation: str) -> Options:
-    return {**_mistral_back(config, activation), "layer_types": layer_types(config)}
+    types = {"sliding_window": window_back(config), "layer_types": layer_types(config)}
+    return {**llama_like_back(config, activation), **types}
 
 
 def _qwen2(theirs: PreTrainedConfig) -> Options:
