@@ -11,6 +11,8 @@ from skipstone_cli.paths import new_path
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from skipstone.core.progress_bar import ProgressBar
+
 
 class Figures(Protocol):
     """The interface of results, which can be printed as a table and written as JSON and Markdown."""
@@ -20,6 +22,27 @@ class Figures(Protocol):
     def markdown(self) -> str: ...
 
     def table(self) -> Table: ...
+
+
+class Reporter:
+    """Shows how much of a task is done, once the task has said how much there is to do."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self._bar: ProgressBar | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        from skipstone.core.progress_bar import ProgressBar
+
+        self._bar = self._bar or ProgressBar(total, self.unit)
+        self._bar.update(done)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def check_targets(*, json: Path | None, markdown: Path | None) -> None:

@@ -200,5 +200,7 @@ def test_the_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged = [event.value for event in events.Scalars("train/loss")]
     assert logged == pytest.approx(losses(folder))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"trackio needs a package: pip install 'skipstone\[trackio\]'"):
+        train(recipe(tmp_path, DENSE, loggers=["trackio"]), tmp_path / "other")
     with pytest.raises(ValueError, match=r"wandb needs a package: pip install 'skipstone\[wandb\]'"):
         train(recipe(tmp_path, DENSE, loggers=["wandb"]), tmp_path / "other")

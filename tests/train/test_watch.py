@@ -36,7 +36,9 @@ def test_progress_is_a_line_a_validation_where_there_is_no_terminal(capsys: pyte
     progress.on_log(None, state, None, {"loss": 2.5, "tokens_per_second": 1234.5})
     progress.on_log(None, state, None, {"eval_oracle_loss": 2.25})
     progress.on_train_end(None, state, None)
-    assert capsys.readouterr().err == "step 3/9  loss 2.5000  tokens/s 1,234  oracle 2.2500\n"
+    assert capsys.readouterr().err == ("3 of 9 steps\n3 of 9 steps  loss 2.5000  tokens/s 1,234  oracle 2.2500\n"), (
+        "a run that goes on says what is kept, then a line a validation"
+    )
 
 
 def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

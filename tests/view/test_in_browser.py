@@ -254,7 +254,7 @@ def test_screenshots(browser: Any, saved: Path, tmp_path: Path) -> None:
         with opened(browser, found, color_scheme=scheme, viewport={"width": width, "height": height}) as page:
             ran(page, prompt=prompt, tokens=40)
             for panel in range(len(runs)):
-                tokens_of(page, panel).nth(17 if name == "narrow" else 20).click()
+                tokens_of(page, panel).nth(21).click()
             page.mouse.move(2, 2)
             page.locator("#status").click()
             page.screenshot(path=folder / f"view-{name}.png")

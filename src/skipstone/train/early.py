@@ -13,7 +13,7 @@ from skipstone.model.fields import check_fields
 from skipstone.train import folder as folders
 from skipstone.train.recipe import Recipe, TrainConfig, read_recipe
 
-PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb"}
+PACKAGE_OF = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
 
 
 def check(

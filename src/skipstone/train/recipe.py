@@ -11,7 +11,7 @@ from skipstone.data.config import DataConfig
 # Kinds of parameters that weight decay may leave out (see decay.py). preferences: those of PolyGLU's neurons.
 # embeddings: of tokens and positions, and a tied head. routers: all other parameters of mechanisms.
 DECAY_KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
-LOGGERS = ("jsonl", "tensorboard", "wandb")
+LOGGERS = ("jsonl", "tensorboard", "trackio", "wandb")
 # only affect what is written and compared, and when
 NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints", "keep_best", "compare_every")
 # From this vocabulary on, the logits of a micro-batch are larger than the model's other tensors.

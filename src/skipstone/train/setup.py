@@ -123,6 +123,7 @@ def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would hide divergence
         report_to="none",
+        project="skipstone",  # of trackio; the run has the name of its folder
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=accelerated,
@@ -142,13 +143,15 @@ def _checkpointing(wanted: bool) -> PlainDict:
 
 def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCallback]:
     """Return Trainer's own callbacks for the configured loggers."""
-    from transformers.integrations import TensorBoardCallback, WandbCallback
+    from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
     found: list[TrainerCallback] = []
     if "tensorboard" in train.loggers:
         from torch.utils.tensorboard import SummaryWriter
 
         found.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)))
+    if "trackio" in train.loggers:
+        found.append(TrackioCallback())
     if "wandb" in train.loggers:
         found.append(WandbCallback())
     return found

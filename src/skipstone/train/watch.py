@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from types import FrameType
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from skipstone.core.atomic_write import naming
+from skipstone.core.progress_bar import ProgressBar
 from skipstone.core.strict import PlainDict, PlainMapping
 
 VALIDATION = "eval_"  # prefix of validation metrics in Trainer and its integrations
@@ -53,32 +53,25 @@ def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
 
 
 class Progress(TrainerCallback):
-    """Show a progress bar on stderr if it is a terminal; else print a line at each validation."""
+    """A bar on stderr where that is a terminal; elsewhere a line at each validation."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
-        self.bar: Any = None
+        self.bar: ProgressBar | None = None
         self.shown: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self.console.is_terminal and state.is_world_process_zero:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self.bar = Bar(*columns, console=self.console)
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+        if state.is_world_process_zero:
+            self.bar = ProgressBar(state.max_steps, "steps", done=state.global_step, seconds=None)
+            if state.global_step:
+                self.bar.line()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.update(state.global_step)
 
     def on_log(
         self,
@@ -91,9 +84,9 @@ class Progress(TrainerCallback):
         logs = logs or {}
         self.shown |= {short: logs[name] for name, short in SHOWN.items() if name in logs}
         if self.bar is not None:
-            self.bar.update(self.task, description=self.summary())
-        elif state.is_world_process_zero and "eval_oracle_loss" in logs:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {self.summary()}", highlight=False)
+            self.bar.update(state.global_step, self.summary())
+            if "eval_oracle_loss" in logs:
+                self.bar.line()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -101,13 +94,12 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Remove the bar from the terminal, also after an error."""
+        """Give the terminal back, also after an error."""
         if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+            self.bar.close()
 
     def summary(self) -> str:
-        """Return the latest figures as one line."""
+        """Return the last figures in words."""
         return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.output import Reporter
 from skipstone_cli.paths import existing_dir, existing_file, existing_run, new_path
 
 
@@ -26,8 +27,6 @@ def trace(
 
     from skipstone.evaluate.trace_file import write_trace
 
-    def report(done: int, tokens: int) -> None:
-        typer.echo(f"{done:,} of {tokens:,} tokens", err=True)
-
-    lines = write_trace(run, text, out, context=context, limit=limit, report=report)
+    with Reporter("tokens") as report:
+        lines = write_trace(run, text, out, context=context, limit=limit, report=report)
     typer.echo(f"written: {out}, {lines:,} lines")

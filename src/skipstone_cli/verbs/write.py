@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.output import Reporter
 from skipstone_cli.paths import existing_source, new_path
 
 
@@ -30,10 +31,16 @@ def write(
 
     from skipstone.adapt.self_generated import write as write_texts
 
-    def report(done: int) -> None:
-        typer.echo(f"{done:,} of {tokens:,} tokens", err=True)
-
-    write_texts(
-        source, out, tokens=tokens, length=length, batch=batch, start=start, seed=seed, dtype=dtype, report=report
-    )
+    with Reporter("tokens") as show:
+        write_texts(
+            source,
+            out,
+            tokens=tokens,
+            length=length,
+            batch=batch,
+            start=start,
+            seed=seed,
+            dtype=dtype,
+            report=lambda done: show(min(done, tokens), tokens),
+        )
     typer.echo(f"text: {out}")

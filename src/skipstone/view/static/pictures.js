@@ -100,7 +100,8 @@ export function drawPath(blocks, title) {
     parts.push(s("text", { x: through + 32, y: y + 4, class: "said" }, said(slots)));
   }
   parts.push(s("path", { d: line, class: "path" }));
-  return picture(360, floor + 10, title, parts);
+  const longest = Math.max(...blocks.map((block) => said(block.slots).length));
+  return picture(Math.max(330, through + 36 + 6.4 * longest), floor + 10, title, parts);
 }
 
 function said(slots) {
