@@ -92,7 +92,7 @@ def _train(
     if recipe.train.compile:
         for block in plan.model.model.layers:
             block.compile()
-    stages.unfreeze(plan.model, recipe.adapt.stages[0])  # what is sharded keeps what it was told before
+    stages.unfreeze(plan.model, recipe.adapt.stages[0])  # before sharding, which fixes the choice
     parallel.prepare(plan.model, recipe.train, arguments)
 
     def trainer_of(callbacks: list[TrainerCallback]) -> RunTrainer:

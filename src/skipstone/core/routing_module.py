@@ -102,7 +102,7 @@ class RoutingModule(nn.Module):
         return None
 
     def build_warning(self) -> str | None:
-        """Return a warning for whoever builds the model; None if there is nothing to warn of."""
+        """Return a warning about the mechanism's options when a model is built; None if there is nothing to warn of."""
         return None
 
     def require_causal(self) -> None:

@@ -1,4 +1,6 @@
-"""Training on several processes: DDP replicates the model, FSDP2 shards it, and every process uses every block.
+"""Training on several processes: DDP replicates the model, FSDP2 shards it.
+
+Hooks give every parameter a gradient in every process, also in blocks that keep no token there.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -26,14 +28,14 @@ _GROUPS_OF_ONE: list[int] = []  # the process that has made a group of itself
 
 
 def processes() -> int:
-    """Return the number of processes that train together, 1 if this one trains alone."""
+    """Return the number of processes that train together; 1 for a single process."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def prepare(model: SkipstoneForCausalLM, train: TrainConfig, arguments: TrainingArguments) -> None:
-    """Make a model ready for the processes that train it: blocks that all of them use, parameters sharded if asked for.
+    """Prepare a model for training on several processes, sharding its parameters if the recipe sets fsdp2.
 
-    Raises ValueError if accelerate is told to shard as well, or if parameters would stay whole.
+    Raises ValueError if accelerate is configured to shard as well, or if parameters would stay unsharded.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
@@ -47,7 +49,7 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, arguments: Training
 
 
 def leave() -> None:
-    """End the group of a process that has trained alone on a sharded model."""
+    """Destroy the process group of a single process that trained a sharded model."""
     if os.getpid() in _GROUPS_OF_ONE:
         _GROUPS_OF_ONE.clear()
         dist.destroy_process_group()
@@ -59,17 +61,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
-    """Shard the parameters over all processes with FSDP2, in place: one group a block, one for all that is outside.
+    """Shard the parameters over all processes with FSDP2, in place: one group per block, and one for all others.
 
     All parameters are gathered in fp32, so that routers and norms compute as in one process; autocast then rounds the
     matrices for the products. Parameters without a dimension cannot be sharded and stay replicated. A process that
-    trains alone becomes a group of one. Raises ValueError if a parameter was left whole.
+    trains alone becomes a group of one. Raises ValueError if a parameter stays unsharded.
     """
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         _GROUPS_OF_ONE.append(os.getpid())
-    # It warns of writing to outputs that are views, which nothing does.
+    # FSDP2 warns of in-place writes to outputs that are views; there are none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.to(device)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
@@ -88,18 +90,18 @@ def _require_sharded(model: nn.Module) -> None:
 
 
 def full(norm: Any) -> Any:
-    """Return a gradient norm as a plain tensor; that of sharded gradients is a DTensor."""
+    """Return a gradient norm as a plain tensor, also that of sharded gradients, which is a DTensor."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def replicated(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters of a sharded model that every process holds whole."""
+    """Return the trained parameters of a sharded model that are replicated in every process."""
     return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
 
 
 @torch.no_grad()
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average over processes the gradients of parameters that FSDP2 does not manage, in one message."""
+    """Average the gradients of these parameters, which FSDP2 does not manage, over processes in one message."""
     if parameters and processes() > 1:
         flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
         dist.all_reduce(flat)
@@ -109,7 +111,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def by_layout(groups: Iterable[PlainDict]) -> list[PlainDict]:
-    """Return optimizer groups in which sharded and whole parameters are apart, as fused updates need them."""
+    """Return optimizer groups that separate sharded and replicated parameters, as fused updates need."""
     found = []
     for group in groups:
         for sharded in (True, False):
@@ -123,10 +125,10 @@ def by_layout(groups: Iterable[PlainDict]) -> list[PlainDict]:
 
 
 class _Touched(torch.autograd.Function):
-    """Return x, and in the backward pass a gradient of zeros for each of the parameters.
+    """The identity of x, whose backward pass adds a gradient of zeros for each of the parameters.
 
-    A block may keep no token, or no token of it an expert. Its parameters then have no gradient in this process but
-    one in another: FSDP2 would wait for ever, and DDP would have to search the graph in each step.
+    A block may keep no token, or an expert get none. Its parameters then have no gradient in this process but one in
+    another: FSDP2 would wait for ever, and DDP would have to search the graph in each step.
     """
 
     @staticmethod
@@ -146,7 +148,7 @@ def _touch_blocks(model: SkipstoneForCausalLM) -> None:
 
 
 def _touch(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Let every parameter of the block have a gradient; a hook before its forward."""
+    """Give every parameter of the block a gradient; a hook before its forward."""
     parameters = [p for p in block.parameters() if p.requires_grad]
     if not parameters or not torch.is_grad_enabled():
         return given
@@ -154,11 +156,11 @@ def _touch(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return (_Touched.apply(x_BTD, *parameters), *rest)  # type: ignore[no-untyped-call]
 
 
-# --- a whole model again
+# --- gathering the whole model
 
 
 def whole_model(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM | None:
-    """Return a plain copy of a sharded model in the first process, None in the others; all of them call it."""
+    """Return an unsharded copy of a sharded model in the first process, None in the others; all must call it."""
     first, state = dist.get_rank() == 0, {}
     for name, value in model.state_dict().items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -177,9 +179,9 @@ def whole_model(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM | None:
 
 @contextmanager
 def own_dropout(seed: Tensor, rank: int, part: int, device: torch.device) -> Iterator[None]:
-    """Draw from generators of this process's own within; afterwards they are alike in all processes again.
+    """Use this process's own random numbers inside a `with` block; afterwards all processes agree again.
 
-    seed: int64 [], of the optimizer step, alike in all processes. part: the micro-batch of the step.
+    seed: int64 [], of the optimizer step, equal in all processes. part: the micro-batch of the step.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, device_type=device.type if device.type != "cpu" else "cuda"):

@@ -42,7 +42,7 @@ class RunTrainer(RoutingTrainer):
 
     def __init__(self, *, recipe: TrainConfig, data: PreparedData, **kwargs: object) -> None:
         super().__init__(train_dataset=data.train, eval_dataset=data.validation, data_collator=data.collate, **kwargs)
-        # Trainer then neither wraps the model in DDP nor shards it again. Told earlier, it would refuse to save.
+        # Trainer then neither wraps the model in DDP nor shards it again. Set earlier, it would refuse to save.
         self.is_distributed_loading_by_transformers = parallel.is_sharded(self.model)
         self.recipe, self.data = recipe, data
         self.loss_chunk = recipe.loss_chunk_of(self._plain.config.vocab_size)
@@ -50,7 +50,7 @@ class RunTrainer(RoutingTrainer):
         self.meter = RecordMeter()
         self.obstacle = causal_obstacle(self._plain.routing_modules())
         self.seed_of_step: tuple[int, Tensor] | None = None  # the step, and the seed of its random numbers
-        self.part = 0  # the micro-batch of the step at hand
+        self.part = 0  # the micro-batch of the present step
         self.add_callback(SameState(recipe.compare_every))
         self.routing.saves_whole_model = True  # its checkpoints contain adapters with their model
 

@@ -109,13 +109,13 @@ def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
 
 @cache
 def _sizes(xs: tuple[float, ...]) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """Return the mean of ln x, ln x about it, and the matrix that turns losses into coefficients.
+    """Return the mean of ln x, ln x minus it, and the matrix that turns losses into coefficients.
 
-    Kept, because a bootstrap fits the same sizes thousands of times.
+    The result is cached, because a bootstrap fits the same sizes thousands of times.
     """
     u = np.log(np.asarray(xs, np.float64))
     middle = float(u.mean())
-    return middle, u - middle, np.linalg.pinv(np.vander(u - middle, 3))
+    return middle, u - middle, np.asarray(np.linalg.pinv(np.vander(u - middle, 3)), np.float64)
 
 
 def _optimum(
