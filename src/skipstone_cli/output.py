@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 class Figures(Protocol):
     """The interface of results, which can be printed as a table and written as JSON and Markdown."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
 
-    def markdown(self) -> str: ...
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
 
-    def table(self) -> Table: ...
+    def table(self) -> Table:
+        """Return the table for a terminal."""
 
 
 class Reporter:

@@ -24,10 +24,12 @@ class Piece(Protocol):
     """A piece of generated text, and the share of the blocks' work that it took (0 to 1)."""
 
     @property
-    def text(self) -> str: ...
+    def text(self) -> str:
+        """The text."""
 
     @property
-    def compute(self) -> float: ...
+    def compute(self) -> float:
+        """The share of the blocks' work, 0 to 1."""
 
 
 def style(compute: float) -> str:

@@ -106,6 +106,7 @@ class InTurn(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """For each row, the number of its part and its place within the part."""
         part_N = np.concatenate([np.full(len(part), i) for i, part in enumerate(self.parts)])
         place_N = np.concatenate([np.arange(len(part)) for part in self.parts])
         order_N = np.lexsort((part_N, place_N))[: self.rows]

@@ -148,7 +148,11 @@ class TokenKinds:
     def add(
         self, nats_BT: Tensor, target_BT: Tensor, records: Sequence[Records], difficulty_BT: Tensor, real_BT: Tensor
     ) -> None:
-        """Add a batch. nats_BT: 0 where nothing is to be predicted. real_BT: bool, no padding."""
+        """Add the losses and depths of one batch.
+
+        nats_BT: loss of each prediction, 0 where nothing is to be predicted. target_BT: token ids, -100 where nothing
+        is to be predicted. difficulty_BT: as in the class. real_BT: bool, False for padding.
+        """
         depth_BT, predicted_BT = depths(records, real_BT), target_BT != IGNORED
         masks = (difficulty_BT >= 0, difficulty_BT == -1, difficulty_BT < -1)
         for sums, mask_BT in zip(self._sums.values(), masks, strict=True):

@@ -83,6 +83,7 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the typical magnitude of every neuron to 1."""
         init.ones_(self.typical_F)
 
     @property

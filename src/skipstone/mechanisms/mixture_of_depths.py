@@ -179,6 +179,7 @@ class MixtureOfDepths(DepthMechanism):
         return self.router if isinstance(self.router, LinearRouter) else None, self.skip
 
     def reset_parameters(self) -> None:
+        """Set the scale of `weight: tanh` to 0, so that every weight starts at 1."""
         if self.tanh_scale is not None:
             init.zeros_(self.tanh_scale)
 

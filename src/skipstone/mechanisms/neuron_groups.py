@@ -47,7 +47,8 @@ class NeuronGroupsConfig(GroupingConfig):
     """The options of neuron groups, in addition to those of `GroupingConfig`.
 
     chunk_size: tokens of a document that share a decision. decay: weight of a token relative to the next one.
-    router_width: R. balance_rate: u, 0 for no balancing. decision: learned, or random as a control.
+    router_width: width R of the projected input. balance_rate: step u of the
+    balancing bias, 0 for no balancing. decision: learned, or random as a control.
     """
 
     chunk_size: int = 64
@@ -96,6 +97,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw both projections of the router with variance 1 / fan-in, and set the biases to 0."""
         if self.balance_bias is not None:
             init.zeros_(self.balance_bias)
         if self.learns:

@@ -112,6 +112,7 @@ class PolyGLU(MixFigures, Activation):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw small router weights; preferences and biases start at 0, scale at 1, tau at `tau_start`."""
         for parameter in (self.preference_bias, self.context_bias, self.mix_bias):
             init.zeros_(parameter)
         init.ones_(self.scale)

@@ -32,6 +32,7 @@ class LinearRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the weight uniformly within 1 / sqrt(D), and set the bias to `start_bias`."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         init.uniform_(self.weight, -bound, bound)
         if self.score_bias is not None:
@@ -113,6 +114,7 @@ class ConstantRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the score to `start_bias`."""
         init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

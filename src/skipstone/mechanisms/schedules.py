@@ -150,10 +150,12 @@ class Capacity(nn.Module):
         self.final = capacity
 
     def advance(self, progress: float) -> None:
+        """Follow the progress of the training, 0 to 1, if there is a warm-up."""
         if self.progress is not None:
             self.progress.advance(progress)
 
     def not_ready_reason(self) -> str | None:
+        """Return why the capacity is not that of a trained model; None if it is."""
         if self.progress is None or self.progress.share:
             return None
         return (

@@ -29,6 +29,7 @@ class LowRankSkip(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the first matrix, and set the second one to 0, so that the path starts without effect."""
         bound = 1 / math.sqrt(self.down_weight.shape[1])
         init.uniform_(self.down_weight, -bound, bound)
         init.zeros_(self.up_weight)
@@ -50,4 +51,5 @@ class LowRankSkip(nn.Module):
         return F.linear(F.linear(x, self.down_weight), self.up_weight)
 
     def flops(self, tokens: float) -> float:
+        """Return the forward FLOPs for this many tokens."""
         return 2 * tokens * (self.down_weight.numel() + self.up_weight.numel())

@@ -179,8 +179,8 @@ class TokenSelective(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the inner update times each token's gate, 1 - skip probability, and the records.
 
-        A pass that computes every token records all of them as kept, those that straight-through training treats as
-        skipped with weight 0.
+        In a pass that computes every token, all tokens are recorded as kept; those that straight-through training
+        treats as skipped are recorded with weight 0.
         """
         score_BT = self._score(x_BTD)
         open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)

@@ -106,6 +106,7 @@ class ExpertRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the weight, and set the balance bias to 0."""
         init.normal_(self.weight, 0.0, 0.02)
         if self.balance_bias is not None:
             init.zeros_(self.balance_bias)
@@ -148,6 +149,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the weights of all experts."""
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             init.normal_(weight, 0.0, 0.02)
 

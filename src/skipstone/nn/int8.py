@@ -44,7 +44,7 @@ class _Int8(nn.Module):
 
 
 class Int8Linear(_Int8):
-    """A linear layer with int8 weights, which calls with few tokens read as they are stored (`ops/int8.py`)."""
+    """A linear layer with int8 weights. Calls with few tokens do not restore the weights (`ops/int8.py`)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(out_features, in_features)

@@ -46,6 +46,7 @@ class OffsetRMSNorm(RMSNorm):
         return F.rms_norm(ops.wide(x), self.weight.shape, scale, self.eps).to(x.dtype)
 
     def reset_parameters(self) -> None:
+        """Set the weight w to 0, so that the factor 1 + w starts at 1."""
         init.zeros_(self.weight)
 
 

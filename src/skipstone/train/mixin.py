@@ -39,6 +39,7 @@ class RoutingMixin:
             self.add_callback(self.routing)  # type: ignore[attr-defined]
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Return the trainer's loss, plus auxiliary losses that it leaves out; observe the records for thresholds."""
         target_BT = _targets(inputs)
         with seen_passes(model) as passes:
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]

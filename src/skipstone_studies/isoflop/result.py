@@ -25,8 +25,8 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, curv
 class EqualTime:
     """The losses of arms after the same seconds of training.
 
-    stretched: sizes whose loss is extrapolated beyond the budgets that were run. The seeds of its curves are the
-    numbers of seeds whose mean would have the same noise.
+    stretched: sizes whose loss is extrapolated beyond the budgets that were run. The losses of a curve are interpolated
+    between runs; its `seeds` are the numbers of seeds whose mean would be as noisy.
     """
 
     seconds: float

@@ -73,9 +73,10 @@ def _weights(found: Any, name: str) -> Weights:
 
 
 def write_weights(weights: Weights, path: Path, kind: str) -> None:
-    """Write to `path`: kind `.safetensors`, where shared tensors are stored twice; else as torch.save does.
+    """Write the weights to `path`, as safetensors if `kind` is ".safetensors" and otherwise by torch.save.
 
-    A .pt file holds the state dict under `model`, and the numbers beside it.
+    A safetensors file stores shared tensors twice. A file of torch.save holds the state dict under `model`, and the
+    numbers beside it.
     """
     if kind == SAFETENSORS:
         save_file({key: value.clone() for key, value in weights.tensors.items()}, path)
