@@ -12,7 +12,7 @@ from skipstone_studies.study import Study
 
 
 def check(path: Path, name: str) -> None:
-    """Raise FileNotFoundError or ValueError if there is no place for the table."""
+    """Raise FileNotFoundError or ValueError unless the README exists and has the two marks for the table."""
     if not path.is_file():
         raise FileNotFoundError(f"README {str(path)!r} does not exist")
     _cut(path.read_text(encoding="utf-8"), path, name)

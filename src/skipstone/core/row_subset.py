@@ -30,10 +30,10 @@ def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSubset:
-    """Some rows of a batch.
+    """A subset of the rows of a batch, with its indices on host and device.
 
-    at: their indices in ascending order, on the host, where the cache keeps its lengths. index_R: the same indices on
-    the device, int64. total: B.
+    at: the rows' indices in ascending order, on the host, where the cache keeps its lengths. index_R: the same indices
+    on the device, int64. total: B.
     """
 
     at: tuple[int, ...]

@@ -35,9 +35,10 @@ PLACE_STREAMS, SPAN_STREAM = 64, 32  # far from the streams from which windows a
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedWindows(RowDataset):
-    """The windows of `text` with spans. Row i is a function of `text`'s row i and (seed, stream, i).
+    """Training or evaluation windows of a text, half of which contain a span of Switched-S3.
 
-    first_id: id of the spans' first token. Raises ValueError for a context that is too short for a span.
+    Row i is a function of `text`'s row i and (seed, stream, i). first_id: id of the spans' first token. Raises
+    ValueError for a context that is too short for a span.
     """
 
     text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)

@@ -92,9 +92,7 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return `flops`, of the training with its checkpoint relative to the checkpoint's, and `over`, nats above the
-    continued checkpoint.
-    """
+    """Return each arm's training FLOPs relative to the checkpoint's, and its loss above the continued checkpoint's."""
     source, tuned = figures.get(SOURCE), figures.get(TUNED)
     if source is None or tuned is None:
         return {}

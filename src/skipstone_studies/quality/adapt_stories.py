@@ -77,7 +77,7 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return `share`, of the source's FLOPs, and `perplexity`, per token of the stories."""
+    """Return each arm's FLOPs as a share of the source's, and its perplexity per token of the stories."""
     if "source" not in figures:
         return {}
     whole = figures["source"]["flops"]
