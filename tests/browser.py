@@ -1,4 +1,4 @@
-"""A real browser for tests of pages: Chromium by Playwright, with what a page must never do noted as it happens."""
+"""Tests of pages in a real browser: Chromium by Playwright, which records everything that a page must never do."""
 
 from __future__ import annotations
 

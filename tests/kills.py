@@ -157,14 +157,14 @@ class Attack:
         return forked(partial(self.scenario.act, self.out), self.log, event=event, folder=self.out, after=after)
 
     def whole(self) -> tuple[dict[str, str], float]:
-        """What the command leaves when nobody kills it, and the seconds that it takes."""
+        """Return the files that the command leaves when it is not killed, and the seconds that it takes."""
         began = time.monotonic()
         if self.begin() != 0:
             raise SystemExit(f"{self.scenario.name} fails by itself:\n{self.log.read_text()}")
         return contents(self.out), time.monotonic() - began
 
     def events(self) -> int:
-        """How many events it has."""
+        """Return the number of its events."""
         low, high = 0, 1
         while self.begin(event=high) == -signal.SIGKILL:
             low, high = high, 2 * high

@@ -1,4 +1,4 @@
-"""`skipstone adapt` on several processes has the losses of one, and ends with a whole model."""
+"""`skipstone adapt` on several processes has the losses of one process, and writes an unsharded model."""
 
 from __future__ import annotations
 

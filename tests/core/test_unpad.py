@@ -102,7 +102,7 @@ def test_on_a_processor_rows_are_always_left_out(share: float | None) -> None:
     [(1, 0.125, True), (16, 0.125, True), (64, 0.125, False), (1, 0.75, True), (2, 0.75, False), (4, None, False)],
 )
 def test_elsewhere_figures_known_beforehand_decide(rows: int, share: float | None, pay: bool) -> None:
-    """On the meta device nobody can look: that would raise."""
+    """On the meta device, reading a value would raise."""
     assert rows_pay(rows, share, torch.device("meta")) == pay
     assert ((1 - (0.5 if share is None else share)) ** rows >= LEAST_IDLE) == pay
     slot = torch.zeros(1, 1, dtype=torch.long, device="meta")

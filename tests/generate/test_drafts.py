@@ -1,4 +1,4 @@
-"""Drafts change the time that a text takes: greedy text is the same, sampled text has the same distribution."""
+"""Speculative decoding: greedy text is the same as without drafts, sampled text has the same distribution."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_top_k_samples_among_the_likeliest() -> None:
 
 @pytest.mark.parametrize("mechanisms", [[], [MOD], [TSA], [MOD, TSA], [{**MOD, "on": "mlp"}]], ids=described)
 def test_compute_is_the_share_of_block_work(mechanisms: list[dict[str, Any]]) -> None:
-    """Against a count by hand: this config's matrices, and who was kept when the same pass runs on its own."""
+    """A count by hand: this config's matrices, and the tokens kept when the same pass runs by itself."""
     model = tiny(mechanisms, "polyglu")
     ids, _ = prompts()
     kv, qo, mlp = 2 * 32 * 16, 2 * 32 * 32, 3 * 32 * 48

@@ -1,4 +1,4 @@
-"""The choice of quick cases for the laws: a small set of each file that covers all pairs of mechanisms.
+"""The choice of quick cases for the laws: a small set per file that covers all pairs of mechanisms.
 
 A law is tested on every composition of `laws.builders`, most of which repeat each other. The quick suite keeps a cover.
 Every law keeps each mechanism of the table, PolyGLU, experts, neuron groups and its own other parameters once. The laws

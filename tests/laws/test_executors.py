@@ -87,7 +87,7 @@ def test_odd_sizes(chosen: Case, length: int) -> None:
 
 
 def extremes() -> Iterator[Any]:
-    """Every decision at every place, keeping nobody or everybody; quick in one place for each."""
+    """Every decision at every place, keeping no token or all of them; quick in one place for each."""
     for i, decision in enumerate(("topk", "random", "positional", "predictor")):
         for j, (capacity, kept) in enumerate(((0.05, "k=0"), (1.0, "k=T"))):
             for order, place in enumerate(("first", "middle", "last")):

@@ -19,7 +19,7 @@ LONG = WINDOW + 2 * SLACK + 40
 @pytest.mark.parametrize("chosen", CASES, ids=str)
 @torch.no_grad()
 def test_what_lies_beyond_all_windows_changes_nothing(chosen: Case) -> None:
-    """Decisions given: a token sees 3 blocks times 2 slots back, whoever is kept in between, and no further."""
+    """Decisions given: a token sees 3 blocks times 2 slots back, whichever tokens are kept in between."""
     model = lively(chosen)
     masks = {i: torch.rand(1, 20) < 0.5 for i in (1, 2)} if chosen.mechanisms else "causal"
     reach = 3 * (WINDOW - 1)

@@ -1,4 +1,4 @@
-"""Groups of tokens and what is left of a correlation: on numbers whose answer is known."""
+"""Groups of tokens and partial correlations, on numbers whose result is known."""
 
 from __future__ import annotations
 

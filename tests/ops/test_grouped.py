@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def inputs(
     sizes: tuple[int, ...], dtype: torch.dtype, device: str, idle: float | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Those with a gradient (x, weights, matrices), and who chose what."""
+    """Return the tensors with a gradient (x, weights, matrices), and the choices."""
     N, C, X, D, width = sizes
 
     def random(*shape: int) -> Tensor:

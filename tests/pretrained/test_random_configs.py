@@ -1,4 +1,4 @@
-"""Random small configurations of every family, with every option that it has, beside transformers."""
+"""Random small configurations of every family, with all of its options, compared with transformers."""
 
 from __future__ import annotations
 

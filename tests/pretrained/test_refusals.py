@@ -28,7 +28,7 @@ def refusal(source: str | Path, kind: type[Exception] = ValueError, **options: A
 
 
 def describe(folder: Path, case: str, **changes: Any) -> Path:
-    """A folder with config.json alone: whoever read weights would fail in another way."""
+    """Write a folder with config.json alone: reading weights from it would raise another error."""
     values = {**parity.CASES[case].to_dict(), **changes}
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""Several processes (gloo) in one test: forks that know of each other."""
+"""Several processes (gloo) in one test: forked processes that form one group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on gloo processes: the losses of one process, whole checkpoints, and replicas that cannot part."""
+"""DDP and FSDP2 on gloo processes: the losses of one process, whole checkpoints, and replicas that stay equal."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
 
 
 def test_a_signal_in_the_last_step_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is whole, but whoever runs several of them must hear that it shall stop."""
+    """The run is complete, but a caller that runs several of them must learn of the signal."""
     log = MetricsFile.on_log
 
     def signalled(self: MetricsFile, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

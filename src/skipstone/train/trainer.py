@@ -105,7 +105,7 @@ class RunTrainer(RoutingTrainer):
 
     # What Trainer does for a model that was sharded before it: it needs no settings of transformers for it here.
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Nothing to do: processes begin alike, and `training_step` averages what is not sharded."""
+        """Do nothing: processes begin alike, and `training_step` averages the gradients that FSDP2 does not manage."""
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
@@ -198,7 +198,7 @@ class RunTrainer(RoutingTrainer):
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _summed(self, values: Tensor) -> Tensor:
-        """Summed over the processes that train together; one that works alone keeps its own."""
+        """Return the sums over all processes that train together; a process that works alone keeps its own."""
         return values if self.alone is not None else self.accelerator.reduce(values, "sum")
 
     # --- validation
