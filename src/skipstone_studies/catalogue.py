@@ -50,6 +50,7 @@ FILES = {
     "decode": "speed.decode",
     "tsa_speed": "speed.tsa_speed",
     "neurons_decode": "speed.neurons_decode",
+    "decode_rivals": "speed.decode_rivals",
 }
 
 

@@ -1,0 +1,139 @@
+"""What a user who decodes one row on a CPU can have: speed and distance to the source of several ways."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipstone.measure.speed import take_turns
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.quantise import quantise
+from skipstone_studies.speed.interleaved import ratio
+from skipstone_studies.speed.rivals import thin
+from skipstone_studies.speed.rivals.engines import Engine, LlamaCpp, Torch, llama, torchao
+from skipstone_studies.speed.rivals.source import LENGTH, ROWS, Logits, distance, rows, source
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+SOURCE = "SmolLM2-135M-Instruct"
+STEPS = {"prompt": 32, "new": 16, "turns": 3, "threads": 1}
+WAYS: dict[str, RecipeDict] = {
+    "ours, int8": {"way": "int8"},
+    "llama.cpp, Q8_0": {"way": "llama.cpp", "format": "Q8_0"},
+    "ours, fp32": {"way": "ours"},
+    "TEAL, 25 %": {"way": "teal", "sparsity": 0.25},
+    "CATS, 30 %": {"way": "cats", "sparsity": 0.3},
+    "head by candidates, 256 directions": {"way": "previewed", "directions": 256, "exact": 2048},
+    "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
+    "10 % of the neurons removed": {"way": "narrower", "share": 0.1},
+    "one block left out": {"way": "shorter", "blocks": 1},
+    "TEAL, 40 %": {"way": "teal", "sparsity": 0.4},
+    "head by candidates, 128 directions": {"way": "previewed", "directions": 128, "exact": 2048},
+    "torchao, int8": {"way": "torchao", "bits": 8},
+    "torchao, int4": {"way": "torchao", "bits": 4},
+}
+THIN: dict[str, Callable[..., thin.Way]] = {"teal": thin.teal, "cats": thin.cats, "previewed": thin.previewed}
+SMALLER: dict[str, Callable[..., SkipstoneForCausalLM]] = {"narrower": thin.narrower, "shorter": thin.shorter}
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    return {arm: {"source": SOURCE, **STEPS, **recipe} for arm, recipe in WAYS.items()}
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """Return the distance to the source, bytes read a token, and where work is left out on the clock, speed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe["threads"])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return _measured(recipe, Path(folder))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(recipe: RecipeDict, folder: Path) -> Figures:
+    name, way = recipe["source"], recipe["way"]
+    whole = 4.0 * thin.weights(source(name))
+    if way in THIN:
+        options = {key: value for key, value in recipe.items() if key not in (*STEPS, "way", "source", "seed")}
+        logits, read = THIN[way](name, **options)
+        found = distance(name, logits)
+        return {"distance": found, **_bytes(4.0 * read(), whole)}
+    engine, logits, read_bytes = _engine(recipe, folder)
+    found = distance(name, logits) if way != "ours" else {}
+    return {"distance": found, **_bytes(read_bytes, whole), "speed": speed(recipe, engine)}
+
+
+def _bytes(read: float, whole: float) -> Figures:
+    return {"bytes": read, "share": read / whole}
+
+
+def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
+    """Return what decodes, its logits, and the bytes that it reads for a token."""
+    name, way = recipe["source"], recipe["way"]
+    if way == "llama.cpp":
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise ValueError("this arm needs llama.cpp: pip install llama-cpp-python")
+        other = LlamaCpp(name, recipe["format"], folder, recipe["threads"])
+        return other, other.logits, other.bytes()
+    if way == "torchao":
+        model, read = torchao(name, recipe["bits"])
+        return Torch(model), thin.whole(model), read  # type: ignore[arg-type]
+    if way in SMALLER:
+        share = recipe["share"] if way == "narrower" else recipe["blocks"]
+        smaller = SMALLER[way](name, share)
+        return Torch(smaller), thin.whole(smaller), 4.0 * thin.weights(smaller)
+    ours = source(name) if way == "ours" else quantise(source(name)).eval()
+    read = sum(p.numel() * p.element_size() for p in ours.parameters())
+    return Torch(ours), thin.whole(ours), float(read)
+
+
+def speed(recipe: RecipeDict, engine: Engine) -> Figures:
+    """Return tokens/s of greedy steps relative to transformers' in the same turn: median, least and greatest."""
+    prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
+    base = Torch(llama(recipe["source"]))
+
+    def task(of: Engine) -> Any:
+        turns = iter(range(recipe["turns"] + 1))
+        return lambda: of.lap(prompts[next(turns) % len(prompts)], recipe["new"])
+
+    taken = take_turns({"ours": task(engine), "theirs": task(base)}, recipe["turns"])
+    seconds = {who: [lap.seconds for lap in rate.laps] for who, rate in taken.items()}
+    return ratio(seconds["theirs"], seconds["ours"])
+
+
+DECODE_RIVALS = Study(
+    name="decode_rivals",
+    purpose="what a user who decodes one row on a CPU can have: speed and distance to the source",
+    about=(
+        f"{SOURCE}, which is here a file of four-bit blocks restored to fp32 (so the file's own four bits would lose "
+        "nothing). *KL* is nats of KL(source || way) a token, *same token* the share of positions with the same "
+        f"likeliest token, both over {ROWS} rows of {LENGTH} tokens each of three texts that no arm was tuned on: "
+        "plays (Shakespeare), the reference manual of the Python language, and Python code. Thresholds, directions and "
+        "the order of neurons and blocks come from wikitext-2. *Bytes* are those of the weights that a token reads, "
+        "relative to fp32. *Speed* is tokens per second relative to transformers' Llama in fp32 with the same weights, "
+        f"in turns in one process, one thread: {STEPS['new']} greedy steps after prompts of {STEPS['prompt']} tokens "
+        "of the three texts. Where no speed is given, the choice is made for every token and nothing is left out on "
+        "the clock here. int4 is stored in a byte each by torchao on a CPU; its bytes count so."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=(
+        Column(key="share", title="bytes", format=".1%"),
+        Column(key="speed", title="speed (least to greatest)", format=".2f", spread=True),
+        Column(key="distance.plays.kl", title="KL, plays", format=".4f"),
+        Column(key="distance.manual.kl", title="KL, manual", format=".4f"),
+        Column(key="distance.code.kl", title="KL, code", format=".4f"),
+        Column(key="distance.plays.agreement", title="same token, plays", format=".1%"),
+        Column(key="distance.manual.agreement", title="manual", format=".1%"),
+        Column(key="distance.code.agreement", title="code", format=".1%"),
+        Column(key="distance.plays.increase", title="perplexity, plays", format="+.1%"),
+        Column(key="distance.manual.increase", title="manual", format="+.1%"),
+        Column(key="distance.code.increase", title="code", format="+.1%"),
+    ),
+)

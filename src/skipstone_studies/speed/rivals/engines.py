@@ -1,0 +1,125 @@
+"""The source in other engines and weight formats: transformers, torchao and llama.cpp, with the same weights.
+
+An engine decodes greedily, one token a step, for timings; where it gives logits they are judged as any other way's.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from skipstone.measure.speed import Lap
+from skipstone_studies.speed.rivals.source import source
+
+QUANTISED = {"F16": 1, "Q8_0": 7}  # llama.cpp's numbers of its file types
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "max_position_embeddings",
+)
+
+
+class Engine(Protocol):
+    """Something that decodes a row."""
+
+    def lap(self, ids_1T: Tensor, new: int) -> Lap:
+        """Time `new` greedy steps after a prompt; the prompt's pass is not timed."""
+
+
+class Torch:
+    """A model of ours or of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model.eval()
+
+    @torch.inference_mode()
+    def lap(self, ids_1T: Tensor, new: int) -> Lap:
+        cache = DynamicCache(config=self.model.config)
+        token = self.model(ids_1T, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        for _ in range(new):
+            token = self.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        return Lap(tokens=new, seconds=time.perf_counter() - start, joules=None)
+
+
+class LlamaCpp:
+    """llama.cpp by its Python bindings, which a user installs: `pip install llama-cpp-python`."""
+
+    def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:
+        import llama_cpp  # type: ignore[import-not-found]
+
+        self.lib, self.file = llama_cpp, folder / f"{format}.gguf"
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype, options.allow_requantize, options.nthread = QUANTISED[format], True, threads
+        given = Path(os.environ["SKIPSTONE_DATA"], f"{name}.gguf")
+        if llama_cpp.llama_model_quantize(str(given).encode(), str(self.file).encode(), options) != 0:
+            raise ValueError(f"llama.cpp does not write {format} of {str(given)!r}")
+        self.model = llama_cpp.Llama(
+            str(self.file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def _feed(self, ids: list[int]) -> Any:
+        """Return the logits of the last token."""
+        self.model.eval(ids)
+        at = self.lib.llama_get_logits_ith(self.model.ctx, -1)
+        return np.ctypeslib.as_array(at, shape=(self.model.n_vocab(),))
+
+    def lap(self, ids_1T: Tensor, new: int) -> Lap:
+        self.model.reset()
+        token = int(self._feed(ids_1T[0].tolist()).argmax())
+        start = time.perf_counter()
+        for _ in range(new):
+            token = int(self._feed([token]).argmax())
+        return Lap(tokens=new, seconds=time.perf_counter() - start, joules=None)
+
+    def logits(self, ids_1T: Tensor) -> Tensor:
+        """Return the logits of every token, [T, V], fed one by one."""
+        self.model.reset()
+        return torch.stack([torch.tensor(self._feed([token])) for token in ids_1T[0].tolist()])
+
+    def bytes(self) -> float:
+        return self.file.stat().st_size
+
+
+def llama(name: str) -> LlamaForCausalLM:
+    """Return transformers' Llama with the source's weights. Raises ValueError if the source is no Llama."""
+    ours = source(name)
+    values = {field: getattr(ours.config, field) for field in SHARED}
+    tied, eps = ours.head_is_tied, ours.config.norm_eps
+    config = LlamaConfig(**values, rms_norm_eps=eps, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None)
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(ours.state_dict())
+    ids_1T = torch.arange(5)[None]
+    with torch.inference_mode():
+        if not torch.allclose(model(ids_1T).logits, ours(ids_1T).logits, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{name!r} does not compute what transformers' Llama computes")
+    return model
+
+
+def torchao(name: str, bits: int) -> tuple[nn.Module, float]:
+    """Return the source with linear layers in torchao's int8 or int4 (groups of 32), and the bytes a token reads.
+
+    The tied head keeps 4 bytes a weight: torchao leaves it alone. int4 is stored in a byte each on a CPU.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+    model = copy.deepcopy(source(name))
+    config = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(torch.int4, PerGroup(32))  # type: ignore[attr-defined]
+    layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    small, scales = sum(m.weight.numel() for m in layers), sum(m.weight.shape[0] for m in layers)
+    quantize_(model, config, filter_fn=lambda module, path: isinstance(module, nn.Linear) and path != "lm_head")
+    rest = sum(p.numel() for p in source(name).parameters()) - small
+    return model, small + 4 * (rest + (scales if bits == 8 else small // 32))

@@ -1,0 +1,97 @@
+"""The source checkpoint, the texts that a way is judged on, and how far its predictions are from the source's."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pydoc_data.topics
+import tarfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.data.corpora import load_corpus
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.loading import quiet
+from skipstone.model.pretrained import load_pretrained, load_tokenizer
+from skipstone_studies.adapting import source_path
+from skipstone_studies.study import Figures
+
+Logits = Callable[[Tensor], Tensor]  # int64 [1, T] to [T, V]
+
+ROWS, LENGTH = 2, 128  # of each text
+CALIBRATION = ("wikitext-2", "validation")  # what thresholds are set by; no figure is of it
+
+
+@cache
+def source(name: str) -> SkipstoneForCausalLM:
+    with quiet():
+        return load_pretrained(source_path(name), torch.float32).eval()
+
+
+@cache
+def tokenizer(name: str) -> Any:
+    with quiet():
+        return load_tokenizer(source_path(name))
+
+
+def _texts() -> dict[str, str]:
+    """Return plays, the reference of the Python language, and code of its library: no arm was tuned on any of them."""
+    code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (tarfile, argparse)]
+    return {
+        "plays": "\n\n".join(load_corpus("tiny-shakespeare").documents("validation")),
+        "manual": "\n\n".join(pydoc_data.topics.topics.values()),
+        "code": "\n\n".join(code),
+    }
+
+
+@cache
+def rows(name: str) -> Mapping[str, Tensor]:
+    """Return int64 [ROWS, LENGTH] of each text, drawn at equal distances."""
+    return {title: _drawn(name, text, ROWS) for title, text in _texts().items()}
+
+
+@cache
+def calibration(name: str, count: int = 4) -> Tensor:
+    """Return int64 [count, LENGTH] of a text that no figure is of."""
+    corpus, split = CALIBRATION
+    return _drawn(name, "\n\n".join(load_corpus(corpus).documents(split)), count)
+
+
+def _drawn(name: str, text: str, count: int) -> Tensor:
+    ids = tokenizer(name)(text[: 400 * LENGTH * count], return_tensors="pt", verbose=False)["input_ids"][0]
+    step = (len(ids) - LENGTH) // count
+    return torch.stack([ids[i * step : i * step + LENGTH] for i in range(count)])
+
+
+@cache
+def hidden(name: str, title: str) -> Tensor:
+    """Return the source's normalised hidden states on the rows of a text, [ROWS, LENGTH, D]."""
+    with torch.inference_mode():
+        return source(name).model(rows(name)[title]).last_hidden_state  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def distance(name: str, logits: Logits) -> Figures:
+    """Return, by text, nats of KL(source || way) a token, the share of equal likeliest tokens, and both perplexities;
+    `worst` is the largest divergence.
+    """
+    found: dict[str, Any] = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
+    return {**found, "worst": max(of["kl"] for of in found.values())}
+
+
+def _distance(name: str, title: str, ids_RT: Tensor, logits: Logits) -> Figures:
+    head, total = source(name).lm_head, {"kl": 0.0, "agreement": 0.0, "nats": 0.0, "source": 0.0}
+    for ids_T, state_TD in zip(ids_RT, hidden(name, title), strict=True):
+        theirs, ours = head(state_TD).log_softmax(-1), logits(ids_T[None]).float().log_softmax(-1)
+        total["kl"] += float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+        total["agreement"] += float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
+        for who, x in (("nats", ours), ("source", theirs)):
+            total[who] -= float(x[:-1].gather(1, ids_T[1:, None]).mean())
+    mean = {what: value / len(ids_RT) for what, value in total.items()}
+    perplexity = {"perplexity": math.exp(mean["nats"]), "increase": math.exp(mean["nats"] - mean["source"]) - 1}
+    return {"kl": mean["kl"], "agreement": mean["agreement"], **perplexity}
