@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from skipstone.generate.engine import generate
+from skipstone.measure.flops import count_flops
 from skipstone.view.live_model import LiveModel
 from skipstone.view.live_session import Request, events, read_request
 
@@ -55,6 +56,15 @@ def test_what_a_pass_tells_of_a_token_is_what_one_pass_over_all_of_them_says(mod
     assert {token["kept"][1] for token in read} == {True, False}
 
 
+def test_the_flops_are_those_of_the_operations_that_generate_executes(model: LiveModel) -> None:
+    input_ids = torch.tensor([model.encode(PROMPT)])
+    counted = count_flops(lambda: generate(model.model, input_ids, max_new_tokens=5))
+    assert {*counted.unknown} <= {"aten.isin.Tensor_Tensor"}, "which looks for the end of the text"
+    assert told(model)[-2]["flops"] == pytest.approx(counted.total, rel=1e-9)
+    twin = model.twin().model
+    assert told(model)[-2]["dense_flops"] == count_flops(lambda: generate(twin, input_ids, max_new_tokens=5)).total
+
+
 def test_executed_flops_follow_the_budget_and_dense_ones_do_not(model: LiveModel) -> None:
     low, high = (told(model, budgets=[share])[-2] for share in (0.4, 0.46))
     assert low["dense_flops"] == high["dense_flops"]
@@ -79,6 +89,18 @@ def test_the_map_of_neurons_has_the_logits_of_every_token(model: LiveModel) -> N
         assert [len(layer) for layer in token["mix"]] == [len(map_["names"])] * 3
 
 
+def test_drafts_do_not_change_the_text_and_are_counted(model: LiveModel) -> None:
+    plain, drafted = (told(model, prompt="abab", new_tokens=16, draft=draft)[1:-1] for draft in (None, "skip"))
+    assert [event["token"] for event in drafted] == [event["token"] for event in plain]
+    assert [event["first"] for event in drafted] == [event["first"] for event in plain]
+    guesses, accepted = (sum(event[name] for event in drafted) for name in ("guesses", "guessed"))
+    assert 0 < accepted <= guesses
+    assert drafted[-1]["dense_flops"] == plain[-1]["dense_flops"]
+    for one, other in zip(drafted[1:], plain[1:], strict=True):
+        assert one["read"][0]["kept"] == other["read"][0]["kept"]
+        assert one["read"][0]["loss"] == pytest.approx(other["read"][0]["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -91,6 +113,7 @@ def test_the_map_of_neurons_has_the_logits_of_every_token(model: LiveModel) -> N
         ({"models": [0, 0]}, "each once"),
         ({"models": []}, "each once"),
         ({"budgets": [0.5, 0.5]}, "budgets must have an entry for each"),
+        ({"draft": "skp"}, "did you mean 'skip'"),
         ({"promt": "x"}, "did you mean 'prompt'"),
         ({"new_tokens": "many"}, "new_tokens must be int"),
     ],

@@ -91,7 +91,7 @@ def generate(
     The arguments are those of `stream`.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    decode.drafting = _drafting(decode, draft, draft_length, budget, budget_table)
+    decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
     passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table, draft))
     return torch.cat([input_ids, *(each.token_B[:, None] for each in passes)], dim=1)
 
@@ -129,7 +129,7 @@ def stream(
     draft, and a decision that cannot be made while generating; FileNotFoundError for a budget without a budget table.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
-    decode.drafting = _drafting(decode, draft, draft_length, budget, budget_table)
+    decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
     passes = decode(Sampler(temperature, top_k, seed, input_ids.device), setting_of(model, budget, budget_table, draft))
     return (_step(model, decided) for decided in passes)
 
@@ -142,7 +142,7 @@ def _step(model: SkipstoneForCausalLM, decided: DecodingPass) -> Step:
     return Step(token_B=decided.token_B, live_B=decided.live_B, compute_B=compute_B, guessed_B=guessed_B)
 
 
-def _drafting(
+def drafting_of(
     decode: Decoder,
     draft: str | PreTrainedModel | None,
     length: int | None,

@@ -5,7 +5,7 @@ Shape letters: B rows (one), T tokens of a pass, V vocabulary, F neurons, A acti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -16,7 +16,7 @@ from skipstone.budget import BudgetTable
 from skipstone.core.records import ActivationRecord, Records, of_kind
 from skipstone.core.strict import PlainDict
 from skipstone.generate.detokenizer import Detokenizer
-from skipstone.generate.engine import Decoder, DecodingPass, Sampler, setting_of
+from skipstone.generate.engine import Decoder, DecodingPass, Sampler, drafting_of, setting_of
 from skipstone.generate.text_generation import encode, ends
 from skipstone.measure.compute import compute_shares
 from skipstone.measure.depth_map import read_decisions
@@ -109,25 +109,35 @@ class LiveModel:
         return encode(self.tokenizer, prompt)
 
     def events(
-        self, ids: Sequence[int], *, new_tokens: int, temperature: float, seed: int, budget: float | None
+        self,
+        ids: Sequence[int],
+        *,
+        new_tokens: int,
+        temperature: float,
+        seed: int,
+        budget: float | None,
+        draft: str | None = None,
     ) -> Iterator[PlainDict]:
-        """Yield a `start` event and then a `pass` event for each forward pass.
+        """Yield a `start` event and then a `pass` event for each new token.
 
-        The first pass reads the prompt, the others one token each. Raises ValueError, before the first event, for a
-        prompt that exceeds the context and for a budget that the model cannot reach.
+        The first tells of the whole prompt, the others of one token each. draft: as in `generate`; a pass then checks
+        several tokens, and its FLOPs come with the first of them. What the draft itself computes is not in the FLOPs,
+        but in the seconds. Raises ValueError, before the first event, for a prompt that exceeds the context, and for a
+        budget or a draft that the model does not have.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
         decode = Decoder(self.model, input_ids, None, new_tokens, None, ends(self.model, self.tokenizer), "dynamic")
-        passes = decode(Sampler(temperature, None, seed, input_ids.device), setting_of(self.model, budget, table), 0)
+        decode.drafting = drafting_of(decode, draft, None, budget, table)
+        setting = setting_of(self.model, budget, table, draft)
+        passes = decode(Sampler(temperature, None, seed, input_ids.device), setting, 0)
         return self._events(list(ids), passes)
 
     def _events(self, ids: list[int], passes: Iterator[DecodingPass]) -> Iterator[PlainDict]:
         text, label = Detokenizer(self.tokenizer, ids), self.tokenizer.decode
         reading = Detokenizer(self.tokenizer)
         yield {"type": "start", "prompt": [{"text": reading.push(i), "label": label([i])} for i in ids]}
-        reads, past, flops, dense = ids, 0, 0.0, 0.0
-        stored: dict[int, float] = {}
+        known, flops, dense, seen = list(ids), 0.0, 0.0, None
         while True:
             began = perf_counter()
             try:
@@ -136,48 +146,65 @@ class LiveModel:
                 return
             token = int(each.token_B[0])  # waits for an accelerator, which belongs to the time
             seconds = perf_counter() - began
-            spent = self._spent(each, len(reads), past, stored)
-            flops, dense = flops + spent[0], dense + spent[1]
+            prompt, new = seen is None, each.records is not seen
+            size = len(ids) if prompt else each.logits_BTV.shape[1]
+            first = 0 if prompt else len(known) - 1
+            seen = each.records
+            spent = self._spent(each, size, first) if new else 0.0
+            flops, dense = flops + spent, dense + self._dense(len(ids) if prompt else 1, first)
+            shown = range(size) if prompt else range(size + each.at, size + each.at + 1)
+            known.append(token)
             yield {
                 "type": "pass",
-                "first": past,
-                "read": self._read(each, reads, token),
+                "first": first,
+                "read": self._read(each, size, shown, known[first + 1 :]),
                 "token": {"text": text.push(token), "label": label([token])},
+                "guesses": size - 1 if new and not prompt else 0,
+                "guessed": each.guessed_B is not None and bool(each.guessed_B[0]),
                 "seconds": rounded(seconds),
                 "flops": flops,
                 "dense_flops": dense,
             }
-            past, reads = past + len(reads), [token]
-            stored = {i: layer.kv.width for i, layer in enumerate(each.cache.layers)}  # type: ignore[attr-defined]
 
-    def _spent(self, each: DecodingPass, tokens: int, past: int, stored: Mapping[int, float]) -> tuple[float, float]:
-        """Return the FLOPs of a pass by the cost model, as executed and dense.
-
-        The head counts for the last token alone.
-        """
+    def _spent(self, each: DecodingPass, tokens: int, past: int) -> float:
+        """Return the executed FLOPs of a pass by the cost model; the head counts for the tokens that are predicted."""
         kept = kept_from_records(self.model, each.records)
-        found = cost(self.model, tokens=tokens, past=past, kept=kept, stored=stored, logits_to_keep=1)
-        assert found.dense is not None
-        return found.forward.total, found.dense.forward.total
+        # A layer that has kept no token so far has no slots; after a draft, the cache holds the guesses as well.
+        slots = [layer.kv.entries.get("slot") for layer in each.cache.layers]  # type: ignore[attr-defined]
+        stored = {i: 0 if slot is None else int((slot[0] < past).sum()) for i, slot in enumerate(slots)}
+        predicted = 1 if past == 0 else tokens
+        found = cost(self.model, tokens=tokens, past=past, kept=kept, stored=stored, logits_to_keep=predicted)
+        return found.forward.total
 
-    def _read(self, each: DecodingPass, reads: Sequence[int], chosen: int) -> list[PlainDict]:
-        """Return a pass's decisions for each token that it read, and the prediction made from that token."""
-        T = len(reads)
-        decided = read_decisions(self.blocks, each.records, (1, T))
-        compute = compute_shares(self.blocks, each.records).expand(1, T)[0].tolist()
-        entropy, loss = _prediction(each.logits_BTV[0], [*reads[1:], chosen])
-        logits = _activation_logits(each.records, T)
+    def _dense(self, tokens: int, past: int) -> float:
+        """Return the FLOPs of a pass of the dense twin, which decodes one token at a time."""
+        found = cost(self.model, tokens=tokens, past=past, logits_to_keep=1).dense
+        assert found is not None
+        return found.forward.total
+
+    def _read(self, each: DecodingPass, size: int, shown: range, targets: Sequence[int]) -> list[PlainDict]:
+        """Return a pass's decisions for the tokens at `shown`, and the prediction made from each of them.
+
+        size: number of tokens that the pass read. targets: the tokens that came after the shown ones.
+        """
+        decided = read_decisions(self.blocks, each.records, (1, size))
+        compute = compute_shares(self.blocks, each.records).expand(1, size)[0].tolist()
+        kept_logits = each.logits_BTV.shape[1]  # a pass over a prompt may have those of its last token alone
+        rows = [t for t in shown if t >= size - kept_logits]
+        chosen_TV = each.logits_BTV[0, [t - size + kept_logits for t in rows]]
+        predicted = dict(zip(rows, _prediction(chosen_TV, targets[len(targets) - len(rows) :]), strict=True))
+        logits = _activation_logits(each.records, size)
         return [
             {
                 "compute": rounded(compute[t]),
-                "entropy": rounded(entropy[t]),
-                "loss": rounded(loss[t]),
+                "entropy": predicted[t][0] if t in predicted else None,
+                "loss": predicted[t][1] if t in predicted else None,
                 "score": [rounded(float(d.score_BT[0, t])) for d in decided],
                 "weight": [rounded(float(d.weight_BT[0, t])) for d in decided],
                 "kept": [bool(d.kept_BT[0, t]) for d in decided],
                 **({"mix": logits[t]} if logits else {}),
             }
-            for t in range(T)
+            for t in shown
         ]
 
 
@@ -213,12 +240,12 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
 
 
-def _prediction(logits_TV: Tensor, target: Sequence[int]) -> tuple[list[float], list[float]]:
+def _prediction(logits_TV: Tensor, target: Sequence[int]) -> list[tuple[float | None, float | None]]:
     """Return the entropy of each prediction and its loss on the token that followed, in nats."""
     log_TV = logits_TV.float().log_softmax(-1)
     entropy_T = -(log_TV.exp() * log_TV).nan_to_num().sum(-1)
     loss_T = -log_TV.gather(-1, torch.tensor(target, device=log_TV.device)[:, None])[:, 0]
-    return entropy_T.tolist(), loss_T.tolist()
+    return [(rounded(one), rounded(other)) for one, other in zip(entropy_T.tolist(), loss_T.tolist(), strict=True)]
 
 
 def _activation_logits(records: Sequence[Records], T: int) -> list[list[list[float | None]]]:

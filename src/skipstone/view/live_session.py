@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from skipstone.core.strict import PlainDict, from_dict
+from skipstone.core.strict import PlainDict, from_dict, unknown
+from skipstone.generate.drafts import EXIT, LOOKUP, SKIP
 from skipstone.view.live_model import LiveModel, rounded
 
 PROMPT = 20_000  # characters at most
 NEW_TOKENS = 1024
+DRAFTS = (None, LOOKUP, EXIT, SKIP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Request:
     seed: int = 0
     budgets: list[float | None] = field(default_factory=list)
     twin: bool = True
+    draft: str | None = None
 
     def check(self, models: int) -> None:
         """Raise ValueError, one line, for values that are not allowed; `models` is the number of models."""
@@ -46,6 +49,8 @@ class Request:
             raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, got {self.seed}")
         if not self.models or len({*self.models}) < len(self.models) or not {*self.models} <= {*range(models)}:
             raise ValueError(f"models must be numbers from 0 to {models - 1}, each once, got {self.models}")
+        if self.draft not in DRAFTS:
+            raise ValueError(unknown("draft", self.draft, filter(None, DRAFTS)))
         if len(self.budgets) not in (0, len(self.models)):
             raise ValueError(f"budgets must have an entry for each of the models, got {self.budgets}")
 
@@ -91,7 +96,14 @@ def _run(model: LiveModel, request: Request, budget: float | None) -> Iterator[P
     if budget is not None and model.table is None:
         raise ValueError(f"{model.name} has no budget table; `skipstone calibrate` writes it")
     new = min(request.new_tokens, room)
-    found = model.events(ids, new_tokens=new, temperature=request.temperature, seed=request.seed, budget=budget)
+    found = model.events(
+        ids,
+        new_tokens=new,
+        temperature=request.temperature,
+        seed=request.seed,
+        budget=budget,
+        draft=request.draft,
+    )
     if not (request.twin and model.has_twin):
         return found
     return _beside(found, model.twin().seconds(ids, new))

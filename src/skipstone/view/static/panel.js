@@ -24,6 +24,7 @@ export class Panel {
     this.denseSpeed = meter("dense twin", "twin");
     this.text = h("div", { class: "depth stream", role: "group", "aria-label": `Text of ${model.name}, by compute` });
     this.details = h("div", { class: "details" });
+    this.draft = h("span", { class: "key drafts" });
     this.map = h("div", { class: "scroll map", tabindex: "0", role: "region", "aria-label": "Map of tokens and blocks" });
     this.table = h("tbody");
     this.neuronMap = h("div", { class: "neurons" });
@@ -46,7 +47,7 @@ export class Panel {
       h("div", { class: "reading" },
         h("div", { class: "words" }, this.text,
           h("p", { class: "legend" }, h("span", { class: "key" }, "no block ", h("i", { class: "ramp" }), " every block"),
-            h("span", { class: "key" }, h("i", { class: "unread" }), "chosen, not read yet"))),
+            h("span", { class: "key" }, h("i", { class: "unread" }), "chosen, not read yet"), this.draft)),
         this.details),
       h("figure", { class: "scroll" }, h("figcaption", {}, "Blocks that each token took"), this.map,
         h("p", { class: "legend" }, key("skipped", "skipped"), key("more", "update, darker by weight"),
@@ -83,6 +84,8 @@ export class Panel {
   clear() {
     this.tokens = []; // {text, label, span, read}: read is what a pass told of the token
     this.pinned = this.looked = null;
+    this.guesses = this.accepted = 0;
+    this.draft.textContent = "";
     this.passes = { tokens: 0, seconds: 0, dense: 0 };
     this.text.replaceChildren(h("span", { class: "quiet" }, "The text appears here."));
     this.map.replaceChildren();
@@ -100,7 +103,8 @@ export class Panel {
       this.focusable(0);
     } else if (event.type === "pass") {
       event.read.forEach((read, i) => this.tell(event.first + i, read));
-      this.tokens.push(this.add(event.token, this.tokens.length, "new"));
+      this.tokens.push(this.add(event.token, this.tokens.length, event.guessed ? "new guessed" : "new"));
+      this.drafted(event);
       this.count(event);
       this.draw();
     }
@@ -143,6 +147,12 @@ export class Panel {
       if (mechanism) block.slots.push({ mechanism, score: read.score[i], weight: read.weight[i], kept: read.kept[i] });
     });
     return blocks;
+  }
+
+  drafted(event) {
+    this.guesses += event.guesses;
+    this.accepted += event.guessed ? 1 : 0;
+    if (this.guesses) this.draft.textContent = `draft: ${this.accepted} of ${this.guesses} tokens accepted`;
   }
 
   count(event) {

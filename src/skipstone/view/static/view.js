@@ -21,6 +21,7 @@ function request() {
     seed: Math.trunc(number("seed")),
     budgets: panels.map((panel) => panel.budget),
     twin: byId("twin").checked,
+    draft: byId("draft").value || null,
   };
 }
 
