@@ -19,12 +19,12 @@ def check(path: Path, name: str) -> None:
 
 
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
-    """Write the table of `records` between the marks and change nothing else."""
+    """Write the table of `records` into a README between its marks, and change nothing else."""
     write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
 
 
 def write_between(path: Path, name: str, text: str) -> None:
-    """Write `text` between the marks of `name` and change nothing else."""
+    """Write `text` into a README between the marks of `name`, and change nothing else."""
     before, after = _cut(path.read_text(encoding="utf-8"), path, name)
     write_whole(path, f"{before}\n{text}\n{after}")
 

@@ -56,7 +56,7 @@ def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
 
 
 def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> float:
-    """Return the capacity of one block.
+    """Return the capacity of one block, which options may give as a number, a list or a ramp over depth.
 
     Raises ValueError for a list whose length is not the number of routed blocks.
     """

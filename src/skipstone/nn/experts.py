@@ -149,7 +149,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights of all experts."""
+        """Initialise the weights of all experts."""
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             init.normal_(weight, 0.0, 0.02)
 

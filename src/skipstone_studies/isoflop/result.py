@@ -57,8 +57,9 @@ def seconds_of(collected: GridRecords, point: GridPoint) -> float:
 
 
 def equal_times(collected: GridRecords) -> list[EqualTime]:
-    """Return losses at times halfway between budgets, by the median time of the base's sizes for a budget.
+    """Return the losses of all arms after equal training times.
 
+    The times lie halfway (geometrically) between those of adjacent budgets, each the median over the base arm's sizes.
     At these times most losses can be interpolated: the loss of a size is read off a straight line between its budgets,
     over the logarithm of the seconds. At the largest budget, sizes that finish sooner would have to be extrapolated and
     would come out better than anything that was run. Needs two budgets.
