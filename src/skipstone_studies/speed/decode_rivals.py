@@ -108,24 +108,25 @@ def speed(recipe: RecipeDict, engine: Engine) -> Figures:
 
 DECODE_RIVALS = Study(
     name="decode_rivals",
-    purpose="what a user who decodes one row on a CPU can have: speed and distance to the source",
+    purpose="Ways to decode one row on a CPU: speed and distance to the source",
     about=(
-        f"{SOURCE}, which is here a file of four-bit blocks restored to fp32 (so the file's own four bits would lose "
-        "nothing). *KL* is nats of KL(source || way) a token, *same token* the share of positions with the same "
-        f"likeliest token, both over {ROWS} rows of {LENGTH} tokens each of three texts that no arm was tuned on: "
-        "plays (Shakespeare), the reference manual of the Python language, and Python code. Thresholds, directions and "
-        "the order of neurons and blocks come from wikitext-2. *Bytes* are those of the weights that a token reads, "
-        "relative to fp32. *Speed* is tokens per second relative to transformers' Llama in fp32 with the same weights, "
-        f"in turns in one process, one thread: {STEPS['new']} greedy steps after prompts of {STEPS['prompt']} tokens "
-        "of the three texts. Where no speed is given, the choice is made for every token and nothing is left out on "
-        "the clock here. int4 is stored in a byte each by torchao on a CPU; its bytes count so."
+        f"The source, {SOURCE}, is a file of four-bit blocks restored to fp32, so four bits in the format of that file "
+        "would lose nothing. *KL* is KL(source || way) in nats per token, and *same token* is the share of positions "
+        f"with the same most likely token. Both are measured on {ROWS} rows of {LENGTH} tokens from each of three "
+        "texts on which no arm was tuned: plays (Shakespeare), the reference manual of the Python language, and "
+        "Python code. Thresholds, directions and the order of neurons and blocks come from wikitext-2. *Bytes* are "
+        "those of the weights that are read for a token, relative to fp32. *Speed* is tokens per second relative to "
+        f"transformers' Llama in fp32 with the same weights, interleaved in one process on one thread: {STEPS['new']} "
+        f"greedy steps after prompts of {STEPS['prompt']} tokens of the three texts. Arms without a speed decide for "
+        "every token, but this implementation leaves nothing out. On a CPU, torchao stores int4 in one byte each, and "
+        "its bytes are counted so."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
     columns=(
         Column(key="share", title="bytes", format=".1%"),
-        Column(key="speed", title="speed (least to greatest)", format=".2f", spread=True),
+        Column(key="speed", title="speed (min to max)", format=".2f", spread=True),
         Column(key="distance.plays.kl", title="KL, plays", format=".4f"),
         Column(key="distance.manual.kl", title="KL, manual", format=".4f"),
         Column(key="distance.code.kl", title="KL, code", format=".4f"),
