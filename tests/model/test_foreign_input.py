@@ -91,6 +91,7 @@ def foreign_caches() -> dict[str, Any]:
         "got DynamicCache of DynamicLayer;": plain,
         "past_key_values must be a DynamicCache": mixed,
         "has 2 layers, but the model has 4 blocks": few,
+        "has 6 layers, but the model has 4 blocks": DynamicCache(config=net(num_hidden_layers=6).config),
     }
 
 
@@ -116,3 +117,16 @@ def test_a_cache_of_other_rows_is_one_line_and_stays_as_it_is(name: str, ids: Te
 def test_prefix_tuning_is_refused_in_training_too(ids: Tensor) -> None:
     with pytest.raises(ValueError, match="prefix tuning"):
         net("mod").train()(ids, past_key_values=foreign_caches()["got DynamicCache of DynamicLayer;"])
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"rope_type": "yarn"}, "rope_parameters.factor must be a number with rope_type 'yarn', got none"),
+        ({"rope_type": "linear", "factor": "2"}, "rope_parameters.factor must be a number, got '2'"),
+        ({"rope_type": "default", "rope_theta": None}, "rope_parameters.rope_theta must be a number, got None"),
+    ],
+)
+def test_rope_without_its_numbers_is_one_line(rope: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        net(rope_parameters=rope)

@@ -33,6 +33,8 @@ from skipstone.model.parts import (
 from skipstone.model.shim import AUTO_MAP, write_shim
 
 WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # not supported by MLPs that are computed in parts
+ROPE_NUMBERS = ("factor", "rope_theta")
+NEED_A_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 # Releases before 0.2 accepted and ignored these options of `neuron_groups` with decision magnitude.
 NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
 
@@ -52,6 +54,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             )
         self._fill()
         self._check_size()
+        self._check_rope_numbers()
         PreTrainedConfig.__post_init__(self, **kwargs)
         self._check()
 
@@ -64,6 +67,18 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         self._check_neuron_groups()
         if self.weight_format == "int8" and self.mlp == "experts":
             raise ValueError("weight_format 'int8' needs mlp 'gated' or 'plain', got 'experts'")
+
+    def _check_rope_numbers(self) -> None:
+        """Raise ValueError for a stretched RoPE without its factor, before transformers looks for it."""
+        for field in ("rope_parameters", "window_rope_parameters"):
+            rope = getattr(self, field)
+            if not isinstance(rope, dict):
+                continue
+            for key, value in rope.items():
+                if key in ROPE_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+                    raise ValueError(f"{field}.{key} must be a number, got {value!r}")
+            if rope.get("rope_type") in NEED_A_FACTOR and "factor" not in rope:
+                raise ValueError(f"{field}.factor must be a number with rope_type {rope['rope_type']!r}, got none")
 
     def _check_names(self) -> None:
         for name, table in (("norm", NORMS), ("mlp", {**MLPS, "experts": None})):

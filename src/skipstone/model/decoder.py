@@ -290,7 +290,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
             return DynamicCache(config=self.config) if build else None
-        _check_cache(past_key_values, self.config.num_hidden_layers, rows)
+        _check_cache(past_key_values, {self.config.num_hidden_layers, len(self.layers)}, rows)
         if self.training and any(block.gradient_checkpointing for block in self.layers):
             raise ValueError(  # transformers would not pass the cache to the blocks, and only log it
                 "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
@@ -358,8 +358,8 @@ def _warn_of_losses_left_out(records: list[Records]) -> None:
         warnings.warn(LOSSES_LEFT_OUT, stacklevel=2)
 
 
-def _check_cache(cache: Any, blocks: int, rows: int) -> None:
-    """Raise ValueError unless the cache was made for a model with `blocks` blocks and holds `rows` rows."""
+def _check_cache(cache: Any, blocks: set[int], rows: int) -> None:
+    """Raise ValueError unless the cache was made for one of these numbers of blocks and holds `rows` rows."""
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
         raise ValueError(
@@ -367,8 +367,8 @@ def _check_cache(cache: Any, blocks: int, rows: int) -> None:
             f"StaticCache(config=model.config, max_cache_len=...), got {_described(cache)}; "
             "prefixes of keys and values (prefix tuning) are not supported"
         )
-    if len(layers) < blocks:
-        raise ValueError(f"past_key_values has {len(layers)} layers, but the model has {blocks} blocks")
+    if len(layers) not in blocks:
+        raise ValueError(f"past_key_values has {len(layers)} layers, but the model has {max(blocks)} blocks")
     if cache.offloading:
         raise ValueError("past_key_values must not be offloaded: slots and mechanism state would stay behind")
     held = next((layer.rows for layer in layers if layer.rows is not None), None)

@@ -128,6 +128,8 @@ def _config_values(name: str, gguf_file: str | None) -> PlainDict:
         ) from None
     if not values:
         raise ValueError(f"{name!r} has no config.json: it holds no model")
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json of {name!r} must be an object, got {type(values).__name__}")
     return values
 
 
