@@ -13,6 +13,7 @@ from skipstone.nn.windows import pairs
 
 WINDOW = 3
 CASES = [case(attention_window=WINDOW), *(case(entry(name), attention_window=WINDOW) for name in DEPTH)]
+ROUTED = case(entry("mixture_of_depths"), attention_window=WINDOW)
 LONG = WINDOW + 2 * SLACK + 40
 
 
@@ -55,7 +56,7 @@ def test_skipped_tokens_take_their_place_in_a_window() -> None:
     assert not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("chosen", [CASES[0], case(entry("mixture_of_depths"), attention_window=WINDOW)], ids=str)
+@pytest.mark.parametrize("chosen", [pytest.param(CASES[0], marks=pytest.mark.slow), ROUTED], ids=str)
 @torch.no_grad()
 def test_the_cache_forgets_and_the_text_goes_on_the_same(chosen: Case) -> None:
     model = fresh(chosen, max_position_embeddings=2 * LONG)

@@ -31,7 +31,15 @@ LENGTH, FP32 = 30, 5e-6
 NEUTRAL = 1e-3  # a gate that is open is not quite 1
 
 
-@pytest.fixture(params=ONE_EACH, scope="module")
+HELD_ELSEWHERE = ("Ministral", "Qwen2, window", "Qwen3, window", "GPT-2", "Llama, linear RoPE, biases")
+
+
+def slow_if_held(case: str) -> Any:
+    """Families whose parts others have too, or that `test_parity.py` tries quickly, are slow here."""
+    return pytest.param(case, marks=[pytest.mark.slow] if case in HELD_ELSEWHERE else [])
+
+
+@pytest.fixture(params=map(slow_if_held, ONE_EACH), scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
     parity.save_random(parity.CASES[request.param], folder / "source")
@@ -125,12 +133,11 @@ def test_blocks_that_are_left_keep_their_window_and_their_positions(tmp_path: Pa
 
 
 OTHERS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - FAMILIES.keys() - {"skipstone"})
+QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+RELU2 = {"hidden_act": "relu2", "hidden_activation": "relu2", "activation_function": "relu2"}
 ODD = [  # of each family: settings that this decoder does not compute, and what the one line says
-    *[(case, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised") for case in ONE_EACH],
-    *[
-        (case, {"hidden_act": "relu2", "hidden_activation": "relu2", "activation_function": "relu2"}, "'relu2'")
-        for case in ONE_EACH
-    ],
+    *[pytest.param(case, QUANTISED, "quantised", marks=pytest.mark.slow) for case in ONE_EACH],
+    *[pytest.param(case, RELU2, "'relu2'", marks=pytest.mark.slow) for case in ONE_EACH],
     *[
         (case, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic")
         for case in ("Llama, linear RoPE, biases", "Mistral, window", "Granite, tied, biases", "OLMo 2, tied, biases")
