@@ -43,5 +43,5 @@ def apply_experts(*args: Any) -> Tensor:
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Compute `reference.score_linear`; uncompiled, by a form that saves less memory for the backward pass."""
+    """Compute `reference.score_linear`; uncompiled, in a form that keeps less for the backward pass."""
     return (reference if torch.compiler.is_compiling() else memory_saving).score_linear(x, weight, bias, norm)
