@@ -133,6 +133,17 @@ def test_the_slider_sets_the_budget_and_runs_again(browser: Any, address: str) -
         assert page.locator(".meter b").first.text_content() == before
 
 
+def test_a_draft_is_counted(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        page.locator(".panel").first.wait_for()
+        page.get_by_label("Draft").select_option("skip")
+        ran(page, tokens=24)
+        told = page.locator(".drafts").first.text_content()
+        accepted, guesses = map(int, re.findall(r"\d+", told))
+        assert accepted <= guesses
+        assert page.locator(".stream").first.locator(".token.guessed").count() == accepted
+
+
 def test_stop_and_a_mistake_are_told_and_the_next_run_works(browser: Any, address: str) -> None:
     with opened(browser, address) as page:
         run(page, prompt="ab", tokens=90)
