@@ -30,16 +30,18 @@ spread = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True, p
 def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x."""
     outputs, inputs = weight_OI.shape
-    x_NI = x.reshape(-1, inputs).to(torch.float32).contiguous()
-    y_NO = torch.empty(len(x_NI), outputs)
-    weight_OI, scale_O = weight_OI.contiguous(), scale_O.float().contiguous()
+    given = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
+    if not weight_OI.is_contiguous() or scale_O.dtype != torch.float32 or not scale_O.is_contiguous():
+        weight_OI, scale_O = weight_OI.contiguous(), scale_O.float().contiguous()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if weight_OI.numel() >= LEAST else 1
     run: Callable[..., None] = _rows
     if threads > 1 and _threads_are_safe():
         numba.set_num_threads(threads)
         run = _parts
-    run((weight_OI.data_ptr(), scale_O.data_ptr(), x_NI.data_ptr(), y_NO.data_ptr()), (len(x_NI), outputs, inputs))
-    return y_NO.reshape(*x.shape[:-1], outputs).to(x.dtype)
+    sizes = (x.numel() // inputs, outputs, inputs)
+    run((weight_OI.data_ptr(), scale_O.data_ptr(), given.data_ptr(), y.data_ptr()), sizes)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _threads_are_safe() -> bool:
