@@ -36,7 +36,7 @@ class Engine(Protocol):
     """Something that decodes a row."""
 
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time `new` greedy steps after a prompt; the prompt's pass is not timed."""
+        """Time `new` greedy steps after a prompt, in CPU seconds; the prompt's pass is not timed."""
 
 
 class Torch:
@@ -49,10 +49,10 @@ class Torch:
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         cache = DynamicCache(config=self.model.config)
         token = self.model(ids_1T, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(new):
             token = self.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        return Lap(tokens=new, seconds=time.perf_counter() - start, joules=None)
+        return Lap(tokens=new, seconds=time.process_time() - start, joules=None)
 
 
 class LlamaCpp:
@@ -80,10 +80,10 @@ class LlamaCpp:
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         self.model.reset()
         token = int(self._feed(ids_1T[0].tolist()).argmax())
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(new):
             token = int(self._feed([token]).argmax())
-        return Lap(tokens=new, seconds=time.perf_counter() - start, joules=None)
+        return Lap(tokens=new, seconds=time.process_time() - start, joules=None)
 
     def logits(self, ids_1T: Tensor) -> Tensor:
         """Return the logits of every token, [T, V], fed one by one."""
