@@ -214,6 +214,8 @@ class Call:
             return key, value
 
         rows = part.rows.gather if isinstance(part, WholeRows) else _unchanged
+        if rows is _unchanged and arguments.get("attention_mask") is None:  # nothing is cached yet, whatever its size
+            rows = partial(_first, length=shape[1])
         joining = Joining(self.cache, join, rows)
         chosen = part.gather(x_BLD)
         delta = wide(self.routed.call(chosen, given, joining)) - wide(chosen)
@@ -245,3 +247,8 @@ def _joined(part: Selection, mine: Tensor, others: Selection, theirs: Tensor) ->
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _first(x: Tensor, length: int) -> Tensor:
+    """Return keys or values without the columns of a cache of fixed size that are still empty."""
+    return x[:, :, :length]
