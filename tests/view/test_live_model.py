@@ -85,8 +85,11 @@ def test_the_map_of_neurons_has_the_logits_of_every_token(model: LiveModel) -> N
     map_ = model.neurons()
     assert [layer["layer"] for layer in map_["layers"]] == [0, 1, 2]
     assert {len(layer["preference"]) for layer in map_["layers"]} == {24}
-    for token in told(model)[1]["read"]:
+    read = [token for event in told(model, new_tokens=12)[1:-1] for token in event["read"]]
+    for token in read:
         assert [len(layer) for layer in token["mix"]] == [len(map_["names"])] * 3
+        assert (None in token["mix"][1]) == (not token["kept"][1]), "block 1 asks its neurons for kept tokens alone"
+    assert {token["kept"][1] for token in read[-11:]} == {True, False}
 
 
 def test_drafts_do_not_change_the_text_and_are_counted(model: LiveModel) -> None:

@@ -5,7 +5,7 @@ Shape letters: B rows (one), T tokens of a pass, V vocabulary, F neurons, A acti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -193,7 +193,7 @@ class LiveModel:
         rows = [t for t in shown if t >= size - kept_logits]
         chosen_TV = each.logits_BTV[0, [t - size + kept_logits for t in rows]]
         predicted = dict(zip(rows, _prediction(chosen_TV, targets[len(targets) - len(rows) :]), strict=True))
-        logits = _activation_logits(each.records, size)
+        logits = _activation_logits(self._mixes(), each.records, size)
         return [
             {
                 "compute": rounded(compute[t]),
@@ -248,11 +248,15 @@ def _prediction(logits_TV: Tensor, target: Sequence[int]) -> list[tuple[float | 
     return [(rounded(one), rounded(other)) for one, other in zip(entropy_T.tolist(), loss_T.tolist(), strict=True)]
 
 
-def _activation_logits(records: Sequence[Records], T: int) -> list[list[list[float | None]]]:
-    """Return the dynamic logits of each token, for each layer that mixes activations."""
-    found = [
-        record.logits_BTA.float().expand(1, T, -1)[0].tolist()
-        for decided in records
-        for record in of_kind(decided, ActivationRecord).values()
-    ]
+def _activation_logits(mixes: Iterable[int], records: Sequence[Records], T: int) -> list[list[list[float | None]]]:
+    """Return the dynamic logits of each token, for each block in `mixes`, which mix activations.
+
+    They are None where the MLP was not asked; inside a block that kept no token, there is no record either.
+    """
+    unknown = torch.full((1, 1, len(ACTIVATION_NAMES)), float("nan"))
+    found = []
+    for layer in mixes:
+        record = next(iter(of_kind(records[layer], ActivationRecord).values()), None)
+        logits_BTA = unknown if record is None else record.logits_BTA.float()
+        found.append(logits_BTA.expand(1, T, -1)[0].tolist())
     return [[[rounded(x) for x in layer[t]] for layer in found] for t in range(T)] if found else []
