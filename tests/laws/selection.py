@@ -1,11 +1,12 @@
 """The choice of quick cases for the laws: a small set per file that covers all pairs of mechanisms.
 
 A law is tested on every composition of `laws.builders`, most of which repeat each other. The quick suite keeps a cover.
-Every law keeps each mechanism of the table, PolyGLU, experts, neuron groups and its own other parameters once. The laws
-of a file together keep, each in whichever law comes cheapest: every part (a mechanism at a site, an activation), every
-two mechanisms of one case (the outer one first), one in `PAIRS` of the other pairs, and one in `VALUES` of the option
-values. These are chosen by the file's name, which also breaks ties, so that different files keep different cases. Other
-tests that use the cases keep every part once. `make test-all` runs the whole product.
+Every law keeps each mechanism of the table, PolyGLU, experts, neuron groups, learned positions (rotary ones hide a
+shift) and its own other parameters once. The laws of a file together keep, each in whichever law comes cheapest: every
+part (a mechanism at a site, an activation), every two mechanisms of one case (the outer one first), one in `PAIRS` of
+the other pairs, and one in `VALUES` of the option values. These are chosen by the file's name, which also breaks ties,
+so that different files keep different cases. Other tests that use the cases keep every part once. `make test-all` runs
+the whole product.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def goals(key: str, params: dict[str, Any]) -> frozenset[Hashable]:
     if "/laws/" not in file:
         return frozenset({*parts(chosen), *((law, entry["name"]) for entry in chosen.entries)})
     others = [f"{name}={value!r}" for name, value in params.items() if not isinstance(value, Case)]
-    kinds = {entry["name"] for entry in chosen.entries} | {"polyglu", *SLOW_PARTS} & {*parts(chosen)}
+    kinds = {entry["name"] for entry in chosen.entries} | {"polyglu", "positions", *SLOW_PARTS} & {*parts(chosen)}
     found: set[Hashable] = {(law, goal) for goal in (*kinds, *others)}
     found |= {*parts(chosen), *itertools.combinations(mechanisms(chosen), 2)}
     pairs = itertools.combinations((*parts(chosen), *others), 2)

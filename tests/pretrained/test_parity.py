@@ -12,17 +12,13 @@ from transformers import AutoTokenizer
 from skipstone import SkipstoneForCausalLM
 from skipstone.model.pretrained import load_pretrained
 from skipstone_studies.speed import parity
+from train.tool import quick
 
 FP32, BF16 = 5e-6, 1e-1  # relative; the promise for fp32 is 1e-5. bf16 holds 8 bits: one rounding is 4e-3
-QUICK = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPT-2")  # of these every case; `test_families.py` has the others
+QUICK = ("Llama, tied", "Qwen3, tied, biases", "GPT-2, untied, n_inner")  # `test_families.py` has every case
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(case, marks=[] if case.startswith(QUICK) and "window" not in case else pytest.mark.slow)
-        for case in parity.CASES
-    ]
-)
+@pytest.fixture(params=quick(parity.CASES, *QUICK))
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     parity.save_random(parity.CASES[request.param], tmp_path)
     return tmp_path
