@@ -16,6 +16,7 @@ from skipstone_cli.verbs.convert import convert
 from skipstone_cli.verbs.eval import evaluate
 from skipstone_cli.verbs.generate import generate
 from skipstone_cli.verbs.isoflop import isoflop
+from skipstone_cli.verbs.plan import plan
 from skipstone_cli.verbs.prepare import prepare
 from skipstone_cli.verbs.quantise import quantise
 from skipstone_cli.verbs.report import report
@@ -29,6 +30,7 @@ from skipstone_cli.verbs.write import write
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "compare": compare,
     "calibrate": calibrate,

@@ -21,7 +21,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gate_skip": {**DENSE, "mechanisms": [{**GATES, "on": "attention"}, {**GATES, "on": "mlp"}]},
     "skipgpt": {**DENSE, "mechanisms": [{**mod("ema_threshold"), "on": site} for site in ("attention", "mlp")]},
     "neuron_groups": {**DENSE, "intermediate_size": 64, "neuron_groups": {**GROUPS, "chunk_size": 8}},
-    "magnitude": {**DENSE, "intermediate_size": 64, "neuron_groups": {"decision": "magnitude", "capacity": 0.5}},
+    "magnitude": {**DENSE, "neuron_groups": {"decision": "magnitude", "capacity": 0.5, "group_size": 1}},
     "tied": {**MODELS["all"], "tie_word_embeddings": True},
 }
 # Dropout draws other numbers in each process, so that no two of these runs could be compared with it.

@@ -23,6 +23,9 @@ from train.ranks import on_ranks
 from train.tool import MODELS, at_step, recipe, train
 
 
+STARVED = {"skipgpt"}  # a block gets no token in some step: docs/distributed.md says what differs then
+
+
 def config(folder: Path, model: dict[str, Any], **options: Any) -> dict[str, Any]:
     """A few steps; five validation rows, which no two processes share evenly."""
     short = {"steps": 4, "log_every": 1, "eval_every": 2, "eval_rows": 5, "save_every": 0, "compare_every": 1}
@@ -38,7 +41,7 @@ def test_two_processes_shard_a_model_and_train_it_as_one_does(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - STARVED))
 def test_two_processes_have_the_losses_of_one(name: str, kind: str, tmp_path: Path) -> None:
     one = train(config(tmp_path, CASES[name], gradient_accumulation=2, steps=20), tmp_path / "one")
     wanted = config(tmp_path, CASES[name], parallel=kind, steps=20)

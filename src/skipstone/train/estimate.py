@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,25 +30,27 @@ class Gpu:
     """A GPU with its makers' figures.
 
     flops: peak per second for dense bf16 products with fp32 sums. memory: GB. bandwidth: of the memory, GB/s.
+    link: to the other GPUs of its node, GB/s in one direction.
     """
 
     flops: float
     memory: float
     bandwidth: float
+    link: float
 
 
 GPUS: dict[str, Gpu] = {
-    "A100-40": Gpu(flops=312e12, memory=40, bandwidth=1555),
-    "A100": Gpu(flops=312e12, memory=80, bandwidth=2039),
-    "H100-PCIe": Gpu(flops=756e12, memory=80, bandwidth=2000),
-    "H100": Gpu(flops=989e12, memory=80, bandwidth=3350),
-    "H200": Gpu(flops=989e12, memory=141, bandwidth=4800),
-    "B200": Gpu(flops=2250e12, memory=180, bandwidth=8000),
-    "L4": Gpu(flops=121e12, memory=24, bandwidth=300),
-    "L40S": Gpu(flops=362e12, memory=48, bandwidth=864),
-    "RTX3090": Gpu(flops=71e12, memory=24, bandwidth=936),
-    "RTX4090": Gpu(flops=165e12, memory=24, bandwidth=1008),
-    "MI300X": Gpu(flops=1307e12, memory=192, bandwidth=5300),
+    "A100-40": Gpu(flops=312e12, memory=40, bandwidth=1555, link=300),
+    "A100": Gpu(flops=312e12, memory=80, bandwidth=2039, link=300),
+    "H100-PCIe": Gpu(flops=756e12, memory=80, bandwidth=2000, link=64),
+    "H100": Gpu(flops=989e12, memory=80, bandwidth=3350, link=450),
+    "H200": Gpu(flops=989e12, memory=141, bandwidth=4800, link=450),
+    "B200": Gpu(flops=2250e12, memory=180, bandwidth=8000, link=900),
+    "L4": Gpu(flops=121e12, memory=24, bandwidth=300, link=32),
+    "L40S": Gpu(flops=362e12, memory=48, bandwidth=864, link=32),
+    "RTX3090": Gpu(flops=71e12, memory=24, bandwidth=936, link=32),
+    "RTX4090": Gpu(flops=165e12, memory=24, bandwidth=1008, link=32),
+    "MI300X": Gpu(flops=1307e12, memory=192, bandwidth=5300, link=448),
 }
 
 
@@ -77,16 +80,16 @@ class Estimate:
     def lines(self) -> list[str]:
         """Return the estimate as text, one figure per line, with the assumptions."""
         card, tokens = GPUS[self.gpu], self.steps * self.tokens_per_step
-        known = [size for size in self.memory.values() if size is not None]
+        found = [size for size in self.memory.values() if size is not None]
         speed = self.tokens_per_step / self.seconds
-        more = "" if len(known) == len(self.memory) else ", and what is not known"
+        more = "" if len(found) == len(self.memory) else ", and what is not known"
         return [
             f"parameters   {self.parameters:,}",
             f"tokens       {tokens:,} in {self.steps:,} steps of {self.tokens_per_step:,}",
             f"FLOPs        {self.flops:.3e}, {self.flops / tokens:.3e} a token",
-            *(f"memory       {_gb(size):>9}  {name}" for name, size in self.memory.items()),
-            f"memory       {_gb(sum(known)):>9}  in all{more}; the GPU has {card.memory:.0f} GB",
-            f"checkpoint   {_gb(self.checkpoint):>9}  on disk, each",
+            *(f"memory       {gigabytes(size):>9}  {name}" for name, size in self.memory.items()),
+            f"memory       {gigabytes(sum(found)):>9}  in all{more}; the GPU has {card.memory:.0f} GB",
+            f"checkpoint   {gigabytes(self.checkpoint):>9}  on disk, each",
             f"time         {self.hours:,.1f} hours on one {self.gpu}, {speed:,.0f} tokens/s",
             f"assumed      {self.mfu:.0%} of {card.flops / 1e12:,.0f} TFLOP/s in bf16",
             f"assumed      AdamW at the memory's {card.bandwidth:,.0f} GB/s",
@@ -94,7 +97,8 @@ class Estimate:
         ]
 
 
-def _gb(size: float | None) -> str:
+def gigabytes(size: float | None) -> str:
+    """Return bytes as text in GB."""
     return "not known" if size is None else f"{size / 1e9:.2f} GB"
 
 
@@ -107,7 +111,7 @@ def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estim
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must be in (0, 1], got {mfu}")
     recipe = read_recipe(values)
-    config = setup.model_config(recipe.model, recipe.data.context, _known(recipe))
+    config = setup.model_config(recipe.model, recipe.data.context, known(recipe))
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
     train, context = recipe.train, recipe.data.context
@@ -124,20 +128,20 @@ def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estim
         steps=train.steps,
         tokens_per_step=train.batch_size * context,
         flops=flops_per_step * train.steps,
-        memory={name: size * parameters for name, size in STATE.items()} | _passing(config, recipe),
+        memory={name: size * parameters for name, size in STATE.items()} | passing(config, recipe),
         seconds=flops_per_step / (mfu * card.flops) + UPDATE * parameters / (card.bandwidth * 1e9),
         checkpoint=parameters * (FP32 + STATE["AdamW"]),
     )
 
 
-def _known(recipe: Recipe) -> PlainDict:
+def known(recipe: Recipe) -> PlainDict:
     """Return the model options that follow from the data, unless the recipe sets them."""
     if {"preset", "vocab_size"} & recipe.model.keys():
         return {}
     return setup.data_defaults(prepare(recipe.data, train=False))
 
 
-def _passing(config: SkipstoneConfig, recipe: Recipe) -> dict[str, float | None]:
+def passing(config: SkipstoneConfig, recipe: Recipe) -> dict[str, float | None]:
     """Return the bytes of one micro-batch: tensors saved for the backward pass, and logits."""
     train = recipe.train
     tokens = train.batch_size // train.gradient_accumulation * recipe.data.context
@@ -164,7 +168,8 @@ def _kept(config: SkipstoneConfig, recipe: Recipe) -> tuple[float, float]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the pass has no loss, which would otherwise be a reason to warn
         decoder = SkipstoneForCausalLM(config).train().model
         small, large = (_bytes(decoder, tokens, recipe.train.precision == "bf16") for tokens in (SMALL, LARGE))
     each = (large - small) / (LARGE - SMALL)

@@ -1,0 +1,188 @@
+"""Plan a training on many GPUs in advance: memory of each, bytes between them, FLOPs, hours, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from skipstone.core.strict import PlainMapping
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.train.estimate import FP32, GPUS, MFU, STATE, UPDATE, Estimate, estimate, gigabytes, known, passing
+from skipstone.train.recipe import TrainConfig, read_recipe
+from skipstone.train.setup import model_config
+
+GPUS_OF_NODE = 8
+NETWORK = 50.0  # GB/s a GPU between nodes: an assumption, one adapter of 400 Gb/s for each
+FRAGMENTATION = 0.05  # an assumption: the share of a GPU's memory that an allocator cannot give out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The plan of a training on `gpus` GPUs, with figures for one of them.
+
+    memory: bytes by purpose; None: not known without a pass. sent: bytes that a GPU sends in an optimizer step, by kind
+    of message. link: GB/s in one direction, of the slowest link in between. compute, communication, update: seconds of
+    a step. rows: of a micro-batch.
+    """
+
+    gpu: str
+    gpus: int
+    parallel: str
+    rows: int
+    whole: Estimate
+    memory: Mapping[str, float | None]
+    sent: Mapping[str, float]
+    link: float
+    compute: float
+    communication: float
+    update: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of an optimizer step, with messages sent while computing."""
+        return max(self.compute, self.communication) + self.update
+
+    @property
+    def hours(self) -> float:
+        """Hours of the whole training."""
+        return self.whole.steps * self.seconds / 3600
+
+    @property
+    def known_memory(self) -> float:
+        """Bytes of everything in `memory` that is known."""
+        return sum(size for size in self.memory.values() if size is not None)
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is known of the memory fits into a GPU."""
+        return self.known_memory <= GPUS[self.gpu].memory * 1e9
+
+    def lines(self) -> list[str]:
+        """Return the plan as text, one figure per line."""
+        card, whole = GPUS[self.gpu], self.whole
+        missing = ", and what is not known" if None in self.memory.values() else ""
+        tokens, speed = whole.steps * whole.tokens_per_step, whole.tokens_per_step / self.seconds
+        products = f"{whole.mfu:.0%} of {card.flops / 1e12:,.0f} TFLOP/s in bf16"
+        times = (self.compute, self.communication, self.update)
+        told = ("products", "messages beside them", "AdamW")
+        return [
+            f"parameters   {whole.parameters:,}",
+            f"tokens       {tokens:,} in {whole.steps:,} steps of {whole.tokens_per_step:,}",
+            f"FLOPs        {whole.flops:.3e}",
+            f"on           {self.gpus:,} {self.gpu} by {self.parallel}, {self.rows} rows a micro-batch on each",
+            *(f"memory       {gigabytes(size):>11}  {name}" for name, size in self.memory.items()),
+            f"memory       {gigabytes(self.known_memory):>11}  in all{missing}; each GPU has {card.memory:.0f} GB",
+            *(f"sent         {gigabytes(size):>11}  {name}, by each GPU in a step" for name, size in self.sent.items()),
+            "step         " + ", ".join(f"{time:,.3f} s of {what}" for time, what in zip(times, told, strict=True)),
+            f"checkpoint   {gigabytes(whole.checkpoint):>11}  on disk, each",
+            f"time         {self.hours:,.1f} hours, {self.hours * self.gpus:,.0f} GPU hours, {speed:,.0f} tokens/s",
+            f"assumed      {products}, {self.link:,.0f} GB/s between GPUs, {FRAGMENTATION:.0%} lost to fragments",
+            "left out     validation, saving, starting, waiting for the slowest GPU",
+            *(self._advice() if not self.fits else []),
+        ]
+
+    def _advice(self) -> list[str]:
+        """Name what does not fit and what would help."""
+        known_parts = {name: size for name, size in self.memory.items() if size is not None}
+        largest = max(known_parts, key=lambda name: known_parts[name])
+        tries = []
+        if self.parallel == "ddp" and self.gpus > 1:
+            tries.append("train.parallel=fsdp2")
+        if self.rows > 1:
+            tries.append("a larger train.gradient_accumulation")
+        tries += ["train.activation_checkpointing=true", "more GPUs" if self.parallel == "fsdp2" else "larger GPUs"]
+        over = self.known_memory - GPUS[self.gpu].memory * 1e9
+        return [f"DOES NOT FIT {gigabytes(over)} too much, most of it {largest}; try {', '.join(tries)}"]
+
+
+def plan(values: PlainMapping, gpus: int, gpu: str = "H100", mfu: float = MFU, network: float = NETWORK) -> Plan:
+    """Return the plan of a recipe as `train` takes it, on `gpus` GPUs in nodes of 8; no weights are built.
+
+    mfu: share of the peak FLOP/s that products reach. network: GB/s a GPU between nodes. Raises ValueError for rows
+    that cannot be shared out, for what `estimate` refuses, and for numbers that are not positive.
+    """
+    if gpus < 1 or not network > 0:
+        raise ValueError(f"gpus and network must be above 0, got {gpus} and {network}")
+    recipe = read_recipe(values)
+    train = recipe.train
+    rows, rest = divmod(train.batch_size, train.gradient_accumulation * gpus)
+    if rest:
+        raise ValueError(
+            f"train.batch_size ({train.batch_size}) must be a multiple of gradient_accumulation "
+            f"({train.gradient_accumulation}) times the number of GPUs ({gpus})"
+        )
+    whole = estimate(values, gpu, mfu)
+    config = model_config(recipe.model, recipe.data.context, known(recipe))
+    with torch.device("meta"):
+        model = SkipstoneForCausalLM(config)
+    sizes = Sizes.of(model)
+    sharded = train.parallel == "fsdp2"
+    state = _state(sizes, gpus, train)
+    own = replace(recipe, train=replace(train, batch_size=rows * train.gradient_accumulation))
+    memory: dict[str, float | None] = {**state, **passing(config, own)}
+    memory["fragmentation"] = FRAGMENTATION * sum(size for size in memory.values() if size is not None)
+    sent = messages(sizes, gpus, train)
+    card = GPUS[gpu]
+    link = card.link if gpus <= GPUS_OF_NODE else min(card.link, network)
+    updated = sizes.total / (gpus if sharded else 1)
+    return Plan(
+        gpu=gpu,
+        gpus=gpus,
+        parallel=train.parallel,
+        rows=rows,
+        whole=whole,
+        memory=memory,
+        sent=sent,
+        link=link,
+        compute=whole.flops / whole.steps / gpus / (mfu * card.flops),
+        communication=sum(sent.values()) / (link * 1e9),
+        update=UPDATE * updated / (card.bandwidth * 1e9),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Numbers of parameters: in all, of the blocks together, of the largest block."""
+
+    total: int
+    blocks: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: SkipstoneForCausalLM) -> Sizes:
+        """Count the parameters of a model, which may be on the meta device."""
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+        total = sum(p.numel() for p in model.parameters())
+        return cls(total=total, blocks=sum(blocks), largest=max(blocks))
+
+
+def _state(sizes: Sizes, gpus: int, train: TrainConfig) -> dict[str, float | None]:
+    """Bytes of weights, gradients and optimizer on each GPU, and of what is gathered or reduced of them."""
+    share = gpus if train.parallel == "fsdp2" else 1
+    found: dict[str, float | None] = {name: size * sizes.total / share for name, size in STATE.items()}
+    if train.parallel == "fsdp2":
+        outside = sizes.total - sizes.blocks  # gathered once, until the end of the backward pass
+        # two gathered blocks, one of them ahead of its use; a block's gradient, and its copy that is being reduced
+        found["gathered weights"] = FP32 * (outside + 2 * sizes.largest)
+        late = train.gradient_accumulation > 1  # whole gradients wait for the last micro-batch
+        found["whole gradients"] = FP32 * (sizes.total if late else outside + 2 * sizes.largest)
+    elif gpus > 1:
+        found["buckets of gradients"] = FP32 * sizes.total
+    return found
+
+
+def messages(sizes: Sizes, gpus: int, train: TrainConfig) -> dict[str, float]:
+    """Return the bytes that each GPU sends in an optimizer step, by ring algorithms, by kind of message.
+
+    Thresholds and comparisons of replicas are left out: a few bytes for each block.
+    """
+    part = (gpus - 1) / gpus
+    if train.parallel == "ddp":
+        return {"all-reduce of gradients": 2 * part * FP32 * sizes.total}
+    gathered = 2 * sizes.blocks + (sizes.total - sizes.blocks)  # blocks in the forward and in the backward pass
+    return {
+        "all-gather of weights": part * FP32 * gathered * train.gradient_accumulation,
+        "reduce-scatter of gradients": part * FP32 * sizes.total,
+    }
