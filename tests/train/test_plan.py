@@ -92,18 +92,22 @@ def test_state_and_messages_are_those_of_real_processes(
         if kind == "ddp":
             called = torch.nn.parallel.DistributedDataParallel(model)
 
-            def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are text
                 sent[0] += 2 * part * bucket.buffer().nbytes
                 done: torch.futures.Future[Tensor] = torch.futures.Future()
                 done.set_result(bucket.buffer())
                 return done
 
             called.register_comm_hook(None, hook)
-        for name, whole in (("all_gather_into_tensor", 0), ("reduce_scatter_tensor", 1)):
+        for name, whole in (("all_gather_single", 0), ("reduce_scatter_single", 1)):
             real = getattr(dist, name)
 
             def counted(*args: Any, real: Any = real, whole: int = whole, **kwargs: Any) -> Any:
-                tensor = args[whole] if args else kwargs["input" if whole else "output_tensor"]
+                tensor = (
+                    args[whole]
+                    if args
+                    else next(v for k, v in kwargs.items() if k.startswith("input" if whole else "output"))
+                )
                 sent[0] += part * tensor.nbytes
                 return real(*args, **kwargs)
 
