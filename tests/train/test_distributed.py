@@ -22,7 +22,6 @@ from train.distributed_table import CASES, differences, losses
 from train.ranks import on_ranks
 from train.tool import MODELS, at_step, recipe, train
 
-
 STARVED = {"skipgpt"}  # a block gets no token in some step: docs/distributed.md says what differs then
 
 
