@@ -118,8 +118,8 @@ DECODE_RIVALS = Study(
         "those of the weights that are read for a token, relative to fp32. *Speed* is tokens per second relative to "
         "transformers' Llama in fp32 with the same weights, by CPU seconds of one thread, interleaved in one process: "
         f"{STEPS['new']} greedy steps after prompts of {STEPS['prompt']} tokens of the three texts. Arms without a "
-        "speed decide for every token, but this implementation leaves nothing out. On a CPU, torchao stores int4 in one byte "
-        "each, and its bytes are counted so."
+        "speed decide for every token, but this implementation leaves nothing out. On a CPU, torchao stores int4 in "
+        "one byte each, and its bytes are counted so."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
