@@ -173,7 +173,7 @@ def test_nothing_is_overwritten_unasked(runs: dict[str, Path], tmp_path: Path) -
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         write_report([tmp_path / "absent"], tmp_path / "a.html")
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="neither a run folder"):
         write_report([tmp_path], tmp_path / "a.html")
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "a.html")

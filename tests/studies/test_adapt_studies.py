@@ -130,7 +130,7 @@ def test_an_arm_that_is_needed_is_named(small: None) -> None:
 
 
 def test_a_checkpoint_that_is_nowhere_is_one_line(small: None) -> None:
-    with pytest.raises(FileNotFoundError, match="checkpoint 'stories' is not there"):
+    with pytest.raises(FileNotFoundError, match="checkpoint 'stories' was not found"):
         source_path("stories")
     assert source_path("tiny").endswith("data/tiny")
     assert source_path("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from skipstone.core.strict import PlainDict, build, choose, convert, mistakes, refuse, unknown
-from skipstone.model.fields import FORMAT_VERSION, TYPES, ModelFields
+from skipstone.model.fields import FORMAT_VERSION, TYPES, ModelFields, refuse_dynamic
 from skipstone.model.parts import (
     FIXED_MIX,
     MLPS,
@@ -34,7 +34,7 @@ from skipstone.model.shim import AUTO_MAP, write_shim
 
 WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # not supported by MLPs that are computed in parts
 ROPE_NUMBERS = ("factor", "rope_theta")
-NEED_A_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+NEED_A_FACTOR = ("linear", "yarn", "llama3")
 # Releases before 0.2 accepted and ignored these options of `neuron_groups` with decision magnitude.
 NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
 
@@ -74,6 +74,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             rope = getattr(self, field)
             if not isinstance(rope, dict):
                 continue
+            refuse_dynamic(rope)
             for key, value in rope.items():
                 if key in ROPE_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
                     raise ValueError(f"{field}.{key} must be a number, got {value!r}")

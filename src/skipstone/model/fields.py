@@ -231,11 +231,7 @@ class ModelFields:
         if self.head_dim is not None and (turned := int(self.head_dim * share)) % 2:
             of = "head_dim" if share == 1 else f"head_dim {self.head_dim} times partial_rotary_factor {share}"
             raise ValueError(f"{of} must be even with positions 'rope', which turns pairs, got {turned}")
-        if (kind := rope.get("rope_type", "default")) in DYNAMIC_ROPE:
-            raise ValueError(
-                f"rope_type {kind!r} changes its frequencies with the input's length, so that cached keys go stale; "
-                "supported: default, linear, llama3, yarn, longrope"
-            )
+        refuse_dynamic(rope)
 
     def _check_attention(self) -> None:
         for field in ("attention_scale", "attention_soft_cap", "logit_soft_cap", *SCALES):
@@ -293,6 +289,15 @@ def unlike_llama(config: ModelFields) -> dict[str, object]:
     """Return the `PARTS` of a decoder that have another value than in Llama."""
     values = {name: getattr(config, name) for name in PARTS}
     return {name: value for name, value in values.items() if value != getattr(ModelFields, name)}
+
+
+def refuse_dynamic(rope: PlainMapping) -> None:
+    """Raise ValueError for a RoPE whose frequencies follow the length of the input."""
+    if (kind := rope.get("rope_type", "default")) in DYNAMIC_ROPE:
+        raise ValueError(
+            f"rope_type {kind!r} changes its frequencies with the input's length, so that cached keys go stale; "
+            "supported: default, linear, llama3, yarn, longrope"
+        )
 
 
 TYPES = get_type_hints(ModelFields)  # by field name

@@ -6,6 +6,7 @@ real checkpoints in SKIPSTONE_DATA. `measure(CHECKPOINT)` tests any other checkp
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ class Parity:
 def save_random(config: PreTrainedConfig, folder: Path) -> None:
     """Save a checkpoint with random tensors, so that an omitted norm or bias changes the output."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # which takes the dtype of the model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name or ".ln_" in name else 0.0, 0.2)
