@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from skipstone.core.strict import unknown
+from skipstone.core.strict import PlainDict, unknown
 from skipstone.model.build import Blocks
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -85,7 +85,7 @@ class OwnDraft(Draft):
         return torch.cat(found, 1)
 
 
-CAUSAL: dict[str, Any] = {"routing": "causal", "noise": False, "logits_to_keep": 1}
+CAUSAL: PlainDict = {"routing": "causal", "noise": False, "logits_to_keep": 1}
 
 
 class FewerBlocks(OwnDraft):

@@ -36,7 +36,7 @@ class Signature:
             raise ValueError(f"{type(block).__name__} takes no cache of keys and values (no argument past_key_values)")
         self.cache_name = found or CACHE_NAMES[0]
 
-    def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[Any, ...], kwargs: PlainDict) -> PlainDict:
+    def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[object, ...], kwargs: PlainDict) -> PlainDict:
         """Return all arguments by name, except the hidden states."""
         bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
         values: PlainDict = {}

@@ -10,7 +10,7 @@ Shape letters: B rows, T tokens of the call, L tokens that reach the block, K to
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ class RoutedBlock:
     ) -> None:
         self.decoder, self.layer, self.block = decoder, layer, block
         self.signature = signature
-        self.rest: tuple[Any, ...] | None = None  # what the block returns besides the stream
+        self.rest: tuple[object, ...] | None = None  # what the block returns besides the stream
         self._before = block.__dict__.get("forward")  # set by a hook, for example
         self._original: Callable[..., Any] = block.forward
         block.add_module("mechanisms", mechanisms)
@@ -96,7 +96,7 @@ class RoutedBlock:
 
     def _run(
         self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor, cache: Any
-    ) -> tuple[Tensor, tuple[Any, ...] | None, Records]:
+    ) -> tuple[Tensor, tuple[object, ...] | None, Records]:
         twin = copy.deepcopy(cache) if self.decoder.verifying else None
         delta_BTD, records = self._inside(tokens, arguments, x_BTD, cache)
         if self.decoder.verifying:
@@ -192,7 +192,7 @@ class Call:
             return None  # padding comes last in a row, after every query
         return without_keys(causal_mask(mask, x_BLD.shape[1], x_BLD.device), real_BL.expand(x_BLD.shape[:2]))
 
-    def _keys(self, x: Tensor, arguments: Mapping[str, Any]) -> Catching:
+    def _keys(self, x: Tensor, arguments: PlainDict) -> Catching:
         """Return keys and values of these tokens as the attention passes them to a cache."""
         given = {**arguments, "attention_mask": None}
         return keys_of(self.routed.block, f"block {self.routed.layer}", partial(self._hand_over, x, given), self.cache)

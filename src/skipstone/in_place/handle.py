@@ -196,7 +196,7 @@ class RoutedDecoder:
 
     # --- a pass
 
-    def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: PlainDict) -> None:
+    def _begin(self, decoder: nn.Module, args: tuple[object, ...], kwargs: PlainDict) -> None:
         """Take the decoder's arguments about tokens before it runs."""
         require_kernel(decoder)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -285,7 +285,7 @@ class _WithLosses:
         update_wrapper(self, self._original)  # transformers reads the allowed arguments from its signature
         model.forward = self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: Any) -> Any:
         self._handle.in_forward = True
         try:
             out = self._original(*args, **kwargs)

@@ -35,17 +35,17 @@ class _Between(Cache):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["behind"], name)
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+    def get_seq_length(self, *args: object, **kwargs: object) -> Any:
         return self.behind.get_seq_length(*args, **kwargs)
 
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+    def get_mask_sizes(self, *args: object, **kwargs: object) -> Any:
         return self.behind.get_mask_sizes(*args, **kwargs)
 
 
 class Catching(_Between):
     """A cache that captures keys and values and ends the run."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
         """Capture keys and values and end the run."""
         self.caught = key_states, value_states
         self.handed = args, kwargs
@@ -63,7 +63,7 @@ class Joining(_Between):
         super().__init__(cache)
         self._stores, self._join, self._rows = cache is not None, join, rows
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
         """Merge, store, and return keys and values for the rows that run."""
         self.calls += 1
         pair = self._join((key_states, value_states))
@@ -72,7 +72,7 @@ class Joining(_Between):
         return self._rows(pair[0]), self._rows(pair[1])
 
 
-def keys_of(block: nn.Module, where: str, run: Callable[[Catching], Any], cache: Any) -> Catching:
+def keys_of(block: nn.Module, where: str, run: Callable[[Catching], object], cache: Any) -> Catching:
     """Run a block up to its attention's keys and values, and return them.
 
     Raises ValueError for a block that passes none to a cache.
@@ -114,6 +114,6 @@ class _Zeros:
     def __init__(self, width: int | None) -> None:
         self.width = width
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         assert self.width is not None
         return torch.zeros(*x.shape[:-1], self.width, dtype=x.dtype, device=x.device)

@@ -147,7 +147,7 @@ def _touch_blocks(model: SkipstoneForCausalLM) -> None:
         block.register_forward_pre_hook(_touch)  # FSDP2's own comes first, so that the parameters are whole
 
 
-def _touch(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _touch(block: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
     """Give every parameter of the block a gradient; a hook before its forward."""
     parameters = [p for p in block.parameters() if p.requires_grad]
     if not parameters or not torch.is_grad_enabled():

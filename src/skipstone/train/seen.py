@@ -70,11 +70,11 @@ def seen_passes(model: nn.Module) -> Iterator[list[SeenPass]]:
 def _on_ours(decoder: nn.Module, found: list[SeenPass]) -> list[Any]:
     asked: list[bool] = []  # whether the caller wanted the records, as the model's own forward does
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: PlainDict) -> tuple[tuple[Any, ...], PlainDict]:
+    def before(_: nn.Module, args: tuple[object, ...], kwargs: PlainDict) -> tuple[tuple[object, ...], PlainDict]:
         asked.append(bool(kwargs.get("output_records")))
         return args, {**kwargs, "output_records": True}
 
-    def after(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    def after(_: nn.Module, args: tuple[object, ...], out: Any) -> None:
         _note(found, out.records, asked.pop())
 
     return [decoder.register_forward_pre_hook(before, with_kwargs=True), decoder.register_forward_hook(after)]

@@ -45,7 +45,7 @@ class GridSize:
         return f"{self.width}x{self.blocks}"
 
 
-def parse_size(word: Any, blocks: int) -> GridSize:
+def parse_size(word: object, blocks: int) -> GridSize:
     """Parse `128x6`, or `128` with the base model's number of blocks. Raises ValueError for anything else."""
     found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(word).strip())
     if found is None:
@@ -145,7 +145,7 @@ class GridSpec:
         return asdict(self)
 
 
-def _check_list(field: str, values: Sequence[Any]) -> None:
+def _check_list(field: str, values: Sequence[object]) -> None:
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{field} must be at least one value, none twice; got {', '.join(map(str, values)) or 'none'}")
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipstone.core.strict import PlainDict
 from skipstone.data.corpora import load_corpus
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.loading import quiet
@@ -80,7 +81,7 @@ def distance(name: str, logits: Logits) -> Figures:
     """Return, by text, nats of KL(source || way) a token, the share of equal likeliest tokens, and both perplexities;
     `worst` is the largest divergence.
     """
-    found: dict[str, Any] = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
+    found: PlainDict = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
     return {**found, "worst": max(of["kl"] for of in found.values())}
 
 

@@ -48,7 +48,7 @@ def _during(model: SkipstoneForCausalLM, sites: dict[nn.Module, Any], after: boo
             hook.remove()
 
 
-def _chosen(name: str, sites: dict[Any, Site], sparsity: float, given: dict[Any, Any], after: bool) -> Logits:
+def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[Any, Any], after: bool) -> Logits:
     """Set the thresholds on the calibration text and return logits with them."""
     model = source(name)
     with torch.inference_mode(), _during(model, given, after):
@@ -81,7 +81,7 @@ def cats(name: str, sparsity: float) -> Way:
     blocks: Any = model.model.layers
     sites = {block.mlp.activation: Site() for block in blocks}
 
-    def hook(site: Site) -> Callable[..., Any]:
+    def hook(site: Site) -> Callable[..., object]:
         def after(module: nn.Module, arguments: object, out: tuple[Tensor, object]) -> tuple[Tensor, object] | None:
             changed = site(module, (out[0],))
             return None if changed is None else (changed[0], out[1])
