@@ -34,7 +34,7 @@ MECHANISMS: dict[str, list[dict[str, Any]]] = {
     "gate_skip": [{"name": "gate_skip", "on": site, "layers": "1:", "gate": "token"} for site in ("attention", "mlp")],
     "nested": [{"name": "mixture_of_depths", "layers": "1:", "capacity": 0.6}, {"name": "early_exit", "layers": "2:"}],
 }
-QUICK = ("mixture_of_depths", "gates_of_a_capacity")
+QUICK = ("mixture_of_depths",)
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MECHANISMS]
 VOCAB, ROWS, TOKENS = 40, 8, 48
 

@@ -19,6 +19,8 @@ from skipstone.measure.speed import cache_bytes
 from skipstone.model.cost import cost
 from skipstone.runs import Run
 
+pytestmark = pytest.mark.slow  # five models are timed, counted and measured
+
 ARMS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "dense": ([], "silu"),
     "mod": ([MOD], "silu"),
