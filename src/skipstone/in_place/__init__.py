@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from skipstone.in_place.handle import RoutedDecoder, route
+from skipstone.in_place.handle import RoutedDecoder
+from skipstone.in_place.route import route
 
 __all__ = ["RoutedDecoder", "route"]

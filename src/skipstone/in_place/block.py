@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,16 @@ from skipstone.in_place.keys import Catching, Joining, Pair, keys_of
 from skipstone.nn.routed import without_keys
 from skipstone.ops.reference import wide
 
-if TYPE_CHECKING:
-    from skipstone.in_place.handle import RoutedDecoder
-
 TOLERANCE, LOW_TOLERANCE = 1e-4, 0.05  # errors relative to the largest update
+
+
+class Owner(Protocol):
+    """The handle of a decoder, as its blocks see it. verifying: whether each block is checked while it runs."""
+
+    @property
+    def verifying(self) -> bool: ...
+    def tokens_at(self, routed: RoutedBlock, x_BTD: Tensor, cache: Any) -> Tokens: ...
+    def note(self, layer: int, records: Records) -> None: ...
 
 
 class RoutedBlock:
@@ -42,7 +48,7 @@ class RoutedBlock:
     """
 
     def __init__(
-        self, decoder: RoutedDecoder, layer: int, block: nn.Module, signature: Signature, mechanisms: DepthModules
+        self, decoder: Owner, layer: int, block: nn.Module, signature: Signature, mechanisms: DepthModules
     ) -> None:
         self.decoder, self.layer, self.block = decoder, layer, block
         self.signature = signature

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from skipstone.in_place.handle import RoutedDecoder
+from skipstone.in_place.handle import RoutedDecoder
 
 LENGTH = 6
 KEPT = ((1, 0, 1, 1, 0, 1), (0, 1, 0, 1, 1, 0))  # ragged, so that rows are padded

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import update_wrapper
 from pathlib import Path
 from typing import Any, Literal
@@ -23,76 +22,13 @@ from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor, PassMode, Tokens
 from skipstone.in_place.arguments import Signature
 from skipstone.in_place.block import RoutedBlock
-from skipstone.in_place.check import check
-from skipstone.in_place.find import blocks_of, decoder_of, require_kernel, text_config
-from skipstone.in_place.saved import read_mechanisms, read_weights, write
+from skipstone.in_place.find import require_kernel, text_config
+from skipstone.in_place.saved import write
 from skipstone.mechanisms import DEPTH, Placement
-from skipstone.model.fields import Written
-from skipstone.model.parts import MechanismEntry, parse_mechanisms
+from skipstone.model.parts import MechanismEntry
 from skipstone.model.tokens import Call, tokens_of
 
 IGNORED = -100
-NEUTRAL: Mapping[str, object] = {"kv": "full"}
-
-
-def route(
-    model: nn.Module,
-    mechanisms: Sequence[Written] | str | Path,
-    *,
-    dense_start: bool = False,
-    verify: bool = True,
-) -> RoutedDecoder:
-    """Put depth mechanisms around the blocks of a transformers decoder, in place, and return the handle to them.
-
-    model: a causal language model, or a multimodal one with a text decoder, whose blocks take hidden states first and
-    return a stream, alone or as the first item of a tuple. mechanisms: entries as in `SkipstoneConfig` (name, layers,
-    options), around whole blocks; `kv` defaults to "full". Or a folder that `RoutedDecoder.save` has written.
-    dense_start: start with the model's own outputs, for weights that are to be tuned; default options are then those of
-    `skipstone adapt`. verify: check on a few tokens that every routed block gives the same result with skipping and
-    with everything computed.
-
-    Raises ValueError for invalid entries, for models whose blocks have another form, and for a block that does not skip
-    exactly.
-    """
-    decoder = decoder_of(model)
-    require_kernel(decoder)
-    blocks = blocks_of(decoder)
-    folder = Path(mechanisms) if isinstance(mechanisms, str | Path) else None
-    written = read_mechanisms(folder) if folder is not None else mechanisms
-    assert not isinstance(written, str | Path)
-    entries = parse_mechanisms([_completed(entry, dense_start) for entry in written], len(blocks))
-    _refuse_sites(entries)
-    handle = RoutedDecoder(model, decoder, blocks, entries)
-    try:
-        if folder is not None:
-            read_weights(folder, dict(handle.modules()))
-        if dense_start:
-            for mechanism in handle.routing_modules():
-                mechanism.start_as_dense()
-        if verify:
-            check(handle)
-    except BaseException:
-        handle.undo()
-        raise
-    return handle
-
-
-def _completed(written: Written, dense_start: bool) -> dict[str, object]:
-    """Return an entry with the options that `route` sets by default."""
-    entry = dict(written)
-    mechanism = DEPTH.get(str(entry.get("name")))
-    if mechanism is None:  # reported by the parser
-        return entry
-    known = {field.name for field in fields(mechanism.Config)}
-    start = mechanism.adapt_defaults if dense_start else {}
-    given = {**start, **{name: value for name, value in NEUTRAL.items() if name in known}}
-    return {**given, **entry}
-
-
-def _refuse_sites(entries: Sequence[MechanismEntry]) -> None:
-    for i, entry in enumerate(entries):
-        if entry.site != "block":
-            raise ValueError(f"mechanisms[{i}].on must be 'block', as route wraps whole blocks; got {entry.site!r}")
 
 
 class RoutedDecoder:

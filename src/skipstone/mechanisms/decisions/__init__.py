@@ -31,6 +31,9 @@ def causal_decisions() -> list[str]:
     return [name for name, kind in DECISIONS.items() if kind.is_causal and kind is not Forced]
 
 
+Decision.causal_names.extend(causal_decisions())
+
+
 def build_decision(
     name: str,
     capacity: Capacity | float,

@@ -5,6 +5,8 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from skipstone.core.threshold import ScoreThreshold
@@ -28,6 +30,7 @@ class Decision(nn.Module):
     reads_scores = True
     has_loss = False
     imposed = False
+    causal_names: ClassVar[list[str]] = []  # of all decisions that generation can make; the table fills it
 
     def __init__(
         self,

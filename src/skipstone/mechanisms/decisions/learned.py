@@ -23,11 +23,9 @@ class TopK(Decision):
     """The paper's training decision, the top-k tokens of the row; it has no causal form."""
 
     def require_causal(self) -> None:
-        from skipstone.mechanisms.decisions import causal_decisions
-
         raise ValueError(
             "decision 'topk' ranks the whole row and cannot be made while generating; train with one of "
-            f"{', '.join(causal_decisions())}, or pass routing='oracle' to evaluate with sight of the future"
+            f"{', '.join(Decision.causal_names)}, or pass routing='oracle' to evaluate with sight of the future"
         )
 
 
