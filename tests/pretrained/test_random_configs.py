@@ -74,7 +74,8 @@ def biased(draw: Draw) -> Options:
 
 def mistral(draw: Draw) -> Options:
     options = {**llama_like(draw), "head_dim": draw.choice([8, 20]), "hidden_act": activation(draw)}
-    return {**options, "sliding_window": draw.choice([None, 1, 5, 64])}
+    # not 1: transformers generates other text with its cache than without (findings/transformers_window_of_one.sh)
+    return {**options, "sliding_window": draw.choice([None, 2, 5, 64])}
 
 
 def ministral(draw: Draw) -> Options:

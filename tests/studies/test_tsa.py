@@ -14,13 +14,13 @@ from skipstone.evaluate.evaluation import evaluate
 from skipstone.runs import Run
 from skipstone.train.training import train
 from skipstone_studies import gates, text_blocks
-from skipstone_studies.catalogue import STUDIES
+from skipstone_studies.catalogue import FILES, STUDIES
 from skipstone_studies.claims import Claim, PublishedColumn, beside, claims_table, paired_differences
 from skipstone_studies.page import lookup
 from skipstone_studies.quality.tsa import equal_flops, judged, published
 from train.tool import quick
 
-NAMES = [name for name in STUDIES if name.startswith("tsa_")]
+NAMES = [name for name, file in FILES.items() if file.startswith("quality.tsa.")]
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 STEPS = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "eval_rows": 2}
 TEXT = "a stone that skips over water, and another that sinks.\n"
