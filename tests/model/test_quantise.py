@@ -49,7 +49,7 @@ def test_few_and_many_tokens_equal_the_restored_weights(tokens: int, outputs: in
     assert torch.allclose(half.double(), want, rtol=0.05, atol=0.3)
 
 
-def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_range_of_rows_is_computed_alone() -> None:
     native = pytest.importorskip("skipstone.ops.int8_native")
     number, scale = int8.quantise(torch.randn(13, 40))
     x = torch.randn(3, 40)
@@ -59,6 +59,26 @@ def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     for first, last in ((0, 4), (4, 9), (9, 13)):
         native._some_rows((*addresses, shared.data_ptr()), (3, 13, 40), first, last)
     assert torch.allclose(shared, alone, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_several_threads_share_the_rows(tokens: int) -> None:
+    """Large enough to be shared, with a number of rows that two threads cannot share evenly."""
+    native = pytest.importorskip("skipstone.ops.int8_native")
+    if not native._threads_are_safe():
+        pytest.skip("numba has no OpenMP here")
+    number, scale = int8.quantise(torch.randn(1537, 100))
+    x = torch.randn(tokens, 100)
+    want = x.double() @ (number.double() * scale.double()[:, None]).T
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            found = int8.linear(x, number, scale)
+    finally:
+        torch.set_num_threads(1)
+    assert native._parts.signatures, "one thread has computed all of it"
+    assert torch.allclose(found.double(), want, rtol=1e-5, atol=1e-4)
 
 
 def test_rows_of_zeros_stay_zeros_and_infinity_is_refused() -> None:

@@ -318,25 +318,23 @@ class Sampler:
         """
         if self.temperature == 0:
             return logits_BV.argmax(-1)
+        best_BK, index_BK = self._candidates(logits_BV.float())
+        probability_BK = best_BK.softmax(-1)
         if guess_B is not None:
-            return stand_or_redraw(self._probabilities(logits_BV), guess_B, self.generator)
-        logits_BV = logits_BV.float()
+            if index_BK is not None:
+                zero_BV = torch.zeros(logits_BV.shape, device=logits_BV.device)
+                probability_BK = zero_BV.scatter(1, index_BK, probability_BK)
+            return stand_or_redraw(probability_BK, guess_B, self.generator)
+        drawn_B1 = torch.multinomial(probability_BK, 1, generator=self.generator)
+        return (drawn_B1 if index_BK is None else index_BK.gather(1, drawn_B1))[:, 0]
+
+    def _candidates(self, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the logits to draw from, by temperature, and their tokens; None for the whole vocabulary."""
         logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow when nearly greedy
-        if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
-            best_BK, index_BK = logits_BV.topk(self.top_k)
-            return index_BK.gather(1, self._draw(best_BK)[:, None])[:, 0]
-        return self._draw(logits_BV)
-
-    def _probabilities(self, logits_BV: Tensor) -> Tensor:
-        logits_BV = logits_BV.float()
-        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature
-        if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
-            best_BK, index_BK = logits_BV.topk(self.top_k)
-            return torch.zeros_like(logits_BV).scatter(1, index_BK, best_BK.softmax(-1))
-        return logits_BV.softmax(-1)
-
-    def _draw(self, logits_BV: Tensor) -> Tensor:
-        return torch.multinomial(logits_BV.softmax(-1), 1, generator=self.generator)[:, 0]
+        if self.top_k is None or self.top_k >= logits_BV.shape[-1]:
+            return logits_BV, None
+        best_BK, index_BK = logits_BV.topk(self.top_k)
+        return best_BK, index_BK
 
 
 def _checked(

@@ -14,10 +14,10 @@ from functools import cache
 from importlib import import_module
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
-_namespace = torch.library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
+_namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 NATIVE = torch.ops.skipstone.int8_linear
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LEAST = 1 << 17  # weights below which a second thread costs more than it saves
-# As `compiled`, on several threads.
-spread = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True, parallel=True)
+# As `compiled`, on several threads; numba cannot keep such functions on disk.
+spread = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, parallel=True)
 
 
 def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
-_namespace = torch.library.Library("skipstone", "FRAGMENT")  # torch operations, so that FLOP counters see them
+_namespace = library.Library("skipstone", "FRAGMENT")  # torch operations, so that FLOP counters see them
 _namespace.define(
     "magnitude_mlp(Tensor x_11D, Tensor a_11F, Tensor typical_F, Tensor up_FD, Tensor down_FD, int tried, int kept, "
     "int size) -> (Tensor y_11D, Tensor score_11G, Tensor tried_11G, Tensor kept_11G)"
