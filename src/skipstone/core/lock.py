@@ -15,6 +15,22 @@ except ImportError:  # Windows has no flock: nothing is locked there
 _held: dict[tuple[int, str], int] = {}  # open lock files by (process, path); a fork does not hold its parent's
 
 
+def _close_inherited() -> None:
+    """Close a fork's copies of its parent's lock files.
+
+    A lock belongs to the open file, which a fork shares. Left open, the copy would keep the lock when the parent has
+    ended, and a fork that waits for its parent's lock would wait for itself.
+    """
+    for file in _held.values():
+        with suppress(OSError):
+            os.close(file)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
 class Busy(ValueError):
     """Another process is using the folder."""
 
@@ -38,13 +54,18 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        del _held[key]
+        if _held.pop(key, None) is not None:  # absent in a fork that leaves its parent's block
+            _release(file, path, made)
+
+
+def _release(file: int, path: Path, made: list[Path]) -> None:
+    """Remove and close the lock file, and remove the folders in `made` that are still empty."""
+    with suppress(OSError):
+        path.unlink()  # while still locked, so that a waiting process notices that the file is gone
+    os.close(file)
+    for parent in made:
         with suppress(OSError):
-            path.unlink()  # while still locked, so that a waiting process notices that the file is gone
-        os.close(file)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()  # fails, as intended, if something was written into it
+            parent.rmdir()  # fails, as intended, if something was written into it
 
 
 def _acquire(path: Path, folder: Path, wait: bool) -> int:
