@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laws.enliven import LENGTH as LENGTH
+from laws.enliven import ROWS as ROWS
+from laws.enliven import VOCAB as VOCAB
+from laws.enliven import enliven as enliven
+from laws.enliven import ids as ids
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.budget.handles import ThresholdHandle, find_handles
-from skipstone.core.routing_module import causal_obstacle
 from skipstone.mechanisms import ACTIVATION, DEPTH
 from skipstone.mechanisms.decisions import DECISIONS
 from skipstone.mechanisms.mixture_of_depths import WEIGHTS
-from skipstone.train.decay import kinds_of
 
-VOCAB, ROWS, LENGTH, LAYERS = 61, 3, 15, 3
+LAYERS = 3
 TOLERANCE = 2e-5  # fp32 logits of order 1
 ROUTED = [1, 2]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -195,8 +197,14 @@ NESTED = [
     *WINDOWS,
     *DECODERS,
 ]
+BOUNDARIES: dict[str, Frozen] = {  # of the tiny vocabulary: about half, and a quarter of the tokens are kept
+    "every": Frozen(ids=("0-29", 47), at="every"),
+    "first": Frozen(ids=("0-29", 47), at="first"),
+    "after": Frozen(ids=("0-9", "20-29", "40-49"), at="after"),
+}
+DECISION_OPTIONS: dict[str, dict[str, Any]] = {"boundary": {"boundary": BOUNDARIES["every"]}}
 EVERY_DECISION = [  # with every weight
-    case(entry("mixture_of_depths", decision=decision, weight=weight))
+    case(entry("mixture_of_depths", decision=decision, weight=weight, **DECISION_OPTIONS.get(decision, {})))
     for decision in DECISIONS
     for weight in WEIGHTS
     if decision != "forced"
@@ -229,6 +237,10 @@ VARIANTS = [  # of Mixture-of-Depths, after later papers, and of gates that have
     case(entry("mixture_of_depths", decision="ema_threshold", guidance=True, weight="none", router_norm=True)),
     case(entry("mixture_of_depths", guidance=True, router="mlp", kv="full"), entry("early_exit")),
     case(entry("token_selective"), entry("mixture_of_depths", decision="ema_threshold", weight="none")),
+    case(
+        entry("mixture_of_depths", decision="boundary", boundary=BOUNDARIES["first"], kv="full", capacity_warmup=0.5),
+        entry("mixture_of_depths", on="mlp", decision="boundary", boundary=BOUNDARIES["after"]),
+    ),
     case(entry("mixture_of_depths", on="attention"), entry("mixture_of_depths", on="mlp")),  # SkipGPT
     case(entry("gate_skip", on="attention"), entry("gate_skip", on="mlp", gate="token"), activation="polyglu"),
     *(case(entry("token_selective", **options)) for options in GATES),
@@ -244,20 +256,22 @@ CAUSAL = [c for c in ALL if not c.oracle_only]
 def config(chosen: Case, **more: Any) -> SkipstoneConfig:
     named = {name: {"name": name} for name in ACTIVATION}
     activation: Any = {**named, **FORMS}.get(chosen.activation, chosen.activation)
-    mechanisms = [{k: list(v) if isinstance(v, tuple) else v for k, v in e.items()} for e in chosen.entries]
+    mechanisms = [{k: _as_in_json(v) for k, v in e.items()} for e in chosen.entries]
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
     return SkipstoneConfig(**{**sizes, "activation": activation, "mechanisms": mechanisms, **dict(chosen.more), **more})
+
+
+def _as_in_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_in_json(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def fresh(chosen: Case, **more: Any) -> SkipstoneForCausalLM:
     """A model as it starts."""
     torch.manual_seed(11)
     return SkipstoneForCausalLM(config(chosen, **more)).eval()
-
-
-def ids(rows: int = ROWS, length: int = LENGTH, seed: int = 5) -> Tensor:
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @cache
@@ -270,91 +284,6 @@ def _lively(chosen: Case) -> SkipstoneForCausalLM:
 def lively(chosen: Case) -> SkipstoneForCausalLM:
     """A copy, in eval mode, of the one model of this case whose mechanisms decide."""
     return copy.deepcopy(_lively(chosen))
-
-
-@torch.no_grad()
-def enliven(model: SkipstoneForCausalLM) -> None:
-    """Larger weights, routers with a wide spread of scores, schedules on their way, thresholds among the scores.
-
-    Mechanisms are asked for what they declare: the kind of each parameter, and thresholds.
-    """
-    torch.manual_seed(12)
-    for mechanism in model.routing_modules():
-        mechanism.advance(0.25, None)
-    kinds, owned = kinds_of(model), {id(p) for m in model.routing_modules() for p in m.parameters()}
-    for name, parameter in model.named_parameters():
-        own, drawn = id(parameter) in owned, torch.randn_like(parameter)
-        if own and not parameter.any() and (parameter.dim() == 0 or kinds[name] == "preferences"):
-            parameter.copy_(drawn * 0.7)
-        elif own and parameter.dim() == 1 and kinds[name] == "biases":
-            parameter.mul_(0.5).add_(drawn * 0.1)  # gates that start open are less so
-        elif parameter.dim() > 1:
-            parameter.mul_(6 if kinds[name] == "routers" else 4)
-        elif parameter.dim() == 1:
-            parameter.add_(drawn * 0.1)
-    for _ in range(3):  # each threshold moves what later ones see
-        _centre(model)
-
-
-def _centre(model: SkipstoneForCausalLM) -> None:
-    """Every threshold between two scores: about half of the tokens lie above it, in each block that shares it."""
-    for block in model.model.layers:
-        for mechanism in block.mechanisms.values():
-            guess = getattr(getattr(mechanism, "decision", None), "guess", None)  # of a predictor: no record has it
-            if guess is not None:
-                seen: list[Tensor] = []
-                hook = guess.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
-                _records(model)
-                hook.remove()
-                if seen:  # at capacity 1 it is not asked
-                    guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
-    for handle in find_handles(model):
-        name = handle.name.split()[1]
-        layers = [i for i, block in enumerate(model.model.layers) if name in block.mechanisms]
-        records = _records(model)
-        alone = {layer: scores for layer in layers if len(scores := _scores(handle, records, layer))}
-        if alone:
-            shares = [0.5] if len(alone) == 1 else [share / 20 for share in range(1, 20)]
-            lines = [_between(torch.cat(list(alone.values())), share) for share in shares]
-            line = max(lines, key=lambda line: min(_evenness(scores > line) for scores in alone.values()))
-            handle.set(float(line))
-        for layer, scores in alone.items():
-            if len(alone) > 1 and _evenness(scores > handle.threshold) < 0.1:
-                _level(model, handle, layer, name)
-
-
-def _level(model: SkipstoneForCausalLM, handle: ThresholdHandle, layer: int, name: str) -> None:
-    """Where a threshold of several blocks lies beyond the scores of one: shift that gate's own bias."""
-    scores = _scores(handle, _records(model), layer)
-    own = [p for p in model.model.layers[layer].mechanisms[name].parameters() if p.numel() == 1]
-    if own and len(scores):
-        own[-1].add_(0.1)
-        slope = (_scores(handle, _records(model), layer).mean() - scores.mean()) / 0.1
-        own[-1].add_((handle.threshold - scores.median()) / slope - 0.1)
-
-
-def _scores(handle: ThresholdHandle, records: Any, layer: int) -> Tensor:
-    return handle.scores([r if i == layer else {} for i, r in enumerate(records)])
-
-
-def _evenness(above: Tensor) -> float:
-    """1/2 where half of them are true, 0 where all or none are."""
-    return min(above.float().mean().item(), 1 - above.float().mean().item())
-
-
-def _records(model: SkipstoneForCausalLM) -> Any:
-    routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
-    return model(ids(), routing=routing, noise=False, output_records=True).records
-
-
-def _between(values: Tensor, share: float) -> Tensor:
-    """A number between two of the values with about this share of them below; not between two that rounding swaps."""
-    ordered = values.sort().values
-    at = min(max(round(share * len(ordered)), 1), max(len(ordered) - 1, 1))
-    near = 1e-4 * (ordered[-1] - ordered[0])
-    while at < len(ordered) - 1 and ordered[at] - ordered[at - 1] < near:
-        at += 1
-    return (ordered[at - 1] + ordered[min(at, len(ordered) - 1)]) / 2
 
 
 def depth_records(out: Any) -> Iterator[tuple[int, str, Any]]:

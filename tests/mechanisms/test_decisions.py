@@ -38,7 +38,8 @@ def test_static_oracles_keep_their_quota(name: str, capacity: float) -> None:
 
 
 def test_names() -> None:
-    assert causal_decisions() == ["threshold", "predictor", "ema_threshold", "threshold_p", "random", "positional"]
+    learned = ["threshold", "predictor", "ema_threshold", "threshold_p"]
+    assert causal_decisions() == [*learned, "random", "positional", "boundary"]
     assert {name for name, kind in DECISIONS.items() if not kind.is_causal} == {"topk"}
     with pytest.raises(ValueError, match="unknown decision 'top_k'; did you mean 'topk'"):
         made("top_k")

@@ -18,6 +18,7 @@ from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
 from skipstone.mechanisms import DEPTH
+from skipstone.mechanisms.decisions.boundary import with_boundary_ids
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.parts import parse_groups
@@ -70,7 +71,8 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Pl
     flops = dense.cost(tokens=recipe.data.context).forward.total
     scores = _scores(recipe, dense, rows)
     base, dropped = _dropped(recipe, dense, scores)
-    config, capacity, passing = _config(recipe, base, _scores(recipe, base, rows) if dropped else scores, flops)
+    scored = _scores(recipe, base, rows) if dropped else scores
+    config, capacity, passing = _config(recipe, base, scored, flops, data.tokenizer)
     model = student.route(base, config, recipe.train.seed)
     measure_neurons(model, rows)
     if recipe.adapt.start == "measured":
@@ -174,10 +176,10 @@ def _layers(wanted: Any, scores: Sequence[float] | None, count: int, where: str)
 
 
 def _config(
-    recipe: AdaptRecipe, base: SkipstoneForCausalLM, scores: Sequence[float] | None, flops: float
+    recipe: AdaptRecipe, base: SkipstoneForCausalLM, scores: Sequence[float] | None, flops: float, tokenizer: Any
 ) -> tuple[SkipstoneConfig, float | None, float | None]:
     """Return the student's configuration, and what holds the budget: a capacity, or the share that gates let pass."""
-    entries = student.with_defaults(_mechanisms(recipe))
+    entries = with_boundary_ids(student.with_defaults(_mechanisms(recipe)), tokenizer)
     for i, entry in enumerate(entries):
         if influence.wants_score(entry.get("layers")):
             where = f"model.mechanisms[{i}].layers"
@@ -188,6 +190,8 @@ def _config(
     for entry in mixtures if budget is not None else ():
         if "capacity" in entry:
             raise ValueError(f"adapt.budget sets the capacity of {entry['name']}: name one of them, not both")
+        if entry.get("decision") == "boundary":
+            raise ValueError("adapt.budget sets a capacity, but decision 'boundary' keeps what the text gives; omit it")
     for entry in [entries[i] for i, kind in kinds.items() if kind == "threshold"]:
         if "capacity" in entry:
             raise ValueError(

@@ -45,6 +45,11 @@ class DepthModule(RoutingModule):
         return True
 
     @property
+    def reads_ids(self) -> bool:
+        """Whether decisions depend on token ids, so that the decoder has to give them in `Tokens.state`."""
+        return False
+
+    @property
     def host_syncs(self) -> int:
         """Number of times that the host waits for this mechanism in a decoding step of several rows."""
         return int(self.skips)

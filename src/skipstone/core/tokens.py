@@ -22,6 +22,10 @@ from skipstone.ops import reference as ops
 Routing = Literal["oracle", "causal"]
 Executor = Literal["gathered", "masked"]
 
+# Names in `Tokens.state` of the tokens' ids and of the ids before them in their rows, int64 [B, T]; -1 where a document
+# begins. The decoder fills them in only if a mechanism reads ids (`DepthModule.reads_ids`).
+IDS, IDS_BEFORE = "input_ids", "input_ids_before"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassMode:

@@ -32,10 +32,11 @@ from skipstone.core.strict import PlainDict, choose
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
-from skipstone.mechanisms.decisions import DECISIONS, build_decision
+from skipstone.mechanisms.decisions import DECISIONS, Boundaries, build_decision
+from skipstone.mechanisms.decisions.boundary import EXPECTED_SHARE
 from skipstone.mechanisms.exploration import Exploration
 from skipstone.mechanisms.guidance import guided
-from skipstone.mechanisms.routers import ROUTERS, LinearRouter, build_router
+from skipstone.mechanisms.routers import ROUTERS, LinearRouter, NoRouter, build_router
 from skipstone.mechanisms.schedules import Capacity, Ramp, Shape, capacity_at, require_capacities
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.ops import reference as ops
@@ -48,6 +49,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {  # functions of the scor
 }
 
 
+DEFAULT_CAPACITY = 0.125
 LARGEST_RANK = 1 << 16  # wider than any decoder, so a larger rank is a mistake
 
 
@@ -56,20 +58,23 @@ class MixtureOfDepthsConfig:
     """The options of Mixture-of-Depths.
 
     capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for each routed
-    block, or `{start, end, shape: linear | cosine}` over depth. decision: see `decisions`; threshold: p of
-    `threshold_p`. weight: the factor on a kept token's update: none (1), raw (the paper's), sigmoid, tanh (1 + a tanh
-    r, initially a = 0). guidance: the router learns from the gradient at the block's output (see `guidance`) and sends
-    none into the model. router: linear or mlp; router_norm: its input is divided by its root mean square. Default of
-    guidance and router_norm: on if the weight is none and the decision reads scores, else off. kv: kept (skipped tokens
-    give no keys and values) or full (they do). skip: the update of skipped tokens: identity (none), or low_rank with
-    rank skip_rank. capacity_warmup: share of the training over which the capacity falls from 1, by warmup_shape.
-    exploration: scale of the Gumbel noise on the scores in training, falling to 0 at exploration_until (share of the
-    training). auxiliary_weight: coefficient of guidance and of the decision's auxiliary loss; z_loss: of score^2.
+    block, or `{start, end, shape: linear | cosine}` over depth; None: .125, or .2 with decision boundary, where the
+    text decides and the capacity is only what costs assume that were not measured. decision: see `decisions`;
+    threshold: p of `threshold_p`; boundary: the options of `boundary`. weight: the factor on a kept token's update:
+    none (1), raw (the paper's), sigmoid, tanh (1 + a tanh r, initially a = 0). guidance: the router learns from the
+    gradient at the block's output (see `guidance`) and sends none into the model. router: linear or mlp; router_norm:
+    its input is divided by its root mean square. Default of guidance and router_norm: on if the weight is none and the
+    decision reads scores, else off. kv: kept (skipped tokens give no keys and values) or full (they do). skip: the
+    update of skipped tokens: identity (none), or low_rank with rank skip_rank. capacity_warmup: share of the training
+    over which the capacity falls from 1, by warmup_shape. exploration: scale of the Gumbel noise on the scores in
+    training, falling to 0 at exploration_until (share of the training). auxiliary_weight: coefficient of guidance and
+    of the decision's auxiliary loss; z_loss: of score^2.
     """
 
-    capacity: float | list[float] | Ramp = 0.125
+    capacity: float | list[float] | Ramp | None = None
     decision: str = "ema_threshold"
     threshold: float = 0.5
+    boundary: Boundaries | None = None
     weight: str = "none"
     guidance: bool | None = None
     router: str = "linear"
@@ -85,7 +90,9 @@ class MixtureOfDepthsConfig:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        require_capacities("capacity", self.capacity)
+        if self.capacity is None:
+            object.__setattr__(self, "capacity", EXPECTED_SHARE if self.decision == "boundary" else DEFAULT_CAPACITY)
+        require_capacities("capacity", self.shares)
         for name in ("auxiliary_weight", "z_loss", "exploration"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -107,6 +114,14 @@ class MixtureOfDepthsConfig:
                 object.__setattr__(self, name, self.weight == "none" and decision.reads_scores)
         if self.guidance and not decision.reads_scores:
             raise ValueError(f"guidance trains scores, which decision {self.decision!r} does not read")
+        if self.boundary is not None and not decision.reads_ids:
+            raise ValueError(f"boundary names token ids, which decision {self.decision!r} does not read")
+
+    @property
+    def shares(self) -> float | list[float] | Ramp:
+        """The capacity, which is never None once the options are parsed."""
+        assert self.capacity is not None
+        return self.capacity
 
 
 class MixtureOfDepths(DepthMechanism):
@@ -129,8 +144,10 @@ class MixtureOfDepths(DepthMechanism):
         super().__init__(hidden_size, placement, **options)
         config: MixtureOfDepthsConfig = self.config
         self.weighting = config.weight
-        self.router = build_router(config.router, hidden_size, bool(config.router_norm))
-        capacity = Capacity(capacity_at(config.capacity, self.placement), config.capacity_warmup, config.warmup_shape)
+        routed = config.weight != "none" or not DECISIONS[config.decision].reads_ids
+        norm = bool(config.router_norm)
+        self.router = build_router(config.router, hidden_size, norm) if routed else NoRouter()
+        capacity = Capacity(capacity_at(config.shares, self.placement), config.capacity_warmup, config.warmup_shape)
         self.decision = build_decision(
             config.decision,
             capacity,
@@ -139,6 +156,7 @@ class MixtureOfDepths(DepthMechanism):
             config.threshold,
             norm=bool(config.router_norm),
             noise_key=self.placement.noise_key,
+            boundary=config.boundary,
         )
         self.exploration = Exploration(config.exploration, config.exploration_until) if config.exploration else None
         self.skip = LowRankSkip(hidden_size, config.skip_rank) if config.skip == "low_rank" else None
@@ -164,6 +182,10 @@ class MixtureOfDepths(DepthMechanism):
     @property
     def needs_masks(self) -> bool:
         return self.decision.imposed and self.capacity < 1
+
+    @property
+    def reads_ids(self) -> bool:
+        return self.decision.reads_ids and self.capacity < 1
 
     @property
     def follows_scores(self) -> bool:

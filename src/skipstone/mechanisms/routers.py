@@ -133,6 +133,20 @@ class ConstantRouter(nn.Module):
     weight_flops = flops
 
 
+class NoRouter(nn.Module):
+    """The place of a router where neither the decision nor the weight reads scores: every score is 0, for no FLOPs."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return zeros, fp32 [B, T]."""
+        return x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
+
+    def flops(self, tokens: float) -> float:
+        """Return 0, because there is no matrix product."""
+        return 0
+
+    weight_flops = flops
+
+
 def hidden_width(width: int) -> int:
     """Return the default hidden width of an MLP router: a quarter of the width, at least 16 (arXiv 2605.05222)."""
     return max(width // 4, 16)

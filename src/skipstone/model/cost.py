@@ -32,6 +32,7 @@ from skipstone.model.build import Attention, Block, Blocks, pairs
 
 Kept = Mapping[int, Mapping[str, Amount]]
 SLOT_BYTES = 8  # one int64 slot for each pair of key and value
+ID_BYTES = 16  # of a token that some mechanism's decision reads, in the cache: int64 id and slot
 
 
 class Weighted(Protocol):
@@ -264,6 +265,8 @@ def _cost(model: Model, call: _Call) -> Cost:
         held = entries_held(stored + work.attention.kv_tokens, block.self_attn.window)
         kv += held * _entry_bytes(block.self_attn)
         state += _state_bytes(before) + _state_bytes(work)
+    if call.mechanisms and any(m.reads_ids for block in model.decoder.layers for m in block.mechanisms.values()):
+        state += (call.past + call.tokens) * ID_BYTES
     return Cost(
         tokens=call.tokens,
         past=call.past,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
@@ -21,12 +21,11 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records, carried
-from skipstone.core.static import SkipstoneStaticCacheLayer
 from skipstone.core.strict import PlainDict, PlainMapping, unknown
 from skipstone.core.tokens import Executor, PassMode, Tokens
+from skipstone.model.arguments import check_cache, of_fixed_size
 from skipstone.model.build import (
     Block,
     build_blocks,
@@ -39,7 +38,7 @@ from skipstone.model.build import (
 )
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
-from skipstone.model.tokens import Call, tokens_of
+from skipstone.model.tokens import Call, tokens_of, with_ids
 from skipstone.ops.reference import dropped
 
 Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
@@ -215,6 +214,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         mode, forced = self._mode(routing, noise, executor, x_BTD.shape[:2])
         cache = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
         tokens = self._tokens(x_BTD, mode, cache, attention_mask, position_ids, document_ids)
+        if any(mechanism.reads_ids for block in self.layers for mechanism in block.mechanisms.values()):
+            tokens = with_ids(tokens, input_ids, None if cache is None else cache.layers[0])
         x_BTD, angles = self._positioned(x_BTD, tokens)
         tokens = tokens.replace(rotary=angles[self.turned_by[0]])
         records = []
@@ -290,7 +291,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
             return DynamicCache(config=self.config) if build else None
-        _check_cache(past_key_values, {self.config.num_hidden_layers, len(self.layers)}, rows)
+        check_cache(past_key_values, {self.config.num_hidden_layers, len(self.layers)}, rows)
         if self.training and any(block.gradient_checkpointing for block in self.layers):
             raise ValueError(  # transformers would not pass the cache to the blocks, and only log it
                 "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
@@ -317,7 +318,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             position_ids=position_ids,
             document_ids=document_ids,
         )
-        tokens = tokens_of(call, _of_fixed_size(mode, cache, x_BTD.shape[1]))
+        tokens = tokens_of(call, of_fixed_size(mode, cache, x_BTD.shape[1]))
         state: dict[str, Tensor] = {}
         for block in self.layers:
             for mechanism in block.mechanisms.values() if block.num_routing_modules else ():
@@ -356,42 +357,6 @@ def _warn_of_losses_left_out(records: list[Records]) -> None:
     """Warn if the caller of a training pass does not request the records, and so cannot add their auxiliary losses."""
     if torch.is_grad_enabled() and any(r.loss_BT is not None for layer in records for r in layer.values()):
         warnings.warn(LOSSES_LEFT_OUT, stacklevel=2)
-
-
-def _check_cache(cache: Any, blocks: set[int], rows: int) -> None:
-    """Raise ValueError unless the cache was made for one of these numbers of blocks and holds `rows` rows."""
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
-        raise ValueError(
-            "past_key_values must be a DynamicCache(config=model.config) of this model, or a "
-            f"StaticCache(config=model.config, max_cache_len=...), got {_described(cache)}; "
-            "prefixes of keys and values (prefix tuning) are not supported"
-        )
-    if len(layers) not in blocks:
-        raise ValueError(f"past_key_values has {len(layers)} layers, but the model has {max(blocks)} blocks")
-    if cache.offloading:
-        raise ValueError("past_key_values must not be offloaded: slots and mechanism state would stay behind")
-    held = next((layer.rows for layer in layers if layer.rows is not None), None)
-    if held is not None and held != rows:
-        raise ValueError(f"past_key_values holds {held} rows, but the call has {rows}; a row is never added to a cache")
-
-
-def _described(cache: object) -> str:
-    """Return the type of a cache and of its first layer."""
-    layers = getattr(cache, "layers", None)
-    return type(cache).__name__ + (f" of {type(layers[0]).__name__}" if layers else "")
-
-
-def _of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:
-    """Return the mode for a cache of fixed size, in which no shape of a step may depend on decisions.
-
-    Steps compute everything and discard what is not kept. Prompts may gather, but every block has to get a token, so
-    that every store allocates its memory.
-    """
-    if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):
-        return mode
-    executor: Executor = "masked" if length == 1 or torch.compiler.is_compiling() else mode.executor
-    return replace(mode, executor=executor, per_row_gather=False, never_empty=True)
 
 
 AutoModel.register(SkipstoneConfig, SkipstoneModel, exist_ok=True)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.selection import EVERYONE
-from skipstone.core.tokens import PassMode, Tokens
+from skipstone.core.tokens import IDS, IDS_BEFORE, PassMode, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +125,48 @@ def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
     if _cheap(position_BT) and not bool(jump_BT.any()):
         return None
     return torch.nn.functional.pad(jump_BT.long().cumsum(1), (1, 0))
+
+
+def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLayer | None) -> Tokens:
+    """Return the tokens with their ids and the ids before them as state, for mechanisms that read ids.
+
+    The last id of each row is kept in `cache`, that of the first block. Without input_ids the tokens stay as they are.
+    """
+    if input_ids is None:
+        return tokens
+    before_BT = _before(input_ids, tokens)
+    document_BT = tokens.document_BT
+    entries = {} if document_BT is None else {"document": document_BT.expand_as(input_ids)}
+    if cache is not None:
+        store = cache.store(IDS)
+        last_B = store.last("id")
+        if last_B is not None:
+            earlier_BT = (last_B - 1)[:, None].expand_as(input_ids)
+            if document_BT is not None:
+                found_B = store.last("document")
+                assert found_B is not None
+                earlier_BT = torch.where(found_B[:, None] == document_BT, earlier_BT, -1)
+            one_BT = (torch.ones_like(input_ids) if tokens.real_BT is None else tokens.real_BT.long()).expand_as(
+                input_ids
+            )
+            leads_BT = one_BT.cumsum(1) - one_BT == 0  # the first real token follows what the cache holds
+            before_BT = torch.where(leads_BT, earlier_BT, before_BT)
+        # ids from 1, because 0 is what an empty row returns
+        store.append(tokens.slot_BT, tokens.real_BT, id=input_ids + 1, **entries)
+    return tokens.replace(state={**tokens.state, IDS: input_ids, IDS_BEFORE: before_BT})
+
+
+def _before(id_BT: Tensor, tokens: Tokens) -> Tensor:
+    """Return the id of the real token before each one, within this call and its document; -1 where there is none."""
+    if tokens.real_BT is None:
+        before_BT = torch.nn.functional.pad(id_BT[:, :-1], (1, 0), value=-1)
+    else:
+        at_T = torch.arange(id_BT.shape[1], device=id_BT.device)
+        latest_BT = torch.where(tokens.real_BT, at_T, -1).expand_as(id_BT).cummax(1).values
+        earlier_BT = torch.nn.functional.pad(latest_BT[:, :-1], (1, 0), value=-1)
+        before_BT = torch.where(earlier_BT < 0, -1, id_BT.gather(1, earlier_BT.clamp(min=0)))
+    if tokens.document_BT is None:
+        return before_BT
+    document_BT = tokens.document_BT.expand_as(id_BT)
+    new_BT = torch.nn.functional.pad(document_BT[:, 1:] != document_BT[:, :-1], (1, 0), value=False)
+    return torch.where(new_BT, -1, before_BT)

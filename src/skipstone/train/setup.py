@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from skipstone import presets
 from skipstone.core.strict import PlainDict, PlainMapping, mistakes
 from skipstone.data.prepare import PreparedData
+from skipstone.mechanisms.decisions.boundary import with_boundary_ids
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.fields import TYPES
@@ -21,15 +22,19 @@ from skipstone.runs import CHECKPOINTS
 from skipstone.train import early
 from skipstone.train.recipe import Recipe, TrainConfig
 
+TOKENIZER = "tokenizer"  # the key of `data_defaults` that is no model option
+
 
 def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> SkipstoneConfig:
     """Return the configuration for a recipe's `model`, with context and vocabulary from the data if not set.
 
-    defaults: what the data determine (vocabulary size, special tokens); empty to check the rest before data are read.
+    defaults: what the data determine (`data_defaults`); empty to check the rest before data are read.
     Raises ValueError for invalid keys and values, a context shorter than the rows and a vocabulary that is too small.
     """
     given = {"max_position_embeddings": context, **defaults, **values}
-    preset = given.pop("preset", None)
+    preset, tokenizer = given.pop("preset", None), given.pop(TOKENIZER, None)
+    if tokenizer is not None and isinstance(given.get("mechanisms"), list):
+        given["mechanisms"] = with_boundary_ids(given["mechanisms"], tokenizer)
     needed, own = defaults.get("vocab_size", 0), values.get("vocab_size")
     if isinstance(own, int) and own < needed:  # a clearer error than one about special tokens outside of it
         raise ValueError(f"model.vocab_size ({own}) is too small: the tokenizer has {needed} tokens")
@@ -44,9 +49,10 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
 
 
 def data_defaults(data: PreparedData) -> PlainDict:
-    """Return the model options that follow from the data: vocabulary size and special tokens."""
+    """Return the model options that follow from the data, vocabulary size and special tokens, and the tokenizer."""
     found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:
+        found[TOKENIZER] = data.tokenizer
         eos, pad = data.tokenizer.eos_token_id, data.tokenizer.pad_token_id
         found |= {"eos_token_id": eos, "bos_token_id": data.tokenizer.bos_token_id}
         # The embedding of a pad token is never trained, so a token with another use must not be the pad token.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from skipstone.core.strict import choose
 from skipstone.mechanisms.decisions.base import Decision
+from skipstone.mechanisms.decisions.boundary import Boundaries, Boundary
 from skipstone.mechanisms.decisions.controls import Forced, Positional, Random
 from skipstone.mechanisms.decisions.learned import Predictor, Threshold, ThresholdP, TopK
 from skipstone.mechanisms.decisions.running import EmaThreshold
@@ -20,10 +21,20 @@ DECISIONS: dict[str, type[Decision]] = {
     "threshold_p": ThresholdP,
     "random": Random,
     "positional": Positional,
+    "boundary": Boundary,
     "forced": Forced,
 }
 
-__all__ = ["DECISIONS", "Decision", "EmaThreshold", "Forced", "build_decision", "causal_decisions"]
+__all__ = [
+    "DECISIONS",
+    "Boundaries",
+    "Boundary",
+    "Decision",
+    "EmaThreshold",
+    "Forced",
+    "build_decision",
+    "causal_decisions",
+]
 
 
 def causal_decisions() -> list[str]:
@@ -42,7 +53,12 @@ def build_decision(
     threshold: float = 0.5,
     norm: bool = False,
     noise_key: int = 0,
+    boundary: Boundaries | None = None,
 ) -> Decision:
-    """Build the decision `name`. Raises ValueError for an unknown name. Options as in `Decision.__init__`."""
+    """Build the decision `name`. Raises ValueError for an unknown name. Options as in `Decision.__init__`.
+
+    boundary: the options of decision `boundary`.
+    """
     kind = choose("decision", name, DECISIONS)
-    return kind(capacity, width, seed=seed, threshold=threshold, norm=norm, noise_key=noise_key)
+    more = {"boundary": boundary} if issubclass(kind, Boundary) else {}
+    return kind(capacity, width, seed=seed, threshold=threshold, norm=norm, noise_key=noise_key, **more)

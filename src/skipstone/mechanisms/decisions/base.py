@@ -20,14 +20,15 @@ class Decision(nn.Module):
 
     is_causal: generation can make it. static: an oracle decision keeps a number of tokens known in advance, and so
     gathers without a host sync. has_loss: it has an auxiliary loss. trains_router: that loss sends gradients into the
-    router. reads_scores: it depends on the scores, so that noise on them changes which tokens are kept. imposed: the
-    caller decides.
+    router. reads_scores: it depends on the scores, so that noise on them changes which tokens are kept. reads_ids: it
+    depends on token ids (`Tokens.state`). imposed: the caller decides.
     """
 
     is_causal = False
     static = True
     trains_router = False
     reads_scores = True
+    reads_ids = False
     has_loss = False
     imposed = False
     causal_names: ClassVar[list[str]] = []  # of all decisions that generation can make; the table fills it

@@ -17,6 +17,12 @@ from skipstone.mechanisms.schedules import Capacity
 from skipstone.ops import reference as ops
 
 
+def hashed(position_BT: Tensor, seed: int) -> Tensor:
+    """Return a number in [0, 1) from position and seed, the fractional part of a large sine, fp32 [B, T]."""
+    turned = torch.sin(position_BT.double() * 12.9898 + seed * 78.233) * 43758.5453
+    return (turned - turned.floor()).float()
+
+
 class Random(Decision):
     """A control that keeps random tokens; without noise, a fixed pseudo-random pattern of positions."""
 
@@ -32,16 +38,11 @@ class Random(Decision):
             return ops.select_top(
                 token_noise(tokens, self.noise_key, len(score_BT)), self.capacity.now, tokens.group_BT
             )
-        hashed_BT = self._hash(tokens.position_BT).expand_as(score_BT)
+        hashed_BT = hashed(tokens.position_BT, self.seed).expand_as(score_BT)
         return ops.select_top(hashed_BT, self.capacity.now, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        return self._hash(tokens.position_BT).expand_as(score_BT) < self.capacity.now
-
-    def _hash(self, position_BT: Tensor) -> Tensor:
-        """Return a number in [0, 1) from position and seed, the fractional part of a large sine, [B, T]."""
-        turned = torch.sin(position_BT.double() * 12.9898 + self.seed * 78.233) * 43758.5453
-        return (turned - turned.floor()).float()
+        return hashed(tokens.position_BT, self.seed).expand_as(score_BT) < self.capacity.now
 
 
 class Positional(Decision):

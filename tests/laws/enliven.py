@@ -1,0 +1,104 @@
+"""Make a tiny model's decisions non-trivial: about half of the tokens are kept, and rows differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone import SkipstoneForCausalLM
+from skipstone.budget.handles import ThresholdHandle, find_handles
+from skipstone.core.routing_module import causal_obstacle
+from skipstone.train.decay import kinds_of
+
+VOCAB, ROWS, LENGTH = 61, 3, 15
+
+
+def ids(rows: int = ROWS, length: int = LENGTH, seed: int = 5) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def enliven(model: SkipstoneForCausalLM) -> None:
+    """Larger weights, routers with a wide spread of scores, schedules on their way, thresholds among the scores.
+
+    Mechanisms are asked for what they declare: the kind of each parameter, and thresholds.
+    """
+    torch.manual_seed(12)
+    for mechanism in model.routing_modules():
+        mechanism.advance(0.25, None)
+    kinds, owned = kinds_of(model), {id(p) for m in model.routing_modules() for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        own, drawn = id(parameter) in owned, torch.randn_like(parameter)
+        if own and not parameter.any() and (parameter.dim() == 0 or kinds[name] == "preferences"):
+            parameter.copy_(drawn * 0.7)
+        elif own and parameter.dim() == 1 and kinds[name] == "biases":
+            parameter.mul_(0.5).add_(drawn * 0.1)  # gates that start open are less so
+        elif parameter.dim() > 1:
+            parameter.mul_(6 if kinds[name] == "routers" else 4)
+        elif parameter.dim() == 1:
+            parameter.add_(drawn * 0.1)
+    for _ in range(3):  # each threshold moves what later ones see
+        _centre(model)
+
+
+def _centre(model: SkipstoneForCausalLM) -> None:
+    """Every threshold between two scores: about half of the tokens lie above it, in each block that shares it."""
+    for block in model.model.layers:
+        for mechanism in block.mechanisms.values():
+            guess = getattr(getattr(mechanism, "decision", None), "guess", None)  # of a predictor: no record has it
+            if guess is not None:
+                seen: list[Tensor] = []
+                hook = guess.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+                _records(model)
+                hook.remove()
+                if seen:  # at capacity 1 it is not asked
+                    guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
+    for handle in find_handles(model):
+        name = handle.name.split()[1]
+        layers = [i for i, block in enumerate(model.model.layers) if name in block.mechanisms]
+        records = _records(model)
+        alone = {layer: scores for layer in layers if len(scores := _scores(handle, records, layer))}
+        if alone:
+            shares = [0.5] if len(alone) == 1 else [share / 20 for share in range(1, 20)]
+            lines = [_between(torch.cat(list(alone.values())), share) for share in shares]
+            line = max(lines, key=lambda line: min(_evenness(scores > line) for scores in alone.values()))
+            handle.set(float(line))
+        for layer, scores in alone.items():
+            if len(alone) > 1 and _evenness(scores > handle.threshold) < 0.1:
+                _level(model, handle, layer, name)
+
+
+def _level(model: SkipstoneForCausalLM, handle: ThresholdHandle, layer: int, name: str) -> None:
+    """Where a threshold of several blocks lies beyond the scores of one: shift that gate's own bias."""
+    scores = _scores(handle, _records(model), layer)
+    own = [p for p in model.model.layers[layer].mechanisms[name].parameters() if p.numel() == 1]
+    if own and len(scores):
+        own[-1].add_(0.1)
+        slope = (_scores(handle, _records(model), layer).mean() - scores.mean()) / 0.1
+        own[-1].add_((handle.threshold - scores.median()) / slope - 0.1)
+
+
+def _scores(handle: ThresholdHandle, records: Any, layer: int) -> Tensor:
+    return handle.scores([r if i == layer else {} for i, r in enumerate(records)])
+
+
+def _evenness(above: Tensor) -> float:
+    """1/2 where half of them are true, 0 where all or none are."""
+    return min(above.float().mean().item(), 1 - above.float().mean().item())
+
+
+def _records(model: SkipstoneForCausalLM) -> Any:
+    routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
+    return model(ids(), routing=routing, noise=False, output_records=True).records
+
+
+def _between(values: Tensor, share: float) -> Tensor:
+    """A number between two of the values with about this share of them below; not between two that rounding swaps."""
+    ordered = values.sort().values
+    at = min(max(round(share * len(ordered)), 1), max(len(ordered) - 1, 1))
+    near = 1e-4 * (ordered[-1] - ordered[0])
+    while at < len(ordered) - 1 and ordered[at] - ordered[at - 1] < near:
+        at += 1
+    return (ordered[at - 1] + ordered[min(at, len(ordered) - 1)]) / 2
