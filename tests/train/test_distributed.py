@@ -22,8 +22,6 @@ from train.distributed_table import CASES, differences, losses
 from train.ranks import on_ranks
 from train.tool import MODELS, at_step, recipe, train
 
-STARVED = {"skipgpt"}  # a block gets no token in some step: docs/distributed.md says what differs then
-
 
 def config(folder: Path, model: dict[str, Any], **options: Any) -> dict[str, Any]:
     """A few steps; five validation rows, which no two processes share evenly."""
@@ -40,7 +38,7 @@ def test_two_processes_shard_a_model_and_train_it_as_one_does(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", sorted(CASES.keys() - STARVED))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_two_processes_have_the_losses_of_one(name: str, kind: str, tmp_path: Path) -> None:
     one = train(config(tmp_path, CASES[name], gradient_accumulation=2, steps=20), tmp_path / "one")
     wanted = config(tmp_path, CASES[name], parallel=kind, steps=20)

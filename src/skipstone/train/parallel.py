@@ -156,6 +156,17 @@ def _touch(block: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
     return (_Touched.apply(x_BTD, *parameters), *rest)  # type: ignore[no-untyped-call]
 
 
+def complete_gradients(model: SkipstoneForCausalLM) -> None:
+    """Give the blocks' parameters that were not used in a step a gradient of zeros, as several processes do.
+
+    The optimizer would pass over a parameter without a gradient, while a block that keeps no token in a step must be
+    updated alike (by momentum and weight decay) whatever the number of processes.
+    """
+    for parameter in model.model.layers.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 # --- gathering the whole model
 
 

@@ -99,6 +99,8 @@ class RunTrainer(RoutingTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            parallel.complete_gradients(self._plain)
         if self.is_distributed_loading_by_transformers and self.accelerator.sync_gradients:
             parallel.average_gradients(parallel.replicated(self.model))
         return loss
