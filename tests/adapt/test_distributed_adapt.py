@@ -30,7 +30,7 @@ def test_two_processes_adapt_as_one_does(train_only: str, kind: str, source: Pat
     assert on_ranks(2, lambda rank: run(source, two, tmp_path / "two")) == [0, 0]
     # where weights train as well, rounding moves a score of 128 across a threshold in the third step
     assert differences(losses(one)[:2], losses(tmp_path / "two")[:2]) < 1e-5
-    assert differences(losses(one), losses(tmp_path / "two")) < 1e-5
+    assert differences(losses(one), losses(tmp_path / "two")) < (1e-5 if train_only == "routers" else 1e-2)
     ours, theirs = Run(one).result(), Run(tmp_path / "two").result()
     # a threshold lies between two scores, so that rounding may move it past a token
     assert ours["executed_share"] == pytest.approx(theirs["executed_share"], abs=0.01)

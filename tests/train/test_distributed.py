@@ -36,6 +36,17 @@ def test_two_processes_shard_a_model_and_train_it_as_one_does(tmp_path: Path) ->
     assert differences(losses(one), losses(tmp_path / "two")) < 1e-5
 
 
+def test_a_block_without_tokens_has_gradients_in_one_process_too() -> None:
+    model = SkipstoneForCausalLM(SkipstoneConfig(**CASES["topk"], vocab_size=20, max_position_embeddings=32))
+    block = model.model.layers[0]
+    block.mlp.down_proj.weight.requires_grad_(False)
+    block.mlp.up_proj.weight.grad = given = torch.ones_like(block.mlp.up_proj.weight)
+    parallel.complete_gradients(model)
+    assert block.mlp.up_proj.weight.grad is given
+    assert block.mlp.down_proj.weight.grad is None
+    assert not block.mlp.gate_proj.weight.grad.any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", sorted(CASES))
