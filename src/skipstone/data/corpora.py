@@ -12,6 +12,7 @@ from typing import Literal
 from skipstone.core.strict import choose
 from skipstone.data import installed, published, users
 from skipstone.data.corpus import Corpus
+from skipstone.data.distinct import distinct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,10 @@ CORPORA: dict[str, Entry] = {
         load=installed.python_packages,
         argument="99-0.5-0.5",
     ),
+    "python-code": Entry(
+        summary="all installed Python packages, split by package; on every machine",
+        load=installed.python_code,
+    ),
     "wikitext-2": Entry(summary="13 MB of word-tokenised Wikipedia articles", load=published.wikitext_2),
     "enwik8": Entry(summary="10^8 bytes of Wikipedia XML, cut 90M/5M/5M", load=published.enwik8),
     "gcide": Entry(summary="40 MB of dictionary prose, from Debian's dict-gcide", load=published.gcide),
@@ -73,6 +78,12 @@ CORPORA: dict[str, Entry] = {
         argument="FOLDER",
         required=True,
         tokenizer=None,
+    ),
+    "distinct": Entry(
+        summary="a text corpus without passages that a later split nearly repeats",
+        load=lambda argument: distinct(load_corpus(argument)),
+        argument="CORPUS",
+        required=True,
     ),
     "reset-s3": Entry(
         summary="products in S3 since the last reset: needed depth is known",

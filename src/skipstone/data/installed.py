@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from skipstone.data.corpus import Corpus, Documents, by_hash, parse_percent
+from skipstone.data.corpus import SPLITS, Corpus, Documents, by_hash, parse_percent
 
 NOT_OURS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 PACKAGES = ("torch", "transformers")
 SPLIT = "90-5-5"
+OURS = "skipstone"  # packages that python-code leaves out: the text would change with this library
+TEST_BYTES, VALIDATION_BYTES, MOST_OF_ONE = 5_000_000, 2_000_000, 8_000_000
 
 
 def python_stdlib(argument: str) -> Corpus:
@@ -44,6 +47,60 @@ def python_packages(argument: str) -> Corpus:
 def _stdlib_and(packages: tuple[str, ...]) -> Documents:
     folders = [stdlib_folder(), *map(package_folder, packages)]
     return tuple(document for folder in folders for document in sources(folder))
+
+
+def python_code(argument: str) -> Corpus:
+    """Return the corpus of all installed Python packages, with whole packages in one split.
+
+    Test gets the first packages that together have `TEST_BYTES`, validation the next with `VALIDATION_BYTES`, in the
+    order of the SHA-256 of their names, larger packages left to train. No package gives more than `MOST_OF_ONE` bytes,
+    the files with the smallest SHA-256 of their paths, so that none dominates. Skipstone itself is left out.
+    """
+    assigned = cache(_by_package)
+    return Corpus(
+        name="python-code",
+        description="sources of the standard library and of all installed packages, split by package",
+        licence="each package's own",
+        readers={split: partial(_of_split, assigned, split) for split in SPLITS},
+    )
+
+
+def _of_split(assigned: Callable[[], dict[str, list[Path]]], split: str) -> Documents:
+    return tuple(text for path in assigned()[split] if (text := _utf8(path)) is not None)
+
+
+def _by_package() -> dict[str, list[Path]]:
+    """Return the files of each split."""
+    site = Path(sysconfig.get_paths()["purelib"])
+    folders = {path.name: path for path in site.iterdir() if path.is_dir() and "." not in path.name}
+    files = {name: _at_most(path, MOST_OF_ONE) for name, path in folders.items() if not name.startswith(OURS)}
+    sizes = {name: sum(size for _, size in found) for name, found in files.items() if found}
+    splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    filled = dict.fromkeys(SPLITS, 0)
+    wanted = {"test": TEST_BYTES, "validation": VALIDATION_BYTES}
+    for name in sorted(sizes, key=lambda name: _hash(name)):
+        fits = (split for split, size in wanted.items() if filled[split] < size and sizes[name] <= size // 2)
+        split = next(fits, "train")
+        filled[split] += sizes[name]
+        splits[split] += [path for path, _ in files[name]]
+    splits["train"] += [path for path, _ in _at_most(stdlib_folder(), MOST_OF_ONE)]
+    return splits
+
+
+def _at_most(folder: Path, most: int) -> list[tuple[Path, int]]:
+    """Return files of a package and their sizes in bytes, in the order of the hash of their paths, up to `most`."""
+    found: list[tuple[Path, int]] = []
+    total = 0
+    for path in sorted(_python_files(folder), key=lambda path: _hash(path.relative_to(folder).as_posix())):
+        size = path.stat().st_size
+        if total + size <= most:
+            total += size
+            found.append((path, size))
+    return found
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def stdlib_folder() -> Path:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATA = "data_sha256"  # in environment.json
-ADDED = {"train.parallel": "ddp"}  # keys that runs of earlier releases lack, and what they trained with
+ADDED = {
+    "train.parallel": "ddp",
+    "train.average_last": 0.0,
+}  # keys that runs of earlier releases lack, and what they trained with
 Write = Callable[[Path], object]  # writes a file or a folder at the path
 
 

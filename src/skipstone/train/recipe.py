@@ -43,7 +43,8 @@ class TrainConfig:
     no_decay: kinds of parameters without weight decay: preferences (of PolyGLU's neurons), biases, norms, embeddings
     (and a tied head), routers (all other parameters of mechanisms); the matrices of attention and MLP always decay.
     None: the first three.
-    max_grad_norm: gradients are clipped to this norm; 0: no clipping.
+    max_grad_norm: gradients are clipped to this norm; 0: no clipping. average_last: share of the steps at the end over
+    which all weights are averaged; the mean is the trained model. 0: the weights of the last step.
     precision: fp32, or bf16 (autocast; weights and optimizer stay fp32). compile: torch.compile of each block.
     activation_checkpointing: recompute blocks in the backward pass instead of saving their intermediate tensors.
     loss_chunk: number of tokens whose logits exist at a time; 0: all; None: 1,024 if the vocabulary has 65,536 tokens
@@ -73,6 +74,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
+    average_last: float = 0.0
     gradient_accumulation: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
@@ -127,9 +129,16 @@ class TrainConfig:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        if not 0 <= self.average_last < 1:
+            raise ValueError(f"average_last must be in [0, 1), got {self.average_last}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def averaged_steps(self) -> int:
+        """The number of last steps whose weights are averaged; 0: none."""
+        return max(1, round(self.average_last * self.steps)) if self.average_last else 0
 
     def loss_chunk_of(self, vocab_size: int) -> int:
         """Return the number of tokens whose logits a model with this vocabulary computes at a time; 0: all."""
@@ -147,6 +156,8 @@ class TrainConfig:
             )
         if self.keep_best and self.parallel == "fsdp2":
             raise ValueError("keep_best needs parallel ddp: under fsdp2 no process has a whole model to save")
+        if self.average_last and self.parallel == "fsdp2":
+            raise ValueError("average_last needs parallel ddp: under fsdp2 the mean of the weights is not kept")
         for kind in self.no_decay or ():
             if kind not in DECAY_KINDS:
                 raise ValueError(unknown("no_decay", kind, DECAY_KINDS))

@@ -24,6 +24,7 @@ from skipstone.measure.record_meter import RecordMeter, moving
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM
 from skipstone.runs import METRICS, count_lines
 from skipstone.train import parallel, sharded
+from skipstone.train.average import TailAverage
 from skipstone.train.checkpoints import PARTIAL, restore_other
 from skipstone.train.decay import decaying
 from skipstone.train.log_window import LogWindow
@@ -52,6 +53,9 @@ class RunTrainer(RoutingTrainer):
         self.seed_of_step: tuple[int, Tensor] | None = None  # the step, and the seed of its random numbers
         self.part = 0  # the micro-batch of the present step
         self.add_callback(SameState(recipe.compare_every))
+        self.average = TailAverage(recipe.averaged_steps) if recipe.averaged_steps else None
+        if self.average is not None:
+            self.add_callback(self.average)
         self.routing.saves_whole_model = True  # its checkpoints contain adapters with their model
 
     # Rows are read in order: each is already a random draw from (seed, index), so a step's rows follow from its number.
@@ -260,6 +264,8 @@ class RunTrainer(RoutingTrainer):
             sharded.load_model(shards, self.model)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not parallel.is_sharded(self.model):
@@ -303,5 +309,7 @@ class RunTrainer(RoutingTrainer):
         """Add what Trainer does not save and the hashes of all files, then rename."""
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that we never read
         self.window.save(partial, sums, count_lines(final.parent.parent / METRICS))
+        if self.average is not None:
+            self.average.save(partial)
         checksums.record(partial)
         atomic_write.replace_folder(partial, final)

@@ -77,7 +77,7 @@ def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) ->
         "forward_flops": counted.counted,
         "forward_flops_needed": counted.needed,
         "forward_flops_dense": counted.dense,
-        "training_flops": {"planned": cell.flops, "executed": executed_training(model, run, cell)},
+        "training_flops": {"planned": cell.flops, "executed": executed_training(model, run, cell.steps)},
         "training": result,
         "sharing": {"busy": clock.busy, "load": clock.load},
         "corpus": {**facts.to_dict(), "seen": None if facts.tokens is None else result["tokens"] / facts.tokens},
@@ -88,7 +88,7 @@ def _capacities(layers: list[dict[str, PlainDict]]) -> list[dict[str, float]]:
     return [{name: found["capacity"] for name, found in layer.items() if "capacity" in found} for layer in layers]
 
 
-def executed_training(model: SkipstoneForCausalLM, run: Run, cell: GridCell) -> float:
+def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> float:
     """Return the training FLOPs with the logged capacities, averaged over log lines."""
     config = run.config()
     context, rows = config["data"]["context"], config["train"]["batch_size"]
@@ -96,7 +96,7 @@ def executed_training(model: SkipstoneForCausalLM, run: Run, cell: GridCell) -> 
         layer: {name: share * context for name, share in shares.items()}
         for layer, shares in realised(run.metrics()).items()
     }
-    return cost(model, tokens=context, batch=rows, kept=kept).training.total * cell.steps
+    return cost(model, tokens=context, batch=rows, kept=kept).training.total * steps
 
 
 def realised(metrics: list[PlainDict]) -> Mapping[int, Mapping[str, float]]:

@@ -1,0 +1,329 @@
+"""The protocol of studies that compare models at equal training FLOPs: planning, tuning, training and measuring.
+
+Every arm gets the same training FLOPs, so an arm that skips takes more steps. The learning rate falls to 0, the weights
+of the last tenth of the steps are averaged, and a step has at least 8,192 tokens. All arms of a seed start from the
+same weights where they share parameters. The learning rate is tuned for each arm on runs of a quarter of the length, by
+the loss on validation text, until the best rate has a worse one on either side. Figures come from the test split. A
+recipe has one more section than `skipstone train` reads, `protocol` (`ProtocolConfig`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from skipstone.core.atomic_write import write_json
+from skipstone.core.strict import PlainDict, PlainMapping, from_dict
+from skipstone.data.config import DataConfig
+from skipstone.data.prepare import PreparedData, prepare
+from skipstone.measure.flops import flop_check
+from skipstone.measure.passes import PASSES
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.runs import Run, last_checkpoint
+from skipstone.train.recipe import read_recipe
+from skipstone.train.setup import model_config
+from skipstone.train.training import train
+from skipstone_studies.isoflop.measure import executed_training, watched
+from skipstone_studies.record import digest
+from skipstone_studies.study import SAVE_MINUTES, Figures, RecipeDict
+from skipstone_studies.text_loss import by_block, mean_loss, rows, spaced
+
+LEAST_TOKENS = 8192  # of an optimizer step
+VOCABULARY = 258  # of the byte tokenizer: bytes, the end of a document, padding
+WARMUP = 0.1  # share of the steps
+AVERAGED = 0.1
+LOG_LINES = 60
+COUNTED_ROWS = 32  # test rows whose FLOPs are counted
+USE = "use.json"  # in a run folder: the share of its cores that the process had
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolConfig:
+    """The section `protocol` of a recipe.
+
+    budget: training FLOPs. rate: the learning rate that is tried first; factor: the ratio of neighbouring rates; most:
+    how many rates are tried at most. tuning: length of the runs that tune it, as a share of the whole. tuning_rows:
+    validation rows that judge a rate. test_rows: rows of the test split, evenly spaced over it; None: all.
+    """
+
+    budget: float
+    rate: float
+    factor: float = 2.0
+    most: int = 7
+    tuning: float = 0.25
+    tuning_rows: int = 256
+    test_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 1 and 0 < self.tuning <= 1 and self.most >= 3):
+            raise ValueError(f"protocol needs factor above 1, tuning in (0, 1] and most of at least 3, got {self}")
+
+
+def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
+    """Return the recipe of an arm, with as many steps as its FLOPs allow.
+
+    Raises ValueError for steps of fewer than `LEAST_TOKENS` tokens, unless `protocol` names its own `least_tokens`.
+    """
+    protocol = dict(protocol)
+    least = protocol.pop("least_tokens", LEAST_TOKENS)
+    tokens = train["batch_size"] * data["context"]
+    if tokens < least:
+        raise ValueError(f"a step must have at least {least:,} tokens, got {tokens:,}")
+    cost = step_flops(json.dumps(model, sort_keys=True), data["context"], train["batch_size"])
+    steps = max(1, round(protocol["budget"] / cost))
+    return copy.deepcopy(
+        {
+            "model": model,
+            "data": {"sampling": "once", **data},
+            "train": {
+                "min_lr_ratio": 0.0,
+                "average_last": AVERAGED,
+                "eval_every": 0,
+                "eval_rows": 1,
+                "save_every": 0,
+                **train,
+                **lengths(steps),
+            },
+            "protocol": protocol,
+        }
+    )
+
+
+def lengths(steps: int) -> PlainDict:
+    """Return the options of training that follow from its number of steps."""
+    return {"steps": steps, "warmup_steps": round(WARMUP * steps), "log_every": max(1, steps // LOG_LINES)}
+
+
+@lru_cache(maxsize=256)
+def step_flops(model: str, context: int, rows: int) -> float:
+    """Return the training FLOPs of a step by the cost model, with configured capacities. model: the section as JSON."""
+    config = model_config(json.loads(model), context, {"vocab_size": VOCABULARY})
+    with torch.device("meta"):
+        built = SkipstoneForCausalLM(config)
+    return built.cost(tokens=context, batch=rows).training.total
+
+
+@lru_cache(maxsize=4)
+def rows_of(config: DataConfig, split: str, training: bool) -> PreparedData:
+    """Return the rows of a corpus, prepared once in a process."""
+    return prepare(config, train=training, split=split)
+
+
+def data_of(values: PlainMapping, split: str = "validation", training: bool = False) -> PreparedData:
+    """Return the rows of a recipe's `data`; what does not depend on the seed is prepared once in a process."""
+    config = read_recipe({"data": dict(values)}).data
+    found = rows_of(replace(config, seed=0), split, training)
+    rows = None if found.train is None else replace(found.train, seed=config.seed)  # type: ignore[call-arg]
+    return replace(found, config=config, train=rows)
+
+
+class SharedStart(TrainerCallback):
+    """A callback that begins a training with the weights of a reference model where parameters have its names.
+
+    The reference is the recipe's model without mechanisms, built from the seed, with `blocks` blocks. All arms of a
+    seed then start alike, whatever else they draw when they are built.
+    """
+
+    def __init__(self, seed: int, blocks: int) -> None:
+        self.seed, self.blocks = seed, blocks
+
+    @torch.no_grad()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        model = kwargs["model"]
+        assert isinstance(model, SkipstoneForCausalLM)
+        if state.global_step:
+            return
+        reference = reference_weights(model.config, self.seed, self.blocks)
+        for name, parameter in model.named_parameters():
+            if name in reference and reference[name].shape == parameter.shape:
+                parameter.copy_(reference[name])
+
+
+def reference_weights(config: SkipstoneConfig, seed: int, blocks: int) -> dict[str, torch.Tensor]:
+    """Return the initial weights of the dense model of `blocks` blocks."""
+    plain = SkipstoneConfig(**{**config.to_dict(), "mechanisms": None, "num_hidden_layers": blocks})
+    state = torch.get_rng_state()
+    set_seed(seed)
+    try:
+        return {name: parameter.detach() for name, parameter in SkipstoneForCausalLM(plain).named_parameters()}
+    finally:
+        torch.set_rng_state(state)
+
+
+def tuned_run(
+    recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback], blocks: int = 8
+) -> None:
+    """Train an arm at its best learning rate, which is tuned first unless another seed has done so.
+
+    Rates and their losses are kept beside the run folders, in `rates/`. blocks: those of the reference whose weights
+    all arms start from.
+    """
+    config = from_dict(ProtocolConfig, recipe["protocol"])
+    rate = best_rate(tuned(recipe, folder, config, blocks))
+    final = _runnable(recipe, rate, recipe["train"]["steps"])
+    with watched() as use:
+        _train(final, folder, resume, blocks, callbacks)
+    write_json(folder / USE, {"busy": use.busy, "load": use.load})
+
+
+def _train(
+    recipe: RecipeDict, folder: Path, resume: bool, blocks: int, callbacks: Sequence[TrainerCallback] = ()
+) -> None:
+    start = SharedStart(recipe["train"]["seed"], blocks)
+    train(
+        recipe,
+        out=folder,
+        resume=resume,
+        data=data_of(recipe["data"], training=True),
+        save_minutes=SAVE_MINUTES,
+        callbacks=[*callbacks, start],
+    )
+
+
+def _runnable(recipe: RecipeDict, rate: float, steps: int) -> RecipeDict:
+    """Return what `skipstone train` reads: the recipe without its protocol, at a rate and a length."""
+    parts = {name: copy.deepcopy(recipe[name]) for name in ("model", "data", "train")}
+    parts["train"] |= {"learning_rate": rate, **lengths(steps)}
+    return parts
+
+
+def rates_file(folder: Path, recipe: RecipeDict) -> Path:
+    """Return the file with the tuned rates of a run folder's arm; other recipes have other files."""
+    unseeded = {name: {k: v for k, v in part.items() if k != "seed"} for name, part in recipe.items()}
+    arm = folder.name.rpartition("-seed")[0]
+    return folder.parent / "rates" / f"{arm}-{digest(unseeded)}.json"
+
+
+def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int) -> dict[float, float]:
+    """Return the validation losses of the rates that were tried, running those that are missing at seed 0."""
+    path = rates_file(folder, recipe)
+    known = known_rates(path)
+    steps = max(1, round(config.tuning * recipe["train"]["steps"]))
+
+    def loss_at(rate: float) -> float:
+        if rate not in known:
+            trial = _runnable(recipe, rate, steps)
+            for part in ("data", "train"):
+                trial[part]["seed"] = 0
+            known[rate] = _loss_of_trial(trial, path.with_suffix("") / f"{rate:g}", config.tuning_rows, blocks)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {f"{rate:g}": loss for rate, loss in known.items()})
+        return known[rate]
+
+    climb(loss_at, config.rate, config.factor, config.most)
+    return known
+
+
+def known_rates(path: Path) -> dict[float, float]:
+    """Return the losses of the rates in a file that `tuned` wrote; none if it does not exist."""
+    if not path.is_file():
+        return {}
+    return {float(rate): float(loss) for rate, loss in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def climb(loss_at: Callable[[float], float], first: float, factor: float, most: int) -> None:
+    """Try learning rates, each `factor` times its neighbour, until the best has a worse one on either side.
+
+    most: how many rates are tried at most; beyond it, the best may be at an end.
+    """
+    losses = {0: loss_at(first)}
+    while len(losses) < most:
+        best = min(losses, key=losses.__getitem__)
+        step = next((best + side for side in (1, -1) if best + side not in losses), None)
+        if step is None:
+            return
+        losses[step] = loss_at(float(f"{first * factor**step:.3g}"))
+
+
+def _loss_of_trial(recipe: RecipeDict, folder: Path, rows: int, blocks: int) -> float:
+    """Return the validation loss of a short run, infinite if it diverged; the run folder is removed afterwards."""
+    if folder.is_dir() and not Run(folder).finished and last_checkpoint(folder) is None:
+        shutil.rmtree(folder)
+    try:
+        _train(recipe, folder, folder.is_dir(), blocks)
+    except ValueError as error:
+        if "not finite" not in str(error):
+            raise
+        return math.inf
+    loss = mean_loss(Run(folder).load_model().eval(), data_of(recipe["data"]), rows)
+    shutil.rmtree(folder)
+    return loss
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    """Return the rate of the lowest loss. Raises ValueError if every rate diverged."""
+    rate = min(losses, key=losses.__getitem__)
+    if not math.isfinite(losses[rate]):
+        raise ValueError(f"the training diverged at every learning rate ({', '.join(f'{r:g}' for r in losses)})")
+    return rate
+
+
+def tuning_figures(losses: dict[float, float]) -> PlainDict:
+    """Return what a record keeps of the tuning: the losses by rate, the best rate, and whether it lies inside."""
+    best, finite = best_rate(losses), {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    return {
+        "losses": {f"{rate:g}": loss for rate, loss in sorted(finite.items())},
+        "rate": best,
+        "inside": min(losses) < best < max(losses),
+    }
+
+
+def measured(folder: Path) -> Figures:
+    """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities, seconds.
+
+    loss: on the test split, in nats per byte. blocks: the same by block of text. training_flops: planned, and executed
+    with the capacities that were logged. training.busy: CPU seconds per second and thread. gflops_per_core_second: of
+    training, by CPU seconds.
+    """
+    run, recipe = Run(folder), recipe_of(folder)
+    protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()
+    test = data_of(recipe["data"], "test")
+    found = by_block(model, test, protocol.test_rows)
+    steps, result, use = recipe["train"]["steps"], run.result(), json.loads((folder / USE).read_text(encoding="utf-8"))
+    executed = executed_training(model, run, steps)
+    chosen = spaced(len(test.validation), COUNTED_ROWS)
+    counted = flop_check(model, PASSES["executed"], rows(test, chosen))
+    seconds = result["seconds"] * use["busy"]
+    predictions = sum(part.predictions for part in found)
+    return {
+        "training": {**result, **use},
+        "training_flops": {"planned": protocol.budget, "executed": executed},
+        "gflops_per_core_second": executed / seconds / 1e9 if seconds else None,
+        "tuning": tuning_figures(known_rates(rates_file(folder, recipe))),
+        "loss": sum(part.nats for part in found) / predictions,
+        "blocks": [part.loss for part in found],
+        "predictions": predictions,
+        "test_bytes": test.validation_bytes,
+        "validation_loss": mean_loss(model, data_of(recipe["data"]), protocol.tuning_rows),
+        "forward_flops": counted.counted,
+        "forward_share": counted.share,
+        "capacity": capacities(found[0].summaries.layers()),
+    }
+
+
+def recipe_of(folder: Path) -> RecipeDict:
+    """Return the recipe, with its protocol, that a session has noted beside a run folder."""
+    recipe: RecipeDict = json.loads(folder.with_name(f"{folder.name}.recipe.json").read_text(encoding="utf-8"))
+    return recipe
+
+
+def capacities(layers: Sequence[PlainMapping]) -> dict[str, float]:
+    """Return the share of tokens that each routed block keeps, by block."""
+    found = {}
+    for i, layer in enumerate(layers):
+        kept = [figures["capacity"] for figures in layer.values() if "capacity" in figures]
+        if kept:
+            found[str(i)] = min(kept)
+    return found

@@ -1,0 +1,48 @@
+"""The loss of the executed pass on rows that are evenly spaced over a split, in blocks of neighbouring rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from skipstone.data.prepare import PreparedData
+from skipstone.measure.losses import LossResult, measure_loss
+from skipstone.measure.passes import PASSES
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+
+BATCH = 16  # rows of a pass
+BLOCKS = 32  # of text, for the part of an interval that comes from the text
+
+
+def spaced(total: int, count: int | None) -> list[int]:
+    """Return `count` indices that are evenly spaced in range(total); all of them for None or too large a count."""
+    if count is None or count >= total:
+        return list(range(total))
+    return [i * total // count for i in range(count)]
+
+
+def rows(data: PreparedData, indices: Sequence[int], size: int = BATCH) -> Iterator[dict[str, Tensor]]:
+    """Yield the evaluation rows `indices` as batches of at most `size` rows."""
+    for start in range(0, len(indices), size):
+        yield dict(data.collate(data.validation.__getitems__(list(indices[start : start + size]))))
+
+
+def by_block(
+    model: SkipstoneForCausalLM, data: PreparedData, count: int | None, blocks: int = BLOCKS
+) -> list[LossResult]:
+    """Return the results on `count` evenly spaced rows, divided into at most `blocks` consecutive parts."""
+    chosen = spaced(len(data.validation), count)
+    parts = min(blocks, len(chosen))
+    ends = [len(chosen) * i // parts for i in range(parts + 1)]
+    return [
+        measure_loss(model, PASSES["executed"], rows(data, chosen[start:end]), activations=False)
+        for start, end in pairwise(ends)
+    ]
+
+
+def mean_loss(model: SkipstoneForCausalLM, data: PreparedData, count: int | None) -> float:
+    """Return the loss in nats per prediction on `count` evenly spaced rows."""
+    (found,) = by_block(model, data, count, 1)
+    return found.loss
