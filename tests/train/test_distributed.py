@@ -116,6 +116,16 @@ def test_bf16_and_recomputed_blocks_repeat_their_decisions(kind: str, tmp_path: 
     assert differences(losses(tmp_path / "plain"), losses(tmp_path / "again")) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_compiled_blocks_train_alike(kind: str, tmp_path: Path) -> None:
+    for name, compiled in (("plain", False), ("compiled", True)):
+        wanted = config(tmp_path, CASES["topk"], parallel=kind, steps=3, compile=compiled)
+        assert on_ranks(2, partial(_into, wanted, tmp_path / name)) == [0, 0]
+    assert differences(losses(tmp_path / "plain"), losses(tmp_path / "compiled")) < 1e-5
+
+
 def _into(wanted: dict[str, Any], run: Path, rank: int) -> None:
     train(wanted, run)
 
