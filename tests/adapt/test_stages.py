@@ -15,6 +15,7 @@ from skipstone.adapt import stages
 from skipstone.adapt.adapt_recipe import Lora, Stage, read_recipe
 from skipstone.adapt.plan import check_early
 from skipstone.adapt.student import route, with_defaults
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.train.setup import plain
 from train.tool import weights
@@ -57,6 +58,15 @@ def test_every_parameter_has_one_role() -> None:
     groups = list(stages.groups(model, [filled(steps=1, train_only="routers+lora")], 0.1))
     assert sum(len(g["params"]) for g in groups) == sum(role != "weights" for role in found.values())
     assert {g["weight_decay"] for g in groups if g["role"] == "lora"} == {0.0}
+
+
+def test_a_norm_whose_weight_is_a_matrix_does_not_decay() -> None:
+    """`qk_norm_over: each_head` has one row of weights for each head."""
+    config = SkipstoneConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, qk_norm=True, qk_norm_over="each_head")
+    model = SkipstoneForCausalLM(config)
+    decay = {id(p): g["weight_decay"] for g in stages.groups(model, [filled(steps=1)], 0.1) for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert (decay[id(parameter)] == 0.0) == ("norm" in name)
 
 
 def test_merged_adapters_are_what_they_computed() -> None:

@@ -148,7 +148,7 @@ WINDOWS = [  # of slots, with every mechanism: shorter than a row, so that token
     case(entry("mixture_of_depths", kv="full"), entry("early_exit", on="mlp"), attention_window=2),
     case(entry("token_selective", on="attention"), activation="polyglu", attention_window=5),
 ]
-DECODERS = [  # the parts of other families: Gemma's, those of OLMo, SmolLM and Granite, of GPT-NeoX, and of StableLM
+DECODERS = [  # parts of other families: Gemma's, those of OLMo, SmolLM and Granite, of GPT-NeoX, StableLM, Cohere
     case(
         *map(entry, KINDS[:2]),
         attention_window=4,
@@ -181,6 +181,7 @@ DECODERS = [  # the parts of other families: Gemma's, those of OLMo, SmolLM and 
         mlp_bias=True,
     ),
     case(entry("token_selective"), parallel_residual=True, norm_placement="shared", norm="layernorm_without_bias"),
+    case(entry("mixture_of_depths"), norm="layernorm_without_bias", qk_norm=True, qk_norm_over="each_head"),
 ]
 NESTED = [
     case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pages import Page
 from skipstone import SkipstoneConfig
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.student import drop_blocks, route, with_defaults
@@ -24,14 +26,23 @@ from skipstone_studies.speed import parity
 ONE_EACH = [  # a family's richest case
     "Mistral, window", "Ministral", "Qwen2, window", "Qwen3, window", "SmolLM3, window, biases",
     "Granite, tied, biases", "OLMo 2, tied, biases", "Gemma 2", "Gemma 3, caps, biases, linear RoPE",
-    "Phi-3, window, partial RoPE", "Phi-3, longrope", "StarCoder2, window", "GPT-NeoX", "GPT-2",
+    "Phi-3, window, partial RoPE", "Phi-3, longrope", "GLM", "GLM-4", "Cohere, untied, QK-norm, biases, linear RoPE",
+    "Cohere 2, biases", "StarCoder2, window", "GPT-NeoX", "GPT-2",
     "Llama, linear RoPE, biases",
 ]  # fmt: skip
 LENGTH, FP32 = 30, 5e-6
 NEUTRAL = 1e-3  # a gate that is open is not quite 1
 
 
-HELD_ELSEWHERE = ("Ministral", "Qwen2, window", "Qwen3, window", "GPT-2", "Llama, linear RoPE, biases")
+HELD_ELSEWHERE = (
+    "GLM",
+    "Cohere 2, biases",
+    "Ministral",
+    "Qwen2, window",
+    "Qwen3, window",
+    "GPT-2",
+    "Llama, linear RoPE, biases",
+)
 
 
 def slow_if_held(case: str) -> Any:
@@ -53,6 +64,11 @@ def ids(rows: int = 3, length: int = LENGTH) -> Tensor:
 
 def test_every_family_is_here() -> None:
     assert {parity.CASES[case].model_type for case in ONE_EACH} == FAMILIES.keys()
+
+
+def test_every_family_is_in_the_table_of_the_page() -> None:
+    lines = [line for line in Page("docs/convert.md").text.splitlines() if line.startswith("|")]
+    assert set(re.findall(r"`([a-z0-9_]+)`", "".join(line.split("|")[1] for line in lines))) >= FAMILIES.keys()
 
 
 @torch.no_grad()
@@ -117,6 +133,7 @@ def test_a_model_goes_back_to_the_first_family_that_computes_it() -> None:
     assert family_config(SkipstoneConfig(attention_window=5), "silu").model_type == "mistral"
     assert family_config(SkipstoneConfig(family="granite"), "silu").model_type == "granite"
     assert family_config(SkipstoneConfig(family="granite", qk_norm=True), "silu").model_type == "qwen3"
+    assert family_config(SkipstoneConfig(qk_norm_over="each_head"), "silu").model_type == "llama"  # there is no norm
 
 
 @torch.no_grad()

@@ -145,6 +145,27 @@ def phi3(draw: Draw) -> Options:
     return {**options, "sliding_window": window, "rope_parameters": {**base, **(long if flip(draw) else {})}}
 
 
+def glm(draw: Draw) -> Options:
+    size = draw.choice([8, 20])
+    share = rope(draw, size, partial=True)  # half of 20 is even
+    ended = {"eos_token_id": 96}  # transformers replaces None by ids of its own
+    more = {"head_dim": size, "attention_bias": flip(draw), "hidden_act": activation(draw)}
+    return {**llama_like(draw), **ended, **more, "rope_parameters": share}
+
+
+def cohere(draw: Draw) -> Options:
+    options = {**sizes(draw), "attention_bias": flip(draw), "hidden_act": activation(draw)}
+    size = options["hidden_size"] // options["num_attention_heads"]
+    more = {"logit_scale": draw.choice([0.0625, 1.0]), "layer_norm_eps": draw.choice([1e-5, 1e-3])}
+    return {**options, **more, "rope_parameters": rope(draw, size), "use_qk_norm": flip(draw)}
+
+
+def cohere2(draw: Draw) -> Options:
+    options = cohere(draw)
+    del options["use_qk_norm"]
+    return {**options, "sliding_window": draw.choice([2, 9]), "layer_types": types(draw, options)}
+
+
 def starcoder2(draw: Draw) -> Options:
     options = {**sizes(draw), "use_bias": flip(draw), "sliding_window": draw.choice([None, 3, 20])}
     size = options["hidden_size"] // options["num_attention_heads"]
@@ -182,6 +203,10 @@ DRAWN: dict[str, Callable[[Draw], Options]] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3,
     "phi3": phi3,
+    "glm": glm,
+    "glm4": glm,
+    "cohere": cohere,
+    "cohere2": cohere2,
     "starcoder2": starcoder2,
     "gpt_neox": gpt_neox,
     "gpt2": gpt2,

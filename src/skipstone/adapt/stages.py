@@ -72,7 +72,7 @@ def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: f
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     """Return whether weight decay applies: to matrices, but not to biases, norms and adapters, which start at 0."""
-    return parameter.dim() > 1 and not name.endswith("bias") and ".lora_" not in name
+    return parameter.dim() > 1 and not name.endswith("bias") and "norm." not in name and ".lora_" not in name
 
 
 def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_ratio: float) -> LambdaLR:

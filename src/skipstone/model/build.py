@@ -75,7 +75,7 @@ def _attention(config: SkipstoneConfig, layer: int) -> Attention:
         dropout=config.attention_dropout,
         residual_dropout=config.residual_dropout,
         norm=partial(_norm, config) if config.qk_norm else None,
-        over_all_heads=config.qk_norm_over == "all_heads",
+        norm_over=config.qk_norm_over,
         scale=config.attention_scale,
         soft_cap=config.attention_soft_cap,
         window=config.attention_window if layer in config.windowed_layers() else None,

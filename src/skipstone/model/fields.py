@@ -42,7 +42,7 @@ SCALES = ("embedding_scale", "residual_scale", "logit_scale")
 ALLOWED = {
     "positions": ("rope", "learned"),
     "norm_placement": ("before", "after", "around", "shared"),
-    "qk_norm_over": ("head", "all_heads"),
+    "qk_norm_over": ("head", "each_head", "all_heads"),
     "linear_init": ("normal", "torch"),
     "auxiliary_loss_over": ("labelled", "all"),
     "training_routing": ("oracle", "causal"),
@@ -71,11 +71,12 @@ class ModelFields:
     norm: rmsnorm | rmsnorm_offset | layernorm | layernorm_without_bias (see `nn/norm.py`). norm_placement: norms stand
     before each sub-layer, after it, around it (both), or one norm before both (shared, with parallel_residual).
     parallel_residual: the MLP reads the same stream as the attention. qk_norm: norm queries and keys, each head by
-    itself or over all heads (qk_norm_over). attention_scale: factor on q k; None: 1/sqrt(head_dim). attention_soft_cap,
-    logit_soft_cap: cap * tanh(x / cap) of scores and logits. embedding_scale, residual_scale, logit_scale: factors on
-    the embeddings, on what each sub-layer adds, and on the logits. attention_window: number of slots that a query sees,
-    its own included, in window_layers (a pattern as in mechanisms; None: all). rope_layers: the blocks with rotary
-    positions; None: all, []: none. window_rope_parameters: RoPE of the blocks with a window; None: rope_parameters.
+    itself with one weight for all (head) or one for each (each_head), or all heads together (qk_norm_over).
+    attention_scale: factor on q k; None: 1/sqrt(head_dim). attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) of
+    scores and logits. embedding_scale, residual_scale, logit_scale: factors on the embeddings, on what each sub-layer
+    adds, and on the logits. attention_window: number of slots that a query sees, its own included, in window_layers (a
+    pattern as in mechanisms; None: all). rope_layers: the blocks with rotary positions; None: all, []: none.
+    window_rope_parameters: RoPE of the blocks with a window; None: rope_parameters.
     family: the model_type of transformers from which the model was converted.
     positions: rope | learned. mlp: gated | plain | experts; `experts` has the options of the
     last (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`

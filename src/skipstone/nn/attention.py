@@ -19,6 +19,7 @@ from skipstone.core.selection import WholeRows
 from skipstone.core.tokens import Tokens
 from skipstone.nn import windows
 from skipstone.nn.linear import OutputLinear
+from skipstone.nn.norm import HeadNorm
 from skipstone.nn.windows import closes, pairs, slot_mask
 from skipstone.ops import decode_step
 from skipstone.ops import reference as ops
@@ -33,9 +34,9 @@ LEAST_COPY = 128  # keys of all rows; copying fewer takes negligible time
 class AttentionShape:
     """Sizes, biases, dropout and score settings of an attention layer.
 
-    norm: builds the norm of queries and keys (QK-norm); None: no norm. over_all_heads: one norm over all heads instead
-    of one for each. scale: factor on q k; None: 1/sqrt(head_dim). soft_cap: c of c tanh(score / c). window: number of
-    slots that a query sees, its own included; None: all.
+    norm: builds the norm of queries and keys (QK-norm); None: no norm. norm_over: a `head` at a time, `each_head` with
+    a weight of its own, or `all_heads` at once. scale: factor on q k; None: 1/sqrt(head_dim). soft_cap: c of c
+    tanh(score / c). window: number of slots that a query sees, its own included; None: all.
     """
 
     hidden_size: int
@@ -47,7 +48,7 @@ class AttentionShape:
     dropout: float = 0.0
     residual_dropout: float = 0.0
     norm: Callable[[int], nn.Module] | None = None
-    over_all_heads: bool = False
+    norm_over: str = "head"
     scale: float | None = None
     soft_cap: float | None = None
     window: int | None = None
@@ -73,15 +74,18 @@ class Attention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer_idx, shape.head_dim
         self.num_key_value_groups = shape.num_heads // shape.num_key_value_heads
         self.scaling = shape.head_dim**-0.5 if shape.scale is None else shape.scale
-        self.soft_cap, self.window, self.norm_over_all_heads = shape.soft_cap, shape.window, shape.over_all_heads
+        self.soft_cap, self.window, self.norm_over_all_heads = (
+            shape.soft_cap,
+            shape.window,
+            shape.norm_over == "all_heads",
+        )
         self.dropout, self.residual_dropout = shape.dropout, shape.residual_dropout
         inner, grouped = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, inner, bias=shape.bias)
         self.k_proj = nn.Linear(shape.hidden_size, grouped, bias=shape.bias)
         self.v_proj = nn.Linear(shape.hidden_size, grouped, bias=shape.bias)
         self.o_proj = OutputLinear(inner, shape.hidden_size, bias=shape.output_bias)
-        widths = (inner, grouped) if shape.over_all_heads else (shape.head_dim, shape.head_dim)
-        self.q_norm, self.k_norm = (shape.norm(width) if shape.norm else None for width in widths)
+        self.q_norm, self.k_norm = (_qk_norm(shape, heads) for heads in (shape.num_heads, shape.num_key_value_heads))
 
     def forward(
         self,
@@ -213,6 +217,15 @@ class Attention(nn.Module):
             given["softcap"] = self.soft_cap
         y_BKHE, _ = attend(self, query, key, value, mask, **given)
         return y_BKHE
+
+
+def _qk_norm(shape: AttentionShape, heads: int) -> nn.Module | None:
+    """Return the norm of queries or keys, which have this number of heads."""
+    if shape.norm is None:
+        return None
+    if shape.norm_over == "each_head":
+        return HeadNorm(shape.norm(shape.head_dim), heads)
+    return shape.norm(heads * shape.head_dim if shape.norm_over == "all_heads" else shape.head_dim)
 
 
 def _all_rows_are_cheaper(queries: Tokens, rows: RowSubset, kv: RaggedStore) -> bool:

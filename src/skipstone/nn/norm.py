@@ -50,6 +50,38 @@ class OffsetRMSNorm(RMSNorm):
         init.zeros_(self.weight)
 
 
+class HeadNorm(nn.Module):
+    """A norm of each head's features with a weight of its own for each head, for x [..., H, E] (Command R+).
+
+    like: the norm of one head, whose kind, eps and start are taken: root-mean-square or LayerNorm. Statistics and the
+    weights, [H, E], are applied in fp32.
+    """
+
+    def __init__(self, like: nn.Module, heads: int) -> None:
+        super().__init__()
+        assert isinstance(like, RMSNorm | nn.LayerNorm)
+        self.eps, self.centred = like.eps, isinstance(like, nn.LayerNorm)
+        self.offset = like.offset if isinstance(like, RMSNorm) else 0.0
+        self.weight = nn.Parameter(torch.full((heads, *like.weight.shape), 1 - self.offset))
+        biased = isinstance(like, nn.LayerNorm) and like.bias is not None
+        self.bias = nn.Parameter(torch.zeros_like(self.weight)) if biased else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, width = ops.wide(x), x.shape[-1:]
+        normed = F.layer_norm(wide, width, eps=self.eps) if self.centred else F.rms_norm(wide, width, eps=self.eps)
+        scaled = normed * (self.offset + ops.wide(self.weight))
+        return (scaled if self.bias is None else scaled + ops.wide(self.bias)).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        """Set the factors to 1 and the biases to 0."""
+        init.constant_(self.weight, 1 - self.offset)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
 def layernorm_without_bias(width: int, eps: float) -> nn.LayerNorm:
     """Return a layer norm that has a weight and no bias."""
     return nn.LayerNorm(width, eps, bias=False)

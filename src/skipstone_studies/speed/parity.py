@@ -16,8 +16,12 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -84,6 +88,7 @@ LONGROPE: PlainDict = {
 }
 TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 PADDED: PlainDict = {**SIZE, "pad_token_id": 0}
+ENDED: PlainDict = {**PADDED, "eos_token_id": 96}  # where transformers replaces None by ids of its own
 UNGROUPED: PlainDict = {name: value for name, value in SIZE.items() if name != "num_key_value_heads"}
 MULTIPLIERS = {
     "embedding_multiplier": 12.0,
@@ -138,6 +143,25 @@ CASES: dict[str, PreTrainedConfig] = {
     ),
     "Phi-3, window, partial RoPE": Phi3Config(**PADDED, sliding_window=6, rope_parameters=PARTIAL),
     "Phi-3, longrope": Phi3Config(**PADDED, rope_parameters=LONGROPE),
+    "GLM": GlmConfig(**ENDED, head_dim=16, tie_word_embeddings=True),
+    "GLM-4": Glm4Config(**ENDED, head_dim=16),
+    "GLM-4, tied, no biases, yarn": Glm4Config(
+        **ENDED,
+        head_dim=12,
+        rope_parameters={**YARN, "partial_rotary_factor": 1.0},
+        attention_bias=False,
+        tie_word_embeddings=True,
+    ),
+    "Cohere": CohereConfig(**PADDED),
+    "Cohere, untied, QK-norm, biases, linear RoPE": CohereConfig(
+        **PADDED,
+        tie_word_embeddings=False,
+        use_qk_norm=True,
+        attention_bias=True,
+        logit_scale=0.3,
+        rope_parameters=LINEAR,
+    ),
+    "Cohere 2, biases": Cohere2Config(**PADDED, sliding_window=6, layer_types=TYPES, attention_bias=True),
     "StarCoder2, window": Starcoder2Config(**SIZE, sliding_window=9),
     "StarCoder2, no biases, untied": Starcoder2Config(**SIZE, use_bias=False, tie_word_embeddings=False),
     "GPT-NeoX": GPTNeoXConfig(**UNGROUPED, rope_parameters=PARTIAL),

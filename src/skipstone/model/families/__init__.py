@@ -11,7 +11,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from skipstone.core.strict import PlainMapping
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families.base import SHARED, Family, Options, shared_back
+from skipstone.model.families.cohere import COHERE, COHERE2
 from skipstone.model.families.gemma import GEMMA2, GEMMA3
+from skipstone.model.families.glm import GLM, GLM4
 from skipstone.model.families.gpt2 import GPT2
 from skipstone.model.families.gpt_neox import GPT_NEOX
 from skipstone.model.families.llama import GRANITE, LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3, SMOLLM3
@@ -32,6 +34,10 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
+    "glm": GLM,
+    "glm4": GLM4,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
     "starcoder2": STARCODER2,
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
@@ -127,6 +133,8 @@ def _comparable(config: SkipstoneConfig, name: str) -> object:
         return config.windowed_layers()
     if name == "rope_layers":
         return config.rotary_layers() if config.positions == "rope" else None
+    if name == "qk_norm_over":
+        return value if config.qk_norm else None
     if name == "attention_scale":
         return round((config.head_size**-0.5 if value is None else value) * 1e6)
     if name == "logit_scale":

@@ -44,17 +44,30 @@ class Fused:
     join: Callable[[list[Tensor], SkipstoneConfig], Tensor] = lambda parts, config: torch.cat(parts)
 
 
+def halves(config: SkipstoneConfig) -> Tensor:
+    """Return the order [head_size] in which a head's interleaved features (pairs are neighbours) become halves.
+
+    The even ones of the features that RoPE turns come first, then the odd ones, then those that it does not turn.
+    """
+    turned = int(config.head_size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+    features = torch.arange(config.head_size)
+    return torch.cat([features[:turned:2], features[1:turned:2], features[turned:]])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The correspondence of a family's tensors to ours.
 
     names: parts of the family's tensor names, and ours for them. fused: the family's projections that are split here.
-    transposed: the family's projections whose weights are [in, out].
+    transposed: the family's projections whose weights are [in, out]. interleaved: our names of the tensors with one
+    entry for each feature of each head whose RoPE turns neighbours (2i, 2i + 1) in the family; here it turns the halves
+    (i, i + n / 2) of the n features that are turned, so those are sorted.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, Fused] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    interleaved: tuple[str, ...] = ()
 
     def ours(self, theirs: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
         """Translate a state dict of the family to our names and shapes."""
@@ -63,19 +76,21 @@ class Layout:
             value = tensor.t() if self._is_transposed(name) else tensor
             whole = next((projection for projection in self.fused if f".{projection}." in name), None)
             if whole is None:
-                found[_renamed(name, self.names)] = value.contiguous()
+                found[_renamed(name, self.names)] = value
                 continue
             fused = self.fused[whole]
             for part, piece in zip(fused.parts, fused.split(value, config), strict=True):
-                found[_renamed(name.replace(f".{whole}.", f".{part}."), self.names)] = piece.contiguous()
-        return found
+                found[_renamed(name.replace(f".{whole}.", f".{part}."), self.names)] = piece
+        return {name: self._sorted(name, x, halves(config)).contiguous() for name, x in found.items()}
 
     def theirs(self, ours: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
         """Translate a state dict of ours to the family's names and shapes."""
         back = {new: old for old, new in self.names.items()}
         found: Tensors = {}
         pieces: dict[tuple[str, str], Tensors] = {}
-        for name, value in ours.items():
+        pairs = halves(config).argsort()
+        for name, turned in ours.items():
+            value = self._sorted(name, turned, pairs)
             whole = next(
                 ((projection, part) for projection, fused in self.fused.items() for part in fused.parts
                  if f".{part}." in name), None
@@ -90,6 +105,13 @@ class Layout:
             fused = self.fused[projection]
             found[at] = fused.join([parts[part] for part in fused.parts], config)
         return {n: (x.t() if self._is_transposed(n) else x).contiguous() for n, x in found.items()}
+
+    def _sorted(self, ours: str, value: Tensor, order: Tensor) -> Tensor:
+        """Return the tensor of this name with the features of each head in another order, if it is interleaved."""
+        if not any(f".{name}." in ours for name in self.interleaved):
+            return value
+        inputs = value.shape[1] if value.dim() == 2 and "norm." not in ours else 1  # a norm's are [E] or [H, E]
+        return value.reshape(-1, len(order), inputs)[:, order].reshape(value.shape)
 
     def _is_transposed(self, theirs: str) -> bool:
         return theirs.endswith(".weight") and any(f".{name}." in theirs for name in self.transposed)
