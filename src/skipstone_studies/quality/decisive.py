@@ -14,7 +14,7 @@ LOSS = "loss"
 FULL, RIVAL = "dense-8", "dense-5"
 SEGMENT = "2:6"  # four of the eight blocks
 SCALES: dict[str, PlainDict] = {
-    "laptop": {"width": 128, "heads": 4, "context": 256, "rows": 32, "budget": 2e13, "test_rows": 2048},
+    "laptop": {"width": 128, "heads": 4, "context": 256, "rows": 32, "budget": 1e13, "test_rows": 1024},
     "paper": {"width": 128, "heads": 4, "context": 256, "rows": 32, "budget": 1e14},
     "quick": {"width": 16, "heads": 2, "context": 32, "rows": 4, "budget": 2e9, "test_rows": 16, "tuning_rows": 16},
 }
