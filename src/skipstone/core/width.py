@@ -122,6 +122,10 @@ class ActivationGroupRouter(GroupRouter):
         """The number of neurons per group."""
         raise NotImplementedError
 
+    def counts(self, a_BTF: Tensor) -> tuple[int, int]:
+        """Return the numbers of groups that are tried and kept for one token with these activations."""
+        return self.tried, self.kept
+
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
         raise NotImplementedError

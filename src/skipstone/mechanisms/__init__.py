@@ -14,6 +14,7 @@ from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.mechanisms.polyglu import PolyGLU
 from skipstone.mechanisms.token_selective import TokenSelective
+from skipstone.mechanisms.zeros import ZeroNeurons
 
 DEPTH: dict[str, type[DepthMechanism]] = {
     "mixture_of_depths": MixtureOfDepths,
@@ -41,10 +42,11 @@ def register(name: str, mechanism: type[DepthMechanism]) -> None:
 
 
 # Routers of neuron groups, by the option `decision` of `neuron_groups`.
-GROUPS: dict[str, type[NeuronGroups] | type[MagnitudeGroups]] = {
+GROUPS: dict[str, type[NeuronGroups] | type[MagnitudeGroups] | type[ZeroNeurons]] = {
     "learned": NeuronGroups,
     "random": NeuronGroups,
     "magnitude": MagnitudeGroups,
+    "zeros": ZeroNeurons,
 }
 
 __all__ = [
@@ -61,5 +63,6 @@ __all__ = [
     "PolyGLU",
     "RoutingModule",
     "TokenSelective",
+    "ZeroNeurons",
     "register",
 ]

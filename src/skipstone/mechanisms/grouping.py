@@ -12,7 +12,8 @@ from torch import Tensor
 
 from skipstone.core.records import NeuronGroupsRecord
 from skipstone.core.routing_module import Placement
-from skipstone.core.width import GroupRouter
+from skipstone.core.tokens import Tokens, real_mask
+from skipstone.core.width import GroupRouter, Share
 from skipstone.mechanisms.schedules import Capacity, require_capacity
 from skipstone.ops import reference as ops
 from skipstone.ops.reference import quota
@@ -20,8 +21,19 @@ from skipstone.ops.reference import quota
 NAME = "neuron_groups"
 
 
+class NeuronChoiceConfig:
+    """The base class of the options of anything that chooses neurons."""
+
+    def require(self, layers: int, neurons: int) -> None:
+        """Raise ValueError unless these options fit `layers` layers of `neurons` neurons."""
+
+    def neurons(self, layer: int, neurons: int) -> int:
+        """Return the number of neurons that the layer still has, out of `neurons` before pruning."""
+        return neurons
+
+
 @dataclass(frozen=True, kw_only=True)
-class GroupingConfig:
+class GroupingConfig(NeuronChoiceConfig):
     """The options that all routers of neuron groups share.
 
     group_size: neurons per group. capacity: share of the groups that is on. capacity_warmup: share of the training over
@@ -101,9 +113,7 @@ class ScheduledGroups(GroupRouter):
         self.schedule.advance(progress)
 
     def empty_record(self, x_BTD: Tensor) -> NeuronGroupsRecord:
-        nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], self.total), float("nan"), dtype=ops.wide_dtype(x_BTD))
-        none_BTG = nan_BTG > 0
-        return NeuronGroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
+        return empty_groups(x_BTD, self.total)
 
     def not_ready_reason(self) -> str | None:
         return self.schedule.not_ready_reason()
@@ -114,3 +124,27 @@ class ScheduledGroups(GroupRouter):
     def set_identity(self) -> None:
         """Turn every group on."""
         self.schedule.pin(1.0)
+
+
+def empty_groups(x_BTD: Tensor, total: int) -> NeuronGroupsRecord:
+    """Return the record of `total` groups for a call in which no token reached the mechanism."""
+    nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], total), float("nan"), dtype=ops.wide_dtype(x_BTD))
+    none_BTG = nan_BTG > 0
+    return NeuronGroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
+
+
+def group_record(score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
+    """Return the record of what was chosen from the MLP's own results, with NaN and False for padding."""
+    reached_BT = real_mask(tokens, score_BTG[..., 0])
+    if tokens.real_BT is not None:
+        tried_BTG, kept_BTG = (on_BTG & reached_BT[..., None] for on_BTG in (tried_BTG, kept_BTG))
+        score_BTG = score_BTG.masked_fill(~reached_BT[..., None], float("nan"))
+    return NeuronGroupsRecord(score_BTG, kept_BTG, reached_BT, tried_BTG)
+
+
+def share_of_one_token(share: Share, single_token: bool) -> Share:
+    """Return the multiplied share of the three matrices if the gate is multiplied in full.
+
+    The other two are multiplied in part, in calls of one token only.
+    """
+    return (1 + 2 * share) / 3 if single_token else 1 + 0 * share

@@ -29,9 +29,9 @@ from transformers import initialization as init
 from skipstone.core.records import NeuronGroupsRecord
 from skipstone.core.routing_module import Placement
 from skipstone.core.strict import parsed
-from skipstone.core.tokens import Tokens, real_mask
+from skipstone.core.tokens import Tokens
 from skipstone.core.width import ActivationGroupRouter, Share
-from skipstone.mechanisms.grouping import GroupingConfig, ScheduledGroups
+from skipstone.mechanisms.grouping import GroupingConfig, ScheduledGroups, group_record, share_of_one_token
 from skipstone.mechanisms.schedules import Capacity
 from skipstone.ops.magnitude import largest, sizes
 
@@ -113,10 +113,8 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         return f"{tried} tried, {self.config.kept(self.neurons, self.config.down_capacity)} kept"
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return the multiplied share of the three matrices: gate in full; up and down in part, in calls of one token
-        only.
-        """
-        return (1 + 2 * share) / 3 if single_token else 1 + 0 * share
+        """Return the multiplied share of the three matrices, which is 1 but in calls of one token."""
+        return share_of_one_token(share, single_token)
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
@@ -128,11 +126,7 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         return largest(sizes(h_BTF, self.config.group_size), self.kept)
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
-        reached_BT = real_mask(tokens, score_BTG[..., 0])
-        if tokens.real_BT is not None:
-            tried_BTG, kept_BTG = (on_BTG & reached_BT[..., None] for on_BTG in (tried_BTG, kept_BTG))
-            score_BTG = score_BTG.masked_fill(~reached_BT[..., None], float("nan"))
-        return NeuronGroupsRecord(score_BTG, kept_BTG, reached_BT, tried_BTG)
+        return group_record(score_BTG, tried_BTG, kept_BTG, tokens)
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         super().advance(progress, statistics)

@@ -10,8 +10,17 @@ from torch import nn
 from transformers import initialization as init
 
 from skipstone.core.routing_module import RoutingModule
-from skipstone.core.width import Activation, FeedForward
-from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS, DepthMechanism, MagnitudeGroups, NeuronGroups, Placement
+from skipstone.core.width import Activation, ActivationGroupRouter, FeedForward
+from skipstone.mechanisms import (
+    ACTIVATION,
+    DEPTH,
+    GROUPS,
+    DepthMechanism,
+    MagnitudeGroups,
+    NeuronGroups,
+    Placement,
+    ZeroNeurons,
+)
 from skipstone.mechanisms.grouping import NAME as NEURON_GROUPS
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.parts import GroupsEntry, MechanismEntry
@@ -147,10 +156,10 @@ def _grouped_mlp(
 ) -> FeedForward:
     """Build an MLP of neuron groups with its router."""
     placement = _everywhere(config, layer, NEURON_GROUPS)
-    router: Callable[..., NeuronGroups | MagnitudeGroups] = GROUPS[groups.kind]
+    router: Callable[..., NeuronGroups | MagnitudeGroups | ZeroNeurons] = GROUPS[groups.kind]
     chooses = router(config.hidden_size, config.neurons, placement, groups.options)
     neurons = _neurons(config, layer)
-    if isinstance(chooses, MagnitudeGroups):
+    if isinstance(chooses, ActivationGroupRouter):
         return MagnitudeMLP(config.hidden_size, neurons, activation, chooses, dropout)
     return GroupedMLP(config.hidden_size, neurons, activation, chooses, dropout)
 

@@ -115,9 +115,15 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             return
         if self.mlp != "gated":
             raise ValueError(f"neuron_groups needs mlp 'gated', got {self.mlp!r}")
-        if self.activation_entry.kind == FIXED_MIX:
+        if self.activation_entry.kind == FIXED_MIX and groups.kind != "zeros":
             raise ValueError(
-                f"neuron_groups cannot be combined with activation {FIXED_MIX!r}, whose neurons lie in its order"
+                f"neuron_groups cannot be combined with activation {FIXED_MIX!r}, whose neurons lie in its order; "
+                "decision 'zeros' can"
+            )
+        if groups.kind == "zeros" and not self.activation_entry.has_zeros:
+            raise ValueError(
+                "neuron_groups.decision 'zeros' needs an activation that is exactly 0 for some inputs, relu or a "
+                f"{FIXED_MIX} with relu; got {self.activation_entry.kind!r}"
             )
         for field in WITHOUT_IN_PARTS:
             if getattr(self, field):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from skipstone.core.strict import choose, from_dict, mistakes, refuse, unknown
 from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS
-from skipstone.mechanisms.grouping import GroupingConfig
+from skipstone.mechanisms.grouping import NeuronChoiceConfig
 from skipstone.mechanisms.polyglu import PolyGLUConfig
 from skipstone.model.fields import Written as Written
 from skipstone.model.layers import parse_layers
@@ -83,6 +83,13 @@ class ActivationEntry(Entry):
     kind: str
     options: FixedMixConfig | PolyGLUConfig | None
 
+    @property
+    def has_zeros(self) -> bool:
+        """Whether some neurons are exactly 0 for some inputs, as behind ReLU."""
+        if isinstance(self.options, FixedMixConfig):
+            return "relu" in self.options.functions
+        return self.kind == "relu"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupsEntry(Entry):
@@ -92,7 +99,7 @@ class GroupsEntry(Entry):
     """
 
     kind: str
-    options: GroupingConfig
+    options: NeuronChoiceConfig
 
 
 @dataclass(frozen=True, eq=False, repr=False)

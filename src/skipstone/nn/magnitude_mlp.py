@@ -25,7 +25,7 @@ from skipstone.ops.reference import dropped
 
 
 class MagnitudeMLP(DivisibleMLP):
-    """An MLP whose groups are chosen from its own activations, as by `mechanisms/magnitude.py`."""
+    """An MLP whose groups are chosen from its own activations, as by `mechanisms/magnitude.py` and `zeros.py`."""
 
     router: ActivationGroupRouter
 
@@ -40,7 +40,11 @@ class MagnitudeMLP(DivisibleMLP):
         x_BTD = autocast(x_BTD)
         a_BTF, records = activated(self.activation, self.gate_proj(x_BTD), x_BTD, tokens, cache)
         parts = self._parts(cache) if tokens.mode.single_token and tokens.mode.executor == "gathered" else None
-        out = self._in_full(x_BTD, a_BTF, tokens) if parts is None else one_token(x_BTD, a_BTF, parts)
+        if parts is None:
+            out = self._in_full(x_BTD, a_BTF, tokens)
+        else:
+            tried, kept = self.router.counts(a_BTF)
+            out = one_token(x_BTD, a_BTF, parts._replace(tried=tried, kept=kept))
         y_BTD, score_BTG, tried_BTG, kept_BTG = out
         record = self.router.record(score_BTG, tried_BTG, kept_BTG, tokens)
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}

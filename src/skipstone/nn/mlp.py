@@ -89,6 +89,12 @@ class FixedMixConfig:
             if shares and not math.isclose(sum(groups.values()), 1):
                 raise ValueError(f"groups must be shares that add up to 1, got {sum(groups.values()):g}")
 
+    @property
+    def functions(self) -> set[str]:
+        """The names of all functions that some layer uses."""
+        groups = [self.groups] if isinstance(self.groups, dict) else self.groups
+        return {name for layer in groups for name, count in layer.items() if count}
+
     def require(self, layers: int, neurons: int) -> None:
         """Raise ValueError unless the groups fit `layers` layers of `neurons` neurons."""
         if isinstance(self.groups, list) and len(self.groups) != layers:

@@ -102,7 +102,10 @@ def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
     activation: the activation function of all neurons. A family is suitable if its configuration translates back to the
     same model. Raises ValueError if none is.
     """
-    if config.neuron_groups is not None and config.neuron_groups.get("decision") != "magnitude":
+    if config.neuron_groups is not None and config.neuron_groups.get("decision") not in (
+        "magnitude",
+        "zeros",
+    ):
         raise ValueError("no dense family has neuron_groups, whose output is rescaled in every chunk")
     for kind in sorted(FAMILIES, key=lambda kind: kind != config.family):
         theirs = _written(kind, config, activation)
