@@ -100,7 +100,9 @@ def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit
                 stream=dict(zip(units, streams, strict=True)),
             )
         )
-    plain = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("nats", "predicted", "entropy", "surprise")}
+    plain = {
+        name: torch.cat([getattr(p, name) for p in parts]) for name in ("nats", "predicted", "entropy", "surprise")
+    }
     by_unit = {
         name: {unit: torch.cat([getattr(part, name)[unit] for part in parts]) for unit in units}
         for name in ("gradient", "stream")
@@ -252,7 +254,9 @@ def _of_unit(
         "mean_benefit": float(true_N.mean()),
         "explained": float(1 - unexplained),
         "correlation": {name: _correlation(score_N[predicted_N], true_N) for name, score_N in scores.items()},
-        "kept": {f"{share:g}": {name: loss(top(score_N, share)) for name, score_N in scores.items()} for share in SHARES},
+        "kept": {
+            f"{share:g}": {name: loss(top(score_N, share)) for name, score_N in scores.items()} for share in SHARES
+        },
     }
 
 

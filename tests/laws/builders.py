@@ -142,7 +142,7 @@ GROUPS = [  # of neurons: alone, as in the middle of a warm-up, drawn, and insid
         neuron_groups=Frozen(decision="magnitude", group_size=1, capacity=0.7, down_capacity=0.5),
     ),
     case(activation="relu", neuron_groups=Frozen(decision="zeros")),
-    case(*map(entry, KINDS), activation="relu", neuron_groups=Frozen(decision="zeros")),
+    case(*map(entry, KINDS), activation="relu", neuron_groups=Frozen(decision="zeros", price=0.1)),
 ]
 WINDOWS = [  # of slots, with every mechanism: shorter than a row, so that tokens that were skipped count
     case(attention_window=4),

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.measure.flops import count_flops
+from skipstone.mechanisms.zeros import ZeroNeuronsConfig
 from skipstone.model.cost import kept_from_records
 from skipstone.model.pretrained import load_pretrained
 from skipstone.ops import magnitude
@@ -94,6 +95,19 @@ def test_gradients_are_those_of_the_whole_mlp() -> None:
         assert torch.equal(found.grad, wanted.grad), name  # type: ignore[arg-type]
 
 
+def test_the_price_is_the_mean_magnitude_of_the_activations() -> None:
+    priced, plain = model().train(), model().train()
+    priced.load_state_dict(plain.state_dict())
+    for block in priced.model.layers:
+        block.mlp.router.config = ZeroNeuronsConfig(price=0.5)
+    seen: list[torch.Tensor] = []
+    for block in priced.model.layers:
+        block.mlp.activation.register_forward_hook(lambda module, given, out: seen.append(out[0]))
+    losses = [built(ids(12), labels=ids(12)).loss.item() for built in (priced, plain)]
+    predicting = [0.5 * a[0, :-1].abs().mean().item() for a in seen]  # the last token predicts nothing
+    assert losses[0] - losses[1] == pytest.approx(sum(predicting), rel=1e-4)
+
+
 def test_any_model_with_relu_is_loaded_with_it(tmp_path: Any) -> None:
     whole = model(groups=None)
     whole.save_pretrained(tmp_path)
@@ -110,6 +124,7 @@ def test_any_model_with_relu_is_loaded_with_it(tmp_path: Any) -> None:
         ({"activation": "silu"}, "needs an activation that is exactly 0 for some inputs, relu or a fixed_mix.*'silu'"),
         ({"activation": {"name": "polyglu"}}, "got 'polyglu'"),
         ({"activation": {"name": "fixed_mix", "groups": {"silu": 1.0}}}, "got 'fixed_mix'"),
+        ({"neuron_groups": {"decision": "zeros", "price": -1.0}}, "price must not be negative, got -1.0"),
         ({"neuron_groups": {"decision": "zeros", "capacity": 0.5}}, "capacity is read with decision .* alone"),
         ({"activation": MIX, "neuron_groups": {"capacity": 0.5, "group_size": 8}}, "decision 'zeros' can"),
     ],

@@ -102,18 +102,15 @@ class NeuronGroupsRecord(NamedTuple):
     """The groups of neurons that are on in the MLP of one block.
 
     score_BTG: fp32 scores, NaN for tokens that did not reach the MLP. kept_BTG: bool. reached_BT: bool. tried_BTG:
-    bool, groups whose products were computed to decide which are kept; equal to kept_BTG if no others were.
+    bool, groups whose products were computed to decide which are kept; equal to kept_BTG if no others were. loss_BT: as
+    in `DepthRecord`.
     """
 
     score_BTG: Tensor
     kept_BTG: Tensor
     reached_BT: Tensor
     tried_BTG: Tensor
-
-    @property
-    def loss_BT(self) -> Tensor | None:
-        """The auxiliary loss of each token: always None."""
-        return None
+    loss_BT: Tensor | None = None
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
@@ -127,6 +124,7 @@ class NeuronGroupsRecord(NamedTuple):
             part.scatter(self.kept_BTG, False),
             part.scatter(self.reached_BT, False),
             part.scatter(self.tried_BTG, False),
+            None if self.loss_BT is None else part.scatter(self.loss_BT),
         )
 
 

@@ -134,6 +134,10 @@ class ActivationGroupRouter(GroupRouter):
         """Return which groups are kept, bool [B, T, G]; h_BTF: products of the tried groups, 0 for the others."""
         raise NotImplementedError
 
+    def price(self, a_BTF: Tensor) -> Tensor | None:
+        """Return the auxiliary loss of each token with these activations, fp32 [B, T]; None without one."""
+        return None
+
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         """Return the record of these decisions, with NaN and False for padding."""
         raise NotImplementedError

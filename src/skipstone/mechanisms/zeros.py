@@ -9,6 +9,8 @@ bytes in calls of one token, where rows of W_up and columns of W_down belong to 
 in full. How many neurons are on follows from the text, so the cost model knows the share only from a measurement and
 takes 1 without one.
 
+A price on |a| in training (`price`) makes zeros more frequent.
+
 ReGLU is from arXiv 2002.05202; that large models with ReLU have mostly zeros, and decode faster for it, from arXiv
 2310.04564.
 
@@ -34,9 +36,18 @@ from skipstone.mechanisms.grouping import NAME, NeuronChoiceConfig, empty_groups
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroNeuronsConfig(NeuronChoiceConfig):
-    """The options of neurons at zero: only `decision`, which selects them."""
+    """The options of neurons at zero.
 
+    price: coefficient of the auxiliary loss |a|, a mean over the neurons, which turns neurons off during training.
+    decision: distinguishes these options from those of neuron groups.
+    """
+
+    price: float = 0.0
     decision: Literal["zeros"] = "zeros"
+
+    def __post_init__(self) -> None:
+        if not self.price >= 0:
+            raise ValueError(f"price must not be negative, got {self.price}")
 
 
 class ZeroNeurons(ActivationGroupRouter):
@@ -82,6 +93,14 @@ class ZeroNeurons(ActivationGroupRouter):
         """Return twice the number of neurons that are on for one token. The host waits."""
         on = int(a_BTF.count_nonzero())
         return on, on
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return self.config.price > 0
+
+    def price(self, a_BTF: Tensor) -> Tensor | None:
+        """Return the mean of |a| over the neurons times its coefficient, fp32 [B, T]; None if that is 0."""
+        return a_BTF.float().abs().mean(-1) * self.config.price if self.config.price else None
 
     def in_words(self) -> str:
         return "neurons at exactly 0 left out"

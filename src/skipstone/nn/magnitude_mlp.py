@@ -47,6 +47,8 @@ class MagnitudeMLP(DivisibleMLP):
             out = one_token(x_BTD, a_BTF, parts._replace(tried=tried, kept=kept))
         y_BTD, score_BTG, tried_BTG, kept_BTG = out
         record = self.router.record(score_BTG, tried_BTG, kept_BTG, tokens)
+        if (price_BT := self.router.price(a_BTF)) is not None:
+            record = record._replace(loss_BT=torch.where(record.reached_BT, tokens.pad(price_BT), 0.0))
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
 
     def _in_full(self, x_BTD: Tensor, a_BTF: Tensor, tokens: Tokens) -> MagnitudeOutput:
