@@ -107,7 +107,7 @@ def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit
         name: {unit: torch.cat([getattr(part, name)[unit] for part in parts]) for unit in units}
         for name in ("gradient", "stream")
     }
-    return Traced(**plain, **by_unit)
+    return Traced(**plain, **by_unit)  # type: ignore[arg-type]
 
 
 class _watched:

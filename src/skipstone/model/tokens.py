@@ -152,7 +152,7 @@ def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLaye
             leads_BT = one_BT.cumsum(1) - one_BT == 0  # the first real token follows what the cache holds
             before_BT = torch.where(leads_BT, earlier_BT, before_BT)
         # ids from 1, because 0 is what an empty row returns
-        store.append(tokens.slot_BT, tokens.real_BT, id=input_ids + 1, **entries)
+        store.append(tokens.slot_BT, tokens.real_BT, None, id=input_ids + 1, **entries)
     return tokens.replace(state={**tokens.state, IDS: input_ids, IDS_BEFORE: before_BT})
 
 
