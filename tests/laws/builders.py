@@ -31,7 +31,8 @@ TOLERANCE = 2e-5  # fp32 logits of order 1
 ROUTED = [1, 2]
 OPTIONS: dict[str, dict[str, Any]] = {
     # oracle and causal pass differ, and the weight has a gradient: more can go wrong than with the defaults
-    "mixture_of_depths": {"capacity": 0.5, "decision": "predictor", "weight": "raw"}
+    "mixture_of_depths": {"capacity": 0.5, "decision": "predictor", "weight": "raw"},
+    "segment": {"capacity": 0.5, "decision": "predictor", "weight": "raw"},
 }
 ACTIVATIONS = ["silu", *ACTIVATION]
 FORMS: dict[str, dict[str, Any]] = {  # of activations, with options that change what is computed
@@ -114,7 +115,7 @@ SITES = [
     for activation in ACTIVATIONS
     for name in DEPTH
     for on in ("attention", "mlp")
-    if name in KINDS or activation == "silu"
+    if (name in KINDS or activation == "silu") and on in DEPTH[name].sites
 ]
 EXPERTS = [  # a mixture of experts alone, staged (inside Mixture-of-Depths), integrated (no-ops), inside all three
     case(mlp="experts", experts=Frozen(count=4)),
@@ -187,7 +188,7 @@ DECODERS = [  # parts of other families: Gemma's, those of OLMo, SmolLM and Gran
 ]
 NESTED = [
     case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),
-    case(*[entry(n, on=on) for n in DEPTH for on in ("block", "attention", "mlp")], activation="polyglu"),
+    case(*[entry(n, on=on) for n in DEPTH for on in DEPTH[n].sites if on != "segment"], activation="polyglu"),
     case(entry("early_exit"), entry("token_selective", on="attention"), entry("mixture_of_depths", on="mlp")),
     case(entry("mixture_of_depths"), entry("early_exit", on="attention"), entry("early_exit", on="mlp")),
     case(entry("token_selective", hard_gain="one"), entry("early_exit"), activation="polyglu"),
@@ -206,6 +207,19 @@ BOUNDARIES: dict[str, Frozen] = {  # of the tiny vocabulary: about half, and a q
     "after": Frozen(ids=("0-9", "20-29", "40-49"), at="after"),
 }
 DECISION_OPTIONS: dict[str, dict[str, Any]] = {"boundary": {"boundary": BOUNDARIES["every"]}}
+SEGMENTS = [  # of blocks inside one decision, with mechanisms inside, and blocks whose rotary angles differ
+    case(entry("segment", kv="full", decision="ema_threshold", weight="none"), entry("early_exit", layers=(0, 1, 2))),
+    case(entry("segment", layers=(0, 1, 2), skip="low_rank", weight="tanh"), *map(entry, KINDS), activation="polyglu"),
+    case(
+        entry("segment", decision="boundary", boundary=BOUNDARIES["every"], weight="none"),
+        entry("token_selective", on="mlp"),
+        attention_window=3,
+        window_layers="::2",
+        window_rope_parameters=Frozen(rope_theta=50.0),
+        rope_layers=(1, 2),
+    ),
+    case(entry("segment", kv="full", decision="topk"), mlp="experts", experts=Frozen(count=3, no_op=2)),
+]
 EVERY_DECISION = [  # with every weight
     case(entry("mixture_of_depths", decision=decision, weight=weight, **DECISION_OPTIONS.get(decision, {})))
     for decision in DECISIONS
@@ -252,6 +266,7 @@ VARIANTS = [  # of Mixture-of-Depths, after later papers, and of gates that have
     case(entry("token_selective", **GATES[0]), entry("token_selective", on="mlp", **GATES[1])),
 ]
 DECIDED = [c for c in EVERY_DECISION if c.entries[0]["weight"] == "raw" or c.entries[0]["decision"] == "predictor"]
+VARIANTS += SEGMENTS
 ALL = ORDERS + SITES + NESTED + DECIDED + VARIANTS
 CAUSAL = [c for c in ALL if not c.oracle_only]
 

@@ -143,7 +143,7 @@ def keys_seen(model: SkipstoneForCausalLM, records: Any, cache: Any) -> dict[int
     seen = {}
     for i, (block, decided) in enumerate(zip(model.model.layers, records, strict=True)):
         asks = torch.ones(len(next(iter(decided.values())).reached_BT) if decided else 1, dtype=torch.bool)
-        for name in (*block.sites["block"], *block.sites["attention"]):
+        for name in (*block.sites["segment"], *block.sites["block"], *block.sites["attention"]):
             assert isinstance(decided[name], DepthRecord)
             asks = asks & decided[name].kept_BT[:, 0]
         store = cache.layers[i].kv

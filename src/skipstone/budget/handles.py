@@ -85,7 +85,7 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """
     handles: list[ThresholdHandle] = []
     for index, entry in enumerate(model.config.mechanism_entries):
-        mechanisms = [model.decoder.layers[layer].mechanisms[entry.key] for layer in entry.layers]
+        mechanisms = [model.decoder.layers[layer].mechanisms[entry.key] for layer in entry.homes]
         thresholds = [m.score_threshold() for m in mechanisms]
         if any(t is not None and t.option is not None for t in thresholds):
             handles.append(ThresholdHandle(model, index, mechanisms))

@@ -22,12 +22,15 @@ class DepthModule(RoutingModule):
     """The base class of depth mechanisms: a module that wraps a block's update (shared code is in
     `mechanisms/base.py`).
 
-    default_layers: the blocks that carry the mechanism if an entry of `mechanisms` does not say. budget_by: what
+    default_layers: the blocks that carry the mechanism if an entry of `mechanisms` does not say. sites: what it can
+    wrap (option `on`), the default first: a "block", its "attention", its "mlp", or a "segment" of neighbouring blocks,
+    whose entry makes one mechanism for all its layers. budget_by: what
     `skipstone adapt` sets to meet a budget: the option `capacity`, the threshold of a soft gate (`score_threshold` with
     an option), or None for a mechanism without a budget.
     """
 
     default_layers: ClassVar[str] = ":"
+    sites: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp")
     budget_by: ClassVar[Literal["capacity", "threshold"] | None] = None
 
     @property

@@ -156,6 +156,11 @@ def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
     return {name: record for name, record in records.items() if isinstance(record, kind)}
 
 
+def decisions_only(record: Record) -> DepthRecord:
+    """Return the record of a depth mechanism without its loss and carried state."""
+    return expect(record, DepthRecord)._replace(loss_BT=None, carry={})
+
+
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
     """Return the new values of all tensors that are carried between blocks, by name."""
     return {name: value for record in records for name, value in record.carry.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Records, of_kind
-from skipstone.nn.block import Block
+from skipstone.nn.block import SEGMENT, Block
 
 WHOLE = TokenCounts(kv_tokens=1.0, query_tokens=1.0)
 
@@ -65,12 +65,12 @@ def _ways(names: Sequence[str]) -> Iterator[dict[str, float]]:
 
 
 def _work(block: Block, kept: Mapping[str, float], attention: Mapping[str, int]) -> tuple[float, float]:
-    outer = _narrowed(block, "block", kept, WHOLE)
+    outer = _narrowed(block, "block", kept, _narrowed(block, SEGMENT, kept, WHOLE))
     a, m = _narrowed(block, "attention", kept, outer), _narrowed(block, "mlp", kept, outer)
     return a.kv_tokens * attention["given"] + a.query_tokens * attention["asked"], m.query_tokens
 
 
 def _narrowed(block: Block, site: str, kept: Mapping[str, float], counts: TokenCounts) -> TokenCounts:
     for name in block.sites[site]:
-        counts = block.mechanisms[name].counts_inside(counts, kept[name])
+        counts = block.mechanism(name).counts_inside(counts, kept[name])
     return counts

@@ -21,6 +21,7 @@ from skipstone.measure.share import spent
 from skipstone.measure.summaries import ACTIVATION_NAMES
 from skipstone.measure.token_trace import CATEGORIES, ActivationSummary, Allocation, TokenTrace
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
+from skipstone.nn.block import SEGMENT
 
 SUBLAYERS = ("attention", "mlp")
 
@@ -100,7 +101,7 @@ def _halves(sites: Mapping[str, list[str]], records: Records, real_BT: Tensor) -
     weights, kept = [], []
     for half in SUBLAYERS:
         weight_BT, kept_BT = real_BT.float(), real_BT.clone()
-        for name in (*sites["block"], *sites[half]):
+        for name in (*sites[SEGMENT], *sites["block"], *sites[half]):
             weight_BT, kept_BT = weight_BT * decided[name].weight_BT, kept_BT & decided[name].kept_BT
         weights.append(weight_BT)
         kept.append(kept_BT.float())

@@ -13,6 +13,7 @@ from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths
 from skipstone.mechanisms.neuron_groups import NeuronGroups
 from skipstone.mechanisms.polyglu import PolyGLU
+from skipstone.mechanisms.segment import Segment
 from skipstone.mechanisms.token_selective import TokenSelective
 from skipstone.mechanisms.zeros import ZeroNeurons
 
@@ -21,6 +22,7 @@ DEPTH: dict[str, type[DepthMechanism]] = {
     "token_selective": TokenSelective,
     "early_exit": EarlyExit,
     "gate_skip": GateSkip,
+    "segment": Segment,
 }
 
 ACTIVATION: dict[str, type[PolyGLU]] = {
@@ -62,6 +64,7 @@ __all__ = [
     "Placement",
     "PolyGLU",
     "RoutingModule",
+    "Segment",
     "TokenSelective",
     "ZeroNeurons",
     "register",

@@ -25,6 +25,7 @@ from skipstone.mechanisms.grouping import NAME as NEURON_GROUPS
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.parts import GroupsEntry, MechanismEntry
 from skipstone.nn.attention import Attention, AttentionShape
+from skipstone.nn.block import SEGMENT as SEGMENT
 from skipstone.nn.block import SITES, Block, Residual
 from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
@@ -106,29 +107,42 @@ def build_blocks(config: SkipstoneConfig) -> Blocks:
     """Build all blocks of a model with their mechanisms. Issues each distinct `build_warning` once."""
     config.parse()
     entries = config.mechanism_entries
-    blocks = [
-        _block(config, layer, [e for e in entries if layer in e.layers]) for layer in range(config.num_hidden_layers)
-    ]
+    blocks: list[Block] = []
+    for layer in range(config.num_hidden_layers):
+        blocks.append(_block(config, layer, [e for e in entries if layer in e.layers], blocks))
     mechanisms = [mechanism for block in blocks for mechanism in block.routing_modules().values()]
     for reason in sorted({reason for mechanism in mechanisms if (reason := mechanism.build_warning())}):
         warnings.warn(reason, stacklevel=2)
     return Blocks(blocks)
 
 
-def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry]) -> Block:
+def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry], earlier: list[Block]) -> Block:
+    """Build a block with its mechanisms; `earlier` are the blocks before it."""
     mechanisms: dict[str, DepthMechanism] = {}
     sites = {site: [e.key for e in entries if e.site == site] for site in SITES}
+    segment = next((e.layers for e in entries if e.site == SEGMENT), (layer,))
     for entry in entries:
+        if layer not in entry.homes:
+            continue
         placement = Placement(
             layer=layer,
             num_layers=config.num_hidden_layers,
-            index=entry.layers.index(layer),
-            count=len(entry.layers),
+            index=entry.homes.index(layer),
+            count=len(entry.homes),
             name=entry.key,
         )
         mechanisms[entry.key] = DEPTH[entry.kind](config.hidden_size, placement, config=entry.options)
     feed = _mlp(config, layer)
-    return Block(_attention(config, layer), feed, _residual(config), mechanisms, sites)
+    first = segment[0]
+    return Block(
+        _attention(config, layer),
+        feed,
+        _residual(config),
+        mechanisms,
+        sites,
+        span=len(segment) if layer == first else 1,
+        around=None if layer == first else earlier[first],
+    )
 
 
 def _residual(config: SkipstoneConfig) -> Residual:

@@ -28,7 +28,7 @@ from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 from skipstone.core.unpad import pays
 from skipstone.core.weights import compute_dtype
-from skipstone.model.build import Attention, Block, Blocks, pairs
+from skipstone.model.build import SEGMENT, Attention, Block, Blocks, pairs
 
 Kept = Mapping[int, Mapping[str, Amount]]
 SLOT_BYTES = 8  # one int64 slot for each pair of key and value
@@ -187,7 +187,7 @@ def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["w
     """
     kept: dict[int, dict[str, Amount]] = {}
     for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):
-        outer = list(block.sites["block"])
+        outer = [*block.sites[SEGMENT], *block.sites["block"]]
         paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
         kept[i] = {name: counts for path in paths for name, counts in _along(path, decided, rows)}
         kept[i] |= block.mlp.measured(decided)
@@ -315,11 +315,13 @@ def _work(
 
     def inside(site: str, counts: TokenCounts) -> TokenCounts:
         for name in block.sites[site] if mechanisms else ():
-            ran.append((block.mechanisms[name], counts.kv_tokens))
-            counts = block.mechanisms[name].counts_inside(counts, _restriction(kept.get(name)), oracle)
+            mechanism = block.mechanism(name)
+            if name in block.mechanisms:  # the mechanism around a segment runs once, in its first block
+                ran.append((mechanism, counts.kv_tokens))
+            counts = mechanism.counts_inside(counts, _restriction(kept.get(name)), oracle)
         return counts
 
-    outer = inside("block", TokenCounts(kv_tokens=tokens, query_tokens=tokens))
+    outer = inside("block", inside(SEGMENT, TokenCounts(kv_tokens=tokens, query_tokens=tokens)))
     attention, mlp = inside("attention", outer), inside("mlp", outer)
     asked = mlp.query_tokens
     ran += [(part, asked) for part in block.mlp.routing_modules().values() if mechanisms or part.built_in]

@@ -9,7 +9,7 @@ import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from skipstone.core.noise import draw_seed
-from skipstone.core.records import Records, carried
+from skipstone.core.records import Records
 from skipstone.core.strict import PlainDict, PlainMapping, unknown
 from skipstone.core.tokens import Executor, PassMode, Tokens
 from skipstone.model.arguments import check_cache, of_fixed_size
@@ -38,11 +38,11 @@ from skipstone.model.build import (
 )
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
+from skipstone.model.stack import Rotation, Stack
 from skipstone.model.tokens import Call, tokens_of, with_ids
 from skipstone.ops.reference import dropped
 
 Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
-Rotation = tuple[Tensor, Tensor]  # cos and sin of each token's angles
 
 
 @dataclass
@@ -148,7 +148,7 @@ class SkipstonePreTrainedModel(PreTrainedModel):
         entries = self.config.mechanism_entries
         entry = entries[index] = entries[index].changed(**options)
         self.config.mechanisms = entries
-        for layer in entry.layers:
+        for layer in entry.homes:
             self.decoder.layers[layer].mechanisms[entry.key].config = entry.options
 
     def _activation_checkpointing_enable(
@@ -210,6 +210,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         refuse_mistyped(kwargs)
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not supported: no block keeps its attention weights")
+        if kwargs.get("output_hidden_states") and any(block.span > 1 for block in self.layers):
+            raise ValueError("output_hidden_states is not supported with a segment, whose blocks see kept tokens alone")
         x_BTD = self._embedded(input_ids, inputs_embeds)
         mode, forced = self._mode(routing, noise, executor, x_BTD.shape[:2])
         cache = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
@@ -218,16 +220,15 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             tokens = with_ids(tokens, input_ids, None if cache is None else cache.layers[0])
         x_BTD, angles = self._positioned(x_BTD, tokens)
         tokens = tokens.replace(rotary=angles[self.turned_by[0]])
-        records = []
         # transformers temporarily lowers the number to draft with the first blocks (`assistant_early_exit`)
-        for i, block in enumerate(islice(self.layers, self.config.num_hidden_layers)):
-            given = tokens
-            if i in forced or self.turned_by[i] != self.turned_by[0]:
-                given = tokens.replace(rotary=angles[self.turned_by[i]], forced_BT=forced.get(i))
-            x_BTD, decided = block(x_BTD, given, past_key_values=cache)
-            if carry := carried(decided.values()):
-                tokens = tokens.replace(state={**tokens.state, **carry})
-            records.append(decided)
+        stack = Stack(
+            blocks=list(islice(self.layers, self.config.num_hidden_layers)),
+            turned_by=self.turned_by,
+            turn=partial(self._turned, tokens, angles),
+            forced=forced,
+            cache=cache,
+        )
+        x_BTD, records = stack.run(x_BTD, tokens)
         for layer in () if cache is None else cache.layers:
             layer.advance(tokens.length)
         if self.training and output_records is False and not torch.compiler.is_compiling():
@@ -279,12 +280,17 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         for i, mask in forced.items():
             if i not in range(len(self.layers)):
                 raise ValueError(f"routing names block {i!r}, but the model has blocks 0 to {len(self.layers) - 1}")
-            if not self.layers[i].mechanisms:
+            first = self.layers[i].segment_start()
+            if not self.layers[i].mechanisms and first is None:
                 raise ValueError(f"routing names block {i}, which has no depth mechanism")
             if mask.dtype != torch.bool or tuple(mask.shape) not in ((1, shape[1]), tuple(shape)):
                 raise ValueError(
                     f"routing[{i}] must be a bool mask of shape {list(shape)}, got {mask.dtype} {list(mask.shape)}"
                 )
+            if first is not None and not self.layers[i].mechanisms:
+                same = forced.get(first)
+                if same is None or not (same is mask or torch.equal(same, mask)):
+                    raise ValueError(f"routing[{i}] differs from routing[{first}], whose segment holds block {i} too")
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: PassMode, rows: int) -> Cache | None:
         """Return the cache of this call: the given one after checks, a new one, or None."""
@@ -321,9 +327,9 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         tokens = tokens_of(call, of_fixed_size(mode, cache, x_BTD.shape[1]))
         state: dict[str, Tensor] = {}
         for block in self.layers:
-            for mechanism in block.mechanisms.values() if block.num_routing_modules else ():
+            for mechanism in block.mechanisms.values():
                 state.update(mechanism.initial_state(x_BTD))
-        draws = tokens.mode.noise and any(block.num_routing_modules for block in self.layers)
+        draws = tokens.mode.noise and any(block.routing_modules() for block in self.layers)
         seed, first = self.step_noise or (draw_seed(x_BTD.device), None) if draws else (None, None)
         return tokens.replace(state=state, noise_seed=seed, first_row=first)
 
@@ -344,6 +350,16 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             if self.window_positions is not None:
                 angles["window"] = self.window_positions(tokens.position_BT, x_BTD.dtype)
         return dropped(x_BTD, self.config.embedding_dropout, self.training), angles
+
+    def _turned(
+        self, whole: Tokens, angles: Mapping[str, Rotation | None], name: str, tokens: Tokens
+    ) -> Rotation | None:
+        """Return the angles of this name for tokens of a block: `whole`, or some that a segment has selected."""
+        if tokens.slot_BT is whole.slot_BT:
+            return angles[name]
+        positions = self.window_positions if name == "window" else self.positions
+        assert positions is not None
+        return None if name == "none" else positions(tokens.position_BT, angles[name][0].dtype)  # type: ignore[index]
 
     def _checked(self, position_BT: Tensor) -> Tensor:
         """Return the positions after checking them against the context length."""

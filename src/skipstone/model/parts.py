@@ -16,7 +16,7 @@ from skipstone.mechanisms.grouping import NeuronChoiceConfig
 from skipstone.mechanisms.polyglu import PolyGLUConfig
 from skipstone.model.fields import Written as Written
 from skipstone.model.layers import parse_layers
-from skipstone.nn.block import SITES
+from skipstone.nn.block import SEGMENT
 from skipstone.nn.experts import ROW_OF_16_BYTES as ROW_OF_16_BYTES
 from skipstone.nn.experts import ExpertsConfig
 from skipstone.nn.mlp import FIXED_MIX, FUNCTIONS, FixedMix, FixedMixConfig
@@ -52,8 +52,8 @@ class Entry(Mapping[str, object]):
 class MechanismEntry(Entry):
     """A parsed entry of `mechanisms`: one mechanism with its layers and options.
 
-    kind: the mechanism's name in `DEPTH`. site: one of `SITES`. layers: the blocks that carry it, out of `num_layers`.
-    options: an instance of the mechanism's `Config`.
+    kind: the mechanism's name in `DEPTH`. site: one of the mechanism's `sites`. layers: the blocks that it is
+    around, out of `num_layers`. options: an instance of the mechanism's `Config`.
     """
 
     kind: str
@@ -65,7 +65,12 @@ class MechanismEntry(Entry):
     @property
     def key(self) -> str:
         """The name under which a block keeps the mechanism's parameters and records."""
-        return self.kind if self.site == "block" else f"{self.kind}_on_{self.site}"
+        return self.kind if self.site == DEPTH[self.kind].sites[0] else f"{self.kind}_on_{self.site}"
+
+    @property
+    def homes(self) -> tuple[int, ...]:
+        """The blocks that hold a mechanism of this entry: all of `layers`, of a segment the first."""
+        return self.layers[:1] if self.site == SEGMENT else self.layers
 
     def changed(self, **changes: object) -> MechanismEntry:
         """Return the entry with other options; None restores a default. Raises ValueError for invalid options."""
@@ -121,8 +126,13 @@ def parse_mechanisms(entries: Sequence[Written], num_layers: int) -> list[Mechan
         try:
             if not isinstance(entry, MechanismEntry) or entry.num_layers != num_layers:
                 entry = _parse_mechanism(written, num_layers, f"mechanisms[{i}]")
-            if any(entry.key == other.key and set(entry.layers) & set(other.layers) for other in parsed):
+            shared = [other for other in parsed if set(entry.layers) & set(other.layers)]
+            if any(entry.key == other.key for other in shared):
                 raise ValueError(f"mechanisms[{i}]: {entry.kind} sits twice on the same {entry.site}")
+            if entry.site == SEGMENT and any(o.site == SEGMENT and o.layers != entry.layers for o in shared):
+                raise ValueError(
+                    f"mechanisms[{i}].layers {_span(entry)} overlap another segment; one ends before the next"
+                )
             parsed.append(entry)
         except ValueError as error:
             lines += mistakes(error)
@@ -133,22 +143,29 @@ def parse_mechanisms(entries: Sequence[Written], num_layers: int) -> list[Mechan
 def _parse_mechanism(written: Written, num_layers: int, where: str) -> MechanismEntry:
     values = copy.deepcopy(_with_words(written))
     options = dict(values)
-    kind, site = options.pop("name", None), options.pop("on", "block")
+    kind = options.pop("name", None)
     mechanism = choose(f"{where}.name", kind, DEPTH)
+    site = options.pop("on", mechanism.sites[0])
     asked = options.pop("layers", mechanism.default_layers)
-    lines = [] if site in SITES else [unknown(f"{where}.on", site, SITES)]
+    lines = [] if site in mechanism.sites else [unknown(f"{where}.on", site, mechanism.sites)]
     layers: list[int] = []
     config: object = None
     try:
         layers = parse_layers(asked, num_layers, f"{where}.layers")
     except ValueError as error:
         lines += mistakes(error)
+    if site == SEGMENT and layers and layers != list(range(layers[0], layers[-1] + 1)):
+        lines.append(f"{where}.layers must be neighbouring blocks for a segment, got {asked!r}")
     try:
         config = from_dict(mechanism.Config, options, where)
     except ValueError as error:
         lines += mistakes(error)
     refuse(lines)
     return MechanismEntry(values, str(kind), str(site), tuple(layers), num_layers, config)
+
+
+def _span(entry: MechanismEntry) -> str:
+    return f"{entry.layers[0]} to {entry.layers[-1]}"
 
 
 def _with_words(written: Mapping[object, object] | Written) -> dict[str, object]:

@@ -136,7 +136,6 @@ def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLaye
         return tokens
     before_BT = _before(input_ids, tokens)
     document_BT = tokens.document_BT
-    entries = {} if document_BT is None else {"document": document_BT.expand_as(input_ids)}
     if cache is not None:
         store = cache.store(IDS)
         last_B = store.last("id")
@@ -151,8 +150,10 @@ def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLaye
             )
             leads_BT = one_BT.cumsum(1) - one_BT == 0  # the first real token follows what the cache holds
             before_BT = torch.where(leads_BT, earlier_BT, before_BT)
-        # ids from 1, because 0 is what an empty row returns
-        store.append(tokens.slot_BT, tokens.real_BT, None, id=input_ids + 1, **entries)
+        entries = {"id": input_ids + 1}  # from 1, because 0 is what an empty row returns
+        if document_BT is not None:
+            entries["document"] = document_BT.expand_as(input_ids)
+        store.append(tokens.slot_BT, tokens.real_BT, None, **entries)
     return tokens.replace(state={**tokens.state, IDS: input_ids, IDS_BEFORE: before_BT})
 
 

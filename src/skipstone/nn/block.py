@@ -26,7 +26,8 @@ from skipstone.ops.reference import added
 
 CachedUpdate: TypeAlias = Callable[[Tensor, Tokens, SkipstoneCacheLayer | None], tuple[Tensor, Records]]
 
-SITES = ("block", "attention", "mlp")
+SEGMENT = "segment"  # a site around several blocks, which the decoder runs (`model/stack.py`)
+SITES = (SEGMENT, "block", "attention", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,10 @@ class Residual:
 class Block(GradientCheckpointingLayer):
     """A block of attention and MLP.
 
-    sites: for each site ("block", "attention", "mlp"), the names of its mechanisms in `mechanisms`, outermost first.
+    sites: for each site of `SITES`, the names of its mechanisms, outermost first. They are in `mechanisms`, except that
+    those around a segment are in that of its first block. span: number of blocks that run together, from this one on:
+    those of the segment that begins here, or 1. around: the first block of the segment that this block belongs to
+    further on, or None.
     """
 
     def __init__(
@@ -60,26 +64,45 @@ class Block(GradientCheckpointingLayer):
         residual: Residual,
         mechanisms: Mapping[str, DepthModule],
         sites: Mapping[str, list[str]],
+        span: int = 1,
+        around: Block | None = None,
     ) -> None:
         super().__init__()
+        self.span = span
+        self._around: tuple[Block, ...] = (
+            () if around is None else (around,)
+        )  # in a tuple, so that it is not a child module
         self.self_attn, self.mlp = attention, mlp
         self.input_layernorm, self.post_attention_layernorm = residual.before_attention, residual.before_mlp
         self.attention_output_layernorm, self.mlp_output_layernorm = residual.after_attention, residual.after_mlp
         self.shared_norm, self.parallel, self.residual_scale = residual.shared, residual.parallel, residual.scale
         self.mechanisms = DepthModules(mechanisms)
         self.sites = {site: list(sites.get(site, [])) for site in SITES}
-        self.num_routing_modules = len(self.routing_modules())
+        outside = {*self.sites[SEGMENT]}
+        self._inside_names = [name for name in self.routing_modules() if name not in outside]
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
         """Return the residual stream after this block, [B, T, D], and the records of its mechanisms."""
         cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
-        if not self.sites["block"]:
+        if not self.sites["block"] and tokens.queries.is_all and tokens.unpadding is None:
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
             _, after_BTD, m_BTD, records = self._sublayers(x_BTD, tokens, cache)
-            return added(after_BTD, m_BTD), self._complete(records, x_BTD)
+            return added(after_BTD, m_BTD), self.complete(records, x_BTD)
         update = self._sum_of_sublayers if self.sites["attention"] or self.sites["mlp"] else self._fused
         delta_BTD, records = self._inside("block", update, x_BTD, tokens, cache)
-        return added(x_BTD, delta_BTD), self._complete(records, x_BTD)
+        return added(x_BTD, delta_BTD), self.complete(records, x_BTD)
+
+    def mechanism(self, name: str) -> DepthModule:
+        """Return a depth mechanism of this block by name, also one around the segment that the block belongs to."""
+        return self.mechanisms[name] if name in self.mechanisms else self._around[0].mechanisms[name]
+
+    def segment_start(self) -> int | None:
+        """Return the index of the first block of the segment that this block belongs to; None if it is the first."""
+        return self._around[0].self_attn.layer_idx if self._around else None
+
+    def recorded(self) -> set[str]:
+        """Return the names of this block's records: of its routing modules and of the mechanisms around its segment."""
+        return {*self._inside_names, *self.sites[SEGMENT]}
 
     def routing_modules(self) -> dict[str, RoutingModule]:
         """Return the routing modules of this block by name: its depth mechanisms and those inside its MLP."""
@@ -90,11 +113,12 @@ class Block(GradientCheckpointingLayer):
         named = [(name, module) for name, module in self.named_modules() if isinstance(module, RoutingModule)]
         return [name for prefix, module in named for name in fp32_names(prefix, module)]
 
-    def _complete(self, records: Records, x_BTD: Tensor) -> Records:
+    def complete(self, records: Records, x_BTD: Tensor) -> Records:
         """Add empty records of mechanisms that were not reached, so that every call returns the same names."""
-        if len(records) == self.num_routing_modules:
+        if len(records) == len(self._inside_names):
             return records
-        missing = {name: m.empty_record(x_BTD) for name, m in self.routing_modules().items() if name not in records}
+        modules = self.routing_modules()
+        missing = {name: modules[name].empty_record(x_BTD) for name in self._inside_names if name not in records}
         return {**records, **missing}
 
     def _inside(

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.nn.block import SEGMENT
 from skipstone.train.recipe import TrainConfig
 
 _GROUPS_OF_ONE: list[int] = []  # the process that has made a group of itself
@@ -77,6 +78,8 @@ def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {parameter for parameter in model.parameters() if parameter.dim() == 0}
     for block in model.model.layers:
+        for name in block.sites[SEGMENT] if block.span > 1 else ():  # it runs outside of the block's forward
+            fully_shard(block.mechanisms[name], mesh=mesh, ignored_params=whole)
         fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     _require_sharded(model)

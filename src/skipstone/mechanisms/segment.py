@@ -1,0 +1,36 @@
+"""Mixture-of-Depths around a segment: one decision for several neighbouring blocks.
+
+    x_i <- x_i + w(r_i) * (Stack(x)_i - x_i)     if token i is kept        r_i = w . x_i, once for the whole stack
+    x_i <- x_i                                   otherwise
+
+A segment has one router, one threshold and one gather. Kept tokens pass all of its blocks together and attend to each
+other there, so the stack sees a shorter sequence; a skipped token is exactly that of the model without these blocks.
+With `kv: full`, the other tokens give keys and values to every block of the stack, from the stream as it enters it. All
+options are those of `mixture_of_depths`. The middle of the model as one stack on few positions is what SpaceByte (arXiv
+2404.14408, with `decision: boundary`) and H-Net (arXiv 2507.07955) do; Mixture-of-Depths (arXiv 2404.02258) routes
+single blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths, MixtureOfDepthsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(MixtureOfDepthsConfig):
+    """The options of a segment, those of `MixtureOfDepthsConfig`; `capacity` is one number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.capacity, float | int):
+            raise ValueError(f"capacity must be one number for a segment, which decides once, got {self.capacity!r}")
+
+
+class Segment(MixtureOfDepths):
+    """Mixture-of-Depths with one decision for a stack of neighbouring blocks."""
+
+    Config = SegmentConfig
+    default_layers = "1:-1"
+    sites = ("segment",)

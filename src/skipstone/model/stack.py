@@ -1,0 +1,107 @@
+"""Run a decoder's blocks in order, with the segments among them: several blocks inside one mechanism.
+
+A segment's mechanism wraps the update of a stack of blocks, as others wrap the update of one block:
+
+    update(x, tokens) = block_j(... block_i(x, tokens) ...) - x
+
+It is a module of the segment's first block (`Block.sites["segment"]`); the other blocks know it by reference. Its
+record stands among the records of every block of the segment, so that what a block computed can be read from its own
+records; the auxiliary loss and the carried state stand in the first alone.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from skipstone.core.records import Records, carried, decisions_only
+from skipstone.core.seam import wrap
+from skipstone.core.tokens import Tokens
+from skipstone.model.build import SEGMENT, Block
+from skipstone.ops.reference import added
+
+Rotation: TypeAlias = tuple[Tensor, Tensor]  # cos and sin of each token's angles
+FORCED = "forced/"  # names in `Tokens.state` of the decisions that the caller imposes on blocks inside a segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The blocks of one pass and what they need besides the tokens.
+
+    turned_by: for each block, the name of its rotary angles. turn: returns the angles of this name for these tokens,
+    whatever mechanisms have selected. forced: bool masks [B, T] that the caller imposes, by block.
+    """
+
+    blocks: Sequence[Block]
+    turned_by: Sequence[str]
+    turn: Callable[[str, Tokens], Rotation | None]
+    forced: Mapping[int, Tensor]
+    cache: Cache | None
+
+    def run(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
+        """Return the stream after the last block, [B, T, D], and the records of each block."""
+        records: list[Records] = []
+        for part in self._parts():
+            if self.blocks[part.start].sites[SEGMENT]:
+                x_BTD, decided = self._segment(part, x_BTD, tokens)
+            else:
+                x_BTD, decided = self._one(part.start, x_BTD, tokens, self.forced.get(part.start), self.turned_by[0])
+            if carry := carried(record for each in decided for record in each.values()):
+                tokens = tokens.replace(state={**tokens.state, **carry})
+            records += decided
+        return x_BTD, records
+
+    def _parts(self) -> Iterator[range]:
+        """Yield ranges of blocks: those of a segment together, all others alone."""
+        at = 0
+        while at < len(self.blocks):
+            span = min(self.blocks[at].span, len(self.blocks) - at)  # a draft may end inside a segment
+            yield range(at, at + span)
+            at += span
+
+    def _one(
+        self, i: int, x_BTD: Tensor, tokens: Tokens, forced_BT: Tensor | None, turned_by: str
+    ) -> tuple[Tensor, list[Records]]:
+        """Run a block alone. turned_by: the name of the angles in `tokens`."""
+        rotary = tokens.rotary if self.turned_by[i] == turned_by else self.turn(self.turned_by[i], tokens)
+        if rotary is not tokens.rotary or forced_BT is not tokens.forced_BT:
+            tokens = tokens.replace(rotary=rotary, forced_BT=forced_BT)
+        x_BTD, decided = self.blocks[i](x_BTD, tokens, past_key_values=self.cache)
+        return x_BTD, [decided]
+
+    def _segment(self, part: range, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
+        """Run the blocks of a segment inside its mechanisms."""
+        first = self.blocks[part.start]
+        names, turned_by = first.sites[SEGMENT], self.turned_by[part.start]
+        inner = {f"{FORCED}{i}": self.forced[i].expand(x_BTD.shape[:2]) for i in part if i in self.forced}
+        given = tokens.replace(
+            rotary=self.turn(turned_by, tokens),
+            forced_BT=self.forced.get(part.start),
+            state={**tokens.state, **inner},
+        )
+
+        def update(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
+            start, found = x, Records()
+            for i in part:
+                x, (decided,) = self._one(i, x, tokens, tokens.state.get(f"{FORCED}{i}"), turned_by)
+                if carry := carried(decided.values()):
+                    tokens = tokens.replace(state={**tokens.state, **carry})
+                found |= {f"{i}/{name}": record for name, record in decided.items()}
+            return x - start, found
+
+        delta_BTD, found = wrap(update, [first.mechanisms[name] for name in names])(x_BTD, given)
+        own = {name: found[name] for name in names if name in found}
+        own |= {name: first.mechanisms[name].empty_record(x_BTD) for name in names if name not in own}
+        records = []
+        for i in part:
+            prefix = f"{i}/"
+            decided = {key.removeprefix(prefix): r for key, r in found.items() if key.startswith(prefix)}
+            outer = own if i == part.start else {name: decisions_only(record) for name, record in own.items()}
+            records.append({**outer, **self.blocks[i].complete(decided, x_BTD)})
+        return added(x_BTD, delta_BTD), records
