@@ -31,7 +31,7 @@ def test_a_run_folder_is_complete(tmp_path: Path) -> None:
     assert resolved["train"]["steps"] == 6
     environment = json.loads((folder / "environment.json").read_text())
     assert environment.keys() >= {"skipstone", "torch", "transformers", "python", "git_commit", "git_dirty", "machine"}
-    assert environment.keys() >= {"seed", "started", "command"}
+    assert environment.keys() >= {"seed", "started", "command", "processes"}
     result = json.loads((folder / "result.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())

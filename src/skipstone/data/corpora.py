@@ -12,7 +12,6 @@ from typing import Literal
 from skipstone.core.strict import choose
 from skipstone.data import installed, published, users
 from skipstone.data.corpus import Corpus
-from skipstone.data.distinct import distinct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,12 @@ class Entry:
     argument: str = ""
     required: bool = False
     tokenizer: str | None = "byte"
+
+
+def _distinct(argument: str) -> Corpus:
+    from skipstone.data.distinct import distinct  # imports numpy, which a check of recipes does without
+
+    return distinct(load_corpus(argument))
 
 
 CORPORA: dict[str, Entry] = {
@@ -81,7 +86,7 @@ CORPORA: dict[str, Entry] = {
     ),
     "distinct": Entry(
         summary="a text corpus without passages that a later split nearly repeats",
-        load=lambda argument: distinct(load_corpus(argument)),
+        load=_distinct,
         argument="CORPUS",
         required=True,
     ),

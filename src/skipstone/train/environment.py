@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def describe(seed: int) -> PlainDict:
-    """Return the contents of environment.json: versions, commit, machine, seed.
+    """Return the contents of environment.json: versions, commit, machine, seed, processes.
 
     `git_commit` and `git_dirty` are None if the package is not in a checkout.
     """
@@ -38,9 +38,10 @@ def describe(seed: int) -> PlainDict:
     }
 
 
-def session() -> dict[str, str]:
-    """Return the start time and command of this process."""
-    return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv)}
+def session() -> PlainDict:
+    """Return the start time and command of this process, and the number of processes that train together."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"started": started, "command": shlex.join(sys.argv), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def machine() -> PlainDict:

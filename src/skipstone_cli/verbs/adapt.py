@@ -32,6 +32,8 @@ def adapt(
     existing_source(source)
 
     from skipstone.adapt.adaptation import adapt as run
+    from skipstone.train.folder import is_first_process
 
     folder = run(source, config, out=out, resume=resume)
-    typer.echo(f"run folder: {folder}")
+    if is_first_process():
+        typer.echo(f"run folder: {folder}")

@@ -40,10 +40,12 @@ def train(
         _print_estimate(config, gpu, mfu)
         return
 
+    from skipstone.train.folder import is_first_process
     from skipstone.train.training import train as run
 
     folder = run(config, out=out, resume=resume)
-    typer.echo(f"run folder: {folder}")
+    if is_first_process():
+        typer.echo(f"run folder: {folder}")
 
 
 def _print_estimate(config: dict[str, Any], gpu: str | None, mfu: float | None) -> None:
