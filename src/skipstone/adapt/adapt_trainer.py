@@ -143,6 +143,10 @@ class AdaptTrainer(RunTrainer):
         assert self.passing is not None
         return (torch.stack(passed).mean() + mean - mean.detach() - self.passing).square()
 
+    def _forget_step(self, model: nn.Module) -> None:
+        self.parts = Counter()  # terms are added up in steps that are logged, of which this is one or is not
+        super()._forget_step(model)
+
     def _window_logs(self) -> dict[str, float]:
         names, values = sorted(self.parts), [self.parts[name] for name in sorted(self.parts)]
         summed = self._summed(torch.tensor(values, device=self.args.device)).tolist() if names else []

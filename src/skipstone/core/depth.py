@@ -53,6 +53,16 @@ class DepthModule(RoutingModule):
         return False
 
     @property
+    def intended_share(self) -> float | None:
+        """The share of tokens that a training pass is to keep now; None if it computes all or no share is intended."""
+        return None
+
+    @property
+    def chooses_by_score(self) -> bool:
+        """Whether learned scores decide, so that a router that decides nothing is worth a warning."""
+        return True
+
+    @property
     def host_syncs(self) -> int:
         """Number of times that the host waits for this mechanism in a decoding step of several rows."""
         return int(self.skips)

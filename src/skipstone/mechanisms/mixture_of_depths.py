@@ -175,6 +175,14 @@ class MixtureOfDepths(DepthMechanism):
         return self.capacity < 1
 
     @property
+    def intended_share(self) -> float:
+        return self.decision.capacity.now
+
+    @property
+    def chooses_by_score(self) -> bool:
+        return self.decision.reads_scores and not self.decision.imposed
+
+    @property
     def has_auxiliary_loss(self) -> bool:
         guided = bool(self.config.guidance) and self.capacity < 1
         return self.decision.has_loss or guided or self.config.z_loss > 0

@@ -160,6 +160,14 @@ class TokenSelective(DepthMechanism):
         return 1.0 if self.capacity is None else self.capacity
 
     @property
+    def intended_share(self) -> float | None:
+        return None if self.config.training == "soft" or self.decision is None else self.decision.capacity.now
+
+    @property
+    def chooses_by_score(self) -> bool:
+        return self.config.learn and (self.decision is None or self.decision.reads_scores)
+
+    @property
     def skips(self) -> bool:
         return self.config.execution == "hard" and (self.decision is None or self._share < 1)
 

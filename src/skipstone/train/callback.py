@@ -49,6 +49,10 @@ class RoutingCallback(TrainerCallback):
                 pair = torch.stack((torch.where(seen, statistics, 0.0), seen.to(statistics)))
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
+    def forget(self) -> None:
+        """Drop the statistics of the present step, which is skipped."""
+        self._sums = {}
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:

@@ -15,19 +15,23 @@ from skipstone.core.strict import PlainDict
 
 FILE = "window.json"
 STATE: dict[str, type] = {"began": int, "tokens": int, "total_tokens": int, "seconds": float, "total_seconds": float}
+SKIPPED = ("skipped", "total_skipped")  # absent in checkpoints of earlier releases
 
 
 class LogWindow:
     """Sums for the next log line, kept on the device so that adding to them never makes the host wait.
 
     began: the step after which this window began. sums: token loss and auxiliary loss of this process; tokens: of all
-    processes. Totals run over the whole training. Time of evaluation and saving is left out.
+    processes. skipped: steps of this window that were left out, because their numbers were not finite. Totals run over
+    the whole training. Time of evaluation and saving is left out.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, device=device)  # token loss, auxiliary loss
         self.began = self.tokens = self.total_tokens = 0
+        self.skipped = self.total_skipped = 0
         self.seconds = self.total_seconds = 0.0
+        self._before = (self.sums.clone(), 0, 0)
         self._since: float | None = None
 
     def add(self, token_loss: Tensor, auxiliary_loss: Tensor, tokens: int) -> None:
@@ -35,6 +39,21 @@ class LogWindow:
         self.sums += torch.stack((token_loss.detach(), auxiliary_loss.detach())).to(self.sums)
         self.tokens += tokens
         self.total_tokens += tokens
+
+    def begin_step(self) -> None:
+        """Remember the sums before the micro-batches of a step, for `skip_step`."""
+        self._before = (self.sums.clone(), self.tokens, self.total_tokens)
+
+    def skip_step(self) -> None:
+        """Take the present step out of the sums again."""
+        sums, self.tokens, self.total_tokens = self._before
+        self.sums.copy_(sums)
+        self.skipped += 1
+        self.total_skipped += 1
+
+    def only_skipped(self, step: int) -> bool:
+        """Return whether all steps of this window up to `step` were skipped."""
+        return 0 < self.skipped == step - self.began
 
     def start(self) -> None:
         """Start measuring time."""
@@ -59,11 +78,11 @@ class LogWindow:
     def clear(self, step: int) -> None:
         """Begin the next window after `step`; the totals stay."""
         self.sums.zero_()
-        self.began, self.tokens, self.seconds = step, 0, 0.0
+        self.began, self.tokens, self.seconds, self.skipped = step, 0, 0.0, 0
 
     def save(self, folder: Path, sums: Tensor, lines: int) -> None:
         """Write the state to a checkpoint. sums: over all processes. lines: number of lines in metrics.jsonl."""
-        state = {name: getattr(self, name) for name in STATE}
+        state = {name: getattr(self, name) for name in (*STATE, *SKIPPED)}
         state |= {"sums": sums.tolist(), "lines": lines}
         (folder / FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -80,6 +99,7 @@ class LogWindow:
             state: PlainDict = json.loads(path.read_text(encoding="utf-8"))
             sums = torch.tensor([float(value) for value in state["sums"]])
             values = {name: kind(state[name]) for name, kind in STATE.items()}
+            values |= {name: int(state.get(name, 0)) for name in SKIPPED}
             self.sums.copy_(sums if first else torch.zeros_like(sums))
         except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{str(path)!r} cannot be read: {error!r}") from None

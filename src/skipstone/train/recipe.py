@@ -13,7 +13,14 @@ from skipstone.data.config import DataConfig
 DECAY_KINDS = ("preferences", "biases", "norms", "embeddings", "routers")
 LOGGERS = ("jsonl", "tensorboard", "trackio", "wandb")
 # only affect what is written and compared, and when
-NOT_THE_RESULT = ("save_every", "save_minutes", "keep_checkpoints", "keep_best", "compare_every")
+NOT_THE_RESULT = (
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "keep_best",
+    "compare_every",
+    "max_skipped_steps",  # changes nothing up to the step at which the run would have stopped
+)
 # From this vocabulary on, the logits of a micro-batch are larger than the model's other tensors.
 LARGE_VOCABULARY, LOSS_CHUNK = 65_536, 1024
 
@@ -61,6 +68,8 @@ class TrainConfig:
     parallel: how several processes share the model. ddp: each holds all of it. fsdp2: each holds a part of every
     parameter, of its gradient and of its optimizer state. compare_every: steps between comparisons of what all
     processes must hold alike; 0: never.
+    max_skipped_steps: how many steps of the training may be left out because their loss, gradient or router scores are
+    not finite; the next one stops the training.
     loggers: destinations of metrics; jsonl is always written.
     """
 
@@ -94,6 +103,7 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = "auto"
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     compare_every: int = 100
+    max_skipped_steps: int = 0
     loggers: list[str] = field(default_factory=lambda: ["jsonl"])
 
     def __post_init__(self) -> None:
@@ -111,6 +121,7 @@ class TrainConfig:
             "seed",
             "loss_chunk",
             "compare_every",
+            "max_skipped_steps",
         ):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

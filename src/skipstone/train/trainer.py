@@ -27,11 +27,14 @@ from skipstone.train import parallel, sharded
 from skipstone.train.average import TailAverage
 from skipstone.train.checkpoints import PARTIAL, restore_other
 from skipstone.train.decay import decaying
+from skipstone.train.finite import FiniteGuard, NotFinite, Share
 from skipstone.train.log_window import LogWindow
 from skipstone.train.mixin import RoutingTrainer
 from skipstone.train.recipe import TrainConfig
+from skipstone.train.router_watch import RouterWatch
 from skipstone.train.same_state import SameState
 from skipstone.train.validation import batches, loss_sums
+from skipstone.train.watch import AGREE_EVERY
 
 SCHEDULER = "scheduler.pt"  # Trainer's name for it
 
@@ -52,11 +55,40 @@ class RunTrainer(RoutingTrainer):
         self.obstacle = causal_obstacle(self._plain.routing_modules())
         self.seed_of_step: tuple[int, Tensor] | None = None  # the step, and the seed of its random numbers
         self.part = 0  # the micro-batch of the present step
+        self.looked_at = 0  # the step whose numbers are watched now
         self.add_callback(SameState(recipe.compare_every))
         self.average = TailAverage(recipe.averaged_steps) if recipe.averaged_steps else None
         if self.average is not None:
             self.add_callback(self.average)
+        self.guard, self.routers = self._guard(), self._router_watch()
         self.routing.saves_whole_model = True  # its checkpoints contain adapters with their model
+
+    def _guard(self) -> FiniteGuard:
+        state, args = self.accelerator, self.args
+        share = Share(
+            rows=args.per_device_train_batch_size,
+            parts=args.gradient_accumulation_steps,
+            rank=state.process_index,
+            count=state.num_processes,
+        )
+        places = [module.placement for module in self._plain.routing_modules()]
+        names = [f"block {place.layer} {place.name}" for place in places]
+        folder = Path(args.output_dir).parent
+        return FiniteGuard(names, share, folder, self.recipe.max_skipped_steps, state.gather)
+
+    def _router_watch(self) -> RouterWatch | None:
+        """Return what watches the routers; None if they do not decide in this training, or there are none."""
+        if self.recipe.routing != "learned" or not any(True for _ in self._plain.routing_modules()):
+            return None
+
+        def largest(value: Tensor) -> Tensor:
+            return self.accelerator.gather(value[None]).max()  # type: ignore[no-any-return]
+
+        def forward(**inputs: object) -> Any:
+            return (self.model if parallel.is_sharded(self.model) else self._plain)(**inputs)
+
+        main = self.accelerator.process_index == 0
+        return RouterWatch(self._plain, forward, self.recipe.steps, self._summed, largest, main)
 
     # Rows are read in order: each is already a random draw from (seed, index), so a step's rows follow from its number.
     def _get_train_sampler(self, train_dataset: Sized | None = None) -> SequentialSampler:
@@ -77,10 +109,22 @@ class RunTrainer(RoutingTrainer):
         with self._noise_of_step(len(inputs["input_ids"])):
             loss, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
         loss = self.objective(loss, outputs, inputs, kwargs.get("num_items_in_batch"))
+        self._look_at(loss, inputs, outputs["records"])
         self.window.add(outputs["token_loss"], outputs["auxiliary_loss"], self._tokens(inputs))
         if self._logs_this_step():
             self.meter.add(self._plain.routing_modules(), outputs["records"])
         return (loss, outputs) if return_outputs else loss
+
+    def _look_at(self, loss: Tensor, inputs: PlainDict, records: Any) -> None:
+        """Show a micro-batch to those who watch the numbers and the routers."""
+        step = self.state.global_step + 1
+        begins = self.looked_at != step
+        if begins:
+            self.looked_at = step
+            self.window.begin_step()
+        self.guard.add(step, loss, records)
+        if begins and self.routers is not None:
+            self.routers.see(step, inputs, records)
 
     def _noise_of_step(self, rows: int) -> contextlib.AbstractContextManager[None]:
         """Let a row's random numbers follow from its place in the optimizer step, however the step is cut into parts.
@@ -107,6 +151,8 @@ class RunTrainer(RoutingTrainer):
             parallel.complete_gradients(self._plain)
         if self.is_distributed_loading_by_transformers and self.accelerator.sync_gradients:
             parallel.average_gradients(parallel.replicated(self.model))
+        if self.routers is not None:
+            self.routers.after_backward(self.state.global_step + 1)
         return loss
 
     # What Trainer does for a model that was sharded before it: it needs no settings of transformers for it here.
@@ -126,7 +172,24 @@ class RunTrainer(RoutingTrainer):
         return parallel.full(super()._clip_grad_norm(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return parallel.full(super()._get_grad_norm(model, grad_norm))
+        """Return the norm; None if the step is skipped because its numbers are not finite (`FiniteGuard`)."""
+        norm = parallel.full(super()._get_grad_norm(model, grad_norm))
+        self.guard.add_gradient(norm)
+        waits = self.args.device.type != "cpu" and not self.recipe.max_skipped_steps
+        if waits and (self.state.global_step + 1) % AGREE_EVERY:
+            return norm  # an accelerator is only waited for now and then
+        if not self.guard.settle(may_skip=True):
+            return norm
+        self._forget_step(model)
+        return None
+
+    def _forget_step(self, model: nn.Module) -> None:
+        """Undo what the present step has left in sums, thresholds and gradients, so that it changes nothing."""
+        for parameter in model.parameters():
+            parameter.grad = None  # the optimizer passes over parameters without a gradient
+        self.routing.forget()
+        self.meter = RecordMeter()
+        self.window.skip_step()
 
     def _tokens(self, inputs: PlainDict) -> int:
         """Return the tokens of a micro-batch over all processes, which have rows of equal length."""
@@ -164,34 +227,24 @@ class RunTrainer(RoutingTrainer):
         if "train_runtime" in logs:
             return  # Trainer's closing summary; result.json has ours
         if "loss" in logs:
+            if self.window.only_skipped(self.state.global_step):
+                return  # there is nothing to say of steps that were skipped
             logs = {**logs, **self._window_logs()}
         super().log(logs, start_time)
 
     def _window_logs(self) -> dict[str, float]:
         """Return the figures since the last log line, and begin a new window."""
         window = self.window
-        steps = self.state.global_step - window.began
+        steps = self.state.global_step - window.began - window.skipped
         token_loss, auxiliary_loss = (self.accelerator.reduce(window.sums, "sum") / max(steps, 1)).tolist()
         logs = {"loss": token_loss + auxiliary_loss, "token_loss": token_loss, "auxiliary_loss": auxiliary_loss}
         if window.seconds:
             logs["tokens_per_second"] = window.tokens / window.seconds
+        if window.skipped:
+            logs["skipped_steps"] = window.skipped
         logs |= self.meter.read(self._summed) | moving(self._plain.routing_modules())
         window.clear(self.state.global_step)
         return logs
-
-    def _check_finite(self, grad_norm: Tensor | float | None) -> None:
-        """Raise ValueError for a loss or gradient that is not finite, before anything is logged or saved.
-
-        The host waits once for both.
-        """
-        pair = torch.stack((self.window.sums.sum(), torch.as_tensor(grad_norm).to(self.window.sums)))
-        loss, norm = pair.tolist()
-        if not math.isfinite(loss + norm):
-            what = "training loss" if not math.isfinite(loss) else "gradient"
-            raise ValueError(
-                f"the {what} was not finite between step {self.window.began} and step {self.state.global_step}, "
-                "so the run has stopped; lower train.learning_rate, or lengthen train.warmup_steps"
-            )
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: object, **kwargs: object
@@ -199,7 +252,7 @@ class RunTrainer(RoutingTrainer):
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize()  # queued work belongs to the training time
-            self._check_finite(grad_norm)
+            self.guard.settle()
             with self.window.paused():
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
@@ -237,6 +290,11 @@ class RunTrainer(RoutingTrainer):
         chosen = self._forced if forced else lambda _: routing
         sums = loss_sums(self.alone or self.model, rows, chosen, self.args.device, meter, self.loss_chunk)
         loss, count = self._summed(sums).tolist()
+        if not math.isfinite(loss) and together:
+            step = self.state.global_step
+            raise NotFinite(
+                f"the {routing} validation loss is not finite after step {step}; {self.guard.good_checkpoint()}"
+            )
         return float(loss / count)
 
     # --- checkpoints

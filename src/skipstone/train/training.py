@@ -150,6 +150,7 @@ def fit(
     if trainer.obstacle is not None and main:
         print(f"skipstone: no causal loss in validation: {trainer.obstacle}", file=sys.stderr)  # noqa: T201
     lines = None if checkpoint is None else trainer.window.load(checkpoint, main)
+    trainer.guard.skipped = trainer.window.total_skipped
     if main and ((folder / METRICS).exists() or step):
         folders.cut_metrics(folder, step, lines)
         folders.note_resumption(folder, step)
@@ -209,9 +210,11 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object
             "steps": trainer.state.global_step,
             "tokens": window.total_tokens,
             "seconds": window.total_seconds,
-            "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first window includes warm-up
-            "train_loss": training[-1]["loss"],
+            # the first window includes warm-up
+            "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,
+            "train_loss": training[-1]["loss"] if training else None,  # None if every step was skipped
             "validation": losses,
+            **({"skipped_steps": window.total_skipped} if window.total_skipped else {}),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             **more,
         },
