@@ -100,14 +100,14 @@ def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit
                 stream=dict(zip(units, streams, strict=True)),
             )
         )
-    plain = {
-        name: torch.cat([getattr(p, name) for p in parts]) for name in ("nats", "predicted", "entropy", "surprise")
-    }
-    by_unit = {
-        name: {unit: torch.cat([getattr(part, name)[unit] for part in parts]) for unit in units}
-        for name in ("gradient", "stream")
-    }
-    return Traced(**plain, **by_unit)  # type: ignore[arg-type]
+    return Traced(
+        nats=torch.cat([part.nats for part in parts]),
+        predicted=torch.cat([part.predicted for part in parts]),
+        entropy=torch.cat([part.entropy for part in parts]),
+        surprise=torch.cat([part.surprise for part in parts]),
+        gradient={unit: torch.cat([part.gradient[unit] for part in parts]) for unit in units},
+        stream={unit: torch.cat([part.stream[unit] for part in parts]) for unit in units},
+    )
 
 
 class _watched:

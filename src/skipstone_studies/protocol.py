@@ -106,8 +106,15 @@ def lengths(steps: int) -> PlainDict:
 
 @lru_cache(maxsize=256)
 def step_flops(model: str, context: int, rows: int) -> float:
-    """Return the training FLOPs of a step by the cost model, with configured capacities. model: the section as JSON."""
-    config = model_config(json.loads(model), context, {"vocab_size": VOCABULARY})
+    """Return the mean training FLOPs of a step by the cost model, with configured capacities and their warm-ups.
+
+    model: the recipe's section as JSON.
+    """
+    values = json.loads(model)
+    for entry in values.get("mechanisms") or ():
+        if warmup := entry.get("capacity_warmup"):  # the capacity falls linearly from 1
+            entry["capacity"] += warmup * (1 - entry["capacity"]) / 2
+    config = model_config(values, context, {"vocab_size": VOCABULARY})
     with torch.device("meta"):
         built = SkipstoneForCausalLM(config)
     return built.cost(tokens=context, batch=rows).training.total

@@ -1,0 +1,138 @@
+"""Sections of the pages of studies that follow the protocol: headroom, differences, rates, lengths and FLOPs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from skipstone.evaluate.tables import UNKNOWN, Section, markdown
+from skipstone_studies.claims import DETECTABLE, ByArm, Claim, judge, mean, paired_differences
+from skipstone_studies.headroom import Headroom, headroom
+from skipstone_studies.intervals import CONFIDENCE, Interval, paired
+
+LOSS, BLOCKS = "loss", "blocks"
+UNEQUAL = 0.03  # deviation of an arm's training FLOPs that the page points out
+GOAL = 0.02  # nats
+
+COLUMNS_NOTE = (
+    "Losses are those of the executed pass, in nats a byte: *test* on rows that are evenly spaced over the test split, "
+    "*validation* on those that also chose the rate. Training FLOPs follow from the capacities that were logged. "
+    "GFLOP/s are training FLOPs by second of CPU time, which other processes on the machine do not take."
+)
+
+
+def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None:
+    """Return the headroom of the full model over its shallower rivals on the test split."""
+    return headroom(figures, full, rivals, LOSS)
+
+
+def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> str:
+    """Return the sentence on headroom; without it no verdict is given."""
+    if room is not None:
+        return room.sentence()
+    missing = f"{full} and {' or '.join(rivals)} have run"
+    return f"The headroom is not known before {missing}; until then, no verdict is given."
+
+
+def differences(figures: ByArm, against: str, refused: bool) -> str:
+    """Return a table of paired differences in test loss from one arm, with intervals; "" without it.
+
+    refused: show no verdict, because depth does not pay.
+    """
+    rows = []
+    for arm in figures:
+        found = paired_differences(figures, arm, against, LOSS) if arm != against else []
+        if not found:
+            continue
+        interval, text = paired(found, _blocks(figures, arm, against)), _text_error(figures, arm, against)
+        verdict = "no headroom" if refused else _word(interval)
+        shown = f"{statistics.fmean(found):+.4f}" if interval is None else interval.with_power("+.4f")
+        rows.append([arm, str(len(found)), shown, UNKNOWN if text is None else f"± {text:.4f}", verdict])
+    columns = ["arm", "seeds", f"test loss − {against}'s", "error from the text alone", "verdict"]
+    title = f"Compared with {against}"
+    return markdown([Section(title=title, columns=columns, rows=rows)]).strip("\n") if rows else ""
+
+
+def _word(interval: Interval | None) -> str:
+    if interval is None:
+        return "one seed"
+    return {"yes": "better", "no": "worse"}.get(interval.below(), "not told apart")
+
+
+def _blocks(figures: ByArm, arm: str, other: str) -> list[list[float]]:
+    """Return the differences by block of text, for every seed that both arms have."""
+    seeds = sorted(figures[arm].keys() & figures[other].keys())
+    pairs = [(figures[arm][seed].get(BLOCKS), figures[other][seed].get(BLOCKS)) for seed in seeds]
+    return [[a - b for a, b in zip(one, two, strict=True)] for one, two in pairs if one and two]
+
+
+def _text_error(figures: ByArm, arm: str, other: str) -> float | None:
+    """Return the standard error of the difference over blocks of text, which says nothing of other seeds."""
+    blocks = [statistics.fmean(values) for values in zip(*_blocks(figures, arm, other), strict=True)]
+    return statistics.stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else None
+
+
+NOTE = (
+    f"Differences are paired by seed; in brackets, the {CONFIDENCE:.0%} interval over seeds and blocks of text (t). "
+    "One seed has no interval and gets no verdict: the error from the text alone leaves out what another seed would "
+    f"change. {DETECTABLE}"
+)
+
+
+def rates(figures: ByArm) -> str:
+    """Return a table of the validation losses of all learning rates that were tried."""
+    tried = {arm: next(iter(seeds.values()))["tuning"] for arm, seeds in figures.items() if seeds}
+    names = sorted({rate for found in tried.values() for rate in found["losses"]}, key=float)
+    rows = []
+    for arm, found in tried.items():
+        cells = [found["losses"].get(rate) for rate in names]
+        best = f"{found['rate']:g}"
+        shown = [
+            UNKNOWN if cell is None else f"**{cell:.3f}**" if name == best else f"{cell:.3f}"
+            for name, cell in zip(names, cells, strict=True)
+        ]
+        rows.append([arm, *shown, "yes" if found["inside"] else "**no**"])
+    columns = ["arm", *names, "between worse ones"]
+    title = "Learning rates: validation loss at a quarter of the length"
+    return markdown([Section(title=title, columns=columns, rows=rows)]).strip("\n") if rows else ""
+
+
+def unequal(figures: ByArm) -> str:
+    """Return a sentence on arms whose executed training FLOPs are not the planned ones; "" if all are."""
+    shares = {
+        arm: executed / planned
+        for arm in figures
+        if (executed := mean(figures, arm, "training_flops.executed")) is not None
+        and (planned := mean(figures, arm, "training_flops.planned"))
+    }
+    off = [f"{arm} {share - 1:+.1%}" for arm, share in shares.items() if abs(share - 1) > UNEQUAL]
+    return f"Training FLOPs are not the planned ones for {', '.join(off)}." if off else ""
+
+
+def length(figures: ByArm, full: str) -> str:
+    """Return a sentence on the length of the full model's training; "" if it has not run."""
+    read, size = mean(figures, full, "training.tokens"), mean(figures, full, "training.parameters")
+    if read is None or not size:
+        return ""
+    return (
+        f"{full} has {size / 1e6:.2f} M parameters and reads {read / 1e6:.2f} M bytes, {read / size:.2f} bytes a "
+        "parameter; the design asks for 10 before a negative result says much."
+    )
+
+
+def claims(figures: ByArm, room: Headroom | None, against: Sequence[str]) -> Iterator[Claim]:
+    """Yield for each arm whether its test loss is `GOAL` below that of each reference, by interval.
+
+    Refused without headroom.
+    """
+    for reference in against:
+        for arm in figures:
+            if arm == reference or reference not in figures:
+                continue
+            found = paired_differences(figures, arm, reference, LOSS)
+            text = f"test loss at equal training FLOPs: at least {GOAL} nats below {reference}"
+            for claim in judge(arm, text, found, most=-GOAL, form="+.4f", blocks=_blocks(figures, arm, reference)):
+                refused = room is None or not room.there
+                yield replace(claim, verdict="no headroom") if refused else claim
