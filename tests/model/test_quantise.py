@@ -36,29 +36,63 @@ def ids(rows: int = 2, tokens: int = 9) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 24])
-@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 8, 9])
-def test_few_and_many_tokens_equal_the_restored_weights(tokens: int, outputs: int) -> None:
-    weight, x = torch.randn(outputs, 37), torch.randn(tokens, 37)
-    number, scale = int8.quantise(weight)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9])
+@pytest.mark.parametrize(("inputs", "group"), [(37, None), (128, None), (192, 64)])
+def test_few_and_many_tokens_equal_the_restored_weights(
+    tokens: int, outputs: int, inputs: int, group: int | None
+) -> None:
+    weight, x = torch.randn(outputs, inputs), torch.randn(tokens, inputs)
+    number, scale = int8.quantise(weight, group)
+    assert scale.shape == ((outputs,) if group is None else (outputs, inputs // group))
     assert (int8.restore(number, scale) - weight).abs().max() <= scale.max() / 2 * 1.001
-    want = x.double() @ (number.double() * scale.double()[:, None]).T
+    want = x.double() @ int8.restore(number, scale, torch.float64).T
     with torch.no_grad():
-        assert torch.allclose(int8.linear(x, number, scale).double(), want, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(int8.linear(x, number, scale).double(), want, rtol=1e-4, atol=1e-3)
         half = int8.linear(x.bfloat16(), number, scale)
     assert half.dtype == torch.bfloat16
-    assert torch.allclose(half.double(), want, rtol=0.05, atol=0.3)
+    assert torch.allclose(half.double(), want, rtol=0.05, atol=0.5)
 
 
-def test_any_range_of_rows_is_computed_alone() -> None:
+@pytest.mark.parametrize("inputs", [40, 128])
+def test_any_range_of_rows_is_computed_alone(inputs: int) -> None:
     native = pytest.importorskip("skipstone.ops.int8_native")
-    number, scale = int8.quantise(torch.randn(13, 40))
-    x = torch.randn(3, 40)
+    number, scale = int8.quantise(torch.randn(13, inputs))
+    x, rounded, unit = torch.randn(3, inputs), torch.empty(3, inputs, dtype=torch.int16), torch.empty(3)
+    sizes = (3, 13, inputs, 1)
+    native.round_tokens((x.data_ptr(), rounded.data_ptr(), unit.data_ptr()), sizes)
+    assert torch.allclose(rounded * unit[:, None], x, atol=2e-4)
     alone = native.linear(x, number, scale)
-    addresses = (number.data_ptr(), scale.data_ptr(), x.data_ptr())
     shared = torch.full((3, 13), float("nan"))
+    places = (rounded.data_ptr(), unit.data_ptr()) if inputs == 128 else (0, 0)
+    addresses = (number.data_ptr(), scale.data_ptr(), x.data_ptr(), shared.data_ptr(), *places)
     for first, last in ((0, 4), (4, 9), (9, 13)):
-        native._some_rows((*addresses, shared.data_ptr()), (3, 13, 40), first, last)
+        native._some_rows(addresses, sizes, first, last)
     assert torch.allclose(shared, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_is_not_finite_is_not_hidden_by_rounding(wrong: float, tokens: int) -> None:
+    number, scale = int8.quantise(torch.randn(5, 128), 64)
+    x = torch.randn(tokens, 128)
+    x[-1, 77] = wrong
+    with torch.no_grad():
+        y = int8.linear(x, number, scale)
+    assert not y[-1].isfinite().any()
+    assert y[:-1].isfinite().all()
+    assert torch.equal(int8.linear(x * 0 * 0, number, scale)[:-1], torch.zeros(tokens - 1, 5))
+
+
+def test_integers_are_multiplied_in_pairs() -> None:
+    """Products that are not recognised would be computed at a fraction of the speed."""
+    native = pytest.importorskip("skipstone.ops.int8_native")
+    binding = pytest.importorskip("llvmlite.binding")
+    if not binding.get_host_cpu_features().get("avx2"):
+        pytest.skip("the names of the instructions are x86's")
+    fresh = pytest.importorskip("numba").njit(native.grouped_rows.py_func)  # a function from the cache has no text
+    fresh.compile("(UniTuple(int64, 6), UniTuple(int64, 4), int64, int64)")
+    text = "".join(fresh.inspect_asm().values())
+    assert "vpdpwssd" in text or "vpmaddwd" in text
 
 
 @pytest.mark.slow
@@ -139,6 +173,28 @@ def test_flops_are_those_of_the_model_and_counted_the_same(tokens: int) -> None:
     assert counted.total == small.cost(tokens=tokens).forward.total == whole.cost(tokens=tokens).forward.total
 
 
+def test_a_file_with_a_scale_for_each_row_still_loads(tmp_path: Path) -> None:
+    whole = model(hidden_size=128)
+    small = quantise(whole)
+    assert small.model.layers[0].mlp.up_proj.weight_scale.shape == (352, 2)
+    assert small.model.embed_tokens.weight_scale.shape == (61, 2)
+    old = skipstone.SkipstoneForCausalLM(
+        skipstone.SkipstoneConfig(**{**small.config.to_dict(), "weight_group": None})
+    ).eval()
+    tensors: dict[str, torch.Tensor] = dict(whole.state_dict())
+    for name, module in old.named_modules():
+        if hasattr(module, "weight_scale"):
+            number, scale = int8.quantise(tensors[f"{name}.weight"])
+            tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
+    old.load_state_dict(tensors)
+    old.save_pretrained(tmp_path / "old")
+    loaded = load_model(tmp_path / "old")
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids()).logits, dequantise(loaded)(ids()).logits, atol=1e-3)
+        assert torch.allclose(loaded(ids(1, 3)).logits, dequantise(loaded)(ids(1, 3)).logits, atol=1e-3)
+        assert torch.allclose(small(ids(1, 3)).logits, dequantise(small)(ids(1, 3)).logits, atol=1e-3)
+
+
 def test_it_is_not_trained_and_not_quantised_twice() -> None:
     small = quantise(model())
     small.train()
@@ -150,6 +206,9 @@ def test_it_is_not_trained_and_not_quantised_twice() -> None:
         skipstone.SkipstoneConfig(weight_format="int8", mlp="experts", experts={"count": 4})
     with pytest.raises(ValueError, match="weight_format"):
         skipstone.SkipstoneConfig(weight_format="int7")
+    for wrong in ({"weight_format": "int8", "weight_group": 48}, {"weight_group": 64}):
+        with pytest.raises(ValueError, match="weight_group must be 64"):
+            skipstone.SkipstoneConfig(**wrong)
 
 
 def test_ids_outside_of_the_vocabulary_are_one_line() -> None:

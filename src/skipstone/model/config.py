@@ -31,6 +31,7 @@ from skipstone.model.parts import (
     parse_mechanisms,
 )
 from skipstone.model.shim import AUTO_MAP, write_shim
+from skipstone.ops.int8 import GROUP
 
 WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # not supported by MLPs that are computed in parts
 ROPE_NUMBERS = ("factor", "rope_theta")
@@ -67,6 +68,11 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         self._check_neuron_groups()
         if self.weight_format == "int8" and self.mlp == "experts":
             raise ValueError("weight_format 'int8' needs mlp 'gated' or 'plain', got 'experts'")
+        if self.weight_group not in (None, GROUP) or (self.weight_group is not None and self.weight_format != "int8"):
+            raise ValueError(
+                f"weight_group must be {GROUP} with weight_format 'int8', or None, got {self.weight_group} "
+                f"with {self.weight_format!r}"
+            )
 
     def _check_rope_numbers(self) -> None:
         """Raise ValueError for a stretched RoPE without its factor, before transformers looks for it."""

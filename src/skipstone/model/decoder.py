@@ -176,7 +176,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
         if config.weight_format == "int8":
-            int8_layers(self)
+            int8_layers(self, config.weight_group)
             self._keep_in_fp32_modules_strict |= {"weight_scale"}
         self.post_init()
 

@@ -91,7 +91,8 @@ class ModelFields:
     if different; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: the tokens over which auxiliary losses
     are averaged, labelled or all (except padding). training_routing: default routing of a forward pass in training
     mode, oracle or causal (as in generation, without noise: for preference and RL training). weight_format: of matrices
-    and token embeddings, float, or int8 with a scale for each row (`skipstone quantise`; such a model is not trained).
+    and token embeddings, float or int8 (`skipstone quantise`; such a model is not trained). weight_group: inputs of an
+    int8 matrix that share a scale; None: those of a row, as in a matrix whose inputs are not a multiple of it.
     """
 
     format_version: int = FORMAT_VERSION
@@ -141,6 +142,7 @@ class ModelFields:
     scaled_output_init: bool = False
     tie_word_embeddings: bool = False
     weight_format: str = "float"
+    weight_group: int | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

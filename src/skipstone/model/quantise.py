@@ -1,7 +1,7 @@
 """Quantisation of a model to int8 weights, and the reverse.
 
-All matrices of attention, MLP, head and token embedding are rounded row by row. Norms, biases, learned positions and
-the parameters of mechanisms keep their precision.
+All matrices of attention, MLP, head and token embedding are rounded in groups of 64 inputs. Norms, biases, learned
+positions and the parameters of mechanisms keep their precision.
 """
 
 from __future__ import annotations
@@ -31,34 +31,37 @@ def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
         raise ValueError("the model has int8 weights already")
     if any(is_quantised(module) for module in model.modules() if isinstance(module, torch.nn.Linear)):
         raise ValueError("the model's weights are quantised already, by torchao; quantise the original")
-    config = _with_format(model, INT8)
+    config = _with_format(model, INT8, int8.GROUP)
     tensors: dict[str, Tensor] = dict(model.state_dict())
-    for name in _names(config):
+    for name, group in _groups(config).items():
         if f"{name}.weight" in tensors:
-            number, scale = int8.quantise(tensors[f"{name}.weight"])
+            number, scale = int8.quantise(tensors[f"{name}.weight"], group)
             tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
     return _built(model, config, tensors)
 
 
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     """Return a copy of an int8 model with floating-point weights of the same values."""
-    config = _with_format(model, FLOAT)
+    config = _with_format(model, FLOAT, None)
     tensors = dict(model.state_dict())
-    for name in _names(model.config):
+    for name in _groups(model.config):
         number, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight_scale")
         tensors[f"{name}.weight"] = int8.restore(number, scale, model.dtype)
     return _built(model, config, tensors)
 
 
-def _with_format(model: SkipstoneForCausalLM, weight_format: str) -> SkipstoneConfig:
-    return SkipstoneConfig(**{**model.config.to_dict(), "weight_format": weight_format})
+def _with_format(model: SkipstoneForCausalLM, weight_format: str, group: int | None) -> SkipstoneConfig:
+    return SkipstoneConfig(**{**model.config.to_dict(), "weight_format": weight_format, "weight_group": group})
 
 
-def _names(config: SkipstoneConfig) -> list[str]:
-    """Return the names of the layers with int8 weights, including those that share the weight of another one."""
+def _groups(config: SkipstoneConfig) -> dict[str, int | None]:
+    """Return the layers with int8 weights, including those that share the weight of another one, by name, with the
+    number of inputs that share a scale.
+    """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
-    return [name for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)]
+    named = model.named_modules()
+    return {name: module.group for name, module in named if isinstance(module, Int8Linear | Int8Embedding)}
 
 
 def _built(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:

@@ -14,17 +14,20 @@ from skipstone.ops import int8
 
 
 class _Int8(nn.Module):
-    """An int8 weight [O, I] with an fp32 scale for each row, which stays fp32 when the model's dtype changes.
+    """An int8 weight [O, I] with an fp32 scale for each row, or for each group of inputs in it.
 
-    The weight is not trainable. compute_dtype: the dtype of the model around it.
+    Scales stay fp32 when the model's dtype changes. The weight is not trainable. group: inputs that share a scale;
+    None: all, as where `group` does not divide I. compute_dtype: the dtype of the model around it.
     """
 
     like: Tensor
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, group: int | None) -> None:
         super().__init__()
+        self.group = group if group is not None and columns % group == 0 else None
         self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.int8), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.ones(rows, dtype=torch.float32), requires_grad=False)
+        shape = (rows,) if self.group is None else (rows, columns // self.group)
+        self.weight_scale = nn.Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     @property
@@ -46,8 +49,8 @@ class _Int8(nn.Module):
 class Int8Linear(_Int8):
     """A linear layer with int8 weights. Calls with few tokens do not restore the weights (`ops/int8.py`)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__(out_features, in_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool, group: int | None = None) -> None:
+        super().__init__(out_features, in_features, group)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -67,32 +70,41 @@ class Int8Embedding(_Int8):
     scale: a constant factor on the result.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float = 1.0) -> None:
-        super().__init__(num_embeddings, embedding_dim)
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        scale: float = 1.0,
+        group: int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, group)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        scale = functional.embedding(ids, self.weight_scale[:, None])  # raises IndexError for an id outside
-        x = (self.weight[ids].float() * scale).to(self.compute_dtype)
+        scale = functional.embedding(ids, self.weight_scale.reshape(self.num_embeddings, -1))  # IndexError if outside
+        number = self.weight[ids].float().unflatten(-1, (scale.shape[-1], -1))
+        x = (number * scale[..., None]).flatten(-2).to(self.compute_dtype)
         return x if self.scale == 1 else x * x.new_full((), self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-def int8_layers(module: nn.Module) -> None:
+def int8_layers(module: nn.Module, group: int | None) -> None:
     """Replace all linear layers and token embeddings below `module` by int8 ones, in place, except those of mechanisms.
 
-    The new layers have no weights yet.
+    The new layers have no weights yet. group: inputs that share a scale; None: a row.
     """
     for name, child in module.named_children():
         if isinstance(child, RoutingModule):
             continue
         if isinstance(child, nn.Linear):
-            setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
+            setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None, group))
         elif isinstance(child, nn.Embedding) and name == "embed_tokens":
             factor = child.scale if isinstance(child, ScaledEmbedding) else 1.0
-            setattr(module, name, Int8Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx, factor))
+            sizes = child.num_embeddings, child.embedding_dim
+            setattr(module, name, Int8Embedding(*sizes, child.padding_idx, factor, group))
         else:
-            int8_layers(child)
+            int8_layers(child, group)

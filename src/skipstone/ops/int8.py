@@ -1,9 +1,11 @@
-"""Products with int8 weights that have one fp32 scale for each row: y = x (scale * weight)^T.
+"""Products with int8 weights that have one fp32 scale for each row, or for each group of 64 inputs in it.
+
+    y = x (scale * weight)^T
 
 A call with few tokens is bound by reading the weights; on a CPU, a kernel compiled by numba reads them once, as they
 are stored. A call with many tokens restores a part of the rows at a time and multiplies it as usual.
 
-Shape letters: N tokens, I inputs, O outputs.
+Shape letters: N tokens, I inputs, O outputs, G groups of inputs.
 """
 
 from __future__ import annotations
@@ -24,41 +26,46 @@ NATIVE = torch.ops.skipstone.int8_linear
 FEW = 8  # tokens of a call up to which weights are read as they are stored
 PART = 1 << 20  # numbers that are restored at a time
 LARGEST = 127
+GROUP = 64  # inputs that share a scale
 NO_NUMBA = (
     "int8 weights are restored before they are multiplied, which is slower than fp32: "
     "pip install 'skipstone[numba]' reads them as they are"
 )
 
 
-def quantise(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to int8, row by row.
+def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Round a weight matrix to int8, row by row or in groups of `group` inputs, a divisor of I.
 
-    Returns int8 [O, I] in [-127, 127] and the fp32 scales [O] that restore the rows. Raises ValueError for weights that
-    are not finite.
+    Returns int8 [O, I] in [-127, 127] and the fp32 scales [O] or [O, G] that restore it. Raises ValueError for weights
+    that are not finite.
     """
-    weight_OI = weight_OI.detach().float()
-    largest_O = weight_OI.abs().amax(1)
-    if not bool(largest_O.isfinite().all()):
+    weight_OGI = weight_OI.detach().float().unflatten(1, (-1, group or weight_OI.shape[1]))
+    largest_OG = weight_OGI.abs().amax(2)
+    if not bool(largest_OG.isfinite().all()):
         raise ValueError("weights that are not finite cannot be rounded to int8")
-    scale_O = torch.where(largest_O > 0, largest_O / LARGEST, torch.ones_like(largest_O))
-    return (weight_OI / scale_O[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale_O
+    scale_OG = torch.where(largest_OG > 0, largest_OG / LARGEST, torch.ones_like(largest_OG))
+    number_OI = (weight_OGI / scale_OG[..., None]).round().clamp(-LARGEST, LARGEST).to(torch.int8).flatten(1)
+    return number_OI, scale_OG[:, 0] if group is None else scale_OG
 
 
-def restore(weight_OI: Tensor, scale_O: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight matrix scale * weight in `dtype`."""
-    return (weight_OI.float() * scale_O.float()[:, None]).to(dtype)
+def restore(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight matrix scale * weight in `dtype`. scale: [O] or [O, G]."""
+    scale_OG = scale.float().reshape(len(scale), -1)
+    weight_OGI = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1))
+    return (weight_OGI * scale_OG[..., None]).flatten(1).to(dtype)
 
 
-def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x, with sums in fp32 where weights are read in place.
 
-    x: [..., I], fp32, bf16 or fp16. weight: int8. Gradients reach x, not the weights.
+    x: [..., I], fp32, bf16 or fp16. weight: int8. scale: fp32 [O], or [O, G] with I = 64 G. Where weights are read in
+    place, tokens are rounded to int16 if I is a multiple of 64. Gradients reach x, not the weights.
     """
     if not _in_place(x):
-        return _in_parts(x, weight_OI, scale_O)
+        return _in_parts(x, weight_OI, scale)
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return NATIVE(x, weight_OI, scale_O)  # type: ignore[no-any-return]
-    return _native()(x, weight_OI, scale_O)  # torch would take 20 microseconds to call it
+        return NATIVE(x, weight_OI, scale)  # type: ignore[no-any-return]
+    return _native()(x, weight_OI, scale)  # torch would take 20 microseconds to call it
 
 
 def _in_place(x: Tensor) -> bool:
@@ -84,11 +91,17 @@ def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return linear
 
 
-def _in_parts(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+def _in_parts(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return the same product by ordinary ones; only a part of the weights at a time is held in the dtype of x."""
     rows = max(PART // weight_OI.shape[1], 1)
     parts = [
-        functional.linear(x, weight_OI[at : at + rows].to(x.dtype)) * scale_O[at : at + rows].to(x.dtype)
+        _part(x, weight_OI[at : at + rows].to(x.dtype), scale[at : at + rows].to(x.dtype))
         for at in range(0, len(weight_OI), rows)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _part(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
+    if scale.dim() == 1:
+        return functional.linear(x, weight_OI) * scale
+    return functional.linear(x, (weight_OI.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1))

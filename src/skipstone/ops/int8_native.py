@@ -1,7 +1,8 @@
 """Products of few tokens with int8 weights, compiled by numba for this processor.
 
-A row of weights is read from memory once, whatever the number of tokens: two rows at a time stay in the first-level
-cache while they are multiplied with four tokens after four. Sums are fp32.
+A row of weights is read from memory once, whatever the number of tokens. Where the number of inputs is a multiple of
+64, tokens are rounded to int16 and multiplied with the int8 weights as integers, a group of 64 at a time
+(`int8_dot.py`); the groups' sums are added in fp32. Other widths are computed in fp32 throughout.
 
 Shape letters: N tokens, I inputs, O outputs.
 """
@@ -17,6 +18,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from skipstone.ops.int8_dot import GROUP, four_tokens, one_token, two_tokens
 from skipstone.ops.magnitude_native import Array, _lying, compiled
 
 if TYPE_CHECKING:
@@ -27,20 +29,27 @@ LEAST = 1 << 17  # weights below which a second thread costs more than it saves
 spread = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, parallel=True)
 
 
-def linear(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """Return x (scale * weight)^T, [..., O] in the dtype of x."""
+def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
+    """Return x (scale * weight)^T, [..., O] in the dtype of x. scale: [O] or [O, I / `int8.GROUP`]."""
     outputs, inputs = weight_OI.shape
     given = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
-    if not weight_OI.is_contiguous() or scale_O.dtype != torch.float32 or not scale_O.is_contiguous():
-        weight_OI, scale_O = weight_OI.contiguous(), scale_O.float().contiguous()
+    if not weight_OI.is_contiguous() or scale.dtype != torch.float32 or not scale.is_contiguous():
+        weight_OI, scale = weight_OI.contiguous(), scale.float().contiguous()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if weight_OI.numel() >= LEAST else 1
     run: Callable[..., None] = _rows
     if threads > 1 and _threads_are_safe():
         numba.set_num_threads(threads)
         run = _parts
-    sizes = (x.numel() // inputs, outputs, inputs)
-    run((weight_OI.data_ptr(), scale_O.data_ptr(), given.data_ptr(), y.data_ptr()), sizes)
+    sizes = (x.numel() // inputs, outputs, inputs, scale.numel() // outputs)
+    addresses = (weight_OI.data_ptr(), scale.data_ptr(), given.data_ptr(), y.data_ptr())
+    if inputs % GROUP == 0:
+        tokens = np.empty((sizes[0], inputs), np.int16), np.empty(sizes[0], np.float32)
+        at = tokens[0].ctypes.data, tokens[1].ctypes.data
+        round_tokens((given.data_ptr(), *at), sizes)
+        run((*addresses, *at), sizes)
+    else:
+        run((*addresses, 0, 0), sizes)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
@@ -72,10 +81,60 @@ def _parts(addresses: Array, sizes: Array) -> None:
 
 
 @compiled
+def round_tokens(addresses: Array, sizes: Array) -> None:
+    """Round fp32 tokens [N, I] to int16, each by its largest magnitude; also write the numbers that restore them."""
+    x_at, rounded_at, unit_at = addresses
+    N, inputs = sizes[0], sizes[2]
+    x, unit = _lying(x_at, (N, inputs), np.float32(0)), _lying(unit_at, (N,), np.float32(0))
+    rounded = _lying(rounded_at, (N, inputs), np.int16(0))
+    for n in range(N):
+        most = nothing = np.float32(0)
+        for i in range(inputs):
+            most = max(most, abs(x[n, i]))
+            nothing += x[n, i] * np.float32(0)  # NaN if any number is not finite
+        unit[n] = most / np.float32(32767) + nothing
+        factor = np.float32(32767) / most if most > 0 else np.float32(0)
+        for i in range(inputs):
+            rounded[n, i] = np.int16(np.rint(x[n, i] * factor))
+
+
+@compiled
 def _some_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
     """Compute the outputs from `first` to before `last` for all tokens."""
-    weight_at, scale_at, x_at, y_at = addresses
-    N, outputs, inputs = sizes
+    if addresses[4]:
+        grouped_rows(addresses, sizes, first, last)
+    else:
+        _single_rows(addresses, sizes, first, last)
+
+
+@compiled
+def grouped_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
+    """Compute the outputs from `first` to before `last` from tokens rounded to int16."""
+    weight_at, scale_at, _, y_at, x_at, unit_at = addresses
+    N, outputs, inputs, scales = sizes
+    y, unit = _lying(y_at, (N, outputs), np.float32(0)), _lying(unit_at, (N,), np.float32(0))
+    groups, stride, row = inputs // GROUP, 4 if scales > 1 else 0, 2 * inputs
+    for o in range(first, last):
+        weight, scale, n = weight_at + o * inputs, scale_at + o * scales * 4, 0
+        while n + 4 <= N:
+            a, b, c, d = four_tokens(weight, scale, stride, x_at + n * row, row, groups)
+            y[n, o], y[n + 1, o] = a * unit[n], b * unit[n + 1]
+            y[n + 2, o], y[n + 3, o] = c * unit[n + 2], d * unit[n + 3]
+            n += 4
+        if n + 2 <= N:
+            e, f = two_tokens(weight, scale, stride, x_at + n * row, row, groups)
+            y[n, o], y[n + 1, o] = e * unit[n], f * unit[n + 1]
+            n += 2
+        if n < N:
+            (g,) = one_token(weight, scale, stride, x_at + n * row, row, groups)
+            y[n, o] = g * unit[n]
+
+
+@compiled
+def _single_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
+    """Compute the same in fp32, with one scale for each row, for a number of inputs that groups do not divide."""
+    weight_at, scale_at, x_at, y_at, _, _ = addresses
+    N, outputs, inputs, _ = sizes
     single = np.float32(0)
     weight, scale = _lying(weight_at, (outputs, inputs), np.int8(0)), _lying(scale_at, (outputs,), single)
     x, y = _lying(x_at, (N, inputs), single), _lying(y_at, (N, outputs), single)

@@ -16,7 +16,7 @@ def quantise(
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
 ) -> None:
-    """Round a model's weights to int8, row by row: about a quarter of the size, and faster decoding on a CPU."""
+    """Round a model's weights to int8: about a quarter of the size, and faster decoding on a CPU."""
     existing_source(source)
     new_path(out, "output folder")
 

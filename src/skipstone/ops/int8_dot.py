@@ -1,0 +1,94 @@
+"""Inner products of int8 weights with tokens in int16, as LLVM operations inside numba's functions.
+
+Numba multiplies small integers as int64, so the sums are written for LLVM directly: neighbouring products are added in
+pairs, which LLVM recognises and turns into one instruction (vpdpwssd with AVX512-VNNI, vpmaddwd with AVX2, smlal on
+ARM). Sums of `GROUP` products are exact in int32; they are scaled and added in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+GROUP = 64  # inputs whose products are summed as integers
+HALF = GROUP // 2
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+SUMS, SINGLES = ir.VectorType(I32, HALF // 2), ir.VectorType(F32, HALF // 2)
+ADDRESS = types.int64
+
+
+def _dots(tokens: int) -> Any:
+    """Return an intrinsic that multiplies one row of weights with so many tokens.
+
+    Its arguments are addresses and counts: of int8 weights, of fp32 scales, bytes from one group's scale to the next (0
+    if the row has one scale), of int16 tokens, bytes from one token to the next, and the number of groups. It returns a
+    tuple of fp32.
+    """
+
+    @intrinsic
+    def dots(context, weight, scale, stride, x, row, groups):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+            weight, scale, stride, x, row, groups = given
+            zeros = ir.Constant(SINGLES, [0.0] * SINGLES.count)
+            totals = [cgutils.alloca_once_value(builder, zeros) for _ in range(tokens)]
+            starts = [builder.add(x, builder.mul(row, I64(n))) for n in range(tokens)]
+            with cgutils.for_range(builder, groups) as loop:
+                at = builder.mul(loop.index, I64(GROUP))
+                halves = [_weights(builder, builder.add(weight, builder.add(at, I64(part)))) for part in (0, HALF)]
+                factor = _spread(builder, _load(builder, builder.add(scale, builder.mul(loop.index, stride)), F32, 4))
+                for start, total in zip(starts, totals, strict=True):
+                    here = builder.add(start, builder.mul(at, I64(2)))
+                    products = [
+                        _pairs(builder, half, _load(builder, builder.add(here, I64(2 * part)), half.type, 2))
+                        for half, part in zip(halves, (0, HALF), strict=True)
+                    ]
+                    exact = builder.sitofp(builder.add(*products), SINGLES)
+                    more = builder.fmul(exact, factor, flags=("contract",))
+                    builder.store(builder.fadd(builder.load(total), more, flags=("contract",)), total)
+            return context.make_tuple(builder, signature.return_type, [_total(builder, total) for total in totals])
+
+        return types.UniTuple(types.float32, tokens)(*[ADDRESS] * 6), generate
+
+    return dots
+
+
+def _load(builder: Any, address: Any, kind: Any, alignment: int) -> Any:
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = alignment
+    return value
+
+
+def _weights(builder: Any, address: Any) -> Any:
+    """Load int8 weights and widen them to int16."""
+    return builder.sext(_load(builder, address, ir.VectorType(I8, HALF), 1), ir.VectorType(I16, HALF))
+
+
+def _pairs(builder: Any, a: Any, b: Any) -> Any:
+    """Multiply int16 vectors and add neighbouring products, int32."""
+    wide = ir.VectorType(I32, HALF)
+    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide), flags=("nsw",))
+    even, odd = (
+        builder.shuffle_vector(product, ir.Constant(wide, ir.Undefined), ir.Constant(SUMS, list(range(first, HALF, 2))))
+        for first in (0, 1)
+    )
+    return builder.add(even, odd)
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    empty = ir.Constant(SINGLES, ir.Undefined)
+    return builder.shuffle_vector(
+        builder.insert_element(empty, number, I32(0)), empty, ir.Constant(SUMS, [0] * SUMS.count)
+    )
+
+
+def _total(builder: Any, total: Any) -> Any:
+    kind = ir.FunctionType(F32, [F32, SINGLES])
+    reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{SINGLES.count}f32")
+    return builder.call(reduce, [F32(-0.0), builder.load(total)], fastmath=("reassoc",))
+
+
+one_token, two_tokens, four_tokens = _dots(1), _dots(2), _dots(4)
