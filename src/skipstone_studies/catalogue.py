@@ -18,6 +18,8 @@ FILES = {
     "demo": "quality.demo",
     "mod_decisions": "quality.mod_decisions",
     "mod_decisions_code": "quality.mod_decisions",
+    "headroom": "quality.headroom",
+    "headroom_pretrained": "quality.headroom",
     "decisive": "quality.decisive",
     "reset_s3": "quality.reset_s3",
     "polyglu_routing": "quality.polyglu_routing",

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from skipstone.core.atomic_write import write_json
+from skipstone.core.atomic_write import complete, write_json
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.data.config import DataConfig
 from skipstone.data.prepare import PreparedData, prepare
@@ -174,15 +174,35 @@ def tuned_run(
 ) -> None:
     """Train an arm at its best learning rate, which is tuned first unless another seed has done so.
 
+    A finished run of the same recipe that another study has made is copied instead.
+
     Rates and their losses are kept beside the run folders, in `rates/`. blocks: those of the reference whose weights
     all arms start from.
     """
+    if not folder.is_dir() and _taken_over(recipe, folder):
+        return
     config = from_dict(ProtocolConfig, recipe["protocol"])
     rate = best_rate(tuned(recipe, folder, config, blocks))
     final = _runnable(recipe, rate, recipe["train"]["steps"])
     with watched() as use:
         _train(final, folder, resume, blocks, callbacks)
     write_json(folder / USE, {"busy": use.busy, "load": use.load})
+
+
+def _taken_over(recipe: RecipeDict, folder: Path) -> bool:
+    """Copy a finished run of the same recipe, with its rates, from another study; return whether there was one."""
+    scale = folder.parent.name
+    for other in sorted(folder.parents[2].glob(f"*/{scale}/{folder.name}")):
+        note = other.with_name(f"{other.name}.recipe.json")
+        same = note.is_file() and json.loads(note.read_text(encoding="utf-8")) == recipe
+        if other != folder and same and Run(other).finished and (other / USE).is_file():
+            rates = rates_file(folder, recipe)
+            rates.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(rates_file(other, recipe), rates)
+            with complete(folder) as partial:
+                shutil.copytree(other, partial, dirs_exist_ok=True)
+            return True
+    return False
 
 
 def _train(

@@ -24,22 +24,24 @@ SCALES: dict[str, PlainDict] = {
 PARTS = {"paper": 2}  # micro-batches of 16 rows, which fit into the caches
 LEAST_TOKENS = {"laptop": 2048, "quick": 1}  # of a step, where it is not the protocol's
 SEEDS = {"laptop": (0,), "paper": (0, 1, 2, 3), "quick": (0,)}
-# Mixture-of-Depths on the segment, or on every other block. Updates are whole (weight none) unless the router is the
-# paper's, whose scores are the weights.
+# One decision for the segment, or Mixture-of-Depths in every other block. Updates are whole (weight none) unless the
+# router is the paper's, whose scores are the weights.
+PAPERS = {"decision": "ema_threshold", "weight": "raw", "capacity_warmup": 0.2}
+MOD = {"name": "mixture_of_depths", "layers": "1::2", "capacity": SHARE}
+STACK = {"name": "segment", "layers": SEGMENT, "capacity": SHARE}
 ROUTED: dict[str, PlainDict] = {
-    "boundary": {"layers": SEGMENT, "decision": "boundary"},
-    CHANCE: {"layers": SEGMENT, "decision": "random"},
-    "raw-ema": {"layers": SEGMENT, "decision": "ema_threshold", "weight": "raw", "capacity_warmup": 0.2},
-    "boundary-alternate": {"layers": "1::2", "decision": "boundary"},
-    "raw-ema-alternate": {"layers": "1::2", "decision": "ema_threshold", "weight": "raw", "capacity_warmup": 0.2},
+    "boundary": {**STACK, "decision": "boundary"},
+    CHANCE: {**STACK, "decision": "random"},
+    "raw-ema": {**STACK, **PAPERS},
+    "boundary-alternate": {**MOD, "decision": "boundary"},
+    "raw-ema-alternate": {**MOD, **PAPERS},
 }
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
     """Return the arms of equal training FLOPs, in the order of what they decide."""
     recipe = partial(arm, scale, corpus)
-    mod = {"name": "mixture_of_depths", "capacity": SHARE}
-    routed = {name: recipe(BLOCKS, [{**mod, **options}]) for name, options in ROUTED.items()}
+    routed = {name: recipe(BLOCKS, [mechanism]) for name, mechanism in ROUTED.items()}
     return {FULL: recipe(BLOCKS), RIVAL: recipe(5), **routed}
 
 
@@ -80,7 +82,8 @@ ABOUT = (
     "rate was tuned for each arm on runs of a quarter of the length and falls to 0; the weights of the last tenth of "
     "the steps are averaged. The text is the source code of installed packages, split by package, without near-copies."
     "\n\n"
-    f"The routed arms keep about {SHARE:.1%} of the bytes in blocks 2 to 5, or in every other block (*alternate*): "
+    f"The routed arms keep about {SHARE:.1%} of the bytes, by one decision for blocks 2 to 5 (a segment), or by one in "
+    "every other block (*alternate*): "
     "*boundary* by a fixed rule, the first byte after a word (SpaceByte, arXiv 2404.14408); *random*, drawn anew in "
     "each step; *raw-ema*, the router of Mixture-of-Depths, whose score weighs the update, with a threshold that "
     "follows the scores. *boundary* is the control that could say no to the set-up: if it does not win, a learned "

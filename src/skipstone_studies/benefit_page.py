@@ -1,0 +1,82 @@
+"""Tables of the benefit of blocks for tokens, from what `benefit.oracle` has measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from skipstone.core.strict import PlainMapping
+from skipstone.evaluate.tables import Section, markdown
+from skipstone_studies.benefit import CAUSAL, ORACLE, RANDOM, SCORES, SHARES
+
+LEAST = 0.02  # nats that the causal bound must be below random
+
+NOTE = (
+    "Losses in nats a token above that of the whole model, on held-out rows, where a unit updates only the share of "
+    "the tokens with the highest score. *benefit* is measured (it looks at the labels, so no router reaches it); "
+    "*regression on the stream* is a regression of it on what enters the unit, fitted on other rows: what a causal "
+    "router could know without training the model further. *entropy* is that of the prediction, *gradient norm* that "
+    "of the loss at the unit's output, *surprise* the loss of predicting the token just read. Skipped tokens give keys "
+    "and values. *Explained* is the share of the benefit's variance that the regression predicts on held-out rows."
+)
+
+
+def tables(measured: PlainMapping, what: str) -> str:
+    """Return Markdown for one model: losses by score and share for its segment, and means over its single blocks."""
+    units = measured["units"]
+    singles, stacks = [u for u in units if len(u["blocks"]) == 1], [u for u in units if len(u["blocks"]) > 1]
+    sections = [_losses(measured, [unit], f"{what}: blocks {_span(unit)} together") for unit in stacks]
+    if singles:
+        sections.append(_losses(measured, singles, f"{what}: one block at a time, mean of {len(singles)}"))
+    sections.append(_units(measured, f"{what}: every unit"))
+    return markdown(sections).strip("\n") + "\n\n" + verdict(measured)
+
+
+def _span(unit: PlainMapping) -> str:
+    blocks = unit["blocks"]
+    return str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+
+
+def _losses(measured: PlainMapping, units: Sequence[PlainMapping], title: str) -> Section:
+    whole = measured["loss"]
+    rows = []
+    for score in SCORES:
+        cells = [statistics.fmean(u["kept"][f"{share:g}"][score] - whole for u in units) for share in SHARES]
+        rows.append([score, *(f"{cell:+.4f}" for cell in cells)])
+    removed = statistics.fmean(u["removed"] - whole for u in units)
+    note = f"With no token kept: {removed:+.4f}. The whole model: {whole:.4f}."
+    return Section(title=title, columns=["kept by", *(f"{share:.1%}" for share in SHARES)], rows=rows, notes=[note])
+
+
+def _units(measured: PlainMapping, title: str) -> Section:
+    columns = ["blocks", "loss without it", "mean benefit", "explained", *(f"correlation: {s}" for s in SCORES[1:-1])]
+    rows = [
+        [
+            _span(unit),
+            f"{unit['removed'] - measured['loss']:+.4f}",
+            f"{unit['mean_benefit']:+.4f}",
+            f"{unit['explained']:.1%}",
+            *(f"{unit['correlation'][score]:+.2f}" for score in SCORES[1:-1]),
+        ]
+        for unit in measured["units"]
+    ]
+    return Section(title=title, columns=columns, rows=rows)
+
+
+def advantage(unit: PlainMapping, score: str, share: float) -> float:
+    """Return by how many nats the loss is lower than at random if `score` chooses the share."""
+    kept: Mapping[str, float] = unit["kept"][f"{share:g}"]
+    return kept[RANDOM] - kept[score]
+
+
+def verdict(measured: PlainMapping) -> str:
+    """Return the sentence on what a router could gain at the smallest shares, by the rule of `LEAST`."""
+    lines = []
+    for unit in measured["units"]:
+        causal, bound = (max(advantage(unit, score, share) for share in SHARES[:2]) for score in (CAUSAL, ORACLE))
+        word = "a router could gain" if causal >= LEAST else "no router that reads this stream gains enough"
+        lines.append(
+            f"* blocks {_span(unit)}: at {SHARES[0]:.1%} or {SHARES[1]:.1%} kept, the regression is at most "
+            f"{causal:+.4f} nats better than random and the benefit itself {bound:+.4f}: {word} (limit +{LEAST})."
+        )
+    return "\n".join(lines)

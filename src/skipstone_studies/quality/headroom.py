@@ -1,0 +1,169 @@
+"""Is there anything to route? Depth at equal FLOPs and at equal data, and the benefit of each block for each token."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from skipstone.adapt.source import load_dense, tokenizer_of
+from skipstone.core.strict import PlainDict
+from skipstone.data.config import DataConfig
+from skipstone.data.prepare import PreparedData, prepare
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.runs import Run
+from skipstone_studies import benefit_page, protocol
+from skipstone_studies import protocol_page as pages
+from skipstone_studies.adapting import sampled_text, source_path
+from skipstone_studies.benefit import Unit, oracle
+from skipstone_studies.claims import ByArm, Claim, judge, paired_differences
+from skipstone_studies.headroom import LEAST
+from skipstone_studies.quality import decisive
+from skipstone_studies.quality.decisive import FULL, RIVAL
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+from skipstone_studies.text_loss import spaced
+
+SAME_TEXT = "dense-5-same-text"
+ROWS = {"laptop": 96, "paper": 256, "quick": 8}  # half to fit the regression, half to measure
+CHECKPOINT = "SKIPSTONE_CHECKPOINT"  # the folder of a user's own checkpoint
+ORACLE = "benefit"
+
+
+def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
+    """Return dense models: the full one, its shallower rival at equal FLOPs, and the rival on the same text."""
+    recipe = partial(decisive.arm, scale, corpus)
+    full, rival = recipe(decisive.BLOCKS), recipe(5)
+    same = recipe(5, budget=full["train"]["steps"] / rival["train"]["steps"])
+    same["train"] |= protocol.lengths(full["train"]["steps"])
+    return {FULL: full, RIVAL: rival, SAME_TEXT: same}
+
+
+def measured(folder: Path) -> Figures:
+    """Return the figures of the protocol, and for the full model the benefit of its blocks on the test split."""
+    figures = protocol.measured(folder)
+    if folder.name.rpartition("-seed")[0] != FULL:
+        return figures
+    data = protocol.data_of(protocol.recipe_of(folder)["data"], "test")
+    return {**figures, ORACLE: on_rows(Run(folder).load_model(), data, ROWS[folder.parent.name])}
+
+
+def units_of(blocks: int) -> list[Unit]:
+    """Return the middle half of the blocks as one unit, if it has several, then every block alone."""
+    quarter = max(1, blocks // 4)
+    middle = tuple(range(quarter, blocks - quarter))
+    return [*([middle] if len(middle) > 1 else []), *((i,) for i in range(blocks))]
+
+
+def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> PlainDict:
+    """Measure a dense model on `count` evenly spaced rows; every second one is held out from the regression."""
+    rows = data.validation.__getitems__(spaced(len(data.validation), count))
+    return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
+
+
+def claims(figures: ByArm) -> Iterator[Claim]:
+    """Yield whether the full model is .02 nats better than its rival, at equal FLOPs and on the same text."""
+    for rival, what in ((RIVAL, "at equal training FLOPs"), (SAME_TEXT, "on the same text")):
+        found = paired_differences(figures, rival, FULL, pages.LOSS)
+        text = f"test loss at least {LEAST} nats below {RIVAL} {what}"
+        yield from judge(FULL, text, found, least=LEAST, form="+.4f")
+
+
+def details(figures: ByArm) -> str:
+    """Return the sections below the table."""
+    seeds = figures.get(FULL, {})
+    found = next((of_seed[ORACLE] for of_seed in seeds.values() if ORACLE in of_seed), None)
+    parts = [
+        pages.headroom_text(pages.room_of(figures, FULL, [RIVAL]), FULL, [RIVAL]),
+        pages.length(figures, FULL),
+        pages.differences(figures, FULL, refused=False),
+        pages.NOTE,
+        pages.rates(figures),
+        "" if found is None else benefit_page.tables(found, FULL),
+        "" if found is None else benefit_page.NOTE,
+        "The command that goes on: `skipstone reproduce headroom --scale paper`, 1e14 FLOPs a run.",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+HEADROOM = Study(
+    name="headroom",
+    purpose="does depth pay on this text, and could a router know which tokens need a block?",
+    about=(
+        "Before any router is judged, the model of 8 blocks must beat the one of 5 by .02 nats: at equal training "
+        "FLOPs, where the smaller one reads more text; and on the same text (*same-text*), where it costs less. The "
+        "protocol is that of [decisive](decisive.md). Then each block of the trained model is asked which tokens it "
+        "helps.\n\n" + pages.COLUMNS_NOTE
+    ),
+    arms=arms,
+    seeds=decisive.SEEDS,
+    columns=decisive.COLUMNS,
+    make=protocol.tuned_run,
+    measure=measured,
+    measure_together=None,
+    claims=claims,
+    details=details,
+)
+
+
+def checkpoints(scale: str) -> dict[str, RecipeDict]:
+    """Return pretrained checkpoints with the text on which their blocks are measured."""
+    rows = {"rows": 16 if scale == "quick" else 64}
+    stories = {"tokens": 2_000 if scale == "quick" else 20_000, "length": 200}
+    return {
+        "stories260K": {"source": "stories260K", "context": 192, "sampled": stories, **rows},
+        "SmolLM2-135M": {"source": "SmolLM2-135M-Instruct", "context": 256, "corpus": "wikitext-2", **rows},
+        "your checkpoint": {"source": CHECKPOINT, "context": 256, "corpus": "wikitext-2", **rows},
+    }
+
+
+def of_checkpoint(recipe: RecipeDict) -> Figures:
+    """Return the benefit of a checkpoint's blocks, on a corpus or on text that it has written itself.
+
+    Raises FileNotFoundError for a checkpoint that is not there.
+    """
+    path = _path(recipe["source"])
+    model = load_dense(path)
+    tokenizer = tokenizer_of(path, model)
+    with tempfile.TemporaryDirectory() as place:
+        corpus, split = recipe.get("corpus"), "test"
+        if corpus is None:
+            folder = sampled_text(path, Path(place, "text"), seed=recipe["seed"], **recipe["sampled"])
+            corpus, split = f"text:{folder}", "train"
+        config = DataConfig(corpus=corpus, context=recipe["context"])
+        data = prepare(config, tokenizer=tokenizer, train=False, split=split)
+        return {ORACLE: on_rows(model, data, recipe["rows"])}
+
+
+def _path(name: str) -> str:
+    if name != CHECKPOINT:
+        return source_path(name)
+    if not os.environ.get(CHECKPOINT):
+        raise FileNotFoundError(f"{CHECKPOINT} must name the folder of a checkpoint")
+    return os.environ[CHECKPOINT]
+
+
+def checkpoint_details(figures: Mapping[str, Mapping[int, Figures]]) -> str:
+    """Return the tables of every checkpoint, of its first seed."""
+    parts = [benefit_page.tables(seeds[min(seeds)][ORACLE], arm) for arm, seeds in figures.items() if seeds]
+    return "\n\n".join([*parts, benefit_page.NOTE])
+
+
+HEADROOM_PRETRAINED = Study(
+    name="headroom_pretrained",
+    purpose="could a router know which tokens need a block of a pretrained checkpoint?",
+    about=(
+        "The benefit of each block for each token of checkpoints that were trained to the end. stories260K reads "
+        "stories that it has written itself; SmolLM2-135M and the checkpoint whose folder SKIPSTONE_CHECKPOINT names "
+        "read the test split of wikitext-2. Nothing is trained."
+    ),
+    arms=checkpoints,
+    seeds={"laptop": (0,), "quick": (0,)},
+    columns=(
+        Column(key=f"{ORACLE}.loss", title="loss, nats a token", format=".4f"),
+        Column(key=f"{ORACLE}.predictions", title="held-out tokens", format=",d"),
+    ),
+    clock=of_checkpoint,
+    details=checkpoint_details,
+)
