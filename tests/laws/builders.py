@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # oracle and causal pass differ, and the weight has a gradient: more can go wrong than with the defaults
     "mixture_of_depths": {"capacity": 0.5, "decision": "predictor", "weight": "raw"},
     "segment": {"capacity": 0.5, "decision": "predictor", "weight": "raw"},
+    "layer_dropout": {"rate": 0.6, "over_depth": "constant"},
 }
 ACTIVATIONS = ["silu", *ACTIVATION]
 FORMS: dict[str, dict[str, Any]] = {  # of activations, with options that change what is computed
@@ -196,6 +197,8 @@ NESTED = [
     case(entry("mixture_of_depths", layers=(1,)), entry("token_selective"), positions="learned", norm="layernorm"),
     case(entry("mixture_of_depths", layers=(0, 2)), entry("early_exit", layers=(0, 1, 2)), mlp="plain", qk_norm=True),
     *(case(*map(entry, names), activation=form) for form in FORMS for names in ((), KINDS[:1], KINDS)),
+    case(entry("layer_dropout", over_depth="rising"), entry("mixture_of_depths", decision="ema_threshold")),
+    case(entry("layer_dropout", over_training="constant", scaled=False), entry("layer_dropout", on="mlp")),
     *EXPERTS,
     *GROUPS,
     *WINDOWS,

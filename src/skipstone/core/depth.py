@@ -24,13 +24,15 @@ class DepthModule(RoutingModule):
 
     default_layers: the blocks that carry the mechanism if an entry of `mechanisms` does not say. sites: what it can
     wrap (option `on`), the default first: a "block", its "attention", its "mlp", or a "segment" of neighbouring blocks,
-    whose entry makes one mechanism for all its layers. budget_by: what
+    whose entry makes one mechanism for all its layers. selects_rows: it leaves out whole rows by `Tokens.select_rows`,
+    which the cost model has to know. budget_by: what
     `skipstone adapt` sets to meet a budget: the option `capacity`, the threshold of a soft gate (`score_threshold` with
     an option), or None for a mechanism without a budget.
     """
 
     default_layers: ClassVar[str] = ":"
     sites: ClassVar[tuple[str, ...]] = ("block", "attention", "mlp")
+    selects_rows: ClassVar[bool] = False
     budget_by: ClassVar[Literal["capacity", "threshold"] | None] = None
 
     @property

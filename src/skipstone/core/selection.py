@@ -1,7 +1,7 @@
 """Selections: the tokens of a call that a decision keeps, with the gather and scatter operations that it implies.
 
 There is one class for each layout: all tokens; tokens marked in place; tokens gathered (rows filled exactly, padded, or
-padded with the padding left out of per-token layers); whole rows.
+padded with the padding left out of per-token layers); whole rows, with one of these inside.
 
 Shape letters: B rows, T tokens of the call, K tokens of a selection, N kept tokens of all rows, D width.
 """
@@ -163,24 +163,38 @@ class Unpadded(Padded):
 
 @dataclass(frozen=True)
 class WholeRows(Selection):
-    """The single tokens of some rows, and none of the other rows."""
+    """Some rows, and none of the other rows' tokens. inner: what is selected of the `length` tokens of these rows."""
 
-    real_first = True
     rows: RowSubset
+    length: int = 1
+    inner: Selection = EVERYONE
 
     @property
     def width(self) -> int:
-        return 1
+        return self.length if self.inner.is_all else self.inner.width
+
+    @property
+    def real_first(self) -> bool:  # type: ignore[override]
+        return self.inner.is_all or self.inner.real_first
+
+    @property
+    def valid_BK(self) -> Tensor | None:  # type: ignore[override]
+        return self.inner.valid_BK
+
+    @property
+    def unpadding(self) -> Unpadding | None:  # type: ignore[override]
+        return self.inner.unpadding
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        return self.rows.gather(x_BTD)
+        x_RTD = self.rows.gather(x_BTD)
+        return x_RTD if self.inner.is_all else self.inner.gather(x_RTD)
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
-        return self.rows.scatter(y_BKD, fill)
+        return self.rows.scatter(y_BKD if self.inner.is_all else self.inner.scatter(y_BKD, fill), fill)
 
     def mask(self) -> Tensor:
-        ones_R1 = torch.ones(len(self.rows.at), 1, dtype=torch.bool, device=self.rows.index_R.device)
-        return self.rows.scatter(ones_R1, False)
+        ones_RK = torch.ones(len(self.rows.at), self.width, dtype=torch.bool, device=self.rows.index_R.device)
+        return self.scatter(ones_RK, False)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
         return self.rows.within(outer)

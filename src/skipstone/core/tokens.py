@@ -36,7 +36,8 @@ class PassMode:
     all tokens and discards the others' updates (the specification that "gathered" must equal). per_row_gather: with one
     token per row, the gathered executor leaves out whole rows, so that inner calls may see fewer rows. never_empty: a
     gathered selection has at least one column even if no token is kept. single_token: the call has one token and no
-    gradients, as in decoding one row, so that weights may be read in part.
+    gradients, as in decoding one row, so that weights may be read in part. whole_rows: the inner calls may see fewer
+    rows (`Tokens.select_rows`); they keep nothing of a row in a cache.
     """
 
     routing: Routing = "causal"
@@ -45,6 +46,7 @@ class PassMode:
     per_row_gather: bool = False
     never_empty: bool = False
     single_token: bool = False
+    whole_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,24 @@ class Tokens:
         if unpadding is None:
             return Padded(index_BK, self.length, valid_BK)
         return Unpadded(index_BK, self.length, valid_BK, unpadding)
+
+    def select_rows(self, kept_BT: Tensor) -> Selection:
+        """Turn a bool mask of kept tokens into a selection that leaves out every row without any, at no cost.
+
+        `select_kept` gathers as many columns of every row as the fullest one keeps; here rows that keep nothing do not
+        exist inside, and only the others are gathered so. The host waits once, and once more if some of their tokens
+        are not kept. Mechanisms that use it declare `selects_rows`. The rows remain where they are if the pass cannot
+        do without them (`PassMode.whole_rows`).
+        """
+        if self.mode.executor == "masked" or not self.mode.whole_rows:
+            return self.select_kept(kept_BT)
+        total, some_B = len(kept_BT), kept_BT.any(1)
+        rows = RowSubset.from_mask(some_B)
+        if len(rows.at) == total or (not rows.at and self.mode.never_empty):
+            return self.select_kept(kept_BT)
+        if not rows.at:
+            return Gathered(kept_BT.new_empty(total, 0, dtype=torch.long), self.length)
+        return WholeRows(rows, self.length, self.select_kept(rows.gather(kept_BT)))
 
     def select(self, part: Selection) -> Tokens:
         """Return the tokens of `part`, in its order. Query restrictions of outer mechanisms still apply to them.

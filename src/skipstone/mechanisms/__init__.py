@@ -9,6 +9,7 @@ from skipstone.core.routing_module import Placement, RoutingModule
 from skipstone.mechanisms.base import DepthMechanism
 from skipstone.mechanisms.early_exit import EarlyExit
 from skipstone.mechanisms.gate_skip import GateSkip
+from skipstone.mechanisms.layer_dropout import LayerDropout
 from skipstone.mechanisms.magnitude import MagnitudeGroups
 from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths
 from skipstone.mechanisms.neuron_groups import NeuronGroups
@@ -23,6 +24,7 @@ DEPTH: dict[str, type[DepthMechanism]] = {
     "early_exit": EarlyExit,
     "gate_skip": GateSkip,
     "segment": Segment,
+    "layer_dropout": LayerDropout,
 }
 
 ACTIVATION: dict[str, type[PolyGLU]] = {
@@ -58,6 +60,7 @@ __all__ = [
     "DepthMechanism",
     "EarlyExit",
     "GateSkip",
+    "LayerDropout",
     "MagnitudeGroups",
     "MixtureOfDepths",
     "NeuronGroups",

@@ -59,7 +59,9 @@ class DepthMechanism(DepthModule):
         """
         if oracle or kept is None:
             return counts
-        return TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=counts.restricted_to(kept).query_tokens)
+        return TokenCounts(
+            kv_tokens=counts.kv_tokens, query_tokens=counts.restricted_to(kept).query_tokens, rows=counts.rows
+        )
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
         """Return the tokens that an oracle would keep by the record's scores, bool [B, T]; None if undefined."""

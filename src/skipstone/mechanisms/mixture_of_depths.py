@@ -363,9 +363,10 @@ class MixtureOfDepths(DepthMechanism):
                 inside = TokenCounts(
                     kv_tokens=width,
                     query_tokens=width if counts.query_tokens == counts.kv_tokens else inside.query_tokens,
+                    rows=counts.rows,
                 )
         return (
-            TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=inside.query_tokens)
+            TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=inside.query_tokens, rows=counts.rows)
             if self.config.kv == "full"
             else inside
         )

@@ -289,7 +289,7 @@ class TokenSelective(DepthMechanism):
             return counts
         inside = counts.restricted_to(self._share * counts.kv_tokens if kept is None else kept)
         return (
-            TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=inside.query_tokens)
+            TokenCounts(kv_tokens=counts.kv_tokens, query_tokens=inside.query_tokens, rows=counts.rows)
             if self.config.kv == "full"
             else inside
         )

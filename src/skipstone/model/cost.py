@@ -13,51 +13,24 @@ convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Literal, Protocol
-
-import torch
-from torch import nn
 
 from skipstone.core.cache import entries_held
 from skipstone.core.counts import Amount, TokenCounts
-from skipstone.core.records import DepthRecord, Records, find
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
-from skipstone.core.unpad import pays
 from skipstone.core.weights import compute_dtype
-from skipstone.model.build import SEGMENT, Attention, Block, Blocks, pairs
+from skipstone.model.build import SEGMENT, Attention, Block, pairs
+from skipstone.model.kept import Decoder as Decoder
+from skipstone.model.kept import Kept as Kept
+from skipstone.model.kept import Model as Model
+from skipstone.model.kept import Weighted as Weighted
+from skipstone.model.kept import kept_from_records as kept_from_records
 
-Kept = Mapping[int, Mapping[str, Amount]]
 SLOT_BYTES = 8  # one int64 slot for each pair of key and value
 ID_BYTES = 16  # of a token that some mechanism's decision reads, in the cache: int64 id and slot
-
-
-class Weighted(Protocol):
-    """The interface of anything that has parameters."""
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-class Decoder(Protocol):
-    """The interface of a decoder, in the parts that its cost depends on."""
-
-    @property
-    def layers(self) -> Blocks: ...
-    @property
-    def embed_tokens(self) -> Weighted: ...
-    @property
-    def positions(self) -> Weighted: ...
-
-
-class Model(Weighted, Protocol):
-    """The interface of a decoder, or of a model that holds one and perhaps a head."""
-
-    @property
-    def decoder(self) -> Decoder: ...
-    def get_output_embeddings(self) -> nn.Linear | None: ...
 
 
 ROUTINGS = ("oracle", "causal", "forced")
@@ -177,55 +150,6 @@ def forward_flops(model: Model, tokens: int, kept: Kept | None = None, mechanism
     return _whole(sum(blocks, _head(model, tokens)))
 
 
-def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
-    """Return the tokens that mechanisms kept in a forward pass, in the form of the `kept` argument of `cost`.
-
-    A gathered batch has as many columns as its row with most tokens: rows="widest" gives what was executed, "mean" what
-    was needed. Attention computes all columns; projections and MLP leave out the padding if there is much of it. With
-    one token per row, as in decoding, only rows that keep it are computed, and both are the mean. Padding is never
-    kept.
-    """
-    kept: dict[int, dict[str, Amount]] = {}
-    for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):
-        outer = [*block.sites[SEGMENT], *block.sites["block"]]
-        paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
-        kept[i] = {name: counts for path in paths for name, counts in _along(path, decided, rows)}
-        kept[i] |= block.mlp.measured(decided)
-    return kept
-
-
-def _along(path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, TokenCounts]]:
-    """Yield the tokens that each mechanism keeps, from the outermost in; query tokens are those that all outer ones
-    keep too.
-    """
-
-    reached_BT = None
-    for name in path:
-        record = find(decided, name, DepthRecord)
-        if record is not None:  # absent if an outer mechanism kept no token
-            reached_BT = record.kept_BT if reached_BT is None else reached_BT & record.kept_BT
-            yield name, _counts(record.kept_BT, reached_BT, rows)
-
-
-def _counts(given_BT: torch.Tensor, reached_BT: torch.Tensor, rows: str) -> TokenCounts:
-    """Count the kept tokens and the query tokens of a row."""
-
-    def mean(kept_BT: torch.Tensor) -> float:
-        return Fraction(int(kept_BT.sum()), len(kept_BT))  # type: ignore[return-value]
-
-    def columns(kept_BT: torch.Tensor) -> int:
-        return int(kept_BT.sum(1).max())
-
-    def computed(kept_BT: torch.Tensor) -> float:
-        packs = pays(int(kept_BT.sum()), len(kept_BT) * columns(kept_BT))
-        return mean(kept_BT) if packs else columns(kept_BT)
-
-    if rows == "mean" or given_BT.shape[1] == 1:
-        return TokenCounts(kv_tokens=mean(given_BT), query_tokens=mean(reached_BT))
-    unpadded = TokenCounts(kv_tokens=computed(given_BT), query_tokens=computed(reached_BT))
-    return TokenCounts(kv_tokens=columns(given_BT), query_tokens=columns(reached_BT), unpadded=unpadded)
-
-
 @dataclass(frozen=True)
 class _Call:
     tokens: int
@@ -317,13 +241,13 @@ def _work(
         for name in block.sites[site] if mechanisms else ():
             mechanism = block.mechanism(name)
             if name in block.mechanisms:  # the mechanism around a segment runs once, in its first block
-                ran.append((mechanism, counts.kv_tokens))
+                ran.append((mechanism, counts.given))
             counts = mechanism.counts_inside(counts, _restriction(kept.get(name)), oracle)
         return counts
 
     outer = inside("block", inside(SEGMENT, TokenCounts(kv_tokens=tokens, query_tokens=tokens)))
     attention, mlp = inside("attention", outer), inside("mlp", outer)
-    asked = mlp.query_tokens
+    asked = mlp.query_tokens if mlp.rows == 1 else mlp.query_tokens * mlp.rows
     ran += [(part, asked) for part in block.mlp.routing_modules().values() if mechanisms or part.built_in]
     passes = block.mlp.passes(asked, kept, single_token) if mechanisms else block.mlp.dense_passes(asked)
     return _Work(attention, mlp, ran, passes)
@@ -338,9 +262,10 @@ def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: s
     attention, counts, each = block.self_attn, work.attention, unpadded.attention
     given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
+    pairs_of_row = _score_pairs(counts, stored, attention.window) * counts.rows
     return Flops(
-        attention_linear=2 * (each.kv_tokens * given + each.query_tokens * asked),
-        attention_score=4 * _score_pairs(counts, stored, attention.window) * attention.q_proj.weight.shape[0],
+        attention_linear=2 * (each.kv_tokens * given + each.query_tokens * asked) * each.rows,
+        attention_score=4 * pairs_of_row * attention.q_proj.weight.shape[0],
         mlp=2 * unpadded.passes * block.mlp.weights_per_pass(),
         router=sum(mechanism.flops(tokens, routing) for mechanism, tokens in work.mechanisms),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Literal
@@ -173,6 +173,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.gradient_checkpointing = False
         # A trainer may set the seed of the step's random numbers and the index of the pass's first row in the step.
         self.step_noise: tuple[Tensor, Tensor] | None = None
+        # Several processes may have to run every block together, also one that keeps no token in this process.
+        self.every_block_runs = False
         blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
         if config.weight_format == "int8":
@@ -215,6 +217,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         x_BTD = self._embedded(input_ids, inputs_embeds)
         mode, forced = self._mode(routing, noise, executor, x_BTD.shape[:2])
         cache = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
+        mode = replace(mode, whole_rows=cache is None, never_empty=self.every_block_runs)
         tokens = self._tokens(x_BTD, mode, cache, attention_mask, position_ids, document_ids)
         if any(mechanism.reads_ids for block in self.layers for mechanism in block.mechanisms.values()):
             tokens = with_ids(tokens, input_ids, None if cache is None else cache.layers[0])

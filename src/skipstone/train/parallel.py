@@ -45,6 +45,7 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, arguments: Training
     sharded = train.parallel == "fsdp2"
     if processes() > 1 or sharded:
         _touch_blocks(model)
+        model.model.every_block_runs = any(block.sites[SEGMENT] for block in model.model.layers)
     if sharded:
         shard(model, arguments.device)
 

@@ -1,0 +1,120 @@
+"""Layer dropout: in training, whole blocks are left out at random, one draw for each row (stochastic depth).
+
+    x <- x + Delta(x) / (1 - p)     with probability 1 - p          in training, for all tokens of a row
+    x <- x                          with probability p
+    x <- x + Delta(x)                                               otherwise
+
+    p = rate * l / (L - 1) * (1 - progress)       block l of L, progress of the training from 0 to 1
+
+Huang et al. 2016 (arXiv 1603.09382) drop layers with a probability that rises over depth; LayerDrop (arXiv 1909.11556)
+does so in transformers. Dividing by the probability of being kept and letting the rate fall to 0 over the training
+follow Elhoushi et al. 2026 (arXiv 2609.05275), where a mask for each sequence and whole blocks (one mask for attention
+and MLP) do best. With a rate that rises over depth and falls over the training, a quarter of `rate` is saved in the
+mean. Rows that are left out cost nothing: the others are gathered as a smaller batch.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from skipstone.core.counts import TokenCounts
+from skipstone.core.noise import row_noise
+from skipstone.core.records import Records, lift
+from skipstone.core.seam import Update
+from skipstone.core.tokens import Tokens
+from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
+from skipstone.mechanisms.schedules import Progress
+from skipstone.ops import reference as ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDropoutConfig:
+    """The options of layer dropout.
+
+    rate: largest probability of leaving a block out, in [0, 1). over_depth: rising from 0 in block 0 to `rate` in the
+    model's last block, or constant. over_training: falling linearly to 0, or constant. scaled: whether kept updates are
+    divided by the probability of being kept.
+    """
+
+    rate: float = 0.2
+    over_depth: Literal["rising", "constant"] = "rising"
+    over_training: Literal["falling", "constant"] = "falling"
+    scaled: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"rate must be in [0, 1), got {self.rate}")
+
+
+class LayerDropout(DepthMechanism):
+    """Layer dropout as a depth mechanism: leaves rows out at random in training, and does nothing otherwise."""
+
+    Config = LayerDropoutConfig
+    skips = False  # in a causal pass
+    selects_rows = True
+
+    def __init__(self, hidden_size: int, placement: Placement | None = None, **options: object) -> None:
+        super().__init__(hidden_size, placement, **options)
+        config: LayerDropoutConfig = self.config
+        depth = self.placement.layer / max(self.placement.num_layers - 1, 1) if config.over_depth == "rising" else 1.0
+        self.largest = config.rate * depth
+        self.progress = Progress(1.0) if config.over_training == "falling" else None
+
+    @property
+    def rate(self) -> float:
+        """The probability of leaving a row out at present."""
+        return self.largest if self.progress is None else self.largest * (1 - self.progress.share)
+
+    def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
+        """Return the update of the rows that are kept, 0 for the others, and the records, whose scores are all 0."""
+        score_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
+        kept_BT = reached_BT = real_mask(tokens, score_BT)
+        scale, draws = 1.0, tokens.mode.noise and tokens.mode.routing == "oracle"
+        if tokens.forced_BT is not None:
+            kept_BT = tokens.forced_BT & reached_BT
+        elif draws and (rate := self.rate):
+            kept_B = row_noise(tokens, self.placement.noise_key, len(x_BTD)) >= rate
+            kept_BT = kept_B[:, None] & reached_BT
+            scale = 1 / (1 - rate) if self.config.scaled else 1.0
+        records = self.record(
+            score_BT=score_BT, kept_BT=kept_BT, weight_BT=torch.where(kept_BT, scale, 0.0), reached_BT=reached_BT
+        )
+        if kept_BT is reached_BT:
+            delta_BTD, inner = update(x_BTD, tokens)
+            return delta_BTD, {**records, **inner}
+        part = tokens.select_rows(kept_BT)
+        if part.is_empty:
+            return x_BTD * 0, records
+        delta_BKD, inner = update(part.gather(x_BTD), tokens.select(part))
+        return part.scatter(delta_BKD * scale), {**records, **lift(inner, part, tokens.state)}
+
+    def advance(self, progress: float, statistics: Tensor | None) -> None:
+        if self.progress is not None:
+            self.progress.advance(progress)
+
+    def set_identity(self) -> None:
+        """Never leave a row out."""
+        self.largest = 0.0
+
+    def counts_inside(
+        self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
+    ) -> TokenCounts:
+        """Return the token counts inside: fewer rows in an oracle pass, in the mean over a training if not measured."""
+        if kept is not None:
+            return counts.restricted_to(kept)
+        if not oracle:
+            return counts
+        mean = self.largest / (1 if self.progress is None else 2)
+        inside = replace(counts, rows=counts.rows * (1 - mean))
+        return (
+            inside if counts.unpadded is None else replace(inside, unpadded=replace(counts.unpadded, rows=inside.rows))
+        )
+
+    def flops(self, tokens: float, routing: str) -> float:
+        return 0

@@ -1,0 +1,106 @@
+"""What the mechanisms of a model kept in a pass, as counts for the cost model.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from skipstone.core.counts import Amount, TokenCounts
+from skipstone.core.records import DepthRecord, Records, find
+from skipstone.core.unpad import pays
+from skipstone.model.build import SEGMENT, Block, Blocks
+
+Kept = Mapping[int, Mapping[str, Amount]]
+
+
+class Weighted(Protocol):
+    """The interface of anything that has parameters."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class Decoder(Protocol):
+    """The interface of a decoder, in the parts that its cost depends on."""
+
+    @property
+    def layers(self) -> Blocks: ...
+    @property
+    def embed_tokens(self) -> Weighted: ...
+    @property
+    def positions(self) -> Weighted: ...
+
+
+class Model(Weighted, Protocol):
+    """The interface of a decoder, or of a model that holds one and perhaps a head."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+    def get_output_embeddings(self) -> nn.Linear | None: ...
+
+
+def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
+    """Return the tokens that mechanisms kept in a forward pass, in the form of the `kept` argument of `cost`.
+
+    A gathered batch has as many columns as its row with most tokens: rows="widest" gives what was executed, "mean" what
+    was needed. Attention computes all columns; projections and MLP leave out the padding if there is much of it. With
+    one token per row, as in decoding, only rows that keep it are computed, and both are the mean. Padding is never
+    kept.
+    """
+    kept: dict[int, dict[str, Amount]] = {}
+    for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):
+        outer = [*block.sites[SEGMENT], *block.sites["block"]]
+        paths = [outer, *([*outer, *block.sites[site]] for site in ("attention", "mlp"))]
+        kept[i] = {name: counts for path in paths for name, counts in _along(block, path, decided, rows)}
+        kept[i] |= block.mlp.measured(decided)
+    return kept
+
+
+def _along(block: Block, path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, TokenCounts]]:
+    """Yield the tokens that each mechanism keeps, from the outermost in; query tokens are those that all outer ones
+    keep too.
+    """
+
+    reached_BT = rows_B = None
+    for name in path:
+        record = find(decided, name, DepthRecord)
+        if record is None:  # an outer mechanism kept no token
+            continue
+        reached_BT = record.kept_BT if reached_BT is None else reached_BT & record.kept_BT
+        if block.mechanism(name).selects_rows and record.kept_BT.shape[1] > 1:
+            rows_B = record.kept_BT.any(1)
+        yield name, _counts(record.kept_BT, reached_BT, rows, rows_B)
+
+
+def _counts(
+    given_BT: torch.Tensor, reached_BT: torch.Tensor, rows: str, rows_B: torch.Tensor | None = None
+) -> TokenCounts:
+    """Count the kept tokens and the query tokens of a row. rows_B: the rows that are computed at all; None: all."""
+    if rows_B is not None and not rows_B.all():
+        share = Fraction(int(rows_B.sum()), len(rows_B))
+        if not share:
+            return TokenCounts(kv_tokens=0, query_tokens=0, rows=share)
+        found = _counts(given_BT[rows_B], reached_BT[rows_B], rows)
+        return replace(found, rows=share, unpadded=found.unpadded and replace(found.unpadded, rows=share))
+
+    def mean(kept_BT: torch.Tensor) -> float:
+        return Fraction(int(kept_BT.sum()), len(kept_BT))  # type: ignore[return-value]
+
+    def columns(kept_BT: torch.Tensor) -> int:
+        return int(kept_BT.sum(1).max())
+
+    def computed(kept_BT: torch.Tensor) -> float:
+        packs = pays(int(kept_BT.sum()), len(kept_BT) * columns(kept_BT))
+        return mean(kept_BT) if packs else columns(kept_BT)
+
+    if rows == "mean" or given_BT.shape[1] == 1:
+        return TokenCounts(kv_tokens=mean(given_BT), query_tokens=mean(reached_BT))
+    unpadded = TokenCounts(kv_tokens=computed(given_BT), query_tokens=computed(reached_BT))
+    return TokenCounts(kv_tokens=columns(given_BT), query_tokens=columns(reached_BT), unpadded=unpadded)
