@@ -1,28 +1,46 @@
 """Route tokens around the blocks of a decoder that Skipstone has no code for: a small mixture of experts.
 
-Run it with `python examples/route_any_decoder.py`. It trains a byte-level Qwen3-MoE of transformers on the Python
-sources of the standard library, puts Mixture-of-Depths around every second block in place, and trains on. It prints
-losses, the FLOPs that execute, and what the model writes with its own cache and without.
+    python examples/route_any_decoder.py --steps 100     # as a script
+    marimo run examples/route_any_decoder.py             # as a page; `marimo edit` also shows the code
+
+It trains a byte-level Qwen3-MoE of transformers on the Python sources of the standard library, puts Mixture-of-Depths
+around every second block in place, and trains on. It shows losses, the FLOPs that execute, and what the model writes
+with its own cache and without. Both ways need `pip install 'skipstone[notebooks]'`; the script starts no server.
 """
 
-from __future__ import annotations
+import marimo
 
-import sys
-import sysconfig
-from collections.abc import Callable
-from pathlib import Path
+__generated_with = "0.25.2"
+app = marimo.App(width="medium")
 
-import torch
-from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+with app.setup:
+    import sysconfig
+    from collections.abc import Callable
+    from pathlib import Path
 
-import skipstone
-from skipstone.measure.flops import count_flops
+    import marimo as mo
+    import torch
+    from torch import Tensor
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-CONTEXT, ROWS = 128, 8
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    import skipstone
+    from skipstone.measure.flops import count_flops
+
+    CONTEXT, ROWS = 128, 8
 
 
+@app.cell(hide_code=True)
+def _():
+    mo.md("""
+    # Route any decoder, in place
+
+    `skipstone.route(model, mechanisms)` puts mechanisms around the blocks of a decoder of transformers and leaves the
+    model what it was: its own class, its own cache, its own masks.
+    """)
+    return
+
+
+@app.function
 def decoder() -> Qwen3MoeForCausalLM:
     """Return a decoder that reads bytes and predicts the next byte."""
     torch.manual_seed(0)
@@ -34,6 +52,7 @@ def decoder() -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config)
 
 
+@app.function
 def corpus() -> Tensor:
     """Return the Python files of the standard library as one tensor of bytes."""
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -41,54 +60,74 @@ def corpus() -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-def train(model: Qwen3MoeForCausalLM, text: Tensor, after: Callable[[float], None]) -> float:
-    """Train for `STEPS` steps and return the mean loss of the last ten in nats per byte.
+@app.function
+def train(model: Qwen3MoeForCausalLM, text: Tensor, steps: int, after: Callable[[float], None]) -> float:
+    """Train for `steps` steps and return the mean loss of the last ten in nats per byte.
 
     after: called after each step with the progress, from 0 to 1.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     draw = torch.Generator().manual_seed(0)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         begins = torch.randint(len(text) - CONTEXT, (ROWS,), generator=draw)
         rows = torch.stack([text[begin : begin + CONTEXT] for begin in begins.tolist()])
         loss = model.train()(rows, labels=rows).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        after((step + 1) / STEPS)
+        after((step + 1) / steps)
         losses.append(loss.item())
     return sum(losses[-10:]) / len(losses[-10:])
 
 
+@app.function
 @torch.no_grad()
-def report(name: str, model: Qwen3MoeForCausalLM, text: Tensor) -> None:
-    """Print the loss on rows that were not used in training, and FLOPs per token."""
+def measured(model: Qwen3MoeForCausalLM, text: Tensor) -> str:
+    """Return the loss on rows that were not used in training, and FLOPs per token."""
     rows = text[-ROWS * CONTEXT :].view(ROWS, CONTEXT)
     loss = model.eval()(rows, labels=rows).loss
     flops = count_flops(lambda: model(rows)).total / rows.numel()
-    print(f"{name:<8} loss {loss:.3f} nats a byte, {flops:,.0f} FLOPs a token")
+    return f"loss {loss:.3f} nats a byte, {flops:,.0f} FLOPs a token"
 
 
-def main() -> None:
-    """Train, route, train further, generate."""
+@app.cell
+def _():
+    steps = mo.ui.slider(
+        1, 400, value=int(mo.cli_args().get("steps") or 100), label="training steps", show_value=True, debounce=True
+    )
+    steps
+    return (steps,)
+
+
+@app.cell
+def _(steps):
     text = corpus()
     model = decoder()
-    train(model, text[: -ROWS * CONTEXT], after=lambda progress: None)
-    report("dense", model, text)
-
+    train(model, text[: -ROWS * CONTEXT], steps.value, after=lambda progress: None)
+    dense = measured(model, text)
     mechanisms = [{"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.25}]
     routed = skipstone.route(model, mechanisms, dense_start=True)  # computes what the dense model computes, at first
-    train(model, text[: -ROWS * CONTEXT], after=routed.advance)  # the capacity falls, thresholds follow the scores
-    report("routed", model, text)
-    print(f"tokens times blocks that were computed: {routed.kept_share():.0%}")
+    # The capacity falls, and thresholds follow the scores.
+    train(model, text[: -ROWS * CONTEXT], steps.value, after=routed.advance)
+    told = [f"dense:  {dense}", f"routed: {measured(model, text)}"]
+    told.append(f"tokens times blocks that were computed: {routed.kept_share():.0%}")
+    print(*told, sep="\n")
+    mo.md("\n".join(f"- {line}" for line in told))
+    return (model,)
 
+
+@app.cell
+def _(model):
     prompt = torch.tensor([list(b"def forward(self")])
     write = {"max_new_tokens": 24, "do_sample": False}
     with_cache, without = (model.generate(prompt, use_cache=cached, **write) for cached in (True, False))
-    print(bytes(with_cache[0].tolist()).decode(errors="replace"))
-    print("the same without a cache:", torch.equal(with_cache, without))
+    written = bytes(with_cache[0].tolist()).decode(errors="replace")
+    same = f"the same without a cache: {torch.equal(with_cache, without)}"
+    print(written, same, sep="\n")
+    mo.vstack([mo.plain_text(written), mo.md(same)])
+    return
 
 
 if __name__ == "__main__":
-    main()
+    app.run()

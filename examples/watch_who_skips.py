@@ -1,28 +1,49 @@
-"""Watch which tokens skip: train a small routed model for a minute and print its depth map of a line of code.
+"""Watch which tokens skip: train a small routed model for a minute and show its depth map of a line of code.
 
-Run it with `python examples/watch_who_skips.py`. A byte-level model with Mixture-of-Depths on every second block learns
-from the Python sources of the standard library. Then each character of a line is printed with the blocks that computed
-it, and the characters are sorted by how many blocks they received.
+    python examples/watch_who_skips.py --steps 80        # as a script
+    marimo run examples/watch_who_skips.py               # as a page; `marimo edit` also shows the code
+
+A byte-level model with Mixture-of-Depths on every second block learns from the Python sources of the standard library.
+Then a text is shown with the blocks that computed each character; on the page, type another one. The script prints it.
+Both ways need `pip install 'skipstone[notebooks]'`; the script starts no server.
 """
 
-from __future__ import annotations
+import marimo
 
-import sys
-import sysconfig
-from collections import defaultdict
-from pathlib import Path
+__generated_with = "0.25.2"
+app = marimo.App(width="medium")
 
-import torch
-from transformers import TrainingArguments
+with app.setup:
+    import sysconfig
+    from collections import defaultdict
+    from pathlib import Path
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
-from skipstone.train import RoutingTrainer
+    import marimo as mo
+    import torch
+    from transformers import TrainingArguments
 
-CONTEXT, ROWS = 192, 8
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 80
-LINE = "    def forward(self, hidden_states, mask=None):\n        return self.norm(x + 1)"
+    from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+    from skipstone.measure.token_trace import TokenTrace
+    from skipstone.measure.trace import trace_tokens
+    from skipstone.report import show_trace
+    from skipstone.train import RoutingTrainer
+
+    CONTEXT, ROWS = 192, 8
+    LINE = "    def forward(self, hidden_states, mask=None):\n        return self.norm(x + 1)"
 
 
+@app.cell(hide_code=True)
+def _():
+    mo.md("""
+    # Watch who skips
+
+    Four blocks, of which the second and the fourth compute about three tenths of the characters. The threshold that
+    decides follows the scores while the model trains. A decision looks at the past alone, so generation can make it.
+    """)
+    return
+
+
+@app.function
 def rows(number: int) -> list[dict[str, torch.Tensor]]:
     """Return rows of bytes from the standard library; a causal model's labels are its inputs."""
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -33,45 +54,80 @@ def rows(number: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": part, "labels": part} for part in parts]
 
 
-def trained() -> SkipstoneForCausalLM:
+@app.function
+def trained(steps: int) -> SkipstoneForCausalLM:
     """Train a model of four blocks, two of them routed. `RoutingTrainer` is a Trainer that also advances thresholds."""
     torch.manual_seed(0)
     routed = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.3, "decision": "ema_threshold"}
     config = SkipstoneConfig(hidden_size=96, num_hidden_layers=4, mechanisms=[routed])
     arguments = TrainingArguments(
-        "unused", max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=3e-3, use_cpu=True,
-        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=max(1, STEPS // 4),
+        "unused", max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=3e-3, use_cpu=True,
+        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=max(1, steps // 4),
     )  # fmt: skip
     model = SkipstoneForCausalLM(config)
-    RoutingTrainer(model=model, args=arguments, train_dataset=rows(STEPS * ROWS)).train()
+    RoutingTrainer(model=model, args=arguments, train_dataset=rows(steps * ROWS)).train()
     return model.eval()
 
 
-@torch.no_grad()
-def depths(model: SkipstoneForCausalLM, text: str) -> list[list[bool]]:
-    """Return which characters each routed block computed, decided causally as in generation."""
-    ids = torch.tensor([list(text.encode())])
-    records = model(ids, routing="causal", output_records=True).records
-    return [record.kept_BT[0].tolist() for layer in records for record in layer.values()]
+@app.function
+def traced(model: SkipstoneForCausalLM, text: str) -> TokenTrace:
+    """Return which characters each block computed, decided causally as in generation."""
+    characters = text.encode("latin-1", "replace")[:CONTEXT]
+    return trace_tokens(model, {"input_ids": torch.tensor([list(characters)])}, list(characters.decode("latin-1")))
 
 
-def main() -> None:
-    """Train, and print which characters were computed."""
-    model = trained()
-    kept = depths(model, LINE)
-    print(f"\n{LINE}\n")
-    for number, block in zip(range(1, 8, 2), kept, strict=False):
-        shown = "".join("\n" if c == "\n" else c if keep else "·" for c, keep in zip(LINE, block, strict=True))
+@app.cell
+def _():
+    steps = mo.ui.slider(
+        1, 400, value=int(mo.cli_args().get("steps") or 80), label="training steps", show_value=True, debounce=True
+    )
+    steps
+    return (steps,)
+
+
+@app.cell
+def _(steps):
+    model = trained(steps.value)
+    promised = model.cost(tokens=CONTEXT)
+    told = f"FLOPs a token: {promised.forward_per_token.total:,.0f}, {promised.ratio:.0%} of the dense model's"
+    print(told)
+    mo.md(told)
+    return (model,)
+
+
+@app.cell
+def _():
+    typed = mo.ui.text_area(value=LINE, label="text", rows=3, full_width=True)
+    typed
+    return (typed,)
+
+
+@app.cell
+def _(model, typed):
+    trace = traced(model, typed.value or LINE)
+    show_trace(trace, "Which characters the blocks computed")
+    return (trace,)
+
+
+@app.cell
+def _(trace):
+    routed_blocks = sorted(trace.routed)
+    print(f"\n{''.join(trace.tokens)}\n")
+    for number in routed_blocks:
+        block = trace.kept_LT[number]
+        shown = "".join("\n" if c == "\n" else c if keep else "·" for c, keep in zip(trace.tokens, block, strict=True))
         print(f"computed by block {number} ({sum(block) / len(block):.0%} of the characters):\n{shown}\n")
-    received: dict[int, list[str]] = defaultdict(list)
-    for character, *keeps in zip(LINE, *kept, strict=True):
-        received[sum(keeps)].append(character)
-    for number in sorted(received, reverse=True):
-        print(f"{number} of {len(kept)} routed blocks: {''.join(sorted(set(received[number]))).strip()}")
-    promised, dense = model.cost(tokens=CONTEXT), model.cost(tokens=CONTEXT).dense
-    assert dense is not None
-    print(f"FLOPs a token: {promised.forward_per_token.total:,.0f}, {promised.ratio:.0%} of the dense model's")
+    received = defaultdict(set)
+    for at, character in enumerate(trace.tokens):
+        received[sum(trace.kept_LT[number][at] for number in routed_blocks)].add(character)
+    told_by_count = [
+        f"{count} of {len(routed_blocks)} routed blocks: {''.join(sorted(received[count])).strip()}"
+        for count in sorted(received, reverse=True)
+    ]
+    print(*told_by_count, sep="\n")
+    mo.md("\n".join(f"- {said.partition(':')[0]}: `` {said.partition(':')[2].strip()} ``" for said in told_by_count))
+    return
 
 
 if __name__ == "__main__":
-    main()
+    app.run()

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from skipstone.report import svg
 from skipstone.report.axes import Frame, Scale, bounds, short
+from skipstone.report.drawn import Drawn as Pictured
 from skipstone.report.palette import Style
 
 FRAME = Frame(width=500, height=320, left=60, right=16, top=16, bottom=48)
@@ -82,8 +83,8 @@ def panel(
     y_range: tuple[float, float],
     level: Level | None = None,
     label: Label = short,
-) -> Markup:
-    """Return a chart of loss against x. Points outside of the ranges are cut off."""
+) -> Pictured:
+    """Return a chart of loss against x, with its points as a table. Points outside of the ranges are cut off."""
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)
     parts = FRAME.y_axis(up, "causal loss, nats a token")
@@ -96,7 +97,9 @@ def panel(
         parts += [] if each.star is None else [_star(each.star, each.style, across, up)]
     if not any(each.dots for each in drawn):
         parts.append(svg.text(FRAME.width / 2, FRAME.height / 2, "no run yet", "axis", text_anchor="middle"))
-    return svg.drawing(FRAME.width, FRAME.height, parts, title)
+    dots = [dot for each in drawn for dot in (*each.dots, *([each.star] if each.star else ()))]
+    rows = [(dot.hover, f"{dot.x:.4g}", f"{dot.y:.4f}") for dot in dots]
+    return Pictured.of(svg.drawing(FRAME.width, FRAME.height, parts, title), ("point", x_title, "loss"), rows)
 
 
 def _x(across: Scale, value: float) -> float:

@@ -69,13 +69,15 @@ def judge(
     """
     if not found:
         return
-    interval = paired(found, blocks)
+    interval, limit = paired(found, blocks), most or least or 0.0
     if interval is None:
-        yield Claim(arm=arm, text=text, found=f"{told}{found[0]:{form}}, one seed", verdict="inconclusive")
+        said = f"{told}{found[0]:{form}}, one seed"
+        yield Claim(arm=arm, text=text, found=said, verdict="inconclusive", estimate=found[0], limit=limit)
         return
-    verdict = interval.below(most) if most is not None else interval.above(least or 0.0)
-    shown = interval.shown(form) if most or least else interval.with_power(form)
-    yield Claim(arm=arm, text=text, found=told + shown, verdict=verdict)
+    verdict = interval.below(most) if most is not None else interval.above(limit)
+    shown = interval.shown(form) if limit else interval.with_power(form)
+    ends = (interval.low, interval.high)
+    yield Claim(arm=arm, text=text, found=told + shown, verdict=verdict, estimate=interval.mean, ends=ends, limit=limit)
 
 
 DETECTABLE = (

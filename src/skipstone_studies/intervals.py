@@ -76,13 +76,17 @@ class Interval:
 class Claim:
     """A claim about one arm, with its verdict.
 
-    found: our measurement. verdict: by the rule that `text` states.
+    found: our measurement. verdict: by the rule that `text` states. estimate: the measurement as a number, None where
+    it has none. ends: of its confidence interval, None for one seed. limit: to which the rule compares it.
     """
 
     arm: str
     text: str
     found: str
     verdict: Verdict
+    estimate: float | None = None
+    ends: tuple[float, float] | None = None
+    limit: float = 0.0
 
 
 def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ()) -> Interval | None:

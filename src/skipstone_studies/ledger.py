@@ -1,4 +1,4 @@
-"""The ledger: costs and claims of all records, as two tables for the README of the results.
+"""The ledger: costs and claims of all records, as two tables for the README of the results and a page that draws them.
 
 The FLOPs of a record are those that its grid counted, else three times the executed forward FLOPs per token (one
 forward and two for backward) times the number of tokens. Gates that are trained soft compute everything, so their
@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from skipstone.core.atomic_write import write_whole
 from skipstone.evaluate.tables import UNKNOWN, Section, markdown
-from skipstone_studies import readme
+from skipstone_studies import ledger_page, readme
 from skipstone_studies import record as records
 from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.intervals import Claim, Verdict
@@ -21,6 +22,7 @@ from skipstone_studies.isoflop.table import claims as grid_claims
 from skipstone_studies.page import figures_of, groups, lookup
 from skipstone_studies.record import Record
 
+PAGE = "ledger.html"
 FEW = 3  # up to so many arms are named
 COMPUTE, CLAIMS = "compute", "claims"  # names of the marks in the README
 CHANGES: dict[Verdict, str] = {
@@ -63,6 +65,11 @@ def compute_of(record: Record) -> Compute | None:
 
 def compute(out: Path) -> str:
     """Return a Markdown table of the costs of every study with records in `out`."""
+    return _without_title(compute_section(out))
+
+
+def compute_section(out: Path) -> Section:
+    """Return the table of the costs of every study with records in `out`, and of all together in its last row."""
     found = {name: [compute_of(record) for record in records.read_all(out, name)] for name in names(out)}
     rows = [_row(name, each) for name, each in found.items()]
     everything = [one for each in found.values() for one in each]
@@ -78,7 +85,10 @@ def compute(out: Path) -> str:
         "GFLOP/s are these FLOPs divided by the time of the training, on machines that were often shared. "
         "Measurements are not included."
     )
-    section = Section(title="Compute", columns=columns, rows=[*rows, _row("**all**", everything)], notes=[note])
+    return Section(title="Compute", columns=columns, rows=[*rows, _row("**all**", everything)], notes=[note])
+
+
+def _without_title(section: Section) -> str:
     return markdown([section]).partition("\n\n")[2].strip("\n")
 
 
@@ -107,37 +117,58 @@ def _row(name: str, found: Sequence[Compute | None]) -> list[str]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """The claims of one table of a study, the records that they were derived from, and the seeds in words."""
+
+    study: str
+    claims: Sequence[Claim]
+    records: Sequence[Record]
+    seeds: str
+
+
 def claims(out: Path) -> str:
     """Return a Markdown table of every claim judged by rule, with its verdicts by arm and what would change them."""
+    return _without_title(claims_section(judged(out)))
+
+
+def claims_section(found: Iterable[Judged]) -> Section:
+    """Return the same as a table: a row for each claim of each study."""
     columns = ["study", "claim, by rule", "verdicts", "seeds", "largest model", "FLOPs", "what would change it"]
-    rows = [[name, *row] for name in names(out) for row in _claims(out, name)]
-    return markdown([Section(title="Claims", columns=columns, rows=rows)]).partition("\n\n")[2].strip("\n")
+    return Section(title="Claims", columns=columns, rows=[[one.study, *row] for one in found for row in _rows(one)])
 
 
-def _claims(out: Path, name: str) -> Iterator[list[str]]:
+def judged(out: Path) -> list[Judged]:
+    """Judge every claim of every study with records in `out`."""
+    return [one for name in names(out) for one in _judged(out, name)]
+
+
+def _judged(out: Path, name: str) -> Iterator[Judged]:
     if (out / name / PLAN).is_file():
         collected = load(out, name)
+        seeds = f"1, {collected.grid.spec.optimum_seeds} at each optimum"
         of = records.read_all(out, name)
-        yield from _judged(grid_claims(collected), of, f"1, {collected.grid.spec.optimum_seeds} at each optimum")
+        yield Judged(study=name, claims=list(grid_claims(collected)), records=of, seeds=seeds)
         return
     study = STUDIES[name]
     if study.claims is not None:
         for current in groups(study, records.read_all(out, name)):
             seeds = str(len({record.seed for record in current}))
-            yield from _judged(study.claims(figures_of(study, current)), current, seeds)
+            found = list(study.claims(figures_of(study, current)))
+            yield Judged(study=name, claims=found, records=current, seeds=seeds)
 
 
-def _judged(found: Iterable[Claim], of: Sequence[Record], seeds: str) -> Iterator[list[str]]:
+def _rows(found: Judged) -> Iterator[list[str]]:
     by_text: dict[str, dict[Verdict, list[str]]] = {}
-    for claim in found:
+    for claim in found.claims:
         by_text.setdefault(claim.text, {}).setdefault(claim.verdict, []).append(claim.arm)
-    taken = [one for one in map(compute_of, of) if one is not None]
+    taken = [one for one in map(compute_of, found.records) if one is not None]
     largest = max((one.parameters or 0 for one in taken), default=0)
     flops = sum(one.flops or 0 for one in taken)
     for text, verdicts in by_text.items():
         shown = [f"{verdict} {_arms(arms)}" for verdict, arms in verdicts.items()]
         change = next((told for verdict, told in CHANGES.items() if verdict in verdicts), SCALE)
-        yield [text, ", ".join(shown), seeds, f"{largest / 1e6:.3f} M", f"{flops:.1e}", change]
+        yield [text, ", ".join(shown), found.seeds, f"{largest / 1e6:.3f} M", f"{flops:.1e}", change]
 
 
 def _arms(arms: Sequence[str]) -> str:
@@ -145,9 +176,23 @@ def _arms(arms: Sequence[str]) -> str:
 
 
 def write(out: Path) -> Path:
-    """Write both tables into OUT/README.md, between their marks. Raises ValueError if it has no such marks."""
+    """Write both tables into OUT/README.md, between their marks, and OUT/ledger.html, which also draws them.
+
+    Raises ValueError if the README has no such marks.
+    """
     path = out / "README.md"
-    for name, text in ((COMPUTE, compute(out)), (CLAIMS, claims(out))):
+    for name in (COMPUTE, CLAIMS):
         readme.check(path, name)
-        readme.write_between(path, name, text)
+    costs, found = compute_section(out), judged(out)
+    for name, section in ((COMPUTE, costs), (CLAIMS, claims_section(found))):
+        readme.write_between(path, name, _without_title(section))
+    write_whole(out / PAGE, ledger_page.render(costs, claims_section(found), by_study(found)))
     return path
+
+
+def by_study(found: Iterable[Judged]) -> dict[str, list[Claim]]:
+    """Return the claims of each study that has any."""
+    of: dict[str, list[Claim]] = {}
+    for one in found:
+        of.setdefault(one.study, []).extend(one.claims)
+    return {name: claims for name, claims in of.items() if claims}

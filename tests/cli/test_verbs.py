@@ -233,10 +233,20 @@ def test_view(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "http://127.0.0.1:1/  (Ctrl-C stops)\n"
 
 
+def test_view_saves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = listen(monkeypatch, "skipstone.view.saved_page", "save_page", Path("a.html"))
+    command(monkeypatch, "view", "run", "--save", "a.html", "--prompt", "once", "--new-tokens", "8")
+    assert calls == [(([Path("run")], Path("a.html"), "once"), {"new_tokens": 8})]
+    assert capsys.readouterr().out == "written: a.html\n"
+
+
 @pytest.mark.parametrize(
     ("words", "installed", "says"),
     [
         (["run"] * 3, True, "view shows one or two models side by side, got 3"),
+        (["run", "--prompt", "a"], True, "--prompt and --new-tokens belong to --save"),
+        (["run", "--save", "a.html"], True, "--save needs --prompt TEXT"),
+        (["run", "--save", "run", "--prompt", "a"], True, "exists already"),
         (["run"], False, "(starlette, uvicorn missing): pip install 'skipstone[view]'"),
     ],
 )

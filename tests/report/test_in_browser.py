@@ -10,6 +10,25 @@ import pytest
 from browser import chromium, findings, opened
 from skipstone.report.rendering import write_report
 
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ledger", "isoflop"])
+def test_a_page_of_results_has_tables_and_saves_its_pictures(name: str, tmp_path: Path) -> None:
+    with chromium() as browser:
+        for scheme in ("light", "dark"):
+            with opened(browser, (RESULTS / f"{name}.html").as_uri(), color_scheme=scheme) as page:
+                buttons = page.get_by_role("button", name="Save as SVG")
+                assert buttons.count() == page.locator("details.numbers").count() > 3
+                with page.expect_download() as download:
+                    buttons.first.click()
+                download.value.save_as(tmp_path / "a.svg")
+                assert (tmp_path / "a.svg").read_text(encoding="utf-8").startswith("<svg")
+                page.locator("details.numbers summary").first.click()
+                assert page.locator("details.numbers td").first.is_visible()
+                assert findings(page) == []
+
 
 @pytest.mark.slow
 def test_a_report_opens_from_the_disk_and_saves_its_pictures(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import pytest
 
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.main import main
-from skipstone_studies import ledger
+from skipstone_studies import ledger, ledger_page
+from skipstone_studies.ledger_charts import forest
 from skipstone_studies.record import Record, digest, write
 from skipstone_studies.study import Study
 
@@ -75,6 +78,34 @@ def test_the_readme_shows_the_ledgers_of_the_records_beside_it() -> None:
         shown = text.partition(f"<!-- {name}:begin -->\n")[2].partition(f"\n<!-- {name}:end -->")[0]
         assert shown == made, "run `skipstone reproduce --ledger --out results`"
         assert shown.count("\n") > 20
+
+
+def test_the_page_draws_the_ledger_of_the_records_beside_it() -> None:
+    found = ledger.judged(RESULTS)
+    claims = ledger.claims_section(found)
+    page = ledger_page.render(ledger.compute_section(RESULTS), claims, ledger.by_study(found))
+    made = (RESULTS / ledger.PAGE).read_text(encoding="utf-8")
+    assert made == page, "run `skipstone reproduce --ledger --out results`"
+    pictures = re.findall(r"<svg viewBox.*?</svg>", page, re.DOTALL)
+    assert len(pictures) == page.count('<details class="numbers">') == 2 + len(claims.rows)
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+        assert "nan" not in picture
+    assert len(page.encode()) < 1_000_000
+
+
+def test_a_forest_has_an_interval_for_each_arm_and_the_limit_of_the_claim() -> None:
+    decided = ledger.Claim(arm="<a>", text="t", found="-1", verdict="yes", estimate=-1.0, ends=(-1.5, -0.5), limit=0.2)
+    alone = ledger.Claim(arm="b", text="t", found="2, one seed", verdict="inconclusive", estimate=2.0, limit=0.2)
+    drawn = forest([decided, alone], "study: t")
+    root = ElementTree.fromstring(drawn)
+    lines = [line for line in root.findall("line") if line.get("stroke")]
+    (low, high), (mark,) = sorted(float(lines[0].get(x, 0)) for x in ("x1", "x2")), root.findall("line[@class='mark']")
+    first, second = root.findall("circle")
+    assert len(lines) == 1
+    assert low < float(first.get("cx", 0)) < high < float(mark.get("x1", 0)) < float(second.get("cx", 0))
+    assert second.get("fill") == "var(--card)", "hollow: not decided"
+    assert drawn.rows == [("<a>", "yes", "-1", "0.2"), ("b", "inconclusive", "2, one seed", "0.2")]
 
 
 def test_claims_are_gathered_by_their_text(tiny: Any, tmp_path: Path) -> None:

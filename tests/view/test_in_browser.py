@@ -138,10 +138,45 @@ def test_a_draft_is_counted(browser: Any, address: str) -> None:
         page.locator(".panel").first.wait_for()
         page.get_by_label("Draft").select_option("skip")
         ran(page, tokens=24)
-        told = page.locator(".drafts").first.text_content()
+        told = page.locator(".drafts .key").first.text_content()
         accepted, guesses = map(int, re.findall(r"\d+", told))
         assert accepted <= guesses
         assert page.locator(".stream").first.locator(".token.guessed").count() == accepted
+        page.fill("#temperature", "3")
+        ran(page, tokens=24)
+        accepted, guesses = map(int, re.findall(r"\d+", page.locator(".drafts .key").first.text_content()))
+        struck = page.locator(".stream").first.locator("del.rejected")
+        assert struck.count() > 0
+        assert struck.locator("span").count() <= guesses - accepted
+        assert "the model chose" in struck.first.get_attribute("title")
+        assert "line-through" in struck.first.evaluate("one => getComputedStyle(one).textDecorationLine")
+
+
+def test_the_page_is_saved_as_one_file_that_opens_offline(browser: Any, address: str, tmp_path: Path) -> None:
+    with opened(browser, address) as page:
+        assert page.locator("#save").is_disabled()
+        ran(page)
+        seen = page.locator(".meter b").all_text_contents()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save page").click()
+        assert download.value.suggested_filename == "skipstone-small--model--other.html"
+        out = tmp_path / "saved.html"
+        download.value.save_as(out)
+    assert out.stat().st_size < 1_000_000
+    for scheme in ("light", "dark"):
+        with opened(browser, out.as_uri(), color_scheme=scheme) as page:
+            assert page.locator("#prompt").text_content() == HTML
+            assert page.locator(".meter b").all_text_contents() == seen
+            for panel in (0, 1):
+                assert tokens_of(page, panel).count() == len(HTML) + 12
+            tokens_of(page).nth(4).click()
+            assert "token 4" in page.locator(".details").first.text_content()
+            assert page.locator(".details").first.locator("svg path.path").count() == 1
+            assert page.locator(".neurons svg").first.locator("rect").count() >= 1
+            assert page.get_by_role("slider").count() == 0
+            with page.expect_download():
+                page.get_by_role("button", name="Save as SVG").first.click()
+            assert findings(page) == []
 
 
 def test_stop_and_a_mistake_are_told_and_the_next_run_works(browser: Any, address: str) -> None:

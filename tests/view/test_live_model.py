@@ -104,6 +104,17 @@ def test_drafts_do_not_change_the_text_and_are_counted(model: LiveModel) -> None
         assert one["read"][0]["loss"] == pytest.approx(other["read"][0]["loss"], rel=1e-3)
 
 
+def test_rejected_guesses_are_told_with_the_token_that_replaces_them(model: LiveModel) -> None:
+    drafted = told(model, prompt="abab", new_tokens=24, draft="skip", temperature=2.0)[1:-1]
+    assert drafted[0]["rejected"] == [], "nothing is proposed before the prompt is read"
+    assert any(event["rejected"] for event in drafted)
+    for event in drafted:
+        assert not (event["rejected"] and event["guessed"])
+        assert event["rejected"][:1] != [event["token"]["label"]], "the model chose another token"
+    guesses, accepted = (sum(event[name] for event in drafted) for name in ("guesses", "guessed"))
+    assert 0 <= guesses - accepted - sum(len(event["rejected"]) for event in drafted) < 16, "beyond the end of the text"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ pytest.importorskip("starlette", reason="starlette is not installed")
 testclient = pytest.importorskip("starlette.testclient", reason="the client of starlette's tests is not installed")
 
 from skipstone.view.live_model import LiveModel  # noqa: E402
+from skipstone.view.saved_page import save_page  # noqa: E402
 from skipstone.view.server import FILES, LONGEST, application  # noqa: E402
 from skipstone.view.work_queue import BusyError, WorkQueue  # noqa: E402
 
@@ -47,6 +51,30 @@ def test_the_models(client: Any) -> None:
     assert model["slots"] == [[0, None], [1, "mixture_of_depths"], [1, "token_selective"], [2, "token_selective"]]
     assert model["budgets"] == [0.4, 0.46]
     assert len(client.get("/api/neurons/0").json()["layers"]) == 3
+
+
+def test_the_page_to_save_is_text_with_one_script_and_an_empty_place(client: Any) -> None:
+    answer = client.get("/api/saved-page")
+    assert answer.headers["content-type"].startswith("text/plain")
+    (script,) = re.findall(r'<script type="module">(.*?)</script>', answer.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in answer.text
+    assert answer.text.count(">null</script>") == 1
+    assert not re.search(r"^(import|export) ", script, re.MULTILINE)
+    assert not re.search(r"https?://|url\(|@import", answer.text.replace("http://www.w3.org/2000/svg", ""))
+
+
+def test_a_saved_page_holds_what_the_models_did(saved: Path, tmp_path: Path) -> None:
+    out = save_page([saved, saved], tmp_path / "page.html", "</script><b>", new_tokens=3)
+    text = out.read_text(encoding="utf-8")
+    assert "</script><b>" not in text
+    (state,) = re.findall(r'<script id="saved" type="application/json">(.*?)</script>', text, re.DOTALL)
+    found = json.loads(state)
+    assert found["request"]["prompt"] == "</script><b>"
+    assert [model["name"] for model in found["models"]] == ["/".join(saved.parts[-2:])] * 2
+    assert sum(event["type"] == "pass" for event in found["events"]) == 6
+    with pytest.raises(ValueError, match="new_tokens must be from 1"):
+        save_page([saved], tmp_path / "b.html", "a", new_tokens=0)
 
 
 def test_a_request_streams_events(client: Any) -> None:

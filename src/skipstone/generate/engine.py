@@ -57,7 +57,8 @@ class DecodingPass(NamedTuple):
 
     token_B, live_B: as in `Step`. records: of every block. logits_BTV: of the last tokens, as many as requested. cache:
     after the pass. at: index of the position that predicted the token, counted from the end of the pass. guessed_B:
-    bool, whether a draft had proposed it; None without drafts.
+    bool, whether a draft had proposed it; None without drafts. guess_BK: int64, all tokens that the pass checks, of
+    which those from the first wrong one on are dropped; None without drafts.
     """
 
     token_B: Tensor
@@ -67,6 +68,7 @@ class DecodingPass(NamedTuple):
     cache: Cache
     at: int = -1
     guessed_B: Tensor | None = None
+    guess_BK: Tensor | None = None
 
 
 def generate(
@@ -251,7 +253,7 @@ class Decoder:
                 guess_B = guess_BK[:, i] if i < count else None
                 token_B = torch.where(live_B, sample(out.logits[:, i], guess_B), self.pad)
                 right_B = torch.zeros_like(live_B) if guess_B is None else (token_B == guess_B) & live_B
-                yield DecodingPass(token_B, live_B, out.records, out.logits, cache, i - count - 1, right_B)
+                yield DecodingPass(token_B, live_B, out.records, out.logits, cache, i - count - 1, right_B, guess_BK)
                 whole = torch.cat([whole, token_B[:, None]], 1)
                 agreed = guess_B is not None and bool((right_B | ~live_B).all())
                 live_B = live_B & ~torch.isin(token_B, self.ends_E)

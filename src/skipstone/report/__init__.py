@@ -11,24 +11,28 @@ drawn.py          a picture with its numbers as a table
 budget_chart.py   loss by budget, from files of `skipstone eval --budget --json`
 charts.py         lines, bars, stacked bars
 axes.py           scales, ticks, the frame of a chart
+in_notebook.py    text and pictures as the output of a notebook's cell
+templating.py     the templates of all pages, and the one script that a page runs
 svg.py            SVG elements as escaped strings
 palette.py        colours that remain distinct in colour blindness
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from skipstone.report.in_notebook import show_text, show_trace
     from skipstone.report.rendering import write_report
 
-__all__ = ["write_report"]
+__all__ = ["show_text", "show_trace", "write_report"]
+
+_HOMES = {"write_report": "rendering", "show_text": "in_notebook", "show_trace": "in_notebook"}
 
 
 def __getattr__(name: str) -> object:
-    """Load torch and jinja2 when a report is written: charts and palette need neither."""
-    if name != "write_report":
+    """Load jinja2 when something is rendered: charts and palette do not need it."""
+    if name not in _HOMES:
         raise AttributeError(f"module 'skipstone.report' has no attribute {name!r}")
-    from skipstone.report.rendering import write_report
-
-    return write_report
+    return getattr(import_module(f"skipstone.report.{_HOMES[name]}"), name)

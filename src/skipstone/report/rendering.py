@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from skipstone.core.atomic_write import write_whole
 from skipstone.report.budget_chart import read_budgets
 from skipstone.report.report_page import Pieces, context
 from skipstone.report.run_view import load_view
+from skipstone.report.templating import environment, script
 from skipstone.runs import Run
 
 
@@ -44,26 +39,9 @@ def write_report(
     opened = [Run(Path(run)) for run in runs]
     measured = read_budgets(evaluations, opened, titles)
     shown = [load_view(run, name, i) for i, (run, name) in enumerate(zip(opened, titles, strict=True))]
-    html = environment().get_template("page.html").render(**context(shown, samples or {}, measured), **_script())
+    html = environment().get_template("page.html").render(**context(shown, samples or {}, measured), **script())
     write_whole(out, html)
     return out
-
-
-def _script() -> dict[str, Markup]:
-    """Return the script that saves pictures, and its hash: the page's policy allows no other script."""
-    templates = files("skipstone.report").joinpath("templates")
-    saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))
-    text = "\n" + saving.replace("export function", "function") + buttons
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return {"script": Markup(text), "script_hash": Markup(digest)}
-
-
-def environment() -> Environment:
-    """Return the template environment: everything that comes from runs is escaped, and a variable that the page
-    lacks is an error.
-    """
-    loader = PackageLoader("skipstone.report")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

@@ -121,9 +121,10 @@ class LiveModel:
         """Yield a `start` event and then a `pass` event for each new token.
 
         The first tells of the whole prompt, the others of one token each. draft: as in `generate`; a pass then checks
-        several tokens, and its FLOPs come with the first of them. What the draft itself computes is not in the FLOPs,
-        but in the seconds. Raises ValueError, before the first event, for a prompt that exceeds the context, and for a
-        budget or a draft that the model does not have.
+        several tokens, and its FLOPs come with the first of them; the token that replaces a wrong guess tells which
+        ones were `rejected`. What the draft itself computes is not in the FLOPs, but in the seconds. Raises
+        ValueError, before the first event, for a prompt that exceeds the context, and for a budget or a draft that the
+        model does not have.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
@@ -161,6 +162,7 @@ class LiveModel:
                 "token": {"text": text.push(token), "label": label([token])},
                 "guesses": size - 1 if new and not prompt else 0,
                 "guessed": each.guessed_B is not None and bool(each.guessed_B[0]),
+                "rejected": [label([i]) for i in _rejected(each)],
                 "seconds": rounded(seconds),
                 "flops": flops,
                 "dense_flops": dense,
@@ -238,6 +240,14 @@ class DenseTwin:
 def rounded(value: float) -> float | None:
     """Return the number rounded to `DIGITS` significant digits; None for infinities and NaN, which JSON cannot hold."""
     return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
+
+
+def _rejected(each: DecodingPass) -> list[int]:
+    """Return the guesses of one row that the chosen token rules out: the one in its place and those after it."""
+    if each.guess_BK is None or each.guessed_B is None or bool(each.guessed_B[0]):
+        return []
+    count = each.guess_BK.shape[1]
+    return [int(guess) for guess in each.guess_BK[0, each.at + count + 1 :]]
 
 
 def _prediction(logits_TV: Tensor, target: Sequence[int]) -> list[tuple[float | None, float | None]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from skipstone.core.strict import PlainDict, from_dict, unknown
 from skipstone.generate.drafts import EXIT, LOOKUP, SKIP
@@ -53,6 +54,20 @@ class Request:
             raise ValueError(unknown("draft", self.draft, filter(None, DRAFTS)))
         if len(self.budgets) not in (0, len(self.models)):
             raise ValueError(f"budgets must have an entry for each of the models, got {self.budgets}")
+
+
+def open_models(runs: Sequence[Path]) -> list[LiveModel]:
+    """Load the models of run folders.
+
+    Raises ValueError or FileNotFoundError, one line, for a folder that cannot be shown.
+    """
+    return [LiveModel(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Return the names of the folders, with their parents' names if two are equal."""
+    names = [run.resolve().name for run in runs]
+    return names if len({*names}) == len(names) else ["/".join(run.resolve().parts[-2:]) for run in runs]
 
 
 def read_request(values: object, models: int) -> Request:

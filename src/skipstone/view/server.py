@@ -15,13 +15,14 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skipstone.core.strict import PlainDict
 from skipstone.view.live_model import LiveModel
 from skipstone.view.live_session import NEW_TOKENS, PROMPT, events, read_request
+from skipstone.view.saved_page import empty_page
 from skipstone.view.work_queue import BusyError, Job, WorkQueue
 
 LONGEST = 1 << 18  # bytes of a request
@@ -92,6 +93,9 @@ def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGI
         limits = {"prompt": PROMPT, "new_tokens": NEW_TOKENS}
         return JSONResponse({"models": [model.describe() for model in models], "limits": limits})
 
+    async def saved_page(request: Request) -> Response:
+        return PlainTextResponse(empty_page())
+
     async def neurons(request: Request) -> Response:
         number = request.path_params["number"]
         return JSONResponse(models[number].neurons()) if number < len(models) else answer(404, "no such model")
@@ -113,6 +117,7 @@ def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGI
     routes = [Route(f"/{name}", _file(*place), methods=["GET"]) for name, place in FILES.items()]
     routes += [
         Route("/api/models", models_of, methods=["GET"]),
+        Route("/api/saved-page", saved_page, methods=["GET"]),
         Route("/api/neurons/{number:int}", neurons, methods=["GET"]),
         Route("/api/generate", generate, methods=["POST"]),
     ]

@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from skipstone.view.live_model import LiveModel
+from skipstone.view.live_session import open_models
 from skipstone.view.server import application
 from skipstone.view.work_queue import WorkQueue
 
@@ -26,7 +26,7 @@ def serve(runs: Sequence[Path], *, port: int, browser: bool, announce: Callable[
     page can be loaded. Raises ValueError, one line, for a port that is taken and for a folder that cannot be shown.
     """
     with _bound(port) as listening:
-        models = [LiveModel(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+        models = open_models(runs)
         chosen, work = listening.getsockname()[1], WorkQueue()
         address = f"http://{ADDRESS}:{chosen}/"
         config = uvicorn.Config(
@@ -76,9 +76,3 @@ def _bound(port: int) -> socket.socket:
             raise ValueError(f"port {port} {reason}; name another with --port, or 0 for any free one") from None
         raise
     return listening
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Return the names of the folders, with their parents' names if two are equal."""
-    names = [run.resolve().name for run in runs]
-    return names if len({*names}) == len(names) else ["/".join(run.resolve().parts[-2:]) for run in runs]

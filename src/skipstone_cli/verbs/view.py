@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from skipstone_cli.errors import UserError
-from skipstone_cli.paths import existing_dir, existing_run
+from skipstone_cli.paths import existing_dir, existing_run, new_path
 
 PORT = 8737
 
@@ -20,12 +20,30 @@ def view(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN2]", help="One or two run folders or saved models.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes any free one.")] = PORT,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Serve nothing; write the page of --prompt as one HTML file.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt of the page to save.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="New tokens of the page to save. Default: 64.")] = None,
 ) -> None:
     """Open a live page: type a prompt and watch which blocks every token takes."""
     if len(runs) > 2:
         raise UserError(f"view shows one or two models side by side, got {len(runs)}")
     for run in runs:
         existing_dir(run, "run folder")
+    if save is None and (prompt is not None or new_tokens is not None):
+        raise UserError("--prompt and --new-tokens belong to --save; on the live page, type them")
+    if save is not None:
+        if prompt is None:
+            raise UserError("--save needs --prompt TEXT")
+        new_path(save, "--save")
+        for run in runs:
+            existing_run(run)
+
+        from skipstone.view.saved_page import save_page
+
+        typer.echo(f"written: {save_page(runs, save, prompt, new_tokens=64 if new_tokens is None else new_tokens)}")
+        return
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"view needs packages ({', '.join(missing)} missing): pip install 'skipstone[view]'")

@@ -1,4 +1,4 @@
-"""Render the result as one self-contained HTML page like those of `skipstone report`, without scripts or downloads."""
+"""Render the result as one self-contained HTML page by the parts of `skipstone report`, which downloads nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 from jinja2 import ChoiceLoader, PackageLoader
-from markupsafe import Markup
 
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.tables import amount
 from skipstone.report.axes import bounds, short
+from skipstone.report.drawn import Drawn as Pictured
 from skipstone.report.palette import Style, style
-from skipstone.report.rendering import environment
+from skipstone.report.templating import environment, script
 from skipstone_studies.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
 from skipstone_studies.isoflop import table
 from skipstone_studies.isoflop.curves import INSIDE, Curve, GridPoint
@@ -21,7 +21,7 @@ from skipstone_studies.isoflop.notes import notes
 from skipstone_studies.isoflop.result import EqualTime, IsoFlopResult, seconds_of
 from skipstone_studies.page import provenance
 
-Figure = tuple[str, Markup]
+Figure = tuple[str, Pictured]
 
 
 def render(result: IsoFlopResult) -> str:
@@ -30,7 +30,7 @@ def render(result: IsoFlopResult) -> str:
     ours = PackageLoader("skipstone_studies.isoflop", "templates")
     assert pages.loader is not None
     pages.loader = ChoiceLoader([ours, pages.loader])
-    return pages.get_template("isoflop.html").render(context(result))
+    return pages.get_template("isoflop.html").render(context(result), **script())
 
 
 def context(result: IsoFlopResult) -> PlainDict:
@@ -184,7 +184,7 @@ def _at_time(result: IsoFlopResult, time: EqualTime, curve: Curve) -> Drawn:
     return Drawn(style=_look(result, curve.arm), dots=dots, line=_parabola(curve), star=star)
 
 
-def _all_seconds(result: IsoFlopResult) -> Markup:
+def _all_seconds(result: IsoFlopResult) -> Pictured:
     collected = result.collected
     drawn = []
     for arm in collected.grid.spec.arms:

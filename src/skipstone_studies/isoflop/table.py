@@ -119,6 +119,8 @@ def claims(collected: GridRecords) -> list[Claim]:
             text=f"best loss below {result.base}'s at {compact(budget)} training FLOPs",
             found=_gap(found),
             verdict=words.get(found.verdict, "inconclusive"),
+            estimate=found.gap,
+            ends=None if found.gap_low is None or found.gap_high is None else (found.gap_low, found.gap_high),
         )
         for budget, compared in result.same.items()
         for found in compared

@@ -9,10 +9,13 @@ export function savePicture(shown, name) {
     for (const property of COPIED) element.setAttribute(property, style.getPropertyValue(property));
   });
   copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
-  const file = new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" });
+  download(new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" }), `${name}.svg`);
+}
+
+export function download(file, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(file);
-  link.download = `${name}.svg`;
+  link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }

@@ -3,16 +3,17 @@ import { h, saveable, drawMap, drawPath, drawNeurons, visible, percent, short } 
 
 const ACTIVATION_CLASSES = 6; // colours in the style sheet
 
+// rerun: called for another budget; null on a saved page, which shows the one it was saved with.
 export class Panel {
-  constructor(model, number, rerun) {
+  constructor(model, number, { rerun = null, budget = null, neurons = null } = {}) {
     this.model = model;
     this.number = number;
     this.rerun = rerun;
-    this.budget = null;
-    this.neurons = null;
+    this.budget = budget;
+    this.neurons = neurons;
     this.element = this.build();
     this.clear();
-    if (model.neurons) this.loadNeurons();
+    if (model.neurons && !neurons) this.loadNeurons();
   }
 
   build() {
@@ -24,7 +25,7 @@ export class Panel {
     this.denseSpeed = meter("dense twin", "twin");
     this.text = h("div", { class: "depth stream", role: "group", "aria-label": `Text of ${model.name}, by compute` });
     this.details = h("div", { class: "details" });
-    this.draft = h("span", { class: "key drafts" });
+    this.draft = h("span", { class: "drafts" });
     this.map = h("div", { class: "scroll map", tabindex: "0", role: "region", "aria-label": "Map of tokens and blocks" });
     this.table = h("tbody");
     this.neuronMap = h("div", { class: "neurons" });
@@ -63,6 +64,10 @@ export class Panel {
 
   budgetRow(id) {
     const { budgets } = this.model;
+    if (!this.rerun) {
+      const set = this.budget === null ? "as trained" : `${percent(this.budget)} of the dense FLOPs`;
+      return budgets ? h("p", { class: "note budget" }, `Budget: ${set}.`) : "";
+    }
     if (!budgets) {
       return h("p", { class: "note budget" }, "No budget slider: ", h("code", {}, "skipstone calibrate"), " writes the table that it needs.");
     }
@@ -84,7 +89,7 @@ export class Panel {
   clear() {
     this.tokens = []; // {text, label, span, read}: read is what a pass told of the token
     this.pinned = this.looked = null;
-    this.guesses = this.accepted = 0;
+    this.guesses = this.accepted = this.dropped = 0;
     this.draft.textContent = "";
     this.passes = { tokens: 0, seconds: 0, dense: 0 };
     this.text.replaceChildren(h("span", { class: "quiet" }, "The text appears here."));
@@ -103,6 +108,7 @@ export class Panel {
       this.focusable(0);
     } else if (event.type === "pass") {
       event.read.forEach((read, i) => this.tell(event.first + i, read));
+      this.reject(event);
       this.tokens.push(this.add(event.token, this.tokens.length, event.guessed ? "new guessed" : "new"));
       this.drafted(event);
       this.count(event);
@@ -121,6 +127,14 @@ export class Panel {
     span.textContent = token.text === "" ? "\u200b" : token.text.replace(/\n/g, "↵\n");
     this.text.append(span);
     return { ...token, span, read: null };
+  }
+
+  // Proposals that the model took back, struck, before the token that it chose instead.
+  reject({ rejected, token }) {
+    if (!rejected?.length) return;
+    const told = `the draft proposed ${rejected.map(visible).join(" ")}; the model chose ${visible(token.label)}`;
+    this.text.append(h("del", { class: "rejected", title: told }, ...rejected.map((label) => h("span", {}, visible(label)))));
+    this.dropped += rejected.length;
   }
 
   tell(index, read) {
@@ -152,7 +166,10 @@ export class Panel {
   drafted(event) {
     this.guesses += event.guesses;
     this.accepted += event.guessed ? 1 : 0;
-    if (this.guesses) this.draft.textContent = `draft: ${this.accepted} of ${this.guesses} tokens accepted`;
+    if (!this.guesses) return;
+    const key = (name, text) => h("span", { class: "key" }, h("i", { class: name }), text);
+    this.draft.replaceChildren(key("guessed", `draft: ${this.accepted} of ${this.guesses} tokens accepted`),
+      h("span", { class: "key" }, h("del", { class: "rejected" }, "abc"), `${this.dropped} rejected`));
   }
 
   count(event) {

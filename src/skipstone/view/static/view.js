@@ -1,10 +1,12 @@
 // The page: asks the server, reads its events, hands them to the panels of the models.
 import { Panel } from "./panel.js";
+import { download } from "./saving.js";
 
 const byId = (id) => document.getElementById(id);
 const form = byId("ask");
 let panels = [];
 let running = null; // AbortController of the request that streams
+let shown = null; // what the panels show, as a saved page needs it: the request and its events
 
 function say(text, trouble = false) {
   byId("status").textContent = text;
@@ -45,11 +47,14 @@ async function run() {
   byId("stop").disabled = false;
   panels.forEach((panel) => panel.clear());
   say("computing …");
+  const asked = request();
+  shown = { request: asked, events: [] };
+  byId("save").disabled = true;
   try {
     const response = await fetch("/api/generate", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(request()),
+      body: JSON.stringify(asked),
       signal: mine.signal,
     });
     if (!response.ok) throw new Error((await response.json()).error);
@@ -59,6 +64,7 @@ async function run() {
       else {
         if (event.type === "start") say("computing …");
         panels[event.model].take(event);
+        shown.events.push(event);
       }
     }
     say("done");
@@ -70,16 +76,27 @@ async function run() {
     if (mine === running) {
       running = null;
       byId("stop").disabled = true;
+      byId("save").disabled = !shown.events.length;
       panels.forEach((panel) => panel.finish());
     }
   }
+}
+
+// The page as one file that opens offline: the same panels, with what they have been told written into it.
+async function save() {
+  const empty = await (await fetch("/api/saved-page")).text();
+  const models = panels.map((panel) => panel.model);
+  const state = { ...shown, models, neurons: panels.map((panel) => panel.neurons), saved: new Date().toISOString().slice(0, 10) };
+  const page = empty.replace(">null</script>", () => `>${JSON.stringify(state).replaceAll("<", "\\u003c")}</script>`);
+  const names = models.map((model) => model.name.replace(/[^\w.-]+/g, "-"));
+  download(new Blob([page], { type: "text/html" }), `skipstone-${names.join("-")}.html`);
 }
 
 async function start() {
   const answer = await (await fetch("/api/models")).json();
   byId("prompt").maxLength = answer.limits.prompt;
   byId("new-tokens").max = answer.limits.new_tokens;
-  panels = answer.models.map((model, i) => new Panel(model, i, () => byId("prompt").value && run()));
+  panels = answer.models.map((model, i) => new Panel(model, i, { rerun: () => byId("prompt").value && run() }));
   byId("panels").replaceChildren(...panels.map((panel) => panel.element));
   byId("panels").classList.toggle("two", panels.length > 1);
   if (!answer.models.some((model) => model.twin)) {
@@ -97,4 +114,5 @@ byId("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
 byId("stop").addEventListener("click", () => running?.abort());
+byId("save").addEventListener("click", () => save().catch(() => say("the page could not be saved: the server does not answer", true)));
 start().catch(() => say("the server does not answer", true));

@@ -1,0 +1,27 @@
+"""The templates of all pages, and the one script that a page may run: it saves pictures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+
+def script() -> dict[str, Markup]:
+    """Return the script that saves pictures, and its hash: the page's policy allows no other script."""
+    templates = files("skipstone.report").joinpath("templates")
+    saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))
+    text = "\n" + saving.replace("export function", "function") + buttons
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"script": Markup(text), "script_hash": Markup(digest)}
+
+
+def environment() -> Environment:
+    """Return the template environment: everything that comes from runs is escaped, and a variable that the page
+    lacks is an error.
+    """
+    loader = PackageLoader("skipstone.report")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,0 +1,115 @@
+"""Pictures of the ledger: verdicts and hours by study, and the intervals of a claim beside its limit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from markupsafe import Markup
+
+from skipstone.report import svg
+from skipstone.report.axes import Scale, bounds, short, ticks
+from skipstone.report.drawn import Drawn
+from skipstone.report.palette import BLUE, ORANGE, SKY, VERMILION
+from skipstone_studies.intervals import Claim, Verdict
+
+WIDTH, LEFT, RIGHT, ROW, TOP = 640, 210, 110, 22, 8
+COLOURS: dict[Verdict, str] = {"yes": BLUE, "no": VERMILION, "inconclusive": ORANGE, "no headroom": SKY}
+LONGEST = 34  # characters of a name
+
+
+def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
+    """Draw how many claims about arms each study answers with which verdict."""
+    counts = {study: Counter(claim.verdict for claim in claims) for study, claims in found.items()}
+    across = Scale(0.0, max(map(len, found.values()), default=1), LEFT, WIDTH - RIGHT)
+    parts = _grid(across, len(counts))
+    for i, (study, by_verdict) in enumerate(counts.items()):
+        parts.append(_name(i, study))
+        start = 0
+        for verdict, colour in COLOURS.items():
+            stop = start + by_verdict[verdict]
+            hover = f"{study}: {by_verdict[verdict]} {verdict}"
+            box = (across(start), TOP + ROW * i + 3, across(stop) - across(start), ROW - 6)
+            parts += [svg.rectangle(*box, hover, fill=colour)] if stop > start else []
+            start = stop
+        parts.append(svg.text(across(start) + 6, _middle(i), str(start), "value"))
+    rows = [(study, *(str(by_verdict[verdict]) for verdict in COLOURS)) for study, by_verdict in counts.items()]
+    return _drawn(parts, len(counts), "verdicts on claims about arms, by study", ("study", *COLOURS), rows)
+
+
+def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
+    """Draw one column of the table of costs for the studies that have it. rows: cells as text, the study first."""
+    known = [(row[0], float(row[column])) for row in rows if _is_number(row[column])]
+    across = Scale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
+    parts = _grid(across, len(known))
+    for i, (study, value) in enumerate(known):
+        parts.append(_name(i, study))
+        box = (LEFT, TOP + ROW * i + 3, across(value) - LEFT, ROW - 6)
+        parts.append(svg.rectangle(*box, f"{study}: {value:.2f} core hours", fill=BLUE))
+        parts.append(svg.text(across(value) + 6, _middle(i), f"{value:.2f}", "value"))
+    table = [(study, f"{value:.2f}") for study, value in known]
+    return _drawn(parts, len(known), "core hours of training, by study", ("study", "core hours"), table)
+
+
+def forest(claims: Sequence[Claim], title: str) -> Drawn:
+    """Draw the estimate of each arm with its interval, and the limit that the claim compares it to."""
+    limits = {claim.limit for claim in claims}
+    ends = [end for claim in claims for end in claim.ends or ()]
+    values = [claim.estimate for claim in claims if claim.estimate is not None]
+    across = Scale(*bounds([*ends, *values, *limits], 0.06), LEFT, WIDTH - RIGHT)
+    parts, floor = _grid(across, len(claims)), TOP + ROW * len(claims)
+    parts += [svg.line(across(limit), TOP, across(limit), floor, "mark") for limit in sorted(limits)]
+    for i, claim in enumerate(claims):
+        parts += [_name(i, claim.arm), *_interval(i, claim, across)]
+        parts.append(svg.text(WIDTH - RIGHT + 10, _middle(i), claim.verdict, "value"))
+    rows = [(claim.arm, claim.verdict, claim.found, f"{claim.limit:g}") for claim in claims]
+    return _drawn(parts, len(claims), title, ("arm", "verdict", "found", "limit"), rows)
+
+
+def _interval(i: int, claim: Claim, across: Scale) -> list[Markup]:
+    """Draw a line over the interval and a mark at the estimate: filled where the claim is decided."""
+    colour, y = COLOURS[claim.verdict], TOP + ROW * (i + 0.5)
+    parts = []
+    hover = svg.element("title", f"{claim.arm}: {claim.found}, {claim.verdict}")
+    if claim.ends is not None:
+        low, high = map(across, claim.ends)
+        parts.append(svg.element("line", hover, x1=low, y1=y, x2=high, y2=y, stroke=colour, stroke_width=2.4))
+    if claim.estimate is not None:
+        x, decided = across(claim.estimate), claim.verdict in ("yes", "no")
+        paint = {"fill": colour} if decided else {"fill": "var(--card)", "stroke": colour, "stroke_width": 2.0}
+        if claim.verdict == "no":
+            parts.append(svg.element("rect", hover, x=x - 4.5, y=y - 4.5, width=9, height=9, **paint))
+        else:
+            parts.append(svg.element("circle", hover, cx=x, cy=y, r=4.8, **paint))
+    return parts
+
+
+def _grid(across: Scale, rows: int) -> list[Markup]:
+    floor, parts = TOP + ROW * rows, []
+    for value in ticks(across.low, across.high, 5):
+        parts.append(svg.line(across(value), TOP, across(value), floor, "grid"))
+        parts.append(svg.text(across(value), floor + 15, short(value), "tick", text_anchor="middle"))
+    return parts
+
+
+def _name(i: int, name: str) -> Markup:
+    cut = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+    return svg.text(LEFT - 8, _middle(i), cut, "tick", text_anchor="end")
+
+
+def _middle(i: int) -> float:
+    return TOP + ROW * (i + 0.5) + 4
+
+
+def _drawn(
+    parts: Iterable[Markup], rows: int, title: str, heads: Sequence[str], table: Iterable[Sequence[str]]
+) -> Drawn:
+    return Drawn.of(svg.drawing(WIDTH, TOP + ROW * rows + 24, parts, title), heads, table)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
