@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
 TOKENIZER, CHECKPOINTS, MODEL, VIEW = "tokenizer", "checkpoints", "model", "view.json"
 BEST, BEST_STEP = "best", "best.json"  # the folder, and in it the step and its validation loss
+ADAPTER = "adapter_config.json"  # of PEFT; its presence without config.json makes a folder a saved adapter
 MODEL_CONFIG = "config.json"  # its presence makes a folder a saved model
 HASHED = 256 * 2**20  # bytes of weights up to which hashes are compared at every load, which takes a moment
 
@@ -53,6 +54,11 @@ class Run:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"run folder {str(self.folder)!r} does not exist")
         if not (self.folder / CONFIG).is_file() and not self.is_saved_model:
+            if (self.folder / ADAPTER).is_file():
+                raise ValueError(
+                    f"{str(self.folder)!r} holds an adapter ({ADAPTER}), not a model; `skipstone convert "
+                    f"{self.folder} OUT` merges it into its base: name OUT then"
+                )
             raise ValueError(
                 f"{str(self.folder)!r} is neither a run folder (no {CONFIG}) nor a saved model (no {MODEL_CONFIG})"
             )

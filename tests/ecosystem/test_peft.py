@@ -10,9 +10,17 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import skipstone
 from ecosystem.tool import TOOLS_OWN_WARNINGS, load, logits, stirred
 from pages import Page
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.generate import generate
+from skipstone.measure.depth_map import depth_maps
+from skipstone.measure.flops import flop_check
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.passes import PASSES, Pass
+from skipstone.measure.speed import prefill
+from skipstone.measure.trace import trace_tokens
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(TOOLS_OWN_WARNINGS)
@@ -97,18 +105,21 @@ def test_buffers_that_no_adapter_holds_are_named_when_they_move(moves: bool, tmp
     assert not moves or "block 1 mixture_of_depths decision.threshold" in told[0]
 
 
+LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "modules_to_save": ["router"]}
+
+
+def gated() -> SkipstoneForCausalLM:
+    mechanisms = [{"name": "mixture_of_depths", "layers": ":", "capacity": 0.5, "decision": "threshold"}]
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return stirred(SkipstoneConfig(**sizes, mechanisms=mechanisms)).eval()
+
+
 @pytest.mark.slow
 def test_an_adapted_model_is_measured_as_its_base() -> None:
-    """Budgets, cost, generation, losses and traces of a model that PEFT has wrapped, its adapter being neutral."""
+    """Budgets, generation, losses and traces of a model that PEFT has wrapped, its adapter being neutral."""
     from peft import LoraConfig, get_peft_model
 
-    import skipstone
-    from skipstone.generate import generate
-    from skipstone.measure.losses import measure_loss
-    from skipstone.measure.passes import Pass
-
-    mechanisms = [{"name": "mixture_of_depths", "layers": ":", "capacity": 0.5, "decision": "threshold"}]
-    base = stirred(SkipstoneConfig(vocab_size=300, hidden_size=32, num_attention_heads=2, mechanisms=mechanisms)).eval()
+    base = gated()
     ids = torch.randint(3, 290, (4, 24))
 
     def measured(model: Any) -> list[Any]:
@@ -116,10 +127,78 @@ def test_an_adapted_model_is_measured_as_its_base() -> None:
         middle = sum(table.range) / 2
         with table.at(model, middle):
             text = generate(model, ids[:2], max_new_tokens=4)
-        causal = Pass(name="causal", routing="causal")
-        loss = measure_loss(model, causal, [{"input_ids": ids, "labels": ids}])
-        return [table.points, text.tolist(), model.cost(64).ratio, loss.nats]
+        loss = measure_loss(model, Pass(name="causal", routing="causal"), [{"input_ids": ids, "labels": ids}])
+        depths = [part.loss_BT.nansum().item() for part in depth_maps(model, ids[0].tolist(), 12)]
+        return [table.trained, table.handles, text.tolist(), loss.nats, depths]
 
     expected = measured(base)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=["router"])
-    assert measured(get_peft_model(base, lora).eval()) == expected
+    assert measured(get_peft_model(base, LoraConfig(**LORA)).eval()) == expected
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_cost_of_adapters_is_what_executes_or_is_said_to_lack(exact: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    ids = torch.randint(3, 290, (2, 12))
+    model = get_peft_model(gated(), LoraConfig(**LORA, use_dora=not exact)).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = flop_check(model, PASSES["executed"], [{"input_ids": ids}])  # type: ignore[arg-type]
+    told = [str(w.message) for w in caught if "the cost leaves out" in str(w.message)]
+    assert (found.counted == found.predicted) == exact == (not told)
+    assert exact or "DoRA" in told[0]
+    merged = model.merge_and_unload()
+    assert merged.cost(12).forward.total == gated().cost(12).forward.total
+
+
+def test_prompt_learning_is_one_line_where_ids_are_measured() -> None:
+    """Its virtual tokens stand before every text, in each step of a decode loop again."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    model: Any = get_peft_model(gated(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    assert model(input_ids=torch.arange(9)[None]).logits.shape[1] == 12
+    _refused(model, r"prompt learning \(PROMPT_TUNING\)")
+
+
+def test_decoders_of_transformers_are_one_line_where_ours_is_measured() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    theirs: Any = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).eval()
+    _refused(theirs, "expected a Skipstone model, got LlamaForCausalLM; .*load_pretrained converts")
+    skipstone.route(theirs, [{"name": "mixture_of_depths", "layers": [1], "decision": "threshold", "kv": "full"}])
+    _refused(theirs, "got LlamaForCausalLM that skipstone.route has routed in place")
+
+
+def _refused(model: Any, why: str) -> None:
+    ids = torch.arange(3, 12)[None]
+    batches = [{"input_ids": ids, "labels": ids}]
+    for measure in (
+        lambda: skipstone.calibrate(model, ids),
+        lambda: generate(model, ids, max_new_tokens=2),
+        lambda: measure_loss(model, PASSES["causal"], batches),
+        lambda: flop_check(model, PASSES["executed"], batches),
+        lambda: list(depth_maps(model, [3, 4, 5], 3)),
+        lambda: trace_tokens(model, {"input_ids": ids}, []),
+        lambda: prefill(model, ids),
+    ):
+        with pytest.raises(ValueError, match=why) as told:
+            measure()
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.slow
+def test_a_budget_table_from_before_the_adapter_says_so(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    ids = torch.randint(3, 290, (4, 12))
+    base = gated()
+    base.save_pretrained(tmp_path)
+    skipstone.calibrate(base, ids).save(tmp_path)
+    model: Any = get_peft_model(load(tmp_path), LoraConfig(**LORA)).eval()
+    with pytest.warns(UserWarning, match=r"budget.json of .* was measured without the model's adapters"):
+        generate(model, ids[:1], max_new_tokens=2, budget=0.8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = skipstone.calibrate(model, ids)
+        generate(model, ids[:1], max_new_tokens=2, budget=sum(table.range) / 2, budget_table=table)

@@ -61,7 +61,7 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
 def losses(model: SkipstoneForCausalLM) -> list[str]:
     """Return a sentence for each kind of mechanism that the export leaves out and that changes the model."""
     layers: dict[str, list[int]] = {}
-    for i, block in enumerate(model.model.layers):
+    for i, block in enumerate(model.decoder.layers):
         for name in block.mechanisms:  # type: ignore[union-attr]
             layers.setdefault(name, []).append(i)
     lost = [

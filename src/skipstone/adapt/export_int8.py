@@ -25,13 +25,12 @@ def export_int8(source: str | Path, out: Path) -> None:
         model, tokenizer = run.load_model(), run.load_tokenizer()
     else:
         model, tokenizer = load_pretrained(source), load_tokenizer(source)
-    with complete(Path(out)) as partial:
+    with complete(Path(out)) as partial, quiet():
         small = quantise(model)
-        with quiet():
-            small.save_pretrained(partial)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            write_card(
-                small, partial, title=Path(out).name, source=folder.resolve().name if folder.exists() else str(source)
-            )
-            record(partial, partial.glob("*.safetensors"))
+        small.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        write_card(
+            small, partial, title=Path(out).name, source=folder.resolve().name if folder.exists() else str(source)
+        )
+        record(partial, partial.glob("*.safetensors"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -130,6 +131,21 @@ class BudgetTable:
             raise FileExistsError(f"{str(path)!r} exists already; nothing is overwritten; remove it to calibrate again")
         check_writable(Path(folder) / FILE)
         return Path(folder) / FILE
+
+    @classmethod
+    def of(cls, model: SkipstoneForCausalLM) -> BudgetTable:
+        """Read the budget table in the folder that a model was loaded from, as `load` does.
+
+        Warns for a model that has got adapters since: its scores are others.
+        """
+        table = cls.load(model.name_or_path)
+        if getattr(model, "peft_config", None):
+            warnings.warn(
+                f"{FILE} of {model.name_or_path!r} was measured without the model's adapters; calibrate the adapted "
+                "model and pass the table as budget_table",
+                stacklevel=4,
+            )
+        return table
 
     @classmethod
     def load(cls, folder: str | Path) -> BudgetTable:

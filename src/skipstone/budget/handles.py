@@ -18,6 +18,7 @@ from skipstone.core.records import DepthRecord, Records, find
 from skipstone.core.routing_module import require_causal
 from skipstone.core.threshold import ScoreThreshold, State
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.wrapped import require_ours
 
 
 class ThresholdHandle:
@@ -101,6 +102,7 @@ def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
     Raises ValueError for a model without any, naming its mechanisms, or without causal passes.
     """
+    require_ours(model)
     require_causal(model.routing_modules())
     handles = find_handles(model)
     if not handles:

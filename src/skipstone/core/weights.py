@@ -1,6 +1,8 @@
-"""Whether the weight of a linear layer may be used without calling the layer."""
+"""Whether the weight of a linear layer may be used without calling the layer, and what adapters beside it add."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,52 @@ def weight_is_readable(linear: nn.Module) -> bool:
         return False
     weight = linear.weight
     return weight.device.type != "meta" and (type(weight) is nn.Parameter or is_quantised(linear))
+
+
+def weights_multiplied(linear: nn.Module) -> int:
+    """Return the number of weights that each token is multiplied with in a call of a linear layer.
+
+    PEFT's low-rank adapters beside the layer count while they are active and not merged. What other adapters compute is
+    not counted; `warn_of_uncounted` names them.
+    """
+    return linear.weight.numel() + sum(  # type: ignore[union-attr, operator]
+        matrix[name].weight.numel()
+        for matrix in (getattr(linear, "lora_A", {}), getattr(linear, "lora_B", {}))
+        for name in _active(linear)
+        if name in matrix
+    )
+
+
+def warn_of_uncounted(layers: nn.Module) -> None:
+    """Warn of active adapters among these layers whose products `weights_multiplied` does not count."""
+    kinds = {kind for part in layers.modules() if hasattr(part, "base_layer") and (kind := _uncounted(part))}
+    if kinds:
+        warnings.warn(
+            f"the cost leaves out what adapters of these kinds compute: {', '.join(sorted(kinds))}; merge them for "
+            "exact FLOPs",
+            stacklevel=3,
+        )
+
+
+def _uncounted(linear: nn.Module) -> str | None:
+    """Return the class of an active adapter that is not counted.
+
+    Scaling vectors (IA3) need no products, and low-rank matrices are counted; DoRA also computes the norms of weights.
+    """
+    active = _active(linear)
+    if not active or hasattr(linear, "ia3_l"):
+        return None
+    if not hasattr(linear, "lora_A"):
+        return f"{type(linear).__module__}.{type(linear).__name__}"
+    dora = getattr(linear, "use_dora", {})
+    return "DoRA" if any(dora.get(name) for name in active) else None
+
+
+def _active(linear: nn.Module) -> list[str]:
+    """Return the names of the adapters that PEFT computes beside a layer; none where they are merged or disabled."""
+    if getattr(linear, "merged", False) or getattr(linear, "disable_adapters", False):
+        return []
+    return list(getattr(linear, "active_adapters", ()))
 
 
 def compute_dtype(linear: nn.Module) -> torch.dtype:

@@ -175,7 +175,7 @@ def _whole(kind: str, argument: str, total: int, default: int) -> int:
 def _table(model: SkipstoneForCausalLM, table: BudgetTable | None) -> BudgetTable:
     from skipstone.budget import BudgetTable
 
-    return BudgetTable.load(model.name_or_path) if table is None else table
+    return BudgetTable.of(model) if table is None else table
 
 
 def _share(kind: str, argument: str, budget: float | None) -> float:

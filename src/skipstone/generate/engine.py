@@ -28,6 +28,7 @@ from skipstone.generate.speculation import Length, stand_or_redraw
 from skipstone.measure.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
+from skipstone.model.wrapped import require_ours
 
 CACHES: dict[str, Callable[[SkipstoneConfig, int], Cache]] = {
     "dynamic": lambda config, tokens: DynamicCache(config=config),
@@ -293,7 +294,7 @@ def setting_of(
         if budget_table is not None and not (isinstance(draft, str) and draft.startswith("budget:")):
             raise ValueError("a budget table has no effect without a budget")
         return nullcontext
-    budget_table = BudgetTable.load(model.name_or_path) if budget_table is None else budget_table
+    budget_table = BudgetTable.of(model) if budget_table is None else budget_table
     budget_table.thresholds(budget)
     return partial(budget_table.at, model, budget)
 
@@ -343,6 +344,7 @@ def _checked(
     model: SkipstoneForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> Tensor | None:
     """Return the attention mask, or None if nothing is padding, after checking the arguments."""
+    require_ours(model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):

@@ -19,6 +19,7 @@ from skipstone.core.routing_module import causal_obstacle
 from skipstone.measure.losses import token_nats
 from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
+from skipstone.model.wrapped import require_ours
 from skipstone.nn.block import Block
 
 ROWS = 8  # rows of a forward pass
@@ -117,6 +118,7 @@ def depth_maps(
     """
     if not len(ids):
         raise ValueError("the text is empty: a depth map needs at least one token")
+    require_ours(model)
     forward = PASSES["oracle" if causal_obstacle(model.routing_modules()) else "executed"]
     blocks = list(model.decoder.layers)
     whole = len(ids) // context * context

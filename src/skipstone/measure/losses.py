@@ -21,6 +21,7 @@ from skipstone.measure.passes import Pass, known_to_need_depth, real_tokens, tar
 from skipstone.measure.summaries import ACTIVATION_ROWS, Summaries
 from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
+from skipstone.model.wrapped import require_ours
 
 OVERALL = "all operations"
 MEASURED = (*BINS, OVERALL)
@@ -64,8 +65,9 @@ def measure_loss(
     """Measure loss, accuracy and mechanisms in one kind of pass over `batches`.
 
     Apart from rounding, no figure depends on how rows are batched. activations: whether activation mechanisms are
-    summarised, which takes as long as the pass.
+    summarised, which takes as long as the pass. Raises ValueError for a model that is not ours (`require_ours`).
     """
+    require_ours(model)
     nats, predictions, right = 0.0, 0, 0
     summaries = Summaries(model, activation_rows=ACTIVATION_ROWS if activations else 0)
     known: tuple[Accuracy, TokenKinds] | None = None

@@ -22,6 +22,7 @@ from skipstone.core.tokens import Executor
 from skipstone.data.corpora import knows_difficulty
 from skipstone.model.causal_lm import CausalLMOutput, SkipstoneForCausalLM, shifted
 from skipstone.model.decoder import Routing
+from skipstone.model.wrapped import require_ours
 
 NO_CAUSAL_FORM = "no causal form"
 NEEDS_MASKS = "decided by the caller"
@@ -87,8 +88,9 @@ class Pass:
     def run(self, model: SkipstoneForCausalLM, batch: Batch, **more: object) -> CausalLMOutput:
         """Run the model on a batch without gradients.
 
-        more: further arguments of forward.
+        more: further arguments of forward. Raises ValueError for a model that is not ours (`require_ours`).
         """
+        require_ours(model)
         return model(**self.arguments(model, batch), **more)
 
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.wrapped import require_ours
 
 NOT_MEASURABLE = "not measurable here"
 POWERCAP = Path("/sys/class/powercap")
@@ -107,6 +108,7 @@ def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) ->
 @torch.no_grad()
 def prefill(model: SkipstoneForCausalLM, ids_BP: Tensor) -> tuple[Tensor, Cache]:
     """Run the prompt and return the first new token [B, 1] and the cache."""
+    require_ours(model)
     out = model(ids_BP, use_cache=True, routing="causal", noise=False, logits_to_keep=1)
     return out.logits[:, -1:].argmax(-1), out.past_key_values
 

@@ -22,6 +22,7 @@ from skipstone.measure.summaries import ACTIVATION_NAMES
 from skipstone.measure.token_trace import CATEGORIES, ActivationSummary, Allocation, TokenTrace
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
 from skipstone.nn.block import SEGMENT
+from skipstone.model.wrapped import require_ours
 
 SUBLAYERS = ("attention", "mlp")
 
@@ -40,6 +41,7 @@ def trace_tokens(
     category_BT: int64, the categories of all tokens (index in `CATEGORIES`), if they are known. Raises ValueError for a
     model that needs decisions and gets none.
     """
+    require_ours(model)
     blocks = list(model.decoder.layers)
     routing = "oracle" if causal_obstacle(model.routing_modules()) else "causal"
     routing = routing if known_BT is None else "forced"

@@ -21,7 +21,7 @@ from skipstone.core.cache import entries_held
 from skipstone.core.counts import Amount, TokenCounts
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
-from skipstone.core.weights import compute_dtype
+from skipstone.core.weights import compute_dtype, warn_of_uncounted, weights_multiplied
 from skipstone.model.build import SEGMENT, Attention, Block, pairs
 from skipstone.model.kept import Decoder as Decoder
 from skipstone.model.kept import Kept as Kept
@@ -136,6 +136,7 @@ def cost(
     if routing not in ROUTINGS:
         raise ValueError(unknown("routing", routing, ROUTINGS))
     call = _Call(tokens, past, batch, routing, min(tokens, logits_to_keep or tokens), kept or {}, stored or {})
+    warn_of_uncounted(model.decoder.layers)
     dense = _cost(model, replace(call, kept={}, stored={}, mechanisms=False))
     return replace(_cost(model, call), dense=dense)
 
@@ -260,8 +261,8 @@ def _restriction(kept: Amount | None) -> TokenCounts | float | None:
 def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: str) -> Flops:
     """Return the forward FLOPs of a block. unpadded: the work of layers that leave out padding."""
     attention, counts, each = block.self_attn, work.attention, unpadded.attention
-    given = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
-    asked = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
+    given = weights_multiplied(attention.k_proj) + weights_multiplied(attention.v_proj)
+    asked = weights_multiplied(attention.q_proj) + weights_multiplied(attention.o_proj)
     pairs_of_row = _score_pairs(counts, stored, attention.window) * counts.rows
     return Flops(
         attention_linear=2 * (each.kv_tokens * given + each.query_tokens * asked) * each.rows,
@@ -293,7 +294,7 @@ def _training(block: Block, work: _Work, unpadded: _Work) -> Flops:
 
 def _head(model: Model, tokens: int) -> Flops:
     head = model.get_output_embeddings()
-    return Flops() if head is None else Flops(head=2 * tokens * head.weight.numel())
+    return Flops() if head is None else Flops(head=2 * tokens * weights_multiplied(head))
 
 
 def _entry_bytes(attention: Attention) -> int:

@@ -65,6 +65,8 @@ def one_line(error: Exception) -> str:
     """Return the informative line of an error: the last of a failed validation, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
+    if line.endswith(":") and line is lines[0]:  # a heading, as of torch's load_state_dict
+        line = " ".join(lines[:2])
     # The message of other errors says little without their type: that of a KeyError is the key alone.
     telling = isinstance(error, OSError | ValueError | ImportError | StrictDataclassError | SafetensorError)
     return line if telling else f"{type(error).__name__}: {line}"

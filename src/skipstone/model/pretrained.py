@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -19,12 +21,13 @@ from transformers.utils import cached_file
 
 from skipstone.core.atomic_write import complete
 from skipstone.core.strict import PlainDict
+from skipstone.model.adapters import base_of, merged
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
-from skipstone.model.source_folder import check_folder
+from skipstone.model.source_folder import ADAPTER, check_folder
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -52,18 +55,43 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
     """Load a dense checkpoint of one of the `FAMILIES`, or a model of ours, from a folder, the hub or a GGUF file.
 
     dtype: "float32", "bfloat16", "float16" or a torch.dtype; the checkpoint's own by default. `source` may also be the
-    path of a .gguf file. Raises FileNotFoundError if there is nothing at `source`, and ValueError that names the
-    architecture or setting that is not supported, or the weights that are missing or left over.
+    path of a .gguf file, or the folder of an adapter that PEFT has saved, which is merged into its base. Raises
+    FileNotFoundError if there is nothing at `source`, and ValueError that names the architecture or setting that is not
+    supported, or the weights that are missing or left over.
     """
     name, gguf_file = _locate(source, gguf_file)
-    check_folder(Path(name))
+    folder = Path(name)
+    check_folder(folder)
+    if not (folder / ADAPTER).is_file():
+        return _load(name, gguf_file, dtype, _as_it_is)
+    base = base_of(folder)
+    try:
+        name, gguf_file = _locate(base, None)
+        check_folder(Path(name))
+        model = _load(name, gguf_file, dtype, partial(merged, folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"{str(folder)!r}: the base of the adapter (base_model_name_or_path): {error}") from None
+    model.name_or_path = str(folder)
+    return model
+
+
+def _as_it_is(model: PreTrainedModel) -> PreTrainedModel:
+    return model
+
+
+def _load(
+    name: str, gguf_file: str | None, dtype: Dtype, changed: Callable[[PreTrainedModel], PreTrainedModel]
+) -> SkipstoneForCausalLM:
+    """Load a model of ours or of a family. changed: applied to it before its tensors are translated."""
     values = _config_values(name, gguf_file)
     if values.get("model_type") == SkipstoneConfig.model_type:
-        return _load_ours(name, dtype)
+        ours = changed(_load_ours(name, dtype))
+        assert isinstance(ours, SkipstoneForCausalLM)
+        return ours
     with about(name), quiet():
         family_of(values)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
-        ours = config_of(config)  # refuses before gigabytes are read
+        translated = config_of(config)  # refuses before gigabytes are read
         theirs, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -74,7 +102,9 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
             **_gguf(gguf_file),
         )
         check_complete(info)
-        return _translate(theirs, ours)
+    theirs = changed(theirs)
+    with about(name), quiet():
+        return _translate(theirs, translated)
 
 
 def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_file: str | None = None) -> None:
@@ -157,10 +187,12 @@ def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneFor
 def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; None if it has none.
 
-    `source` is as in `load_pretrained`. transformers chooses the class, because older folders leave it to the
-    architecture.
+    `source` is as in `load_pretrained`; an adapter without one has that of its base. transformers chooses the class,
+    because older folders leave it to the architecture.
     """
     name, gguf_file = _locate(source, gguf_file)
+    if (Path(name) / ADAPTER).is_file() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        return load_tokenizer(base_of(Path(name)))
     present = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES)
     if gguf_file is None and not any(present):
         return None

@@ -10,7 +10,7 @@ ADAPTER = "adapter_config.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if a folder holds git-lfs pointers instead of files, or an adapter.
+    """Raise ValueError if a folder holds git-lfs pointers instead of files, or an adapter beside a model.
 
     A hub name that is not a folder passes.
     """
@@ -19,11 +19,11 @@ def check_folder(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix in READ and path.is_file() and _is_pointer(path):
             raise ValueError(f"{str(path)!r} is a pointer of git-lfs, not the file itself; run `git lfs pull` there")
-    if (folder / ADAPTER).is_file():
+    if (folder / ADAPTER).is_file() and (folder / "config.json").is_file():
         # transformers would silently apply it if PEFT is installed, and silently ignore it otherwise
         raise ValueError(
-            f"{str(folder)!r} holds an adapter ({ADAPTER}); merge it into its base first "
-            "(PEFT: model.merge_and_unload().save_pretrained(FOLDER)) and name that folder"
+            f"{str(folder)!r} holds a model and an adapter ({ADAPTER}); move the adapter to a folder of its own and "
+            "name that (`skipstone convert ADAPTER OUT` merges it into its base), or the folder of the model alone"
         )
 
 

@@ -24,7 +24,7 @@ from skipstone.core.counts import Amount, number
 from skipstone.core.records import NeuronGroupsRecord, Records, find
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.tokens import Tokens
-from skipstone.core.weights import is_quantised, weight_is_readable
+from skipstone.core.weights import is_quantised, weight_is_readable, weights_multiplied
 from skipstone.core.width import Activation, FeedForward, GroupChoice, GroupRouter, InputGroupRouter, Share
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.mlp import activated
@@ -80,7 +80,7 @@ class DivisibleMLP(FeedForward):
         return self.router.in_words()
 
     def weights_per_pass(self) -> int:
-        return sum(linear.weight.numel() for linear in self.matrices())
+        return sum(map(weights_multiplied, self.matrices()))
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
         """Return passes through the whole MLP that equal the work of those through the groups that are on."""

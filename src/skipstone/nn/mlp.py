@@ -20,6 +20,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
+from skipstone.core.weights import weights_multiplied
 from skipstone.core.width import Activation, FeedForward
 from skipstone.nn.linear import OutputLinear
 from skipstone.ops.neurons import Runs
@@ -187,7 +188,7 @@ class GatedMLP(FeedForward):
         return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
 
     def weights_per_pass(self) -> int:
-        return sum(linear.weight.numel() for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        return sum(map(weights_multiplied, (self.gate_proj, self.up_proj, self.down_proj)))
 
 
 class PlainMLP(FeedForward):
@@ -216,7 +217,7 @@ class PlainMLP(FeedForward):
         return dropped(self.down_proj(y_BTF), self.dropout, self.training), records
 
     def weights_per_pass(self) -> int:
-        return self.up_proj.weight.numel() + self.down_proj.weight.numel()
+        return weights_multiplied(self.up_proj) + weights_multiplied(self.down_proj)
 
 
 MLPS: dict[str, type[GatedMLP] | type[PlainMLP]] = {"gated": GatedMLP, "plain": PlainMLP}

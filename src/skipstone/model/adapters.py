@@ -1,0 +1,83 @@
+"""Adapters that PEFT has saved: which base they belong to, and the model that both make together."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from skipstone.core.routing_module import RoutingModule
+from skipstone.model.loading import about, check_complete, quiet
+from skipstone.model.source_folder import ADAPTER
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SAVED = ".modules_to_save.default."  # in the names of layers of which an adapter holds a whole copy
+
+
+def base_of(folder: Path) -> str:
+    """Return the folder or hub name of the model that the adapter in `folder` was trained for.
+
+    Raises ValueError for a configuration that cannot be read or names no base, for adapters that cannot be merged, and
+    if PEFT is not installed.
+    """
+    with about(str(folder / ADAPTER)):
+        values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"the file must hold an object, got {type(values).__name__}")
+        kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"base_model_name_or_path must name the adapter's base, got {base!r}")
+        if (Path(base) / ADAPTER).is_file():
+            raise ValueError(f"base_model_name_or_path {base!r} is an adapter itself; merge that one first")
+        if not any((folder / name).is_file() for name in WEIGHTS):
+            raise ValueError(f"the weights of the adapter are missing beside it ({WEIGHTS[0]})")
+        if values.get("revision"):
+            raise ValueError(f"revision {values['revision']!r} of a base is not supported; merge the adapter with PEFT")
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("an adapter needs a package: pip install 'skipstone[peft]'")
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+        if kind not in PeftType.__members__:
+            raise ValueError(f"peft_type {kind!r} is unknown to the installed PEFT")
+        if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]](peft_type=kind).is_prompt_learning:
+            raise ValueError(f"peft_type {kind} puts virtual tokens before each text and has no weights to merge")
+    return base
+
+
+def merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
+    """Return the base with the adapter in `folder` merged into its weights, in evaluation mode.
+
+    Raises ValueError for tensors that are missing, left over, damaged or of another shape. Warns if the adapter holds
+    routers whose thresholds are buffers, which no adapter holds.
+    """
+    from peft import PeftModel, load_peft_weights
+
+    with about(str(folder)), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT warns of is checked below
+        adapted = PeftModel.from_pretrained(base, str(folder))
+        found = adapted.load_adapter(str(folder), "default")  # PEFT tells then what did not fit
+        saved = load_peft_weights(str(folder), device="cpu")
+        whole_layers = [name for name in adapted.state_dict() if SAVED in name]
+        missing = [*found.missing_keys, *(name for name in whole_layers if name.replace(SAVED, ".") not in saved)]
+        check_complete({"missing_keys": missing, "unexpected_keys": found.unexpected_keys, "mismatched_keys": ()})
+        stale = [name for name, part in base.named_modules() if _trained_without_buffers(part)]
+        whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    if stale:
+        warnings.warn(
+            f"{str(folder)!r} holds routers, but thresholds and other buffers stay those of its base; calibrate the "
+            "merged model before it generates (skipstone calibrate)",
+            stacklevel=2,
+        )
+    return whole.requires_grad_(True).eval()
+
+
+def _trained_without_buffers(part: object) -> bool:
+    """Return whether a mechanism has parameters of the adapter's own and buffers that only a whole model saves."""
+    if not isinstance(part, RoutingModule):
+        return False
+    own = any("modules_to_save" in name for name, _ in part.named_parameters())
+    saved = part.state_dict()
+    return own and any(name in saved for name, _ in part.named_buffers())

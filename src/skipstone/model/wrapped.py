@@ -1,0 +1,30 @@
+"""Whether a model that a user hands in can be measured and decoded as one of ours."""
+
+from __future__ import annotations
+
+
+def require_ours(model: object) -> None:
+    """Raise ValueError unless the model is one of ours, perhaps inside a wrapper that leaves its tokens alone.
+
+    PEFT's adapters of layers pass, because the wrapper has the attributes of the model inside. Prompt learning (prompt
+    tuning, p-tuning, prefix tuning) does not: it puts virtual tokens before each text, so that logits and decisions no
+    longer belong to the ids that were given. Neither does a decoder of transformers, routed in place or not.
+    """
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)  # type: ignore[union-attr]
+        raise ValueError(
+            f"the model is wrapped for prompt learning ({kind}), which puts virtual tokens before each text: "
+            "logits and decisions do not belong to the given ids; use its own forward and generate"
+        )
+    got = type(model).__name__
+    if hasattr(model, "skipstone_routing"):
+        raise ValueError(
+            f"expected a Skipstone model, got {got} that skipstone.route has routed in place; it has its own forward "
+            "and generate, and its decisions are in the records of what skipstone.route returned"
+        )
+    if not hasattr(model, "routing_modules"):
+        raise ValueError(
+            f"expected a Skipstone model, got {got}; skipstone.model.pretrained.load_pretrained converts a "
+            "checkpoint of transformers, and skipstone.route puts mechanisms into decoders that it does not convert"
+        )
