@@ -18,7 +18,11 @@ PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-all test-ecosystem distributed check format count docs release clean
+# What `make gpu` runs with: the environment of this checkout if it exists, else one that has torch for CUDA already.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_OUT ?= results
+
+.PHONY: help setup setup-dev demo test test-all test-ecosystem distributed gpu gpu-paper gpu-rehearsal check format count docs release clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -58,6 +62,15 @@ test-ecosystem:  ## the tests with other people's tools: TRL, lm-evaluation-harn
 
 distributed: $(DEV_STAMP)  ## measure the table of docs/distributed.md again (processes on this machine, half an hour)
 	$(TEST_THREADS) PYTHONPATH=tests $(BIN)/python -m train.distributed_table docs/distributed.md
+
+gpu:  ## on a machine with a CUDA GPU: run everything that a GPU should be asked, in 9 minutes, into results/gpu.md
+	PYTHONPATH=src $(GPU_PYTHON) tools/gpu.py --out $(GPU_OUT)
+
+gpu-paper:  ## on a machine with a CUDA GPU: Token-Selective Attention at its paper's size, the arms as processes on one GPU
+	PYTHONPATH=src $(GPU_PYTHON) tools/gpu.py --paper --out $(GPU_OUT)
+
+gpu-rehearsal:  ## the parts of `make gpu` with tiny sizes on a CPU
+	PYTHONPATH=src $(GPU_PYTHON) tools/gpu.py --rehearse --out $(GPU_OUT)
 
 check: $(DEV_STAMP)  ## format, lint, types, and the floors
 	$(BIN)/ruff format --check .

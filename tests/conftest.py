@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before anything imports Hugging Face or OpenMP code: both read the environment only once.
@@ -39,6 +40,22 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code still draws from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    """Make tensors on the device that SKIPSTONE_TEST_DEVICE names: cuda, or pretend (`pretend_device.py`)."""
+    name = os.environ.get("SKIPSTONE_TEST_DEVICE", "cpu")
+    if name == "cpu":
+        yield
+    elif name == "pretend":
+        from pretend_device import pretending
+
+        with pretending(default=True):
+            yield
+    else:
+        with torch.device(name):
+            yield
 
 
 @pytest.fixture(scope="session")

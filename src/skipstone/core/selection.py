@@ -201,6 +201,9 @@ class WholeRows(Selection):
 
 
 def _where(valid_BK: Tensor, y_BKD: Tensor, fill: float) -> Tensor:
-    """Return y at valid columns and `fill` at the others."""
+    """Return y at valid columns and `fill` at the others.
+
+    The device makes `fill`: a number copied from the host would make it wait, and no CUDA graph could hold the copy.
+    """
     valid = valid_BK.view(*valid_BK.shape, *[1] * (y_BKD.dim() - 2))
-    return torch.where(valid, y_BKD, torch.as_tensor(fill, dtype=y_BKD.dtype, device=y_BKD.device))
+    return torch.where(valid, y_BKD, y_BKD.new_full((), fill))

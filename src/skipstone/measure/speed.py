@@ -122,11 +122,11 @@ def _decode(model: SkipstoneForCausalLM, token_B1: Tensor, cache: Cache, new_tok
 
 def _start(device: torch.device, meter: EnergyMeter | None) -> Callable[[int], Lap]:
     """Start clock and meter; the result stops them."""
-    _finish(device)
+    finish(device)
     joules, seconds = meter.read() if meter else None, time.perf_counter()
 
     def stop(tokens: int) -> Lap:
-        _finish(device)
+        finish(device)
         spent = time.perf_counter() - seconds
         return Lap(
             tokens=tokens,
@@ -137,7 +137,8 @@ def _start(device: torch.device, meter: EnergyMeter | None) -> Callable[[int], L
     return stop
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

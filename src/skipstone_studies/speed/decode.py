@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.strict import PlainDict, PlainMapping
-from skipstone.measure.speed import Lap
+from skipstone.measure.speed import Lap, finish
 from skipstone_studies.speed.interleaved import ratio, seconds
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -75,29 +75,36 @@ class Decoding:
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
         self.model, self.size, self.rows, self.steps = model, size, rows, size["steps"]
         self.cache, self.turns = DynamicCache(config=model.config), itertools.count()
-        self.prompts = text(size, rows, size["prompt"], seed=2)
+        self.prompts = text(size, rows, size["prompt"], seed=2).to(model.device)
         prompts = self.prompts.repeat(-(-CALIBRATION // rows), 1)
-        calibrate(model, torch.cat([prompts, text(size, len(prompts), self.steps, seed=1)], dim=1), size["prompt"])
+        continued = text(size, len(prompts), self.steps, seed=1).to(model.device)
+        calibrate(model, torch.cat([prompts, continued], dim=1), size["prompt"])
         with torch.inference_mode():
             model(self.prompts, past_key_values=self.cache)
 
     @torch.inference_mode()
     def lap(self) -> Lap:
         """Run and time one turn, then restore the cache."""
-        fed = text(self.size, self.rows, self.steps, seed=100 + next(self.turns)).split(1, dim=1)
+        fed = self._fed(next(self.turns))
+        finish(self.model.device)
         start = time.perf_counter()
         for token in fed:
             self.model(token, past_key_values=self.cache).logits[:, -1].argmax(-1)
+        finish(self.model.device)
         spent = time.perf_counter() - start
         self.cache.crop(-self.steps)
         return Lap(tokens=self.rows * self.steps, seconds=spent, joules=None)
+
+    def _fed(self, turn: int) -> Sequence[Tensor]:
+        """Return the tokens of a turn, one step each."""
+        return text(self.size, self.rows, self.steps, seed=100 + turn).to(self.model.device).split(1, dim=1)
 
     @torch.inference_mode()
     def computed(self) -> float:
         """Return the mean number of rows per step that a block with a mechanism computes."""
         kept = []
         for turn in range(self.size["turns"] + 1):
-            for token in text(self.size, self.rows, self.steps, seed=100 + turn).split(1, dim=1):
+            for token in self._fed(turn):
                 out = self.model(token, past_key_values=self.cache, output_records=True)
                 kept += [out.records[i][name].kept_BT.sum().item() for i, name, _ in routers(self.model)]
             self.cache.crop(-self.steps)
@@ -108,7 +115,7 @@ class Decoding:
         """Return entries and bytes, slots included, that a prompt and the tokens of a turn leave in a new cache."""
         cache = DynamicCache(config=self.model.config)
         self.model(self.prompts, past_key_values=cache)
-        for token in text(self.size, self.rows, self.steps, seed=101).split(1, dim=1):
+        for token in self._fed(1):
             self.model(token, past_key_values=cache)
         stores = [layer.kv for layer in cache.layers]  # type: ignore[attr-defined]
         return {

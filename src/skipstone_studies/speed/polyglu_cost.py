@@ -80,7 +80,7 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
     def run() -> None:
         mlp.zero_grad(set_to_none=True)
         x_BTD.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(x_BTD.device.type, torch.bfloat16, enabled=bf16):
             y_BTD, _ = mlp(x_BTD, tokens)
         y_BTD.square().sum().backward()
 
@@ -98,7 +98,7 @@ def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int
         return x
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with hooks, torch.autocast(x_BTD.device.type, torch.bfloat16, enabled=bf16):
         kept = mlp(x_BTD, tokens)
     del kept
     return sum(seen.values())

@@ -1,0 +1,143 @@
+"""What every part of the GPU study uses: guarded measurements that are written at once, and times of a device."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skipstone.core.atomic_write import write_whole
+from skipstone.core.strict import PlainDict, PlainMapping
+
+LONGEST = 300  # characters of an error that are kept
+WARM_UP = 3  # untimed steps: the first allocates or compiles
+RIGHT, WRONG = 1, 0
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """The measurements of one part, written to a file after each of them.
+
+    out: the file. device: where the part computes. sizes: the part's recipe. found: the measurements by name; one that
+    failed has its error in `failures` instead, and the others go on.
+    """
+
+    out: Path
+    device: torch.device
+    sizes: PlainMapping
+    found: PlainDict = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, name: str, run: Callable[[], PlainMapping]) -> None:
+        """Run one measurement and write what it returns, or its error."""
+        try:
+            self.found[name] = dict(run())
+        except Exception as error:  # whatever a driver, compiler or kernel raises: the page says it
+            self.failures[name] = one_line(error)
+        self.write()
+        self.release()
+
+    def write(self) -> None:
+        """Write everything that was measured so far."""
+        write_whole(self.out, json.dumps({"measurements": self.found, "failures": self.failures}))
+
+    def release(self) -> None:
+        """Free what a measurement has left: compiled code, collected tensors, cached memory of the GPU."""
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the part computes on a CUDA device."""
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Wait until the device has finished."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def bf16(self) -> AbstractContextManager[object]:
+        """Return a context in which matrix products are computed in bf16, with fp32 weights."""
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def peak(self) -> PlainDict:
+        """Return the peak memory in GB since the last release, if the device counts it."""
+        return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if self.on_gpu else {}
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as one line of limited length, with its kind."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:LONGEST] if text else type(error).__name__
+
+
+def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Time several calls in turns after warm-up calls; returns median, least and greatest milliseconds of each.
+
+    The device is awaited before and after each call, so a time includes the launching of its kernels.
+    """
+    for run in runs.values():
+        for _ in range(WARM_UP):
+            run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in list(runs) if turn % 2 else list(runs)[::-1]:
+            bench.wait()
+            start = time.perf_counter()
+            runs[name]()
+            bench.wait()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: {"ms": statistics.median(t), "least": min(t), "most": max(t)} for name, t in taken.items()}
+
+
+def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that replays `run` as one CUDA graph; on other devices, `run` itself.
+
+    Raises RuntimeError if `run` makes the host wait or copies from memory of the host, which a graph cannot hold.
+    """
+    for _ in range(WARM_UP):
+        run()
+    if not bench.on_gpu:
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def error_of(got: Tensor, wanted: Tensor) -> float:
+    """Return the greatest difference from the wanted tensor, relative to its greatest number (at least 1)."""
+    scale = max(1.0, wanted.float().abs().max().item()) if wanted.numel() else 1.0
+    return (got.float() - wanted.float()).abs().max().item() / scale if wanted.numel() else 0.0
+
+
+def compared(pairs: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> PlainDict:
+    """Return the relative error of each pair (got, wanted), the greatest one and whether all are within tolerance."""
+    errors = {name: error_of(*pair) for name, pair in pairs.items()}
+    worst = max(errors.values())
+    return {
+        "error": worst,
+        "tolerance": tolerance,
+        "equal": RIGHT if worst <= tolerance else WRONG,  # NaN is not
+        "of": "; ".join(f"{name} {error:.1e}" for name, error in errors.items()),
+    }

@@ -1,0 +1,26 @@
+"""Run one part in this process: `python -m skipstone_studies.speed.gpu.child PART OUT`, with its sizes on stdin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from skipstone_studies.speed.gpu.bench import Bench
+
+
+def main(part: str, out: Path) -> None:
+    """Measure the part named `part` with the sizes that stdin holds, writing to `out`."""
+    sizes = json.load(sys.stdin)
+    torch.manual_seed(sizes["seed"])
+    bench = Bench(out=out, device=torch.device(sizes["device"]), sizes=sizes)
+    bench.write()
+    import_module(f"skipstone_studies.speed.gpu.{sizes['module']}").measure(bench)
+    bench.write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,70 @@
+"""Decoding in bf16 of 1 to 64 rows, Mixture-of-Depths beside dense, and one step of a fixed cache as a CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+import torch
+from transformers import StaticCache
+
+from skipstone.core.strict import PlainDict
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone_studies.speed.decode import ROUTED, Decoding, model_of, of_rows, text
+from skipstone_studies.speed.gpu.bench import Bench, captured, in_turns
+from skipstone_studies.speed.interleaved import ratio, seconds
+
+STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
+
+
+def measure(bench: Bench) -> None:
+    """Time steps of both models by number of rows, then the same step of the dense model as one graph."""
+    pair = models(bench)
+    for rows in bench.sizes["of_rows"]:
+        bench.measure(of_rows(rows), lambda r=rows: beside(bench, pair, r))
+    for rows in bench.sizes["fixed_rows"]:
+        bench.measure(f"{of_rows(rows)}, cache of fixed size", lambda r=rows: fixed(bench, pair, r))
+
+
+def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
+    """Return a dense and a routed model in bf16 on the device; routers keep their fp32."""
+    with bench.device:
+        made = {"dense": model_of(bench.sizes, []), "routed": model_of(bench.sizes, [ROUTED])}
+    return {name: model.to(bench.device, torch.bfloat16).eval() for name, model in made.items()}  # type: ignore[arg-type]
+
+
+def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
+    """Return milliseconds per step of both models with a growing cache, and the rows that routed blocks compute."""
+    decodings = {name: Decoding(model, bench.sizes, rows) for name, model in pair.items()}
+    taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, bench.sizes["turns"])
+    step = {name: statistics.median(each) / bench.sizes["steps"] * 1e3 for name, each in taken.items()}
+    return {
+        "dense_ms": step["dense"],
+        "routed_ms": step["routed"],
+        "speed": ratio(taken["dense"], taken["routed"])["median"],
+        "share": decodings["routed"].computed() / rows,
+        "tokens_per_second": rows / step["routed"] * 1e3,
+    }
+
+
+@torch.no_grad()
+def fixed(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
+    """Return milliseconds per step with a cache of fixed size, launched kernel by kernel and as one graph.
+
+    Such a step computes every block, so it shows what launching costs and not what skipping saves.
+    """
+    found: PlainDict = {}
+    for name, model in pair.items():
+        cache = StaticCache(config=model.config, max_cache_len=bench.sizes["prompt"] + STEPS)
+        prompts = text(bench.sizes, rows, bench.sizes["prompt"], seed=2).to(bench.device)
+        Decoding(model, bench.sizes, rows)  # sets the thresholds
+        model(prompts, past_key_values=cache)
+        token = prompts[:, -1:].clone()
+
+        def step(model: SkipstoneForCausalLM = model, cache: StaticCache = cache, token: torch.Tensor = token) -> None:
+            token.copy_(model(token, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+        kinds = {"eager": step, "graph": captured(bench, step)}
+        taken = in_turns(bench, kinds, bench.sizes["turns"])
+        found |= {f"{name}_{kind}_ms": each["ms"] for kind, each in taken.items()}
+    return found

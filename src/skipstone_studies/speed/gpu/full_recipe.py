@@ -1,0 +1,46 @@
+"""Tokens/s and the share of the peak of whole training steps of the 597M-parameter PolyGLU model."""
+
+from __future__ import annotations
+
+import statistics
+
+from skipstone.core.strict import PlainDict
+from skipstone.train import setup
+from skipstone.train.recipe import read_recipe
+from skipstone_studies.speed.full_size import optimizer_of, row, step
+from skipstone_studies.speed.gpu.bench import WARM_UP, Bench
+from skipstone_studies.speed.gpu.training import compile_blocks, share_of_peak
+
+
+def measure(bench: Bench) -> None:
+    """Measure steps of several numbers of rows, eager and with compiled blocks."""
+    for rows in bench.sizes["of_rows"]:
+        bench.measure(f"{rows} x {bench.sizes['tokens']} tokens, eager", lambda r=rows: steps_of(bench, r, False))
+    most = max(bench.sizes["of_rows"])
+    bench.measure(f"{most} x {bench.sizes['tokens']} tokens, compiled", lambda: steps_of(bench, most, True))
+
+
+def steps_of(bench: Bench, rows: int, compiled: bool) -> PlainDict:
+    """Return medians over some steps of the recipe, whose FLOPs are those of the cost model."""
+    recipe = read_recipe(bench.sizes["recipe"])
+    config = setup.model_config(recipe.model, recipe.data.context, {})
+    with bench.device:
+        model = setup.build_model(config, recipe.train).train()
+    if compiled:
+        compile_blocks(model, bench.sizes["backend"])
+    tokens = bench.sizes["tokens"]
+    given = {k: v.repeat(rows, 1) for k, v in row(tokens, config.vocab_size, str(bench.device)).items()}
+    optimizer = optimizer_of(model, recipe)
+    done = [step(model, optimizer, given, recipe, bench.device.type) for _ in range(WARM_UP + bench.sizes["rounds"])]
+    taken = statistics.median(sum(each["seconds"].values()) for each in done[WARM_UP:])
+    flops = model.cost(tokens=tokens, routing="oracle").training.total * rows
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "ms": taken * 1e3,
+        "tokens_per_second": rows * tokens / taken,
+        "tflops_per_second": flops / taken / 1e12,
+        **share_of_peak("mfu", flops, taken * 1e3),
+        "first_loss": done[0]["loss"],
+        "last_loss": done[-1]["loss"],
+        **bench.peak(),
+    }

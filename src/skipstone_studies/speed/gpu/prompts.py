@@ -1,0 +1,66 @@
+"""Prompts of models as `skipstone adapt` makes them, beside their dense source, in bf16 with random weights."""
+
+from __future__ import annotations
+
+import torch
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.budget.calibration import meet
+from skipstone.budget.handles import find_handles
+from skipstone.core.strict import PlainDict
+from skipstone.measure.speed import prefill
+from skipstone_studies.speed.gpu.bench import Bench, in_turns
+
+# As the recipes adapt-mod, adapt-tsa and adapt-neurons, with thresholds set to the share of a dense model's FLOPs.
+ADAPTED: dict[str, PlainDict] = {
+    "Mixture-of-Depths": {
+        "mechanisms": [
+            {
+                "name": "mixture_of_depths",
+                "layers": "1::2",
+                "capacity": 0.5,
+                "decision": "ema_threshold",
+                "kv": "full",
+                "skip": "low_rank",
+                "skip_rank": 16,
+            }
+        ]
+    },
+    "Token-Selective Attention": {
+        "mechanisms": [{"name": "token_selective", "layers": "1:", "execution": "hard", "depth_weight": 0.0}]
+    },
+}
+
+
+def measure(bench: Bench) -> None:
+    """Time the prompts of every adapted model in turns with the source's."""
+    for name, options in ADAPTED.items():
+        bench.measure(name, lambda o=options: prompts_of(bench, o))
+
+
+def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
+    """Build a model in the shape of a Llama with random weights in bf16."""
+    torch.manual_seed(0)
+    config = SkipstoneConfig(**bench.sizes["model"], max_position_embeddings=max(bench.sizes["lengths"]), **options)
+    with bench.device:
+        model = SkipstoneForCausalLM(config)
+    return model.to(torch.bfloat16).eval()  # type: ignore[no-any-return]
+
+
+def prompts_of(bench: Bench, options: PlainDict) -> PlainDict:
+    """Return tokens/s of prompts relative to the source, by length, at the budget of the sizes."""
+    source, adapted = model_of(bench, {}), model_of(bench, options)
+    vocabulary = bench.sizes["model"]["vocab_size"]
+    length = min(bench.sizes["lengths"])
+    rows = [{"input_ids": torch.randint(0, vocabulary, (2, length)).to(bench.device)} for _ in range(2)]
+    dense = source.cost(tokens=length).forward.total / length
+    with torch.no_grad():
+        meet(adapted, find_handles(adapted), rows, bench.sizes["budget"] * dense)
+    found: PlainDict = {}
+    for length in bench.sizes["lengths"]:
+        ids = torch.randint(0, vocabulary, (1, length)).to(bench.device)
+        runs = {"dense": lambda i=ids: prefill(source, i), "adapted": lambda i=ids: prefill(adapted, i)}
+        taken = in_turns(bench, runs, bench.sizes["rounds"])
+        found |= {f"{name}_{length}_ms": each["ms"] for name, each in taken.items()}
+        found[f"speed_{length}"] = taken["dense"]["ms"] / taken["adapted"]["ms"]
+    return {**found, **bench.peak()}

@@ -1,0 +1,99 @@
+"""Training steps in bf16, routed beside dense: eager, with compiled blocks, and as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.core.strict import PlainDict
+from skipstone.train.estimate import GPUS
+from skipstone_studies.speed.gpu.bench import Bench, captured, in_turns
+
+ROUTED: PlainDict = {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.125, "decision": "topk"}
+Step = Callable[[], object]
+
+
+def measure(bench: Bench) -> None:
+    """Time a step (forward, backward, AdamW) of both models in turns, in each way to run it."""
+    for way in ("eager", "compiled", "CUDA graph"):
+        if way == "CUDA graph" and bench.device.type == "cpu":
+            continue  # there are none
+        bench.measure(way, lambda w=way: both(bench, w))
+
+
+def both(bench: Bench, way: str) -> PlainDict:
+    """Return the figures of a routed and of a dense model that are run in one way."""
+    models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
+    steps = {name: step_of(bench, model, way) for name, model in models.items()}
+    taken = in_turns(bench, steps, bench.sizes["rounds"])
+    tokens = bench.sizes["rows"] * bench.sizes["context"]
+    flops = {
+        name: model.cost(tokens=bench.sizes["context"], routing="oracle").training.total * bench.sizes["rows"]
+        for name, model in models.items()
+    }
+    dense, routed = taken["dense"]["ms"], taken["routed"]["ms"]
+    return {
+        "dense_ms": dense,
+        "routed_ms": routed,
+        "time": routed / dense,
+        "flops": flops["routed"] / flops["dense"],
+        "tokens_per_second": tokens / routed * 1e3,
+        **share_of_peak("dense_mfu", flops["dense"], dense),
+        **share_of_peak("routed_mfu", flops["routed"], routed),
+        **bench.peak(),
+    }
+
+
+def model_of(bench: Bench, mechanisms: list[PlainDict]) -> SkipstoneForCausalLM:
+    """Build a model with random weights on the device, with heads of 64 channels."""
+    torch.manual_seed(0)
+    sizes = bench.sizes
+    config = SkipstoneConfig(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["blocks"],
+        num_attention_heads=max(1, sizes["width"] // 64),
+        max_position_embeddings=sizes["context"],
+        mechanisms=mechanisms,
+    )
+    with bench.device:
+        return SkipstoneForCausalLM(config).train()
+
+
+def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
+    """Return a training step of the model."""
+    sizes = bench.sizes
+    ids = torch.randint(0, sizes["vocabulary"], (sizes["rows"], sizes["context"])).to(bench.device)
+    options = {"capturable": True} if bench.on_gpu else {}
+    fused = bench.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, **options)
+    if way == "compiled":
+        compile_blocks(model, sizes["backend"])
+
+    def step() -> None:
+        with bench.bf16():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return captured(bench, step) if way == "CUDA graph" else step
+
+
+def compile_blocks(model: SkipstoneForCausalLM, backend: str) -> None:
+    """Compile each block, as `train.compile` does, with room for as many versions as there are blocks."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in model.model.layers:
+        block.compile(backend=backend)
+
+
+def share_of_peak(key: str, flops: float, milliseconds: float) -> PlainDict:
+    """Return, under `key`, the share of the GPU's peak in bf16 that so many FLOPs in so long a time are.
+
+    Empty for a GPU whose peak is not known, and without one.
+    """
+    name = torch.cuda.get_device_name().replace(" ", "").upper() if torch.cuda.is_available() else ""
+    found = [gpu for known, gpu in GPUS.items() if known.partition("-")[0].upper() in name]
+    return {key: flops / (milliseconds / 1e3) / found[-1].flops} if found else {}

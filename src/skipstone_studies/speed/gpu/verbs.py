@@ -1,0 +1,130 @@
+"""Training, resuming, evaluating and generating on the device, by what the commands of those names call."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from skipstone.core.strict import PlainDict, PlainMapping
+from skipstone.evaluate.evaluation import evaluate
+from skipstone.generate.text_generation import stream_text
+from skipstone.runs import Run
+from skipstone.train.training import train
+from skipstone_studies.speed.gpu.bench import RIGHT, WRONG, Bench
+
+EQUAL = 1e-5  # nats between losses of one process and of a group of one that shards the model, in fp32
+MECHANISMS: list[PlainDict] = [
+    {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.5, "decision": "ema_threshold"},
+    {"name": "token_selective", "layers": [1], "training": "hard", "capacity": 0.5, "guidance": True},
+    {"name": "early_exit", "layers": "1:"},
+]
+MODELS: dict[str, PlainDict] = {
+    "dense": {},
+    "top-k": {"mechanisms": [{"name": "mixture_of_depths", "layers": "1::2", "decision": "topk"}]},
+    "all": {"mechanisms": MECHANISMS, "activation": "polyglu"},
+}
+
+
+class Stopped(Exception):
+    """Raised to end a training in the middle."""
+
+
+class StopAt(TrainerCallback):
+    """A callback that ends a training after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step == self.step:
+            raise Stopped
+
+
+def measure(bench: Bench) -> None:
+    """Train each model by DDP's recipe and sharded by FSDP2 as a group of one, resume it, evaluate it and let it
+    write.
+    """
+    for name in bench.sizes["models"]:
+        with tempfile.TemporaryDirectory() as folder:
+            root, plain = Path(folder), recipe(bench, MODELS[name])
+            bench.measure(f"{name}, fp32", lambda r=root, p=plain: figures(train(p, out=r / "whole", progress=False)))
+            bench.measure(f"{name}, FSDP2", lambda r=root, p=plain: sharded(p, r))
+            bench.measure(f"{name}, resumed", lambda r=root, p=plain: resumed(p, r))
+            bench.measure(f"{name}, bf16", lambda r=root, p=plain: figures(_train(p, r, "bf16", precision="bf16")))
+            bench.measure(f"{name}, evaluated and written", lambda r=root: used(r / "whole"))
+
+
+def recipe(bench: Bench, model: PlainMapping) -> PlainDict:
+    """Return the recipe of a small model on the sources of Python's library, which every machine has."""
+    train_options = {
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "eval_every": 0,
+        "eval_rows": 8,
+        "log_every": 1,
+        "save_every": max(bench.sizes["steps"] // 2, 1),
+        "steps": bench.sizes["steps"],
+    }
+    data = {"corpus": "python-stdlib", "tokenizer": "byte", "context": bench.sizes["context"], "validation_rows": 8}
+    return {"model": {**bench.sizes["model"], **model}, "data": data, "train": train_options}
+
+
+def _train(plain: PlainDict, root: Path, name: str, **options: object) -> Path:
+    return train({**plain, "train": {**plain["train"], **options}}, out=root / name, progress=False)
+
+
+def losses(folder: Path) -> list[float]:
+    """Return the training loss of every step."""
+    return [float(line["loss"]) for line in Run(folder).metrics() if line["split"] == "train"]
+
+
+def figures(folder: Path) -> PlainDict:
+    """Return first and last loss of a run, and the tokens/s of its training steps."""
+    found, result = losses(folder), Run(folder).result()
+    return {
+        "first_loss": found[0],
+        "last_loss": found[-1],
+        "tokens_per_second": result["tokens"] / result["seconds"],
+    }
+
+
+def against(folder: Path, other: Path, limit: float) -> PlainDict:
+    """Return a run's figures with the greatest difference of any step's loss from another run."""
+    pairs = zip(losses(folder), losses(other), strict=True)
+    worst = max(abs(one - two) for one, two in pairs)
+    return {**figures(folder), "difference": worst, "tolerance": limit, "equal": RIGHT if worst <= limit else WRONG}
+
+
+def sharded(plain: PlainDict, root: Path) -> PlainDict:
+    """Compare training under FSDP2 with the run that was not sharded."""
+    return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
+
+
+def resumed(plain: PlainDict, root: Path) -> PlainDict:
+    """Stop a training after its first checkpoint and resume it; its losses must be those of the whole run.
+
+    Exactly equal on a CPU. On a GPU some sums are atomic, so their order may change the last bits.
+    """
+    folder = root / "resumed"
+    stop = plain["train"]["save_every"] + 1
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        train(plain, out=folder, progress=False, callbacks=[StopAt(stop)])
+    except Stopped:
+        train(plain, out=folder, progress=False, resume=True)
+    return against(folder, root / "whole", EQUAL if torch.cuda.is_available() else 0.0)
+
+
+def used(folder: Path) -> PlainDict:
+    """Evaluate a run and let it write some text, on the device."""
+    found = evaluate(folder)
+    loss = {"evaluated_loss": found.measured[found.primary].loss}
+    if "executed" not in found.measured:
+        return loss  # of decisions that rank the whole row: such a model cannot write
+    return {**loss, "pieces": len(list(stream_text(folder, "def ", max_new_tokens=16, greedy=True)))}
