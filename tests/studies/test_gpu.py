@@ -70,8 +70,8 @@ def test_without_a_gpu_one_line_says_so(tool: ModuleType) -> None:
 
 def test_a_measurement_that_fails_is_kept_and_the_next_one_runs(tmp_path: Path) -> None:
     bench = Bench(out=tmp_path / "part.json", device=torch.device("cpu"), sizes={})
-    bench.measure("breaks", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    bench.measure("works", lambda: {"ms": 1.0})
+    bench.measure("breaks", lambda bench: {"ms": 1 / 0})
+    bench.measure("works", lambda bench, ms: {"ms": ms}, 1.0)
     written = json.loads(bench.out.read_text())
     assert written == {
         "measurements": {"works": {"ms": 1.0}},

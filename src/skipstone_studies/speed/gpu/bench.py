@@ -37,10 +37,10 @@ class Bench:
     found: PlainDict = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def measure(self, name: str, run: Callable[[], PlainMapping]) -> None:
-        """Run one measurement and write what it returns, or its error."""
+    def measure(self, name: str, run: Callable[..., PlainMapping], *given: object) -> None:
+        """Call `run` with this bench and the given arguments, and write what it returns, or its error."""
         try:
-            self.found[name] = dict(run())
+            self.found[name] = dict(run(self, *given))
         except Exception as error:  # whatever a driver, compiler or kernel raises: the page says it
             self.failures[name] = one_line(error)
         self.write()

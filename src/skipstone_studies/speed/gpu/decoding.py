@@ -21,9 +21,9 @@ def measure(bench: Bench) -> None:
     """Time steps of both models by number of rows, then the same step of the dense model as one graph."""
     pair = models(bench)
     for rows in bench.sizes["of_rows"]:
-        bench.measure(of_rows(rows), lambda r=rows: beside(bench, pair, r))
+        bench.measure(of_rows(rows), beside, pair, rows)
     for rows in bench.sizes["fixed_rows"]:
-        bench.measure(f"{of_rows(rows)}, cache of fixed size", lambda r=rows: fixed(bench, pair, r))
+        bench.measure(f"{of_rows(rows)}, cache of fixed size", fixed, pair, rows)
 
 
 def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:

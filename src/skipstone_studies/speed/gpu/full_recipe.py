@@ -15,9 +15,9 @@ from skipstone_studies.speed.gpu.training import compile_blocks, share_of_peak
 def measure(bench: Bench) -> None:
     """Measure steps of several numbers of rows, eager and with compiled blocks."""
     for rows in bench.sizes["of_rows"]:
-        bench.measure(f"{rows} x {bench.sizes['tokens']} tokens, eager", lambda r=rows: steps_of(bench, r, False))
+        bench.measure(f"{rows} x {bench.sizes['tokens']} tokens, eager", steps_of, rows, False)
     most = max(bench.sizes["of_rows"])
-    bench.measure(f"{most} x {bench.sizes['tokens']} tokens, compiled", lambda: steps_of(bench, most, True))
+    bench.measure(f"{most} x {bench.sizes['tokens']} tokens, compiled", steps_of, most, True)
 
 
 def steps_of(bench: Bench, rows: int, compiled: bool) -> PlainDict:

@@ -27,12 +27,12 @@ def measure(bench: Bench) -> None:
     for dtype, static, dynamic in itertools.product(TOLERANCES, (1, "rows"), (1, "tokens")):
         name = f"PolyGLU mixture, {NAMES[dtype]}, static part per {'row' if static == 'rows' else 'model'}, "
         name += f"dynamic part per {'token' if dynamic == 'tokens' else 'row'}"
-        bench.measure(name, lambda d=dtype, s=static, y=dynamic: mixture(bench, d, s == "rows", y == "tokens"))
+        bench.measure(name, mixture, dtype, static == "rows", dynamic == "tokens")
     for dtype in TOLERANCES:
-        bench.measure(f"experts by grouped products, {NAMES[dtype]}", lambda d=dtype: experts(bench, d))
-    bench.measure("chunked head loss, fp32", lambda: head(bench))
-    bench.measure("router scores, fp32", lambda: scores(bench))
-    bench.measure("PolyGLU mixture, times in bf16", lambda: times(bench))
+        bench.measure(f"experts by grouped products, {NAMES[dtype]}", experts, dtype)
+    bench.measure("chunked head loss, fp32", head)
+    bench.measure("router scores, fp32", scores)
+    bench.measure("PolyGLU mixture, times in bf16", times)
 
 
 def triton_kernels() -> Any:

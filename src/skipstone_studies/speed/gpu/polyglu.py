@@ -17,9 +17,9 @@ ROUTED, PLAIN = "PolyGLU", "SwiGLU"
 
 def measure(bench: Bench) -> None:
     """Time both MLPs eager, with the reference in place of the Triton kernels, and compiled."""
-    bench.measure("eager, kernels of the device", lambda: beside(bench))
-    bench.measure("eager, reference", lambda: with_reference(bench))
-    bench.measure("compiled", lambda: beside(bench, compiled=True))
+    bench.measure("eager, kernels of the device", beside)
+    bench.measure("eager, reference", with_reference)
+    bench.measure("compiled", beside, True)
 
 
 def with_reference(bench: Bench) -> PlainDict:

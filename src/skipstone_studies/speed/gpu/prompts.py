@@ -35,7 +35,7 @@ ADAPTED: dict[str, PlainDict] = {
 def measure(bench: Bench) -> None:
     """Time the prompts of every adapted model in turns with the source's."""
     for name, options in ADAPTED.items():
-        bench.measure(name, lambda o=options: prompts_of(bench, o))
+        bench.measure(name, prompts_of, options)
 
 
 def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:

@@ -20,7 +20,7 @@ def measure(bench: Bench) -> None:
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":
             continue  # there are none
-        bench.measure(way, lambda w=way: both(bench, w))
+        bench.measure(way, both, way)
 
 
 def both(bench: Bench, way: str) -> PlainDict:
@@ -66,9 +66,8 @@ def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
     """Return a training step of the model."""
     sizes = bench.sizes
     ids = torch.randint(0, sizes["vocabulary"], (sizes["rows"], sizes["context"])).to(bench.device)
-    options = {"capturable": True} if bench.on_gpu else {}
     fused = bench.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, capturable=bench.on_gpu)
     if way == "compiled":
         compile_blocks(model, sizes["backend"])
 

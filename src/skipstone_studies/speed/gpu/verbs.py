@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from skipstone.core.strict import PlainDict, PlainMapping
@@ -53,11 +52,11 @@ def measure(bench: Bench) -> None:
     for name in bench.sizes["models"]:
         with tempfile.TemporaryDirectory() as folder:
             root, plain = Path(folder), recipe(bench, MODELS[name])
-            bench.measure(f"{name}, fp32", lambda r=root, p=plain: figures(train(p, out=r / "whole", progress=False)))
-            bench.measure(f"{name}, FSDP2", lambda r=root, p=plain: sharded(p, r))
-            bench.measure(f"{name}, resumed", lambda r=root, p=plain: resumed(p, r))
-            bench.measure(f"{name}, bf16", lambda r=root, p=plain: figures(_train(p, r, "bf16", precision="bf16")))
-            bench.measure(f"{name}, evaluated and written", lambda r=root: used(r / "whole"))
+            bench.measure(f"{name}, fp32", plainly, plain, root)
+            bench.measure(f"{name}, FSDP2", sharded, plain, root)
+            bench.measure(f"{name}, resumed", resumed, plain, root)
+            bench.measure(f"{name}, bf16", in_bf16, plain, root)
+            bench.measure(f"{name}, evaluated and written", used, root / "whole")
 
 
 def recipe(bench: Bench, model: PlainMapping) -> PlainDict:
@@ -101,12 +100,22 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
     return {**figures(folder), "difference": worst, "tolerance": limit, "equal": RIGHT if worst <= limit else WRONG}
 
 
-def sharded(plain: PlainDict, root: Path) -> PlainDict:
+def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
+    """Train in fp32 by the recipe as it is."""
+    return figures(_train(plain, root, "whole"))
+
+
+def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
+    """Train in bf16 under autocast."""
+    return figures(_train(plain, root, "bf16", precision="bf16"))
+
+
+def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Compare training under FSDP2 with the run that was not sharded."""
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
 
-def resumed(plain: PlainDict, root: Path) -> PlainDict:
+def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Stop a training after its first checkpoint and resume it; its losses must be those of the whole run.
 
     Exactly equal on a CPU. On a GPU some sums are atomic, so their order may change the last bits.
@@ -118,10 +127,10 @@ def resumed(plain: PlainDict, root: Path) -> PlainDict:
         train(plain, out=folder, progress=False, callbacks=[StopAt(stop)])
     except Stopped:
         train(plain, out=folder, progress=False, resume=True)
-    return against(folder, root / "whole", EQUAL if torch.cuda.is_available() else 0.0)
+    return against(folder, root / "whole", EQUAL if bench.on_gpu else 0.0)
 
 
-def used(folder: Path) -> PlainDict:
+def used(bench: Bench, folder: Path) -> PlainDict:
     """Evaluate a run and let it write some text, on the device."""
     found = evaluate(folder)
     loss = {"evaluated_loss": found.measured[found.primary].loss}
