@@ -141,3 +141,23 @@ def pretending(default: bool = False) -> Iterator[torch.device]:
 
 # Before the first backward pass of the process: autograd then counts the kinds of devices, once.
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+# Autocast as on a GPU: products in its dtype; all else is left as it is.
+_LIBRARIES = (
+    torch.library.Library("_", "IMPL", "AutocastPrivateUse1"),
+    torch.library.Library("aten", "IMPL", "AutocastPrivateUse1"),
+)
+_LIBRARIES[0].fallback(torch.library.fallthrough_kernel)
+
+
+def _product(op: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(NAME)
+        cast = tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, args)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+            return op(*cast, **kwargs)
+
+    return run
+
+
+for _name in ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"):
+    _LIBRARIES[1].impl(_name, _product(getattr(torch.ops.aten, _name)))

@@ -223,5 +223,12 @@ def _made_with(environment: PlainMapping) -> str:
     state = " with uncommitted changes" if environment.get("git_dirty") else ""
     machine = environment["machine"]
     place = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    gpu = f", {machine['gpu']}{_precision(environment)}" if machine.get("gpu") else ""
+    gpu += f", {environment['jobs']} arms at a time" if environment.get("jobs") else ""
     return f"{versions}, {f'commit {commit[:12]}{state}' if commit else 'commit unknown'}, on {place}{gpu}"
+
+
+def _precision(environment: PlainMapping) -> str:
+    """Return how the GPU multiplied fp32, if the record says it."""
+    found = environment["machine"].get("fp32_products")
+    return "" if found is None else f" (fp32 products {'without TF32' if found == 'highest' else f'at {found!r}'})"

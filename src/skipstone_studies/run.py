@@ -15,6 +15,7 @@ from skipstone.report.rendering import write_report
 from skipstone.runs import METRICS
 from skipstone_studies import readme as readmes
 from skipstone_studies import record as records
+from skipstone_studies import side_by_side
 from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.corpus import first_available
 from skipstone_studies.page import figures_of, groups, pictures, render, terminal
@@ -40,22 +41,24 @@ def reproduce(
     runs: Path = RUNS,
     readme: Path | None = None,
     render_only: bool = False,
+    jobs: int = 1,
 ) -> Path:
     """Run what is not yet recorded of a study, render OUT/NAME.md and return its path.
 
     arms: those to run; None: all. The table shows all that are recorded. seeds: None: the study's own. out: folder of
     tables and records; None: `runs`. runs: folder of run folders. readme: a file into which the table is written
-    between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. render_only: train and measure nothing. Raises ValueError for
-    unknown names, scales and arms, for records that cannot be read, and at the end, when everything else is done, if
-    arms have failed. Recorded runs are never run again. Arms that another process is running are left out, with a
-    message.
+    between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. render_only: train and measure nothing. jobs: arms that run
+    at a time, each in a process of its own, as several small models fit on one GPU. Raises ValueError for unknown
+    names, scales and arms, jobs below 1, a timing with several jobs, and records that cannot be read; at the end, when
+    all else is done, if arms have failed. Recorded runs are never run again. Arms that another process is running are
+    left out, with a message.
     """
     study = choose("study", name, STUDIES)
     chosen = _seeds(study, scale, seeds)
     if readme is not None:
         readmes.check(readme, name)
     out, console = runs if out is None else out, Console(stderr=True)
-    failures = [] if render_only else _run(study, scale, arms, chosen, runs, out, console)
+    failures = [] if render_only else _run(study, scale, arms, chosen, runs, out, console, jobs)
     with locked(table_path(out, name), wait=True):  # another process may be rendering what it has run
         found = records.read_all(out, name)
         if not found and not failures:
@@ -83,7 +86,10 @@ def _run(
     runs: Path,
     out: Path,
     console: Console,
+    jobs: int,
 ) -> list[str]:
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     only = None if only is None else named_arms(only, study.arms(scale))
     for arm in only or ():
         choose(f"arm of {study.name!r}", arm, study.arms(scale))
@@ -95,7 +101,10 @@ def _run(
     done, total = session.finished(seeds), len(arms) * len(seeds)
     session.say(f"{study.purpose} ({done} of {total} runs recorded)")
     try:
-        session.run(seeds)
+        if jobs == 1:
+            session.run(seeds)
+        else:
+            side_by_side.run(session, seeds, jobs)
     except (KeyboardInterrupt, SystemExit):
         session.say("stopped; repeat the command to continue")
         raise

@@ -44,6 +44,7 @@ class Session:
     out: Path
     console: Console
     only: Sequence[str] | None = None  # the arms to run; all if None
+    jobs: int = 1  # arms that run at a time, each in a process of its own
     made_by: str = ""  # the command that makes the records, if it is not `skipstone reproduce`
     failures: list[str] = field(default_factory=list)
     busy: list[str] = field(default_factory=list)  # arms left out because another process runs them
@@ -69,15 +70,21 @@ class Session:
 
     def run(self, seeds: list[int]) -> None:
         """Run everything that is not yet recorded; arms that fail are noted and skipped."""
-        wanted = list(self.arms) if self.only is None else list(self.only)
-        left = [(arm, seed) for seed in seeds for arm in wanted if self.recorded(arm, seed) is None]
-        for seed in seeds:
-            for arm in wanted:
-                if (arm, seed) in left:
-                    left.remove((arm, seed))
-                    self._guarded(arm, seed, [other for other, _ in left])
+        for at, seed in enumerate(seeds):
+            self.run_arms([seed], then=seeds[at + 1 :])
             if not self.busy:  # speeds measured beside another training would be wrong
-                self._measure_together(seed)
+                self.measure_together(seed)
+
+    def run_arms(self, seeds: Sequence[int], then: Sequence[int] = ()) -> None:
+        """Run the arms of these seeds that are not recorded, and measure nothing that compares arms.
+
+        then: seeds that follow, for the time that is left.
+        """
+        wanted = list(self.arms) if self.only is None else list(self.only)
+        left = [(arm, seed) for seed in (*seeds, *then) for arm in wanted if self.recorded(arm, seed) is None]
+        for arm, seed in [one for one in left if one[1] in seeds]:
+            left.remove((arm, seed))
+            self._guarded(arm, seed, [other for other, _ in left])
 
     def _guarded(self, arm: str, seed: int, after: Sequence[str]) -> None:
         """Run one arm unless another process runs it, and note failures. after: the arms that are still to come."""
@@ -135,7 +142,7 @@ class Session:
             seed=seed,
             config=self.arms[arm],
             digest=digest(self.arms[arm]),
-            environment=_public(self._environment(arm, seed)),
+            environment=_public(self._environment(arm, seed)) | ({"jobs": self.jobs} if self.jobs > 1 else {}),
             command=self.command,
             figures=figures,
         )
@@ -147,7 +154,7 @@ class Session:
         trained = self.study.clock is None and not Run(folder).is_saved_model
         return Run(folder).environment() if trained else describe(seed)
 
-    def _measure_together(self, seed: int) -> None:
+    def measure_together(self, seed: int) -> None:
         """Measure what compares arms, if an arm lacks it; all arms whose folders exist take part."""
         if self.study.measure_together is None or self.study.clock is not None:
             return

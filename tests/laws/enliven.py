@@ -16,7 +16,8 @@ VOCAB, ROWS, LENGTH = 61, 3, 15
 
 
 def ids(rows: int = ROWS, length: int = LENGTH, seed: int = 5) -> Tensor:
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 @torch.no_grad()

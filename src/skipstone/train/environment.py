@@ -45,11 +45,15 @@ def session() -> PlainDict:
 
 
 def machine() -> PlainDict:
-    """Return the machine's processor, numbers of cores and torch threads, and GPU."""
+    """Return the machine's processor, numbers of cores and torch threads, and GPU.
+
+    With a GPU also `fp32_products`, torch's precision of fp32 matrix products: "highest" is fp32 itself, without TF32.
+    """
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+    found = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+    return found if gpu is None else {**found, "fp32_products": torch.get_float32_matmul_precision()}
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:

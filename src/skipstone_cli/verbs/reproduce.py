@@ -34,6 +34,9 @@ def reproduce(
     ] = None,
     render: Annotated[bool, typer.Option("--render", help="Run nothing, only render existing records.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", help="Arms to run at a time, each in a process of its own, as on one GPU.")
+    ] = 1,
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Write costs and claims of all records in --out into its README.md.")
     ] = False,
@@ -65,7 +68,15 @@ def reproduce(
 
     named = None if arms is None else [arm.strip() for arm in arms.split(",")]
     table = run(
-        name, scale=scale.value, arms=named, seeds=numbers, out=out, runs=runs, readme=readme, render_only=render
+        name,
+        scale=scale.value,
+        arms=named,
+        seeds=numbers,
+        out=out,
+        runs=runs,
+        readme=readme,
+        render_only=render,
+        jobs=jobs,
     )
     typer.echo(f"table: {table}")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.strict import PlainDict
+from skipstone.measure.speed import finish
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train import setup
 from skipstone.train.decay import decaying
@@ -114,7 +115,7 @@ def step(
 def _now(device: str) -> float:
     if device == "cpu":
         return time.process_time()
-    torch.cuda.synchronize()
+    finish(torch.device(device))
     return time.perf_counter()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from skipstone.core.strict import PlainMapping
@@ -14,9 +15,9 @@ TITLES = {
     "error": ("error", ".1e"),
     "tolerance": ("tolerance", ".0e"),
     "equal": ("equal", "yes"),
-    "of": ("of these", ""),
     "passed": ("passed", "d"),
     "failed": ("failed", "d"),
+    "of": ("of these", ""),
     "reference_ms": ("reference, ms", ".2f"),
     "compiled_ms": ("compiled, ms", ".2f"),
     "triton_ms": ("Triton, ms", ".2f"),
@@ -76,15 +77,21 @@ def _where(found: Mapping[str, PlainMapping]) -> str:
 
 def _table(arm: str, figures: PlainMapping) -> str:
     rows = figures["measurements"]
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    keys.sort(key=lambda key: key == "of")  # names of cases are long: last
+    order = list(TITLES)
+    keys = sorted({key for row in rows.values() for key in row}, key=_natural)
+    keys.sort(key=lambda key: order.index(key) if key in order else len(order))
     columns = [_column(key) for key in keys]
     cells = [
         [name, *(_shown(row.get(key), form) for key, (_, form) in zip(keys, columns, strict=True))]
-        for name, row in rows.items()
+        for name, row in sorted(rows.items(), key=lambda item: _natural(item[0]))  # records sort their keys
     ]
     section = Section(title=arm, columns=["", *(title for title, _ in columns)], rows=cells, notes=[PARTS[arm].about])
-    return markdown([section]).replace("## ", "### ", 1).strip("\n")
+    return markdown([section]).strip("\n")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts numbers in names by their value."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _column(key: str) -> tuple[str, str]:
