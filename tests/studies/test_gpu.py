@@ -96,7 +96,7 @@ def test_the_page_says_where_it_was_run_and_what_failed() -> None:
     failed = figures(device="NVIDIA H200", measurements=measured, failures={"graph": "a | b"}, failed=1)
     text = page.details({"prompts of an adapted model": {0: failed}})
     assert "**Run on NVIDIA H200**; products of fp32 without TF32." in text
-    assert "| compared | 1.0e-03 | **no** | 1.25 | 3.00 |" in text
+    assert "| compared | 1.0e-03 | **no** | 3.00 | 1.25 |" in text
     assert "* prompts of an adapted model, graph: `a / b`" in text
     assert "Not run yet: kernels;" in text
 
