@@ -194,7 +194,7 @@ def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     command(monkeypatch, "reproduce", "demo", *asked)
     chosen = {"scale": "paper", "arms": ["dense", "tsa"], "seeds": [0, 2]}
     places = {"out": None, "runs": Path("runs"), "readme": Path("a.md")}
-    assert calls == [(("demo",), {**chosen, **places, "render_only": True})]
+    assert calls == [(("demo",), {**chosen, **places, "render_only": True, "jobs": 1})]
     assert capsys.readouterr().out == "table: results/demo.md\n"
 
 
