@@ -256,6 +256,7 @@ VARIANTS = [  # of Mixture-of-Depths, after later papers, and of gates that have
     case(entry("mixture_of_depths", kv="full"), entry("token_selective"), entry("early_exit", on="mlp")),
     case(entry("mixture_of_depths", decision="ema_threshold", guidance=True, weight="none", router_norm=True)),
     case(entry("mixture_of_depths", guidance=True, router="mlp", kv="full"), entry("early_exit")),
+    case(entry("mixture_of_depths", benefit=True, decision="ema_threshold", router_norm=True), entry("early_exit")),
     case(entry("token_selective"), entry("mixture_of_depths", decision="ema_threshold", weight="none")),
     case(
         entry("mixture_of_depths", decision="boundary", boundary=BOUNDARIES["first"], kv="full", capacity_warmup=0.5),

@@ -32,6 +32,7 @@ TSA = {"name": "token_selective", "layers": ":"}
 EXECUTED = {"training": "hard", "capacity": [0.7, 0.4], "capacity_warmup": 0.7, "guidance": True}
 EXIT = {"name": "early_exit", "layers": ":"}
 POLYGLU = {"name": "polyglu"}
+SEGMENT = {"name": "segment", "layers": ":", "benefit": True, "auxiliary_weight": 1.0}
 SCHEDULES = {"capacity": {"start": 0.5, "end": 0.25}, "capacity_warmup": 0.7, "warmup_shape": "cosine"}
 SCHEDULES |= {"exploration": 0.5, "kv": "full", "skip": "low_rank"}
 
@@ -49,6 +50,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "early_exit": {**DENSE, "mechanisms": [EXIT]},
     "polyglu": {**DENSE, "activation": POLYGLU},
     "experts": {**DENSE, "mlp": "experts", "experts": {"count": 3, "no_op": 1, "balance_rate": 0.01}},
+    "segment": {**DENSE, "mechanisms": [SEGMENT, {"name": "layer_dropout", "rate": 0.5}]},
+    "boundary": {**DENSE, "mechanisms": [mod("boundary", boundary={"ids": "tokenizer"}, capacity_warmup=0.5)]},
     "all": {**DENSE, "mechanisms": [mod("ema_threshold"), TSA, EXIT], "activation": POLYGLU},
 }
 # Those whose training step draws no random numbers, so that it may be cut into micro-batches at will. (The balancing
@@ -56,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
 QUIET = {
     name: model
     for name, model in MODELS.items()
-    if name not in ("dense", "scheduled", "random", "token_selective_hard", "polyglu", "experts", "all")
+    if name not in ("dense", "scheduled", "random", "token_selective_hard", "polyglu", "experts", "segment", "all")
 }
 QUIET["polyglu"] = {**DENSE, "activation": {"name": "polyglu", "noise": False}}
 

@@ -65,6 +65,11 @@ class DepthModule(RoutingModule):
         return True
 
     @property
+    def learns_benefit(self) -> bool:
+        """Whether scores are trained to predict the measured benefit of the block (`BENEFIT` in `Tokens.state`)."""
+        return False
+
+    @property
     def host_syncs(self) -> int:
         """Number of times that the host waits for this mechanism in a decoding step of several rows."""
         return int(self.skips)

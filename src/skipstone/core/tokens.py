@@ -25,6 +25,9 @@ Executor = Literal["gathered", "masked"]
 # Names in `Tokens.state` of the tokens' ids and of the ids before them in their rows, int64 [B, T]; -1 where a document
 # begins. The decoder fills them in only if a mechanism reads ids (`DepthModule.reads_ids`).
 IDS, IDS_BEFORE = "input_ids", "input_ids_before"
+# The name in `Tokens.state` of what a block's update was measured to be worth, in nats, fp32 [B, T]; NaN where it was
+# not measured. A trainer gives it to the decoder (`SkipstoneModel.benefits`).
+BENEFIT = "benefit/{layer}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,5 +77,7 @@ def _refuse_sites(entries: Sequence[MechanismEntry]) -> None:
     for i, entry in enumerate(entries):
         if entry.site != "block":
             raise ValueError(f"mechanisms[{i}].on must be 'block', as route wraps whole blocks; got {entry.site!r}")
+        if entry.get("benefit"):
+            raise ValueError(f"mechanisms[{i}].benefit is measured for skipstone's own models only; leave it out")
         if entry.get("decision") == "boundary":
             raise ValueError(f"mechanisms[{i}].decision 'boundary' reads token ids, which route does not give blocks")

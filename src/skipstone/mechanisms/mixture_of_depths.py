@@ -16,9 +16,7 @@ Shape letters: B rows, T tokens, K kept tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,100 +26,20 @@ from skipstone.core.counts import TokenCounts
 from skipstone.core.noise import token_noise
 from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
-from skipstone.core.strict import PlainDict, choose
+from skipstone.core.strict import PlainDict
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
-from skipstone.mechanisms.decisions import DECISIONS, Boundaries, build_decision
-from skipstone.mechanisms.decisions.boundary import EXPECTED_SHARE
+from skipstone.mechanisms.benefit import benefit_loss
+from skipstone.mechanisms.decisions import DECISIONS, build_decision
 from skipstone.mechanisms.exploration import Exploration
 from skipstone.mechanisms.guidance import guided
-from skipstone.mechanisms.routers import ROUTERS, LinearRouter, NoRouter, build_router
-from skipstone.mechanisms.schedules import Capacity, Ramp, Shape, capacity_at, require_capacities
+from skipstone.mechanisms.mixture_options import WEIGHTS as WEIGHTS
+from skipstone.mechanisms.mixture_options import MixtureOfDepthsConfig as MixtureOfDepthsConfig
+from skipstone.mechanisms.routers import LinearRouter, NoRouter, build_router
+from skipstone.mechanisms.schedules import Capacity, capacity_at
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.ops import reference as ops
-
-WEIGHTS: dict[str, Callable[[Tensor, Any], Tensor]] = {  # functions of the score and the scale of `tanh`
-    "raw": lambda score_BT, scale: score_BT,
-    "sigmoid": lambda score_BT, scale: score_BT.sigmoid(),
-    "tanh": lambda score_BT, scale: 1 + scale * score_BT.tanh(),
-    "none": lambda score_BT, scale: torch.ones_like(score_BT),
-}
-
-
-DEFAULT_CAPACITY = 0.125
-LARGEST_RANK = 1 << 16  # wider than any decoder, so a larger rank is a mistake
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureOfDepthsConfig:
-    """The options of Mixture-of-Depths.
-
-    capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for each routed
-    block, or `{start, end, shape: linear | cosine}` over depth; None: .125, or .2 with decision boundary, where the
-    text decides and the capacity is only what costs assume that were not measured. decision: see `decisions`;
-    threshold: p of `threshold_p`; boundary: the options of `boundary`. weight: the factor on a kept token's update:
-    none (1), raw (the paper's), sigmoid, tanh (1 + a tanh r, initially a = 0). guidance: the router learns from the
-    gradient at the block's output (see `guidance`) and sends none into the model. router: linear or mlp; router_norm:
-    its input is divided by its root mean square. Default of guidance and router_norm: on if the weight is none and the
-    decision reads scores, else off. kv: kept (skipped tokens give no keys and values) or full (they do). skip: the
-    update of skipped tokens: identity (none), or low_rank with rank skip_rank. capacity_warmup: share of the training
-    over which the capacity falls from 1, by warmup_shape. exploration: scale of the Gumbel noise on the scores in
-    training, falling to 0 at exploration_until (share of the training). auxiliary_weight: coefficient of guidance and
-    of the decision's auxiliary loss; z_loss: of score^2.
-    """
-
-    capacity: float | list[float] | Ramp | None = None
-    decision: str = "ema_threshold"
-    threshold: float = 0.5
-    boundary: Boundaries | None = None
-    weight: str = "none"
-    guidance: bool | None = None
-    router: str = "linear"
-    router_norm: bool | None = None
-    kv: Literal["kept", "full"] = "kept"
-    skip: Literal["identity", "low_rank"] = "identity"
-    skip_rank: int = 8
-    capacity_warmup: float = 0.0
-    warmup_shape: Shape = "linear"
-    exploration: float = 0.0
-    exploration_until: float = 0.5
-    auxiliary_weight: float = 0.01
-    z_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.capacity is None:
-            object.__setattr__(self, "capacity", EXPECTED_SHARE if self.decision == "boundary" else DEFAULT_CAPACITY)
-        require_capacities("capacity", self.shares)
-        for name in ("auxiliary_weight", "z_loss", "exploration"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.capacity_warmup <= 1:
-            raise ValueError(f"capacity_warmup must be in [0, 1], got {self.capacity_warmup}")
-        if not 0 < self.exploration_until <= 1:
-            raise ValueError(f"exploration_until must be in (0, 1], got {self.exploration_until}")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
-        if not 1 <= self.skip_rank <= LARGEST_RANK:
-            raise ValueError(f"skip_rank must be in [1, {LARGEST_RANK:,}], got {self.skip_rank:,}")
-        decision = choose("decision", self.decision, DECISIONS)
-        choose("weight", self.weight, WEIGHTS)
-        choose("router", self.router, ROUTERS)
-        if self.exploration and not decision.reads_scores:
-            raise ValueError(f"exploration adds noise to scores, which decision {self.decision!r} does not read")
-        for name in ("guidance", "router_norm"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.weight == "none" and decision.reads_scores)
-        if self.guidance and not decision.reads_scores:
-            raise ValueError(f"guidance trains scores, which decision {self.decision!r} does not read")
-        if self.boundary is not None and not decision.reads_ids:
-            raise ValueError(f"boundary names token ids, which decision {self.decision!r} does not read")
-
-    @property
-    def shares(self) -> float | list[float] | Ramp:
-        """The capacity, which is never None once the options are parsed."""
-        assert self.capacity is not None
-        return self.capacity
 
 
 class MixtureOfDepths(DepthMechanism):
@@ -184,8 +102,12 @@ class MixtureOfDepths(DepthMechanism):
 
     @property
     def has_auxiliary_loss(self) -> bool:
-        guided = bool(self.config.guidance) and self.capacity < 1
+        guided = (bool(self.config.guidance) or self.config.benefit) and self.capacity < 1
         return self.decision.has_loss or guided or self.config.z_loss > 0
+
+    @property
+    def learns_benefit(self) -> bool:
+        return self.config.benefit and self.capacity < 1
 
     @property
     def needs_masks(self) -> bool:
@@ -215,7 +137,7 @@ class MixtureOfDepths(DepthMechanism):
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the update of the kept tokens, 0 or the skip path's for the others, and the records."""
-        seen_BTD = x_BTD.detach() if self.config.guidance else x_BTD
+        seen_BTD = x_BTD.detach() if self.config.guidance or self.config.benefit else x_BTD
         score_BT = self.router(seen_BTD)
         reached_BT = real_mask(tokens, score_BT)
         kept_BT = self.decide(score_BT, seen_BTD, tokens) & reached_BT
@@ -301,6 +223,8 @@ class MixtureOfDepths(DepthMechanism):
         if self._explores(tokens) and self.decision.capacity.now < 1:  # the target is what it would keep without noise
             kept_BT = self.decision.oracle(score_BT, seen_BTD, tokens) & reached_BT
         loss_BT = self.decision.loss(score_BT, kept_BT, seen_BTD, reached_BT)
+        if self.learns_benefit:
+            guided_BT = benefit_loss(score_BT, tokens, self.placement.layer)
         terms = [x_BT * self.config.auxiliary_weight for x_BT in (loss_BT, guided_BT) if x_BT is not None]
         if self.config.z_loss:
             terms.append(score_BT.square() * self.config.z_loss)
@@ -379,6 +303,6 @@ class MixtureOfDepths(DepthMechanism):
     def backward_flops(self, tokens: float) -> float:
         learns = self.weighting != "none" or self.decision.trains_router or self.config.z_loss > 0
         router = 2 * self.router.flops(tokens) if learns else 0
-        if self.config.guidance:
+        if self.config.guidance or self.config.benefit:
             router = self.router.weight_flops(tokens) if learns or self.capacity < 1 else 0
         return router + self.decision.backward_flops(tokens) + (0 if self.skip is None else 2 * self.skip.flops(tokens))

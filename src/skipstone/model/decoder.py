@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records
 from skipstone.core.strict import PlainDict, PlainMapping, unknown
-from skipstone.core.tokens import Executor, PassMode, Tokens
+from skipstone.core.tokens import BENEFIT, Executor, PassMode, Tokens
 from skipstone.model.arguments import check_cache, of_fixed_size
 from skipstone.model.build import (
     Block,
@@ -173,6 +173,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.gradient_checkpointing = False
         # A trainer may set the seed of the step's random numbers and the index of the pass's first row in the step.
         self.step_noise: tuple[Tensor, Tensor] | None = None
+        # A trainer may set the measured benefit of blocks for the next pass, fp32 [B, T] by block, NaN if not measured.
+        self.benefits: Mapping[int, Tensor] = {}
         # Several processes may have to run every block together, also one that keeps no token in this process.
         self.every_block_runs = False
         blocks = self.layers
@@ -332,6 +334,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         for block in self.layers:
             for mechanism in block.mechanisms.values():
                 state.update(mechanism.initial_state(x_BTD))
+        state |= {BENEFIT.format(layer=i): x_BT for i, x_BT in self.benefits.items()}
         draws = tokens.mode.noise and any(block.routing_modules() for block in self.layers)
         seed, first = self.step_noise or (draw_seed(x_BTD.device), None) if draws else (None, None)
         return tokens.replace(state=state, noise_seed=seed, first_row=first)

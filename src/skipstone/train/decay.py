@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from skipstone.core.depth import DepthModule
 from skipstone.core.routing_module import RoutingModule
+from skipstone.core.strict import PlainDict
 
 # A parameter of the decoder is of the first kind whose pattern its name matches; mechanisms declare their own.
 PATTERNS = {"biases": r"bias", "norms": r"norm", "embeddings": r"(^|\.)(embed_tokens|positions)\."}
@@ -18,6 +20,18 @@ def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | N
     """Return the names of parameters that decay, in their order. spared: kinds that do not; None: the usual ones."""
     kinds = kinds_of(model)
     return [name for name in names if kinds[name] not in (USUAL if spared is None else spared)]
+
+
+def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float) -> list[PlainDict]:
+    """Return optimizer groups with the parameters of depth mechanisms in groups of their own, last, at another rate."""
+    own = {id(p) for module in model.modules() if isinstance(module, DepthModule) for p in module.parameters()}
+    found: tuple[list[PlainDict], list[PlainDict]] = ([], [])
+    for group in groups:
+        for theirs in (False, True):
+            chosen = [p for p in group["params"] if (id(p) in own) == theirs]
+            if chosen:
+                found[theirs].append({**group, "params": chosen, **({"lr": rate} if theirs else {})})
+    return [*found[0], *found[1]]
 
 
 def kinds_of(model: nn.Module) -> dict[str, str | None]:

@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from transformers import Trainer
 from skipstone.core.records import auxiliary_loss
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import PlainDict
-from skipstone.model.causal_lm import shifted
+from skipstone.model.causal_lm import SkipstoneForCausalLM, shifted
 from skipstone.ops.head_loss import IGNORED
+from skipstone.train.benefit import measured_benefit
 from skipstone.train.callback import RoutingCallback
 from skipstone.train.seen import SeenPass, inner, seen_passes
 
@@ -40,8 +42,11 @@ class RoutingMixin:
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
         """Return the trainer's loss, plus auxiliary losses that it leaves out; observe the records for thresholds."""
-        target_BT = _targets(inputs)
-        with seen_passes(model) as passes:
+        target_BT, base = _targets(inputs), inner(model)
+        learns = model.training and isinstance(base, SkipstoneForCausalLM)
+        step = self.state.global_step  # type: ignore[attr-defined]
+        benefit = measured_benefit(base, inputs, step) if learns else nullcontext()
+        with benefit, seen_passes(model) as passes:
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if model.training:
             for seen in passes:

@@ -46,7 +46,8 @@ class TrainConfig:
     measured on a micro-batch: the thresholds of `ema_threshold`, the targets of guided gates, the balancing loss of
     experts. The number of processes has the same effect.
     learning_rate: at the end of the linear warm-up over warmup_steps (None: a tenth of the steps, at most 100); it then
-    falls as a cosine to min_lr_ratio * learning_rate. weight_decay, beta1, beta2: AdamW's.
+    falls as a cosine to min_lr_ratio * learning_rate. router_learning_rate: the same for all parameters of depth
+    mechanisms; None: learning_rate. weight_decay, beta1, beta2: AdamW's.
     no_decay: kinds of parameters without weight decay: preferences (of PolyGLU's neurons), biases, norms, embeddings
     (and a tied head), routers (all other parameters of mechanisms); the matrices of attention and MLP always decay.
     None: the first three.
@@ -76,6 +77,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 1e-3
+    router_learning_rate: float | None = None
     min_lr_ratio: float = 0.1
     warmup_steps: int | None = None
     weight_decay: float = 0.1
@@ -138,6 +140,8 @@ class TrainConfig:
     def _check_shares(self) -> None:
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.router_learning_rate is not None and not 0 < self.router_learning_rate < float("inf"):
+            raise ValueError(f"router_learning_rate must be above 0, got {self.router_learning_rate}")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
         if not 0 <= self.average_last < 1:

@@ -26,7 +26,7 @@ from skipstone.runs import METRICS, count_lines
 from skipstone.train import parallel, sharded
 from skipstone.train.average import TailAverage
 from skipstone.train.checkpoints import PARTIAL, restore_other
-from skipstone.train.decay import decaying
+from skipstone.train.decay import decaying, with_router_rate
 from skipstone.train.finite import FiniteGuard, NotFinite, Share
 from skipstone.train.log_window import LogWindow
 from skipstone.train.mixin import RoutingTrainer
@@ -97,6 +97,14 @@ class RunTrainer(RoutingTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of parameters with weight decay, by the recipe's `no_decay`."""
         return decaying(model, (name for name, _ in model.named_parameters()), self.recipe.no_decay)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build Trainer's optimizer, with the routers' own learning rate if the recipe sets one."""
+        built, rate = super().create_optimizer(model), self.recipe.router_learning_rate
+        if rate is not None and not any("own_rate" in group for group in built.param_groups):
+            groups = with_router_rate(built.param_groups, self._plain, rate)
+            built.param_groups[:] = [{**group, "own_rate": group["lr"] == rate} for group in groups]
+        return built
 
     def floating_point_ops(self, inputs: PlainDict) -> int:
         """Return 0: Trainer's estimate would count a routed model as dense; the cost model counts exactly."""

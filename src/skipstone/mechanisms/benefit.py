@@ -1,0 +1,34 @@
+"""A router that learns what its block is worth: its score predicts the measured benefit of the block's update.
+
+    benefit_i = loss_i without the update of token i - loss_i with it        in nats, of the prediction at token i
+    auxiliary loss = Huber(score_i, benefit_i)                               on the tokens where it was measured
+
+Guidance asks where the gradient of the loss is large, which is also where the next token cannot be predicted at all;
+the benefit is what the update really changes. A trainer measures it in two passes over a few rows, which keep one
+random half of the tokens each (`train/benefit.py`), and hands it over before the training pass. The router reads the
+detached stream.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipstone.core.tokens import BENEFIT, Tokens
+
+
+def benefit_loss(score_BT: Tensor, tokens: Tokens, layer: int) -> Tensor:
+    """Return the Huber loss of each token whose benefit was measured, fp32 [B, T], and 0 for all others.
+
+    It is scaled so that its mean over all tokens is the mean over the measured ones.
+    """
+    benefit_BT = tokens.state.get(BENEFIT.format(layer=layer))
+    if benefit_BT is None:
+        return score_BT * 0.0
+    known_BT = benefit_BT.isfinite()
+    target_BT = torch.where(known_BT, benefit_BT, 0.0).to(score_BT.dtype)
+    loss_BT = F.huber_loss(score_BT, target_BT, reduction="none")
+    return torch.where(known_BT, loss_BT, 0.0) * (known_BT.numel() / known_BT.sum().clamp(min=1))
