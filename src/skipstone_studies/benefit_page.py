@@ -32,6 +32,10 @@ def tables(measured: PlainMapping, what: str) -> str:
     return markdown(sections).strip("\n") + "\n\n" + verdict(measured)
 
 
+def _named(unit: PlainMapping) -> str:
+    return f"block{'s' if len(unit['blocks']) > 1 else ''} {_span(unit)}"
+
+
 def _span(unit: PlainMapping) -> str:
     blocks = unit["blocks"]
     return str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
@@ -76,7 +80,7 @@ def verdict(measured: PlainMapping) -> str:
         causal, bound = (max(advantage(unit, score, share) for share in SHARES[:2]) for score in (CAUSAL, ORACLE))
         word = "a router could gain" if causal >= LEAST else "no router that reads this stream gains enough"
         lines.append(
-            f"* blocks {_span(unit)}: at {SHARES[0]:.1%} or {SHARES[1]:.1%} kept, the regression is at most "
+            f"* {_named(unit)}: at {SHARES[0]:.1%} or {SHARES[1]:.1%} kept, the regression is at most "
             f"{causal:+.4f} nats better than random and the benefit itself {bound:+.4f}: {word} (limit +{LEAST})."
         )
     return "\n".join(lines)

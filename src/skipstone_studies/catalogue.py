@@ -46,6 +46,7 @@ FILES = {
     "mod_training": "speed.mod_training",
     "polyglu_cost": "speed.polyglu_cost",
     "ffn_groups_cost": "speed.ffn_groups_cost",
+    "throughput": "speed.throughput",
     "experts": "speed.experts",
     "head_loss": "speed.head_loss",
     "static_graph": "speed.static_graph",

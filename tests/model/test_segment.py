@@ -10,6 +10,8 @@ import torch
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.budget.handles import find_handles
 from skipstone.measure.compute import compute_shares
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.passes import PASSES
 
 IDS = torch.arange(2 * 24).view(2, 24) ** 2 % 31
 
@@ -106,3 +108,14 @@ def test_bad_options_are_one_line(entries: list[dict[str, Any]], words: str) -> 
 def test_hidden_states_are_refused() -> None:
     with pytest.raises(ValueError, match="output_hidden_states is not supported with a segment"):
         model()(IDS, output_hidden_states=True)
+
+
+def test_every_block_of_a_segment_is_summarised() -> None:
+    routed = model(decision="boundary", capacity=0.5, boundary={"ids": ["0-9"]})
+    labels = IDS.clone()
+    labels[:, 0] = -100
+    found = measure_loss(routed, PASSES["executed"], [{"input_ids": IDS, "labels": labels}]).summaries.layers()
+    shares = [layer["segment"]["capacity"] for layer in found if layer]
+    assert [bool(layer) for layer in found] == [False, True, True, True, False]
+    assert 0 < shares[0] < 1
+    assert shares == [shares[0]] * 3

@@ -15,6 +15,7 @@ from skipstone_studies import protocol
 from skipstone_studies import protocol_page as pages
 from skipstone_studies import record as records
 from skipstone_studies.catalogue import STUDIES
+from skipstone_studies.isoflop.measure import executed_training
 from skipstone_studies.protocol import ProtocolConfig, SharedStart, best_rate, climb, planned, tuning_figures
 from skipstone_studies.quality import decisive
 from skipstone_studies.run import reproduce
@@ -171,3 +172,28 @@ def test_one_seed_gets_no_verdict() -> None:
     assert {claim.verdict for claim in decisive.claims(one)} == {"inconclusive"}
     assert "one seed" in pages.differences(one, "dense-8", False)
     assert "not known before dense-8 and dense-5 have run" in pages.headroom_text(None, "dense-8", ["dense-5"])
+
+
+class Lines:
+    """A run folder, as far as its FLOPs depend on it."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def config(self) -> dict[str, Any]:
+        return {"data": {"context": 64}, "train": {"batch_size": 2}}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [{"split": "train", "capacity/2/segment": self.share}]
+
+
+def test_what_a_segment_kept_counts_in_all_of_its_blocks() -> None:
+    def built(capacity: float) -> SkipstoneForCausalLM:
+        entry = {"name": "segment", "layers": "2:6", "capacity": capacity, "decision": "ema_threshold"}
+        values = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 8, "mechanisms": [entry]}
+        return SkipstoneForCausalLM(model_config(values, 64, {"vocab_size": 64}))
+
+    eighth, half = built(0.125), built(0.5)
+    expected = half.cost(tokens=64, batch=2).training.total * 3
+    assert executed_training(eighth, Lines(0.5), 3) == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]
+    assert executed_training(eighth, Lines(0.125), 3) < 0.8 * expected  # type: ignore[arg-type]

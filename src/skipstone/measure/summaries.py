@@ -22,6 +22,7 @@ from skipstone.core.width import GroupRouter
 from skipstone.mechanisms import DepthMechanism
 from skipstone.mechanisms.mix_figures import MixFigures
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.nn.block import SEGMENT
 from skipstone.nn.experts import ExpertsMLP
 from skipstone.ops import reference as ops
 
@@ -91,7 +92,8 @@ class Summaries:
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
         self._activation_rows = activation_rows
         blocks = model.decoder.layers
-        self._blocks = [block.routing_modules() for block in blocks]
+        around = ({name: block.mechanism(name) for name in block.sites[SEGMENT]} for block in blocks)
+        self._blocks = [{**block.routing_modules(), **segment} for block, segment in zip(blocks, around, strict=True)]
         self._readers: list[dict[str, AnyReader]] = [{} for _ in self._blocks]
 
     @torch.no_grad()

@@ -92,10 +92,12 @@ def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> floa
     """Return the training FLOPs with the logged capacities, averaged over log lines."""
     config = run.config()
     context, rows = config["data"]["context"], config["train"]["batch_size"]
-    kept = {
-        layer: {name: share * context for name, share in shares.items()}
-        for layer, shares in realised(run.metrics()).items()
-    }
+    logged = realised(run.metrics())
+    kept: dict[int, dict[str, float]] = {}
+    for i, block in enumerate(model.decoder.layers):
+        first = block.segment_start()  # whose decision is logged for all blocks of the segment
+        shares = {**(logged.get(first, {}) if first is not None else {}), **logged.get(i, {})}
+        kept[i] = {name: share * context for name, share in shares.items() if name in block.recorded()}
     return cost(model, tokens=context, batch=rows, kept=kept).training.total * steps
 
 
