@@ -107,7 +107,7 @@ def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     handles = find_handles(model)
     if not handles:
         raise ValueError(
-            "a budget sets thresholds on scores: those of mixture_of_depths, token_selective and gate_skip with "
+            "a budget sets thresholds on scores: those of mixture_of_depths, segment, token_selective and gate_skip with "
             "decision ema_threshold, threshold or threshold_p, and of token_selective and early_exit executed hard; "
             f"this model has {_described(model)}"
         )
