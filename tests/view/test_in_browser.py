@@ -110,6 +110,12 @@ def test_hover_tells_and_a_click_keeps(browser: Any, address: str) -> None:
         assert details.locator("svg path.path").count() == 1
         tokens_of(page).nth(5).click()
         assert tokens_of(page).nth(5).get_attribute("aria-pressed") == "true"
+        picture = page.locator(".attention svg").first
+        picture.wait_for()
+        blocks = page.locator(".attention tbody tr").count()
+        assert picture.locator("rect.attended").count() == 6 * blocks, "six tokens, itself included"
+        assert picture.locator("text", has_text="no attention in this block").count() == 3 - blocks
+        assert "What token 5 attends to" in page.locator(".attention").first.text_content()
         tokens_of(page).nth(7).hover()
         assert "token 7" in details.text_content()
         page.mouse.move(2, 2)
@@ -157,6 +163,8 @@ def test_the_page_is_saved_as_one_file_that_opens_offline(browser: Any, address:
         assert page.locator("#save").is_disabled()
         ran(page)
         seen = page.locator(".meter b").all_text_contents()
+        tokens_of(page, 1).nth(6).click()
+        page.locator(".attention svg").wait_for()
         with page.expect_download() as download:
             page.get_by_role("button", name="Save page").click()
         assert download.value.suggested_filename == "skipstone-small--model--other.html"
@@ -169,6 +177,7 @@ def test_the_page_is_saved_as_one_file_that_opens_offline(browser: Any, address:
             assert page.locator(".meter b").all_text_contents() == seen
             for panel in (0, 1):
                 assert tokens_of(page, panel).count() == len(HTML) + 12
+            assert page.locator(".panel").nth(1).locator(".attention rect.attended").count() >= 7
             tokens_of(page).nth(4).click()
             assert "token 4" in page.locator(".details").first.text_content()
             assert page.locator(".details").first.locator("svg path.path").count() == 1

@@ -85,6 +85,19 @@ def test_a_request_streams_events(client: Any) -> None:
     assert "".join(token["text"] for token in found[0]["prompt"]) == "a <b>"
 
 
+def test_attention_is_an_event_and_what_cannot_be_asked_is_refused(client: Any) -> None:
+    answer = client.post("/api/attention", json={"model": 0, "tokens": [97, 98, 99]})
+    event = json.loads(answer.text.removeprefix("data: "))
+    assert (event["type"], event["at"]) == ("attention", 2)
+    assert len(event["layers"]) == 3
+    assert all(len(row) == 3 for row in event["layers"] if row is not None)
+    for tokens in ([], [10**6], [1] * 97):
+        answer = client.post("/api/attention", json={"model": 0, "tokens": tokens})
+        assert "tokens must be from 1 to 96 ids of the vocabulary" in answer.text
+    assert client.post("/api/attention", json={"model": 1, "tokens": [1]}).status_code == 400
+    assert client.post("/api/attention", json={"model": 0, "tokens": "1"}).status_code == 400
+
+
 def test_what_a_model_cannot_do_is_an_event(client: Any) -> None:
     answer = client.post("/api/generate", json={**ASK, "prompt": "x" * 96})
     event = json.loads(answer.text.removeprefix("data: "))

@@ -1,6 +1,7 @@
 """Floor 4.25: the live page, on which a model continues what is typed and every token shows which blocks it took.
 
 live_model.py   `LiveModel`: a loaded model; one event for each pass over the prompt or over a token
+attention_of_token.py  what a token attends to, by one more pass over the text up to it
 live_session.py a request from the page, checked; the events of several models and their dense twins, in turns
 saved_page.py   the page as one file that opens offline, and the same for a prompt without a browser
 work_queue.py   one request computes at a time, a few wait, and further ones are refused

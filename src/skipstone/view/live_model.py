@@ -28,6 +28,7 @@ from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import cost, forward_flops, kept_from_records
 from skipstone.model.fields import TYPES
 from skipstone.runs import Run
+from skipstone.view.attention_of_token import attention_of_last
 
 TWIN_PARAMETERS = 300_000_000  # a dense twin of a larger model is not built: it would double the memory
 NEURONS = 256  # of a layer in the map of neurons; of more, every k-th is shown
@@ -108,6 +109,17 @@ class LiveModel:
         """
         return encode(self.tokenizer, prompt)
 
+    def attention(self, ids: Sequence[int], budget: float | None) -> list[list[float | None] | None]:
+        """Return what the last of `ids` attends to in each block (`attention_of_last`).
+
+        Raises ValueError for ids that the model does not have or that exceed its context, and for an impossible budget.
+        """
+        if not ids or len(ids) > self.context or not all(0 <= i < self.model.config.vocab_size for i in ids):
+            raise ValueError(f"tokens must be from 1 to {self.context:,} ids of the vocabulary, got {len(ids):,}")
+        with setting_of(self.model, budget, None if budget is None else self.table)():
+            found = attention_of_last(self.model, ids)
+        return [None if row is None else [rounded(weight) for weight in row] for row in found]
+
     def events(
         self,
         ids: Sequence[int],
@@ -137,7 +149,7 @@ class LiveModel:
     def _events(self, ids: list[int], passes: Iterator[DecodingPass]) -> Iterator[PlainDict]:
         text, label = Detokenizer(self.tokenizer, ids), self.tokenizer.decode
         reading = Detokenizer(self.tokenizer)
-        yield {"type": "start", "prompt": [{"text": reading.push(i), "label": label([i])} for i in ids]}
+        yield {"type": "start", "prompt": [{"id": i, "text": reading.push(i), "label": label([i])} for i in ids]}
         known, flops, dense, seen = list(ids), 0.0, 0.0, None
         while True:
             began = perf_counter()
@@ -159,10 +171,10 @@ class LiveModel:
                 "type": "pass",
                 "first": first,
                 "read": self._read(each, size, shown, known[first + 1 :]),
-                "token": {"text": text.push(token), "label": label([token])},
+                "token": {"id": token, "text": text.push(token), "label": label([token])},
                 "guesses": size - 1 if new and not prompt else 0,
                 "guessed": each.guessed_B is not None and bool(each.guessed_B[0]),
-                "rejected": [label([i]) for i in _rejected(each)],
+                "rejected": [{"id": i, "label": label([i])} for i in _rejected(each)],
                 "seconds": rounded(seconds),
                 "flops": flops,
                 "dense_flops": dense,

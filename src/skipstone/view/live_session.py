@@ -70,6 +70,34 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return names if len({*names}) == len(names) else ["/".join(run.resolve().parts[-2:]) for run in runs]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionRequest:
+    """A question of the page: to which of `tokens`, ids, the last one attends, by a model at a budget."""
+
+    model: int
+    tokens: list[int]
+    budget: float | None = None
+
+
+def read_attention_request(values: object, models: int) -> AttentionRequest:
+    """Build a question about attention from decoded JSON.
+
+    Raises ValueError, one line, for values that are not allowed.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("a request must be a JSON object")
+    request: AttentionRequest = from_dict(AttentionRequest, values, "request")
+    if not 0 <= request.model < models:
+        raise ValueError(f"model must be from 0 to {models - 1}, got {request.model}")
+    return request
+
+
+def attention_events(models: Sequence[LiveModel], request: AttentionRequest) -> Iterator[PlainDict]:
+    """Yield one event with the attention weights of the last token in each block."""
+    found = models[request.model].attention(request.tokens, request.budget)
+    yield {"type": "attention", "model": request.model, "at": len(request.tokens) - 1, "layers": found}
+
+
 def read_request(values: object, models: int) -> Request:
     """Build a request from decoded JSON.
 

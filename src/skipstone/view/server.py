@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -21,7 +21,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skipstone.core.strict import PlainDict
 from skipstone.view.live_model import LiveModel
-from skipstone.view.live_session import NEW_TOKENS, PROMPT, events, read_request
+from skipstone.view.live_session import (
+    NEW_TOKENS,
+    PROMPT,
+    attention_events,
+    events,
+    read_attention_request,
+    read_request,
+)
 from skipstone.view.saved_page import empty_page
 from skipstone.view.work_queue import BusyError, Job, WorkQueue
 
@@ -101,11 +108,17 @@ def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGI
         return JSONResponse(models[number].neurons()) if number < len(models) else answer(404, "no such model")
 
     async def generate(request: Request) -> Response:
+        return await compute(request, read_request, events)
+
+    async def attention(request: Request) -> Response:
+        return await compute(request, read_attention_request, attention_events)
+
+    async def compute(request: Request, read: Callable[..., Any], make: Callable[..., Iterator[PlainDict]]) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return answer(415, "a request must be application/json")
         try:
-            wanted = read_request(await _json(request), len(models))
-            job = work.submit(lambda: events(models, wanted))
+            wanted = read(await _json(request), len(models))
+            job = work.submit(lambda: make(models, wanted))
         except OverflowError:
             return answer(413, f"a request may have at most {LONGEST:,} bytes")
         except ValueError as error:
@@ -120,6 +133,7 @@ def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGI
         Route("/api/saved-page", saved_page, methods=["GET"]),
         Route("/api/neurons/{number:int}", neurons, methods=["GET"]),
         Route("/api/generate", generate, methods=["POST"]),
+        Route("/api/attention", attention, methods=["POST"]),
     ]
     return Guard(Starlette(routes=routes), port)
 

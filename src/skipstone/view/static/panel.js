@@ -1,11 +1,14 @@
 // One model: its budget, its counters, its text, and the token that is looked at.
-import { h, saveable, drawMap, drawPath, drawNeurons, visible, percent, short } from "./pictures.js";
+import { h, saveable, drawMap, drawPath, drawAttention, drawNeurons, visible, percent, short } from "./pictures.js";
 
 const ACTIVATION_CLASSES = 6; // colours in the style sheet
 
-// rerun: called for another budget; null on a saved page, which shows the one it was saved with.
+// rerun: called for another budget; null on a saved page, which shows the one it was saved with. ask: fetches what a token
+// attends to; attended: what is known of it already, by token.
 export class Panel {
-  constructor(model, number, { rerun = null, budget = null, neurons = null } = {}) {
+  constructor(model, number, { rerun = null, budget = null, neurons = null, ask = null, attended = {} } = {}) {
+    this.ask = ask;
+    this.saved = attended;
     this.model = model;
     this.number = number;
     this.rerun = rerun;
@@ -29,6 +32,7 @@ export class Panel {
     this.map = h("div", { class: "scroll map", tabindex: "0", role: "region", "aria-label": "Map of tokens and blocks" });
     this.table = h("tbody");
     this.neuronMap = h("div", { class: "neurons" });
+    this.attention = h("div", { class: "attention" });
     this.text.addEventListener("pointerover", (event) => this.look(tokenOf(event)));
     this.text.addEventListener("pointerleave", () => this.look(this.pinned));
     this.text.addEventListener("click", (event) => this.pin(tokenOf(event)));
@@ -49,7 +53,7 @@ export class Panel {
         h("div", { class: "words" }, this.text,
           h("p", { class: "legend" }, h("span", { class: "key" }, "no block ", h("i", { class: "ramp" }), " every block"),
             h("span", { class: "key" }, h("i", { class: "unread" }), "chosen, not read yet"), this.draft)),
-        this.details),
+        h("div", { class: "aside" }, this.details, this.attention)),
       h("figure", { class: "scroll" }, h("figcaption", {}, "Blocks that each token took"), this.map,
         h("p", { class: "legend" }, key("skipped", "skipped"), key("more", "update, darker by weight"),
           ...(slots.length < model.slots.length ? [key("plain", "not routed: every token")] : []), key("loss", "loss of the next token"),
@@ -90,6 +94,10 @@ export class Panel {
     this.tokens = []; // {text, label, span, read}: read is what a pass told of the token
     this.pinned = this.looked = null;
     this.guesses = this.accepted = this.dropped = 0;
+    this.attended = this.saved; // a saved page is told of one text only
+    this.saved = {};
+    this.asking?.abort();
+    this.attention.replaceChildren();
     this.draft.textContent = "";
     this.passes = { tokens: 0, seconds: 0, dense: 0 };
     this.text.replaceChildren(h("span", { class: "quiet" }, "The text appears here."));
@@ -132,8 +140,9 @@ export class Panel {
   // Proposals that the model took back, struck, before the token that it chose instead.
   reject({ rejected, token }) {
     if (!rejected?.length) return;
-    const told = `the draft proposed ${rejected.map(visible).join(" ")}; the model chose ${visible(token.label)}`;
-    this.text.append(h("del", { class: "rejected", title: told }, ...rejected.map((label) => h("span", {}, visible(label)))));
+    const labels = rejected.map(({ label }) => visible(label));
+    const told = `the draft proposed ${labels.join(" ")}; the model chose ${visible(token.label)}`;
+    this.text.append(h("del", { class: "rejected", title: told }, ...labels.map((label) => h("span", {}, label))));
     this.dropped += rejected.length;
   }
 
@@ -224,6 +233,7 @@ export class Panel {
     if (index === null) return;
     this.pinned = this.pinned === index ? null : index;
     this.tokens.forEach((token, i) => token.span.setAttribute("aria-pressed", String(i === this.pinned)));
+    this.attend();
     this.focusable(index);
     this.look(index);
   }
@@ -248,6 +258,35 @@ export class Panel {
     if (this.neurons && read.mix) this.neuronMap.replaceChildren(...drawNeurons(this.neurons, read.mix, ACTIVATION_CLASSES));
   }
 
+  // What the pinned token attends to, beside its path: asked for once, and drawn when it comes.
+  async attend() {
+    this.asking?.abort();
+    const at = this.pinned;
+    if (at === null || !this.tokens[at]?.read) return this.attention.replaceChildren();
+    if (!this.attended[at] && this.ask) {
+      this.attention.replaceChildren(h("p", { class: "note" }, "computing what it attends to …"));
+      this.asking = new AbortController();
+      try {
+        this.attended[at] = await this.ask(this.tokens.slice(0, at + 1).map((token) => token.id), this.asking.signal);
+      } catch (error) {
+        if (error.name !== "AbortError") this.attention.replaceChildren(h("p", { class: "note" }, error.message));
+        return;
+      }
+    }
+    if (this.pinned !== at) return;
+    const layers = this.attended[at];
+    if (!layers) return this.attention.replaceChildren();
+    const labels = this.tokens.slice(0, at + 1).map((token) => visible(token.label));
+    const drawn = drawAttention(layers, labels, `What token ${at} attends to`);
+    const strongest = layers.flatMap((weights, layer) => weights ? [[layer, ...strongestOf(weights, labels)]] : []);
+    this.attention.replaceChildren(h("p", { class: "at" }, `What token ${at} attends to, mean over heads`),
+      h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Attention of token ${at}` }, drawn),
+      h("div", { class: "tools" }, saveable(() => drawn, `${this.model.name}-attention-${at}`),
+        h("details", { class: "numbers" }, h("summary", {}, "Table"), h("table", {},
+          h("thead", {}, h("tr", {}, ...["block", "most", "second", "third"].map((title) => h("th", { scope: "col" }, title)))),
+          h("tbody", {}, ...strongest.map((row) => h("tr", {}, ...row.map((cell) => h("td", {}, String(cell))))))))));
+  }
+
   mark() {
     this.text.querySelector(".looked")?.classList.remove("looked");
     this.map.querySelector(".looked")?.classList.remove("looked");
@@ -264,6 +303,12 @@ export class Panel {
 function tokenOf(event) {
   const found = event.target.closest?.("[data-t]");
   return found ? Number(found.dataset.t) : null;
+}
+
+// The three largest weights in words.
+function strongestOf(weights, labels) {
+  const order = weights.map((weight, t) => [weight, t]).sort((a, b) => b[0] - a[0]).slice(0, 3);
+  return [0, 1, 2].map((i) => (order[i] ? `${labels[order[i][1]]} (${order[i][1]}) ${percent(order[i][0])}` : "–"));
 }
 
 const key = (kind, text) => h("span", { class: "key" }, h("i", { class: `box ${kind}` }), text);

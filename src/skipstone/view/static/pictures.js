@@ -138,3 +138,27 @@ export function drawNeurons(map, mix, colours) {
   const note = every > 1 ? [h("span", { class: "key" }, `one neuron of ${every} is shown`)] : [];
   return [drawn, h("p", { class: "legend" }, ...names, ...note, saveable(() => drawn, "neurons"))];
 }
+
+// To which tokens one attends in each block: tokens across up to itself, blocks up; darkest is the largest weight of a block.
+export function drawAttention(layers, labels, title) {
+  const { width, height, left, top, gap } = CELL;
+  const floor = top + height * layers.length, parts = [];
+  layers.forEach((weights, layer) => {
+    const y = floor - height * (layer + 1);
+    parts.push(s("text", { x: left - 8, y: y + height / 2 + 4, class: "tick", "text-anchor": "end" }, String(layer)));
+    if (!weights) {
+      parts.push(s("text", { x: left, y: y + height / 2 + 4, class: "tick" }, "no attention in this block"));
+      return;
+    }
+    const most = Math.max(...weights, 1e-9);
+    weights.forEach((weight, t) => parts.push(s("rect", { x: left + width * t, y, width: width - gap, height: height - gap,
+      class: "attended", "fill-opacity": (weight / most).toFixed(2), "data-t": t }, s("title", {}, `${labels[t]}, token ${t}: ${percent(weight)}`))));
+  });
+  const longest = Math.min(Math.max(...labels.map((label) => label.length)), 10);
+  labels.forEach((label, t) => {
+    const x = left + width * t, y = floor + 13, cut = label.length > 10 ? `${label.slice(0, 9)}…` : label;
+    parts.push(s("text", { class: "token", ...(longest > 1 ? { "text-anchor": "end", transform: `rotate(-90 ${x + 9} ${y - 7})`, x: x + 9, y: y - 7 }
+      : { "text-anchor": "middle", x: x + 5.5, y }) }, cut));
+  });
+  return picture(left + width * labels.length + 8, floor + (longest > 1 ? 8 + 6.4 * longest : 20), title, parts);
+}

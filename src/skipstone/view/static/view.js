@@ -41,6 +41,23 @@ async function* eventsOf(response) {
   }
 }
 
+// What the last of some tokens attends to in each block of a model.
+async function attention(model, tokens, signal) {
+  const budget = shown.request.budgets[model];
+  const response = await fetch("/api/attention", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ model, tokens, budget }),
+    signal,
+  });
+  if (!response.ok) throw new Error((await response.json()).error);
+  for await (const event of eventsOf(response)) {
+    if (event.type === "error") throw new Error(event.message);
+    if (event.type === "attention") return event.layers;
+  }
+  throw new Error("the server does not answer");
+}
+
 async function run() {
   running?.abort();
   const mine = (running = new AbortController());
@@ -86,7 +103,8 @@ async function run() {
 async function save() {
   const empty = await (await fetch("/api/saved-page")).text();
   const models = panels.map((panel) => panel.model);
-  const state = { ...shown, models, neurons: panels.map((panel) => panel.neurons), saved: new Date().toISOString().slice(0, 10) };
+  const state = { ...shown, models, neurons: panels.map((panel) => panel.neurons),
+    attended: panels.map((panel) => panel.attended), pinned: panels.map((panel) => panel.pinned), saved: new Date().toISOString().slice(0, 10) };
   const page = empty.replace(">null</script>", () => `>${JSON.stringify(state).replaceAll("<", "\\u003c")}</script>`);
   const names = models.map((model) => model.name.replace(/[^\w.-]+/g, "-"));
   download(new Blob([page], { type: "text/html" }), `skipstone-${names.join("-")}.html`);
@@ -96,7 +114,10 @@ async function start() {
   const answer = await (await fetch("/api/models")).json();
   byId("prompt").maxLength = answer.limits.prompt;
   byId("new-tokens").max = answer.limits.new_tokens;
-  panels = answer.models.map((model, i) => new Panel(model, i, { rerun: () => byId("prompt").value && run() }));
+  panels = answer.models.map((model, i) => new Panel(model, i, {
+    rerun: () => byId("prompt").value && run(),
+    ask: (tokens, signal) => attention(i, tokens, signal),
+  }));
   byId("panels").replaceChildren(...panels.map((panel) => panel.element));
   byId("panels").classList.toggle("two", panels.length > 1);
   if (!answer.models.some((model) => model.twin)) {
