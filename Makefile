@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_OUT ?= results
 
-.PHONY: help setup setup-dev demo test test-all test-ecosystem distributed gpu gpu-paper gpu-rehearsal check format count docs release clean
+.PHONY: help setup setup-dev demo test test-all test-ecosystem test-browser screenshots distributed gpu gpu-paper gpu-rehearsal check format count docs release clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -59,6 +59,23 @@ test-all: $(DEV_STAMP)  ## every test, the slow ones and the whole product of ev
 test-ecosystem:  ## the tests with other people's tools: TRL, lm-evaluation-harness, a server
 	$(MAKE) VENV=.venv-tools EXTRAS=$(TOOLS) setup-dev
 	$(TEST_THREADS) .venv-tools/bin/python -m pytest tests/ecosystem
+
+# Chromium has to be on the PATH (apt-get install chromium); the tests that need it are skipped elsewhere.
+BROWSER := $(EXTRAS),view,browser,notebooks
+PAGES := tests/view/test_in_browser.py tests/report/test_in_browser.py tests/examples
+
+test-browser:  ## the tests of all pages in Chromium
+	$(MAKE) VENV=.venv-browser EXTRAS=$(BROWSER) setup-dev
+	$(TEST_THREADS) .venv-browser/bin/python -m pytest $(PAGES)
+
+# Two models of the demonstration, the first with a budget table, on the same prompt.
+PICTURED := runs/demo/quick
+screenshots:  ## make the pictures of docs/view.md again
+	$(MAKE) VENV=.venv-browser EXTRAS=$(BROWSER) setup-dev
+	.venv-browser/bin/skipstone reproduce demo --scale quick --arms mod,all
+	test -f $(PICTURED)/mod-seed0/model/budget.json || .venv-browser/bin/skipstone calibrate $(PICTURED)/mod-seed0
+	SKIPSTONE_SCREENSHOTS=docs SKIPSTONE_VIEW_RUNS=$(PICTURED)/mod-seed0:$(PICTURED)/all-seed0 \
+		$(TEST_THREADS) .venv-browser/bin/python -m pytest $(PAGES) -k "screenshots or run-watch"
 
 distributed: $(DEV_STAMP)  ## measure the table of docs/distributed.md again (processes on this machine, half an hour)
 	$(TEST_THREADS) PYTHONPATH=tests $(BIN)/python -m train.distributed_table docs/distributed.md
@@ -100,5 +117,5 @@ release:  ## build sdist and wheel into dist/, and check what they hold
 	$(PYTHON) tools/check_release.py dist
 
 clean:  ## remove the virtual environment, caches and build folders (runs and results stay)
-	rm -rf $(VENV) .venv-tools .venv-docs .venv-release site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-tools .venv-browser .venv-docs .venv-release site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

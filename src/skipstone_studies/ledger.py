@@ -65,7 +65,7 @@ def compute_of(record: Record) -> Compute | None:
 
 def compute(out: Path) -> str:
     """Return a Markdown table of the costs of every study with records in `out`."""
-    return _without_title(compute_section(out))
+    return without_title(compute_section(out))
 
 
 def compute_section(out: Path) -> Section:
@@ -88,7 +88,8 @@ def compute_section(out: Path) -> Section:
     return Section(title="Compute", columns=columns, rows=[*rows, _row("**all**", everything)], notes=[note])
 
 
-def _without_title(section: Section) -> str:
+def without_title(section: Section) -> str:
+    """Return a table as Markdown, without its heading."""
     return markdown([section]).partition("\n\n")[2].strip("\n")
 
 
@@ -129,7 +130,7 @@ class Judged:
 
 def claims(out: Path) -> str:
     """Return a Markdown table of every claim judged by rule, with its verdicts by arm and what would change them."""
-    return _without_title(claims_section(judged(out)))
+    return without_title(claims_section(judged(out)))
 
 
 def claims_section(found: Iterable[Judged]) -> Section:
@@ -185,7 +186,7 @@ def write(out: Path) -> Path:
         readme.check(path, name)
     costs, found = compute_section(out), judged(out)
     for name, section in ((COMPUTE, costs), (CLAIMS, claims_section(found))):
-        readme.write_between(path, name, _without_title(section))
+        readme.write_between(path, name, without_title(section))
     write_whole(out / PAGE, ledger_page.render(costs, claims_section(found), by_study(found)))
     return path
 

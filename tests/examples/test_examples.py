@@ -28,7 +28,7 @@ from skipstone.mechanisms import DEPTH
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-STEPS = ("--steps", "8")
+STEPS = ("--steps", "80" if "SKIPSTONE_SCREENSHOTS" in os.environ else "8")
 SAYS = {
     "adapt_checkpoint": "the result is a Hugging Face model: SkipstoneForCausalLM",
     "add_a_mechanism": "computing the kept tokens alone changes logits by at most",
@@ -127,7 +127,7 @@ def test_an_example_opens_in_a_browser(verb: str, name: str, tmp_path: Path) -> 
         page.wait_for_timeout(1000)  # what follows it
         assert page.get_by_text("Traceback").count() == 0
         shown.scroll_into_view_if_needed()
-        page.screenshot(path=shots / f"example-{verb}-{name}.png")
+        page.screenshot(path=shots / f"example-{name}.png" if verb == "run" else tmp_path / "edit.png")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from skipstone.evaluate.tables import Section
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.main import main
 from skipstone_studies import ledger, ledger_page
@@ -72,18 +73,24 @@ def test_rows_are_sums(tmp_path: Path) -> None:
     assert "| **all** | 3 | 2 | 8.00 | – | 6.0e+09 | 0.0 | 0.00 M, 0.001 M |" in table
 
 
-def test_the_readme_shows_the_ledgers_of_the_records_beside_it() -> None:
+@pytest.fixture(scope="module")
+def published() -> tuple[Section, list[ledger.Judged]]:
+    return ledger.compute_section(RESULTS), ledger.judged(RESULTS)
+
+
+def test_the_readme_shows_the_ledgers_of_the_records_beside_it(published: Any) -> None:
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    for name, made in ((ledger.COMPUTE, ledger.compute(RESULTS)), (ledger.CLAIMS, ledger.claims(RESULTS))):
+    costs, found = published
+    for name, section in ((ledger.COMPUTE, costs), (ledger.CLAIMS, ledger.claims_section(found))):
         shown = text.partition(f"<!-- {name}:begin -->\n")[2].partition(f"\n<!-- {name}:end -->")[0]
-        assert shown == made, "run `skipstone reproduce --ledger --out results`"
+        assert shown == ledger.without_title(section), "run `skipstone reproduce --ledger --out results`"
         assert shown.count("\n") > 20
 
 
-def test_the_page_draws_the_ledger_of_the_records_beside_it() -> None:
-    found = ledger.judged(RESULTS)
+def test_the_page_draws_the_ledger_of_the_records_beside_it(published: Any) -> None:
+    costs, found = published
     claims = ledger.claims_section(found)
-    page = ledger_page.render(ledger.compute_section(RESULTS), claims, ledger.by_study(found))
+    page = ledger_page.render(costs, claims, ledger.by_study(found))
     made = (RESULTS / ledger.PAGE).read_text(encoding="utf-8")
     assert made == page, "run `skipstone reproduce --ledger --out results`"
     pictures = re.findall(r"<svg viewBox.*?</svg>", page, re.DOTALL)

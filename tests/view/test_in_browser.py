@@ -1,7 +1,7 @@
 """The live page in a real browser, served by the real command.
 
 SKIPSTONE_SCREENSHOTS=FOLDER keeps the pictures that the documentation shows; SKIPSTONE_VIEW_RUNS=RUN:RUN2 makes them
-of these runs.
+of these runs (`make screenshots`).
 """
 
 from __future__ import annotations
@@ -310,8 +310,17 @@ def test_screenshots(browser: Any, saved: Path, tmp_path: Path) -> None:
             ran(page, prompt=prompt, tokens=40)
             for panel in range(len(runs)):
                 tokens_of(page, panel).nth(21).click()
+            page.locator(".attention svg").nth(len(runs) - 1).wait_for()
             page.mouse.move(2, 2)
             page.locator("#status").click()
             page.screenshot(path=folder / f"view-{name}.png")
         assert 10_000 < (folder / f"view-{name}.png").stat().st_size < 200_000
+    with opened(browser, found) as page:
+        page.locator(".panel").first.wait_for()
+        page.get_by_label("Draft").select_option("skip")
+        ran(page, prompt=prompt, tokens=40)
+        tokens_of(page).nth(30).click()
+        page.locator(".attention svg").first.wait_for()
+        page.mouse.move(2, 2)
+        page.locator(".reading").first.screenshot(path=folder / "view-draft.png")
     stop(process)
