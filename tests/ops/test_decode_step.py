@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.nn.positions import Rotary
-from skipstone.ops import decode_step, reference
+from skipstone.ops import decode_stack, decode_step, reference
 
 pytest.importorskip("numba")
 
@@ -77,6 +77,7 @@ def test_steps_equal_the_pass_over_the_whole_row(family: dict[str, object], monk
     torch.manual_seed(0)
     sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, num_key_value_heads=2, **family)).eval()
+    monkeypatch.setattr(decode_stack, "MOST_TOKENS", 0)  # one call for all blocks would take its place
     calls, attend = [], decode_step.attend_newest
     monkeypatch.setattr(decode_step, "attend_newest", lambda *args: calls.append(0) or attend(*args))
     ids, cache = torch.randint(0, 31, (1, 70)), DynamicCache(config=model.config)
@@ -86,3 +87,13 @@ def test_steps_equal_the_pass_over_the_whole_row(family: dict[str, object], monk
         steps = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3, 70)], dim=1)
     torch.testing.assert_close(steps, whole[:, 1:], rtol=1e-4, atol=1e-5)
     assert len(calls) == 2 * 67
+
+
+@torch.no_grad()
+def test_a_part_of_each_head_is_rotated_in_steps_as_in_the_whole_row() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
+    model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, rope_parameters=rope)).eval()
+    ids, cache = torch.randint(0, 31, (1, 12)), DynamicCache(config=model.config)
+    steps = torch.cat([model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(12)], 1)
+    torch.testing.assert_close(steps, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -59,16 +59,16 @@ class RaggedStore:
             assert rows is None
             self._append_ragged(real_BT, entries)
 
-    def new_column(self) -> int:
-        """Extend every row by one entry that the caller fills, and return its column.
+    def new_columns(self, count: int = 1) -> int:
+        """Extend every row by entries that the caller fills, and return the column of the first.
 
         All rows must have the same length, at least 1.
         """
         assert self.lengths is None
-        if self.entries["slot"].shape[1] == self.width:
-            self._reserve(self.width + 1, self.entries, len(self.entries["slot"]))
-        self.width += 1
-        return self.width - 1
+        if self.entries["slot"].shape[1] < self.width + count:
+            self._reserve(self.width + count, self.entries, len(self.entries["slot"]))
+        self.width += count
+        return self.width - count
 
     def _append_ragged(self, real_BT: Tensor | None, entries: dict[str, Tensor]) -> None:
         """Append different numbers of tokens to the rows."""

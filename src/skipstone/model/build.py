@@ -37,6 +37,7 @@ from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
+from skipstone.nn.plain_blocks import run as run_plain_blocks  # noqa: F401
 from skipstone.nn.positions import Rotary as Rotary
 from skipstone.nn.windows import pairs as pairs
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from skipstone.core.records import Records, carried, decisions_only
 from skipstone.core.seam import wrap
 from skipstone.core.tokens import Tokens
-from skipstone.model.build import SEGMENT, Block
+from skipstone.model.build import SEGMENT, Block, run_plain_blocks
 from skipstone.ops.reference import added
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]  # cos and sin of each token's angles
@@ -46,6 +46,8 @@ class Stack:
 
     def run(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
         """Return the stream after the last block, [B, T, D], and the records of each block."""
+        if (after_BTD := self._compiled(x_BTD, tokens)) is not None:
+            return after_BTD, [{} for _ in self.blocks]
         records: list[Records] = []
         for part in self._parts():
             if self.blocks[part.start].sites[SEGMENT]:
@@ -56,6 +58,14 @@ class Stack:
                 tokens = tokens.replace(state={**tokens.state, **carry})
             records += decided
         return x_BTD, records
+
+    def _compiled(self, x_BTD: Tensor, tokens: Tokens) -> Tensor | None:
+        """Return the stream after all blocks, computed in one call; None where that is not possible."""
+        if self.cache is None or self.forced or not self.blocks:
+            return None
+        stores = [getattr(self.cache.layers[block.self_attn.layer_idx], "kv", None) for block in self.blocks]
+        angles = [self.turn(name, tokens) for name in self.turned_by[: len(self.blocks)]]
+        return run_plain_blocks(self.blocks, x_BTD, tokens, angles, stores)
 
     def _parts(self) -> Iterator[range]:
         """Yield ranges of blocks: those of a segment together, all others alone."""

@@ -125,6 +125,8 @@ class Attention(nn.Module):
             return False
         if self.training or self.config._attn_implementation != "sdpa" or "document" in kv.entries:
             return False
+        if tokens.rotary is not None and tokens.rotary[0].shape[-1] != self.head_dim:  # a part of each head is rotated
+            return False
         return decode_step.takes(x_BTD, kv.entries["key"]) and not kv.entries["key"].requires_grad
 
     def _newest(self, x_11D: Tensor, tokens: Tokens, kv: RaggedStore) -> Tensor:
@@ -132,7 +134,7 @@ class Attention(nn.Module):
         query, key, value = self.q_proj(x_11D), self.k_proj(x_11D), self.v_proj(x_11D)
         query = query if self.q_norm is None else self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(2)
         key = key if self.k_norm is None else self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(2)
-        column = kv.new_column()
+        column = kv.new_columns()
         return decode_step.attend_newest(
             query, key, value, tokens.rotary, kv.entries, tokens.slot_BT, column, self.scaling
         )

@@ -1,0 +1,208 @@
+"""The compiled call for all blocks equals the blocks one after the other, and is left where it would not."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.model.quantise import quantise
+from skipstone.nn import plain_blocks
+from skipstone.ops import decode_stack
+
+pytest.importorskip("numba")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "grouped heads": {"num_key_value_heads": 2},
+    "biases": {"attention_bias": True, "mlp_bias": True, "attention_output_bias": True},
+    "norms of queries and keys": {"qk_norm": True, "activation": "gelu_tanh"},
+    "norms around": {"norm": "rmsnorm_offset", "norm_placement": "around"},
+    "norms after": {"norm_placement": "after", "activation": "relu"},
+    "learned positions": {"positions": "learned"},
+    "a window that hides nothing": {"attention_window": 40},
+    "two kinds of angles": {
+        "attention_window": 40,
+        "window_layers": [0],
+        "window_rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+}
+CALLS = (9, 1, 1, 4, 2, 1, 8, 3)
+
+
+def model(**options: Any) -> SkipstoneForCausalLM:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 61}
+    return SkipstoneForCausalLM(SkipstoneConfig(**{"initializer_range": 0.1, **sizes, **options})).eval()
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, 61, (1, sum(CALLS)), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens of the compiled calls."""
+    found: list[int] = []
+    run = decode_stack.run
+
+    def counting(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found.append(x.shape[1])
+        return run(x, *rest)
+
+    monkeypatch.setattr(decode_stack, "run", counting)
+    return found
+
+
+@torch.no_grad()
+def logits(given: SkipstoneForCausalLM, change: Callable[[int], None] = lambda call: None) -> torch.Tensor:
+    cache, found, at = DynamicCache(config=given.config), [], 0
+    for i, count in enumerate(CALLS):
+        change(i)
+        found.append(given(ids()[:, at : at + count], past_key_values=cache, use_cache=True).logits)
+        at += count
+    return torch.cat(found, 1)
+
+
+def general(given: SkipstoneForCausalLM, monkeypatch: pytest.MonkeyPatch, **more: Any) -> torch.Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_stack, "MOST_TOKENS", 0)
+        return logits(given, **more)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_equals_the_blocks(name: str, rounded: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = quantise(model(**OPTIONS[name])) if rounded else model(**OPTIONS[name])
+    want = general(given, monkeypatch)
+    assert not counted
+    got = logits(given)
+    assert counted == list(CALLS[1:])
+    # int8: a sum that differs in its last bit may round a token to the next integer
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-3 if rounded else 1e-4)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_several_threads_share_it(
+    threads: int, rounded: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = pytest.importorskip("skipstone.ops.workers")
+    given = model(norm="rmsnorm_offset", norm_placement="around", num_key_value_heads=2)
+    given = quantise(given) if rounded else given
+    alone = logits(given)
+    native = decode_stack._native()
+    monkeypatch.setattr(native, "threads", lambda: threads)
+    torch.testing.assert_close(logits(given), alone, rtol=1e-4, atol=2e-3 if rounded else 1e-4)
+    assert workers._pools[threads]._threads
+
+
+def test_what_changes_between_steps_is_seen(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook, another weight, another module and another dtype, each in the middle of a text."""
+    given, other = model(), model()
+
+    def hook(call: int) -> None:
+        if call == 3:
+            handles.append(given.model.layers[1].mlp.register_forward_hook(lambda *a: (a[2][0] * 2, {})))
+
+    def weight(call: int) -> None:
+        if call == 3:
+            given.model.layers[1].mlp.up_proj.weight = other.model.layers[1].mlp.up_proj.weight
+
+    def module(call: int) -> None:
+        if call == 4:
+            given.model.layers[0].self_attn.o_proj = torch.nn.Identity()
+
+    for change in (hook, weight, module):
+        handles: list[Any] = []
+        before, kept = logits(given), copy.deepcopy(given)
+        got = logits(given, change=change)
+        for handle in handles:
+            handle.remove()
+        given = kept
+        handles = []
+        want = general(given, monkeypatch, change=change)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got, before, rtol=1e-3, atol=1e-3)
+    assert 1 in counted
+
+
+@torch.no_grad()
+def test_a_weight_with_another_memory_is_read_from_the_next_text_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = quantise(model())
+    before = logits(given)
+    weight = given.model.layers[1].mlp.down_proj.weight
+    weight.data = torch.zeros_like(weight.data)
+    got = logits(given)
+    assert not torch.allclose(got, before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, general(given, monkeypatch), rtol=1e-4, atol=2e-3)
+
+
+@torch.no_grad()
+def test_copies_and_files_do_not_carry_addresses(counted: list[int]) -> None:
+    given = quantise(model())
+    before = logits(given)
+    twin = copy.deepcopy(given)
+    for x in given.parameters():
+        x.zero_()
+    torch.testing.assert_close(logits(twin), before)
+    file = io.BytesIO()
+    torch.save(twin, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=False)
+    counted.clear()
+    torch.testing.assert_close(logits(read), before)
+    assert counted == [*CALLS[1:]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mechanisms": [{"name": "gate_skip", "layers": "1:"}]},
+        {"activation": {"name": "polyglu"}},
+        {"activation": "gelu"},
+        {"norm": "layernorm"},
+        {"mlp": "plain"},
+        {"attention_window": 4},
+        {"attention_soft_cap": 20.0},
+        {"parallel_residual": True},
+        {"residual_scale": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ],
+)
+def test_other_blocks_go_one_by_one(options: dict[str, Any], counted: list[int]) -> None:
+    logits(model(**options))
+    assert not counted
+
+
+def test_gradients_training_and_several_rows_go_one_by_one(counted: list[int]) -> None:
+    given = model()
+    cache = DynamicCache(config=given.config)
+    given(ids()[:, :4], past_key_values=cache, use_cache=True)
+    assert given(ids()[:, 4:5], past_key_values=cache, use_cache=True).logits.requires_grad
+    with torch.no_grad():
+        cache = DynamicCache(config=given.config)
+        for at in (0, 4):
+            given(ids()[:, at : at + 4].expand(2, -1), past_key_values=cache, use_cache=True)
+    assert not counted
+
+
+def test_int8_weights_lie_next_to_each_other_and_stay_parameters() -> None:
+    given = quantise(model())
+    names = list(dict(given.named_parameters()))
+    before = {name: x.detach().clone() for name, x in given.state_dict().items()}
+    logits(given)
+    assert list(dict(given.named_parameters())) == names
+    assert all(torch.equal(x, before[name]) for name, x in given.state_dict().items())
+    weights = [x for block in given.model.layers for x in block.parameters()]
+    places = [x.data_ptr() for x in weights]
+    assert places == sorted(places)
+    assert places[-1] - places[0] < sum(x.numel() * x.element_size() + 64 for x in weights)
+    found = [block for block in given.model.layers if plain_blocks.KNOWN in vars(block)]
+    assert found == [given.model.layers[0]]
