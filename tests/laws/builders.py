@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # oracle and causal pass differ, and the weight has a gradient: more can go wrong than with the defaults
     "mixture_of_depths": {"capacity": 0.5, "decision": "predictor", "weight": "raw"},
     "segment": {"capacity": 0.5, "decision": "predictor", "weight": "raw"},
+    "dynamic_chunking": {"share": 0.5, "ratio_weight": 1.0},
     "layer_dropout": {"rate": 0.6, "over_depth": "constant"},
 }
 ACTIVATIONS = ["silu", *ACTIVATION]
@@ -221,6 +222,7 @@ SEGMENTS = [  # of blocks inside one decision, with mechanisms inside, and block
         window_rope_parameters=Frozen(rope_theta=50.0),
         rope_layers=(1, 2),
     ),
+    case(entry("dynamic_chunking", layers=(0, 1, 2)), *map(entry, KINDS), activation="polyglu", positions="learned"),
     case(entry("segment", kv="full", decision="topk"), mlp="experts", experts=Frozen(count=3, no_op=2)),
 ]
 EVERY_DECISION = [  # with every weight

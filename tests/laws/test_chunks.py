@@ -93,7 +93,7 @@ def test_both_executors_share_the_cache(name: str, executor: str) -> None:
 def test_bfloat16_with_forced_decisions(chosen: Case) -> None:
     """In bf16 a score may fall on the other side of its threshold; with the decisions given, only rounding is left."""
     model = lively(chosen).bfloat16()
-    masks = {i: torch.rand(3, LENGTH) < 0.5 for i in (1, 2)} if chosen.mechanisms else {}
+    masks = {i: torch.rand(3, LENGTH) < 0.5 for i in (1, 2) if model.model.layers[i].mechanisms}
     whole = model(ids(), routing=masks or "causal", use_cache=False).logits
     cache, logits = DynamicCache(config=model.config), []
     for a, b in PREFILL:

@@ -48,6 +48,7 @@ def test_two_steps_and_a_few_tokens(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     RoutingTrainer(model=model, args=arguments, train_dataset=ROWS).train()
     assert token_loss(model) < loss
-    assert {name for name, value in model.state_dict().items() if torch.equal(value, before[name])} == set()
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert {name for name in same if not name.endswith("dynamic_chunking.threshold")} == set()  # only budgets move it
     tokens = model.eval().generate(ROWS[0]["input_ids"][None, :5], max_new_tokens=3, do_sample=False)
     assert tokens.shape == (1, 8)

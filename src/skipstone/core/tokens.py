@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.row_subset import RowSubset, rows_pay
 from skipstone.core.selection import EVERYONE, Gathered, InPlace, Padded, Selection, Unpadded, WholeRows
 from skipstone.core.unpad import Unpadding, unpadding_of
@@ -66,7 +67,8 @@ class Tokens:
     padding; projections and MLP then see [1, N, D]. state: named tensors [B, T] that are carried between blocks,
     created before block 0. forced_BT: bool, the decision that the caller imposes on this block, or None. noise_seed:
     int64 [], the seed of this pass's random numbers (`core/noise.py`); None: drawn when needed. first_row: int64 [],
-    the index of the first row for random numbers, where the rows are a part of a larger batch; None: 0. mode: how the
+    the index of the first row for random numbers, where the rows are a part of a larger batch; None: 0. memory: where a
+    segment's mechanism may keep state of earlier calls, or None. mode: how the
     pass decides and executes.
     """
 
@@ -85,6 +87,7 @@ class Tokens:
     forced_BT: Tensor | None = None
     noise_seed: Tensor | None = None
     first_row: Tensor | None = None
+    memory: SkipstoneCacheLayer | None = None
     mode: PassMode = PassMode()
 
     @property

@@ -21,8 +21,8 @@ from skipstone.measure.share import spent
 from skipstone.measure.summaries import ACTIVATION_NAMES
 from skipstone.measure.token_trace import CATEGORIES, ActivationSummary, Allocation, TokenTrace
 from skipstone.model.causal_lm import IGNORED, SkipstoneForCausalLM
-from skipstone.nn.block import SEGMENT
 from skipstone.model.wrapped import require_ours
+from skipstone.nn.block import SEGMENT
 
 SUBLAYERS = ("attention", "mlp")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from skipstone.core.routing_module import Placement, RoutingModule
 from skipstone.mechanisms.base import DepthMechanism
+from skipstone.mechanisms.dynamic_chunking import DynamicChunking
 from skipstone.mechanisms.early_exit import EarlyExit
 from skipstone.mechanisms.gate_skip import GateSkip
 from skipstone.mechanisms.layer_dropout import LayerDropout
@@ -25,6 +26,7 @@ DEPTH: dict[str, type[DepthMechanism]] = {
     "gate_skip": GateSkip,
     "segment": Segment,
     "layer_dropout": LayerDropout,
+    "dynamic_chunking": DynamicChunking,
 }
 
 ACTIVATION: dict[str, type[PolyGLU]] = {
@@ -58,6 +60,7 @@ __all__ = [
     "DEPTH",
     "GROUPS",
     "DepthMechanism",
+    "DynamicChunking",
     "EarlyExit",
     "GateSkip",
     "LayerDropout",

@@ -94,10 +94,11 @@ class Stack:
             rotary=self.turn(turned_by, tokens),
             forced_BT=self.forced.get(part.start),
             state={**tokens.state, **inner},
+            memory=None if self.cache is None else self.cache.layers[first.self_attn.layer_idx],
         )
 
         def update(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-            start, found = x, Records()
+            start, found, tokens = x, Records(), tokens.replace(memory=None)
             for i in part:
                 x, (decided,) = self._one(i, x, tokens, tokens.state.get(f"{FORCED}{i}"), turned_by)
                 if carry := carried(decided.values()):
