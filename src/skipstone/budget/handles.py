@@ -107,8 +107,9 @@ def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     handles = find_handles(model)
     if not handles:
         raise ValueError(
-            "a budget sets thresholds on scores: those of mixture_of_depths, segment, token_selective and gate_skip with "
-            "decision ema_threshold, threshold or threshold_p, and of token_selective and early_exit executed hard; "
+            "a budget sets thresholds on scores: those of mixture_of_depths, segment, token_selective and gate_skip "
+            "with decision ema_threshold, threshold or threshold_p, of token_selective and early_exit executed hard, "
+            "and of dynamic_chunking; "
             f"this model has {_described(model)}"
         )
     return handles
