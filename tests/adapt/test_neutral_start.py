@@ -32,7 +32,7 @@ COMBINATIONS = [
     *PAIRS,
     *(names for count in range(3, len(DEPTH) + 1) for names in itertools.combinations(DEPTH, count)),
 ]
-SITES = [(name, site) for name in DEPTH for site in ("attention", "mlp")]
+SITES = [(name, site) for name in DEPTH for site in DEPTH[name].sites if site in ("attention", "mlp")]
 RICH = [{"skip": "low_rank"}, {"kv": "full"}, {"router": "mlp"}, {"z_loss": 0.01}, {"router_norm": False}]
 
 

@@ -17,6 +17,7 @@ SHAPE = {**TINY_MODEL, "intermediate_size": 96, "num_key_value_heads": 1, "vocab
 DECODING = {"width": 64, "blocks": 2, "vocabulary": 64, "prompt": 4, "steps": 2, "turns": 1}
 SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what is smaller
     "parity": (("Llama, tied",), {}),
+    "throughput": (("width 32, fp32",), {"rows": 1, "rounds": 1}),
     "decoder": (("training step", "decoding one row", "skipstone --help"), {"width": 64, "layers": 1, "rounds": 1}),
     "mod_training": (
         ("d 128, 8 rows of 256, topk, fp32", "d 128, 8 rows of 256, ema_threshold, RoutingTrainer, fp32"),
