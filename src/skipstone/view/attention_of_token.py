@@ -42,7 +42,7 @@ def attention_of_last(model: SkipstoneForCausalLM, ids: Sequence[int]) -> list[l
     ) -> tuple[Tensor, Tensor]:
         y_BKHE, weight_BHKC = eager_attention(module, query, key, value, mask, scaling, **given)
         if weight_BHKC.shape[2:] == (len(ids), len(ids)):
-            rows[int(module.layer_idx)] = weight_BHKC[0, :, -1].float().mean(0).tolist()  # type: ignore[call-overload]
+            rows[int(module.layer_idx)] = weight_BHKC[0, :, -1].float().mean(0).tolist()  # type: ignore[call-overload, arg-type]
         return y_BKHE, weight_BHKC
 
     config, usual = model.config, model.config._attn_implementation
