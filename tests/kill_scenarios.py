@@ -14,12 +14,15 @@ import torch
 from adapt import sources
 from kills import NAMES, Scenario
 from skipstone.adapt.adaptation import adapt
+from skipstone.adapt.export_int8 import export_int8
 from skipstone.adapt.self_generated import write
 from skipstone.data.sharding import write_shards
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.model.pretrained import convert
 from skipstone.train.training import train
 from skipstone_studies.catalogue import STUDIES
+from skipstone_studies.isoflop.run import isoflop
+from skipstone_studies.isoflop.spec import make_spec
 from skipstone_studies.run import reproduce
 from skipstone_studies.study import Column, Study
 from train.tool import DENSE, POLYGLU, mod, text_file
@@ -117,7 +120,23 @@ def reproduces(out: Path) -> None:
         reproduce("kills", runs=out)
 
 
+def quantises(out: Path) -> None:
+    if not out.is_dir():
+        export_int8(str(given_of(out).resolve() / "source"), out)
+
+
+def sweeps(out: Path) -> None:
+    """A grid of one budget, two sizes and two arms."""
+    given = recipe(given_of(out).resolve())
+    model = {**DENSE, "hidden_size": 16, "mechanisms": [mod("ema_threshold", layers=[1])]}
+    data = {**given["data"], "tokenizer": "byte"}
+    train_ = {"steps": 4, "batch_size": 2, "warmup_steps": 1, "save_every": 2}
+    grid = {"budgets": [1.7e7], "sizes": ["16", "24"], "rates": [1e-3], "arms": ["dense", "mod"], "optimum_seeds": 1}
+    spec = make_spec({"name": "tiny", "model": model, "data": data, "train": train_}, **grid)
+    isoflop(spec, out=out / "out", runs=out / "runs", command="skipstone isoflop tiny.yaml")
+
+
 def scenarios() -> list[Scenario]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    acts = (trains, adapts, reproduces, prepares, converts, writes, calibrates)
+    acts = (trains, adapts, reproduces, prepares, converts, writes, calibrates, quantises, sweeps)
     return [Scenario(name=name, act=act) for name, act in zip(NAMES, acts, strict=True)]

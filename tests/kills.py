@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PATHS = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
-NAMES = ("train", "adapt", "reproduce", "prepare", "convert", "write", "calibrate")
-TIMES = ("tokens_per_second", "seconds", "started", "finished")
+WITH_TIMES = ("environment.json", "README.md", "report.html", "files.json", "modeling.py", "tiny.md", "tiny.html")
+NAMES = ("train", "adapt", "reproduce", "prepare", "convert", "write", "calibrate", "quantise", "isoflop")
+TIMES = ("tokens_per_second", "seconds", "started", "finished", "core_share", "made_by", "training_speed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def contents(folder: Path) -> dict[str, str]:
         path for path in folder.rglob("*") if path.suffix != ".lock"
     ):  # without its owner it locks nothing
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or path.name in ("environment.json", "README.md", "report.html", "files.json", "modeling.py"):
+        if path.is_dir() or path.name in WITH_TIMES:
             found[name] = "there"
         elif path.suffix in (".json", ".jsonl") and "tokenizer" not in name:
             lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]
@@ -127,7 +128,7 @@ def contents(folder: Path) -> dict[str, str]:
 def untimed(value: Any) -> Any:
     """JSON without times, environments and hashes of files that hold them."""
     if isinstance(value, dict):
-        drop = (*TIMES, "environment", "sitting", "session", "timed")
+        drop = (*TIMES, "environment", "sitting", "session", "timed", "sharing", "sha256", "crc32")
         return {key: untimed(inner) for key, inner in value.items() if key not in drop and "second" not in key}
     return [untimed(inner) for inner in value] if isinstance(value, list) else value
 

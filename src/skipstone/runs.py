@@ -23,6 +23,8 @@ import yaml
 
 from skipstone.core import checksums
 from skipstone.core.atomic_write import WriteError, write_whole
+from skipstone.core.plain_text import check_yaml, parse_json
+from skipstone.core.sealed import check_text, sealed, unsealed, unsealed_line
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.data.config import DataConfig
 
@@ -37,6 +39,7 @@ TOKENIZER, CHECKPOINTS, MODEL, VIEW = "tokenizer", "checkpoints", "model", "view
 BEST, BEST_STEP = "best", "best.json"  # the folder, and in it the step and its validation loss
 ADAPTER = "adapter_config.json"  # of PEFT; its presence without config.json makes a folder a saved adapter
 MODEL_CONFIG = "config.json"  # its presence makes a folder a saved model
+METRICS_LINES = "metrics_lines"  # in result.json: how many lines metrics.jsonl had at the end
 HASHED = 256 * 2**20  # bytes of weights up to which hashes are compared at every load, which takes a moment
 
 
@@ -84,9 +87,11 @@ class Run:
         Raises ValueError for a saved model.
         """
         text = self._read(CONFIG)
+        check_text(text, self.folder / CONFIG)
         try:
+            check_yaml(text)
             values = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{str(self.folder / CONFIG)!r} cannot be read: {reason}") from None
         if not isinstance(values, dict) or not {"model", "data", "train"} <= set(values):
@@ -108,11 +113,19 @@ class Run:
 
     def metrics(self) -> list[PlainDict]:
         """Return all logged lines of metrics.jsonl in order of steps."""
-        return read_metrics(self._file(METRICS))
+        found = read_metrics(self._file(METRICS))
+        try:
+            known = self._json(RESULT).get(METRICS_LINES, 0) if self.finished else 0
+        except ValueError:  # `result` will say so
+            known = 0
+        if isinstance(known, int) and len(found) < known:
+            path = str(self.folder / METRICS)
+            raise ValueError(f"{path!r} has lost lines: {len(found)} are left of {known} that {RESULT} knows of")
+        return found
 
     def best(self) -> PlainDict | None:
         """Return the step of the lowest validation loss and that loss in nats; None if no such model was kept."""
-        return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST / BEST_STEP).is_file() else None
+        return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST).is_dir() else None
 
     def model_folder(self) -> Path:
         """Return the folder of the weights: the final model or, with a warning, the last checkpoint.
@@ -121,7 +134,7 @@ class Run:
         """
         if self.is_saved_model:
             return self.folder
-        if (self.folder / MODEL / MODEL_CONFIG).is_file():
+        if (self.folder / MODEL).is_dir():  # complete since it has its name
             return self.folder / MODEL
         last = last_checkpoint(self.folder)
         if last is None:
@@ -172,15 +185,17 @@ class Run:
         None without one, and for other weights or another recipe.
         """
         try:
-            values = json.loads((self.folder / VIEW).read_text(encoding="utf-8"))
-            return dict(values["view"]) if values["sha256"] == self._digest() else None
+            values = parse_json((self.folder / VIEW).read_text(encoding="utf-8"))
+            same = values["sha256"] == self._digest() and sealed(values["view"])["sha256"] == values["of_view"]
+            return dict(values["view"]) if same else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def keep_view(self, view: PlainMapping) -> None:
         """Save the figures that a report shows of the model with the run, unless the folder cannot be written."""
         try:
-            write_whole(self.folder / VIEW, json.dumps({"sha256": self._digest(), "view": view}) + "\n")
+            values = {"sha256": self._digest(), "of_view": sealed(view)["sha256"], "view": view}
+            write_whole(self.folder / VIEW, json.dumps(values) + "\n")
         except (OSError, WriteError):
             return
 
@@ -206,12 +221,12 @@ class Run:
     def _json(self, name: str) -> PlainDict:
         text = self._read(name)
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(self.folder / name)!r} cannot be read: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{str(self.folder / name)!r} cannot be read: it does not contain a JSON object")
-        return values
+        return unsealed(values, self.folder / name)
 
 
 def read_metrics(path: Path) -> list[PlainDict]:
@@ -222,12 +237,13 @@ def read_metrics(path: Path) -> list[PlainDict]:
     found = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             if not isinstance(values["step"], int) or not isinstance(values["split"], str):
                 raise ValueError("step and split are not a number and a name")
+            content = unsealed_line(values)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{str(path)!r}, line {number}, is not a line of metrics: {error!r}") from None
-        found.append(values)
+        found.append(content)
     return found
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-# The library raises ValueError (or a subclass) for mistakes of users and asserts invariants, so only these are caught.
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+# The library raises ValueError (or a subclass) for mistakes of users and asserts invariants; what the system refuses
+# (absent files, rights, a full or read-only disk, too many open files) is no fault of the program either.
+USER_ERRORS = (ValueError, OSError)
 
 
 _SHOWN_BY_PYTHON = warnings.showwarning

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipstone.core.plain_text import check_yaml
 from skipstone_cli.errors import UserError
 from skipstone_cli.paths import existing_file
 
@@ -61,6 +62,7 @@ def _read(path: Path) -> DictConfig:
     from yaml import YAMLError
 
     try:
+        check_yaml(path.read_text(encoding="utf-8"))
         config = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, AssertionError, RecursionError) as error:
         raise UserError(f"recipe {str(path)!r} is not readable YAML: {_said(error)}") from None

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from skipstone.core.atomic_write import write_whole
+from skipstone.core.plain_text import parse_json
+from skipstone.core.sealed import sealed, unsealed
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.evaluate.tables import plain
 
@@ -70,17 +72,19 @@ def write(record: Record, out: Path) -> Path:
     values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
     if record.converted is None:
         del values["converted"]
-    write_whole(path, json.dumps(plain(values), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(
+        path, json.dumps(sealed(plain(values)), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     return path
 
 
 def read(path: Path) -> Record:
     """Read a record. Raises ValueError naming the file if it is not one."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         names = {there: here for here, there in ON_DISK.items()}
         if isinstance(values, dict):
-            values = {names.get(name, name): value for name, value in values.items()}
+            values = {names.get(name, name): value for name, value in unsealed(values, path).items()}
         return from_dict(Record, values)
     except ValueError as error:
         raise ValueError(f"{path} is no record that can be read: {error}") from None

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from skipstone.core.atomic_write import write_whole
 from skipstone.core.lock import Busy, locked
+from skipstone.core.plain_text import parse_json
 from skipstone.core.strict import PlainDict
 from skipstone.runs import CONFIG, MODEL_CONFIG, Run, last_checkpoint
 from skipstone.train.environment import describe
@@ -126,7 +127,7 @@ class Session:
         note = folder.with_name(f"{folder.name}.recipe.json")
         if folder.exists() and not note.is_file():
             raise ValueError(f"{str(folder)!r} exists but was not made by this command; remove it or use --runs")
-        if folder.exists() and (before := json.loads(note.read_text(encoding="utf-8"))) != recipe:
+        if folder.exists() and (before := parse_json(note.read_text(encoding="utf-8"))) != recipe:
             aside = folder.with_name(f"{folder.name}.{digest(before)}")
             if aside.exists():
                 raise ValueError(f"{str(aside)!r} is in the way of moving {str(folder)!r} aside; remove one of them")
@@ -179,7 +180,7 @@ class Session:
         note = folder.with_name(f"{folder.name}.recipe.json")
         if not (note.is_file() and is_made(folder)):
             return False
-        return bool(json.loads(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
+        return bool(parse_json(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
         """Print a message."""

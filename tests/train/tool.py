@@ -98,10 +98,12 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def lines(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
-    """metrics.jsonl without times, which differ from run to run."""
+    """metrics.jsonl without times and checksums, which differ from run to run."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in found if split in (None, line["split"])
+        {k: v for k, v in line.items() if k not in ("tokens_per_second", "crc32")}
+        for line in found
+        if split in (None, line["split"])
     ]
 
 

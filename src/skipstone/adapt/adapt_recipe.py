@@ -153,9 +153,12 @@ def read_recipe(values: PlainMapping) -> AdaptRecipe:
 
     Raises ValueError, one line, naming the field and the allowed values.
     """
-    values = dict(values)
-    train, stages = dict(values.get("train") or {}), (values.get("adapt") or {}).get("stages")
-    total = sum(s.get("steps") or 0 for s in stages if isinstance(s, Mapping)) if isinstance(stages, list) else 0
+    parts = [values.get(name) or {} for name in ("train", "adapt")] if isinstance(values, Mapping) else []
+    if not parts or not all(isinstance(part, Mapping) for part in parts):
+        from_dict(AdaptRecipe, values)  # which says what is wrong
+    values, train, stages = dict(values), dict(parts[0]), parts[1].get("stages")
+    counts = [s.get("steps") for s in stages if isinstance(s, Mapping)] if isinstance(stages, list) else []
+    total = sum(count for count in counts if type(count) is int)
     if stages and total:
         if train.get("steps", total) != total:
             raise ValueError(

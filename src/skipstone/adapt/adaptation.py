@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from skipstone.adapt import stages
 from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
 from skipstone.adapt.adapt_trainer import AdaptTrainer, on_device
 from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
+from skipstone.core import checksums
 from skipstone.core.atomic_write import write_json
+from skipstone.core.sealed import sealed
 from skipstone.core.strict import PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import TOKENIZER, Run
@@ -65,18 +68,27 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> P
     stages.check(plan.model, recipe.adapt.stages, together)
     if recipe.train.parallel == "fsdp2" and stages.needs_adapters(recipe.adapt.stages):
         raise ValueError("stages with LoRA adapters need train.parallel=ddp: a sharded model cannot merge them")
+    fingerprint = _fingerprint(source, plan)
     if run is not None:
         folders.check_same(run.config(), resolved)
+        folders.check_data(folder, fingerprint)
     if arguments.process_index == 0:
         parts: dict[str, folders.Write] = {
-            RECORD: lambda path: write_json(path, plan.record),
+            RECORD: lambda path: write_json(path, sealed(plan.record)),
             TOKENIZER: partial(folders.save_tokenizer, plan.data.tokenizer),
         }
         if run is None:
-            folders.create(folder, resolved, recipe.train.seed, parts)
+            folders.create(folder, resolved, recipe.train.seed, parts, fingerprint)
         else:
             folders.add_absent(folder, parts)
     return plan
+
+
+def _fingerprint(source: str, plan: Plan) -> str:
+    """Return a hash of the data and, if the source is a folder, of its weights: a resumed run needs the same."""
+    files = sorted(Path(source).glob("*.safetensors"))
+    parts = [str(plan.data.fingerprint), *(f"{path.name} {checksums.file_sha256(path)}" for path in files)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _train(

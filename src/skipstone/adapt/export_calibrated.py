@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.passes import Pass
@@ -47,4 +48,5 @@ def export(
         tokenizer = loaded.run.load_tokenizer()
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        checksums.record(partial, checksums.but_cards(partial))
     return changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from skipstone.core.atomic_write import complete
-from skipstone.core.checksums import record
+from skipstone.core.checksums import but_cards, record
 from skipstone.model.card import write_card
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import load_pretrained, load_tokenizer
@@ -33,4 +33,4 @@ def export_int8(source: str | Path, out: Path) -> None:
         write_card(
             small, partial, title=Path(out).name, source=folder.resolve().name if folder.exists() else str(source)
         )
-        record(partial, partial.glob("*.safetensors"))
+        record(partial, but_cards(partial))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from skipstone.adapt.source import load_dense, tokenizer_of
+from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
 from skipstone.generate import ends_of, generate
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -64,6 +65,7 @@ def write(
         partial.mkdir(parents=True)
         texts = _batches(model, tokenizer, torch.tensor([begun] * batch, device=model.device), length, seed)
         _fill(partial, texts, tokens, report, f"{source}: it writes nothing after {tokenizer.decode(begun)!r}")
+        checksums.record(partial)
 
 
 def _fill(

@@ -14,6 +14,8 @@ from typing import Any
 
 from skipstone.budget.handles import ThresholdHandle, find_handles
 from skipstone.core.atomic_write import check_writable, write_whole
+from skipstone.core.plain_text import parse_json
+from skipstone.core.sealed import sealed, unsealed
 from skipstone.core.strict import from_dict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -21,6 +23,8 @@ FILE = "budget.json"
 LEGACY = "dial.json"  # what versions before 0.2 wrote, read where there is no FILE
 LEGACY_KEYS = {"knobs": "handles", "stops": "points", "lines": "thresholds"}
 GAP = 1.1  # between points further apart than this no budget is promised
+
+LARGEST_SHARE = 100  # of the dense FLOPs: no mechanism costs so much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,17 @@ class BudgetTable:
     tokens: int
     rows: int
     text: str = ""
+
+    def __post_init__(self) -> None:
+        for point in self.points:
+            if not all(map(math.isfinite, (point.share, *point.thresholds))) or not 0 <= point.share <= LARGEST_SHARE:
+                raise ValueError(
+                    f"points must have finite thresholds and shares from 0 to {LARGEST_SHARE}, got {point}"
+                )
+            if len(point.thresholds) != len(self.handles):
+                raise ValueError(f"points must have a threshold for each of {len(self.handles)} handles, got {point}")
+        if not self.points:
+            raise ValueError("points must be at least one")
 
     def __str__(self) -> str:
         low, high = self.range
@@ -116,7 +131,7 @@ class BudgetTable:
     def save(self, folder: str | Path) -> Path:
         """Write budget.json beside the weights. Raises FileExistsError where there is a table already."""
         path = self.refuse(folder)
-        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(path, json.dumps(sealed(asdict(self)), indent=1) + "\n")
         return path
 
     @staticmethod
@@ -159,9 +174,11 @@ class BudgetTable:
                 f"{str(folder)!r} has no {FILE}, which a budget needs: `skipstone calibrate` writes it"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+        if isinstance(values, dict):
+            values = unsealed(values, path)
         return from_dict(cls, _of_today(values) if path.name == LEGACY else values, path.name)
 
 

@@ -16,7 +16,13 @@ from pathlib import Path
 from skipstone.core.lock import locked
 from skipstone.core.strict import PlainMapping
 
-TEXT_OF = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left (quota)", errno.EIO: "the disk fails"}
+TEXT_OF = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "no space left (quota)",
+    errno.EIO: "the disk fails",
+    errno.EROFS: "the file system is read-only",
+    errno.ESTALE: "the file system is gone",
+}
 FOREIGN = (
     "PytorchStreamWriter",
     "iostream error",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.core.atomic_write import naming
+from skipstone.core.plain_text import parse_json
 
 FILES = "files.json"
 
@@ -35,24 +36,32 @@ def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
         (folder / FILES).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
 
 
-def check(folder: Path, hash_up_to: float = float("inf")) -> bool:
+def but_cards(folder: Path) -> list[Path]:
+    """Return the files of a saved model that are read again: all but its card, which people edit."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
+
+
+def check(folder: Path, hash_up_to: float = float("inf"), leave_out: str | None = None) -> bool:
     """Compare a folder with its `files.json`; return False if it has none, as folders of earlier releases.
 
-    hash_up_to: total size in bytes up to which hashes are compared; above it, only sizes are. Raises `Damaged` for the
+    hash_up_to: size in bytes of a file up to which its hash is compared; above it, only sizes are. leave_out: suffix of
+    files whose hashes are not compared. Raises `Damaged` for the
     first file that differs, and for a `files.json` that cannot be read.
     """
     known = _read(folder / FILES)
     if known is None:
         return False
-    hashes = sum(size for size, _ in known.values()) <= hash_up_to
     for name, (size, sha256) in known.items():
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{str(path)!r} is missing, but {FILES} lists it")
         if (actual := path.stat().st_size) != size:
             raise Damaged(f"{str(path)!r} is damaged: it has {actual} bytes, {FILES} says {size}")
-        if hashes and file_sha256(path) != sha256:
-            raise Damaged(f"{str(path)!r} is damaged: its SHA-256 differs from {FILES}")
+        if size <= hash_up_to and path.suffix != leave_out and file_sha256(path) != sha256:
+            raise Damaged(
+                f"{str(path)!r} is damaged or was edited: its SHA-256 differs from {FILES}; if the change is yours, "
+                f"remove {FILES}"
+            )
     return True
 
 
@@ -60,7 +69,7 @@ def _read(path: Path) -> dict[str, tuple[int, str]] | None:
     if not path.is_file():
         return None
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = parse_json(path.read_text(encoding="utf-8"))
         known = {name: (entry["bytes"], entry["sha256"]) for name, entry in values.items()}
         inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in known)
         if not inside or not all(isinstance(size, int) and isinstance(text, str) for size, text in known.values()):

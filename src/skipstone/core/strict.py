@@ -199,3 +199,8 @@ def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
     words: dict[object, str] = {Sequence: "list", Mapping: "dict"}
     name = words.get(kind, getattr(kind, "__name__", str(kind)))
     raise ValueError(f"{where} must be {name}, got {value!r}")
+
+
+def is_folder_name(name: object) -> bool:
+    """Return whether a name is that of a folder or file within another one: no path, and no way out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0\n") and len(name) <= 200

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from skipstone.core.strict import PlainDict, unknown
 from skipstone.data import rows, sequences, switched, synthetic
@@ -44,7 +47,8 @@ class PreparedData:
     `collate` fills with. validation_labels: number of predictions in all rows of `validation`. validation_bytes: UTF-8
     bytes of the text that these rows cover, so that bits per byte = summed loss in nats / ln 2 / validation_bytes
     (losses on eos count, eos has no bytes; bytes of the few tokens without a prediction count too). None for a
-    synthetic task or a mixed corpus. fingerprint: a hash of all shards; None for other corpora.
+    synthetic task or a mixed corpus. fingerprint: a hash of all shards, or of the
+    ids of a text corpus in both splits; None for a synthetic task, and without training rows.
     """
 
     config: DataConfig
@@ -86,7 +90,8 @@ def prepare(
         tokenizer = build_tokenizer(config.tokenizer or entry.tokenizer or "byte", corpus)
     first_id = with_spans(tokenizer) if entry.kind == "mixed" else None
     try:
-        training = _train(config, encode_documents(tokenizer, corpus.documents("train"))) if train else None
+        known = encode_documents(tokenizer, corpus.documents("train")) if train else None
+        training = None if known is None else _train(config, known)
         encoded = encode_documents(tokenizer, corpus.documents(split))
         validation = _validation(config, encoded)
     except ValueError as error:
@@ -101,6 +106,7 @@ def prepare(
         pad_id=_pad_id(tokenizer),
         validation_labels=validation.num_labels,
         validation_bytes=text_bytes(tokenizer, encoded, validation.tokens),
+        fingerprint=None if known is None else _hash(known, encoded),
     )
     return data if first_id is None else _mixed(data, first_id, split)
 
@@ -119,6 +125,14 @@ def _mixed(data: PreparedData, first_id: int, split: str) -> PreparedData:
         validation_labels=validation.num_labels,
         validation_bytes=None,
     )
+
+
+def _hash(*splits: Encoded) -> str:
+    """Return one SHA-256 over the ids of several splits."""
+    digest = hashlib.sha256()
+    for encoded in splits:
+        digest.update(np.ascontiguousarray(encoded.ids[:]).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _windows(config: DataConfig, encoded: Encoded) -> PlainDict:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,8 @@ import numpy as np
 from skipstone.core import atomic_write
 from skipstone.core.checksums import file_sha256
 from skipstone.core.lock import locked
+from skipstone.core.plain_text import parse_json
+from skipstone.core.sealed import sealed, unsealed
 from skipstone.core.strict import PlainDict, from_dict
 from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.data.corpus import parse_percent, split_by_hash
@@ -133,7 +134,7 @@ class _Work:
                 )
             return None
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = unsealed(parse_json(path.read_text(encoding="utf-8")), path)
             self.shards = {
                 split: [from_dict(Shard, shard, split) for shard in shards] for split, shards in state["shards"].items()
             }
@@ -146,7 +147,8 @@ class _Work:
 
     def _save(self) -> None:
         shards = {split: [dataclasses.asdict(shard) for shard in shards] for split, shards in self.shards.items()}
-        atomic_write.write_json(self.out / PROGRESS, {"settings": self.settings, "place": self.place, "shards": shards})
+        state = {"settings": self.settings, "place": self.place, "shards": shards}
+        atomic_write.write_json(self.out / PROGRESS, sealed(state))
 
     def write(self, documents: Iterable[str], split_of: Callable[[str], str]) -> None:
         """Write one stream to its end."""

@@ -13,7 +13,6 @@ Ids are memory-mapped: rows are read when they are needed, and the operating sys
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skipstone.core.checksums import file_sha256
-from skipstone.core.strict import PlainDict, from_dict, unknown
+from skipstone.core.plain_text import parse_json
+from skipstone.core.strict import PlainDict, from_dict, is_folder_name, unknown
 from skipstone.data.encode import Encoded
 from skipstone.data.ids import Stitched
 from skipstone.data.tokenizers import load_saved
@@ -51,6 +51,13 @@ class Shard:
     bytes: int
     sha256: str
     documents_sha256: str
+
+    def __post_init__(self) -> None:
+        if not is_folder_name(self.name):
+            raise ValueError(f"{self.name!r} is no name of a file within the folder")
+        for name in ("tokens", "documents", "bytes"):
+            if not 0 <= getattr(self, name) < 1 << 60:
+                raise ValueError(f"{name} of {self.name!r} must lie in 0 to 2^60, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,9 @@ class ShardSet:
         dtype = DTYPES[self.manifest.dtype]
         ids = Stitched([np.memmap(self.folder / f"{shard.name}{TOKENS}", dtype, "r") for shard in shards])
         index = [np.fromfile(self.folder / f"{shard.name}{DOCUMENTS}", INDEX).reshape(-1, 2) for shard in shards]
+        for shard, part in zip(shards, index, strict=True):
+            if len(part) and (part[0, 0] != 0 or (np.diff(part[:, 0]) <= 0).any() or part[-1, 0] >= shard.tokens):
+                raise ValueError(f"{self.folder / shard.name}{DOCUMENTS} names documents that are not there; {AGAIN}")
         starts = [part[:, 0] + start for part, start in zip(index, ids.starts, strict=True)]
         return Encoded(
             ids=ids,
@@ -120,7 +130,7 @@ def open_shards(folder: Path) -> ShardSet:
         raise FileNotFoundError(f"{str(folder)!r} holds no finished shards ({MANIFEST} is absent); {AGAIN}")
     text = path.read_bytes()
     try:
-        manifest = _manifest(json.loads(text))
+        manifest = _manifest(parse_json(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a manifest of shards ({error}); {AGAIN}") from None
     if manifest.format_version != FORMAT_VERSION or manifest.dtype not in DTYPES:

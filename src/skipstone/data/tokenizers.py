@@ -6,10 +6,11 @@ loads them without this package.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipstone.core import checksums
+from skipstone.core.plain_text import parse_json
 from skipstone.core.strict import unknown
 from skipstone.data.corpus import Corpus
 from skipstone.data.fetch import offline
@@ -93,11 +94,12 @@ def load_saved(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    checksums.check(folder, leave_out=".safetensors")
     for name in ("tokenizer_config.json", "tokenizer.json"):
         path = folder / name
         try:
             if path.is_file():
-                json.loads(path.read_text(encoding="utf-8"))
+                parse_json(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
     try:

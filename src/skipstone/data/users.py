@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from skipstone.core import checksums
+from skipstone.core.plain_text import parse_json
 from skipstone.core.strict import PlainDict
 from skipstone.data.corpus import Corpus, Documents, Reader, by_hash, contiguous
 from skipstone.data.fetch import offline
@@ -28,6 +29,8 @@ def text(argument: str) -> Corpus:
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"corpus text:{argument}: no .txt file below that folder")
+    if path.is_dir():
+        checksums.check(path)  # of `skipstone write`
     own = _own_files(path)
     readers = {split: partial(_read, [file]) for split, file in own.items()}
     return Corpus(
@@ -91,7 +94,7 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
             if not isinstance(entry, dict) or not isinstance(entry.get(field), str):

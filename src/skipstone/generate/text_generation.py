@@ -92,6 +92,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the ids of a prompt. Raises ValueError for an empty one, warns of characters without an id."""
     if not prompt:
         raise ValueError("the prompt is empty: generation needs at least one character")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, or a byte of the command line that is no UTF-8
+        raise ValueError(f"the prompt is no Unicode text: {error.reason} at character {error.start}") from None
     ids: list[int] = tokenizer(prompt)["input_ids"]
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids:

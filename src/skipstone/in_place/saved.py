@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from skipstone.core import atomic_write
+from skipstone.core.plain_text import parse_json
 from skipstone.core.strict import PlainDict
 
 ENTRIES, WEIGHTS = "skipstone_routing.json", "skipstone_routing.safetensors"
@@ -35,7 +35,7 @@ def read_mechanisms(folder: Path) -> list[PlainDict]:
     """
     path = folder / ENTRIES
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         version, entries = found["version"], found["mechanisms"]
         if version != VERSION or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"version {version!r}, expected {VERSION}")

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
 from skipstone.core.strict import PlainDict
 from skipstone.model.adapters import base_of, merged
@@ -122,6 +123,7 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             write_card(model, partial, title=Path(out).name, source=_public(name, gguf_file))
+            checksums.record(partial, checksums.but_cards(partial))
 
 
 def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:

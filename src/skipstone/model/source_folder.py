@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from skipstone.core import checksums
+from skipstone.core.plain_text import parse_json
+from skipstone.core.strict import is_folder_name
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of the text that git-lfs leaves in place of a file
 READ = {".safetensors", ".bin", ".json", ".model", ".gguf", ".txt"}
 ADAPTER = "adapter_config.json"
+HASHED = 256 * 2**20  # bytes of a file up to which its hash is compared at every load, which takes a moment
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if a folder holds git-lfs pointers instead of files, or an adapter beside a model.
+    """Raise ValueError if a folder holds git-lfs pointers instead of files, damaged files, or an adapter beside a model.
 
-    A hub name that is not a folder passes.
+    Files are compared with the folder's `files.json`, if it has one, and those of the hub's cache with their names. A
+    hub name that is not a folder passes.
     """
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
         if path.suffix in READ and path.is_file() and _is_pointer(path):
             raise ValueError(f"{str(path)!r} is a pointer of git-lfs, not the file itself; run `git lfs pull` there")
+    checksums.check(folder, hash_up_to=HASHED)
+    for path in folder.glob("*.safetensors"):
+        _check_blob(path)
+    for path in folder.glob("*.index.json"):
+        _check_index(path)
     if (folder / ADAPTER).is_file() and (folder / "config.json").is_file():
         # transformers would silently apply it if PEFT is installed, and silently ignore it otherwise
         raise ValueError(
             f"{str(folder)!r} holds a model and an adapter ({ADAPTER}); move the adapter to a folder of its own and "
             "name that (`skipstone convert ADAPTER OUT` merges it into its base), or the folder of the model alone"
+        )
+
+
+def _check_blob(path: Path) -> None:
+    """Raise `Damaged` for a file of the hub's cache, which is named by its SHA-256 there, that has another one."""
+    blob = path.resolve()
+    named = path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob.name) is not None
+    if named and blob.stat().st_size <= HASHED and checksums.file_sha256(blob) != blob.name:
+        raise checksums.Damaged(f"{str(path)!r} is damaged: its SHA-256 is not the one that names {str(blob)!r}")
+
+
+def _check_index(path: Path) -> None:
+    """Raise ValueError for an index of weights that cannot be read or that names files outside of its folder."""
+    try:
+        names = {*parse_json(path.read_text(encoding="utf-8"))["weight_map"].values()}
+        outside = [name for name in names if not is_folder_name(name)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is no index of weights: {error!r}") from None
+    if outside:
+        raise ValueError(f"{str(path)!r} names {outside[0]!r}, which is no file of its folder")
+
+
+def check_room(folder: Path, weights: int, room: int = 4) -> None:
+    """Raise ValueError if a configuration describes more weights than its files can hold, before they are allocated.
+
+    weights: number of the model's parameters. room: weights per byte, at most; packed formats hold several.
+    """
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    held = sum(path.stat().st_size for path in files)
+    if files and weights > room * held:
+        raise ValueError(
+            f"{str(folder / 'config.json')!r} describes {weights:,} weights, but the files beside it have {held:,} bytes"
         )
 
 

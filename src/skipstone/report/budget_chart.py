@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from skipstone.core.plain_text import parse_json
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.report import charts
 from skipstone.report.axes import Frame, bounds
@@ -36,7 +36,7 @@ def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str
 
 def _read(file: Path) -> tuple[str, Points]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
         run, points = str(values["run"]), list(values["budgets"])
         points = [_of_today(point) for point in points]
         assert all({"target", "realised", "flops_per_token", "loss"} <= set(point) for point in points)

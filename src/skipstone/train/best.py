@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from skipstone.core.atomic_write import write_json
+from skipstone.core.sealed import sealed
 from skipstone.core.strict import PlainMapping
 from skipstone.runs import BEST, BEST_STEP, Run
 from skipstone.train import folder as folders
@@ -50,7 +51,7 @@ class KeepBest(TrainerCallback):
         told = {"losses": {f"validation, step {state.global_step}": loss}}
         cached, model.config.use_cache = model.config.use_cache, True  # Trainer has switched it off
         try:
-            note = partial(write_json, value={"step": state.global_step, "loss": loss})
+            note = partial(write_json, value=sealed({"step": state.global_step, "loss": loss}))
             folders.save_model(self.folder, model, self.tokenizer, told, BEST, {BEST_STEP: note})
         finally:
             model.config.use_cache = cached

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -13,8 +12,9 @@ import yaml
 
 from skipstone.core import atomic_write, checksums
 from skipstone.core.atomic_write import write_json, write_whole
+from skipstone.core.sealed import sealed, sealed_line, sealed_text
 from skipstone.core.strict import PlainMapping
-from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, Run, read_metrics
+from skipstone.runs import CONFIG, ENVIRONMENT, METRICS, METRICS_LINES, MODEL, RESULT, Run, count_lines, read_metrics
 from skipstone.train import environment
 from skipstone.train.recipe import NOT_THE_RESULT, Recipe
 
@@ -69,17 +69,16 @@ def check_new(folder: Path) -> None:
 def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Write], data: str | None = None) -> None:
     """Create a run folder with its recipe, environment and `parts`, completely or not at all.
 
-    parts: functions that write further files and folders, by name. data: fingerprint of the shards that the run trains
-    on.
+    parts: functions that write further files and folders, by name. data: fingerprint of what the run trains on.
     """
     check_new(folder)
     more = {} if data is None else {DATA: data}
 
     def fill(partial: Path) -> None:
-        write_json(partial / ENVIRONMENT, environment.describe(seed) | more)
+        write_json(partial / ENVIRONMENT, sealed(environment.describe(seed) | more))
         for name, write in parts.items():
             write(partial / name)
-        write_whole(partial / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_whole(partial / CONFIG, sealed_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)))
 
     atomic_write.new_folder(folder, fill)
 
@@ -98,10 +97,11 @@ def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer, without transformers' notes on where it was loaded from."""
+    """Save a tokenizer with the hashes of its files, without transformers' notes on where it was loaded from."""
     for place in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(place, None)
     tokenizer.save_pretrained(folder)
+    checksums.record(folder)
 
 
 def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> None:
@@ -123,11 +123,14 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
 
 
 def check_data(folder: Path, data: str | None) -> None:
-    """Raise ValueError if the shards are not those that the run began with."""
+    """Raise ValueError if the data are not those that the run began with.
+
+    Runs of earlier releases know it of shards only.
+    """
     known = Run(folder).environment().get(DATA)
-    if known != data:
+    if known is not None and known != data:
         raise ValueError(
-            f"the shards have changed since the run {str(folder)!r} began (fingerprint {known} there, {data} now); "
+            f"the data have changed since the run {str(folder)!r} began (fingerprint {known} there, {data} now); "
             "a run must be resumed with the data that it was started with"
         )
 
@@ -138,7 +141,7 @@ def note_resumption(folder: Path, step: int) -> None:
     now = environment.describe(known["seed"])
     changed = {key: now[key] for key in now if key not in environment.session() and now[key] != known.get(key)}
     known.setdefault("resumed", []).append({"step": step, **environment.session(), "changed": changed})
-    write_json(folder / ENVIRONMENT, known)
+    write_json(folder / ENVIRONMENT, sealed(known))
 
 
 def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
@@ -155,7 +158,7 @@ def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     if count is not None and len(kept) < count:
         raise ValueError(f"{str(path)!r} has lost lines: {len(kept)} are left of {count} up to step {step}")
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept[:count]))
+    write_whole(path, "".join(sealed_line(line) + "\n" for line in kept[:count]))
 
 
 def save_model(
@@ -179,7 +182,7 @@ def save_model(
             write_card(model, partial, title=folder.resolve().name, **card)
             for part, write in (parts or {}).items():
                 write(partial / part)
-            checksums.record(partial, partial.glob("*.safetensors"))
+            checksums.record(partial, checksums.but_cards(partial))
         except BaseException:
             atomic_write.remove(partial)
             raise
@@ -188,4 +191,4 @@ def save_model(
 
 def save_result(folder: Path, result: PlainMapping) -> None:
     """Write the summary of a finished run."""
-    write_json(folder / RESULT, result)
+    write_json(folder / RESULT, sealed({**result, METRICS_LINES: count_lines(folder / METRICS)}))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from skipstone.core.plain_text import parse_json
 from skipstone.core.strict import PlainDict
 
 FILE = "window.json"
@@ -96,7 +97,7 @@ class LogWindow:
         if not path.is_file():
             raise ValueError(f"checkpoint {str(folder)!r} has no {FILE}: it was not written by skipstone train")
         try:
-            state: PlainDict = json.loads(path.read_text(encoding="utf-8"))
+            state: PlainDict = parse_json(path.read_text(encoding="utf-8"))
             sums = torch.tensor([float(value) for value in state["sums"]])
             values = {name: kind(state[name]) for name, kind in STATE.items()}
             values |= {name: int(state.get(name, 0)) for name in SKIPPED}

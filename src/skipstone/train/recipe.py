@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from skipstone.core.strict import PlainDict, PlainMapping, from_dict, unknown
+from skipstone.core.strict import PlainDict, PlainMapping, from_dict, is_folder_name, unknown
 from skipstone.data.config import DataConfig
 
 # Kinds of parameters that weight decay may leave out (see decay.py). preferences: those of PolyGLU's neurons.
@@ -195,7 +196,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.name is not None and (not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0\n")):
+        if self.name is not None and not is_folder_name(self.name):
             raise ValueError(f"name must be the name of a folder, got {self.name!r}")
         if self.train.routing == "difficulty" and not self.data.tells_difficulty:
             raise ValueError(
@@ -209,7 +210,7 @@ def read_recipe(values: PlainMapping) -> Recipe:
 
     Raises ValueError with one message per mistake, naming field and allowed values.
     """
-    if "arms" in values:
+    if isinstance(values, Mapping) and "arms" in values:
         raise ValueError("a recipe with arms is a comparison: run it by `skipstone isoflop`, or leave arms out")
     return from_dict(Recipe, values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from skipstone.core.atomic_write import naming
 from skipstone.core.progress_bar import ProgressBar
+from skipstone.core.sealed import sealed_line
 from skipstone.core.strict import PlainDict, PlainMapping
 
 VALIDATION = "eval_"  # prefix of validation metrics in Trainer and its integrations
@@ -40,7 +40,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if logs and state.is_world_process_zero:
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics_line(state.global_step, logs)) + "\n")
+                file.write(sealed_line(metrics_line(state.global_step, logs)) + "\n")
 
 
 def metrics_line(step: int, logs: PlainMapping) -> PlainDict:

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from skipstone.core.plain_text import parse_json
 from skipstone.core.strict import PlainDict
 from skipstone.view.live_model import LiveModel
 from skipstone.view.live_session import (
@@ -149,7 +150,7 @@ async def _json(request: Request) -> object:
     except ClientDisconnect:
         raise ValueError("the request is incomplete") from None
     try:
-        return json.loads(body)
+        return parse_json(body)
     except (ValueError, RecursionError):
         raise ValueError("a request must be a JSON object") from None
 

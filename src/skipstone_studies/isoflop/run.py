@@ -11,6 +11,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from skipstone.core.atomic_write import write_whole
+from skipstone.core.plain_text import parse_json
+from skipstone.core.sealed import sealed, unsealed
 from skipstone.core.strict import PlainDict, from_dict
 from skipstone.evaluate.tables import rich_table
 from skipstone.train.training import train
@@ -46,7 +48,7 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
     grid = Grid(with_vocabulary(spec, facts))
     grid.everything()
     check_once(grid, facts)
-    write_whole(out / grid.spec.name / PLAN, json.dumps(grid.spec.to_dict(), indent=1) + "\n")
+    write_whole(out / grid.spec.name / PLAN, json.dumps(sealed(grid.spec.to_dict()), indent=1) + "\n")
     stages = Stages(grid=grid, facts=facts, out=out, runs=runs, command=command)
     try:
         stages.run()
@@ -196,7 +198,10 @@ def load(out: Path, name: str) -> GridRecords:
     path = out / name / PLAN
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP study {name!r} was started there")
-    spec = from_dict(GridSpec, json.loads(path.read_text(encoding="utf-8")))
+    try:
+        spec = from_dict(GridSpec, unsealed(parse_json(path.read_text(encoding="utf-8")), path))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
     return collect(Grid(spec), lookup(out, name))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from skipstone.core.strict import PlainDict, unknown
+from skipstone.core.strict import PlainDict, is_folder_name, unknown
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
 from skipstone.train.recipe import read_recipe
@@ -59,7 +59,7 @@ def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
 
     The random arm exists only if the recipe has Mixture-of-Depths.
     """
-    entries = [dict(entry) for entry in recipe.get("model", {}).get("mechanisms") or []]
+    entries = [dict(entry) for entry in (recipe.get("model") or {}).get("mechanisms") or []]
     arms: dict[str, Changes] = {DENSE: {"mechanisms": []}}
     if not entries:
         return arms
@@ -96,6 +96,9 @@ class GridSpec:
     allow_repeats: bool = False
 
     def __post_init__(self) -> None:
+        for what, name in (("name", self.name), *(("arm", arm) for arm in self.known)):
+            if not is_folder_name(name):
+                raise ValueError(f"{what} must be the name of a folder, got {name!r}")
         for field in ("budgets", "sizes", "rates"):
             _check_list(field, getattr(self, field))
         for field in ("budgets", "rates"):
@@ -159,9 +162,17 @@ def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: object) -> 
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))
     recipe = dict(recipe)
+    model = recipe.get("model") or {}
+    if not isinstance(model, Mapping):
+        raise ValueError(f"model must be a mapping of keys to values, got {model!r}")
+    entries = model.get("mechanisms") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"model.mechanisms must be a list of mappings, got {entries!r}")
+    blocks = model.get("num_hidden_layers") or 6
+    if type(blocks) is not int:
+        raise ValueError(f"model.num_hidden_layers must be int, got {blocks!r}")
     changes = _changes(recipe.pop("arms", None))
     values = {**GRIDS[scale], **{name: value for name, value in given.items() if value is not None}}
-    blocks = int(recipe.get("model", {}).get("num_hidden_layers") or 6)
     sizes = [str(parse_size(word, blocks)) for word in values.pop("sizes")]
     arms = list(values.pop("arms", None) or changes or arms_of(recipe))
     values = {**values, "budgets": [float(b) for b in values["budgets"]], "rates": [float(r) for r in values["rates"]]}

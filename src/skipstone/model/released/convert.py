@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
 from skipstone.core.strict import choose, unknown
 from skipstone.model.card import write_card
@@ -52,6 +53,7 @@ def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, 
         with quiet():
             model.save_pretrained(partial)
             write_card(model, partial, title=Path(out).name, source=Path(file).name)
+            checksums.record(partial, checksums.but_cards(partial))
 
 
 def convert_to(folder: str | Path, out: Path, layout: str, dtype: Dtype = None) -> None:

@@ -1,0 +1,52 @@
+"""JSON and YAML that may come from strangers: nested too deeply, or small files that unfold into huge values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+LARGEST_YAML, MOST_NODES = 4 << 20, 200_000  # bytes of a file; values in it once its aliases are unfolded
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError for what is none, and for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+
+
+def check_yaml(text: str) -> None:
+    """Raise ValueError for a YAML text that is too large, with its aliases unfolded, to be a recipe.
+
+    A few lines of aliases of aliases can stand for billions of values. What is no YAML at all passes.
+    """
+    import yaml
+
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"it has {len(text):,} characters; at most {LARGEST_YAML:,} are read")
+    if "*" not in text:
+        return  # without aliases, it is as large as it looks
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return
+    try:
+        count = _nodes(root, {})
+    except RecursionError:
+        raise ValueError("lists or mappings are nested too deeply") from None
+    if count > MOST_NODES:
+        raise ValueError(f"its aliases stand for more than {MOST_NODES:,} values")
+
+
+def _nodes(node: Any, known: dict[int, int]) -> int:
+    """Return the number of values that a YAML node stands for. known: those that were counted, 0 while they are."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("an alias contains itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    parts = node.value if isinstance(getattr(node, "value", None), list) else []
+    flat = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+    known[id(node)] = count = 1 + sum(_nodes(each, known) for each in flat)
+    return count

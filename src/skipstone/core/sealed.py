@@ -1,0 +1,79 @@
+"""Small text files that state their own SHA-256 or CRC-32, so that damage is noticed when they are read.
+
+A JSON object has it under the key `sha256`, a YAML file in a comment at its end, and each line of a JSON-lines file has
+a `crc32`. Files of earlier releases, and files whose owner has removed the statement after editing, are read without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+from skipstone.core.checksums import Damaged
+from skipstone.core.strict import PlainDict, PlainMapping
+
+KEY, LINE_KEY = "sha256", "crc32"
+COMMENT = "# sha256 of the lines above, by which damage is noticed; remove this line if you edit them: "
+
+
+def sealed(values: PlainMapping) -> PlainDict:
+    """Return a JSON object with the SHA-256 of its content as last key."""
+    return {**values, KEY: _digest(values)}
+
+
+def unsealed(values: PlainDict, path: Path) -> PlainDict:
+    """Return the content of a sealed object. Raises `Damaged` if it has another SHA-256 than it states."""
+    if KEY not in values:
+        return values
+    content = {name: value for name, value in values.items() if name != KEY}
+    if values[KEY] != _digest(content):
+        raise Damaged(
+            f"{str(path)!r} is damaged or was edited: its content has another SHA-256 than it states; if the change is "
+            f"yours, remove the key {KEY!r} from it"
+        )
+    return content
+
+
+def sealed_text(text: str) -> str:
+    """Return a text with a comment that states the SHA-256 of the lines above."""
+    return f"{text}{COMMENT}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def check_text(text: str, path: Path) -> None:
+    """Raise `Damaged` if the text has another SHA-256 than its last line states."""
+    above, found, stated = text.rpartition(COMMENT)
+    if found and stated.strip() != hashlib.sha256(above.encode()).hexdigest():
+        raise Damaged(
+            f"{str(path)!r} is damaged or was edited: its lines have another SHA-256 than the last one states; if the "
+            "change is yours, remove that line"
+        )
+
+
+def sealed_line(values: PlainMapping) -> str:
+    """Return a JSON object as one line with the CRC-32 of its content as last key."""
+    return json.dumps({**values, LINE_KEY: _crc(values)})
+
+
+def unsealed_line(values: PlainDict) -> PlainDict:
+    """Return the content of a sealed line. Raises ValueError if it has another CRC-32 than it states."""
+    if LINE_KEY not in values:
+        return values
+    content = {name: value for name, value in values.items() if name != LINE_KEY}
+    if values[LINE_KEY] != _crc(content):
+        raise ValueError(f"it is damaged or was edited: its {LINE_KEY} is another (remove that key if you edited it)")
+    return content
+
+
+def _text(values: PlainMapping) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(values: PlainMapping) -> str:
+    # as it will be read: tuples are lists, keys are strings
+    return hashlib.sha256(_text(json.loads(json.dumps(values)))).hexdigest()
+
+
+def _crc(values: PlainMapping) -> str:
+    return f"{zlib.crc32(_text(json.loads(json.dumps(values)))):08x}"

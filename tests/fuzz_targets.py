@@ -1,0 +1,304 @@
+"""What `fuzz.py` feeds: readers of recipes, configurations, manifests, records, tokenizers, weights, prompts, pages."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fuzz import Tags, Target
+from skipstone import SkipstoneConfig
+from skipstone.adapt import adapt_recipe
+from skipstone.budget.budget_table import BudgetTable
+from skipstone.core import checksums, sealed, strict
+from skipstone.core.plain_text import check_yaml
+from skipstone.data import shards, users
+from skipstone.data.sharding import write_shards
+from skipstone.data.tokenizers import byte_tokenizer, load_saved
+from skipstone.generate.text_generation import encode
+from skipstone.in_place.saved import read_mechanisms
+from skipstone.model.pretrained import load_model
+from skipstone.report.rendering import write_report
+from skipstone.runs import Run, read_metrics
+from skipstone.train import recipe as recipes
+from skipstone.view.live_session import read_request
+from skipstone_cli.overrides import load_recipe, split
+from skipstone_studies import record
+from skipstone_studies.isoflop.spec import make_spec
+from train.tool import MODELS, recipe, text_file
+
+torch.set_num_threads(1)
+
+
+def targets(folder: Path) -> list[Target]:
+    """All targets; they write what they read into `folder`."""
+    return [*recipe_targets(folder), *json_targets(folder), *folder_targets(folder), *model_targets(folder)]
+
+
+def file_of(folder: Path, name: str, read: Callable[[Path], object]) -> Callable[[Any], object]:
+    """What writes its input to a file (values as JSON) and reads that."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def use(value: Any) -> object:
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        return read(path)
+
+    return use
+
+
+def recipe_targets(folder: Path) -> list[Target]:
+    given = [recipe(folder, model, seed=1, no_decay=["norms"]) for model in MODELS.values()]
+    adapts = [
+        {
+            "model": {"mechanisms": model.get("mechanisms", [])},
+            "data": one["data"],
+            "train": one["train"],
+            "adapt": {"budget": 0.7, "loss": {"distillation": 1.0}},
+        }
+        for model, one in zip(MODELS.values(), given, strict=True)
+    ]
+    texts = [yaml.safe_dump(one) for one in given]
+    grids = [{**one, "name": "tiny", "arms": {"dense": {"mechanisms": []}, "own": {}}} for one in given]
+
+    def words(text: str) -> object:
+        key, value = split(text)
+        return key, value
+
+    def overridden(text: str) -> object:
+        (folder / "base.yaml").write_text(texts[0])
+        return load_recipe(folder / "base.yaml", [text])
+
+    def grid(values: Any) -> object:
+        return make_spec(values) if isinstance(values, dict) else strict.from_dict(recipes.Recipe, values)
+
+    def made(values: Any) -> object:
+        parsed = recipes.read_recipe(values)
+        return SkipstoneConfig.from_plain({key: value for key, value in parsed.model.items() if key != "preset"})
+
+    said = [
+        "train.steps=3",
+        "model.mechanisms.0.capacity=0.5",
+        "data.corpus=text:x",
+        "train.no_decay=[norms]",
+        "name=a",
+    ]
+    return [
+        Target("recipe", given, recipes.read_recipe),
+        Target("recipe with its model", given, made, 0.1),
+        Target("adapt recipe", adapts, adapt_recipe.read_recipe, 0.5),
+        Target("isoflop recipe", grids, grid, 0.5),
+        Target("YAML of aliases", ["a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]\n", *texts[:2]], check_yaml, 0.05),
+        Target("recipe as YAML", texts, file_of(folder, "r.yaml", lambda path: load_recipe(path, [])), 0.004),
+        Target("override, split", said, words, 1.0),
+        Target("override, applied", said, overridden, 0.004),
+    ]
+
+
+def json_targets(folder: Path) -> list[Target]:
+    line = {"step": 1, "split": "train", "loss": 0.5}
+    lines = "\n".join((sealed.sealed_line(line), json.dumps(line), "")) * 2
+    asked = {
+        "prompt": "a",
+        "models": [0],
+        "new_tokens": 4,
+        "temperature": 0.5,
+        "seed": 1,
+        "budgets": [None],
+        "twin": True,
+    }
+    texts = [b'{"text": "a"}\n{"text": "b"}\n', b'{"text": "\xc3\xa9"}']
+    entries = {"version": 1, "mechanisms": [{"name": "x"}]}
+
+    def unsealed(value: Any) -> object:
+        return sealed.unsealed(value, folder / "x") if isinstance(value, dict) else None
+
+    def unsealed_line(value: Any) -> object:
+        return sealed.unsealed_line(value) if isinstance(value, dict) else None
+
+    def routing(path: Path) -> object:
+        return read_mechanisms(path.parent)
+
+    def documents(path: Path) -> object:
+        return list(users.read_jsonl(path))
+
+    return [
+        *table_targets(folder),
+        Target("metrics.jsonl", [lines], file_of(folder, "metrics.jsonl", read_metrics), 0.5),
+        Target("sealed JSON", [sealed.sealed({"a": 1, "b": [0.5]})], unsealed, 1.0),
+        Target("sealed line", [json.loads(sealed.sealed_line(line))], unsealed_line, 1.0),
+        Target("mechanisms in place", [entries], file_of(folder, "in_place/skipstone_routing.json", routing), 0.2),
+        Target("request of the live page", [asked], lambda value: read_request(value, 2), 1.0),
+        Target("corpus of JSON lines", texts, file_of(folder, "corpus.jsonl", documents), 0.5),
+    ]
+
+
+def table_targets(folder: Path) -> list[Target]:
+    """Hashes, manifests, budgets and records."""
+    (folder / "sums").mkdir()
+    (folder / "sums" / "a.json").write_text("{}")
+    checksums.record(folder / "sums")
+    sums = json.loads((folder / "sums" / "files.json").read_text())
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} words"}) + "\n" for i in range(40)))
+    write_shards(
+        f"jsonl:{folder / 'texts.jsonl'}", folder / "shards", tokenizer="byte", split="80-20", shard_tokens=200
+    )
+    manifest = json.loads((folder / "shards" / "manifest.json").read_text())
+    points = [{"share": share, "thresholds": [share], "kept": [share]} for share in (0.5, 0.6, 0.7, 0.8)]
+    budget = {"handles": ["0.mod"], "trained": [[0.1]], "tokens": 8, "rows": 2, "text": "t", "points": points}
+    known: dict[str, Any] = {"config": {}, "environment": {}, "figures": {"loss": 1.0}, "sitting": None}
+    one = {**known, "experiment": "t", "scale": "laptop", "arm": "a", "seed": 0, "digest": "0", "command": "c"}
+
+    def checked(path: Path) -> object:
+        return checksums.check(path.parent)
+
+    def opened(path: Path) -> object:
+        found = shards.open_shards(path.parent)
+        return [len(found.encoded(split).ids) for split in found.manifest.splits]
+
+    def budgets(path: Path) -> object:
+        return BudgetTable.load(path.parent).thresholds(0.65)
+
+    sums_file = file_of(folder, "sums/files.json", checked)
+    return [
+        Target("files.json", [sums], sums_file, 0.6),
+        Target("files.json as text", [json.dumps(sums)], sums_file, 0.3),
+        Target("manifest of shards", [manifest], file_of(folder, "shards/manifest.json", opened), 0.2),
+        Target("budget table", [budget], file_of(folder, "budget/budget.json", budgets), 0.5),
+        Target("record of a study", [one], file_of(folder, "record.json", record.read), 0.5),
+    ]
+
+
+def folder_targets(folder: Path) -> list[Target]:
+    """Runs, tokenizers and prompts."""
+    run = folder / "run"
+    run.mkdir()
+    values = recipe(folder, MODELS["topk"])
+    config = sealed.sealed_text(yaml.safe_dump(values))
+    (run / "config.yaml").write_text(config)
+    saved = folder / "tokenizer"
+    byte_tokenizer().save_pretrained(saved)
+    tokenizer, known = byte_tokenizer(), (saved / "tokenizer.json").read_text()
+
+    def configured(path: Path) -> object:
+        return Run(path.parent).config()
+
+    def prompted(text: str) -> object:
+        return encode(tokenizer, text)
+
+    prompts = ["It was the best of times", "<eos> <pad> é 你好 \u202e", "\n\n" * 9]
+    return [
+        Target(
+            "run: config.yaml", [config, yaml.safe_dump(values)], file_of(folder, "run/config.yaml", configured), 0.01
+        ),
+        Target(
+            "run: environment.json",
+            [sealed.sealed({"seed": 0})],
+            file_of(folder, "run/environment.json", lambda path: Run(path.parent).environment()),
+            0.5,
+        ),
+        Target(
+            "tokenizer.json",
+            [known],
+            file_of(folder, "tokenizer/tokenizer.json", lambda p: load_saved(p.parent)),
+            0.004,
+        ),
+        Target("prompt", prompts, prompted, 0.2),
+        Target(
+            "name on the report",
+            ["run", "<script>alert(1)</script>", "'\"><img src=x onerror=y>"],
+            pages(folder),
+            0.002,
+        ),
+    ]
+
+
+def pages(folder: Path) -> Callable[[Any], object]:
+    """What writes a report of a run with this name, and sees that no name adds an element or an attribute."""
+    run = folder / "shown"
+    run.mkdir()
+    text_file(folder)
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe(folder, MODELS["topk"])))
+    for name, content in {"environment.json": "{}", "result.json": "{}", "metrics.jsonl": ""}.items():
+        (run / name).write_text(content)
+    known: list[Any] = []
+
+    def write(text: str) -> object:
+        out = write_report([run], folder / "report.html", names=[text], replace=True)
+        tags = Tags()
+        tags.feed(out.read_text(encoding="utf-8"))
+        if not known:
+            known.extend(tags.found)
+        assert tags.found == known, f"a name has changed the page's elements: {set(tags.found) ^ set(known)}"
+        return None
+
+    return write
+
+
+def model_targets(folder: Path) -> list[Target]:
+    """Configurations of saved models, and safetensors files with their headers."""
+    from skipstone import SkipstoneForCausalLM
+
+    plain = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 5,
+        "intermediate_size": 8,
+    }
+    home = folder / "model"
+    SkipstoneForCausalLM(SkipstoneConfig.from_plain(plain)).save_pretrained(home)
+    config, weights = json.loads((home / "config.json").read_text()), (home / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", weights[:8])[0]
+    header, data = json.loads(weights[8 : 8 + size]), weights[8 + size :]
+
+    def with_config(value: Any) -> object:
+        (home / "model.safetensors").write_bytes(weights)
+        (home / "config.json").write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
+        return load_model(home)
+
+    def with_header(value: Any) -> object:
+        (home / "config.json").write_text(json.dumps(config))
+        text = json.dumps(value).encode()
+        (home / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+        return load_model(home)
+
+    def with_weights(value: bytes) -> object:
+        (home / "config.json").write_text(json.dumps(config))
+        (home / "model.safetensors").write_bytes(value)
+        return load_model(home)
+
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "model.safetensors"}}
+
+    def with_index(value: Any) -> object:
+        (home / "config.json").write_text(json.dumps(config))
+        (home / "model.safetensors").write_bytes(weights)
+        path = home / "model.safetensors.index.json"
+        path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
+        try:
+            return load_model(home)
+        finally:
+            path.unlink()
+
+    return [
+        Target("model configuration", [plain, *MODELS.values()], _configured, 0.1),
+        Target("config.json of a saved model", [config], with_config, 0.006),
+        Target("header of safetensors", [header], with_header, 0.004),
+        Target("bytes of safetensors", [weights], with_weights, 0.004),
+        Target("index of safetensors", [index], with_index, 0.004),
+    ]
+
+
+def _configured(value: Any) -> object:
+    if not isinstance(value, dict):
+        return strict.from_dict(recipes.Recipe, value)
+    return SkipstoneConfig.from_plain(value)
