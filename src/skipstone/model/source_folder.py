@@ -16,7 +16,7 @@ HASHED = 256 * 2**20  # bytes of a file up to which its hash is compared at ever
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if a folder holds git-lfs pointers instead of files, damaged files, or an adapter beside a model.
+    """Raise ValueError if a folder holds git-lfs pointers, damaged files, or an adapter beside a model.
 
     Files are compared with the folder's `files.json`, if it has one, and those of the hub's cache with their names. A
     hub name that is not a folder passes.
@@ -66,9 +66,8 @@ def check_room(folder: Path, weights: int, room: int = 4) -> None:
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     held = sum(path.stat().st_size for path in files)
     if files and weights > room * held:
-        raise ValueError(
-            f"{str(folder / 'config.json')!r} describes {weights:,} weights, but the files beside it have {held:,} bytes"
-        )
+        path = str(folder / "config.json")
+        raise ValueError(f"{path!r} describes {weights:,} weights, but the files beside it have {held:,} bytes")
 
 
 def _is_pointer(path: Path) -> bool:
