@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapt.sources import VOCAB, mixture, source_model
+from laws.builders import KINDS
 from skipstone.adapt import stages
 from skipstone.adapt.adapt_recipe import Lora, read_recipe
 from skipstone.adapt.plan import prepare_plan
@@ -31,6 +32,15 @@ PAIRS = [names for count in range(3) for names in itertools.permutations(DEPTH, 
 COMBINATIONS = [
     *PAIRS,
     *(names for count in range(3, len(DEPTH) + 1) for names in itertools.combinations(DEPTH, count)),
+]
+# Quick: one mechanism, two of the three oldest, and all together.
+MARKED = [
+    pytest.param(
+        names,
+        id="+".join(names),
+        marks=() if len(names) in (0, 1, len(DEPTH)) or (len(names) == 2 and {*names} < {*KINDS}) else pytest.mark.slow,
+    )
+    for names in COMBINATIONS
 ]
 SITES = [(name, site) for name in DEPTH for site in DEPTH[name].sites if site in ("attention", "mlp")]
 RICH = [{"skip": "low_rank"}, {"kv": "full"}, {"router": "mlp"}, {"z_loss": 0.01}, {"router_norm": False}]
@@ -74,7 +84,7 @@ def check(model: Any) -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", *ACTIVATION])
-@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize("names", MARKED)
 def test_every_combination(names: tuple[str, ...], activation: str) -> None:
     check(student([ENTRIES[name] for name in names], activation if activation == "silu" else {"name": activation}))
 

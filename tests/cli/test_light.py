@@ -130,7 +130,10 @@ def test_adapt_answers_without_torch(command: Command) -> None:
     assert "batch_size must be at least 1" in told
 
 
-@pytest.mark.parametrize(("word", "says"), [("--version", "skipstone "), ("calibrat", "Did you mean 'calibrate'?")])
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [("--version", "skipstone "), pytest.param("calibrat", "Did you mean 'calibrate'?", marks=pytest.mark.slow)],
+)
 def test_the_package_run_as_a_module_is_the_command(word: str, says: str) -> None:
     done = run("-X", "importtime", "-m", "skipstone", word)
     assert says in done.stdout + done.stderr

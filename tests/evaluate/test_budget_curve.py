@@ -83,6 +83,7 @@ def test_a_saved_model_needs_a_corpus(run: Path, tmp_path: Path) -> None:
     assert calibrate_run(saved, corpus=corpus, context=24).path == saved / "budget.json"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_set_is_told_before_anything_is_measured(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"budget 1\.5 is out of reach: this model can execute from"):
         evaluate(run, budgets=[0.6, 1.5])

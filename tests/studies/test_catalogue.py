@@ -137,7 +137,8 @@ def test_reset_s3_from_training_to_headroom(tmp_path: Path) -> None:
     assert "0-3" in derived["mod-guided"]["headroom"]
 
 
-@pytest.mark.parametrize("arm", [pytest.param("dense", marks=pytest.mark.slow), "ema_threshold"])
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["dense", "ema_threshold"])
 def test_mod_decisions_measures_what_it_shows(tmp_path: Path, arm: str) -> None:
     study = STUDIES["mod_decisions"]
     figures = study.measure(train(shrunk(study, arm), out=tmp_path / "run", progress=False))

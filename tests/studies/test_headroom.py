@@ -59,6 +59,7 @@ def test_the_units_are_the_middle_and_every_block() -> None:
     assert headroom.units_of(2) == [(0,), (1,)]
 
 
+@pytest.mark.slow
 def test_a_run_of_another_study_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for split, words in (("train", 4000), ("validation", 900), ("test", 900)):

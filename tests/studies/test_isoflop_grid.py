@@ -228,6 +228,7 @@ def test_an_estimate_for_another_machine_is_flops_by_speed() -> None:
         step_times_at(grid, 0.0)
 
 
+@pytest.mark.slow
 def test_the_papers_grid_is_a_recipe() -> None:
     recipe = yaml.safe_load((RECIPES / "isoflop-paper.yaml").read_text(encoding="utf-8"))
     grid = Grid(make_spec(recipe, scale="paper"))

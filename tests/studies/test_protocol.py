@@ -104,6 +104,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_study_by_the_protocol(small: Path) -> None:
     page = reproduce("decisive", scale="quick", runs=small / "runs", out=small / "out").read_text(encoding="utf-8")
     found = {record.arm: record for record in records.read_all(small / "out", "decisive")}

@@ -45,6 +45,7 @@ def test_the_model_is_the_mean_of_the_last_weights(tmp_path: Path) -> None:
     assert any(not torch.equal(last[name], saved[name]) for name in last)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_while_it_averages_resumes_exactly(tmp_path: Path) -> None:
     config = recipe(tmp_path, MODELS["random"], average_last=0.6)
     whole = train(config, tmp_path / "whole")

@@ -33,6 +33,7 @@ def wanted(**train: Any) -> dict[str, Any]:
     return {"model": MODEL, "data": {"corpus": "python-stdlib", "context": 64}, "train": options}
 
 
+@pytest.mark.slow
 def test_more_gpus_hold_less_and_send_as_much() -> None:
     few, many = plan(wanted(), 2, "A100"), plan(wanted(), 32, "A100")
     assert few.memory["AdamW"] == pytest.approx(16 * many.memory["AdamW"])

@@ -65,7 +65,7 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
         pytest.param({}, "all", id="plain-all", marks=pytest.mark.slow),
         pytest.param({}, "random", id="plain-random", marks=pytest.mark.slow),
         pytest.param({"precision": "bf16"}, "all", id="bf16-all", marks=pytest.mark.slow),
-        pytest.param({"precision": "bf16"}, "random", id="bf16-random"),
+        pytest.param({"precision": "bf16"}, "random", id="bf16-random", marks=pytest.mark.slow),
         pytest.param(PARTS, "all", id="checkpointed-all", marks=pytest.mark.slow),
         pytest.param(PARTS, "random", id="checkpointed-random", marks=pytest.mark.slow),
     ],
@@ -141,6 +141,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert not list(folder.rglob("training_args.bin"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_time_is_as_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe(tmp_path, MODELS["ema_threshold"], save_every=0)
     whole = train(config, tmp_path / "whole")
