@@ -93,16 +93,17 @@ class FewerBlocks(OwnDraft):
 
     def __init__(self, model: SkipstoneForCausalLM, blocks: list[int]) -> None:
         super().__init__(model)
-        self.kept = [model.decoder.layers[i] for i in blocks]
+        self.fewer = Blocks([model.decoder.layers[i] for i in blocks])
 
     @contextmanager
     def cheaper(self) -> Iterator[None]:
-        whole = self.model.decoder.layers
-        self.model.decoder.layers = Blocks(self.kept)
+        children = self.model.decoder._modules  # an assignment would tell all that listen to new modules, every time
+        whole = children["layers"]
+        children["layers"] = self.fewer
         try:
             yield
         finally:
-            self.model.decoder.layers = whole
+            children["layers"] = whole
 
 
 class LowerBudget(OwnDraft):
