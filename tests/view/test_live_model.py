@@ -100,6 +100,7 @@ def test_drafts_do_not_change_the_text_and_are_counted(model: LiveModel) -> None
     guesses, accepted = (sum(event[name] for event in drafted) for name in ("guesses", "guessed"))
     assert 0 < accepted <= guesses
     assert drafted[-1]["dense_flops"] == plain[-1]["dense_flops"]
+    assert [read["loss"] for read in drafted[0]["read"]] == [read["loss"] for read in plain[0]["read"]]
     for one, other in zip(drafted[1:], plain[1:], strict=True):
         assert one["read"][0]["kept"] == other["read"][0]["kept"]
         assert one["read"][0]["loss"] == pytest.approx(other["read"][0]["loss"], rel=1e-3)

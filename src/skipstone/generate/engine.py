@@ -196,7 +196,9 @@ class Decoder:
     def __call__(self, sample: Sampler, setting: Setting, logits_to_keep: int = 1) -> Iterator[DecodingPass]:
         """Yield every pass. logits_to_keep: as in forward, 0 for every token."""
         with setting():
-            yield from self._passes(sample, logits_to_keep) if self.drafting is None else self._drafted(sample)
+            yield from (
+                self._passes(sample, logits_to_keep) if self.drafting is None else self._drafted(sample, logits_to_keep)
+            )
 
     @torch.no_grad()
     def _passes(self, sample: Sampler, logits_to_keep: int) -> Iterator[DecodingPass]:
@@ -225,8 +227,8 @@ class Decoder:
             position_BT = None if position_BT is None else position_BT[:, -1:] + 1
 
     @torch.no_grad()
-    def _drafted(self, sample: Sampler) -> Iterator[DecodingPass]:
-        """Yield every token of passes that check drafted tokens.
+    def _drafted(self, sample: Sampler, logits_to_keep: int) -> Iterator[DecodingPass]:
+        """Yield every token of passes that check drafted tokens; logits_to_keep holds for the pass over the prompt.
 
         All rows advance by the number of tokens that every row accepts.
         """
@@ -247,12 +249,12 @@ class Decoder:
                 routing="causal",
                 noise=False,
                 output_records=True,
-                logits_to_keep=count + 1,
+                logits_to_keep=logits_to_keep if prompt else count + 1,
             )
             checking, stood = time.perf_counter() - began, 0
             for i in range(count + 1):
                 guess_B = guess_BK[:, i] if i < count else None
-                token_B = torch.where(live_B, sample(out.logits[:, i], guess_B), self.pad)
+                token_B = torch.where(live_B, sample(out.logits[:, i - count - 1], guess_B), self.pad)
                 right_B = torch.zeros_like(live_B) if guess_B is None else (token_B == guess_B) & live_B
                 yield DecodingPass(token_B, live_B, out.records, out.logits, cache, i - count - 1, right_B, guess_BK)
                 whole = torch.cat([whole, token_B[:, None]], 1)
