@@ -97,8 +97,19 @@ def test_several_threads_share_it(
     alone = logits(given)
     native = decode_stack._native()
     monkeypatch.setattr(native, "threads", lambda: threads)
+    monkeypatch.setattr(decode_stack, "EACH", 1 << 10)
     torch.testing.assert_close(logits(given), alone, rtol=1e-4, atol=2e-3 if rounded else 1e-4)
     assert workers._pools[threads]._threads
+
+
+def test_a_small_model_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skipstone.ops.workers")
+    native, asked = decode_stack._native(), []
+    share = native.share
+    monkeypatch.setattr(native, "threads", lambda: 64)
+    monkeypatch.setattr(native, "share", lambda run, given, parts: asked.append(parts) or share(run, given, parts))
+    logits(model())
+    assert set(asked) == {1}
 
 
 def test_what_changes_between_steps_is_seen(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 MOST_TOKENS = 8
+MOST_THREADS = 8  # more wait for the memory, and for each other
+EACH = 1 << 19  # weights of a block for which a further thread is worth its waits
 ALIGNED = 64  # bytes
 _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by address
 
@@ -40,6 +42,12 @@ class Sizes:
     offset: float
     scaling: float
 
+    @property
+    def threads(self) -> int:
+        """Return how many threads a block is worth."""
+        weights = self.width * (2 * (self.heads + self.groups) * self.head_size + 3 * self.neurons)
+        return min(max(weights // EACH, 1), MOST_THREADS)
+
 
 def run(x_1TD: Tensor, table_LC: Tensor, memory: Sequence[int], slot_1T: Tensor, column: int, sizes: Sizes) -> Tensor:
     """Return the stream after all blocks, [1, T, D].
@@ -50,7 +58,7 @@ def run(x_1TD: Tensor, table_LC: Tensor, memory: Sequence[int], slot_1T: Tensor,
     native, T, s = _native(), x_1TD.shape[1], sizes
     x_1TD = x_1TD.clone()
     memory_LM = torch.tensor(memory)
-    parts = native.threads()
+    parts = min(native.threads(), s.threads)
     inner, widest = s.heads * s.head_size, max(s.width, s.neurons, s.heads * s.head_size)
     singles = T * (2 * inner + 2 * s.groups * s.head_size + s.width + 2 * s.neurons)
     work = torch.empty(4 * singles + parts * native.private(T, widest) + ALIGNED, dtype=torch.uint8)
