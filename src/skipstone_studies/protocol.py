@@ -3,7 +3,7 @@
 Every arm gets the same training FLOPs, so an arm that skips takes more steps. The learning rate falls to 0, the weights
 of the last tenth of the steps are averaged, and a step has at least 8,192 tokens. All arms of a seed start from the
 same weights where they share parameters. The learning rate is tuned for each arm on runs of a quarter of the length, by
-the loss on validation text, until the best rate has a worse one on either side. Figures come from the test split. A
+the loss on validation text, until the best rate has two worse ones on either side. Figures come from the test split. A
 recipe has one more section than `skipstone train` reads, `protocol` (`ProtocolConfig`).
 """
 
@@ -42,6 +42,7 @@ LEAST_TOKENS = 8192  # of an optimizer step
 VOCABULARY = 258  # of the byte tokenizer: bytes, the end of a document, padding
 WARMUP = 0.1  # share of the steps
 AVERAGED = 0.1
+FLANK = 2  # worse rates on either side of the best: with one, dense-8 stopped in a dip of a plateau at too high a rate
 LOG_LINES = 60
 COUNTED_ROWS = 32  # test rows whose FLOPs are counted
 USE = "use.json"  # in a run folder: the share of its cores that the process had
@@ -59,14 +60,14 @@ class ProtocolConfig:
     budget: float
     rate: float
     factor: float = 2.0
-    most: int = 7
+    most: int = 9
     tuning: float = 0.25
     tuning_rows: int = 256
     test_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if not (self.factor > 1 and 0 < self.tuning <= 1 and self.most >= 3):
-            raise ValueError(f"protocol needs factor above 1, tuning in (0, 1] and most of at least 3, got {self}")
+        if not (self.factor > 1 and 0 < self.tuning <= 1 and self.most >= 1):
+            raise ValueError(f"protocol needs factor above 1, tuning in (0, 1] and most of at least 1, got {self}")
 
 
 def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
@@ -261,14 +262,15 @@ def known_rates(path: Path) -> dict[float, float]:
 
 
 def climb(loss_at: Callable[[float], float], first: float, factor: float, most: int) -> None:
-    """Try learning rates, each `factor` times its neighbour, until the best has a worse one on either side.
+    """Try learning rates, each `factor` times its neighbour, until the best has `FLANK` worse ones on either side.
 
     most: how many rates are tried at most; beyond it, the best may be at an end.
     """
     losses = {0: loss_at(first)}
     while len(losses) < most:
         best = min(losses, key=losses.__getitem__)
-        step = next((best + side for side in (1, -1) if best + side not in losses), None)
+        wanted = (best + side * away for away in range(1, FLANK + 1) for side in (1, -1))
+        step = next((place for place in wanted if place not in losses), None)
         if step is None:
             return
         losses[step] = loss_at(float(f"{first * factor**step:.3g}"))

@@ -34,10 +34,10 @@ def tried(losses: dict[float, float], first: float, most: int = 7) -> list[float
     return asked
 
 
-def test_tuning_goes_on_until_the_best_rate_has_a_worse_one_on_either_side() -> None:
-    assert tried({1: 3, 2: 2, 4: 2.5}, 2) == [2, 4, 1]
-    assert tried({1: 4, 2: 3, 4: 2, 8: 1, 16: 5}, 2) == [2, 4, 8, 16]
-    assert tried({0.25: 2, 0.5: 1, 1: 2, 2: 3}, 2) == [2, 4, 1, 0.5, 0.25]
+def test_tuning_goes_on_until_the_best_rate_has_two_worse_ones_on_either_side() -> None:
+    assert tried({1: 3, 2: 2, 4: 2.5}, 2) == [2, 4, 1, 8, 0.5]
+    assert tried({1: 4, 2: 3, 4: 2, 8: 1, 16: 5}, 2) == [2, 4, 8, 16, 32]
+    assert tried({0.25: 1, 0.5: 3, 1: 2, 2: 3}, 1) == [1, 2, 0.5, 4, 0.25, 0.125, 0.0625]  # it gets over a bump
     assert len(tried({2.0**i: -i for i in range(40)}, 1, most=5)) == 5
 
 
