@@ -129,6 +129,14 @@ def test_routers_and_skip_paths_that_start_as_guesses_change_nothing_yet() -> No
     assert start(model).share <= ROUNDING
 
 
+def test_a_router_around_a_segment_starts_by_what_the_whole_segment_changes() -> None:
+    model, source = student([{"name": "segment", "layers": ":", "capacity": 0.5, "skip": "low_rank"}]), dense()
+    before = next(model.routing_modules()).router.weight.clone()
+    start_measured(model, source, rows())
+    assert not torch.equal(before, next(model.routing_modules()).router.weight)
+    assert start(model).share <= ROUNDING
+
+
 def test_adapters_change_nothing_yet() -> None:
     model = student([mixture(capacity=0.5)])
     stages.add_adapters(model, Lora())

@@ -21,6 +21,7 @@ from skipstone.measure.passes import inputs_of, real_tokens
 from skipstone.mechanisms import DepthMechanism
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.nn.block import SEGMENT
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.ops.reference import normalised
 
@@ -68,8 +69,11 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
         raise ValueError(
             "adapt.start 'measured' has no effect: no mixture_of_depths has a linear router or a low-rank skip path"
         )
-    places = [(mechanism.placement.layer, _site(mechanism)) for mechanism in mixtures]
-    streams = [{place: batch[place[0]][place[1]] for place in places} for batch in site_streams(source, rows)]
+    places = [_place(model, mechanism) for mechanism in mixtures]
+    streams = [
+        {(first, last, site): (batch[first][site][0], batch[last][site][1]) for first, last, site in places}
+        for batch in site_streams(source, rows)
+    ]
     for mechanism, place in zip(mixtures, places, strict=True):
         before, after = (torch.cat([batch[place][side] for batch in streams]) for side in (0, 1))
         influence_N = token_influence(before, after)
@@ -85,9 +89,12 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
             router.weight.copy_(guess_influence(seen_ND, influence_N)[None])
 
 
-def _site(mechanism: DepthMechanism) -> str:
-    """Return the mechanism's site under its name in `site_streams`."""
-    return mechanism.placement.name.rpartition("_on_")[2] if "_on_" in mechanism.placement.name else "block"
+def _place(model: SkipstoneForCausalLM, mechanism: DepthMechanism) -> tuple[int, int, str]:
+    """Return the first and the last block that the mechanism is around, and its site's name in `site_streams`."""
+    layer, name = mechanism.placement.layer, mechanism.placement.name
+    if name in model.decoder.layers[layer].sites[SEGMENT]:
+        return layer, layer + model.decoder.layers[layer].span - 1, "block"
+    return layer, layer, name.rpartition("_on_")[2] if "_on_" in name else "block"
 
 
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
