@@ -52,23 +52,23 @@ def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, b
         row = table[block]
         _norm(x, row[BEFORE_A], eps, offset, places[0])
         _rounded(row[QUERY + 1] + row[KEY + 1] + row[VALUE + 1], places[0], places, T, D)
-        _product(row, QUERY, (T, H * E, D), places[0], places, q_at, part, parts)
-        _product(row, KEY, (T, G * E, D), places[0], places, k_at, part, parts)
-        _product(row, VALUE, (T, G * E, D), places[0], places, v_at, part, parts)
+        _product(row[QUERY : QUERY + 4], (T, H * E, D), places[0], places, q_at, part, parts)
+        _product(row[KEY : KEY + 4], (T, G * E, D), places[0], places, k_at, part, parts)
+        _product(row[VALUE : VALUE + 4], (T, G * E, D), places[0], places, v_at, part, parts)
         arrivals = _together(parts, barrier, arrivals)
         _attention(row, memory[block], (q_at, k_at, v_at, slot_at, a_at), (T, H, G, E, column), numbers, part, parts)
         arrivals = _together(parts, barrier, arrivals)
         _rounded(row[OUT + 1], a_at, places, T, H * E)
-        _product(row, OUT, (T, D, H * E), a_at, places, y_at, part, parts)
+        _product(row[OUT : OUT + 4], (T, D, H * E), a_at, places, y_at, part, parts)
         arrivals = _added(x, y, row[AFTER_A], numbers, part, parts, barrier, arrivals)
         _norm(x, row[BEFORE_M], eps, offset, places[0])
         _rounded(row[GATE + 1] + row[UP + 1], places[0], places, T, D)
-        _product(row, GATE, (T, F, D), places[0], places, g_at, part, parts)
-        _product(row, UP, (T, F, D), places[0], places, u_at, part, parts)
+        _product(row[GATE : GATE + 4], (T, F, D), places[0], places, g_at, part, parts)
+        _product(row[UP : UP + 4], (T, F, D), places[0], places, u_at, part, parts)
         _gated(_lying(g_at, (T, F), ONE), _lying(u_at, (T, F), ONE), function, part, parts)
         arrivals = _together(parts, barrier, arrivals)
         _rounded(row[DOWN + 1], g_at, places, T, F)
-        _product(row, DOWN, (T, D, F), g_at, places, y_at, part, parts)
+        _product(row[DOWN : DOWN + 4], (T, D, F), g_at, places, y_at, part, parts)
         arrivals = _added(x, y, row[AFTER_M], numbers, part, parts, barrier, arrivals)
 
 
@@ -124,9 +124,9 @@ def _rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> 
 
 
 @compiled
-def _product(row: Array, matrix: int, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
-    """Compute a part of the outputs of one matrix. sizes: tokens, outputs, inputs."""
-    weight_at, scale_at, bias_at, scales = row[matrix], row[matrix + 1], row[matrix + 2], row[matrix + 3]
+def _product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
+    """Compute a part of the outputs of one matrix, given by its four columns. sizes: tokens, outputs, inputs."""
+    weight_at, scale_at, bias_at, scales = matrix[0], matrix[1], matrix[2], matrix[3]
     tokens, outputs, inputs = sizes
     first, last = _share(outputs, part, parts)
     if scale_at:
