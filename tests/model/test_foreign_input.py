@@ -130,3 +130,74 @@ def test_prefix_tuning_is_refused_in_training_too(ids: Tensor) -> None:
 def test_rope_without_its_numbers_is_one_line(rope: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         net(rope_parameters=rope)
+
+
+LABELS = {
+    "int32": (lambda ids: ids.int(), None),
+    "another length": (
+        lambda ids: ids[:, :5],
+        r"labels must have the shape of .*, \[2, 12\], got \[2, 5\]",
+    ),
+    "one row": (lambda ids: ids[:1], r"labels must have the shape of the predictions, \[2, 12\], got \[1, 12\]"),
+    "no rows": (lambda ids: ids[0], r"labels must have shape \[rows, tokens\], got \[12\]"),
+    "fractions": (lambda ids: ids.float(), "labels must be whole numbers, got torch.float32"),
+    "beyond the vocabulary": (lambda ids: ids + 300, r"labels must lie in 0 to 299 \(vocab_size - 1\) or be -100, got"),
+    "padding as -1": (lambda ids: ids.where(ids > 99, -1), "labels must lie in 0 to 299 .*or be -100, got -1"),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+@pytest.mark.parametrize("what", LABELS)
+def test_labels_are_tokens_or_one_line(what: str, chunk: int, ids: Tensor) -> None:
+    change, why = LABELS[what]
+    model = net()
+    if why is None:
+        assert torch.equal(model(ids, labels=change(ids), loss_chunk=chunk).loss, model(ids, labels=ids).loss) or chunk
+        return
+    with pytest.raises(ValueError, match=why):
+        model(ids, labels=change(ids), loss_chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"input_ids": torch.arange(9)}, r"input_ids must be whole numbers of shape .*, got torch.int64 \[9\]"),
+        ({"input_ids": torch.ones(2, 9)}, "input_ids must be whole numbers .*, got torch.float32"),
+        ({"input_ids": [[1, 2]]}, "input_ids must be a tensor .*, got list"),
+        ({"inputs_embeds": torch.ones(2, 9, 31)}, r"inputs_embeds must have shape \[rows, tokens, 32\]"),
+        ({"inputs_embeds": torch.ones(9, 32)}, r"inputs_embeds must have shape .*, got \[9, 32\]"),
+        ({}, "give exactly one of input_ids and inputs_embeds"),
+    ],
+    ids=str,
+)
+def test_inputs_of_another_form_are_one_line(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        net()(**given)
+
+
+def test_learned_positions_below_0_are_one_line(ids: Tensor) -> None:
+    model = net(positions="learned", max_position_embeddings=16)
+    for shift, why in ((-3, "position_ids must be at least 0, got -3"), (9, "longer than the model's context of 16")):
+        with pytest.raises(ValueError, match=why):
+            model(ids, position_ids=torch.arange(12)[None] + shift)
+
+
+@pytest.mark.parametrize("other", [{"num_key_value_heads": 1}, {"head_dim": 16}])
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_cache_of_other_heads_is_one_line(other: dict[str, Any], theirs: bool, ids: Tensor) -> None:
+    """Entries of one head were spread over four silently."""
+    models = net(**other), net()
+    made, used = models if theirs else models[::-1]
+    cache = made(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"past_key_values holds keys of \d heads of size \d+, but the model has \d"):
+        used(ids[:, :1], past_key_values=cache)
+
+
+def test_a_configuration_that_wants_tuples_gets_them(ids: Tensor) -> None:
+    model = net("mod")
+    right = model(ids, labels=ids)
+    model.config.return_dict = False
+    loss, logits, *_ = model(ids, labels=ids)
+    assert torch.equal(loss, right.loss)
+    assert torch.equal(logits, right.logits)
+    assert isinstance(model.model(ids), tuple)

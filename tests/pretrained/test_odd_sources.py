@@ -70,6 +70,19 @@ def half_pickle(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def integers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name and name.endswith("weight"))
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, folder / "model.safetensors", {"format": "pt"})
+
+
+def generation(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "generation_config.json").write_text(text)
+
+    return write
+
+
 def no_tensors(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"weights": object}, folder / "pytorch_model.bin")
@@ -84,6 +97,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tensors": (no_tensors, "source"),
     "padding": (lambda folder: edited(folder, pad_token_id=61), "source"),
     "size in words": (lambda folder: edited(folder, hidden_size="wide", n_embd="wide"), "source"),
+    "integers": (integers, "holds .* as I8: the weights are quantised; load the unquantised checkpoint"),
+    "generation_config cut off": (generation("{"), "generation_config.json' cannot be read"),
+    "generation_config of a list": (generation("[]"), "generation_config.json' cannot be read: it does not contain"),
+    "an end in words": (generation('{"eos_token_id": "</s>"}'), "eos_token_id in .*must be a token id or a list"),
     "no map": (lambda folder: (folder / "config.json").write_text("[]") and None, "source"),
 }
 
@@ -110,7 +127,7 @@ def test_rope_that_lacks_its_numbers_is_one_line(rope: dict[str, Any], tmp_path:
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("where", ["git-lfs", "adapter", "half", "no tensors"])
+@pytest.mark.parametrize("where", ["git-lfs", "adapter", "half", "no tensors", "an end in words"])
 def test_a_broken_model_of_ours_is_one_line(where: str, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     SkipstoneForCausalLM(SkipstoneConfig(**SIZES)).save_pretrained(folder)

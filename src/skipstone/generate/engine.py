@@ -7,7 +7,6 @@ Shape letters: B rows, T tokens of the prompt, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,14 +20,13 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from skipstone.budget import BudgetTable
 from skipstone.core.records import Records
-from skipstone.core.routing_module import require_causal
 from skipstone.core.strict import choose
 from skipstone.generate.drafts import Draft, build_draft
+from skipstone.generate.prompt import check_count, check_padding, checked_prompt, ends_of
 from skipstone.generate.speculation import Length, stand_or_redraw
 from skipstone.measure.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
-from skipstone.model.wrapped import require_ours
 
 CACHES: dict[str, Callable[[SkipstoneConfig, int], Cache]] = {
     "dynamic": lambda config, tokens: DynamicCache(config=config),
@@ -185,9 +183,10 @@ class Decoder:
     ) -> None:
         self.new_cache, self.fixed_size = choose("cache", cache, CACHES), cache == "static"
         self.drafting: tuple[Draft, Length] | None = None
-        self.mask_BT = _checked(model, input_ids, attention_mask, max_new_tokens)
+        self.mask_BT = checked_prompt(model, input_ids, attention_mask, max_new_tokens)
         self.model, self.input_ids, self.max_new_tokens = model, input_ids, max_new_tokens
         ends = ends_of(model, eos_token_id)
+        check_padding(model, pad_token_id)
         pads = (pad_token_id, model.generation_config.pad_token_id, *ends)
         known = range(model.config.vocab_size)  # the first Llamas say -1 for "none"
         self.pad = next((i for i in pads if i in known), 0)
@@ -307,8 +306,8 @@ class Sampler:
     def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if top_k is not None:
+            check_count("top_k", top_k)
         self.temperature, self.top_k = temperature, top_k
         self.generator = torch.Generator(device)
         if seed is None:
@@ -340,48 +339,3 @@ class Sampler:
             return logits_BV, None
         best_BK, index_BK = logits_BV.topk(self.top_k)
         return best_BK, index_BK
-
-
-def _checked(
-    model: SkipstoneForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
-) -> Tensor | None:
-    """Return the attention mask, or None if nothing is padding, after checking the arguments."""
-    require_ours(model)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
-        got = list(input_ids.shape), None if attention_mask is None else list(attention_mask.shape)
-        raise ValueError(f"input_ids must be [rows, tokens], attention_mask of the same shape or None; got {got}")
-    mask_BT = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.long()
-    length = input_ids.shape[1] if mask_BT is None else int(mask_BT.sum(1).max())
-    if input_ids.numel() == 0 or (mask_BT is not None and not bool(mask_BT.any(1).all())):
-        raise ValueError("the prompt is empty: generation needs at least one token")
-    if mask_BT is not None and not bool(mask_BT[:, -1].all()):
-        raise ValueError("the prompt is padded on the right; rows of different length must be padded on the left")
-    check_length(model, length, max_new_tokens)
-    _check_causal(model)
-    return mask_BT
-
-
-def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
-    """Raise ValueError if `prompt` and `new` tokens together exceed the model's context."""
-    limit = model.config.max_position_embeddings
-    if prompt + new > limit:
-        raise ValueError(
-            f"prompt of {prompt} tokens and {new} new tokens exceed the model's context of {limit} "
-            f"(max_position_embeddings); at most {max(limit - prompt, 0)} new tokens fit"
-        )
-
-
-def _check_causal(model: SkipstoneForCausalLM) -> None:
-    require_causal(model.routing_modules())
-    for reason in {reason for mechanism in model.routing_modules() if (reason := mechanism.not_ready_reason())}:
-        warnings.warn(reason, stacklevel=4)
-
-
-def ends_of(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
-    """Return the ids that end a text: `eos_token_id`, or those of the model's generation_config."""
-    ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    if ends is None:
-        return []
-    return [ends] if isinstance(ends, int) else list(ends)

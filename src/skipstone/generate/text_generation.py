@@ -12,8 +12,9 @@ import torch
 
 from skipstone.budget import BudgetTable
 from skipstone.generate.detokenizer import Detokenizer
-from skipstone.generate.engine import Step, check_length, ends_of
+from skipstone.generate.engine import Step
 from skipstone.generate.engine import stream as stream_steps
+from skipstone.generate.prompt import check_length, ends_of
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from skipstone.core.plain_text import parse_json
 from skipstone.core.routing_module import RoutingModule
 from skipstone.model.loading import about, check_complete, quiet
 from skipstone.model.source_folder import ADAPTER
@@ -24,7 +24,7 @@ def base_of(folder: Path) -> str:
     if PEFT is not installed.
     """
     with about(str(folder / ADAPTER)):
-        values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        values = parse_json((folder / ADAPTER).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"the file must hold an object, got {type(values).__name__}")
         kind, base = values.get("peft_type"), values.get("base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""Checks of a decoder call's cache, and what the kind of cache means for the pass."""
+"""Checks of what a decoder call is given, and what the kind of cache means for the pass."""
 
 from __future__ import annotations
 
@@ -6,15 +6,67 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.static import SkipstoneStaticCacheLayer
 from skipstone.core.tokens import Executor, PassMode
+from skipstone.ops.head_loss import IGNORED
 
 
-def check_cache(cache: Any, blocks: set[int], rows: int) -> None:
-    """Raise ValueError unless the cache was made for one of these numbers of blocks and holds `rows` rows."""
+def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int) -> None:
+    """Raise ValueError unless exactly one of the two is given, as whole numbers [B, T] or vectors [B, T, width]."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(f"input_ids must be a tensor of shape [rows, tokens], got {type(input_ids).__name__}")
+        if input_ids.dim() != 2 or not _whole(input_ids):
+            raise ValueError(f"input_ids must be whole numbers of shape [rows, tokens], got {_kind(input_ids)}")
+    elif inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width):
+        raise ValueError(f"inputs_embeds must have shape [rows, tokens, {width}], got {list(inputs_embeds.shape)}")
+
+
+def checked_targets(target_BT: Tensor, shape: torch.Size) -> Tensor:
+    """Return the targets as int64 after checking them against the shape [B, T] of the predictions."""
+    if not _whole(target_BT):
+        raise ValueError(f"labels must be whole numbers, got {target_BT.dtype}")
+    if target_BT.shape != shape:
+        raise ValueError(
+            f"labels must have the shape of the predictions, {list(shape)}, got {list(target_BT.shape)}; "
+            "logits_to_keep cannot be combined with labels"
+        )
+    return target_BT.long()
+
+
+def refuse_targets(target_BT: Tensor, vocab_size: int) -> None:
+    """Raise ValueError if a target is no token of the vocabulary; called after a loss has failed.
+
+    Only a CPU says so; accelerators fail with a device assertion.
+    """
+    if target_BT.device.type != "cpu":
+        return
+    wrong = target_BT[(target_BT != IGNORED) & ((target_BT < 0) | (target_BT >= vocab_size))]
+    if len(wrong):
+        raise ValueError(
+            f"labels must lie in 0 to {vocab_size - 1} (vocab_size - 1) or be {IGNORED}, got {int(wrong[0])}"
+        ) from None
+
+
+def _whole(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _kind(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)}"
+
+
+def check_cache(cache: Any, blocks: set[int], rows: int, heads: tuple[int, int]) -> None:
+    """Raise ValueError unless the cache was made for one of these numbers of blocks and holds `rows` rows.
+
+    heads: the number of heads of keys and values, and their size, which the entries must have.
+    """
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
         raise ValueError(
@@ -29,6 +81,10 @@ def check_cache(cache: Any, blocks: set[int], rows: int) -> None:
     held = next((layer.rows for layer in layers if layer.rows is not None), None)
     if held is not None and held != rows:
         raise ValueError(f"past_key_values holds {held} rows, but the call has {rows}; a row is never added to a cache")
+    key = next((layer.kv.entries["key"] for layer in layers if "key" in layer.kv.entries), None)
+    if key is not None and tuple(key.shape[2:]) != heads:  # one head would be spread over the others silently
+        had, has = (f"{number} heads of size {size}" for number, size in (key.shape[2:], heads))
+        raise ValueError(f"past_key_values holds keys of {had}, but the model has {has}")
 
 
 def _described(cache: object) -> str:

@@ -24,6 +24,7 @@ from skipstone.core.routing_module import RoutingModule, require_causal
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
+from skipstone.model.arguments import checked_targets, refuse_targets
 from skipstone.model.build import Int8Linear, Rotary
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
@@ -123,7 +124,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             noise=noise,
             executor=executor,
             output_records=True if output_records or target_BT is not None else None,
-            **{name: kwargs[name] for name in OF_THE_DECODER if name in kwargs},
+            **{"return_dict": True, **{name: kwargs[name] for name in OF_THE_DECODER if name in kwargs}},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None
@@ -161,14 +162,17 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         distillation: Distillation | None,
     ) -> dict[str, Tensor]:
         """Return the loss and its parts."""
-        if hidden_BTD.shape[1] != target_BT.shape[1]:
-            raise ValueError("logits_to_keep cannot be combined with labels: the loss needs the logits of all tokens")
-        if logits_BTV is not None:
-            if distillation is not None:
-                raise ValueError("distillation needs a loss_chunk of 1 or more, got 0")
-            parts = {"token_loss": self._token_loss(logits_BTV, target_BT, items)}
-        else:
-            parts = self._chunked(hidden_BTD, target_BT, items, chunk, distillation)
+        if logits_BTV is not None and distillation is not None:
+            raise ValueError("distillation needs a loss_chunk of 1 or more, got 0")
+        target_BT = checked_targets(target_BT, hidden_BTD.shape[:2])
+        try:
+            if logits_BTV is not None:
+                parts = {"token_loss": self._token_loss(logits_BTV, target_BT, items)}
+            else:
+                parts = self._chunked(hidden_BTD, target_BT, items, chunk, distillation)
+        except (IndexError, RuntimeError):  # of a CPU, where a target is no token
+            refuse_targets(target_BT, self.config.vocab_size)
+            raise
         minimised = parts.pop("minimised", parts["token_loss"])
         added = self._auxiliary_loss(target_BT, records, items, minimised)
         return {"loss": minimised + added, "auxiliary_loss": added, **parts}
@@ -309,7 +313,12 @@ def _documents(inputs: PlainDict) -> Tensor:
 
 
 def shifted(labels_BT: Tensor) -> Tensor:
-    """Return the label of the next token at each position, -100 at the last."""
+    """Return the label of the next token at each position, -100 at the last.
+
+    Raises ValueError unless the labels are [B, T].
+    """
+    if labels_BT.dim() != 2:
+        raise ValueError(f"labels must have shape [rows, tokens], got {list(labels_BT.shape)}")
     return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -25,7 +25,7 @@ from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records
 from skipstone.core.strict import PlainDict, PlainMapping, unknown
 from skipstone.core.tokens import BENEFIT, Executor, PassMode, Tokens
-from skipstone.model.arguments import check_cache, of_fixed_size
+from skipstone.model.arguments import check_cache, check_input, of_fixed_size
 from skipstone.model.build import (
     Block,
     build_blocks,
@@ -185,8 +185,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.post_init()
 
     @merge_with_config_defaults
-    @capture_outputs
-    @can_return_tuple
+    @capture_outputs  # which also returns a tuple where one is asked for
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -246,8 +245,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Return the residual stream before the first block. Raises ValueError for ids outside of the vocabulary."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_input(input_ids, inputs_embeds, self.config.hidden_size)
         if inputs_embeds is not None:
             return inputs_embeds
         assert input_ids is not None
@@ -302,7 +300,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
             return DynamicCache(config=self.config) if build else None
-        check_cache(past_key_values, {self.config.num_hidden_layers, len(self.layers)}, rows)
+        heads = self.config.key_value_heads, self.config.head_size
+        check_cache(past_key_values, {self.config.num_hidden_layers, len(self.layers)}, rows, heads)
         if self.training and any(block.gradient_checkpointing for block in self.layers):
             raise ValueError(  # transformers would not pass the cache to the blocks, and only log it
                 "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
@@ -370,8 +369,12 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     def _checked(self, position_BT: Tensor) -> Tensor:
         """Return the positions after checking them against the context length."""
         limit = self.config.max_position_embeddings
-        if not torch.compiler.is_compiling() and position_BT.device.type == "cpu" and int(position_BT.max()) >= limit:
-            raise ValueError(f"the input is longer than the model's context of {limit} learned positions")
+        if not torch.compiler.is_compiling() and position_BT.device.type == "cpu":
+            low, high = (int(x) for x in position_BT.aminmax())
+            if high >= limit:
+                raise ValueError(f"the input is longer than the model's context of {limit} learned positions")
+            if low < 0:
+                raise ValueError(f"position_ids must be at least 0, got {low}")
         return position_BT
 
 

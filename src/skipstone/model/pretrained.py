@@ -28,7 +28,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
-from skipstone.model.source_folder import ADAPTER, check_folder
+from skipstone.model.source_folder import ADAPTER, check_folder, check_numbers
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -89,6 +89,7 @@ def _load(
         ours = changed(_load_ours(name, dtype))
         assert isinstance(ours, SkipstoneForCausalLM)
         return ours
+    check_numbers(Path(name))
     with about(name), quiet():
         family_of(values)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))

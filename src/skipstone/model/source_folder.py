@@ -7,16 +7,18 @@ from pathlib import Path
 
 from skipstone.core import checksums
 from skipstone.core.plain_text import parse_json
-from skipstone.core.strict import is_folder_name
+from skipstone.core.strict import PlainDict, is_folder_name
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of the text that git-lfs leaves in place of a file
 READ = {".safetensors", ".bin", ".json", ".model", ".gguf", ".txt"}
-ADAPTER = "adapter_config.json"
+ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
+INTEGERS = ("I", "U", "F8", "F4")  # beginnings of safetensors' names of types that hold no values by themselves
+LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 HASHED = 256 * 2**20  # bytes of a file up to which its hash is compared at every load, which takes a moment
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if a folder holds git-lfs pointers, damaged files, or an adapter beside a model.
+    """Raise ValueError if a folder holds git-lfs pointers, damaged files, an adapter beside a model, or odd settings.
 
     Files are compared with the folder's `files.json`, if it has one, and those of the hub's cache with their names. A
     hub name that is not a folder passes.
@@ -37,6 +39,53 @@ def check_folder(folder: Path) -> None:
             f"{str(folder)!r} holds a model and an adapter ({ADAPTER}); move the adapter to a folder of its own and "
             "name that (`skipstone convert ADAPTER OUT` merges it into its base), or the folder of the model alone"
         )
+    _check_generation(folder / GENERATION)
+
+
+def check_numbers(folder: Path) -> None:
+    """Raise ValueError for weights or biases that are stored as integers or in 8 bits: their scales are elsewhere.
+
+    transformers would silently read them as if they were the values. Files without a readable header are left to it.
+    """
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        for name, told in _header(path).items():
+            kind = told.get("dtype") if isinstance(told, dict) else None
+            parameter = name.endswith((".weight", ".bias")) and not name.endswith(".attn.bias")  # a mask of old files
+            if parameter and isinstance(kind, str) and kind.startswith(INTEGERS):
+                raise ValueError(
+                    f"{str(path)!r} holds {name} as {kind}: the weights are quantised; load the unquantised checkpoint"
+                )
+
+
+def _header(path: Path) -> PlainDict:
+    """Return the header of a safetensors file: its tensors' types, shapes and places; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            values = parse_json(file.read(size)) if size <= LONGEST_HEADER else {}
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _check_generation(path: Path) -> None:
+    """Raise ValueError if generation_config.json cannot be read or names ends that are no ids.
+
+    transformers would silently go on without it, and texts would not end.
+    """
+    if not path.is_file():
+        return
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} cannot be read: it does not contain a JSON object")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = values.get(name)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (not isinstance(each, int) or isinstance(each, bool)):
+                raise ValueError(f"{name} in {str(path)!r} must be a token id or a list of them, got {each!r}")
 
 
 def _check_blob(path: Path) -> None:

@@ -1,0 +1,46 @@
+"""What generation is given is used or refused in one line, never replaced silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import skipstone
+from skipstone.generate import ends_of, generate
+
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def model() -> skipstone.SkipstoneForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return skipstone.SkipstoneForCausalLM(skipstone.SkipstoneConfig(**sizes)).eval()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"input_ids": IDS.tolist()}, "input_ids must be a tensor of shape .*, got list"),
+    ({"input_ids": IDS[0]}, r"input_ids must be whole numbers of shape .*, got torch.int64 \[6\]"),
+    ({"input_ids": IDS.float()}, "input_ids must be whole numbers .*, got torch.float32"),
+    ({"attention_mask": torch.full_like(IDS, 2)}, "attention_mask must hold 1 for tokens and 0 for padding"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+    ({"max_new_tokens": True}, "max_new_tokens must be a whole number, got True"),
+    ({"temperature": 1.0, "top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+    ({"pad_token_id": -5}, r"pad_token_id must be in \[0, 40\), got -5"),
+    ({"pad_token_id": 40}, r"pad_token_id must be in \[0, 40\), got 40"),
+    ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list of them, got '</s>'"),
+    ({"eos_token_id": [[1]]}, r"eos_token_id must be a token id or a list of them, got \[\[1\]\]"),
+]
+
+
+@pytest.mark.parametrize(("given", "why"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_one_line(model: skipstone.SkipstoneForCausalLM, given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        generate(model, **{"input_ids": IDS, "max_new_tokens": 2, **given})
+
+
+@pytest.mark.parametrize("ends", [7, [7, 9], torch.tensor([7, 9]), torch.tensor(7)], ids=str)
+def test_ends_in_any_form(model: skipstone.SkipstoneForCausalLM, ends: Any) -> None:
+    assert ends_of(model, ends) in ([7], [7, 9])
