@@ -149,6 +149,7 @@ def test_constants_of_old_files_are_passed_by(source: Path, ours: bool, tmp_path
         tensors[f"{place}.{name}"] = torch.full((1, 1), -1e4)
     tensors["embeddings.position_ids"] = torch.arange(8)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "files.json").unlink(missing_ok=True)  # the size of the file is another one now
     found = load_pretrained(folder).state_dict()
     assert found.keys() == right.keys()
     assert all(torch.equal(found[name], right[name]) for name in right)
