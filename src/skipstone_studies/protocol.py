@@ -53,8 +53,8 @@ class ProtocolConfig:
     """The section `protocol` of a recipe.
 
     budget: training FLOPs. rate: the learning rate that is tried first; factor: the ratio of neighbouring rates; most:
-    how many rates are tried at most. tuning: length of the runs that tune it, as a share of the whole. tuning_rows:
-    validation rows that judge a rate. test_rows: rows of the test split, evenly spaced over it; None: all.
+    how many rates are tried at most. tuning: length of the runs that tune it, as a share of the whole; 0: the rate
+    is taken as it is. tuning_rows: validation rows that judge a rate. test_rows: rows of the test split, evenly spaced over it; None: all.
     """
 
     budget: float
@@ -66,8 +66,8 @@ class ProtocolConfig:
     test_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if not (self.factor > 1 and 0 < self.tuning <= 1 and self.most >= 1):
-            raise ValueError(f"protocol needs factor above 1, tuning in (0, 1] and most of at least 1, got {self}")
+        if not (self.factor > 1 and 0 <= self.tuning <= 1 and self.most >= 1):
+            raise ValueError(f"protocol needs factor above 1, tuning in [0, 1] and most of at least 1, got {self}")
 
 
 def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
@@ -183,7 +183,7 @@ def tuned_run(
     if not folder.is_dir() and _taken_over(recipe, folder):
         return
     config = from_dict(ProtocolConfig, recipe["protocol"])
-    rate = best_rate(tuned(recipe, folder, config, blocks))
+    rate = best_rate(tuned(recipe, folder, config, blocks)) if config.tuning else config.rate
     final = _runnable(recipe, rate, recipe["train"]["steps"])
     with watched() as use:
         _train(final, folder, resume, blocks, callbacks)
@@ -309,6 +309,11 @@ def tuning_figures(losses: dict[float, float]) -> PlainDict:
     }
 
 
+def untuned(rate: float) -> PlainDict:
+    """Return the same for a rate that was not tuned."""
+    return {"losses": {}, "rate": rate, "inside": None}
+
+
 def measured(folder: Path) -> Figures:
     """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities, seconds.
 
@@ -330,7 +335,9 @@ def measured(folder: Path) -> Figures:
         "training": {**result, **use},
         "training_flops": {"planned": protocol.budget, "executed": executed},
         "gflops_per_core_second": executed / seconds / 1e9 if seconds else None,
-        "tuning": tuning_figures(known_rates(rates_file(folder, recipe))),
+        "tuning": tuning_figures(known_rates(rates_file(folder, recipe)))
+        if protocol.tuning
+        else untuned(protocol.rate),
         "loss": sum(part.nats for part in found) / predictions,
         "blocks": [part.loss for part in found],
         "predictions": predictions,

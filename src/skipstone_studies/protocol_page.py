@@ -84,6 +84,8 @@ NOTE = (
 def rates(figures: ByArm) -> str:
     """Return a table of the validation losses of all learning rates that were tried."""
     tried = {arm: next(iter(seeds.values()))["tuning"] for arm, seeds in figures.items() if seeds}
+    if not any(found["losses"] for found in tried.values()):
+        return ""
     names = sorted({rate for found in tried.values() for rate in found["losses"]}, key=float)
     rows = []
     for arm, found in tried.items():
