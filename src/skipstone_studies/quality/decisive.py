@@ -89,9 +89,9 @@ COLUMNS = (
 ABOUT = (
     "All arms are trained for the same FLOPs (forward and backward), so an arm that skips reads more text. They are "
     "byte models of width 128 and 8 blocks (*dense-5* has 5) with steps of 8,192 bytes (laptop: 2,048). The learning "
-    "rate was tuned for each arm on runs of a quarter of the length (laptop: one rate for all, because dense-8 ends such "
-    "a run at 2.9 nats whatever its rate) and falls to 0; the weights of the last tenth of "
-    "the steps are averaged. The text is the source code of installed packages, split by package, without near-copies."
+    "rate was tuned for each arm on runs of a quarter of the length (laptop: one rate for all, because dense-8 ends "
+    "such a run at 2.9 nats whatever its rate) and falls to 0; the weights of the last tenth of the steps are averaged. "
+    "The text is the source code of installed packages, split by package, without near-copies."
     "\n\n"
     f"The routed arms keep about {SHARE:.1%} of the bytes, by one decision for blocks 2 to 5 (a segment), or by one in "
     "every other block (*alternate*): "
