@@ -54,8 +54,8 @@ class ProtocolConfig:
 
     budget: training FLOPs. rate: the learning rate that is tried first; factor: the ratio of neighbouring rates; most:
     how many rates are tried at most. tuning: length of the runs that tune it, as a share of the whole; 0: the rate is
-    taken as it is. tuning_rows: validation rows that judge a rate. test_rows: rows of the test split, evenly spaced over
-    it; None: all.
+    taken as it is. tuning_rows: validation rows that judge a rate. test_rows: rows of the test split, evenly spaced
+    over it; None: all.
     """
 
     budget: float
