@@ -77,6 +77,8 @@ def test_mistyped_option_and_routing_are_one_line() -> None:
         MixtureOfDepths(16, capcity=0.5)
     with pytest.raises(ValueError, match="unknown routing 'orcale'; did you mean 'oracle'"):
         Routed(NanoBlock(16), MixtureOfDepths(16))(torch.randn(1, 4, 16), routing="orcale")
+    with pytest.raises(ValueError, match=r"takes a stream of shape \[rows, tokens, width\], got \[4, 16\]"):
+        Routed(NanoBlock(16), MixtureOfDepths(16))(torch.randn(4, 16))
 
 
 class Positioned(nn.Module):

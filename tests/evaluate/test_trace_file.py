@@ -100,7 +100,8 @@ def test_three_formats_hold_the_same_lines(saved: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_told_in_one_line(saved: Path, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
-    text.write_text("abc", encoding="utf-8")
+    text.write_text("abc", encoding="utf-8-sig")
+    assert write_trace(saved, text, tmp_path / "marked.csv") == 3 * 4  # a mark of the encoding is no token
     with pytest.raises(ValueError, match=r"unknown suffix of the file '\.parket'; did you mean '\.parquet'\?"):
         write_trace(saved, text, tmp_path / "map.parket")
     with pytest.raises(ValueError, match="context must be from 1 to 16"):

@@ -17,6 +17,7 @@ from skipstone.runs import Run, read_text
 
 LINES = 1 << 16  # of a row group in a parquet file
 Line = Sequence[object]
+BYTE_ORDER_MARK = "\ufeff"  # that editors on Windows put before a text in UTF-8
 
 
 def write_trace(
@@ -50,7 +51,7 @@ def write_trace(
         raise ValueError(f"context must be from 1 to {longest} (max_position_embeddings), got {context}")
     if causal_obstacle(model.routing_modules()):
         warnings.warn("this model has no causal decisions; these have sight of the whole row", stacklevel=2)
-    ids: list[int] = tokenizer(read_text(text))["input_ids"][:limit]
+    ids: list[int] = tokenizer(read_text(text).removeprefix(BYTE_ORDER_MARK))["input_ids"][:limit]
     done = None if report is None else (lambda tokens: report(tokens, len(ids)))
     parts = depth_maps(model, ids, min(context or longest, len(ids) or 1), done)
     lines = (line for part in parts for line in part.lines(lambda i: str(tokenizer.decode([i]))))

@@ -51,9 +51,12 @@ class Routed(nn.Module):
         routing: "oracle" may look at the whole row (default in training mode, and right for encoders), "causal" may
         not. real_BT: bool, False for padding. Other arguments are passed to the block, gathered if they have an entry
         for each token (see the class). Further items of a returned tuple are passed through, for the kept tokens only.
+        Raises ValueError for a stream that is not [B, T, D].
         """
         if routing not in ("oracle", "causal", None):
             raise ValueError(unknown("routing", routing, ["oracle", "causal"]))
+        if x_BTD.dim() != 3:
+            raise ValueError(f"Routed takes a stream of shape [rows, tokens, width], got {list(x_BTD.shape)}")
         mode = PassMode(routing=routing or ("oracle" if self.training else "causal"), noise=self.training)
         slot_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         state: dict[str, Tensor] = {}
