@@ -56,6 +56,7 @@ FILES = {
     "neurons_decode": "speed.neurons_decode",
     "decode_rivals": "speed.decode_rivals",
     "gpu": "speed.gpu",
+    "growth": "speed.growth",
 }
 
 

@@ -47,6 +47,15 @@ SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what i
         ("smollm2-135m, bfloat16, 0.66 and 0.50",),
         {"shape": SHAPE, "prompt": 4, "steps": 2, "turns": 1},
     ),
+    "growth": (
+        ("rows, dense", "loading 1B", "imports"),
+        {
+            "values": [1, 2, 4],
+            "repeats": 1,
+            "context": 16,
+            "checkpoint": SHAPE,
+        },
+    ),
     "gpu": (("training, d 1024",), {}),
     "decode_rivals": (("ours, int8",), {"source": "stories260K", "prompt": 4, "new": 2, "turns": 1}),
 }
@@ -57,7 +66,7 @@ def test_every_timing_is_tried() -> None:
 
 
 # They compile, train, or start a process.
-SLOW = ("static_graph", "neurons_decode", "head_loss", "mod_training", "decode_rivals", "gpu")
+SLOW = ("static_graph", "neurons_decode", "head_loss", "mod_training", "decode_rivals", "gpu", "growth")
 CASES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
 
 

@@ -1,0 +1,91 @@
+"""How time and memory grow with context, rows, blocks and vocabulary; loading a large checkpoint; imports."""
+
+from __future__ import annotations
+
+from skipstone.evaluate.tables import Section, markdown
+from skipstone_studies.claims import ByArm
+from skipstone_studies.speed.growth import curves, loading
+from skipstone_studies.study import Column, Figures, RecipeDict, Study
+
+WITHIN = 0.05  # of the exponents of arithmetic
+KINDS = {"curve": curves.measured, "memory": loading.memory, "imports": loading.imports}
+
+
+def arms(scale: str) -> dict[str, RecipeDict]:
+    """Return the curves, and what is measured of loading and importing."""
+    return {**curves.arms(), **loading.arms()}
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """Return the figures of an arm by its kind."""
+    return KINDS[recipe["kind"]](recipe)
+
+
+def details(figures: ByArm) -> str:
+    """Return which exponents are those of arithmetic, every curve in seconds, and the tables of reading and imports."""
+    found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
+    lines = {arm: one for arm, one in found.items() if "points" in one}
+    parts = []
+    if lines:
+        near = [arm for arm, one in lines.items() if abs(one["apart"]["time"]) <= WITHIN]
+        parts.append(
+            f"Of {len(lines)} curves, {len(near)} grow in time within {WITHIN:g} of their FLOPs' exponent. In the "
+            "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference: it rises where "
+            "a pass is short and its fixed costs weigh, and falls where its tensors leave the caches."
+        )
+    parts += [_curves(axis, lines) for axis in curves.AXES if any(arm.startswith(f"{axis},") for arm in lines)]
+    if "imports" in found:
+        rows = [[name, f"{seconds:.3f}"] for name, seconds in found["imports"]["imports"].items()]
+        parts.append(markdown([Section(title="Imports", columns=["", "CPU s"], rows=rows, notes=[])]).strip("\n"))
+    return "\n\n".join(parts)
+
+
+def _curves(axis: str, lines: Figures) -> str:
+    values = curves.AXES[axis]
+    rows = []
+    for arm, one in lines.items():
+        if arm.startswith(f"{axis},"):
+            by_size = {int(point["size"]): point for point in one["points"]}
+            cells = [
+                f"{by_size[v]['seconds'] * 1e3:.1f}, {by_size[v]['peak'] / 1e6:.1f}" if v in by_size else "–"
+                for v in values
+            ]
+            rows.append([arm.partition(", ")[2], *cells])
+    section = Section(
+        title=f"By {axis}", columns=["", *(f"{value:,}" for value in values)], rows=rows, notes=["CPU ms, peak MB."]
+    )
+    return markdown([section]).strip("\n")
+
+
+GROWTH = Study(
+    name="growth",
+    purpose="Growth of time and memory by context, rows, blocks and vocabulary; loading 1B parameters; imports",
+    about=(
+        "**Random weights and tokens**, one thread, forward passes in fp32 without a cache, width 64; 2 blocks, one "
+        "row of 256 tokens and a vocabulary of 256 where these do not grow. Decisions are those of training (top-k for "
+        "Mixture-of-Depths; gates are soft and compute everything). Times are the least CPU seconds of three passes, "
+        "as the machine was shared. Exponents are fitted to the last three points of a curve and stand beside those of "
+        "the FLOPs of the cost model and of the bytes of the largest tensors that a pass holds at once (the stream and the "
+        "MLP's, or the logits). Memory is the rise of the process's peak resident size. For checkpoints it is "
+        "relative to the size of the weights, and pages of mapped files count."
+    ),
+    arms=arms,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    details=details,
+    columns=(
+        Column(key="exponents.seconds", title="exponent of time", format=".2f"),
+        Column(key="exponents.flops", title="of FLOPs", format=".2f"),
+        Column(key="apart.time", title="apart", format="+.2f"),
+        Column(key="rate.first", title="GFLOP/s, smallest", format=".1f"),
+        Column(key="rate.last", title="largest", format=".1f"),
+        Column(key="exponents.peak", title="exponent of memory", format=".2f"),
+        Column(key="exponents.bytes", title="of the largest tensors", format=".2f"),
+        Column(key="peak_mb", title="peak, MB", format=",.1f"),
+        Column(key="size_mb", title="weights, MB", format=",.0f"),
+        Column(key="of_size", title="peak / weights", format=".2f"),
+        Column(key="of_transformers", title="/ import transformers", format=".2f"),
+        Column(key="of_class", title="/ import of a class", format=".2f"),
+        Column(key="help", title="--help, CPU s", format=".3f"),
+    ),
+)
