@@ -65,8 +65,8 @@ GROWTH = Study(
         "row of 256 tokens and a vocabulary of 256 where these do not grow. Decisions are those of training (top-k for "
         "Mixture-of-Depths; gates are soft and compute everything). Times are the least CPU seconds of three passes, "
         "as the machine was shared. Exponents are fitted to the last three points of a curve and stand beside those of "
-        "the FLOPs of the cost model and of the bytes of the largest tensors that a pass holds at once (the stream and the "
-        "MLP's, or the logits). Memory is the rise of the process's peak resident size. For checkpoints it is "
+        "the FLOPs of the cost model and of the bytes of the largest tensors that a pass holds at once (the stream and "
+        "the MLP's, or the logits). Memory is the rise of the process's peak resident size. For checkpoints it is "
         "relative to the size of the weights, and pages of mapped files count."
     ),
     arms=arms,
