@@ -14,6 +14,11 @@ gates.py       savings that soft gates claim and savings that hard passes realis
 text_blocks.py losses by blocks of the validation text
 intervals.py   confidence intervals of paired differences, and the smallest detectable difference
 claims.py      published figures beside ours, and verdicts on claims by confidence intervals
+protocol.py    models at equal training FLOPs: planning, tuning, training, measuring
+protocol_page.py  sections of the pages of studies that follow the protocol
+text_loss.py   losses of rows that are evenly spaced over a split
+benefit.py     how much each block lowers each token's loss, and what a router could know of it
+benefit_page.py  its tables
 headroom.py    whether more depth lowers the loss, without which routing cannot be judged
 charts.py      charts of loss against a quantity on a logarithmic axis
 corpus.py      the first available of several corpora

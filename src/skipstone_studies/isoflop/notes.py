@@ -35,7 +35,8 @@ def _scale(result: IsoFlopResult) -> list[str]:
     if len(depths) == 1 and any(grid.spec.known[arm].get("mechanisms") for arm in grid.spec.arms):
         found.append(
             f"All sizes have {depths.pop()} blocks, so it is not known whether depth pays here; without that, a router "
-            "that skips blocks has nothing to gain."
+            "that skips blocks has nothing to gain, and no verdict is given. Add a size of the same width with fewer "
+            "blocks."
         )
     return found
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from skipstone_studies.intervals import CONFIDENCE, POWERS, detectable_in_errors, t_quantile
 from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, curve, make_curve
+from skipstone_studies.isoflop.depth import Refusal, refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +152,13 @@ class SameLoss:
     gap_low: float | None = None
     gap_high: float | None = None
     detectable: tuple[float, ...] = ()  # detectable gaps, at each of `intervals.POWERS`
+    refused: Refusal = ""  # why there is no verdict (`depth`)
 
     @property
     def verdict(self) -> str:
-        """The verdict on the best losses, by the interval of their gap."""
+        """The verdict on the best losses, by the interval of their gap, unless it is refused."""
+        if self.refused:
+            return self.refused
         if self.gap_low is None or self.gap_high is None:
             return "no interval"
         return "better" if self.gap_high < 0 else "worse" if self.gap_low > 0 else "not told apart"
@@ -281,11 +285,16 @@ def find(collected: GridRecords) -> IsoFlopResult:
         if of_budget:
             curves[budget] = of_budget
     spread, times = noise(collected), equal_times(collected)
+
+    def compared(of: Mapping[str, Curve], budget: float) -> list[SameLoss]:
+        found = same_loss(of, collected.grid.spec.base, spread)
+        return [replace(one, refused=refusal(collected, one.arm, budget)) for one in found]
+
     return IsoFlopResult(
         collected=collected,
         curves=curves,
         noise=spread,
-        same={budget: same_loss(found, collected.grid.spec.base, spread) for budget, found in curves.items()},
+        same={budget: compared(found, budget) for budget, found in curves.items()},
         times=times,
-        same_times=[same_loss(time.curves, collected.grid.spec.base, spread) for time in times],
+        same_times=[compared(time.curves, max(curves)) for time in times],
     )

@@ -112,7 +112,7 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
 def claims(collected: GridRecords) -> list[Claim]:
     """Return, for each arm and budget, the claim that its best loss is below the base's."""
     result = find(collected)
-    words: dict[str, Verdict] = {"better": "yes", "worse": "no"}
+    words: dict[str, Verdict] = {"better": "yes", "worse": "no", "no headroom": "no headroom"}
     return [
         Claim(
             arm=found.arm,
@@ -132,7 +132,7 @@ def _gap(found: SameLoss) -> str:
     if found.gap_low is None:
         return f"{found.gap:+.4f}, without an interval"
     shown = f"{found.gap:+.4f} [{_interval(found.gap_low, found.gap_high, _signed)}], {found.verdict}"
-    if found.verdict != "not told apart":
+    if found.gap_high is None or found.gap_low * found.gap_high > 0:
         return shown
     return f"{shown} (detectable: {' / '.join(f'{value:.3f}' for value in found.detectable)})"
 
