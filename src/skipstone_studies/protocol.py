@@ -198,9 +198,10 @@ def _taken_over(recipe: RecipeDict, folder: Path) -> bool:
         note = other.with_name(f"{other.name}.recipe.json")
         same = note.is_file() and json.loads(note.read_text(encoding="utf-8")) == recipe
         if other != folder and same and Run(other).finished and (other / USE).is_file():
-            rates = rates_file(folder, recipe)
-            rates.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(rates_file(other, recipe), rates)
+            tuned_there, rates = rates_file(other, recipe), rates_file(folder, recipe)
+            if tuned_there.is_file():  # there is none where the rate was not tuned
+                rates.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(tuned_there, rates)
             with complete(folder) as partial:
                 shutil.copytree(other, partial, dirs_exist_ok=True)
             return True

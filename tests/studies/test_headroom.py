@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,20 @@ def test_a_run_of_another_study_is_taken_over(tmp_path: Path, monkeypatch: pytes
     assert "| regression on the stream |" in page
     other = seeded(one("quick")["dense-8"], 1)
     assert not protocol._taken_over(other, tmp_path / "runs/headroom/quick/dense-8-seed1")
+
+
+def test_a_run_whose_rate_was_not_tuned_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, folder = seeded(decisive.arms("laptop")["dense-8"], 0), tmp_path / "decisive/laptop/dense-8-seed0"
+    folder.mkdir(parents=True)
+    for name in (protocol.USE, "config.yaml"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    folder.with_name("dense-8-seed0.recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    monkeypatch.setattr(protocol.Run, "finished", True)
+    own = tmp_path / "headroom/laptop/dense-8-seed0"
+    own.parent.mkdir(parents=True)
+    assert protocol._taken_over(recipe, own)
+    assert (own / protocol.USE).is_file()
+    assert not (own.parent / "rates").exists()
 
 
 def test_your_checkpoint_needs_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 from skipstone_studies.text_loss import spaced
 
 SAME_TEXT = "dense-5-same-text"
-ROWS = {"laptop": 96, "paper": 256, "quick": 8}  # half to fit the regression, half to measure
+ROWS = {"laptop": 48, "paper": 256, "quick": 8}  # half to fit the regression, half to measure
 CHECKPOINT = "SKIPSTONE_CHECKPOINT"  # the folder of a user's own checkpoint
 ORACLE = "benefit"
 
