@@ -30,8 +30,9 @@ def details(figures: ByArm) -> str:
         near = [arm for arm, one in lines.items() if abs(one["apart"]["time"]) <= WITHIN]
         parts.append(
             f"Of {len(lines)} curves, {len(near)} grow in time within {WITHIN:g} of their FLOPs' exponent. In the "
-            "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference: it rises where "
-            "a pass is short and its fixed costs weigh, and falls where its tensors leave the caches."
+            "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference. By context, the "
+            "share of attention grows, whose kernel leaves out the half of the pairs that the causal mask hides, while "
+            "the cost model counts all; elsewhere, fixed costs weigh less the longer a pass is."
         )
     parts += [_curves(axis, lines) for axis in curves.AXES if any(arm.startswith(f"{axis},") for arm in lines)]
     if "imports" in found:
