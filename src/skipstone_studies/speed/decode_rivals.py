@@ -15,17 +15,27 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.quantise import quantise
 from skipstone_studies.speed.interleaved import ratio
 from skipstone_studies.speed.rivals import thin
-from skipstone_studies.speed.rivals.engines import Engine, LlamaCpp, Torch, llama, torchao
+from skipstone_studies.speed.rivals.engines import Drafted, Engine, LlamaCpp, PromptLookup, Torch, llama, torchao
 from skipstone_studies.speed.rivals.source import LENGTH, ROWS, Logits, distance, rows, source
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 SOURCE = "SmolLM2-135M-Instruct"
 STEPS = {"prompt": 32, "new": 16, "turns": 3, "threads": 1}
+LONGER = {"prompt": 64, "new": 64}  # the number of drafted tokens is learned within a text
 WAYS: dict[str, RecipeDict] = {
     "ours, int8": {"way": "int8"},
     "llama.cpp, Q8_0": {"way": "llama.cpp", "format": "Q8_0"},
     "ours, fp32": {"way": "ours"},
     "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
+    "ours, int8, draft lookup": {"way": "drafted", "draft": "lookup", **LONGER},
+    "ours, int8, draft exit": {"way": "drafted", "draft": "exit", **LONGER},
+    "ours, int8, draft skip": {"way": "drafted", "draft": "skip", **LONGER},
+    "ours, int8, no draft": {"way": "int8", **LONGER},
+    "transformers, prompt lookup": {"way": "lookup", "count": 4, **LONGER},
+    "ours, int8, two threads": {"way": "int8", "threads": 2},
+    "llama.cpp, Q8_0, two threads": {"way": "llama.cpp", "format": "Q8_0", "threads": 2},
+    "torchao, int8": {"way": "torchao", "bits": 8},
+    "torchao, int4": {"way": "torchao", "bits": 4},
     "TEAL, 25 %": {"way": "teal", "sparsity": 0.25},
     "CATS, 30 %": {"way": "cats", "sparsity": 0.3},
     "head by candidates, 256 directions": {"way": "previewed", "directions": 256, "exact": 2048},
@@ -33,9 +43,8 @@ WAYS: dict[str, RecipeDict] = {
     "one block left out": {"way": "shorter", "blocks": 1},
     "TEAL, 40 %": {"way": "teal", "sparsity": 0.4},
     "head by candidates, 128 directions": {"way": "previewed", "directions": 128, "exact": 2048},
-    "torchao, int8": {"way": "torchao", "bits": 8},
-    "torchao, int4": {"way": "torchao", "bits": 4},
 }
+LOSSLESS = ("ours", "drafted", "lookup")  # of what they start from: their text is that of the same weights without
 THIN: dict[str, Callable[..., thin.Way]] = {"teal": thin.teal, "cats": thin.cats, "previewed": thin.previewed}
 SMALLER: dict[str, Callable[..., SkipstoneForCausalLM]] = {"narrower": thin.narrower, "shorter": thin.shorter}
 
@@ -64,8 +73,10 @@ def _measured(recipe: RecipeDict, folder: Path) -> Figures:
         found = distance(name, logits)
         return {"distance": found, **_bytes(4.0 * read(), whole)}
     engine, logits, read_bytes = _engine(recipe, folder)
-    found = distance(name, logits) if way != "ours" else {}
-    return {"distance": found, **_bytes(read_bytes, whole), "speed": speed(recipe, engine)}
+    found = distance(name, logits) if way not in LOSSLESS else {}
+    taken = speed(recipe, engine)
+    guessed = {"guessed": engine.guessed[0] / engine.guessed[1]} if isinstance(engine, Drafted) else {}
+    return {"distance": found, **_bytes(read_bytes, whole), "speed": taken, **guessed}
 
 
 def _bytes(read: float, whole: float) -> Figures:
@@ -83,13 +94,17 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
     if way == "torchao":
         model, read = torchao(name, recipe["bits"])
         return Torch(model), thin.whole(model), read  # type: ignore[arg-type]
+    if way == "lookup":
+        theirs = llama(name)
+        return PromptLookup(theirs, recipe["count"]), thin.whole(source(name)), 4.0 * thin.weights(source(name))
     if way in SMALLER:
         share = recipe["share"] if way == "narrower" else recipe["blocks"]
         smaller = SMALLER[way](name, share)
         return Torch(smaller), thin.whole(smaller), 4.0 * thin.weights(smaller)
     ours = source(name) if way == "ours" else quantise(source(name)).eval()
     read = sum(p.numel() * p.element_size() for p in ours.parameters())
-    return Torch(ours), thin.whole(ours), float(read)
+    drafted = Drafted(ours, recipe["draft"]) if way == "drafted" else Torch(ours)
+    return drafted, thin.whole(ours), float(read)
 
 
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
@@ -117,7 +132,10 @@ DECODE_RIVALS = Study(
         "Python code. Thresholds, directions and the order of neurons and blocks come from wikitext-2. *Bytes* are "
         "those of the weights that are read for a token, relative to fp32. *Speed* is tokens per second relative to "
         "transformers' Llama in fp32 with the same weights, by CPU seconds of one thread, interleaved in one process: "
-        f"{STEPS['new']} greedy steps after prompts of {STEPS['prompt']} tokens of the three texts. Arms without a "
+        f"{STEPS['new']} greedy steps after prompts of {STEPS['prompt']} tokens of the three texts; arms with drafts, "
+        f"and that without one beside them, {LONGER['new']} tokens after {LONGER['prompt']}. With two threads, both "
+        "sides have two, and the wall clock counts, which other processes of the machine disturb. Drafts change no "
+        "token; *guessed* is the share of tokens that a draft had proposed. Arms without a "
         "speed decide for every token, but this implementation leaves nothing out. On a CPU, torchao stores int4 in "
         "one byte each, and its bytes are counted so."
     ),
@@ -127,6 +145,7 @@ DECODE_RIVALS = Study(
     columns=(
         Column(key="share", title="bytes", format=".1%"),
         Column(key="speed", title="speed (min to max)", format=".2f", spread=True),
+        Column(key="guessed", title="guessed", format=".0%"),
         Column(key="distance.plays.kl", title="KL, plays", format=".4f"),
         Column(key="distance.manual.kl", title="KL, manual", format=".4f"),
         Column(key="distance.code.kl", title="KL, code", format=".4f"),

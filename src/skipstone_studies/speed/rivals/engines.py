@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from skipstone.core.strict import PlainDict
+from skipstone.generate import stream
 from skipstone.measure.speed import Lap
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone_studies.speed.rivals.source import source
 
 QUANTISED = {"F16": 1, "Q8_0": 7}  # llama.cpp's numbers of its file types
@@ -36,7 +39,12 @@ class Engine(Protocol):
     """Something that decodes a row."""
 
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time `new` greedy steps after a prompt, in CPU seconds; the prompt's pass is not timed."""
+        """Time `new` greedy tokens after a prompt, by `now`; the prompt's pass is not timed."""
+
+
+def now() -> float:
+    """Return CPU seconds for one thread, which other processes hardly disturb; for several, seconds on the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Torch:
@@ -49,10 +57,46 @@ class Torch:
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         cache = DynamicCache(config=self.model.config)
         token = self.model(ids_1T, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        start = time.process_time()
+        start = now()
         for _ in range(new):
             token = self.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        return Lap(tokens=new, seconds=time.process_time() - start, joules=None)
+        return Lap(tokens=new, seconds=now() - start, joules=None)
+
+
+class Drafted:
+    """A model of ours with a draft, whose length follows from measured times.
+
+    guessed: tokens so far that the draft had proposed, and all tokens.
+    """
+
+    def __init__(self, model: SkipstoneForCausalLM, draft: str) -> None:
+        self.model, self.draft, self.guessed = model.eval(), draft, [0, 0]
+
+    def lap(self, ids_1T: Tensor, new: int) -> Lap:
+        steps = stream(self.model, ids_1T, max_new_tokens=new + 1, eos_token_id=[], draft=self.draft)
+        next(steps)
+        start = now()
+        found = [bool(step.guessed_B) for step in steps]
+        self.guessed = [self.guessed[0] + sum(found), self.guessed[1] + new]
+        return Lap(tokens=new, seconds=now() - start, joules=None)
+
+
+class PromptLookup:
+    """transformers' own prompt lookup (`prompt_lookup_num_tokens`), with its Llama."""
+
+    def __init__(self, model: LlamaForCausalLM, count: int) -> None:
+        self.model, self.count = model, count
+
+    @torch.inference_mode()
+    def lap(self, ids_1T: Tensor, new: int) -> Lap:
+        """Time the tokens after the first; the pass over the prompt and one token is taken off."""
+        options: PlainDict = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        seconds = []
+        for count, more in ((1, {}), (new + 1, {"prompt_lookup_num_tokens": self.count})):
+            start = now()
+            self.model.generate(ids_1T, max_new_tokens=count, **options, **more)
+            seconds.append(now() - start)
+        return Lap(tokens=new, seconds=seconds[1] - seconds[0], joules=None)
 
 
 class LlamaCpp:
@@ -80,10 +124,10 @@ class LlamaCpp:
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         self.model.reset()
         token = int(self._feed(ids_1T[0].tolist()).argmax())
-        start = time.process_time()
+        start = now()
         for _ in range(new):
             token = int(self._feed([token]).argmax())
-        return Lap(tokens=new, seconds=time.process_time() - start, joules=None)
+        return Lap(tokens=new, seconds=now() - start, joules=None)
 
     def logits(self, ids_1T: Tensor) -> Tensor:
         """Return the logits of every token, [T, V], fed one by one."""

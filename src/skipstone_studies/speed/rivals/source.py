@@ -24,7 +24,7 @@ from skipstone_studies.study import Figures
 
 Logits = Callable[[Tensor], Tensor]  # int64 [1, T] to [T, V]
 
-ROWS, LENGTH = 2, 128  # of each text
+ROWS, LENGTH = 4, 128  # of each text
 CALIBRATION = ("wikitext-2", "validation")  # what thresholds are set by; no figure is of it
 
 
