@@ -33,11 +33,45 @@ from skipstone_studies.isoflop.spec import make_spec
 from train.tool import MODELS, recipe, text_file
 
 torch.set_num_threads(1)
+SHARES = {  # of the inputs that the fastest target gets: each gets a few seconds of a run of a million
+    "recipe": 0.025,
+    "recipe with its model": 0.003,
+    "adapt recipe": 0.012,
+    "isoflop recipe": 0.2,
+    "YAML of aliases": 0.03,
+    "recipe as YAML": 0.0005,
+    "override, split": 1.0,
+    "override, applied": 0.0005,
+    "files.json": 0.13,
+    "files.json as text": 0.16,
+    "manifest of shards": 0.012,
+    "budget table": 0.012,
+    "record of a study": 0.03,
+    "metrics.jsonl": 0.2,
+    "sealed JSON": 0.5,
+    "sealed line": 0.5,
+    "mechanisms in place": 0.13,
+    "request of the live page": 0.07,
+    "corpus of JSON lines": 0.28,
+    "run: config.yaml": 0.002,
+    "run: environment.json": 0.1,
+    "tokenizer.json": 0.0005,
+    "prompt": 0.03,
+    "name on the report": 0.00016,
+    "model configuration": 0.004,
+    "config.json of a saved model": 0.0003,
+    "header of safetensors": 0.0003,
+    "bytes of safetensors": 0.0003,
+    "index of safetensors": 0.0003,
+}
 
 
 def targets(folder: Path) -> list[Target]:
     """All targets; they write what they read into `folder`."""
-    return [*recipe_targets(folder), *json_targets(folder), *folder_targets(folder), *model_targets(folder)]
+    found = [*recipe_targets(folder), *json_targets(folder), *folder_targets(folder), *model_targets(folder)]
+    for target in found:
+        target.share = SHARES[target.name]
+    return found
 
 
 def file_of(folder: Path, name: str, read: Callable[[Path], object]) -> Callable[[Any], object]:
@@ -94,13 +128,13 @@ def recipe_targets(folder: Path) -> list[Target]:
     ]
     return [
         Target("recipe", given, recipes.read_recipe),
-        Target("recipe with its model", given, made, 0.1),
-        Target("adapt recipe", adapts, adapt_recipe.read_recipe, 0.5),
-        Target("isoflop recipe", grids, grid, 0.5),
-        Target("YAML of aliases", ["a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]\n", *texts[:2]], check_yaml, 0.05),
-        Target("recipe as YAML", texts, file_of(folder, "r.yaml", lambda path: load_recipe(path, [])), 0.004),
-        Target("override, split", said, words, 1.0),
-        Target("override, applied", said, overridden, 0.004),
+        Target("recipe with its model", given, made),
+        Target("adapt recipe", adapts, adapt_recipe.read_recipe),
+        Target("isoflop recipe", grids, grid),
+        Target("YAML of aliases", ["a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]\n", *texts[:2]], check_yaml),
+        Target("recipe as YAML", texts, file_of(folder, "r.yaml", lambda path: load_recipe(path, []))),
+        Target("override, split", said, words),
+        Target("override, applied", said, overridden),
     ]
 
 
@@ -133,12 +167,12 @@ def json_targets(folder: Path) -> list[Target]:
 
     return [
         *table_targets(folder),
-        Target("metrics.jsonl", [lines], file_of(folder, "metrics.jsonl", read_metrics), 0.5),
-        Target("sealed JSON", [sealed.sealed({"a": 1, "b": [0.5]})], unsealed, 1.0),
-        Target("sealed line", [json.loads(sealed.sealed_line(line))], unsealed_line, 1.0),
-        Target("mechanisms in place", [entries], file_of(folder, "in_place/skipstone_routing.json", routing), 0.2),
-        Target("request of the live page", [asked], lambda value: read_request(value, 2), 1.0),
-        Target("corpus of JSON lines", texts, file_of(folder, "corpus.jsonl", documents), 0.5),
+        Target("metrics.jsonl", [lines], file_of(folder, "metrics.jsonl", read_metrics)),
+        Target("sealed JSON", [sealed.sealed({"a": 1, "b": [0.5]})], unsealed),
+        Target("sealed line", [json.loads(sealed.sealed_line(line))], unsealed_line),
+        Target("mechanisms in place", [entries], file_of(folder, "in_place/skipstone_routing.json", routing)),
+        Target("request of the live page", [asked], lambda value: read_request(value, 2)),
+        Target("corpus of JSON lines", texts, file_of(folder, "corpus.jsonl", documents)),
     ]
 
 
@@ -153,7 +187,7 @@ def table_targets(folder: Path) -> list[Target]:
         f"jsonl:{folder / 'texts.jsonl'}", folder / "shards", tokenizer="byte", split="80-20", shard_tokens=200
     )
     manifest = json.loads((folder / "shards" / "manifest.json").read_text())
-    points = [{"share": share, "thresholds": [share], "kept": [share]} for share in (0.5, 0.6, 0.7, 0.8)]
+    points = [{"share": share, "thresholds": [share], "kept": [share]} for share in (0.63, 0.64, 0.65, 0.66)]
     budget = {"handles": ["0.mod"], "trained": [[0.1]], "tokens": 8, "rows": 2, "text": "t", "points": points}
     known: dict[str, Any] = {"config": {}, "environment": {}, "figures": {"loss": 1.0}, "sitting": None}
     one = {**known, "experiment": "t", "scale": "laptop", "arm": "a", "seed": 0, "digest": "0", "command": "c"}
@@ -170,11 +204,11 @@ def table_targets(folder: Path) -> list[Target]:
 
     sums_file = file_of(folder, "sums/files.json", checked)
     return [
-        Target("files.json", [sums], sums_file, 0.6),
-        Target("files.json as text", [json.dumps(sums)], sums_file, 0.3),
-        Target("manifest of shards", [manifest], file_of(folder, "shards/manifest.json", opened), 0.2),
-        Target("budget table", [budget], file_of(folder, "budget/budget.json", budgets), 0.5),
-        Target("record of a study", [one], file_of(folder, "record.json", record.read), 0.5),
+        Target("files.json", [sums], sums_file),
+        Target("files.json as text", [json.dumps(sums)], sums_file),
+        Target("manifest of shards", [manifest], file_of(folder, "shards/manifest.json", opened)),
+        Target("budget table", [budget], file_of(folder, "budget/budget.json", budgets)),
+        Target("record of a study", [one], file_of(folder, "record.json", record.read)),
     ]
 
 
@@ -197,28 +231,15 @@ def folder_targets(folder: Path) -> list[Target]:
 
     prompts = ["It was the best of times", "<eos> <pad> é 你好 \u202e", "\n\n" * 9]
     return [
-        Target(
-            "run: config.yaml", [config, yaml.safe_dump(values)], file_of(folder, "run/config.yaml", configured), 0.01
-        ),
+        Target("run: config.yaml", [config, yaml.safe_dump(values)], file_of(folder, "run/config.yaml", configured)),
         Target(
             "run: environment.json",
             [sealed.sealed({"seed": 0})],
             file_of(folder, "run/environment.json", lambda path: Run(path.parent).environment()),
-            0.5,
         ),
-        Target(
-            "tokenizer.json",
-            [known],
-            file_of(folder, "tokenizer/tokenizer.json", lambda p: load_saved(p.parent)),
-            0.004,
-        ),
-        Target("prompt", prompts, prompted, 0.2),
-        Target(
-            "name on the report",
-            ["run", "<script>alert(1)</script>", "'\"><img src=x onerror=y>"],
-            pages(folder),
-            0.002,
-        ),
+        Target("tokenizer.json", [known], file_of(folder, "tokenizer/tokenizer.json", lambda p: load_saved(p.parent))),
+        Target("prompt", prompts, prompted),
+        Target("name on the report", ["run", "<script>alert(1)</script>", "'\"><img src=x onerror=y>"], pages(folder)),
     ]
 
 
@@ -290,11 +311,11 @@ def model_targets(folder: Path) -> list[Target]:
             path.unlink()
 
     return [
-        Target("model configuration", [plain, *MODELS.values()], _configured, 0.1),
-        Target("config.json of a saved model", [config], with_config, 0.006),
-        Target("header of safetensors", [header], with_header, 0.004),
-        Target("bytes of safetensors", [weights], with_weights, 0.004),
-        Target("index of safetensors", [index], with_index, 0.004),
+        Target("model configuration", [plain, *MODELS.values()], _configured),
+        Target("config.json of a saved model", [config], with_config),
+        Target("header of safetensors", [header], with_header),
+        Target("bytes of safetensors", [weights], with_weights),
+        Target("index of safetensors", [index], with_index),
     ]
 
 

@@ -1,6 +1,6 @@
 """Small text files that state their own SHA-256 or CRC-32, so that damage is noticed when they are read.
 
-A JSON object has it under the key `sha256`, a YAML file in a comment at its end, and each line of a JSON-lines file has
+A JSON object has it under the key `sha256`, a YAML file in a comment at its beginning, and each line of a JSON-lines file has
 a `crc32`. Files of earlier releases, and files whose owner has removed the statement after editing, are read without.
 """
 
@@ -15,7 +15,7 @@ from skipstone.core.checksums import Damaged
 from skipstone.core.strict import PlainDict, PlainMapping
 
 KEY, LINE_KEY = "sha256", "crc32"
-COMMENT = "# sha256 of the lines above, by which damage is noticed; remove this line if you edit them: "
+COMMENT = "# sha256 of the lines below, by which damage is noticed; remove this line if you edit them: "
 
 
 def sealed(values: PlainMapping) -> PlainDict:
@@ -37,16 +37,16 @@ def unsealed(values: PlainDict, path: Path) -> PlainDict:
 
 
 def sealed_text(text: str) -> str:
-    """Return a text with a comment that states the SHA-256 of the lines above."""
-    return f"{text}{COMMENT}{hashlib.sha256(text.encode()).hexdigest()}\n"
+    """Return a text after a comment that states the SHA-256 of the lines below it, so that a cut is noticed."""
+    return f"{COMMENT}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def check_text(text: str, path: Path) -> None:
-    """Raise `Damaged` if the text has another SHA-256 than its last line states."""
-    above, found, stated = text.rpartition(COMMENT)
-    if found and stated.strip() != hashlib.sha256(above.encode()).hexdigest():
+    """Raise `Damaged` if the text has another SHA-256 than its first line states."""
+    first, _, below = text.partition("\n")
+    if first.startswith(COMMENT) and first != COMMENT + hashlib.sha256(below.encode()).hexdigest():
         raise Damaged(
-            f"{str(path)!r} is damaged or was edited: its lines have another SHA-256 than the last one states; if the "
+            f"{str(path)!r} is damaged or was edited: its lines have another SHA-256 than the first one states; if the "
             "change is yours, remove that line"
         )
 

@@ -28,7 +28,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
-from skipstone.model.source_folder import ADAPTER, check_folder, check_numbers
+from skipstone.model.source_folder import ADAPTER, check_folder, check_numbers, check_room
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -94,6 +94,8 @@ def _load(
         family_of(values)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
         translated = config_of(config)  # refuses before gigabytes are read
+        if gguf_file is None:
+            check_room(Path(name), translated.weights())
         theirs, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -168,6 +170,7 @@ def _config_values(name: str, gguf_file: str | None) -> PlainDict:
 
 def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
     with about(name), quiet():
+        check_room(Path(name), SkipstoneConfig.from_pretrained(name).weights())
         model, info = SkipstoneForCausalLM.from_pretrained(
             name, dtype=named_dtype(dtype, "auto"), ignore_mismatched_sizes=True, output_loading_info=True
         )
