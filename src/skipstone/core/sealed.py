@@ -1,7 +1,8 @@
 """Small text files that state their own SHA-256 or CRC-32, so that damage is noticed when they are read.
 
 A JSON object has it under the key `sha256`, a YAML file in a comment at its beginning, and each line of a JSON-lines
-file has a `crc32`. Files of earlier releases, and files whose owner has removed the statement after editing, are read without.
+file has a `crc32`. Files of earlier releases, and files whose owner has removed the statement after editing, are read
+without.
 """
 
 from __future__ import annotations
