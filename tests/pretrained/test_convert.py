@@ -32,7 +32,9 @@ def source(tmp_path: Path) -> Path:
 def test_the_folder_is_whole(tmp_path: Path, source: Path) -> None:
     convert(source, tmp_path / "out")
     expected = {"README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_skipstone.py"}
-    assert expected | {"tokenizer.json", "tokenizer_config.json"} == {f.name for f in (tmp_path / "out").iterdir()}
+    assert expected | {"tokenizer.json", "tokenizer_config.json", "files.json"} == {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
     assert {f.name for f in tmp_path.iterdir()} == {"source", "out"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(model, SkipstoneForCausalLM)

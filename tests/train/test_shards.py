@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_its_own_shards_only(tmp_path: Path) -> None:
         train(wanted, tmp_path / "cut")
     manifest = tmp_path / "shards" / "two" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"field": null', '"field": "text"'))
-    with pytest.raises(ValueError, match=r"the shards have changed since the run .* began"):
+    with pytest.raises(ValueError, match=r"the (data|shards) have changed since the run .* began"):
         train(wanted, tmp_path / "cut", resume=True)
     tokens = tmp_path / "shards" / "one" / "train-00000.tokens"
     tokens.write_bytes(tokens.read_bytes()[::-1])

@@ -70,6 +70,11 @@ class DepthModule(RoutingModule):
         return False
 
     @property
+    def waits_in_training(self) -> bool:
+        """Whether a training pass makes the host wait, because the number of tokens or rows follows from the data."""
+        return self.selects_rows
+
+    @property
     def host_syncs(self) -> int:
         """Number of times that the host waits for this mechanism in a decoding step of several rows."""
         return int(self.skips)

@@ -90,6 +90,10 @@ class DynamicChunking(DepthMechanism):
     def skips(self) -> bool:
         return not self.keeps_all
 
+    @property
+    def waits_in_training(self) -> bool:
+        return self.skips
+
     def score_threshold(self) -> ScoreThreshold | None:
         return ChunkThreshold(self) if self.skips else None
 
