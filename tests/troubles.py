@@ -19,6 +19,7 @@ import argparse
 import errno
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,10 +37,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from kills import NAMES, PATHS, WRITES, Attack, Scenario, contents, forked, say
 
+CHECKPOINT = re.compile(r"checkpoints/checkpoint-(\d+)(?:/|$)")
 WAYS = ("term", "int", "kill", "full", "read_only", "vanish", "two")
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "kill": signal.SIGKILL}
 STOPPED = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 LONGEST = 60.0  # seconds from a signal to the end of its process; longer counts as a hang
+
+
+def earlier(name: str, whole: Mapping[str, str]) -> bool:
+    """Whether a file belongs to another checkpoint than the last: a run that is asked to stop saves one of its own."""
+    folder = CHECKPOINT.match(name)
+    steps = [int(found[1]) for found in map(CHECKPOINT.match, whole) if found]
+    return folder is not None and int(folder[1]) != max(steps, default=-1)
 
 
 @dataclass
@@ -173,6 +182,7 @@ class Troubles:
             return f"stuck: {self._said()}"
         found = contents(self.trial.out)
         differing = sorted(name for name in {*self.whole, *found} if self.whole.get(name) != found.get(name))
+        differing = [name for name in differing if not earlier(name, self.whole)]
         left = [p.name for p in self.trial.out.parent.iterdir() if p.name not in ("out", "given", ".out.lock")]
         return f"different: {', '.join(differing)[:300]}; left: {', '.join(left)}" if differing or left else None
 
