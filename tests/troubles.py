@@ -37,7 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from kills import NAMES, PATHS, WRITES, Attack, Scenario, contents, forked, say
 
-CHECKPOINT = re.compile(r"checkpoints/checkpoint-(\d+)(?:/|$)")
+CHECKPOINT = re.compile(r"(?:.*/)?checkpoints/checkpoint-(\d+)(?:/|$)")
 WAYS = ("term", "int", "kill", "full", "read_only", "vanish", "two")
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "kill": signal.SIGKILL}
 STOPPED = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT}
