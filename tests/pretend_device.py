@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -143,10 +144,10 @@ def pretending(default: bool = False) -> Iterator[torch.device]:
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 # Autocast as on a GPU: products in its dtype; all else is left as it is.
 _LIBRARIES = (
-    torch.library.Library("_", "IMPL", "AutocastPrivateUse1"),
-    torch.library.Library("aten", "IMPL", "AutocastPrivateUse1"),
+    library.Library("_", "IMPL", "AutocastPrivateUse1"),
+    library.Library("aten", "IMPL", "AutocastPrivateUse1"),
 )
-_LIBRARIES[0].fallback(torch.library.fallthrough_kernel)
+_LIBRARIES[0].fallback(library.fallthrough_kernel)
 
 
 def _product(op: Any) -> Any:
