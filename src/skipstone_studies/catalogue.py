@@ -24,6 +24,7 @@ FILES = {
     "reset_s3": "quality.reset_s3",
     "polyglu_routing": "quality.polyglu_routing",
     "ffn_groups": "quality.ffn_groups",
+    "exact_zeros": "quality.exact_zeros",
     "tsa_shakespeare": "quality.tsa.shakespeare",
     "tsa_controls": "quality.tsa.shakespeare",
     "tsa_enwik8": "quality.tsa.large",

@@ -41,6 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {  # of activations, with options that change
     "polyglu-exponential": {"name": "polyglu", "context": "exponential_mean", "decay": 0.7},
     "polyglu-token": {"name": "polyglu", "context": "token"},
     "polyglu-chunk": {"name": "polyglu", "context": "chunk", "chunk_size": 3},
+    "polyglu-price": {"name": "polyglu", "price": 0.5},
     "fixed_mix": {"name": "fixed_mix", "groups": {"gelu": 11, "relu": 9, "silu": 20, "tanh": 8}},
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mechanisms.test_mechanisms import D, T, polyglu, tokens
+from skipstone import SkipstoneConfig
 from skipstone.mechanisms.contexts import Memory, chunk_mean, exponential_mean, running_mean
 
 
@@ -21,6 +22,7 @@ from skipstone.mechanisms.contexts import Memory, chunk_mean, exponential_mean, 
         ({"decay": 0.5}, "decay applies to context 'exponential_mean' only, got context 'running_mean'"),
         ({"context": "token", "chunk_size": 8}, "chunk_size applies to context 'chunk' only"),
         ({"preference_scale": 0}, "preference_scale must be above 0, got 0"),
+        ({"price": -0.5}, "price must not be negative, got -0.5"),
     ],
 )
 def test_wrong_options_of_polyglu_are_one_line(options: dict[str, Any], message: str) -> None:
@@ -90,3 +92,32 @@ def test_a_preference_scale_multiplies_preferences_and_their_gradients() -> None
     torch.testing.assert_close(
         scaled.shares(scaled(gate, x, tokens())[1]["polyglu"])[..., 2].min().item(), 1.0, atol=1e-3, rtol=0
     )
+
+
+def test_the_price_is_the_expected_share_of_neurons_that_are_on() -> None:
+    layer, gate, x = polyglu(price=0.3, tau_start=0.8, noise=False), torch.randn(2, T, 6), torch.randn(2, T, D)
+    real = torch.rand(2, T) < 0.7
+    _, records = layer(gate, x, tokens(real_BT=real))
+    record = records["polyglu"]
+    off = torch.stack([(gate[..., f][real] <= 0).float().mean() for f in range(6)])
+    relu = ((layer.preference_bias + record.logits_BTA[real].mean(0)) / 0.8).softmax(-1)[:, 0]
+    expected = 0.3 * (1 - relu * off).mean()
+    torch.testing.assert_close(record.loss_BT, torch.where(real, expected, torch.zeros(())))
+    assert layer.has_auxiliary_loss
+    assert layer.eval()(gate, x, tokens(real_BT=real))[1]["polyglu"].loss_BT is None
+    assert polyglu()(gate, x, tokens())[1]["polyglu"].loss_BT is None
+
+
+def test_the_price_moves_neurons_with_negative_gates_to_relu_most() -> None:
+    layer, x = polyglu(price=1.0, noise=False), torch.randn(1, T, D)
+    layer.set_identity()
+    gate = torch.linspace(-1, 1, 6).expand(1, T, 6) + 0.0  # the first three are never positive
+    layer(gate, x, tokens())[1]["polyglu"].loss_BT.mean().backward()
+    towards_relu = -layer.preference_bias.grad[:, 0]
+    assert (towards_relu[:3] > 0).all()
+    assert towards_relu[3:].abs().max() == 0
+
+
+def test_a_price_is_refused_with_neuron_groups() -> None:
+    with pytest.raises(ValueError, match=r"activation.price .* cannot be combined with neuron_groups, got 0.1"):
+        SkipstoneConfig(activation={"name": "polyglu", "price": 0.1}, neuron_groups={"capacity": 0.5})

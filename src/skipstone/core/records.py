@@ -49,16 +49,12 @@ class ActivationRecord(NamedTuple):
     """The decisions of one activation mechanism in one block.
 
     logits_BTA: fp32 dynamic logits (without the neurons' static preference), NaN for tokens that did not reach the
-    mechanism; [B, 1, A] if the whole row shares them. reached_BT: bool.
+    mechanism; [B, 1, A] if the whole row shares them. reached_BT: bool. loss_BT: as in `DepthRecord`.
     """
 
     logits_BTA: Tensor
     reached_BT: Tensor
-
-    @property
-    def loss_BT(self) -> Tensor | None:
-        """The auxiliary loss of each token: always None."""
-        return None
+    loss_BT: Tensor | None = None
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
@@ -68,7 +64,11 @@ class ActivationRecord(NamedTuple):
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
         """Return the record with a row and column for every outer token, of which `part` selected some."""
         logits = self.logits_BTA.expand(-1, part.width, -1)
-        return ActivationRecord(part.scatter(logits, float("nan")), part.scatter(self.reached_BT, False))
+        return ActivationRecord(
+            part.scatter(logits, float("nan")),
+            part.scatter(self.reached_BT, False),
+            None if self.loss_BT is None else part.scatter(self.loss_BT),
+        )
 
 
 class ExpertsRecord(NamedTuple):

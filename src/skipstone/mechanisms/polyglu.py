@@ -11,6 +11,12 @@ deterministic. alpha is `preference_scale` times `preference_bias`, whose name e
 step of an adaptive optimizer does not depend on the size of the gradient, alpha moves `preference_scale` times as fast
 as other weights. tau is a buffer that the trainer anneals.
 
+A price on neurons that are on (`price`) draws neurons to ReLU whose gates are often negative, because only ReLU is then
+exactly 0. Hardened, such a model leaves these neurons out when it decodes (`zeros.py`):
+
+    on     = mean over neurons of 1 - g_relu * P(gate <= 0)    without noise; P over the tokens of the pass, a constant
+    loss  += price * on
+
 Shape letters: B rows, T tokens, D width, F neurons, A activations, R projected width.
 """
 
@@ -38,7 +44,7 @@ from skipstone.ops import reference as ops
 from skipstone.ops.neurons import Runs, mix_kept
 
 NUM_ACTIVATIONS = len(ops.ACTIVATIONS)
-SILU = 2
+RELU, SILU = 0, 2
 SEQUENCE = "context 'sequence' of polyglu"
 NEUTRAL_LOGIT = 10.0  # the other three then share 1.4e-4, with gradients that do not vanish
 
@@ -55,7 +61,8 @@ class PolyGLUConfig:
     token weighted `decay` times the next one; token: the token alone; chunk: the mean of all earlier chunks of
     `chunk_size` tokens, 0 in the first; sequence: the mean of the whole row as in the paper, which includes later
     tokens. tau_start, tau_end: temperature at the start and end of training. noise: Gumbel noise in training.
-    router_width: R. preference_scale: factor from the learned preference of a neuron to its logits.
+    router_width: R. preference_scale: factor from the learned preference of a neuron to its logits. price: coefficient
+    of the auxiliary loss, the expected share of neurons that are not exactly 0.
     """
 
     context: Context = "running_mean"
@@ -66,8 +73,11 @@ class PolyGLUConfig:
     noise: bool = True
     router_width: int = 32
     preference_scale: float = 1.0
+    price: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.price >= 0:
+            raise ValueError(f"price must not be negative, got {self.price}")
         if not 0 < self.tau_end <= self.tau_start:
             raise ValueError(f"tau_end must be in (0, tau_start = {self.tau_start}], got {self.tau_end}")
         if self.router_width < 1:
@@ -138,8 +148,22 @@ class PolyGLU(MixFigures, Activation):
         if noise:
             static_BFA = static_BFA + self._gumbel(len(x_BTD), tokens)
         y_BTF = self._mixed(gate_BTF, static_BFA, dynamic_BTA, tokens, runs)
-        record = ActivationRecord(dynamic_BTA.detach(), real_mask(tokens, x_BTD[..., 0]))
-        return y_BTF, {self.placement.name: record}
+        reached_BT = real_mask(tokens, x_BTD[..., 0])
+        loss_BT = self._loss(gate_BTF, dynamic_BTA, reached_BT) if self.training and self.config.price else None
+        return y_BTF, {self.placement.name: ActivationRecord(dynamic_BTA.detach(), reached_BT, loss_BT)}
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return self.config.price > 0
+
+    def _loss(self, gate_BTF: Tensor, dynamic_BTA: Tensor, reached_BT: Tensor) -> Tensor:
+        """Return the price of the neurons that are expected to be on, the same for all tokens, fp32 [B, T]."""
+        count = reached_BT.sum().clamp(min=1)
+        off_BTF = (gate_BTF.detach() <= 0) & reached_BT[..., None]
+        mean_A = torch.where(reached_BT[..., None], dynamic_BTA, 0.0).sum((0, 1)) / count
+        relu_F = ((self.preference_FA + mean_A) / self.tau).softmax(-1)[:, RELU]
+        on = 1 - (relu_F * (off_BTF.sum((0, 1)) / count)).mean()
+        return torch.where(reached_BT, self.config.price * on, 0.0)
 
     def _mixed(
         self, gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, tokens: Tokens, runs: Runs | None

@@ -131,6 +131,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
                 "neuron_groups.decision 'zeros' needs an activation that is exactly 0 for some inputs, relu or a "
                 f"{FIXED_MIX} with relu; got {self.activation_entry.kind!r}"
             )
+        if price := getattr(self.activation_entry.options, "price", 0.0):
+            raise ValueError(
+                f"activation.price is of all neurons of an MLP and cannot be combined with neuron_groups, got {price}"
+            )
         for field in WITHOUT_IN_PARTS:
             if getattr(self, field):
                 raise ValueError(f"neuron_groups cannot be combined with {field}, got {getattr(self, field)}")
