@@ -96,24 +96,32 @@ def test_integers_are_multiplied_in_pairs() -> None:
     assert "vpdpwssd" in text or "vpmaddwd" in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_several_threads_share_the_rows(tokens: int) -> None:
-    """Large enough to be shared, with a number of rows that two threads cannot share evenly."""
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(("tokens", "inputs"), [(1, 100), (3, 100), (8, 128)])
+def test_several_threads_share_the_rows(
+    tokens: int, inputs: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large enough to be shared, with a number of rows that they cannot share evenly."""
     native = pytest.importorskip("skipstone.ops.int8_native")
-    if not native._threads_are_safe():
-        pytest.skip("numba has no OpenMP here")
-    number, scale = int8.quantise(torch.randn(1537, 100))
-    x = torch.randn(tokens, 100)
-    want = x.double() @ (number.double() * scale.double()[:, None]).T
-    torch.set_num_threads(2)
-    try:
-        with torch.no_grad():
-            found = int8.linear(x, number, scale)
-    finally:
-        torch.set_num_threads(1)
-    assert native._parts.signatures, "one thread has computed all of it"
-    assert torch.allclose(found.double(), want, rtol=1e-5, atol=1e-4)
+    number, scale = int8.quantise(torch.randn(1537, inputs))
+    x = torch.randn(tokens, inputs)
+    alone = native.linear(x, number, scale)
+    asked, share = [], native.share
+    monkeypatch.setattr(native, "threads", lambda: threads)
+    monkeypatch.setattr(native, "share", lambda run, given, parts: asked.append(parts) or share(run, given, parts))
+    assert torch.equal(native.linear(x, number, scale), alone)
+    assert asked == [threads]
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("inputs", [64, 192])
+def test_any_number_of_tokens_equals_them_one_by_one(tokens: int, inputs: int) -> None:
+    """Weights are read once for 8, 4, 2 or 1 of them, and the sums of several tokens are folded into one another."""
+    native = pytest.importorskip("skipstone.ops.int8_native")
+    number, scale = int8.quantise(torch.randn(5, inputs), 64)
+    x = torch.randn(tokens, inputs)
+    alone = torch.cat([native.linear(each[None], number, scale) for each in x])
+    torch.testing.assert_close(native.linear(x, number, scale), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_zeros_stay_zeros_and_infinity_is_refused() -> None:

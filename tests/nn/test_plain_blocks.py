@@ -88,18 +88,17 @@ def test_it_equals_the_blocks(name: str, rounded: bool, counted: list[int], monk
 
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_several_threads_share_it(
-    threads: int, rounded: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workers = pytest.importorskip("skipstone.ops.workers")
+def test_several_threads_share_it(threads: int, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = model(norm="rmsnorm_offset", norm_placement="around", num_key_value_heads=2)
     given = quantise(given) if rounded else given
     alone = logits(given)
-    native = decode_stack._native()
+    native, asked = decode_stack._native(), []
+    share = native.share
     monkeypatch.setattr(native, "threads", lambda: threads)
+    monkeypatch.setattr(native, "share", lambda run, given, parts: asked.append(parts) or share(run, given, parts))
     monkeypatch.setattr(decode_stack, "EACH", 1 << 10)
     torch.testing.assert_close(logits(given), alone, rtol=1e-4, atol=2e-3 if rounded else 1e-4)
-    assert workers._pools[threads]._threads
+    assert set(asked) == {threads}
 
 
 def test_a_small_model_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

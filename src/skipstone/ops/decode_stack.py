@@ -66,7 +66,7 @@ def run(x_1TD: Tensor, table_LC: Tensor, memory: Sequence[int], slot_1T: Tensor,
     addresses = (table_LC.data_ptr(), memory_LM.data_ptr(), slot_1T.data_ptr(), x_1TD.data_ptr(), at)
     function = native.FUNCTIONS.index(s.function)
     counts = (len(table_LC), T, s.width, s.neurons, s.heads, s.groups, s.head_size, column, function)
-    native.share(native.run, (addresses, counts, (s.eps, s.offset, s.scaling)), parts)
+    native.share(native.crew, (addresses, counts, (s.eps, s.offset, s.scaling)), parts)
     return x_1TD
 
 

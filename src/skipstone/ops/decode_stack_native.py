@@ -13,9 +13,9 @@ import numpy as np
 from skipstone.ops.decode_step_native import ONE, _attend, _exp, _rotate, compiled
 from skipstone.ops.int8_native import grouped_rows, round_tokens
 from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import BARRIER, doubles, integers, part_of, parts_of, team, wait
 from skipstone.ops.workers import share as share
 from skipstone.ops.workers import threads as threads
-from skipstone.ops.workers import wait
 
 # Columns of the table of a block: addresses of norms (0: none); then of each matrix the addresses of weight, scale
 # (0: fp32 weights) and bias (0: none), and the number of scales of a row.
@@ -245,3 +245,10 @@ def _gated(gate: Array, up: Array, function: int, part: int, parts: int) -> None
 def _sigmoid(x: Array) -> Array:
     small = _exp(-abs(x))
     return (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)
+
+
+@team
+def crew(packet: int) -> None:
+    """Run a part of it, with the arguments of a packet."""
+    given = (integers(packet, 0, 5), integers(packet, 5, 9), doubles(packet, 14, 3))
+    run(*given, part_of(packet), parts_of(packet), packet + BARRIER)

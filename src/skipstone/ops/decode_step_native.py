@@ -70,26 +70,75 @@ def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
 
 @compiled
 def _attend(query: Array, key: Array, value: Array, count: int, scaling: Array, out: Array) -> None:
-    """Attend to the first `count` keys, one query head after the other."""
+    """Attend to the first `count` keys, one query head after the other.
+
+    The arrays may be parts of larger ones, but the numbers of a head lie one after the other. Rows are given by address
+    to tell this to the compiler, which otherwise reads their numbers one by one.
+    """
     each, width = query.shape[0] // key.shape[1], query.shape[1]
     weight = np.empty(count, np.float32)
+    query_at, key_at, value_at, out_at = query.ctypes.data, key.ctypes.data, value.ctypes.data, out.ctypes.data
     for h in range(query.shape[0]):
-        g, most, total = h // each, -INFINITY, np.float32(0)
+        g = h // each
+        asked, to = _row(query_at + h * query.strides[0], width), _row(out_at + h * out.strides[0], width)
+        _dots(asked, key_at + g * key.strides[1], key.strides[0], weight)
+        most, total = -INFINITY, np.float32(0)
         for c in range(count):
-            dot = np.float32(0)
-            for e in range(width):
-                dot += query[h, e] * key[c, g, e]
-            weight[c] = dot * scaling
+            weight[c] *= scaling
             most = max(most, weight[c])
         for c in range(count):
             weight[c] = _exp(weight[c] - most)
-            total += weight[c]
-        for e in range(width):
-            out[h, e] = 0
         for c in range(count):
-            share = weight[c] / total
-            for e in range(width):
-                out[h, e] += share * value[c, g, e]
+            total += weight[c]
+        for c in range(count):
+            weight[c] /= total
+        _sum(weight, value_at + g * value.strides[1], value.strides[0], to)
+
+
+@compiled
+def _dots(x: Array, rows_at: int, step: int, out: Array) -> None:
+    """Compute the product of x with each row, four at a time; the rows are `step` bytes apart."""
+    width, whole = len(x), len(out) - len(out) % 4
+    for c in range(0, whole, 4):
+        at = rows_at + c * step
+        k0, k1 = _row(at, width), _row(at + step, width)
+        k2, k3 = _row(at + 2 * step, width), _row(at + 3 * step, width)
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for e in range(width):
+            s0 += x[e] * k0[e]
+            s1 += x[e] * k1[e]
+            s2 += x[e] * k2[e]
+            s3 += x[e] * k3[e]
+        out[c], out[c + 1], out[c + 2], out[c + 3] = s0, s1, s2, s3
+    for c in range(whole, len(out)):
+        total, row = np.float32(0), _row(rows_at + c * step, width)
+        for e in range(width):
+            total += x[e] * row[e]
+        out[c] = total
+
+
+@compiled
+def _sum(factor: Array, rows_at: int, step: int, out: Array) -> None:
+    """Compute the sum of all rows, each with its factor, four at a time."""
+    width, whole = len(out), len(factor) - len(factor) % 4
+    for e in range(width):
+        out[e] = 0
+    for c in range(0, whole, 4):
+        at = rows_at + c * step
+        v0, v1 = _row(at, width), _row(at + step, width)
+        v2, v3 = _row(at + 2 * step, width), _row(at + 3 * step, width)
+        a0, a1, a2, a3 = factor[c], factor[c + 1], factor[c + 2], factor[c + 3]
+        for e in range(width):
+            out[e] += a0 * v0[e] + a1 * v1[e] + a2 * v2[e] + a3 * v3[e]
+    for c in range(whole, len(factor)):
+        a, row = factor[c], _row(rows_at + c * step, width)
+        for e in range(width):
+            out[e] += a * row[e]
+
+
+@compiled
+def _row(at: int, width: int) -> Array:
+    return _lying(at, (width,), ONE)
 
 
 @compiled

@@ -9,24 +9,17 @@ Shape letters: N tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
-from skipstone.ops.int8_dot import GROUP, four_tokens, one_token, two_tokens
+from skipstone.ops.int8_dot import GROUP, eight_tokens, four_tokens, one_token, two_tokens
 from skipstone.ops.magnitude_native import Array, _lying, compiled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from skipstone.ops.workers import integers, part_of, parts_of, share, team, threads
 
 LEAST = 1 << 17  # weights below which a second thread costs more than it saves
-# As `compiled`, on several threads; numba cannot keep such functions on disk.
-spread = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, parallel=True)
+UNITS = np.int32(0x7FFFFFFF)  # the bits of a number but its sign
+NOT_FINITE = np.int32(0x7F800000)  # and those of infinity; those of NaN are greater
 
 
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
@@ -36,48 +29,20 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
     if not weight_OI.is_contiguous() or scale.dtype != torch.float32 or not scale.is_contiguous():
         weight_OI, scale = weight_OI.contiguous(), scale.float().contiguous()
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if weight_OI.numel() >= LEAST else 1
-    run: Callable[..., None] = _rows
-    if threads > 1 and _threads_are_safe():
-        numba.set_num_threads(threads)
-        run = _parts
     sizes = (x.numel() // inputs, outputs, inputs, scale.numel() // outputs)
     addresses = (weight_OI.data_ptr(), scale.data_ptr(), given.data_ptr(), y.data_ptr())
     if inputs % GROUP == 0:
         tokens = np.empty((sizes[0], inputs), np.int16), np.empty(sizes[0], np.float32)
         at = tokens[0].ctypes.data, tokens[1].ctypes.data
         round_tokens((given.data_ptr(), *at), sizes)
-        run((*addresses, *at), sizes)
     else:
-        run((*addresses, 0, 0), sizes)
+        at = 0, 0
+    parts = threads() if weight_OI.numel() >= LEAST else 1
+    if parts == 1:
+        _some_rows((*addresses, *at), sizes, 0, outputs)
+    else:
+        share(crew, ((*addresses, *at), sizes), parts)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
-
-
-def _threads_are_safe() -> bool:
-    """Return whether numba's threads come from OpenMP or TBB.
-
-    Its own ("workqueue") abort the process if called twice.
-    """
-    if numba.config.THREADING_LAYER == "default":
-        try:
-            import_module("numba.np.ufunc.omppool")
-        except ImportError:
-            return False
-        numba.config.THREADING_LAYER = "omp"
-    return bool(numba.config.THREADING_LAYER in ("omp", "tbb", "safe", "threadsafe"))
-
-
-@compiled
-def _rows(addresses: Array, sizes: Array) -> None:
-    _some_rows(addresses, sizes, 0, sizes[1])
-
-
-@spread
-def _parts(addresses: Array, sizes: Array) -> None:
-    threads = numba.get_num_threads()
-    share = -(-sizes[1] // (4 * threads)) * 4
-    for part in prange(threads):
-        _some_rows(addresses, sizes, min(part * share, sizes[1]), min((part + 1) * share, sizes[1]))
 
 
 @compiled
@@ -87,15 +52,16 @@ def round_tokens(addresses: Array, sizes: Array) -> None:
     N, inputs = sizes[0], sizes[2]
     x, unit = _lying(x_at, (N, inputs), np.float32(0)), _lying(unit_at, (N,), np.float32(0))
     rounded = _lying(rounded_at, (N, inputs), np.int16(0))
+    bits = _lying(x_at, (N, inputs), np.int32(0))
     for n in range(N):
-        most = nothing = np.float32(0)
+        most = np.int32(0)
+        for i in range(inputs):  # as integers, which are compared several at a time
+            most = max(most, np.int32(bits[n, i] & UNITS))
+        largest = np.int32(most).view(np.float32)
+        unit[n] = largest / np.float32(32767) if most < NOT_FINITE else np.float32(np.nan)
+        factor = np.float32(32767) / largest if most > 0 else np.float32(0)
         for i in range(inputs):
-            most = max(most, abs(x[n, i]))
-            nothing += x[n, i] * np.float32(0)  # NaN if any number is not finite
-        unit[n] = most / np.float32(32767) + nothing
-        factor = np.float32(32767) / most if most > 0 else np.float32(0)
-        for i in range(inputs):
-            rounded[n, i] = np.int16(np.rint(x[n, i] * factor))
+            rounded[n, i] = np.int16(np.int32(np.rint(x[n, i] * factor)))
 
 
 @compiled
@@ -116,7 +82,14 @@ def grouped_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
     groups, stride, row = inputs // GROUP, 4 if scales > 1 else 0, 2 * inputs
     for o in range(first, last):
         weight, scale, n = weight_at + o * inputs, scale_at + o * scales * 4, 0
-        while n + 4 <= N:
+        while n + 8 <= N:
+            a, b, c, d, e, f, g, h = eight_tokens(weight, scale, stride, x_at + n * row, row, groups)
+            y[n, o], y[n + 1, o] = a * unit[n], b * unit[n + 1]
+            y[n + 2, o], y[n + 3, o] = c * unit[n + 2], d * unit[n + 3]
+            y[n + 4, o], y[n + 5, o] = e * unit[n + 4], f * unit[n + 5]
+            y[n + 6, o], y[n + 7, o] = g * unit[n + 6], h * unit[n + 7]
+            n += 8
+        if n + 4 <= N:
             a, b, c, d = four_tokens(weight, scale, stride, x_at + n * row, row, groups)
             y[n, o], y[n + 1, o] = a * unit[n], b * unit[n + 1]
             y[n + 2, o], y[n + 3, o] = c * unit[n + 2], d * unit[n + 3]
@@ -184,3 +157,11 @@ def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int
     s, t = scale[o], scale[o + 1]
     y[n, o], y[n + 1, o], y[n + 2, o], y[n + 3, o] = a0 * s, a1 * s, a2 * s, a3 * s
     y[n, o + 1], y[n + 1, o + 1], y[n + 2, o + 1], y[n + 3, o + 1] = b0 * t, b1 * t, b2 * t, b3 * t
+
+
+@team
+def crew(packet: int) -> None:
+    """Compute a part of the outputs, with the arguments of a packet."""
+    addresses, sizes, part, parts = integers(packet, 0, 6), integers(packet, 6, 4), part_of(packet), parts_of(packet)
+    each = -(-sizes[1] // (4 * parts)) * 4
+    _some_rows(addresses, sizes, min(part * each, sizes[1]), min((part + 1) * each, sizes[1]))

@@ -1,37 +1,50 @@
 """Threads that compute the parts of one compiled function together, and the barrier at which they wait for each other.
 
-Numba's own parallel loops cannot be kept on disk, and some of its threading layers abort a process in which two Python
-threads use them at once. Here a compiled function is called by several Python threads, each for its part, without the
-interpreter's lock.
+They are the threads of torch's own OpenMP, where it can be called: between two parallel operations these spin for
+milliseconds, and threads of another pool, such as numba's, would have to share the processors with them. Elsewhere
+Python threads without the interpreter's lock take their place. Numba's own parallel loops cannot be kept on disk
+either, and some of its threading layers abort a process in which two Python threads use them at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-SPINS = 1 << 10  # looks at the barrier before the processor is offered to others
+LINE = 64  # bytes of a line of the processor's caches
+SPINS = 1 << 9  # looks at a barrier, some tens of microseconds, before the processor is offered to others
+# A packet, from its start in bytes: the next part, the number of parts, a function that tells how many threads there
+# are (0: as many as parts), arrivals at the barrier, who sleeps there, and the arguments.
+NEXT, PARTS, TEAM, BARRIER, SLEEPERS, GIVEN = 0, 8, 16, 64, 128, 192
 I32, I64 = ir.IntType(32), ir.IntType(64)
-_lock = threading.Lock()  # one computation at a time: its parts wait for each other, so all must be running
+YIELD = ("llvm.aarch64.hint", [I32(1)])  # numba cannot compile the instructions as such
+PAUSES = {machine: ("llvm.x86.sse2.pause", []) for machine in ("x86_64", "AMD64")} | {"aarch64": YIELD, "arm64": YIELD}
+FUTEX = {"x86_64": 202, "aarch64": 98} if sys.platform == "linux" else {}  # numbers of the system call
+SLEEP, WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, both private to the process
+_lock = threading.Lock()  # one computation of Python threads at a time: its parts wait for each other
 _pools: dict[int, ThreadPoolExecutor] = {}
-_counter = np.zeros(8, np.int64)
+_forked = False
 
 
 def _forget() -> None:
     """Drop what a fork has copied: the threads are not there."""
-    global _lock
-    _lock = threading.Lock()
+    global _lock, _forked
+    _lock, _forked = threading.Lock(), True
     _pools.clear()
 
 
@@ -45,44 +58,159 @@ def threads() -> int:
     return min(torch.get_num_threads(), here)
 
 
-def share(run: Callable[..., None], arguments: tuple[Any, ...], parts: int) -> None:
-    """Call run(*arguments, part, parts, barrier) for every part, each in a thread of its own; return after the last.
+def team(function: Callable[[int], None]) -> Any:
+    """Compile a function of a packet's address, which `share` runs; kept on disk.
 
-    run: a compiled function without the interpreter's lock. barrier: an address for `wait`.
+    The function calls `part_of` once, and reads the packet with `parts_of`, `integers` and `singles`.
     """
+    return cfunc(types.void(types.int64), cache=True, error_model="numpy")(function)
+
+
+def share(run: Any, given: Sequence[Sequence[float]], parts: int) -> None:
+    """Run a function of type `team` in so many threads; return after the last.
+
+    given: its arguments, tuples of integers or of floats, one after the other in the packet.
+    """
+    numbers = [number for each in given for number in each]
+    kinds = "".join(("d" if isinstance(each[0], float) else "q") * len(each) for each in given)
+    packet = ctypes.create_string_buffer(GIVEN + 8 * len(numbers) + LINE)
+    skipped = -ctypes.addressof(packet) % LINE
+    at = ctypes.addressof(packet) + skipped
+    fork, size = (None, 0) if parts == 1 or _forked else _openmp()
+    struct.pack_into(f"3q{GIVEN - 24}x{kinds}", packet, skipped, 0, parts, size, *numbers)
     if parts == 1:
-        run(*arguments, 0, 1, 0)
-        return
-    with _lock:
-        pool = _pools.setdefault(parts, ThreadPoolExecutor(parts - 1, "skipstone"))
-        _counter[0], at = 0, _counter.ctypes.data
-        others = [pool.submit(run, *arguments, part, parts, at) for part in range(1, parts)]
-        run(*arguments, 0, parts, at)
-        for other in others:
-            other.result()
+        run.ctypes(at)
+    elif fork is not None:
+        fork(run.address, at, parts, 0)
+    else:
+        with _lock:
+            pool = _pools.setdefault(parts, ThreadPoolExecutor(parts - 1, "skipstone"))
+            others = [pool.submit(run.ctypes, at) for _ in range(1, parts)]
+            run.ctypes(at)
+            for other in others:
+                other.result()
+
+
+@cache
+def _openmp() -> tuple[Any, int]:
+    """Return GOMP_parallel of the OpenMP that torch is linked to, and where its omp_get_num_threads is.
+
+    LLVM's and Intel's have both, too. Returns None and 0 where there is none.
+    """
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
+        try:
+            library = ctypes.CDLL(str(path))
+            fork, size = library.GOMP_parallel, ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p).value
+        except (AttributeError, OSError):
+            continue
+        fork.argtypes, fork.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        return fork, size or 0
+    return None, 0
+
+
+# The functions below exist in compiled code only.
+
+
+def _place(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    return builder.inttoptr(builder.add(address, I64(offset)), kind.as_pointer())
+
+
+@intrinsic
+def part_of(context, packet):  # type: ignore[no-untyped-def]
+    """Return the number of the next part, from 0."""
+
+    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", _place(builder, given[0], NEXT, I64), I64(1), "seq_cst")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def parts_of(context, packet):  # type: ignore[no-untyped-def]
+    """Return the number of parts: that of the threads, of which OpenMP may have given fewer."""
+
+    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+        found = cgutils.alloca_once_value(builder, builder.load(_place(builder, given[0], PARTS, I64)))
+        size = builder.load(_place(builder, given[0], TEAM, I64))
+        with builder.if_then(builder.icmp_signed("!=", size, I64(0))):
+            function = builder.inttoptr(size, ir.FunctionType(I32, []).as_pointer())
+            builder.store(builder.sext(builder.call(function, []), I64), found)
+        return builder.load(found)
+
+    return types.int64(types.int64), generate
+
+
+def _tuple(kind: Any, lower: Any) -> Any:
+    """Return an intrinsic that reads so many arguments of a packet, from the one with this index on, as a tuple."""
+
+    @intrinsic(prefer_literal=True)
+    def read(context, packet, first, count):  # type: ignore[no-untyped-def]
+        at, length = first.literal_value, count.literal_value
+
+        def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+            places = [_place(builder, given[0], GIVEN + 8 * (at + i), lower) for i in range(length)]
+            return context.make_tuple(builder, signature.return_type, [builder.load(place) for place in places])
+
+        return types.UniTuple(kind, length)(types.int64, first, count), generate
+
+    return read
+
+
+integers, doubles = _tuple(types.int64, I64), _tuple(types.float64, ir.DoubleType())
 
 
 @intrinsic
 def wait(context, barrier, arrivals):  # type: ignore[no-untyped-def]
-    """Arrive at a barrier and wait until there have been so many arrivals; in compiled code only."""
+    """Arrive at the barrier of a packet and wait until there have been so many arrivals.
+
+    Who has waited in vain for some time sleeps, so that a thread that has lost its processor can have this one.
+    """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
-        place = builder.inttoptr(given[0], I64.as_pointer())
-        builder.atomic_rmw("add", place, I64(1), "seq_cst")
-        spins = cgutils.alloca_once_value(builder, I64(0))
-        look, rest, done = (builder.append_basic_block(name) for name in ("look", "rest", "done"))
-        builder.branch(look)
+        place, sleepers = (_place(builder, given[0], offset, I32) for offset in (0, SLEEPERS - BARRIER))
+        wanted, spins = builder.trunc(given[1], I32), cgutils.alloca_once(builder, I32)
+        builder.store(I32(0), spins)
+        arrived = builder.add(builder.atomic_rmw("add", place, I32(1), "seq_cst"), I32(1))
+        last, look, rest, sleep, done = (
+            builder.append_basic_block(name) for name in ("last", "look", "rest", "sleep", "done")
+        )
+        builder.cbranch(builder.icmp_signed(">=", arrived, wanted), last, look)
+        builder.position_at_end(last)
+        with builder.if_then(builder.icmp_signed(">", builder.load_atomic(sleepers, "seq_cst", 4), I32(0))):
+            _system(builder, WAKE, place, I32(2**31 - 1))
+        builder.branch(done)
         builder.position_at_end(look)
-        builder.cbranch(builder.icmp_signed(">=", builder.load_atomic(place, "acquire", 8), given[1]), done, rest)
+        here = builder.load_atomic(place, "acquire", 4)
+        builder.cbranch(builder.icmp_signed(">=", here, wanted), done, rest)
         builder.position_at_end(rest)
-        count = builder.add(builder.load(spins), I64(1))
+        count = builder.add(builder.load(spins), I32(1))
         builder.store(count, spins)
-        if sys.platform != "win32":
-            with builder.if_then(builder.icmp_signed("==", builder.urem(count, I64(SPINS)), I64(0))):
-                kind = ir.FunctionType(I32, [])
-                builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        if platform.machine() in PAUSES:
+            name, options = PAUSES[platform.machine()]
+            kind = ir.FunctionType(ir.VoidType(), [option.type for option in options])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), options)
+        builder.cbranch(builder.icmp_signed("<", count, I32(SPINS)), look, sleep)
+        builder.position_at_end(sleep)
+        builder.atomic_rmw("add", sleepers, I32(1), "seq_cst")
+        here = builder.load_atomic(place, "seq_cst", 4)
+        with builder.if_then(builder.icmp_signed("<", here, wanted)):
+            _system(builder, SLEEP, place, here)
+        builder.atomic_rmw("sub", sleepers, I32(1), "seq_cst")
         builder.branch(look)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+def _system(builder: Any, operation: int, place: Any, value: Any) -> None:
+    """Sleep while a number has this value, or wake who sleeps there; without futexes, offer the processor to others."""
+    number = FUTEX.get(platform.machine())
+    if number is not None:
+        zero = I64(0)
+        given = [I64(number), builder.ptrtoint(place, I64), I64(operation), builder.sext(value, I64), zero, zero, zero]
+        kind = ir.FunctionType(I64, [I64] * len(given))
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "syscall"), given)
+    elif operation == SLEEP and sys.platform != "win32":
+        kind = ir.FunctionType(I32, [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
