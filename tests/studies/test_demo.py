@@ -6,6 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.measure.speed import prefill
+from skipstone.ops import decode_stack
 from skipstone_studies.page import lookup
 from skipstone_studies.quality import demo
 
@@ -52,3 +58,19 @@ def test_the_larger_scale_keeps_its_recipes() -> None:
     assert laptop["dense"]["data"]["validation_rows"] == 512
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "SCALE ?= quick\n" in makefile
+
+
+@pytest.mark.parametrize("arm", demo.arms("quick"))
+@torch.no_grad()
+def test_a_step_of_every_arm_is_one_compiled_call(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no mechanism falls back unnoticed to a way of several times its cost."""
+    pytest.importorskip("numba")
+    model = SkipstoneForCausalLM(SkipstoneConfig(vocab_size=61, **demo.arms("quick")[arm]["model"])).eval()
+    compiled, run = [], decode_stack.run
+    monkeypatch.setattr(
+        decode_stack, "run", lambda x, program, *rest: compiled.append(len(program.table_LC)) or run(x, program, *rest)
+    )
+    token, cache = prefill(model, torch.randint(0, 61, (1, 12)))
+    for _ in range(4):
+        token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+    assert compiled == [len(model.model.layers)] * 4

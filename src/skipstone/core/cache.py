@@ -6,6 +6,8 @@ rows, T tokens of this call, C columns in use, H key/value heads, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +60,17 @@ class RaggedStore:
         else:
             assert rows is None
             self._append_ragged(real_BT, entries)
+
+    def reserve(self, count: int, like: Mapping[str, tuple[int, ...]]) -> None:
+        """Make room for `count` more entries of one row, which the caller writes before it adds them to `width`.
+
+        like: the shape of an entry of each fp32 tensor, for a store that is still empty.
+        """
+        if not self.entries:
+            self.entries = {name: torch.zeros(1, GROWTH, *shape) for name, shape in like.items()}
+            self.entries["slot"] = torch.full((1, GROWTH), EMPTY)
+        elif self.entries["slot"].shape[1] < self.width + count:
+            self._reserve(self.width + count, self.entries, 1)
 
     def new_columns(self, count: int = 1) -> int:
         """Extend every row by entries that the caller fills, and return the column of the first.

@@ -14,6 +14,7 @@ from skipstone.core.counts import TokenCounts
 from skipstone.core.records import Records
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.seam import Update
+from skipstone.core.stream_gate import StreamGate
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 
@@ -81,6 +82,13 @@ class DepthModule(RoutingModule):
 
     def score_threshold(self) -> ScoreThreshold | None:
         """Return the threshold on recorded scores by which a causal pass decides; None if there is none."""
+        return None
+
+    def stream_gate(self) -> StreamGate | None:
+        """Return how a causal pass decides about a token from the stream, so that a compiled step can do it.
+
+        Compiled steps ask in each step. None: they call the mechanism as usual.
+        """
         return None
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:

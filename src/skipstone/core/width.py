@@ -21,6 +21,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.counts import Amount
 from skipstone.core.records import NeuronGroupsRecord, Records
 from skipstone.core.routing_module import RoutingModule
+from skipstone.core.stream_gate import StreamMix
 from skipstone.core.tokens import Tokens
 from skipstone.ops.neurons import Runs
 
@@ -53,6 +54,10 @@ class Activation(nn.Module):
     def routing_modules(self) -> dict[str, RoutingModule]:
         """Return its routing modules by record name; empty for a fixed function."""
         return {}
+
+    def stream_mix(self) -> StreamMix | None:
+        """Return what the activation computes in a causal pass, for compiled steps; None: they call it as usual."""
+        return None
 
 
 class GroupRouter(RoutingModule):

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from skipstone.core.records import DepthRecord, Records
 from skipstone.core.seam import Update
+from skipstone.core.stream_gate import EVERY, Line, StreamGate
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.gating import gate, is_hard
 from skipstone.mechanisms.option_threshold import OptionThreshold
-from skipstone.mechanisms.routers import LinearRouter
+from skipstone.mechanisms.routers import LinearRouter, scorer_of
 from skipstone.ops import reference as ops
 
 NEUTRAL_SCORE = 12.0  # survival of 1 - 6e-6 per block, with a gradient that does not vanish
@@ -114,6 +115,20 @@ class EarlyExit(DepthMechanism):
             carry={self.state_name: survival_BT},
         )
         return delta_BTD, {**records, **inner}
+
+    def stream_gate(self) -> StreamGate | None:
+        if (scorer := scorer_of(self.router)) is None:
+            return None
+        return StreamGate(
+            scorer=scorer,
+            line=Line(self.config.threshold) if self.config.execution == "hard" else EVERY,
+            compares="opening",
+            weight="opening",
+            acts_on="sublayers",
+            others="keys",
+            state=self.state_name,
+            loss=self.config.depth_weight / self.placement.count,
+        )
 
     def set_identity(self) -> None:
         self.router.constant(NEUTRAL_SCORE)

@@ -27,6 +27,7 @@ from skipstone.core.counts import TokenCounts
 from skipstone.core.noise import row_noise
 from skipstone.core.records import Records, lift
 from skipstone.core.seam import Update
+from skipstone.core.stream_gate import EVERY, Scorer, StreamGate
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.schedules import Progress
@@ -93,6 +94,9 @@ class LayerDropout(DepthMechanism):
             return x_BTD * 0, records
         delta_BKD, inner = update(part.gather(x_BTD), tokens.select(part))
         return part.scatter(delta_BKD * scale), {**records, **lift(inner, part, tokens.state)}
+
+    def stream_gate(self) -> StreamGate:
+        return StreamGate(Scorer(), EVERY)  # it draws in training alone
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         if self.progress is not None:

@@ -26,6 +26,7 @@ from skipstone.core.counts import TokenCounts
 from skipstone.core.noise import token_noise
 from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
+from skipstone.core.stream_gate import EVERY, StreamGate
 from skipstone.core.strict import PlainDict
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
@@ -36,7 +37,7 @@ from skipstone.mechanisms.exploration import Exploration
 from skipstone.mechanisms.guidance import guided
 from skipstone.mechanisms.mixture_options import WEIGHTS as WEIGHTS
 from skipstone.mechanisms.mixture_options import MixtureOfDepthsConfig as MixtureOfDepthsConfig
-from skipstone.mechanisms.routers import LinearRouter, NoRouter, build_router
+from skipstone.mechanisms.routers import LinearRouter, NoRouter, build_router, scorer_of
 from skipstone.mechanisms.schedules import Capacity, capacity_at
 from skipstone.mechanisms.skip_path import LowRankSkip
 from skipstone.ops import reference as ops
@@ -157,6 +158,18 @@ class MixtureOfDepths(DepthMechanism):
             loss_BT=self._loss(score_BT, kept_BT, reached_BT, seen_BTD, guided_BT, tokens),
         )
         return delta_BTD, {**records, **inner}
+
+    def stream_gate(self) -> StreamGate | None:
+        line = EVERY if self.decision.capacity.now >= 1 else self.decision.stream_line()
+        if line is None or self.skip is not None or (scorer := scorer_of(self.router)) is None:
+            return None
+        return StreamGate(
+            scorer=scorer,
+            line=line,
+            weight="opening" if self.weighting == "sigmoid" else self.weighting,  # type: ignore[arg-type]
+            scale=self.tanh_scale,
+            others="keys" if self.config.kv == "full" else "absent",
+        )
 
     def decide(self, score_BT: Tensor, seen_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Return the kept tokens, bool [B, T]; padding may be among them."""

@@ -33,6 +33,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.noise import row_noise
 from skipstone.core.records import ActivationRecord, Records
 from skipstone.core.routing_module import RoutingModule
+from skipstone.core.stream_gate import Mixture
 from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens
 from skipstone.core.width import Activation
@@ -203,6 +204,24 @@ class PolyGLU(MixFigures, Activation):
         if cache is not None:
             raise ValueError(f"{SEQUENCE} needs the whole row in every call, not a cache; pass use_cache=False")
         return sequence_mean(z_BTR, tokens)
+
+    def stream_mix(self) -> Mixture | None:
+        config = self.config
+        decays: dict[str, float | None] = {"running_mean": 1.0, "exponential_mean": config.decay, "token": None}
+        if config.context not in decays:
+            return None
+        return Mixture(
+            name=self.placement.name,
+            context_weight=self.context_weight,
+            context_bias=self.context_bias,
+            mix_weight=self.mix_weight,
+            mix_bias=self.mix_bias,
+            scale=self.scale,
+            preference=self.preference_bias,
+            tau=self.tau,
+            preference_scale=config.preference_scale,
+            decay=decays[config.context],
+        )
 
     def _gumbel(self, rows: int, tokens: Tokens) -> Tensor:
         """Return Gumbel noise of each row, neuron and activation, the same for all tokens of a row."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from skipstone.core.stream_gate import Scorer
 from skipstone.core.strict import choose
 from skipstone.ops import reference as ops
 from skipstone.ops import score_linear
@@ -145,6 +146,19 @@ class NoRouter(nn.Module):
         return 0
 
     weight_flops = flops
+
+
+def scorer_of(router: nn.Module) -> Scorer | None:
+    """Return what a router computes, for compiled steps; None for one of another file, or with several scores."""
+    kind: type = type(router)
+    if kind is LinearRouter and len(router.weight) == 1:  # type: ignore[arg-type]
+        return Scorer(router.weight, router.score_bias, norm=router.norm)  # type: ignore[arg-type]
+    if kind is MLPRouter:
+        hidden = router.hidden_weight, router.hidden_bias
+        return Scorer(router.weight, router.score_bias, *hidden, norm=router.norm)  # type: ignore[arg-type]
+    if kind is ConstantRouter:
+        return Scorer(bias=router.score_bias)  # type: ignore[arg-type]
+    return Scorer() if kind is NoRouter else None
 
 
 def hidden_width(width: int) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
+from skipstone.core.stream_gate import EVERY, Line, StreamGate
 from skipstone.core.strict import choose
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
@@ -33,7 +34,7 @@ from skipstone.mechanisms.decisions import DECISIONS, Decision, build_decision
 from skipstone.mechanisms.gating import gate, is_hard, straight_through
 from skipstone.mechanisms.guidance import guided
 from skipstone.mechanisms.option_threshold import OptionThreshold
-from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width
+from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width, scorer_of
 from skipstone.mechanisms.schedules import Capacity, Ramp, capacity_at, require_capacities
 
 NEUTRAL_SCORE = 9.0  # a gate of 1 - 1.2e-4, with a gradient that does not vanish
@@ -247,6 +248,27 @@ class TokenSelective(DepthMechanism):
             return torch.ones_like(open_BT, dtype=torch.bool)
         decide = self.decision.causal if tokens.mode.routing == "causal" else self.decision.oracle
         return decide(score_BT, x_BTD, tokens)
+
+    def stream_gate(self) -> StreamGate | None:
+        config, scorer = self.config, scorer_of(self.router)
+        hard = config.execution == "hard"
+        line: Line | None = EVERY
+        if hard and self.decision is None:
+            line = Line(1 - config.threshold)
+        elif hard and self.decision is not None and self.decision.capacity.now < 1:
+            line = self.decision.stream_line()
+        if line is None or scorer is None:
+            return None
+        return StreamGate(
+            scorer=scorer,
+            line=line,
+            sign=-1.0,
+            compares="opening" if self.decision is None else "score",
+            weight="none" if hard and config.hard_gain == "one" else "opening",
+            acts_on="sublayers",
+            others="absent" if config.kv == "kept" else "keys",
+            loss=config.depth_weight / self.placement.count,
+        )
 
     def _alone(
         self, update: Update, x_BTD: Tensor, tokens: Tokens, gain_BT: Tensor | None, kept_BT: Tensor

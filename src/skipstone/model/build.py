@@ -27,6 +27,8 @@ from skipstone.model.parts import GroupsEntry, MechanismEntry
 from skipstone.nn.attention import Attention, AttentionShape
 from skipstone.nn.block import SEGMENT as SEGMENT
 from skipstone.nn.block import SITES, Block, Residual
+from skipstone.nn.compiled_blocks import runs_of as runs_of
+from skipstone.nn.compiled_run import CompiledRun as CompiledRun
 from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
 from skipstone.nn.grouped_mlp import GroupedMLP
@@ -37,7 +39,6 @@ from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
-from skipstone.nn.plain_blocks import run as run_plain_blocks  # noqa: F401
 from skipstone.nn.positions import Rotary as Rotary
 from skipstone.nn.windows import pairs as pairs
 

@@ -231,6 +231,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             turn=partial(self._turned, tokens, angles),
             forced=forced,
             cache=cache,
+            recorded=bool(output_records) or self.training,
         )
         x_BTD, records = stack.run(x_BTD, tokens)
         for layer in () if cache is None else cache.layers:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from skipstone.core.records import Records, carried, decisions_only
 from skipstone.core.seam import wrap
 from skipstone.core.tokens import Tokens
-from skipstone.model.build import SEGMENT, Block, run_plain_blocks
+from skipstone.model.build import SEGMENT, Block, CompiledRun, runs_of
 from skipstone.ops.reference import added
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]  # cos and sin of each token's angles
@@ -35,7 +35,8 @@ class Stack:
     """The blocks of one pass and what they need besides the tokens.
 
     turned_by: for each block, the name of its rotary angles. turn: returns the angles of this name for these tokens,
-    whatever mechanisms have selected. forced: bool masks [B, T] that the caller imposes, by block.
+    whatever mechanisms have selected. forced: bool masks [B, T] that the caller imposes, by block. recorded:
+    whether records are wanted.
     """
 
     blocks: Sequence[Block]
@@ -43,29 +44,54 @@ class Stack:
     turn: Callable[[str, Tokens], Rotation | None]
     forced: Mapping[int, Tensor]
     cache: Cache | None
+    recorded: bool = True
 
     def run(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
-        """Return the stream after the last block, [B, T, D], and the records of each block."""
-        if (after_BTD := self._compiled(x_BTD, tokens)) is not None:
-            return after_BTD, [{} for _ in self.blocks]
+        """Return the stream after the last block, [B, T, D], and the records of each block.
+
+        Records of compiled calls are empty if they are not wanted.
+        """
         records: list[Records] = []
+        for blocks, compiled in self._runs(x_BTD, tokens):
+            done = None if compiled is None else self._compiled(compiled, blocks, x_BTD, tokens)
+            if done is None:
+                done = self._general(blocks, x_BTD, tokens)
+            x_BTD, decided, carry = done
+            tokens = tokens.replace(state={**tokens.state, **carry}) if carry else tokens
+            records += decided
+        return x_BTD, records
+
+    def _runs(self, x_BTD: Tensor, tokens: Tokens) -> list[tuple[range, CompiledRun | None]]:
+        """Return ranges of blocks, each with what computes it in one compiled call, or None."""
+        if self.cache is None or self.forced or not self.blocks:
+            return [(range(len(self.blocks)), None)]
+        return runs_of(self.blocks, list(self._parts()), x_BTD, tokens, self._layers(range(len(self.blocks))))
+
+    def _layers(self, blocks: range) -> list[Any]:
+        assert self.cache is not None
+        return [self.cache.layers[self.blocks[i].self_attn.layer_idx] for i in blocks]
+
+    def _compiled(
+        self, compiled: CompiledRun, blocks: range, x_BTD: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, list[Records], dict[str, Tensor]] | None:
+        names = self.turned_by[blocks.start : blocks.stop]
+        return compiled(x_BTD, tokens, self._layers(blocks), self.turn, names, self.recorded)
+
+    def _general(self, blocks: range, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records], dict[str, Tensor]]:
+        """Run blocks one by one; return the stream, their records, and what crosses to later blocks."""
+        records: list[Records] = []
+        crossing: dict[str, Tensor] = {}
         for part in self._parts():
+            if part.start not in blocks:
+                continue
             if self.blocks[part.start].sites[SEGMENT]:
                 x_BTD, decided = self._segment(part, x_BTD, tokens)
             else:
                 x_BTD, decided = self._one(part.start, x_BTD, tokens, self.forced.get(part.start), self.turned_by[0])
             if carry := carried(record for each in decided for record in each.values()):
-                tokens = tokens.replace(state={**tokens.state, **carry})
+                tokens, crossing = tokens.replace(state={**tokens.state, **carry}), {**crossing, **carry}
             records += decided
-        return x_BTD, records
-
-    def _compiled(self, x_BTD: Tensor, tokens: Tokens) -> Tensor | None:
-        """Return the stream after all blocks, computed in one call; None where that is not possible."""
-        if self.cache is None or self.forced or not self.blocks:
-            return None
-        stores = [getattr(self.cache.layers[block.self_attn.layer_idx], "kv", None) for block in self.blocks]
-        angles = [self.turn(name, tokens) for name in self.turned_by[: len(self.blocks)]]
-        return run_plain_blocks(self.blocks, x_BTD, tokens, angles, stores)
+        return x_BTD, records, crossing
 
     def _parts(self) -> Iterator[range]:
         """Yield ranges of blocks: those of a segment together, all others alone."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
+from skipstone.core.stream_gate import Functions
 from skipstone.core.strict import choose
 from skipstone.core.tokens import Tokens
 from skipstone.core.weights import weights_multiplied
@@ -58,6 +59,9 @@ class FixedActivation(Activation):
         runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
         return self.function(gate_BTF), {}
+
+    def stream_mix(self) -> Functions:
+        return Functions(((self.name, None),))
 
     def extra_repr(self) -> str:
         return self.name
@@ -139,6 +143,9 @@ class FixedMix(Activation):
             return self.functions[0](gate_BTF), {}
         parts = zip(self.functions, gate_BTF.split(self.sizes, -1), strict=True)
         return torch.cat([function(part) for function, part in parts], dim=-1), {}
+
+    def stream_mix(self) -> Functions:
+        return Functions(tuple(self.groups.items()))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{count} {name}" for name, count in self.groups.items())

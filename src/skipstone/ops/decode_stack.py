@@ -1,8 +1,8 @@
-"""All blocks of a plain decoder for a few tokens of one row, in one call instead of dozens for each block.
+"""All blocks of a decoder for a few tokens of one row, in one call instead of dozens for each block.
 
-With numba installed (`decode_stack_native.py`); `nn/stack.py` says which decoders are plain.
+With numba installed (`decode_stack_native.py`); `nn/block_table.py` says which blocks can be part of it.
 
-Shape letters: L blocks, T tokens, D width, F neurons, H query heads, G key/value heads, E head size.
+Shape letters: L blocks, T tokens, D width, G gates, S states, A activations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ MOST_TOKENS = 8
 MOST_THREADS = 8  # more wait for the memory, and for each other
 EACH = 1 << 19  # weights of a block for which a further thread is worth its waits
 ALIGNED = 64  # bytes
+FUNCTIONS = ("silu", "gelu_tanh", "relu", "tanh", "gelu")
+WEIGHTS = ("none", "raw", "opening", "tanh")  # functions that give the factor of a kept token
+MIXED, MIXTURE = 4, 8  # activations of a mixture, and its columns in the table of a block
 _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by address
 
 
@@ -29,7 +32,7 @@ _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  
 class Sizes:
     """The sizes that all blocks have in common, and what is constant in them.
 
-    function: of the MLP. offset: what is added to the weights of norms.
+    offset: what is added to the weights of norms.
     """
 
     width: int
@@ -37,7 +40,6 @@ class Sizes:
     heads: int
     groups: int
     head_size: int
-    function: str
     eps: float
     offset: float
     scaling: float
@@ -49,25 +51,64 @@ class Sizes:
         return min(max(weights // EACH, 1), MOST_THREADS)
 
 
-def run(x_1TD: Tensor, table_LC: Tensor, memory: Sequence[int], slot_1T: Tensor, column: int, sizes: Sizes) -> Tensor:
-    """Return the stream after all blocks, [1, T, D].
+class Program(NamedTuple):
+    """The tables of `decode_stack_native`, int64 for addresses and counts, fp32 for numbers.
 
-    table_LC: int64, the addresses of all weights as `decode_stack_native` lists them. memory: for each block, the
-    addresses of its stored keys, values and slots and of cos and sin. column: the first new one of the cache.
+    table_LC, number_LN: of the blocks. gate_GC, number_GN: of the gates around them. hidden: the largest number of
+    hidden values of a token in one gate or activation. mixes: whether any activation is a mixture.
     """
-    native, T, s = _native(), x_1TD.shape[1], sizes
-    x_1TD = x_1TD.clone()
-    memory_LM = torch.tensor(memory)
+
+    sizes: Sizes
+    table_LC: Tensor
+    number_LN: Tensor
+    gate_GC: Tensor
+    number_GN: Tensor
+    hidden: int
+    mixes: bool
+
+
+class Ran(NamedTuple):
+    """The results of a call.
+
+    x_1TD: the stream after all blocks. said_FG1T: fp32, score, weight, loss and state of each gate and token, and
+    flag_2G1T, whether the gate kept the token, and whether it reached the gate. logit_L1TA, fed_L1T: the logits of
+    mixtures, NaN where no token arrived, and which did; None without mixtures. stored: for each block, how many tokens
+    gave keys and values, and how many the activation has seen.
+    """
+
+    x_1TD: Tensor
+    said_FG1T: Tensor
+    flag_2G1T: Tensor
+    logit_L1TA: Tensor | None
+    fed_L1T: Tensor | None
+    stored: list[list[int]]
+
+
+def run(x_1TD: Tensor, program: Program, memory: Sequence[int], slot_1T: Tensor, state_ST: Tensor | None) -> Ran:
+    """Run all blocks of a program.
+
+    memory: for each block, what `decode_stack_native` lists, in one row. state_ST: fp32, what crosses blocks, which is
+    changed in place; None: nothing.
+    """
+    native, T, s = _native(), x_1TD.shape[1], program.sizes
+    x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))
+    memory_LM, stored_L2 = torch.tensor(memory), torch.empty(L, 2, dtype=torch.long)
+    said_FG1T, flag_2G1T = torch.empty(native.FIELDS, G, 1, T), torch.empty(2, G, 1, T, dtype=torch.bool)
+    logit_L1TA = torch.empty(L, 1, T, MIXED) if program.mixes else None
+    fed_L1T = torch.empty(L, 1, T, dtype=torch.bool) if program.mixes else None
     parts = min(native.threads(), s.threads)
     inner, widest = s.heads * s.head_size, max(s.width, s.neurons, s.heads * s.head_size)
-    singles = T * (2 * inner + 2 * s.groups * s.head_size + s.width + 2 * s.neurons)
-    work = torch.empty(4 * singles + parts * native.private(T, widest) + ALIGNED, dtype=torch.uint8)
+    singles = T * (2 * inner + 2 * s.groups * s.head_size + 3 * s.width + 2 * s.neurons + program.hidden)
+    work = torch.empty(4 * singles + parts * native.private(T, widest) + 2 * ALIGNED, dtype=torch.uint8)
     at = -(-work.data_ptr() // ALIGNED) * ALIGNED
-    addresses = (table_LC.data_ptr(), memory_LM.data_ptr(), slot_1T.data_ptr(), x_1TD.data_ptr(), at)
-    function = native.FUNCTIONS.index(s.function)
-    counts = (len(table_LC), T, s.width, s.neurons, s.heads, s.groups, s.head_size, column, function)
+    given = (program.gate_GC, program.number_GN, program.number_LN)
+    results = (state_ST, said_FG1T, flag_2G1T, logit_L1TA, fed_L1T, stored_L2)
+    addresses = (program.table_LC.data_ptr(), memory_LM.data_ptr(), slot_1T.data_ptr(), x_1TD.data_ptr(), at)
+    addresses += tuple([0 if x is None else x.data_ptr() for x in (*given, *results)])  # type: ignore[assignment]
+    states = 0 if state_ST is None else len(state_ST)
+    counts = (L, T, s.width, s.neurons, s.heads, s.groups, s.head_size, G, states, program.hidden)
     native.share(native.crew, (addresses, counts, (s.eps, s.offset, s.scaling)), parts)
-    return x_1TD
+    return Ran(x_1TD, said_FG1T, flag_2G1T, logit_L1TA, fed_L1T, stored_L2.tolist())
 
 
 @torch.inference_mode(False)

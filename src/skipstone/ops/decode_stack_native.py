@@ -1,19 +1,39 @@
-"""All blocks of a plain decoder for a few tokens of one row, compiled by numba to one call.
+"""All blocks of a decoder for a few tokens of one row, compiled by numba to one call.
 
-Weights are read as they are stored, fp32 or int8, and once for all tokens. Several threads share the rows of every
-matrix; they wait for each other five times a block. Norms and roundings, which take no time, are repeated by each.
+Weights are read as they are stored, fp32 or int8, and once for all tokens; those that no token needs are not read.
+Several threads share the rows of every matrix; they wait for each other five times a block. Norms and roundings, which
+take no time, are repeated by each.
 
-Shape letters: L blocks, T tokens, D width, F neurons, H query heads, G key/value heads, E head size.
+Shape letters: L blocks, T tokens, K of them, D width, F neurons, H query heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from skipstone.ops.decode_step_native import ONE, _attend, _exp, _rotate, compiled
-from skipstone.ops.int8_native import grouped_rows, round_tokens
+from skipstone.ops import decode_gates_native as of_gates
+from skipstone.ops import decode_mlp_native as of_mlp
+from skipstone.ops.decode_gates_native import (
+    ASKS,
+    BLOCK,
+    GIVES_KEYS,
+    OF_ATTENTION,
+    OF_MLP,
+    OUTSIDE,
+    SCOPES,
+    SEGMENT,
+    decide,
+    listed,
+    remembered,
+    weigh,
+)
+from skipstone.ops.decode_mlp_native import context, gated, mixed, mixture_logits
+from skipstone.ops.decode_products_native import norm_row, product, rounded, share_of, together
+from skipstone.ops.decode_products_native import private as private
+from skipstone.ops.decode_stack import MIXTURE
+from skipstone.ops.decode_step_native import ONE, _attend, _rotate, compiled
 from skipstone.ops.magnitude_native import Array, _lying
-from skipstone.ops.workers import BARRIER, doubles, integers, part_of, parts_of, team, wait
+from skipstone.ops.workers import BARRIER, doubles, integers, part_of, parts_of, team
 from skipstone.ops.workers import share as share
 from skipstone.ops.workers import threads as threads
 
@@ -23,232 +43,242 @@ NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "quer
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BEFORE_A, AFTER_A, BEFORE_M, AFTER_M, OF_QUERY, OF_KEY = range(6)
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(6, 34, 4)
-COLUMNS = 34
-# Columns of the memory of a block: addresses of stored keys, values, slots, and of cos and sin (0: not rotated).
-MEMORY = 5
-FUNCTIONS = ("silu", "gelu_tanh", "relu")
-SLOPE, CUBE, ZERO = np.float32(1.5957691216), np.float32(0.044715), np.float32(0)  # 2 sqrt(2 / pi)
+# Then, for each site, its first gate and the number of its gates; the number of blocks of the segment that begins here
+# (0: none); address and number of the runs of functions (none: the activation is a mixture); and the mixture.
+OF_SEGMENT, OF_BLOCK, BEFORE_ATTENTION, BEFORE_MLP = range(34, 42, 2)
+SPAN, RUNS, COUNT = range(42, 45)
+MIX = 45
+COLUMNS = MIX + MIXTURE
+# Columns of the memory of a block: addresses of stored keys, values and slots, the first new column, addresses of cos
+# and sin (0: not rotated); addresses of the activation's stored sums and slots, and their first new column.
+KEYS, VALUES, SLOTS, COLUMN, COS, SIN, SUMS, SUM_SLOTS, SUM_COLUMN = range(9)
+MEMORY = 9
+GATES, NUMBERS, GATE_NUMBERS, FIELDS = of_gates.GATE_COLUMNS, of_mlp.NUMBERS, of_gates.NUMBERS, of_gates.FIELDS
 
 
 @compiled
 def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, barrier: int) -> None:
-    """Add the updates of all blocks to the stream x [T, D], for the part `part` of the rows of all matrices."""
-    table_at, memory_at, slot_at, x_at, work_at = addresses
-    L, T, D, F, H, G, E, column, function = sizes
-    eps, offset, _scaling = numbers
+    """Add the updates of all blocks to the stream x [T, D], for the part `part` of the rows of all matrices.
+
+    addresses: of table and memory of the blocks, the tokens' slots, the stream, working memory, table and numbers of
+    the gates, numbers of the blocks, and results as `decode_stack.run` returns them.
+    """
+    table_at, memory_at, slot_at, x_at, work_at, gates_at, lines_at, block_numbers_at = addresses[:8]
+    states_at, said_at, flags_at, logits_at, fed_at, stored_at = addresses[8:]
+    L, T, D, F, H, G, E, gate_count, states, hidden = sizes
     table, memory = _lying(table_at, (L, COLUMNS), 0), _lying(memory_at, (L, MEMORY), 0)
-    x = _lying(x_at, (T, D), ONE)
-    q_at = work_at
+    x, slots, crowd = _lying(x_at, (T, D), ONE), _lying(slot_at, (T,), 0), (part, parts, barrier)
+    gates = (_lying(gates_at, (gate_count, GATES), 0), _lying(lines_at, (gate_count, GATE_NUMBERS), ONE))
+    judged = (
+        _lying(states_at, (states, T), ONE),
+        _lying(said_at, (FIELDS, gate_count, T), ONE),
+        _lying(flags_at, (2, gate_count, T), np.uint8(0)),
+    )
+    logits, fed = _lying(logits_at, (L, T, of_mlp.A), ONE), _lying(fed_at, (L, T), np.uint8(0))
+    stored = _lying(stored_at, (L, 2), 0)
+    block_numbers = _lying(block_numbers_at, (L, NUMBERS), ONE)
+    scope = (np.full((SCOPES, T), ASKS), np.ones((SCOPES, T), np.float32), np.ones((SCOPES, T), np.float32))
+    kind, _gain, factor = scope
+    start = _lying(work_at, (2, T, D), ONE)  # the stream where a segment and a block began
+    hidden_at = work_at + 8 * T * D
+    places = _places(hidden_at + 4 * T * hidden, (T, D, F, H, G, E), part)
+    arrivals, left, outer_acts = 0, 0, False
+    for block in range(L):
+        row = table[block]
+        if row[SPAN]:
+            left, chain = row[SPAN], (row[OF_SEGMENT], row[OF_SEGMENT + 1], OUTSIDE, SEGMENT)
+            arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
+            outer_acts = remembered(kind[SEGMENT], factor[SEGMENT], x, start[0], part, parts)
+        chain = (row[OF_BLOCK], row[OF_BLOCK + 1], SEGMENT if left else OUTSIDE, BLOCK)
+        arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
+        acts = remembered(kind[BLOCK], factor[BLOCK], x, start[1], part, parts)
+        chain = (row[BEFORE_ATTENTION], row[BEFORE_ATTENTION + 1], BLOCK, OF_ATTENTION)
+        arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
+        given = (row, memory[block], (T, D, F, H, G, E), numbers)
+        arrivals, count = _attended(given, scope, x, slots, places, crowd, arrivals)
+        stored[block, 0] = count
+        chain = (row[BEFORE_MLP], row[BEFORE_MLP + 1], BLOCK, OF_MLP)
+        arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
+        mix = (block_numbers[block], logits[block], fed[block], hidden_at)
+        arrivals, count = _fed(given, scope, x, slots, places, mix, crowd, arrivals)
+        stored[block, 1] = count
+        if acts:
+            weigh(kind[BLOCK], factor[BLOCK], x, start[1], part, parts)
+            arrivals = together(parts, barrier, arrivals)
+        left -= 1 if left else 0
+        if outer_acts and not left:
+            weigh(kind[SEGMENT], factor[SEGMENT], x, start[0], part, parts)
+            arrivals, outer_acts = together(parts, barrier, arrivals), False
+
+
+@compiled
+def _places(at: int, sizes: Array, part: int) -> Array:
+    """Return the addresses of q, k, v, a, y, gate, up, and of a thread's own normed and rounded tokens and units."""
+    T, D, F, H, G, E = sizes
+    q_at = at
     k_at = q_at + 4 * T * H * E
     v_at = k_at + 4 * T * G * E
     a_at = v_at + 4 * T * G * E
     y_at = a_at + 4 * T * H * E
     g_at = y_at + 4 * T * D
     u_at = g_at + 4 * T * F
-    y, arrivals = _lying(y_at, (T, D), ONE), 0
-    own = u_at + 4 * T * F + part * private(T, max(D, F, H * E))
-    places = (own, own + 4 * T * max(D, F, H * E), own + 6 * T * max(D, F, H * E))
-    for block in range(L):
-        row = table[block]
-        _norm(x, row[BEFORE_A], eps, offset, places[0])
-        _rounded(row[QUERY + 1] + row[KEY + 1] + row[VALUE + 1], places[0], places, T, D)
-        _product(row[QUERY : QUERY + 4], (T, H * E, D), places[0], places, q_at, part, parts)
-        _product(row[KEY : KEY + 4], (T, G * E, D), places[0], places, k_at, part, parts)
-        _product(row[VALUE : VALUE + 4], (T, G * E, D), places[0], places, v_at, part, parts)
-        arrivals = _together(parts, barrier, arrivals)
-        _attention(row, memory[block], (q_at, k_at, v_at, slot_at, a_at), (T, H, G, E, column), numbers, part, parts)
-        arrivals = _together(parts, barrier, arrivals)
-        _rounded(row[OUT + 1], a_at, places, T, H * E)
-        _product(row[OUT : OUT + 4], (T, D, H * E), a_at, places, y_at, part, parts)
-        arrivals = _added(x, y, row[AFTER_A], numbers, part, parts, barrier, arrivals)
-        _norm(x, row[BEFORE_M], eps, offset, places[0])
-        _rounded(row[GATE + 1] + row[UP + 1], places[0], places, T, D)
-        _product(row[GATE : GATE + 4], (T, F, D), places[0], places, g_at, part, parts)
-        _product(row[UP : UP + 4], (T, F, D), places[0], places, u_at, part, parts)
-        _gated(_lying(g_at, (T, F), ONE), _lying(u_at, (T, F), ONE), function, part, parts)
-        arrivals = _together(parts, barrier, arrivals)
-        _rounded(row[DOWN + 1], g_at, places, T, F)
-        _product(row[DOWN : DOWN + 4], (T, D, F), g_at, places, y_at, part, parts)
-        arrivals = _added(x, y, row[AFTER_M], numbers, part, parts, barrier, arrivals)
+    own = u_at + 4 * T * F
+    own += -own % 64 + part * private(T, max(D, F, H * E))
+    return q_at, k_at, v_at, a_at, y_at, g_at, u_at, own, own + 4 * T * max(D, F, H * E), own + 6 * T * max(D, F, H * E)
 
 
 @compiled
-def private(tokens: int, widest: int) -> int:
-    """Return the bytes that each thread has for itself: normed and rounded tokens, and a number of each."""
-    return (6 * tokens * widest + 4 * tokens + 127) // 64 * 64
+def _attended(given: Array, scope: Array, x: Array, slots: Array, places: Array, crowd: Array, arrivals: int) -> Array:
+    """Add the attention's update; return the arrivals that end the next wait, and how many tokens were stored."""
+    (row, memory, (T, D, _F, H, G, E), numbers), (kind, gain, factor), (part, parts, barrier) = given, scope, crowd
+    q_at, k_at, v_at, a_at, y_at = places[:5]
+    own = places[7:]
+    there, asking, scale = np.empty(T, np.int64), np.empty(T, np.int64), np.empty(T, np.float32)
+    given_count = listed(kind[OF_ATTENTION], GIVES_KEYS, there)
+    asking_count = listed(kind[OF_ATTENTION], ASKS, asking)
+    if not given_count:
+        return arrivals, 0
+    _normed(x, there[:given_count], row[BEFORE_A], numbers, own)
+    rounded(row[QUERY + 1] + row[KEY + 1] + row[VALUE + 1], own[0], own, given_count, D)
+    product(row[KEY : KEY + 4], (given_count, G * E, D), own[0], own, k_at, part, parts)
+    product(row[VALUE : VALUE + 4], (given_count, G * E, D), own[0], own, v_at, part, parts)
+    if asking_count:
+        if asking_count < given_count:
+            _normed(x, asking[:asking_count], row[BEFORE_A], numbers, own)
+            rounded(row[QUERY + 1], own[0], own, asking_count, D)
+        product(row[QUERY : QUERY + 4], (asking_count, H * E, D), own[0], own, q_at, part, parts)
+    arrivals = together(parts, barrier, arrivals)
+    tokens = (there[:given_count], asking[:asking_count], slots)
+    _attention(row, memory, (q_at, k_at, v_at, a_at), tokens, (H, G, E), numbers, part, parts)
+    if not asking_count:
+        return together(parts, barrier, arrivals), given_count
+    arrivals = together(parts, barrier, arrivals)
+    rounded(row[OUT + 1], a_at, own, asking_count, H * E)
+    product(row[OUT : OUT + 4], (asking_count, D, H * E), a_at, own, y_at, part, parts)
+    for j in range(asking_count):
+        scale[j] = gain[OF_ATTENTION, asking[j]] * factor[OF_ATTENTION, asking[j]]
+    y = _lying(y_at, (asking_count, D), ONE)
+    return _added(x, y, asking, scale, row[AFTER_A], numbers, part, parts, barrier, arrivals), given_count
 
 
 @compiled
-def _together(parts: int, barrier: int, arrivals: int) -> int:
-    """Wait for the other threads; return the arrivals that end the next wait."""
-    if parts > 1:
-        wait(barrier, arrivals + parts)
-    return arrivals + parts
-
-
-@compiled
-def _share(rows: int, part: int, parts: int) -> Array:
-    """Return the first row of a part and the one after its last."""
-    each = -(-rows // (16 * parts)) * 16
-    return min(part * each, rows), min((part + 1) * each, rows)
-
-
-@compiled
-def _norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> None:
-    """Normalise x [T, D] by root mean square, or copy it."""
-    out = _lying(out_at, x.shape, ONE)
-    for n in range(x.shape[0]):
-        _norm_row(x[n], weight_at, eps, offset, out[n])
-
-
-@compiled
-def _norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) -> None:
-    width = len(x)
-    if not weight_at:
-        for d in range(width):
-            out[d] = x[d]
-        return
-    weight, total, more = _lying(weight_at, (width,), ONE), ZERO, np.float32(offset)
-    for d in range(width):
-        total += x[d] * x[d]
-    factor = np.float32(1 / np.sqrt(total / np.float32(width) + np.float32(eps)))
-    for d in range(width):
-        out[d] = x[d] * factor * (weight[d] + more)
-
-
-@compiled
-def _rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> None:
-    """Round tokens for products with int8 weights."""
-    if wanted:
-        round_tokens((x_at, places[1], places[2]), (tokens, 0, width, 0))
-
-
-@compiled
-def _product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
-    """Compute a part of the outputs of one matrix, given by its four columns. sizes: tokens, outputs, inputs."""
-    weight_at, scale_at, bias_at, scales = matrix[0], matrix[1], matrix[2], matrix[3]
-    tokens, outputs, inputs = sizes
-    first, last = _share(outputs, part, parts)
-    if scale_at:
-        addresses = (weight_at, scale_at, x_at, y_at, places[1], places[2])
-        grouped_rows(addresses, (tokens, outputs, inputs, scales), first, last)
+def _fed(
+    given: Array, scope: Array, x: Array, slots: Array, places: Array, mix: Array, crowd: Array, arrivals: int
+) -> Array:
+    """Add the MLP's update; return the arrivals that end the next wait, and how many tokens the activation has seen."""
+    (row, memory, sizes, numbers), (kind, gain, factor), (part, parts, barrier) = given, scope, crowd
+    T, D, F = sizes[:3]
+    y_at, g_at, u_at = places[4:7]
+    own, (block_numbers, logits, fed, z_at) = places[7:], mix
+    tokens, scale, mixes = np.empty(T, np.int64), np.empty(T, np.float32), row[COUNT] == 0
+    K = listed(kind[OF_MLP], ASKS, tokens)
+    if mixes and part == 0:
+        logits[:], fed[:] = np.float32(np.nan), 0
+    if not K:
+        return arrivals, 0
+    _normed(x, tokens[:K], row[BEFORE_M], numbers, own)
+    rounded(row[GATE + 1] + row[UP + 1], own[0], own, K, D)
+    product(row[GATE : GATE + 4], (K, F, D), own[0], own, g_at, part, parts)
+    product(row[UP : UP + 4], (K, F, D), own[0], own, u_at, part, parts)
+    gate, up = _lying(g_at, (K, F), ONE), _lying(u_at, (K, F), ONE)
+    if mixes:
+        context(row[MIX:], K, D, own[0], z_at, part, parts)
+        arrivals = together(parts, barrier, arrivals)
+        z, found = _lying(z_at, (K, row[MIX + of_mlp.PROJECTED]), ONE), np.empty((K, of_mlp.A), np.float32)
+        stored, decay = memory[SUMS : SUM_SLOTS + 1], block_numbers[of_mlp.DECAY]
+        mixture_logits(row[MIX:], decay, z, slots[tokens[:K]], stored, memory[SUM_COLUMN], found, part == 0)
+        mixed(row[MIX:], block_numbers[of_mlp.PREFERENCE_SCALE], found, gate, up, part, parts)
+        for j in range(K if part == 0 else 0):
+            logits[tokens[j]], fed[tokens[j]] = found[j], 1
     else:
-        weight, x = _lying(weight_at, (outputs, inputs), ONE), _lying(x_at, (tokens, inputs), ONE)
-        _single_rows(weight, x, _lying(y_at, (tokens, outputs), ONE), first, last)
-    if bias_at:
-        bias, y = _lying(bias_at, (outputs,), ONE), _lying(y_at, (tokens, outputs), ONE)
-        for n in range(tokens):
-            for o in range(first, last):
-                y[n, o] += bias[o]
+        gated(gate, up, _lying(row[RUNS], (row[COUNT], 2), 0), part, parts)
+    arrivals = together(parts, barrier, arrivals)
+    rounded(row[DOWN + 1], g_at, own, K, F)
+    product(row[DOWN : DOWN + 4], (K, D, F), g_at, own, y_at, part, parts)
+    for j in range(K):
+        scale[j] = gain[OF_MLP, tokens[j]] * factor[OF_MLP, tokens[j]]
+    y = _lying(y_at, (K, D), ONE)
+    return _added(x, y, tokens, scale, row[AFTER_M], numbers, part, parts, barrier, arrivals), K
 
 
 @compiled
-def _single_rows(weight: Array, x: Array, y: Array, first: int, last: int) -> None:
-    """Multiply fp32 rows with up to four tokens at a time."""
-    tokens, inputs = x.shape
-    for o in range(first, last):
-        n = 0
-        while n + 4 <= tokens:
-            a = b = c = d = ZERO
-            for i in range(inputs):
-                w = weight[o, i]
-                a += w * x[n, i]
-                b += w * x[n + 1, i]
-                c += w * x[n + 2, i]
-                d += w * x[n + 3, i]
-            y[n, o], y[n + 1, o], y[n + 2, o], y[n + 3, o] = a, b, c, d
-            n += 4
-        while n < tokens:
-            total = ZERO
-            for i in range(inputs):
-                total += weight[o, i] * x[n, i]
-            y[n, o] = total
-            n += 1
+def _normed(x: Array, tokens: Array, weight_at: int, numbers: Array, own: Array) -> None:
+    """Normalise some tokens by root mean square, or copy them."""
+    out = _lying(own[0], (len(tokens), x.shape[1]), ONE)
+    for j in range(len(tokens)):
+        norm_row(x[tokens[j]], weight_at, numbers[0], numbers[1], out[j])
 
 
 @compiled
 def _attention(
-    row: Array, memory: Array, addresses: Array, sizes: Array, numbers: Array, part: int, parts: int
+    row: Array, memory: Array, addresses: Array, tokens: Array, sizes: Array, numbers: Array, part: int, parts: int
 ) -> None:
-    """Norm, rotate, store and attend, for every `parts`-th key/value head."""
-    q_at, k_at, v_at, slot_at, a_at = addresses
-    T, H, G, E, column = sizes
+    """Norm, rotate, store and attend, for every `parts`-th key/value head.
+
+    tokens: those that give keys, those that ask, and all slots.
+    """
+    (q_at, k_at, v_at, a_at), (there, asking, slots), (H, G, E) = addresses, tokens, sizes
     eps, offset, scaling = numbers
-    each, end = H // G, column + T
-    query, out = _lying(q_at, (T, H, E), ONE), _lying(a_at, (T, H, E), ONE)
-    key, value = _lying(k_at, (T, G, E), ONE), _lying(v_at, (T, G, E), ONE)
-    keys, values = _lying(memory[0], (end, G, E), ONE), _lying(memory[1], (end, G, E), ONE)
-    if part == 0:
-        slots, slot = _lying(memory[2], (end,), 0), _lying(slot_at, (T,), 0)
-        for n in range(T):
-            slots[column + n] = slot[n]
+    each, column, K = H // G, memory[COLUMN], len(there)
+    query, out = _lying(q_at, (len(asking), H, E), ONE), _lying(a_at, (len(asking), H, E), ONE)
+    key, value = _lying(k_at, (K, G, E), ONE), _lying(v_at, (K, G, E), ONE)
+    keys, values = _lying(memory[KEYS], (column + K, G, E), ONE), _lying(memory[VALUES], (column + K, G, E), ONE)
+    stored, turned = _lying(memory[SLOTS], (column + K,), 0), np.empty((each, E), np.float32)
+    for j in range(K if part == 0 else 0):
+        stored[column + j] = slots[there[j]]
     for g in range(part, G, parts):
-        for n in range(T):
-            cos_at = memory[3] + 4 * n * E if memory[3] else 0
-            sin_at = memory[4] + 4 * n * E if memory[4] else 0
+        asked = 0
+        for j in range(K):
+            cos_at = memory[COS] + 4 * there[j] * E if memory[COS] else 0
+            sin_at = memory[SIN] + 4 * there[j] * E if memory[SIN] else 0
             if row[OF_KEY]:
-                _norm_row(key[n, g], row[OF_KEY], eps, offset, key[n, g])
-            _rotate(key[n, g : g + 1], cos_at, sin_at, keys[column + n, g : g + 1])
+                norm_row(key[j, g], row[OF_KEY], eps, offset, key[j, g])
+            _rotate(key[j, g : g + 1], cos_at, sin_at, keys[column + j, g : g + 1])
             for e in range(E):
-                values[column + n, g, e] = value[n, g, e]
-            turned = np.empty((each, E), np.float32)
-            for h in range(each):
-                if row[OF_QUERY]:
-                    _norm_row(query[n, g * each + h], row[OF_QUERY], eps, offset, query[n, g * each + h])
-            _rotate(query[n, g * each : (g + 1) * each], cos_at, sin_at, turned)
-            _attend(
-                turned,
-                keys[:, g : g + 1],
-                values[:, g : g + 1],
-                column + n + 1,
-                np.float32(scaling),
-                out[n, g * each : (g + 1) * each],
-            )
+                values[column + j, g, e] = value[j, g, e]
+            if asked == len(asking) or asking[asked] != there[j]:
+                continue
+            own = query[asked, g * each : (g + 1) * each]
+            for h in range(each if row[OF_QUERY] else 0):
+                norm_row(own[h], row[OF_QUERY], eps, offset, own[h])
+            _rotate(own, cos_at, sin_at, turned)
+            to = out[asked, g * each : (g + 1) * each]
+            _attend(turned, keys[:, g : g + 1], values[:, g : g + 1], column + j + 1, np.float32(scaling), to)
+            asked += 1
 
 
 @compiled
-def _added(x: Array, y: Array, norm_at: int, numbers: Array, part: int, parts: int, barrier: int, arrivals: int) -> int:
-    """Add the update y to the stream; a norm of the update needs all of it, and only one thread computes it."""
+def _added(
+    x: Array,
+    y: Array,
+    tokens: Array,
+    scale: Array,
+    norm_at: int,
+    numbers: Array,
+    part: int,
+    parts: int,
+    barrier: int,
+    arrivals: int,
+) -> int:
+    """Add the scaled update y [K, D] to the stream of its tokens.
+
+    A norm of the update needs all of it, and only one thread computes it.
+    """
     if norm_at:
-        arrivals = _together(parts, barrier, arrivals)
-        if part == 0:
-            for n in range(x.shape[0]):
-                _norm_row(y[n], norm_at, numbers[0], numbers[1], y[n])
-                for d in range(x.shape[1]):
-                    x[n, d] += y[n, d]
-    else:
-        first, last = _share(x.shape[1], part, parts)
-        for n in range(x.shape[0]):
-            for d in range(first, last):
-                x[n, d] += y[n, d]
-    return _together(parts, barrier, arrivals)
-
-
-@compiled
-def _gated(gate: Array, up: Array, function: int, part: int, parts: int) -> None:
-    """Compute gate = function(gate) * up for a part of the neurons."""
-    first, last = _share(gate.shape[1], part, parts)
-    for n in range(gate.shape[0]):
-        if function == 2:
-            for f in range(first, last):
-                gate[n, f] = max(gate[n, f], ZERO) * up[n, f] if gate[n, f] == gate[n, f] else gate[n, f]
-        elif function == 1:
-            for f in range(first, last):
-                a = gate[n, f]
-                gate[n, f] = a * _sigmoid(SLOPE * (a + CUBE * a * a * a)) * up[n, f]
-        else:
-            for f in range(first, last):
-                gate[n, f] = gate[n, f] * _sigmoid(gate[n, f]) * up[n, f]
-
-
-@compiled
-def _sigmoid(x: Array) -> Array:
-    small = _exp(-abs(x))
-    return (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)
+        arrivals = together(parts, barrier, arrivals)
+    first, last = share_of(x.shape[1], part, parts)
+    if norm_at:
+        first, last = (0, x.shape[1]) if part == 0 else (0, 0)
+    for j in range(y.shape[0]):
+        if norm_at and part == 0:
+            norm_row(y[j], norm_at, numbers[0], numbers[1], y[j])
+        for d in range(first, last):
+            x[tokens[j], d] += y[j, d] * scale[j]
+    return together(parts, barrier, arrivals)
 
 
 @team
 def crew(packet: int) -> None:
     """Run a part of it, with the arguments of a packet."""
-    given = (integers(packet, 0, 5), integers(packet, 5, 9), doubles(packet, 14, 3))
+    given = (integers(packet, 0, 14), integers(packet, 14, 10), doubles(packet, 24, 3))
     run(*given, part_of(packet), parts_of(packet), packet + BARRIER)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from skipstone.core.stream_gate import Line
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.schedules import Capacity
@@ -79,6 +80,10 @@ class Decision(nn.Module):
 
     def score_threshold(self) -> ScoreThreshold | None:
         """Return the threshold that a causal pass compares scores with; None without one."""
+        return None
+
+    def stream_line(self) -> Line | None:
+        """Return how a causal pass compares scores, for compiled steps; None for a decision by anything else."""
         return None
 
     def moving(self) -> dict[str, Tensor]:

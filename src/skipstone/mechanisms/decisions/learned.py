@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipstone.core.stream_gate import Line
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.decisions.base import Decision
-from skipstone.mechanisms.routers import MLPRouter, hidden_width
+from skipstone.mechanisms.routers import MLPRouter, hidden_width, scorer_of
 from skipstone.mechanisms.schedules import Capacity
 
 
@@ -62,6 +63,9 @@ class Threshold(Decision):
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > self.line
 
+    def stream_line(self) -> Line:
+        return Line(float(self.line))
+
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
         return F.binary_cross_entropy_with_logits(score_BT, kept_BT.to(score_BT.dtype), reduction="none")
 
@@ -81,6 +85,10 @@ class Predictor(Decision):
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return self.guess(x_BTD) > 0
+
+    def stream_line(self) -> Line | None:
+        scorer = scorer_of(self.guess)
+        return None if scorer is None else Line(0.0, scorer=scorer)
 
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
         guess_BT = self.guess(x_BTD.detach())
@@ -119,6 +127,9 @@ class ThresholdP(Decision):
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > self.line
+
+    def stream_line(self) -> Line:
+        return Line(float(self.line))
 
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
         count_B1 = reached_BT.sum(1, keepdim=True).clamp(min=1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
+from skipstone.core.stream_gate import Line
 from skipstone.core.threshold import ScoreThreshold, State
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.decisions.base import Decision
@@ -47,6 +48,9 @@ class EmaThreshold(Decision):
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         return score_BT > self.threshold
+
+    def stream_line(self) -> Line:
+        return Line(threshold=self.threshold)
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
         """Return the (1 - capacity) quantile of the scores, [1]; NaN if no token was reached."""

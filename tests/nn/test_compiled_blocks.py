@@ -1,4 +1,7 @@
-"""The compiled call for all blocks equals the blocks one after the other, and is left where it would not."""
+"""The compiled call for all blocks equals the blocks one after the other, and is left where it would not.
+
+`tests/laws/test_compiled_steps.py` compares it for every mechanism.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import torch
 from transformers import DynamicCache
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.mechanisms import MixtureOfDepths
 from skipstone.model.quantise import quantise
-from skipstone.nn import plain_blocks
+from skipstone.nn import compiled_blocks
 from skipstone.ops import decode_stack
 
 pytest.importorskip("numba")
@@ -30,6 +34,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "attention_window": 40,
         "window_layers": [0],
         "window_rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+    "routed": {
+        "mechanisms": [
+            {"name": "mixture_of_depths", "layers": ":", "decision": "threshold", "weight": "raw", "router": "mlp"},
+            {"name": "token_selective", "layers": "1:"},
+        ],
+        "activation": {"name": "polyglu"},
+    },
+    "routed after norms": {
+        "mechanisms": [{"name": "early_exit"}, {"name": "mixture_of_depths", "on": "mlp", "decision": "threshold"}],
+        "activation": {"name": "fixed_mix", "groups": {"silu": 0.5, "relu": 0.25, "gelu": 0.25}},
+        "norm_placement": "around",
     },
 }
 CALLS = (9, 1, 1, 4, 2, 1, 8, 3)
@@ -87,9 +103,9 @@ def test_it_equals_the_blocks(name: str, rounded: bool, counted: list[int], monk
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("threads", [2, 3])
-def test_several_threads_share_it(threads: int, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = model(norm="rmsnorm_offset", norm_placement="around", num_key_value_heads=2)
+@pytest.mark.parametrize(("threads", "name"), [(2, "norms around"), (3, "norms around"), (2, "routed"), (3, "routed")])
+def test_several_threads_share_it(threads: int, name: str, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = model(num_key_value_heads=2, **OPTIONS[name])
     given = quantise(given) if rounded else given
     alone = logits(given)
     native, asked = decode_stack._native(), []
@@ -174,9 +190,8 @@ def test_copies_and_files_do_not_carry_addresses(counted: list[int]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"mechanisms": [{"name": "gate_skip", "layers": "1:"}]},
-        {"activation": {"name": "polyglu"}},
-        {"activation": "gelu"},
+        {"mechanisms": [{"name": "gate_skip", "layers": ":"}]},
+        {"activation": {"name": "polyglu", "context": "chunk"}},
         {"norm": "layernorm"},
         {"mlp": "plain"},
         {"attention_window": 4},
@@ -203,6 +218,60 @@ def test_gradients_training_and_several_rows_go_one_by_one(counted: list[int]) -
     assert not counted
 
 
+def test_what_decides_is_read_in_every_step(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold, an option and a capacity that change in the middle of a text."""
+    gates = [{"name": "mixture_of_depths", "layers": "1:"}, {"name": "token_selective", "layers": ":"}]
+
+    def changed(call: int) -> None:
+        mod = given.model.layers[1].mechanisms["mixture_of_depths"]
+        if call == 2:
+            mod.score_threshold().set(-9.0)
+        elif call == 3:
+            given.change_mechanism(1, threshold=0.2)
+        elif call == 4:
+            given.change_mechanism(1, execution="soft")
+        elif call == 5:
+            mod.set_capacity(1.0)
+
+    start = given = model(mechanisms=gates)
+    unchanged = logits(given)
+    given = copy.deepcopy(start)
+    counted.clear()
+    got = logits(given, change=changed)
+    assert counted == list(CALLS[1:])
+    given = copy.deepcopy(start)
+    torch.testing.assert_close(got, general(given, monkeypatch, change=changed), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, unchanged, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("what", ["decide", "_alone"])
+def test_a_mechanism_that_computes_something_else_is_called(what: str, counted: list[int]) -> None:
+    """A subclass, or a replaced method: neither may be taken for what its class has declared."""
+
+    class Other(MixtureOfDepths):
+        pass
+
+    given = model(mechanisms=[{"name": "mixture_of_depths", "layers": ":"}])
+    setattr(Other, what, getattr(MixtureOfDepths, what))
+    given.model.layers[0].mechanisms["mixture_of_depths"].__class__ = Other
+    mechanism = given.model.layers[1].mechanisms["mixture_of_depths"]
+    setattr(mechanism, what, getattr(mechanism, what))
+    logits(given)
+    assert not counted
+
+
+def test_blocks_of_the_general_way_do_not_keep_others_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = [{"name": "gate_skip", "layers": [2]}, {"name": "early_exit"}]
+    given, ran = model(mechanisms=gates, num_hidden_layers=5), []
+    run = decode_stack.run
+    monkeypatch.setattr(
+        decode_stack, "run", lambda x, program, *rest: ran.append(len(program.table_LC)) or run(x, program, *rest)
+    )
+    got = logits(given)
+    assert ran == [2, 2] * (len(CALLS) - 1)
+    torch.testing.assert_close(got, general(given, monkeypatch), rtol=1e-4, atol=1e-4)
+
+
 def test_int8_weights_lie_next_to_each_other_and_stay_parameters() -> None:
     given = quantise(model())
     names = list(dict(given.named_parameters()))
@@ -214,5 +283,5 @@ def test_int8_weights_lie_next_to_each_other_and_stay_parameters() -> None:
     places = [x.data_ptr() for x in weights]
     assert places == sorted(places)
     assert places[-1] - places[0] < sum(x.numel() * x.element_size() + 64 for x in weights)
-    found = [block for block in given.model.layers if plain_blocks.KNOWN in vars(block)]
+    found = [block for block in given.model.layers if compiled_blocks.KNOWN in vars(block)]
     assert found == [given.model.layers[0]]

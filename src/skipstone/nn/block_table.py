@@ -1,0 +1,236 @@
+"""Blocks as rows of the tables that a compiled step reads (`ops/decode_stack.py`), and which blocks can be rows.
+
+A block can if it has a gated MLP, root-mean-square norms, weights in fp32 or int8, and if all that decides in it
+describes itself (`core/stream_gate.py`).
+
+Shape letters: L blocks, C columns, G gates, N numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipstone.core.depth import DepthModule
+from skipstone.core.stream_gate import Functions, Mixture, Scorer, StreamGate, StreamMix, declares
+from skipstone.nn.attention import Attention
+from skipstone.nn.block import SEGMENT, Block
+from skipstone.nn.int8 import Int8Linear
+from skipstone.nn.linear import OutputLinear
+from skipstone.nn.mlp import GatedMLP
+from skipstone.nn.norm import OffsetRMSNorm, RMSNorm
+from skipstone.ops import decode_stack, decode_step
+from skipstone.ops.int8 import GROUP
+
+LINEAR = (nn.Linear, OutputLinear, Int8Linear)
+NORMS = (RMSNorm, OffsetRMSNorm)
+INSIDE = ("block", "attention", "mlp")
+ALONE = -1.0  # the decay of a mixture that depends on the token alone
+ROUTER_COLUMNS = 6
+
+
+def sizes_of(blocks: Sequence[Any]) -> decode_stack.Sizes | None:
+    """Return what these blocks have in common; None if one cannot be a row of a table, or they are not alike."""
+    found = {_sizes(block) if _served(block) else None for block in blocks}
+    return found.pop() if len(found) == 1 else None
+
+
+def gates_of(blocks: Sequence[Any]) -> list[tuple[int, str, DepthModule]]:
+    """Return the depth mechanisms around and inside some blocks in the order in which they decide.
+
+    Each with the index of its block and its site; those around a segment stand at its first block.
+    """
+    found = []
+    for i, block in enumerate(blocks):
+        around = () if block.segment_start() is not None else (SEGMENT,)
+        found += [
+            (i, site, block.mechanisms[name])
+            for site in (*around, *INSIDE)
+            for name in block.sites[site]
+            if name in block.mechanisms
+        ]
+    return found
+
+
+def _served(block: nn.Module) -> bool:
+    if type(block) is not Block or block.parallel or block.shared_norm or block.residual_scale != 1 or block.training:
+        return False
+    attention, mlp = block.self_attn, block.mlp
+    if type(attention) is not Attention or type(mlp) is not GatedMLP:
+        return False
+    if attention.soft_cap is not None or attention.norm_over_all_heads:
+        return False
+    norms, matrices = [norm for norm in _norms(block) if norm is not None], _matrices(block)
+    if not all(type(norm) in NORMS for norm in norms) or not all(type(matrix) in LINEAR for matrix in matrices):
+        return False
+    if any(isinstance(m, Int8Linear) and m.in_features % GROUP for m in matrices):
+        return False
+    return _mix_is_served(mlp.activation) and all(
+        declares(gate, "stream_gate") and _readable(gate.stream_gate()) for gate in block.mechanisms.values()
+    )
+
+
+def _mix_is_served(activation: Any) -> bool:
+    if not declares(activation, "stream_mix"):
+        return False
+    mix = activation.stream_mix()
+    if isinstance(mix, Functions):
+        return all(name in decode_stack.FUNCTIONS for name, _ in mix.runs)
+    return _readable(mix)
+
+
+def _readable(described: StreamGate | StreamMix | None) -> bool:
+    """Return whether something describes itself, by fp32 tensors alone."""
+    return described is not None and all(_plain(x) and x.is_contiguous() for x in described.tensors())
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in decode_step.PLAIN and x.is_cpu and x.dtype == torch.float32
+
+
+def _norms(block: Any) -> list[Any]:
+    attention = block.self_attn
+    return [
+        block.input_layernorm,
+        block.attention_output_layernorm,
+        block.post_attention_layernorm,
+        block.mlp_output_layernorm,
+        attention.q_norm,
+        attention.k_norm,
+    ]
+
+
+def _matrices(block: Any) -> list[Any]:
+    attention, mlp = block.self_attn, block.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _sizes(block: Any) -> decode_stack.Sizes | None:
+    norms = {(type(norm), norm.eps) for norm in _norms(block) if norm is not None}
+    if len(norms) != 1:
+        return None
+    kind: Any
+    kind, eps = norms.pop()
+    attention, E = block.self_attn, block.self_attn.head_dim
+    return decode_stack.Sizes(
+        width=attention.q_proj.in_features,
+        neurons=block.mlp.up_proj.out_features,
+        heads=attention.q_proj.out_features // E,
+        groups=attention.k_proj.out_features // E,
+        head_size=E,
+        eps=eps,
+        offset=kind.offset,
+        scaling=attention.scaling,
+    )
+
+
+def program_of(blocks: Sequence[Any], spans: Sequence[int], sizes: decode_stack.Sizes) -> tuple[Any, list[Tensor]]:
+    """Return the program of some blocks, and the tensors that it reads besides their weights and gates.
+
+    spans: for each block the number of blocks of the segment that begins there, 0 without one.
+    """
+    gates = gates_of(blocks)
+    described = [gate.stream_gate() for _, _, gate in gates]
+    mixes = [block.mlp.activation.stream_mix() for block in blocks]
+    runs = [_runs(mix, sizes.neurons) for mix in mixes]
+    rows = []
+    for i, block in enumerate(blocks):
+        row = _row(block)
+        for site in (SEGMENT, *INSIDE):
+            at = [g for g, (index, where, _) in enumerate(gates) if (index, where) == (i, site)]
+            row += [at[0] if at else 0, len(at)]
+        rows.append([*row, spans[i], runs[i].data_ptr(), len(runs[i]), *_mixture(mixes[i])])
+    gate_GC, number_GN = gate_tables(described)
+    widths = [_hidden(gate.scorer) + _hidden(gate.line.scorer) for gate in described if gate is not None]
+    widths += [len(mix.context_bias) for mix in mixes if isinstance(mix, Mixture)]
+    program = decode_stack.Program(
+        sizes=sizes,
+        table_LC=torch.tensor(rows),
+        number_LN=torch.tensor([_numbers(mix) for mix in mixes]),
+        gate_GC=gate_GC,
+        number_GN=number_GN,
+        hidden=max(widths, default=0),
+        mixes=any(isinstance(mix, Mixture) for mix in mixes),
+    )
+    return program, runs
+
+
+def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]:
+    """Return the tables of the gates: addresses and counts, int64 [G, C], and fp32 numbers [G, N]."""
+    states = states_of(described)
+    rows = [_gate(gate, states) for gate in described if gate is not None]
+    numbers = [(g.sign, g.line.value, g.loss or 0.0) for g in described if g is not None]
+    return torch.tensor(rows, dtype=torch.long), torch.tensor(numbers, dtype=torch.float32)
+
+
+def states_of(described: Iterable[StreamGate | None]) -> list[str]:
+    """Return the names of the tensors that cross blocks, each once."""
+    return list(dict.fromkeys(gate.state for gate in described if gate is not None and gate.state is not None))
+
+
+def _gate(gate: StreamGate, states: list[str]) -> list[int]:
+    """Return the gate's row, as `ops/decode_gates_native.py` lists its columns."""
+    return [
+        *_router(gate.scorer),
+        *_router(gate.line.scorer or Scorer()),
+        int(gate.line.scorer is not None),
+        _address(gate.line.threshold),
+        _address(gate.scale),
+        decode_stack.WEIGHTS.index(gate.weight),
+        int(gate.compares == "opening"),
+        int(gate.acts_on == "update"),
+        int(gate.others == "keys"),
+        -1 if gate.state is None else states.index(gate.state),
+    ]
+
+
+def _router(scorer: Scorer) -> list[int]:
+    parts = (scorer.hidden_weight, scorer.hidden_bias, scorer.weight, scorer.bias)
+    return [*map(_address, parts), _hidden(scorer), int(scorer.norm)]
+
+
+def _hidden(scorer: Scorer | None) -> int:
+    return 0 if scorer is None or scorer.hidden_bias is None else len(scorer.hidden_bias)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _runs(mix: StreamMix | None, neurons: int) -> Tensor:
+    """Return the functions of an activation with the neuron at which each ends, int64 [N, 2]; none for a mixture."""
+    if not isinstance(mix, Functions):
+        return torch.empty(0, 2, dtype=torch.long)
+    ends, end = [], 0
+    for name, count in mix.runs:
+        end = neurons if count is None else end + count
+        ends.append((decode_stack.FUNCTIONS.index(name), end))
+    return torch.tensor(ends)
+
+
+def _mixture(mix: StreamMix | None) -> list[int]:
+    if not isinstance(mix, Mixture):
+        return [0] * decode_stack.MIXTURE
+    parts = (mix.context_weight, mix.context_bias, mix.mix_weight, mix.mix_bias, mix.scale, mix.preference, mix.tau)
+    return [*map(_address, parts), len(mix.context_bias)]
+
+
+def _numbers(mix: StreamMix | None) -> tuple[float, float]:
+    if not isinstance(mix, Mixture):
+        return ALONE, 0.0
+    return ALONE if mix.decay is None else mix.decay, mix.preference_scale
+
+
+def _row(block: Any) -> list[int]:
+    """Return the block's row of the table, as `ops/decode_stack_native.py` lists its columns, up to the matrices."""
+    row = [0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)]
+    for matrix in _matrices(block):
+        scale = matrix.weight_scale if isinstance(matrix, Int8Linear) else None
+        bias = 0 if matrix.bias is None else matrix.bias.data_ptr()
+        scales = 1 if scale is None else scale.numel() // len(scale)
+        row += [matrix.weight.data_ptr(), 0 if scale is None else scale.data_ptr(), bias, scales]
+    return row

@@ -1,0 +1,200 @@
+"""The blocks of a decoder as compiled calls for a few tokens of one row (`ops/decode_stack.py`).
+
+`nn/block_table.py` says which blocks can be part of such a call, with the mechanisms that decide in them; neighbouring
+ones share a call, and the others run as usual. `CompiledBlocks` knows when anything has changed since it noted where
+weights lie.
+
+Shape letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+from skipstone.core.cache import RaggedStore
+from skipstone.core.tokens import Tokens
+from skipstone.nn.block import SEGMENT
+from skipstone.nn.block_table import sizes_of
+from skipstone.nn.compiled_run import CompiledRun
+from skipstone.ops import decode_stack, decode_step
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+KNOWN = "_known_stacks"  # attribute of a first block
+MOST_KNOWN = 4  # the whole decoder, and drafts that leave out blocks
+
+
+def runs_of(
+    blocks: Sequence[Any], spans: Sequence[range], x_BTD: Tensor, tokens: Tokens, layers: Sequence[Any]
+) -> list[tuple[range, CompiledRun | None]]:
+    """Return ranges of blocks, each with what computes it in one call, or None for the general way.
+
+    spans: ranges of blocks that run together: those of a segment, all others alone. layers: the cache of each block.
+    """
+    general: list[tuple[range, CompiledRun | None]] = [(range(len(blocks)), None)]
+    if x_BTD.shape[0] != 1 or x_BTD.shape[1] > decode_stack.MOST_TOKENS or not decode_step.takes(x_BTD):
+        return general
+    if not _plain(tokens) or type(store := getattr(layers[0], "kv", None)) is not RaggedStore:
+        return general
+    stacks = vars(blocks[0]).setdefault(KNOWN, _Known())
+    name = tuple(map(id, blocks))
+    if (stack := stacks.get(name)) is None or not stack.holds(store):
+        if len(stacks) >= MOST_KNOWN:
+            stacks.clear()
+        stack = stacks[name] = CompiledBlocks(blocks, spans)
+    return stack.runs if stack.served else general
+
+
+class _Registered:
+    """Counts what any module of the process has been given: parameters, buffers and modules, by torch's own calls."""
+
+    count = 0
+    listening = False
+
+    @classmethod
+    def listen(cls) -> None:
+        if not cls.listening:
+            register_module_parameter_registration_hook(cls.note)
+            register_module_buffer_registration_hook(cls.note)
+            register_module_module_registration_hook(cls.note)
+            cls.listening = True
+
+    @classmethod
+    def note(cls, module: nn.Module, name: str, given: object) -> None:
+        cls.count += 1
+
+    @classmethod
+    def now(cls) -> tuple[int, int]:
+        """Return a value that changes with every registration, also of a hook."""
+        return cls.count, RemovableHandle.next_id
+
+
+class _Known(dict[tuple[int, ...], Any]):
+    """Stacks of blocks by the ids of the blocks, which are noted anew after a copy."""
+
+    def __deepcopy__(self, memo: object) -> _Known:
+        return _Known()
+
+    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
+        return _Known, ()
+
+
+def _plain(tokens: Tokens) -> bool:
+    given = (tokens.rows, tokens.real_BT, tokens.document_BT, tokens.gain_BT, tokens.unpadding, tokens.forced_BT)
+    mode = tokens.mode
+    if mode.routing != "causal" or mode.noise or mode.executor != "gathered" or mode.never_empty:
+        return False
+    return tokens.queries.is_all and all(x is None for x in given) and tokens.slot_BT.shape[0] == 1
+
+
+class CompiledBlocks:
+    """Where the weights of blocks lie in memory.
+
+    runs: ranges of blocks with what computes them, as `runs_of` returns them. served: whether any is compiled.
+    """
+
+    served = False
+    last: Any = None  # a weak reference to the first store of the text that was continued last
+
+    def __init__(self, blocks: Sequence[Any], spans: Sequence[range]) -> None:
+        _Registered.listen()
+        self.registered, self.blocks = _Registered.now(), list(blocks)
+        self.modules = [module for block in blocks for module in block.modules()]
+        self.types = [type(module) for module in self.modules]
+        self.hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
+        self.dicts, self.keys, self.values = zip(*_parts(self.modules), strict=True)
+        ranges = list(_ranges(blocks, spans))
+        read = [x for part, sizes in ranges if sizes is not None for i in part for x in blocks[i].parameters()]
+        if not any(self.hooks) and read and self._settle(list(dict.fromkeys(read))):
+            self.runs = [
+                (part, None if sizes is None else CompiledRun(blocks[part.start : part.stop], sizes))
+                for part, sizes in ranges
+            ]
+            self.served = True
+        self.tensors = [x for x in self.values if isinstance(x, Tensor)]
+        self.places = list(map(Tensor.data_ptr, self.tensors))
+        self.memory = [x.data for x in self.tensors]  # stays where it is read, even if a weight gets another one
+        self.first = [next(block.mlp.parameters()) for block in self.blocks]
+        self.first_places = list(map(Tensor.data_ptr, self.first))
+
+    def _settle(self, weights: Sequence[Tensor]) -> bool:
+        """Return whether every weight can be read, after moving int8 ones next to each other."""
+        if not all(decode_step.takes(x) or _is_int8(x) for x in weights):
+            return False
+        if not all(x.is_contiguous() for x in weights):
+            return False
+        if any(_is_int8(x) for x in weights):
+            for x, lying in zip(weights, decode_stack.gather([x.data for x in weights]), strict=True):
+                x.data = lying
+        return True
+
+    def holds(self, store: RaggedStore) -> bool:
+        """Return whether modules, weights and their places are those of before.
+
+        All are looked at when a text begins, and where a module has been given a parameter, a module or a hook. While a
+        text continues, which its store tells, one weight of each block is: whatever moves or casts a model moves all.
+        """
+        if any(block.training for block in self.blocks):
+            return not self.served
+        last, registered = self.last, _Registered.now()
+        if last is None or last() is not store or registered != self.registered:
+            if not self._hold():
+                return False
+            self.last, self.registered = ref(store), registered
+        return list(map(Tensor.data_ptr, self.first)) == self.first_places
+
+    def _hold(self) -> bool:
+        """Return whether everything is as before; in about half a millisecond for 30 blocks."""
+        return (
+            all(map(operator.is_, map(dict.get, self.dicts, self.keys), self.values))
+            and list(map(Tensor.data_ptr, self.tensors)) == self.places
+            and list(map(type, self.modules)) == self.types
+            and (not self.served or not any(self.hooks))
+        )
+
+
+def _ranges(blocks: Sequence[Any], spans: Sequence[range]) -> Iterator[tuple[range, decode_stack.Sizes | None]]:
+    """Yield the longest ranges of blocks that are alike, each with its sizes; None for those of the general way."""
+    found = [(span, _sizes(blocks, span)) for span in spans]
+    for sizes, group in groupby(found, key=lambda each: each[1]):
+        parts = [span for span, _ in group]
+        yield range(parts[0].start, parts[-1].stop), sizes
+
+
+def _sizes(blocks: Sequence[Any], span: range) -> decode_stack.Sizes | None:
+    first = blocks[span.start]
+    if any(name not in first.mechanisms for name in first.sites[SEGMENT]):  # the first block of its segment is left out
+        return None
+    return sizes_of(blocks[span.start : span.stop])
+
+
+def _parts(modules: Sequence[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what must stay the same, as dict, key, value.
+
+    Submodules, parameters and buffers, and that no forward is replaced.
+    """
+    for module in modules:
+        for name, child in module._modules.items():
+            yield module._modules, name, child
+        for name, parameter in module._parameters.items():
+            yield module._parameters, name, parameter
+        for name, buffer in module._buffers.items():
+            yield module._buffers, name, buffer
+        yield vars(module), "forward", None
+
+
+def _is_int8(x: Tensor) -> bool:
+    return type(x) is nn.Parameter and x.dtype == torch.int8 and x.is_cpu

@@ -1,0 +1,183 @@
+"""Neighbouring blocks whose step is one compiled call: what each call needs, and what its results mean.
+
+Shape letters: B rows, T tokens, D width, G gates, A activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.core.cache import RaggedStore, SkipstoneCacheLayer
+from skipstone.core.records import ActivationRecord, DepthRecord, Records, decisions_only
+from skipstone.core.stream_gate import Mixture, Scorer, StreamGate
+from skipstone.core.tokens import Tokens
+from skipstone.nn.block import SEGMENT
+from skipstone.nn.block_table import gate_tables, gates_of, program_of, states_of
+from skipstone.ops import decode_stack, decode_step
+
+Angles = tuple[Tensor, Tensor] | None
+Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
+
+
+class CompiledRun:
+    """Some blocks that one call computes."""
+
+    def __init__(self, blocks: Sequence[Any], sizes: decode_stack.Sizes) -> None:
+        spans = [block.span if block.sites[SEGMENT] and block.segment_start() is None else 0 for block in blocks]
+        self.blocks = blocks
+        self.program, self.held = program_of(blocks, spans, sizes)
+        self.gates = [gate for _, _, gate in gates_of(blocks)]
+        self.described = [gate.stream_gate() for gate in self.gates]
+        self.states = states_of(self.described)
+        self.windows = [block.self_attn.window for block in blocks if block.self_attn.window is not None]
+        self.layers = [block.self_attn.layer_idx for block in blocks]
+        self.config = blocks[0].self_attn.config
+        mixes = [block.mlp.activation.stream_mix() for block in blocks]
+        self.mixes = [mix if isinstance(mix, Mixture) else None for mix in mixes]
+        self.names = _names(blocks)
+
+    def __call__(
+        self,
+        x_BTD: Tensor,
+        tokens: Tokens,
+        layers: Sequence[Any],
+        turn: Callable[[str, Tokens], Angles],
+        turned_by: Sequence[str],
+        recorded: bool,
+    ) -> Outcome | None:
+        """Return the stream after the blocks, their records, and what crosses to later blocks.
+
+        None if this call needs the general way. layers: the cache of each block. turned_by: for each block, the name of
+        its rotary angles. recorded: whether records are wanted; else they are empty.
+        """
+        if not self._reaches(layers, tokens) or not self._knows_gates():
+            return None
+        T, memory, angles = tokens.length, [], {name: turn(name, tokens) for name in set(turned_by)}
+        if any(each is not None and each[0].shape != (1, T, self.program.sizes.head_size) for each in angles.values()):
+            return None
+        turned = {name: (0, 0) if each is None else [x.data_ptr() for x in each] for name, each in angles.items()}
+        for layer, mix, name in zip(layers, self.mixes, turned_by, strict=True):
+            memory += [*_addresses(self._room(layer, T), ("key", "value")), *turned[name]]
+            memory += _sums(layer, mix, T)
+        state_ST = None
+        if self.states:
+            state_ST = torch.cat([tokens.state[name] for name in self.states])
+        ran = decode_stack.run(x_BTD, self.program, memory, tokens.slot_BT, state_ST)
+        for layer, mix, (given, seen) in zip(layers, self.mixes, ran.stored, strict=True):
+            layer.kv.width += given
+            if mix is not None and mix.decay is not None:
+                layer.store(mix.name).width += seen
+        carry = {} if state_ST is None else {name: x_T[None] for name, x_T in zip(self.states, state_ST, strict=True)}
+        return ran.x_1TD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
+
+    def _reaches(self, layers: Sequence[Any], tokens: Tokens) -> bool:
+        """Return whether every query sees all that is stored, by the settings of this call, and stores are as usual."""
+        if self.config._attn_implementation != "sdpa" or tokens.reach is None:
+            return False
+        if any(tokens.reach > window for window in self.windows) or tokens.reach == tokens.length:
+            return False
+        return all(_is_usual(layer.kv, 3, tokens.length) for layer in layers) and all(
+            mix is None or mix.decay is None or _is_usual(layer.store(mix.name), 2, tokens.length)
+            for layer, mix in zip(layers, self.mixes, strict=True)
+        )
+
+    def _knows_gates(self) -> bool:
+        """Return whether all gates still describe themselves, after noting what they say now."""
+        described = [gate.stream_gate() for gate in self.gates]
+        if any(gate is None for gate in described):
+            return False
+        if not all(map(_same, described, self.described)):
+            if not all(decode_step.takes(x) for gate in described for x in gate.tensors()):  # type: ignore[union-attr]
+                return False
+            gate_GC, number_GN = gate_tables(described)
+            self.program = self.program._replace(gate_GC=gate_GC, number_GN=number_GN)
+            self.described = described
+        return True
+
+    def _room(self, layer: SkipstoneCacheLayer, count: int) -> RaggedStore:
+        """Make room for so many tokens in a block's cache, in which none may have been stored before."""
+        s, kv = self.program.sizes, layer.kv
+        if not kv.entries:
+            key = torch.empty(0, s.groups, 0, s.head_size)
+            layer.lazy_initialization(key, key)
+        kv.reserve(count, dict.fromkeys(("key", "value"), (s.groups, s.head_size)))
+        return kv
+
+    def _records(self, ran: decode_stack.Ran) -> list[Records]:
+        """Return the records of each block by name."""
+        score, weight, loss, state = (x_G1T.unbind(0) for x_G1T in ran.said_FG1T.unbind(0))
+        kept, reached = (x_G1T.unbind(0) for x_G1T in ran.flag_2G1T.unbind(0))
+        made = []
+        for g, gate in enumerate(self.described):
+            assert gate is not None
+            cost, carry = None if gate.loss is None else loss[g], {} if gate.state is None else {gate.state: state[g]}
+            made.append(DepthRecord(score[g], kept[g], weight[g], reached[g], cost, carry))
+        found: list[Records] = []
+        for i, (names, mix) in enumerate(zip(self.names, self.mixes, strict=True)):
+            records: Records = {name: made[g] if own else decisions_only(made[g]) for name, (g, own) in names.items()}
+            if mix is not None:
+                assert ran.logit_L1TA is not None
+                assert ran.fed_L1T is not None
+                records[mix.name] = ActivationRecord(ran.logit_L1TA[i], ran.fed_L1T[i])
+            found.append(records)
+        return found
+
+
+def _names(blocks: Sequence[Any]) -> list[dict[str, tuple[int, bool]]]:
+    """Return for each block the names of its records with the numbers of the gates that make them.
+
+    Also whether the mechanism is the block's own, and not that of the segment around it.
+    """
+    gates = list(enumerate(gates_of(blocks)))
+    found: list[dict[str, tuple[int, bool]]] = []
+    around: dict[str, tuple[int, bool]] = {}
+    for i, block in enumerate(blocks):
+        own = {gate.placement.name: (g, True) for g, (index, _, gate) in gates if index == i}
+        if block.segment_start() is None:
+            around = {name: (own[name][0], False) for name in block.sites[SEGMENT]}
+        found.append({**around, **own} if block.sites[SEGMENT] else own)
+    return found
+
+
+def _is_usual(store: Any, entries: int, new: int) -> bool:
+    """Return whether a store holds one row of so many fp32 tensors, few enough for the compiled attention."""
+    if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
+        return False
+    if store.lengths is not None or store.forgotten is not None:
+        return False
+    return not store.entries or (
+        len(store.entries) == entries
+        and all(x.dtype in (torch.float32, torch.long) and not x.requires_grad for x in store.entries.values())
+        and len(store.entries["slot"]) == 1
+    )
+
+
+def _addresses(store: RaggedStore, names: Sequence[str]) -> list[int]:
+    """Return the addresses of entries and slots, and the first new column."""
+    return [*(store.entries[name].data_ptr() for name in (*names, "slot")), store.width]
+
+
+def _sums(layer: SkipstoneCacheLayer, mix: Mixture | None, count: int) -> list[int]:
+    """Return the same of the sums that an activation stores, after making room for so many tokens."""
+    if mix is None or mix.decay is None:
+        return [0, 0, 0]
+    store = layer.store(mix.name)
+    store.reserve(count, {"sum": (len(mix.context_bias) + 1,)})
+    return _addresses(store, ("sum",))
+
+
+def _same(one: StreamGate | Scorer | Any, other: StreamGate | Scorer | Any) -> bool:
+    """Return whether two descriptions say the same of the same tensors."""
+    for a, b in zip(one, other, strict=True):
+        if a is b:
+            continue
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            if not _same(a, b):
+                return False
+        elif isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
+            return False
+    return True

@@ -1,0 +1,118 @@
+"""Products, norms and the division of work that compiled steps of whole blocks consist of.
+
+Several threads share the rows of every matrix and wait for each other; norms and roundings, which take no time, are
+repeated by each.
+
+Shape letters: T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from skipstone.ops.decode_step_native import ONE, _exp, compiled
+from skipstone.ops.int8_native import grouped_rows, round_tokens
+from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import wait
+
+ZERO = np.float32(0)
+
+
+@compiled
+def private(tokens: int, widest: int) -> int:
+    """Return the bytes that each thread has for itself: normed and rounded tokens, and a number of each."""
+    return (6 * tokens * widest + 4 * tokens + 127) // 64 * 64
+
+
+@compiled
+def together(parts: int, barrier: int, arrivals: int) -> int:
+    """Wait for the other threads; return the arrivals that end the next wait."""
+    if parts > 1:
+        wait(barrier, arrivals + parts)
+    return arrivals + parts
+
+
+@compiled
+def share_of(rows: int, part: int, parts: int) -> Array:
+    """Return the first row of a part and the one after its last."""
+    each = -(-rows // (16 * parts)) * 16
+    return min(part * each, rows), min((part + 1) * each, rows)
+
+
+@compiled
+def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> None:
+    """Normalise x [T, D] by root mean square, or copy it."""
+    out = _lying(out_at, x.shape, ONE)
+    for n in range(x.shape[0]):
+        norm_row(x[n], weight_at, eps, offset, out[n])
+
+
+@compiled
+def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) -> None:
+    width = len(x)
+    if not weight_at:
+        for d in range(width):
+            out[d] = x[d]
+        return
+    weight, total, more = _lying(weight_at, (width,), ONE), ZERO, np.float32(offset)
+    for d in range(width):
+        total += x[d] * x[d]
+    factor = np.float32(1 / np.sqrt(total / np.float32(width) + np.float32(eps)))
+    for d in range(width):
+        out[d] = x[d] * factor * (weight[d] + more)
+
+
+@compiled
+def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> None:
+    """Round tokens for products with int8 weights."""
+    if wanted:
+        round_tokens((x_at, places[1], places[2]), (tokens, 0, width, 0))
+
+
+@compiled
+def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
+    """Compute a part of the outputs of one matrix, given by its four columns. sizes: tokens, outputs, inputs."""
+    weight_at, scale_at, bias_at, scales = matrix[0], matrix[1], matrix[2], matrix[3]
+    tokens, outputs, inputs = sizes
+    first, last = share_of(outputs, part, parts)
+    if scale_at:
+        addresses = (weight_at, scale_at, x_at, y_at, places[1], places[2])
+        grouped_rows(addresses, (tokens, outputs, inputs, scales), first, last)
+    else:
+        weight, x = _lying(weight_at, (outputs, inputs), ONE), _lying(x_at, (tokens, inputs), ONE)
+        single_rows(weight, x, _lying(y_at, (tokens, outputs), ONE), first, last)
+    if bias_at:
+        bias, y = _lying(bias_at, (outputs,), ONE), _lying(y_at, (tokens, outputs), ONE)
+        for n in range(tokens):
+            for o in range(first, last):
+                y[n, o] += bias[o]
+
+
+@compiled
+def single_rows(weight: Array, x: Array, y: Array, first: int, last: int) -> None:
+    """Multiply fp32 rows with up to four tokens at a time."""
+    tokens, inputs = x.shape
+    for o in range(first, last):
+        n = 0
+        while n + 4 <= tokens:
+            a = b = c = d = ZERO
+            for i in range(inputs):
+                w = weight[o, i]
+                a += w * x[n, i]
+                b += w * x[n + 1, i]
+                c += w * x[n + 2, i]
+                d += w * x[n + 3, i]
+            y[n, o], y[n + 1, o], y[n + 2, o], y[n + 3, o] = a, b, c, d
+            n += 4
+        while n < tokens:
+            total = ZERO
+            for i in range(inputs):
+                total += weight[o, i] * x[n, i]
+            y[n, o] = total
+            n += 1
+
+
+@compiled
+def sigmoid(x: Array) -> Array:
+    small = _exp(-abs(x))
+    return (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)

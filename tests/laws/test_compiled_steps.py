@@ -1,0 +1,71 @@
+"""Law 21: a compiled step equals the general way in logits, records and stores, and serves all that declares itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from laws.builders import CAUSAL, LAYERS, Case, assert_close, assert_same_records, ids, lively
+from skipstone import SkipstoneForCausalLM
+from skipstone.ops import decode_stack
+
+pytest.importorskip("numba")
+
+CALLS = (5, 1, 4, 1, -3, 1, 2, 1)  # a prompt, single tokens, drafts to be checked, and tokens that are taken back
+CLOSE = 1e-4
+
+
+@torch.no_grad()
+def decoded(model: SkipstoneForCausalLM) -> tuple[list[Any], Any]:
+    """The outputs of calls on one row, and its cache."""
+    cache, found, at = DynamicCache(config=model.config), [], 0
+    for count in CALLS:
+        if count < 0:
+            cache.crop(at + count)
+        else:
+            more = ids(rows=1, length=20)[:, at : at + count]
+            found.append(model(more, past_key_values=cache, use_cache=True, output_records=True))
+        at += count
+    return found, cache
+
+
+def assert_same_caches(one: Any, other: Any) -> None:
+    for mine, yours in zip(one.layers, other.layers, strict=True):
+        assert mine.cumulative_length == yours.cumulative_length
+        stores = {"kv": (mine.kv, yours.kv)} | {n: (mine.store(n), yours.store(n)) for n in mine.stores | yours.stores}
+        for name, (a, b) in stores.items():
+            assert (a.width, a.lengths) == (b.width, b.lengths), name
+            for entry in a.entries.keys() & b.entries.keys():
+                assert a.entries[entry].dtype == b.entries[entry].dtype
+                assert_close(a.view(entry), b.view(entry), f"{name} {entry}", CLOSE)
+
+
+def is_declared(model: SkipstoneForCausalLM, chosen: Case) -> bool:
+    """Whether every mechanism and activation describes itself, in a decoder of the usual parts."""
+    gates = [gate.stream_gate() for block in model.model.layers for gate in block.mechanisms.values()]
+    mixes = [block.mlp.activation.stream_mix() for block in model.model.layers]
+    return not chosen.more and None not in gates and None not in mixes
+
+
+@pytest.mark.parametrize("chosen", CAUSAL, ids=str)
+def test_it_equals_the_general_way(chosen: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, compiled = lively(chosen), []
+    run = decode_stack.run
+
+    def counting(x: torch.Tensor, program: Any, *rest: Any) -> Any:
+        compiled.append(len(program.table_LC))
+        return run(x, program, *rest)
+
+    monkeypatch.setattr(decode_stack, "run", counting)
+    got, mine = decoded(model)
+    if is_declared(model, chosen):
+        assert compiled == [LAYERS] * (len(got) - 1)
+    monkeypatch.setattr(decode_stack, "MOST_TOKENS", 0)
+    want, yours = decoded(model)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a.logits, b.logits, "logits", CLOSE)
+        assert_same_records(a.records, b.records, CLOSE)
+    assert_same_caches(mine, yours)
