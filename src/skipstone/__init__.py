@@ -1,14 +1,15 @@
 """Conditional computation for transformers that really saves the computation.
 
-Importing the package registers its models with transformers' Auto classes. The `skipstone` command defers this, so that
-it can report mistakes on the command line before it loads torch.
+Importing the package loads neither torch nor transformers: names are loaded when they are used, and the models register
+with transformers' Auto classes as soon as these are loaded.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from skipstone import registration
 
 if TYPE_CHECKING:
     from skipstone import presets
@@ -62,13 +63,8 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'skipstone' has no attribute {name!r}")
 
 
-def _is_command() -> bool:
-    """Return whether this process is the `skipstone` command, started as a script or by `python -m skipstone`."""
-    if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:  # what runpy leaves there while it looks for the module
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["skipstone"]
-    return getattr(sys.modules.get("skipstone_cli"), "running", False)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
-if not _is_command():
-    for _name in __all__:
-        __getattr__(_name)
+registration.register()

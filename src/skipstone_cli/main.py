@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-import skipstone_cli
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.verbs.adapt import adapt
 from skipstone_cli.verbs.calibrate import calibrate
@@ -84,7 +83,6 @@ for _name, _verb in VERBS.items():
 
 def main() -> None:
     """Run the command; the entry point of the console script and of `python -m skipstone`."""
-    skipstone_cli.running = True
     with one_line_errors():
         app(prog_name="skipstone")
 

@@ -18,7 +18,11 @@ Command = Callable[..., tuple[str, list[str]]]
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(SRC)}
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(SRC)},
     )
 
 
@@ -142,12 +146,46 @@ def test_the_package_run_as_a_module_is_the_command(word: str, says: str) -> Non
     assert not loaded & {*HEAVY}
 
 
-@pytest.mark.slow
-def test_everybody_else_gets_the_auto_classes_at_once() -> None:
-    code = """
-import skipstone
-from transformers import AutoConfig
-print(type(AutoConfig.for_model("skipstone")) is skipstone.SkipstoneConfig)
-print({*skipstone.__all__} <= {*dir(skipstone)})
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        f"import sys, skipstone; print([name for name in {HEAVY!r} if name in sys.modules], len(dir(skipstone)) > 14)"
+    )
+    assert run("-c", code).stdout == "[] True\n"
+
+
+CONFIGURED = """
+found = AutoConfig.for_model("skipstone")
+print(type(found) is skipstone.SkipstoneConfig, {*skipstone.__all__} <= {*dir(skipstone)})
 """
-    assert run("-c", code).stdout == "True\nTrue\n"
+CLASSIFIER = """
+from transformers import AutoModelForSequenceClassification
+print(AutoModelForSequenceClassification._model_mapping[skipstone.SkipstoneConfig].__name__)
+"""
+
+
+IN_A_THREAD = """
+import importlib, threading, skipstone
+load = threading.Thread(target=importlib.import_module, args=["transformers.models.auto.modeling_auto"])
+load.start()
+from transformers import AutoConfig
+load.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import skipstone; from transformers import AutoConfig",
+        "from transformers import AutoConfig; import skipstone",
+        "import skipstone; from transformers import AutoTokenizer, AutoConfig",
+        "import skipstone; from transformers import LlamaForCausalLM, AutoConfig",  # loads ours in its middle
+        "import skipstone; from skipstone import Routed; from transformers import AutoConfig",
+        "import skipstone, skipstone.model.decoder; from transformers import AutoConfig",
+        "import skipstone, skipstone.runs, skipstone.nn.block; from transformers import AutoConfig",
+        IN_A_THREAD,
+    ],
+)
+def test_the_auto_classes_know_the_models(before: str) -> None:
+    done = run("-c", before + CONFIGURED + CLASSIFIER)
+    assert done.stdout == "True True\nSkipstoneForSequenceClassification\n", done.stderr
