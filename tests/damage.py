@@ -134,13 +134,16 @@ def make(folder: Path) -> list[Case]:
     given["train"] = {**given["train"], "keep_best": True, "eval_every": 2}
     run = train(given, out=folder / "run", progress=False)
     calibrate_run(run, corpus=f"text:{folder / 'text.txt'}", context=16, rows=2)
+    sharded = {**given["train"], "keep_best": False, "parallel": "fsdp2"}
+    train({**given, "train": sharded}, out=folder / "sharded", progress=False)
     convert(str(folder / "source"), folder / "ours")
     export_int8(str(folder / "source"), folder / "int8")
     write(str(folder / "source"), folder / "written", tokens=60, length=12, batch=4, start="the")
     write_shards(
         f"jsonl:{folder / 'texts.jsonl'}", folder / "shards", tokenizer="byte", split="80-20", shard_tokens=150
     )
-    return [*run_cases(run), *model_cases(folder), *data_cases(folder), *record_cases(folder)]
+    cases = [*run_cases(run), *model_cases(folder), *data_cases(folder), *record_cases(folder)]
+    return [*cases, *newer_cases(folder)]
 
 
 def run_cases(run: Path) -> list[Case]:
@@ -251,6 +254,35 @@ def record_cases(folder: Path) -> list[Case]:
     made = record.Record(study="tiny", scale="laptop", arm="a", seed=0, figures={"loss": 1.25, "list": [1, 2]}, **known)
     path = record.write(made, folder / "results")
     return [Case(kind="record of a study", verbs="reproduce isoflop", files=[path], use=lambda: record.read(path))]
+
+
+def newer_cases(folder: Path) -> list[Case]:
+    from transformers import AutoModelForCausalLM
+
+    import skipstone
+    from skipstone.train import checkpoints
+
+    [*_, last] = sorted((folder / "sharded" / "checkpoints").iterdir())
+
+    def routed(source: Any) -> Any:
+        return skipstone.route(AutoModelForCausalLM.from_pretrained(folder / "source"), source)
+
+    def resumes() -> object:
+        checkpoints.check(last)
+        return "as written"
+
+    entry = {"name": "mixture_of_depths", "layers": "1:", "capacity": 0.5, "decision": "threshold"}
+    routed([entry]).save(folder / "in-place")
+    shards = [path for path in last.rglob("*") if path.is_file()]
+
+    def in_place() -> object:
+        states = [module.state_dict() for _, module in routed(folder / "in-place").modules()]
+        return [(name, value.tolist()) for state in states for name, value in state.items()]
+
+    return [
+        Case(kind="sharded checkpoint", verbs="train adapt", files=shards, use=resumes),
+        Case(kind="mechanisms in place", verbs="route", files=files_of(folder / "in-place"), use=in_place),
+    ]
 
 
 def table(found: dict[str, tuple[Case, Counter[str]]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import skipstone
+from damage import damage
 from in_place.conftest import CONFIGS, SIZES, built
 from skipstone.measure.flops import count_flops
 
@@ -200,7 +202,9 @@ def test_saved_mechanisms_are_put_into_another_copy(tmp_path: Path, ids: Tensor)
     [
         (lambda folder: (folder / "skipstone_routing.json").unlink(), "skipstone_routing.json': no such file"),
         (lambda folder: (folder / "skipstone_routing.json").write_text("[]"), "skipstone_routing.json': TypeError"),
-        (lambda folder: (folder / "skipstone_routing.safetensors").write_bytes(b"x"), "cannot read .*safetensors'"),
+        (lambda folder: (folder / "skipstone_routing.safetensors").write_bytes(b"x"), "safetensors' is damaged"),
+        (lambda folder: damage(folder / "skipstone_routing.json", "flip", Random(3)), "skipstone_routing.json'"),
+        (lambda folder: damage(folder / "skipstone_routing.safetensors", "flip", Random(3)), "is damaged: its SHA-256"),
     ],
 )
 def test_a_broken_folder_is_one_line_and_leaves_the_model_alone(tmp_path: Path, change: Any, message: str) -> None:

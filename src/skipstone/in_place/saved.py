@@ -1,4 +1,7 @@
-"""Files of mechanisms beside a model: `skipstone_routing.json` has the entries, `.safetensors` the weights."""
+"""Files of mechanisms beside a model: `skipstone_routing.json` has the entries, `.safetensors` the weights.
+
+The first states its own SHA-256 and that of the second.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from skipstone.core import atomic_write
+from skipstone.core.checksums import Damaged, file_sha256
 from skipstone.core.plain_text import parse_json
+from skipstone.core.sealed import sealed, unsealed
 from skipstone.core.strict import PlainDict
 
 ENTRIES, WEIGHTS = "skipstone_routing.json", "skipstone_routing.safetensors"
 VERSION = 1
+HASH = "weights_sha256"  # in the entries; files of earlier releases have none
 
 
 def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, nn.Module]) -> None:
@@ -25,23 +31,30 @@ def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, 
     with atomic_write.naming(folder / WEIGHTS):
         save_file(tensors, partial)
         partial.replace(folder / WEIGHTS)
-    atomic_write.write_json(folder / ENTRIES, {"version": VERSION, "mechanisms": entries})
+    content = {"version": VERSION, "mechanisms": entries, HASH: file_sha256(folder / WEIGHTS)}
+    atomic_write.write_json(folder / ENTRIES, sealed(content))
 
 
 def read_mechanisms(folder: Path) -> list[PlainDict]:
-    """Read the entries of mechanisms from a model's folder.
+    """Read the entries of mechanisms from a model's folder, after comparing both files with their hashes.
 
-    Raises ValueError for a file that is missing or invalid.
+    Raises ValueError for a file that is missing, damaged or invalid.
     """
     path = folder / ENTRIES
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
-        version, entries = found["version"], found["mechanisms"]
+        if isinstance(found, dict):
+            found = unsealed(found, path)
+        version, entries, known = found["version"], found["mechanisms"], found.get(HASH)
         if version != VERSION or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"version {version!r}, expected {VERSION}")
+    except Damaged:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"cannot read {str(path)!r}: {reason}") from None
+    if known is not None and (folder / WEIGHTS).is_file() and file_sha256(folder / WEIGHTS) != known:
+        raise Damaged(f"{str(folder / WEIGHTS)!r} is damaged: its SHA-256 is not the one in {ENTRIES}")
     return list(entries)
 
 
