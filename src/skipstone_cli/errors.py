@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 # The library raises ValueError (or a subclass) for mistakes of users and asserts invariants; what the system refuses
@@ -32,11 +36,24 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
+        lines = [f"skipstone: {' '.join(line.split())}" for line in getattr(error, "lines", None) or [describe(error)]]
+        _tell_launcher("\n".join(lines))
         if os.environ.get("SKIPSTONE_TRACEBACK") == "1":
             raise
-        for line in getattr(error, "lines", None) or [describe(error)]:
-            print(f"skipstone: {' '.join(line.split())}", file=sys.stderr)
+        for line in lines:
+            print(line, file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        _tell_launcher(traceback.format_exc())
+        raise
+
+
+def _tell_launcher(text: str) -> None:
+    """Write the error where torchrun looks for it: it ends with the error of the process that failed first."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError), Path(path).open("w", encoding="utf-8") as file:
+            json.dump({"message": text, "timestamp": int(time.time())}, file)
 
 
 def usual_warnings() -> None:

@@ -1,6 +1,7 @@
 """The table of docs/distributed.md: losses of 1, 2 and 4 processes with every mechanism.
 
-PYTHONPATH=src:tests python -m train.distributed_table docs/distributed.md
+PYTHONPATH=src:tests python -m train.distributed_table docs/distributed.md           # all of it
+PYTHONPATH=src:tests python -m train.distributed_table docs/distributed.md segment   # that row alone
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ MORE: dict[str, dict[str, Any]] = {
     "skipgpt": {**DENSE, "mechanisms": [{**mod("ema_threshold"), "on": site} for site in ("attention", "mlp")]},
     "neuron_groups": {**DENSE, "intermediate_size": 64, "neuron_groups": {**GROUPS, "chunk_size": 8}},
     "magnitude": {**DENSE, "neuron_groups": {"decision": "magnitude", "capacity": 0.5, "group_size": 1}},
+    "zeros": {**DENSE, "activation": "relu", "neuron_groups": {"decision": "zeros", "price": 0.1}},
+    "layer_dropout": {**DENSE, "mechanisms": [{"name": "layer_dropout", "layers": ":", "rate": 0.5}]},
+    "benefit": {**DENSE, "mechanisms": [mod("ema_threshold", benefit=True, auxiliary_weight=1.0)]},
+    "dynamic_chunking": {**DENSE, "mechanisms": [{"name": "dynamic_chunking", "layers": ":", "share": 0.5}]},
     "tied": {**MODELS["all"], "tie_word_embeddings": True},
 }
 # Dropout draws other numbers in each process, so that no two of these runs could be compared with it.
 CASES = {name: {k: v for k, v in model.items() if "dropout" not in k} for name, model in (MODELS | MORE).items()}
 WAYS = (("ddp", 2), ("fsdp2", 2), ("ddp", 4), ("fsdp2", 4))
-ON_FOUR = ("dense", "topk", "experts", "all")  # four processes take a minute a model on two cores
+ON_FOUR = ("dense", "topk", "experts", "segment", "all")  # four processes take a minute a model on two cores
 BEGIN, END = "<!-- processes:begin -->", "<!-- processes:end -->"
 
 
@@ -66,16 +71,20 @@ def _into(wanted: dict[str, Any], run: Path, rank: int) -> None:
     train(wanted, run)
 
 
-def main(page: Path) -> None:
-    rows = ["| model | " + " | ".join(f"{kind}, {count}" for kind, count in WAYS) + " |", "|---|" + "---:|" * len(WAYS)]
-    for name in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(f"| {name} | " + " | ".join(measure(name, Path(folder))) + " |")
-        print(rows[-1], flush=True)  # noqa: T201
+def main(page: Path, *names: str) -> None:
     text = page.read_text(encoding="utf-8")
-    table = "\n".join([BEGIN, *rows, END])
+    rows = (
+        {} if not names else {line.split()[1]: line for line in text.partition(BEGIN)[2].split(END)[0].splitlines()[3:]}
+    )
+    for name in names or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[name] = f"| {name} | " + " | ".join(measure(name, Path(folder))) + " |"
+        print(rows[name], flush=True)  # noqa: T201
+    head = ["| model | " + " | ".join(f"{kind}, {count}" for kind, count in WAYS) + " |", "|---|" + "---:|" * len(WAYS)]
+    table = "\n".join([BEGIN, *head, *rows.values(), END])
+    text = page.read_text(encoding="utf-8")
     page.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: table, text, flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -70,10 +70,6 @@ def test_what_cannot_be_planned_is_one_line() -> None:
         plan(wanted(), 0)
 
 
-class _Arguments:
-    device = torch.device("cpu")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -88,7 +84,7 @@ def test_state_and_messages_are_those_of_real_processes(
         model, sent = SkipstoneForCausalLM(SkipstoneConfig(**MODEL)).train(), [0.0]
         train = read_recipe({"train": {"parallel": kind}}).train
         sizes, part = Sizes.of(model), (count - 1) / count
-        parallel.prepare(model, train, _Arguments())  # type: ignore[arg-type]
+        parallel.prepare(model, train, torch.device("cpu"))
         called: Any = model
         if kind == "ddp":
             called = torch.nn.parallel.DistributedDataParallel(model)

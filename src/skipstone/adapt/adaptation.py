@@ -105,7 +105,7 @@ def _train(
         for block in plan.model.model.layers:
             block.compile()
     stages.unfreeze(plan.model, recipe.adapt.stages[0])  # before sharding, which fixes the choice
-    parallel.prepare(plan.model, recipe.train, arguments)
+    parallel.prepare(plan.model, recipe.train, arguments.device)
 
     def trainer_of(callbacks: list[TrainerCallback]) -> RunTrainer:
         return AdaptTrainer(

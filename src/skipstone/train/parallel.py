@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
 
 from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -33,7 +32,7 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def prepare(model: SkipstoneForCausalLM, train: TrainConfig, arguments: TrainingArguments) -> None:
+def prepare(model: SkipstoneForCausalLM, train: TrainConfig, device: torch.device) -> None:
     """Prepare a model for training on several processes, sharding its parameters if the recipe sets fsdp2.
 
     Raises ValueError if accelerate is configured to shard as well, or if parameters would stay unsharded.
@@ -47,7 +46,7 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, arguments: Training
         _touch_blocks(model)
         model.model.every_block_runs = any(block.sites[SEGMENT] for block in model.model.layers)
     if sharded:
-        shard(model, arguments.device)
+        shard(model, device)
 
 
 def leave() -> None:
@@ -85,6 +84,15 @@ def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, ignored_params=whole)
     _require_sharded(model)
     model._is_fsdp_managed_module = True  # for Trainer, which then defers the reduction of micro-batches' gradients
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Free the weights that a pass without gradients has gathered: what lies outside of blocks stays gathered after it.
+
+    The next pass would use them as they are, although the optimizer has changed the shards in between.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def _require_sharded(model: nn.Module) -> None:

@@ -161,6 +161,7 @@ class RunTrainer(RoutingTrainer):
             parallel.average_gradients(parallel.replicated(self.model))
         if self.routers is not None:
             self.routers.after_backward(self.state.global_step + 1)
+            parallel.forget_gathered(self.model)
         return loss
 
     # What Trainer does for a model that was sharded before it: it needs no settings of transformers for it here.

@@ -19,7 +19,7 @@ from skipstone.data.prepare import PreparedData, prepare
 from skipstone.measure.model_view import view_model
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import METRICS, TOKENIZER, Run, last_checkpoint
-from skipstone.train import checkpoints, parallel, setup
+from skipstone.train import checkpoints, parallel, peers, setup
 from skipstone.train import folder as folders
 from skipstone.train.best import KeepBest
 from skipstone.train.recipe import Recipe, read_recipe, to_dict
@@ -72,7 +72,7 @@ def _train(
         folders.check_data(folder, data.fingerprint)
     arguments = setup.arguments(recipe.train, folder)
     model = setup.build_model(model_config, recipe.train)
-    parallel.prepare(model, recipe.train, arguments)
+    parallel.prepare(model, recipe.train, arguments.device)
     if arguments.process_index == 0:
         parts = {} if data.tokenizer is None else {TOKENIZER: partial(folders.save_tokenizer, data.tokenizer)}
         if run is None:
@@ -156,7 +156,7 @@ def fit(
         folders.note_resumption(folder, step)
     trainer.window.start()
     try:
-        with stop.installed(), quiet():
+        with peers.together(), stop.installed(), quiet():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
