@@ -2,17 +2,16 @@
 
     python tests/fuzz.py --inputs 1000          # so many inputs to each target, by mutation of valid ones
     python tests/fuzz.py --hypothesis 500       # so many to each target, drawn by hypothesis
-    python tests/fuzz.py --guided 60 recipe     # coverage-guided by atheris (pip install atheris), so many seconds
 
 Every target may return, or raise ValueError or OSError with a message; anything else, an input that takes longer than
 SLOW seconds, and growth of the process beyond MEMORY is a fault. The inputs are counted where they are used.
+`fuzz_coverage.py` feeds the parsers with input that is guided by coverage.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import random
 import resource
@@ -226,39 +225,6 @@ def drawn(target: Target, inputs: int) -> None:
     feed()
 
 
-def guided(target: Target, seconds: int) -> None:
-    """Feed a target with what atheris finds by coverage; ends the process."""
-    import atheris
-
-    texts = isinstance(target.seeds[0], str | bytes)
-
-    def one(raw: bytes) -> None:
-        if texts:
-            fed(target, raw if isinstance(target.seeds[0], bytes) else raw.decode("utf-8", "surrogateescape"))
-        else:
-            try:
-                value = json.loads(raw)
-            except (ValueError, RecursionError):
-                target.counts["no JSON"] += 1
-                return
-            fed(target, value)
-
-    corpus = Path(tempfile.mkdtemp(prefix="skipstone-corpus-"))
-    for i, seed in enumerate(target.seeds):
-        raw = seed if isinstance(seed, bytes) else (seed if isinstance(seed, str) else json.dumps(seed)).encode()
-        (corpus / str(i)).write_bytes(raw)
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=4096", "-rss_limit_mb=0"], one)
-
-    def told() -> None:
-        sys.stdout.write(table([target]) + "\n".join(target.faults[:5]) + "\n")
-        sys.stdout.flush()
-
-    import atexit
-
-    atexit.register(told)
-    atheris.Fuzz()
-
-
 class Tags(HTMLParser):
     """The elements and attributes of a page."""
 
@@ -286,7 +252,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="TARGET")
     parser.add_argument("--inputs", type=int, default=0)
     parser.add_argument("--hypothesis", type=int, default=0)
-    parser.add_argument("--guided", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -298,8 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 attack(target, options.inputs, options.seed)
             if options.hypothesis:
                 drawn(target, options.hypothesis)
-            if options.guided:
-                guided(target, options.guided)
             for fault in target.faults[:3]:
                 sys.stdout.write(f"{fault}\n")
             sys.stdout.write(f"{target.name}: {dict(target.counts)}\n")

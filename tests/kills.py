@@ -60,7 +60,8 @@ def forked(
 ) -> int:
     """Run `act` in a fork; returns its exit code, -9 if it was killed.
 
-    event: the one in and beside `folder` before which it kills itself, none if 0. after: seconds until it is killed.
+    event: the one in and beside `folder` before which it kills itself; 0: none, and their number is written to the file
+    `events` two folders above. after: seconds until it is killed.
     """
     child = os.fork()
     if child == 0:
@@ -69,9 +70,10 @@ def forked(
             quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            if folder is not None:
-                kill_at(event, folder.parent)
+            seen = kill_at(event, folder.parent) if folder is not None else None
             act()
+            if seen is not None and folder is not None:
+                (folder.parents[1] / "events").write_text(str(seen()))
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -90,8 +92,8 @@ def forked(
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at(event: int, folder: Path) -> None:
-    """From now on, end this process just before the n-th change below `folder`."""
+def kill_at(event: int, folder: Path) -> Callable[[], int]:
+    """From now on, end this process just before the n-th change below `folder`; what tells how many there were."""
     seen = 0
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
@@ -106,6 +108,7 @@ def kill_at(event: int, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    return lambda: seen
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -157,22 +160,12 @@ class Attack:
         self.out.with_name("given").symlink_to(self.given)
         return forked(partial(self.scenario.act, self.out), self.log, event=event, folder=self.out, after=after)
 
-    def whole(self) -> tuple[dict[str, str], float]:
-        """Return the files that the command leaves when it is not killed, and the seconds that it takes."""
+    def whole(self) -> tuple[dict[str, str], float, int]:
+        """What the command leaves when it is not killed, the seconds that it takes, and the number of its events."""
         began = time.monotonic()
         if self.begin() != 0:
             raise SystemExit(f"{self.scenario.name} fails by itself:\n{self.log.read_text()}")
-        return contents(self.out), time.monotonic() - began
-
-    def events(self) -> int:
-        """Return the number of its events."""
-        low, high = 0, 1
-        while self.begin(event=high) == -signal.SIGKILL:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.begin(event=middle) == -signal.SIGKILL else (low, middle)
-        return low
+        return contents(self.out), time.monotonic() - began, int((self.space / "events").read_text())
 
     def kill(self, whole: dict[str, str], event: int, again: int = 0, after: float = 0) -> None:
         """Kill, kill the continuation at event `again` unless it is 0, go on to the end, and compare."""
@@ -200,7 +193,7 @@ class Attack:
 def attack(scenario: Scenario, limit: int, random_moments: int, given: Path, space: Path) -> Tally:
     """Kill at `limit` events, spread over all of them, every other continuation too, and at random moments."""
     trial, chance = Attack(scenario=scenario, given=given, space=space), random.Random(scenario.name)
-    (whole, seconds), last = trial.whole(), trial.events()
+    whole, seconds, last = trial.whole()
     chosen = sorted(chance.sample(range(1, last + 1), min(limit, last)))
     for number, event in enumerate(chosen):
         trial.kill(whole, event, again=chance.randint(1, last) if number % 2 else 0)

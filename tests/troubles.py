@@ -41,7 +41,7 @@ CHECKPOINT = re.compile(r"(?:.*/)?checkpoints/checkpoint-(\d+)(?:/|$)")
 WAYS = ("term", "int", "kill", "full", "read_only", "vanish", "two")
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "kill": signal.SIGKILL}
 STOPPED = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT}
-LONGEST = 60.0  # seconds from a signal to the end of its process; longer counts as a hang
+LONGEST = 60.0  # seconds from a signal to the end of its process; longer counts as a hang (a busy machine has more)
 
 
 def earlier(name: str, whole: Mapping[str, str]) -> bool:
@@ -130,7 +130,7 @@ def begun(act: Callable[[], object], log: Path, prepare: Callable[[], None] = la
         os._exit(status)
 
 
-def ended(child: int, limit: float = LONGEST) -> int | None:
+def ended(child: int, limit: float) -> int | None:
     """Wait for the end of a fork; its exit code, None after `limit` seconds, when it is killed."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
@@ -149,9 +149,9 @@ class Troubles:
     def __init__(self, scenario: Scenario, given: Path, space: Path) -> None:
         self.trial = Attack(scenario=scenario, given=given, space=space)
         self.chance, self.ends = random.Random(f"troubles of {scenario.name}"), Ends()
-        self.whole, self.seconds = self.trial.whole()
+        self.whole, self.seconds, self.last = self.trial.whole()
+        self.limit = max(LONGEST, 20 * self.seconds)
         self.bytes = sum(path.stat().st_size for path in self.trial.out.rglob("*") if path.is_file())
-        self.last = self.trial.events()
 
     @property
     def act(self) -> Callable[[], object]:
@@ -203,7 +203,7 @@ class Troubles:
             event = self.chance.randint(1, self.last)
             stop = once(partial(self._stamp_and_kill, number))
             child = begun(self.act, self.trial.log, partial(at_change, event, self.trial.out.parent, stop))
-            where, code = f"before change {event}", ended(child)
+            where, code = f"before change {event}", ended(child, self.limit)
             stamp = self.trial.space / "stamp"
             sent = float(stamp.read_text()) if stamp.is_file() else time.monotonic()
         else:
@@ -214,7 +214,7 @@ class Troubles:
                 return None if code == 0 else f"!by itself: exit code {code}: {self._said()}"
             sent = time.monotonic()
             os.kill(child, number)
-            where, code = f"after {moment:.2f} s", ended(child)
+            where, code = f"after {moment:.2f} s", ended(child, self.limit)
         self.ends.seconds = max(self.ends.seconds, time.monotonic() - sent if way != "kill" else 0.0)
         return self._judged(where, code, STOPPED)
 
@@ -225,7 +225,7 @@ class Troubles:
     def _read_only(self) -> str | None:
         event = self.chance.randint(1, self.last)
         child = begun(self.act, self.trial.log, partial(at_change, event, self.trial.out.parent, no_writing))
-        return self._judged(f"from change {event}", ended(child), {2})
+        return self._judged(f"from change {event}", ended(child, self.limit), {2})
 
     def _vanish(self) -> str | None:
         event, out = self.chance.randint(2, self.last), self.trial.out
@@ -235,7 +235,7 @@ class Troubles:
                 shutil.rmtree(path, ignore_errors=True)
 
         child = begun(self.act, self.trial.log, partial(at_change, event, out.parent, once(remove)))
-        where = self._judged(f"before change {event}", ended(child), {2})
+        where = self._judged(f"before change {event}", ended(child, self.limit), {2})
         shutil.rmtree(out, ignore_errors=True)  # what was written afterwards is no whole folder
         return where
 
@@ -243,8 +243,8 @@ class Troubles:
         first = begun(self.act, self.trial.log)
         time.sleep(self.chance.uniform(0.0, self.seconds))
         log = self.trial.space / "log-of-the-second"
-        second = ended(begun(self.act, log))
-        code = ended(first)
+        second = ended(begun(self.act, log), self.limit)
+        code = ended(first, self.limit)
         if second not in (0, 2) or code not in (0, 2):
             said = log.read_text(errors="replace").strip().splitlines() or [""]
             return f"!exit codes {code} and {second}: {self._said()}; {said[-1][:200]}"
@@ -257,7 +257,7 @@ class Troubles:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", place], check=True)
         try:
             (place / "given").symlink_to(self.trial.given)
-            where = self._judged(f"with {size} KiB", ended(begun(self.act, self.trial.log)), {2})
+            where = self._judged(f"with {size} KiB", ended(begun(self.act, self.trial.log), self.limit), {2})
             subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
             if where is not None and not where.startswith("!") and (said := self._goes_on()) is not None:
                 where = f"!{where}: {said}"
@@ -290,6 +290,7 @@ def trouble(scenario: Scenario, each: int, ways: Sequence[str], given: Path, spa
         for _ in range(2 * each):  # some come too late, when the command is done
             if troubles.ends.tries[way] < each:
                 troubles.go(way)
+        say(f"  {way}: {troubles.ends.exact[way]} of {troubles.ends.tries[way]}")
     ends = troubles.ends
     counts = ", ".join(f"{way} {ends.exact[way]} of {count}" for way, count in ends.tries.items())
     say(f"{scenario.name}: {counts}; longest stop {ends.seconds:.1f} s", *ends.wrong)

@@ -48,7 +48,7 @@ SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what i
         {"shape": SHAPE, "prompt": 4, "steps": 2, "turns": 1},
     ),
     "growth": (
-        ("rows, dense", "loading 1B", "imports"),
+        ("rows, dense", "processes, mixture_of_depths", "loading 1B", "imports"),
         {
             "values": [1, 2, 4],
             "repeats": 1,

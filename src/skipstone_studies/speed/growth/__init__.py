@@ -1,19 +1,26 @@
-"""How time and memory grow with context, rows, blocks and vocabulary; loading a large checkpoint; imports."""
+"""How time and memory grow with context, rows, blocks, vocabulary, processes; loading a large checkpoint; imports."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from skipstone.evaluate.tables import Section, markdown
 from skipstone_studies.claims import ByArm
-from skipstone_studies.speed.growth import curves, loading
+from skipstone_studies.speed.growth import curves, loading, processes
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 WITHIN = 0.05  # of the exponents of arithmetic
-KINDS = {"curve": curves.measured, "memory": loading.memory, "imports": loading.imports}
+KINDS = {
+    "curve": curves.measured,
+    "processes": processes.measured,
+    "memory": loading.memory,
+    "imports": loading.imports,
+}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the curves, and what is measured of loading and importing."""
-    return {**curves.arms(), **loading.arms()}
+    return {**curves.arms(), **processes.arms(), **loading.arms()}
 
 
 def measured(recipe: RecipeDict) -> Figures:
@@ -34,15 +41,15 @@ def details(figures: ByArm) -> str:
             "share of attention grows, whose kernel leaves out the half of the pairs that the causal mask hides, while "
             "the cost model counts all; elsewhere, fixed costs weigh less the longer a pass is."
         )
-    parts += [_curves(axis, lines) for axis in curves.AXES if any(arm.startswith(f"{axis},") for arm in lines)]
+    axes = {**curves.AXES, "processes": processes.COUNTS}
+    parts += [_curves(axis, axes[axis], lines) for axis in axes if any(arm.startswith(f"{axis},") for arm in lines)]
     if "imports" in found:
         rows = [[name, f"{seconds:.3f}"] for name, seconds in found["imports"]["imports"].items()]
         parts.append(markdown([Section(title="Imports", columns=["", "CPU s"], rows=rows, notes=[])]).strip("\n"))
     return "\n\n".join(parts)
 
 
-def _curves(axis: str, lines: Figures) -> str:
-    values = curves.AXES[axis]
+def _curves(axis: str, values: Sequence[int], lines: Figures) -> str:
     rows = []
     for arm, one in lines.items():
         if arm.startswith(f"{axis},"):
@@ -60,15 +67,16 @@ def _curves(axis: str, lines: Figures) -> str:
 
 GROWTH = Study(
     name="growth",
-    purpose="Growth of time and memory by context, rows, blocks and vocabulary; loading 1B parameters; imports",
+    purpose="Growth of time and memory by context, rows, blocks, vocabulary, processes; loading 1B parameters; imports",
     about=(
         "**Random weights and tokens**, one thread, forward passes in fp32 without a cache, width 64; 2 blocks, one "
         "row of 256 tokens and a vocabulary of 256 where these do not grow. Decisions are those of training (top-k for "
         "Mixture-of-Depths; gates are soft and compute everything). Times are the least CPU seconds of three passes, "
-        "as the machine was shared. Exponents are fitted to the last three points of a curve and stand beside those of "
-        "the FLOPs of the cost model and of the bytes of the largest tensors that a pass holds at once (the stream and "
-        "the MLP's, or the logits). Memory is the rise of the process's peak resident size. For checkpoints it is "
-        "relative to the size of the weights, and pages of mapped files count."
+        "as the machine was shared. *By processes*, training steps by FSDP2 of width 128 and 64 rows in all, by the "
+        "process that spends most; messages (gloo) are part of its time. Exponents are fitted to the last three points "
+        "of a curve and stand beside those of the FLOPs of the cost model and of the bytes of the largest tensors that "
+        "a pass holds at once (the stream and the MLP's, or the logits). Memory is the rise of the process's peak "
+        "resident size. For checkpoints it is relative to the size of the weights, and pages of mapped files count."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

@@ -37,7 +37,7 @@ M_MMAP_THRESHOLD, LARGE = -3, 1 << 16  # glibc then returns every freed block of
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one curve. Returns the points and the exponents at its upper end.
+    """Measure one curve of forward passes. Returns the points and the exponents at its upper end.
 
     exponents: of CPU time, of FLOPs by the cost model, of peak memory and of the bytes of the largest tensors, fitted
     to the last points. rate: GFLOP/s at the first and last point; the two exponents of time and FLOPs differ by what
@@ -46,7 +46,11 @@ def measured(recipe: RecipeDict) -> Figures:
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
-    points = [_point({**recipe, recipe["axis"]: value}, value) for value in recipe["values"]]
+    return with_exponents([_point({**recipe, recipe["axis"]: value}, value) for value in recipe["values"]])
+
+
+def with_exponents(points: list[dict[str, float]]) -> Figures:
+    """Return the figures of a curve from its points, which are in order of size."""
     ends = points[-LAST:]
     sizes = [point["size"] for point in ends]
     exponents = {key: exponent(sizes, [point[key] for point in ends]) for key in ("seconds", "flops", "peak", "bytes")}

@@ -1,0 +1,76 @@
+"""Cost curves over processes: what one process of several spends on a training step whose rows all of them share."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from skipstone.train import parallel
+from skipstone.train.recipe import TrainConfig
+from skipstone_studies.speed.growth.curves import MODELS, SIZE, cpu_seconds, model_of, peak_bytes, with_exponents
+from skipstone_studies.study import Figures, RecipeDict
+
+COUNTS = (1, 2, 4)
+SHARED = {**SIZE, "rows": 64, "width": 128}  # rows: of the whole step
+
+
+def measured(recipe: RecipeDict) -> Figures:
+    """Measure training steps by FSDP2 on 1, 2 and 4 processes of this machine (gloo), which divide the rows.
+
+    Seconds are those of CPU time of the process that spends most, memory is that of the process that takes most.
+    Arithmetic divides both by the number of processes.
+    """
+    return with_exponents([_point(recipe, count) for count in recipe["values"]])
+
+
+def _point(recipe: RecipeDict, count: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        fork = multiprocessing.get_context("fork")
+        ranks = [fork.Process(target=_rank, args=(recipe, count, rank, folder)) for rank in range(count)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            raise ValueError(f"a process of {count} ended with {[process.exitcode for process in ranks]}")
+        told = [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(count)]
+    return {"size": float(count), **{key: max(one[key] for one in told) for key in told[0]}}
+
+
+def _rank(recipe: RecipeDict, count: int, rank: int, folder: str) -> None:
+    """Train a few steps as one process of several, and write what they took."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    model, rows = model_of(recipe).train(), recipe["rows"] // count
+    tokens = rows * recipe["context"]
+    cost = model.cost(tokens=recipe["context"], batch=rows, routing="oracle")
+    parallel.prepare(model, TrainConfig(parallel="fsdp2"), torch.device("cpu"))
+    ids = torch.randint(0, recipe["vocabulary"], (rows, recipe["context"]))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False, routing="oracle", noise=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    told = {
+        "seconds": min(cpu_seconds(step) for _ in range(recipe["repeats"])),
+        "flops": 3 * cost.forward.total,
+        "peak": peak_bytes(step),
+        "bytes": 4.0 * tokens * (2 * recipe["width"] + 3 * int(model.config.intermediate_size or 0)),
+    }
+    (Path(folder) / str(rank)).write_text(json.dumps(told))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def arms() -> dict[str, RecipeDict]:
+    """Return a curve for every model."""
+    common = {**SHARED, "kind": "processes", "axis": "processes", "values": list(COUNTS)}
+    return {f"processes, {model}": {**common, "model": model} for model in MODELS}
