@@ -1,4 +1,4 @@
-"""Imports only go down the floors, siblings never import each other, and files and functions stay small."""
+"""Imports only go down the floors, siblings never import each other, files and functions are short, names unique."""
 
 from __future__ import annotations
 
@@ -123,6 +123,16 @@ def sources(*folders: str) -> dict[str, str]:
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
+def repeated_classes(sources: dict[str, str]) -> list[str]:
+    """Return a line for each class name of the package that is defined twice; names with an underscore are private."""
+    homes: dict[str, list[str]] = {}
+    for file, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(file)
+    return [f"{name}: {', '.join(files)}" for name, files in sorted(homes.items()) if len(files) > 1]
+
+
 def test_imports_go_down_the_floors() -> None:
     ours = {name.removeprefix("src/"): text for name, text in sources("src").items()}
     assert len(ours) > 10
@@ -204,3 +214,11 @@ def test_a_long_function_is_found() -> None:
     body = "    x = 1\n" * MAX_FUNCTION_LINES
     assert long_functions("a.py", f"def long():\n{body}") == ["a.py::long"]
     assert long_functions("a.py", f"def short():\n{body.removesuffix('    x = 1' + chr(10))}") == []
+
+
+def test_a_class_has_its_name_for_itself() -> None:
+    sources = {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
+    assert repeated_classes(sources) == []
+    assert repeated_classes({"a.py": "class Plan: ...", "b.py": "def f():\n    class Plan: ...\nclass _X: ..."}) == [
+        "Plan: a.py, b.py"
+    ]

@@ -1,4 +1,4 @@
-"""Report all mistakes of a recipe together, as they were typed, and without loading torch where possible."""
+"""Report all mistakes of a recipe together, as they were typed, and without loading torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 from skipstone_cli.errors import UserError
 from skipstone_cli.overrides import split
 
-PARTS = re.compile(r"model(\.(mechanisms|activation|neuron_groups|experts)\b|=)")
-
 
 def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any) -> None:
-    """Raise UserError with a message for each mistake in `config`, which includes the overrides. how: as `early.check`.
+    """Raise UserError with a message for each mistake in `config`, which includes the overrides.
 
-    If the command line names a mechanism or another part, its options are checked too, which loads torch.
+    how: options of `early.check`.
     """
     from skipstone.core.strict import mistakes
     from skipstone.train.early import check
@@ -23,18 +21,7 @@ def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any
     try:
         check(config, **how)
     except ValueError as error:
-        lines = mistakes(error)
-        if "read" not in how and any(PARTS.match(word) for word in overrides):
-            lines += _about_the_model(config.get("model"))
-        raise UserError(*(as_typed(line, overrides) for line in dict.fromkeys(lines))) from None
-
-
-def _about_the_model(model: object) -> list[str]:
-    if not isinstance(model, Mapping):
-        return []
-    from skipstone.train.setup import model_mistakes
-
-    return model_mistakes(model)
+        raise UserError(*(as_typed(line, overrides) for line in dict.fromkeys(mistakes(error)))) from None
 
 
 def as_typed(line: str, overrides: Sequence[str]) -> str:

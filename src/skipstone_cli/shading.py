@@ -20,7 +20,7 @@ STEPS = (
 )
 
 
-class Piece(Protocol):
+class ShadedPiece(Protocol):
     """A piece of generated text, and the share of the blocks' work that it took (0 to 1)."""
 
     @property
@@ -37,7 +37,7 @@ def style(compute: float) -> str:
     return STEPS[min(int(max(compute, 0.0) * len(STEPS)), len(STEPS) - 1)]
 
 
-def show(pieces: Iterable[Piece], *, colour: bool, console: Console | None = None) -> None:
+def show(pieces: Iterable[ShadedPiece], *, colour: bool, console: Console | None = None) -> None:
     """Print pieces of text as they arrive; with `colour`, shade them by compute share and print a legend.
 
     Without a colour terminal (a pipe, NO_COLOR), `colour` writes one line per piece: per cent, tab, text as JSON.
@@ -56,13 +56,13 @@ def show(pieces: Iterable[Piece], *, colour: bool, console: Console | None = Non
         console.print()
 
 
-def _list(pieces: Iterable[Piece], console: Console) -> None:
+def _list(pieces: Iterable[ShadedPiece], console: Console) -> None:
     for piece in pieces:
         console.file.write(f"{100 * piece.compute:.1f}\t{json.dumps(piece.text, ensure_ascii=False)}\n")
         console.file.flush()
 
 
-def _shade(pieces: Iterable[Piece], console: Console) -> None:
+def _shade(pieces: Iterable[ShadedPiece], console: Console) -> None:
     from rich.text import Text
 
     seen = []

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import Frame, Scale, bounds, short
-from skipstone.report.drawn import Drawn as Pictured
+from skipstone.report.axes import AxisScale, Frame, bounds, short
+from skipstone.report.drawn import Drawn
 from skipstone.report.palette import Style
 
 FRAME = Frame(width=500, height=320, left=60, right=16, top=16, bottom=48)
@@ -33,7 +33,7 @@ class Dot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class ArmSeries:
     """One arm as drawn in a panel.
 
     line: points (x, y) of its parabola, or a line through its points. star: the optimum.
@@ -75,7 +75,7 @@ def log_bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def panel(
-    drawn: Sequence[Drawn],
+    drawn: Sequence[ArmSeries],
     *,
     x_title: str,
     title: str,
@@ -83,7 +83,7 @@ def panel(
     y_range: tuple[float, float],
     level: Level | None = None,
     label: Label = short,
-) -> Pictured:
+) -> Drawn:
     """Return a chart of loss against x, with its points as a table. Points outside of the ranges are cut off."""
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)
@@ -99,21 +99,21 @@ def panel(
         parts.append(svg.text(FRAME.width / 2, FRAME.height / 2, "no run yet", "axis", text_anchor="middle"))
     dots = [dot for each in drawn for dot in (*each.dots, *([each.star] if each.star else ()))]
     rows = [(dot.hover, f"{dot.x:.4g}", f"{dot.y:.4f}") for dot in dots]
-    return Pictured.of(svg.drawing(FRAME.width, FRAME.height, parts, title), ("point", x_title, "loss"), rows)
+    return Drawn.of(svg.drawing(FRAME.width, FRAME.height, parts, title), ("point", x_title, "loss"), rows)
 
 
-def _x(across: Scale, value: float) -> float:
+def _x(across: AxisScale, value: float) -> float:
     return across(math.log10(value))
 
 
-def _line(each: Drawn, across: Scale, up: Scale) -> list[Markup]:
+def _line(each: ArmSeries, across: AxisScale, up: AxisScale) -> list[Markup]:
     inside = [(x, y) for x, y in each.line if min(up.low, up.high) <= y <= max(up.low, up.high)]
     if len(inside) < 2:
         return []
     return [svg.polyline([(_x(across, x), up(y)) for x, y in inside], each.style.colour, each.style.dash)]
 
 
-def _dot(dot: Dot, style: Style, across: Scale, up: Scale) -> Markup:
+def _dot(dot: Dot, style: Style, across: AxisScale, up: AxisScale) -> Markup:
     fill = "var(--card)" if dot.hollow else style.colour
     return svg.element(
         "circle",
@@ -128,7 +128,7 @@ def _dot(dot: Dot, style: Style, across: Scale, up: Scale) -> Markup:
     )
 
 
-def _star(star: Dot, style: Style, across: Scale, up: Scale) -> Markup:
+def _star(star: Dot, style: Style, across: AxisScale, up: AxisScale) -> Markup:
     x, y = _x(across, star.x), up(star.y)
     corners = []
     for i in range(10):
@@ -139,7 +139,7 @@ def _star(star: Dot, style: Style, across: Scale, up: Scale) -> Markup:
     return svg.element("polygon", hover, points=" ".join(corners), class_="star", **paint)
 
 
-def _level(level: Level, across: Scale, up: Scale) -> list[Markup]:
+def _level(level: Level, across: AxisScale, up: AxisScale) -> list[Markup]:
     y = up(level.y)
     parts = [svg.line(FRAME.left, y, FRAME.width - FRAME.right, y, "level")]
     parts.append(svg.text(FRAME.width - FRAME.right, y - 6, level.label, "said", text_anchor="end"))

@@ -91,7 +91,7 @@ RULE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class ArmComparison:
     """Paired differences of one figure between arms and a reference arm.
 
     key: path of the figure. against: the reference, which is subtracted. arms: those compared; (): all that have the
@@ -106,7 +106,7 @@ class Comparison:
     better: Literal["low", "high"] = "low"
 
 
-def as_claims(figures: ByArm, compared: Sequence[Comparison]) -> Iterator[Claim]:
+def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Claim]:
     """Yield, for each arm of each comparison, the claim that it is better."""
     for one in compared:
         for arm in (arm for arm in one.arms or figures if arm != one.against):
@@ -116,7 +116,7 @@ def as_claims(figures: ByArm, compared: Sequence[Comparison]) -> Iterator[Claim]
             yield from judge(arm, text, found, most=most, least=least, form=one.format)
 
 
-def comparisons(figures: ByArm, compared: Sequence[Comparison], refused: bool = False) -> str:
+def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool = False) -> str:
     """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference.
 
     refused: give no verdict, because depth does not pay (`skipstone_studies.headroom`).

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import Scale, bounds, short, ticks
+from skipstone.report.axes import AxisScale, bounds, short, ticks
 from skipstone.report.drawn import Drawn
 from skipstone.report.palette import BLUE, ORANGE, SKY, VERMILION
 from skipstone_studies.intervals import Claim, Verdict
@@ -21,7 +21,7 @@ LONGEST = 34  # characters of a name
 def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
     """Draw how many claims about arms each study answers with which verdict."""
     counts = {study: Counter(claim.verdict for claim in claims) for study, claims in found.items()}
-    across = Scale(0.0, max(map(len, found.values()), default=1), LEFT, WIDTH - RIGHT)
+    across = AxisScale(0.0, max(map(len, found.values()), default=1), LEFT, WIDTH - RIGHT)
     parts = _grid(across, len(counts))
     for i, (study, by_verdict) in enumerate(counts.items()):
         parts.append(_name(i, study))
@@ -40,7 +40,7 @@ def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
 def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
     """Draw one column of the table of costs for the studies that have it. rows: cells as text, the study first."""
     known = [(row[0], float(row[column])) for row in rows if _is_number(row[column])]
-    across = Scale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
+    across = AxisScale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
     parts = _grid(across, len(known))
     for i, (study, value) in enumerate(known):
         parts.append(_name(i, study))
@@ -56,7 +56,7 @@ def forest(claims: Sequence[Claim], title: str) -> Drawn:
     limits = {claim.limit for claim in claims}
     ends = [end for claim in claims for end in claim.ends or ()]
     values = [claim.estimate for claim in claims if claim.estimate is not None]
-    across = Scale(*bounds([*ends, *values, *limits], 0.06), LEFT, WIDTH - RIGHT)
+    across = AxisScale(*bounds([*ends, *values, *limits], 0.06), LEFT, WIDTH - RIGHT)
     parts, floor = _grid(across, len(claims)), TOP + ROW * len(claims)
     parts += [svg.line(across(limit), TOP, across(limit), floor, "mark") for limit in sorted(limits)]
     for i, claim in enumerate(claims):
@@ -66,7 +66,7 @@ def forest(claims: Sequence[Claim], title: str) -> Drawn:
     return _drawn(parts, len(claims), title, ("arm", "verdict", "found", "limit"), rows)
 
 
-def _interval(i: int, claim: Claim, across: Scale) -> list[Markup]:
+def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
     """Draw a line over the interval and a mark at the estimate: filled where the claim is decided."""
     colour, y = COLOURS[claim.verdict], TOP + ROW * (i + 0.5)
     parts = []
@@ -84,7 +84,7 @@ def _interval(i: int, claim: Claim, across: Scale) -> list[Markup]:
     return parts
 
 
-def _grid(across: Scale, rows: int) -> list[Markup]:
+def _grid(across: AxisScale, rows: int) -> list[Markup]:
     floor, parts = TOP + ROW * rows, []
     for value in ticks(across.low, across.high, 5):
         parts.append(svg.line(across(value), TOP, across(value), floor, "grid"))

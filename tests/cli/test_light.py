@@ -91,6 +91,15 @@ def test_nothing_heavy_is_imported(words: list[str], command: Command) -> None:
         (["model.hiden_size=4"], ["did you mean 'hidden_size'?"]),
         (["model.hidden_size=33", "nmae=x"], ["hidden_size (33) must be a multiple", "did you mean 'name'?"]),
         (["--resume", "--out", "absent"], ["run folder 'absent' does not exist: nothing to resume"]),
+        (
+            ["model.mechanisms.0.capacity=1.5", "model.mechanisms.0.decision=treshold", "train.stpes=4"],
+            ["capacity must be in (0, 1], got 1.5", "did you mean 'threshold'?", "did you mean 'steps'?"],
+        ),
+        (["model.mechanisms.0.layers=9:"], ["mechanisms[0].layers '9:' matches none of the model's 6 blocks"]),
+        (["model.mechanisms.0.name=mixture_of_depth"], ["did you mean 'mixture_of_depths'?"]),
+        (["model.neuron_groups={decision: zeros}"], ["needs an activation that is exactly 0"]),
+        (["model.activation={name: polyglu, tau_end: -1}", "model.norm=rms"], ["tau_end must be in", "'rmsnorm'"]),
+        (["model.preset=gpt3"], ["unknown preset 'gpt3'; did you mean 'gpt2'?"]),
     ],
 )
 def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says: list[str], command: Command) -> None:
@@ -125,13 +134,36 @@ def test_what_is_no_run_or_corpus_is_told_without_torch(words: list[str], says: 
     assert says in told
 
 
+# Without those of the verb isoflop, whose models depend on the size.
+RECIPES = sorted(path for path in (SRC.parent / "recipes").rglob("*.yaml") if "\narms:" not in path.read_text())
+QUICK = ("all", "adapt-neurons", "mod-boundary", "polychromatic-0.6b")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow) for path in RECIPES],
+)
+def test_a_sound_model_has_no_mistakes_without_torch(recipe: Path, command: Command) -> None:
+    verb = ["adapt", "x"] if recipe.stem.startswith("adapt-") else ["train"]
+    told, loaded = command(*verb, str(recipe), "train.stpes=4", "train.warmup_steps=0")
+    assert loaded == []
+    expected = ("'stpes'", "there is no folder")  # the deliberate mistake, and a corpus that is not here
+    assert [line for line in told.splitlines() if not any(text in line for text in expected)] == []
+
+
 def test_adapt_answers_without_torch(command: Command) -> None:
     told, loaded = command(
-        "adapt", "x", str(SRC.parent / "recipes" / "adapt-mod.yaml"), "adapt.budgt=4", "train.batch_size=0"
+        "adapt",
+        "x",
+        str(SRC.parent / "recipes" / "adapt-mod.yaml"),
+        "adapt.budgt=4",
+        "train.batch_size=0",
+        "model.mechanisms.0.capacity=2",
     )
     assert loaded == []
     assert "did you mean 'budget'?" in told
     assert "batch_size must be at least 1" in told
+    assert "capacity must be in (0, 1], got 2.0" in told
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import Frame, Scale, bounds, short, ticks
+from skipstone.report.axes import AxisScale, Frame, bounds, short, ticks
 from skipstone.report.charts import MAX_POINTS, Bar, Series, bars, lines, stacked, thinned
 from skipstone.report.palette import DASHES, SERIES, style
 
@@ -36,9 +36,9 @@ def test_short(value: float, label: str) -> None:
 
 
 def test_a_scale_is_straight_and_an_empty_one_puts_values_in_the_middle() -> None:
-    up = Scale(0.0, 2.0, 100.0, 0.0)
+    up = AxisScale(0.0, 2.0, 100.0, 0.0)
     assert [up(0), up(1), up(2)] == [100, 50, 0]
-    assert Scale(3.0, 3.0, 0.0, 10.0)(3.0) == 5.0
+    assert AxisScale(3.0, 3.0, 0.0, 10.0)(3.0) == 5.0
 
 
 def test_bounds_skip_what_is_not_finite() -> None:

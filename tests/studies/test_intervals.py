@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
-from skipstone_studies.claims import Comparison, comparisons, judge
+from skipstone_studies.claims import ArmComparison, comparisons, judge
 from skipstone_studies.headroom import LEAST, REFUSED, headroom
 from skipstone_studies.intervals import CONFIDENCE, Interval, detectable_in_errors, paired, t_cdf, t_quantile
 
@@ -100,14 +100,14 @@ def losses(**arms: list[float]) -> dict[str, dict[int, dict[str, float]]]:
 def test_arms_are_compared_seed_by_seed() -> None:
     """Seeds differ by far more than arms do."""
     figures = losses(dense=[1.0, 2.0, 3.0], good=[0.9, 1.91, 2.89], alike=[1.1, 1.9, 3.0], alone=[0.5])
-    page = comparisons(figures, [Comparison(key="loss", title="loss", against="dense", format="+.3f")])
+    page = comparisons(figures, [ArmComparison(key="loss", title="loss", against="dense", format="+.3f")])
     assert "| good | 3 | better | -0.100 [-0.117, -0.083] |" in page
     assert "| alike | 3 | not told apart | +0.000 [-0.169, +0.169], detectable 0.230 / " in page
     assert "alone" not in page
-    refused = comparisons(figures, [Comparison(key="loss", title="loss", against="dense")], refused=True)
+    refused = comparisons(figures, [ArmComparison(key="loss", title="loss", against="dense")], refused=True)
     assert "| good | 3 | no headroom |" in refused
     assert "better" not in refused
-    worse = Comparison(key="loss", title="accuracy", against="dense", format="+.3f", better="high", arms=["good"])
+    worse = ArmComparison(key="loss", title="accuracy", against="dense", format="+.3f", better="high", arms=["good"])
     assert "| good | 3 | worse |" in comparisons(figures, [worse])
     assert comparisons(losses(dense=[1.0], good=[0.9]), [worse]) == ""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from skipstone_studies.isoflop.depth import gain, refusal
+from skipstone_studies.isoflop.curves import gain_of_depth, refusal
 from skipstone_studies.isoflop.result import SameLoss
 from skipstone_studies.isoflop.spec import GridSize
 
@@ -23,9 +23,9 @@ def grid(points: list[Any]) -> Any:
 
 
 def test_the_gain_of_depth_compares_models_of_one_width() -> None:
-    assert gain([point(64, 4, 2.0), point(128, 8, 1.5)]) is None
-    assert gain([point(64, 4, 2.0), point(64, 8, 1.9), point(128, 8, 1.0)]) == pytest.approx(0.1)
-    assert gain([point(64, 2, 1.8), point(64, 4, 2.0), point(64, 8, 1.9)]) == pytest.approx(-0.1)
+    assert gain_of_depth([point(64, 4, 2.0), point(128, 8, 1.5)]) is None
+    assert gain_of_depth([point(64, 4, 2.0), point(64, 8, 1.9), point(128, 8, 1.0)]) == pytest.approx(0.1)
+    assert gain_of_depth([point(64, 2, 1.8), point(64, 4, 2.0), point(64, 8, 1.9)]) == pytest.approx(-0.1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.train import parallel
 from skipstone.train.estimate import FP32
-from skipstone.train.plan import Sizes, messages, plan
+from skipstone.train.plan import ParameterCounts, messages, plan
 from skipstone.train.recipe import read_recipe
 from train.ranks import on_ranks
 from train.tool import DENSE, mod
@@ -83,8 +83,13 @@ def test_state_and_messages_are_those_of_real_processes(
         torch.manual_seed(0)
         model, sent = SkipstoneForCausalLM(SkipstoneConfig(**MODEL)).train(), [0.0]
         train = read_recipe({"train": {"parallel": kind}}).train
+<<<<<<< HEAD
         sizes, part = Sizes.of(model), (count - 1) / count
         parallel.prepare(model, train, torch.device("cpu"))
+=======
+        sizes, part = ParameterCounts.of(model), (count - 1) / count
+        parallel.prepare(model, train, _Arguments())  # type: ignore[arg-type]
+>>>>>>> 78b43c1 (Options of mechanisms are checked before torch is loaded; class names are unique; isoFLOP depth beside its curves)
         called: Any = model
         if kind == "ddp":
             called = torch.nn.parallel.DistributedDataParallel(model)

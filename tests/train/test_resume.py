@@ -49,6 +49,7 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert not (stopped / "model").exists()
     train(config, stopped, resume=True)
     assert same(whole, stopped)
+    assert [entry["step"] for entry in json.loads((stopped / "environment.json").read_text())["resumed"]] == [7]
     told = [(validation_loss(line), line["step"]) for line in lines(whole, "validation")]
     for folder in (whole, stopped):
         best = Run(folder).best()

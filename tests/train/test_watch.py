@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from skipstone.runs import Run, last_checkpoint
-from skipstone.train.watch import MetricsFile, Progress, StopSignals, metrics_line
+from skipstone.train.watch import MetricsFile, ProgressReporter, StopSignals, metrics_line
 from skipstone_cli.main import main
 from train.tool import DENSE, MODELS, equal, lines, recipe, train, weights
 
@@ -30,7 +30,7 @@ def test_lines_of_metrics() -> None:
 
 
 def test_progress_is_a_line_a_validation_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress()
+    progress = ProgressReporter()
     state = SimpleNamespace(is_world_process_zero=True, max_steps=9, global_step=3)
     progress.on_train_begin(None, state, None)
     progress.on_log(None, state, None, {"loss": 2.5, "tokens_per_second": 1234.5})
@@ -45,7 +45,7 @@ def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    progress = Progress()
+    progress = ProgressReporter()
     state = SimpleNamespace(is_world_process_zero=True, max_steps=9, global_step=0)
     progress.on_train_begin(None, state, None)
     state.global_step = 4

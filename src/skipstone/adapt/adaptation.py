@@ -16,7 +16,7 @@ from skipstone.adapt import flop_budget as budgets
 from skipstone.adapt import stages
 from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
 from skipstone.adapt.adapt_trainer import AdaptTrainer, on_device
-from skipstone.adapt.plan import Plan, check_early, prepare_plan, say
+from skipstone.adapt.plan import AdaptPlan, check_early, prepare_plan, say
 from skipstone.core import checksums
 from skipstone.core.atomic_write import write_json
 from skipstone.core.sealed import sealed
@@ -59,7 +59,7 @@ def adapt(
         return _train(plan, folder, progress, save_minutes, callbacks)
 
 
-def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> Plan:
+def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> AdaptPlan:
     """Prepare everything up to the first step, and write the folder of a new run."""
     plan = prepare_plan(source, recipe, run)
     resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}
@@ -84,7 +84,7 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> P
     return plan
 
 
-def _fingerprint(source: str, plan: Plan) -> str:
+def _fingerprint(source: str, plan: AdaptPlan) -> str:
     """Return a hash of the data and, if the source is a folder, of its weights: a resumed run needs the same."""
     files = sorted(Path(source).glob("*.safetensors"))
     parts = [str(plan.data.fingerprint), *(f"{path.name} {checksums.file_sha256(path)}" for path in files)]
@@ -92,7 +92,7 @@ def _fingerprint(source: str, plan: Plan) -> str:
 
 
 def _train(
-    plan: Plan, folder: Path, progress: bool, save_minutes: float | None, more: Sequence[TrainerCallback]
+    plan: AdaptPlan, folder: Path, progress: bool, save_minutes: float | None, more: Sequence[TrainerCallback]
 ) -> Path:
     recipe = plan.recipe
     arguments = setup.arguments(recipe.train, folder)
@@ -122,7 +122,7 @@ def _train(
     return fit(recipe, arguments, folder, progress, trainer_of, partial(_finish, plan, tuner, folder), save_minutes)
 
 
-def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
+def _finish(plan: AdaptPlan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
     """Merge adapters, set thresholds to the budget, measure once more, and close the run."""
     assert trainer.alone is not None  # the trainer has left the rest to this process
     model = trainer.alone.requires_grad_(True)
@@ -149,7 +149,7 @@ def _finish(plan: Plan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
     finish(plan.data, folder, trainer, **more)
 
 
-def _reached(plan: Plan, model: SkipstoneForCausalLM) -> float:
+def _reached(plan: AdaptPlan, model: SkipstoneForCausalLM) -> float:
     """Return the FLOPs counted on validation rows, one at a time, as a share of the dense source's at that length."""
     data, context = plan.data, plan.recipe.data.context
     count = min(COUNTED_ROWS, len(data.validation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from skipstone.adapt import influence, stages, student
 from skipstone.adapt.adapt_recipe import AdaptRecipe
 from skipstone.adapt.source import checked, load_dense, load_teacher, same_tokens, tokenizer_of
 from skipstone.adapt.start import measure_neurons, start_measured
-from skipstone.core.strict import PlainDict
+from skipstone.core.strict import PlainDict, refuse
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
@@ -21,7 +21,6 @@ from skipstone.mechanisms import DEPTH
 from skipstone.mechanisms.decisions.boundary import with_boundary_ids
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
-from skipstone.model.parts import parse_groups
 from skipstone.model.pretrained import load_tokenizer
 from skipstone.runs import Run
 from skipstone.train import early, setup
@@ -30,7 +29,7 @@ NEUTRAL_ROWS = 4
 
 
 @dataclass(kw_only=True)
-class Plan:
+class AdaptPlan:
     """A prepared adaptation: models, data and what the run folder records about them.
 
     teacher: frozen; None without a distillation term. rows: for calibration. dense: the source's forward FLOPs per
@@ -51,15 +50,10 @@ def check_early(recipe: AdaptRecipe) -> None:
     """Check mechanisms, loggers and packages before any weights are read."""
     early.check_loggers(recipe.train)
     stages.check_packages(recipe.adapt.stages)
-    for entry in _mechanisms(recipe):
-        SkipstoneConfig.from_plain({"mechanisms": [{k: v for k, v in entry.items() if k != "layers"}]})
-    if "activation" in recipe.model:
-        SkipstoneConfig.from_plain({"activation": recipe.model["activation"]})
-    if (groups := recipe.model.get("neuron_groups")) is not None:
-        parse_groups({**student.NEURON_DEFAULTS, **groups}, "model.neuron_groups")
+    refuse(student.model_mistakes({"model": recipe.model}))
 
 
-def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Plan:
+def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> AdaptPlan:
     """Prepare everything before the first step and check the neutral start.
 
     Prints the measurements to stderr.
@@ -96,7 +90,7 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Pl
         "capacity": capacity,
         "gates_let_pass": passing,
     }
-    return Plan(
+    return AdaptPlan(
         recipe=recipe,
         teacher=_teacher(recipe, dense, model, data),
         model=model,
@@ -146,15 +140,8 @@ def _data(recipe: AdaptRecipe, source: str, model: SkipstoneForCausalLM, run: Ru
 
 
 def _scores(recipe: AdaptRecipe, model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[float] | None:
-    wanted = [recipe.model.get("drop_layers"), *(entry.get("layers") for entry in _mechanisms(recipe))]
+    wanted = [recipe.model.get("drop_layers"), *(entry.get("layers") for entry in student.mechanisms_of(recipe.model))]
     return influence.block_influence(model, rows) if any(map(influence.wants_score, wanted)) else None
-
-
-def _mechanisms(recipe: AdaptRecipe) -> list[PlainDict]:
-    entries = recipe.model.get("mechanisms") or []
-    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise ValueError(f"model.mechanisms must be a list of mappings, got {entries!r}")
-    return [dict(entry) for entry in entries]
 
 
 def _dropped(
@@ -179,7 +166,7 @@ def _config(
     recipe: AdaptRecipe, base: SkipstoneForCausalLM, scores: Sequence[float] | None, flops: float, tokenizer: Any
 ) -> tuple[SkipstoneConfig, float | None, float | None]:
     """Return the student's configuration, and what holds the budget: a capacity, or the share that gates let pass."""
-    entries = with_boundary_ids(student.with_defaults(_mechanisms(recipe)), tokenizer)
+    entries = with_boundary_ids(student.with_defaults(student.mechanisms_of(recipe.model)), tokenizer)
     for i, entry in enumerate(entries):
         if influence.wants_score(entry.get("layers")):
             where = f"model.mechanisms[{i}].layers"

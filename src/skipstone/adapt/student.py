@@ -8,23 +8,55 @@ Shape letters: B rows, T tokens, V vocabulary, N tokens of all rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import set_seed
 
 from skipstone.core.routing_module import RoutingModule, causal_obstacle
-from skipstone.core.strict import PlainDict, PlainMapping
+from skipstone.core.strict import PlainDict, PlainMapping, mistakes
 from skipstone.data.rows import Row
 from skipstone.measure.passes import inputs_of, real_tokens
 from skipstone.mechanisms import DEPTH
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
+from skipstone.model.parts import parse_groups
 from skipstone.train.setup import plain
 
 # With these, magnitude groups start as the dense model; of one neuron each, because larger groups are not sparse.
 NEURON_DEFAULTS: PlainDict = {"decision": "magnitude", "group_size": 1, "capacity_warmup": 0.15}
+
+
+def model_mistakes(config: PlainMapping) -> list[str]:
+    """Return a message for each mistake in the model of a recipe that shows without the source.
+
+    config: the whole recipe, of which other sections may be wrong.
+    """
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        return []
+    try:
+        entries = mechanisms_of(model)
+        # A block for each, because the source decides how many blocks `layers` may name.
+        alone = [{**entry, "layers": [i]} for i, entry in enumerate(entries)]
+        values: PlainDict = {"mechanisms": alone, "num_hidden_layers": max(len(alone), 1)}
+        if "activation" in model:
+            values["activation"] = model["activation"]
+        SkipstoneConfig.from_plain(values)
+        if (groups := model.get("neuron_groups")) is not None:
+            parse_groups({**NEURON_DEFAULTS, **groups}, "model.neuron_groups")
+    except ValueError as error:
+        return mistakes(error)
+    return []
+
+
+def mechanisms_of(model: PlainMapping) -> list[PlainDict]:
+    """Return the entries of `mechanisms`. Raises ValueError if they are not a list of mappings."""
+    entries = model.get("mechanisms") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"model.mechanisms must be a list of mappings, got {entries!r}")
+    return [dict(entry) for entry in entries]
 
 
 @dataclass(frozen=True, kw_only=True)

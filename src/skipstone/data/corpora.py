@@ -15,7 +15,7 @@ from skipstone.data.corpus import Corpus
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CorpusEntry:
     """An entry in the registry of corpora.
 
     kind: "text" has documents and a tokenizer; "synthetic" generates rows of token ids; "mixed" puts such rows into the
@@ -40,69 +40,69 @@ def _distinct(argument: str) -> Corpus:
     return distinct(load_corpus(argument))
 
 
-CORPORA: dict[str, Entry] = {
-    "tiny-shakespeare": Entry(
+CORPORA: dict[str, CorpusEntry] = {
+    "tiny-shakespeare": CorpusEntry(
         summary="1.1 MB of plays, one stream, cut 90-10",
         load=published.tiny_shakespeare,
         argument="80-10-10",
         tokenizer="char",
     ),
-    "python-stdlib": Entry(
+    "python-stdlib": CorpusEntry(
         summary="the running Python's own sources; on every machine",
         load=installed.python_stdlib,
         argument="99-0.5-0.5",
     ),
-    "python-packages": Entry(
+    "python-packages": CorpusEntry(
         summary="python-stdlib and the installed torch and transformers; over 100 MB",
         load=installed.python_packages,
         argument="99-0.5-0.5",
     ),
-    "python-code": Entry(
+    "python-code": CorpusEntry(
         summary="all installed Python packages, split by package; on every machine",
         load=installed.python_code,
     ),
-    "wikitext-2": Entry(summary="13 MB of word-tokenised Wikipedia articles", load=published.wikitext_2),
-    "enwik8": Entry(summary="10^8 bytes of Wikipedia XML, cut 90M/5M/5M", load=published.enwik8),
-    "gcide": Entry(summary="40 MB of dictionary prose, from Debian's dict-gcide", load=published.gcide),
-    "text": Entry(summary="a text file or a folder of them", load=users.text, argument="PATH", required=True),
-    "jsonl": Entry(
+    "wikitext-2": CorpusEntry(summary="13 MB of word-tokenised Wikipedia articles", load=published.wikitext_2),
+    "enwik8": CorpusEntry(summary="10^8 bytes of Wikipedia XML, cut 90M/5M/5M", load=published.enwik8),
+    "gcide": CorpusEntry(summary="40 MB of dictionary prose, from Debian's dict-gcide", load=published.gcide),
+    "text": CorpusEntry(summary="a text file or a folder of them", load=users.text, argument="PATH", required=True),
+    "jsonl": CorpusEntry(
         summary="JSON objects with a text, one a line; a file or a folder of them",
         load=users.jsonl,
         argument="PATH",
         required=True,
     ),
-    "hf": Entry(
+    "hf": CorpusEntry(
         summary="a dataset of the Hugging Face hub, or a folder of its file formats",
         load=users.huggingface,
         argument="OWNER/NAME[/CONFIG]",
         required=True,
     ),
-    "shards": Entry(
+    "shards": CorpusEntry(
         summary="what skipstone prepare has written: token ids on disk, one source or several to blend",
         kind="shards",
         argument="FOLDER",
         required=True,
         tokenizer=None,
     ),
-    "distinct": Entry(
+    "distinct": CorpusEntry(
         summary="a text corpus without passages that a later split nearly repeats",
         load=_distinct,
         argument="CORPUS",
         required=True,
     ),
-    "reset-s3": Entry(
+    "reset-s3": CorpusEntry(
         summary="products in S3 since the last reset: needed depth is known",
         kind="synthetic",
         known=True,
         tokenizer=None,
     ),
-    "switched-s3": Entry(
+    "switched-s3": CorpusEntry(
         summary="the same where only an earlier switch tells operations from fillers",
         kind="synthetic",
         known=True,
         tokenizer=None,
     ),
-    "mixed": Entry(
+    "mixed": CorpusEntry(
         summary="a text corpus with spans of switched-s3 in half of its windows",
         kind="mixed",
         known=True,
@@ -110,12 +110,12 @@ CORPORA: dict[str, Entry] = {
         argument="CORPUS",
         required=True,
     ),
-    "copy": Entry(summary="repeat n symbols", kind="synthetic", tokenizer=None),
-    "sort": Entry(summary="sort n symbols", kind="synthetic", tokenizer=None),
+    "copy": CorpusEntry(summary="repeat n symbols", kind="synthetic", tokenizer=None),
+    "sort": CorpusEntry(summary="sort n symbols", kind="synthetic", tokenizer=None),
 }
 
 
-def find_entry(name: str) -> tuple[Entry, str]:
+def find_entry(name: str) -> tuple[CorpusEntry, str]:
     """Return the registry entry for `name` or `name:argument`, and the argument ("" if none).
 
     Raises ValueError for an unknown name (naming the nearest), a missing argument, and one that is not accepted.

@@ -101,7 +101,7 @@ def _harness_model() -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):  # type: ignore[misc]
+    class HarnessModel(HFLM):  # type: ignore[misc]
         add_bos_token: bool | None
 
         def loglikelihood_rolling(self, *args: object, **kwargs: object) -> Any:
@@ -111,7 +111,7 @@ def _harness_model() -> Any:
             finally:
                 self.add_bos_token = before
 
-    return Model
+    return HarnessModel
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:

@@ -112,7 +112,7 @@ class RoutedBlock:
 
     def _inside(self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor, cache: Any) -> tuple[Tensor, Records]:
         """Return the block's update inside its mechanisms, and their records."""
-        call = Call(self, tokens, arguments, cache, x_BTD.shape[:2])
+        call = BlockCall(self, tokens, arguments, cache, x_BTD.shape[:2])
         result = wrap(call.update, self.mechanisms.values())(x_BTD, tokens)
         if cache is not None and not call.stored:
             raise ValueError(
@@ -152,7 +152,7 @@ class RoutedBlock:
         return out
 
 
-class Call:
+class BlockCall:
     """One call of a block: the innermost update inside its mechanisms."""
 
     def __init__(

@@ -76,12 +76,12 @@ class ZeroNeurons(ActivationGroupRouter):
 
     @property
     def tried(self) -> int:
-        """The number of neurons that a token may have on, which is all."""
+        """The number of neurons for which the second matrix is multiplied at most: all of them."""
         return self.total
 
     @property
     def kept(self) -> int:
-        """The number of neurons that a token may have on, which is all."""
+        """The largest number of neurons that can be on for a token: all of them."""
         return self.total
 
     @property

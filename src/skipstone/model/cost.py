@@ -23,9 +23,9 @@ from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 from skipstone.core.weights import compute_dtype, warn_of_uncounted, weights_multiplied
 from skipstone.model.build import SEGMENT, Attention, Block, pairs
-from skipstone.model.kept import Decoder as Decoder
+from skipstone.model.kept import DecoderLike as DecoderLike
 from skipstone.model.kept import Kept as Kept
-from skipstone.model.kept import Model as Model
+from skipstone.model.kept import ModelLike as ModelLike
 from skipstone.model.kept import Weighted as Weighted
 from skipstone.model.kept import kept_from_records as kept_from_records
 
@@ -113,7 +113,7 @@ class Cost:
 
 
 def cost(
-    model: Model,
+    model: ModelLike,
     tokens: int = 1024,
     past: int = 0,
     batch: int = 1,
@@ -141,7 +141,7 @@ def cost(
     return replace(_cost(model, call), dense=dense)
 
 
-def forward_flops(model: Model, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
+def forward_flops(model: ModelLike, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
     """Return the forward FLOPs of `cost` for one causal row without past; without `mechanisms`, the dense model's.
 
     Much faster than `cost`, for searches over thresholds that evaluate every row at every setting.
@@ -177,7 +177,7 @@ class _Work:
     passes: float | Fraction
 
 
-def _cost(model: Model, call: _Call) -> Cost:
+def _cost(model: ModelLike, call: _Call) -> Cost:
     forward = _head(model, call.logits)
     training = _head(model, call.tokens) * 3
     kv = state = 0.0
@@ -292,7 +292,7 @@ def _training(block: Block, work: _Work, unpadded: _Work) -> Flops:
     return replace(forward * 3, router=forward.router + backward)
 
 
-def _head(model: Model, tokens: int) -> Flops:
+def _head(model: ModelLike, tokens: int) -> Flops:
     head = model.get_output_embeddings()
     return Flops() if head is None else Flops(head=2 * tokens * weights_multiplied(head))
 
@@ -306,7 +306,7 @@ def _state_bytes(work: _Work) -> float:
     return sum(mechanism.cache_bytes(tokens) for mechanism, tokens in work.mechanisms)
 
 
-def _parameters(model: Model, mechanisms: bool) -> Parameters:
+def _parameters(model: ModelLike, mechanisms: bool) -> Parameters:
     decoder, blocks = model.decoder, list(model.decoder.layers)
     own = sum(_numel(m) for block in blocks for m in block.routing_modules().values() if not m.built_in)
     embedding = _numel(decoder.embed_tokens) + _numel(decoder.positions)

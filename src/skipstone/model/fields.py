@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, get_type_hints
 
-from skipstone.core.strict import PlainDict, PlainMapping, build, convert, mistakes, unknown
+from skipstone.core.strict import PlainDict, PlainMapping, convert, unknown
 from skipstone.model.layers import parse_layers
 
 FORMAT_VERSION = 1
@@ -304,19 +304,3 @@ def refuse_dynamic(rope: PlainMapping) -> None:
 
 
 TYPES = get_type_hints(ModelFields)  # by field name
-
-
-def check_fields(values: PlainMapping) -> list[str]:
-    """Return a message for each mistake in a recipe's `model` that can be found without loading torch.
-
-    With a preset, only keys and types are checked, because the preset supplies the other values.
-    """
-    lines = [unknown("key in model", key, TYPES) for key in values if key not in {*TYPES, *FOREIGN, "preset"}]
-    typed, wrong = {}, set()
-    for key in (key for key in values if key in TYPES):
-        try:
-            typed[key] = convert(TYPES[key], values[key], f"model.{key}")
-        except ValueError as error:
-            lines += mistakes(error)
-            wrong.add(key)
-    return lines + ([] if "preset" in values else build(ModelFields, typed, wrong)[1])

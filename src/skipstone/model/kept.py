@@ -27,7 +27,7 @@ class Weighted(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-class Decoder(Protocol):
+class DecoderLike(Protocol):
     """The interface of a decoder, in the parts that its cost depends on."""
 
     @property
@@ -38,15 +38,15 @@ class Decoder(Protocol):
     def positions(self) -> Weighted: ...
 
 
-class Model(Weighted, Protocol):
+class ModelLike(Weighted, Protocol):
     """The interface of a decoder, or of a model that holds one and perhaps a head."""
 
     @property
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> DecoderLike: ...
     def get_output_embeddings(self) -> nn.Linear | None: ...
 
 
-def kept_from_records(model: Model, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
+def kept_from_records(model: ModelLike, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
     """Return the tokens that mechanisms kept in a forward pass, in the form of the `kept` argument of `cost`.
 
     A gathered batch has as many columns as its row with most tokens: rows="widest" gives what was executed, "mean" what

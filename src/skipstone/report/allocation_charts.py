@@ -9,7 +9,7 @@ from markupsafe import Markup
 from skipstone.core.strict import PlainDict
 from skipstone.measure.token_trace import Allocation, TokenGroup
 from skipstone.report import svg
-from skipstone.report.axes import Scale, ticks
+from skipstone.report.axes import AxisScale, ticks
 from skipstone.report.drawn import Drawn
 from skipstone.report.palette import BLUE, VERMILION
 from skipstone.report.run_view import RunView
@@ -43,7 +43,7 @@ def card(run: RunView) -> PlainDict | None:
 
 def _bars(groups: Sequence[TokenGroup], title: str) -> Drawn:
     """Draw the share of the blocks that each group took."""
-    across = Scale(0.0, 1.0, LEFT, WIDTH - RIGHT)
+    across = AxisScale(0.0, 1.0, LEFT, WIDTH - RIGHT)
     parts = _grid(across, len(groups), "{:.0%}")
     for i, group in enumerate(groups):
         loss = "" if group.loss is None else f", loss {group.loss:.3f}"
@@ -59,7 +59,7 @@ def _bars(groups: Sequence[TokenGroup], title: str) -> Drawn:
 
 def _correlations(allocation: Allocation, title: str) -> Drawn:
     """Draw the correlation of compute and loss, before and after what explains both is removed."""
-    across = Scale(-1.0, 1.0, LEFT, WIDTH - RIGHT)
+    across = AxisScale(-1.0, 1.0, LEFT, WIDTH - RIGHT)
     found = {name: getattr(allocation, field) for name, field in CORRELATIONS.items()}
     parts = _grid(across, len(found), "{:g}")
     for i, (name, value) in enumerate(found.items()):
@@ -70,7 +70,7 @@ def _correlations(allocation: Allocation, title: str) -> Drawn:
     return Drawn.of(svg.drawing(WIDTH, TOP + ROW * len(found) + 24, parts, title), ("", "correlation"), rows)
 
 
-def _grid(across: Scale, rows: int, form: str) -> list[Markup]:
+def _grid(across: AxisScale, rows: int, form: str) -> list[Markup]:
     floor = TOP + ROW * rows
     parts = []
     for value in ticks(across.low, across.high, 4):
@@ -80,7 +80,7 @@ def _grid(across: Scale, rows: int, form: str) -> list[Markup]:
 
 
 def _row(
-    i: int, name: str, across: Scale, ends: tuple[float, float], said: str, colour: str, hover: str
+    i: int, name: str, across: AxisScale, ends: tuple[float, float], said: str, colour: str, hover: str
 ) -> list[Markup]:
     y = TOP + ROW * i
     low, high = across(ends[0]), across(ends[1])

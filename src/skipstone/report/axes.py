@@ -12,7 +12,7 @@ from skipstone.report import svg
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """A linear map from [low, high] to [start, stop] pixels."""
 
     low: float
@@ -73,15 +73,15 @@ class Frame:
         """The y of the plot area's lower edge, in pixels."""
         return self.height - self.bottom
 
-    def across(self, low: float, high: float) -> Scale:
+    def across(self, low: float, high: float) -> AxisScale:
         """Return the horizontal scale of the plot area for values from `low` to `high`."""
-        return Scale(low, high, self.left, self.width - self.right)
+        return AxisScale(low, high, self.left, self.width - self.right)
 
-    def up(self, low: float, high: float) -> Scale:
+    def up(self, low: float, high: float) -> AxisScale:
         """Return the vertical scale of the plot area for values from `low` to `high`."""
-        return Scale(low, high, self.floor, self.top)
+        return AxisScale(low, high, self.floor, self.top)
 
-    def y_axis(self, scale: Scale, title: str) -> list[Markup]:
+    def y_axis(self, scale: AxisScale, title: str) -> list[Markup]:
         """Draw grid lines with their values, and the title along them."""
         parts = []
         for value in ticks(scale.low, scale.high):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import Frame, Scale, short, ticks
+from skipstone.report.axes import AxisScale, Frame, short, ticks
 from skipstone.report.drawn import Drawn
 from skipstone.report.palette import SERIES, Style
 
@@ -127,5 +127,5 @@ def _slots(frame: Frame, layers: int) -> tuple[float, list[Markup]]:
     return slot, frame.x_axis("layer", marks)
 
 
-def _column(x: float, width: float, up: Scale, low: float, high: float, colour: str, hover: str) -> Markup:
+def _column(x: float, width: float, up: AxisScale, low: float, high: float, colour: str, hover: str) -> Markup:
     return svg.rectangle(x, up(high), width, up(low) - up(high), hover, fill=colour)

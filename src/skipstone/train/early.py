@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from skipstone.core.placeholders import checked_lightly
 from skipstone.core.strict import PlainMapping, from_dict, mistakes, refuse
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry, load_corpus
-from skipstone.model.fields import check_fields
 from skipstone.train import folder as folders
 from skipstone.train.recipe import Recipe, TrainConfig, read_recipe
 
@@ -23,11 +23,12 @@ def check(
     resume: bool = False,
     writes: bool = True,
     read: Callable[[PlainMapping], Recipe] = read_recipe,
+    model_checker: str = "skipstone.train.setup",
 ) -> None:
-    """Raise ValueError with one message for each mistake in a recipe, its run folder and its corpus.
+    """Raise ValueError with one message for each mistake in a recipe, its run folder, its corpus and its model.
 
-    writes: whether a run folder will be written. read: the parser for this kind of recipe. Options of mechanisms are
-    checked when the model is configured, which loads torch.
+    writes: whether a run folder will be written. read: the parser for this kind of recipe. model_checker: the module
+    whose `model_mistakes` checks the recipe's model, with the options of its mechanisms; it is imported without torch.
     """
     lines: list[str] = []
     try:
@@ -37,9 +38,7 @@ def check(
         lines += _corpus_of(config.get("data"))
     else:
         lines += _surroundings(recipe, out, resume, writes)
-    model = config.get("model")
-    if read is read_recipe and isinstance(model, Mapping):
-        lines += check_fields(model)
+    lines += checked_lightly(model_checker, "model_mistakes", config)
     refuse(lines)
 
 

@@ -19,7 +19,7 @@ FRAGMENTATION = 0.05  # an assumption: the share of a GPU's memory that an alloc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """The plan of a training on `gpus` GPUs, with figures for one of them.
 
     memory: bytes by purpose; None: not known without a pass. sent: bytes that a GPU sends in an optimizer step, by kind
@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds of an optimizer step, with messages sent while computing."""
+        """The seconds that an optimizer step should take if messages are sent while gradients are computed."""
         return max(self.compute, self.communication) + self.update
 
     @property
@@ -97,7 +97,9 @@ class Plan:
         return [f"DOES NOT FIT {gigabytes(over)} too much, most of it {largest}; try {', '.join(tries)}"]
 
 
-def plan(values: PlainMapping, gpus: int, gpu: str = "H100", mfu: float = MFU, network: float = NETWORK) -> Plan:
+def plan(
+    values: PlainMapping, gpus: int, gpu: str = "H100", mfu: float = MFU, network: float = NETWORK
+) -> TrainingPlan:
     """Return the plan of a recipe as `train` takes it, on `gpus` GPUs in nodes of 8; no weights are built.
 
     mfu: share of the peak FLOP/s that products reach. network: GB/s a GPU between nodes. Raises ValueError for rows
@@ -117,7 +119,7 @@ def plan(values: PlainMapping, gpus: int, gpu: str = "H100", mfu: float = MFU, n
     config = model_config(recipe.model, recipe.data.context, known(recipe))
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
-    sizes = Sizes.of(model)
+    sizes = ParameterCounts.of(model)
     sharded = train.parallel == "fsdp2"
     state = _state(sizes, gpus, train)
     own = replace(recipe, train=replace(train, batch_size=rows * train.gradient_accumulation))
@@ -127,7 +129,7 @@ def plan(values: PlainMapping, gpus: int, gpu: str = "H100", mfu: float = MFU, n
     card = GPUS[gpu]
     link = card.link if gpus <= GPUS_OF_NODE else min(card.link, network)
     updated = sizes.total / (gpus if sharded else 1)
-    return Plan(
+    return TrainingPlan(
         gpu=gpu,
         gpus=gpus,
         parallel=train.parallel,
@@ -143,7 +145,7 @@ def plan(values: PlainMapping, gpus: int, gpu: str = "H100", mfu: float = MFU, n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class ParameterCounts:
     """Numbers of parameters: in all, of the blocks together, of the largest block."""
 
     total: int
@@ -151,14 +153,14 @@ class Sizes:
     largest: int
 
     @classmethod
-    def of(cls, model: SkipstoneForCausalLM) -> Sizes:
+    def of(cls, model: SkipstoneForCausalLM) -> ParameterCounts:
         """Count the parameters of a model, which may be on the meta device."""
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
         total = sum(p.numel() for p in model.parameters())
         return cls(total=total, blocks=sum(blocks), largest=max(blocks))
 
 
-def _state(sizes: Sizes, gpus: int, train: TrainConfig) -> dict[str, float | None]:
+def _state(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, float | None]:
     """Bytes of weights, gradients and optimizer on each GPU, and of what is gathered or reduced of them."""
     share = gpus if train.parallel == "fsdp2" else 1
     found: dict[str, float | None] = {name: size * sizes.total / share for name, size in STATE.items()}
@@ -173,7 +175,7 @@ def _state(sizes: Sizes, gpus: int, train: TrainConfig) -> dict[str, float | Non
     return found
 
 
-def messages(sizes: Sizes, gpus: int, train: TrainConfig) -> dict[str, float]:
+def messages(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, float]:
     """Return the bytes that each GPU sends in an optimizer step, by ring algorithms, by kind of message.
 
     Thresholds and comparisons of replicas are left out: a few bytes for each block.

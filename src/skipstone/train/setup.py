@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from skipstone.data.prepare import PreparedData
 from skipstone.mechanisms.decisions.boundary import with_boundary_ids
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
-from skipstone.model.fields import TYPES
+from skipstone.model.fields import FOREIGN, TYPES
 from skipstone.runs import CHECKPOINTS
 from skipstone.train import early
 from skipstone.train.recipe import Recipe, TrainConfig
@@ -171,10 +172,18 @@ def check_early(recipe: Recipe) -> None:
         warnings.warn("data.train_rows has no effect on training, which reads steps * batch_size rows", stacklevel=3)
 
 
-def model_mistakes(values: PlainMapping) -> list[str]:
-    """Return a message for each mistake in a recipe's `model`, including the options of its mechanisms."""
+def model_mistakes(config: PlainMapping) -> list[str]:
+    """Return a message for each mistake in the model of a recipe, including the options of its mechanisms.
+
+    config: the whole recipe, of which other sections may be wrong.
+    """
+    model, data = config.get("model"), config.get("data")
+    if not isinstance(model, Mapping):
+        return []
+    context = data.get("context") if isinstance(data, Mapping) else None
     try:
-        model_config(values, 1, {})
+        values = {key: value for key, value in model.items() if key not in FOREIGN}
+        model_config(values, context if isinstance(context, int) else 1, {})
     except ValueError as error:
         return mistakes(error)
     return []

@@ -24,7 +24,7 @@ from skipstone.train import folder as folders
 from skipstone.train.best import KeepBest
 from skipstone.train.recipe import Recipe, read_recipe, to_dict
 from skipstone.train.trainer import RunTrainer
-from skipstone.train.watch import Interrupted, MetricsFile, Progress, StopSignals, quiet
+from skipstone.train.watch import Interrupted, MetricsFile, ProgressReporter, StopSignals, quiet
 
 
 def train(
@@ -143,7 +143,7 @@ def fit(
         checkpoints.check(checkpoint)
         if main:
             checkpoints.tidy(folder, recipe.train.keep_checkpoints)
-    stop, bar = StopSignals(recipe.train.save_minutes or save_minutes), Progress()
+    stop, bar = StopSignals(recipe.train.save_minutes or save_minutes), ProgressReporter()
     callbacks = [stop, *setup.integrations(recipe.train, folder, step), MetricsFile(folder / METRICS)]
     trainer = trainer_of(callbacks + ([bar] if progress else []))
     trainer.remove_callback(PrinterCallback)

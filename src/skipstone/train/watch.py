@@ -52,7 +52,7 @@ def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
     return {"step": step, "split": "validation", "oracle_loss": None, "causal_loss": None, **values}
 
 
-class Progress(TrainerCallback):
+class ProgressReporter(TrainerCallback):
     """A bar on stderr where that is a terminal; elsewhere a line at each validation."""
 
     def __init__(self) -> None:

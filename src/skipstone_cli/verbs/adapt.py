@@ -28,7 +28,9 @@ def adapt(
 
     from skipstone.adapt.adapt_recipe import read_recipe
 
-    check_recipe(config, overrides or [], out=out, resume=resume, read=read_recipe)
+    check_recipe(
+        config, overrides or [], out=out, resume=resume, read=read_recipe, model_checker="skipstone.adapt.student"
+    )
     existing_source(source)
 
     from skipstone.adapt.adaptation import adapt as run

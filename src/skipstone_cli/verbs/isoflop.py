@@ -12,7 +12,7 @@ import typer
 from skipstone_cli.errors import UserError
 
 
-class Scale(StrEnum):
+class GridScale(StrEnum):
     """The names of the grids that a study has by default."""
 
     LAPTOP = "laptop"
@@ -52,7 +52,7 @@ def isoflop(
         list[str] | None,
         typer.Argument(metavar="key=value", help="Override a key of the recipe; the last override of a key wins."),
     ] = None,
-    scale: Annotated[Scale, typer.Option(help="Default values of the grid.")] = Scale.LAPTOP,
+    scale: Annotated[GridScale, typer.Option(help="Default values of the grid.")] = GridScale.LAPTOP,
     budgets: Budgets = None,
     sizes: Sizes = None,
     rates: Rates = None,
@@ -95,7 +95,7 @@ def isoflop(
         run.estimate(spec, flops_per_second)
         return
     words = ["skipstone", "isoflop", str(recipe), *(overrides or []), *_options(given)]
-    words += [] if scale is Scale.LAPTOP else [f"--scale={scale.value}"]
+    words += [] if scale is GridScale.LAPTOP else [f"--scale={scale.value}"]
     command = " ".join(words)
     written = run.render(target, spec.name) if render else run.isoflop(spec, out=target, runs=runs, command=command)
     for path in written:

@@ -1,6 +1,7 @@
 """Curves of a grid: collect records as points and fit a parabola of loss over the logarithm of size.
 
-Everything follows from the spec and the records.
+Also whether depth pays in a grid, without which a routed arm gets no verdict. Everything follows from the spec and the
+records.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstone_studies import record as records
+from skipstone_studies.headroom import LEAST
 from skipstone_studies.isoflop.grid import Grid, GridCell
 from skipstone_studies.record import Record, digest
 
@@ -26,6 +28,7 @@ LOW: Final = "smallest size"
 HIGH: Final = "largest size"
 DOWNWARD: Final = "opens downward"
 FEW: Final = "too few sizes"
+Refusal = Literal["", "no headroom", "headroom not known"]  # of a verdict on a routed arm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,3 +285,26 @@ def make_curve(
         seeds=tuple(seeds),
         fit=fit(xs, losses),
     )
+
+
+def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
+    """Return by how many nats a deepest model beats the best shallower one of its width, at most over all widths.
+
+    None if no width was run with two numbers of blocks.
+    """
+    found = []
+    for width in {point.cell.size.width for point in points}:
+        of_width = {point.cell.size.blocks: point.loss for point in points if point.cell.size.width == width}
+        deepest = max(of_width)
+        shallower = [loss for blocks, loss in of_width.items() if blocks < deepest]
+        found += [min(shallower) - of_width[deepest]] if shallower else []
+    return max(found, default=None)
+
+
+def refusal(collected: GridRecords, arm: str, budget: float) -> Refusal:
+    """Return why an arm gets no verdict at a budget; "" for an arm that routes nothing, or where depth pays."""
+    if not collected.grid.spec.known[arm].get("mechanisms"):
+        return ""
+    base = collected.curves.get((collected.grid.spec.base, budget), [])
+    known = gain_of_depth(base)
+    return "headroom not known" if known is None else "" if known >= LEAST else "no headroom"

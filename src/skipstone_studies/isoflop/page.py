@@ -10,10 +10,10 @@ from jinja2 import ChoiceLoader, PackageLoader
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.tables import amount
 from skipstone.report.axes import bounds, short
-from skipstone.report.drawn import Drawn as Pictured
+from skipstone.report.drawn import Drawn
 from skipstone.report.palette import Style, style
 from skipstone.report.templating import environment, script
-from skipstone_studies.charts import STEPS, Dot, Drawn, Level, log_bounds, panel
+from skipstone_studies.charts import STEPS, ArmSeries, Dot, Level, log_bounds, panel
 from skipstone_studies.isoflop import table
 from skipstone_studies.isoflop.curves import INSIDE, Curve, GridPoint
 from skipstone_studies.isoflop.grid import compact
@@ -21,7 +21,7 @@ from skipstone_studies.isoflop.notes import notes
 from skipstone_studies.isoflop.result import EqualTime, IsoFlopResult, seconds_of
 from skipstone_studies.page import provenance
 
-Figure = tuple[str, Pictured]
+Figure = tuple[str, Drawn]
 
 
 def render(result: IsoFlopResult) -> str:
@@ -71,7 +71,7 @@ def _iso_flop(result: IsoFlopResult) -> list[Figure]:
     made = []
     for budget, curves in result.curves.items():
         drawn = [
-            Drawn(
+            ArmSeries(
                 style=_look(result, arm),
                 dots=_dots(result.collected.curves[arm, budget]),
                 line=_parabola(curve),
@@ -148,7 +148,7 @@ def _relative(result: IsoFlopResult) -> list[Figure]:
     return made
 
 
-def _against_flops(result: IsoFlopResult, curve: Curve, points: Sequence[GridPoint], unit: float) -> Drawn:
+def _against_flops(result: IsoFlopResult, curve: Curve, points: Sequence[GridPoint], unit: float) -> ArmSeries:
     star = _star(curve, curve.forward(curve.fit.optimum.x) / unit)
     dots = [
         Dot(
@@ -159,7 +159,7 @@ def _against_flops(result: IsoFlopResult, curve: Curve, points: Sequence[GridPoi
         for point in points
     ]
     line = [(curve.forward(min(max(x, curve.fit.low), curve.fit.high)) / unit, y) for x, y in _parabola(curve)]
-    return Drawn(style=_look(result, curve.arm), dots=dots, line=line, star=star)
+    return ArmSeries(style=_look(result, curve.arm), dots=dots, line=line, star=star)
 
 
 def _iso_time(result: IsoFlopResult) -> list[Figure]:
@@ -174,17 +174,17 @@ def _iso_time(result: IsoFlopResult) -> list[Figure]:
     return [*made, ("loss of every run over its training time", _all_seconds(result))]
 
 
-def _at_time(result: IsoFlopResult, time: EqualTime, curve: Curve) -> Drawn:
+def _at_time(result: IsoFlopResult, time: EqualTime, curve: Curve) -> ArmSeries:
     beyond = time.stretched[curve.arm]
     dots = [
         Dot(x=x, y=y, hover=f"{curve.arm}, {amount(x)} parameters: {y:.4f}", hollow=x in beyond)
         for x, y in zip(curve.parameters, curve.losses, strict=True)
     ]
     star = _star(curve, curve.fit.optimum.x)
-    return Drawn(style=_look(result, curve.arm), dots=dots, line=_parabola(curve), star=star)
+    return ArmSeries(style=_look(result, curve.arm), dots=dots, line=_parabola(curve), star=star)
 
 
-def _all_seconds(result: IsoFlopResult) -> Pictured:
+def _all_seconds(result: IsoFlopResult) -> Drawn:
     collected = result.collected
     drawn = []
     for arm in collected.grid.spec.arms:
@@ -197,7 +197,7 @@ def _all_seconds(result: IsoFlopResult) -> Pictured:
             )
             for point in points
         ]
-        drawn.append(Drawn(style=_look(result, arm), dots=dots, line=_frontier(dots)))
+        drawn.append(ArmSeries(style=_look(result, arm), dots=dots, line=_frontier(dots)))
     seconds = [seconds_of(collected, point) for point in collected] or [1.0, 10.0]
     return panel(
         drawn,

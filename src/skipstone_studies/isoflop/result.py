@@ -18,8 +18,7 @@ from typing import Literal
 import numpy as np
 
 from skipstone_studies.intervals import CONFIDENCE, POWERS, detectable_in_errors, t_quantile
-from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, curve, make_curve
-from skipstone_studies.isoflop.depth import Refusal, refusal
+from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, Refusal, curve, make_curve, refusal
 
 
 @dataclass(frozen=True, kw_only=True)

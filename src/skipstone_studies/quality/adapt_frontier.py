@@ -30,7 +30,7 @@ from skipstone.measure.speed import decode_task, take_turns
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 from skipstone_studies.adapting import adapt_run, run_beside
-from skipstone_studies.claims import ByArm, Comparison, as_claims, comparisons
+from skipstone_studies.claims import ArmComparison, ByArm, as_claims, comparisons
 from skipstone_studies.quality.frontier_page import DEAR, PROMPT_TEXT, SAMPLED_TOKENS, TEXTS, TUNED, pictures, samples
 from skipstone_studies.speed.interleaved import ratio
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -263,7 +263,7 @@ MIXED = (
 
 
 COMPARED = tuple(
-    Comparison(key=f"{text}.loss", title=f"nats on {text}", against=against)
+    ArmComparison(key=f"{text}.loss", title=f"nats on {text}", against=against)
     for against in ("source", TUNED)
     for text in TEXTS
 )

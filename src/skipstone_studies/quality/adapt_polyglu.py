@@ -22,7 +22,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.runs import Run
 from skipstone_studies.adapting import adapt_run
-from skipstone_studies.claims import Comparison, as_claims, comparisons
+from skipstone_studies.claims import ArmComparison, as_claims, comparisons
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 STEPS, MORE = 400, 200
@@ -106,8 +106,8 @@ def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
 
 COMPARED = (
-    Comparison(key="nats", title="nats", against=TUNED, arms=[ADAPTED]),
-    Comparison(key="nats", title="nats", against="SwiGLU from scratch", arms=["PolyGLU from scratch"]),
+    ArmComparison(key="nats", title="nats", against=TUNED, arms=[ADAPTED]),
+    ArmComparison(key="nats", title="nats", against="SwiGLU from scratch", arms=["PolyGLU from scratch"]),
 )
 ADAPT_POLYGLU = Study(
     name="adapt_polyglu",

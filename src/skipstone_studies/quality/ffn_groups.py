@@ -11,7 +11,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
 from skipstone.evaluate.tables import Section, markdown, number, percent
 from skipstone_studies import measure
-from skipstone_studies.claims import ByArm, Comparison, as_claims, comparisons, values
+from skipstone_studies.claims import ArmComparison, ByArm, as_claims, comparisons, values
 from skipstone_studies.page import mean_and_spread
 from skipstone_studies.quality.teal import measure_teal
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -130,9 +130,9 @@ def _thresholds(figures: ByArm) -> str:
 
 
 COMPARED = (
-    Comparison(key="loss_ratio", title="loss / dense - 1", against=DENSE, format="+.2%"),
+    ArmComparison(key="loss_ratio", title="loss / dense - 1", against=DENSE, format="+.2%"),
     *(
-        Comparison(
+        ArmComparison(
             key="evaluation.ways.executed.loss",
             title="executed loss in nats",
             against=f"narrow {share:g}",

@@ -9,7 +9,7 @@ from importlib.resources import files
 from skipstone.report import svg
 from skipstone.report.axes import bounds
 from skipstone.report.palette import Style, style
-from skipstone_studies.charts import FRAME, Dot, Drawn, log_bounds, panel
+from skipstone_studies.charts import FRAME, ArmSeries, Dot, log_bounds, panel
 from skipstone_studies.claims import ByArm, values
 
 TEXTS = {  # corpora and splits for evaluation
@@ -55,7 +55,7 @@ def picture(figures: ByArm, text: str) -> str:
     drawn = []
     for i, (kind, points) in enumerate(kinds.items()):
         dots = [Dot(x=x, y=y, hover=f"{kind}: {x:.1%}, {y:.3f} nats") for x, y in sorted(points)]
-        drawn.append(Drawn(style=style(i), dots=dots, line=sorted(points)))
+        drawn.append(ArmSeries(style=style(i), dots=dots, line=sorted(points)))
     xs, ys = zip(*(point for points in kinds.values() for point in points), strict=True)
     drawing = panel(
         drawn,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from skipstone.core.strict import PlainDict
 from skipstone_studies import measure
-from skipstone_studies.claims import ByArm, Claim, Comparison, as_claims, comparisons
+from skipstone_studies.claims import ArmComparison, ByArm, Claim, as_claims, comparisons
 from skipstone_studies.headroom import headroom
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -100,7 +100,7 @@ ABOUT = (
 
 
 LOSS = "evaluation.ways.executed.loss"
-COMPARED = tuple(Comparison(key=LOSS, title="executed loss in nats", against=arm) for arm in ("dense", "random"))
+COMPARED = tuple(ArmComparison(key=LOSS, title="executed loss in nats", against=arm) for arm in ("dense", "random"))
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:

@@ -16,7 +16,7 @@ from skipstone.data.synthetic import BINS
 from skipstone.measure.losses import MEASURED, OVERALL, headroom_captured
 from skipstone.model.released import tsa
 from skipstone_studies import measure
-from skipstone_studies.claims import Comparison, as_claims, comparisons
+from skipstone_studies.claims import ArmComparison, as_claims, comparisons
 from skipstone_studies.quality.tsa.recipes import ALONE, HARD, LEARNED
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -159,7 +159,7 @@ ABOUT = (
     "as good as forced decisions, which are not an upper bound. At laptop scale there is no dense arm with all 8 "
     "blocks, so the loss of skipping relative to it is unknown."
 )
-COMPARED = Comparison(
+COMPARED = ArmComparison(
     key=f"accuracy.{OVERALL}", title="accuracy, all", against="mod-random", arms=JUDGED, format="+.1%", better="high"
 )
 RESET_S3 = Study(

@@ -45,7 +45,7 @@ def model_of(decision: str) -> SkipstoneForCausalLM:
     return SkipstoneForCausalLM(SkipstoneConfig(**sizes, mechanisms=[mod])).train()
 
 
-class Signature(TorchDispatchMode):
+class OperationTrace(TorchDispatchMode):
     """A digest of every operation that runs and of its shapes."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]
 
 def signature(run: Callable[[], None]) -> str:
     """Return the digest of all operations that `run` executes."""
-    with Signature() as seen:
+    with OperationTrace() as seen:
         run()
     return seen.digest.hexdigest()
 

@@ -236,5 +236,5 @@ def layer_types(config: SkipstoneConfig) -> list[str]:
 
 
 def window_back(config: SkipstoneConfig) -> int:
-    """What `sliding_window` says where `layer_types` decides: the context if no block has a window, never None."""
+    """Return transformers' `sliding_window`, which is never None: the context where no block has a window."""
     return config.attention_window or config.max_position_embeddings

@@ -16,11 +16,11 @@ from skipstone.model.config import SkipstoneConfig
 from skipstone.model.loading import Dtype, about, from_tensors, named_dtype, quiet
 from skipstone.model.pretrained import load_model
 from skipstone.model.released.files import read_weights, write_weights
-from skipstone.model.released.layout import Layout
+from skipstone.model.released.layout import ReleasedLayout
 from skipstone.model.released.polychromatic import POLYCHROMATIC
 from skipstone.model.released.tsa import TSA
 
-LAYOUTS: dict[str, Layout] = {"tsa": TSA, "polychromatic": POLYCHROMATIC}
+LAYOUTS: dict[str, ReleasedLayout] = {"tsa": TSA, "polychromatic": POLYCHROMATIC}
 WRITTEN = (".pt", ".safetensors")
 
 

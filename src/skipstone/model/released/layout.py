@@ -1,4 +1,4 @@
-"""`Layout`: how released weights become a model of ours, and back."""
+"""`ReleasedLayout`: how released weights become a model of ours, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Translated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class ReleasedLayout:
     """A layout of released weights: how to read and write it, and its options.
 
     read: translates weights and options. write: the reverse, or None. options: names of values that the weights do not

@@ -16,7 +16,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.fields import unlike_llama
 from skipstone.model.released.files import Weights
-from skipstone.model.released.layout import Layout, Options, Translated
+from skipstone.model.released.layout import Options, ReleasedLayout, Translated
 from skipstone.model.released.names import check_names, count_blocks, expand, sizes
 
 COSINES, SINES = "rope.cosines", "rope.sins"
@@ -173,4 +173,4 @@ def _check_config(model: SkipstoneForCausalLM) -> None:
         )
 
 
-POLYCHROMATIC = Layout(read=_read, write=_write, options=("tau",))
+POLYCHROMATIC = ReleasedLayout(read=_read, write=_write, options=("tau",))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipstone.core.strict import PlainDict
 from skipstone.model.released.files import Weights
-from skipstone.model.released.layout import Layout, Options, Translated
+from skipstone.model.released.layout import Options, ReleasedLayout, Translated
 from skipstone.model.released.names import check_names, count_blocks, expand, sizes
 
 HEAD, EMBEDDING = "head.weight", "token_emb.weight"
@@ -113,4 +113,4 @@ def _values(tensors: Mapping[str, Tensor], layers: int, num_heads: int | None) -
     }
 
 
-TSA = Layout(read=_read, options=("num_heads",))
+TSA = ReleasedLayout(read=_read, options=("num_heads",))

@@ -9,7 +9,7 @@ from skipstone.data.synthetic import BINS
 from skipstone.measure.losses import OVERALL
 from skipstone.model.released import tsa
 from skipstone_studies import gates
-from skipstone_studies.claims import Comparison, as_claims, comparisons
+from skipstone_studies.claims import ArmComparison, as_claims, comparisons
 from skipstone_studies.quality import reset_s3
 from skipstone_studies.quality.reset_s3 import gate
 from skipstone_studies.quality.tsa.recipes import ALONE, CONSTANT, HARD, LEARNED
@@ -73,7 +73,7 @@ COLUMNS = (
     Column(key=f"headroom.{OVERALL}", title="headroom captured, all", format=".2f"),
 )
 
-COMPARED = Comparison(
+COMPARED = ArmComparison(
     key=f"accuracy.{OVERALL}", title="accuracy, all", against="tsa-random", arms=JUDGED, format="+.1%", better="high"
 )
 

@@ -18,7 +18,7 @@ STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
 
 
 def measure(bench: Bench) -> None:
-    """Time steps of both models by number of rows, then the same step of the dense model as one graph."""
+    """Time decoding steps of both models for several numbers of rows, then of the dense model captured as one graph."""
     pair = models(bench)
     for rows in bench.sizes["of_rows"]:
         bench.measure(of_rows(rows), beside, pair, rows)

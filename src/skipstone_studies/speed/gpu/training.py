@@ -16,7 +16,7 @@ Step = Callable[[], object]
 
 
 def measure(bench: Bench) -> None:
-    """Time a step (forward, backward, AdamW) of both models in turns, in each way to run it."""
+    """Time training steps (forward, backward, AdamW) of both models, interleaved, for each way to run them."""
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":
             continue  # there are none

@@ -94,7 +94,7 @@ def figures(folder: Path) -> PlainDict:
 
 
 def against(folder: Path, other: Path, limit: float) -> PlainDict:
-    """Return a run's figures with the greatest difference of any step's loss from another run."""
+    """Return the figures of a run, with the largest difference between its loss and another run's at the same step."""
     pairs = zip(losses(folder), losses(other), strict=True)
     worst = max(abs(one - two) for one, two in pairs)
     return {**figures(folder), "difference": worst, "tolerance": limit, "equal": RIGHT if worst <= limit else WRONG}

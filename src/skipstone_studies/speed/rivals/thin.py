@@ -64,7 +64,7 @@ def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[A
 
 
 def teal(name: str, sparsity: float) -> Way:
-    """TEAL (arXiv 2408.14690), uniform: in every matrix of every block, inputs below a threshold of its own are 0."""
+    """Set small inputs of every matrix to 0, below one threshold per matrix (TEAL, arXiv 2408.14690, uniform)."""
     model = source(name)
     sites = {block.get_submodule(path): Site() for block in model.model.layers for path in (*MATRICES, *MLP)}
 
@@ -76,7 +76,7 @@ def teal(name: str, sparsity: float) -> Way:
 
 
 def cats(name: str, sparsity: float) -> Way:
-    """CATS (arXiv 2404.08763): neurons whose activation is below a threshold of their block are 0."""
+    """Set neurons to 0 whose activation is below a threshold of their block (CATS, arXiv 2404.08763)."""
     model = source(name)
     blocks: Any = model.model.layers
     sites = {block.mlp.activation: Site() for block in blocks}
@@ -136,7 +136,7 @@ def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
 
 @torch.inference_mode()
 def previewed(name: str, directions: int, exact: int) -> Way:
-    """The head by candidates (SVD-softmax, NeurIPS 2017).
+    """Compute exact logits for a few candidates only (SVD-softmax, NeurIPS 2017).
 
     The head W and the hidden state h are rotated so that the leading `directions` carry most of the logits' variance on
     the calibration text; these alone give a preview of all logits, and the best `exact` of it are computed in full.

@@ -1,0 +1,42 @@
+"""Modules imported with placeholders are forgotten, and what they said is what the real ones say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+COMPARED = f"""
+import sys
+sys.path.insert(0, {str(SRC)!r})
+import skipstone_cli
+skipstone_cli.running = True  # so that importing the package does not load torch
+import skipstone.train.early
+from skipstone.core.placeholders import HEAVY, checked_lightly
+WRONG = [
+    {{"mechanisms": [{{"name": "mixture_of_depths", "capacity": 1.5}}, {{"name": "tsa"}}]}},
+    {{"mechanisms": [{{"name": "segment", "layers": [1, 3]}}], "hidden_size": "wide"}},
+    {{"mechanisms": [{{"name": "token_selective", "layers": "9:", "capacty": 1}}], "mlp": "gatd", "dtype": "float32"}},
+    {{"mlp": "experts", "experts": {{"top_k": 9}}, "hidden_size": 20, "num_attention_heads": 2, "head_dim": 8}},
+    {{"preset": "tiny", "neuron_groups": {{"decision": "magnitude", "chunk_size": 4}}}},
+    {{"rope_parameters": {{"rope_type": "yarn"}}, "weight_format": "int8"}},
+    {{"activation": {{"name": "fixed_mix", "groups": {{"selu": 3}}}}}},
+]
+modules = {{*sys.modules}}
+light = [checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": model}}) for model in WRONG]
+assert not any(name in sys.modules for name in HEAVY)
+assert not [name for name in {{*sys.modules}} - modules if name.startswith("skipstone")]
+assert all(light), light
+assert checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": {{"hidden_size": 64}}}}) == []
+from skipstone.train.setup import model_mistakes
+assert light == [model_mistakes({{"model": model}}) for model in WRONG]
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from transformers import PreTrainedModel
+assert issubclass(SkipstoneForCausalLM, PreTrainedModel)
+"""
+
+
+def test_mistakes_are_those_that_the_model_would_report() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPARED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
