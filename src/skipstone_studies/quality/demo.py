@@ -32,8 +32,8 @@ class Size:
     validation_rows: int = 512  # more than Tiny-Shakespeare has; python-stdlib, its replacement, has 15 times as many
 
 
-# quick: less than two minutes of one core. laptop: minutes per model, but wide enough that skipped blocks save more than
-# routing costs.
+# quick: less than two minutes of one core in all. laptop: minutes per model, but wide enough that skipped blocks save
+# more than routing costs.
 SIZES = {
     "quick": Size(
         hidden_size=128,
