@@ -83,13 +83,8 @@ def test_state_and_messages_are_those_of_real_processes(
         torch.manual_seed(0)
         model, sent = SkipstoneForCausalLM(SkipstoneConfig(**MODEL)).train(), [0.0]
         train = read_recipe({"train": {"parallel": kind}}).train
-<<<<<<< HEAD
-        sizes, part = Sizes.of(model), (count - 1) / count
-        parallel.prepare(model, train, torch.device("cpu"))
-=======
         sizes, part = ParameterCounts.of(model), (count - 1) / count
-        parallel.prepare(model, train, _Arguments())  # type: ignore[arg-type]
->>>>>>> 78b43c1 (Options of mechanisms are checked before torch is loaded; class names are unique; isoFLOP depth beside its curves)
+        parallel.prepare(model, train, torch.device("cpu"))
         called: Any = model
         if kind == "ddp":
             called = torch.nn.parallel.DistributedDataParallel(model)
