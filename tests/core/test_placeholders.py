@@ -10,8 +10,6 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 COMPARED = f"""
 import sys
 sys.path.insert(0, {str(SRC)!r})
-import skipstone_cli
-skipstone_cli.running = True  # so that importing the package does not load torch
 import skipstone.train.early
 from skipstone.core.placeholders import HEAVY, checked_lightly
 WRONG = [
@@ -32,7 +30,8 @@ assert checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": {{"
 from skipstone.train.setup import model_mistakes
 assert light == [model_mistakes({{"model": model}}) for model in WRONG]
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+assert AutoConfig.for_model("skipstone").model_type == "skipstone"
 assert issubclass(SkipstoneForCausalLM, PreTrainedModel)
 """
 

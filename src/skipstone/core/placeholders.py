@@ -44,12 +44,12 @@ def placeholders() -> Iterator[None]:
         yield
         return
     before = {name: {*vars(module)} for name, module in sys.modules.items() if _is_ours_or_heavy(name)}
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
+    finders = [*sys.meta_path]
+    sys.meta_path.insert(0, _Finder())
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        sys.meta_path[:] = finders  # also the one that registers our models and leaves when it has done so
         for name in [name for name in sys.modules if _is_ours_or_heavy(name)]:
             if name not in before:
                 del sys.modules[name]
