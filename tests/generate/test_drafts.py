@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import skipstone
 from skipstone.generate import generate, stream
 from skipstone.generate.drafts import Lookup
-from skipstone.generate.speculation import Length, stand_or_redraw
+from skipstone.generate.speculation import LENGTHS, Length, stand_or_redraw
 
 ROUTED: list[dict[str, Any]] = [
     {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.5, "decision": "threshold"},
@@ -124,21 +126,80 @@ def test_sampled_text_keeps_its_distribution() -> None:
     assert plausible(counts, expected * 300)
 
 
-def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
+def test_a_loop_goes_on() -> None:
+    """The earlier place is so late that the text ends before there are enough tokens after it."""
+    draft = Lookup()
+    assert draft.propose(torch.tensor([[9, 5, 6, 5, 6]]), None, None, 5).tolist() == [[5, 6, 5, 6, 5]]  # type: ignore[arg-type]
+    assert draft.kind(torch.tensor([[9, 5, 6, 5, 6, 9]])) == 1
+    assert draft.propose(torch.tensor([[9, 5, 6, 5, 6, 9, 4]]), None, None, 5).shape == (1, 0)  # type: ignore[arg-type]
+
+
+def simulated(
+    stands: Callable[[int], float], guess: float, tokens: int, check: float = 0.1, noise: float = 0.0, seed: int = 0
+) -> tuple[float, list[int]]:
+    """Decode with a simulated clock; return how many times as fast as without drafts, and the drafted numbers.
+
+    stands: the probability that a guess is right, by the tokens so far. guess, check: seconds of a guess and of its
+    check; a plain step takes 1. noise: the share of measurements that are five times as long as they should be.
+    """
+    length, drawn, made, seconds, lengths = Length(cost=guess), random.Random(seed), 0, 0.0, []
+    while made < tokens:
+        count, stood = length.next(tokens - made - 1), 0
+        while stood < count and drawn.random() < stands(made + stood):
+            stood += 1
+        times = [count * guess, 1 + count * check]
+        seconds += sum(times)
+        measured = [5 * x if drawn.random() < noise else x for x in times]
+        length.learn(count, stood, *measured)
+        made += stood + 1
+        lengths.append(count)
+    return made / seconds, lengths
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 2048])
+@pytest.mark.parametrize("guess", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("stands", [0.0, 0.05, 0.3, 0.6])
+def test_drafts_are_never_slower_than_98_percent(stands: float, guess: float, tokens: int) -> None:
+    for check, seed in ((0.02, 0), (0.1, 1), (0.3, 2)):
+        assert simulated(lambda at: stands, guess, tokens, check, seed=seed)[0] >= 0.98
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_text_that_turns_is_noticed(seed: int) -> None:
+    """Nothing is right, then nearly everything, then nothing: drafting begins, and stops again."""
+    faster, lengths = simulated(lambda at: 0.9 if 300 <= at < 600 else 0.0, 0.02, 900, seed=seed)
+    assert faster > 1.2
+    assert max(lengths) >= 5
+    assert sum(0.12 * count for count in lengths[-200:]) < 4 + 0.02 * 200
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_that_pay_are_used_at_the_best_length(seed: int) -> None:
+    faster, lengths = simulated(lambda at: 0.95, 0.02, 1000, seed=seed)
+    best = max(sum(0.95**i for i in range(n + 1)) / (1 + 0.12 * n) for n in LENGTHS)
+    assert faster > 0.93 * best
+    assert lengths[0] == 0  # what a plain step takes has to be known
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_process_that_loses_its_processor_is_not_misled(seed: int) -> None:
+    assert simulated(lambda at: 0.1, 0.5, 500, noise=0.1, seed=seed)[0] >= 0.97
+    assert simulated(lambda at: 0.95, 0.02, 500, noise=0.1, seed=seed)[0] >= 2
+
+
+def test_kinds_of_guesses_are_told_apart() -> None:
     length = Length()
-    assert length.next(8) == 0
-    length.learn(0, 0, 0.0, 1.0)
-    assert length.next(8) == 4
+    for _ in range(2):
+        length.learn(0, 0, 0.0, 1.0)
     for _ in range(20):
-        length.learn(4, 0, 2.0, 1.6)
-    assert length.next(8) == 0
-    assert 4 in {length.next(8) for _ in range(40)}
-    paying = Length()
-    paying.learn(0, 0, 0.0, 1.0)
-    for _ in range(20):
-        paying.learn(4, 4, 0.1, 1.1)
-    assert paying.next(16) == 8
-    assert paying.next(3) == 3
+        length.learn(5, 5, 0.0, 1.5, kind=3)
+        length.learn(1, 0, 0.0, 1.3, kind=1)
+    length.allowed = 0.0
+    assert length.next(7, kind=3) == 0  # not even what pays, if nothing more may be lost
+    length.allowed = 1.0
+    assert length.next(7, kind=3) >= 5
+    assert length.next(3, kind=3) == 3
+    assert length.stands[1].share < 0.1 < 0.9 < length.stands[3].share
 
 
 @pytest.mark.parametrize(

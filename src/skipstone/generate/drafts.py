@@ -30,7 +30,19 @@ LONGEST_MATCH = 3  # tokens
 
 
 class Draft:
-    """The base class of drafts."""
+    """The base class of drafts.
+
+    cost: what a guess takes, as a share of a step of the model, until that is measured.
+    """
+
+    cost = 0.0
+
+    def kind(self, ids_BT: Tensor) -> int | None:
+        """Return the kind of the guesses that are possible after these tokens; None if there are none.
+
+        Guesses of one kind are expected to be right equally often.
+        """
+        return 0
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return int64 [B, K], at most `count` proposed tokens for each row.
@@ -42,22 +54,54 @@ class Draft:
 
 
 class Lookup(Draft):
-    """Prompt lookup: a draft of the tokens that followed an earlier match of the last ones (arXiv 2304.04487)."""
+    """Prompt lookup: a draft of the tokens that followed an earlier match of the last ones (arXiv 2304.04487).
+
+    The kind of a guess is the length of the match. Where the earlier place is so late that the text ends before there
+    are enough tokens, they repeat: the guess continues as it would if it were right.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[_Seen] = []
+
+    def kind(self, ids_BT: Tensor) -> int | None:
+        if not self.rows:
+            self.rows = [_Seen() for _ in ids_BT]
+        for row, new in zip(self.rows, ids_BT[:, len(self.rows[0].ids) :].tolist(), strict=True):
+            row.extend(new)
+        return min(row.match()[0] for row in self.rows) or None
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
-        found = [_continuation(row, count) for row in ids_BT.tolist()]
-        width = min(len(row) for row in found)
-        return torch.tensor([row[:width] for row in found], device=ids_BT.device).long().reshape(len(found), width)
+        if self.kind(ids_BT) is None:
+            return ids_BT[:, :0]
+        return torch.tensor([row.continuation(count) for row in self.rows], device=ids_BT.device)
 
 
-def _continuation(row: list[int], count: int) -> list[int]:
-    """Return the tokens after the latest earlier occurrence of the longest ending that occurs twice."""
-    for length in range(min(LONGEST_MATCH, len(row) - 1), 0, -1):
-        ending = row[-length:]
-        for start in range(len(row) - length - 1, -1, -1):
-            if row[start : start + length] == ending:
-                return row[start + length : start + length + count]
-    return []
+class _Seen:
+    """The tokens of a row, and where each sequence of a few of them was last followed by another."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.after: dict[tuple[int, ...], int] = {}
+
+    def extend(self, new: list[int]) -> None:
+        for token in new:
+            for length in range(1, min(LONGEST_MATCH, len(self.ids)) + 1):
+                self.after[tuple(self.ids[-length:])] = len(self.ids)
+            self.ids.append(token)
+
+    def match(self) -> tuple[int, int]:
+        """Return the length of the longest ending that has occurred before, and the place after it; 0, 0 if none."""
+        for length in range(min(LONGEST_MATCH, len(self.ids)), 0, -1):
+            if (at := self.after.get(tuple(self.ids[-length:]))) is not None:
+                return length, at
+        return 0, 0
+
+    def continuation(self, count: int) -> list[int]:
+        at = self.match()[1]
+        found = self.ids[at : at + count]
+        while len(found) < count:
+            found.append(found[len(found) - (len(self.ids) - at)])
+        return found
 
 
 class OwnDraft(Draft):
@@ -66,8 +110,8 @@ class OwnDraft(Draft):
     Entries of the proposed tokens are removed from the cache before the model checks them.
     """
 
-    def __init__(self, model: SkipstoneForCausalLM) -> None:
-        self.model = model
+    def __init__(self, model: SkipstoneForCausalLM, cost: float) -> None:
+        self.model, self.cost = model, cost
 
     def cheaper(self) -> AbstractContextManager[None]:
         """Make the model cheaper inside a `with` block."""
@@ -92,7 +136,7 @@ class FewerBlocks(OwnDraft):
     """A draft by some of the model's blocks with its final norm and head: the first ones, or every second one."""
 
     def __init__(self, model: SkipstoneForCausalLM, blocks: list[int]) -> None:
-        super().__init__(model)
+        super().__init__(model, len(blocks) / model.config.num_hidden_layers)
         self.fewer = Blocks([model.decoder.layers[i] for i in blocks])
 
     @contextmanager
@@ -110,7 +154,7 @@ class LowerBudget(OwnDraft):
     """A draft by the model at a lower budget of its table."""
 
     def __init__(self, model: SkipstoneForCausalLM, table: BudgetTable, budget: float) -> None:
-        super().__init__(model)
+        super().__init__(model, budget)
         table.thresholds(budget)
         self.table, self.budget = table, budget
 
@@ -126,6 +170,7 @@ class OtherModel(Draft):
         if ours != theirs:
             raise ValueError(f"draft: its vocabulary has {theirs} tokens, the model's {ours}; they must be the same")
         self.model, self.cache = model, DynamicCache(config=model.config)
+        self.cost = model.num_parameters() / max(target.num_parameters(), 1)
         self.options = CAUSAL if isinstance(model, SkipstoneForCausalLM) else {}
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:

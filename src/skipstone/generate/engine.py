@@ -162,7 +162,8 @@ def drafting_of(
         raise ValueError("a draft needs cache 'dynamic': a cache of fixed size cannot take guesses back")
     if length is not None and not 1 <= length <= MOST_GUESSES:
         raise ValueError(f"draft_length must be in [1, {MOST_GUESSES}], got {length}")
-    return build_draft(draft, decode.model, table, budget), Length(length)
+    found = build_draft(draft, decode.model, table, budget)
+    return found, Length(length, found.cost)
 
 
 class Decoder:
@@ -236,7 +237,7 @@ class Decoder:
         whole, first = self.input_ids, self.input_ids.shape[1]
         position_BT = None if self.mask_BT is None else (self.mask_BT.cumsum(1) - 1).clamp(min=0)
         live_B = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
-        guess_BK, guessing, end = whole[:, :0], 0.0, first + self.max_new_tokens
+        guess_BK, guessing, end, kind = whole[:, :0], 0.0, first + self.max_new_tokens, 0
         while whole.shape[1] < end:
             prompt, began, count = whole.shape[1] == first, time.perf_counter(), guess_BK.shape[1]
             out = self.model(
@@ -264,11 +265,13 @@ class Decoder:
                 if not agreed or whole.shape[1] == end:
                     break
                 stood += 1
-            cache.crop(whole.shape[1] - 1)
+            if stood < count:  # nothing was wrong otherwise, and a crop looks at every block
+                cache.crop(whole.shape[1] - 1)
             if not prompt:
-                length.learn(count, stood, guessing, checking)
+                length.learn(count, stood, guessing, checking, kind)
             began, most = time.perf_counter(), max(end - whole.shape[1] - 1, 0)
-            wanted = length.next(most)
+            possible = draft.kind(whole)
+            kind, wanted = (0, 0) if possible is None else (possible, length.next(most, possible))
             last_B1 = _on(position_BT, whole.shape[1] - first, 1)
             guess_BK = draft.propose(whole, cache, last_B1, wanted) if wanted else whole[:, :0]
             guessing = time.perf_counter() - began

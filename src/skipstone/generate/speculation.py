@@ -9,73 +9,102 @@ Shape letters: B rows, K drafted tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-LENGTHS = (0, 1, 2, 3, 4, 6, 8)
-FIRST = 4  # guesses at first
-WEIGHT = 0.2  # of a new measurement in a running mean
-PATIENCE = 32  # tokens without drafts until they are tried again
+LENGTHS = (1, 2, 3, 5, 7)  # the compiled blocks and int8 products take eight tokens, one of which is no guess
 MARGIN = 1.02  # drafts must be expected to be so many times as fast
+# What drafts may lose, in plain steps: this much at first, and this share of every token since. So a text of some
+# length is never slower than .98 of decoding without drafts, however badly they guess.
+AT_FIRST, SHARE = 0.5, 0.01
+CREDIT = 4.0  # of what drafts have gained, the most that they may lose again before they have to stop
+SLOPE = 0.15  # of a step, what a guess adds to its check, until that is measured
+RECENT = 5  # measurements of which the least counts: a process may lose its processor, so times are too long if wrong
+KNOWN = 2  # plain steps that are measured before anything is drafted
+KEPT = 0.9  # of the evidence for a share of guesses, after another pass
+HOPED = 0.5  # share of guesses that stand, as far as there is no evidence
+
+
+class Evidence(NamedTuple):
+    """How many guesses of one kind stood, of those that were tried, older ones counting less."""
+
+    stood: float = 0.0
+    tried: float = 0.0
+
+    @property
+    def share(self) -> float:
+        return (HOPED + self.stood) / (1 + self.tried)
 
 
 class Length:
     """The number of tokens to draft, chosen from measured times and from the share that is accepted.
 
-    fixed: a constant number; None: chosen.
+    fixed: a constant number; None: chosen. cost: what a guess takes, as a share of a plain step, until that is
+    measured. Guesses come in kinds that differ in how often they stand; the caller numbers them.
     """
 
-    def __init__(self, fixed: int | None = None) -> None:
-        self.fixed = fixed
-        self.stands = 0.6  # running share of the guesses that stand
-        self.check: dict[int, float] = {}  # seconds of checking, by the number of guesses
-        self.guess: float | None = None  # seconds of one guess
-        self.waiting = 0
+    def __init__(self, fixed: int | None = None, cost: float = 0.0) -> None:
+        self.fixed, self.cost = fixed, cost
+        self.check: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))  # seconds, by number of guesses
+        self.guess: deque[float] = deque(maxlen=RECENT)  # seconds of one guess
+        self.stands: dict[int, Evidence] = defaultdict(Evidence)
+        self.allowed = AT_FIRST  # plain steps that may still be lost
 
-    def next(self, most: int) -> int:
-        """Return the number of tokens to draft, at most `most`."""
+    def next(self, most: int, kind: int = 0) -> int:
+        """Return the number of tokens to draft, at most `most`, for guesses of this kind.
+
+        Drafts that are not expected to pay are tried where their worst case is allowed, so that a turn of the text is
+        noticed.
+        """
         if self.fixed is not None:
             return min(self.fixed, most)
-        if 0 not in self.check:  # what a plain step takes has to be known
+        if len(self.check[0]) < KNOWN or most < 1:
             return 0
-        if self.guess is None:
-            return min(FIRST, most)
-        best = max(LENGTHS, key=self._speed)
-        if best and self._speed(best) < MARGIN * self._speed(0):
-            best = 0
-        self.waiting = 0 if best else self.waiting + 1
-        if self.waiting > PATIENCE:
-            best, self.waiting = FIRST, 0
-        return min(best, most)
+        possible = [n for n in LENGTHS if n <= most and self._steps(n) - 1 <= self.allowed]
+        if not possible:
+            return 0
+        share = self.stands[kind].share
+        best = max(possible, key=lambda n: self._speed(n, share))
+        if self._speed(best, share) >= MARGIN:
+            return best
+        return max(possible, key=lambda n: self._speed(n, max(share, HOPED)))
 
-    def _speed(self, count: int) -> float:
-        """Return the expected tokens per second with so many drafted tokens."""
-        tokens = sum(self.stands**i for i in range(count + 1))
-        return tokens / (self._checking(count) + count * (self.guess or 0.0))
+    def _speed(self, count: int, share: float) -> float:
+        """Return the expected tokens in the time of a plain step, with so many drafted tokens."""
+        return sum(share**i for i in range(count + 1)) / self._steps(count)
+
+    def _steps(self, count: int) -> float:
+        """Return the time of a pass with so many drafted tokens, in plain steps."""
+        plain = min(self.check[0])
+        guess = min(self.guess) / plain if self.guess else self.cost
+        return self._checking(count) / plain + count * guess
 
     def _checking(self, count: int) -> float:
-        """Return the seconds of checking `count` tokens, measured or interpolated linearly."""
-        if count in self.check:
-            return self.check[count]
-        known = sorted(self.check)
-        low = max((k for k in known if k < count), default=known[0])
-        high = min((k for k in known if k > count), default=known[-1])
-        if low == high:
-            return self.check[low]
-        share = (count - low) / (high - low)
-        return self.check[low] * (1 - share) + self.check[high] * share
+        """Return the seconds of checking `count` tokens, measured, or on a line between or through measured ones."""
+        known = {n: min(times) for n, times in self.check.items() if times}
+        if count in known:
+            return known[count]
+        low = max(n for n in known if n < count)
+        high = min((n for n in known if n > count), default=None)
+        if high is not None:
+            share = (count - low) / (high - low)
+            return known[low] * (1 - share) + known[high] * share
+        slope = (known[low] - known[0]) / low if low else SLOPE * known[0]
+        return known[low] + max(slope, 0.0) * (count - low)
 
-    def learn(self, guesses: int, stood: int, guessing: float, checking: float) -> None:
+    def learn(self, guesses: int, stood: int, guessing: float, checking: float, kind: int = 0) -> None:
         """Record a pass: the numbers of tokens drafted and accepted, and the seconds of drafting and checking."""
-        self.check[guesses] = _mean(self.check.get(guesses), checking)
+        self.check[guesses].append(checking)
         if guesses:
-            self.guess = _mean(self.guess, guessing / guesses)
-            tried = min(stood + 1, guesses)
-            self.stands = (1 - WEIGHT) * self.stands + WEIGHT * stood / tried
-
-
-def _mean(before: float | None, new: float) -> float:
-    return new if before is None else (1 - WEIGHT) * before + WEIGHT * new
+            self.guess.append(guessing / guesses)
+            before, tried = self.stands[kind], min(stood + 1, guesses)
+            self.stands[kind] = Evidence(KEPT * before.stood + stood, KEPT * before.tried + tried)
+        if self.check[0]:
+            gained = stood + 1 - self._steps(guesses) if guesses else 0.0
+            self.allowed = min(self.allowed + SHARE * (stood + 1) + gained, CREDIT)
 
 
 def stand_or_redraw(probability_BV: Tensor, guess_B: Tensor, generator: torch.Generator) -> Tensor:
