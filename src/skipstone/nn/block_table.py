@@ -9,7 +9,7 @@ Shape letters: L blocks, C columns, G gates, N numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,13 @@ ALONE = -1.0  # the decay of a mixture that depends on the token alone
 ROUTER_COLUMNS = 6
 
 
-def sizes_of(blocks: Sequence[Any]) -> decode_stack.Sizes | None:
+def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:
     """Return what these blocks have in common; None if one cannot be a row of a table, or they are not alike."""
     found = {_sizes(block) if _served(block) else None for block in blocks}
     return found.pop() if len(found) == 1 else None
 
 
-def gates_of(blocks: Sequence[Any]) -> list[tuple[int, str, DepthModule]]:
+def gates_of(blocks: Sequence[Block]) -> list[tuple[int, str, DepthModule]]:
     """Return the depth mechanisms around and inside some blocks in the order in which they decide.
 
     Each with the index of its block and its site; those around a segment stand at its first block.
@@ -91,7 +91,7 @@ def _plain(x: Tensor) -> bool:
     return type(x) in decode_step.PLAIN and x.is_cpu and x.dtype == torch.float32
 
 
-def _norms(block: Any) -> list[Any]:
+def _norms(block: Block) -> list[Any]:
     attention = block.self_attn
     return [
         block.input_layernorm,
@@ -103,13 +103,13 @@ def _norms(block: Any) -> list[Any]:
     ]
 
 
-def _matrices(block: Any) -> list[Any]:
-    attention, mlp = block.self_attn, block.mlp
+def _matrices(block: Block) -> list[Any]:
+    attention, mlp = block.self_attn, cast("GatedMLP", block.mlp)
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _sizes(block: Any) -> decode_stack.Sizes | None:
+def _sizes(block: Block) -> decode_stack.Sizes | None:
     norms = {(type(norm), norm.eps) for norm in _norms(block) if norm is not None}
     if len(norms) != 1:
         return None
@@ -118,7 +118,7 @@ def _sizes(block: Any) -> decode_stack.Sizes | None:
     attention, E = block.self_attn, block.self_attn.head_dim
     return decode_stack.Sizes(
         width=attention.q_proj.in_features,
-        neurons=block.mlp.up_proj.out_features,
+        neurons=cast("GatedMLP", block.mlp).up_proj.out_features,
         heads=attention.q_proj.out_features // E,
         groups=attention.k_proj.out_features // E,
         head_size=E,
@@ -128,7 +128,7 @@ def _sizes(block: Any) -> decode_stack.Sizes | None:
     )
 
 
-def program_of(blocks: Sequence[Any], spans: Sequence[int], sizes: decode_stack.Sizes) -> tuple[Any, list[Tensor]]:
+def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stack.Sizes) -> tuple[Any, list[Tensor]]:
     """Return the program of some blocks, and the tensors that it reads besides their weights and gates.
 
     spans: for each block the number of blocks of the segment that begins there, 0 without one.
@@ -225,7 +225,7 @@ def _numbers(mix: StreamMix | None) -> tuple[float, float]:
     return ALONE if mix.decay is None else mix.decay, mix.preference_scale
 
 
-def _row(block: Any) -> list[int]:
+def _row(block: Block) -> list[int]:
     """Return the block's row of the table, as `ops/decode_stack_native.py` lists its columns, up to the matrices."""
     row = [0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)]
     for matrix in _matrices(block):

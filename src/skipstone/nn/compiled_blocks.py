@@ -24,9 +24,9 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from skipstone.core.cache import RaggedStore
+from skipstone.core.cache import RaggedStore, SkipstoneCacheLayer
 from skipstone.core.tokens import Tokens
-from skipstone.nn.block import SEGMENT
+from skipstone.nn.block import SEGMENT, Block
 from skipstone.nn.block_table import sizes_of
 from skipstone.nn.compiled_run import CompiledRun
 from skipstone.ops import decode_stack, decode_step
@@ -38,7 +38,11 @@ MOST_KNOWN = 4  # the whole decoder, and drafts that leave out blocks
 
 
 def runs_of(
-    blocks: Sequence[Any], spans: Sequence[range], x_BTD: Tensor, tokens: Tokens, layers: Sequence[Any]
+    blocks: Sequence[Block],
+    spans: Sequence[range],
+    x_BTD: Tensor,
+    tokens: Tokens,
+    layers: Sequence[SkipstoneCacheLayer],
 ) -> list[tuple[range, CompiledRun | None]]:
     """Return ranges of blocks, each with what computes it in one call, or None for the general way.
 
@@ -49,7 +53,7 @@ def runs_of(
         return general
     if not _plain(tokens) or type(store := getattr(layers[0], "kv", None)) is not RaggedStore:
         return general
-    stacks = vars(blocks[0]).setdefault(KNOWN, _Known())
+    stacks = blocks[0].__dict__.setdefault(KNOWN, _Known())
     name = tuple(map(id, blocks))
     if (stack := stacks.get(name)) is None or not stack.holds(store):
         if len(stacks) >= MOST_KNOWN:
@@ -109,7 +113,7 @@ class CompiledBlocks:
     served = False
     last: Any = None  # a weak reference to the first store of the text that was continued last
 
-    def __init__(self, blocks: Sequence[Any], spans: Sequence[range]) -> None:
+    def __init__(self, blocks: Sequence[Block], spans: Sequence[range]) -> None:
         _Registered.listen()
         self.registered, self.blocks = _Registered.now(), list(blocks)
         self.modules = [module for block in blocks for module in block.modules()]
@@ -166,7 +170,7 @@ class CompiledBlocks:
         )
 
 
-def _ranges(blocks: Sequence[Any], spans: Sequence[range]) -> Iterator[tuple[range, decode_stack.Sizes | None]]:
+def _ranges(blocks: Sequence[Block], spans: Sequence[range]) -> Iterator[tuple[range, decode_stack.Sizes | None]]:
     """Yield the longest ranges of blocks that are alike, each with its sizes; None for those of the general way."""
     found = [(span, _sizes(blocks, span)) for span in spans]
     for sizes, group in groupby(found, key=lambda each: each[1]):
@@ -174,7 +178,7 @@ def _ranges(blocks: Sequence[Any], spans: Sequence[range]) -> Iterator[tuple[ran
         yield range(parts[0].start, parts[-1].stop), sizes
 
 
-def _sizes(blocks: Sequence[Any], span: range) -> decode_stack.Sizes | None:
+def _sizes(blocks: Sequence[Block], span: range) -> decode_stack.Sizes | None:
     first = blocks[span.start]
     if any(name not in first.mechanisms for name in first.sites[SEGMENT]):  # the first block of its segment is left out
         return None

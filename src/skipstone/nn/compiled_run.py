@@ -15,7 +15,7 @@ from skipstone.core.cache import RaggedStore, SkipstoneCacheLayer
 from skipstone.core.records import ActivationRecord, DepthRecord, Records, decisions_only
 from skipstone.core.stream_gate import Mixture, Scorer, StreamGate
 from skipstone.core.tokens import Tokens
-from skipstone.nn.block import SEGMENT
+from skipstone.nn.block import SEGMENT, Block
 from skipstone.nn.block_table import gate_tables, gates_of, program_of, states_of
 from skipstone.ops import decode_stack, decode_step
 
@@ -26,7 +26,7 @@ Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
 class CompiledRun:
     """Some blocks that one call computes."""
 
-    def __init__(self, blocks: Sequence[Any], sizes: decode_stack.Sizes) -> None:
+    def __init__(self, blocks: Sequence[Block], sizes: decode_stack.Sizes) -> None:
         spans = [block.span if block.sites[SEGMENT] and block.segment_start() is None else 0 for block in blocks]
         self.blocks = blocks
         self.program, self.held = program_of(blocks, spans, sizes)
@@ -44,7 +44,7 @@ class CompiledRun:
         self,
         x_BTD: Tensor,
         tokens: Tokens,
-        layers: Sequence[Any],
+        layers: Sequence[SkipstoneCacheLayer],
         turn: Callable[[str, Tokens], Angles],
         turned_by: Sequence[str],
         recorded: bool,
@@ -74,7 +74,7 @@ class CompiledRun:
         carry = {} if state_ST is None else {name: x_T[None] for name, x_T in zip(self.states, state_ST, strict=True)}
         return ran.x_1TD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
 
-    def _reaches(self, layers: Sequence[Any], tokens: Tokens) -> bool:
+    def _reaches(self, layers: Sequence[SkipstoneCacheLayer], tokens: Tokens) -> bool:
         """Return whether every query sees all that is stored, by the settings of this call, and stores are as usual."""
         if self.config._attn_implementation != "sdpa" or tokens.reach is None:
             return False
@@ -127,7 +127,7 @@ class CompiledRun:
         return found
 
 
-def _names(blocks: Sequence[Any]) -> list[dict[str, tuple[int, bool]]]:
+def _names(blocks: Sequence[Block]) -> list[dict[str, tuple[int, bool]]]:
     """Return for each block the names of its records with the numbers of the gates that make them.
 
     Also whether the mechanism is the block's own, and not that of the segment around it.

@@ -59,18 +59,18 @@ def _dots(tokens: int) -> Any:
     return dots
 
 
-def _load(builder: Any, address: Any, kind: Any, alignment: int) -> Any:
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, alignment: int) -> ir.Value:
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = alignment
     return value
 
 
-def _weights(builder: Any, address: Any) -> Any:
+def _weights(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Load int8 weights and widen them to int16."""
     return builder.sext(_load(builder, address, ir.VectorType(I8, HALF), 1), ir.VectorType(I16, HALF))
 
 
-def _pairs(builder: Any, a: Any, b: Any) -> Any:
+def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     """Multiply int16 vectors and add neighbouring products, int32."""
     wide = ir.VectorType(I32, HALF)
     product = builder.mul(builder.sext(a, wide), builder.sext(b, wide), flags=("nsw",))
@@ -81,14 +81,14 @@ def _pairs(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(even, odd)
 
 
-def _spread(builder: Any, number: Any) -> Any:
+def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
     empty = ir.Constant(SINGLES, ir.Undefined)
     return builder.shuffle_vector(
         builder.insert_element(empty, number, I32(0)), empty, ir.Constant(SUMS, [0] * SUMS.count)
     )
 
 
-def _totals(builder: Any, sums: list[Any]) -> list[Any]:
+def _totals(builder: ir.IRBuilder, sums: list[ir.Value]) -> list[ir.Value]:
     """Return the sum of each vector: pairs are folded into one, so that several cost little more than one."""
     tokens, width = len(sums), SINGLES.count
     piece = width  # neighbouring numbers of a vector that belong to the same sum
@@ -103,7 +103,7 @@ def _totals(builder: Any, sums: list[Any]) -> list[Any]:
     return [builder.extract_element(whole, I32(n)) for n in range(tokens)]
 
 
-def _folded(builder: Any, a: Any, b: Any, width: int, piece: int) -> Any:
+def _folded(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, width: int, piece: int) -> ir.Value:
     """Add the halves of every piece of a, and of b as far as the `width` numbers of the result reach."""
     starts = [at + i for at in range(0, 2 * SINGLES.count, piece) for i in range(piece // 2)][:width]
     low, high = (
@@ -113,7 +113,7 @@ def _folded(builder: Any, a: Any, b: Any, width: int, piece: int) -> Any:
     return builder.fadd(low, high, flags=("contract",))
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Ask for memory that is needed soon: with several tokens, the processor does not look ahead far enough."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")

@@ -111,7 +111,7 @@ def _openmp() -> tuple[Any, int]:
 # The functions below exist in compiled code only.
 
 
-def _place(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+def _place(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
     return builder.inttoptr(builder.add(address, I64(offset)), kind.as_pointer())
 
 
@@ -203,7 +203,7 @@ def wait(context, barrier, arrivals):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64), generate
 
 
-def _system(builder: Any, operation: int, place: Any, value: Any) -> None:
+def _system(builder: ir.IRBuilder, operation: int, place: ir.Value, value: ir.Value) -> None:
     """Sleep while a number has this value, or wake who sleeps there; without futexes, offer the processor to others."""
     number = FUTEX.get(platform.machine())
     if number is not None:
