@@ -1,7 +1,7 @@
 """Hostile input to the parsers, guided by coverage: atheris (pip install atheris) keeps what reaches new code.
 
     python tests/fuzz_coverage.py --runs 100000                    # every parser, one after another, with a table
-    python tests/fuzz_coverage.py --runs 20000 recipe 'files.json' # some
+    python tests/fuzz_coverage.py --runs 20000 recipe prompt=5000  # some, and one of them with another number
 
 Each parser is fed in a fork of its own; the modules of Skipstone and OmegaConf are instrumented. Its seeds are
 those of `fuzz_targets.py`; plain values are changed as `fuzz.py` changes them, texts and bytes as libFuzzer does. What
@@ -39,6 +39,7 @@ PARSERS = (
     "fields of a configuration",
     "model configuration",
     "header of safetensors, checked",
+    "header of safetensors, values",
     "index of safetensors, checked",
     "generation_config.json",
     "files.json",
@@ -95,15 +96,22 @@ def parts(folder: Path) -> list[Any]:
     def fields(values: Any) -> object:
         return check_fields(values) if isinstance(values, dict) else None
 
+    def with_header(value: Any) -> object:
+        told = json.dumps(value).encode()
+        (folder / "values").mkdir(exist_ok=True)
+        (folder / "values" / "model.safetensors").write_bytes(struct.pack("<Q", len(told)) + told + bytes(20))
+        return check_numbers(folder / "values")
+
     def at(name: str, read: Callable[[Path], object]) -> Callable[[Any], object]:
         return file_of(folder, name, lambda path: read(path.parent))
 
     return [
         Target("fields of a configuration", [*MODELS.values()], fields),
+        Target("header of safetensors, values", [header], with_header),
         Target("header of safetensors, checked", [weights], at("numbers/model.safetensors", check_numbers)),
         Target("index of safetensors, checked", [index], at("index/model.safetensors.index.json", check_folder)),
         Target("generation_config.json", [ends], at("ends/generation_config.json", check_folder)),
-        Target("tokenizer.json, small", [small.to_str()], at("small/tokenizer.json", load_saved)),
+        Target("tokenizer.json, small", [json.loads(small.to_str())], at("small/tokenizer.json", load_saved)),
     ]
 
 
@@ -210,8 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     instrumented()
     faults, total = 0, 0
     sys.stdout.write(HEAD + "\n")
-    for name in options.names or PARSERS:
-        found = fuzz(name, options.runs, options.seed)
+    for given in options.names or PARSERS:
+        name, _, runs = given.partition("=")
+        found = fuzz(name, int(runs or options.runs), options.seed)
         sys.stdout.write("\n".join([row(name, found), *(f"    {fault}" for fault in found["faults"][:3])]) + "\n")
         sys.stdout.flush()
         faults, total = faults + len(found["faults"]), total + found["done"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,18 @@ def test_no_input_breaks_a_reader(tmp_path: Path) -> None:
         attack(target, 1000)
         drawn(target, 10)
         assert not target.faults, "\n".join(target.faults[:3])
+
+
+@pytest.mark.slow
+def test_no_input_that_coverage_finds_breaks_a_parser() -> None:
+    pytest.importorskip("atheris", reason="needs atheris: pip install atheris")
+    script = Path(__file__).with_name("fuzz_coverage.py")
+    names = ["override, split", "recipe", "files.json", "header of safetensors, values", "fields of a configuration"]
+    done = subprocess.run(
+        [sys.executable, script, "--runs", "2000", *names], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "| **all** | 10,000 |" in done.stdout
 
 
 def test_faults_are_found() -> None:

@@ -22,7 +22,8 @@ from train.ranks import on_ranks
 from train.tool import MODELS, at_step, recipe, train
 
 TESTS = Path(__file__).resolve().parents[1]
-LIMIT = 30.0  # seconds from the failure to the end of the last process
+# Seconds from the failure to the end of the last process; where processes wait for a core, all of them take longer.
+LIMIT = 30.0 * max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
 
 
 def dies(rank: int) -> None:
@@ -114,7 +115,7 @@ def torchrun(folder: Path, how: str, kind: str, **more: Any) -> tuple[int, str, 
 @pytest.mark.parametrize("how", ["raise", "kill", "slow"])
 def test_torchrun_ends_with_the_error_of_the_failed_process(how: str, kind: str, tmp_path: Path) -> None:
     code, said, seconds = torchrun(tmp_path, how, kind)
-    sys.stdout.write(f"{how} {kind}: {seconds:.1f} s\n")
+    sys.stdout.write(f"{how} {kind}: {seconds:.1f} s, load {os.getloadavg()[0]:.0f}\n")
     assert code == 1
     assert seconds < LIMIT
     last = said.rpartition("Root Cause")[2]
