@@ -154,7 +154,7 @@ WINDOWS = [  # of slots, with every mechanism: shorter than a row, so that token
     case(entry("mixture_of_depths", kv="full"), entry("early_exit", on="mlp"), attention_window=2),
     case(entry("token_selective", on="attention"), activation="polyglu", attention_window=5),
 ]
-DECODERS = [  # parts of other families: Gemma's, those of OLMo, SmolLM and Granite, of GPT-NeoX, StableLM, Cohere
+DECODERS = [  # parts of Gemma, of OLMo, SmolLM and Granite, of GPT-NeoX, StableLM, Cohere, Nemotron
     case(
         *map(entry, KINDS[:2]),
         attention_window=4,
@@ -188,6 +188,7 @@ DECODERS = [  # parts of other families: Gemma's, those of OLMo, SmolLM and Gran
     ),
     case(entry("token_selective"), parallel_residual=True, norm_placement="shared", norm="layernorm_without_bias"),
     case(entry("mixture_of_depths"), norm="layernorm_without_bias", qk_norm=True, qk_norm_over="each_head"),
+    case(entry("mixture_of_depths"), norm="layernorm_offset", activation="relu2", mlp="plain", qk_norm=True),
 ]
 NESTED = [
     case(entry("mixture_of_depths"), entry("mixture_of_depths", on="mlp"), activation="polyglu"),

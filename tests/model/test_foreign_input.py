@@ -166,6 +166,11 @@ def test_labels_are_tokens_or_one_line(what: str, chunk: int, ids: Tensor) -> No
         ({"input_ids": [[1, 2]]}, "input_ids must be a tensor .*, got list"),
         ({"inputs_embeds": torch.ones(2, 9, 31)}, r"inputs_embeds must have shape \[rows, tokens, 32\]"),
         ({"inputs_embeds": torch.ones(9, 32)}, r"inputs_embeds must have shape .*, got \[9, 32\]"),
+        ({"input_ids": torch.ones(2, 9, dtype=torch.uint8)}, "input_ids must be int64 or int32, got torch.uint8"),
+        ({"input_ids": torch.ones(2, 0).long()}, r"a call needs at least one row and one token, got shape \[2, 0\]"),
+        ({"input_ids": torch.ones(0, 9).long()}, "a call needs at least one row and one token"),
+        ({"inputs_embeds": torch.ones(2, 0, 32)}, "a call needs at least one row and one token"),
+        ({"inputs_embeds": [[0.0] * 32]}, "inputs_embeds must be a tensor, got list"),
         ({}, "give exactly one of input_ids and inputs_embeds"),
     ],
     ids=str,
@@ -173,6 +178,21 @@ def test_labels_are_tokens_or_one_line(what: str, chunk: int, ids: Tensor) -> No
 def test_inputs_of_another_form_are_one_line(given: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         net()(**given)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "document_ids", "labels"])
+@pytest.mark.parametrize("value", [[[1] * 12] * 2, {"full_attention": None}], ids=["list", "dict"])
+def test_what_is_no_tensor_is_one_line(name: str, value: Any, ids: Tensor) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be a tensor of shape \[rows, tokens\], got (list|dict)"):
+        net("mod")(ids, **{name: value})
+
+
+def test_another_ignored_label_is_refused(ids: Tensor) -> None:
+    """transformers hands it on to the loss; here -100 marks tokens without a target, also for auxiliary losses."""
+    model = net()
+    assert torch.equal(model(ids, labels=ids, ignore_index=-100).loss, model(ids, labels=ids).loss)
+    with pytest.raises(ValueError, match="ignore_index must be -100, got 0"):
+        model(ids, labels=ids, ignore_index=0)
 
 
 def test_learned_positions_below_0_are_one_line(ids: Tensor) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 
 import skipstone
@@ -48,8 +50,23 @@ def doubled_by_forward(linear: nn.Linear) -> None:
     linear.forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
 
 
+def doubled_by_hook_on_all(linear: nn.Linear) -> None:
+    HANDLES.append(register_module_forward_hook(lambda module, x, y: 2 * y if module is linear else None))
+
+
+HANDLES: list[RemovableHandle] = []
+
+
+@pytest.fixture(autouse=True)
+def no_hooks_left() -> Iterator[None]:
+    yield
+    while HANDLES:
+        HANDLES.pop().remove()
+
+
 AROUND: dict[str, Callable[[nn.Linear], None]] = {
     "hook": doubled_by_hook,
+    "hook on all modules": doubled_by_hook_on_all,
     "parametrisation": doubled_by_parametrisation,
     "forward": doubled_by_forward,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -25,9 +26,10 @@ from skipstone_studies.speed import parity
 
 ONE_EACH = [  # a family's richest case
     "Mistral, window", "Ministral", "Qwen2, window", "Qwen3, window", "SmolLM3, window, biases",
-    "Granite, tied, biases", "OLMo 2, tied, biases", "Gemma 2", "Gemma 3, caps, biases, linear RoPE",
+    "Granite, tied, biases", "OLMo 2, tied, biases", "OLMo 3, window, yarn",
+    "Gemma 2", "Gemma 3, caps, biases, linear RoPE",
     "Phi-3, window, partial RoPE", "Phi-3, longrope", "GLM", "GLM-4", "Cohere, untied, QK-norm, biases, linear RoPE",
-    "Cohere 2, biases", "StarCoder2, window", "GPT-NeoX", "GPT-2",
+    "Cohere 2, biases", "Nemotron, partial RoPE", "StarCoder2, window", "GPT-NeoX", "GPT-2",
     "Llama, linear RoPE, biases",
 ]  # fmt: skip
 LENGTH, FP32 = 30, 5e-6
@@ -38,6 +40,7 @@ HELD_ELSEWHERE = (
     "GLM",
     "Cohere 2, biases",
     "Ministral",
+    "OLMo 3, window, yarn",
     "Qwen2, window",
     "Qwen3, window",
     "GPT-2",
@@ -151,17 +154,17 @@ def test_blocks_that_are_left_keep_their_window_and_their_positions(tmp_path: Pa
 
 OTHERS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - FAMILIES.keys() - {"skipstone"})
 QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-RELU2 = {"hidden_act": "relu2", "hidden_activation": "relu2", "activation_function": "relu2"}
+MISH = {"hidden_act": "mish", "hidden_activation": "mish", "activation_function": "mish"}
 ODD = [  # of each family: settings that this decoder does not compute, and what the one line says
     *[pytest.param(case, QUANTISED, "quantised", marks=pytest.mark.slow) for case in ONE_EACH],
-    *[pytest.param(case, RELU2, "'relu2'", marks=pytest.mark.slow) for case in ONE_EACH],
+    *[pytest.param(case, MISH, "'mish'", marks=pytest.mark.slow) for case in ONE_EACH],
     *[
         (case, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic")
         for case in ("Llama, linear RoPE, biases", "Mistral, window", "Granite, tied, biases", "OLMo 2, tied, biases")
     ],
     *[
         (case, {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'chunked_attention'")
-        for case in ("Qwen2, window", "Qwen3, window", "Gemma 2", "Ministral")
+        for case in ("Qwen2, window", "Qwen3, window", "Gemma 2", "Ministral", "OLMo 3, window, yarn")
     ],
     ("Gemma 2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("Gemma 3, caps, biases, linear RoPE", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
@@ -186,6 +189,19 @@ def test_every_other_architecture_of_transformers_is_refused_by_name(tmp_path: P
         message = refused(tmp_path, {"model_type": kind})
         assert f"architecture {kind!r}" in message
         assert f"supported: {', '.join(FAMILIES)}" in message
+
+
+@pytest.mark.parametrize("case", [case for case in ONE_EACH if "GPT-2" not in case and "longrope" not in case])
+@torch.no_grad()
+def test_part_of_a_head_turns_where_transformers_turns_a_part(case: str, tmp_path: Path) -> None:
+    """Most of its classes ignore `partial_rotary_factor`."""
+    config = copy.deepcopy(parity.CASES[case])
+    for rope in (config.rope_parameters, *config.rope_parameters.values()):
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            rope.clear()
+            rope.update(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+    parity.save_random(config, tmp_path)
+    assert parity.logits_error(tmp_path, ids(), torch.float32) < FP32
 
 
 @pytest.mark.parametrize(("case", "changes", "said"), ODD)

@@ -170,9 +170,9 @@ def test_no_dropout_may_be_null(tmp_path: Path) -> None:
 
 def test_padding_of_the_first_llamas_is_none(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(tmp_path)
-    edited(tmp_path, pad_token_id=-1, eos_token_id=5)
+    edited(tmp_path, pad_token_id=-1, bos_token_id=-1, eos_token_id=5)
     model = load_pretrained(tmp_path)
-    assert model.config.pad_token_id is None
+    assert model.config.pad_token_id is model.config.bos_token_id is None
     model.generation_config.pad_token_id = -1
     with torch.no_grad():
         model.lm_head.weight.zero_()

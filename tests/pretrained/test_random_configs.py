@@ -106,6 +106,14 @@ def olmo2(draw: Draw) -> Options:
     return {**llama_like(draw), "attention_bias": flip(draw)}
 
 
+def olmo3(draw: Draw) -> Options:
+    options = olmo2(draw)
+    size = options["hidden_size"] // options["num_attention_heads"]
+    both = {kind: rope(draw, size) for kind in (FULL, SLIDING)}
+    window = {"sliding_window": draw.choice([2, 9]), "layer_types": types(draw, options)}
+    return {**options, **window, "rope_parameters": both}
+
+
 def gemma(draw: Draw) -> Options:
     options = llama_like(draw)
     return {
@@ -166,6 +174,18 @@ def cohere2(draw: Draw) -> Options:
     return {**options, "sliding_window": draw.choice([2, 9]), "layer_types": types(draw, options)}
 
 
+def nemotron(draw: Draw) -> Options:
+    options = {
+        **sizes(draw),
+        "attention_bias": flip(draw),
+        "mlp_bias": flip(draw),
+        "norm_eps": draw.choice([1e-5, 1e-3]),
+    }
+    size = draw.choice([8, 20])
+    share = rope(draw, size, partial=True)
+    return {**options, "head_dim": size, "rope_parameters": share, "hidden_act": draw.choice(["relu2", "silu"])}
+
+
 def starcoder2(draw: Draw) -> Options:
     options = {**sizes(draw), "use_bias": flip(draw), "sliding_window": draw.choice([None, 3, 20])}
     size = options["hidden_size"] // options["num_attention_heads"]
@@ -200,6 +220,7 @@ DRAWN: dict[str, Callable[[Draw], Options]] = {
     "smollm3": smollm3,
     "granite": granite,
     "olmo2": olmo2,
+    "olmo3": olmo3,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
     "phi3": phi3,
@@ -207,6 +228,7 @@ DRAWN: dict[str, Callable[[Draw], Options]] = {
     "glm4": glm,
     "cohere": cohere,
     "cohere2": cohere2,
+    "nemotron": nemotron,
     "starcoder2": starcoder2,
     "gpt_neox": gpt_neox,
     "gpt2": gpt2,

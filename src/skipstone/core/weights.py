@@ -6,16 +6,22 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+
+def hooks_on_all_modules() -> bool:
+    """Return whether hooks act around the calls of every module of the process (`register_module_forward_hook`)."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def weight_is_readable(linear: nn.Module) -> bool:
     """Return whether multiplying by the layer's weight gives the same result as calling the layer.
 
     It does not if something acts in place of the layer or around its call: an adapter (another forward), a
-    parametrisation (a computed weight), hooks (accelerate's offloading, an observer), a replaced forward, a sharded
-    weight or one on the meta device. A quantised weight passes; see `is_quantised`.
+    parametrisation (a computed weight), hooks (accelerate's offloading, an observer, hooks on all modules), a replaced
+    forward, a sharded weight or one on the meta device. A quantised weight passes; see `is_quantised`.
     """
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear) or hooks_on_all_modules():
         return False
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return False

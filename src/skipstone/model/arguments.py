@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.static import SkipstoneStaticCacheLayer
+from skipstone.core.strict import PlainMapping
 from skipstone.core.tokens import Executor, PassMode
 from skipstone.ops.head_loss import IGNORED
 
@@ -24,8 +25,23 @@ def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: i
             raise ValueError(f"input_ids must be a tensor of shape [rows, tokens], got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or not _whole(input_ids):
             raise ValueError(f"input_ids must be whole numbers of shape [rows, tokens], got {_kind(input_ids)}")
-    elif inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width):
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    elif not isinstance(inputs_embeds, Tensor):
+        raise ValueError(f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}")
+    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:
         raise ValueError(f"inputs_embeds must have shape [rows, tokens, {width}], got {list(inputs_embeds.shape)}")
+    given = input_ids if input_ids is not None else inputs_embeds
+    if 0 in given.shape[:2]:
+        raise ValueError(f"a call needs at least one row and one token, got shape {list(given.shape)}")
+
+
+def refuse_ignored(labels: Any, arguments: PlainMapping) -> None:
+    """Raise ValueError for labels that are no tensor, and for another `ignore_index` than ours."""
+    if labels is not None and not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a tensor of shape [rows, tokens], got {type(labels).__name__}")
+    if (index := arguments.get("ignore_index", IGNORED)) != IGNORED:
+        raise ValueError(f"ignore_index must be {IGNORED}, got {index}; write {IGNORED} into labels without a target")
 
 
 def checked_targets(target_BT: Tensor, shape: torch.Size) -> Tensor:

@@ -24,7 +24,7 @@ from skipstone.core.routing_module import RoutingModule, require_causal
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
-from skipstone.model.arguments import checked_targets, refuse_targets
+from skipstone.model.arguments import checked_targets, refuse_ignored, refuse_targets
 from skipstone.model.build import Int8Linear, Rotary
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
@@ -109,7 +109,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         the logits of this many tokens at a time and return none; 0: all at once. distillation: with loss_chunk, a
         teacher's part of `loss`; `token_loss` then carries no gradient of its own.
         """
-        refuse_mistyped(kwargs)
+        _check_arguments(labels, kwargs)
         shift_labels = kwargs.get("shift_labels")  # as a named argument, Trainer would require it to report eval_loss
         target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
         out: DecoderOutput = self.model(
@@ -310,6 +310,12 @@ def _documents(inputs: PlainDict) -> Tensor:
     end = start + given.shape[1]
     new = max(end - document_BT.shape[1], 0)
     return torch.cat((document_BT, document_BT[:, -1:].expand(-1, new)), dim=1)[:, start:end]
+
+
+def _check_arguments(labels: Any, others: PlainDict) -> None:
+    """Raise ValueError for labels that are no tensor, and for other arguments that would be ignored silently."""
+    refuse_mistyped(others)
+    refuse_ignored(labels, others)
 
 
 def shifted(labels_BT: Tensor) -> Tensor:

@@ -68,8 +68,9 @@ MOST_BLOCKS, MOST_BYTES = 1 << 16, 1 << 46  # beyond any machine, so a larger va
 class ModelFields:
     """The sizes and parts of a model: sizes named as in Llama, parts chosen by name, mechanisms as plain dicts.
 
-    norm: rmsnorm | rmsnorm_offset | layernorm | layernorm_without_bias (see `nn/norm.py`). norm_placement: norms stand
-    before each sub-layer, after it, around it (both), or one norm before both (shared, with parallel_residual).
+    norm: rmsnorm | rmsnorm_offset | layernorm | layernorm_without_bias | layernorm_offset (see `nn/norm.py`).
+    norm_placement: norms stand before each sub-layer, after it, around it (both), or one norm before both (shared, with
+    parallel_residual).
     parallel_residual: the MLP reads the same stream as the attention. qk_norm: norm queries and keys, each head by
     itself with one weight for all (head) or one for each (each_head), or all heads together (qk_norm_over).
     attention_scale: factor on q k; None: 1/sqrt(head_dim). attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) of

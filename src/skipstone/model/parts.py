@@ -78,6 +78,9 @@ class MechanismEntry(Entry):
         return _parse_mechanism(written, self.num_layers, self.kind)
 
 
+WITH_ZEROS = ("relu", "relu2")  # functions that are exactly 0 for a range of inputs
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationEntry(Entry):
     """The parsed options of the activation.
@@ -90,10 +93,10 @@ class ActivationEntry(Entry):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether some neurons are exactly 0 for some inputs, as behind ReLU."""
+        """Whether some neurons are exactly 0 for some inputs, as behind ReLU and its square."""
         if isinstance(self.options, FixedMixConfig):
-            return "relu" in self.options.functions
-        return self.kind == "relu"
+            return not self.options.functions.isdisjoint(WITH_ZEROS)
+        return self.kind in WITH_ZEROS
 
 
 @dataclass(frozen=True, eq=False, repr=False)

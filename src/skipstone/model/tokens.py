@@ -26,6 +26,12 @@ class Call:
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("attention_mask", "position_ids", "document_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor of shape [rows, tokens], got {type(value).__name__}")
+
     @property
     def begun(self) -> bool:
         """Whether a cache has seen tokens before; assumed for a cache that counts on the device."""

@@ -32,11 +32,17 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (Primer, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": F.relu,
+    "relu2": _squared_relu,
     "tanh": torch.tanh,
 }
 

@@ -50,6 +50,20 @@ class OffsetRMSNorm(RMSNorm):
         init.zeros_(self.weight)
 
 
+class OffsetLayerNorm(nn.LayerNorm):
+    """LayerNorm of Nemotron, whose factor is 1 + weight; the weight starts at 0."""
+
+    offset = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
+
+    def reset_parameters(self) -> None:
+        """Set the weight w to 0, so that the factor 1 + w starts at 1, and the bias to 0."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
 class HeadNorm(nn.Module):
     """A norm of each head's features with a weight of its own for each head, for x [..., H, E] (Command R+).
 
@@ -61,7 +75,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         assert isinstance(like, RMSNorm | nn.LayerNorm)
         self.eps, self.centred = like.eps, isinstance(like, nn.LayerNorm)
-        self.offset = like.offset if isinstance(like, RMSNorm) else 0.0
+        self.offset = getattr(like, "offset", 0.0)
         self.weight = nn.Parameter(torch.full((heads, *like.weight.shape), 1 - self.offset))
         biased = isinstance(like, nn.LayerNorm) and like.bias is not None
         self.bias = nn.Parameter(torch.zeros_like(self.weight)) if biased else None
@@ -92,4 +106,5 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "rmsnorm_offset": OffsetRMSNorm,
     "layernorm": nn.LayerNorm,
     "layernorm_without_bias": layernorm_without_bias,
+    "layernorm_offset": OffsetLayerNorm,
 }

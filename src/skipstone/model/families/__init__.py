@@ -17,7 +17,8 @@ from skipstone.model.families.glm import GLM, GLM4
 from skipstone.model.families.gpt2 import GPT2
 from skipstone.model.families.gpt_neox import GPT_NEOX
 from skipstone.model.families.llama import GRANITE, LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3, SMOLLM3
-from skipstone.model.families.olmo2 import OLMO2
+from skipstone.model.families.nemotron import NEMOTRON
+from skipstone.model.families.olmo2 import OLMO2, OLMO3
 from skipstone.model.families.phi3 import PHI3
 from skipstone.model.families.starcoder2 import STARCODER2
 from skipstone.model.fields import TYPES
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "granite": GRANITE,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
@@ -38,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": GLM4,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "nemotron": NEMOTRON,
     "starcoder2": STARCODER2,
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
@@ -48,7 +51,9 @@ COMPUTED = TYPES.keys() - {
     "initializer_range", "linear_init", "scaled_output_init", "embedding_dropout", "attention_dropout",
     "residual_dropout", "mlp_dropout", "mlp_hidden_dropout", *SHARED,
 }  # fmt: skip
-ACTIVATIONS_BACK = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "tanh": "tanh"}
+ACTIVATIONS_BACK = {
+    "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2", "tanh": "tanh",
+}  # fmt: skip
 
 
 def register(model_type: str, family: Family) -> None:

@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
     "tanh": "tanh",
 }
 
@@ -138,20 +139,26 @@ class Family:
     only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as `layer_types` names them
+
+
 def context_of(theirs: PreTrainedConfig) -> int:
     """Return the context length in tokens; with YaRN, the stretched one even if the file names the original one."""
     named: int = theirs.max_position_embeddings
     rope = getattr(theirs, "rope_parameters", None) or {}
+    rope = rope.get(FULL) or rope  # some families have RoPE parameters for each type of attention
     if rope.get("rope_type") != "yarn" or "original_max_position_embeddings" not in rope:
         return named
     return max(named, int(rope["original_max_position_embeddings"] * float(rope.get("factor") or 1)))
 
 
-def padding_of(theirs: PreTrainedConfig) -> int | None:
-    """Return the padding id, or None where the file has a negative one, which means none."""
-    return None if theirs.pad_token_id is None or theirs.pad_token_id < 0 else theirs.pad_token_id
+def special_of(theirs: PreTrainedConfig, name: str) -> int | list[int] | None:
+    """Return a special id, or None where the file has a negative one, which means none."""
+    value: int | list[int] | None = getattr(theirs, name)
+    return None if isinstance(value, int) and value < 0 else value
 
 
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -161,16 +168,15 @@ SHARED = (
     "initializer_range",
     "tie_word_embeddings",
     "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
+    *SPECIAL,
 )
 
 
 def shared(theirs: PreTrainedConfig) -> Options:
     """Return our options for the settings that have the same name in all families."""
     names = {name: getattr(theirs, name) for name in SHARED}
-    return {**names, "max_position_embeddings": context_of(theirs), "pad_token_id": padding_of(theirs)}
+    special = {name: special_of(theirs, name) for name in SPECIAL}
+    return {**names, **special, "max_position_embeddings": context_of(theirs)}
 
 
 def shared_back(config: SkipstoneConfig) -> Options:
@@ -178,15 +184,23 @@ def shared_back(config: SkipstoneConfig) -> Options:
     return {name: getattr(config, name) for name in SHARED}
 
 
-def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act") -> Options:
-    """Return our options for a family like Llama: RMSNorm, RoPE, grouped heads, a gated MLP, no biases."""
+def whole_rope(rope: Options) -> Options:
+    """Return the RoPE parameters of a family that turns whole heads, whatever `partial_rotary_factor` says."""
+    return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+
+
+def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act", partial: bool = False) -> Options:
+    """Return our options for a family like Llama: RMSNorm, RoPE, grouped heads, a gated MLP, no biases.
+
+    partial: whether the family's classes in transformers read `partial_rotary_factor`.
+    """
     return {
         **shared(theirs),
         "intermediate_size": theirs.intermediate_size,
         "num_key_value_heads": theirs.num_key_value_heads,
         "head_dim": getattr(theirs, "head_dim", None),
         "norm_eps": theirs.rms_norm_eps,
-        "rope_parameters": dict(theirs.rope_parameters),
+        "rope_parameters": dict(theirs.rope_parameters) if partial else whole_rope(theirs.rope_parameters),
         "activation": choose(activation, getattr(theirs, activation), ACTIVATIONS),
         "attention_dropout": theirs.attention_dropout or 0.0,  # some files say null
     }
@@ -212,7 +226,17 @@ def rope_back(config: SkipstoneConfig) -> Options:
     return dict(config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
 
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+def ropes_by_type(theirs: PreTrainedConfig) -> Options:
+    """Return our options for a family whose `rope_parameters` are a dict for each type of attention."""
+    full, local = theirs.rope_parameters[FULL], theirs.rope_parameters[SLIDING]
+    window = whole_rope(local) if windows(theirs) else None
+    return {"rope_parameters": whole_rope(full), "window_rope_parameters": window}
+
+
+def ropes_by_type_back(config: SkipstoneConfig) -> Options:
+    """Return `rope_parameters` with a dict for each type of attention."""
+    full = rope_back(config)
+    return {"rope_parameters": {FULL: full, SLIDING: dict(config.window_rope_parameters or full)}}
 
 
 def windows(theirs: PreTrainedConfig) -> Options:

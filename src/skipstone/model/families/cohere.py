@@ -18,6 +18,7 @@ from skipstone.model.families.base import (
     layer_types,
     rope_back,
     shared,
+    whole_rope,
     window_back,
     windows,
 )
@@ -32,7 +33,7 @@ def _both(theirs: PreTrainedConfig) -> Options:
         "norm_eps": theirs.layer_norm_eps,
         "norm_placement": "shared",
         "parallel_residual": True,
-        "rope_parameters": dict(theirs.rope_parameters),
+        "rope_parameters": whole_rope(theirs.rope_parameters),
         "attention_bias": theirs.attention_bias,
         "attention_output_bias": theirs.attention_bias,
         "attention_dropout": theirs.attention_dropout or 0.0,

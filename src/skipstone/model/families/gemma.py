@@ -10,15 +10,14 @@ from transformers import PreTrainedConfig
 
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families.base import (
-    FULL,
-    SLIDING,
     Family,
     Layout,
     Options,
     layer_types,
     llama_like,
     llama_like_back,
-    rope_back,
+    ropes_by_type,
+    ropes_by_type_back,
     window_back,
     windows,
 )
@@ -60,21 +59,16 @@ def _gemma_back(config: SkipstoneConfig, activation: str) -> Options:
 
 
 def _gemma3(theirs: PreTrainedConfig) -> Options:
-    full, local = theirs.rope_parameters[FULL], theirs.rope_parameters[SLIDING]
-    found = windows(theirs)
     return {
         **_gemma(theirs),
-        "rope_parameters": dict(full),
-        "window_rope_parameters": dict(local) if found else None,
+        **ropes_by_type(theirs),
         "qk_norm": True,
         "attention_soft_cap": None,  # transformers has the setting for Gemma 3 and never reads it
     }
 
 
 def _gemma3_back(config: SkipstoneConfig, activation: str) -> Options:
-    full = rope_back(config)
-    rope = {FULL: full, SLIDING: dict(config.window_rope_parameters or full)}
-    return {**_gemma_back(config, activation), "rope_parameters": rope}
+    return {**_gemma_back(config, activation), **ropes_by_type_back(config)}
 
 
 ONLY = {"use_bidirectional_attention": (False, None)}

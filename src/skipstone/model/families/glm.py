@@ -14,7 +14,7 @@ from skipstone.model.families.base import Family, Fused, Layout, Options, llama_
 
 
 def _glm(theirs: PreTrainedConfig) -> Options:
-    return {**llama_like(theirs), "attention_bias": theirs.attention_bias}
+    return {**llama_like(theirs, partial=True), "attention_bias": theirs.attention_bias}
 
 
 def _glm4(theirs: PreTrainedConfig) -> Options:

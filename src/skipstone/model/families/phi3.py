@@ -19,7 +19,7 @@ from skipstone.model.families.base import (
 
 def _read(theirs: PreTrainedConfig) -> Options:
     dropouts = {"embedding_dropout": theirs.embd_pdrop, "residual_dropout": theirs.resid_pdrop}
-    return {**llama_like(theirs), **windows(theirs), **dropouts}
+    return {**llama_like(theirs, partial=True), **windows(theirs), **dropouts}
 
 
 def _write(config: SkipstoneConfig, activation: str) -> Options:

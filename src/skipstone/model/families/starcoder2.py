@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from skipstone.core.strict import choose
 from skipstone.model.config import SkipstoneConfig
-from skipstone.model.families.base import ACTIVATIONS, Family, Layout, Options, rope_back, shared, windows
+from skipstone.model.families.base import ACTIVATIONS, Family, Layout, Options, rope_back, shared, whole_rope, windows
 
 
 def _read(theirs: PreTrainedConfig) -> Options:
@@ -17,7 +17,7 @@ def _read(theirs: PreTrainedConfig) -> Options:
         "num_key_value_heads": theirs.num_key_value_heads,
         "norm": "layernorm",
         "norm_eps": theirs.norm_epsilon,
-        "rope_parameters": dict(theirs.rope_parameters),
+        "rope_parameters": whole_rope(theirs.rope_parameters),
         "mlp": "plain",
         "mlp_bias": theirs.use_bias,
         "attention_bias": theirs.use_bias,
