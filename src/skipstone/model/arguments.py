@@ -32,6 +32,7 @@ def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: i
     elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:
         raise ValueError(f"inputs_embeds must have shape [rows, tokens, {width}], got {list(inputs_embeds.shape)}")
     given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
     if 0 in given.shape[:2]:
         raise ValueError(f"a call needs at least one row and one token, got shape {list(given.shape)}")
 
