@@ -19,6 +19,7 @@ USER_ERRORS = (ValueError, OSError)
 
 
 _SHOWN_BY_PYTHON = warnings.showwarning
+_told: set[str] = set()  # warnings that were shown
 
 
 class UserError(ValueError):
@@ -33,6 +34,7 @@ class UserError(ValueError):
 def one_line_errors() -> Iterator[None]:
     """Turn `USER_ERRORS` into `skipstone: ...` and exit code 2. SKIPSTONE_TRACEBACK=1 disables this."""
     warnings.showwarning = _show
+    _told.clear()
     try:
         yield
     except USER_ERRORS as error:
@@ -69,9 +71,11 @@ def _show(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Show our own warnings as one line; warnings of libraries are for developers and are not shown."""
-    if issubclass(category, UserWarning) and f"{os.sep}skipstone" in filename:
-        print(f"skipstone: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    """Show each of our own warnings once, as one line; those of libraries are for developers and are not shown."""
+    text = " ".join(str(message).split())
+    if issubclass(category, UserWarning) and f"{os.sep}skipstone" in filename and text not in _told:
+        _told.add(text)
+        print(f"skipstone: warning: {text}", file=sys.stderr)
 
 
 def describe(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skipstone.core import progress_bar
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.verbs.adapt import adapt
 from skipstone_cli.verbs.calibrate import calibrate
@@ -78,11 +79,13 @@ def skipstone(
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 for _name, _verb in VERBS.items():
-    app.command(_name, context_settings=PASSED_ON if _verb is run_module else None)(_verb)
+    _line = (_verb.__doc__ or "").strip().partition("\n")[0]  # whole: without it, the list of verbs cuts lines
+    app.command(_name, short_help=_line, context_settings=PASSED_ON if _verb is run_module else None)(_verb)
 
 
 def main() -> None:
     """Run the command; the entry point of the console script and of `python -m skipstone`."""
+    progress_bar.show()
     with one_line_errors():
         app(prog_name="skipstone")
 

@@ -194,7 +194,7 @@ def test_reproduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     command(monkeypatch, "reproduce", "demo", *asked)
     chosen = {"scale": "paper", "arms": ["dense", "tsa"], "seeds": [0, 2]}
     places = {"out": None, "runs": Path("runs"), "readme": Path("a.md")}
-    assert calls == [(("demo",), {**chosen, **places, "render_only": True, "jobs": 1})]
+    assert calls == [(("demo",), {**chosen, **places, "render_only": True, "jobs": 1, "html": False})]
     assert capsys.readouterr().out == "table: results/demo.md\n"
 
 
@@ -207,8 +207,9 @@ def test_the_list_of_experiments(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = listen(monkeypatch, "skipstone.report.rendering", "write_report", None)
     Path("a.json").touch()
-    command(monkeypatch, "report", "run", "--out", "a.html", "--evaluation", "a.json")
-    assert calls == [(([Path("run")], Path("a.html")), {"evaluations": [Path("a.json")]})]
+    Path("a.csv").touch()
+    command(monkeypatch, "report", "run", "--out", "a.html", "--evaluation", "a.json", "--trace", "a.csv")
+    assert calls == [(([Path("run")], Path("a.html")), {"evaluations": [Path("a.json")], "traces": [Path("a.csv")]})]
 
 
 def test_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,14 +31,18 @@ def test_lines_of_metrics() -> None:
 
 def test_progress_is_a_line_a_validation_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = ProgressReporter()
-    state = SimpleNamespace(is_world_process_zero=True, max_steps=9, global_step=3)
+    before = [{"eval_oracle_loss": 3.5}, {"eval_oracle_loss": 2.75}, {"loss": 2.6}]
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=9, global_step=3, log_history=before)
     progress.on_train_begin(None, state, None)
     progress.on_log(None, state, None, {"loss": 2.5, "tokens_per_second": 1234.5})
     progress.on_log(None, state, None, {"eval_oracle_loss": 2.25})
     progress.on_train_end(None, state, None)
-    assert capsys.readouterr().err == ("3 of 9 steps\n3 of 9 steps  loss 2.5000  tokens/s 1,234  oracle 2.2500\n"), (
-        "a run that goes on says what is kept, then a line a validation"
+    kept, line = capsys.readouterr().err.splitlines()
+    assert kept == (
+        "resuming after step 3 of 9: weights, optimizer, schedules and the order of the rows are kept; "
+        "the last validation: 2.7500"
     )
+    assert line == "3 of 9 steps  loss 2.5000  tokens/s 1,234  oracle 2.2500"
 
 
 def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +58,7 @@ def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys
     progress.close()
     progress.close()
     shown = capsys.readouterr().err
-    assert "4/9" in shown
+    assert "4 of 9 steps" in shown
     assert "loss 2.5000" in shown
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from skipstone.core.atomic_write import complete
+from skipstone.core.progress_bar import stages
 from skipstone.mechanisms import PolyGLU
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.families import FAMILIES, family_config
@@ -34,8 +35,15 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
     mechanism left out, about the loss. Raises ValueError for a PolyGLU whose neurons mix activations and for a decoder
     that none of these families computes, and FileExistsError if `out` holds something.
     """
-    folder = Run(Path(model)).model_folder()
-    ours = load_model(folder, dtype).eval()
+    with stages("reading the model", "writing the model") as stage:
+        next(stage)
+        folder = Run(Path(model)).model_folder()
+        ours = load_model(folder, dtype).eval()
+        next(stage)
+        _export_dense(ours, folder, out)
+
+
+def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
     if ours.config.weight_format != "float":
         ours = dequantise(ours)
     activation = dense_activation(ours)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
+from skipstone.core.progress_bar import stages
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.measure.passes import Pass
 from skipstone.model.card import write_card
@@ -35,18 +36,22 @@ def export(
     corpus: to calibrate on, if not the run's own; a saved model has none. require: raises for a model that `change`
     cannot have. Raises ValueError without a corpus, and FileExistsError if `out` holds something.
     """
-    loaded = load_run(Path(folder), "train", corpus)
-    require(loaded.model)
-    if loaded.data is None:
-        raise ValueError(f"{str(folder)!r} is a saved model without a recipe; name the corpus to calibrate on")
-    rows = islice(batches(loaded.data, BATCH, loaded.model.device), BATCHES)
-    with complete(Path(out)) as partial, quiet():
-        changed = change(loaded.model, loaded.primary, rows)
-        changed = changed.to(named_dtype(dtype, loaded.model.dtype))  # type: ignore[arg-type]
-        changed.save_pretrained(partial)
-        write_card(changed, partial, title=Path(out).name, source=Path(folder).name)
-        tokenizer = loaded.run.load_tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        checksums.record(partial, checksums.but_cards(partial))
+    with stages("reading the run and its text", "measuring on training rows", "writing the model") as stage:
+        next(stage)
+        loaded = load_run(Path(folder), "train", corpus)
+        require(loaded.model)
+        if loaded.data is None:
+            raise ValueError(f"{str(folder)!r} is a saved model without a recipe; name the corpus to calibrate on")
+        rows = islice(batches(loaded.data, BATCH, loaded.model.device), BATCHES)
+        next(stage)
+        with complete(Path(out)) as partial, quiet():
+            changed = change(loaded.model, loaded.primary, rows)
+            changed = changed.to(named_dtype(dtype, loaded.model.dtype))  # type: ignore[arg-type]
+            next(stage)
+            changed.save_pretrained(partial)
+            write_card(changed, partial, title=Path(out).name, source=Path(folder).name)
+            tokenizer = loaded.run.load_tokenizer()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            checksums.record(partial, checksums.but_cards(partial))
     return changed

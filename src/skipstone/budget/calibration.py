@@ -20,6 +20,7 @@ from torch import Tensor
 
 from skipstone.budget.budget_table import BudgetTable, OperatingPoint
 from skipstone.budget.handles import ThresholdHandle, require_handles
+from skipstone.core.progress_bar import advance, work
 from skipstone.measure.share import Seen, observe
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -31,6 +32,7 @@ SETTLED = 0.005  # thresholds are left alone once the share changes by less than
 STEP = 1.08  # of two neighbouring points the larger share is at most this times the smaller one
 HALVINGS = 12  # of the interval between two points; scores cannot separate what is still apart then
 LEAST = 0.01  # a threshold that keeps nearly no or nearly every token as trained is taken to be this far from it
+PARTS, UNIT = 1 << 10, "parts of the range"  # in which progress is told
 WITHIN = 0.01  # `meet` is content this close to the budget, as a share of it
 
 
@@ -42,7 +44,7 @@ def calibrate(model: SkipstoneForCausalLM, rows: Rows, text: str = "") -> Budget
     ValueError for no rows, a model without a threshold that can be set, and decisions that have no causal form.
     """
     handles, batches = require_handles(model), _batches(model, rows)
-    with _left_as_it_was(model, handles):
+    with _left_as_it_was(model, handles), work(PARTS, UNIT):
         path = _Path(model, handles, batches)
         first, last = path.point(0.0), path.point(1.0)
         inner = [*_between(path, 0.0, first, 0.5, path.trained), (0.5, path.trained)]
@@ -114,6 +116,7 @@ def _between(
 ) -> list[tuple[float, OperatingPoint]]:
     """Return operating points between two, so close that their thresholds can be interpolated linearly."""
     if other.share <= one.share * STEP or depth == HALVINGS:
+        advance(UNIT, round(PARTS * high) - round(PARTS * low), f"thresholds for {other.share:.1%} of the dense FLOPs")
         return []
     place = (low + high) / 2
     point = path.point(place)

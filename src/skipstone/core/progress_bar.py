@@ -1,62 +1,98 @@
-"""`ProgressBar`: what a long command has done, the time left and its last figures, on stderr."""
+"""`ProgressBar`: what a long command has done, the time left and its last figures, on stderr.
+
+The library says what it works on (`work`, `advance`); nothing is shown unless the process has called `show`, as the
+command line does.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+FRAME = 0.1  # seconds between two drawings of a bar
 SECONDS = 10.0  # between two lines where there is no terminal
+STAGES = "stages"  # the unit of a few parts that take different times, each of which is announced
 
 
 class ProgressBar:
     """Shows a bar in a terminal and plain lines elsewhere, such as in a file or a pipe.
 
-    unit: plural name of what is counted. done: what an earlier process has finished; the time left is estimated from
-    what is finished after it. seconds: between two lines that `update` prints, None if `line` alone prints.
+    total: None if it is not known. unit: plural name of what is counted. done: what an earlier process has finished;
+    the time left is estimated from what is finished after it. seconds: between two lines that `update` prints, None if
+    `line` alone prints. alive: whether a thread redraws the bar between updates, too, so that its clock goes on;
+    without it, nothing runs beside what is timed.
     """
 
-    def __init__(self, total: int, unit: str, done: int = 0, seconds: float | None = SECONDS) -> None:
+    def __init__(
+        self,
+        total: int | None,
+        unit: str,
+        done: int = 0,
+        seconds: float | None = SECONDS,
+        *,
+        alive: bool = True,
+    ) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=True)
         self.total, self.unit, self.done, self.seconds = total, unit, done, seconds
-        self.note = ""
-        self._first, self._began, self._said = done, monotonic(), monotonic()
+        self.note, self.alive = "", alive
+        self._first, self._began, self._said, self._drawn = done, monotonic(), monotonic(), 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if self.console.is_terminal:
             self._open()
 
     def _open(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=self.console)
-        self._task = self._bar.add_task("", total=self.total, completed=self.done)
+        columns = (
+            BarColumn(24, complete_style="blue", finished_style="blue", pulse_style="blue"),
+            TextColumn("{task.fields[said]}", markup=False),
+        )
+        self._bar = Progress(*columns, console=self.console, auto_refresh=self.alive)
+        self._task = self._bar.add_task("", total=self.total, completed=self.done, said=self.said())
         self._bar.start()
 
     def update(self, done: int, note: str | None = None) -> None:
         """Tell how much is done; note: the last figures, shown until there are newer ones."""
         self.done, self.note = done, self.note if note is None else note
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, description=self.note)
-        elif self.seconds is not None and (done >= self.total or monotonic() - self._said >= self.seconds):
+            if self.finished or self.unit == STAGES or monotonic() - self._drawn >= FRAME:
+                self._drawn = monotonic()
+                self._bar.update(self._task, completed=done, said=self.said(), refresh=not self.alive)
+        elif self.seconds is not None and (self.finished or monotonic() - self._said >= self.seconds):
             self.line()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is done."""
+        return self.total is not None and self.done >= self.total
 
     def line(self) -> None:
         """Print a line where there is no bar."""
         if self._bar is None:
             self._said = monotonic()
-            parts = [f"{self.done:,} of {self.total:,} {self.unit}", self.note, self.left()]
-            self.console.print("  ".join(filter(None, parts)), highlight=False, markup=False, soft_wrap=True)
+            self.console.print(self.said(), highlight=False, markup=False, soft_wrap=True)
+
+    def said(self) -> str:
+        """Return what is done, the last figures and the time left as a line."""
+        if self.unit == STAGES:
+            return "done" if self.finished else f"stage {self.done + 1} of {self.total}: {self.note or 'beginning'}"
+        of = "" if self.total is None else f" of {self.total:,}"
+        return "  ".join(filter(None, (f"{self.done:,}{of} {self.unit}", self.note, self.left())))
 
     def left(self) -> str:
         """Return the time left in words, empty if it is not known or nothing is left."""
         finished = self.done - self._first
-        if finished <= 0 or self.done >= self.total:
+        if self.total is None or finished <= 0 or self.finished:
             return ""
         minutes, seconds = divmod(round((monotonic() - self._began) * (self.total - self.done) / finished), 60)
         hours, minutes = divmod(minutes, 60)
@@ -64,7 +100,8 @@ class ProgressBar:
 
     def close(self) -> None:
         """Give the terminal back; may be called twice, and must be called after an error, too."""
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, said=self.said())
             self._bar.stop()
             self._bar = None
 
@@ -73,3 +110,65 @@ class ProgressBar:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class _Work:
+    """A piece of work that has begun. bar: None if it is part of a larger one, which has the bar."""
+
+    def __init__(self, unit: str, bar: ProgressBar | None) -> None:
+        self.unit, self.bar, self.done = unit, bar, 0
+
+
+_shown = False
+_begun: list[_Work] = []
+
+
+def show(shown: bool = True) -> None:
+    """Show the bars of `work` and the lines of `say` from now on, in the first of several processes."""
+    global _shown
+    _shown = shown and os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print a line to stderr if progress is shown."""
+    if _shown:
+        print(text, file=sys.stderr)  # noqa: T201
+
+
+@contextmanager
+def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
+    """Show how much of a piece of work is done inside a `with` block, as `advance` tells it.
+
+    Work inside of other work is a part of it and shows no bar of its own. The arguments are those of `ProgressBar`.
+    """
+    own = _shown and not _begun
+    seconds = 0.0 if unit == STAGES else SECONDS
+    begun = _Work(unit, ProgressBar(total, unit, seconds=seconds, alive=alive) if own else None)
+    _begun.append(begun)
+    try:
+        yield
+    finally:
+        _begun.remove(begun)
+        if begun.bar is not None:
+            begun.bar.close()
+
+
+def advance(unit: str, count: int = 1, note: str | None = None) -> None:
+    """Tell that `count` more of the present work are done, if it is counted in this unit; note: the last figures."""
+    if _begun and _begun[-1].unit == unit and (bar := _begun[-1].bar) is not None:
+        _begun[-1].done += count
+        bar.update(_begun[-1].done, note)
+
+
+@contextmanager
+def stages(*names: str) -> Iterator[Iterator[str]]:
+    """Show a few stages of a piece of work inside a `with` block: `next` announces the next one, by its name."""
+
+    def announced() -> Iterator[str]:
+        for number, name in enumerate(names):
+            advance(STAGES, min(number, 1), name)
+            yield name
+
+    with work(len(names), STAGES):
+        yield announced()
+        advance(STAGES)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from skipstone.core import atomic_write
+from skipstone.core import atomic_write, progress_bar
 from skipstone.core.checksums import file_sha256
 from skipstone.core.lock import locked
 from skipstone.core.plain_text import parse_json
@@ -38,7 +38,7 @@ from skipstone.data.shards import (
     Shard,
     open_shards,
 )
-from skipstone.data.streams import open_source
+from skipstone.data.streams import ONE_BY_ONE, open_source
 from skipstone.data.tokenizers import build_tokenizer, check_spec
 
 if TYPE_CHECKING:
@@ -83,11 +83,12 @@ def write_shards(
     built = build_tokenizer(tokenizer, load_corpus(source) if tokenizer == "char" else None)
     settings = {"source": source, "field": field, "split": split, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     with locked(out), atomic_write.naming(out):
-        work = _Work(out, {**settings, "size": opened.size}, built, report)
+        work = _Work(out, {**settings, "size": opened.size}, built, report, opened.unit)
         if work.finished is not None:
             return work.finished
-        for own, stream in opened.streams.items():
-            work.write(stream(), partial(split_by_hash, percent=percent) if not own else partial(_given, own))
+        with progress_bar.work(opened.total, opened.unit):
+            for own, stream in opened.streams.items():
+                work.write(stream(), partial(split_by_hash, percent=percent) if not own else partial(_given, own))
         return work.finish()
 
 
@@ -99,7 +100,7 @@ class _Work:
     """The state of a folder while it is written: the shards of each split, and the place in its stream after them."""
 
     def __init__(
-        self, out: Path, settings: PlainDict, tokenizer: PreTrainedTokenizerBase, report: Report | None
+        self, out: Path, settings: PlainDict, tokenizer: PreTrainedTokenizerBase, report: Report | None, unit: str
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("this tokenizer has no eos token, which shards need after every document")
@@ -109,6 +110,7 @@ class _Work:
         self.shards: dict[str, list[Shard]] = {}
         self.place: dict[str, int] = {}
         self.finished: Manifest | None = None
+        self.unit, self.tokens = unit, 0  # of progress, and how many this call has encoded
         known = self._known()
         if known is None:
             out.mkdir(parents=True, exist_ok=True)
@@ -139,11 +141,19 @@ class _Work:
                 split: [from_dict(Shard, shard, split) for shard in shards] for split, shards in state["shards"].items()
             }
             self.place = {str(split): int(place) for split, place in state["place"].items()}
+            self._tell_kept()
             return dict(state["settings"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{str(path)!r} cannot be read ({error!r}); remove {str(self.out)!r} and start again"
             ) from None
+
+    def _tell_kept(self) -> None:
+        found = [
+            f"{split}: {len(shards)} shards with {sum(shard.tokens for shard in shards):,} tokens"
+            for split, shards in self.shards.items()
+        ]
+        progress_bar.say(f"continuing an interrupted call; kept are {', '.join(found) or 'no shards yet'}")
 
     def _save(self) -> None:
         shards = {split: [dataclasses.asdict(shard) for shard in shards] for split, shards in self.shards.items()}
@@ -178,6 +188,8 @@ class _Work:
                     yield text
 
         for ids in encode_each(self.tokenizer, wanted(), self.dtype):
+            self.tokens += len(ids) + 1
+            progress_bar.advance(self.unit, int(self.unit == ONE_BY_ONE), f"{self.tokens:,} tokens")
             yield *waiting.popleft(), np.concatenate((ids, eos))
 
     def _close(self, split: str, file: _File, place: int) -> None:

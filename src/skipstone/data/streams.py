@@ -15,6 +15,7 @@ from skipstone.data.corpora import load_corpus
 from skipstone.data.corpus import Corpus
 
 TEXT = "text"
+ONE_BY_ONE = "documents"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,13 @@ class Source:
     """Streams of documents, each of them either one split or to be split by the hash of the documents' text.
 
     streams: by split; the stream to be split by hash has the name "". size: bytes of the files that are read; None if
-    unknown.
+    unknown. unit, total: in which and to what the reading counts (`core/progress_bar.py`); None if it is unknown.
     """
 
     streams: Mapping[str, Callable[[], Iterator[str]]]
     size: int | None = None
+    unit: str = ONE_BY_ONE
+    total: int | None = None
 
 
 def open_source(name: str, field: str | None = None) -> Source:
@@ -38,13 +41,19 @@ def open_source(name: str, field: str | None = None) -> Source:
     head, _, argument = name.partition(":")
     if head == "jsonl":
         files = users.jsonl_files(argument)
-        return Source(streams={"": partial(_lines, files, field or TEXT)}, size=sum(f.stat().st_size for f in files))
+        size = sum(f.stat().st_size for f in files)
+        packed = any(f.suffix == ".gz" for f in files)
+        stream = partial(_lines, files, field or TEXT)
+        return Source(streams={"": stream}, size=size, unit=users.BYTES, total=None if packed else size)
     if head == "hf":
         return _dataset(argument, field)
     if field is not None:
         raise ValueError(f"field applies to jsonl: and hf: only, got {field!r} with {name!r}")
     corpus = load_corpus(name)
-    return Source(streams={split: partial(_documents, corpus, split) for split in corpus.splits})
+    return Source(
+        streams={split: partial(_documents, corpus, split) for split in corpus.splits},
+        total=sum(len(corpus.documents(split)) for split in corpus.splits),
+    )
 
 
 def _documents(corpus: Corpus, split: str) -> Iterator[str]:

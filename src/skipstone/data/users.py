@@ -11,10 +11,12 @@ from typing import Any
 
 from skipstone.core import checksums
 from skipstone.core.plain_text import parse_json
+from skipstone.core.progress_bar import advance
 from skipstone.core.strict import PlainDict
 from skipstone.data.corpus import Corpus, Documents, Reader, by_hash, contiguous
 from skipstone.data.fetch import offline
 
+BYTES = "bytes of JSON"  # the unit in which reading is told
 OWN_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 
 
@@ -91,6 +93,7 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
     """Yield the field of each line's object. Raises ValueError naming a line that has none or is not JSON."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            advance(BYTES, len(line))
             if not line.strip():
                 continue
             try:

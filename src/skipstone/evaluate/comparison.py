@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from skipstone.core.progress_bar import advance, work
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import LoadedRun, load_run
 from skipstone.evaluate.metrics import (
@@ -119,11 +120,12 @@ def _measured(loaded: Sequence[LoadedRun], rounds: int) -> list[RunMetrics]:
         for name, task in speed_tasks(o, sample_ids(o, 8, length, others)).items()
     }
     rates = take_turns(tasks, rounds)
-    named = _names(loaded)
-    found = []
-    for i, o in enumerate(loaded):
-        own: dict[str, Rate] = {name: rate for (run, name), rate in rates.items() if run == i}
-        found.append(replace(run_metrics(o, others, own), name=named[i]))
+    named, found = _names(loaded), []
+    with work(len(loaded), "runs"):
+        for i, o in enumerate(loaded):
+            own: dict[str, Rate] = {name: rate for (run, name), rate in rates.items() if run == i}
+            found.append(replace(run_metrics(o, others, own), name=named[i]))
+            advance("runs", note=named[i])
     return found
 
 

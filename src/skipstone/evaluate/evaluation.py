@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skipstone.core.progress_bar import work
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.budget_curve import AtBudget, at_budgets, budget_section, table_of
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
@@ -22,7 +23,7 @@ from skipstone.evaluate.tables import (
     rich_table,
 )
 from skipstone.measure.flops import COUNTED_BATCHES, FlopCheck, flop_check
-from skipstone.measure.losses import LossResult, measure_hard_mix, measure_loss
+from skipstone.measure.losses import LossResult, measure_hard_mix, measure_loss, mixes_activations
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -203,12 +204,23 @@ def evaluate(
     if loaded.data is None:
         raise ValueError(f"{run} is a saved model without a recipe; name the corpus to evaluate on")
     budget_table = table_of(loaded, split) if budgets else None
-    if budget_table is None:
-        return _evaluated(loaded, loaded.data, split, batch_size)
-    for budget in budgets:
-        budget_table.thresholds(budget)  # raises for one out of reach, before anything is measured
-    points = at_budgets(loaded, loaded.data, budget_table, budgets, batch_size)
-    return replace(_evaluated(loaded, loaded.data, split, batch_size), budgets=points, budget_table=str(budget_table))
+    if budget_table is not None:
+        for budget in budgets:
+            budget_table.thresholds(budget)  # raises for one out of reach, before anything is measured
+    with work(_rows_to_read(loaded, loaded.data, batch_size, len(budgets)), "rows"):
+        if budget_table is None:
+            return _evaluated(loaded, loaded.data, split, batch_size)
+        points = at_budgets(loaded, loaded.data, budget_table, budgets, batch_size)
+        found = _evaluated(loaded, loaded.data, split, batch_size)
+    return replace(found, budgets=points, budget_table=str(budget_table))
+
+
+def _rows_to_read(loaded: LoadedRun, data: PreparedData, batch_size: int, budgets: int) -> int:
+    """Return how many rows all passes of an evaluation read together."""
+    whole = len(data.validation)
+    counted = min(whole, COUNTED_BATCHES * batch_size)
+    own = whole * (len(loaded.passes) + mixes_activations(loaded.model)) + counted
+    return own + ((1 + budgets) * (2 * whole + counted) if budgets else 0)
 
 
 def _evaluated(loaded: LoadedRun, data: PreparedData, split: str, batch_size: int) -> Evaluation:

@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from skipstone.core.progress_bar import advance
 from skipstone.core.strict import PlainDict
 from skipstone.measure.passes import Pass
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -242,6 +243,7 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
         totals["syncs"] += count_host_syncs(run).total()
         unknown |= {*found.unknown}
         passes += 1
+        advance("rows", len(batch["input_ids"]), "counting FLOPs")
     tokens, syncs = totals.pop("tokens"), totals.pop("syncs")
     per_token = {name: value / tokens for name, value in totals.items()}
     return FlopCheck(**per_token, syncs=syncs / passes, unknown=tuple(sorted(unknown)))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipstone.core.progress_bar import advance
 from skipstone.core.records import DepthRecord, Records, of_kind
 from skipstone.core.strict import PlainDict
 from skipstone.data.synthetic import BINS, accuracy_by_bin
@@ -85,6 +86,7 @@ def measure_loss(
             accuracy, kinds = known = known or (Accuracy(), TokenKinds())
             accuracy.add(out.logits, target_BT, batch["difficulty"])
             kinds.add(nats_BT, target_BT, out.records, batch["difficulty"], real_tokens(batch))
+        advance("rows", len(target_BT), f"{forward.name} pass  loss {nats / max(predictions, 1):.4f}")
     return LossResult(
         nats=nats,
         predictions=predictions,
@@ -190,10 +192,15 @@ def measure_hard_mix(
     model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]
 ) -> LossResult | None:
     """Measure the model with each neuron's strongest activation alone; None for one that does not mix activations."""
-    if not _temperatures(model):
+    if not mixes_activations(model):
         return None
     with hard_mix(model):
         return measure_loss(model, forward, batches, activations=False)
+
+
+def mixes_activations(model: SkipstoneForCausalLM) -> bool:
+    """Return whether the neurons of a model mix activations."""
+    return bool(_temperatures(model))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from skipstone.core.progress_bar import advance
 from skipstone.core.records import Records
 from skipstone.measure.passes import PASSES
 from skipstone.model.causal_lm import SkipstoneForCausalLM
@@ -68,6 +69,7 @@ def observe(
             found.append(handle.scores(out.records).to(row["input_ids"].device))
         of_row, dense_of_row = spent(model, row["input_ids"], out.records)
         needed, dense, tokens = needed + of_row, dense + dense_of_row, tokens + row["input_ids"].numel()
+        advance("rows", len(row["input_ids"]), f"decisions  {needed / dense:.1%} of the dense FLOPs")
     joined = [torch.cat(found) for found in scores]
     kept = [
         float((s > handle.threshold).double().mean()) if len(s) else 0.0

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.progress_bar import advance, work
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.wrapped import require_ours
 
@@ -71,11 +72,13 @@ def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
     """Time every task once per round, in alternating order; the first round warms up and is discarded."""
     names = list(tasks)
     laps: dict[K, list[Lap]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        for name in names if turn % 2 else names[::-1]:
-            lap = tasks[name]()
-            if turn:
-                laps[name].append(lap)
+    with work(len(tasks) * (rounds + 1), "timings", alive=False):
+        for turn in range(rounds + 1):
+            for name in names if turn % 2 else names[::-1]:
+                lap = tasks[name]()
+                if turn:
+                    laps[name].append(lap)
+                advance("timings", note=f"{lap.tokens / lap.seconds:,.0f} tokens/s")
     return {name: Rate(laps=tuple(found)) for name, found in laps.items()}
 
 

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
+from skipstone.core.progress_bar import stages
 from skipstone.core.strict import PlainDict
 from skipstone.model.adapters import base_of, merged
 from skipstone.model.card import write_card
@@ -117,15 +118,19 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
     The arguments are those of `load_pretrained`. Raises FileExistsError if `out` is a file or a folder with something
     in it, and what `load_pretrained` raises. `out` appears only when it is complete.
     """
-    with complete(Path(out)) as partial:
+    names = ("reading the checkpoint", "writing the model", "checksums")
+    with complete(Path(out)) as partial, stages(*names) as stage:
+        next(stage)
         name, gguf_file = _locate(source, gguf_file)
         model = load_pretrained(name, dtype, gguf_file=gguf_file)
         tokenizer = load_tokenizer(name, gguf_file)
+        next(stage)
         with quiet():
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             write_card(model, partial, title=Path(out).name, source=_public(name, gguf_file))
+            next(stage)
             checksums.record(partial, checksums.but_cards(partial))
 
 

@@ -21,6 +21,7 @@ from skipstone.core.strict import PlainDict, PlainMapping
 
 VALIDATION = "eval_"  # prefix of validation metrics in Trainer and its integrations
 AGREE_EVERY = 10  # steps between agreements of processes on accelerators
+SECONDS = 60.0  # between two lines of progress without a validation
 SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "causal", "tokens_per_second": "tokens/s"}
 
 
@@ -53,7 +54,7 @@ def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
 
 
 class ProgressReporter(TrainerCallback):
-    """A bar on stderr where that is a terminal; elsewhere a line at each validation."""
+    """A bar on stderr where that is a terminal; elsewhere a line at each validation, and after a minute without one."""
 
     def __init__(self) -> None:
         self.bar: ProgressBar | None = None
@@ -63,15 +64,15 @@ class ProgressReporter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.is_world_process_zero:
-            self.bar = ProgressBar(state.max_steps, "steps", done=state.global_step, seconds=None)
             if state.global_step:
-                self.bar.line()
+                print(kept_words(state), file=sys.stderr)  # noqa: T201
+            self.bar = ProgressBar(state.max_steps, "steps", done=state.global_step, seconds=SECONDS)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step)
+        if self.bar is not None and (self.bar.console.is_terminal or state.global_step < state.max_steps):
+            self.bar.update(state.global_step)  # the last line follows the last validation
 
     def on_log(
         self,
@@ -84,7 +85,7 @@ class ProgressReporter(TrainerCallback):
         logs = logs or {}
         self.shown |= {short: logs[name] for name, short in SHOWN.items() if name in logs}
         if self.bar is not None:
-            self.bar.update(state.global_step, self.summary())
+            self.bar.done, self.bar.note = state.global_step, self.summary()
             if "eval_oracle_loss" in logs:
                 self.bar.line()
 
@@ -101,6 +102,16 @@ class ProgressReporter(TrainerCallback):
     def summary(self) -> str:
         """Return the last figures in words."""
         return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
+
+
+def kept_words(state: TrainerState) -> str:
+    """Return a line on what a resumed run keeps."""
+    losses = [entry["eval_oracle_loss"] for entry in state.log_history if "eval_oracle_loss" in entry]
+    last = f"; the last validation: {losses[-1]:.4f}" if losses else ""
+    return (
+        f"resuming after step {state.global_step:,} of {state.max_steps:,}: weights, optimizer, schedules and the "
+        f"order of the rows are kept{last}"
+    )
 
 
 @contextmanager

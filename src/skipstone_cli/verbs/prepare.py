@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def prepare(
         field=field,
         split=split,
         shard_tokens=shard_tokens or SHARD_TOKENS,
-        report=lambda *done: typer.echo(_line(*done), err=True),
+        report=lambda *done: print(_line(*done), file=sys.stderr),  # typer.echo seeks, which no terminal can
     )
     for name in manifest.splits:
         typer.echo(_line(name, manifest.total(name, "documents"), manifest.total(name, "tokens")))
