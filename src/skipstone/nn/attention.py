@@ -26,6 +26,7 @@ from skipstone.ops import reference as ops
 
 Seen: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and a mask if slots must be compared
 
+CAPPING = {"eager"}  # names of the implementations that cap scores; others may be added
 COPYING = 3  # memory accesses for a key that is copied before it is read
 LEAST_COPY = 128  # keys of all rows; copying fewer takes negligible time
 
@@ -210,7 +211,9 @@ class Attention(nn.Module):
         return key, value, slot_mask(kv.view("slot", rows, newest), document_BC, queries, window)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        implementation = "eager" if self.soft_cap is not None else self.config._attn_implementation  # no other caps
+        implementation = self.config._attn_implementation
+        if self.soft_cap is not None and implementation not in CAPPING:
+            implementation = "eager"
         if implementation != "sdpa":
             mask = _additive(_by_column(query) if mask is None and query.shape[2] > 1 else mask, query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)

@@ -3,7 +3,7 @@
 The pass is the masked executor's, in which every token stays in its column, so that weights belong to tokens also in
 blocks that skip some.
 
-Shape letters: B rows (one), H heads, K queries, C columns of keys, T tokens, L blocks.
+Shape letters: B rows (one, or one for each band), H heads, K queries, C columns of keys, T tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skipstone.core.records import DepthRecord, Records, of_kind
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.nn.attention import eager_attention
+from skipstone.nn.attention import CAPPING, eager_attention
 from skipstone.nn.block import Block
 
 WATCHED = "skipstone_watched"  # name of the attention implementation during the pass
@@ -26,8 +26,8 @@ WATCHED = "skipstone_watched"  # name of the attention implementation during the
 def attention_of_last(model: SkipstoneForCausalLM, ids: Sequence[int]) -> list[list[float] | None]:
     """Return, for each block, the attention weights of the last of `ids` to all of them, means over heads.
 
-    They sum to 1. None for a block whose attention the token skipped, and for one whose attention works in bands or
-    caps its scores, which has no such row. The decisions are those of a causal pass, with noise off.
+    They sum to 1, and are 0 for tokens beyond a block's window. None for a block whose attention the token skipped.
+    The decisions are those of a causal pass, with noise off.
     """
     rows: dict[int, list[float]] = {}
 
@@ -41,14 +41,14 @@ def attention_of_last(model: SkipstoneForCausalLM, ids: Sequence[int]) -> list[l
         **given: float,
     ) -> tuple[Tensor, Tensor]:
         y_BKHE, weight_BHKC = eager_attention(module, query, key, value, mask, scaling, **given)
-        if weight_BHKC.shape[2:] == (len(ids), len(ids)):
-            rows[int(module.layer_idx)] = weight_BHKC[0, :, -1].float().mean(0).tolist()  # type: ignore[call-overload, arg-type]
+        rows[int(module.layer_idx)] = _last_row(weight_BHKC.float().mean(1), len(ids)).tolist()  # type: ignore[call-overload, arg-type]
         return y_BKHE, weight_BHKC
 
     config, usual = model.config, model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(WATCHED, watched)
     try:
         config._attn_implementation = WATCHED
+        CAPPING.add(WATCHED)
         out = model(
             input_ids=torch.tensor([list(ids)], device=model.device),
             routing="causal",
@@ -60,9 +60,25 @@ def attention_of_last(model: SkipstoneForCausalLM, ids: Sequence[int]) -> list[l
         )
     finally:
         config._attn_implementation = usual
+        CAPPING.discard(WATCHED)
     assert out.records is not None
     took = [_took(block, records) for block, records in zip(model.decoder.layers, out.records, strict=True)]
     return [rows.get(layer) if each else None for layer, each in enumerate(took)]
+
+
+def _last_row(weight_BKC: Tensor, tokens: int) -> Tensor:
+    """Return the weights of the last token to all of them, [T], also from attention in bands (`nn/windows.py`).
+
+    Bands are rows of W queries with 2 W keys: those of the chunk before them and their own.
+    """
+    window = weight_BKC.shape[1]
+    if window == tokens:
+        return weight_BKC[0, -1]
+    chunk, at = divmod(tokens - 1, window)
+    near_C = weight_BKC[chunk, at]
+    row_C = torch.zeros((chunk + 1) * window, dtype=near_C.dtype, device=near_C.device)
+    row_C[max(chunk - 1, 0) * window :] = near_C[-min(chunk + 1, 2) * window :]
+    return row_C[:tokens]
 
 
 def _took(block: Block, records: Records) -> bool:
