@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import AxisScale, bounds, short, ticks
+from skipstone.report.axes import AxisScale, bounds, labelled, ticks
 from skipstone.report.drawn import Drawn
 from skipstone.report.palette import BLUE, ORANGE, SKY, VERMILION
 from skipstone_studies.intervals import Claim, Verdict
@@ -22,9 +22,9 @@ def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
     """Draw how many claims about arms each study answers with which verdict."""
     counts = {study: Counter(claim.verdict for claim in claims) for study, claims in found.items()}
     across = AxisScale(0.0, max(map(len, found.values()), default=1), LEFT, WIDTH - RIGHT)
-    parts = _grid(across, len(counts))
+    parts = grid(across, len(counts))
     for i, (study, by_verdict) in enumerate(counts.items()):
-        parts.append(_name(i, study))
+        parts.append(name(i, study))
         start = 0
         for verdict, colour in COLOURS.items():
             stop = start + by_verdict[verdict]
@@ -32,7 +32,7 @@ def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
             box = (across(start), TOP + ROW * i + 3, across(stop) - across(start), ROW - 6)
             parts += [svg.rectangle(*box, hover, fill=colour)] if stop > start else []
             start = stop
-        parts.append(svg.text(across(start) + 6, _middle(i), str(start), "value"))
+        parts.append(svg.text(across(start) + 6, middle(i), str(start), "value"))
     rows = [(study, *(str(by_verdict[verdict]) for verdict in COLOURS)) for study, by_verdict in counts.items()]
     return _drawn(parts, len(counts), "verdicts on claims about arms, by study", ("study", *COLOURS), rows)
 
@@ -41,12 +41,12 @@ def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
     """Draw one column of the table of costs for the studies that have it. rows: cells as text, the study first."""
     known = [(row[0], float(row[column])) for row in rows if _is_number(row[column])]
     across = AxisScale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
-    parts = _grid(across, len(known))
+    parts = grid(across, len(known))
     for i, (study, value) in enumerate(known):
-        parts.append(_name(i, study))
+        parts.append(name(i, study))
         box = (LEFT, TOP + ROW * i + 3, across(value) - LEFT, ROW - 6)
         parts.append(svg.rectangle(*box, f"{study}: {value:.2f} core hours", fill=BLUE))
-        parts.append(svg.text(across(value) + 6, _middle(i), f"{value:.2f}", "value"))
+        parts.append(svg.text(across(value) + 6, middle(i), f"{value:.2f}", "value"))
     table = [(study, f"{value:.2f}") for study, value in known]
     return _drawn(parts, len(known), "core hours of training, by study", ("study", "core hours"), table)
 
@@ -57,11 +57,11 @@ def forest(claims: Sequence[Claim], title: str) -> Drawn:
     ends = [end for claim in claims for end in claim.ends or ()]
     values = [claim.estimate for claim in claims if claim.estimate is not None]
     across = AxisScale(*bounds([*ends, *values, *limits], 0.06), LEFT, WIDTH - RIGHT)
-    parts, floor = _grid(across, len(claims)), TOP + ROW * len(claims)
+    parts, floor = grid(across, len(claims)), TOP + ROW * len(claims)
     parts += [svg.line(across(limit), TOP, across(limit), floor, "mark") for limit in sorted(limits)]
     for i, claim in enumerate(claims):
-        parts += [_name(i, claim.arm), *_interval(i, claim, across)]
-        parts.append(svg.text(WIDTH - RIGHT + 10, _middle(i), claim.verdict, "value"))
+        parts += [name(i, claim.arm), *_interval(i, claim, across)]
+        parts.append(svg.text(WIDTH - RIGHT + 10, middle(i), claim.verdict, "value"))
     rows = [(claim.arm, claim.verdict, claim.found, f"{claim.limit:g}") for claim in claims]
     return _drawn(parts, len(claims), title, ("arm", "verdict", "found", "limit"), rows)
 
@@ -84,20 +84,31 @@ def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
     return parts
 
 
-def _grid(across: AxisScale, rows: int) -> list[Markup]:
+def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
+    """Draw each claim of a study for all of its arms; returned with the text of the claim."""
+    by_text: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_text.setdefault(claim.text, []).append(claim)
+    return [(text, forest(found, f"{study}: {text}")) for text, found in by_text.items()]
+
+
+def grid(across: AxisScale, rows: int) -> list[Markup]:
+    """Draw the vertical lines of a picture with a row for each arm, and their values below it."""
     floor, parts = TOP + ROW * rows, []
-    for value in ticks(across.low, across.high, 5):
+    for value, label in labelled(ticks(across.low, across.high, 5)):
         parts.append(svg.line(across(value), TOP, across(value), floor, "grid"))
-        parts.append(svg.text(across(value), floor + 15, short(value), "tick", text_anchor="middle"))
+        parts.append(svg.text(across(value), floor + 15, label, "tick", text_anchor="middle"))
     return parts
 
 
-def _name(i: int, name: str) -> Markup:
-    cut = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-    return svg.text(LEFT - 8, _middle(i), cut, "tick", text_anchor="end")
+def name(i: int, text: str) -> Markup:
+    """Write the name of a row to its left, cut where it is too long."""
+    cut = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return svg.text(LEFT - 8, middle(i), cut, "tick", text_anchor="end")
 
 
-def _middle(i: int) -> float:
+def middle(i: int) -> float:
+    """Return the y of the text of a row."""
     return TOP + ROW * (i + 0.5) + 4
 
 

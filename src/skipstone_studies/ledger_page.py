@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from jinja2 import ChoiceLoader, PackageLoader
 
 from skipstone.evaluate.tables import Section
-from skipstone.report.drawn import Drawn
 from skipstone.report.templating import environment, script
 from skipstone_studies import ledger_charts
 from skipstone_studies.claims import RULE
@@ -26,14 +25,6 @@ def render(costs: Section, claims: Section, by_study: Mapping[str, Sequence[Clai
         colours=ledger_charts.COLOURS,
         verdicts=ledger_charts.verdicts(by_study),
         hours=ledger_charts.hours(costs.rows[:-1], costs.columns.index("core hours")),
-        studies=[(study, _pictures(study, found)) for study, found in by_study.items()],
+        studies=[(study, ledger_charts.forests(study, found)) for study, found in by_study.items()],
         **script(),
     )
-
-
-def _pictures(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
-    """Return a picture for each claim of a study."""
-    by_text: dict[str, list[Claim]] = {}
-    for claim in claims:
-        by_text.setdefault(claim.text, []).append(claim)
-    return [(text, ledger_charts.forest(found, f"{study}: {text}")) for text, found in by_text.items()]

@@ -24,9 +24,13 @@ def render(study: Study, records: Sequence[Record]) -> str:
     for current in groups(study, records):
         parts += [f"## {heading(current)}", *_section(study, current)]
         shown += len(current)
-    if shown < len(records):
-        parts.append(f"{len(records) - shown} records of other configurations are left out.")
+    parts.append(left_out(shown, len(records)))
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def left_out(shown: int, known: int) -> str:
+    """Return a sentence on records that a page leaves out; "" if there are none."""
+    return f"{known - shown} records of other configurations are left out." if shown < known else ""
 
 
 def groups(study: Study, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
@@ -122,7 +126,8 @@ def lookup(figures: PlainMapping, key: str) -> float | None:
     return float(at) if isinstance(at, (int, float)) and math.isfinite(at) else None
 
 
-def _values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
+def column_values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
+    """Return a column's figure of every seed that has it, in the unit of the column."""
     key = f"{column.key}.median" if column.spread else column.key
     return [value / column.unit for figures in seeds.values() if (value := lookup(figures, key)) is not None]
 
@@ -149,7 +154,7 @@ class Cell:
 
 
 def _cells(column: Column, figures: Mapping[str, Mapping[int, PlainMapping]]) -> dict[str, Cell]:
-    values = {arm: _values(column, seeds) for arm, seeds in figures.items()}
+    values = {arm: column_values(column, seeds) for arm, seeds in figures.items()}
     means = {arm: statistics.fmean(found) for arm, found in values.items() if found}
     first, best = next(iter(values)), None
     if column.better is not None and len(means) > 1:

@@ -15,7 +15,7 @@ from skipstone.report.rendering import write_report
 from skipstone.runs import METRICS
 from skipstone_studies import readme as readmes
 from skipstone_studies import record as records
-from skipstone_studies import side_by_side
+from skipstone_studies import side_by_side, study_page
 from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.corpus import first_available
 from skipstone_studies.page import figures_of, groups, pictures, render, terminal
@@ -42,16 +42,17 @@ def reproduce(
     readme: Path | None = None,
     render_only: bool = False,
     jobs: int = 1,
+    html: bool = False,
 ) -> Path:
     """Run what is not yet recorded of a study, render OUT/NAME.md and return its path.
 
     arms: those to run; None: all. The table shows all that are recorded. seeds: None: the study's own. out: folder of
     tables and records; None: `runs`. runs: folder of run folders. readme: a file into which the table is written
     between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. render_only: train and measure nothing. jobs: arms that run
-    at a time, each in a process of its own, as several small models fit on one GPU. Raises ValueError for unknown
-    names, scales and arms, jobs below 1, a timing with several jobs, and records that cannot be read; at the end, when
-    all else is done, if arms have failed. Recorded runs are never run again. Arms that another process is running are
-    left out, with a message.
+    at a time, each in a process of its own, as several small models fit on one GPU. html: also write OUT/NAME.html, the
+    page with pictures of its table and of its claims. Raises ValueError for unknown names, scales and arms, jobs below
+    1, a timing with several jobs, and records that cannot be read; at the end, when all else is done, if arms have
+    failed. Recorded runs are never run again. Arms that another process is running are left out, with a message.
     """
     study = choose("study", name, STUDIES)
     chosen = _seeds(study, scale, seeds)
@@ -65,6 +66,8 @@ def reproduce(
             raise ValueError(f"no records of {name!r} in {str(out)!r}: nothing to render")
         if found:
             _publish(study, scale, found, out, readme)
+            if html:
+                write_whole(out / f"{name}.html", study_page.render(study, found))
     if failures:
         raise ValueError(f"{len(failures)} of {name}'s runs failed: {'; '.join(failures)}")
     return table_path(out, name)

@@ -4,6 +4,7 @@ rendering.py      `write_report`: run folders in, one HTML file out
 run_view.py       the figures and files of one run
 report_page.py    the sections of the page, from runs to strings and pictures
 token_picture.py  the tokens x layers picture and coloured text
+trace_table.py    a file of `skipstone trace`, read back
 mixes.py          pictures of the mixed activations
 frontier_chart.py     loss against executed FLOPs of several runs, the best marked
 allocation_charts.py  compute by kind, frequency and position of tokens, and against their loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -36,12 +36,21 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """Format a tick's value as a short label, such as 12k, 1.5M or 0.25."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
+
+
+def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Return ticks with their labels, which have as many digits as it takes to tell them apart."""
+    for digits in range(3, 8):
+        labels = [short(value, digits) for value in values]
+        if len({*labels}) == len({*values}):
+            break
+    return list(zip(values, labels, strict=True)) if values else []
 
 
 def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
@@ -84,10 +93,10 @@ class Frame:
     def y_axis(self, scale: AxisScale, title: str) -> list[Markup]:
         """Draw grid lines with their values, and the title along them."""
         parts = []
-        for value in ticks(scale.low, scale.high):
+        for value, label in labelled(ticks(scale.low, scale.high)):
             y = scale(value)
             parts += [svg.line(self.left, y, self.width - self.right, y, "grid")]
-            parts += [svg.text(self.left - 8, y + 4, short(value), "tick", text_anchor="end")]
+            parts += [svg.text(self.left - 8, y + 4, label, "tick", text_anchor="end")]
         middle = (self.top + self.floor) / 2
         turned = f"rotate(-90 14 {svg.number(middle)})"
         return [*parts, svg.text(14, middle, title, "axis", text_anchor="middle", transform=turned)]

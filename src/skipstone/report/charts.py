@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import AxisScale, Frame, short, ticks
+from skipstone.report.axes import Frame, AxisScale, labelled, ticks
 from skipstone.report.drawn import Drawn
 from skipstone.report.palette import SERIES, Style
 
@@ -48,7 +48,7 @@ def lines(
     kept = [(s, points) for s in series if (points := thinned(s.points))]
     across, up = frame.across(*x_range), frame.up(*y_range)
     parts = frame.y_axis(up, y_title)
-    parts += frame.x_axis(x_title, [(across(x), short(x)) for x in ticks(across.low, across.high)])
+    parts += frame.x_axis(x_title, [(across(x), label) for x, label in labelled(ticks(across.low, across.high))])
     for s, points in kept:
         parts += _curve(s, [(across(x), up(y)) for x, y in points])
     if not kept:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import Frame, bounds, short, ticks
+from skipstone.report.axes import Frame, bounds, labelled, ticks
 from skipstone.report.budget_chart import Points
 from skipstone.report.drawn import Drawn
 from skipstone.report.run_view import RunView
@@ -40,7 +40,8 @@ def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
     up = FRAME.up(*bounds((p.loss for p in places), 0.1))
     parts = FRAME.y_axis(up, "nats a token")
     parts += FRAME.x_axis(
-        "executed forward FLOPs a token", [(across(x), short(x)) for x in ticks(across.low, across.high)]
+        "executed forward FLOPs a token",
+        [(across(x), label) for x, label in labelled(ticks(across.low, across.high))],
     )
     pixels = [(across(p.flops), up(p.loss)) for p in best]
     if len(best) > 1:
@@ -94,5 +95,5 @@ def _dot(place: Place, x: float, y: float, on_frontier: bool) -> list[Markup]:
             fill=place.run.style.colour,
             class_="best" if on_frontier else "dominated",
         ),
-        svg.text(x - 9 if left else x + 9, y - 7, place.label, "tick", text_anchor="end" if left else "start"),
+        svg.text(x - 9 if left else x + 9, y - 7, place.label, "place", text_anchor="end" if left else "start"),
     ]

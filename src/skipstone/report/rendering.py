@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skipstone.core.atomic_write import write_whole
+from skipstone.core.progress_bar import advance, work
 from skipstone.report.budget_chart import read_budgets
 from skipstone.report.report_page import Pieces, context
-from skipstone.report.run_view import load_view
+from skipstone.report.run_view import load_view, map_view
 from skipstone.report.templating import environment, script
 from skipstone.runs import Run
 
@@ -20,13 +21,15 @@ def write_report(
     names: Sequence[str] | None = None,
     samples: Mapping[str, Pieces] | None = None,
     evaluations: Sequence[Path] = (),
+    traces: Sequence[Path] = (),
     replace: bool = False,
 ) -> Path:
     """Write one self-contained page about `runs` to `out`, which fetches nothing.
 
     names: of the runs on the page, their folders' names if absent. samples: generated text of runs by name, as (piece,
     share of the compute it took). evaluations: files of `skipstone eval --budget --json`, whose losses by budget are
-    drawn. replace: whether a file that is there may be overwritten.
+    drawn. traces: files of `skipstone trace`, whose tokens and allocation are drawn beside those of the runs. replace:
+    whether a file that is there may be overwritten.
     Raises FileExistsError where it may not, FileNotFoundError for a folder that is no run, ValueError for no runs and
     for evaluations of others.
     """
@@ -38,8 +41,13 @@ def write_report(
     titles = list(names) if names is not None else _names([Path(run) for run in runs])
     opened = [Run(Path(run)) for run in runs]
     measured = read_budgets(evaluations, opened, titles)
-    shown = [load_view(run, name, i) for i, (run, name) in enumerate(zip(opened, titles, strict=True))]
-    html = environment().get_template("page.html").render(**context(shown, samples or {}, measured), **script())
+    maps = [map_view(path, len(opened) + i) for i, path in enumerate(traces)]
+    shown = []
+    with work(len(opened), "runs"):
+        for i, (run, name) in enumerate(zip(opened, titles, strict=True)):
+            shown.append(load_view(run, name, i))
+            advance("runs", note=name)
+    html = environment().get_template("page.html").render(**context(shown, samples or {}, measured, maps), **script())
     write_whole(out, html)
     return out
 

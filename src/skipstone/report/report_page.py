@@ -14,7 +14,7 @@ from skipstone.report.drawn import Drawn
 from skipstone.report.palette import SERIES
 from skipstone.report.run_view import RunView
 
-FRAME, SMALL = Frame(), Frame(width=250, height=180)
+FRAME, LOW = Frame(), Frame(height=190)
 PICTURED = 84  # tokens across the tokens x layers picture: as many as stay readable on paper
 EXPERT_NAMES = ("most chosen expert", "least chosen expert", "no-ops")
 ABSENT = "–"
@@ -33,10 +33,13 @@ FIGURES: tuple[tuple[str, Callable[[RunView], float | None], str], ...] = (
 
 
 def context(
-    runs: Sequence[RunView], samples: Mapping[str, Pieces], measured: Mapping[str, budget_chart.Points]
+    runs: Sequence[RunView],
+    samples: Mapping[str, Pieces],
+    measured: Mapping[str, budget_chart.Points],
+    maps: Sequence[RunView] = (),
 ) -> PlainDict:
     """Return the variables of `templates/page.html`. samples: generated text, measured: budgets, both by the runs'
-    names.
+    names. maps: depth maps that are shown beside the decisions of the runs.
     """
     return {
         "runs": runs,
@@ -46,8 +49,8 @@ def context(
         "frontier": frontier_chart.chart(runs, measured),
         "budgets": budget_chart.curve(runs, measured),
         "budget_rows": budget_chart.table(runs, measured),
-        "routed": [_routed(run) for run in runs if run.trace is not None and run.trace.routed],
-        "allocations": [card for run in runs if (card := allocation_charts.card(run)) is not None],
+        "routed": [_routed(run) for run in (*runs, *maps) if run.trace is not None and run.trace.routed],
+        "allocations": [card for run in (*runs, *maps) if (card := allocation_charts.card(run)) is not None],
         "training": _training(runs),
         "mixes": [mixes.card(run) for run in runs if run.trace is not None and run.trace.activations],
         "activation_names": list(zip(next(filter(None, map(mixes.names_of, runs)), ()), SERIES, strict=False)),
@@ -115,7 +118,7 @@ def _training(runs: Sequence[RunView]) -> list[tuple[str, Drawn]]:
         points = [point for s in series for point in s.points]
         if points:
             x_range, y_range = bounds((x for x, _ in points), 0), bounds([0.0, *(y for _, y in points)])
-            drawn.append((title, charts.lines(series, "step", "", f"{title} in training", SMALL, x_range, y_range)))
+            drawn.append((title, charts.lines(series, "step", "", f"{title} in training", LOW, x_range, y_range)))
     return drawn
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from skipstone.core.strict import PlainMapping
 from skipstone.measure.token_trace import ModelView, TokenTrace
@@ -61,6 +62,28 @@ def load_view(run: Run, name: str, index: int) -> RunView:
         set_capacity=capacity,
         trace=trace,
         trouble=trouble,
+    )
+
+
+def map_view(path: Path, index: int) -> RunView:
+    """Return the depth map in a file of `skipstone trace` as the part of a page that shows decisions.
+
+    Raises ValueError for a file that is none.
+    """
+    from skipstone.report.trace_table import read_trace
+
+    trace = read_trace(path)
+    return RunView(
+        name=path.name,
+        style=style(index),
+        config={},
+        environment={},
+        metrics=(),
+        result={},
+        mechanisms=f"the first row of {path.name}; blocks {', '.join(map(str, sorted(trace.routed)))} are routed",
+        set_capacity={},
+        trace=trace,
+        trouble="",
     )
 
 

@@ -36,7 +36,7 @@ def picture(trace: TokenTrace, count: int, title: str) -> Drawn:
     width = LEFT + CELL_WIDTH * len(labels) + 8
     floor = TOP + CELL_HEIGHT * layers
     parts = [_row(trace, layer, labels, floor - CELL_HEIGHT * (layer + 1)) for layer in range(layers)]
-    parts += [_label(label, LEFT + CELL_WIDTH * (t + 0.5), floor + 13, longest) for t, label in enumerate(labels)]
+    parts += [_label(label, LEFT + CELL_WIDTH * (t + 0.5), floor + 13) for t, label in enumerate(labels)]
     turned = f"rotate(-90 12 {svg.number((TOP + floor) / 2)})"
     parts.append(svg.text(12, (TOP + floor) / 2, "layer", "axis", text_anchor="middle", transform=turned))
     layers_of = sorted(trace.routed)
@@ -71,8 +71,8 @@ def _row(trace: TokenTrace, layer: int, labels: Sequence[str], y: float) -> Mark
     return name + Markup().join(cells)
 
 
-def _label(label: str, x: float, y: float, longest: int) -> Markup:
-    if longest <= 1:
+def _label(label: str, x: float, y: float) -> Markup:
+    if len(label) <= 1:
         return svg.text(x, y, label, "token", text_anchor="middle")
     cut = label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…"
     turned = f"rotate(-90 {svg.number(x + 3)} {svg.number(y - 6)})"

@@ -19,6 +19,21 @@ class Scale(StrEnum):
     PAPER = "paper"
 
 
+Readme = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also write the table into this file, between <!-- NAME:begin --> and end."),
+]
+Jobs = Annotated[
+    int, typer.Option(metavar="N", help="Arms to run at a time, each in a process of its own, as on one GPU.")
+]
+Html = Annotated[
+    bool, typer.Option("--html", help="Also write the page as NAME.html, with pictures of its table and claims.")
+]
+Ledger = Annotated[
+    bool, typer.Option("--ledger", help="Write costs and claims of all records in --out into its README.md.")
+]
+
+
 def reproduce(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of a registered study; see --list.")] = None,
     scale: Annotated[Scale, typer.Option(help="Size of the models and the runs.")] = Scale.LAPTOP,
@@ -28,21 +43,17 @@ def reproduce(
         Path | None, typer.Option(metavar="DIR", help="Folder for tables and records. Default: --runs.")
     ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder that contains the run folders.")] = Path("runs"),
-    readme: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also write the table into this file, between <!-- NAME:begin --> and end."),
-    ] = None,
+    readme: Readme = None,
     render: Annotated[bool, typer.Option("--render", help="Run nothing, only render existing records.")] = False,
+    html: Html = False,
     list_: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
-    jobs: Annotated[
-        int, typer.Option(metavar="N", help="Arms to run at a time, each in a process of its own, as on one GPU.")
-    ] = 1,
-    ledger: Annotated[
-        bool, typer.Option("--ledger", help="Write costs and claims of all records in --out into its README.md.")
-    ] = False,
+    jobs: Jobs = 1,
+    ledger: Ledger = False,
 ) -> None:
     """Run or resume a registered study, and render its table from the records."""
     numbers = parse_seeds(seeds)
+    if html and (ledger or list_):
+        raise UserError(f"--html has no effect with {'--ledger' if ledger else '--list'}")
     if ledger and (name is not None or list_):
         raise UserError("--ledger covers all studies, so it takes neither a name nor --list")
     if ledger:
@@ -77,8 +88,11 @@ def reproduce(
         readme=readme,
         render_only=render,
         jobs=jobs,
+        html=html,
     )
     typer.echo(f"table: {table}")
+    if html:
+        typer.echo(f"page: {table.with_suffix('.html')}")
 
 
 def print_list() -> None:

@@ -1,4 +1,4 @@
-const COPIED = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "font-family", "font-size", "opacity", "visibility"];
+const COPIED = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-linejoin", "paint-order", "font-family", "font-size", "opacity", "visibility"];
 
 // Save a picture as it is seen: its style is written into a copy.
 export function savePicture(shown, name) {

@@ -1,0 +1,131 @@
+"""A depth map that `skipstone trace` has written, read back as what a report shows of a model's decisions.
+
+Shape letters: B rows of the text, T tokens of the longest row, L layers.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skipstone.core.strict import PlainDict, unknown
+from skipstone.measure.token_trace import COLUMNS, Allocation, TokenTrace
+
+SUFFIXES = (".parquet", ".csv", ".jsonl")
+TEXT = {"row": int, "position": int, "layer": int, "score": float, "weight": float, "loss": float}  # of cells in a CSV
+
+
+@dataclass(kw_only=True)
+class _Token:
+    """What a depth map says of a token. weights: of the blocks' updates, 0 where one skips. kept: where none does."""
+
+    text: str
+    loss: float
+    weights: dict[int, float] = field(default_factory=dict)
+    kept: dict[int, bool] = field(default_factory=dict)
+
+
+def read_trace(path: Path) -> TokenTrace:
+    """Read a depth map as a trace: the decisions of its first row, and the allocation of compute over all of it.
+
+    A block counts as computed for a token if all of its mechanisms keep the token. Raises ValueError, one line, for a
+    file that is no depth map.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(unknown("suffix of a depth map", path.suffix, SUFFIXES))
+    rows: dict[int, dict[int, _Token]] = {}
+    counts: dict[int, dict[str, list[int]]] = {}  # of a mechanism of a layer: tokens that it keeps, that reached it
+    try:
+        for line in _lines(path):
+            loss = math.nan if line["loss"] is None else float(line["loss"])
+            row = rows.setdefault(int(line["row"]), {})
+            token = row.setdefault(int(line["position"]), _Token(text=str(line["token"]), loss=loss))
+            layer, kept = int(line["layer"]), bool(line["kept"])
+            token.weights[layer] = token.weights.get(layer, 1.0) * float(line["weight"])
+            token.kept[layer] = token.kept.get(layer, True) and kept
+            if line["mechanism"] is not None:
+                count = counts.setdefault(layer, {}).setdefault(str(line["mechanism"]), [0, 0])
+                count[0] += kept
+                count[1] += kept or line["score"] is not None
+        if not rows or sorted(rows) != list(range(len(rows))):
+            raise ValueError("its rows are not numbered from 0")
+        found = [[row[t] for t in range(len(row))] for _, row in sorted(rows.items())]
+        layers = len(found[0][0].weights)
+        weight_LT = [[token.weights[layer] for token in found[0]] for layer in range(layers)]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{str(path)!r} is no depth map of `skipstone trace`: {_reason(error)}") from None
+    depths = [[_depth(token) for token in row] for row in found]
+    return TokenTrace(
+        tokens=[token.text for token in found[0]],
+        weight_LT=weight_LT,
+        kept_LT=[[token.kept[layer] for token in found[0]] for layer in range(layers)],
+        depth_T=depths[0],
+        depth=sum(map(sum, depths)) / sum(map(len, depths)),
+        routing="causal",
+        routed=frozenset(counts),
+        capacity={i: {name: kept / max(all_, 1) for name, (kept, all_) in by.items()} for i, by in counts.items()},
+        allocation=_allocation(found, depths),
+    )
+
+
+def _depth(token: _Token) -> float:
+    return sum(token.kept.values()) / len(token.kept)
+
+
+def _reason(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+
+
+def _allocation(rows: list[list[_Token]], depths: list[list[float]]) -> Allocation:
+    import torch  # a report without depth maps needs none
+
+    from skipstone.measure.allocation import measure_allocation
+    from skipstone.measure.trace import category_of
+
+    ids = {text: i for i, text in enumerate(dict.fromkeys(token.text for row in rows for token in row))}
+    shape = (len(rows), max(map(len, rows)))
+    real_BT = torch.zeros(shape, dtype=torch.bool)
+    compute_BT, loss_BT = torch.zeros(shape, dtype=torch.double), torch.full(shape, math.nan, dtype=torch.double)
+    ids_BT, category_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        real_BT[b, : len(row)] = True
+        compute_BT[b, : len(row)] = torch.tensor(depths[b], dtype=torch.double)
+        loss_BT[b, : len(row)] = torch.tensor([token.loss for token in row], dtype=torch.double)
+        ids_BT[b, : len(row)] = torch.tensor([ids[token.text] for token in row])
+        category_BT[b, : len(row)] = torch.tensor([category_of(token.text) for token in row])
+    return measure_allocation(compute_BT, loss_BT, ids_BT, real_BT, category_BT)
+
+
+def _lines(path: Path) -> Iterator[PlainDict]:
+    """Yield the lines of a depth map in any of its formats, with None for what is empty."""
+    if path.suffix == ".parquet":
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ValueError("parquet files need a package: pip install 'skipstone[trace]'")
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            file = parquet.ParquetFile(path)
+            for batch in file.iter_batches(columns=list(COLUMNS)):
+                yield from batch.to_pylist()
+        except ArrowInvalid as error:
+            raise ValueError(str(error)) from None
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+    else:
+        with path.open(encoding="utf-8", newline="") as lines:
+            for line in csv.DictReader(lines):
+                yield {key: _cell(key, value) for key, value in line.items()}
+
+
+def _cell(key: str, text: str) -> object:
+    if key == "kept":
+        return text == "True"
+    if key == "token":
+        return text
+    return None if text == "" else TEXT.get(key, str)(text)

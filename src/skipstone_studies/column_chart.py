@@ -1,0 +1,51 @@
+"""A column of a study's table as a picture: the mean of each arm, and its seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from skipstone.report import svg
+from skipstone.report.axes import AxisScale, bounds, short
+from skipstone.report.drawn import Drawn
+from skipstone.report.palette import BLUE, VERMILION
+from skipstone_studies.ledger_charts import LEFT, RIGHT, ROW, TOP, WIDTH, grid, middle, name
+from skipstone_studies.study import Column
+
+
+def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> Drawn:
+    """Draw one row for each arm: a dot at the mean over seeds, and a short line at every seed.
+
+    values: of each arm, at least one. The best mean, where the column has one, is a square.
+    """
+    means = {arm: statistics.fmean(found) for arm, found in values.items()}
+    best = None if column.better is None else (min if column.better == "low" else max)(means.values())
+    everything = [value for found in values.values() for value in found]
+    across = AxisScale(*bounds(everything, 0.06), LEFT, WIDTH - RIGHT)
+    parts = grid(across, len(values))
+    for i, (arm, found) in enumerate(values.items()):
+        y, told = TOP + ROW * (i + 0.5), format_value(column, means[arm])
+        hover = svg.element("title", f"{arm}: {told}")
+        parts.append(name(i, arm))
+        if len(found) > 1:
+            parts += [svg.line(across(value), y - 6, across(value), y + 6, "seed") for value in found]
+        x = across(means[arm])
+        if means[arm] == best:
+            parts.append(svg.element("rect", hover, x=x - 4.5, y=y - 4.5, width=9, height=9, fill=VERMILION))
+        else:
+            parts.append(svg.element("circle", hover, cx=x, cy=y, r=4.4, fill=BLUE))
+        parts.append(svg.text(WIDTH - RIGHT + 10, middle(i), told, "value"))
+    rows = [(arm, format_value(column, means[arm]), *_spread(column, found)) for arm, found in values.items()]
+    return Drawn.of(
+        svg.drawing(WIDTH, TOP + ROW * len(values) + 24, parts, title), ("arm", column.title, "least", "most"), rows
+    )
+
+
+def format_value(column: Column, value: float) -> str:
+    """Format a value as the table of the study does; one that is too long for a label in short."""
+    text = format(round(value) if column.format.endswith("d") else value, column.format)
+    return text if len(text) <= 12 else short(value)
+
+
+def _spread(column: Column, found: Sequence[float]) -> tuple[str, str]:
+    return format_value(column, min(found)), format_value(column, max(found))
