@@ -14,8 +14,10 @@ from skipstone.data.tokenizers import byte_tokenizer
 from skipstone.evaluate.trace_file import write_trace
 from skipstone.measure.depth_map import depth_maps
 from skipstone.measure.token_trace import COLUMNS
+from skipstone.measure.trace import trace_tokens
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
+from skipstone.report.trace_table import read_trace
 
 TEXT = 'one, "two"\nthree <b>four</b> ' * 3
 
@@ -108,3 +110,43 @@ def test_what_cannot_be_written_is_told_in_one_line(saved: Path, tmp_path: Path)
         write_trace(saved, text, tmp_path / "map.csv", context=17)
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         write_trace(saved, text, text.rename(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_report_reads_what_was_written(saved: Path, tmp_path: Path, suffix: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    write_trace(saved, text, tmp_path / f"map{suffix}")
+    read = read_trace(tmp_path / f"map{suffix}")
+    ids = torch.tensor(list(TEXT.encode()))
+    whole = trace_tokens(model_of(), {"input_ids": ids[:80].view(5, 16)}, list(TEXT[:16]))
+    assert read.tokens == list(TEXT[:16])
+    assert read.kept_LT == whole.kept_LT
+    for one, other in zip(read.weight_LT, whole.weight_LT, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert read.depth_T == pytest.approx(whole.depth_T)
+    assert read.routed == whole.routed == {1, 2}
+    groups = read.allocation.by_kind
+    assert sum(group.tokens for group in groups) == len(TEXT)
+    kinds = {group.name: group.tokens for group in groups}
+    assert kinds["letters"] == sum(map(str.isalpha, TEXT))
+    assert kinds["white space"] == sum(map(str.isspace, TEXT))
+    assert read.depth == pytest.approx(sum(group.compute * group.tokens for group in groups) / len(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "", "unknown suffix of a depth map"),
+        ("a.csv", "row,position\n0,0\n", "is no depth map of `skipstone trace`: it has no 'loss'"),
+        ("a.csv", "", "its rows are not numbered from 0"),
+        ("a.jsonl", "{", "is no depth map"),
+        ("a.jsonl", "[1]", "is no depth map"),
+        ("a.parquet", "PAR1", "is no depth map"),
+    ],
+)
+def test_what_is_no_depth_map_is_refused_in_one_line(name: str, content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=says) as error:
+        read_trace(tmp_path / name)
+    assert "\n" not in str(error.value)

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -28,6 +29,8 @@ from skipstone.mechanisms import DEPTH
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
+PATIENCE = 480  # seconds; on a machine that is not busy, a page is ready in less than one minute
+LOG = "log.txt"
 STEPS = ("--steps", "80" if "SKIPSTONE_SCREENSHOTS" in os.environ else "8")
 SAYS = {
     "adapt_checkpoint": "the result is a Hugging Face model: SkipstoneForCausalLM",
@@ -115,20 +118,31 @@ def test_an_example_runs_by_marimo_as_a_script(name: str, tmp_path: Path) -> Non
     ("verb", "name"), [*(("run", name) for name in sorted(SAYS)), ("edit", "watch_who_skips")], ids=lambda value: value
 )
 def test_an_example_opens_in_a_browser(verb: str, name: str, tmp_path: Path) -> None:
-    pytest.importorskip("marimo", reason="marimo is not installed")
+    for package in ("marimo", "IPython"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     shots = Path(os.environ.get("SKIPSTONE_SCREENSHOTS", tmp_path))
     with chromium() as browser, notebook(verb, name, tmp_path) as address:
         page = browser.new_page(viewport={"width": 1000, "height": 1000})
-        page.goto(address)
+        page.goto(address, wait_until="commit", timeout=PATIENCE * 1000)  # marimo's scripts are several megabytes
+        wait(page.get_by_role("heading", level=1).first, tmp_path)
         if verb == "edit":
-            page.get_by_text("SkipstoneConfig").first.wait_for(timeout=60_000)  # the code is there
-        page.get_by_role("heading", level=1).first.wait_for(timeout=60_000)
+            wait(page.get_by_text("SkipstoneConfig").first, tmp_path)  # the code is there
         shown = page.locator(".markdown li" if name == "route_any_decoder" else ".skipstone pre.depth span").first
-        shown.wait_for(timeout=480_000)  # a minute on a machine that is not busy
+        wait(shown, tmp_path)
         page.wait_for_timeout(1000)  # what follows it
         assert page.get_by_text("Traceback").count() == 0
         shown.scroll_into_view_if_needed()
         page.screenshot(path=shots / f"example-{name}.png" if verb == "run" else tmp_path / "edit.png")
+
+
+def wait(shown: Any, folder: Path) -> None:
+    """Wait until something is shown; fail at once if a cell of the notebook has failed."""
+    end = time.monotonic() + PATIENCE
+    while not shown.is_visible():
+        log = (folder / LOG).read_text(encoding="utf-8")
+        assert "Traceback" not in log, log[-2000:]
+        assert time.monotonic() < end, f"nothing is shown after {PATIENCE} seconds"
+        shown.page.wait_for_timeout(500)
 
 
 @contextmanager
@@ -152,7 +166,7 @@ def notebook(verb: str, name: str, folder: Path) -> Iterator[str]:
         "--",
         *STEPS,
     ]
-    with (folder / "log.txt").open("w") as log:
+    with (folder / LOG).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=folder)
     try:
         address = f"http://127.0.0.1:{port}/"

@@ -114,7 +114,7 @@ def test_hover_tells_and_a_click_keeps(browser: Any, address: str) -> None:
         picture.wait_for()
         blocks = page.locator(".attention tbody tr").count()
         assert picture.locator("rect.attended").count() == 6 * blocks, "six tokens, itself included"
-        assert picture.locator("text", has_text="no attention in this block").count() == 3 - blocks
+        assert picture.locator("text", has_text="skipped: attends to nothing").count() == 3 - blocks
         assert "What token 5 attends to" in page.locator(".attention").first.text_content()
         tokens_of(page).nth(7).hover()
         assert "token 7" in details.text_content()
@@ -124,12 +124,51 @@ def test_hover_tells_and_a_click_keeps(browser: Any, address: str) -> None:
         assert "token 9" in details.text_content(), "the map tells as well"
 
 
+def test_characters_of_several_tokens_and_every_picture_with_its_table(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        ran(page, prompt="é€a", tokens=4)
+        pieces = [tokens_of(page).nth(i).text_content() for i in range(6)]
+        assert pieces == ["▫", "é", "▫", "▫", "€", "a"], "a sign stands for a part of a character"
+        tokens_of(page).nth(2).hover()
+        assert "token 2" in page.locator(".details").first.text_content()
+        tokens_of(page).nth(5).click()
+        page.locator(".attention svg").first.wait_for()
+        panel = page.locator(".panel").first
+        assert panel.locator("svg[role=img]").count() == panel.get_by_role("button", name="Save as SVG").count() == 4
+        assert panel.locator("details").count() == 4
+        path = page.locator(".details").first
+        path.locator("summary").click()
+        rows = path.locator("tbody tr").all_text_contents()
+        assert len(rows) == 4, "a row for each mechanism of a block, and one for a block without any"
+        assert rows[0] == "0–––every token"
+        assert "token selective" in rows[2]
+        tokens_of(page).nth(4).hover()
+        assert path.locator("tbody").is_visible(), "it stays open from token to token"
+        neurons = panel.locator(".neurons")
+        neurons.locator("summary").click()
+        counts = [
+            int(n)
+            for n in re.findall(r"\d+", " ".join(neurons.locator("tbody tr").last.locator("td").all_text_contents()))
+        ]
+        assert sum(counts[1:]) == 24, "every neuron of a block counts once"
+
+
+def test_a_page_without_text_shows_no_empty_picture(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        page.locator(".panel").first.wait_for()
+        assert page.locator("figure:visible").count() == 0
+        ran(page, tokens=2)
+        assert page.locator("figure:visible").count() == 4
+
+
 def test_the_slider_sets_the_budget_and_runs_again(browser: Any, address: str) -> None:
     with opened(browser, address) as page:
         ran(page)
         before = page.locator(".meter b").first.text_content()
         slider = page.get_by_role("slider")
         assert slider.count() == 1, "the other model has no table"
+        assert "skipstone calibrate" in page.locator(".panel").nth(1).text_content()
+        assert page.locator("output").text_content() == "43 % of the dense FLOPs", "as trained"
         slider.press("Home")
         page.get_by_text("40 % of the dense FLOPs").wait_for()
         page.get_by_text("done", exact=True).wait_for(timeout=60_000)

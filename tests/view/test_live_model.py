@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from skipstone.data.tokenizers import byte_tokenizer
 from skipstone.generate.engine import generate
 from skipstone.measure.flops import count_flops
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.nn.attention import CAPPING
 from skipstone.ops.reference import rotate
 from skipstone.view.live_model import LiveModel
 from skipstone.view.live_session import Request, events, read_request
@@ -72,6 +76,13 @@ def test_executed_flops_follow_the_budget_and_dense_ones_do_not(model: LiveModel
     assert low["flops"] < high["flops"]
 
 
+def test_the_budget_of_the_model_as_trained_is_told(model: LiveModel) -> None:
+    told = model.describe()
+    assert told["trained_budget"] == 0.43, "the point whose thresholds are nearest to the model's own"
+    assert told["budgets"] == [0.4, 0.46]
+    assert told["has_thresholds"]
+
+
 def test_models_take_turns_and_each_has_its_twin(model: LiveModel) -> None:
     request = Request(prompt="ab", models=[0, 1], new_tokens=2)
     found = list(events([model, model], request))
@@ -126,6 +137,30 @@ def test_attention_of_a_token_is_that_of_the_pass_and_absent_where_it_skips(mode
     query, key = first_block(model, ids)
     by_hand = (query[:, -1:] @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1).mean(0)[0]
     assert model.attention(ids, None)[0] == pytest.approx(by_hand.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [3, 4, 9, 28])
+def test_attention_in_bands_and_with_capped_scores(saved: Path, tmp_path: Path, count: int) -> None:
+    window, cap = 4, 0.5
+    options = {"attention_window": window, "window_layers": [0, 1], "attention_soft_cap": cap}
+    whole = LiveModel(saved, "whole").model
+    torch.manual_seed(1)
+    config = SkipstoneConfig(**{**whole.config.to_dict(), **options, "mechanisms": []})
+    SkipstoneForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = LiveModel(tmp_path / "model", "windowed")
+    ids = model.encode("to be, or not to be: that is")[:count]
+    rows = model.attention(ids, None)
+    query, key = first_block(model, ids)
+    score_HT = (query[:, -1:] @ key.transpose(1, 2) / query.shape[-1] ** 0.5)[:, 0]
+    score_HT = cap * (score_HT / cap).tanh()
+    score_HT[:, : max(len(ids) - window, 0)] = -torch.inf
+    assert rows[0] == pytest.approx(score_HT.softmax(-1).mean(0).tolist(), abs=1e-4)
+    assert [len(row) for row in rows] == [len(ids)] * 3
+    assert [sum(row) for row in rows] == pytest.approx([1, 1, 1], abs=1e-3)
+    assert sum(weight > 0 for weight in rows[1]) == min(window, len(ids))
+    assert sum(weight > 0 for weight in rows[2]) == len(ids), "the last block has no window"
+    assert "skipstone_watched" not in CAPPING
 
 
 def first_block(model: LiveModel, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -119,6 +119,15 @@ class BudgetTable:
             for handle, state in before:
                 handle.restore(state)
 
+    def present(self, model: SkipstoneForCausalLM) -> float:
+        """Return the share of the point whose thresholds are nearest to those that the model has now.
+
+        For a model as it was trained, this is the share that it was calibrated to execute.
+        """
+        now = [handle.threshold for handle in self._handles(model)]
+        apart = [max(abs(a - b) for a, b in zip(point.thresholds, now, strict=True)) for point in self.points]
+        return self.points[apart.index(min(apart))].share
+
     def _handles(self, model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
         handles = find_handles(model)
         if tuple(handle.name for handle in handles) != self.handles:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from skipstone.budget import BudgetTable
+from skipstone.budget.handles import find_handles
 from skipstone.core.records import ActivationRecord, Records, of_kind
 from skipstone.core.strict import PlainDict
 from skipstone.generate.detokenizer import Detokenizer
@@ -48,6 +49,7 @@ class LiveModel:
             raise ValueError(f"{folder} has no tokenizer: a synthetic task has no text to type")
         self.tokenizer = tokenizer
         self.table = BudgetTable.load(place) if BudgetTable.find(place := opened.model_folder()) else None
+        self.trained_share = 1.0 if self.table is None else self.table.present(self.model)
         self.blocks = list(self.model.decoder.layers)
         self.context: int = self.model.config.max_position_embeddings
         self._twin: DenseTwin | None = None
@@ -56,7 +58,8 @@ class LiveModel:
         """Return the description of the model that the page shows before a prompt is entered.
 
         slots: block and mechanism of the decisions of every token, in their order. budgets: the least and the largest
-        budget, None without a budget table. neurons: whether there is a map of neurons.
+        budget, None without a budget table; trained_budget: that of the model as it was trained. has_thresholds:
+        whether a budget table can be made. neurons: whether there is a map of neurons.
         """
         sites: list[list[str | None]] = [[n for site in block.sites.values() for n in site] for block in self.blocks]
         return {
@@ -67,7 +70,8 @@ class LiveModel:
             "layers": len(self.blocks),
             "slots": [[layer, name] for layer, names in enumerate(sites) for name in names or [None]],
             "budgets": None if self.table is None else list(self.table.range),
-            "budget_gap": None if self.table is None else str(self.table),
+            "trained_budget": None if self.table is None else rounded(self.trained_share),
+            "has_thresholds": bool(find_handles(self.model)),
             "neurons": bool(self._mixes()),
             "twin": self.has_twin,
             "dense_flops": forward_flops(self.model, 1, mechanisms=False).total,

@@ -16,12 +16,17 @@ def report(
     evaluation: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Output of `eval --budget --json`; may be repeated.")
     ] = None,
+    trace: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Output of `skipstone trace`; may be repeated.")
+    ] = None,
 ) -> None:
     """Write a self-contained HTML report about runs."""
     for run in runs:
         existing_dir(run, "run folder")
     for file in evaluation or []:
         existing_file(file, "--evaluation")
+    for file in trace or []:
+        existing_file(file, "--trace")
     new_path(out, "--out")
 
     for run in runs:
@@ -29,5 +34,5 @@ def report(
 
     from skipstone.report.rendering import write_report
 
-    write_report(runs, out, evaluations=evaluation or [])
+    write_report(runs, out, evaluations=evaluation or [], traces=trace or [])
     typer.echo(f"written: {out}")

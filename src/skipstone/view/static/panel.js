@@ -1,5 +1,5 @@
 // One model: its budget, its counters, its text, and the token that is looked at.
-import { h, saveable, drawMap, drawPath, drawAttention, drawNeurons, visible, percent, short } from "./pictures.js";
+import { h, saveable, tabled, drawMap, drawPath, drawAttention, drawNeurons, visible, percent, short } from "./pictures.js";
 
 const ACTIVATION_CLASSES = 6; // colours in the style sheet
 
@@ -73,16 +73,19 @@ export class Panel {
       return budgets ? h("p", { class: "note budget" }, `Budget: ${set}.`) : "";
     }
     if (!budgets) {
-      return h("p", { class: "note budget" }, "No budget slider: ", h("code", {}, "skipstone calibrate"), " writes the table that it needs.");
+      const why = this.model.has_thresholds ? [h("code", {}, "skipstone calibrate"), " writes the table that it needs."] : ["this model has no thresholds to set."];
+      return h("p", { class: "note" }, "No budget slider: ", ...why);
     }
     const shown = h("output", { for: id("budget") });
-    const slider = h("input", { id: id("budget"), type: "range", min: budgets[0], max: budgets[1], step: 0.005, value: budgets[1] });
+    const slider = h("input", { id: id("budget"), type: "range", min: budgets[0], max: budgets[1], step: 0.005, value: this.model.trained_budget });
     const trained = h("input", { type: "checkbox", checked: "" });
     const update = (chosen) => {
       this.budget = chosen ? Number(slider.value) : null;
       trained.checked = !chosen;
-      shown.textContent = chosen ? `${percent(this.budget)} of the dense FLOPs` : "";
+      if (!chosen) slider.value = this.model.trained_budget;
+      shown.textContent = `${percent(chosen ? this.budget : this.model.trained_budget)} of the dense FLOPs`;
     };
+    update(false);
     slider.addEventListener("input", () => update(true));
     slider.addEventListener("change", () => this.rerun());
     trained.addEventListener("change", () => { update(!trained.checked); this.rerun(); });
@@ -91,6 +94,7 @@ export class Panel {
   }
 
   clear() {
+    this.element.classList.add("empty"); // pictures are shown once there is a text
     this.tokens = []; // {text, label, span, read}: read is what a pass told of the token
     this.pinned = this.looked = null;
     this.guesses = this.accepted = this.dropped = 0;
@@ -111,6 +115,7 @@ export class Panel {
 
   take(event) {
     if (event.type === "start") {
+      this.element.classList.remove("empty");
       this.text.replaceChildren();
       this.tokens = event.prompt.map((token, i) => this.add(token, i, "prompt"));
       this.focusable(0);
@@ -132,7 +137,8 @@ export class Panel {
   add(token, index, origin) {
     const span = h("span", { class: `token unread ${origin}`, role: "button", tabindex: "-1", "data-t": index, "aria-pressed": "false",
       "aria-label": `token ${index}: ${visible(token.label)}` });
-    span.textContent = token.text === "" ? "\u200b" : token.text.replace(/\n/g, "↵\n");
+    span.textContent = token.text === "" ? unwritten(token.label) : token.text.replace(/\n/g, "↵\n");
+    if (token.text === "") span.classList.add("unwritten");
     this.text.append(span);
     return { ...token, span, read: null };
   }
@@ -155,7 +161,7 @@ export class Panel {
     token.span.setAttribute("aria-label", `token ${index}: ${visible(token.label)}, ${percent(read.compute)} of the blocks' work`);
     const number = (value) => (value === null ? "–" : value.toFixed(2));
     const cells = this.model.slots.flatMap(([, mechanism], i) =>
-      mechanism ? [`${read.kept[i] ? "kept" : "skipped"}${read.score[i] === null ? "" : `, ${number(read.score[i])}`}`] : []);
+      mechanism ? [`${read.kept[i] ? `×${number(read.weight[i])}` : "skipped"}${read.score[i] === null ? "" : `, score ${number(read.score[i])}`}`] : []);
     this.table.append(h("tr", {}, ...[index, visible(token.label), percent(read.compute), number(read.entropy), number(read.loss), ...cells]
       .map((cell) => h("td", {}, String(cell)))));
   }
@@ -254,8 +260,12 @@ export class Panel {
       h("dl", { class: "facts" }, fact("compute", `${percent(read.compute)} of the blocks' work`),
         fact("entropy of the next token", nats(read.entropy)), fact("loss of the next token", nats(read.loss))),
       drawPath(blocks, `Path of token ${index} through the blocks`),
-      saveable(() => this.details.querySelector("svg"), `${this.model.name}-token-${index}`));
-    if (this.neurons && read.mix) this.neuronMap.replaceChildren(...drawNeurons(this.neurons, read.mix, ACTIVATION_CLASSES));
+      h("div", { class: "tools" }, saveable(() => this.details.querySelector("svg"), `${this.model.name}-token-${index}`),
+        tabled(["block", "mechanism", "score", "weight", "decision"], blocks.flatMap(({ slots }, layer) => slots.length
+          ? slots.map(({ mechanism, score, weight, kept }) => [layer, mechanism.replaceAll("_", " "), score?.toFixed(4) ?? "not reached", weight?.toFixed(4) ?? "–", kept ? "keeps" : "skips"])
+          : [[layer, "–", "–", "–", "every token"]]), this.tableIsOpen, (open) => { this.tableIsOpen = open; })));
+    if (this.neurons && read.mix) this.neuronMap.replaceChildren(...drawNeurons(this.neurons, read.mix, ACTIVATION_CLASSES,
+      this.neuronsAreOpen, (open) => { this.neuronsAreOpen = open; }));
   }
 
   // What the pinned token attends to, beside its path: asked for once, and drawn when it comes.
@@ -282,9 +292,7 @@ export class Panel {
     this.attention.replaceChildren(h("p", { class: "at" }, `What token ${at} attends to, mean over heads`),
       h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Attention of token ${at}` }, drawn),
       h("div", { class: "tools" }, saveable(() => drawn, `${this.model.name}-attention-${at}`),
-        h("details", { class: "numbers" }, h("summary", {}, "Table"), h("table", {},
-          h("thead", {}, h("tr", {}, ...["block", "most", "second", "third"].map((title) => h("th", { scope: "col" }, title)))),
-          h("tbody", {}, ...strongest.map((row) => h("tr", {}, ...row.map((cell) => h("td", {}, String(cell))))))))));
+        tabled(["block", "most", "second", "third"], strongest)));
   }
 
   mark() {
@@ -298,6 +306,11 @@ export class Panel {
   async loadNeurons() {
     this.neurons = await (await fetch(`/api/neurons/${this.number}`)).json();
   }
+}
+
+// What stands for a token that has no text of its own: a special token's name, or a sign for a part of a character.
+function unwritten(label) {
+  return label === "" || label.includes("\ufffd") ? "▫" : visible(label);
 }
 
 function tokenOf(event) {

@@ -35,6 +35,23 @@ function s(name, attributes = {}, ...children) {
   return element;
 }
 
+// The numbers of a picture as a table that can be opened. remember: called with whether it is open.
+export function tabled(heads, rows, open = false, remember = () => {}) {
+  const cells = (kind, row) => h("tr", {}, ...row.map((cell) => h(kind, kind === "th" ? { scope: "col" } : {}, String(cell))));
+  const details = h("details", { class: "numbers", ...(open ? { open: "" } : {}) }, h("summary", {}, "Table"),
+    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers of the picture" },
+      h("table", {}, h("thead", {}, cells("th", heads)), h("tbody", {}, ...rows.map((row) => cells("td", row))))));
+  details.addEventListener("toggle", () => remember(details.open));
+  return details;
+}
+
+// The label of a token below a column: upright if it is one character, else turned; returned with the room it needs.
+function tokenLabel(label, x, y) {
+  const cut = label.length > 10 ? `${label.slice(0, 9)}…` : label;
+  return s("text", { class: "token", ...(label.length > 1 ? { "text-anchor": "end", transform: `rotate(-90 ${x + 9} ${y - 7})`, x: x + 9, y: y - 7 }
+    : { "text-anchor": "middle", x: x + 5.5, y: y + 1 }) }, cut);
+}
+
 function picture(width, height, title, children) {
   return s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" }, s("title", {}, title), ...children);
 }
@@ -68,10 +85,7 @@ export function drawMap(tokens, model) {
     const x = left + width * t;
     const share = (token.read.loss ?? 0) / hardest;
     parts.push(s("rect", { x, y: floor + 4, width: width - gap, height: 13, class: "loss", "fill-opacity": share.toFixed(2), "data-t": t }));
-    const y = floor + 30;
-    const label = labels[t].length > 10 ? `${labels[t].slice(0, 9)}…` : labels[t];
-    const turned = longest > 1 ? { "text-anchor": "end", transform: `rotate(-90 ${x + 9} ${y - 7})`, x: x + 9, y: y - 7 } : { "text-anchor": "middle", x: x + 5.5, y };
-    parts.push(s("text", { class: "token", ...turned }, label));
+    parts.push(tokenLabel(labels[t], x, floor + 30));
     parts.push(s("rect", { class: "column", x: x - 0.5, y: top - 1, width, height: floor - top + 20, "data-t": t }));
   });
   const room = longest > 1 ? 24 + 6.4 * longest : 38;
@@ -114,29 +128,32 @@ function said(slots) {
 }
 
 // A row of neurons for each layer; a neuron has the colour of preference + logits at their largest.
-export function drawNeurons(map, mix, colours) {
+export function drawNeurons(map, mix, colours, open, remember) {
   const width = 900, height = 16, left = 46;
-  const parts = [];
+  const parts = [], counts = [];
   map.layers.forEach(({ layer, preference }, i) => {
     const cell = (width - left) / preference.length;
     const y = height * (map.layers.length - 1 - i) + 4;
     parts.push(s("text", { x: left - 8, y: y + 12, class: "tick", "text-anchor": "end" }, String(layer)));
     if (mix[i].includes(null)) {
       parts.push(s("text", { x: left, y: y + 12, class: "tick" }, "skipped: no neuron was asked"));
+      counts.push([layer, ...map.names.map(() => "skipped")]);
       return;
     }
     const best = preference.map((row) => row.reduce((best, value, k) => (value + mix[i][k] > row[best] + mix[i][best] ? k : best), 0));
+    counts.push([layer, ...map.names.map((_, k) => best.filter((one) => one === k).length)]);
     for (let start = 0, end; start < best.length; start = end) {
       for (end = start + 1; end < best.length && best[end] === best[start]; end++);
       parts.push(s("rect", { x: left + cell * start, y, width: cell * (end - start), height: height - 2, class: `series-${best[start] % colours}` },
-        s("title", {}, `layer ${layer}: ${map.names[best[start]]}`)));
+        s("title", {}, `block ${layer}: ${map.names[best[start]]}`)));
     }
   });
   const drawn = picture(width, height * map.layers.length + 8, "Activation that each neuron prefers", parts);
   const names = map.names.map((name, k) => h("span", { class: "key" }, h("i", { class: `box series-${k % colours}` }), name));
   const every = Math.max(...map.layers.map((layer) => layer.every));
   const note = every > 1 ? [h("span", { class: "key" }, `one neuron of ${every} is shown`)] : [];
-  return [drawn, h("p", { class: "legend" }, ...names, ...note, saveable(() => drawn, "neurons"))];
+  const table = tabled(["block", ...map.names.map((name) => `neurons with ${name}`)], counts, open, remember);
+  return [drawn, h("p", { class: "legend" }, ...names, ...note), h("div", { class: "tools" }, saveable(() => drawn, "neurons"), table)];
 }
 
 // To which tokens one attends in each block: tokens across up to itself, blocks up; darkest is the largest weight of a block.
@@ -147,7 +164,7 @@ export function drawAttention(layers, labels, title) {
     const y = floor - height * (layer + 1);
     parts.push(s("text", { x: left - 8, y: y + height / 2 + 4, class: "tick", "text-anchor": "end" }, String(layer)));
     if (!weights) {
-      parts.push(s("text", { x: left, y: y + height / 2 + 4, class: "tick" }, "no attention in this block"));
+      parts.push(s("text", { x: left, y: y + height / 2 + 4, class: "tick" }, "skipped: attends to nothing"));
       return;
     }
     const most = Math.max(...weights, 1e-9);
@@ -155,10 +172,6 @@ export function drawAttention(layers, labels, title) {
       class: "attended", "fill-opacity": (weight / most).toFixed(2), "data-t": t }, s("title", {}, `${labels[t]}, token ${t}: ${percent(weight)}`))));
   });
   const longest = Math.min(Math.max(...labels.map((label) => label.length)), 10);
-  labels.forEach((label, t) => {
-    const x = left + width * t, y = floor + 13, cut = label.length > 10 ? `${label.slice(0, 9)}…` : label;
-    parts.push(s("text", { class: "token", ...(longest > 1 ? { "text-anchor": "end", transform: `rotate(-90 ${x + 9} ${y - 7})`, x: x + 9, y: y - 7 }
-      : { "text-anchor": "middle", x: x + 5.5, y }) }, cut));
-  });
+  labels.forEach((label, t) => parts.push(tokenLabel(label, left + width * t, floor + 13)));
   return picture(left + width * labels.length + 8, floor + (longest > 1 ? 8 + 6.4 * longest : 20), title, parts);
 }
