@@ -1,7 +1,7 @@
 """The live page in a real browser, served by the real command.
 
 SKIPSTONE_SCREENSHOTS=FOLDER keeps the pictures that the documentation shows; SKIPSTONE_VIEW_RUNS=RUN:RUN2 makes them
-of these runs (`make screenshots`).
+of these runs (`make screenshots`), and SKIPSTONE_VIEW_PROMPT=TEXT of a text in the language that they know.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def test_ctrl_c_stops_within_a_second_while_it_computes(saved: Path) -> None:
 def test_screenshots(browser: Any, saved: Path, tmp_path: Path) -> None:
     folder = Path(os.environ.get("SKIPSTONE_SCREENSHOTS", tmp_path))
     runs = [Path(run) for run in os.environ.get("SKIPSTONE_VIEW_RUNS", f"{saved}").split(":")]
-    prompt = 'def greet(name):\n    """Say <b>hello</b>."""\n    return '
+    prompt = os.environ.get("SKIPSTONE_VIEW_PROMPT", 'def greet(name):\n    """Say <b>hello</b>."""\n    return ')
     process, found = serve(*runs)
     for name, scheme, width, height in SHOTS:
         with opened(browser, found, color_scheme=scheme, viewport={"width": width, "height": height}) as page:

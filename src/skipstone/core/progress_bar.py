@@ -112,7 +112,7 @@ class ProgressBar:
         self.close()
 
 
-class _Work:
+class _Begun:
     """A piece of work that has begun. bar: None if it is part of a larger one, which has the bar."""
 
     def __init__(self, unit: str, bar: ProgressBar | None) -> None:
@@ -120,7 +120,7 @@ class _Work:
 
 
 _shown = False
-_begun: list[_Work] = []
+_begun: list[_Begun] = []
 
 
 def show(shown: bool = True) -> None:
@@ -143,7 +143,7 @@ def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
     """
     own = _shown and not _begun
     seconds = 0.0 if unit == STAGES else SECONDS
-    begun = _Work(unit, ProgressBar(total, unit, seconds=seconds, alive=alive) if own else None)
+    begun = _Begun(unit, ProgressBar(total, unit, seconds=seconds, alive=alive) if own else None)
     _begun.append(begun)
     try:
         yield

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from skipstone.report import svg
-from skipstone.report.axes import Frame, AxisScale, labelled, ticks
+from skipstone.report.axes import AxisScale, Frame, labelled, ticks
 from skipstone.report.drawn import Drawn
 from skipstone.report.palette import SERIES, Style
 

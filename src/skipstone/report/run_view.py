@@ -49,6 +49,8 @@ def load_view(run: Run, name: str, index: int) -> RunView:
             view = view_model(model, run.data(), run.config()["train"].get("routing") == "difficulty")
             run.keep_view(view.to_dict())
         mechanisms, capacity, trace = view.mechanisms, view.set_capacity, view.trace
+        if not run.finished:
+            mechanisms += "; its training is not finished"
     except (OSError, ValueError) as error:
         trouble = " ".join(str(error).split())
     return RunView(
