@@ -43,9 +43,10 @@ NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "quer
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BEFORE_A, AFTER_A, BEFORE_M, AFTER_M, OF_QUERY, OF_KEY = range(6)
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(6, 34, 4)
-# Then, for each site, its first gate and the number of its gates; the number of blocks of the segment that begins here
-# (0: none); address and number of the runs of functions (none: the activation is a mixture); and the mixture.
-OF_SEGMENT, OF_BLOCK, BEFORE_ATTENTION, BEFORE_MLP = range(34, 42, 2)
+# Then, for each site from the outside in, its first gate and the number of its gates; the blocks of the segment
+# that begins here (0: none); address and number of the runs of functions (none: the activation is a mixture); and the
+# mixture.
+OF_SEGMENT = 34
 SPAN, RUNS, COUNT = range(42, 45)
 MIX = 45
 COLUMNS = MIX + MIXTURE
@@ -82,33 +83,39 @@ def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, b
     start = _lying(work_at, (2, T, D), ONE)  # the stream where a segment and a block began
     hidden_at = work_at + 8 * T * D
     places = _places(hidden_at + 4 * T * hidden, (T, D, F, H, G, E), part)
-    arrivals, left, outer_acts = 0, 0, False
+    arrivals, left, outer_acts, acts = 0, 0, False, False
     for block in range(L):
-        row = table[block]
-        if row[SPAN]:
-            left, chain = row[SPAN], (row[OF_SEGMENT], row[OF_SEGMENT + 1], OUTSIDE, SEGMENT)
-            arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
-            outer_acts = remembered(kind[SEGMENT], factor[SEGMENT], x, start[0], part, parts)
-        chain = (row[OF_BLOCK], row[OF_BLOCK + 1], SEGMENT if left else OUTSIDE, BLOCK)
-        arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
-        acts = remembered(kind[BLOCK], factor[BLOCK], x, start[1], part, parts)
-        chain = (row[BEFORE_ATTENTION], row[BEFORE_ATTENTION + 1], BLOCK, OF_ATTENTION)
-        arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
-        given = (row, memory[block], (T, D, F, H, G, E), numbers)
-        arrivals, count = _attended(given, scope, x, slots, places, crowd, arrivals)
-        stored[block, 0] = count
-        chain = (row[BEFORE_MLP], row[BEFORE_MLP + 1], BLOCK, OF_MLP)
-        arrivals = decide(gates, chain, scope, x, judged, hidden_at, crowd, arrivals)
-        mix = (block_numbers[block], logits[block], fed[block], hidden_at)
-        arrivals, count = _fed(given, scope, x, slots, places, mix, crowd, arrivals)
-        stored[block, 1] = count
-        if acts:
-            weigh(kind[BLOCK], factor[BLOCK], x, start[1], part, parts)
-            arrivals = together(parts, barrier, arrivals)
+        row, given = table[block], (table[block], memory[block], (T, D, F, H, G, E), numbers)
+        for site in range(SEGMENT, SCOPES):  # in one place, or the compiler would repeat all of it
+            if site == SEGMENT:
+                left = max(left, row[SPAN])
+                if not row[SPAN]:
+                    continue
+            arrivals = decide(gates, _chain(row, site, left), scope, x, judged, hidden_at, crowd, arrivals)
+            if site == SEGMENT:
+                outer_acts = remembered(kind[SEGMENT], factor[SEGMENT], x, start[0], part, parts)
+            elif site == BLOCK:
+                acts = remembered(kind[BLOCK], factor[BLOCK], x, start[1], part, parts)
+            elif site == OF_ATTENTION:
+                arrivals, count = _attended(given, scope, x, slots, places, crowd, arrivals)
+                stored[block, 0] = count
+            else:
+                mix = (block_numbers[block], logits[block], fed[block], hidden_at)
+                arrivals, count = _fed(given, scope, x, slots, places, mix, crowd, arrivals)
+                stored[block, 1] = count
         left -= 1 if left else 0
-        if outer_acts and not left:
-            weigh(kind[SEGMENT], factor[SEGMENT], x, start[0], part, parts)
-            arrivals, outer_acts = together(parts, barrier, arrivals), False
+        for site in range(BLOCK, OUTSIDE, -1):
+            if acts if site == BLOCK else outer_acts and not left:
+                weigh(kind[site], factor[site], x, start[site - 1], part, parts)
+                arrivals = together(parts, barrier, arrivals)
+        outer_acts = outer_acts and left > 0
+
+
+@compiled
+def _chain(row: Array, site: int, left: int) -> Array:
+    """Return a site's first gate, the number of its gates, the scope outside of it, and its own."""
+    outer = BLOCK if site > BLOCK else SEGMENT if site == BLOCK and left else OUTSIDE
+    return row[OF_SEGMENT + 2 * (site - SEGMENT)], row[OF_SEGMENT + 2 * (site - SEGMENT) + 1], outer, site
 
 
 @compiled
