@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.cache import RaggedStore, SkipstoneCacheLayer
+from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import ActivationRecord, DepthRecord, Records, decisions_only
 from skipstone.core.stream_gate import Mixture, Scorer, StreamGate
 from skipstone.core.tokens import Tokens
 from skipstone.nn.block import SEGMENT, Block
 from skipstone.nn.block_table import gate_tables, gates_of, program_of, states_of
+from skipstone.nn.store_places import Places, is_usual
 from skipstone.ops import decode_stack, decode_step
 
 Angles = tuple[Tensor, Tensor] | None
+PLACES = "compiled"  # name of a cache's notes about where its entries lie
 Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
 
 
@@ -34,7 +36,6 @@ class CompiledRun:
         self.described = [gate.stream_gate() for gate in self.gates]
         self.states = states_of(self.described)
         self.windows = [block.self_attn.window for block in blocks if block.self_attn.window is not None]
-        self.layers = [block.self_attn.layer_idx for block in blocks]
         self.config = blocks[0].self_attn.config
         mixes = [block.mlp.activation.stream_mix() for block in blocks]
         self.mixes = [mix if isinstance(mix, Mixture) else None for mix in mixes]
@@ -54,36 +55,55 @@ class CompiledRun:
         None if this call needs the general way. layers: the cache of each block. turned_by: for each block, the name of
         its rotary angles. recorded: whether records are wanted; else they are empty.
         """
-        if not self._reaches(layers, tokens) or not self._knows_gates():
+        T, s = tokens.length, self.program.sizes
+        if not self._reaches(tokens) or not self._knows_gates():
             return None
-        T, memory, angles = tokens.length, [], {name: turn(name, tokens) for name in set(turned_by)}
-        if any(each is not None and each[0].shape != (1, T, self.program.sizes.head_size) for each in angles.values()):
+        angles = {name: turn(name, tokens) for name in dict.fromkeys(turned_by)}
+        if any(each is not None and each[0].shape != (1, T, s.head_size) for each in angles.values()):
+            return None
+        if (places := self._places(layers, T)) is None:
             return None
         turned = {name: (0, 0) if each is None else [x.data_ptr() for x in each] for name, each in angles.items()}
-        for layer, mix, name in zip(layers, self.mixes, turned_by, strict=True):
-            memory += [*_addresses(self._room(layer, T), ("key", "value")), *turned[name]]
-            memory += _sums(layer, mix, T)
+        memory_LM = places.memory([turned[name] for name in turned_by])
         state_ST = None
         if self.states:
             state_ST = torch.cat([tokens.state[name] for name in self.states])
-        ran = decode_stack.run(x_BTD, self.program, memory, tokens.slot_BT, state_ST)
-        for layer, mix, (given, seen) in zip(layers, self.mixes, ran.stored, strict=True):
-            layer.kv.width += given
-            if mix is not None and mix.decay is not None:
-                layer.store(mix.name).width += seen
+        ran = decode_stack.run(x_BTD, self.program, memory_LM, tokens.slot_BT, state_ST)
+        places.grow(ran.stored)
         carry = {} if state_ST is None else {name: x_T[None] for name, x_T in zip(self.states, state_ST, strict=True)}
         return ran.x_1TD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
 
-    def _reaches(self, layers: Sequence[SkipstoneCacheLayer], tokens: Tokens) -> bool:
-        """Return whether every query sees all that is stored, by the settings of this call, and stores are as usual."""
-        if self.config._attn_implementation != "sdpa" or tokens.reach is None:
+    def _reaches(self, tokens: Tokens) -> bool:
+        """Return whether every query sees all that is stored, by the settings of this call."""
+        if self.config._attn_implementation != "sdpa" or tokens.reach is None or tokens.reach == tokens.length:
             return False
-        if any(tokens.reach > window for window in self.windows) or tokens.reach == tokens.length:
-            return False
-        return all(_is_usual(layer.kv, 3, tokens.length) for layer in layers) and all(
-            mix is None or mix.decay is None or _is_usual(layer.store(mix.name), 2, tokens.length)
-            for layer, mix in zip(layers, self.mixes, strict=True)
-        )
+        return all(tokens.reach <= window for window in self.windows)
+
+    def _places(self, layers: Sequence[SkipstoneCacheLayer], count: int) -> Places | None:
+        """Return where the cache's entries lie, with room for so many tokens; None for stores of another kind.
+
+        They are noted in the cache and hold for as long as nothing else changes it.
+        """
+        known = layers[0].scratch.get(PLACES)
+        if isinstance(known, Places) and known.of is self and known.holds(count):
+            return known
+        kv = [layer.kv for layer in layers]
+        sums = [
+            None if x is None or x.decay is None else layer.store(x.name)
+            for layer, x in zip(layers, self.mixes, strict=True)
+        ]
+        if not all(is_usual(x, 3, count) for x in kv) or not all(x is None or is_usual(x, 2, count) for x in sums):
+            return None
+        groups, size = self.program.sizes.groups, self.program.sizes.head_size
+        for block, layer, store, more, mix in zip(self.blocks, layers, kv, sums, self.mixes, strict=True):
+            layer.window = block.self_attn.window
+            if not store.entries:
+                layer.lazy_initialization(torch.empty(0, groups, 0, size), torch.empty(0, groups, 0, size))
+            store.reserve(count, {"key": (groups, size), "value": (groups, size)})
+            if more is not None and mix is not None:
+                more.reserve(count, {"sum": (len(mix.context_bias) + 1,)})
+        found = layers[0].scratch[PLACES] = Places(self, kv, sums)
+        return found
 
     def _knows_gates(self) -> bool:
         """Return whether all gates still describe themselves, after noting what they say now."""
@@ -97,15 +117,6 @@ class CompiledRun:
             self.program = self.program._replace(gate_GC=gate_GC, number_GN=number_GN)
             self.described = described
         return True
-
-    def _room(self, layer: SkipstoneCacheLayer, count: int) -> RaggedStore:
-        """Make room for so many tokens in a block's cache, in which none may have been stored before."""
-        s, kv = self.program.sizes, layer.kv
-        if not kv.entries:
-            key = torch.empty(0, s.groups, 0, s.head_size)
-            layer.lazy_initialization(key, key)
-        kv.reserve(count, dict.fromkeys(("key", "value"), (s.groups, s.head_size)))
-        return kv
 
     def _records(self, ran: decode_stack.Ran) -> list[Records]:
         """Return the records of each block by name."""
@@ -141,33 +152,6 @@ def _names(blocks: Sequence[Block]) -> list[dict[str, tuple[int, bool]]]:
             around = {name: (own[name][0], False) for name in block.sites[SEGMENT]}
         found.append({**around, **own} if block.sites[SEGMENT] else own)
     return found
-
-
-def _is_usual(store: Any, entries: int, new: int) -> bool:
-    """Return whether a store holds one row of so many fp32 tensors, few enough for the compiled attention."""
-    if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
-        return False
-    if store.lengths is not None or store.forgotten is not None:
-        return False
-    return not store.entries or (
-        len(store.entries) == entries
-        and all(x.dtype in (torch.float32, torch.long) and not x.requires_grad for x in store.entries.values())
-        and len(store.entries["slot"]) == 1
-    )
-
-
-def _addresses(store: RaggedStore, names: Sequence[str]) -> list[int]:
-    """Return the addresses of entries and slots, and the first new column."""
-    return [*(store.entries[name].data_ptr() for name in (*names, "slot")), store.width]
-
-
-def _sums(layer: SkipstoneCacheLayer, mix: Mixture | None, count: int) -> list[int]:
-    """Return the same of the sums that an activation stores, after making room for so many tokens."""
-    if mix is None or mix.decay is None:
-        return [0, 0, 0]
-    store = layer.store(mix.name)
-    store.reserve(count, {"sum": (len(mix.context_bias) + 1,)})
-    return _addresses(store, ("sum",))
 
 
 def _same(one: StreamGate | Scorer | Any, other: StreamGate | Scorer | Any) -> bool:

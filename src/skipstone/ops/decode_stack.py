@@ -84,15 +84,15 @@ class Ran(NamedTuple):
     stored: list[list[int]]
 
 
-def run(x_1TD: Tensor, program: Program, memory: Sequence[int], slot_1T: Tensor, state_ST: Tensor | None) -> Ran:
+def run(x_1TD: Tensor, program: Program, memory_LM: Tensor, slot_1T: Tensor, state_ST: Tensor | None) -> Ran:
     """Run all blocks of a program.
 
-    memory: for each block, what `decode_stack_native` lists, in one row. state_ST: fp32, what crosses blocks, which is
+    memory_LM: for each block, what `decode_stack_native` lists, int64. state_ST: fp32, what crosses blocks, which is
     changed in place; None: nothing.
     """
     native, T, s = _native(), x_1TD.shape[1], program.sizes
     x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))
-    memory_LM, stored_L2 = torch.tensor(memory), torch.empty(L, 2, dtype=torch.long)
+    stored_L2 = torch.empty(L, 2, dtype=torch.long)
     said_FG1T, flag_2G1T = torch.empty(native.FIELDS, G, 1, T), torch.empty(2, G, 1, T, dtype=torch.bool)
     logit_L1TA = torch.empty(L, 1, T, MIXED) if program.mixes else None
     fed_L1T = torch.empty(L, 1, T, dtype=torch.bool) if program.mixes else None

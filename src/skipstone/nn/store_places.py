@@ -1,0 +1,85 @@
+"""Where the entries of a cache lie in memory, for compiled steps that write into them (`nn/compiled_run.py`).
+
+Shape letters: L blocks, M columns of the table of addresses.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.core.cache import RaggedStore
+from skipstone.ops import decode_step
+
+NAMES, SUMS = ("key", "value", "slot"), ("sum", "slot")
+COLUMN, TURNED, SUM_COLUMN = 3, slice(4, 6), 8  # in `ops/decode_stack_native.py`
+
+
+class Places:
+    """Addresses of the keys, values, slots and sums of some blocks.
+
+    of: whose they are. A copy of a cache has its entries elsewhere, so a copy of this is none.
+    """
+
+    def __init__(self, of: object, kv: Sequence[RaggedStore], sums: Sequence[RaggedStore | None]) -> None:
+        self.of, self.kv, self.sums = of, kv, sums
+        self.summed = [store for store in sums if store is not None]
+        self.stores = [*kv, *self.summed]
+        self.dicts = [store.entries for store in self.stores]
+        names = [NAMES] * len(kv) + [SUMS] * len(self.summed)
+        pairs = [(entries, name) for entries, each in zip(self.dicts, names, strict=True) for name in each]
+        self.entries, self.keys = [entries for entries, _ in pairs], [name for _, name in pairs]
+        self.values = [entries[name] for entries, name in pairs]
+        self.room = [min(entries["slot"].shape[1], decode_step.MOST_KEYS) for entries in self.dicts]
+        rows = []
+        for store, more in zip(kv, sums, strict=True):
+            row = [store.entries[name].data_ptr() for name in NAMES]
+            own = (0, 0) if more is None else [more.entries[name].data_ptr() for name in SUMS]
+            rows.append([*row, 0, 0, 0, *own, 0])
+        self.table_LM = torch.tensor(rows)
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[Any], tuple[()]]:
+        return type(None), ()
+
+    def holds(self, count: int) -> bool:
+        """Return whether the entries lie where they were, with room for so many more."""
+        return (
+            all(map(operator.is_, [store.entries for store in self.stores], self.dicts))
+            and all(map(operator.is_, map(dict.get, self.entries, self.keys), self.values))
+            and all(map(operator.le, [store.width + count for store in self.stores], self.room))
+        )
+
+    def memory(self, turned: Sequence[Sequence[int]]) -> Tensor:
+        """Return the table with the present columns, int64 [L, M]. turned: for each block, addresses of cos and sin."""
+        columns = [(store.width, *angles) for store, angles in zip(self.kv, turned, strict=True)]
+        self.table_LM[:, COLUMN : TURNED.stop] = torch.tensor(columns)
+        if self.summed:
+            self.table_LM[:, SUM_COLUMN] = torch.tensor([0 if store is None else store.width for store in self.sums])
+        return self.table_LM
+
+    def grow(self, stored: Sequence[Sequence[int]]) -> None:
+        """Enter how many tokens each block has stored, and how many its activation has seen."""
+        for store, more, (given, seen) in zip(self.kv, self.sums, stored, strict=True):
+            store.width += given
+            if more is not None:
+                more.width += seen
+
+
+def is_usual(store: Any, entries: int, new: int) -> bool:
+    """Return whether a store holds one row of so many fp32 tensors, few enough for the compiled attention."""
+    if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
+        return False
+    if store.lengths is not None or store.forgotten is not None:
+        return False
+    return not store.entries or (
+        len(store.entries) == entries
+        and all(x.dtype in (torch.float32, torch.long) and not x.requires_grad for x in store.entries.values())
+        and len(store.entries["slot"]) == 1
+    )
