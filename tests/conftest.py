@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 # Set before anything imports Hugging Face or OpenMP code: both read the environment only once.
@@ -33,6 +34,11 @@ torch.set_num_threads(1)
 pytest_plugins = ["cpu_seconds"]
 settings.register_profile("skipstone", derandomize=True, deadline=None, database=None)
 settings.load_profile("skipstone")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if find_spec("numba") is None:  # then int8 weights are computed the slower way, of which a warning tells once
+        config.addinivalue_line("filterwarnings", "ignore:int8 weights are restored:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,16 @@ from skipstone.ops import decode_stack, decode_step, reference
 pytest.importorskip("numba")
 
 
+def test_a_numba_that_refuses_numpy_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    monkeypatch.setattr(decode_step, "import_module", refuse)
+    assert not decode_step._installed.__wrapped__()
+    monkeypatch.undo()
+    assert decode_step._installed.__wrapped__()
+
+
 @torch.no_grad()
 def test_norm_equals_torch() -> None:
     x, weight = torch.randn(2, 3, 20) * 4, torch.randn(20)

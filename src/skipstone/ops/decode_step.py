@@ -72,7 +72,11 @@ def attend_newest(
 
 @cache
 def _installed() -> bool:
-    return find_spec("numba") is not None
+    """Return whether numba can be imported, which refuses if it does not support the installed numpy."""
+    try:
+        return find_spec("numba") is not None and import_module("numba") is not None
+    except ImportError:
+        return False
 
 
 @cache

@@ -41,11 +41,11 @@ SIZES = {
         num_attention_heads=4,
         context=128,
         batch_size=4,
-        steps=120,
+        steps=100,
         learning_rate=4e-3,
         capacity=0.125,
         eval_rows=16,
-        validation_rows=64,
+        validation_rows=48,
     ),
     "laptop": Size(
         hidden_size=256,
