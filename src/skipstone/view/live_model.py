@@ -6,6 +6,7 @@ Shape letters: B rows (one), T tokens of a pass, V vocabulary, F neurons, A acti
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -33,6 +34,7 @@ from skipstone.view.attention_of_token import attention_of_last
 
 TWIN_PARAMETERS = 300_000_000  # a dense twin of a larger model is not built: it would double the memory
 NEURONS = 256  # of a layer in the map of neurons; of more, every k-th is shown
+PROPOSED = 3  # tokens at a time by a draft: always, because one who asks for drafts wants to see them
 DIGITS = 5  # significant, of numbers that go to the page
 
 
@@ -53,6 +55,7 @@ class LiveModel:
         self.blocks = list(self.model.decoder.layers)
         self.context: int = self.model.config.max_position_embeddings
         self._twin: DenseTwin | None = None
+        warm(self.model)
 
     def describe(self) -> PlainDict:
         """Return the description of the model that the page shows before a prompt is entered.
@@ -145,7 +148,7 @@ class LiveModel:
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
         decode = Decoder(self.model, input_ids, None, new_tokens, None, ends(self.model, self.tokenizer), "dynamic")
-        decode.drafting = drafting_of(decode, draft, None, budget, table)
+        decode.drafting = drafting_of(decode, draft, None if draft is None else PROPOSED, budget, table)
         setting = setting_of(self.model, budget, table, draft)
         passes = decode(Sampler(temperature, None, seed, input_ids.device), setting, 0)
         return self._events(list(ids), passes)
@@ -237,13 +240,11 @@ class DenseTwin:
             values["activation"] = "silu"
         config = SkipstoneConfig.from_plain(values)
         self.model = SkipstoneForCausalLM(config).to(device=model.device, dtype=model.dtype).eval()
+        warm(self.model)
 
     def seconds(self, ids: Sequence[int], new_tokens: int) -> Iterator[float]:
         """Yield the seconds of each pass: the first over the prompt, then one for each new token."""
-        input_ids = torch.tensor([list(ids)], device=self.model.device)
-        passes = Decoder(self.model, input_ids, None, new_tokens, None, [], "dynamic")(
-            Sampler(0.0, None, 0, input_ids.device), setting_of(self.model, None, None)
-        )
+        passes = _greedy(self.model, ids, new_tokens)
         while True:
             began = perf_counter()
             try:
@@ -251,6 +252,23 @@ class DenseTwin:
             except StopIteration:
                 return
             yield perf_counter() - began
+
+
+def warm(model: SkipstoneForCausalLM) -> None:
+    """Decode two tokens, so that what is compiled on first use is in nobody's time.
+
+    A model that cannot decode is left alone: it says so when it is asked.
+    """
+    with suppress(ValueError):
+        for _ in _greedy(model, [0], 2):
+            pass
+
+
+def _greedy(model: SkipstoneForCausalLM, ids: Sequence[int], new_tokens: int) -> Iterator[DecodingPass]:
+    """Yield the passes of a model that continues a prompt with its likeliest tokens, whatever they are."""
+    input_ids = torch.tensor([list(ids)], device=model.device)
+    decode = Decoder(model, input_ids, None, new_tokens, None, [], "dynamic")
+    yield from decode(Sampler(0.0, None, 0, input_ids.device), setting_of(model, None, None))
 
 
 def rounded(value: float) -> float | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from skipstone.core.progress_bar import stages
 from skipstone.core.strict import PlainDict, from_dict, unknown
 from skipstone.generate.drafts import EXIT, LOOKUP, SKIP
 from skipstone.view.live_model import LiveModel, rounded
@@ -61,7 +62,9 @@ def open_models(runs: Sequence[Path]) -> list[LiveModel]:
 
     Raises ValueError or FileNotFoundError, one line, for a folder that cannot be shown.
     """
-    return [LiveModel(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    names = _names(runs)
+    with stages(*(f"loading {name}; its decoding is compiled if that was never done here" for name in names)) as stage:
+        return [LiveModel(run, name) for run, name, _ in zip(runs, names, stage, strict=True)]
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
