@@ -26,6 +26,7 @@ NEEDED = (
     "numpy",
     "psutil",
     "jinja2",
+    "markdown_it",
     "yaml",
     "rich",
 )
