@@ -72,43 +72,51 @@ class Ran(NamedTuple):
 
     x_1TD: the stream after all blocks. said_FG1T: fp32, score, weight, loss and state of each gate and token, and
     flag_2G1T, whether the gate kept the token, and whether it reached the gate. logit_L1TA, fed_L1T: the logits of
-    mixtures, NaN where no token arrived, and which did; None without mixtures. stored: for each block, how many tokens
-    gave keys and values, and how many the activation has seen.
+    mixtures, NaN where no token arrived, and which did, empty without mixtures. All four are None if they are not
+    wanted. stored: for each block, how many tokens gave keys and values, and how many the activation has seen.
     """
 
     x_1TD: Tensor
-    said_FG1T: Tensor
-    flag_2G1T: Tensor
-    logit_L1TA: Tensor | None
-    fed_L1T: Tensor | None
     stored: list[list[int]]
+    said_FG1T: Tensor | None = None
+    flag_2G1T: Tensor | None = None
+    logit_L1TA: Tensor | None = None
+    fed_L1T: Tensor | None = None
 
 
-def run(x_1TD: Tensor, program: Program, memory_LM: Tensor, slot_1T: Tensor, state_ST: Tensor | None) -> Ran:
+def run(
+    x_1TD: Tensor, program: Program, memory_LM: Tensor, slot_1T: Tensor, state_ST: Tensor | None, recorded: bool = True
+) -> Ran:
     """Run all blocks of a program.
 
     memory_LM: for each block, what `decode_stack_native` lists, int64. state_ST: fp32, what crosses blocks, which is
-    changed in place; None: nothing.
+    changed in place; None: nothing. recorded: whether what is said of gates and mixtures is wanted.
     """
     native, T, s = _native(), x_1TD.shape[1], program.sizes
     x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))
+    parts, mixes = min(native.threads(), s.threads), L if program.mixes else 0
     stored_L2 = torch.empty(L, 2, dtype=torch.long)
-    said_FG1T, flag_2G1T = torch.empty(native.FIELDS, G, 1, T), torch.empty(2, G, 1, T, dtype=torch.bool)
-    logit_L1TA = torch.empty(L, 1, T, MIXED) if program.mixes else None
-    fed_L1T = torch.empty(L, 1, T, dtype=torch.bool) if program.mixes else None
-    parts = min(native.threads(), s.threads)
     inner, widest = s.heads * s.head_size, max(s.width, s.neurons, s.heads * s.head_size)
     singles = T * (2 * inner + 2 * s.groups * s.head_size + 3 * s.width + 2 * s.neurons + program.hidden)
-    work = torch.empty(4 * singles + parts * native.private(T, widest) + 2 * ALIGNED, dtype=torch.uint8)
-    at = -(-work.data_ptr() // ALIGNED) * ALIGNED
-    given = (program.gate_GC, program.number_GN, program.number_LN)
-    results = (state_ST, said_FG1T, flag_2G1T, logit_L1TA, fed_L1T, stored_L2)
-    addresses = (program.table_LC.data_ptr(), memory_LM.data_ptr(), slot_1T.data_ptr(), x_1TD.data_ptr(), at)
-    addresses += tuple([0 if x is None else x.data_ptr() for x in (*given, *results)])  # type: ignore[assignment]
+    needed = 4 * singles + parts * native.private(T, widest) + 2 * ALIGNED
+    sizes = (4 * native.FIELDS * G * T, 2 * G * T, 4 * mixes * T * MIXED, mixes * T)  # bytes of what is said
+    said: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None, None)
+    if recorded:
+        gates = torch.empty(native.FIELDS, G, 1, T), torch.empty(2, G, 1, T, dtype=torch.bool)
+        said = (*gates, torch.empty(mixes, 1, T, MIXED), torch.empty(mixes, 1, T, dtype=torch.bool))
+    work = torch.empty(needed + (0 if recorded else sum(sizes) + ALIGNED * (len(sizes) + 1)), dtype=torch.uint8)
+    at, ends = -(-work.data_ptr() // ALIGNED) * ALIGNED, needed
+    places = []
+    for x, size in zip(said, sizes, strict=True):
+        places.append(work.data_ptr() + -(-ends // ALIGNED) * ALIGNED if x is None else x.data_ptr())
+        ends += -(-size // ALIGNED) * ALIGNED
+    given = (program.table_LC, memory_LM, slot_1T, x_1TD, at, program.gate_GC, program.number_GN, program.number_LN)
+    addresses = [x if isinstance(x, int) else x.data_ptr() for x in given]
+    addresses += [0 if state_ST is None else state_ST.data_ptr(), *places, stored_L2.data_ptr()]
     states = 0 if state_ST is None else len(state_ST)
     counts = (L, T, s.width, s.neurons, s.heads, s.groups, s.head_size, G, states, program.hidden)
     native.share(native.crew, (addresses, counts, (s.eps, s.offset, s.scaling)), parts)
-    return Ran(x_1TD, said_FG1T, flag_2G1T, logit_L1TA, fed_L1T, stored_L2.tolist())
+    return Ran(x_1TD, stored_L2.tolist(), *said)
 
 
 @torch.inference_mode(False)
