@@ -68,6 +68,18 @@ def test_a_nan_stays_a_nan() -> None:
     assert y.isnan().all()
 
 
+@pytest.mark.parametrize("inputs", [5, 48, 70])
+def test_products_with_several_tokens_equal_torch(inputs: int) -> None:
+    """Rows are read once for 8, 4, 2 or 1 tokens, 16 numbers at a time, and the rest of a row one by one."""
+    native = pytest.importorskip("skipstone.ops.decode_products_native")
+    weight = torch.randn(7, inputs)
+    for tokens in range(1, 10):
+        x, y = torch.randn(tokens, inputs), torch.full((tokens, 7), torch.nan)
+        native.single_rows(weight.numpy(), x.numpy(), y.numpy(), 0, 6)
+        torch.testing.assert_close(y[:, :6], x @ weight[:6].T, rtol=1e-5, atol=1e-5)
+        assert y[:, 6].isnan().all()
+
+
 def test_not_taken_where_torch_has_to_see_the_operations() -> None:
     x = torch.ones(4)
     assert not decode_step.takes(x)  # gradients are on

@@ -1,7 +1,7 @@
 """All blocks of a decoder for a few tokens of one row, compiled by numba to one call.
 
 Weights are read as they are stored, fp32 or int8, and once for all tokens; those that no token needs are not read.
-Several threads share the rows of every matrix; they wait for each other five times a block. Norms and roundings, which
+Several threads share the rows of every matrix; they wait for each other six times a block. Norms and roundings, which
 take no time, are repeated by each.
 
 Shape letters: L blocks, T tokens, K of them, D width, F neurons, H query heads, G key/value heads, E head size.
@@ -156,7 +156,10 @@ def _attended(given: Array, scope: Array, x: Array, slots: Array, places: Array,
         product(row[QUERY : QUERY + 4], (asking_count, H * E, D), own[0], own, q_at, part, parts)
     arrivals = together(parts, barrier, arrivals)
     tokens = (there[:given_count], asking[:asking_count], slots)
-    _attention(row, memory, (q_at, k_at, v_at, a_at), tokens, (H, G, E), numbers, part, parts)
+    found = (q_at, k_at, v_at, a_at)
+    _turned(row, memory, found, tokens, (H, G, E), numbers, part, parts)
+    arrivals = together(parts, barrier, arrivals)
+    _attention(memory, found, tokens, (H, G, E), numbers[2], part, parts)
     if not asking_count:
         return together(parts, barrier, arrivals), given_count
     arrivals = together(parts, barrier, arrivals)
@@ -217,41 +220,62 @@ def _normed(x: Array, tokens: Array, weight_at: int, numbers: Array, own: Array)
 
 
 @compiled
-def _attention(
+def _turned(
     row: Array, memory: Array, addresses: Array, tokens: Array, sizes: Array, numbers: Array, part: int, parts: int
 ) -> None:
-    """Norm, rotate, store and attend, for every `parts`-th key/value head.
+    """Norm and rotate queries and keys, and store keys, values and slots, for every `parts`-th head.
 
     tokens: those that give keys, those that ask, and all slots.
     """
-    (q_at, k_at, v_at, a_at), (there, asking, slots), (H, G, E) = addresses, tokens, sizes
-    eps, offset, scaling = numbers
-    each, column, K = H // G, memory[COLUMN], len(there)
-    query, out = _lying(q_at, (len(asking), H, E), ONE), _lying(a_at, (len(asking), H, E), ONE)
+    (q_at, k_at, v_at, _), (there, asking, slots), (H, G, E) = addresses, tokens, sizes
+    column, K = memory[COLUMN], len(there)
+    query = _lying(q_at, (len(asking), H, E), ONE)
     key, value = _lying(k_at, (K, G, E), ONE), _lying(v_at, (K, G, E), ONE)
     keys, values = _lying(memory[KEYS], (column + K, G, E), ONE), _lying(memory[VALUES], (column + K, G, E), ONE)
-    stored, turned = _lying(memory[SLOTS], (column + K,), 0), np.empty((each, E), np.float32)
-    for j in range(K if part == 0 else 0):
-        stored[column + j] = slots[there[j]]
-    for g in range(part, G, parts):
-        asked = 0
-        for j in range(K):
-            cos_at = memory[COS] + 4 * there[j] * E if memory[COS] else 0
-            sin_at = memory[SIN] + 4 * there[j] * E if memory[SIN] else 0
+    stored = _lying(memory[SLOTS], (column + K,), 0)
+    for j in range(K):
+        cos_at, sin_at = _angles(memory, there[j], E)
+        if part == 0:
+            stored[column + j] = slots[there[j]]
+        for g in range(part, G, parts):
             if row[OF_KEY]:
-                norm_row(key[j, g], row[OF_KEY], eps, offset, key[j, g])
+                norm_row(key[j, g], row[OF_KEY], numbers[0], numbers[1], key[j, g])
             _rotate(key[j, g : g + 1], cos_at, sin_at, keys[column + j, g : g + 1])
             for e in range(E):
                 values[column + j, g, e] = value[j, g, e]
-            if asked == len(asking) or asking[asked] != there[j]:
-                continue
-            own = query[asked, g * each : (g + 1) * each]
-            for h in range(each if row[OF_QUERY] else 0):
-                norm_row(own[h], row[OF_QUERY], eps, offset, own[h])
-            _rotate(own, cos_at, sin_at, turned)
-            to = out[asked, g * each : (g + 1) * each]
-            _attend(turned, keys[:, g : g + 1], values[:, g : g + 1], column + j + 1, np.float32(scaling), to)
-            asked += 1
+    for j in range(len(asking)):
+        cos_at, sin_at = _angles(memory, asking[j], E)
+        for h in range(part, H, parts):
+            if row[OF_QUERY]:
+                norm_row(query[j, h], row[OF_QUERY], numbers[0], numbers[1], query[j, h])
+            if cos_at:
+                _rotate(query[j, h : h + 1], cos_at, sin_at, query[j, h : h + 1])
+
+
+@compiled
+def _angles(memory: Array, token: int, width: int) -> Array:
+    """Return the addresses of cos and sin of a token; 0 where nothing is rotated."""
+    if memory[COS]:
+        return memory[COS] + 4 * token * width, memory[SIN] + 4 * token * width
+    return 0, 0
+
+
+@compiled
+def _attention(
+    memory: Array, addresses: Array, tokens: Array, sizes: Array, scaling: float, part: int, parts: int
+) -> None:
+    """Attend with every `parts`-th query of all tokens and heads that ask."""
+    (q_at, _, _, a_at), (there, asking, _), (H, G, E) = addresses, tokens, sizes
+    column, K, at = memory[COLUMN], len(there), 0
+    query, out = _lying(q_at, (len(asking), H, E), ONE), _lying(a_at, (len(asking), H, E), ONE)
+    keys, values = _lying(memory[KEYS], (column + K, G, E), ONE), _lying(memory[VALUES], (column + K, G, E), ONE)
+    for j in range(len(asking)):
+        while there[at] != asking[j]:
+            at += 1
+        for h in range((part - j * H) % parts, H, parts):
+            g = h // (H // G)
+            asked, seen, said = query[j, h : h + 1], keys[:, g : g + 1], values[:, g : g + 1]
+            _attend(asked, seen, said, column + at + 1, np.float32(scaling), out[j, h : h + 1])
 
 
 @compiled

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skipstone.ops.int8_dot import GROUP, eight_tokens, four_tokens, one_token, two_tokens
 from skipstone.ops.magnitude_native import Array, _lying, compiled
-from skipstone.ops.workers import integers, part_of, parts_of, share, team, threads
+from skipstone.ops.workers import BARRIER, integers, part_of, parts_of, share, team, threads, wait
 
 LEAST = 1 << 17  # weights below which a second thread costs more than it saves
 UNITS = np.int32(0x7FFFFFFF)  # the bits of a number but its sign
@@ -165,3 +165,5 @@ def crew(packet: int) -> None:
     addresses, sizes, part, parts = integers(packet, 0, 6), integers(packet, 6, 4), part_of(packet), parts_of(packet)
     each = -(-sizes[1] // (4 * parts)) * 4
     _some_rows(addresses, sizes, min(part * each, sizes[1]), min((part + 1) * each, sizes[1]))
+    if parts > 1:
+        wait(packet + BARRIER, parts)  # asleep after a while; OpenMP would spin for milliseconds
