@@ -56,6 +56,7 @@ FILES = {
     "tsa_speed": "speed.tsa_speed",
     "neurons_decode": "speed.neurons_decode",
     "decode_rivals": "speed.decode_rivals",
+    "decode_rivals_gemma": "speed.decode_rivals",
     "gpu": "speed.gpu",
     "growth": "speed.growth",
 }

@@ -61,6 +61,10 @@ SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what i
         ("ours, int8", "ours, int8, draft lookup", "transformers, prompt lookup"),
         {"source": "stories260K", "prompt": 4, "new": 2, "turns": 1},
     ),
+    "decode_rivals_gemma": (
+        ("ours, int8, head by 16,384 candidates",),
+        {"source": "stories260K", "prompt": 4, "new": 2, "turns": 1, "candidates": 64, "directions": 64},
+    ),
 }
 
 
@@ -69,7 +73,16 @@ def test_every_timing_is_tried() -> None:
 
 
 # They compile, train, or start a process.
-SLOW = ("static_graph", "neurons_decode", "head_loss", "mod_training", "decode_rivals", "gpu", "growth")
+SLOW = (
+    "static_graph",
+    "neurons_decode",
+    "head_loss",
+    "mod_training",
+    "decode_rivals",
+    "decode_rivals_gemma",
+    "gpu",
+    "growth",
+)
 CASES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
 
 

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from skipstone.adapt.self_generated import begin
 from skipstone.core.atomic_write import complete
 from skipstone.core.checksums import but_cards, record
 from skipstone.core.progress_bar import stages
+from skipstone.generate import generate
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.head_preview import with_head_candidates
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import load_pretrained, load_tokenizer
 from skipstone.model.quantise import quantise
 from skipstone.runs import CONFIG, Run
 
 
-def export_int8(source: str | Path, out: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class HeadCandidates:
+    """How many rows of the head a step reads whole, and the preview that chooses them.
+
+    text: a file of text like that to be decoded; None: the model writes its own. rows, tokens: how much of it is read.
+    """
+
+    candidates: int
+    directions: int
+    text: Path | None = None
+    rows: int = 32
+    tokens: int = 256
+
+
+def export_int8(source: str | Path, out: Path, head: HeadCandidates | None = None) -> None:
     """Write the model at `source` with int8 weights to the folder `out`, with its tokenizer and a card.
 
-    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. `out` appears only when it is complete.
-    Raises what `load_pretrained` and `quantise` raise, and FileExistsError if something is at `out`.
+    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. head: None: steps read the whole head.
+    `out` appears only when it is complete. Raises what `load_pretrained`, `quantise` and `with_head_candidates` raise,
+    and FileExistsError if something is at `out`.
     """
     folder = Path(source).expanduser()
     with stages("reading the model", "rounding its weights", "writing the model") as stage:
@@ -34,6 +56,9 @@ def export_int8(source: str | Path, out: Path) -> None:
         next(stage)
         with quiet():
             small = quantise(model)
+            if head is not None:
+                ids_BT = _calibration(model, tokenizer, head, str(source))
+                small = with_head_candidates(small, ids_BT, head.candidates, head.directions)
         next(stage)
         _write(small, tokenizer, Path(out), folder.resolve().name if folder.exists() else str(source))
 
@@ -45,3 +70,22 @@ def _write(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase | Non
             tokenizer.save_pretrained(partial)
         write_card(model, partial, title=out.name, source=source)
         record(partial, but_cards(partial))
+
+
+def _calibration(model: SkipstoneForCausalLM, tokenizer: Any, head: HeadCandidates, source: str) -> Tensor:
+    """Return int64 [rows, tokens] of the given text, evenly spread, or of text that the model writes itself."""
+    tokens = min(head.tokens, model.config.max_position_embeddings)
+    if head.text is None:
+        if tokenizer is None:
+            raise ValueError(f"{source}: without a tokenizer, head candidates need a text; name one")
+        begun_BT = torch.tensor([begin(tokenizer, None, source)] * head.rows, device=model.device)
+        new = tokens - begun_BT.shape[1]
+        return generate(model, begun_BT, max_new_tokens=new, temperature=1.0, seed=0, eos_token_id=[])
+    if tokenizer is None:
+        raise ValueError(f"{source}: without a tokenizer, no text can be read for the head candidates")
+    text = head.text.read_text(encoding="utf-8")[: 32 * tokens * head.rows]
+    ids_N = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    if len(ids_N) < tokens:
+        raise ValueError(f"{str(head.text)!r} has {len(ids_N)} tokens; head candidates need at least {tokens}")
+    starts = torch.linspace(0, len(ids_N) - tokens, head.rows).long()
+    return torch.stack([ids_N[start : start + tokens] for start in starts.tolist()])

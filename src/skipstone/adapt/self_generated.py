@@ -55,7 +55,7 @@ def write(
             raise ValueError(f"{name} must be at least 1, got {value}")
     model = load_dense(source, dtype or "float32")
     tokenizer = tokenizer_of(source, model)
-    begun = _begin(tokenizer, start, source)
+    begun = begin(tokenizer, start, source)
     if len(begun) + length > model.config.max_position_embeddings:
         raise ValueError(
             f"length ({length}) and start ({len(begun)}) are longer than the source's context, "
@@ -86,7 +86,8 @@ def _fill(
             return
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) -> list[int]:
+def begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) -> list[int]:
+    """Return the tokens with which a text begins: those of `start`, or else the tokenizer's own."""
     if start is not None:
         ids: list[int] = tokenizer(start, add_special_tokens=False)["input_ids"]
         if not ids:

@@ -154,11 +154,11 @@ def calibrate_run(
 
 def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
     assert loaded.data is not None
-    found = list(_spread(loaded, split, count))
+    found = list(spread(loaded, split, count))
     return calibrate(loaded.model, found, text=f"{loaded.data.config.corpus}, {split}")
 
 
-def _spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
+def spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
     """Yield batches of whole rows, spread evenly over the split."""
     assert loaded.data is not None
     config = replace(loaded.data.config, validation_rows=None)

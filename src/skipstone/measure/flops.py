@@ -22,7 +22,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.measure.passes import Pass
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
-from skipstone.ops import int8, magnitude
+from skipstone.ops import head_preview, int8, magnitude
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ def kind_of(modules: set[str]) -> str:
         return "attention_linear" if any(part.endswith("_proj") for part in parts) else "attention_score"
     if "mlp" in parts:
         return "router" if parts & {"activation", "router"} else "mlp"
-    if "lm_head" in parts:
+    if parts & {"lm_head", "head_preview"}:
         return "head"
     return "router" if any(".mechanisms." in name for name in modules) else "other"
 
@@ -177,6 +177,11 @@ def _magnitude(*args: Any, **kwargs: object) -> int:
     return 2 * (tried + kept) * size * up_FD.shape[1]  # type: ignore[no-any-return]
 
 
+def _by_candidates(*args: Any, **kwargs: object) -> int:
+    turn, weight_VD, candidates = args[1], args[6], args[8]
+    return head_preview.flops(weight_VD.shape[1], weight_VD.shape[0], turn.shape[0] - 1, candidates)
+
+
 FORWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention,
@@ -197,6 +202,7 @@ TABLE: dict[object, Callable[..., int]] = {
     **dict.fromkeys(BACKWARD, _attention_backward),
     aten._grouped_mm: _grouped,
     int8.NATIVE: lambda x, weight, *args, **kwargs: 2 * x.numel() * weight.shape[0],
+    head_preview.NATIVE: _by_candidates,
     magnitude.NATIVE: _magnitude,
     magnitude.NATIVE_LARGEST: lambda *args, **kwargs: 0,
 }

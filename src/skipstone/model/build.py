@@ -32,6 +32,7 @@ from skipstone.nn.compiled_run import CompiledRun as CompiledRun
 from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
 from skipstone.nn.grouped_mlp import GroupedMLP
+from skipstone.nn.head_preview import HeadPreview as HeadPreview
 from skipstone.nn.int8 import Int8Embedding as Int8Embedding
 from skipstone.nn.int8 import Int8Linear as Int8Linear
 from skipstone.nn.int8 import int8_layers as int8_layers

@@ -25,7 +25,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
 from skipstone.model.arguments import checked_targets, refuse_ignored, refuse_targets
-from skipstone.model.build import Int8Linear, Rotary
+from skipstone.model.build import HeadPreview, Int8Linear, Rotary
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
     DecoderOutput,
@@ -78,6 +78,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
                 **self._tied_weights_keys,
                 "lm_head.weight_scale": "model.embed_tokens.weight_scale",
             }
+        self.head_preview: HeadPreview | None = None
+        if config.head_candidates is not None and config.head_directions is not None:
+            sizes = config.hidden_size, config.vocab_size, config.head_directions, config.head_candidates
+            self.head_preview = HeadPreview(*sizes)
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "head_preview"}
         self.post_init()
 
     @can_return_tuple
@@ -129,7 +134,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert out.last_hidden_state is not None
         hidden_BTD = self.to_head(out.last_hidden_state[:, keep])
-        logits_BTV = self._logits(hidden_BTD) if target_BT is None or not loss_chunk else None
+        logits_BTV = self._logits(hidden_BTD, out) if target_BT is None or not loss_chunk else None
         losses: PlainDict = {}
         if target_BT is not None:
             items, records = kwargs.get("num_items_in_batch"), out.records or ()
@@ -146,8 +151,18 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         """Return the input of the head: the normalised hidden states times `config.logit_scale`."""
         return hidden_BTD if self.config.logit_scale == 1 else hidden_BTD * self.config.logit_scale
 
-    def _logits(self, hidden_BTD: Tensor) -> Tensor:
-        logits_BTV = self.lm_head(hidden_BTD)
+    def _logits(self, hidden_BTD: Tensor, out: DecoderOutput) -> Tensor:
+        """Return the logits; by candidates, if the model has a preview of its head and the call is of one token."""
+        preview = self.head_preview
+        alone = out.last_hidden_state is not None and out.last_hidden_state.shape[:2].numel() == 1
+        if preview is not None and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "head_candidates: a model with a preview of its head cannot be trained; train the original"
+            )
+        if preview is not None and alone and preview.takes(hidden_BTD, self.lm_head):
+            logits_BTV = preview(hidden_BTD, self.lm_head)
+        else:
+            logits_BTV = self.lm_head(hidden_BTD)
         cap = self.config.logit_soft_cap
         return logits_BTV if cap is None else (logits_BTV / cap).tanh() * cap
 

@@ -35,6 +35,7 @@ from skipstone.ops.int8 import GROUP
 
 WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # not supported by MLPs that are computed in parts
 ROPE_NUMBERS = ("factor", "rope_theta")
+MOST_DIRECTIONS = 4096  # whose products with numbers of 15 bits can be summed in 32
 NEED_A_FACTOR = ("linear", "yarn", "llama3")
 # Releases before 0.2 accepted and ignored these options of `neuron_groups` with decision magnitude.
 NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
@@ -66,6 +67,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         self._check_activation()
         self._check_experts()
         self._check_neuron_groups()
+        self._check_head()
         if self.weight_format == "int8" and self.mlp == "experts":
             raise ValueError("weight_format 'int8' needs mlp 'gated' or 'plain', got 'experts'")
         if self.weight_group not in (None, GROUP) or (self.weight_group is not None and self.weight_format != "int8"):
@@ -73,6 +75,17 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
                 f"weight_group must be {GROUP} with weight_format 'int8', or None, got {self.weight_group} "
                 f"with {self.weight_format!r}"
             )
+
+    def _check_head(self) -> None:
+        """Raise ValueError unless the preview of the head is one that the compiled kernel reads."""
+        candidates, directions = self.head_candidates, self.head_directions
+        if candidates is None and directions is None:
+            return
+        if candidates is None or not 1 <= candidates <= self.vocab_size:
+            raise ValueError(f"head_candidates must be from 1 to vocab_size ({self.vocab_size}), got {candidates}")
+        most = min(self.hidden_size, MOST_DIRECTIONS)
+        if directions is None or directions % GROUP or not GROUP <= directions <= most:
+            raise ValueError(f"head_directions must be a multiple of {GROUP} from {GROUP} to {most}, got {directions}")
 
     def _check_rope_numbers(self) -> None:
         """Raise ValueError for a stretched RoPE without its factor, before transformers looks for it."""

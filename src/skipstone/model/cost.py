@@ -178,7 +178,8 @@ class _Work:
 
 
 def _cost(model: ModelLike, call: _Call) -> Cost:
-    forward = _head(model, call.logits)
+    forward = _step_head(model) if call.mechanisms and call.tokens == call.batch == 1 else None
+    forward = _head(model, call.logits) if forward is None else forward
     training = _head(model, call.tokens) * 3
     kv = state = 0.0
     for i, block in enumerate(model.decoder.layers):
@@ -295,6 +296,12 @@ def _training(block: Block, work: _Work, unpadded: _Work) -> Flops:
 def _head(model: ModelLike, tokens: int) -> Flops:
     head = model.get_output_embeddings()
     return Flops() if head is None else Flops(head=2 * tokens * weights_multiplied(head))
+
+
+def _step_head(model: ModelLike) -> Flops | None:
+    """Return the FLOPs of a head that a step reads by candidates; None if it reads all of it."""
+    preview = getattr(model, "head_preview", None)
+    return Flops(head=preview.flops()) if preview is not None and preview.fits(model.get_output_embeddings()) else None
 
 
 def _entry_bytes(attention: Attention) -> int:

@@ -94,6 +94,8 @@ class ModelFields:
     mode, oracle or causal (as in generation, without noise: for preference and RL training). weight_format: of matrices
     and token embeddings, float or int8 (`skipstone quantise`; such a model is not trained). weight_group: inputs of an
     int8 matrix that share a scale; None: those of a row, as in a matrix whose inputs are not a multiple of it.
+    head_candidates: rows of the head that a decoding step reads whole, the best by a preview of head_directions
+    directions (`skipstone quantise --head-candidates`); both None: every row. Such a model is not trained.
     """
 
     format_version: int = FORMAT_VERSION
@@ -144,6 +146,8 @@ class ModelFields:
     tie_word_embeddings: bool = False
     weight_format: str = "float"
     weight_group: int | None = None
+    head_candidates: int | None = None
+    head_directions: int | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -37,7 +37,7 @@ def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
         if f"{name}.weight" in tensors:
             number, scale = int8.quantise(tensors[f"{name}.weight"], group)
             tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
-    return _built(model, config, tensors)
+    return rebuilt(model, config, tensors)
 
 
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
@@ -47,7 +47,7 @@ def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     for name in _groups(model.config):
         number, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight_scale")
         tensors[f"{name}.weight"] = int8.restore(number, scale, model.dtype)
-    return _built(model, config, tensors)
+    return rebuilt(model, config, tensors)
 
 
 def _with_format(model: SkipstoneForCausalLM, weight_format: str, group: int | None) -> SkipstoneConfig:
@@ -64,7 +64,8 @@ def _groups(config: SkipstoneConfig) -> dict[str, int | None]:
     return {name: module.group for name, module in named if isinstance(module, Int8Linear | Int8Embedding)}
 
 
-def _built(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:
+def rebuilt(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:
+    """Return a model with another configuration and these weights, otherwise like `model`."""
     if config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
     built = from_tensors(config, tensors, model.dtype).train(model.training)

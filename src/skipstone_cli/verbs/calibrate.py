@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.errors import UserError
 from skipstone_cli.output import publish
 from skipstone_cli.paths import existing_dir, existing_run
 
@@ -18,11 +19,25 @@ def calibrate(
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens per row. Default: the run's own.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of training rows to calibrate on.")] = 32,
+    kl: Annotated[
+        float | None, typer.Option(help="Choose what reads the least within this KL to the source, in nats a token.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="What --kl compares with. Default: the model as trained, with its whole head.")
+    ] = None,
 ) -> None:
     """Write budget.json beside the weights, with the thresholds for every budget that the model can execute."""
     existing_dir(run, "run folder")
 
     existing_run(run)
+
+    if kl is not None:
+        from skipstone.evaluate.kl_budget import kl_run
+
+        publish(kl_run(run, kl, source=source, corpus=corpus, context=context, rows=rows), json=None, markdown=None)
+        return
+    if source is not None:
+        raise UserError("--source has no effect without --kl")
 
     from skipstone.evaluate.budget_curve import calibrate_run
 

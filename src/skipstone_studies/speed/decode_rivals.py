@@ -15,6 +15,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.quantise import quantise
 from skipstone_studies.speed.interleaved import ratio
 from skipstone_studies.speed.rivals import thin
+from skipstone_studies.speed.rivals.by_candidates import by_candidates, bytes_read, logits_of_steps, theirs
 from skipstone_studies.speed.rivals.engines import Drafted, Engine, LlamaCpp, PromptLookup, Torch, llama, torchao
 from skipstone_studies.speed.rivals.source import LENGTH, ROWS, Logits, distance, rows, source
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
@@ -22,10 +23,13 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 SOURCE = "SmolLM2-135M-Instruct"
 STEPS = {"prompt": 32, "new": 16, "turns": 3, "threads": 1}
 LONGER = {"prompt": 64, "new": 64}  # the number of drafted tokens is learned within a text
+HEAD = {"candidates": 8192, "directions": 256}
 WAYS: dict[str, RecipeDict] = {
     "ours, int8": {"way": "int8"},
+    "ours, int8, head by candidates": {"way": "candidates", "weights": "int8", **HEAD},
     "llama.cpp, Q8_0": {"way": "llama.cpp", "format": "Q8_0"},
     "ours, fp32": {"way": "ours"},
+    "ours, fp32, head by candidates": {"way": "candidates", "weights": "float", **HEAD},
     "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
     "ours, int8, draft lookup": {"way": "drafted", "draft": "lookup", **LONGER},
     "ours, int8, draft exit": {"way": "drafted", "draft": "exit", **LONGER},
@@ -44,6 +48,16 @@ WAYS: dict[str, RecipeDict] = {
     "TEAL, 40 %": {"way": "teal", "sparsity": 0.4},
     "head by candidates, 128 directions": {"way": "previewed", "directions": 128, "exact": 2048},
 }
+GEMMA = "gemma-3-270m"
+WAYS_OF_GEMMA: dict[str, RecipeDict] = {
+    "ours, int8": {"way": "int8"},
+    "ours, int8, head by 16,384 candidates": {"way": "candidates", "weights": "int8", **HEAD, "candidates": 16384},
+    "ours, int8, head by 32,768 candidates": {"way": "candidates", "weights": "int8", **HEAD, "candidates": 32768},
+    "llama.cpp, Q8_0": {"way": "llama.cpp", "format": "Q8_0"},
+    "llama.cpp, the file": {"way": "llama.cpp", "format": "as it is"},
+    "ours, fp32": {"way": "ours"},
+    "ours, fp32, head by 16,384 candidates": {"way": "candidates", "weights": "float", **HEAD, "candidates": 16384},
+}
 LOSSLESS = ("ours", "drafted", "lookup")  # of what they start from: their text is that of the same weights without
 THIN: dict[str, Callable[..., thin.Way]] = {"teal": thin.teal, "cats": thin.cats, "previewed": thin.previewed}
 SMALLER: dict[str, Callable[..., SkipstoneForCausalLM]] = {"narrower": thin.narrower, "shorter": thin.shorter}
@@ -51,6 +65,10 @@ SMALLER: dict[str, Callable[..., SkipstoneForCausalLM]] = {"narrower": thin.narr
 
 def arms(scale: str) -> dict[str, RecipeDict]:
     return {arm: {"source": SOURCE, **STEPS, **recipe} for arm, recipe in WAYS.items()}
+
+
+def arms_of_gemma(scale: str) -> dict[str, RecipeDict]:
+    return {arm: {"source": GEMMA, **STEPS, **recipe} for arm, recipe in WAYS_OF_GEMMA.items()}
 
 
 def measured(recipe: RecipeDict) -> Figures:
@@ -101,6 +119,9 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
         share = recipe["share"] if way == "narrower" else recipe["blocks"]
         smaller = SMALLER[way](name, share)
         return Torch(smaller), thin.whole(smaller), 4.0 * thin.weights(smaller)
+    if way == "candidates":
+        fewer = by_candidates(name, recipe["weights"], recipe["candidates"], recipe["directions"])
+        return Torch(fewer), logits_of_steps(fewer), bytes_read(fewer)
     ours = source(name) if way == "ours" else quantise(source(name)).eval()
     read = sum(p.numel() * p.element_size() for p in ours.parameters())
     drafted = Drafted(ours, recipe["draft"]) if way == "drafted" else Torch(ours)
@@ -110,7 +131,7 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
     """Return tokens/s of greedy steps relative to transformers' in the same turn: median, least and greatest."""
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
-    base = Torch(llama(recipe["source"]))
+    base = Torch(theirs(recipe["source"]))
 
     def task(of: Engine) -> Any:
         turns = iter(range(recipe["turns"] + 1))
@@ -120,6 +141,21 @@ def speed(recipe: RecipeDict, engine: Engine) -> Figures:
     seconds = {who: [lap.seconds for lap in rate.laps] for who, rate in taken.items()}
     return ratio(seconds["theirs"], seconds["ours"])
 
+
+COLUMNS = (
+    Column(key="share", title="bytes", format=".1%"),
+    Column(key="speed", title="speed (min to max)", format=".2f", spread=True),
+    Column(key="guessed", title="guessed", format=".0%"),
+    Column(key="distance.plays.kl", title="KL, plays", format=".4f"),
+    Column(key="distance.manual.kl", title="KL, manual", format=".4f"),
+    Column(key="distance.code.kl", title="KL, code", format=".4f"),
+    Column(key="distance.plays.agreement", title="same token, plays", format=".1%"),
+    Column(key="distance.manual.agreement", title="manual", format=".1%"),
+    Column(key="distance.code.agreement", title="code", format=".1%"),
+    Column(key="distance.plays.increase", title="perplexity, plays", format="+.1%"),
+    Column(key="distance.manual.increase", title="manual", format="+.1%"),
+    Column(key="distance.code.increase", title="code", format="+.1%"),
+)
 
 DECODE_RIVALS = Study(
     name="decode_rivals",
@@ -135,25 +171,31 @@ DECODE_RIVALS = Study(
         f"{STEPS['new']} greedy steps after prompts of {STEPS['prompt']} tokens of the three texts; arms with drafts, "
         f"and that without one beside them, {LONGER['new']} tokens after {LONGER['prompt']}. With two threads, both "
         "sides have two, and the wall clock counts, which other processes of the machine disturb. Drafts change no "
-        "token; *guessed* is the share of tokens that a draft had proposed. Arms without a "
+        "token; *guessed* is the share of tokens that a draft had proposed. *Head by candidates*: a step previews the "
+        f"logits from {HEAD['directions']} directions in four bits and reads {HEAD['candidates']:,} rows of the head "
+        "whole; its KL is that of such steps. The arms so named without *ours* are "
+        "the published form (SVD-softmax), in fp32. Arms without a "
         "speed decide for every token, but this implementation leaves nothing out. On a CPU, torchao stores int4 in "
         "one byte each, and its bytes are counted so."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
     clock=measured,
-    columns=(
-        Column(key="share", title="bytes", format=".1%"),
-        Column(key="speed", title="speed (min to max)", format=".2f", spread=True),
-        Column(key="guessed", title="guessed", format=".0%"),
-        Column(key="distance.plays.kl", title="KL, plays", format=".4f"),
-        Column(key="distance.manual.kl", title="KL, manual", format=".4f"),
-        Column(key="distance.code.kl", title="KL, code", format=".4f"),
-        Column(key="distance.plays.agreement", title="same token, plays", format=".1%"),
-        Column(key="distance.manual.agreement", title="manual", format=".1%"),
-        Column(key="distance.code.agreement", title="code", format=".1%"),
-        Column(key="distance.plays.increase", title="perplexity, plays", format="+.1%"),
-        Column(key="distance.manual.increase", title="manual", format="+.1%"),
-        Column(key="distance.code.increase", title="code", format="+.1%"),
+    columns=COLUMNS,
+)
+
+DECODE_RIVALS_GEMMA = Study(
+    name="decode_rivals_gemma",
+    purpose="A model whose head is most of it, decoded on a CPU: speed and distance to the source",
+    about=(
+        f"The source, {GEMMA}, is a file of four- to eight-bit blocks (Q4_K_M) restored to fp32; its head, a "
+        "vocabulary of 262,144 by a width of 640, is 63 % of the weights. Everything is measured as in decode_rivals, "
+        "each row beginning with the token that begins a text. *Head by candidates*: a step previews the logits from "
+        f"{HEAD['directions']} directions in four bits and reads that many rows of the head whole; its KL is that of "
+        "such steps. llama.cpp decodes the file as it is, and written anew as Q8_0."
     ),
+    arms=arms_of_gemma,
+    seeds={"laptop": (0,)},
+    clock=measured,
+    columns=tuple(column for column in COLUMNS if column.key != "guessed"),
 )

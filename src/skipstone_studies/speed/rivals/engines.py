@@ -107,9 +107,11 @@ class LlamaCpp:
 
         self.lib, self.file = llama_cpp, folder / f"{format}.gguf"
         options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype, options.allow_requantize, options.nthread = QUANTISED[format], True, threads
         given = Path(os.environ["SKIPSTONE_DATA"], f"{name}.gguf")
-        if llama_cpp.llama_model_quantize(str(given).encode(), str(self.file).encode(), options) != 0:
+        options.ftype, options.allow_requantize, options.nthread = QUANTISED.get(format, 0), True, threads
+        if format not in QUANTISED:
+            self.file = given
+        elif llama_cpp.llama_model_quantize(str(given).encode(), str(self.file).encode(), options) != 0:
             raise ValueError(f"llama.cpp does not write {format} of {str(given)!r}")
         self.model = llama_cpp.Llama(
             str(self.file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False

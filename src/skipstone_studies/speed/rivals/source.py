@@ -65,8 +65,10 @@ def calibration(name: str, count: int = 4) -> Tensor:
 
 def _drawn(name: str, text: str, count: int) -> Tensor:
     ids = tokenizer(name)(text[: 400 * LENGTH * count], return_tensors="pt", verbose=False)["input_ids"][0]
-    step = (len(ids) - LENGTH) // count
-    return torch.stack([ids[i * step : i * step + LENGTH] for i in range(count)])
+    begin = ids[:1] if ids[0] == tokenizer(name).bos_token_id else ids[:0]  # some models need it in every row
+    length = LENGTH - len(begin)
+    step = (len(ids) - length) // count
+    return torch.stack([torch.cat((begin, ids[len(begin) :][i * step : i * step + length])) for i in range(count)])
 
 
 @cache

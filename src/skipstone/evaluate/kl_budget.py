@@ -1,0 +1,257 @@
+"""A budget of KL divergence: the settings of a model that read the least while it stays close to what it was.
+
+Two things can be set: thresholds, of a model that has some, by the points of its budget table, and the number of the
+head's candidates, of a model with a preview of its head. Thresholds are set first, with the whole head.
+
+    KL(source || setting), nats a token, over calibration rows
+
+Shape letters: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from skipstone.budget import BudgetTable
+from skipstone.budget.handles import find_handles
+from skipstone.core import checksums
+from skipstone.core.atomic_write import write_whole
+from skipstone.core.strict import PlainDict
+from skipstone.evaluate.budget_curve import ROWS, calibrate_run, spread
+from skipstone.evaluate.loaded_run import load_run
+from skipstone.evaluate.tables import Section, amount, markdown, number, plain, rich_table
+from skipstone.measure.bytes_read import of_step
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.cost import cost, kept_from_records
+from skipstone.model.pretrained import load_pretrained
+from skipstone.runs import CONFIG
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LEAST = 256  # candidates tried
+MOST_POINTS = 10  # of a budget table
+Settings = Sequence[tuple[str, Callable[[], AbstractContextManager[None]], bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtSetting:
+    """One setting: bytes of weights and FLOPs of a token, and KL(source || setting) in nats a token."""
+
+    setting: str
+    bytes: float
+    flops: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlBudget:
+    """All settings measured, those chosen, and what was written."""
+
+    limit: float
+    settings: tuple[AtSetting, ...]
+    chosen: tuple[str, ...]
+    written: str
+    text: str
+
+    def to_dict(self) -> PlainDict:
+        """Return everything as plain values for JSON."""
+        return plain({**vars(self), "settings": [vars(s) for s in self.settings]})
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        return markdown([self._section()])
+
+    def table(self) -> Table:
+        """Return the table for a terminal."""
+        return rich_table([self._section()])
+
+    def _section(self) -> Section:
+        return Section(
+            title=f"KL budget of {self.limit:g} nats a token",
+            columns=["setting", "bytes of weights a token", "FLOPs a token", "KL (nats)", ""],
+            rows=[
+                [
+                    s.setting,
+                    amount(s.bytes),
+                    amount(s.flops),
+                    number(s.kl),
+                    "chosen" if s.setting in self.chosen else "",
+                ]
+                for s in self.settings
+            ],
+            notes=[f"KL of the source to each setting, on {self.text}", self.written],
+        )
+
+
+def kl_run(
+    folder: Path,
+    limit: float,
+    *,
+    source: str | None = None,
+    corpus: str | None = None,
+    context: int | None = None,
+    rows: int = ROWS,
+) -> KlBudget:
+    """Choose the settings that read the fewest bytes within `limit`, and write them beside the weights.
+
+    source: what the model is compared with; None: itself, as trained and with its whole head. Writes `budget.json` if
+    the model has thresholds and no table, and the number of candidates into `config.json`. Raises ValueError for a
+    model with nothing to set, a budget that no setting meets, and a source with another vocabulary.
+    """
+    if not limit > 0:
+        raise ValueError(f"kl must be above 0 nats a token, got {limit:g}")
+    loaded = load_run(folder, "train", corpus, context)
+    if loaded.data is None:
+        raise ValueError(f"{folder} is a saved model without a recipe; name the corpus to calibrate on")
+    model, where = loaded.model, loaded.run.model_folder()
+    handles, preview = bool(find_handles(model)), model.head_preview
+    if not handles and preview is None:
+        raise ValueError(
+            f"{folder} has nothing that a KL budget sets: no thresholds, and no head by candidates "
+            "(skipstone quantise --head-candidates)"
+        )
+    other = model if source is None else load_pretrained(source, torch.float32).eval().to(model.device)
+    if other.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"source {source!r} has {other.config.vocab_size} tokens, {folder} {model.config.vocab_size}")
+    batches = [batch["input_ids"] for batch in spread(loaded, "train", rows)]
+    ids = [row[None] for batch in batches for row in batch]
+    found: list[AtSetting] = []
+    chosen: list[str] = []
+    written: list[str] = []
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    if handles:
+        if BudgetTable.find(where) is None:
+            calibrate_run(folder, corpus=corpus, context=context, rows=rows)
+        table = BudgetTable.load(where)
+        shares = _shares(table)
+        tried = [(f"budget {share:g}", _at(table, model, share), False) for share in shares]
+        found += _measured(model, other, ids, tried)
+        best = _best(found, limit)
+        share = shares[found.index(best)]
+        around = _at(table, model, share)
+        chosen.append(best.setting)
+        written.append(f"budget.json; decode with --budget {share:g}")
+    if preview is not None:
+        counts = _counts(model.config.vocab_size)
+        inside = [(f"{m:,} candidates", _with_candidates(model, m, around), True) for m in counts]
+        of_head = _measured(model, other, ids, inside)
+        best = _best(of_head, limit)
+        found += of_head
+        chosen.append(best.setting)
+        written.append(_write(where, counts[of_head.index(best)]))
+    text = f"{len(ids)} rows of {ids[0].shape[1]} tokens of {loaded.data.config.corpus}"
+    return KlBudget(
+        limit=limit, settings=tuple(found), chosen=tuple(chosen), written="written: " + "; ".join(written), text=text
+    )
+
+
+def _best(found: Sequence[AtSetting], limit: float) -> AtSetting:
+    """Return the setting that reads the fewest bytes within the limit. Raises ValueError without one."""
+    within = [one for one in found if one.kl <= limit]
+    if not within:
+        nearest = min(found, key=lambda one: one.kl)
+        raise ValueError(
+            f"kl {limit:g} cannot be met: the least of this model is {nearest.kl:.2g} nats a token, with "
+            f"{nearest.setting}"
+        )
+    return min(within, key=lambda one: one.bytes)
+
+
+def _shares(table: BudgetTable) -> list[float]:
+    low, high = table.range
+    points = [min(max(point.share, low), high) for point in table.points]
+    count = min(MOST_POINTS, len(points))
+    return sorted({points[round(i * (len(points) - 1) / max(count - 1, 1))] for i in range(count)})
+
+
+def _counts(vocabulary: int) -> list[int]:
+    """Return numbers of candidates, each twice the one before, and the whole vocabulary."""
+    counts = []
+    count = min(LEAST, vocabulary)
+    while count < vocabulary:
+        counts.append(count)
+        count *= 2
+    return [*counts, vocabulary]
+
+
+def _at(table: BudgetTable, model: SkipstoneForCausalLM, share: float) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: table.at(model, share)
+
+
+def _with_candidates(
+    model: SkipstoneForCausalLM, count: int, around: Callable[[], AbstractContextManager[None]]
+) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def inside() -> Iterator[None]:
+        preview = model.head_preview
+        assert preview is not None
+        before, preview.candidates = preview.candidates, count
+        try:
+            with around():
+                yield
+        finally:
+            preview.candidates = before
+
+    return inside
+
+
+@torch.inference_mode()
+def _measured(
+    model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ids: Sequence[Tensor], settings: Settings
+) -> list[AtSetting]:
+    """Return the figures of all settings; each row of the source is computed once."""
+    total = [0.0] * len(settings)
+    works: list[tuple[float, float]] = []
+    for row_1T in ids:
+        theirs_TV = _logits(source, row_1T, steps=False).log_softmax(-1)
+        for i, (_, setting, steps) in enumerate(settings):
+            with setting():
+                ours_TV = _logits(model, row_1T, steps).log_softmax(-1)
+                total[i] += float((theirs_TV.exp() * (theirs_TV - ours_TV)).sum(-1).mean())
+                if len(works) <= i:
+                    works.append(_work(model, row_1T, steps))
+    return [
+        AtSetting(setting=name, bytes=work[0], flops=work[1], kl=max(sum_of / len(ids), 0.0))
+        for (name, _, _), work, sum_of in zip(settings, works, total, strict=True)
+    ]
+
+
+def _logits(model: SkipstoneForCausalLM, ids_1T: Tensor, steps: bool) -> Tensor:
+    """Return the logits of all tokens, fp32 [T, V]; as steps compute them, with a head by candidates, if asked."""
+    hidden_TD = model.to_head(model.model(ids_1T, use_cache=False, routing="causal").last_hidden_state)[0]
+    if steps and model.head_preview is not None:
+        logits_TV = model.head_preview.plain(hidden_TD, model.lm_head)
+    else:
+        logits_TV = model.lm_head(hidden_TD).float()
+    cap = model.config.logit_soft_cap
+    return logits_TV if cap is None else (logits_TV / cap).tanh() * cap
+
+
+def _work(model: SkipstoneForCausalLM, ids_1T: Tensor, steps: bool) -> tuple[float, float]:
+    """Return bytes of weights and FLOPs of a token, for the decisions on this row."""
+    records = model(ids_1T, use_cache=False, routing="causal", output_records=True).records or ()
+    kept = kept_from_records(model, records, rows="mean")
+    flops = cost(model, tokens=ids_1T.shape[1], kept=kept).forward_per_token
+    preview = model.head_preview if steps else None
+    head = flops.head if preview is None else preview.flops()
+    return of_step(model, flops, by_candidates=preview is not None), flops.total - flops.head + head
+
+
+def _write(folder: Path, candidates: int) -> str:
+    """Write the number of candidates into the model's configuration, and the checksums anew."""
+    path = folder / CONFIG if (folder / CONFIG).is_file() else folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["head_candidates"] = candidates
+    write_whole(path, json.dumps(values, indent=2) + "\n")
+    if (folder / checksums.FILES).is_file():
+        checksums.record(folder, checksums.but_cards(folder))
+    return f"head_candidates {candidates} in {path.name}"

@@ -1,0 +1,101 @@
+"""A preview of an output head, with which a step computes the whole rows of the best candidates alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from skipstone.nn.int8 import Int8Linear
+from skipstone.ops import head_preview
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+UNREAD = "head_candidates is not used with this head, device or dtype: the whole head is read"
+
+
+class HeadPreview(nn.Module):
+    """Four-bit numbers of a head in a few directions of the hidden states (`ops/head_preview.py`).
+
+    All but the four-bit numbers stays fp32 when the model's dtype changes. candidates: rows of the head that a step
+    reads whole; may be changed.
+    """
+
+    turn: Tensor
+    shift: Tensor
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, width: int, vocabulary: int, directions: int, candidates: int) -> None:
+        super().__init__()
+        self.directions, self.candidates = directions, candidates
+        for name, shape in (
+            ("turn", (directions + 1, width)),
+            ("shift", (directions + 1,)),
+            ("scale", (vocabulary,)),
+            ("offset", (vocabulary,)),
+        ):
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("packed", torch.zeros(vocabulary, directions // 2, dtype=torch.uint8))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if (moved := self._buffers[name]) is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    @property
+    def preview(self) -> head_preview.Preview:
+        return head_preview.Preview(self.turn, self.shift, self.packed, self.scale, self.offset)
+
+    def takes(self, x: Tensor, head: nn.Module) -> bool:
+        """Return whether `forward` may compute these logits: one token, and a head that is what it was."""
+        if x.numel() != self.turn.shape[1]:
+            return False
+        if not self.fits(head) or x.device.type != "cpu":
+            _warn_once()
+            return False
+        return head_preview.takes(x, *_weight(head))
+
+    def fits(self, head: nn.Module | None) -> bool:
+        """Return whether the head's rows can be read in place: no adapter, no hooks, the vocabulary of the preview."""
+        if type(head) not in (nn.Linear, Int8Linear) or "forward" in vars(head):
+            return False
+        weight, scale = _weight(head)
+        if any(getattr(head, name) for name in HOOKS) or type(weight) is not nn.Parameter or head.bias is not None:
+            return False
+        return weight.shape[0] == len(self.scale) and head_preview.readable(weight, scale)
+
+    def forward(self, x: Tensor, head: nn.Module) -> Tensor:
+        """Return the logits of one token, [..., V], which `takes` has allowed."""
+        return head_preview.logits(x, self.preview, *_weight(head), self.candidates)
+
+    def plain(self, x_ND: Tensor, head: nn.Module) -> Tensor:
+        """Return the logits of any number of tokens as steps would have them, fp32 [N, V], by ordinary operations."""
+        return head_preview.plain(x_ND, self.preview, *_weight(head), self.candidates)
+
+    def flops(self) -> int:
+        """Return the FLOPs of the logits of one token."""
+        return head_preview.flops(self.turn.shape[1], len(self.scale), self.directions, self.candidates)
+
+    def bytes_read(self, head: nn.Module) -> int:
+        """Return the bytes that the logits of one token read: the preview and the candidates' rows."""
+        weight, scale = _weight(head)
+        row = weight[:1].numel() * weight.element_size() + (0 if scale is None else 4 * scale[:1].numel())
+        own = sum(x.numel() * x.element_size() for x in self.buffers())
+        return own + min(self.candidates, len(self.scale)) * row
+
+    def extra_repr(self) -> str:
+        return f"{self.directions} directions, {self.candidates} candidates of {len(self.scale)}"
+
+
+def _weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return head.weight, head.weight_scale if isinstance(head, Int8Linear) else None  # type: ignore[return-value]
+
+
+def _warn_once() -> None:
+    warnings.warn(UNREAD, stacklevel=4)

@@ -1,0 +1,126 @@
+"""Logits of one token from a four-bit preview of the head, and from the whole rows of its best candidates.
+
+The preview is the head in a few directions of the hidden states. The best candidates by it get the logits that the
+whole head gives them; every other token keeps its previewed logit, so that the distribution stays whole.
+
+    p_v = s_v sum_k (q_vk - 8) x'_k + o_v + x'_K     x' = turn x + shift
+    y_v = w_v x if p_v is among the m largest of p, else p_v
+
+On a CPU with numba, a compiled kernel reads the preview and the candidates' rows alone. `plain` is its specification.
+
+Shape letters: N tokens, D width, V vocabulary, K directions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor, library
+
+from skipstone.ops import int8
+
+_namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
+_namespace.define(
+    "head_by_candidates(Tensor x, Tensor turn, Tensor shift, Tensor packed, Tensor scale, Tensor offset, "
+    "Tensor weight, Tensor? weight_scale, int candidates) -> Tensor"
+)
+NATIVE = torch.ops.skipstone.head_by_candidates
+
+GROUP = 64  # directions that lie together
+ZERO = 8  # the four-bit number that stands for 0
+NO_NUMBA = (
+    "head_candidates is not used, and the whole head is read: pip install 'skipstone[numba]' reads the candidates' rows"
+)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a preview consists of.
+
+    turn: fp32 [K + 1, D], the directions, and the mean row of the head. shift: fp32 [K + 1]. packed: uint8 [V, K / 2].
+    scale, offset: fp32 [V].
+    """
+
+    turn: Tensor
+    shift: Tensor
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
+def pack(number_VK: Tensor) -> Tensor:
+    """Pack numbers from -8 to 7 into uint8 [V, K / 2]. K: a multiple of `GROUP`."""
+    low, high = (number_VK + ZERO).to(torch.uint8).unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
+    return (low | (high << 4)).flatten(1)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Return the numbers that were packed, fp32 [V, K]."""
+    halves = packed.unflatten(1, (-1, GROUP // 2))
+    return torch.stack((halves & 15, halves >> 4), 2).flatten(1).float() - ZERO
+
+
+def previewed(x_ND: Tensor, preview: Preview) -> Tensor:
+    """Return the previewed logits, fp32 [N, V]."""
+    turned = x_ND.float() @ preview.turn.t() + preview.shift
+    return turned[:, :-1] @ unpack(preview.packed).t() * preview.scale + preview.offset + turned[:, -1:]
+
+
+def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
+    """Return the logits, fp32 [N, V], by ordinary operations. scale: of an int8 head."""
+    guess_NV = previewed(x_ND, preview)
+    whole = weight_VD.float() if scale is None else int8.restore(weight_VD, scale)
+    best_NM = guess_NV.topk(candidates).indices
+    return guess_NV.scatter(1, best_NM, (x_ND.float() @ whole.t()).gather(1, best_NM))
+
+
+def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
+    """Return whether the compiled kernel computes these logits: one token without gradient, on a CPU with numba."""
+    if (
+        x.numel() != weight_VD.shape[1]
+        or torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and x.requires_grad)
+    ):
+        return False
+    return readable(weight_VD, scale) and x.device.type == "cpu"
+
+
+def readable(weight_VD: Tensor, scale: Tensor | None) -> bool:
+    """Return whether the compiled kernel reads such a head: fp32, or int8 in groups of 64, in a CPU's memory."""
+    kind = weight_VD.dtype == torch.float32 or (scale is not None and weight_VD.shape[1] % int8.GROUP == 0)
+    return kind and weight_VD.device.type in ("cpu", "meta") and weight_VD.is_contiguous() and _kernel()
+
+
+def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
+    """Return the logits of one token, [..., V] in the dtype of x, which `takes` has allowed."""
+    given = (x, preview.turn, preview.shift, preview.packed, preview.scale, preview.offset, weight_VD, scale)
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return NATIVE(*given, candidates)  # type: ignore[no-any-return]
+    return _native()(*given, candidates)
+
+
+def flops(width: int, vocabulary: int, directions: int, candidates: int) -> int:
+    """Return the FLOPs of one token: directions, preview and the candidates' rows."""
+    return 2 * (width * (directions + 1) + vocabulary * directions + candidates * width)
+
+
+@cache
+def _kernel() -> bool:
+    """Register the compiled kernel as a torch operation; False without numba, after one warning."""
+    try:
+        _namespace.impl("head_by_candidates", _native(), "CPU")
+    except ImportError:
+        warnings.warn(NO_NUMBA, stacklevel=2)
+        return False
+    return True
+
+
+@cache
+def _native() -> Callable[..., Tensor]:
+    native: Callable[..., Tensor] = import_module("skipstone.ops.head_preview_native").logits
+    return native

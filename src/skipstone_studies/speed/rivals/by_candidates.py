@@ -1,0 +1,59 @@
+"""Our own model with a head that steps read by candidates, and transformers' model of any family with its weights."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from skipstone.adapt.export import export_dense
+from skipstone.measure.bytes_read import head_bytes
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.head_preview import with_head_candidates
+from skipstone.model.loading import quiet
+from skipstone.model.quantise import quantise
+from skipstone_studies.speed.rivals.engines import llama
+from skipstone_studies.speed.rivals.source import Logits, calibration, source
+
+ROWS = 32  # of the calibration text, which directions come from
+
+
+@torch.no_grad()
+def by_candidates(name: str, weights: str, candidates: int, directions: int) -> SkipstoneForCausalLM:
+    """Return the source, in int8 or as it is, with a head by candidates."""
+    model = quantise(source(name)) if weights == "int8" else source(name)
+    return with_head_candidates(model, calibration(name, ROWS), candidates, directions).eval()
+
+
+def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
+    """Return the logits that steps have, of all tokens of a text at once."""
+    preview = model.head_preview
+    assert preview is not None
+
+    def logits(ids_1T: Tensor) -> Tensor:
+        hidden = model.model(ids_1T, use_cache=False).last_hidden_state
+        return preview.plain(model.to_head(hidden[0]), model.lm_head)
+
+    return logits
+
+
+def bytes_read(model: SkipstoneForCausalLM) -> float:
+    """Return the bytes of the weights that a step reads; a tied table is read as the head."""
+    tables = {id(p) for part in (model.lm_head, model.model.embed_tokens) for p in part.parameters()}
+    return head_bytes(model) + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+
+
+@cache
+def theirs(name: str) -> nn.Module:
+    """Return transformers' own model with the source's weights."""
+    if source(name).config.family in (None, "llama"):
+        return llama(name)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        source(name).save_pretrained(Path(folder, "ours"))
+        export_dense(Path(folder, "ours"), Path(folder, "theirs"))
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(Path(folder, "theirs"), dtype=torch.float32).eval()
+    return model
