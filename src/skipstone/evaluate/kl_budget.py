@@ -139,7 +139,7 @@ def kl_run(
         share = shares[found.index(best)]
         around = _at(table, model, share)
         chosen.append(best.setting)
-        written.append(f"budget.json; decode with --budget {share:g}")
+        written.append(f"budget.json; decode with --{best.setting}")
     if preview is not None:
         counts = _counts(model.config.vocab_size)
         inside = [(f"{m:,} candidates", _with_candidates(model, m, around), True) for m in counts]

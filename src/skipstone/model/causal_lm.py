@@ -82,7 +82,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         if config.head_candidates is not None and config.head_directions is not None:
             sizes = config.hidden_size, config.vocab_size, config.head_directions, config.head_candidates
             self.head_preview = HeadPreview(*sizes)
-            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "head_preview"}
+            self._keep_in_fp32_modules_strict = {"head_preview"}
         self.post_init()
 
     @can_return_tuple

@@ -63,7 +63,9 @@ class HeadPreview(nn.Module):
 
     def fits(self, head: nn.Module | None) -> bool:
         """Return whether the head's rows can be read in place: no adapter, no hooks, the vocabulary of the preview."""
-        if type(head) not in (nn.Linear, Int8Linear) or "forward" in vars(head):
+        if not isinstance(head, nn.Linear | Int8Linear) or type(head) not in (nn.Linear, Int8Linear):
+            return False
+        if "forward" in vars(head):
             return False
         weight, scale = _weight(head)
         if any(getattr(head, name) for name in HOOKS) or type(weight) is not nn.Parameter or head.bias is not None:

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipstone.ops import workers
-from skipstone.ops.int4_dot import nibbles, prefetch
-from skipstone.ops.int8_dot import GROUP, one_token
+from skipstone.ops.int4_dot import lone_row, nibbles, prefetch
+from skipstone.ops.int8_dot import GROUP
 from skipstone.ops.int8_native import round_tokens
 from skipstone.ops.magnitude_native import Array, _lying, compiled
-from skipstone.ops.workers import wait
+from skipstone.ops.workers import BARRIER, integers, part_of, parts_of, share, team, threads, wait
 
 AHEAD = 4  # candidates whose rows are asked for before they are read
 LEAST = 1 << 21  # bytes below which a second thread costs more than it saves
@@ -51,8 +50,12 @@ def logits(
     at += [0 if weight_scale is None else weight_scale.data_ptr(), y.data_ptr()]
     at += [a.ctypes.data for a in (chosen, rounded, whole, unit)]
     scales = 1 if weight_scale is None else weight_scale.numel() // V
-    parts = workers.threads() if packed.numel() >= LEAST else 1
-    workers.share(_run, (tuple(at), (V, D, K, min(candidates, V), scales)), parts)
+    numbers = (tuple(at), (V, D, K, min(candidates, V), scales))
+    parts = threads() if packed.numel() >= LEAST else 1
+    if parts == 1:
+        _run(*numbers, 0, 1, 0)
+    else:
+        share(crew, numbers, parts)
     return y.reshape(*x.shape[:-1], V).to(x.dtype)
 
 
@@ -89,7 +92,7 @@ def _preview(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 
 @compiled
-def _ordered(bits: int) -> int:
+def _ordered(bits: Array) -> Array:
     """Return an integer that is ordered as the fp32 number with these bits is."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
@@ -150,10 +153,16 @@ def _exact(addresses: Array, sizes: Array, first: int, last: int) -> None:
             prefetch(weight_at + chosen[i + AHEAD] * size, size)
         v = chosen[i]
         if scale_at:
-            (total,) = one_token(weight_at + v * size, scale_at + v * scales * 4, stride, whole_at, 2 * D, groups)
+            (total,) = lone_row(weight_at + v * size, scale_at + v * scales * 4, stride, whole_at, 2 * D, groups)
             y[v] = total * unit
         else:
             weight, single = _lying(weight_at + v * size, (D,), SINGLE), SINGLE
             for d in range(D):
                 single += weight[d] * x[d]
             y[v] = single
+
+
+@team
+def crew(packet: int) -> None:
+    """Run a part of it, with the arguments of a packet."""
+    _run(integers(packet, 0, 12), integers(packet, 12, 5), part_of(packet), parts_of(packet), packet + BARRIER)

@@ -11,10 +11,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from skipstone.ops.int8_dot import ADDRESS, GROUP, HALF, I8, I16, I32, I64, SUMS, _load, _pairs
+from skipstone.ops.int8_dot import ADDRESS, GROUP, HALF, I8, I16, I32, I64, SUMS, _dots, _load, _pairs, _prefetch
 
 MOST = 4096  # weights of a row: 15 * 32767 * 4096 is below 2^31
 LINE = 64  # bytes that a processor fetches together
+
+lone_row = _dots(1, ahead=0)
 
 
 @intrinsic
@@ -45,13 +47,9 @@ def prefetch(context, address, size):  # type: ignore[no-untyped-def]
     """Ask the processor to fetch `size` bytes, which will be read soon."""
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
-        pointer = I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
         lines = builder.udiv(builder.add(given[1], I64(LINE - 1)), I64(LINE))
         with cgutils.for_range(builder, lines) as loop:
-            at = builder.add(given[0], builder.mul(loop.index, I64(LINE)))
-            builder.call(fetch, [builder.inttoptr(at, pointer), I32(0), I32(3), I32(1)])
+            _prefetch(builder, builder.add(given[0], builder.mul(loop.index, I64(LINE))))
         return context.get_dummy_value()
 
     return types.void(ADDRESS, types.int64), generate

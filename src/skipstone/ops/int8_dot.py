@@ -22,12 +22,12 @@ SUMS, SINGLES = ir.VectorType(I32, HALF // 2), ir.VectorType(F32, HALF // 2)
 ADDRESS = types.int64
 
 
-def _dots(tokens: int) -> Any:
+def _dots(tokens: int, ahead: int = AHEAD) -> Any:
     """Return an intrinsic that multiplies one row of weights with so many tokens.
 
     Its arguments are addresses and counts: of int8 weights, of fp32 scales, bytes from one group's scale to the next (0
     if the row has one scale), of int16 tokens, bytes from one token to the next, and the number of groups. It returns a
-    tuple of fp32.
+    tuple of fp32. ahead: bytes from a weight to the memory that is asked for; 0 where the next row is not read next.
     """
 
     @intrinsic
@@ -39,7 +39,8 @@ def _dots(tokens: int) -> Any:
             starts = [builder.add(x, builder.mul(row, I64(n))) for n in range(tokens)]
             with cgutils.for_range(builder, groups) as loop:
                 at = builder.mul(loop.index, I64(GROUP))
-                _prefetch(builder, builder.add(weight, builder.add(at, I64(AHEAD))))
+                if ahead:
+                    _prefetch(builder, builder.add(weight, builder.add(at, I64(ahead))))
                 halves = [_weights(builder, builder.add(weight, builder.add(at, I64(part)))) for part in (0, HALF)]
                 factor = _spread(builder, _load(builder, builder.add(scale, builder.mul(loop.index, stride)), F32, 4))
                 for start, total in zip(starts, totals, strict=True):
