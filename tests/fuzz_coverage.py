@@ -80,8 +80,8 @@ def parts(folder: Path) -> list[Any]:
     from fuzz import Target
     from fuzz_targets import file_of
     from skipstone.data.tokenizers import load_saved
-    from skipstone.model.fields import check_fields
     from skipstone.model.source_folder import check_folder, check_numbers
+    from skipstone.train.setup import model_mistakes
     from train.tool import MODELS
 
     header = {"w.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, "__metadata__": {"format": "pt"}}
@@ -94,7 +94,7 @@ def parts(folder: Path) -> list[Any]:
     index = {"metadata": {}, "weight_map": {"w": "a.safetensors"}}
 
     def fields(values: Any) -> object:
-        return check_fields(values) if isinstance(values, dict) else None
+        return model_mistakes({"model": values})
 
     def with_header(value: Any) -> object:
         told = json.dumps(value).encode()

@@ -77,9 +77,9 @@ def _watched(others: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(leave)  # which `left` becomes readable by
+        os.write(leave, b".")  # closing it would not do while a fork of this process holds it, too
         thread.join()
-        for descriptor in (*others, left):
+        for descriptor in (*others, left, leave):
             os.close(descriptor)
 
 
