@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,6 +181,60 @@ def test_a_block_that_returns_a_tuple_keeps_the_rest() -> None:
     y, word = Routed(Pair(), MixtureOfDepths(16, capacity=0.5, decision="topk"))(torch.randn(2, 8, 16))
     assert y.shape == (2, 8, 16)
     assert word == "kept"
+
+
+class Scaled(nn.Module):
+    """A block that multiplies its update by numbers of its tokens, [B, K], which it finds in its arguments."""
+
+    def __init__(self, found: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.linear, self.found = nn.Linear(16, 16), found
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x + self.linear(x) * self.found(*args, **kwargs)[..., None]
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: int
+
+
+T = 12
+BY_TOKEN: dict[str, tuple[Callable[..., Tensor], Callable[[], Any]]] = {
+    "[B, T]": (lambda a: a, lambda: torch.rand(2, T)),
+    "[1, T]": (lambda a: a, lambda: torch.rand(1, T)),
+    "[B, T, H, E]": (lambda a: a.mean((2, 3)), lambda: torch.rand(2, T, 4, 8)),
+    "[B, H, T, E]": (lambda a: a.mean((1, 3)), lambda: torch.rand(2, 4, T, 8)),
+    "[1, 1, T, E]": (lambda a: a.mean((1, 3)), lambda: torch.rand(1, 1, T, 8)),
+    "[3, B, T]": (lambda a: a.mean(0), lambda: torch.rand(3, 2, T)),
+    "[3, 1, T, E]": (lambda a: a.mean((0, 3)), lambda: torch.rand(3, 1, T, 8)),
+    "complex [1, T, E]": (lambda a: a.real.mean(2), lambda: torch.polar(torch.ones(1, T, 8), torch.rand(1, T, 8))),
+    "named tuple": (lambda a: a.first * a.second, lambda: Pair(torch.rand(2, T), 3)),
+    "list in dict": (lambda a: a["x"][0], lambda: {"x": [torch.rand(2, T), None]}),
+}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("form", BY_TOKEN)
+def test_tensors_by_token_are_gathered_in_every_form(form: str, named: bool) -> None:
+    found, made = BY_TOKEN[form]
+    block, given = Scaled(found), made()
+    routed = Routed(block, MixtureOfDepths(16, capacity=0.5, decision="topk", weight="none"))
+    x, args, kwargs = torch.randn(2, T, 16), () if named else (given,), {"a": given} if named else {}
+    y, records = routed(x, *args, return_records=True, **kwargs)
+    kept = records["MixtureOfDepths"].kept_BT
+    torch.testing.assert_close(y[kept], block(x, *args, **kwargs)[kept])
+    assert torch.equal(y[~kept], x[~kept])
+
+
+@pytest.mark.parametrize(
+    "given", [torch.rand(T, 16), torch.rand(T), SimpleNamespace(a=torch.rand(2, T))], ids=["[T, D]", "[T]", "object"]
+)
+def test_what_cannot_be_gathered_is_one_line(given: Any) -> None:
+    block = Scaled(lambda a: a.a if isinstance(a, SimpleNamespace) else a.reshape(1, T, -1).mean(2))
+    routed = Routed(block, MixtureOfDepths(16, capacity=0.5, decision="topk"))
+    with pytest.raises(ValueError, match=r"the block failed for some of 12 tokens, .* shape \[.*12.*\] that was not"):
+        routed(torch.randn(2, T, 16), given)
 
 
 def test_a_block_of_another_shape_is_one_line() -> None:

@@ -48,7 +48,9 @@ def port(page: Page, work: Path) -> Iterator[int]:
         number = free.getsockname()[1]
     words = [str(number) if word == "8000" else word for word in page.command("serve chat-model")]
     with (work / "log.txt").open("w") as log:
-        server = subprocess.Popen([sys.executable, *words[1:]], env=environment(), stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [str(Path(sys.executable).with_name(words[0])), *words[1:]], env=environment(), stdout=log, stderr=log
+        )
         try:
             _wait(server, number, work / "log.txt")
             yield number

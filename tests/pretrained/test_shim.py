@@ -13,6 +13,7 @@ import torch
 
 import skipstone
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.data.tokenizers import byte_tokenizer
 from skipstone.model.shim import AUTO_MAP
 
 STRANGER = """
@@ -49,6 +50,45 @@ def test_a_stranger_loads_with_trust_remote_code(tmp_path: Path) -> None:
     assert {file.name for file in again.iterdir()} == {file.name for file in before.iterdir()}
     assert (again / "config.json").read_text() == (before / "config.json").read_text()
     assert (again / "modeling_skipstone.py").read_text() == (before / "modeling_skipstone.py").read_text()
+
+
+LOADS = """
+import builtins, sys, time
+from transformers import AutoTokenizer
+asked, ask = [], builtins.input
+def waiting(question):
+    began = time.monotonic()
+    try:
+        return ask(question)
+    finally:
+        asked.append(time.monotonic() - began)
+builtins.input = waiting
+given = {} if sys.argv[2] == "closed" else {"trust_remote_code": False}
+found = AutoTokenizer.from_pretrained(sys.argv[1], **given)("hi").input_ids
+assert found == [104, 105] and "skipstone" not in sys.modules
+assert all(seconds < 5 for seconds in asked) and (sys.argv[2] == "closed") == bool(asked)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["closed", "False"])
+def test_a_stranger_loads_the_tokenizer_without_waiting(how: str, tmp_path: Path) -> None:
+    """An input that is open and never answers makes transformers wait 15 s, unless it must not run code at all."""
+    SkipstoneConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    leader, follower = os.pipe()
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, str(tmp_path), how],
+        stdin=subprocess.DEVNULL if how == "closed" else leader,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    os.close(leader)
+    os.close(follower)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_folder_carries(tmp_path: Path) -> None:

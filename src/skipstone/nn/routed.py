@@ -5,6 +5,8 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,9 +29,10 @@ class Routed(nn.Module):
     all, and give no keys and values.
 
     Further arguments are passed to the block as they are, except tensors with an entry for each token: [B or 1, T, ...]
-    (positions, rotary tables, padding masks) and pair masks [B or 1, H or 1, T, T] are gathered like x, also inside
-    tuples, lists and dicts. A tensor that the block itself slices to the length of its input, such as its own rotary
-    table, would be wrong; pass it as an argument, or add positions before the blocks.
+    (positions, rotary tables, padding masks), [B or 1, H, T, E], [N, B or 1, T, ...] and pair masks
+    [B or 1, H or 1, T, T] are gathered like x, also inside tuples, lists and dicts. A tensor that the block itself
+    slices to the length of its input, such as its own rotary table, would be wrong; pass it as an argument, or add
+    positions before the blocks.
     """
 
     def __init__(self, block: nn.Module, *mechanisms: nn.Module) -> None:
@@ -51,7 +54,8 @@ class Routed(nn.Module):
         routing: "oracle" may look at the whole row (default in training mode, and right for encoders), "causal" may
         not. real_BT: bool, False for padding. Other arguments are passed to the block, gathered if they have an entry
         for each token (see the class). Further items of a returned tuple are passed through, for the kept tokens only.
-        Raises ValueError for a stream that is not [B, T, D].
+        Raises ValueError for a stream that is not [B, T, D], and for a block that fails because of an argument of the
+        rows' length that was not gathered.
         """
         if routing not in ("oracle", "causal", None):
             raise ValueError(unknown("routing", routing, ["oracle", "causal"]))
@@ -70,7 +74,11 @@ class Routed(nn.Module):
         def update(x: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
             index_BK = None if tokens.slot_BT is slot_BT else tokens.slot_BT.expand(x.shape[:2])
             given, named = arguments_of(index_BK, x_BTD.shape[:2], (args, kwargs), tokens.real_BT)
-            return self._update(x, tokens, given, named, rest), {}
+            try:
+                return self._update(x, tokens, given, named, rest), {}
+            except RuntimeError as error:
+                _explain(error, (given, named), x_BTD.shape[1], index_BK is None and tokens.queries.is_all)
+                raise
 
         delta_BTD, records = wrap(update, self.mechanisms)(x_BTD, tokens)  # type: ignore[arg-type]
         stream = x_BTD + delta_BTD
@@ -101,6 +109,30 @@ class Routed(nn.Module):
         return delta if tokens.gain_BT is None else delta * tokens.gain_BT[..., None].to(delta.dtype)
 
 
+def _explain(error: RuntimeError, given: Any, length: int, whole: bool) -> None:
+    """Raise ValueError if a block may have failed because of an argument with an axis of the row's length.
+
+    given: its arguments after gathering. whole: whether the block was called with all tokens.
+    """
+    left = None if whole else _of_length(given, length)
+    if left is not None:
+        raise ValueError(
+            f"the block failed for some of {length} tokens, with an argument of shape {left} that was not gathered; "
+            f"pass tensors by token as [rows or 1, {length}, ...], alone or in tuples, lists and dicts: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _of_length(value: Any, length: int) -> list[int] | None:
+    """Return the shape of a tensor among the arguments that has an axis of this length; None if there is none."""
+    if isinstance(value, Tensor):
+        return list(value.shape) if length in value.shape else None
+    if is_dataclass(value) or isinstance(value, SimpleNamespace):
+        value = vars(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return next((found for item in items if (found := _of_length(item, length)) is not None), None)
+
+
 def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_BK: Tensor | None = None) -> Any:
     """Return `value` with its tensors per token gathered to these tokens.
 
@@ -112,17 +144,36 @@ def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_B
     if isinstance(value, dict):
         return {name: arguments_of(index_BK, shape, item, valid_BK) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(arguments_of(index_BK, shape, item, valid_BK) for item in value)
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] not in (1, shape[0]):
+        items = [arguments_of(index_BK, shape, item, valid_BK) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if not isinstance(value, Tensor):
         return value
     B, T = shape
-    if value.dim() == 4 and value.shape[2:] == (T, T):  # a mask of query and key pairs
+    if value.dim() == 4 and value.shape[2:] == (T, T) and value.shape[0] in (1, B):  # a mask of query and key pairs
         pairs_BTHT = ops.gather_rows(value.expand(B, -1, -1, -1).transpose(1, 2), index_BK)
         mask = ops.gather_rows(pairs_BTHT.transpose(1, 3), index_BK).permute(0, 2, 3, 1)
         return mask if valid_BK is None else without_keys(mask, valid_BK)
-    if value.shape[1] != T:
+    axes = token_axes(value, shape)
+    if axes is None:
         return value
-    return ops.gather_rows(value.expand(B, *value.shape[1:]), index_BK)
+    row, token = axes
+    moved = value.movedim((row, token), (0, 1))
+    return ops.gather_rows(moved.expand(B, *moved.shape[1:]), index_BK).movedim((0, 1), (row, token))
+
+
+def token_axes(value: Tensor, shape: torch.Size) -> tuple[int, int] | None:
+    """Return the axes of rows and of tokens of a tensor with an entry for each token; None for any other tensor.
+
+    shape: [B, T]. Known forms: [B or 1, T, ...], [B or 1, H, T, E], and [N, B or 1, T, ...] with something before the
+    rows, such as the three positions of an image's tokens.
+    """
+    B, T = shape
+    for row, token in ((0, 1), (0, 2), (1, 2)):
+        if value.dim() <= token or ((row, token) == (0, 2) and value.dim() != 4):
+            continue
+        if value.shape[row] in (1, B) and value.shape[token] == T:
+            return row, token
+    return None
 
 
 def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
