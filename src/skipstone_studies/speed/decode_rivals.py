@@ -35,9 +35,13 @@ WAYS: dict[str, RecipeDict] = {
     "ours, int8, draft exit": {"way": "drafted", "draft": "exit", **LONGER},
     "ours, int8, draft skip": {"way": "drafted", "draft": "skip", **LONGER},
     "ours, int8, no draft": {"way": "int8", **LONGER},
+    "ours, fp32, draft lookup": {"way": "drafted", "draft": "lookup", "weights": "fp32", **LONGER},
+    "ours, fp32, draft exit": {"way": "drafted", "draft": "exit", "weights": "fp32", **LONGER},
+    "ours, fp32, no draft": {"way": "ours", **LONGER},
     "transformers, prompt lookup": {"way": "lookup", "count": 4, **LONGER},
     "ours, int8, two threads": {"way": "int8", "threads": 2},
     "llama.cpp, Q8_0, two threads": {"way": "llama.cpp", "format": "Q8_0", "threads": 2},
+    "ours, fp32, two threads": {"way": "ours", "threads": 2},
     "torchao, int8": {"way": "torchao", "bits": 8},
     "torchao, int4": {"way": "torchao", "bits": 4},
     "TEAL, 25 %": {"way": "teal", "sparsity": 0.25},
@@ -122,7 +126,7 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
     if way == "candidates":
         fewer = by_candidates(name, recipe["weights"], recipe["candidates"], recipe["directions"])
         return Torch(fewer), logits_of_steps(fewer), bytes_read(fewer)
-    ours = source(name) if way == "ours" else quantise(source(name)).eval()
+    ours = source(name) if way == "ours" or recipe.get("weights") == "fp32" else quantise(source(name)).eval()
     read = sum(p.numel() * p.element_size() for p in ours.parameters())
     drafted = Drafted(ours, recipe["draft"]) if way == "drafted" else Torch(ours)
     return drafted, thin.whole(ours), float(read)
