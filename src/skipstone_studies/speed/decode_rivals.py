@@ -35,8 +35,8 @@ WAYS: dict[str, RecipeDict] = {
     "ours, int8, draft exit": {"way": "drafted", "draft": "exit", **LONGER},
     "ours, int8, draft skip": {"way": "drafted", "draft": "skip", **LONGER},
     "ours, int8, no draft": {"way": "int8", **LONGER},
-    "ours, fp32, draft lookup": {"way": "drafted", "draft": "lookup", "weights": "fp32", **LONGER},
-    "ours, fp32, draft exit": {"way": "drafted", "draft": "exit", "weights": "fp32", **LONGER},
+    "ours, fp32, draft lookup": {"way": "drafted", "draft": "lookup", "weights": "float", **LONGER},
+    "ours, fp32, draft exit": {"way": "drafted", "draft": "exit", "weights": "float", **LONGER},
     "ours, fp32, no draft": {"way": "ours", **LONGER},
     "transformers, prompt lookup": {"way": "lookup", "count": 4, **LONGER},
     "ours, int8, two threads": {"way": "int8", "threads": 2},
@@ -126,7 +126,7 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
     if way == "candidates":
         fewer = by_candidates(name, recipe["weights"], recipe["candidates"], recipe["directions"])
         return Torch(fewer), logits_of_steps(fewer), bytes_read(fewer)
-    ours = source(name) if way == "ours" or recipe.get("weights") == "fp32" else quantise(source(name)).eval()
+    ours = source(name) if way == "ours" or recipe.get("weights") == "float" else quantise(source(name)).eval()
     read = sum(p.numel() * p.element_size() for p in ours.parameters())
     drafted = Drafted(ours, recipe["draft"]) if way == "drafted" else Torch(ours)
     return drafted, thin.whole(ours), float(read)
