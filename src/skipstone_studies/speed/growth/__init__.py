@@ -39,7 +39,8 @@ def details(figures: ByArm) -> str:
             f"Of {len(lines)} curves, {len(near)} grow in time within {WITHIN:g} of their FLOPs' exponent. In the "
             "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference. By context, the "
             "share of attention grows, whose kernel leaves out the half of the pairs that the causal mask hides, while "
-            "the cost model counts all; elsewhere, fixed costs weigh less the longer a pass is."
+            "the cost model counts all. By vocabulary and by processes, what does not grow still weighs. By blocks, "
+            "the rate falls between the last two points of most arms; why was not looked for."
         )
     axes = {**curves.AXES, "processes": processes.COUNTS}
     parts += [_curves(axis, axes[axis], lines) for axis in axes if any(arm.startswith(f"{axis},") for arm in lines)]
