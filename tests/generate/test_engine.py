@@ -172,7 +172,7 @@ def refusals() -> list[tuple[dict[str, Any], str]]:
     ids, mask = prompts()
     return [
         ({"input_ids": ids, "max_new_tokens": 40}, "prompt of 9 tokens and 40 new tokens exceed .* context of 48"),
-        ({"input_ids": ids[:, :0], "max_new_tokens": 4}, "the prompt is empty"),
+        ({"input_ids": ids[:, :0], "max_new_tokens": 4}, r"at least one row and one token, got shape \[3, 0\]"),
         ({"input_ids": ids, "attention_mask": torch.zeros_like(mask), "max_new_tokens": 4}, "the prompt is empty"),
         ({"input_ids": ids, "attention_mask": mask.flip(1), "max_new_tokens": 4}, "padded on the right"),
         ({"input_ids": ids, "attention_mask": mask[:, 1:], "max_new_tokens": 4}, "same shape"),

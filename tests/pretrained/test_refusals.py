@@ -15,6 +15,7 @@ from skipstone.model.pretrained import load_pretrained
 from skipstone_studies.speed import parity
 
 WEIGHTS = "model.safetensors"
+ODD = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
@@ -38,7 +39,7 @@ def describe(folder: Path, case: str, **changes: Any) -> Path:
     ("case", "changes", "said"),
     [
         ("Llama", {"model_type": "gptj"}, "architecture 'gptj'"),
-        ("Llama", {"model_type": "gptj"}, "llama, mistral, ministral, qwen2, qwen3, smollm3, granite, olmo2, gemma2"),
+        ("Llama", {"model_type": "gptj"}, "llama, mistral, ministral, qwen2, qwen3, smollm3, granite, olmo2, olmo3"),
         ("Llama", {"model_type": "gemma3"}, "architecture 'gemma3' is not one of"),
         ("Llama", {"model_type": "not_even_known"}, "architecture 'not_even_known'"),
         ("Llama", {"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
@@ -47,8 +48,8 @@ def describe(folder: Path, case: str, **changes: Any) -> Path:
         ("Llama", {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}, "architecture 'x'"),
         ("Qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'chunked_attention'"),
         ("Llama", {"rope_parameters": DYNAMIC}, "rope_type 'dynamic'"),
-        ("Llama", {"partial_rotary_factor": 0.25}, "head_dim 12 times partial_rotary_factor 0.25 must be even"),
-        ("Llama", {"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ("Nemotron, partial RoPE", {"rope_parameters": ODD}, "head_dim 20 times partial_rotary_factor 0.25 must"),
+        ("Llama", {"hidden_act": "laplace"}, "hidden_act 'laplace'"),
         ("GPT-2", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
         ("GPT-2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
         ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),

@@ -7,11 +7,16 @@ import warnings
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 
 def hooks_on_all_modules() -> bool:
-    """Return whether hooks act around the calls of every module of the process (`register_module_forward_hook`)."""
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+    """Return whether hooks act around the calls of every module of the process (`register_module_forward_hook`).
+
+    Those with which torch notes the module that runs, as its counter of FLOPs does, change nothing and do not count.
+    """
+    hooks = (*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values())
+    return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def weight_is_readable(linear: nn.Module) -> bool:
