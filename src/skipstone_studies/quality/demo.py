@@ -135,8 +135,8 @@ def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
 # A test compares these figures with results/demo/records.
 LARGER = (
     "These models are small to make the demonstration short. On models six times as large, `make demo SCALE=laptop` "
-    "(about ten times as long; its table is results/demo.md) trained Mixture-of-Depths 1.58 times as fast as the dense "
-    "model and decoded it 1.14 times as fast, 1.50 times with 8 rows."
+    "(about ten times as long; its table is results/demo.md) trained Mixture-of-Depths 1.67 times as fast as the dense "
+    "model and decoded it 1.41 times as fast, 1.55 times with 8 rows."
 )
 
 
