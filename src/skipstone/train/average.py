@@ -14,13 +14,14 @@ FILE = "average.safetensors"  # in a checkpoint that was written within the aver
 
 
 class TailAverage(TrainerCallback):
-    """A callback that averages all parameters over the last steps and gives the mean to the model after the last step.
+    """A callback that averages all parameters over the last steps and gives the mean to the model at the end.
 
-    The mean lowers the noise that a finite learning rate leaves in the weights (arXiv 1803.05407). Buffers, such as
-    thresholds, keep their last values. The validation after the last step and the saved model have the mean.
+    Averaging lowers the noise that a finite learning rate leaves in the weights (stochastic weight averaging, arXiv
+    1803.05407). Buffers, such as routing thresholds, keep their last values. The validation after the last step and the
+    saved model use the mean. Checkpoints contain the running mean, so a resumed run ends with the same weights.
 
-    steps: number of steps that are averaged, at least 1. The mean so far is part of checkpoints, so that a resumed run
-    ends with the same weights.
+    steps: number of optimizer steps at the end of the training whose weights are averaged, at least 1. mean: the
+    running mean by parameter name. count: how many steps it covers so far.
     """
 
     def __init__(self, steps: int) -> None:
@@ -44,12 +45,15 @@ class TailAverage(TrainerCallback):
                 parameter.copy_(self.mean[name])
 
     def save(self, checkpoint: Path) -> None:
-        """Write the mean so far into a checkpoint; nothing before the first averaged step."""
+        """Write the running mean and its count into the folder `checkpoint`.
+
+        Nothing is written before the first averaged step.
+        """
         if self.count:
             save_file({**self.mean, "count": torch.tensor(self.count)}, checkpoint / FILE)
 
     def load(self, checkpoint: Path) -> None:
-        """Restore the mean from a checkpoint, if it has one."""
+        """Restore the running mean from the folder `checkpoint`; do nothing if it has none."""
         if (checkpoint / FILE).is_file():
             self.mean = load_file(checkpoint / FILE)
             self.count = int(self.mean.pop("count"))

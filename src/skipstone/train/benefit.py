@@ -29,16 +29,26 @@ OF_ROWS = ("input_ids", "attention_mask", "position_ids", "document_ids", "label
 
 
 def wanting(model: SkipstoneForCausalLM) -> list[DepthModule]:
-    """Return the mechanisms whose routers learn the benefit of their blocks."""
+    """Return the model's depth mechanisms whose routers are trained to predict the benefit of their blocks.
+
+    The benefit of a token is by how much its loss falls because the block updates it.
+    """
     return [m for block in model.decoder.layers for m in block.mechanisms.values() if m.learns_benefit]
 
 
 @torch.no_grad()
 def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], step: int) -> dict[int, Tensor]:
-    """Return the benefit of one block for some rows of a batch, fp32 [B, T] by block, in nats; NaN elsewhere.
+    """Measure by how much the update of one block lowers the loss of each token, for some rows of a batch.
 
-    batch: input_ids and labels (or shift_labels), [B, T]. step: chooses the block, and draws the halves. Empty if no
-    router learns it, without labels, and in most steps of batches of fewer than `ONE_IN` rows.
+    Two passes without gradients over a sixteenth of the rows (`ONE_IN`; at least one row) each keep a random half of
+    the tokens in the block, the second the tokens that the first skipped. The benefit of a token is its loss in nats
+    when skipped minus its loss when kept.
+
+    batch: input_ids and labels (or shift_labels), [B, T] each, with optional masks and positions. step: the optimizer
+    step; it chooses the block, which the blocks take in turn, and seeds the random halves. Returns {index of the block:
+    benefit, fp32 [B, T]}, NaN for rows that were not measured and tokens without a label. Returns an empty dict if no
+    router learns the benefit, if the batch has no labels, and, when it has fewer than 16 rows, in most steps, so that
+    on average one row in 16 is measured.
     """
     found = wanting(model)
     if not found or not ("labels" in batch or "shift_labels" in batch) or "input_ids" not in batch:
@@ -68,7 +78,11 @@ def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], st
 
 @contextmanager
 def measured_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], step: int) -> Iterator[None]:
-    """Measure the benefit on a batch and give it to the model's passes inside a `with` block."""
+    """Measure the benefit (see `measure_benefit`) and provide it to all passes of the model inside a `with` block.
+
+    The values are in `model.decoder.benefits`, from which routers read their targets; it is emptied on leaving. batch,
+    step: as in `measure_benefit`.
+    """
     model.decoder.benefits = measure_benefit(model, batch, step)
     try:
         yield

@@ -19,15 +19,22 @@ if TYPE_CHECKING:
 
 
 def validation_loss(line: PlainMapping) -> float:
-    """Return the loss of a validation in nats: of the causal pass, if the model has one, else of the oracle pass."""
+    """Return the validation loss in nats by which models are compared.
+
+    line: one validation entry with `oracle_loss` and `causal_loss`. The causal loss (routing decided without later
+    tokens, as in generation) is returned unless it is None or absent; then the oracle loss (routing as in training) is.
+    """
     causal = line.get("causal_loss")
     return float(line["oracle_loss"] if causal is None else causal)
 
 
 class KeepBest(TrainerCallback):
-    """A callback that writes RUN/best after each validation whose loss is lower than all before.
+    """A callback that saves the model to RUN/best after each validation whose loss is lower than all earlier ones.
 
-    A resumed run repeats its steps exactly, so a model kept after the checkpoint is found again.
+    The loss is that of `validation_loss`. A resumed run repeats its steps exactly, so it finds the same best model
+    again.
+
+    folder: the run folder. tokenizer: saved with the model; None: there is none.
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -20,14 +20,15 @@ NOTHING_SEEN = (
 
 
 class RoutingCallback(TrainerCallback):
-    """A callback for any `transformers.Trainer` that advances the model's routing modules.
+    """A callback for any `transformers.Trainer` that moves routing thresholds and schedules after each optimizer step.
 
-    Alone it advances what depends on progress only (PolyGLU's tau). Thresholds (`ema_threshold`) follow the routers'
-    scores, so `observe` must be called with the records of each micro-batch, as `RoutingTrainer` and `RoutingMixin` do.
-    All state is in buffers of the model: checkpoints contain it, and a resumed run continues exactly.
+    Alone it advances what depends only on training progress, such as PolyGLU's temperature tau. Thresholds learned from
+    scores (decision `ema_threshold`) also need `observe` to be called with the records of each micro-batch, as
+    `RoutingTrainer` and `RoutingMixin` do. All state is in buffers of the model, so checkpoints contain it and a
+    resumed run continues exactly.
 
-    schedules: False for a trained model that is tuned further: what depends on progress (capacity warm-ups,
-    exploration, tau) stays at its end, while thresholds keep following the routers.
+    schedules: False for fine-tuning a trained routed model: whatever depends on progress (capacity warm-up, exploration
+    noise, tau) stays at its final value, while thresholds keep following the scores.
     """
 
     def __init__(self, schedules: bool = True) -> None:
@@ -39,7 +40,12 @@ class RoutingCallback(TrainerCallback):
 
     @torch.no_grad()
     def observe(self, model: Any, records: tuple[Records, ...] | None) -> None:
-        """Add the statistics of one training micro-batch's records. The host does not wait."""
+        """Accumulate the routing statistics of one training micro-batch, without a host sync.
+
+        model: the trained model, wrapped or not; models without our mechanisms are ignored. records: what each
+        mechanism decided in the pass, one dict by mechanism name for each block, as in `out.records`; None: nothing is
+        accumulated.
+        """
         for mechanism in _mechanisms(model) if records is not None else ():
             key = (mechanism.placement.layer, mechanism.placement.name)
             record = records[key[0]].get(key[1])  # type: ignore[index]
@@ -50,7 +56,7 @@ class RoutingCallback(TrainerCallback):
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def forget(self) -> None:
-        """Drop the statistics of the present step, which is skipped."""
+        """Discard the statistics accumulated in the current optimizer step, because the step is skipped."""
         self._sums = {}
 
     def on_train_begin(

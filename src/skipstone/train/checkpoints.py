@@ -17,9 +17,12 @@ RANDOM, RANDOM_OF_ONE = "rng_state*.pth", "rng_state.pth"  # one per process
 
 
 def check(checkpoint: Path) -> None:
-    """Raise ValueError for a damaged or missing file in a checkpoint, naming the file and the previous checkpoint.
+    """Raise ValueError if a file of a checkpoint is damaged or missing.
 
-    Sizes and hashes are compared; checkpoints of earlier releases have none, so every file is opened instead.
+    The message names the file and the previous checkpoint to continue from. Sizes and SHA-256 hashes are compared;
+    checkpoints of earlier releases have no hashes, so each of their files is opened instead.
+
+    checkpoint: the folder RUN/checkpoints/checkpoint-N.
     """
     try:
         if not checksums.check(checkpoint):
@@ -31,16 +34,22 @@ def check(checkpoint: Path) -> None:
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Remove the remains of a process that was killed just after it had written the run's last checkpoint."""
+    """Remove what a process that was killed while it wrote checkpoints has left behind.
+
+    Partly written checkpoints go, and all complete ones except the newest `keep`. folder: the run folder.
+    """
     atomic_write.remove(folder / CHECKPOINTS / PARTIAL)
     for old in checkpoints(folder)[:-keep]:
         atomic_write.remove(old)
 
 
 def restore_other(checkpoint: Path, rank: int, count: int) -> bool:
-    """Restore random states where another number of processes wrote the checkpoint; return whether that was so.
+    """Restore the random number generators from a checkpoint that another number of processes wrote.
 
-    The generators of all processes are alike, so the first one's states serve every process.
+    checkpoint: its folder. rank, count: the index of this process and the number of processes now. Returns False, with
+    nothing restored, if the same number of processes wrote the checkpoint (Trainer then restores it) or if it has no
+    random states. The generators of Python, numpy and torch are equal in all processes, so the first process's states
+    serve every process.
     """
     import random
 

@@ -17,13 +17,22 @@ USUAL = ("biases", "norms", "preferences")  # also left out by common trainers
 
 
 def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | None) -> list[str]:
-    """Return the names of parameters that decay, in their order. spared: kinds that do not; None: the usual ones."""
+    """Return those of `names` (parameter names of `model`) to which weight decay applies, in their order.
+
+    spared: kinds of parameters without weight decay (the kinds of `kinds_of`); None: biases, norms and PolyGLU's
+    preferences.
+    """
     kinds = kinds_of(model)
     return [name for name in names if kinds[name] not in (USUAL if spared is None else spared)]
 
 
 def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float) -> list[PlainDict]:
-    """Return optimizer groups with the parameters of depth mechanisms in groups of their own, last, at another rate."""
+    """Return optimizer groups in which the parameters of depth mechanisms have their own learning rate.
+
+    groups: torch's parameter groups, each with `params`. model: the model that owns the parameters. rate: the learning
+    rate of all parameters of its depth mechanisms. Each group is split in two, all other options copied; the groups of
+    mechanisms come last, and empty groups are left out.
+    """
     own = {id(p) for module in model.modules() if isinstance(module, DepthModule) for p in module.parameters()}
     found: tuple[list[PlainDict], list[PlainDict]] = ([], [])
     for group in groups:
@@ -35,9 +44,10 @@ def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float)
 
 
 def kinds_of(model: nn.Module) -> dict[str, str | None]:
-    """Return the kind of each parameter by name; None for those that always decay.
+    """Return the weight decay kind of each parameter of a model, by parameter name.
 
-    These are the matrices of attention, MLP and an untied head.
+    Kinds are biases, norms, embeddings, and those that mechanisms declare (preferences, routers). The kind is None for
+    parameters that always decay: the matrices of attention and MLP and an untied output head.
     """
     kinds = {name: _kind(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -25,10 +25,13 @@ def check(
     read: Callable[[PlainMapping], Recipe] = read_recipe,
     model_checker: str = "skipstone.train.setup",
 ) -> None:
-    """Raise ValueError with one message for each mistake in a recipe, its run folder, its corpus and its model.
+    """Raise ValueError with one message line for each mistake in a recipe, its run folder, its corpus and its model.
 
-    writes: whether a run folder will be written. read: the parser for this kind of recipe. model_checker: the module
-    whose `model_mistakes` checks the recipe's model, with the options of its mechanisms; it is imported without torch.
+    It loads no torch, so mistakes are reported at once. config: the recipe as a plain dict. out: the run folder; None:
+    the default one of the recipe. resume: whether the folder is to be continued instead of created. writes: whether a
+    run folder will be written; False skips its check. read: the parser for this kind of recipe. model_checker: name of
+    the module whose `model_mistakes` checks the recipe's model and the options of its mechanisms; it is imported with
+    placeholders for torch.
     """
     lines: list[str] = []
     try:
@@ -69,7 +72,7 @@ def _corpus_of(data: object) -> list[str]:
 
 
 def check_loggers(train: TrainConfig) -> None:
-    """Raise ValueError for a logger whose package is not installed."""
+    """Raise ValueError if the package of one of `train.loggers` is not installed."""
     for name in train.loggers:
         if name in PACKAGE_OF and importlib.util.find_spec(PACKAGE_OF[name]) is None:
             raise ValueError(f"train.loggers: {name} needs a package: pip install 'skipstone[{name}]'")

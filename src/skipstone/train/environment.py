@@ -17,9 +17,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def describe(seed: int) -> PlainDict:
-    """Return the contents of environment.json: versions, commit, machine, seed, processes.
+    """Return the contents of a run's environment.json: versions, commit, machine, seed, command and processes.
 
-    `git_commit` and `git_dirty` are None if the package is not in a checkout.
+    seed: the seed of the run. `git_commit` and `git_dirty` (whether the checkout has uncommitted changes) are None if
+    the package is not in a git checkout.
     """
     import torch
     import transformers
@@ -39,15 +40,19 @@ def describe(seed: int) -> PlainDict:
 
 
 def session() -> PlainDict:
-    """Return the start time and command of this process, and the number of processes that train together."""
+    """Return when this process started, its command, and the number of processes that train together.
+
+    Keys: `started` (UTC, ISO 8601), `command`, `processes` (WORLD_SIZE, or 1).
+    """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return {"started": started, "command": shlex.join(sys.argv), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def machine() -> PlainDict:
-    """Return the machine's processor, numbers of cores and torch threads, and GPU.
+    """Return the processor, core count, torch thread count and GPU of this machine.
 
-    With a GPU also `fp32_products`, torch's precision of fp32 matrix products: "highest" is fp32 itself, without TF32.
+    Keys: `cpu`, `cores`, `threads`, `gpu` (None without one). With a GPU also `fp32_products`, torch's precision of
+    fp32 matrix products: "highest" is fp32 itself, without TF32.
     """
     import torch
 
@@ -57,9 +62,9 @@ def machine() -> PlainDict:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that tracks this folder and whether it has changes.
+    """Return the commit of the git checkout that tracks `folder`, and whether the checkout has uncommitted changes.
 
-    (None, None) without one.
+    Returns (None, None) if no checkout tracks it.
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None, None

@@ -27,10 +27,10 @@ SMALL, LARGE = 16, 32  # tokens of the two passes from which activations are ext
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU with its makers' figures.
+    """The data sheet figures of a GPU.
 
-    flops: peak per second for dense bf16 products with fp32 sums. memory: GB. bandwidth: of the memory, GB/s.
-    link: to the other GPUs of its node, GB/s in one direction.
+    flops: peak FLOP/s of dense bf16 matrix products with fp32 accumulation. memory: in GB. bandwidth: of the GPU's
+    memory, in GB/s. link: bandwidth to the other GPUs of its node, in GB/s in one direction.
     """
 
     flops: float
@@ -56,10 +56,12 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The estimated cost of a training.
+    """The estimated cost of a training on one GPU, without validation and saving.
 
-    flops: of the whole training, recomputation included. memory: bytes by purpose; None: not known without a pass.
-    seconds: per optimizer step. checkpoint: bytes of one checkpoint on disk.
+    gpu: name of the GPU, a key of `GPUS`. mfu: assumed share of the GPU's peak FLOP/s that is reached. parameters:
+    number of parameters. steps: number of optimizer steps. tokens_per_step: tokens of one optimizer step. flops: FLOPs
+    of the whole training, recomputation by activation checkpointing included. memory: bytes by purpose; None where the
+    size depends on the values of tokens. seconds: per optimizer step. checkpoint: bytes of one checkpoint on disk.
     """
 
     gpu: str
@@ -74,7 +76,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """The hours of all optimizer steps."""
+        """Hours for all optimizer steps."""
         return self.steps * self.seconds / 3600
 
     def lines(self) -> list[str]:
@@ -98,14 +100,16 @@ class Estimate:
 
 
 def gigabytes(size: float | None) -> str:
-    """Return bytes as text in GB."""
+    """Return `size` in bytes as text in GB, such as "1.50 GB"; "not known" for None."""
     return "not known" if size is None else f"{size / 1e9:.2f} GB"
 
 
 def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estimate:
-    """Estimate the cost of a recipe without training; data are read only if the recipe does not set the vocabulary.
+    """Estimate the cost of training a recipe on one GPU, without training and without allocating weights.
 
-    Raises ValueError for a GPU that is not in `GPUS`, an mfu outside (0, 1], and mistakes in the recipe.
+    values: the recipe as a plain dict. gpu: a key of `GPUS`. mfu: share of the GPU's peak FLOP/s that training reaches,
+    in (0, 1]. Data are read only if the recipe does not set the vocabulary. Raises ValueError for an unknown GPU, an
+    mfu outside (0, 1], and mistakes in the recipe.
     """
     card = choose("gpu", gpu, GPUS)
     if not 0 < mfu <= 1:
@@ -135,14 +139,23 @@ def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estim
 
 
 def known(recipe: Recipe) -> PlainDict:
-    """Return the model options that follow from the data, unless the recipe sets them."""
+    """Return the model options that follow from a recipe's data, such as the vocabulary size.
+
+    Empty if the recipe names a preset or sets the vocabulary size itself; no data are read then.
+    """
     if {"preset", "vocab_size"} & recipe.model.keys():
         return {}
     return setup.data_defaults(prepare(recipe.data, train=False))
 
 
 def passing(config: SkipstoneConfig, recipe: Recipe) -> dict[str, float | None]:
-    """Return the bytes of one micro-batch: tensors saved for the backward pass, and logits."""
+    """Return the bytes of GPU memory that the forward pass of one micro-batch holds for the backward pass, by purpose.
+
+    config: of the model. recipe: for batch size, context, precision, chunked loss and activation checkpointing. Keys:
+    `copies of the weights` (saved tensors whose size does not depend on the number of tokens), `activations` (those
+    whose size does) and `logits` (with their gradient). If sizes depend on the values of tokens, there are only
+    `activations`, which is None, and `logits`.
+    """
     train = recipe.train
     tokens = train.batch_size // train.gradient_accumulation * recipe.data.context
     chunk = train.loss_chunk_of(config.vocab_size)

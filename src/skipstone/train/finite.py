@@ -18,14 +18,15 @@ OWN = ("loss", "gradient")  # the first columns; one for each router follows
 
 
 class NotFinite(ValueError):
-    """A training stopped because of numbers that are not finite; the message is one line."""
+    """A training stopped because its loss, gradient or router scores are not finite; the message is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which rows of the training data a process reads: micro-batches take turns over processes.
+    """Which training rows a process reads when several processes take turns by micro-batches.
 
-    rows: of a micro-batch. parts: micro-batches of a step. rank, count: this process, and how many there are.
+    rows: rows of a micro-batch in one process. parts: micro-batches of an optimizer step. rank: index of this process.
+    count: number of processes.
     """
 
     rows: int
@@ -34,16 +35,23 @@ class Share:
     count: int = 1
 
     def first(self, step: int, part: int, rank: int) -> int:
-        """Return the first row of a process's micro-batch. step: from 1."""
+        """Return the index of the first training row of a micro-batch.
+
+        step: the optimizer step, from 1. part: the micro-batch within the step, from 0. rank: the process that reads
+        it.
+        """
         return self.rows * (((step - 1) * self.parts + part) * self.count + rank)
 
 
 class FiniteGuard:
-    """Looks at every step's loss, gradient norm and router scores; `settle` stops the training in all processes alike.
+    """A guard that stops a training when the loss, the gradient norm or a router score of a step is not finite.
 
-    routers: the names of all routers, as `bad_scores` gives them. allowed: how many steps may be skipped instead.
-    skipped: how many were. gather: concatenates a tensor's rows over processes. The flags stay on the device until
-    `settle` reads them, which makes the host wait once.
+    All processes decide alike. Flags stay on the device until `settle` reads them, which costs one host sync.
+
+    routers: names of all routers, "block L NAME" as in `bad_scores`. share: the rows that this process reads, so that
+    the message can name them. folder: the run folder, whose last checkpoint the message names. allowed: how many steps
+    of the training may be skipped instead of stopping it. gather: a function that concatenates a tensor over processes
+    along its first dimension. skipped: how many steps have been skipped so far.
     """
 
     def __init__(
@@ -57,7 +65,11 @@ class FiniteGuard:
 
     @torch.no_grad()
     def add(self, step: int, loss: Tensor, records: Iterable[Records]) -> None:
-        """Look at one micro-batch of `step` (from 1)."""
+        """Record whether the loss and the router scores of one micro-batch are finite.
+
+        step: the optimizer step, from 1. loss: a scalar tensor. records: what each mechanism decided, one dict for each
+        block.
+        """
         part = self._seen[-1][1] + 1 if self._seen and self._seen[-1][0] == step else 0
         routers, fine = bad_scores(records), torch.zeros((), dtype=torch.bool, device=loss.device)
         found = [~loss.detach().isfinite(), fine, *(routers.get(name, fine) for name in self.columns[len(OWN) :])]
@@ -66,15 +78,19 @@ class FiniteGuard:
 
     @torch.no_grad()
     def add_gradient(self, norm: Tensor | float) -> None:
-        """Look at the norm of the gradients of the step whose micro-batches were added last."""
+        """Record whether the gradient norm of the step is finite, after the last micro-batch of the step was added.
+
+        norm: the norm of all gradients of the step.
+        """
         if self._flags:
             self._flags[-1][1] = ~torch.as_tensor(norm).isfinite().to(self._flags[-1].device)
 
     def settle(self, may_skip: bool = False) -> bool:
-        """Return whether the last step has to be skipped; all processes call it together and get the same answer.
+        """Return whether the current step must be skipped; all processes call it together and get the same answer.
 
-        may_skip: whether its update can still be left out. Raises `NotFinite` if it cannot, or if no more skips are
-        allowed.
+        may_skip: True if the optimizer has not yet applied the step, so that it can still be skipped. Raises
+        `NotFinite` if something was not finite and the step can no longer be skipped, or if `allowed` steps were
+        skipped before.
         """
         if not self._flags:
             return False
@@ -115,7 +131,10 @@ class FiniteGuard:
         return f"{' and '.join(own)} {'are' if len(own) > 1 or routers else 'is'} not finite on training rows {rows}"
 
     def good_checkpoint(self) -> str:
-        """Return in words which checkpoint is the last; all are good, since numbers are looked at before saving."""
+        """Return a clause for messages that names the last checkpoint, or says that there is none.
+
+        Every checkpoint is good, because numbers are checked before one is saved.
+        """
         known = checkpoints(self.folder)
         return f"the last good checkpoint is {str(known[-1])!r}" if known else "there is no checkpoint yet"
 

@@ -30,7 +30,7 @@ Write = Callable[[Path], object]  # writes a file or a folder at the path
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """Return runs/NAME, or runs/CORPUS-TIME for a recipe without a name."""
+    """Return the default run folder of a recipe: runs/NAME, or runs/CORPUS-TIME for a recipe without a name."""
     if recipe.name is not None:
         return Path("runs") / recipe.name
     corpus = recipe.data.corpus.partition(":")[0]
@@ -40,7 +40,9 @@ def default_folder(recipe: Recipe) -> Path:
 def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     """Return the folder of a new or resumed run.
 
-    Raises ValueError or FileNotFoundError if there is nothing to resume.
+    recipe: provides the default folder. out: the folder that the user named; None: the default. resume: whether an
+    existing run is continued. Raises ValueError if a resumed run is named by neither `out` nor the recipe, and
+    FileNotFoundError if the folder of a resumed run does not exist.
     """
     folder = Path(out) if out is not None else default_folder(recipe)
     if not resume:
@@ -53,12 +55,12 @@ def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 
 
 def is_first_process() -> bool:
-    """Return whether this process writes files, known before Trainer has its arguments."""
+    """Return whether this process is the one that writes files (rank 0), before Trainer's arguments exist."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def check_new(folder: Path) -> None:
-    """Raise FileExistsError if there is anything at `folder` except an empty folder."""
+    """Raise FileExistsError if `folder` exists, unless it is an empty folder."""
     if not atomic_write.is_free(folder):
         raise FileExistsError(
             f"run folder {str(folder)!r} exists already and nothing is overwritten; name another with --out, or "
@@ -67,9 +69,11 @@ def check_new(folder: Path) -> None:
 
 
 def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Write], data: str | None = None) -> None:
-    """Create a run folder with its recipe, environment and `parts`, completely or not at all.
+    """Create a run folder that contains the recipe, the environment and `parts`; it appears complete or not at all.
 
-    parts: functions that write further files and folders, by name. data: fingerprint of what the run trains on.
+    folder: must not exist, or be empty; else FileExistsError is raised. config: the resolved recipe. seed: of the run,
+    noted in environment.json. parts: functions by file name, each of which writes the file or folder at the path that
+    it is given. data: fingerprint of the data that the run trains on; None: not noted.
     """
     check_new(folder)
     more = {} if data is None else {DATA: data}
@@ -84,7 +88,10 @@ def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Wr
 
 
 def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
-    """Write the parts that a run lacks because an earlier release was killed before writing them."""
+    """Write those of `parts` that are missing from a run folder.
+
+    An earlier release may have been killed before it wrote them. folder, parts: as in `create`.
+    """
     for name, write in parts.items():
         path = folder / name
         if path.exists():
@@ -97,7 +104,10 @@ def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer with the hashes of its files, without transformers' notes on where it was loaded from."""
+    """Save a tokenizer to `folder` with the hashes of its files.
+
+    Transformers' notes on where the tokenizer was loaded from are left out.
+    """
     for place in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(place, None)
     tokenizer.save_pretrained(folder)
@@ -105,9 +115,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> None:
-    """Raise ValueError naming the first key in which the recipe differs from that of the run to be resumed.
+    """Raise ValueError naming the first key in which a recipe differs from that of the run to be resumed.
 
-    When and how many checkpoints are written may differ.
+    saved: the recipe of the run, as nested plain dicts. given: the recipe to resume it with. where: prefix of the keys
+    in messages, such as "train." in a recursive call. Keys of `train` in `NOT_THE_RESULT`, such as the checkpoint
+    intervals, may differ.
     """
     for key in {**saved, **given}:
         if where == "train." and key in NOT_THE_RESULT:
@@ -123,9 +135,10 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
 
 
 def check_data(folder: Path, data: str | None) -> None:
-    """Raise ValueError if the data are not those that the run began with.
+    """Raise ValueError if the data have changed since the run in `folder` began.
 
-    Runs of earlier releases know it of shards only.
+    data: fingerprint of the present data; None if they have none. Runs of earlier releases know the fingerprint of
+    sharded data only; without a known fingerprint nothing is checked.
     """
     known = Run(folder).environment().get(DATA)
     if known is not None and known != data:
@@ -136,7 +149,10 @@ def check_data(folder: Path, data: str | None) -> None:
 
 
 def note_resumption(folder: Path, step: int) -> None:
-    """Add this process to environment.json, with what has changed since the run began."""
+    """Note in environment.json that this process resumes the run after step `step`.
+
+    Changes in versions and machine since the run began are noted, too. folder: the run folder.
+    """
     known = Run(folder).environment()
     now = environment.describe(known["seed"])
     changed = {key: now[key] for key in now if key not in environment.session() and now[key] != known.get(key)}
@@ -145,10 +161,10 @@ def note_resumption(folder: Path, step: int) -> None:
 
 
 def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
-    """Remove the lines of metrics.jsonl after `step`, whose steps will be repeated.
+    """Remove the lines of metrics.jsonl after step `step`, because a run that is resumed there repeats these steps.
 
-    count: number of lines when the checkpoint was written, since the end of a run logs its last step again. Raises
-    ValueError if there are fewer now.
+    folder: the run folder. count: number of lines when the checkpoint was written; later lines of the same step go as
+    well. None: not known. Raises ValueError if fewer than `count` lines are left.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -169,7 +185,12 @@ def save_model(
     name: str = MODEL,
     parts: Mapping[str, Write] | None = None,
 ) -> None:
-    """Write RUN/name, completely or not at all: weights with their hashes, tokenizer, model card and further parts."""
+    """Write a model folder RUN/name: weights, tokenizer, model card and hashes; it appears complete or not at all.
+
+    folder: the run folder. model: has `save_pretrained`. tokenizer: None: there is none. card: arguments of the model
+    card, such as `losses`. name: name of the folder within the run. parts: functions by file name that write further
+    files, as in `create`.
+    """
     from skipstone.model.card import write_card
 
     partial = atomic_write.partial_of(folder / name)
@@ -190,5 +211,8 @@ def save_model(
 
 
 def save_result(folder: Path, result: PlainMapping) -> None:
-    """Write the summary of a finished run."""
+    """Write result.json, the summary of a finished run, with the number of lines of metrics.jsonl.
+
+    folder: the run folder. result: the entries of the summary.
+    """
     write_json(folder / RESULT, sealed({**result, METRICS_LINES: count_lines(folder / METRICS)}))

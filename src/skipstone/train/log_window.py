@@ -20,11 +20,12 @@ SKIPPED = ("skipped", "total_skipped")  # absent in checkpoints of earlier relea
 
 
 class LogWindow:
-    """Sums for the next log line, kept on the device so that adding to them never makes the host wait.
+    """Sums of losses, tokens and seconds for the next log line; adding to them never causes a host sync.
 
-    began: the step after which this window began. sums: token loss and auxiliary loss of this process; tokens: of all
-    processes. skipped: steps of this window that were left out, because their numbers were not finite. Totals run over
-    the whole training. Time of evaluation and saving is left out.
+    device: where the losses are summed. sums: fp32 [2], the token loss and the auxiliary loss in this process. began:
+    the step after which the present window began. tokens: tokens of the window over all processes. skipped: steps of
+    the window that were skipped because their numbers were not finite. seconds: time of the window without evaluation
+    and saving. total_tokens, total_skipped, total_seconds: the same over the whole training.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,24 +37,28 @@ class LogWindow:
         self._since: float | None = None
 
     def add(self, token_loss: Tensor, auxiliary_loss: Tensor, tokens: int) -> None:
-        """Add one micro-batch: its share of the step's mean losses, and its number of tokens."""
+        """Add one micro-batch.
+
+        token_loss, auxiliary_loss: scalar tensors, the micro-batch's share of the step's mean losses. tokens: number of
+        tokens of the micro-batch over all processes.
+        """
         self.sums += torch.stack((token_loss.detach(), auxiliary_loss.detach())).to(self.sums)
         self.tokens += tokens
         self.total_tokens += tokens
 
     def begin_step(self) -> None:
-        """Remember the sums before the micro-batches of a step, for `skip_step`."""
+        """Remember the sums before the first micro-batch of a step, so that `skip_step` can restore them."""
         self._before = (self.sums.clone(), self.tokens, self.total_tokens)
 
     def skip_step(self) -> None:
-        """Take the present step out of the sums again."""
+        """Remove the present step from the sums and count it as skipped."""
         sums, self.tokens, self.total_tokens = self._before
         self.sums.copy_(sums)
         self.skipped += 1
         self.total_skipped += 1
 
     def only_skipped(self, step: int) -> bool:
-        """Return whether all steps of this window up to `step` were skipped."""
+        """Return whether all steps of this window up to and including `step` were skipped."""
         return 0 < self.skipped == step - self.began
 
     def start(self) -> None:
@@ -62,9 +67,9 @@ class LogWindow:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop measuring time during a `with` block.
+        """Pause the time measurement during a `with` block.
 
-        The caller has synchronised the device before.
+        On an accelerator, the caller synchronises the device first.
         """
         if self._since is not None:
             elapsed = time.perf_counter() - self._since
@@ -77,21 +82,26 @@ class LogWindow:
             self.start()
 
     def clear(self, step: int) -> None:
-        """Begin the next window after `step`; the totals stay."""
+        """Begin a new window after step `step`; the totals over the training are kept."""
         self.sums.zero_()
         self.began, self.tokens, self.seconds, self.skipped = step, 0, 0.0, 0
 
     def save(self, folder: Path, sums: Tensor, lines: int) -> None:
-        """Write the state to a checkpoint. sums: over all processes. lines: number of lines in metrics.jsonl."""
+        """Write the state into a checkpoint.
+
+        folder: of the checkpoint. sums: the losses summed over all processes, fp32 [2]. lines: present number of lines
+        in metrics.jsonl.
+        """
         state = {name: getattr(self, name) for name in (*STATE, *SKIPPED)}
         state |= {"sums": sums.tolist(), "lines": lines}
         (folder / FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path, first: bool = True) -> int | None:
-        """Restore the state of a checkpoint; return the number of lines in metrics.jsonl at that time, None if unknown.
+        """Restore the state from a checkpoint and return how many lines metrics.jsonl had then; None if not known.
 
-        first: whether this is the first process, which takes the sums of all. Raises ValueError for a checkpoint that
-        was not written by this trainer.
+        folder: of the checkpoint. first: whether this is the first process, which continues with the sums of all
+        processes; the others start from zero. Raises ValueError for a checkpoint that `skipstone train` has not
+        written.
         """
         path = folder / FILE
         if not path.is_file():

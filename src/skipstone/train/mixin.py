@@ -25,8 +25,10 @@ from skipstone.train.seen import SeenPass, inner, seen_passes
 class RoutingMixin:
     """A mixin that lets any Trainer train routers and thresholds: `class MyTrainer(RoutingMixin, SFTTrainer)`.
 
-    It sees the passes of each step at the decoder, without one of its own: their records go to a `RoutingCallback`,
-    which is added if there is none, and auxiliary losses that the trainer leaves out are added to its loss.
+    It observes, by hooks on the decoder, the forward passes that the trainer makes anyway. Their records (what each
+    mechanism decided) are passed to a `RoutingCallback`, which is added if there is none, and the routers' auxiliary
+    losses are added to the loss if the trainer computes its loss outside of the model. Arguments are those of the
+    trainer.
     """
 
     routing: RoutingCallback
@@ -41,7 +43,11 @@ class RoutingMixin:
             self.add_callback(self.routing)  # type: ignore[attr-defined]
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the trainer's loss, plus auxiliary losses that it leaves out; observe the records for thresholds."""
+        """Return the trainer's loss of a micro-batch, plus the routers' auxiliary losses if the trainer omits them.
+
+        The records of the pass are shown to the routing callback for the thresholds. Arguments and result are those of
+        `Trainer.compute_loss`.
+        """
         target_BT, base = _targets(inputs), inner(model)
         learns = model.training and isinstance(base, SkipstoneForCausalLM)
         step = self.state.global_step  # type: ignore[attr-defined]
@@ -117,8 +123,8 @@ def _targets(inputs: PlainDict) -> Tensor | None:
 
 
 class RoutingTrainer(RoutingMixin, Trainer):
-    """A `transformers.Trainer` that also advances thresholds and schedules once per optimizer step."""
+    """A `transformers.Trainer` that also advances routing thresholds and schedules once per optimizer step."""
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of a micro-batch after passing its records to the routing callback."""
+        """Return the loss of a micro-batch, as `Trainer.compute_loss`, and show its routing records to the callback."""
         return super().compute_loss(model, {**inputs, "output_records": True}, return_outputs, **kwargs)

@@ -33,9 +33,10 @@ def processes() -> int:
 
 
 def prepare(model: SkipstoneForCausalLM, train: TrainConfig, device: torch.device) -> None:
-    """Prepare a model for training on several processes, sharding its parameters if the recipe sets fsdp2.
+    """Prepare a model for training on several processes; shard its parameters if the recipe sets parallel=fsdp2.
 
-    Raises ValueError if accelerate is configured to shard as well, or if parameters would stay unsharded.
+    model: changed in place. train: the recipe's training options. device: where this process trains. Raises ValueError
+    if accelerate is configured to shard as well, or if a parameter would stay unsharded.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
@@ -50,14 +51,14 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, device: torch.devic
 
 
 def leave() -> None:
-    """Destroy the process group of a single process that trained a sharded model."""
+    """Destroy the process group that `shard` made for a process that trained alone; else do nothing."""
     if os.getpid() in _GROUPS_OF_ONE:
         _GROUPS_OF_ONE.clear()
         dist.destroy_process_group()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP2 has sharded the model's parameters."""
+    """Return whether FSDP2 has sharded the parameters of `model`."""
     return isinstance(model, FSDPModule)
 
 
@@ -65,8 +66,9 @@ def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
     """Shard the parameters over all processes with FSDP2, in place: one group per block, and one for all others.
 
     All parameters are gathered in fp32, so that routers and norms compute as in one process; autocast then rounds the
-    matrices for the products. Parameters without a dimension cannot be sharded and stay replicated. A process that
-    trains alone becomes a group of one. Raises ValueError if a parameter stays unsharded.
+    matrices for the products. Scalar parameters cannot be sharded and stay replicated. A process that trains alone
+    becomes a process group of one. model: moved to `device`, the device of this process. Raises ValueError if a
+    parameter stays unsharded.
     """
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -87,9 +89,10 @@ def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Free the weights that a pass without gradients has gathered: what lies outside of blocks stays gathered after it.
+    """Free the full weights that a sharded model's pass without gradients has gathered; else do nothing.
 
-    The next pass would use them as they are, although the optimizer has changed the shards in between.
+    FSDP2 keeps parameters outside of blocks gathered after such a pass. The next pass would use these copies, although
+    the optimizer has changed the shards in between.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -102,18 +105,21 @@ def _require_sharded(model: nn.Module) -> None:
 
 
 def full(norm: Any) -> Any:
-    """Return a gradient norm as a plain tensor, also that of sharded gradients, which is a DTensor."""
+    """Return a gradient norm as a plain tensor; `norm` is a DTensor if the gradients are sharded."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def replicated(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters of a sharded model that are replicated in every process."""
+    """Return the trained parameters of a sharded model that every process holds in full."""
     return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
 
 
 @torch.no_grad()
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average the gradients of these parameters, which FSDP2 does not manage, over processes in one message."""
+    """Average the gradients of `parameters`, which FSDP2 does not manage, over all processes, in place.
+
+    All gradients travel in one message. Every parameter must have a gradient.
+    """
     if parameters and processes() > 1:
         flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
         dist.all_reduce(flat)
@@ -123,7 +129,10 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def by_layout(groups: Iterable[PlainDict]) -> list[PlainDict]:
-    """Return optimizer groups that separate sharded and replicated parameters, as fused updates need."""
+    """Split optimizer groups so that none contains both sharded and unsharded parameters; fused AdamW needs this.
+
+    groups: torch's parameter groups, each with `params`; other options are copied. Empty groups are left out.
+    """
     found = []
     for group in groups:
         for sharded in (True, False):
@@ -171,8 +180,8 @@ def _touch(block: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
 def complete_gradients(model: SkipstoneForCausalLM) -> None:
     """Give the blocks' parameters that were not used in a step a gradient of zeros, as several processes do.
 
-    The optimizer would pass over a parameter without a gradient, while a block that keeps no token in a step must be
-    updated alike (by momentum and weight decay) whatever the number of processes.
+    The optimizer would ignore a parameter without a gradient. A block that keeps no token in a step must instead be
+    updated in the same way (by momentum and weight decay) for any number of processes.
     """
     for parameter in model.model.layers.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -183,7 +192,7 @@ def complete_gradients(model: SkipstoneForCausalLM) -> None:
 
 
 def whole_model(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM | None:
-    """Return an unsharded copy of a sharded model in the first process, None in the others; all must call it."""
+    """Return an unsharded copy of a sharded model in the first process, and None in the others; all must call it."""
     first, state = dist.get_rank() == 0, {}
     for name, value in model.state_dict().items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -202,9 +211,11 @@ def whole_model(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM | None:
 
 @contextmanager
 def own_dropout(seed: Tensor, rank: int, part: int, device: torch.device) -> Iterator[None]:
-    """Use this process's own random numbers inside a `with` block; afterwards all processes agree again.
+    """Give this process its own random numbers, such as those of dropout, inside a `with` block.
 
-    seed: int64 [], of the optimizer step, equal in all processes. part: the micro-batch of the step.
+    Afterwards the generators of all processes are equal again. seed: int64 [], of the optimizer step, equal in all
+    processes. rank: index of this process. part: the micro-batch within the step. device: whose generator is used,
+    besides the CPU's.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, device_type=device.type if device.type != "cpu" else "cuda"):

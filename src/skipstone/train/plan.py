@@ -20,11 +20,13 @@ FRAGMENTATION = 0.05  # an assumption: the share of a GPU's memory that an alloc
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """The plan of a training on `gpus` GPUs, with figures for one of them.
+    """The estimated memory, messages and time of a training on several GPUs; the figures are for each GPU.
 
-    memory: bytes by purpose; None: not known without a pass. sent: bytes that a GPU sends in an optimizer step, by kind
-    of message. link: GB/s in one direction, of the slowest link in between. compute, communication, update: seconds of
-    a step. rows: of a micro-batch.
+    gpu: name of the GPU, a key of `estimate.GPUS`. gpus: number of GPUs. parallel: ddp (replicated) or fsdp2 (sharded).
+    rows: rows of a micro-batch on each GPU. whole: the estimate for the whole training on one GPU. memory: bytes by
+    purpose; None where the size depends on the values of tokens. sent: bytes that each GPU sends in an optimizer step,
+    by kind of message. link: GB/s in one direction over the slowest link between GPUs. compute, communication, update:
+    seconds of an optimizer step for matrix products, messages, and AdamW.
     """
 
     gpu: str
@@ -41,7 +43,7 @@ class TrainingPlan:
 
     @property
     def seconds(self) -> float:
-        """The seconds that an optimizer step should take if messages are sent while gradients are computed."""
+        """Seconds of an optimizer step, if messages are sent while gradients are computed."""
         return max(self.compute, self.communication) + self.update
 
     @property
@@ -51,12 +53,12 @@ class TrainingPlan:
 
     @property
     def known_memory(self) -> float:
-        """Bytes of everything in `memory` that is known."""
+        """The sum of `memory` in bytes, without purposes whose size is not known."""
         return sum(size for size in self.memory.values() if size is not None)
 
     @property
     def fits(self) -> bool:
-        """Whether what is known of the memory fits into a GPU."""
+        """Whether the known part of the memory fits into one GPU."""
         return self.known_memory <= GPUS[self.gpu].memory * 1e9
 
     def lines(self) -> list[str]:
@@ -100,10 +102,12 @@ class TrainingPlan:
 def plan(
     values: PlainMapping, gpus: int, gpu: str = "H100", mfu: float = MFU, network: float = NETWORK
 ) -> TrainingPlan:
-    """Return the plan of a recipe as `train` takes it, on `gpus` GPUs in nodes of 8; no weights are built.
+    """Plan the training of a recipe on several GPUs, in nodes of 8; no weights are allocated.
 
-    mfu: share of the peak FLOP/s that products reach. network: GB/s a GPU between nodes. Raises ValueError for rows
-    that cannot be shared out, for what `estimate` refuses, and for numbers that are not positive.
+    values: the recipe as a plain dict, as `train` accepts it. gpus: number of GPUs. gpu: a key of `estimate.GPUS`. mfu:
+    share of the GPU's peak FLOP/s that matrix products reach, in (0, 1]. network: GB/s between nodes for each GPU.
+    Raises ValueError if the rows of a step cannot be divided over the GPUs, for what `estimate` refuses, and if `gpus`
+    or `network` is not positive.
     """
     if gpus < 1 or not network > 0:
         raise ValueError(f"gpus and network must be above 0, got {gpus} and {network}")
@@ -146,7 +150,10 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Numbers of parameters: in all, of the blocks together, of the largest block."""
+    """Parameter counts of a model.
+
+    total: of the whole model. blocks: of all blocks together. largest: of the largest block.
+    """
 
     total: int
     blocks: int
@@ -176,9 +183,10 @@ def _state(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, f
 
 
 def messages(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, float]:
-    """Return the bytes that each GPU sends in an optimizer step, by ring algorithms, by kind of message.
+    """Return the bytes that each GPU sends in an optimizer step with ring algorithms, by kind of message.
 
-    Thresholds and comparisons of replicas are left out: a few bytes for each block.
+    sizes: parameter counts of the model. gpus: number of GPUs. train: for `parallel` and `gradient_accumulation`.
+    Thresholds and comparisons of replicas, a few bytes for each block, are left out.
     """
     part = (gpus - 1) / gpus
     if train.parallel == "ddp":

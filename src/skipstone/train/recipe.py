@@ -38,41 +38,45 @@ LARGEST = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The options of a training. All may change the result, except intervals, `loggers` and what is kept.
+    """The options of a training: the section `train` of a recipe.
 
-    The options in `NOT_THE_RESULT` may differ between a run and its resumption.
+    All options may change the result except the intervals (`eval_every`, `log_every`, `save_every`, `save_minutes`),
+    `loggers`, and what is stored. The options in `NOT_THE_RESULT` may differ between a run and its resumption.
 
-    steps: optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches.
-    gradient_accumulation: number of micro-batches per step. It changes memory and not the result, except for what is
-    measured on a micro-batch: the thresholds of `ema_threshold`, the targets of guided gates, the balancing loss of
-    experts. The number of processes has the same effect.
-    learning_rate: at the end of the linear warm-up over warmup_steps (None: a tenth of the steps, at most 100); it then
-    falls as a cosine to min_lr_ratio * learning_rate. router_learning_rate: the same for all parameters of depth
-    mechanisms; None: learning_rate. weight_decay, beta1, beta2: AdamW's.
-    no_decay: kinds of parameters without weight decay: preferences (of PolyGLU's neurons), biases, norms, embeddings
-    (and a tied head), routers (all other parameters of mechanisms); the matrices of attention and MLP always decay.
-    None: the first three.
-    max_grad_norm: gradients are clipped to this norm; 0: no clipping. average_last: share of the steps at the end over
-    which all weights are averaged; the mean is the trained model. 0: the weights of the last step.
-    precision: fp32, or bf16 (autocast; weights and optimizer stay fp32). compile: torch.compile of each block.
+    steps: number of optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches.
+    gradient_accumulation: micro-batches per step. It changes memory and not the result, except for what is measured on
+    a micro-batch: the thresholds of `ema_threshold`, the targets of routers trained from the gradient at their block's
+    output, the balancing loss of experts. The number of processes has the same effect.
+
+    learning_rate: the peak, reached by a linear warm-up over warmup_steps (None: a tenth of the steps, at most 100); it
+    then decays by cosine to min_lr_ratio * learning_rate. router_learning_rate: the peak for all parameters of depth
+    mechanisms (those that let tokens skip blocks); None: learning_rate. weight_decay, beta1, beta2: of AdamW. no_decay:
+    kinds of parameters without weight decay, out of preferences (of PolyGLU's neurons), biases, norms, embeddings (with
+    a tied head) and routers (all other parameters of mechanisms); None: preferences, biases and norms. The matrices of
+    attention and MLP always decay. max_grad_norm: gradients are clipped to this norm; 0: no clipping. average_last:
+    share of the steps, at the end, over which all weights are averaged to give the trained model; 0: the weights of the
+    last step.
+
+    precision: fp32, or bf16 (autocast; weights and optimizer stay fp32). compile: apply torch.compile to each block.
     activation_checkpointing: recompute blocks in the backward pass instead of saving their intermediate tensors.
     loss_chunk: number of tokens whose logits exist at a time; 0: all; None: 1,024 if the vocabulary has 65,536 tokens
-    or more, else all.
-    routing: learned, or difficulty: every block with a depth mechanism keeps exactly the tokens whose `difficulty` is
-    not negative (the upper bound on Reset-S3).
-    eval_every, log_every, save_every: in steps; 0: at the end only (log_every at least 1). eval_rows: number of rows
-    for validation. save_minutes: also save a checkpoint when this many minutes have passed since the last one; None: by
-    steps only. eval_batch_size: rows of a forward pass; None: as in a micro-batch.
-    keep_checkpoints: number of newest checkpoints to keep. keep_best: also keep the model with the lowest validation
-    loss so far, in RUN/best, by the loss of the causal pass if the model has one. seed: of weights, dropout and noise;
-    `data.seed` draws the rows.
-    threads: torch's CPU threads; None: unchanged. device: auto uses an accelerator if there is one.
-    parallel: how several processes share the model. ddp: each holds all of it. fsdp2: each holds a part of every
-    parameter, of its gradient and of its optimizer state. compare_every: steps between comparisons of what all
-    processes must hold alike; 0: never.
-    max_skipped_steps: how many steps of the training may be left out because their loss, gradient or router scores are
-    not finite; the next one stops the training.
-    loggers: destinations of metrics; jsonl is always written.
+    or more, else all. routing: learned (by the mechanisms), or difficulty: every block with a depth mechanism keeps
+    exactly the tokens whose known `difficulty` is not negative (an upper bound on the synthetic Reset-S3).
+
+    eval_every, log_every, save_every: steps between validations, log lines and checkpoints; 0: only at the end
+    (log_every is at least 1). save_minutes: also save a checkpoint when this many minutes have passed since the last
+    one; None: by steps only. eval_rows: number of validation rows; None: all. eval_batch_size: rows of a validation
+    pass; None: as in a micro-batch. keep_checkpoints: how many of the newest checkpoints are stored. keep_best: also
+    store the model with the lowest validation loss in RUN/best (the loss without access to later tokens if the model
+    has one).
+
+    seed: of weights, dropout and routing noise; `data.seed` draws the rows. threads: torch's CPU threads; None:
+    unchanged. device: auto uses an accelerator if there is one. parallel: how several processes hold the model: ddp:
+    each holds all of it; fsdp2: each holds a part of every parameter, of its gradient and of its optimizer state.
+    compare_every: steps between checks that tensors which all processes hold are equal in all of them; 0: never.
+    max_skipped_steps: how many steps of the training may be skipped because their loss, gradient or router scores are
+    not finite; one more stops the training. loggers: where metrics are written, out of jsonl, tensorboard, trackio and
+    wandb; metrics.jsonl is always written.
     """
 
     steps: int = 1000
@@ -157,7 +161,7 @@ class TrainConfig:
         return max(1, round(self.average_last * self.steps)) if self.average_last else 0
 
     def loss_chunk_of(self, vocab_size: int) -> int:
-        """Return the number of tokens whose logits a model with this vocabulary computes at a time; 0: all."""
+        """Return for how many tokens at a time logits exist if the vocabulary has `vocab_size` tokens; 0: for all."""
         if self.loss_chunk is not None:
             return self.loss_chunk
         return LOSS_CHUNK if vocab_size >= LARGE_VOCABULARY else 0
@@ -184,10 +188,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The definition of a whole run.
+    """The definition of a whole training run, as a recipe file contains it.
 
-    name: of the default run folder. model: fields of SkipstoneConfig, or {preset: NAME, ...overrides}. data, train: see
-    their classes.
+    name: name of the default run folder, runs/NAME; None: a name from corpus and time. model: fields of
+    SkipstoneConfig, or {preset: NAME} with fields that differ from the preset. data: which text or synthetic task is
+    read, and how. train: the options of the training.
     """
 
     name: str | None = None
@@ -208,7 +213,8 @@ class Recipe:
 def read_recipe(values: PlainMapping) -> Recipe:
     """Parse a recipe from a plain dict.
 
-    Raises ValueError with one message per mistake, naming field and allowed values.
+    values: {name, model, data, train}, each optional, as in a recipe's YAML file. Raises ValueError with one line for
+    each mistake, which names the field and the allowed values.
     """
     if isinstance(values, Mapping) and "arms" in values:
         raise ValueError("a recipe with arms is a comparison: run it by `skipstone isoflop`, or leave arms out")
@@ -216,5 +222,5 @@ def read_recipe(values: PlainMapping) -> Recipe:
 
 
 def to_dict(recipe: Recipe) -> PlainDict:
-    """Return the recipe as plain values, as config.yaml stores it."""
+    """Return a recipe as nested plain values, as config.yaml stores it, without a name or section that is None."""
     return {key: value for key, value in asdict(recipe).items() if value is not None}

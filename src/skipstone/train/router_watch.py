@@ -32,16 +32,18 @@ Forward = Callable[..., Any]
 
 
 class RouterWatch:
-    """Looks at the routers of a training: at decisions in some steps, and now and then at what choosing gains.
+    """A watch on the routers of a training that warns of dead or saturated routers and of those no better than chance.
 
-    model: not wrapped. forward: the model as it has to be called, which all processes do together if it is sharded.
-    steps: of the training. summed, largest: reduce a tensor over processes. says: whether this process warns.
+    Each warning is given once. Decisions are examined in every tenth step (more often in a training of less than 1,000
+    steps). The gain over chance is measured for one block at a time in two extra forward passes over a few rows of the
+    present micro-batch: one with the tokens that the router has kept, and one with as many tokens drawn at random,
+    without gradients, dropout or noise. The interval between measurements is chosen so that they take 0.4 % of the
+    training time. No random number of the training is drawn, so the watch changes no result. Blocks with several depth
+    mechanisms, and gates that only scale updates and skip nothing, are not compared with chance.
 
-    Decisions are looked at in every tenth step (more often in a training of less than 1,000 steps). The gain is
-    measured for one block at a time: two forward passes over a few rows of the present micro-batch, one with the tokens
-    that the router has kept, and one with as many others drawn at random, without gradients, dropout or noise. They
-    come so seldom that they take 0.4 % of the time. No random number of the training is drawn, so the watch
-    changes no result. Blocks with several depth mechanisms, and soft gates, are not compared with chance.
+    model: the model without wrappers. forward: calls the model as it is wrapped for training; all processes call it
+    together if it is sharded. steps: number of steps of the training. summed, largest: functions that reduce a tensor
+    over all processes by sum and by maximum. says: whether this process prints the warnings.
     """
 
     def __init__(
@@ -64,7 +66,11 @@ class RouterWatch:
         self._held: tuple[PlainDict, dict[int, Tensor], int] | None = None
 
     def see(self, step: int, inputs: PlainDict, records: Sequence[Records]) -> None:
-        """Look at the first micro-batch of a step (from 1); `after_backward` follows."""
+        """Examine the first micro-batch of a step after its forward pass; `after_backward` must follow.
+
+        step: the optimizer step, from 1. inputs: the micro-batch. records: what each mechanism decided, one dict for
+        each block.
+        """
         if self._first is None:
             self._first, self._began = step, time.perf_counter()
         began = time.perf_counter()
@@ -99,7 +105,10 @@ class RouterWatch:
         self._held = (few, masks, layer)
 
     def after_backward(self, step: int) -> None:
-        """Make the comparison that is due, when the memory of the backward pass is free again."""
+        """Run the comparison with chance if one is due, now that the memory of the backward pass is free again.
+
+        step: as in `see`.
+        """
         if self._held is None:
             return
         (inputs, masks, layer), self._held = self._held, None
@@ -175,7 +184,11 @@ def _uncompiled(model: SkipstoneForCausalLM) -> AbstractContextManager[object]:
 
 
 def shuffled(kept_BT: Tensor, attention_mask: Tensor | None, seed: int) -> Tensor:
-    """Return a mask that keeps as many tokens of each row as `kept_BT`, drawn at random among the real ones."""
+    """Return a bool mask [B, T] that keeps as many tokens of each row as `kept_BT`, drawn at random.
+
+    Padding is not drawn. kept_BT: bool, the tokens that the router kept, B rows of T tokens. attention_mask: [B, T], 0
+    at padding; None: no padding. seed: of the draw.
+    """
     draw_BT = torch.rand(kept_BT.shape, generator=torch.Generator().manual_seed(seed)).to(kept_BT.device)
     if attention_mask is not None:
         draw_BT = torch.where(attention_mask.bool(), draw_BT, 2.0)  # padding comes last

@@ -17,10 +17,11 @@ ODD = 0x9E3779B1  # places of a tensor weigh differently in its hash
 
 
 class SameState(TrainerCallback):
-    """Compares replicated parameters, buffers and learning rates over processes, by hashes, every `steps` steps.
+    """A callback that checks every `steps` steps that replicated tensors and learning rates are equal in all processes.
 
-    Under DDP these are all parameters; under FSDP2 the few that are not sharded. Raises ValueError in every process,
-    naming the first tensor that differs.
+    Parameters and buffers are compared by hashes. Under DDP all parameters are compared; under FSDP2 the few that are
+    not sharded. steps: interval in optimizer steps; the last step is always checked; 0: never. Raises ValueError in
+    every process, naming the first tensor that differs.
     """
 
     def __init__(self, steps: int) -> None:
@@ -34,7 +35,11 @@ class SameState(TrainerCallback):
 
 
 def compare(tensors: dict[str, Tensor], numbers: dict[str, float], device: torch.device, step: int) -> None:
-    """Raise ValueError, in every process, naming the first tensor or number that is not alike in all processes."""
+    """Raise ValueError in every process if a tensor or number differs between processes; all must call it.
+
+    tensors, numbers: the values of this process, by name. device: on which hashes are exchanged. step: the optimizer
+    step, for the message, which names the first value that differs.
+    """
     named = tensors | {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     if not named:
         return

@@ -22,9 +22,10 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class SeenPass:
-    """A pass with gradients, with its records.
+    """A forward pass with gradients that was observed by hooks.
 
-    in_forward: whether the model's own `forward` ran it, which adds the auxiliary losses where it is given labels.
+    records: what each mechanism decided, one dict by mechanism name for each block. in_forward: whether the pass ran
+    within the model's own `forward`, which adds the routers' auxiliary losses if it is given labels.
     """
 
     records: tuple[Records, ...]
@@ -32,7 +33,7 @@ class SeenPass:
 
 
 def inner(model: Any) -> Any:
-    """Return the model inside its wrappers, such as DistributedDataParallel and PEFT."""
+    """Return the model inside wrappers such as DistributedDataParallel and PEFT."""
     while not isinstance(model, SkipstonePreTrainedModel) and not hasattr(model, "skipstone_routing"):
         if hasattr(model, "module"):
             model = model.module
@@ -47,9 +48,10 @@ def inner(model: Any) -> Any:
 
 @contextmanager
 def seen_passes(model: nn.Module) -> Iterator[list[SeenPass]]:
-    """Collect the passes with gradients that a model makes inside a `with` block.
+    """Collect the forward passes with gradients that a model makes inside a `with` block.
 
-    The model is ours, or one that `skipstone.route` has routed. The list stays empty for any other model.
+    model: a Skipstone model, or one that `skipstone.route` has routed, wrapped or not. Yields a list that grows with
+    each pass; it stays empty for any other model.
     """
     found: list[SeenPass] = []
     base = inner(model)

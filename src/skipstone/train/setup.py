@@ -27,10 +27,12 @@ TOKENIZER = "tokenizer"  # the key of `data_defaults` that is no model option
 
 
 def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> SkipstoneConfig:
-    """Return the configuration for a recipe's `model`, with context and vocabulary from the data if not set.
+    """Return the model configuration of a recipe, with defaults for context and vocabulary from the data.
 
-    defaults: what the data determine (`data_defaults`); empty to check the rest before data are read.
-    Raises ValueError for invalid keys and values, a context shorter than the rows and a vocabulary that is too small.
+    values: the recipe's section `model`. context: tokens of a row (`data.context`). defaults: options that the data
+    determine, from `data_defaults`; empty to check the other options before data are read. Raises ValueError for
+    invalid keys and values, for a maximum number of positions below `context`, and for a vocabulary that is too small
+    for the tokenizer.
     """
     given = {"max_position_embeddings": context, **defaults, **values}
     preset, tokenizer = given.pop("preset", None), given.pop(TOKENIZER, None)
@@ -50,7 +52,10 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
 
 
 def data_defaults(data: PreparedData) -> PlainDict:
-    """Return the model options that follow from the data, vocabulary size and special tokens, and the tokenizer."""
+    """Return the model options that follow from the data: vocabulary size and special tokens.
+
+    The dict also has the key `tokenizer` if the data have one; `model_config` removes it.
+    """
     found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:
         found[TOKENIZER] = data.tokenizer
@@ -62,16 +67,17 @@ def data_defaults(data: PreparedData) -> PlainDict:
 
 
 def plain(config: SkipstoneConfig) -> PlainDict:
-    """Return the whole model configuration as plain values, as in a recipe."""
+    """Return the whole model configuration as plain values, as a recipe's section `model` has them."""
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(config) if field.name in TYPES]
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
 def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCausalLM:
-    """Build a model with fresh weights, a function of the seed, with compiled blocks if configured.
+    """Build a model with fresh weights that depend on the seed only; compile its blocks if the recipe says so.
 
-    Raises ValueError for weights that would not fit into the machine's memory.
+    config: of the model. train: for `seed` and `compile`. Raises ValueError for weights that would not fit into the
+    machine's memory.
     """
     size, memory = 4 * config.weights(), psutil.virtual_memory().total
     if size > memory:
@@ -88,7 +94,10 @@ def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCaus
 
 
 def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
-    """Return the data with exactly as many training rows as the training reads, so that it is one epoch."""
+    """Return the data with exactly as many training rows as the training reads, so that it is one epoch.
+
+    train: for `steps` and `batch_size`.
+    """
     rows = train.steps * train.batch_size
     return dataclasses.replace(data, train=dataclasses.replace(data.train, rows=rows))  # type: ignore[type-var]
 
@@ -96,7 +105,8 @@ def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
 def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
     """Return the arguments of transformers' Trainer for a recipe.
 
-    Raises ValueError if the rows of a step cannot be divided evenly.
+    train: the recipe's training options. folder: the run folder; checkpoints are written to its folder `checkpoints`.
+    Raises ValueError if the rows of a step cannot be divided evenly over micro-batches and processes.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows, rest = divmod(train.batch_size, train.gradient_accumulation * processes)
@@ -149,7 +159,11 @@ def _checkpointing(wanted: bool) -> PlainDict:
 
 
 def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCallback]:
-    """Return Trainer's own callbacks for the configured loggers."""
+    """Return Trainer's callbacks for the recipe's loggers other than metrics.jsonl.
+
+    train: for `loggers`. folder: the run folder, where TensorBoard's files are written. step: the step from which a run
+    is resumed, 0 for a new one; TensorBoard's entries after it are removed.
+    """
     from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
     found: list[TrainerCallback] = []
@@ -165,7 +179,7 @@ def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCal
 
 
 def check_early(recipe: Recipe) -> None:
-    """Raise ValueError for mistakes in a recipe's model or loggers, before any corpus is read."""
+    """Raise ValueError for mistakes in a recipe's model or loggers, before any data are read."""
     early.check_loggers(recipe.train)
     model_config(recipe.model, recipe.data.context, {})
     if recipe.data.train_rows is not None:
@@ -175,7 +189,7 @@ def check_early(recipe: Recipe) -> None:
 def model_mistakes(config: PlainMapping) -> list[str]:
     """Return a message for each mistake in the model of a recipe, including the options of its mechanisms.
 
-    config: the whole recipe, of which other sections may be wrong.
+    config: the whole recipe as a plain dict; its other sections may be wrong.
     """
     model, data = config.get("model"), config.get("data")
     if not isinstance(model, Mapping):

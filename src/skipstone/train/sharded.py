@@ -18,19 +18,26 @@ MODEL, OPTIMIZER = "model", "optimizer"
 
 
 def save(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write the state of model and optimizer to `folder`; all processes call it."""
+    """Write the state of a sharded model and its optimizer to `folder`; all processes call it.
+
+    model: sharded by FSDP2. optimizer: torch's, or accelerate's wrapper of it.
+    """
     state = _model_state(model) | _optimizer_state(model, optimizer)
     flat = {name: _flat(value) for name, value in state.items()}
     dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Read the model's parameters and buffers from `folder`, in place."""
+    """Read a sharded model's parameters and buffers from `folder`, as `save` wrote them, in place."""
     _load(folder, _model_state(model))
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Read the optimizer's state from `folder`: that of the parameters which had any when it was written."""
+    """Read the state of a sharded model's optimizer from `folder`, as `save` wrote it, in place.
+
+    model: owns the parameters. optimizer: torch's, or accelerate's wrapper of it. Parameters that had no state when it
+    was written have none afterwards.
+    """
     reader = HuggingFaceStorageReader(str(folder))
     prefix = f"{OPTIMIZER}."
     written = [n.removeprefix(prefix) for n in reader.read_metadata().state_dict_metadata if n.startswith(prefix)]

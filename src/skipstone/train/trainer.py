@@ -40,7 +40,11 @@ SCHEDULER = "scheduler.pt"  # Trainer's name for it
 
 
 class RunTrainer(RoutingTrainer):
-    """The trainer of `skipstone train`, with exact resuming, its own validation and atomic checkpoints."""
+    """The trainer of `skipstone train`, with exact resuming, its own validation and atomic checkpoints.
+
+    recipe: the training options. data: rows for training and validation. alone: the whole unsharded model in this
+    process, once training is over (`leave_to_first`); None before. Further arguments are Trainer's.
+    """
 
     alone: SkipstoneForCausalLM | None = None  # the whole model, once the first process works alone
 
@@ -95,11 +99,11 @@ class RunTrainer(RoutingTrainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of parameters with weight decay, by the recipe's `no_decay`."""
+        """Return the names of the parameters of `model` with weight decay, according to the recipe's `no_decay`."""
         return decaying(model, (name for name, _ in model.named_parameters()), self.recipe.no_decay)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build Trainer's optimizer, with the routers' own learning rate if the recipe sets one."""
+        """Build Trainer's optimizer, with a separate learning rate for routers if the recipe sets one."""
         built, rate = super().create_optimizer(model), self.recipe.router_learning_rate
         if rate is not None and not any("own_rate" in group for group in built.param_groups):
             groups = with_router_rate(built.param_groups, self._plain, rate)
@@ -111,7 +115,7 @@ class RunTrainer(RoutingTrainer):
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of a micro-batch, adding to the sums for the next log line."""
+        """Return the loss of a micro-batch, as `Trainer.compute_loss`, and add to the sums for the next log line."""
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         with self._noise_of_step(len(inputs["input_ids"])):
@@ -205,9 +209,11 @@ class RunTrainer(RoutingTrainer):
         return int(inputs["input_ids"].numel()) * self.accelerator.num_processes
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """Return the loss to minimise, by default the model's own. Overrides must keep `outputs` correct for the log.
+        """Return the loss to minimise; subclasses may override it, by default it is the model's own `loss`.
 
-        items: predicted tokens of the whole optimizer step, by which sums are divided.
+        outputs: of the model; overrides must keep its losses correct for the log. inputs: the micro-batch. items:
+        number of predicted tokens in the whole optimizer step, by which sums are divided to give means; None: not
+        known.
         """
         return loss
 
@@ -216,7 +222,10 @@ class RunTrainer(RoutingTrainer):
         return self.alone or self.accelerator.unwrap_model(self.model)
 
     def leave_to_first(self) -> SkipstoneForCausalLM:
-        """Return the trained model, whole in the first process, which works alone from now on; all call it."""
+        """Return the trained model, unsharded in the first process, which works alone from now on.
+
+        All processes must call it; the others get their own (possibly sharded) model.
+        """
         found = parallel.whole_model(self._plain) if parallel.is_sharded(self.model) else self._plain
         self.alone = found or self._plain
         return self.alone
@@ -232,7 +241,10 @@ class RunTrainer(RoutingTrainer):
     # --- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with our own training losses: means since the last line, exact across a resumption."""
+        """Log with our own training losses: means since the last line, exact even if the run was resumed in between.
+
+        logs: figures by name; their losses are replaced. start_time: as in `Trainer.log`.
+        """
         if "train_runtime" in logs:
             return  # Trainer's closing summary; result.json has ours
         if "loss" in logs:
@@ -272,8 +284,11 @@ class RunTrainer(RoutingTrainer):
     # --- validation
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
-        """Return `eval_oracle_loss` and, if the model can decide causally, `eval_causal_loss` with the capacities of
-        that pass.
+        """Return the validation losses in nats per token, without torch.compile.
+
+        `eval_oracle_loss` is measured with the routing of training, which may look at later tokens of a row. If the
+        model can also decide without them, as in generation, `eval_causal_loss` is the loss of such a pass, and further
+        entries such as `eval_capacity/L/NAME` report the shares of tokens kept in it. Arguments are ignored.
         """
         model: Any = self.alone or self.model
         was_training = model.training

@@ -39,12 +39,15 @@ def train(
 ) -> Path:
     """Train the recipe `config` into a run folder and return the folder.
 
-    out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe without a name. resume: continue an
-    existing run from its last checkpoint (from the start, if it has none) with the recipe that it was started with; a
-    finished run is left unchanged. progress: show a bar. data: the recipe's rows, if they are prepared already.
-    save_minutes: largest interval between checkpoints, unless the recipe sets one in minutes. callbacks: further
-    callbacks for Trainer. Raises ValueError, FileNotFoundError or FileExistsError, also while another process uses the
-    folder; `Interrupted` after a stop signal.
+    config: the recipe as a plain dict. out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe
+    without a name. resume: continue an existing run from its last checkpoint (from the start if it has none) with the
+    recipe that it was started with; a finished run is left unchanged. progress: show a progress bar. data: the recipe's
+    rows if they are already prepared; None: prepare them. save_minutes: largest interval between checkpoints, unless
+    the recipe sets one; None: by steps only. callbacks: further callbacks for Trainer.
+
+    Raises ValueError for mistakes in the recipe and while another process uses the folder, FileNotFoundError if there
+    is nothing to resume, FileExistsError if the folder of a new run is not empty, and `Interrupted` after a stop
+    signal.
     """
     recipe = read_recipe(config)
     setup.check_early(recipe)
@@ -91,7 +94,10 @@ def _train(
 
 @contextmanager
 def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
-    """Yield the folder of the run, locked against other processes during a `with` block."""
+    """Yield the folder of a run, locked against other processes during a `with` block.
+
+    recipe, out, resume: as in `folder.chosen`. Raises FileExistsError if the folder of a new run is not empty.
+    """
     folder = folders.chosen(recipe, out, resume)
     with locked(folder) if folders.is_first_process() else nullcontext():
         if not resume and folders.is_first_process():
@@ -100,7 +106,11 @@ def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
 
 
 def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
-    """Return the run to resume, None for a new one; prints a message if it is already finished."""
+    """Return the run to resume, or None for a new one; also set the number of torch's threads to the recipe's.
+
+    folder: of the run. resume: whether it is resumed. A run that is already finished is returned with a message on
+    stderr.
+    """
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     run = Run(folder) if resume else None
@@ -131,9 +141,11 @@ def fit(
     finish: Callable[[RunTrainer], None],
     save_minutes: float | None = None,
 ) -> Path:
-    """Train to the end, from the folder's last checkpoint if there is one, then call `finish`; returns the folder.
+    """Train to the end, from the folder's last checkpoint if there is one, call `finish`, and return the folder.
 
-    trainer_of: builds the trainer with the callbacks of a run. save_minutes: used if the recipe has none. Raises
+    arguments: Trainer's. folder: the run folder. progress: show a progress bar. trainer_of: a function that builds the
+    trainer from a run's callbacks. finish: called in the first process with the trainer, to save the model and the
+    summary. save_minutes: largest interval between checkpoints if the recipe sets none; None: by steps only. Raises
     `Interrupted` after a stop signal.
     """
     checkpoint = last_checkpoint(folder)
@@ -186,7 +198,11 @@ def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
 
 
 def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object) -> None:
-    """Save the final model with its card, then the summary with the additional entries `more`."""
+    """Save the final model with its model card, then the summary of the run (result.json).
+
+    data: provides the tokenizer and the rows for a report's view of the model. folder: the run folder. trainer: after
+    its last step. more: further entries of the summary.
+    """
     lines = Run(folder).metrics()
     training = [line for line in lines if line["split"] == "train"]
     validation = next(line for line in reversed(lines) if line["split"] == "validation")

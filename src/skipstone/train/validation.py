@@ -18,10 +18,11 @@ from skipstone.measure.record_meter import RecordMeter
 def batches(
     data: PreparedData, rows: int | None, size: int, part: int = 0, parts: int = 1
 ) -> Iterator[tuple[Row, bool]]:
-    """Yield the first `rows` validation rows (None: all), `size` at a time, taking turns with other processes.
+    """Yield batches of validation rows, and whether each counts; several processes take turns by batches.
 
-    Also yield whether they count: every process gets as many batches, because the passes of a sharded model are made
-    together, so a process that has no rows left gets the first rows again.
+    rows: use the first `rows` validation rows; None: all. size: rows of a batch. part: index of this process, out of
+    `parts`. Every process yields equally many batches, because sharded models need all processes in every pass: a
+    process that has no rows left yields the first rows again, with False.
     """
     count = min(rows or len(data.validation), len(data.validation))
     for begin in range(0, count, parts * size):
@@ -40,10 +41,11 @@ def loss_sums(
     meter: RecordMeter,
     loss_chunk: int = 0,
 ) -> Tensor:
-    """Return the cross-entropy in nats summed over predictions, and their number, fp64 [2].
+    """Return the cross-entropy in nats summed over all predictions, and the number of predictions: fp64 [2].
 
-    The pass uses the gathered executor without noise.
-    rows: batches, and whether each counts.
+    The passes compute only kept tokens, without exploration noise. model: called with each batch. rows: batches, each
+    with whether it counts. routing: returns forward's argument `routing` for a batch. device: where the model is.
+    meter: is shown the records of every pass. loss_chunk: number of tokens whose logits exist at a time; 0: all.
     """
     asked: PlainDict = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}
     total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -57,5 +59,5 @@ def loss_sums(
 
 
 def predictions(batch: Row) -> Tensor:
-    """Return the number of predictions in a batch."""
+    """Return how many tokens of a batch have a target, as an integer tensor []."""
     return (targets(batch) != IGNORE).sum()

@@ -26,7 +26,10 @@ SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "caus
 
 
 class MetricsFile(TrainerCallback):
-    """Write one JSON object per log line: step, split, then metrics. `causal_loss` is null without a causal pass."""
+    """A callback that appends one JSON object per log line to metrics.jsonl: step, split, then metrics.
+
+    path: of the file. `causal_loss` is null in validation lines of models that cannot decide without later tokens.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +48,10 @@ class MetricsFile(TrainerCallback):
 
 
 def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
-    """Return the line of metrics.jsonl for one of Trainer's logs."""
+    """Return the entry of metrics.jsonl for one of Trainer's logs.
+
+    step: the optimizer step. logs: figures by name; a name that starts with `eval_` makes it a validation line.
+    """
     values = {name: value for name, value in logs.items() if name != "epoch"}
     if not any(name.startswith(VALIDATION) for name in values):
         return {"step": step, "split": "train", **values}
@@ -54,7 +60,11 @@ def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
 
 
 class ProgressReporter(TrainerCallback):
-    """A bar on stderr where that is a terminal; elsewhere a line at each validation, and after a minute without one."""
+    """A callback that shows progress on stderr: a bar in a terminal; elsewhere lines of text.
+
+    A line is printed at each validation, and after a minute without one. bar: None before training and in other
+    processes than the first. shown: the last figures by short name.
+    """
 
     def __init__(self) -> None:
         self.bar: ProgressBar | None = None
@@ -95,17 +105,20 @@ class ProgressReporter(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back, also after an error."""
+        """Remove the bar from the terminal, also after an error."""
         if self.bar is not None:
             self.bar.close()
 
     def summary(self) -> str:
-        """Return the last figures in words."""
+        """Return the last figures as text, such as "loss 2.3010  tokens/s 4,800"."""
         return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
 
 
 def kept_words(state: TrainerState) -> str:
-    """Return a line on what a resumed run keeps."""
+    """Return a line of text for a resumed run: its step, what is restored, and the last validation loss.
+
+    state: Trainer's, after the checkpoint was loaded.
+    """
     losses = [entry["eval_oracle_loss"] for entry in state.log_history if "eval_oracle_loss" in entry]
     last = f"; the last validation: {losses[-1]:.4f}" if losses else ""
     return (
@@ -127,10 +140,11 @@ def quiet() -> Iterator[None]:
 
 
 class StopSignals(TrainerCallback):
-    """Stop a training after SIGINT or SIGTERM: finish the step and save a checkpoint; a second signal ends the process.
+    """A callback that stops a training after SIGINT or SIGTERM: it finishes the step and saves a checkpoint.
 
-    save_minutes: also save a checkpoint when this many minutes have passed since the last one. Several processes agree
-    on both at the end of each step, so that all save the same step.
+    A second signal ends the process at once. save_minutes: also save a checkpoint when this many minutes have passed
+    since the last one; None: do not. Several processes agree on both at the end of a step, so that all save the same
+    step. received: number of the signal that arrived; None: none so far.
     """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -144,7 +158,7 @@ class StopSignals(TrainerCallback):
     def installed(self) -> Iterator[None]:
         """Handle the signals during a `with` block.
 
-        Does nothing outside of the main thread, where they cannot be handled.
+        Does nothing outside of the main thread, where Python cannot handle signals.
         """
         try:
             before = {number: signal.signal(number, self._receive) for number in self.HANDLED}
