@@ -25,10 +25,14 @@ LEAST = 1e-9  # variance below which there is nothing to correlate
 def measure_allocation(
     compute_BT: Tensor, loss_BT: Tensor, ids_BT: Tensor, real_BT: Tensor, category_BT: Tensor | None
 ) -> Allocation:
-    """Measure the compute share of groups of tokens, and its correlation with their loss.
+    """Measure how much compute groups of tokens received, and whether compute correlates with the loss of a token.
 
-    compute_BT: share of the blocks' updates that were computed. loss_BT: nats of the prediction of the next token, NaN
-    where there is none. ids_BT: int64. real_BT: bool, no padding. category_BT: int64, index in `CATEGORIES`, or None.
+    All tensors are [B, T] (rows, tokens), on the CPU. compute_BT: share of the blocks' computation that was executed
+    for each token, from 0 to 1. loss_BT: cross-entropy in nats of predicting the next token, NaN where there is no
+    target. ids_BT: token ids, int64. real_BT: bool, False for padding, which is left out. category_BT: int64, the kind
+    of each token's text as an index in `CATEGORIES` (letters, digits, signs, white space); None if unknown, which
+    leaves the groups by kind empty. Groups by frequency are quarters of the text, from its most frequent token ids to
+    its rarest; groups by position are eighths of the row.
     """
     position_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     compute_N, loss_N = compute_BT.double()[real_BT], loss_BT.double()[real_BT]

@@ -7,11 +7,13 @@ from skipstone.model.cost import Flops
 
 
 def of_step(model: SkipstoneForCausalLM, flops: Flops, by_candidates: bool) -> float:
-    """Return the bytes of weights that a token reads, for its FLOPs.
+    """Return the bytes of weights that a decoding step of one row reads, estimated from the FLOPs of its token.
 
-    In a step, a weight that is multiplied is read once. flops: of one token, which tell how many weights of the blocks
-    are multiplied; the mean bytes of a weight are those of the model's blocks. by_candidates: whether the head is read
-    by candidates. The row of the embedding is left out.
+    Each multiplied weight counts 2 FLOPs and is read once. model: supplies the mean number of bytes of a block's weight
+    (quantised weights with their scales) and the output head. flops: of one token; only those of blocks and routers are
+    used. by_candidates: whether logits are computed for a few candidate tokens that a low-rank preview selects
+    (`model.head_preview`), so that only part of the head is read; ignored for a model without a preview. The row of the
+    embedding is left out.
     """
     blocks = list(model.decoder.layers.parameters())
     each = sum(p.numel() * p.element_size() for p in blocks) / max(sum(p.numel() for p in blocks if p.dim() == 2), 1)
@@ -19,7 +21,11 @@ def of_step(model: SkipstoneForCausalLM, flops: Flops, by_candidates: bool) -> f
 
 
 def head_bytes(model: SkipstoneForCausalLM, by_candidates: bool = True) -> float:
-    """Return the bytes that the logits of one token read, by candidates if the model has them and it is asked."""
+    """Return the bytes of weights that computing the logits of one token reads.
+
+    by_candidates: whether the head is evaluated for candidate tokens only (`model.head_preview`): its preview and the
+    rows of the candidates are counted then. Without it, or for a model without a preview, the whole head is counted.
+    """
     if by_candidates and model.head_preview is not None:
         return float(model.head_preview.bytes_read(model.lm_head))
     return float(sum(p.numel() * p.element_size() for p in model.lm_head.parameters()))

@@ -27,11 +27,12 @@ ROWS = 8  # rows of a forward pass
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
-    """The decisions of one mechanism of one block in a pass; all tensors are on the CPU.
+    """The decisions of one mechanism of one block in a forward pass; all tensors are [B, T] (rows, tokens) on the CPU.
 
-    mechanism: its name; None for a block without depth mechanisms, which every token takes in full. score_BT: fp32, the
-    score that is compared with a threshold, NaN where the token did not reach the mechanism. weight_BT: fp32, factor on
-    the update, 0 where it is skipped. kept_BT: bool.
+    layer: index of the block. mechanism: its name within the block; None for a block without depth mechanisms, which
+    updates every token. score_BT: fp32, the router's score, which is compared with a threshold; NaN where the token did
+    not reach the mechanism. weight_BT: fp32, factor on the block's update, 0 where the token skips it. kept_BT: bool,
+    whether the token gets the update.
     """
 
     layer: int
@@ -42,10 +43,11 @@ class Decisions:
 
 
 def read_decisions(blocks: Sequence[Block], records: Sequence[Records], shape: tuple[int, int]) -> list[Decisions]:
-    """Return the decisions of every depth mechanism in a pass over tokens of `shape` [B, T], block by block.
+    """Return the decisions of every depth mechanism in a forward pass, ordered by block and then by mechanism.
 
-    A block without depth mechanisms gets one entry without a name. A mechanism inside a block that kept no token has no
-    record; it kept none.
+    blocks: the model's blocks. records: what the pass recorded, a dict by mechanism name for each block. shape: rows
+    and tokens per row (B, T) of the pass. A block without depth mechanisms gets one entry with mechanism None, all
+    tokens kept. A mechanism nested inside another that kept no token has no record; its entry keeps no token.
     """
     found = []
     for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
@@ -73,10 +75,11 @@ def _decisions(layer: int, name: str, record: DepthRecord | None, shape: tuple[i
 
 @dataclass(frozen=True, kw_only=True)
 class DepthMap:
-    """A part of the table: decisions and losses of B consecutive rows of T tokens.
+    """The decisions and losses of B consecutive rows of T tokens: one part of a depth map, the table of a whole text.
 
-    first_row: the number of the first of these rows in the text. loss_BT: fp32, nats of the prediction that the pass
-    over a token makes of the token after it; NaN for the last token of the text.
+    first_row: index, in the text, of the first of these rows. ids_BT: token ids, int64. decisions: of all mechanisms,
+    as from `read_decisions`. loss_BT: fp32, cross-entropy in nats of predicting the token that follows; NaN for the
+    last token of the text.
     """
 
     first_row: int
@@ -85,9 +88,10 @@ class DepthMap:
     loss_BT: Tensor
 
     def lines(self, text_of: Callable[[int], str]) -> Iterator[tuple[object, ...]]:
-        """Yield the table's lines, with values in the order of `token_trace.COLUMNS`, None where there is no number.
+        """Yield one tuple for each token, block and mechanism, with values in the order of `token_trace.COLUMNS`.
 
-        text_of: returns the text of a token id.
+        These are: row, position in the row, text of the token, block index, mechanism name (or None), score, weight,
+        kept, loss. A score or loss that does not exist is None. text_of: returns the text of a token id.
         """
         names = {i: text_of(i) for i in self.ids_BT.unique().tolist()}
         ids, losses = self.ids_BT.tolist(), _numbers(self.loss_BT)
@@ -110,11 +114,13 @@ def _numbers(x_BT: Tensor) -> list[list[float | None]]:
 def depth_maps(
     model: SkipstoneForCausalLM, ids: Sequence[int], context: int, done: Callable[[int], None] | None = None
 ) -> Iterator[DepthMap]:
-    """Yield the depth map of a text in parts of a few rows of at most `context` tokens.
+    """Yield the depth map of a text in parts of at most 8 rows.
 
-    Decisions are causal and blocks are really skipped; a model whose decisions have no causal form takes those that
-    look at the whole row. Noise is off. done: called with the number of tokens after each part. Raises ValueError for a
-    text without tokens, and for a model that needs given decisions and gets none.
+    ids: token ids of the text, cut into rows of `context` tokens; the last row may be shorter. done: called after each
+    part with the number of tokens processed so far. Decisions look at no later token and blocks are really skipped, as
+    in generation; a model that cannot decide this way decides with a view of the whole row, as in training. Noise on
+    router scores is off. Raises ValueError for an empty text, for a model that is not a Skipstone model, and for a
+    model whose decisions the caller has to provide.
     """
     if not len(ids):
         raise ValueError("the text is empty: a depth map needs at least one token")

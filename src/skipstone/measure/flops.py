@@ -45,11 +45,12 @@ FREE = frozenset(FREE_NAMES.split())
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCount:
-    """The FLOPs, host syncs and unknown operations of everything that executed while a function ran.
+    """The FLOPs of all operations that executed while a function ran. A multiply-accumulate counts as 2.
 
-    by_kind: attention_linear, attention_score, mlp, router, head, other in forward passes; the rest is backward.
-
-    unknown: operations that are neither in the table nor free; while there are any, the total is incomplete.
+    total: all FLOPs. by_kind: FLOPs by part of the model: "attention_linear", "attention_score", "mlp", "router",
+    "head" and "other" in forward passes, "backward" for all backward passes. by_op: FLOPs by name of the PyTorch
+    operation. unknown: names of executed operations that are neither counted nor known to be free; if there are any,
+    the total is incomplete.
     """
 
     total: int
@@ -59,9 +60,10 @@ class FlopCount:
 
 
 def count_flops(fn: Callable[[], object]) -> FlopCount:
-    """Count the FLOPs of everything that executes while `fn()` runs: forward, backward, or both.
+    """Count the FLOPs of everything that executes while `fn()` runs: forward passes, backward passes, or both.
 
-    A forward pass that activation checkpointing repeats is executed, hence counted, as backward.
+    fn: called once, without arguments. Pointwise operations, norms and copies count as 0. A forward pass that
+    activation checkpointing repeats is counted, as backward.
     """
     by_kind: Counter[str] = Counter()
 
@@ -84,9 +86,9 @@ def count_flops(fn: Callable[[], object]) -> FlopCount:
 
 
 def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
-    """Count how often the host needed a value or a shape from the device while `fn()` ran, by operation.
+    """Count how often the host needed a value or a shape from the device while `fn()` ran, by name of the operation.
 
-    On a CPU nothing waits, but the operations are the same.
+    fn: called once, without arguments. On a CPU nothing waits, but the same operations are counted.
     """
     with _Operations() as operations:
         fn()
@@ -94,7 +96,11 @@ def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
 
 
 def kind_of(modules: set[str]) -> str:
-    """Return the kind of a matrix product from the names of the modules that are running."""
+    """Return the kind of a matrix product, a key of `FlopCount.by_kind`, from the modules that are running.
+
+    modules: full names of the running modules, outermost to innermost in any order, such as
+    "model.layers.0.mlp.up_proj".
+    """
     parts = {name.rpartition(".")[2] for name in modules}
     if "self_attn" in parts:
         return "attention_linear" if any(part.endswith("_proj") for part in parts) else "attention_score"
@@ -106,13 +112,16 @@ def kind_of(modules: set[str]) -> str:
 
 
 def is_free(op: torch._ops.OpOverload) -> bool:
-    """Return whether an operation counts 0 by convention."""
+    """Return whether an operation counts 0 FLOPs by convention: view, pointwise, reduction, or named in `FREE`."""
     tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy}
     return bool(op.is_view or tags & set(op.tags) or op.overloadpacket.__name__ in FREE)
 
 
 def is_sync(op: torch._ops.OpOverload, args: tuple[Any, ...], out: Any) -> bool:
-    """Return whether the host must wait: a value or a shape depends on data, or data moves from the device."""
+    """Return whether an operation makes the host wait: a value or shape depends on data, or data leaves the device.
+
+    op: the dispatched operation. args: its positional arguments. out: its result.
+    """
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     if op.overloadpacket in (aten._to_copy, aten.copy_):
@@ -210,12 +219,13 @@ TABLE: dict[object, Callable[..., int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCheck:
-    """Forward FLOPs per token of whole rows without a cache: counted, predicted, needed and dense.
+    """Forward FLOPs per token of whole rows without a cache: as counted, as predicted by the cost model, and dense.
 
-    Padding counts as a token because it is computed. counted: of the operations that ran. predicted: by `cost`, for the
-    recorded decisions. needed: the same without padding of rows that keep fewer tokens than the widest of their batch.
-    dense: `cost` without mechanisms. syncs: mean number of times that a forward pass made the host wait. unknown:
-    operations that ran and are not in the counter's table; while there are any, the count is incomplete.
+    Padding counts as tokens, because it is computed. counted: FLOPs of the operations that ran. predicted: what
+    `model.cost` derives for the recorded decisions. needed: the same, but without the padding that arises in a batch
+    where rows keep fewer tokens than the row that keeps most. dense: `model.cost` without mechanisms. syncs: mean
+    number of times that a forward pass made the host wait for the device. unknown: operations that ran but that the
+    counter does not know; if there are any, `counted` is incomplete.
     """
 
     counted: float
@@ -227,17 +237,22 @@ class FlopCheck:
 
     @property
     def agree(self) -> bool:
-        """Whether the counted and the predicted FLOPs are equal up to rounding."""
+        """Whether counted and predicted FLOPs are equal up to rounding and no operation was unknown."""
         return abs(self.counted - self.predicted) <= 1e-9 * max(self.counted, 1) and not self.unknown
 
     @property
     def share(self) -> float:
-        """Counted FLOPs as a share of the dense model's."""
+        """The counted FLOPs as a share of the dense model's."""
         return self.counted / self.dense
 
 
 def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, torch.Tensor]]) -> FlopCheck:
-    """Count the FLOPs of a pass over the batches, and compare them with the cost model; all figures are means."""
+    """Count the FLOPs of a model's forward passes and compare them with the cost model.
+
+    forward: how the model decides and executes (`measure.passes`). batches: dicts of input tensors with `input_ids` [B,
+    T]. Each batch is run three times: for the FLOPs, the records and the host syncs. FLOPs are means over all tokens,
+    syncs the mean over batches.
+    """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()
     for batch in batches:

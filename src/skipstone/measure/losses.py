@@ -32,10 +32,13 @@ NO_TEMPERATURE = 1e-30  # logits divided by this are still finite
 
 @dataclass(frozen=True, kw_only=True)
 class LossResult:
-    """Losses of one pass over all rows, and what its mechanisms did.
+    """The losses of one kind of forward pass over all rows, and what the model's mechanisms did in it.
 
-    nats: summed over `predictions`, in double precision. right: predictions whose likeliest token is the label.
-    accuracy: by bin of difficulty, and kinds: by kind of token (`TokenKinds`), None where the data do not tell them.
+    nats: cross-entropy summed over all predictions, in double precision. predictions: number of tokens that have a
+    label. right: number of predictions whose most probable token is the label. summaries: figures of the mechanisms by
+    layer. accuracy: share of correct predictions by bin of difficulty (`BINS`) and for "all operations"; kinds: loss
+    and depth by kind of token, as `TokenKinds.result` returns them. Both are None unless the data state each token's
+    difficulty.
     """
 
     nats: float
@@ -47,26 +50,32 @@ class LossResult:
 
     @property
     def loss(self) -> float:
-        """The cross-entropy per prediction, in nats."""
+        """The mean cross-entropy per prediction, in nats."""
         return self.nats / self.predictions
 
     @property
     def perplexity(self) -> float:
-        """The perplexity per prediction; an infinite one is capped at the largest double."""
+        """The perplexity, exp of the loss, capped at exp(700) because a double holds no more."""
         return math.exp(min(self.loss, 700.0))  # 700: the largest power that a double holds
 
     def bits_per_byte(self, num_bytes: int | None) -> float | None:
-        """Return bits per byte of the text, or None where the rows are not text."""
+        """Return the loss in bits per byte of the text.
+
+        num_bytes: length of the text of all rows; for None or 0 (the rows are not text), the result is None.
+        """
         return None if not num_bytes else self.nats / math.log(2) / num_bytes
 
 
 def measure_loss(
     model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]], activations: bool = True
 ) -> LossResult:
-    """Measure loss, accuracy and mechanisms in one kind of pass over `batches`.
+    """Measure loss, accuracy and the figures of mechanisms in one kind of forward pass.
 
-    Apart from rounding, no figure depends on how rows are batched. activations: whether activation mechanisms are
-    summarised, which takes as long as the pass. Raises ValueError for a model that is not ours (`require_ours`).
+    model: should be in evaluation mode. forward: how it decides and executes (`measure.passes`). batches: dicts of
+    tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and optionally `difficulty`. Apart
+    from rounding, no figure depends on how rows are batched. activations: whether to summarise activation mechanisms
+    such as PolyGLU, which takes about as long as the pass itself. Raises ValueError for a model that is not a Skipstone
+    model.
     """
     require_ours(model)
     nats, predictions, right = 0.0, 0, 0
@@ -98,7 +107,11 @@ def measure_loss(
 
 
 def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """Return the fp32 cross-entropy of each token in nats, [B, T]; 0 where nothing is to be predicted."""
+    """Return the cross-entropy of each token in nats, fp32 [B, T] (rows, tokens).
+
+    logits_BTV: [B, T, V] over the vocabulary. target_BT: int64, the token to predict; -100 where there is none: its
+    loss is 0.
+    """
     flat = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -106,44 +119,59 @@ def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 
 class Accuracy:
-    """Collects predictions of operations by difficulty; fillers, which a model only has to copy, are not counted."""
+    """Collects the accuracy of predicted operations by difficulty, on synthetic data that state it for each token.
+
+    Difficulty is the number of operations since the last reset of the state. Only tokens that are an operation are
+    counted; fillers, which a model just copies, are not.
+    """
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, logits_BTV: Tensor, target_BT: Tensor, difficulty_BT: Tensor) -> None:
-        """Add the predictions of one batch; difficulty_BT is negative for fillers."""
+        """Add the predictions of one batch.
+
+        logits_BTV: [B, T, V], of which the argmax is the prediction. target_BT: int64, the token to predict.
+        difficulty_BT: int64, negative for tokens that are no operation.
+        """
         operation_BT = difficulty_BT >= 0
         columns = logits_BTV.argmax(-1), target_BT, difficulty_BT
         guess, target, difficulty = (x[operation_BT].cpu() for x in columns)
         self._parts.append((guess, target, difficulty))
 
     def by_bin(self) -> dict[str, float]:
-        """Return shares in [0, 1] of each bin and of all operations; nan for a bin without operations."""
+        """Return the share of correct predictions by bin of difficulty and over "all operations"; nan without any.
+
+        The bins are "0-3", "4-7", "8-15" and "16+" operations since the last reset.
+        """
         guess, target, difficulty = (torch.cat(column) for column in zip(*self._parts, strict=True))
         overall = float((guess == target).double().mean()) if len(guess) else math.nan
         return {**accuracy_by_bin(guess, target, difficulty), OVERALL: overall}
 
 
 def headroom_captured(learned: float, dense: float, forced: float) -> float:
-    """Return (learned - dense) / (forced - dense), of accuracies at equal executed FLOPs.
+    """Return (learned - dense) / (forced - dense), where all three are accuracies at equal executed FLOPs.
 
-    1: the learned routing is as good as routing by the known difficulty; 0: as the dense model; nan where the two
-    references do not differ, so that there is nothing to capture.
+    learned: with the model's own router. dense: of a dense model. forced: with routing by the known difficulty. 1 means
+    that the router is as good as the known difficulty, 0 that it gains nothing over the dense model. nan if dense and
+    forced are equal, so that there is nothing to gain.
     """
     return math.nan if forced == dense else (learned - dense) / (forced - dense)
 
 
 def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
-    """Return the captured headroom (`headroom_captured`) of each bin and overall."""
+    """Return `headroom_captured` for each bin of difficulty ("0-3", "4-7", "8-15", "16+") and for "all operations".
+
+    learned, dense, forced: accuracies by the same names, as `Accuracy.by_bin` returns them.
+    """
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}
 
 
 class TokenKinds:
-    """Loss and depth of each kind of token.
+    """Collects the loss and the depth (number of blocks that update a token) by kind of token.
 
-    `add` collects, `result` returns the figures so far. Operations are known to need depth (difficulty 0 and above),
-    fillers are known not to (-1); for text it is unknown (below).
+    The kind follows from the difficulty that the data state: 0 and above are operations, known to need depth; -1 are
+    fillers, known not to; anything lower is text, where it is unknown.
     """
 
     def __init__(self) -> None:
@@ -152,10 +180,11 @@ class TokenKinds:
     def add(
         self, nats_BT: Tensor, target_BT: Tensor, records: Sequence[Records], difficulty_BT: Tensor, real_BT: Tensor
     ) -> None:
-        """Add the losses and depths of one batch.
+        """Add one batch. Tensors are [B, T] (rows, tokens) on one device.
 
-        nats_BT: loss of each prediction, 0 where nothing is to be predicted. target_BT: token ids, -100 where nothing
-        is to be predicted. difficulty_BT: as in the class. real_BT: bool, False for padding.
+        nats_BT: loss of each prediction, 0 where there is no target. target_BT: token ids, -100 where there is no
+        target. records: decisions of the pass, a dict by mechanism name for each block. difficulty_BT: int64, as the
+        class describes. real_BT: bool, False for padding.
         """
         depth_BT, predicted_BT = depths(records, real_BT), target_BT != IGNORED
         masks = (difficulty_BT >= 0, difficulty_BT == -1, difficulty_BT < -1)
@@ -165,7 +194,11 @@ class TokenKinds:
             sums += torch.stack([part.double().sum().cpu() for part in parts])
 
     def result(self) -> dict[str, PlainDict]:
-        """Return for each kind that occurs `loss`, nats per prediction, and `depth`, blocks per token."""
+        """Return loss and depth of each kind that occurs, of "operations", "fillers" and "text".
+
+        The values are {"loss": nats per prediction, None without predictions; "depth": mean number of blocks per
+        token}.
+        """
         found = {}
         for kind, sums in self._sums.items():
             nats, predictions, depth, tokens = sums.tolist()
@@ -175,9 +208,11 @@ class TokenKinds:
 
 
 def depths(records: Sequence[Records], real_BT: Tensor) -> Tensor:
-    """Return the number of blocks that update each token, int64 [B, T].
+    """Return the number of blocks that update each token, int64 [B, T] (rows, tokens); 0 for padding.
 
-    A block of which only attention or MLP is kept does not count.
+    records: decisions of a pass, a dict by mechanism name for each block. real_BT: bool, False for padding. A block
+    counts only if all of its depth mechanisms keep the token; if only its attention or only its MLP is skipped, it does
+    not count.
     """
     depth_BT = torch.zeros(real_BT.shape, dtype=torch.int64, device=real_BT.device)
     for decided in records:
@@ -191,7 +226,11 @@ def depths(records: Sequence[Records], real_BT: Tensor) -> Tensor:
 def measure_hard_mix(
     model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]
 ) -> LossResult | None:
-    """Measure the model with each neuron's strongest activation alone; None for one that does not mix activations."""
+    """Measure the loss with each neuron's strongest activation alone, instead of its learned mix of activations.
+
+    model, forward, batches: as in `measure_loss`. Returns None for a model that does not mix activations. Activation
+    mechanisms are not summarised.
+    """
     if not mixes_activations(model):
         return None
     with hard_mix(model):
@@ -199,13 +238,17 @@ def measure_hard_mix(
 
 
 def mixes_activations(model: SkipstoneForCausalLM) -> bool:
-    """Return whether the neurons of a model mix activations."""
+    """Return whether the model's MLP neurons mix several activation functions (as PolyGLU does)."""
     return bool(_temperatures(model))
 
 
 @contextmanager
 def hard_mix(model: SkipstoneForCausalLM) -> Iterator[None]:
-    """Make activation mechanisms use only the strongest activation of each neuron inside a `with` block."""
+    """Make every MLP neuron use only its strongest activation function inside a `with` block.
+
+    It lowers the temperature of the mixes almost to 0, and restores it afterwards. Nothing changes for a model that
+    does not mix activations.
+    """
     taus = _temperatures(model)
     before = [tau.clone() for tau in taus]
     try:

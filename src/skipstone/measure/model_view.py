@@ -21,10 +21,11 @@ TOKENS = 256  # of the first row, shown as text
 
 
 def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) -> ModelView:
-    """View a model on the first validation rows of `data`: one forward pass over at most ROWS rows.
+    """Run a model on up to 8 validation rows and return what a report shows about it.
 
-    forced: whether the known difficulty decides which tokens are kept. Raises ValueError for a model that needs
-    decisions and gets none.
+    data: the prepared data of the run, whose first validation rows are used; up to 256 tokens of the first one are
+    shown as text. forced: whether the data's known difficulty decides which tokens blocks keep, instead of the routers.
+    Raises ValueError for a model that makes no decisions of its own if forced is False.
     """
     rows = data.validation
     batch = data.collate(rows.__getitems__(range(min(ROWS, len(rows)))))
@@ -38,7 +39,10 @@ def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) ->
 
 
 def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
-    """Return, for example, `mixture of depths on blocks 1, 3, 5; polyglu`, or `no mechanism`."""
+    """Return the model's mechanisms and their blocks, such as `mixture of depths on blocks 1, 3, 5; polyglu`.
+
+    Returns `no mechanism` for a dense model.
+    """
     names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in model.config.mechanism_entries]
     activation = model.config.activation_options["name"]
     parts = [
@@ -50,7 +54,10 @@ def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
 
 
 def set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
-    """Return the capacity that the configuration promises, by layer and mechanism, where it promises one."""
+    """Return the configured capacity (largest share of tokens that a block keeps), {layer: {mechanism name: share}}.
+
+    Mechanisms that guarantee no capacity are left out.
+    """
     blocks = list(model.decoder.layers)
     return {
         layer: {name: m.capacity for name, m in block.mechanisms.items() if m.capacity is not None}

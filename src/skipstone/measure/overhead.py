@@ -30,9 +30,11 @@ GATHERING = frozenset({"aten::index_select", "aten::index_copy", "aten::index_co
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """Share of a training step that routing and the mixing of activations take.
+    """The shares of a training step's time (forward and backward together) that routing and mixing activations take.
 
-    Shares in [0, 1] of the time of forward and backward together.
+    routing: depth mechanisms without the updates that they wrap (router, decision, gathering, weighting, scattering),
+    in [0, 1]. activation: activation mechanisms, in [0, 1]. The profiler slows small operations most, so both are upper
+    bounds.
     """
 
     routing: float
@@ -40,9 +42,11 @@ class Overhead:
 
 
 def overhead(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, Tensor], steps: int = 2) -> Overhead:
-    """Profile `steps` training steps (forward with noise, backward, no optimizer), after one to warm up.
+    """Profile training steps and return the shares of their time that go to routing and to mixing activations.
 
-    Returns the shares of time in routing and in activation mechanisms.
+    A step is a forward pass with exploration noise on and a backward pass, without an optimizer. forward: how the model
+    decides and executes (`measure.passes`). batch: the model's inputs, with `input_ids` [B, T] on its device, which
+    also serve as labels. steps: how many are profiled, after one to warm up. Gradients are cleared afterwards.
     """
     arguments = {**forward.arguments(model, batch), "noise": True, "labels": batch["input_ids"]}
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines of its own to the terminal

@@ -32,23 +32,33 @@ Batch = Mapping[str, Tensor]
 
 
 def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Return the arguments of forward in a batch, without labels; on `device`, if it is given."""
+    """Return the entries of a batch that are inputs of the model's forward, without labels.
+
+    These are `input_ids`, `attention_mask`, `position_ids` and `document_ids`, as far as present. device: where to move
+    them; None leaves them where they are.
+    """
     return {name: batch[name] if device is None else batch[name].to(device) for name in INPUTS if name in batch}
 
 
 def real_tokens(batch: Batch) -> Tensor:
-    """Return a mask of the tokens that are not padding, bool [B, T]."""
+    """Return which tokens are not padding, bool [B, T] (rows, tokens).
+
+    batch: without an `attention_mask`, every token is real.
+    """
     mask_BT = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
 
 
 def targets(batch: Batch) -> Tensor:
-    """Return the token that the logits at each position should predict, int64 [B, T], -100 where there is none."""
+    """Return the token that the logits at each position should predict, int64 [B, T]; -100 where there is none.
+
+    batch: has `shift_labels`, which are returned as they are, or `labels`, which are shifted by one.
+    """
     return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"])
 
 
 def known_to_need_depth(batch: Batch) -> Tensor | None:
-    """Return the tokens whose known difficulty needs depth, bool [B, T]; None for data without difficulties."""
+    """Return the tokens with a known difficulty of 0 or above, bool [B, T]; None if the batch has no `difficulty`."""
     return batch["difficulty"] >= 0 if "difficulty" in batch else None
 
 
@@ -59,20 +69,33 @@ def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
 
 
 def forced_routing(model: SkipstoneForCausalLM, kept_BT: Tensor) -> dict[int, Tensor]:
-    """Return the `routing` that makes every depth mechanism keep exactly the tokens `kept_BT` (bool [B, T])."""
+    """Return a value for forward's argument `routing` that imposes one decision on all depth mechanisms.
+
+    kept_BT: bool [B, T] (rows, tokens), the tokens to keep in every block that carries a depth mechanism. The result is
+    {layer: kept_BT}.
+    """
     return dict.fromkeys(depth_layers(model), kept_BT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One kind of forward pass. routing: oracle, causal, or forced by the known difficulty."""
+    """One way to run the forward pass.
+
+    name: the key in `PASSES`. routing: "oracle" (decisions may look at the whole row, as in training), "causal"
+    (decisions look at no later token, as in generation) or "forced" (every depth mechanism keeps exactly the tokens
+    whose known difficulty is 0 or above). executor: "gathered" computes only kept tokens; "masked" computes all tokens
+    and discards the updates of the others, with equal results.
+    """
 
     name: str
     routing: str
     executor: Executor = "gathered"
 
     def arguments(self, model: SkipstoneForCausalLM, batch: Batch) -> PlainDict:
-        """Return the arguments of forward for this pass: no noise, no cache, no labels."""
+        """Return the keyword arguments of `model.forward` for this pass over a batch: no noise, no cache, no labels.
+
+        batch: has the inputs, and `difficulty` (int64 [B, T]) if `routing` is "forced".
+        """
         routing: Routing = self.routing  # type: ignore[assignment]
         if self.routing == "forced":
             routing = forced_routing(model, batch["difficulty"] >= 0)
@@ -86,9 +109,10 @@ class Pass:
 
     @torch.no_grad()
     def run(self, model: SkipstoneForCausalLM, batch: Batch, **more: object) -> CausalLMOutput:
-        """Run the model on a batch without gradients.
+        """Run the model on a batch without gradients and return its output.
 
-        more: further arguments of forward. Raises ValueError for a model that is not ours (`require_ours`).
+        batch: tensors on the model's device, as in `arguments`. more: further keyword arguments of forward, such as
+        `output_records=True`. Raises ValueError for a model that is not a Skipstone model.
         """
         require_ours(model)
         return model(**self.arguments(model, batch), **more)
@@ -105,9 +129,10 @@ PASSES = {
 def passes_of(
     model: SkipstoneForCausalLM, corpus: str | None, was_forced: bool = False
 ) -> tuple[dict[str, Pass], dict[str, str]]:
-    """Return the passes that the model has on this corpus, and why others that one could expect are unavailable.
+    """Return the passes of `PASSES` that the model can run on a corpus, and why others are unavailable, both by name.
 
-    was_forced: it was trained with the known difficulty, so its own routers have learned nothing.
+    corpus: name of the data's corpus, which tells whether difficulties are known; None if there is none. was_forced:
+    whether training imposed the known difficulty on the model, so that its own routers have learned nothing.
     """
     unavailable: dict[str, str] = {}
     waits = any(m.needs_masks for m in model.routing_modules())

@@ -16,15 +16,15 @@ from skipstone.measure.summaries import READERS
 
 
 class RecordMeter:
-    """Means of mechanisms' figures over micro-batches, for the log; only `read` makes the host wait.
+    """Averages figures of mechanisms over micro-batches for the training log; only `read` makes the host wait.
 
-    capacity/L/NAME: share kept of the tokens that reached NAME in block L. gate/L/NAME: their mean weight.
-    entropy/L/NAME: mean entropy of the activation mix, or of a token's softmax over experts, as a share of its maximum.
-    diversity/L/NAME: share of neurons whose strongest activation is not that of most. dynamic_entropy/L/NAME,
-    static_entropy/L/NAME: the paper's, in nats, without tau: of all logits, and of the neurons' preferences alone.
-    no_op/L/NAME, busiest/L/NAME: share of all choices that are no-ops, and that are a pass's most chosen expert.
-    on/L/NAME: share of the groups of neurons that are on for a token, in the mean. changing/L/NAME: share of the groups
-    that are on for some tokens of a pass and off for others.
+    The figures' names end in /L/NAME: index of the block, and name of the mechanism in it. capacity: kept tokens as a
+    share of those that reached the mechanism. gate: mean factor on their updates. entropy: mean entropy of a neuron's
+    mix of activation functions, or of a token's softmax over experts, as a share of its maximum. diversity: share of
+    neurons whose strongest activation is not the most common one. dynamic_entropy, static_entropy: those of the PolyGLU
+    paper in nats, at temperature 1: of all logits, and of the neurons' learned preferences alone. no_op, busiest:
+    no-ops, and the most chosen expert of a pass, as shares of all choices. on: mean share of neuron groups that are on
+    for a token. changing: share of groups that are on for some tokens of a pass and off for others.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,12 @@ class RecordMeter:
 
     @torch.no_grad()
     def add(self, mechanisms: Iterable[RoutingModule], records: tuple[Records, ...], counts: bool = True) -> None:
-        """Add the figures of one pass. counts: False only makes the names known, as several processes must agree on."""
+        """Add the figures of one forward pass.
+
+        mechanisms: those of the model. records: decisions of the pass, a dict by mechanism name for each block. counts:
+        False registers the figures' names with zero weight, because processes that sum their meters have to agree on
+        the names.
+        """
         for mechanism in mechanisms:
             placement = mechanism.placement
             record = records[placement.layer].get(placement.name)
@@ -44,7 +49,10 @@ class RecordMeter:
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def read(self, summed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Return the means so far, without those of nothing, and empty the meter. summed: over several processes."""
+        """Return the means since the last call by name, without figures that nothing was counted for; empty the meter.
+
+        summed: sums a tensor over all processes that train together; None: there is one process.
+        """
         if not self._sums:
             return {}
         stacked = torch.stack(list(self._sums.values()))
@@ -54,5 +62,8 @@ class RecordMeter:
 
 
 def moving(mechanisms: Iterable[RoutingModule]) -> dict[str, float]:
-    """Return the quantities that the callback changes, by the names that mechanisms use: `tau`, `threshold/L/NAME`."""
+    """Return the thresholds and temperatures that training moves between steps, by their log names.
+
+    mechanisms: those of the model. A name is, for example, `threshold/3/mod` for block 3.
+    """
     return {name: value.item() for mechanism in mechanisms for name, value in mechanism.moving().items()}

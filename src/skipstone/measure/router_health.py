@@ -20,10 +20,10 @@ CERTAIN = 0.9999  # probability of a token's most probable expert
 
 
 def bad_scores(records: Iterable[Records]) -> dict[str, Tensor]:
-    """Return for each record, by `block L NAME`, whether a token that reached the router has no finite score.
+    """Return for each router, by `block L NAME`, whether it gave a token that reached it a NaN or infinite score.
 
-    Records of one shape are checked together, so a pass costs a few operations however many blocks it has. The host
-    does not wait.
+    records: decisions of a pass, a dict by mechanism name for each block. The values are bool scalars on the device, so
+    the host does not wait. Records of one shape are checked together, which keeps the number of operations small.
     """
     groups: dict[torch.Size, list[tuple[str, Record]]] = {}
     for layer, decided in enumerate(records):
@@ -39,9 +39,9 @@ def bad_scores(records: Iterable[Records]) -> dict[str, Tensor]:
 
 
 class RouterHealth:
-    """Sums over training passes of what every router decided; `read` says which of them decide nothing.
+    """Collects what every router decided in training passes; `read` names the routers whose decisions do not vary.
 
-    Adding a pass costs a few sums over [B, T] for each router, and the host does not wait.
+    Adding a pass costs a few sums over [B, T] (rows, tokens) for each router, and the host does not wait.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,10 @@ class RouterHealth:
 
     @torch.no_grad()
     def add(self, modules: Iterable[RoutingModule], records: Sequence[Records]) -> None:
-        """Add one pass."""
+        """Add one pass.
+
+        modules: the model's mechanisms. records: decisions of the pass, a dict by mechanism name for each block.
+        """
         for module in modules:
             place = module.placement
             record = records[place.layer].get(place.name)
@@ -61,10 +64,11 @@ class RouterHealth:
             self._sums[name] = (module, judge, sums if before is None else before[2] + sums)
 
     def read(self, summed: Callable[[Tensor], Tensor], late: bool) -> dict[str, str]:
-        """Return what is wrong with which router, by `block L NAME`, and start anew.
+        """Return the routers that are dead (nothing chosen), constant or saturated, and empty the collection.
 
-        summed: adds up over the processes that train together, all of which have to call this. late: whether at least
-        half of the training is over, so that routers that start open should have closed.
+        Keys are `block L NAME`; values say in words what is wrong. summed: sums a tensor over the processes that train
+        together, all of which have to call this method. late: whether at least half of the training is over, when
+        routers that start by keeping everything should have begun to choose.
         """
         names, found = list(self._sums), {}
         if names:

@@ -23,22 +23,26 @@ from skipstone.model.cost import forward_flops, kept_from_records
 
 
 class ScoreReader(Protocol):
-    """The interface to a threshold on scores, which threshold handles of `budget` have."""
+    """The interface to a threshold on router scores; the threshold handles of `skipstone.budget` implement it."""
 
     @property
     def threshold(self) -> float:
         """The score above which a token is kept."""
 
     def scores(self, records: Sequence[Records]) -> Tensor:
-        """Return the scores [N] of all tokens of a pass that reached the mechanism."""
+        """Return the scores, fp32 [N], of the N tokens of a pass that reached the blocks of this threshold.
+
+        records: decisions of the pass, a dict by mechanism name for each block.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """The decisions of causal passes, and the FLOPs that they need.
+    """The decisions of passes that look at no later token (as in generation), and the FLOPs that they need.
 
-    needed, dense: FLOPs per token by the cost model, with these decisions and without mechanisms. scores: of the tokens
-    that reached each handle's blocks, [N] each; kept: the share of them above its threshold.
+    needed, dense: forward FLOPs per token by the cost model, with these decisions and without any mechanism. scores:
+    one fp32 tensor [N] for each threshold, with the scores of the N tokens that reached its blocks. kept: for each
+    threshold, the share of these scores above it.
     """
 
     needed: float
@@ -56,9 +60,10 @@ class Seen:
 def observe(
     model: SkipstoneForCausalLM, rows: Iterable[Mapping[str, Tensor]], handles: Sequence[ScoreReader] = ()
 ) -> Seen:
-    """Run causal passes over `rows` (batches of any size) without noise and return the decisions.
+    """Run a model over rows with decisions that look at no later token and without noise, and return what it decided.
 
-    The model must be in evaluation mode.
+    model: must be in evaluation mode. rows: batches of any size, as dicts of input tensors on the model's device.
+    handles: the thresholds whose scores are returned.
     """
     scores: list[list[Tensor]] = [[] for _ in handles]
     needed = dense = tokens = 0.0
@@ -79,7 +84,12 @@ def observe(
 
 
 def spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
-    """Return the FLOPs needed and dense, row by row, because attention grows with the square of what a row keeps."""
+    """Return the forward FLOPs of a batch as decided and as a dense model, summed over rows.
+
+    ids_BT: token ids [B, T], of which only the shape is used. records: decisions of the pass. Each row is counted by
+    itself, without the padding that a batch would add, because attention grows with the square of the tokens that a row
+    keeps.
+    """
     rows, tokens = ids_BT.shape
     needed = 0.0
     for row in range(rows):

@@ -28,7 +28,10 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass(frozen=True, kw_only=True)
 class Lap:
-    """The measurement of one turn: tokens, seconds, and joules where there is a meter."""
+    """One timed run of a task.
+
+    tokens: number of tokens computed. seconds: elapsed time. joules: energy used; None without an energy meter.
+    """
 
     tokens: int
     seconds: float
@@ -37,7 +40,7 @@ class Lap:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """The timings (laps) of one model at one task."""
+    """The timed runs (laps) of one model at one task."""
 
     laps: tuple[Lap, ...]
 
@@ -48,17 +51,17 @@ class Rate:
 
     @property
     def tokens_per_second(self) -> float:
-        """The median of tokens per second over laps."""
+        """The median over laps of the tokens per second."""
         return statistics.median(self.each)
 
     @property
     def spread(self) -> float:
-        """Half of the range over laps, as a share of the median."""
+        """Half of the range of tokens per second over laps, as a share of the median."""
         return (max(self.each) - min(self.each)) / 2 / self.tokens_per_second
 
     @property
     def joules_per_token(self) -> float | None:
-        """The joules per token over all laps together, because the counters are coarse; None without a meter."""
+        """The joules per token over all laps together (energy counters are coarse); None without an energy meter."""
         joules = [lap.joules for lap in self.laps if lap.joules is not None]
         return sum(joules) / sum(lap.tokens for lap in self.laps) if len(joules) == len(self.laps) else None
 
@@ -69,7 +72,11 @@ K = TypeVar("K", bound=Hashable)
 
 
 def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
-    """Time every task once per round, in alternating order; the first round warms up and is discarded."""
+    """Time every task once per round, in alternating order, so that changes in the machine's speed affect all alike.
+
+    tasks: functions that run and time one lap, by name. rounds: number of laps of each task in the result; one more
+    round runs first to warm up and is discarded. Returns the laps by the same names.
+    """
     names = list(tasks)
     laps: dict[K, list[Lap]] = {name: [] for name in names}
     with work(len(tasks) * (rounds + 1), "timings", alive=False):
@@ -83,7 +90,10 @@ def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
 
 
 def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
-    """Return a task that times the prompt alone, up to the first new token, a few times in a row."""
+    """Return a task for `take_turns` whose lap times 4 prefills of a prompt, each up to the first new token.
+
+    ids_BP: token ids of the prompts, int64 [B, P] (rows, prompt tokens), on the model's device.
+    """
     meter = find_meter(model.device)
 
     def lap() -> Lap:
@@ -96,7 +106,11 @@ def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
 
 
 def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) -> Task:
-    """Return a task that times `new_tokens` passes of one token a row after the prompt, which is not timed."""
+    """Return a task for `take_turns` whose lap times greedy decoding after a prompt; the prefill is not timed.
+
+    ids_BP: token ids of the prompts, int64 [B, P] (rows, prompt tokens), on the model's device. new_tokens: number of
+    steps, each of which computes one token of every row.
+    """
     meter = find_meter(model.device)
 
     def lap() -> Lap:
@@ -110,7 +124,11 @@ def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) ->
 
 @torch.no_grad()
 def prefill(model: SkipstoneForCausalLM, ids_BP: Tensor) -> tuple[Tensor, Cache]:
-    """Run the prompt and return the first new token [B, 1] and the cache."""
+    """Run a prompt with a cache and return the first new token, greedily chosen, int64 [B, 1], and the cache.
+
+    ids_BP: token ids, int64 [B, P] (rows, prompt tokens). Decisions look at no later token; noise is off. Raises
+    ValueError for a model that is not a Skipstone model.
+    """
     require_ours(model)
     out = model(ids_BP, use_cache=True, routing="causal", noise=False, logits_to_keep=1)
     return out.logits[:, -1:].argmax(-1), out.past_key_values
@@ -141,17 +159,17 @@ def _start(device: torch.device, meter: EnergyMeter | None) -> Callable[[int], L
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
+    """Wait until a CUDA device has finished all its work; return at once on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheBytes:
-    """Bytes per token that the model has seen, all layers together, skipped tokens counted among the seen.
+    """The bytes of a cache, over all layers, per token that the model has seen (including tokens that blocks skipped).
 
-    kv: keys, values and slots of stored entries. state: what mechanisms keep beside them, with its slots.
-    allocated: all that the cache has reserved, used or not.
+    kv: keys, values and slot numbers of the stored tokens. state: what mechanisms store beside them, with slot numbers.
+    allocated: all memory that the cache has reserved, used or not.
     """
 
     kv: float
@@ -160,7 +178,7 @@ class CacheBytes:
 
 
 def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
-    """Return the bytes of the cache after a causal prefill of `ids_BT`."""
+    """Return the bytes of the cache after a causal prefill of `ids_BT` (token ids, int64 [B, T])."""
     _, cache = prefill(model, ids_BT)
     kv = state = allocated = 0
     for layer in cache.layers:
@@ -176,7 +194,8 @@ def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
 class EnergyMeter:
     """A counter of energy.
 
-    source: what is read. read: joules since some fixed moment, only ever growing.
+    source: "RAPL" (CPU packages) or "NVML" (an NVIDIA GPU). read: returns the joules since some fixed moment, never
+    decreasing.
     """
 
     source: str
@@ -184,8 +203,9 @@ class EnergyMeter:
 
 
 def find_meter(device: torch.device, powercap: Path = POWERCAP) -> EnergyMeter | None:
-    """Find the energy meter of the machine that computes on `device`; None where it has none that this user may
-    read.
+    """Find the energy meter of the machine that computes on `device`; None if there is none that this user may read.
+
+    It is the GPU's own counter (NVML) for CUDA devices and RAPL for the CPU. powercap: folder of the RAPL counters.
     """
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
 

@@ -36,7 +36,11 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 
 @dataclass(frozen=True)
 class FigureColumn:
-    """A column of a table by layer. digits: after the point; None for a share that is written as a percentage."""
+    """A column of a table of figures by layer.
+
+    title: heading. value: returns the cell's number from a mechanism's figures (`Reader.result`), or None for an empty
+    cell. digits: decimals shown; None for a share, which is shown as a percentage.
+    """
 
     title: str
     value: Callable[[Figures], float | None]
@@ -47,7 +51,8 @@ class FigureColumn:
 class FigureTable:
     """The layout of a table of one kind of figures, with a row for each layer and mechanism.
 
-    key: the figure by which this kind is recognised. first: head of the first column.
+    key: the name of a figure that only this kind has, by which the table is chosen. title: heading of the table. first:
+    heading of the first column. columns: the other columns. note: explanation below the table, or None.
     """
 
     key: str
@@ -58,9 +63,10 @@ class FigureTable:
 
 
 class Reader(Generic[AnyModule, AnyRecord]):
-    """The base class of readers, which sum up the records of one mechanism in one layer.
+    """The base class of readers, which accumulate figures from the records of one mechanism in one layer.
 
-    rows_left: how many more rows of a batch the mechanism's most expensive figures are taken from.
+    activation_rows: number of rows from which `ActivationReader` takes its figures, because they are expensive; others
+    read all rows. tables: layouts in which the figures are shown.
     """
 
     tables: ClassVar[tuple[FigureTable, ...]]
@@ -70,23 +76,31 @@ class Reader(Generic[AnyModule, AnyRecord]):
 
     @staticmethod
     def log_pairs(module: AnyModule, record: AnyRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield name, numerator and denominator (both scalars on the device) of each figure that training logs."""
+        """Yield (name, numerator, denominator) of each figure of one pass that training logs.
+
+        module: the mechanism. record: what it decided. Numerator and denominator are scalar tensors on the device, so
+        that they can be summed over passes and processes before they are divided.
+        """
         raise NotImplementedError
 
     def add(self, module: AnyModule, record: AnyRecord, known_BT: Tensor | None) -> None:
-        """Add the record of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
+        """Add the record of one batch.
+
+        module: the mechanism. record: what it decided. known_BT: bool [B, T] (rows, tokens), the tokens that are known
+        to need depth; None if the data do not state it.
+        """
         raise NotImplementedError
 
     def result(self) -> PlainDict:
-        """Return the figures so far."""
+        """Return the figures of all batches added so far, by name; each reader's class describes its own."""
         raise NotImplementedError
 
 
 class Summaries:
-    """Figures of every mechanism in every layer: collects with `add`; `layers()` is the result so far.
+    """Accumulates the figures of every mechanism in every layer.
 
-    Activations are looked at in the first `activation_rows` rows only: it takes as long as the MLPs themselves, and the
-    means hardly move from row to row.
+    activation_rows: number of rows from which figures of activation mechanisms (PolyGLU) are taken, which take as long
+    as the MLPs themselves; 0 leaves them out.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
@@ -98,7 +112,11 @@ class Summaries:
 
     @torch.no_grad()
     def add(self, records: Sequence[Records], known_BT: Tensor | None = None) -> None:
-        """Add the records of one batch. known_BT: bool, the tokens that need depth, on data where that is known."""
+        """Add the decisions of one batch.
+
+        records: a dict by mechanism name for each block. known_BT: bool [B, T] (rows, tokens), the tokens that are
+        known to need depth; None if the data do not state it.
+        """
         for modules, readers, decided in zip(self._blocks, self._readers, records, strict=True):
             for name, record in decided.items():
                 reader = READERS[type(record)]
@@ -106,29 +124,29 @@ class Summaries:
                     readers.setdefault(name, reader(self._activation_rows)).add(modules[name], record, known_BT)
 
     def layers(self) -> list[dict[str, PlainDict]]:
-        """Return for each block the figures of its mechanisms, as described by the readers' `result`."""
+        """Return for each block a dict {mechanism name: figures so far}; the `Reader` classes describe the figures."""
         return [{name: reader.result() for name, reader in readers.items()} for readers in self._readers]
 
 
 class PrecisionRecall:
-    """Precision and recall of the tokens that a decision keeps, against those that it should keep.
-
-    `add` counts, `result` returns the figures so far. A decision that always skips is right about 87.5 % of the tokens
-    at capacity 0.125, so accuracy says nothing here.
-    """
+    """Counts the precision and recall of the tokens that a mechanism keeps, against those that it should keep."""
 
     def __init__(self) -> None:
         self.kept = self.needed = self.both = 0
 
     def add(self, kept_BT: Tensor, needed_BT: Tensor, reached_BT: Tensor) -> None:
-        """Add the decisions of one batch, bool each; only tokens that reached the mechanism count."""
+        """Add the decisions of one batch; all tensors are bool [B, T] (rows, tokens).
+
+        kept_BT: tokens that the mechanism keeps. needed_BT: tokens that it should keep. reached_BT: tokens that came to
+        the mechanism at all; only these count.
+        """
         kept_BT, needed_BT = kept_BT & reached_BT, needed_BT & reached_BT
         self.kept += int(kept_BT.sum())
         self.needed += int(needed_BT.sum())
         self.both += int((kept_BT & needed_BT).sum())
 
     def result(self) -> dict[str, float | None]:
-        """Return precision, recall and f1, their harmonic mean; None for a figure without any token."""
+        """Return "precision", "recall" and their harmonic mean "f1"; None for each that would divide by zero."""
         both = self.kept + self.needed
         return {
             "precision": self.both / self.kept if self.kept else None,
@@ -138,12 +156,12 @@ class PrecisionRecall:
 
 
 class DepthReader(Reader[DepthMechanism, DepthRecord]):
-    """The reader of depth mechanisms' records.
+    """Accumulates figures of a depth mechanism.
 
-    `capacity`: kept tokens as a share of those that reached the mechanism; `capacity_p99`: that share's 99th percentile
-    over rows; `weight`: mean factor on a kept token's update; `precision`, `recall` and `f1` of the kept tokens against
-    those that are known to need depth, or else the best of the row by the same scores (missing for mechanisms without
-    such an oracle). None where no token counts.
+    `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: 99th percentile of that
+    share over rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept
+    tokens, against those known to need depth; if the data do not state these, against the tokens of each row with the
+    highest scores (missing for mechanisms where that is undefined). A figure is None if no token counts towards it.
     """
 
     tables = (
@@ -210,11 +228,12 @@ def _activation_table(title: str, kind: str, figures: Mapping[str, str]) -> Figu
 
 
 class ActivationReader(Reader[MixFigures, ActivationRecord]):
-    """Reads activation mechanisms, in the first rows only; means over tokens and neurons.
+    """Accumulates figures of an activation mechanism (PolyGLU) over the tokens and neurons of the first rows.
 
-    `shares` of the four functions; `neurons`: the share of neurons in which each is the strongest; `diversity`: the
-    share of neurons that differ from most; `entropy` as a share of its maximum; `dynamic_entropy` and `static_entropy`
-    in nats without tau (`MixFigures`).
+    `shares`: of each activation function in the mix. `neurons`: share of neurons in which each function is the
+    strongest. `diversity`: share of neurons whose strongest function is not the most common one. `entropy`: of the mix,
+    as a share of its maximum. `dynamic_entropy`, `static_entropy`: in nats at temperature 1, of all logits and of the
+    neurons' learned preferences alone (`MixFigures`).
     """
 
     SHARES, FIGURES = ("shares", "neurons"), ("diversity", "entropy", "dynamic_entropy")
@@ -269,10 +288,11 @@ class ActivationReader(Reader[MixFigures, ActivationRecord]):
 
 
 class ExpertsReader(Reader[ExpertsMLP, ExpertsRecord]):
-    """The reader of mixtures of experts.
+    """Accumulates figures of a mixture of experts.
 
-    `experts`: each expert's share of all choices; `no_op`: the share of the no-ops together; `entropy`: mean entropy of
-    the softmax over both, as a share of its maximum. None where no token reached the experts.
+    `experts`: list of each expert's share of all choices (token, chosen expert). `no_op`: share of choices that are
+    no-ops. `entropy`: mean entropy of the softmax over experts and no-ops, as a share of its maximum. All are None if
+    no token reached the experts.
     """
 
     tables = (
@@ -319,10 +339,10 @@ class ExpertsReader(Reader[ExpertsMLP, ExpertsRecord]):
 
 
 class NeuronGroupsReader(Reader[GroupRouter, NeuronGroupsRecord]):
-    """The reader of neuron groups' records.
+    """Accumulates figures of neuron groups, adjacent MLP neurons that are switched on or off together for a token.
 
-    `groups`: the share of tokens for which each is on; `on`: their mean; `always_on`, `never_on`: how many are on for
-    all tokens and for none.
+    `groups`: list of the share of tokens for which each group is on; empty if no token reached the MLP. `on`: mean of
+    these shares, or None. `always_on`, `never_on`: number of groups that are on for all tokens, and for none.
     """
 
     tables = (

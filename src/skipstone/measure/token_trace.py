@@ -18,10 +18,11 @@ FORMAT = 3  # of a view's plain values; others are made anew
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSummary:
-    """The activations that the neurons of one layer mix.
+    """The mix of activation functions in the MLP neurons of one layer.
 
-    shares: mean share of each activation. entropy: of the mix, as a share of its maximum. strongest: for each neuron,
-    the activation that its mean logits favour. by_category: shares for the tokens of each category that occurs.
+    shares: mean share of each function. entropy: mean entropy of the mix, as a share of its maximum. strongest: for
+    each neuron, the index of the function with the largest mean logit. by_category: mean shares for the tokens of each
+    category (`CATEGORIES`: letters, digits, signs, white space) that occurs.
     """
 
     shares: list[float]
@@ -30,15 +31,19 @@ class ActivationSummary:
     by_category: Mapping[str, list[float]]
 
     def shift(self, category: str) -> float:
-        """Return the total variation distance of a category's shares from those of all tokens: 0 alike, 1 disjoint."""
+        """Return the total variation distance between the mean shares of a category's tokens and those of all tokens.
+
+        0 means that they are equal, 1 that they have no function in common. category: a key of `by_category`.
+        """
         return sum(abs(a - b) for a, b in zip(self.by_category[category], self.shares, strict=True)) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenGroup:
-    """A group of tokens. compute: mean share of the blocks' updates that were computed for them.
+    """A group of tokens of a trace.
 
-    loss: mean nats of the predictions of the tokens after them; None where there is nothing to predict.
+    name: as shown. tokens: number of tokens. compute: mean share of the blocks' computation that was executed for them,
+    in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is nothing to predict.
     """
 
     name: str
@@ -49,10 +54,13 @@ class TokenGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """To which tokens the compute went, over all rows of a trace.
+    """How compute was distributed over tokens, over all rows of a trace.
 
-    correlation: of compute and loss over tokens; without_position, without_token, without_both: after the means of
-    groups of positions, of equal tokens, and of both are removed from the two. None where one does not vary.
+    by_kind, by_frequency, by_position: groups of tokens by kind of text (empty if unknown), by frequency of the token
+    id and by position in the row. correlation: Pearson's, over tokens, of the computed share and the loss.
+    without_position, without_token, without_both: the same after subtracting from both variables the mean of each group
+    of positions, of each token id, or of both: what remains is not explained by them. None where a variable is
+    constant.
     """
 
     by_kind: list[TokenGroup]
@@ -65,24 +73,24 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> Allocation:
-        """Build it from plain values."""
+        """Build an allocation from plain values, as `dataclasses.asdict` gives them."""
         groups = {name: [TokenGroup(**one) for one in values[name]] for name in values if name.startswith("by_")}
         return cls(**{**values, **groups})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTrace:
-    """A model's decisions for a sample of text, by layer and token.
+    """A model's decisions for a sample of text, by layer and token. T: tokens of the first row shown, L: layers.
 
     tokens: text of the first row's tokens. weight_LT: factor on the block's update, mean of attention and MLP, 0 where
-    skipped. kept_LT: whether any of the update was computed. depth_T: share of all attentions and MLPs that were
-    computed. routed: blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism,
-    {layer: {mechanism: share}}, over all rows. activations: of activation mechanisms, by layer, whose shares are in the
-    order of `activation_names`. experts: shares of all choices by layer, of the most and the least chosen expert and of
-    the no-ops together. depth: mean of the computed share over all tokens of all rows. routing: "causal"; "oracle"
-    where a decision cannot be made otherwise; "forced" where it was imposed. allocation: over all rows; None where the
-    batch has no labels. flops, dense_flops: forward FLOPs per token by the cost model, of what was decided, each row by
-    itself, and without mechanisms; None where the decisions are not causal.
+    skipped. kept_LT: whether the attention or the MLP was computed. depth_T: share of all attentions and MLPs that were
+    computed. depth: its mean over all tokens of all rows. routing: "causal" (decisions look at no later token),
+    "oracle" (at the whole row, for models that cannot do otherwise) or "forced" (imposed). routed: blocks with a depth
+    mechanism. capacity: kept share of the tokens that reached a mechanism, {layer: {mechanism: share}}, over all rows.
+    activations: of layers that mix activation functions, with shares in the order of `activation_names`. experts: by
+    layer, the shares of "most chosen expert", "least chosen expert" and "no-ops" in all choices. allocation: over all
+    rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by the cost model, as decided
+    (each row by itself) and without mechanisms; None unless routing is "causal".
     """
 
     tokens: list[str]
@@ -102,11 +110,11 @@ class TokenTrace:
 
     @property
     def strongest(self) -> float:
-        """The largest absolute weight of any routed block."""
+        """The largest absolute weight of any block with a depth mechanism; 0 without one."""
         return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
 
     def to_dict(self) -> PlainDict:
-        """Return the trace as plain values for JSON, whose keys of layers are strings."""
+        """Return the trace as plain values for JSON, in which layer indices that are keys become strings."""
         by_layer = {name: _with_keys(str, getattr(self, name)) for name in ("capacity", "experts")}
         activations = {str(layer): asdict(summary) for layer, summary in self.activations.items()}
         allocation = None if self.allocation is None else asdict(self.allocation)
@@ -115,7 +123,7 @@ class TokenTrace:
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> TokenTrace:
-        """Build a trace from what `to_dict` gave. Raises TypeError or ValueError for anything else."""
+        """Build a trace from the values that `to_dict` returns. Raises KeyError, TypeError or ValueError for others."""
         by_layer = {name: _with_keys(int, values[name]) for name in ("capacity", "experts")}
         activations = {int(layer): ActivationSummary(**one) for layer, one in values["activations"].items()}
         found = values["allocation"]
@@ -134,10 +142,10 @@ def _with_keys(kind: Callable[[str], Key], values: Mapping[str, Value]) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class ModelView:
-    """The figures of a model that a report shows.
+    """What a report shows about a model itself.
 
-    mechanisms: in words. set_capacity: capacities of the configuration, {layer: {mechanism: share}}. trace: of the
-    first validation rows.
+    mechanisms: their names and blocks in words. set_capacity: capacities of the configuration, {layer: {mechanism:
+    share}}. trace: its decisions for the first validation rows.
     """
 
     mechanisms: str
@@ -145,7 +153,7 @@ class ModelView:
     trace: TokenTrace
 
     def to_dict(self) -> PlainDict:
-        """Return the view as plain values for JSON."""
+        """Return the view as plain values for JSON, with the number of their format."""
         capacity = {str(layer): shares for layer, shares in self.set_capacity.items()}
         return {
             "format": FORMAT,
@@ -156,7 +164,7 @@ class ModelView:
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> ModelView | None:
-        """Build a view from what `to_dict` gave; None for values of another format."""
+        """Build a view from the plain values that `to_dict` returns; None if another version's format wrote them."""
         if values.get("format") != FORMAT:
             return None
         return cls(

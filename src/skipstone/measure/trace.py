@@ -35,11 +35,13 @@ def trace_tokens(
     known_BT: Tensor | None = None,
     category_BT: Tensor | None = None,
 ) -> TokenTrace:
-    """Run `model` on `batch` ([B, T] tensors of the data) and return its decisions as a `TokenTrace`.
+    """Run a model on a batch, in evaluation mode and without noise, and return its decisions for every token.
 
-    names: text of the first row's tokens. known_BT: bool, decisions to impose on every block with a depth mechanism.
-    category_BT: int64, the categories of all tokens (index in `CATEGORIES`), if they are known. Raises ValueError for a
-    model that needs decisions and gets none.
+    batch: dict of the inputs as [B, T] tensors (rows, tokens); labels add the losses. names: text of the first row's
+    tokens, of which as many are shown. known_BT: bool [B, T], the tokens that every block with a depth mechanism has to
+    keep; None lets the model decide. category_BT: int64 [B, T], the kind of each token's text as an index in
+    `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, or whose decisions the caller
+    has to provide.
     """
     require_ours(model)
     blocks = list(model.decoder.layers)
@@ -129,7 +131,10 @@ def _experts(blocks: Sequence[Any], all_records: Sequence[Records]) -> dict[int,
 
 
 def category_of(token: str) -> int:
-    """Return the category of a token's text, as an index in CATEGORIES."""
+    """Return the category of a token's text as an index in `CATEGORIES`: letters, digits, signs or white space.
+
+    One letter suffices for letters, and without letters one digit for digits.
+    """
     for category, belongs in enumerate((str.isalpha, str.isdigit)):
         if any(map(belongs, token)):
             return category
@@ -139,9 +144,11 @@ def category_of(token: str) -> int:
 def summarise_activations(
     blocks: Sequence[Any], records: Sequence[Records], category_BT: Tensor | None
 ) -> dict[int, ActivationSummary]:
-    """Summarise the activations of each layer whose neurons mix them, in a pass without noise.
+    """Summarise the mix of activation functions in each layer that mixes them, by layer index.
 
-    category_BT: int64, of the tokens; None where their text is not known.
+    blocks: the model's blocks. records: decisions of a pass without noise, a dict by mechanism name for each block.
+    category_BT: int64 [B, T] (rows, tokens), the kind of each token's text as an index in `CATEGORIES`; None if
+    unknown.
     """
     found = {}
     for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
