@@ -33,7 +33,11 @@ FULL = 1 << 20  # bytes; with less free space than this, a failed write is blame
 
 
 class WriteError(ValueError):
-    """A file could not be written; the message is one line with its path and the reason."""
+    """Error for a file that could not be written.
+
+    The message is one line with the path and the reason. path: the file that the user asked for. reason: in words, such
+    as "no space left".
+    """
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"cannot write {str(path)!r}: {reason}")
@@ -42,7 +46,12 @@ class WriteError(ValueError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn errors of a full or failing disk, from the system or a library, into one `WriteError` that names `path`."""
+    """Turn errors of a full or failing disk that a `with` block raises into one `WriteError` that names `path`.
+
+    path: the file or folder that the block writes. Errors of the operating system, torch, safetensors and tokenizers
+    are recognised; all others are raised unchanged. A `WriteError` for the temporary name of `path` is raised again
+    with `path` itself.
+    """
     try:
         yield
     except WriteError as error:
@@ -75,12 +84,12 @@ def _existing(path: Path) -> Path:
 
 
 def partial_of(path: Path) -> Path:
-    """Return the temporary path under which `path` is written."""
+    """Return the temporary path `.NAME.partial` under which `path` is written before it is renamed."""
     return path.with_name(f".{path.name}.partial")
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its contents, if it exists."""
+    """Delete the file `path`, or the folder with everything in it, if it exists and can be deleted."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -89,7 +98,10 @@ def remove(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write or replace a text file atomically (UTF-8). Raises `WriteError` where the disk is full."""
+    """Write or replace a text file atomically: after a crash, it holds the old or the new text, never a part.
+
+    text: written in UTF-8. Missing parent folders are created. Raises `WriteError` if the disk is full or fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = partial_of(path)
     with naming(path):
@@ -105,12 +117,19 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: PlainMapping) -> None:
-    """Write or replace a JSON file atomically. Raises `WriteError` where the disk is full."""
+    """Write or replace a JSON file atomically, as `write_whole` does, with an indent of 2.
+
+    value: the object to write. Raises `WriteError` if the disk is full or fails.
+    """
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def check_writable(path: Path) -> None:
-    """Raise an error unless a file can be created at `path`: the system's OSError, or `WriteError` for a full disk."""
+    """Raise an error if no file can be created at `path`, by writing and deleting a small trial file beside it.
+
+    If folders of `path` are missing, the trial is made in the nearest one that exists. Raises the system's OSError with
+    `path` as its file name, or `WriteError` for a full or failing disk.
+    """
     place = _existing(path)
     trial = place / f".{path.name}.trial"  # a fixed name, so that the next call removes what a killed process left
     with naming(path):
@@ -125,7 +144,7 @@ def check_writable(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Flush a folder and all files in it to disk, as far as the system allows."""
+    """Flush a folder and everything below it to disk (fsync), passing over what cannot be opened."""
     for path in (*folder.rglob("*"), folder):
         with suppress(OSError):  # some systems cannot open folders
             file = os.open(path, os.O_RDONLY)
@@ -136,7 +155,10 @@ def sync(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Rename the folder `partial` to `folder`, removing a folder of that name that an earlier attempt left."""
+    """Rename the finished folder `partial` to `folder`; what was at `folder` before is deleted.
+
+    The old folder is moved aside first and deleted last, so that a crash loses neither of them.
+    """
     sync(partial)
     before = folder.with_name(f".{folder.name}.before")
     remove(before)
@@ -148,7 +170,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Flush the entries of one folder to disk, so that a rename in it survives a crash."""
+    """Flush the list of names of one folder to disk (fsync), so that a rename inside it survives a crash."""
     with suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:
@@ -160,7 +182,9 @@ def sync_names(folder: Path) -> None:
 def new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Create `folder` with everything that `fill` writes into it, or not at all.
 
-    An empty folder of that name is replaced. Raises FileExistsError for anything else at this path.
+    fill: called with a temporary folder, which is renamed to `folder` after it returns and deleted if it raises. An
+    empty folder at this path is replaced. Raises FileExistsError for anything else there, `WriteError` if the disk is
+    full or fails, and whatever `fill` raises.
     """
     partial = partial_of(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -181,23 +205,25 @@ def new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Return whether there is nothing at `path` except perhaps an empty folder."""
+    """Return whether there is nothing at `path`, or only an empty folder."""
     if path.is_symlink() or path.is_file():
         return False
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def check_free(path: Path) -> None:
-    """Raise FileExistsError unless `is_free(path)`."""
+    """Raise FileExistsError if there is a file, a link or a non-empty folder at `path` (see `is_free`)."""
     if not is_free(path):
         raise FileExistsError(f"output {str(path)!r} exists already; nothing is overwritten")
 
 
 @contextmanager
 def complete(out: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a folder or file to, and rename it to `out` if the `with` block raises nothing.
+    """Yield a temporary path to write to, and rename it to `out` if the `with` block raises nothing.
 
-    Raises FileExistsError if `out` is a file or a folder that is not empty; `Busy` while another process writes it.
+    out: the final path of the file or folder, locked against other processes meanwhile. If the block raises, what it
+    wrote is deleted. Raises FileExistsError if `out` is a file or a non-empty folder, `Busy` if another process is
+    writing it, and `WriteError` if the disk is full or fails.
     """
     with locked(out), naming(out):
         check_free(out)

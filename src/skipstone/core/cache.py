@@ -1,7 +1,7 @@
 """The cache of one layer during generation: keys, values and mechanism state of the tokens that the layer processed.
 
-Rows differ in length because blocks skip tokens, so every row is left-aligned and has its own length. Shape letters: B
-rows, T tokens of this call, C columns in use, H key/value heads, E head size.
+Blocks skip tokens, so rows differ in length; each is left-aligned. Shape letters: B rows, T tokens of this call, C
+columns in use, H key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` remain after a call in a block with this window."""
+    """Return how many of a row's `entries` a block still stores after a call; window: in tokens, or None."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
 class RaggedStore:
-    """Append-only storage with rows of different lengths: named tensors [B, columns, ...] and the slot of each entry.
+    """Append-only storage for rows of different lengths: named tensors [B, C, ...], one column per entry.
 
-    lengths: number of entries of each row, on the host; None while all rows are equally long. width: length of the
-    longest row. forgotten: number of each row's oldest entries that were dropped; None: none. Methods that take `rows`
-    work on these rows only, and tensors then have one row for each of them.
+    entries: the tensors by name; "slot" holds the index of each entry's token in its row. lengths: number of entries of
+    each row, on the CPU; None: all rows have `width`. width: length of the longest row. forgotten: number of oldest
+    entries that each row has dropped, or None. Methods given `rows` work on these rows only, with tensors of these.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class RaggedStore:
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
         """Append the real tokens of one call to their rows.
 
-        rows: the rows that the tokens belong to, one token each; None: all rows. Slots of a row must ascend from call
-        to call.
+        slot_BT: int64, must ascend from call to call. real_BT: bool, False for padding; None: all are real. rows: the
+        rows that the tokens continue, one token each; None: all. entries: tensors [B, T, ...] by name.
         """
         given = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
@@ -62,9 +62,9 @@ class RaggedStore:
             self._append_ragged(real_BT, entries)
 
     def reserve(self, count: int, like: Mapping[str, tuple[int, ...]]) -> None:
-        """Make room for `count` more entries of one row, which the caller writes before it adds them to `width`.
+        """Make room for `count` more entries of the only row, which the caller writes and then adds to `width`.
 
-        like: the shape of an entry of each fp32 tensor, for a store that is still empty.
+        like: shape of one entry of each fp32 tensor by name, used if the store is still empty.
         """
         if not self.entries:
             self.entries = {name: torch.zeros(1, GROWTH, *shape) for name, shape in like.items()}
@@ -73,7 +73,7 @@ class RaggedStore:
             self._reserve(self.width + count, self.entries, 1)
 
     def new_columns(self, count: int = 1) -> int:
-        """Extend every row by entries that the caller fills, and return the column of the first.
+        """Add `count` columns to every row for the caller to fill, and return the index of the first.
 
         All rows must have the same length, at least 1.
         """
@@ -140,7 +140,7 @@ class RaggedStore:
         return torch.tensor([row * slot.shape[1] + column for row, column in at], device=slot.device)
 
     def row_lengths(self, rows: int, device: torch.device) -> Tensor:
-        """Return the number of entries of each row, int64 [B]."""
+        """Return the number of entries of each row, int64 [rows] on `device`; rows: the batch size."""
         if self.lengths is not None:
             return torch.tensor(self.lengths, device=device)
         return torch.full((rows,), self.width, dtype=torch.long, device=device)
@@ -152,9 +152,9 @@ class RaggedStore:
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return the columns in use of one tensor, [B, C, ...]; columns beyond a row's length have EMPTY slots.
+        """Return the columns in use of a tensor, [B, C, ...]; those beyond a row's end have the slot EMPTY (2^62).
 
-        newest: return at most so many of the newest entries of each row; they are copied where rows differ in length.
+        newest: return at most this many of the newest entries of each row; they are copied if rows differ in length.
         """
         longest = self.width
         if rows is not None and self.lengths is not None:
@@ -172,7 +172,7 @@ class RaggedStore:
         return gather_rows(value, first_B1 + torch.arange(newest, device=value.device))
 
     def forget(self, keep: int) -> None:
-        """Drop all but the newest `keep` entries of each row. No host sync."""
+        """Drop all but the newest `keep` entries of each row, without waiting for the GPU."""
         if self.width <= keep:
             return
         slot = self.entries["slot"]
@@ -205,7 +205,10 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Remove all entries whose slot is `slots` or larger. Raises ValueError if a window reaches dropped entries."""
+        """Remove entries whose slot is `slots` or more.
+
+        Raises ValueError if a window reaches entries dropped earlier.
+        """
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
@@ -236,7 +239,7 @@ class RaggedStore:
         return self.entries["slot"].shape[0] * self.width if self.lengths is None else sum(self.lengths)
 
     def bytes(self, allocated: bool = False) -> int:
-        """Return the bytes of all entries, slots included, or of all memory that is allocated."""
+        """Return the bytes of all entries, slots included; allocated: of all memory, unused columns included."""
         if allocated:
             return sum(x.numel() * x.element_size() for x in self.entries.values())
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
@@ -257,8 +260,9 @@ def _not_ours_alone(tensors: list[Tensor]) -> bool:
 class SkipstoneCacheLayer(CacheLayerMixin):
     """The cache of one block, for transformers' `DynamicCache(config=...)` and `generate`.
 
-    kv: keys and values. stores: state of mechanisms, by mechanism name. cumulative_length: number of tokens that the
-    model has seen, including those that this block skipped; the decoder advances it.
+    kv: keys and values. stores: state of mechanisms by their names. scratch: values that a step may reuse from the one
+    before. window: the block's attention window in tokens, or None. cumulative_length: tokens that the model has seen,
+    including those that this block skipped; the decoder advances it.
     """
 
     _layer_type = "skipstone"
@@ -269,8 +273,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.kv = RaggedStore()
         self.stores: dict[str, RaggedStore] = {}
-        # Values that a decoding step may reuse from the step before, after checking that they still hold.
-        self.scratch: dict[str, object] = {}
+        self.scratch: dict[str, object] = {}  # whoever reuses a value checks that it still holds
         self.window: int | None = None  # of the block, which says so when it stores; keys beyond it are forgotten
         self.cumulative_length = 0
 
@@ -280,7 +283,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     @property
     def rows(self) -> int | None:
-        """Batch size of the cached tokens; None while the layer is empty."""
+        """The batch size of the cached tokens; None while the layer is empty."""
         return next((store.entries["slot"].shape[0] for store in self._all() if store.entries), None)
 
     def _all(self) -> list[RaggedStore]:
@@ -317,9 +320,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         document_BT: Tensor | None = None,
         rows: RowSubset | None = None,
     ) -> None:
-        """Append keys and values of the real tokens. rows: the rows that the tokens belong to; None: all rows.
+        """Append keys and values of the real tokens, as `RaggedStore.append`.
 
-        Raises ValueError if some calls give documents and others do not.
+        document_BT: int64, the tokens' documents; ValueError if some calls give them and others do not.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_BHTE, value_BHTE)
@@ -341,14 +344,12 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         rows: RowSubset | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Append as `append` does and return all stored keys and values, [B, H, C, E]; the method that transformers
-        calls.
-        """
+        """Append as `append` does and return all stored keys and values, [B, H, C, E]; transformers calls this."""
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 
     def advance(self, tokens: int) -> None:
-        """Add to the number of tokens that the model has seen, and drop the entries that no window reaches."""
+        """Count `tokens` more tokens as seen by the model, and drop entries that no window reaches any more."""
         self.cumulative_length += tokens
         if self.window is not None and entries_held(self.kv.width, self.window) < self.kv.width:
             self.kv.forget(self.window + SLACK)
@@ -358,7 +359,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the keys for transformers' masks."""
+        """Return the number of key slots, those of this call's `query_length` tokens included, and their offset, 0."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -384,7 +385,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
             store.take(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows, for beam search."""
+        """Reorder the rows for beam search: row i becomes the present row `beam_idx[i]`."""
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -15,17 +15,22 @@ FILES = "files.json"
 
 
 class Damaged(ValueError):
-    """A file is missing or differs from what was written; the message is one line that names it."""
+    """Error for a file that is missing or differs from what was written; the message is one line that names
+    the file.
+    """
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
-    """Write `files.json` with size and SHA-256 of each file in `paths`, or of every file in the folder if None."""
+    """Write `files.json` into `folder`: size and SHA-256 of files, to be compared later by `check`.
+
+    paths: the files, all inside `folder`; None: every file in it and its subfolders. `files.json` itself is left out.
+    """
     chosen = paths if paths is not None else (path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -37,16 +42,17 @@ def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
 
 
 def but_cards(folder: Path) -> list[Path]:
-    """Return the files of a saved model that are read again: all but its card, which people edit."""
+    """Return all files below `folder` except model cards (`*.md`), which people edit and no program reads again."""
     return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
 
 
 def check(folder: Path, hash_up_to: float = float("inf"), leave_out: str | None = None) -> bool:
-    """Compare a folder with its `files.json`; return False if it has none, as folders of earlier releases.
+    """Compare the files of a folder with its `files.json`; return False if there is none, else True.
 
-    hash_up_to: size in bytes of a file up to which its hash is compared; above it, only sizes are. leave_out: suffix of
-    files whose hashes are not compared. Raises `Damaged` for the
-    first file that differs, and for a `files.json` that cannot be read.
+    Folders of earlier releases have none. hash_up_to: hashes are compared for files of at most this many bytes, and
+    only sizes for larger files. leave_out: suffix of files whose hashes are not compared, such as ".md"; None: no
+    exception. Raises `Damaged` for the first file that is missing or differs, and for a `files.json` that cannot be
+    read.
     """
     known = _read(folder / FILES)
     if known is None:

@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """The numbers of tokens of one row that a block works on (float: means over rows where these differ).
+    """The mean numbers of tokens per row that one block or sub-layer works on; the cost model computes FLOPs from them.
 
-    kv_tokens: tokens that reach the sub-layer; keys and values are computed for all of them. query_tokens: tokens whose
-    update is computed (queries, output projection, MLP). unpadded: the same two without the padding of shorter rows,
-    where projections and MLP leave it out (`core/unpad.py`). rows: the share of the rows that are computed at all; the
-    other numbers are those of one such row.
+    kv_tokens: tokens that reach the sub-layer; keys and values are computed for all of them. query_tokens: those whose
+    update is computed (queries, output projection, MLP). unpadded: the same numbers for projections and MLP where these
+    leave out the padding of shorter rows (`core/unpad.py`); None: they see the padding too. rows: the share of the
+    batch's rows that are computed at all; all other numbers are means over these rows only.
     """
 
     kv_tokens: float
@@ -23,8 +23,10 @@ class TokenCounts:
     rows: float | Fraction = 1
 
     def restricted_to(self, kept: TokenCounts | float) -> TokenCounts:
-        """Return the counts of the kept tokens. A plain number is assumed to be independent of which tokens are
-        queries.
+        """Return the counts after a mechanism has kept some of the tokens.
+
+        kept: the counts themselves if they were measured, or the number of kept tokens; a number is split between query
+        tokens and others in the proportion of these counts.
         """
         if isinstance(kept, TokenCounts):
             return kept
@@ -33,7 +35,7 @@ class TokenCounts:
 
     @property
     def given(self) -> float:
-        """The tokens of a row that reach the sub-layer, in the mean over all rows."""
+        """The mean number of tokens that reach the sub-layer, over all rows; rows that are not computed count as 0."""
         return self.kv_tokens if self.rows == 1 else float(self.kv_tokens * self.rows)
 
 
@@ -41,7 +43,11 @@ Amount: TypeAlias = TokenCounts | float | Fraction  # Fraction: an exact mean ov
 
 
 def number(amount: Amount) -> float | Fraction:
-    """Return an amount as a plain number: for token counts, the query tokens."""
+    """Return an amount as a plain number.
+
+    amount: a number, returned as it is, or token counts, of which the query tokens are returned as a mean over all
+    rows.
+    """
     if not isinstance(amount, TokenCounts):
         return amount
     return amount.query_tokens if amount.rows == 1 else amount.query_tokens * amount.rows

@@ -20,15 +20,14 @@ from skipstone.core.tokens import Tokens
 
 
 class DepthModule(RoutingModule):
-    """The base class of depth mechanisms: a module that wraps a block's update (shared code is in
-    `mechanisms/base.py`).
+    """The base class of depth mechanisms: modules that decide which tokens get a block's update and how strongly.
 
-    default_layers: the blocks that carry the mechanism if an entry of `mechanisms` does not say. sites: what it can
-    wrap (option `on`), the default first: a "block", its "attention", its "mlp", or a "segment" of neighbouring blocks,
-    whose entry makes one mechanism for all its layers. selects_rows: it leaves out whole rows by `Tokens.select_rows`,
-    which the cost model has to know. budget_by: what
-    `skipstone adapt` sets to meet a budget: the option `capacity`, the threshold of a soft gate (`score_threshold` with
-    an option), or None for a mechanism without a budget.
+    `mechanisms/base.py` holds the code that our own mechanisms share. default_layers: the slice of blocks that carry
+    the mechanism if the configuration does not say (":" is all of them). sites: what the mechanism can wrap, the
+    default first: a whole "block", its "attention", its "mlp", or a "segment" of neighbouring blocks that share one
+    decision. selects_rows: whether it leaves out whole rows (`Tokens.select_rows`), which the cost model has to know.
+    budget_by: what `skipstone adapt` changes to meet a FLOP budget: the option `capacity`, or the threshold of a soft
+    gate (`score_threshold`); None: the mechanism has no budget.
     """
 
     default_layers: ClassVar[str] = ":"
@@ -38,80 +37,95 @@ class DepthModule(RoutingModule):
 
     @property
     def capacity(self) -> float | None:
-        """The guaranteed share of tokens that a pass keeps once any warm-up is over; None if nothing is guaranteed."""
+        """The largest share of tokens that a pass keeps after any warm-up; None if the mechanism guarantees none."""
         return None
 
     def set_capacity(self, capacity: float) -> None:
-        """Set `capacity` to another share; only for mechanisms with `budget_by` "capacity"."""
+        """Set `capacity`, the share of tokens to keep, at most 1; for mechanisms whose `budget_by` is "capacity"."""
         raise NotImplementedError
 
     @property
     def skips(self) -> bool:
-        """Whether a causal pass without noise may skip tokens."""
+        """Whether a causal pass (decisions without a look at later tokens) may skip tokens if it draws no noise."""
         return True
 
     @property
     def reads_ids(self) -> bool:
-        """Whether decisions depend on token ids, so that the decoder has to give them in `Tokens.state`."""
+        """Whether decisions depend on token ids, which the decoder then provides as `Tokens.state["input_ids"]`."""
         return False
 
     @property
     def intended_share(self) -> float | None:
-        """The share of tokens that a training pass is to keep now; None if it computes all or no share is intended."""
+        """The share of tokens that a training pass should keep now; None if it computes all or has no such target."""
         return None
 
     @property
     def chooses_by_score(self) -> bool:
-        """Whether learned scores decide, so that a router that decides nothing is worth a warning."""
+        """Whether learned router scores decide which tokens are kept.
+
+        Only then can a router fail to tell tokens apart, which a trainer warns of.
+        """
         return True
 
     @property
     def learns_benefit(self) -> bool:
-        """Whether scores are trained to predict the measured benefit of the block (`BENEFIT` in `Tokens.state`)."""
+        """Whether the router learns to predict by how much the block's update lowers the loss of a token.
+
+        The trainer measures this and provides it as `Tokens.state["benefit/LAYER"]`.
+        """
         return False
 
     @property
     def waits_in_training(self) -> bool:
-        """Whether a training pass makes the host wait, because the number of tokens or rows follows from the data."""
+        """Whether a training pass makes the CPU wait for the GPU, to learn the number of kept tokens or rows."""
         return self.selects_rows
 
     @property
     def host_syncs(self) -> int:
-        """Number of times that the host waits for this mechanism in a decoding step of several rows."""
+        """How often the CPU waits for the GPU because of this mechanism in one decoding step of several rows."""
         return int(self.skips)
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return the threshold on recorded scores by which a causal pass decides; None if there is none."""
+        """Return the threshold on scores by which causal passes decide, for calibration; None if there is none."""
         return None
 
     def stream_gate(self) -> StreamGate | None:
-        """Return how a causal pass decides about a token from the stream, so that a compiled step can do it.
+        """Return a description of the causal decision as a function of the residual stream, for compiled steps.
 
-        Compiled steps ask in each step. None: they call the mechanism as usual.
+        A compiled decoding step then decides by itself instead of calling the mechanism; it asks anew in each step.
+        None: the decision cannot be described so, and the mechanism is called.
         """
         return None
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the update of `x_BTD` under this mechanism, [B, T, D], and the records of its decisions."""
+        """Return the update of `x_BTD` under this mechanism, [B, T, D], and the records of all decisions made, by name.
+
+        update: computes the update without the mechanism, for the tokens that it is given. x_BTD: the residual stream.
+        tokens: slots, padding, state and pass mode of these tokens.
+        """
         raise NotImplementedError
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """Return the tensors [B, T] that the mechanism carries from block to block, as they are before block 0."""
+        """Return the tensors [B, T] that the mechanism carries from block to block, by name, as before block 0.
+
+        x_BTD: the embedded tokens, from which shape, dtype and device are taken.
+        """
         raise NotImplementedError
 
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the token counts inside the mechanism, given those outside.
+        """Return how many tokens the wrapped block works on, given how many reach the mechanism.
 
-        kept: measured counts of the tokens that it keeps; None: as the configuration guarantees. oracle: for an oracle
-        pass.
+        counts: the tokens that reach the mechanism. kept: those that it kept, as measured; None: as its configuration
+        guarantees. oracle: whether the pass decides as in training, where it may look at whole rows; False: causally,
+        as in generation.
         """
         raise NotImplementedError
 
 
 class DepthModules(nn.ModuleDict):
-    """The depth mechanisms of a block by name: an `nn.ModuleDict` whose values are typed."""
+    """The depth mechanisms of a block by name: an `nn.ModuleDict` whose values are typed as `DepthModule`."""
 
     def __getitem__(self, name: str) -> DepthModule:
         return super().__getitem__(name)  # type: ignore[return-value]

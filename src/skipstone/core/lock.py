@@ -32,16 +32,16 @@ if hasattr(os, "register_at_fork"):
 
 
 class Busy(ValueError):
-    """Another process is using the folder."""
+    """Error for a folder or file that another process is using."""
 
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder or file, which need not exist yet, during a `with` block.
+    """Hold an exclusive lock between processes on a folder or file, which need not exist, during a `with` block.
 
-    The lock is a file beside it, `.NAME.lock`, removed at the end; one that a killed process left behind locks nothing.
-    A process may take a lock that it already holds. Raises `Busy` while another process holds it, unless `wait` is
-    True.
+    wait: whether to wait while another process holds the lock; False: raise `Busy` then. A process may take a lock
+    again that it already holds. The lock is a file `.NAME.lock` beside `folder`, deleted at the end; one that a killed
+    process left behind locks nothing. On Windows nothing is locked.
     """
     target = folder.absolute()
     key = (os.getpid(), str(target))

@@ -24,21 +24,26 @@ MANTISSA = 23  # fp32 bits of a number just below 1
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
-    """Draw a seed from torch's generator, an int64 scalar on the device."""
+    """Draw a random seed from torch's default generator: an int64 scalar tensor on `device`."""
     return torch.randint(0, 2**31, (), device=device)
 
 
 def token_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
-    """Return uniform numbers in (0, 1), fp32 [B, T, *channels], independent for every token.
+    """Return uniform random numbers in (0, 1), fp32 [B, T, *channels], independent for every token and channel.
 
-    key: `Placement.noise_key`, or another number that no other caller uses. rows: B.
+    They are a hash of the pass's seed, `key`, row and slot, so that a token gets the same numbers however the pass is
+    executed. tokens: the tokens of this call. key: a number that separates the draws of this caller from all others,
+    such as `Placement.noise_key`. rows: B. channels: trailing shape; none for one number per token.
     """
     slot_BT = tokens.slot_BT.expand(rows, -1)
     return _uniform(_mixed(_rows(tokens, key, rows)[:, None] ^ (slot_BT & BITS)), channels)
 
 
 def row_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
-    """Return uniform numbers in (0, 1), fp32 [B, *channels], the same for all tokens of a row."""
+    """Return uniform random numbers in (0, 1), fp32 [B, *channels], shared by all tokens of a row.
+
+    The arguments are those of `token_noise`.
+    """
     return _uniform(_mixed(_rows(tokens, key, rows) ^ 0x5BF03635), channels)
 
 

@@ -21,9 +21,11 @@ HEAVY = ("torch", "transformers", "huggingface_hub", "accelerate", "datasets", "
 
 
 def checked_lightly(module: str, function: str, *arguments: object) -> list[str]:
-    """Return the messages of a function that lists mistakes, called without loading heavy libraries.
+    """Call a function that returns a list of error messages, without loading torch and other heavy libraries.
 
-    Returns [] if the function needs one of them after all: whoever goes on checks everything again, with the libraries.
+    module: dotted name of the module to import. function: its name there, called with `arguments`. Returns its
+    messages, or [] if it needs one of these libraries or raises for another reason: callers check everything again
+    after loading them.
     """
     with placeholders():
         try:
@@ -35,10 +37,11 @@ def checked_lightly(module: str, function: str, *arguments: object) -> list[str]
 
 @contextmanager
 def placeholders() -> Iterator[None]:
-    """Replace heavy libraries by placeholders in imports inside of the context, unless one is loaded already.
+    """Replace heavy libraries (torch, transformers, ...) by empty placeholders in imports within a `with` block.
 
-    All modules that were imported inside are removed at the end, so that the next import of them is a real one. For a
-    process of one thread: modules that another thread imports meanwhile would get placeholders, too.
+    Modules imported inside the block are removed from `sys.modules` at its end, so that their next import is a real
+    one. If any heavy library is loaded already, nothing is replaced. Use it in single-threaded processes only: imports
+    of other threads would get placeholders too.
     """
     if any(name in sys.modules for name in HEAVY):
         yield

@@ -9,7 +9,7 @@ LARGEST_YAML, MOST_NODES = 4 << 20, 200_000  # bytes of a file; values in it onc
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError for what is none, and for one that is nested too deeply."""
+    """Parse a JSON text and return its value. Raises ValueError if the text is not JSON or is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -17,9 +17,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Raise ValueError for a YAML text that is too large, with its aliases unfolded, to be a recipe.
+    """Raise ValueError for a YAML text that is too large to be a recipe.
 
-    A few lines of aliases of aliases can stand for billions of values. What is no YAML at all passes.
+    The limits are 4 MiB of characters, and 200,000 values once aliases are expanded: a few lines of aliases of aliases
+    can stand for billions. Text that is not valid YAML passes, because the parser reports it later.
     """
     import yaml
 

@@ -22,12 +22,12 @@ STAGES = "stages"  # the unit of a few parts that take different times, each of 
 
 
 class ProgressBar:
-    """Shows a bar in a terminal and plain lines elsewhere, such as in a file or a pipe.
+    """Progress of a long command on stderr: a bar in a terminal, and plain lines elsewhere (a file or a pipe).
 
-    total: None if it is not known. unit: plural name of what is counted. done: what an earlier process has finished;
-    the time left is estimated from what is finished after it. seconds: between two lines that `update` prints, None if
-    `line` alone prints. alive: whether a thread redraws the bar between updates, too, so that its clock goes on;
-    without it, nothing runs beside what is timed.
+    total: the number of units of the whole; None if unknown. unit: plural name of what is counted, such as "tokens".
+    done: units finished by an earlier process, which the estimate of the time left leaves out. seconds: least time
+    between two lines that `update` prints where there is no terminal; None: only `line` prints. alive: whether a thread
+    redraws the bar between updates, so that its clock keeps moving; False: no thread disturbs what is being timed.
     """
 
     def __init__(
@@ -62,7 +62,10 @@ class ProgressBar:
         self._bar.start()
 
     def update(self, done: int, note: str | None = None) -> None:
-        """Tell how much is done; note: the last figures, shown until there are newer ones."""
+        """Set the number of finished units and redraw the bar, or print a line if the last one is old enough.
+
+        done: finished units in total. note: the latest figures, such as a loss; None: those of the last call stay.
+        """
         self.done, self.note = done, self.note if note is None else note
         if self._bar is not None and self._task is not None:
             if self.finished or self.unit == STAGES or monotonic() - self._drawn >= FRAME:
@@ -73,24 +76,24 @@ class ProgressBar:
 
     @property
     def finished(self) -> bool:
-        """Whether all is done."""
+        """Whether all units are done; False if their total is unknown."""
         return self.total is not None and self.done >= self.total
 
     def line(self) -> None:
-        """Print a line where there is no bar."""
+        """Print the current progress as a line, unless a bar is shown."""
         if self._bar is None:
             self._said = monotonic()
             self.console.print(self.said(), highlight=False, markup=False, soft_wrap=True)
 
     def said(self) -> str:
-        """Return what is done, the last figures and the time left as a line."""
+        """Return the current progress as text: finished units, the latest note and the time left."""
         if self.unit == STAGES:
             return "done" if self.finished else f"stage {self.done + 1} of {self.total}: {self.note or 'beginning'}"
         of = "" if self.total is None else f" of {self.total:,}"
         return "  ".join(filter(None, (f"{self.done:,}{of} {self.unit}", self.note, self.left())))
 
     def left(self) -> str:
-        """Return the time left in words, empty if it is not known or nothing is left."""
+        """Return the estimated time left, such as "3:05 left"; "" if it is unknown or nothing is left."""
         finished = self.done - self._first
         if self.total is None or finished <= 0 or self.finished:
             return ""
@@ -99,7 +102,7 @@ class ProgressBar:
         return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
 
     def close(self) -> None:
-        """Give the terminal back; may be called twice, and must be called after an error, too."""
+        """Stop drawing and release the terminal. It may be called twice, and must be called after an error too."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, said=self.said())
             self._bar.stop()
@@ -124,22 +127,26 @@ _begun: list[_Begun] = []
 
 
 def show(shown: bool = True) -> None:
-    """Show the bars of `work` and the lines of `say` from now on, in the first of several processes."""
+    """Switch on the bars of `work` and the lines of `say` for this process.
+
+    shown: False switches them off again. With several processes, only the first (RANK 0) shows anything.
+    """
     global _shown
     _shown = shown and os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
-    """Print a line to stderr if progress is shown."""
+    """Print a line to stderr if progress is shown (see `show`)."""
     if _shown:
         print(text, file=sys.stderr)  # noqa: T201
 
 
 @contextmanager
 def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
-    """Show how much of a piece of work is done inside a `with` block, as `advance` tells it.
+    """Show a progress bar for the work done inside a `with` block, which reports each step by calling `advance`.
 
-    Work inside of other work is a part of it and shows no bar of its own. The arguments are those of `ProgressBar`.
+    The arguments are those of `ProgressBar`. A block nested in another one shows no bar of its own. Nothing is shown
+    unless `show` was called.
     """
     own = _shown and not _begun
     seconds = 0.0 if unit == STAGES else SECONDS
@@ -154,7 +161,10 @@ def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
 
 
 def advance(unit: str, count: int = 1, note: str | None = None) -> None:
-    """Tell that `count` more of the present work are done, if it is counted in this unit; note: the last figures."""
+    """Report that `count` more units of the innermost `work` block are done; ignored if its unit is another one.
+
+    note: the latest figures to show beside the bar; None: those of the last call stay.
+    """
     if _begun and _begun[-1].unit == unit and (bar := _begun[-1].bar) is not None:
         _begun[-1].done += count
         bar.update(_begun[-1].done, note)
@@ -162,7 +172,11 @@ def advance(unit: str, count: int = 1, note: str | None = None) -> None:
 
 @contextmanager
 def stages(*names: str) -> Iterator[Iterator[str]]:
-    """Show a few stages of a piece of work inside a `with` block: `next` announces the next one, by its name."""
+    """Show the progress of a few named stages inside a `with` block.
+
+    names: the stages, in their order. Yields an iterator: each call of `next` announces the next stage and returns its
+    name.
+    """
 
     def announced() -> Iterator[str]:
         for number, name in enumerate(names):

@@ -15,12 +15,13 @@ from skipstone.core.selection import Selection
 
 
 class DepthRecord(NamedTuple):
-    """The decisions of one depth mechanism in one block.
+    """The decisions of one depth mechanism in one block for B rows of T tokens.
 
-    score_BT: fp32 router logit, NaN for tokens that did not reach the mechanism. kept_BT: bool. weight_BT: fp32 factor
-    on the update as decided by this mechanism, 0 where it skips (an outer one may skip more). reached_BT: bool, real
-    tokens that reached the mechanism. loss_BT: fp32 auxiliary loss of each token, its coefficient included, 0 where not
-    reached; None if there is none. carry: new values of the mechanism's tensors in `Tokens.state`.
+    score_BT: fp32 router logits; NaN for tokens that did not reach the mechanism (padding, or skipped by an outer one).
+    kept_BT: bool, tokens that get the update. weight_BT: fp32 factor on the update by this mechanism alone; 0 where it
+    skips. reached_BT: bool, the tokens that it decided about. loss_BT: fp32 auxiliary loss of each token, multiplied by
+    its coefficient, 0 where not reached; None: the mechanism has none. carry: new values of its tensors in
+    `Tokens.state`, [B, T] by name.
     """
 
     score_BT: Tensor
@@ -31,8 +32,10 @@ class DepthRecord(NamedTuple):
     carry: Mapping[str, Tensor] = {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> DepthRecord:
-        """Return the record in the coordinates of the tokens that `part` was selected from; other tokens keep their
-        state.
+        """Return the record of a selection's tokens as a record of all tokens of the outer call.
+
+        part: the selection that this record's tokens come from. state: the outer call's `Tokens.state`; tokens that
+        were not selected keep its values in `carry`. They have NaN scores, False in masks and 0 in weights and losses.
         """
         carry = {name: part.merge(new, state[name]) for name, new in self.carry.items()}
         return DepthRecord(
@@ -46,10 +49,11 @@ class DepthRecord(NamedTuple):
 
 
 class ActivationRecord(NamedTuple):
-    """The decisions of one activation mechanism in one block.
+    """The decisions of one activation mechanism, which mixes A activation functions per neuron, in one block.
 
-    logits_BTA: fp32 dynamic logits (without the neurons' static preference), NaN for tokens that did not reach the
-    mechanism; [B, 1, A] if the whole row shares them. reached_BT: bool. loss_BT: as in `DepthRecord`.
+    logits_BTA: fp32 logits of the functions that depend on the input (the neurons' own preferences are not included);
+    NaN for tokens that did not reach the mechanism; [B, 1, A] if all tokens of a row share them. reached_BT: bool,
+    tokens that reached it. loss_BT: fp32 auxiliary loss of each token, or None.
     """
 
     logits_BTA: Tensor
@@ -62,7 +66,7 @@ class ActivationRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
-        """Return the record with a row and column for every outer token, of which `part` selected some."""
+        """Return the record for all tokens of the outer call, as in `DepthRecord.lift`."""
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(
             part.scatter(logits, float("nan")),
@@ -72,10 +76,10 @@ class ActivationRecord(NamedTuple):
 
 
 class ExpertsRecord(NamedTuple):
-    """The decisions of a mixture of experts in one block.
+    """The decisions of a mixture of X experts (no-op experts included, which come last) in one block.
 
     logits_BTX: fp32 router logits, NaN for tokens that did not reach the MLP. chosen_BTX: bool, the experts that a
-    token chose, no-ops last. reached_BT, loss_BT: as in `DepthRecord`.
+    token chose. reached_BT: bool, tokens that reached the MLP. loss_BT: fp32 auxiliary loss of each token, or None.
     """
 
     logits_BTX: Tensor
@@ -89,7 +93,7 @@ class ExpertsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
-        """Return the record with a row and column for every outer token, of which `part` selected some."""
+        """Return the record for all tokens of the outer call, as in `DepthRecord.lift`."""
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
             part.scatter(self.chosen_BTX, False),
@@ -99,11 +103,12 @@ class ExpertsRecord(NamedTuple):
 
 
 class NeuronGroupsRecord(NamedTuple):
-    """The groups of neurons that are on in the MLP of one block.
+    """The decisions about G groups of neurons in the MLP of one block: which groups compute for which token.
 
-    score_BTG: fp32 scores, NaN for tokens that did not reach the MLP. kept_BTG: bool. reached_BT: bool. tried_BTG:
-    bool, groups whose products were computed to decide which are kept; equal to kept_BTG if no others were. loss_BT: as
-    in `DepthRecord`.
+    score_BTG: fp32 scores, NaN for tokens that did not reach the MLP. kept_BTG: bool, the groups that contribute to the
+    output. reached_BT: bool, tokens that reached the MLP. tried_BTG: bool, groups whose products were computed to
+    decide which to keep; equal to kept_BTG if the router needs no such trial. loss_BT: fp32 auxiliary loss of each
+    token, or None.
     """
 
     score_BTG: Tensor
@@ -118,7 +123,7 @@ class NeuronGroupsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
-        """Return the record with a row and column for every outer token, of which `part` selected some."""
+        """Return the record for all tokens of the outer call, as in `DepthRecord.lift`."""
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
             part.scatter(self.kept_BTG, False),
@@ -135,34 +140,43 @@ Records: TypeAlias = dict[str, Record]
 
 
 def expect(record: Record, kind: type[AnyRecord]) -> AnyRecord:
-    """Return the record unchanged after asserting that it is of this kind."""
+    """Return the record unchanged, typed as `kind`. Raises AssertionError if it is of another class."""
     assert isinstance(record, kind), f"a {kind.__name__} is expected, got a {type(record).__name__}"
     return record
 
 
 def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
-    """Return the record with this name, which must be of this kind; None if there is none."""
+    """Return the record called `name`, typed as `kind`; None if there is none.
+
+    Raises AssertionError if it is of another class.
+    """
     record = records.get(name)
     return None if record is None else expect(record, kind)
 
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
-    """Return the records of an inner update in the coordinates of the outer tokens."""
+    """Return the records of a selection's tokens as records for all tokens of the outer call (see `DepthRecord.lift`).
+
+    records: by mechanism name. part: the selection. state: the outer call's `Tokens.state`.
+    """
     return records if part.is_all else {name: record.lift(part, state) for name, record in records.items()}
 
 
 def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return the records of one kind by mechanism name."""
+    """Return the records of class `kind`, by mechanism name."""
     return {name: record for name, record in records.items() if isinstance(record, kind)}
 
 
 def decisions_only(record: Record) -> DepthRecord:
-    """Return the record of a depth mechanism without its loss and carried state."""
+    """Return the record of a depth mechanism without auxiliary loss and carried state.
+
+    Raises AssertionError for other records.
+    """
     return expect(record, DepthRecord)._replace(loss_BT=None, carry={})
 
 
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
-    """Return the new values of all tensors that are carried between blocks, by name."""
+    """Return the new values of all tensors that these records carry to the next block, by name."""
     return {name: value for record in records for name, value in record.carry.items()}
 
 
@@ -172,11 +186,13 @@ def auxiliary_loss(
     items: Tensor | int | None = None,
     over: Literal["labelled", "all"] | str = "labelled",
 ) -> Tensor | None:
-    """Return the sum of the mechanisms' own losses, divided like a token loss; None where there are none.
+    """Return the sum of all mechanisms' auxiliary losses as a scalar with gradient; None if no record has one.
 
-    labelled_BT: bool, the tokens with a target; None: each loss is the mean over the tokens that reached its mechanism.
-    items: the number to divide by, where it is not that of the labelled tokens. over: "labelled" sums over the labelled
-    tokens, "all" takes means over the tokens that reached a mechanism.
+    records: those of each layer. labelled_BT: bool, the tokens with a training target. over: "labelled" sums each loss
+    over these tokens and divides by their number; any other value takes its mean over the tokens that reached its
+    mechanism, which is also done if labelled_BT is None. items: a number to divide by instead of that of the labelled
+    tokens (that of all micro-batches of an optimizer step, for example); means are then multiplied by the number of
+    labelled tokens first.
     """
     decided = [record for layer in records for record in layer.values()]
     losses = [(r.loss_BT, r.reached_BT) for r in decided if r.loss_BT is not None]

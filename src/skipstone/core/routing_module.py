@@ -20,9 +20,9 @@ from skipstone.core.strict import PlainMapping
 class Placement:
     """The position of a mechanism in the model.
 
-    layer: its block, of `num_layers`. index: its number among the `count` blocks with this mechanism. name: its name
-    within the block. noise_key: a number that separates this mechanism's random draws from all others
-    (`core/noise.py`).
+    layer: index of its block. num_layers: number of blocks of the model. index: its place among the `count` blocks that
+    have this mechanism, from 0. name: its name within the block, which its parameters and records share. noise_key: a
+    number derived from layer and name, which separates its random draws from those of others (`core/noise.py`).
     """
 
     layer: int = 0
@@ -38,13 +38,13 @@ class Placement:
 
 
 class RoutingModule(nn.Module):
-    """The base class of everything that makes routing decisions. Thresholds and schedules move once per optimizer step,
-    not in forward.
+    """The base class of all modules that make routing decisions: depth mechanisms, activations, neuron groups, experts.
 
-    config: the parsed options. placement: the position of the module; its name is also the name of its parameters and
-    records in a block. built_in: whether it replaces a part of the decoder (an MLP of experts) instead of being added
-    to one. cast_with_model: names of own parameters, buffers or children that take the dtype in which a model is
-    loaded; everything else stays fp32. adapt_defaults: options that `skipstone adapt` sets if a recipe does not.
+    Thresholds and schedules change once per optimizer step (`advance`), never in forward. config: the parsed options.
+    placement: the position in the model. built_in: whether it replaces a part of the decoder (an MLP of experts, say)
+    instead of being added. cast_with_model: names of its parameters, buffers or children that are cast to the dtype in
+    which a model is loaded; all others stay fp32. adapt_defaults: options that `skipstone adapt` sets if a recipe does
+    not.
     """
 
     config: Any
@@ -55,99 +55,131 @@ class RoutingModule(nn.Module):
 
     @property
     def has_auxiliary_loss(self) -> bool:
-        """Whether the records of an oracle pass carry an auxiliary loss."""
+        """Whether the records of training passes contain an auxiliary loss of this mechanism."""
         return False
 
     @property
     def needs_masks(self) -> bool:
-        """Whether the mechanism makes no decisions itself, so that every call has to pass masks."""
+        """Whether the mechanism decides nothing itself, so that callers must pass masks of kept tokens in
+        every call.
+        """
         return False
 
     @property
     def follows_scores(self) -> bool:
-        """Whether a threshold follows the scores of training passes, so that `advance` needs `statistics`."""
+        """Whether a threshold of the mechanism follows scores of training passes, so that `advance` needs
+        `statistics`.
+        """
         return False
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return the statistics of one micro-batch for `advance`, an fp32 vector; None if it needs none.
+        """Return what `advance` needs to know of one micro-batch, as an fp32 vector; None if it needs nothing.
 
-        Callers average it over micro-batches and processes.
+        record: the mechanism's record of that forward pass. Callers average the vector over micro-batches and
+        processes.
         """
         return None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Update thresholds and schedules after an optimizer step. progress: from 0 to 1 over the training."""
+        """Update thresholds and schedules after an optimizer step.
+
+        progress: the share of the training that is done, from 0 to 1. statistics: the mean of `statistics` over the
+        step, or None.
+        """
 
     def moving(self) -> dict[str, Tensor]:
-        """Return the scalars that `advance` changes, by the names under which a trainer logs them (`log_name`)."""
+        """Return scalar tensors that change during training, such as thresholds, by the names of their log entries."""
         return {}
 
     def log_name(self, kind: str) -> str:
-        """Return the name under which a quantity of this module is logged, such as `threshold/3/mod`."""
+        """Return the name of a log entry of this module: `KIND/LAYER/NAME`, such as `threshold/3/mod`.
+
+        kind: the quantity, such as "threshold".
+        """
         return f"{kind}/{self.placement.layer}/{self.placement.name}"
 
     def decay_kind(self, name: str) -> str | None:
-        """Return the `train.no_decay` category of the module's own parameter `name`; None if it always decays.
+        """Return the category of a parameter in the recipe's `train.no_decay`; None: it always gets weight decay.
 
-        Names that contain "bias" or "norm" are biases or norms; all others count as routers.
+        name: of a parameter of this module. Names that contain "bias" or "norm" are "biases" or "norms"; all others are
+        "routers".
         """
         return next((kind for kind, word in (("biases", "bias"), ("norms", "norm")) if word in name), "routers")
 
     def empty_record(self, x_BTD: Tensor) -> Record:
-        """Return the record for a call in which no token reached the mechanism."""
+        """Return the record for a call in which no token reached the mechanism.
+
+        x_BTD: the call's hidden states, from which shape, dtype and device are taken.
+        """
         raise NotImplementedError
 
     def not_ready_reason(self) -> str | None:
-        """Return why causal decisions are not reliable yet, for example untrained thresholds; None if they are."""
+        """Return in words why causal decisions are not reliable yet, such as untrained thresholds; None if they are."""
         return None
 
     def build_warning(self) -> str | None:
-        """Return a warning about the mechanism's options when a model is built; None if there is nothing to warn of."""
+        """Return a warning about the mechanism's options, shown when a model is built; None if there is none."""
         return None
 
     def require_causal(self) -> None:
-        """Raise ValueError if the mechanism cannot decide without later tokens, naming the decisions that can."""
+        """Raise ValueError if the configured decisions need later tokens; the message names decisions that do not."""
 
     def set_identity(self) -> None:
-        """Set the parameters so that the model behaves as if the mechanism were absent, with gradients that do not
-        vanish.
+        """Set parameters and schedules so that the model computes what it would without the mechanism.
+
+        Gradients of the parameters do not vanish there, so that training can go on.
         """
         raise NotImplementedError
 
     def start_as_dense(self) -> None:
-        """Prepare the mechanism for adapting a dense model: the outputs at step 0 must equal the dense model's.
+        """Prepare the mechanism for adapting a dense model: at step 0, the outputs must equal those of the dense model.
 
-        A mechanism whose schedule starts by computing everything has nothing to do.
+        By default this is `set_identity`. Mechanisms whose schedule begins by keeping everything override it to do
+        nothing.
         """
         self.set_identity()
 
     def end_dense_start(self) -> bool:
-        """Undo what `start_as_dense` overrode outside of the parameters; return whether there was anything to undo."""
+        """End the dense start: restore what `start_as_dense` overrode other than parameters, such as the capacity.
+
+        Return whether anything was restored.
+        """
         return False
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return the matrix FLOPs of the mechanism itself in a forward pass that gives it `tokens` tokens of a row."""
+        """Return the FLOPs of the mechanism's own matrix products in a forward pass, without the block that it wraps.
+
+        tokens: tokens of one row that reach the mechanism; the result is for that row. routing: "oracle" for a training
+        pass, "causal" for one that decides as in generation.
+        """
         raise NotImplementedError
 
     def backward_flops(self, tokens: float) -> float:
-        """Return the mechanism's FLOPs in the backward pass of an oracle pass: gradients of its input and of its
-        weights.
+        """Return the FLOPs of the mechanism's own matrix products in the backward pass of a training step.
+
+        These are the gradients of its input and of its weights: by default twice the forward FLOPs. tokens: tokens of
+        one row that reach the mechanism.
         """
         return 2 * self.flops(tokens, "oracle")
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return the bytes that the mechanism itself caches per row while generating, after `tokens` tokens."""
+        """Return how many bytes of its own state the mechanism caches for one row in generation.
+
+        tokens: tokens of the row that have reached the mechanism.
+        """
         return 0
 
 
 def require_causal(modules: Iterable[RoutingModule]) -> None:
-    """Raise ValueError if one of these modules cannot decide without later tokens, naming the decisions that can."""
+    """Raise ValueError if one of these modules needs later tokens to decide; the message names decisions
+    that do not.
+    """
     for module in modules:
         module.require_causal()
 
 
 def causal_obstacle(modules: Iterable[RoutingModule]) -> str | None:
-    """Return why these modules cannot decide causally; None if all can."""
+    """Return in words why one of these modules cannot decide without later tokens; None if all of them can."""
     try:
         require_causal(modules)
     except ValueError as error:
@@ -156,7 +188,10 @@ def causal_obstacle(modules: Iterable[RoutingModule]) -> str | None:
 
 
 def fp32_names(prefix: str, module: RoutingModule) -> list[str]:
-    """Return the names, below `prefix`, of the module's parameters and floating-point buffers that stay fp32."""
+    """Return the names of the module's parameters and floating-point buffers that stay fp32 when a model is cast.
+
+    prefix: the module's own name in the model; the names returned begin with it.
+    """
     cast = tuple(module.cast_with_model)
     own = [n for n, x in (*module.named_parameters(), *module.named_buffers()) if x.is_floating_point()]
     return [f"{prefix}.{n}" for n in own if not any(n == c or n.startswith(f"{c}.") for c in cast)]

@@ -15,12 +15,12 @@ LEAST_IDLE = 0.1  # smallest share of steps without any kept row for which check
 
 
 def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
-    """Return whether a decoding step should find out which of `total` rows keep their token, and compute only these.
+    """Return whether it saves time to find out which rows keep their token in a decoding step, and compute only these.
 
-    On a CPU it always should: the check is free, and every skipped row saves time. On an accelerator the host would
-    have to wait for the decision, and a block takes as long as reading its weights, for one row as for many; only steps
-    in which no row needs the block save time. share: the long-run share of kept tokens, from which the frequency of
-    such steps follows; None if unknown.
+    On a CPU it always does: the check is free and every skipped row saves time. On a GPU the check makes the CPU wait,
+    and a block takes as long for one row as for many (it reads its weights); only steps in which no row keeps its token
+    save time, and these must make up at least a tenth. total: number of rows. share: long-run share of kept tokens,
+    from 0 to 1; None: 0.5 is assumed. device: where the model runs.
     """
     if device.type == "cpu":
         return True
@@ -30,10 +30,10 @@ def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSubset:
-    """A subset of the rows of a batch, with its indices on host and device.
+    """Some rows of a batch, with their indices on the CPU as well as on the model's device.
 
-    at: the rows' indices in ascending order, on the host, where the cache keeps its lengths. index_R: the same indices
-    on the device, int64. total: B.
+    at: indices in ascending order, as ints. index_R: the same as an int64 tensor on the device. total: number of rows
+    of the batch.
     """
 
     at: tuple[int, ...]
@@ -42,19 +42,25 @@ class RowSubset:
 
     @classmethod
     def from_mask(cls, kept_B: Tensor) -> RowSubset:
-        """Return the rows where a bool mask is True. The host waits once."""
+        """Return the rows where the bool mask [B] is True. On a GPU, the CPU waits for the mask once."""
         index_R = kept_B.nonzero()[:, 0]
         return cls(at=tuple(index_R.tolist()), index_R=index_R, total=kept_B.shape[0])
 
     def within(self, outer: RowSubset | None) -> RowSubset:
-        """Return these rows as rows of the larger batch from which `outer` was taken."""
+        """Return the same rows with their indices in the larger batch.
+
+        outer: the rows of that batch which form the batch that these indices refer to; None: it is the batch itself.
+        """
         if outer is None:
             return self
         at = tuple(outer.at[i] for i in self.at)
         return RowSubset(at=at, index_R=outer.index_R.index_select(0, self.index_R), total=outer.total)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return [R, ...] of x [B, ...]; an axis of size 1 stands for equal rows and is returned as it is."""
+        """Return the subset's rows of x [B, ...], as [R, ...].
+
+        If the first axis of x has size 1 (all rows equal), x is returned unchanged.
+        """
         if x.shape[0] == 1:
             return x
         if len(self.at) == 1:
@@ -62,6 +68,9 @@ class RowSubset:
         return x.index_select(0, self.index_R)
 
     def scatter(self, y: Tensor, fill: float = 0.0) -> Tensor:
-        """Return [B, ...] with y ([R, ...] or [1, ...]) at these rows and `fill` at all others."""
+        """Return [B, ...] with y at the rows of the subset and `fill` at all others.
+
+        y: [R, ...], or [1, ...] for R equal rows.
+        """
         base = y.new_full((self.total, *y.shape[1:]), fill)
         return base.index_copy_(0, self.index_R, y.expand(len(self.at), *y.shape[1:]))

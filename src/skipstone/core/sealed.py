@@ -20,12 +20,16 @@ COMMENT = "# sha256 of the lines below, by which damage is noticed; remove this 
 
 
 def sealed(values: PlainMapping) -> PlainDict:
-    """Return a JSON object with the SHA-256 of its content as last key."""
+    """Return a copy of a JSON object with the SHA-256 of its content under the last key, `sha256`."""
     return {**values, KEY: _digest(values)}
 
 
 def unsealed(values: PlainDict, path: Path) -> PlainDict:
-    """Return the content of a sealed object. Raises `Damaged` if it has another SHA-256 than it states."""
+    """Return the content of a JSON object that `sealed` made, without the key `sha256`, after comparing the hash.
+
+    values: the object as read; without the key it is returned unchecked. path: the file, named in the error. Raises
+    `Damaged` if the content has a different SHA-256.
+    """
     if KEY not in values:
         return values
     content = {name: value for name, value in values.items() if name != KEY}
@@ -38,12 +42,15 @@ def unsealed(values: PlainDict, path: Path) -> PlainDict:
 
 
 def sealed_text(text: str) -> str:
-    """Return a text after a comment that states the SHA-256 of the lines below it, so that a cut is noticed."""
+    """Return a YAML text below a comment line that states the SHA-256 of the text, so that damage is noticed."""
     return f"{COMMENT}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def check_text(text: str, path: Path) -> None:
-    """Raise `Damaged` if the text has another SHA-256 than its first line states."""
+    """Compare a text with the SHA-256 in its first line, as `sealed_text` writes it; a text without such a line passes.
+
+    path: the file, named in the error. Raises `Damaged` if the hash differs.
+    """
     first, _, below = text.partition("\n")
     if first.startswith(COMMENT) and first != COMMENT + hashlib.sha256(below.encode()).hexdigest():
         raise Damaged(
@@ -53,12 +60,16 @@ def check_text(text: str, path: Path) -> None:
 
 
 def sealed_line(values: PlainMapping) -> str:
-    """Return a JSON object as one line with the CRC-32 of its content as last key."""
+    """Return a JSON object as one line of text, with the CRC-32 of its content under the last key, `crc32`."""
     return json.dumps({**values, LINE_KEY: _crc(values)})
 
 
 def unsealed_line(values: PlainDict) -> PlainDict:
-    """Return the content of a sealed line. Raises ValueError if it has another CRC-32 than it states."""
+    """Compare a parsed line that `sealed_line` made with its checksum, and return it without the key `crc32`.
+
+    values: the object as read; without the key it is returned unchecked. Raises ValueError if the content has a
+    different CRC-32.
+    """
     if LINE_KEY not in values:
         return values
     content = {name: value for name, value in values.items() if name != LINE_KEY}

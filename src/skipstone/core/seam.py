@@ -23,7 +23,11 @@ Mechanism: TypeAlias = Callable[[Update, Tensor, Tokens], tuple[Tensor, Records]
 
 
 def wrap(update: Update, mechanisms: Iterable[Mechanism]) -> Update:
-    """Return `update` wrapped in the mechanisms, the first of them outermost."""
+    """Return `update` wrapped in depth mechanisms, the first of which is outermost and decides first.
+
+    update: a function (x, tokens) -> (delta, records) that computes what a block adds to the residual stream.
+    mechanisms: functions (update, x, tokens) -> (delta, records). The result has the signature of `update`.
+    """
     for mechanism in reversed(list(mechanisms)):
         update = partial(mechanism, update)
     return update

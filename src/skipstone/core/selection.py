@@ -19,11 +19,12 @@ from skipstone.ops import reference as ops
 
 
 class Selection:
-    """The kept tokens of each row, in order of slot. Subclasses define their layout.
+    """Some tokens of each row, in order, with gather and scatter operations; subclasses define the layout in memory.
 
-    is_all: whether every token is kept, known without a host sync. real_first: whether the kept tokens come first in
-    every row, so that attention over them needs no mask. valid_BK: bool, which of the K columns are kept tokens; None:
-    all. unpadding: indices of the kept tokens, if many of the columns are padding.
+    B rows, T tokens of the call, K columns of the selection. is_all: whether every token is selected, known without
+    waiting for the GPU. real_first: whether the selected tokens fill each row from the left, so that causal attention
+    over them needs no mask. valid_BK: bool, which columns hold a selected token; None: all. unpadding: indices of the
+    selected tokens of all rows, set if enough columns are padding; None: per-token layers compute the padding too.
     """
 
     is_all = False
@@ -33,49 +34,56 @@ class Selection:
 
     @property
     def width(self) -> int:
-        """The number of columns K, the largest number of tokens that a row keeps."""
+        """The number of columns K: as many as the row with the most selected tokens needs."""
         raise NotImplementedError
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token is kept, known without a host sync."""
+        """Whether no token is selected at all, known without waiting for the GPU."""
         return self.width == 0
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the kept tokens [B, K, ...] of x [B, T, ...]."""
+        """Return the selected tokens, [B, K, ...], of x [B, T, ...]."""
         raise NotImplementedError
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
-        """Return [B, T, ...] with y at the kept tokens and `fill` at all others."""
+        """Return [B, T, ...] with y [B, K, ...] at the selected tokens and `fill` at all others; inverse of
+        `gather`.
+        """
         raise NotImplementedError
 
     def mask(self) -> Tensor:
-        """Return the kept tokens as a bool mask [B, T]."""
+        """Return a bool mask [B, T] that is True at the selected tokens."""
         raise NotImplementedError
 
     def gather_unpadded(self, x_BTD: Tensor) -> Tensor:
-        """Return [1, N, ...] of the kept tokens alone if there is an `unpadding`, else as `gather`."""
+        """Return the N selected tokens of all rows concatenated, [1, N, ...], if `unpadding` is set; else
+        as `gather`.
+        """
         return self.gather(x_BTD)
 
     def scatter_unpadded(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] with the unpadded y at the kept tokens and 0 at all others."""
+        """Return [B, T, ...] with y at the selected tokens and 0 at all others; inverse of `gather_unpadded`."""
         return self.scatter(y)
 
     def and_mask(self, kept_BT: Tensor) -> Tensor:
-        """Return the bool mask [B, T] of tokens that are kept both here and in `kept_BT`."""
+        """Return a bool mask [B, T] that is True where a token is selected and `kept_BT` is True."""
         return kept_BT & self.mask()
 
     def merge(self, new_BKD: Tensor, old_BTD: Tensor) -> Tensor:
-        """Return `old_BTD` with `new_BKD` at the kept tokens."""
+        """Return `old_BTD` with its values at the selected tokens replaced by `new_BKD`."""
         return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
-        """Return the cache rows of the kept tokens, given those of the call's tokens (`outer`)."""
+        """Return which rows of the cache the selected tokens belong to; None: all.
+
+        outer: the same for the tokens of the whole call.
+        """
         return outer
 
 
 class Everyone(Selection):
-    """The selection of all tokens of the call."""
+    """The selection of all tokens of the call; gather and scatter return their argument."""
 
     is_all = True
     is_empty = False
@@ -98,7 +106,10 @@ EVERYONE = Everyone()
 
 @dataclass(frozen=True)
 class InPlace(Selection):
-    """A selection that leaves all tokens in place, K = T; those that are not valid are not kept."""
+    """A selection that leaves all tokens where they are (K = T) and marks the selected ones.
+
+    valid_BK: bool, True at the selected tokens.
+    """
 
     valid_BK: Tensor = field()
 
@@ -118,7 +129,10 @@ class InPlace(Selection):
 
 @dataclass(frozen=True)
 class Gathered(Selection):
-    """The K tokens of each row at `index_BK`, out of `length` = T; all of them are kept."""
+    """A selection of exactly K tokens in every row, copied next to each other.
+
+    index_BK: int64, their positions among the T tokens, ascending. length: T.
+    """
 
     real_first = True
     index_BK: Tensor
@@ -140,7 +154,10 @@ class Gathered(Selection):
 
 @dataclass(frozen=True)
 class Padded(Gathered):
-    """A gathered selection whose rows may keep fewer than K tokens: kept ones are valid and come first."""
+    """A gathered selection whose rows may select fewer than K tokens; these come first, and padding follows.
+
+    index_BK, length: as in `Gathered`. valid_BK: bool, False for padding.
+    """
 
     valid_BK: Tensor = field()
 
@@ -150,7 +167,11 @@ class Padded(Gathered):
 
 @dataclass(frozen=True)
 class Unpadded(Padded):
-    """A padded selection for attention whose per-token layers get the kept tokens of all rows concatenated."""
+    """A padded selection of which only attention sees the padding; other layers get all rows' tokens concatenated.
+
+    index_BK, length, valid_BK: as in `Padded`. unpadding: indices of the N selected tokens, for the conversion to [1,
+    N, ...].
+    """
 
     unpadding: Unpadding = field()
 
@@ -163,7 +184,11 @@ class Unpadded(Padded):
 
 @dataclass(frozen=True)
 class WholeRows(Selection):
-    """Some rows, and none of the other rows' tokens. inner: what is selected of the `length` tokens of these rows."""
+    """A selection that leaves out whole rows: some rows, and within these the tokens of another selection.
+
+    rows: the rows that remain. length: T. inner: the selection within the remaining rows; the default selects all their
+    tokens.
+    """
 
     rows: RowSubset
     length: int = 1

@@ -18,10 +18,11 @@ from skipstone.core.row_subset import RowSubset
 
 
 class StaticStore(RaggedStore):
-    """A store of C columns per row that are allocated once, at the first call, and filled from the left.
+    """A store with memory for C columns per row, allocated at the first call, filled from the left and never moved.
 
-    An additional column 0 is never read: tokens that are not real are written there, so that every call writes the same
-    number of entries. lengths_B: number of entries of each row, on the device. width: 0 before the first call, then C.
+    columns: C. An additional column 0 is never read: padding is written there, so that every call writes the same
+    number of entries. lengths_B: int64, number of entries of each row, on the device. width: 0 before the first call,
+    then C.
     """
 
     lengths_B: Tensor
@@ -31,9 +32,9 @@ class StaticStore(RaggedStore):
         self.columns = columns
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
-        """Append the real tokens of one call, for all rows.
+        """Append the real tokens of one call to all rows, as in `RaggedStore.append`; `rows` must be None.
 
-        Raises ValueError if a row is full or gradients are needed.
+        Raises ValueError if a row is full or the entries need gradients.
         """
         assert rows is None
         if any(x.requires_grad for x in entries.values()):
@@ -82,11 +83,14 @@ class StaticStore(RaggedStore):
         return self.lengths_B if self.width else torch.zeros(rows, dtype=torch.long, device=device)
 
     def even(self, rows: RowSubset | None = None) -> bool:
-        """Return False, because a cache of fixed size always shows unused columns."""
+        """Return False: views always include unused columns."""
         return False
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return all columns of one tensor, [B, C, ...]; `newest` is ignored, and windows only mask."""
+        """Return all C columns of one tensor, [B, C, ...]; unused columns have a slot beyond every query.
+
+        `newest` is ignored and `rows` must be None: attention windows are applied by masks only.
+        """
         assert rows is None
         return self.entries[name][:, 1 : self.width + 1]
 
@@ -106,7 +110,9 @@ class StaticStore(RaggedStore):
             self.lengths_B.copy_((self.view("slot") < EMPTY).sum(1))
 
     def take(self, rows: Tensor) -> None:
-        """Keep the rows at these indices: in place if their number is the same, else in newly allocated tensors."""
+        """Keep the rows at these indices, in this order: in place if their number stays the same, else in
+        new tensors.
+        """
         if not self.width:
             return
         taken = {name: value.index_select(0, rows.to(value.device)) for name, value in self.entries.items()}
@@ -120,7 +126,7 @@ class StaticStore(RaggedStore):
             self.lengths_B = _buffer(tuple(lengths_B.shape), lengths_B, 0).copy_(lengths_B)
 
     def empty(self) -> None:
-        """Remove all entries but keep the memory."""
+        """Remove all entries but keep the memory for the next prompt."""
         if self.width:
             for name, value in self.entries.items():
                 value.fill_(EMPTY if name == "slot" else 0)
@@ -142,10 +148,10 @@ def _buffer(shape: tuple[int, ...], like: Tensor, fill: int) -> Tensor:
 
 
 class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
-    """The cache of one block, for transformers' `StaticCache(config=..., max_cache_len=...)`.
+    """The cache of one block for transformers' `StaticCache(config=..., max_cache_len=...)`, for compiled steps.
 
-    cumulative_length: a tensor on the device after the first call, so that a compiled step does not depend on its
-    value.
+    cumulative_length: number of tokens the model has seen, an int64 scalar tensor on the device, so that a compiled
+    step does not depend on its value. max_cache_len: most tokens per row. Other keyword arguments go to transformers.
     """
 
     is_compileable = True
@@ -168,7 +174,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         self.cumulative_length.add_(tokens)
 
     def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
-        """Return the number of tokens seen: 0 before the first call, then an int64 tensor []."""
+        """Return the number of tokens seen by the model: 0 before the first call, then an int64 scalar tensor."""
         return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -178,7 +184,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         return self.max_cache_len
 
     def crop(self, max_length: int) -> None:
-        """Crop as `SkipstoneCacheLayer.crop` does; the host waits once."""
+        """Crop as `SkipstoneCacheLayer.crop` does; the CPU waits for the GPU once."""
         seen = int(self.cumulative_length)
         length = max(max_length if max_length > 0 else seen + max_length, 0)
         if length < seen:

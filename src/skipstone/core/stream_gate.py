@@ -19,10 +19,10 @@ ALL = float("-inf")  # a line that every token is above, whatever its score
 
 
 class Scorer(NamedTuple):
-    """A router: w2 . relu(W1 x + b1) + b2, or w2 . x + b2 without W1; a constant without w2.
+    """A router: score = w2 . relu(W1 x + b1) + b2; without W1, w2 . x + b2; without w2, the constant b2.
 
-    weight: fp32 [1, R] or [1, D]. bias: [1]. hidden_weight, hidden_bias: [R, D] and [R]. norm: x is divided by its root
-    mean square.
+    weight: w2, fp32 [1, R], or [1, D] without W1, for width D and R hidden units. bias: b2, [1]; None: 0.
+    hidden_weight, hidden_bias: W1 [R, D] and b1 [R]. norm: whether x is first divided by its root mean square.
     """
 
     weight: Tensor | None = None
@@ -33,10 +33,10 @@ class Scorer(NamedTuple):
 
 
 class Line(NamedTuple):
-    """How a causal decision compares: a token is kept if its score is above a line.
+    """The comparison by which a causal decision keeps a token: its score must be above a line.
 
-    value: the line, `ALL` for a decision that keeps every token. threshold: the line as a tensor [], which is read in
-    each step instead of `value`. scorer: what gives the score that is compared; None: the mechanism's own.
+    value: the line; -inf keeps every token. threshold: the line as a scalar tensor, which is read in each step instead
+    of `value`. scorer: the router whose score is compared; None: that of the mechanism.
     """
 
     value: float = ALL
@@ -48,16 +48,17 @@ EVERY = Line()
 
 
 class StreamGate(NamedTuple):
-    """A depth mechanism in a causal pass without noise and without imposed decisions.
+    """A description of how a depth mechanism decides in a causal pass (as in generation, without exploration noise).
 
         score = sign * scorer(x)        opening = sigmoid(score) * state
 
-    line: what keeps a token, compared with the score or with the opening (`compares`). weight: the factor of a kept
-    token: none (1), raw (the score), opening, or tanh (1 + scale * tanh(score)). acts_on: whether it multiplies the
-    whole update, or that of each sub-layer, so that the MLP sees the stream after the gated attention. others: whether
-    tokens that are not kept are absent, or give keys and values. state: the name of a tensor in `Tokens.state` that the
-    opening is multiplied with and then becomes; None: there is none, 1. loss: coefficient of the opening in the loss of
-    the record; None: it has none.
+    It applies where the caller imposes no decisions. scorer: the router. line: what the score, or the opening
+    (`compares`), must exceed. weight: the factor on the update of a kept token: "none" (1), "raw" (the score),
+    "opening", or "tanh" (1 + scale * tanh(score)). scale: a scalar tensor for "tanh". acts_on: whether the factor
+    multiplies the block's whole "update", or that of attention and MLP separately ("sublayers"), so that the MLP sees
+    the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys" and values.
+    state: the name of a tensor in `Tokens.state` that enters the opening and is then replaced by it; None: 1 enters.
+    loss: the opening times this coefficient is the auxiliary loss in the record; None: no loss.
     """
 
     scorer: Scorer
@@ -72,34 +73,37 @@ class StreamGate(NamedTuple):
     loss: float | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a step reads."""
+        """Return every tensor that a decoding step reads."""
         scorers = (self.scorer, self.line.scorer or Scorer())
         found = [x for scorer in scorers for x in scorer if isinstance(x, Tensor)]
         return [*found, *(x for x in (self.line.threshold, self.scale) if x is not None)]
 
 
 class Functions(NamedTuple):
-    """An activation that applies fixed functions to neurons in their order.
+    """A description of an activation that applies a fixed function to each neuron.
 
-    runs: names of functions, as in `nn/mlp.py`, each with the number of its neurons; None: all of them.
+    runs: pairs of a function's name (as in `nn/mlp.py`, such as "silu") and the number of adjacent neurons that use it,
+    in their order; the number None stands for all neurons.
     """
 
     runs: tuple[tuple[str, int | None], ...]
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a step reads: none."""
+        """Return every tensor that a decoding step reads: none."""
         return []
 
 
 class Mixture(NamedTuple):
-    """An activation that mixes `ops.reference.ACTIVATIONS` in each neuron, as PolyGLU does.
+    """A description of an activation that mixes several functions in each of F neurons, as PolyGLU does.
 
         logits = scale * (mix_weight relu(mean + context_bias) + mix_bias)
         share  = softmax((preference_scale * preference + logits) / tau)
 
-    mean: of context_weight x over the tokens so far, a token n tokens back with weight decay^n; without a decay, of the
-    token alone. name: of the record, and of the store of the sums. context_weight: [R, D]. mix_weight: [A, R].
-    preference: [F, A]. scale, mix_bias: [A]. tau: [].
+    There are A functions, `ops.reference.ACTIVATIONS`. mean: the mean of context_weight x over the tokens so far, in
+    which a token n tokens back has the weight decay^n; with decay None, of the present token alone. name: of the
+    record, and of the cache store that holds the running sums. context_weight: [R, D]. context_bias: [R]. mix_weight:
+    [A, R]. mix_bias, scale: [A]. preference: [F, A], the neurons' learned logits. tau: scalar tensor, the temperature.
+    R: the hidden width.
     """
 
     name: str
@@ -114,7 +118,7 @@ class Mixture(NamedTuple):
     decay: float | None
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a step reads."""
+        """Return every tensor that a decoding step reads."""
         return [x for x in self if isinstance(x, Tensor)]
 
 
@@ -122,10 +126,11 @@ StreamMix = Functions | Mixture
 
 
 def declares(module: nn.Module, method: str) -> bool:
-    """Return whether a declaration made by the class that defines `method` holds for this module.
+    """Return whether the description returned by `method` (such as `stream_gate`) can be trusted for this module.
 
-    It does not if a subclass of that class, or the module itself, defines methods or properties of its own, which may
-    compute something else; such a subclass declares again.
+    module: the mechanism or activation. It can be trusted if the class that defines `method` defines everything the
+    module computes: neither a subclass nor the module itself may add or replace methods or properties, because these
+    may compute something else. Such a subclass has to define `method` again.
     """
     for kind in type(module).__mro__:
         if method in vars(kind):

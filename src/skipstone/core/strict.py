@@ -17,9 +17,9 @@ PlainMapping: TypeAlias = Mapping[str, Any]  # the same, read-only
 
 
 class Mistakes(ValueError):
-    """A ValueError of several mistakes in one input.
+    """A ValueError for several mistakes in one input, whose message joins them by semicolons.
 
-    lines: one message for each.
+    lines: one message for each mistake.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
@@ -28,19 +28,22 @@ class Mistakes(ValueError):
 
 
 def mistakes(error: ValueError) -> list[str]:
-    """Return the messages that an error consists of."""
+    """Return the messages of which an error consists: several for `Mistakes`, else one."""
     return error.lines if isinstance(error, Mistakes) else [str(error)]
 
 
 def refuse(lines: Iterable[str]) -> None:
-    """Raise ValueError with all messages if there are any."""
+    """Raise an error with these messages: ValueError for one, `Mistakes` for several; do nothing if there are none."""
     lines = list(lines)
     if lines:
         raise Mistakes(lines) if len(lines) > 1 else ValueError(lines[0])
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
-    """Return the message for an unknown name: what was given, the nearest match, and what is allowed."""
+    """Return an error message for an unknown name, with the nearest match and everything that is allowed.
+
+    kind: what is named, such as "activation". name: what the user gave. allowed: the valid names.
+    """
     allowed = sorted(allowed)
     near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -48,18 +51,21 @@ def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
 
 
 def choose(kind: str, name: object, table: Mapping[str, T]) -> T:
-    """Return `table[name]`. Raises ValueError with the nearest match if `name` is not in the table."""
+    """Return `table[name]`. Raises ValueError with the nearest match if `name` is not in the table.
+
+    kind: what is named, for the message, such as "activation".
+    """
     if not isinstance(name, str) or name not in table:
         raise ValueError(unknown(kind, name, table))
     return table[name]
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build the dataclass `cls` from a plain dict, nested dataclasses included.
+    """Build the dataclass `cls` from a plain dict, including dataclasses nested in it.
 
-    where: the path shown in errors, e.g. `mechanisms[0]`. Raises ValueError for an unknown or missing key and for a
-    value of the wrong type; ranges are checked by the dataclass's own `__post_init__`. Several mistakes are raised
-    together, as `Mistakes`.
+    values: field values by name. where: the path shown in errors, such as `mechanisms[0]`; "": that of the whole input.
+    Raises ValueError for an unknown or missing key and for a value of the wrong type; the dataclass's own
+    `__post_init__` checks ranges. Several mistakes are raised together as `Mistakes`.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or cls.__name__} must be a mapping of keys to values, got {values!r}")
@@ -83,11 +89,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[str] = ()) -> tuple[T | None, list[str]]:
-    """Return `make(**values)` and no messages, or the messages of all errors that it raises for these values.
+    """Return `make(**values)` and an empty list, or the messages of all ValueErrors that it raises for these values.
 
-    `make` raises one error at a time: the first value that its message names is set to its default, and it is called
-    again. Messages about values that were replaced, or that are in `doubted` from the start, are consequences and are
-    left out.
+    `make` raises one error at a time. To find further ones, the values that a message names are dropped, so that their
+    defaults apply, and `make` is called again; what it returns then must not be used and may be None. doubted: names of
+    values already known to be wrong. Messages about these and about dropped values are left out as consequences.
     """
     left, doubted = dict(values), {*doubted}
     lines: list[str] = []
@@ -109,7 +115,10 @@ def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[s
 
 
 def parsed(cls: type[T], config: T | None, options: Mapping[str, object]) -> T:
-    """Return `config` if it is given, else `options` converted by `from_dict`. Raises ValueError if both are given."""
+    """Return `config` if it is not None, else the options converted to the dataclass `cls` (`from_dict`).
+
+    config: options that were parsed before. options: options as plain values. Raises ValueError if both are given.
+    """
     if config is None:
         return from_dict(cls, options)
     if options:
@@ -126,10 +135,11 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Convert `value` to a type hint: ints are accepted as floats, and so are strings such as `1e-3`, as YAML reads
-    them.
+    """Convert a plain value to a type hint, as `from_dict` does for every field, and return it.
 
-    where: the path shown in errors. Raises ValueError for a value of another type.
+    hint: a type hint: plain types, unions, Literal, lists, tuples, dicts or dataclasses. value: as read from YAML or
+    JSON. Ints are accepted as floats, and so are strings such as `1e-3`, which YAML does not read as numbers. where:
+    the path shown in errors. Raises ValueError for a value of another type.
     """
     origin = typing.get_origin(hint)
     if hint is Any:
@@ -202,5 +212,5 @@ def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
 
 
 def is_folder_name(name: object) -> bool:
-    """Return whether a name is that of a folder or file within another one: no path, and no way out of it."""
+    """Return whether `name` is a plain file or folder name: at most 200 characters, no separators, not "." or ".."."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0\n") and len(name) <= 200

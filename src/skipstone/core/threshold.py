@@ -13,10 +13,10 @@ State = list[float | None]
 
 
 class ScoreThreshold:
-    """The threshold by which one mechanism of one block decides: tokens with a higher score are kept.
+    """Access to the threshold by which one mechanism of one block decides: tokens with a higher score are kept.
 
-    saved: whether a saved model keeps a threshold that was set. option: the option that holds the threshold for all
-    blocks of an entry of `mechanisms`; None if every block has its own threshold.
+    saved: whether a threshold that was set is stored with a saved model. option: the configuration option that holds
+    the threshold for all blocks of a mechanism; None: every block has its own threshold.
     """
 
     saved = True
@@ -31,15 +31,21 @@ class ScoreThreshold:
         raise NotImplementedError
 
     def state(self) -> State:
-        """Return everything that `set` changes, exactly; with an `option`, its value comes first."""
+        """Return everything that `set` changes as a list of numbers, so that `restore` can undo it exactly.
+
+        If the threshold is an `option`, its value comes first; None in the list stands for an option that is not set.
+        """
         return [self.get()]
 
     def restore(self, state: State) -> None:
-        """Restore a `state`, undoing `set`."""
+        """Restore what `state` returned earlier, undoing calls of `set` since."""
         (threshold,) = state
         assert threshold is not None
         self.set(threshold)
 
     def scores(self, record: DepthRecord) -> Tensor:
-        """Return the scores [B, T] that are compared with the threshold, from the record of a pass."""
+        """Return the scores, fp32 [B, T], that are compared with the threshold; NaN for tokens without a decision.
+
+        record: the mechanism's record of a forward pass.
+        """
         return record.score_BT

@@ -33,15 +33,15 @@ BENEFIT = "benefit/{layer}"
 
 @dataclass(frozen=True, kw_only=True)
 class PassMode:
-    """The way a forward pass decides and executes; plain values, fixed before it starts.
+    """How a forward pass decides and executes: plain values, fixed before it starts.
 
-    routing: "oracle" may look at the whole row (training); "causal" uses only earlier tokens, as generation has to.
-    noise: whether mechanisms may draw random numbers. executor: "gathered" computes kept tokens only; "masked" computes
-    all tokens and discards the others' updates (the specification that "gathered" must equal). per_row_gather: with one
-    token per row, the gathered executor leaves out whole rows, so that inner calls may see fewer rows. never_empty: a
-    gathered selection has at least one column even if no token is kept. single_token: the call has one token and no
-    gradients, as in decoding one row, so that weights may be read in part. whole_rows: the inner calls may see fewer
-    rows (`Tokens.select_rows`); they keep nothing of a row in a cache.
+    routing: "oracle": decisions may look at the whole row, as in training; "causal": at earlier tokens only, as in
+    generation. noise: whether mechanisms may draw random numbers (exploration in training). executor: "gathered"
+    computes kept tokens only; "masked" computes all tokens and discards the updates of the others (the slow
+    specification of "gathered"). per_row_gather: in calls with one token per row, leave out rows that do not keep
+    theirs. never_empty: gather at least one column even if no token is kept. single_token: the call has one token and
+    needs no gradients, so that weights may be read in part. whole_rows: `Tokens.select_rows` may leave out rows,
+    because nothing is cached.
     """
 
     routing: Routing = "causal"
@@ -55,21 +55,20 @@ class PassMode:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens of one call. Frozen: mechanisms pass on changed copies.
+    """Everything about the B rows of T tokens of one call but their hidden states.
 
-    slot_BT: int64, index in the row, counting padding and cached tokens; attention is causal by slot. position_BT:
-    int64, for position embeddings; never renumbered. rotary: cos and sin [B, T, E] of the positions, or None.
-    document_BT: int64 document of each token; None: one document per row. real_BT: bool, False for padding; None: every
-    token is real. aligned: real tokens are known to come first in every row. gain_BT: factor on both sub-layers'
-    updates; None: 1. reach: upper bound of the distance of two slots of a row plus 1, cached tokens included; None: not
-    known on the host. queries: the tokens whose update is computed; the others still serve as keys and values. rows:
-    the rows of the cache that these tokens continue; None: all. unpadding: indices of the real tokens if many are
-    padding; projections and MLP then see [1, N, D]. state: named tensors [B, T] that are carried between blocks,
-    created before block 0. forced_BT: bool, the decision that the caller imposes on this block, or None. noise_seed:
-    int64 [], the seed of this pass's random numbers (`core/noise.py`); None: drawn when needed. first_row: int64 [],
-    the index of the first row for random numbers, where the rows are a part of a larger batch; None: 0. memory: where a
-    segment's mechanism may keep state of earlier calls, or None. mode: how the
-    pass decides and executes.
+    Frozen: mechanisms pass on changed copies. slot_BT: int64, index in the row, counting padding and cached tokens;
+    attention is causal by slot. position_BT: int64, for position embeddings. rotary: cos and sin [B, T, E] of the
+    positions, or None. document_BT: int64, document of each token in packed rows; None: one document per row. real_BT:
+    bool, False for padding; None: no padding. aligned: whether padding is known to come last in every row. gain_BT:
+    factor on the updates of attention and MLP; None: 1. reach: upper bound of (largest slot - smallest slot + 1) of a
+    row, cached tokens included; None: unknown without asking the GPU. queries: tokens whose update is computed; the
+    others only provide keys and values. rows: the cache rows that the tokens continue; None: all. unpadding: indices of
+    the N real tokens if many are padding; projections and MLP then see [1, N, D]. state: named tensors [B, T] carried
+    from block to block. forced_BT: bool, decisions that the caller imposes on this block, or None. noise_seed: int64
+    scalar, the seed of this pass's random numbers; None: drawn when needed. first_row: int64 scalar, index of the first
+    row in a larger batch, for random numbers; None: 0. memory: where a mechanism around several blocks may keep state
+    of earlier calls, or None. mode: how the pass decides and executes.
     """
 
     slot_BT: Tensor
@@ -92,23 +91,25 @@ class Tokens:
 
     @property
     def length(self) -> int:
-        """T, the number of tokens per row."""
+        """The number of tokens per row, T."""
         return self.slot_BT.shape[1]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tokens:
-        """Return a copy on another device; accelerate calls this if a model's blocks are on several devices
-        (`device_map`).
+        """Return a copy with all tensors on another device.
+
+        accelerate calls this for models on several devices (`device_map`). device, non_blocking: as in `Tensor.to`.
         """
         return _moved(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     @property
     def no_queries(self) -> bool:
-        """Whether no token's update is computed, known without a host sync."""
+        """Whether no token's update is to be computed, known without waiting for the GPU."""
         return self.queries.is_empty
 
     def replace(self, **changes: Any) -> Tokens:
-        """Return a copy with changes: `dataclasses.replace`, but five times as fast, for the copies in every decoding
-        step.
+        """Return a copy with changed fields, as `dataclasses.replace`, but five times as fast.
+
+        Several copies are made in every decoding step. changes: new values by field name.
         """
         if torch.compiler.is_compiling():
             return dataclasses.replace(self, **changes)
@@ -119,19 +120,17 @@ class Tokens:
 
     @property
     def group_BT(self) -> Tensor | None:
-        """Document of each token with -1 for padding, as `select_top` expects it; None if each row is one unpadded
-        document.
-        """
+        """The document of each token, -1 for padding, as `select_top` expects it; None without padding and packing."""
         if self.real_BT is None:
             return self.document_BT
         document = self.document_BT if self.document_BT is not None else torch.zeros_like(self.slot_BT)
         return torch.where(self.real_BT, document, -1)
 
     def select_kept(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
-        """Turn a bool mask of kept tokens into a selection for this call's executor.
+        """Turn a bool mask of kept tokens into a selection: gathered, or left in place for the masked executor.
 
-        width: number of columns to gather, if known beforehand; None: that of the row that keeps most, which makes the
-        host wait once. exact: every row keeps exactly `width` tokens.
+        kept_BT: never True for padding. width: the number of columns to gather; None: as many as the row that keeps
+        most has, which makes the CPU wait for the GPU once. exact: whether every row keeps exactly `width` tokens.
         """
         if self.mode.executor == "masked":
             return InPlace(kept_BT)
@@ -159,12 +158,12 @@ class Tokens:
         return Unpadded(index_BK, self.length, valid_BK, unpadding)
 
     def select_rows(self, kept_BT: Tensor) -> Selection:
-        """Turn a bool mask of kept tokens into a selection that leaves out every row without any, at no cost.
+        """Turn a bool mask of kept tokens into a selection that leaves out rows without kept tokens entirely.
 
-        `select_kept` gathers as many columns of every row as the fullest one keeps; here rows that keep nothing do not
-        exist inside, and only the others are gathered so. The host waits once, and once more if some of their tokens
-        are not kept. Mechanisms that use it declare `selects_rows`. The rows remain where they are if the pass cannot
-        do without them (`PassMode.whole_rows`).
+        `select_kept` gathers as many columns of every row as the fullest one keeps, so an empty row would still cost as
+        much as that one. kept_BT: never True for padding. The CPU waits for the GPU once, and once more if the
+        remaining rows do not keep all of their tokens. Rows stay if the pass cannot do without them
+        (`PassMode.whole_rows` is False) and in the masked executor. Mechanisms that call this declare `selects_rows`.
         """
         if self.mode.executor == "masked" or not self.mode.whole_rows:
             return self.select_kept(kept_BT)
@@ -177,9 +176,9 @@ class Tokens:
         return WholeRows(rows, self.length, self.select_kept(rows.gather(kept_BT)))
 
     def select(self, part: Selection) -> Tokens:
-        """Return the tokens of `part`, in its order. Query restrictions of outer mechanisms still apply to them.
+        """Return the tokens that `part` selects, in its order, with all fields gathered.
 
-        Only real tokens are ever kept, so within a selection the valid columns are the real tokens.
+        If an outer mechanism restricts which tokens get an update (`queries`), the restriction still applies.
         """
         if part.is_all:
             return self
@@ -207,28 +206,32 @@ class Tokens:
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
-        """Return x of the real tokens, [1, N, ...], if there is an unpadding; else x itself."""
+        """Return the real tokens of x [B, T, ...] concatenated, [1, N, ...]; x itself if there is no `unpadding`."""
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
     def pad(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] of unpadded tokens [1, N, ...], with 0 for padding."""
+        """Return [B, T, ...] for y [1, N, ...], with 0 for padding; y itself if there is no `unpadding`.
+
+        Inverse of `unpad`.
+        """
         return y if self.unpadding is None else self.unpadding.pad(y)
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
-        """Return x of the query tokens, unpadded if there is an unpadding."""
+        """Return the tokens of x whose update is computed: [B, K, ...], or [1, N, ...] if there is an unpadding."""
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] with y at the query tokens, as `gather_queries` returns them, and 0 at all others."""
+        """Return [B, T, ...] with y at the tokens whose update is computed, else 0; inverse of `gather_queries`."""
         return self.pad(y) if self.queries.is_all else self.queries.scatter_unpadded(y)
 
     def restrict_queries(
         self, kept_BT: Tensor, width: int | None = None, exact: bool = False, share: float | None = None
     ) -> Tokens:
-        """Return tokens of which only these get an update; restrictions of outer mechanisms still apply.
+        """Return a copy in which only some tokens get an update; the others still provide keys and values.
 
-        width, exact: as in `select_kept`. share: long-run share of kept tokens, if known. Where each row decides for
-        itself and this share makes steps without any kept row too rare for the check to pay, all rows are computed.
+        kept_BT: bool, tokens to update; restrictions by outer mechanisms still apply. width, exact: as in
+        `select_kept`. share: long-run share of kept tokens, if known. In calls of one token per row on a GPU, all rows
+        are computed if, at this share, steps in which no row keeps its token are too rare (`rows_pay`).
         """
         if not self.queries.is_all:
             kept_BT = self.queries.and_mask(kept_BT)
@@ -239,12 +242,12 @@ class Tokens:
         return self.replace(queries=self.select_kept(kept_BT, width, exact))
 
     def scaled(self, gain_BT: Tensor) -> Tokens:
-        """Return tokens whose updates are multiplied by this factor, in addition to any earlier one."""
+        """Return a copy whose updates are multiplied by gain_BT [B, T], in addition to any earlier gain."""
         return self.replace(gain_BT=gain_BT if self.gain_BT is None else self.gain_BT * gain_BT)
 
 
 def real_mask(tokens: Tokens, like_BT: Tensor) -> Tensor:
-    """Return the real tokens as a bool mask with the shape of `like_BT`."""
+    """Return a bool mask with the shape of `like_BT` that is True for real tokens and False for padding."""
     if tokens.real_BT is None:
         return torch.ones_like(like_BT, dtype=torch.bool)
     return tokens.real_BT.expand_as(like_BT)

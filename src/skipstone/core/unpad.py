@@ -17,16 +17,19 @@ LARGEST_SHARE = 0.9  # of real tokens among the B K columns; above it, copying c
 
 
 def pays(count: int, columns: int) -> bool:
-    """Return whether `count` real tokens in `columns` columns are few enough for unpadding to save time."""
+    """Return whether leaving out padding saves time, which is so if at most 90 % of the columns are real tokens.
+
+    count: number of real tokens; for 0 the result is False. columns: number of all columns, B K.
+    """
     return 0 < count <= LARGEST_SHARE * columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unpadding:
-    """Indices of the real tokens.
+    """The indices of the N real tokens of a batch, to concatenate them without padding as [1, N, ...].
 
-    place_N: int64, their indices among the B K columns. source_N: their indices among the B T tokens that the columns
-    were gathered from.
+    The padded batch has K columns per row, gathered from T tokens per row. place_N: int64, indices of the real tokens
+    among the B K columns. source_N: int64, their indices among the B T tokens. shape: (B, K).
     """
 
     place_N: Tensor
@@ -34,26 +37,30 @@ class Unpadding:
     shape: tuple[int, int]  # B, K
 
     def unpad(self, x_BKD: Tensor) -> Tensor:
-        """Return the real tokens [1, N, ...] of x [B, K, ...]."""
+        """Return the real tokens, [1, N, ...], of x [B, K, ...], or of x [1, K, ...] with equal rows."""
         return _picked(x_BKD.expand(self.shape[0], *x_BKD.shape[1:]), self.place_N)
 
     def pad(self, y_1ND: Tensor) -> Tensor:
-        """Invert `unpad`: return [B, K, ...] with 0 for padding."""
+        """Return [B, K, ...] for real tokens [1, N, ...], with 0 for padding; inverse of `unpad`."""
         return _scattered(y_1ND, self.place_N, self.shape)
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the real tokens [1, N, ...] of x [B, T, ...]."""
+        """Return the real tokens, [1, N, ...], of x [B, T, ...], from which the K columns were gathered."""
         return _picked(x_BTD, self.source_N)
 
     def scatter(self, y_1ND: Tensor, length: int) -> Tensor:
-        """Invert `gather`: return [B, T, ...] with 0 at all other tokens."""
+        """Return [B, T, ...] for real tokens [1, N, ...], with 0 at all other tokens; inverse of `gather`.
+        length: T.
+        """
         return _scattered(y_1ND, self.source_N, (self.shape[0], length))
 
 
 def unpadding_of(index_BK: Tensor, valid_BK: Tensor, count: int, length: int) -> Unpadding | None:
-    """Return the unpadding of `count` valid columns; None if there is little padding, and in compiled passes.
+    """Return the indices that leave out the padding of gathered rows; None if there is too little of it.
 
-    Compiled passes are excluded because N, and with it the shapes, would change from call to call.
+    index_BK: int64, position of each column among the T tokens of its row. valid_BK: bool, False for padding. count:
+    number of valid columns. length: T. Under torch.compile the result is None, because `count` would change the shapes
+    from call to call.
     """
     B, K = index_BK.shape
     if not pays(count, B * K) or torch.compiler.is_compiling():

@@ -11,20 +11,21 @@ from torch.utils.module_tracker import ModuleTracker
 
 
 def hooks_on_all_modules() -> bool:
-    """Return whether hooks act around the calls of every module of the process (`register_module_forward_hook`).
+    """Return whether hooks for all modules of the process are registered (`register_module_forward_hook` and its like).
 
-    Those with which torch notes the module that runs, as its counter of FLOPs does, change nothing and do not count.
+    Hooks by which torch itself tracks the running module (`ModuleTracker`, used by its FLOP counter) change no result
+    and are ignored.
     """
     hooks = (*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values())
     return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def weight_is_readable(linear: nn.Module) -> bool:
-    """Return whether multiplying by the layer's weight gives the same result as calling the layer.
+    """Return whether multiplying by `linear.weight` gives the same result as calling the layer.
 
-    It does not if something acts in place of the layer or around its call: an adapter (another forward), a
-    parametrisation (a computed weight), hooks (accelerate's offloading, an observer, hooks on all modules), a replaced
-    forward, a sharded weight or one on the meta device. A quantised weight passes; see `is_quantised`.
+    False if something acts in place of the layer or around its call: an adapter, a parametrisation, hooks (accelerate's
+    offloading, an observer, hooks on all modules), a replaced forward, a sharded weight, or one on the meta device.
+    True for a quantised weight; see `is_quantised`.
     """
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear) or hooks_on_all_modules():
         return False
@@ -37,8 +38,8 @@ def weight_is_readable(linear: nn.Module) -> bool:
 def weights_multiplied(linear: nn.Module) -> int:
     """Return the number of weights that each token is multiplied with in a call of a linear layer.
 
-    PEFT's low-rank adapters beside the layer count while they are active and not merged. What other adapters compute is
-    not counted; `warn_of_uncounted` names them.
+    Low-rank adapters of PEFT beside the layer are included while they are active and not merged. Other adapters are
+    not; `warn_of_uncounted` names them.
     """
     if not linear._modules:  # no adapter; looking for its parts takes a hundred times as long
         return linear.weight.numel()  # type: ignore[operator, union-attr, no-any-return]
@@ -51,7 +52,7 @@ def weights_multiplied(linear: nn.Module) -> int:
 
 
 def warn_of_uncounted(layers: nn.Module) -> None:
-    """Warn of active adapters among these layers whose products `weights_multiplied` does not count."""
+    """Warn of active adapters within `layers` whose products `weights_multiplied` does not count, such as DoRA."""
     kinds = {kind for part in layers.modules() if hasattr(part, "base_layer") and (kind := _uncounted(part))}
     if kinds:
         warnings.warn(
@@ -83,18 +84,18 @@ def _active(linear: nn.Module) -> list[str]:
 
 
 def compute_dtype(linear: nn.Module) -> torch.dtype:
-    """Return the dtype of the layer's outputs, also for int8 weights."""
+    """Return the dtype of the layer's outputs, which for int8 weights is not that of the weight."""
     dtype: torch.dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else linear.compute_dtype  # type: ignore[assignment, union-attr]
     return dtype
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a whole tensor for one that FSDP2 has sharded, and any other as it is; all processes call this."""
+    """Return a tensor sharded by FSDP2 as a whole, any other unchanged; all processes must call this together."""
     found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
 
 
 def is_quantised(linear: nn.Module) -> bool:
-    """Return whether the weight is quantised (torchao), so that its stored numbers are not its values."""
+    """Return whether the layer's weight is a quantised tensor of torchao, whose stored integers are not its values."""
     weight = linear.weight
     return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize

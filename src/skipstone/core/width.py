@@ -31,7 +31,8 @@ Share = TypeVar("Share", Fraction, Tensor)
 class Activation(nn.Module):
     """The interface of an MLP's activation.
 
-    by_token: whether a token's result depends on that token alone, so that unpadded tokens may be given.
+    by_token: whether a token's result depends on that token alone, so that the MLP may pass the real tokens of all rows
+    concatenated, [1, N, F], instead of padded rows.
     """
 
     by_token = False
@@ -44,51 +45,57 @@ class Activation(nn.Module):
         cache: SkipstoneCacheLayer | None = None,
         runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
-        """Return the activations, shaped as `gate_BTF`, and the records of its decisions.
+        """Return the activations, shaped as `gate_BTF`, and the records of the decisions made, by name.
 
-        gate_BTF: pre-activations of all neurons. runs: the groups of neurons that are on, if only some are; gate_BTF
-        then holds their neurons only, while x_BTD stays padded.
+        gate_BTF: pre-activations of the MLP's F neurons. x_BTD: the MLP's input. tokens: the tokens of this call.
+        cache: the block's cache in generation, for state of earlier tokens; None: no cache. runs: the neuron groups
+        that are on, if not all are; gate_BTF then holds the neurons of these groups only, and x_BTD stays padded.
         """
         raise NotImplementedError
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return its routing modules by record name; empty for a fixed function."""
+        """Return the modules of this activation that make decisions, by record name; empty for a fixed function."""
         return {}
 
     def stream_mix(self) -> StreamMix | None:
-        """Return what the activation computes in a causal pass, for compiled steps; None: they call it as usual."""
+        """Return a description of what the activation computes in generation, for compiled decoding steps.
+
+        None: it cannot be described so, and compiled steps call the activation instead.
+        """
         return None
 
 
 class GroupRouter(RoutingModule):
-    """The base class of routers that choose which groups of an MLP's neurons are on.
+    """The base class of routers that choose for each token which groups of an MLP's neurons are on (computed).
 
-    The two subclasses choose at different times: before any matrix is multiplied, or between the matrices.
+    A subclass chooses either before any matrix is multiplied, or between the matrices. total: the number of groups.
     """
 
     total: int  # G
 
     @property
     def share_on(self) -> Fraction:
-        """Share of the groups that are on once any warm-up is over."""
+        """The share of groups that are on after any warm-up, an exact fraction from 0 to 1."""
         raise NotImplementedError
 
     def in_words(self) -> str:
-        """Return how many groups are on, for a model card, such as `12 of 20 neuron groups on`."""
+        """Return how many groups are on, in words for a model card: `12 of 20 neuron groups on`."""
         raise NotImplementedError
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return the share of the MLP's three matrices that is multiplied if a given share of groups is on.
+        """Return the share of the MLP's three matrices that is multiplied if the share `share` of its groups is on.
 
-        single_token: in a call of one token without gradients.
+        share: from 0 to 1, a fraction or a tensor with one value per token; the result has the same type. single_token:
+        whether the call has one token and needs no gradients, so that matrices can be read in part.
         """
         raise NotImplementedError
 
 
 class GroupChoice(NamedTuple):
-    """The neuron groups that each token uses.
+    """The neuron groups that each token uses, K of them.
 
-    group_BTK: int64, the groups that are on, ascending. gain_BTK: fp32 factor on the output of each of them.
+    group_BTK: int64, indices of the groups, ascending. gain_BTK: fp32, factor on the output of each of these groups.
+    record: the decisions, for the caller of the model.
     """
 
     group_BTK: Tensor
@@ -97,29 +104,35 @@ class GroupChoice(NamedTuple):
 
 
 class InputGroupRouter(GroupRouter):
-    """A router that chooses groups from the MLP's input, before any of its matrices is multiplied."""
+    """A router that chooses neuron groups from the MLP's input, before any of its matrices is multiplied."""
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """Choose the groups that are on for each token. x_BTD: the MLP's input, padded."""
+        """Choose the groups that are on for each token.
+
+        x_BTD: the MLP's input, with padding. tokens: the tokens of this call. cache: the block's cache in generation,
+        or None.
+        """
         raise NotImplementedError
 
 
 class ActivationGroupRouter(GroupRouter):
-    """A router that chooses groups from the MLP's own intermediate results; it has no forward pass of its own.
+    """A router that chooses neuron groups from the MLP's own intermediate results.
 
-    typical_F: fp32 root mean square of the second matrix's output, for each neuron.
+    The MLP calls its methods between its matrices; it has no forward. Groups are tried (multiplied by the second
+    matrix) if their activations promise enough, and kept (multiplied by the last matrix) if their products do.
+    typical_F: fp32, root mean square of the second matrix's output for each neuron.
     """
 
     typical_F: Tensor
 
     @property
     def tried(self) -> int:
-        """The number of groups for which the second matrix is multiplied at present."""
+        """The number of groups per token for which the second matrix is multiplied at present."""
         raise NotImplementedError
 
     @property
     def kept(self) -> int:
-        """Number of groups that the last matrix is multiplied for at present, at most `tried`."""
+        """The number of groups per token for which the last matrix is multiplied at present, at most `tried`."""
         raise NotImplementedError
 
     @property
@@ -128,75 +141,108 @@ class ActivationGroupRouter(GroupRouter):
         raise NotImplementedError
 
     def counts(self, a_BTF: Tensor) -> tuple[int, int]:
-        """Return the numbers of groups that are tried and kept for one token with these activations."""
+        """Return how many groups are tried and how many are kept for one token.
+
+        a_BTF: the token's activations, from which routers without fixed numbers count the groups.
+        """
         return self.tried, self.kept
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
+        """Return the groups' scores, fp32 [B, T, G], and which groups are tried, bool [B, T, G].
+
+        a_BTF: activations of all neurons (the first matrix's output after the activation function).
+        """
         raise NotImplementedError
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """Return which groups are kept, bool [B, T, G]; h_BTF: products of the tried groups, 0 for the others."""
+        """Return which groups are kept, bool [B, T, G].
+
+        h_BTF: activations times the second matrix's output; 0 for groups that were not tried.
+        """
         raise NotImplementedError
 
     def price(self, a_BTF: Tensor) -> Tensor | None:
-        """Return the auxiliary loss of each token with these activations, fp32 [B, T]; None without one."""
+        """Return the auxiliary loss of each token, fp32 [B, T]; None if the router has none.
+
+        a_BTF: activations of all neurons.
+        """
         return None
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
-        """Return the record of these decisions, with NaN and False for padding."""
+        """Return the record of these decisions, with NaN scores and False masks for padding.
+
+        score_BTG, tried_BTG, kept_BTG: as returned by `worth_trying` and `worth_keeping`. tokens: the tokens of this
+        call.
+        """
         raise NotImplementedError
 
 
 class FeedForward(nn.Module):
-    """The interface of a block's MLP."""
+    """The interface of a block's MLP.
+
+    activation: the activation inside it.
+    """
 
     activation: Activation
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        """Return the MLP's update, shaped as x_BTD (unpadded tokens stay unpadded), and its records."""
+        """Return what the MLP adds to the residual stream, shaped as x_BTD, and the records of its decisions by name.
+
+        x_BTD: the MLP's input, or [1, N, D] without padding if `tokens.unpadding` is set. tokens: the tokens of this
+        call. cache: the block's cache in generation, or None.
+        """
         raise NotImplementedError
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return the routing modules inside by record name, including the MLP itself if it makes decisions."""
+        """Return the modules that make decisions in this MLP, by record name, including the MLP itself if
+        it makes any.
+        """
         return self.activation.routing_modules()
 
     def in_words(self) -> str | None:
-        """Return a description for a model card, such as `8 experts of 176 neurons (silu), top 2`; None for a dense
-        MLP.
-        """
+        """Return a description for a model card: `8 experts of 176 neurons (silu), top 2`; None for a dense MLP."""
         return None
 
     def weights_per_pass(self) -> int:
-        """Return the number of weights that a token is multiplied with in one pass: all matrices, or those of one
-        expert.
-        """
+        """Return the number of weights that a token meets in one pass: those of all matrices, or of one expert."""
         raise NotImplementedError
 
     def dense_passes(self, tokens: float) -> float:
-        """Return the passes of `tokens` tokens if every neuron is on and no choice falls on a no-op expert."""
+        """Return how many passes `tokens` tokens would need if no neuron group were off and no choice a no-op expert.
+
+        A pass is one token through the MLP's matrices, or through those of one expert; top-2 experts need two per
+        token.
+        """
         return tokens
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Return the passes of `tokens` tokens through the MLP.
+        """Return how many passes (see `dense_passes`) `tokens` tokens of a row make; parts of one count as fractions.
 
-        kept: what was measured, from `measured`; if empty, as the configuration guarantees. single_token: in a call of
-        one token without gradients.
+        kept: what `measured` returned for a forward pass; without an entry of this MLP, the result follows from the
+        configuration. single_token: whether the call has one token and needs no gradients, so that matrices can be read
+        in part.
         """
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return the measurements of a forward pass that `passes` uses, from the records that this MLP made in it."""
+        """Return what `passes` needs to know of a forward pass, by record name; empty for a dense MLP.
+
+        records: the records of that pass, by name.
+        """
         return {}
 
     def token_passes(self, records: Records) -> Tensor:
-        """Return the passes of each token whose update was computed, fp32 [B, T] on the CPU, or [1, 1] if all are
-        equal.
+        """Return the passes (see `dense_passes`) of each token, [B, T] on the CPU; [1, 1] if all are equal.
+
+        records: the records of the forward pass, by name. Tokens whose update was not computed have no meaningful
+        value.
         """
         return torch.ones(1, 1)
 
     def inactive_weights(self) -> int:
-        """Return the number of weights that a token could choose but does not use: those of other experts."""
+        """Return the number of weights that a token could use but does not: those of experts that it does
+        not choose.
+        """
         return 0
