@@ -24,10 +24,11 @@ WATCHED = "skipstone_watched"  # name of the attention implementation during the
 
 @torch.no_grad()
 def attention_of_last(model: SkipstoneForCausalLM, ids: Sequence[int]) -> list[list[float] | None]:
-    """Return, for each block, the attention weights of the last of `ids` to all of them, means over heads.
+    """Return, for each block, the attention weights of the last of `ids` to all of them, averaged over heads.
 
-    They sum to 1, and are 0 for tokens beyond a block's window. None for a block whose attention the token skipped.
-    The decisions are those of a causal pass, with noise off.
+    model: a Skipstone model in evaluation mode. ids: token ids of one text, for which one pass without a cache is
+    computed; decisions look at no later token, noise is off. The weights of a block sum to 1, and are 0 beyond its
+    attention window. An entry is None for a block whose attention the last token skips.
     """
     rows: dict[int, list[float]] = {}
 

@@ -39,9 +39,10 @@ DIGITS = 5  # significant, of numbers that go to the page
 
 
 class LiveModel:
-    """A loaded run or saved model whose decisions can be shown while it generates.
+    """A loaded model whose decisions can be shown while it generates.
 
-    Raises ValueError or FileNotFoundError, one line, for a folder without a model or a tokenizer.
+    folder: a run folder or a saved model. name: as the page shows it. Raises ValueError or FileNotFoundError, with a
+    message of one line, for a folder without a model or a tokenizer.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -58,11 +59,14 @@ class LiveModel:
         warm(self.model)
 
     def describe(self) -> PlainDict:
-        """Return the description of the model that the page shows before a prompt is entered.
+        """Return the description of the model that the page shows before a prompt is entered, as plain values for JSON.
 
-        slots: block and mechanism of the decisions of every token, in their order. budgets: the least and the largest
-        budget, None without a budget table; trained_budget: that of the model as it was trained. has_thresholds:
-        whether a budget table can be made. neurons: whether there is a map of neurons.
+        Keys: name, mechanisms (in words), parameters, context (tokens), layers. slots: [block, mechanism] of each
+        decision that a pass event lists for a token, in the same order; mechanism is None for a block without one.
+        budgets: [least, largest] share of the dense FLOPs that the budget table can set, None without a table.
+        trained_budget: share of the model as it was trained, or None. has_thresholds: whether `skipstone calibrate`
+        could write a table. neurons: whether the model has activation mechanisms, so that `neurons` returns a map.
+        twin: whether a dense twin is timed. dense_flops: forward FLOPs of one token without mechanisms.
         """
         sites: list[list[str | None]] = [[n for site in block.sites.values() for n in site] for block in self.blocks]
         return {
@@ -82,19 +86,24 @@ class LiveModel:
 
     @property
     def has_twin(self) -> bool:
-        """Whether the dense twin is small enough to be timed beside the model."""
+        """Whether a dense twin is timed for comparison: the model must have at most 300 million parameters, to save
+        memory.
+        """
         return self.model.num_parameters() <= TWIN_PARAMETERS
 
     def twin(self) -> DenseTwin:
-        """Return the dense twin; it is built on the first call."""
+        """Return the dense model of the same shape that is timed beside this one; it is built on the first call."""
         if self._twin is None:
             self._twin = DenseTwin(self.model)
         return self._twin
 
     def neurons(self) -> PlainDict:
-        """Return each layer's static preferences, [F, A] as `preference_FA`, of at most NEURONS neurons.
+        """Return the learned preferences of MLP neurons for activation functions, as plain values for JSON.
 
-        The activation that a neuron prefers for a token is the largest of preference + the token's logits.
+        Keys: names, of the functions. layers: for each block that mixes activations {"layer": its index, "every": step
+        between shown neurons, of which there are at most 256, "preference": logits of each shown neuron, by function}.
+        The function that a neuron prefers for a token has the largest sum of preference and the token's own logits
+        (`mix` in pass events).
         """
         layers = []
         for layer, mix in self._mixes().items():
@@ -110,16 +119,16 @@ class LiveModel:
         return {i: module for i, module in modules if isinstance(module, MixFigures)}
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of the prompt.
-
-        Raises ValueError for an empty one.
-        """
+        """Return the token ids of a prompt. Raises ValueError for an empty one."""
         return encode(self.tokenizer, prompt)
 
     def attention(self, ids: Sequence[int], budget: float | None) -> list[list[float | None] | None]:
-        """Return what the last of `ids` attends to in each block (`attention_of_last`).
+        """Return the attention weights of the last of `ids` to all of them, for each block, as `attention_of_last`
+        does.
 
-        Raises ValueError for ids that the model does not have or that exceed its context, and for an impossible budget.
+        budget: share of the dense FLOPs that the model is set to during the pass; None: as it was trained. Raises
+        ValueError for ids outside the vocabulary, for none or more than the context holds, and for a budget that the
+        model cannot meet.
         """
         if not ids or len(ids) > self.context or not all(0 <= i < self.model.config.vocab_size for i in ids):
             raise ValueError(f"tokens must be from 1 to {self.context:,} ids of the vocabulary, got {len(ids):,}")
@@ -137,13 +146,16 @@ class LiveModel:
         budget: float | None,
         draft: str | None = None,
     ) -> Iterator[PlainDict]:
-        """Yield a `start` event and then a `pass` event for each new token.
+        """Continue a prompt and yield, as plain values for JSON, a `start` event and a `pass` event for each new token.
 
-        The first tells of the whole prompt, the others of one token each. draft: as in `generate`; a pass then checks
-        several tokens, and its FLOPs come with the first of them; the token that replaces a wrong guess tells which
-        ones were `rejected`. What the draft itself computes is not in the FLOPs, but in the seconds. Raises
-        ValueError, before the first event, for a prompt that exceeds the context, and for a budget or a draft that the
-        model does not have.
+        ids: token ids of the prompt. new_tokens: how many to generate at most. temperature: 0 chooses the most probable
+        token; otherwise tokens are sampled. seed: of the sampling. budget: share of the dense FLOPs that the model is
+        set to; None: as it was trained. draft: the source of guesses for speculative decoding, as in `generate`; None:
+        no speculation. The first pass event describes every token of the prompt, later ones one token each. With a
+        draft, a pass checks several tokens: its FLOPs are added at the first of them, and the token that replaces a
+        wrong guess lists the guesses dropped with it as `rejected`. What the draft computes counts in the seconds, but
+        not in the FLOPs. Raises ValueError, before the first event, for a prompt that exceeds the context, and for a
+        budget or a draft that the model does not support.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
@@ -230,7 +242,10 @@ class LiveModel:
 
 
 class DenseTwin:
-    """A dense model of the same shape with random weights, to compare the time of a pass."""
+    """A dense model of the same shape with random weights, to compare the time of a pass with.
+
+    model: the model to copy shape, device and dtype from; its mechanisms are left out.
+    """
 
     def __init__(self, model: SkipstoneForCausalLM) -> None:
         written = model.config.to_dict()
@@ -243,7 +258,10 @@ class DenseTwin:
         warm(self.model)
 
     def seconds(self, ids: Sequence[int], new_tokens: int) -> Iterator[float]:
-        """Yield the seconds of each pass: the first over the prompt, then one for each new token."""
+        """Yield the seconds of each pass of greedy decoding: first over the prompt, then for each further token.
+
+        ids: token ids of the prompt. new_tokens: number of passes.
+        """
         passes = _greedy(self.model, ids, new_tokens)
         while True:
             began = perf_counter()
@@ -255,9 +273,9 @@ class DenseTwin:
 
 
 def warm(model: SkipstoneForCausalLM) -> None:
-    """Decode two tokens, so that what is compiled on first use is in nobody's time.
+    """Decode two tokens, so that compilation on first use is not included in any later measurement of time.
 
-    A model that cannot decode is left alone: it says so when it is asked.
+    A model that cannot generate is left alone; it raises its error when it is asked to.
     """
     with suppress(ValueError):
         for _ in _greedy(model, [0], 2):
@@ -272,7 +290,7 @@ def _greedy(model: SkipstoneForCausalLM, ids: Sequence[int], new_tokens: int) ->
 
 
 def rounded(value: float) -> float | None:
-    """Return the number rounded to `DIGITS` significant digits; None for infinities and NaN, which JSON cannot hold."""
+    """Return a number rounded to 5 significant digits; None for infinities and NaN, which JSON cannot represent."""
     return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
 
 

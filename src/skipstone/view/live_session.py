@@ -23,11 +23,13 @@ DRAFTS = (None, LOOKUP, EXIT, SKIP)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request of the page: a prompt, how to continue it, and by which models.
+    """A request of the page: a prompt, and how which models continue it.
 
-    prompt: at most PROMPT characters. new_tokens: at most NEW_TOKENS, and fewer where a context is shorter.
-    temperature: 0 takes the likeliest token. models: indices of the models, each once. budgets: for each of these
-    models a share of its dense FLOPs, or None for the model as it was trained. twin: whether dense twins are timed.
+    prompt: from 1 to 20,000 characters. models: indices of the loaded models, each at most once. new_tokens: at most
+    1,024; fewer are generated if a model's context is full earlier. temperature: from 0 (most probable token) to 10.
+    seed: of the sampling, an unsigned 32-bit number. budgets: for each of `models` the share of its dense FLOPs to
+    execute, or None for the model as it was trained; empty: None for all. twin: whether to time the dense twin of each
+    model as well. draft: "lookup", "exit" or "skip" for speculative decoding (`generate.drafts`), or None.
     """
 
     prompt: str
@@ -40,7 +42,7 @@ class Request:
     draft: str | None = None
 
     def check(self, models: int) -> None:
-        """Raise ValueError, one line, for values that are not allowed; `models` is the number of models."""
+        """Raise ValueError, with a message of one line, if a value is not allowed. models: number of loaded models."""
         if not self.prompt or len(self.prompt) > PROMPT:
             raise ValueError(f"prompt must have from 1 to {PROMPT:,} characters, got {len(self.prompt):,}")
         if not 1 <= self.new_tokens <= NEW_TOKENS:
@@ -58,9 +60,9 @@ class Request:
 
 
 def open_models(runs: Sequence[Path]) -> list[LiveModel]:
-    """Load the models of run folders.
+    """Load the models of one or more run folders, in the order of `runs`.
 
-    Raises ValueError or FileNotFoundError, one line, for a folder that cannot be shown.
+    Raises ValueError or FileNotFoundError, with a message of one line, for a folder without a model or a tokenizer.
     """
     names = _names(runs)
     with stages(*(f"loading {name}; its decoding is compiled if that was never done here" for name in names)) as stage:
@@ -75,7 +77,11 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """A question of the page: to which of `tokens`, ids, the last one attends, by a model at a budget."""
+    """A request of the page for the attention weights of a token.
+
+    model: index of the loaded model. tokens: ids of the text up to the token, which is the last. budget: share of the
+    dense FLOPs that the model is set to; None: as it was trained.
+    """
 
     model: int
     tokens: list[int]
@@ -83,9 +89,10 @@ class AttentionRequest:
 
 
 def read_attention_request(values: object, models: int) -> AttentionRequest:
-    """Build a question about attention from decoded JSON.
+    """Return the request for attention weights that decoded JSON describes.
 
-    Raises ValueError, one line, for values that are not allowed.
+    values: the decoded JSON. models: number of loaded models. Raises ValueError, with a message of one line, for values
+    that are not allowed.
     """
     if not isinstance(values, dict):
         raise ValueError("a request must be a JSON object")
@@ -96,15 +103,20 @@ def read_attention_request(values: object, models: int) -> AttentionRequest:
 
 
 def attention_events(models: Sequence[LiveModel], request: AttentionRequest) -> Iterator[PlainDict]:
-    """Yield one event with the attention weights of the last token in each block."""
+    """Yield the one event that answers a request for attention weights.
+
+    models: all loaded models. The event has `type` "attention", `model` (its index), `at` (index of the token) and
+    `layers`, the weights of each block as `LiveModel.attention` returns them.
+    """
     found = models[request.model].attention(request.tokens, request.budget)
     yield {"type": "attention", "model": request.model, "at": len(request.tokens) - 1, "layers": found}
 
 
 def read_request(values: object, models: int) -> Request:
-    """Build a request from decoded JSON.
+    """Return the request that decoded JSON describes, checked.
 
-    Raises ValueError, one line, for values that are not allowed.
+    values: the decoded JSON. models: number of loaded models. Raises ValueError, with a message of one line, for values
+    that are not allowed.
     """
     if not isinstance(values, dict):
         raise ValueError("a request must be a JSON object")
@@ -114,9 +126,12 @@ def read_request(values: object, models: int) -> Request:
 
 
 def events(models: Sequence[LiveModel], request: Request) -> Iterator[PlainDict]:
-    """Yield the events of all requested models, each with its number as `model`, and a final `end` for each.
+    """Yield the events of all requested models in turns, each with its model's index as `model`.
 
-    Raises ValueError, one line, before the first event, if a model cannot serve the request.
+    models: all loaded models. The events of `LiveModel.events` are followed by one of type "end" for each model. Pass
+    events also have `dense_seconds`, the time of the same pass of the dense twin, if `request.twin` is set and the
+    model has a twin. Raises ValueError, with a message of one line and before the first event, if a model cannot serve
+    the request.
     """
     budgets = request.budgets or [None] * len(request.models)
     runs = {i: _run(models[i], request, budget) for i, budget in zip(request.models, budgets, strict=True)}

@@ -35,7 +35,7 @@ EMPTY = ">null</script>"  # the place of what is shown
 
 @cache
 def empty_page() -> str:
-    """Return the page without anything to show: style and script inside, and a policy that allows no other script."""
+    """Return the HTML of the page without any result: style and script are inline, and no other script is allowed."""
     style, script = ("\n".join(_read(*place) for place in places) for places in (STYLES, SCRIPTS))
     script = "\n" + MODULES.sub("", script)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -48,9 +48,12 @@ def empty_page() -> str:
 def save_page(
     runs: Sequence[Path], out: Path, prompt: str, *, new_tokens: int = 64, temperature: float = 0.8, seed: int = 0
 ) -> Path:
-    """Continue a prompt with one or two models, and write what the live page would show as one file.
+    """Continue a prompt with one or two models and write what the live page would show as one HTML file.
 
-    Raises ValueError, one line, for values that are not allowed and for what a model cannot do.
+    runs: folders of runs or saved models. out: the file to write, which is also returned. new_tokens: how many to
+    generate at most. temperature: 0 chooses the most probable token; otherwise tokens are sampled. seed: of the
+    sampling. Raises ValueError, with a message of one line, for values that are not allowed and for a model that cannot
+    serve the request.
     """
     request = Request(
         prompt=prompt, models=list(range(len(runs))), new_tokens=new_tokens, temperature=temperature, seed=seed
@@ -62,7 +65,10 @@ def save_page(
 
 
 def page_of(models: Sequence[LiveModel], request: Request, told: Sequence[PlainDict]) -> str:
-    """Return the page of a request, all of whose events are `told`."""
+    """Return the HTML of a page that shows a request and its result.
+
+    models: all loaded models. told: the events that `live_session.events` yielded for the request, all of them.
+    """
     state = {
         "request": {**vars(request), "budgets": request.budgets or [None] * len(request.models)},
         "events": told,

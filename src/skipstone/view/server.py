@@ -60,7 +60,10 @@ FILES = {
 
 
 class Guard:
-    """Middleware that refuses requests from other pages and adds security headers to every answer."""
+    """ASGI middleware that refuses requests from other pages and adds security headers to every response.
+
+    app: the application that it protects. port: the port on which it is served, for the check of Host and Origin.
+    """
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self.app = app
@@ -81,7 +84,11 @@ class Guard:
         await (self.app if refusal is None else refusal)(scope, receive, send_guarded)
 
     def refusal(self, headers: Mapping[str, str]) -> Response | None:
-        """Return the answer that refuses a request, or None if it is allowed."""
+        """Return the response that refuses a request with these headers, or None if it is allowed.
+
+        Host has to be 127.0.0.1 or localhost with the server's port (else 421); Origin, if there is one, the server
+        itself (else 403).
+        """
         if headers.get("host") not in self.hosts:
             return answer(421, "this server answers to 127.0.0.1 only")
         if "origin" in headers and headers["origin"] not in self.origins:
@@ -90,12 +97,20 @@ class Guard:
 
 
 def answer(status: int, message: str, **headers: str) -> JSONResponse:
-    """Return a JSON answer with a one-line error."""
+    """Return a JSON response with an error.
+
+    status: the HTTP status. message: one line. headers: further HTTP headers.
+    """
     return JSONResponse({"error": message}, status, headers=headers)
 
 
 def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGIApp:
-    """Return the server as an ASGI application."""
+    """Return the web server of the live page as an ASGI application.
+
+    models: the loaded models. port: the port on which it is served. work: runs the computations, one at a time. Routes:
+    the page's files, `/api/models`, `/api/neurons/N`, `/api/saved-page`, and `/api/generate` and `/api/attention`,
+    which accept JSON by POST and answer with server-sent events.
+    """
 
     async def models_of(request: Request) -> Response:
         limits = {"prompt": PROMPT, "new_tokens": NEW_TOKENS}

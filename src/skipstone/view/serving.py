@@ -22,8 +22,9 @@ ADDRESS = "127.0.0.1"
 def serve(runs: Sequence[Path], *, port: int, browser: bool, announce: Callable[[str], None]) -> None:
     """Serve the live page of one or two runs on 127.0.0.1 until SIGINT or SIGTERM.
 
-    port: 0 takes any free port. browser: whether to open the page. announce: called with the address as soon as the
-    page can be loaded. Raises ValueError, one line, for a port that is taken and for a folder that cannot be shown.
+    runs: folders of runs or saved models. port: 0 chooses any free port. browser: whether to open the page in a
+    browser. announce: called with the page's address as soon as it can be loaded. Raises ValueError, with a message of
+    one line, for a port that is in use or not permitted, and for a folder that cannot be shown.
     """
     with _bound(port) as listening:
         models = open_models(runs)

@@ -18,11 +18,15 @@ WAITING = 4  # jobs that may wait for the one that computes
 
 
 class BusyError(Exception):
-    """Raised for a job when as many jobs are waiting as the queue allows."""
+    """Raised by `WorkQueue.submit` when as many jobs are waiting as the queue allows."""
 
 
 class Job:
-    """An accepted job, whose events arrive in the event loop in which it was made."""
+    """An accepted job, whose events are delivered to the asyncio event loop in which it was created.
+
+    make: starts the computation; called in the queue's thread, returns an iterator of events. ahead: number of jobs
+    that are computed before this one.
+    """
 
     def __init__(self, make: Callable[[], Iterator[PlainDict]], ahead: int) -> None:
         self._make, self.ahead = make, ahead
@@ -31,11 +35,15 @@ class Job:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Make the job end after its current pass; callable from any thread."""
+        """Ask the job to end after the event that it is computing; may be called from any thread."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Compute the job; called in the thread of the queue."""
+        """Compute the job and deliver its events; the queue's thread calls this.
+
+        A ValueError becomes an event of type "error" with its message; any other exception becomes one too, and is
+        raised again.
+        """
         try:
             if not self._stopped.is_set():
                 for event in self._make():
@@ -57,7 +65,10 @@ class Job:
             self.stop()
 
     async def events(self) -> AsyncIterator[PlainDict]:
-        """Yield the events as they come, `waiting` first if others are ahead; the job ends when nobody listens."""
+        """Yield the job's events as they arrive; if other jobs are ahead, a `waiting` event comes first.
+
+        The job is stopped when the caller stops iterating, as when a browser disconnects.
+        """
         try:
             if self.ahead:
                 yield {"type": "waiting", "ahead": self.ahead}
@@ -68,7 +79,10 @@ class Job:
 
 
 class WorkQueue:
-    """A queue that runs jobs one after the other in a daemon thread, which does not keep the process alive."""
+    """A queue that computes jobs one after the other in a daemon thread, which does not keep the process alive.
+
+    waiting: number of jobs that may wait for the one that is computing.
+    """
 
     def __init__(self, waiting: int = WAITING) -> None:
         self._limit = 1 + waiting
@@ -78,9 +92,10 @@ class WorkQueue:
         threading.Thread(target=self._work, name="skipstone-view", daemon=True).start()
 
     def submit(self, make: Callable[[], Iterator[PlainDict]]) -> Job:
-        """Queue a job and return it; to be called in an event loop.
+        """Queue a job and return it; must be called inside a running event loop.
 
-        Raises BusyError if the queue is full.
+        make: starts the computation when it is the job's turn, and returns an iterator of events (dicts). Raises
+        BusyError if the queue is full.
         """
         with self._lock:
             if len(self._accepted) >= self._limit:
@@ -91,7 +106,7 @@ class WorkQueue:
         return job
 
     def stop(self) -> None:
-        """Make all jobs end."""
+        """Ask all jobs, running and waiting, to end."""
         with self._lock:
             for job in self._accepted:
                 job.stop()
