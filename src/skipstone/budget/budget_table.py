@@ -29,9 +29,11 @@ LARGEST_SHARE = 100  # of the dense FLOPs: no mechanism costs so much
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """The thresholds of a model at which it executes one share of the dense FLOPs per token.
+    """A set of thresholds, and the share of the dense model's FLOPs that the model executes with it.
 
-    share: measured with these `thresholds`. kept: the share of tokens that each threshold keeps.
+    share: forward FLOPs per token as a share of the dense model's, measured with these thresholds. thresholds: one
+    score per entry of `BudgetTable.handles`; tokens above it are kept. kept: the share of tokens that each threshold
+    keeps, from 0 to 1.
     """
 
     share: float
@@ -41,11 +43,13 @@ class OperatingPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetTable:
-    """Thresholds of one model at operating points from the least to the most FLOPs that it can execute.
+    """The thresholds of one model for every FLOP budget that it can meet, as a list of measured points.
 
-    A budget is the share of the dense model's forward FLOPs per token, of causal passes over one row at a time. Between
-    two points thresholds are interpolated linearly. handles: names of the thresholds. trained: their state as trained.
-    tokens, rows: of the calibration text, which `text` describes.
+    A budget is a share of the dense model's forward FLOPs per token, when tokens are skipped as in generation and rows
+    run one at a time. Between two points, thresholds are interpolated linearly. handles: names of the thresholds, such
+    as "3 mod". trained: the state of each as trained, by which `reset` restores it. points: from the smallest to the
+    largest share. tokens, rows: tokens per row and number of rows of the calibration text. text: a description of that
+    text.
     """
 
     handles: tuple[str, ...]
@@ -73,12 +77,16 @@ class BudgetTable:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the largest budget, as shares of the dense FLOPs, to three digits."""
+        """The smallest and the largest budget, as shares of the dense FLOPs, rounded inwards to three decimals."""
         low, high = self.points[0].share, self.points[-1].share
         return math.ceil(low * 1000 - 1e-9) / 1000, math.floor(high * 1000 + 1e-9) / 1000
 
     def thresholds(self, budget: float) -> list[float]:
-        """Return the threshold of each handle. Raises ValueError, naming the range, for a budget outside of it."""
+        """Return the threshold of each handle for a budget, interpolated between the two nearest points.
+
+        budget: share of the dense FLOPs. Raises ValueError for a budget outside of `range`, and for one in a gap
+        between points that are more than 10 % apart, where the scores do not tell tokens apart.
+        """
         low, high = self.range
         if not low <= budget <= high:
             raise ValueError(
@@ -95,22 +103,29 @@ class BudgetTable:
         return [(1 - part) * a + part * b for a, b in zip(one.thresholds, other.thresholds, strict=True)]
 
     def set(self, model: SkipstoneForCausalLM, budget: float) -> None:
-        """Set the model's thresholds to this budget, until `reset`.
+        """Set the model's thresholds so that it meets a budget, until `reset`.
 
-        Raises ValueError as `thresholds` does, and for another model than the one that was calibrated.
+        budget: share of the dense FLOPs. Raises ValueError as `thresholds` does, and for a model with other thresholds
+        than the calibrated one.
         """
         thresholds = self.thresholds(budget)
         for handle, threshold in zip(self._handles(model), thresholds, strict=True):
             handle.set(threshold)
 
     def reset(self, model: SkipstoneForCausalLM) -> None:
-        """Restore every threshold as it was trained, to the bit."""
+        """Restore every threshold of the model exactly as it was trained.
+
+        Raises ValueError for a model with other thresholds.
+        """
         for handle, state in zip(self._handles(model), self.trained, strict=True):
             handle.restore(list(state))
 
     @contextmanager
     def at(self, model: SkipstoneForCausalLM, budget: float) -> Iterator[None]:
-        """Set the model to the budget inside a `with` block, and restore it afterwards."""
+        """Set the model to a budget inside a `with` block, and restore its present thresholds afterwards.
+
+        budget, errors: as in `set`.
+        """
         before = [(handle, handle.state()) for handle in self._handles(model)]
         try:
             self.set(model, budget)
@@ -120,9 +135,10 @@ class BudgetTable:
                 handle.restore(state)
 
     def present(self, model: SkipstoneForCausalLM) -> float:
-        """Return the share of the point whose thresholds are nearest to those that the model has now.
+        """Return the budget that the model's present thresholds meet, roughly: the share of the nearest point.
 
-        For a model as it was trained, this is the share that it was calibrated to execute.
+        For a model as it was trained, this is exactly the share of the dense FLOPs that calibration measured for it.
+        Raises ValueError for a model with other thresholds.
         """
         now = [handle.threshold for handle in self._handles(model)]
         apart = [max(abs(a - b) for a, b in zip(point.thresholds, now, strict=True)) for point in self.points]
@@ -138,19 +154,28 @@ class BudgetTable:
         return handles
 
     def save(self, folder: str | Path) -> Path:
-        """Write budget.json beside the weights. Raises FileExistsError where there is a table already."""
+        """Write the table as budget.json into `folder`, where the model's weights are, and return the path.
+
+        Raises FileExistsError if there is a table already, OSError or `WriteError` if the file cannot be written.
+        """
         path = self.refuse(folder)
         write_whole(path, json.dumps(sealed(asdict(self)), indent=1) + "\n")
         return path
 
     @staticmethod
     def find(folder: str | Path) -> Path | None:
-        """Return the file of the table in `folder`, by its name of today or the one before 0.2; None without either."""
+        """Return the path of the table in `folder`; None if there is none.
+
+        The file is budget.json, or dial.json if a release before 0.2 wrote it.
+        """
         return next((path for name in (FILE, LEGACY) if (path := Path(folder) / name).is_file()), None)
 
     @classmethod
     def refuse(cls, folder: str | Path) -> Path:
-        """Return where `save` would write. Raises FileExistsError as it does, OSError where nothing can be written."""
+        """Return the path that `save` would write in `folder`, after checking that it may be written.
+
+        Raises FileExistsError if there is a table already, OSError or `WriteError` if no file can be created there.
+        """
         if (path := cls.find(folder)) is not None:
             raise FileExistsError(f"{str(path)!r} exists already; nothing is overwritten; remove it to calibrate again")
         check_writable(Path(folder) / FILE)
@@ -158,9 +183,9 @@ class BudgetTable:
 
     @classmethod
     def of(cls, model: SkipstoneForCausalLM) -> BudgetTable:
-        """Read the budget table in the folder that a model was loaded from, as `load` does.
+        """Read the budget table from the folder that a model was loaded from (`model.name_or_path`).
 
-        Warns for a model that has got adapters since: its scores are others.
+        Warns if adapters were added to the model, because the table was measured without them. Raises as `load`.
         """
         table = cls.load(model.name_or_path)
         if getattr(model, "peft_config", None):
@@ -173,9 +198,10 @@ class BudgetTable:
 
     @classmethod
     def load(cls, folder: str | Path) -> BudgetTable:
-        """Read a budget table that `save` wrote.
+        """Read the budget table that `save` wrote into `folder`.
 
-        Raises FileNotFoundError without a file, ValueError for one that cannot be read.
+        Raises FileNotFoundError if there is none, `Damaged` (a ValueError) if its hash differs, and ValueError if it
+        cannot be read.
         """
         path = cls.find(folder)
         if path is None:

@@ -37,11 +37,13 @@ WITHIN = 0.01  # `meet` is content this close to the budget, as a share of it
 
 
 def calibrate(model: SkipstoneForCausalLM, rows: Rows, text: str = "") -> BudgetTable:
-    """Measure the budget table of a model: its thresholds for every budget in range.
+    """Measure which thresholds make a model meet which FLOP budget, and return them as a table.
 
-    The model is restored afterwards. rows: token ids, int64 [rows, tokens], or a sequence of forward's arguments, rows
-    of equal length in batches of any size; not the rows that will be evaluated. text: a description of the rows. Raises
-    ValueError for no rows, a model without a threshold that can be set, and decisions that have no causal form.
+    The model runs over the rows many times with decisions as in generation, and is restored afterwards. rows: text to
+    measure on, and not the text of a later evaluation: token ids, int64 [rows, tokens], or a sequence of keyword
+    arguments of the model's forward, each a batch of rows of the same length. text: a description of the rows, stored
+    in the table. Raises ValueError for no rows, for a model without a threshold that can be set, and for decisions that
+    need later tokens.
     """
     handles, batches = require_handles(model), _batches(model, rows)
     with _left_as_it_was(model, handles), work(PARTS, UNIT):
@@ -63,7 +65,12 @@ def calibrate(model: SkipstoneForCausalLM, rows: Rows, text: str = "") -> Budget
 def meet(
     model: SkipstoneForCausalLM, handles: Sequence[ThresholdHandle], rows: Sequence[Mapping[str, Tensor]], needed: float
 ) -> None:
-    """Set the thresholds so that causal passes over `rows` need this many FLOPs per token, as nearly as possible."""
+    """Set the thresholds so that the model needs `needed` forward FLOPs per token on `rows`, as nearly as possible.
+
+    Decisions are made as in generation. handles: the thresholds to set, all of the model's. rows: batches as keyword
+    arguments of forward, on the model's device. The search ends within 1 % of `needed`, or after 12 halvings of the
+    range.
+    """
     path, low, high, place = _Path(model, handles, rows), 0.0, 1.0, 0.5
     found = path.seen
     for _ in range(HALVINGS):
@@ -125,7 +132,11 @@ def _between(
 
 
 def quantile(score_N: Tensor, share: float) -> float:
-    """Return a number with this share of the scores at or below it; for 0 and 1 a number well outside of them."""
+    """Return a threshold with this share of the scores at or below it.
+
+    score_N: scores of N tokens, at least one. share: from 0 to 1; for 0 and 1 the threshold lies well outside of the
+    scores.
+    """
     ordered = score_N.double().sort().values
     at = round(share * len(ordered))
     margin = float(ordered[-1] - ordered[0]) or 1.0

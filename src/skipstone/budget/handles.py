@@ -22,9 +22,11 @@ from skipstone.model.wrapped import require_ours
 
 
 class ThresholdHandle:
-    """A threshold that can be set: of one block or, where the options hold it, of all blocks of a mechanism.
+    """A threshold that calibration can set: that of one block, or one shared by all blocks of a mechanism.
 
-    name: blocks and mechanism. index: the entry of `config.mechanisms` in which a saved model keeps the option.
+    It is shared if it is a configuration option of the mechanism. name: block numbers and name of the mechanism, such
+    as "3 mod". model: the model that holds it. index: the mechanism's index in `config.mechanisms`. mechanisms: those
+    of all blocks concerned.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, index: int, mechanisms: Sequence[DepthModule]) -> None:
@@ -36,7 +38,7 @@ class ThresholdHandle:
 
     @property
     def saved(self) -> bool:
-        """Whether a saved model keeps the threshold that was set."""
+        """Whether the threshold is stored with a saved model after it was set."""
         return self._thresholds[0].saved
 
     @property
@@ -45,18 +47,18 @@ class ThresholdHandle:
         return self._thresholds[0].get()
 
     def set(self, threshold: float) -> None:
-        """Set the threshold in all its blocks, and in the configuration if the options hold it."""
+        """Set the threshold in all its blocks and, if it is a configuration option, in the model's configuration."""
         self._thresholds[0].set(threshold)
         if self._option is not None:  # of which all blocks read one object
             self._model.change_mechanism(self._index, **{self._option: self._thresholds[0].state()[0]})
 
     def state(self) -> State:
-        """Return everything that `set` changes, exactly, for `restore`."""
+        """Return everything that `set` changes as a list of numbers, so that `restore` can undo it exactly."""
         state = self._thresholds[0].state()
         return state if self._option is None else [*state, self._written]
 
     def restore(self, state: State) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned earlier, undoing calls of `set` since."""
         if self._option is None:
             self._thresholds[0].restore(state)
         else:
@@ -71,7 +73,10 @@ class ThresholdHandle:
         return value
 
     def scores(self, records: Sequence[Records]) -> Tensor:
-        """Return the scores [N] of all tokens of a pass that reached the mechanism."""
+        """Return the scores, fp32 [N], of the N tokens of a pass that reached the blocks of this threshold.
+
+        records: the records of the pass, a dict by mechanism name for each block.
+        """
         parts = []
         for placement, threshold in zip(self._placements, self._thresholds, strict=True):
             record = find(records[placement.layer], placement.name, DepthRecord)
@@ -81,8 +86,9 @@ class ThresholdHandle:
 
 
 def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find every threshold on scores in the model, outermost mechanisms first, then by block; none where nothing
-    skips.
+    """Find every threshold on scores in a model; the list is empty if nothing is skipped by score.
+
+    They are in the order of `config.mechanisms` (outermost first), then of blocks.
     """
     handles: list[ThresholdHandle] = []
     for index, entry in enumerate(model.config.mechanism_entries):
@@ -98,9 +104,10 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find the handles as `find_handles` does.
+    """Find every threshold on scores in a model, as `find_handles` does, and require at least one.
 
-    Raises ValueError for a model without any, naming its mechanisms, or without causal passes.
+    Raises ValueError if there is none, naming the model's mechanisms, if decisions need later tokens, and if the model
+    is not one of Skipstone.
     """
     require_ours(model)
     require_causal(model.routing_modules())
