@@ -22,7 +22,11 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class Signature:
-    """The signature of a block's forward: hidden states first, and a cache under one of `CACHE_NAMES`."""
+    """The signature of a foreign decoder block's forward: hidden states first, and a cache under a known name.
+
+    block: the block to inspect. cache_name: the name of the argument for the key-value cache, such as
+    "past_key_values". Raises ValueError for a block that has no such argument or accepts *args.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         """Inspect the block. Raises ValueError for a block that takes no cache."""
@@ -37,7 +41,10 @@ class Signature:
         self.cache_name = found or CACHE_NAMES[0]
 
     def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[object, ...], kwargs: PlainDict) -> PlainDict:
-        """Return all arguments by name, except the hidden states."""
+        """Return all arguments of a call of the block by name, except the hidden states.
+
+        block: the module itself. x_BTD: the hidden states. args, kwargs: the other arguments as given.
+        """
         bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
         values: PlainDict = {}
         for name, value in list(bound.items())[2:]:
@@ -50,7 +57,11 @@ class Signature:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some tokens of a call: whole rows (`rows`), or tokens of every row (`index_BK`)."""
+    """Some of the B x T tokens of a call: whole rows, or K tokens of every row.
+
+    shape: (B, T). rows: the whole rows; None: `index_BK` says which tokens. index_BK: int64, positions of the K tokens
+    in each row, or None.
+    """
 
     shape: torch.Size  # B, T
     rows: RowSubset | None = None
@@ -58,14 +69,20 @@ class Subset:
 
     @classmethod
     def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
-        """Return these tokens of an outer call as the tokens that `part` selects."""
+        """Return the tokens that a selection selects, as positions in the whole call.
+
+        part: the selection. shape: (B, T) of the call. device: that of the tokens.
+        """
         if isinstance(part, WholeRows):
             return cls(shape, rows=part.rows)
         slot_BT = torch.arange(shape[1], device=device).expand(shape)
         return cls(shape, index_BK=part.gather(slot_BT))
 
     def at(self, x: Tensor, row_axis: int) -> Tensor:
-        """Return x [..., B or 1, T, ...] for these tokens. row_axis: negative; the axis of tokens follows it."""
+        """Return the values of these tokens in a tensor x [..., B or 1, T, ...].
+
+        row_axis: the axis of rows, counted from the end (negative); the axis of tokens follows it.
+        """
         axis = row_axis + x.dim()
         if self.rows is not None:
             return x if x.shape[axis] == 1 else x.index_select(axis, self.rows.index_R)
@@ -77,9 +94,10 @@ class Subset:
 
 
 def for_tokens(arguments: PlainDict, subset: Subset, keys_too: bool = False) -> PlainDict:
-    """Return the arguments of a block for some of the call's tokens.
+    """Return the arguments of a block's call for some of its tokens: masks, positions and other tensors are gathered.
 
-    keys_too: whether the other tokens do not serve as keys either.
+    arguments: by name. subset: the tokens, which become the queries. keys_too: whether the other tokens are left out as
+    keys, too; False: attention still sees them.
     """
     return {name: _picked(name, value, subset, keys_too) for name, value in arguments.items()}
 
@@ -117,12 +135,17 @@ def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
 
 
 def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | None]) -> PlainDict:
-    """Return the arguments with the attention mask changed by `change`."""
+    """Return a copy of the arguments in which `change` has been applied to the attention mask (None: there
+    was none).
+    """
     return {**arguments, "attention_mask": change(arguments.get("attention_mask"))}
 
 
 def causal_mask(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Return the mask unchanged, or the causal one, bool [1, 1, T, T], if there is none."""
+    """Return the mask unchanged or, if it is None, a causal one: bool [1, 1, T, T], True where attention is allowed.
+
+    length: T. device: where the mask is created.
+    """
     if mask is not None:
         return mask
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]

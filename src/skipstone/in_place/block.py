@@ -33,7 +33,11 @@ TOLERANCE, LOW_TOLERANCE = 1e-4, 0.05  # errors relative to the largest update
 
 
 class Owner(Protocol):
-    """The handle of a decoder, as its blocks see it. verifying: whether each block is checked while it runs."""
+    """What a `RoutedBlock` needs of the object that holds all routed blocks (`RoutedDecoder`).
+
+    verifying: whether each block compares its result with that of computing all tokens. tokens_at: returns the tokens
+    of a block's call. note: receives the records of a block.
+    """
 
     @property
     def verifying(self) -> bool: ...
@@ -42,9 +46,11 @@ class Owner(Protocol):
 
 
 class RoutedBlock:
-    """A replacement for `block.forward` that runs the block inside its mechanisms.
+    """A replacement for the `forward` of a foreign decoder's block that runs the block inside its depth mechanisms.
 
-    `mechanisms` are a child module of the block, the first outermost.
+    decoder: the owner of all routed blocks. layer: the block's index. block: the module, whose `forward` is replaced.
+    signature: that of its original forward. mechanisms: become the child module "mechanisms" of the block, the first
+    outermost.
     """
 
     def __init__(
@@ -60,13 +66,16 @@ class RoutedBlock:
 
     @property
     def mechanisms(self) -> DepthModules:
-        """The depth mechanisms of the block."""
+        """The depth mechanisms of the block, by name."""
         found = self.block.mechanisms
         assert isinstance(found, DepthModules)
         return found
 
     def undo(self) -> None:
-        """Remove the mechanisms. Raises ValueError if the block was wrapped by other code since."""
+        """Restore the block's original forward and remove the mechanisms.
+
+        Raises ValueError if other code has wrapped it since.
+        """
         if getattr(self.block.__dict__.get("forward"), "__self__", None) is not self:
             raise ValueError(f"block {self.layer} was wrapped after it was routed; undo that first")
         del self.block._modules["mechanisms"]
@@ -75,7 +84,11 @@ class RoutedBlock:
             self.block.forward = self._before
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the block with its update under the mechanisms, and return what the block itself would return."""
+        """Run the block inside its mechanisms, and return what the block itself would return.
+
+        hidden_states: [B, T, D]. args, kwargs: the block's other arguments. Raises ValueError for alibi biases, for
+        reentrant activation checkpointing, and if the mechanisms skip keys that the model's own cache needs.
+        """
         arguments = self.signature.named(self.block, hidden_states, args, kwargs)
         cache = arguments.pop(self.signature.cache_name, None)
         if arguments.get("alibi") is not None:
@@ -136,9 +149,10 @@ class RoutedBlock:
         return next(p.dtype for p in self.block.parameters() if p.is_floating_point())
 
     def call(self, x: Tensor, arguments: PlainDict, cache: Any) -> Tensor:
-        """Call the block itself, without mechanisms.
+        """Call the original block without mechanisms, and return the residual stream, shaped as x.
 
-        Raises ValueError if it returns no stream with its input's shape.
+        x: hidden states of some tokens. arguments: the other arguments by name. cache: the key-value cache, or None.
+        Raises ValueError if the block does not return hidden states of the shape of x, alone or first in a tuple.
         """
         out = self._original(x, **arguments, **{self.signature.cache_name: cache})
         if isinstance(out, tuple):
@@ -153,7 +167,12 @@ class RoutedBlock:
 
 
 class BlockCall:
-    """One call of a block: the innermost update inside its mechanisms."""
+    """One call of a routed block; its `update` is what the mechanisms wrap.
+
+    routed: the block. tokens: all tokens of the call. arguments: the block's arguments by name, without hidden states
+    and cache. cache: the model's key-value cache, or None. shape: (B, T). stored: whether keys and values of all tokens
+    have been put into the cache.
+    """
 
     def __init__(
         self, routed: RoutedBlock, tokens: Tokens, arguments: PlainDict, cache: Any, shape: torch.Size
@@ -162,7 +181,11 @@ class BlockCall:
         self.stored = False  # whether keys and values of all tokens were stored in the cache
 
     def update(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the block's update of the query tokens, 0 for all others."""
+        """Return what the block adds to the residual stream, [B, L, D], and no records.
+
+        x_BLD: hidden states of the L tokens per row that reach the block. tokens: these tokens; the update is computed
+        for `tokens.queries`, and 0 for all others.
+        """
         narrowed = tokens.slot_BT is not self.whole.slot_BT
         arguments, part = self._reaching(tokens) if narrowed else self.arguments, tokens.queries
         if (

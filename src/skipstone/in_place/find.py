@@ -12,9 +12,9 @@ KERNELS = ("sdpa", "eager")
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """Return the causal decoder of a language model, or the text decoder of a multimodal one.
+    """Return the causal decoder inside a transformers language model, or the text decoder of a multimodal one.
 
-    Raises ValueError for a model that has none, or whose blocks carry mechanisms already.
+    Raises ValueError for a model that has none, that has an encoder, or whose blocks have mechanisms already.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
@@ -29,13 +29,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def text_config(decoder: nn.Module) -> Any:
-    """Return the configuration of the text decoder's blocks."""
+    """Return the configuration of the decoder's text blocks (for a multimodal model, the text part)."""
     config: Any = decoder.config
     return config.get_text_config(decoder=True)
 
 
 def blocks_of(decoder: nn.Module) -> nn.ModuleList:
-    """Return the decoder's list of blocks. Raises ValueError if there is no such list, or more than one."""
+    """Return the decoder's list of blocks: its one child list with `num_hidden_layers` modules.
+
+    Raises ValueError if there is no such list, or more than one.
+    """
     count = text_config(decoder).num_hidden_layers
     found = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(found) != 1:
@@ -45,7 +48,10 @@ def blocks_of(decoder: nn.Module) -> nn.ModuleList:
 
 
 def require_kernel(decoder: nn.Module) -> None:
-    """Raise ValueError unless the attention implementation takes the masks that skipping needs."""
+    """Raise ValueError unless the decoder's attention implementation is "sdpa" or "eager".
+
+    Skipping passes attention masks for some of the queries only, which other implementations do not accept.
+    """
     kernel = text_config(decoder)._attn_implementation
     if kernel not in KERNELS:
         raise ValueError(

@@ -32,12 +32,13 @@ IGNORED = -100
 
 
 class RoutedDecoder:
-    """The handle to the mechanisms that `route` has put into a model.
+    """The mechanisms that `route` has put into a model, with their settings, records and weights.
 
-    records: the decisions of the last pass, for each block. executor: "gathered" computes kept tokens only, "masked"
-    computes all and discards the others; results are equal. training_routing: routing of passes in training mode that
-    compute gradients, "oracle" (may look at the whole row) or "causal"; all other passes decide causally. routing:
-    routing of every pass, if not None. forced: `{layer: bool mask [B, T]}`, imposed decisions.
+    records: decisions of the last forward pass, a dict by mechanism name for each block. executor: "gathered" computes
+    kept tokens only; "masked" computes all tokens and discards the others' updates, with equal results.
+    training_routing: how passes in training mode with gradients decide: "oracle" may look at the whole row, "causal" at
+    earlier tokens only; all other passes are causal. routing: the same for every pass; None: as described. forced:
+    decisions to impose, bool masks [B, T] of kept tokens by block index.
     """
 
     def __init__(
@@ -67,38 +68,45 @@ class RoutedDecoder:
         model.routing_modules = self.routing_modules  # type: ignore[assignment]  # where a `RoutingCallback` looks
 
     def routing_modules(self) -> Iterator[DepthModule]:
-        """Yield every mechanism in the order of the blocks."""
+        """Yield every mechanism, in the order of the blocks."""
         for routed in self.blocks:
             yield from routed.mechanisms.values()
 
     def modules(self) -> Iterator[tuple[str, DepthModules]]:
-        """Yield the mechanisms of each routed block with a name that does not depend on the model's names."""
+        """Yield a name, "layers.INDEX", and the mechanisms of each routed block.
+
+        The names do not depend on the model's architecture.
+        """
         for routed in self.blocks:
             yield f"layers.{routed.layer}", routed.mechanisms
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of the mechanisms alone, for an optimizer that leaves the model unchanged."""
+        """Yield the parameters of the mechanisms alone, for an optimizer that leaves the model's own
+        weights unchanged.
+        """
         for mechanism in self.routing_modules():
             yield from mechanism.parameters()
 
     def set_identity(self) -> None:
-        """Make every mechanism keep all tokens with weight 1; gradients still reach its parameters."""
+        """Make every mechanism keep all tokens with weight 1; its parameters still get gradients."""
         for mechanism in self.routing_modules():
             mechanism.set_identity()
 
     def auxiliary_loss(self) -> Tensor:
-        """Return the sum of the mechanisms' auxiliary losses in the last pass, each averaged over its tokens.
+        """Return the sum of the mechanisms' auxiliary losses in the last pass, a scalar with gradient; 0 without any.
 
-        In training mode, a model that is called with labels has already added it to its loss.
+        Each loss is a mean over the tokens that reached its mechanism. In training mode, a model that is called with
+        labels has added the sum to its loss already.
         """
         found = auxiliary_loss(self.records, None)
         return torch.zeros((), device=next(self.decoder.parameters()).device) if found is None else found
 
     @torch.no_grad()
     def advance(self, progress: float) -> None:
-        """Advance thresholds and schedules by the last pass; call it once per optimizer step in a custom loop.
+        """Update thresholds and schedules from the last pass, once per optimizer step of a custom training loop.
 
-        progress: from 0 to 1 over the training. A Trainer does this by `RoutingMixin`.
+        progress: the share of the training that is done, from 0 to 1. With transformers' Trainer, `RoutingMixin` does
+        this.
         """
         for mechanism in self.routing_modules():
             place = mechanism.placement
@@ -106,7 +114,10 @@ class RoutedDecoder:
             mechanism.advance(progress, None if record is None else mechanism.statistics(record))
 
     def kept_share(self) -> float:
-        """Return the share of token-layers that the last pass computed; blocks without mechanisms count as 1."""
+        """Return the mean share of tokens that the blocks computed in the last pass, from 0 to 1.
+
+        All blocks count, those without mechanisms as 1.
+        """
         shares = [1.0] * self.count
         for i, records in enumerate(self.records):
             kept = [r.kept_BT for r in records.values()]  # type: ignore[union-attr]
@@ -115,14 +126,14 @@ class RoutedDecoder:
         return sum(shares) / self.count
 
     def save(self, folder: str | Path) -> None:
-        """Write entries and weights of the mechanisms, including thresholds, for `route(model, folder)`.
+        """Write options and weights of the mechanisms, thresholds included, into `folder` for `route(model, folder)`.
 
         The model's own weights are not saved, as with an adapter.
         """
         write(Path(folder), [entry.plain() for entry in self.entries], dict(self.modules()))
 
     def undo(self) -> None:
-        """Remove everything from the model. Raises ValueError if a block was wrapped by other code since."""
+        """Remove all mechanisms from the model. Raises ValueError if other code has wrapped a block since."""
         for routed in self.blocks:
             routed.undo()
         self._hook.remove()
@@ -145,9 +156,10 @@ class RoutedDecoder:
         self._tokens, self.records = None, tuple({} for _ in range(self.count))
 
     def tokens_at(self, routed: RoutedBlock, x_BTD: Tensor, cache: Any) -> Tokens:
-        """Return the `Tokens` that a block receives, as earlier blocks of the pass have left them.
+        """Return the tokens of a block's call, with the state that earlier blocks of this pass have left.
 
-        Raises ValueError for hidden states that are not [B, T, D].
+        routed: the block. x_BTD: its hidden states. cache: the model's key-value cache, or None. Raises ValueError for
+        hidden states that are not [B, T, D].
         """
         if x_BTD.dim() != 3:
             raise ValueError(f"block {routed.layer} must be given hidden states [B, T, D], got {list(x_BTD.shape)}")
@@ -178,7 +190,7 @@ class RoutedDecoder:
         return tokens_of(call, mode).replace(state=state, noise_seed=draw_seed(x_BTD.device) if noise else None)
 
     def note(self, layer: int, records: Records) -> None:
-        """Store the records of a block, and the tensors that its mechanisms carry to later blocks."""
+        """Store the records of block `layer`, and pass the tensors that its mechanisms carry on to later blocks."""
         self.records[layer].update(records)  # type: ignore[attr-defined]
         if self._tokens is not None and (carry := carried(records.values())):
             self._tokens = self._tokens.replace(state={**self._tokens.state, **carry})

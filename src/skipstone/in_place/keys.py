@@ -43,20 +43,23 @@ class _Between(Cache):
 
 
 class Catching(_Between):
-    """A cache that captures keys and values and ends the run."""
+    """A cache that captures the keys and values that an attention passes to it, and then ends the block's run.
+
+    caught: (keys, values), each [B, H, T, E]. handed: the other arguments of the call.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
-        """Capture keys and values and end the run."""
+        """Capture keys and values, and end the block's run by an exception that `keys_of` catches."""
         self.caught = key_states, value_states
         self.handed = args, kwargs
         raise _Caught
 
 
 class Joining(_Between):
-    """A cache that merges keys and values of some tokens with the others' (`join`), and returns those of the rows that
-    run.
+    """A cache that merges keys and values of some tokens with those of the others, so that attention sees all.
 
-    It stores the merged ones in the model's cache, if there is one.
+    cache: the model's cache, which stores the merged ones; None: nothing is stored. join: merges a pair (keys, values)
+    of the running tokens with the others'. rows: selects the batch rows that run. calls: how often `update` was called.
     """
 
     def __init__(self, cache: Any, join: Callable[[Pair], Pair], rows: Callable[[Tensor], Tensor]) -> None:
@@ -64,7 +67,7 @@ class Joining(_Between):
         self._stores, self._join, self._rows = cache is not None, join, rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
-        """Merge, store, and return keys and values for the rows that run."""
+        """Merge keys and values with those of the other tokens, store them, and return those of the rows that run."""
         self.calls += 1
         pair = self._join((key_states, value_states))
         if self._stores:
@@ -73,9 +76,10 @@ class Joining(_Between):
 
 
 def keys_of(block: nn.Module, where: str, run: Callable[[Catching], object], cache: Any) -> Catching:
-    """Run a block up to its attention's keys and values, and return them.
+    """Run a block only as far as its attention's keys and values, and return the cache that captured them.
 
-    Raises ValueError for a block that passes none to a cache.
+    block: the module. where: its name in errors. run: calls the block with the cache that it is given. cache: the
+    model's cache, or None. Raises ValueError for a block that passes no keys and values to a cache.
     """
     catching = Catching(cache)
     try:

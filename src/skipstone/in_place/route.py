@@ -26,17 +26,17 @@ def route(
     dense_start: bool = False,
     verify: bool = True,
 ) -> RoutedDecoder:
-    """Put depth mechanisms around the blocks of a transformers decoder, in place, and return the handle to them.
+    """Put depth mechanisms around the blocks of a transformers decoder, in place, and return an object to control them.
 
     model: a causal language model, or a multimodal one with a text decoder, whose blocks take hidden states first and
-    return a stream, alone or as the first item of a tuple. mechanisms: entries as in `SkipstoneConfig` (name, layers,
-    options), around whole blocks; `kv` defaults to "full". Or a folder that `RoutedDecoder.save` has written.
-    dense_start: start with the model's own outputs, for weights that are to be tuned; default options are then those of
-    `skipstone adapt`. verify: check on a few tokens that every routed block gives the same result with skipping and
-    with everything computed.
+    return hidden states, alone or first in a tuple. mechanisms: entries as in `SkipstoneConfig` (name, layers,
+    options), around whole blocks, with `kv: full` by default (skipped tokens still provide keys and values); or a
+    folder that `RoutedDecoder.save` has written. dense_start: whether to start with the outputs of the model itself,
+    for fine-tuning; options that are not given are then those of `skipstone adapt`. verify: whether to check on a few
+    tokens that every routed block gives the same result with skipping as with computing everything.
 
-    Raises ValueError for invalid entries, for models whose blocks have another form, and for a block that does not skip
-    exactly.
+    Raises ValueError for invalid entries, for models whose blocks have another form, and for a block that fails the
+    check; the model is left as it was.
     """
     decoder = decoder_of(model)
     require_kernel(decoder)

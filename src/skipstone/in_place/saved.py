@@ -24,7 +24,10 @@ HASH = "weights_sha256"  # in the entries; files of earlier releases have none
 
 
 def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, nn.Module]) -> None:
-    """Write the entries and weights of mechanisms into a model's folder, leaving its other files alone."""
+    """Write the configuration entries and weights of mechanisms into a model's folder, leaving its other files alone.
+
+    entries: as in the configuration. modules: the mechanisms, by the prefix of their weights' names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _named(modules).items()}
     partial = atomic_write.partial_of(folder / WEIGHTS)
@@ -36,7 +39,7 @@ def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, 
 
 
 def read_mechanisms(folder: Path) -> list[PlainDict]:
-    """Read the entries of mechanisms from a model's folder, after comparing both files with their hashes.
+    """Read the configuration entries of mechanisms from a model's folder, after comparing both files with their hashes.
 
     Raises ValueError for a file that is missing, damaged or invalid.
     """
@@ -59,9 +62,10 @@ def read_mechanisms(folder: Path) -> list[PlainDict]:
 
 
 def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Load the weights of mechanisms from a model's folder.
+    """Load the weights of mechanisms from a model's folder into `modules`, in place.
 
-    Raises ValueError for a file that is missing, broken or of other mechanisms.
+    modules: the mechanisms, by the prefix of their weights' names. Raises ValueError for a file that is missing or
+    broken, or that does not fit these mechanisms.
     """
     path = folder / WEIGHTS
     try:
