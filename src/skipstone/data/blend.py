@@ -23,7 +23,7 @@ SOURCE_STREAM = 1 << 20  # far from the streams from which windows are drawn
 
 
 def check_sources(blend: Blend, known: Sequence[str]) -> None:
-    """Raise ValueError for a source of the blend that does not exist."""
+    """Raise ValueError if the blend names a source that is not in `known`."""
     for name in {**blend.start, **(blend.end or {})}:
         if name not in known:
             raise ValueError(unknown("source in blend", name, known))
@@ -54,11 +54,12 @@ class _Joined(RowDataset):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlendedWindows(_Joined):
-    """Training rows from several sources.
+    """A dataset of training rows from several sources, mixed in shares that may change over the training.
 
-    The windows of a source lie side by side and are read in an order shuffled by the seed, each once, then again in
-    another order. Because the blend may change, row i depends on the number of rows. once: raise ValueError instead of
-    reading a window again.
+    Each source is divided into windows side by side, which are read in an order shuffled by the seed, each once, then
+    again in another order. sources: the windows of each source. names: the sources' names, in the same order. blend:
+    their shares. seed: of the choice of sources. once: raise ValueError if `rows` rows would need a window twice. Row i
+    depends on `rows`, because the shares depend on the progress i / rows.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)
@@ -80,7 +81,9 @@ class BlendedWindows(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """Source and place of each row; the place counts earlier rows of the same source."""
+        """The source of each of N rows, and the row's place in the order in which that source is read: two
+        arrays [N].
+        """
         index_N = np.arange(self.rows)
         ends_NS = np.cumsum(self.blend.shares(index_N / self.rows), axis=1)
         drawn_N1 = draws.uniform(self.seed, SOURCE_STREAM, index_N, 1)
@@ -98,15 +101,16 @@ class BlendedWindows(_Joined):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InTurn(_Joined):
-    """Evaluation rows from several parts: the first row of each, then the second of each, so that a prefix has some of
-    each.
+    """A dataset of evaluation rows from several parts: the first row of each part, then the second of each, and so on.
+
+    So the first rows of the dataset come from all parts. parts: the rows of each part.
     """
 
     parts: tuple[CoveringWindows, ...] = field(repr=False)
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """For each row, the number of its part and its place within the part."""
+        """For each of N rows, the index of its part and its index within the part, two arrays [N]."""
         part_N = np.concatenate([np.full(len(part), i) for i, part in enumerate(self.parts)])
         place_N = np.concatenate([np.arange(len(part)) for part in self.parts])
         order_N = np.lexsort((part_N, place_N))[: self.rows]
@@ -123,6 +127,6 @@ class InTurn(_Joined):
         return found_B
 
     def reached(self) -> list[CoveringWindows]:
-        """Return the parts, cut to the rows that are used; parts without any are left out."""
+        """Return the parts, each cut to its rows that this dataset uses; parts without any are left out."""
         counts = np.bincount(self.plan[0], minlength=len(self.parts))
         return [replace(part, rows=int(n)) for part, n in zip(self.parts, counts, strict=True) if n]

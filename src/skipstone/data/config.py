@@ -20,10 +20,11 @@ LARGEST = 1 << 31  # largest context, seed and number of rows
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """Shares of the rows by source, in any unit.
+    """The shares in which training rows come from several sources, constant or changing over the training.
 
-    start: shares until `anneal_from` of the training, from where they change linearly to `end` at the last row. end:
-    None: `start` throughout.
+    start: the share of each source by name, up to the point `anneal_from` of the training; any unit, as only
+    proportions count. end: the shares at the last row, reached linearly; None: `start` throughout. anneal_from: where
+    the change begins, as a part of the training in [0, 1). Raises ValueError for negative shares or only zeros.
     """
 
     start: dict[str, float]
@@ -41,14 +42,18 @@ class Blend:
 
     @property
     def sources(self) -> list[str]:
-        """Names of the sources with a positive share, sorted."""
+        """The names of the sources with a positive share at any time, sorted."""
         return sorted(name for name in {**self.start, **(self.end or {})} if self._share(name) > 0)
 
     def _share(self, name: str) -> float:
         return self.start.get(name, 0.0) + (self.end or {}).get(name, 0.0)
 
     def shares(self, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the shares of each row, [N, S], each row's sum 1. progress_N: 0 at the first row, 1 after the last."""
+        """Return the share of each of S sources for each of N rows, [N, S]; each row of the result sums to 1.
+
+        progress_N: the part of the training that is done at each row, from 0 to 1. The sources are in the order of
+        `sources`.
+        """
         import numpy as np
 
         start_S, end_S = (_normalised(shares, self.sources) for shares in (self.start, self.end or self.start))
@@ -71,15 +76,16 @@ def _normalised(shares: Mapping[str, float], sources: Sequence[str]) -> NDArray[
 class DataConfig:
     """The training and evaluation data of a run.
 
-    corpus: a name of `CORPORA`. tokenizer: `char`, `byte`, `pretrained:NAME_OR_PATH`; None: the corpus's default.
-    context: tokens per row. packing: "stream" (documents follow each other, separated by eos) or "packed" (rows carry
-    document_ids and position_ids, so that attention keeps documents apart). seed: of the training rows. sampling: None:
-    training rows are windows at random places, without end; "once": windows that lie side by side, in random order,
-    none of them twice. Rows of shards always lie side by side: None reads all of them before any twice. blend: for
-    shards, the share of each source; None: proportional to its tokens. train_rows: length of the training set; None:
-    the number of windows that fit side by side into the text, or 65,536 synthetic rows. Any length is valid: row i does
-    not depend on it. validation_rows: number of rows; None: the whole split, or 1,024 synthetic rows. Synthetic tasks
-    take no tokenizer, packing or sampling, shards no tokenizer.
+    corpus: a name of `CORPORA`, with an argument after a colon where it needs one. tokenizer: `char`, `byte` or
+    `pretrained:NAME_OR_PATH`; None: the corpus's default. context: tokens per row. packing: "stream": documents follow
+    each other, separated by eos; "packed": rows also have document_ids and position_ids, so that attention keeps
+    documents apart. seed: of the choice of training rows. sampling: None: training rows are windows at random places;
+    "once": windows side by side in random order, none read twice. With shards, rows always lie side by side, and None
+    reads all of them before any a second time. blend: for shards, the share of each source; None: proportional to its
+    tokens. train_rows: number of training rows; None: as many windows as fit side by side into the text, or 65,536
+    synthetic rows. Unless a blend changes, row i does not depend on it. validation_rows: number of validation rows;
+    None: the whole split, or 1,024 synthetic rows. Raises ValueError for invalid values: synthetic tasks accept no
+    tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"
@@ -118,5 +124,5 @@ class DataConfig:
 
     @property
     def tells_difficulty(self) -> bool:
-        """Whether rows have a `difficulty`, which is 0 or more at tokens known to need depth."""
+        """Whether rows have a field `difficulty`, which is 0 or more at tokens that are known to need depth."""
         return knows_difficulty(self.corpus)

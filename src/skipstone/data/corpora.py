@@ -18,11 +18,12 @@ from skipstone.data.corpus import Corpus
 class CorpusEntry:
     """An entry in the registry of corpora.
 
-    kind: "text" has documents and a tokenizer; "synthetic" generates rows of token ids; "mixed" puts such rows into the
-    text of another corpus (see `prepare`); "shards" has token ids and their tokenizer. known: its rows have a
-    `difficulty`. load: builds the corpus from the part of the name after the colon ("" if there is none); None for
-    corpora without text. argument: how that part is written, "" if there is none; required: whether the name needs it.
-    tokenizer: the default; None if none can be chosen.
+    summary: a description for lists. kind: "text" has documents, which a tokenizer encodes; "synthetic" generates rows
+    of token ids; "mixed" puts such rows into the text of another corpus; "shards" has token ids on disk with their
+    tokenizer. known: whether rows have a field `difficulty` (the depth that each token needs is known). load: returns
+    the corpus, given what follows the colon in its name ("" if nothing does); None for corpora without text. argument:
+    how that part is written, such as "PATH"; "": there is none. required: whether the name needs it. tokenizer: the
+    default tokenizer; None if none can be chosen.
     """
 
     summary: str
@@ -116,9 +117,10 @@ CORPORA: dict[str, CorpusEntry] = {
 
 
 def find_entry(name: str) -> tuple[CorpusEntry, str]:
-    """Return the registry entry for `name` or `name:argument`, and the argument ("" if none).
+    """Return the registry entry for a corpus called `name` or `name:argument`, and the argument ("" if there is none).
 
-    Raises ValueError for an unknown name (naming the nearest), a missing argument, and one that is not accepted.
+    Raises ValueError for an unknown name (naming the nearest), for a missing argument, and for one that is not
+    accepted.
     """
     head, colon, argument = str(name).partition(":")
     entry = choose("corpus", head, CORPORA)
@@ -130,15 +132,19 @@ def find_entry(name: str) -> tuple[CorpusEntry, str]:
 
 
 def knows_difficulty(name: str | None) -> bool:
-    """Return whether rows of this corpus tell which tokens need depth."""
+    """Return whether rows of this corpus have a field `difficulty`, which says which tokens need depth; False for None.
+
+    name: of the corpus, as in `DataConfig.corpus`.
+    """
     return name is not None and find_entry(name)[0].known
 
 
 def load_corpus(name: str) -> Corpus:
-    """Return the corpus called `name` or `name:argument`. Its documents are read when they are needed.
+    """Return the corpus called `name` or `name:argument`; its text is read only when it is asked for.
 
-    Raises ValueError for a name that is not in the registry or has rows instead of documents, FileNotFoundError if
-    `text:`, `jsonl:` or `hf:` points at nothing. Files of published corpora are looked for by `Corpus.documents`.
+    Raises ValueError for a name that is not in the registry, and for corpora without documents (synthetic, shards);
+    FileNotFoundError if `text:`, `jsonl:` or `hf:` points at nothing. Published files are found or downloaded later, by
+    `Corpus.documents`.
     """
     entry, argument = find_entry(name)
     if entry.load is None:

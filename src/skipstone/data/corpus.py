@@ -19,11 +19,11 @@ Percent = Sequence[int | Fraction]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """A named corpus of text. Each split is a tuple of documents; a corpus that is one stream has one document per
-    split.
+    """A named corpus of text, divided into splits; each split is a tuple of documents (strings).
 
-    readers: the function that reads each split. It is called by `documents`, so that a corpus with one missing split
-    still serves the others, and listing costs nothing.
+    A corpus that is one continuous text has one document per split. name: as in `DataConfig.corpus`. description,
+    licence: one line each. readers: for each split ("train", "validation", perhaps "test"), the function that reads its
+    documents; it is called by `documents`, so that other splits work if the files of one are missing.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits."""
+        """The names of the splits."""
         return tuple(self.readers)
 
     def documents(self, split: str) -> Documents:
-        """Return the documents of a split, without empty ones.
+        """Read and return the documents of a split, leaving out empty ones.
 
-        Raises ValueError for a split that this corpus does not have or that holds no text, FileNotFoundError if its
-        file is neither on this machine nor can be downloaded.
+        Raises ValueError for a split that the corpus does not have or that contains no text, and FileNotFoundError if
+        its file is neither on this machine nor can be downloaded.
         """
         if split not in self.readers:
             raise ValueError(unknown(f"split of corpus {self.name!r}", split, self.readers))
@@ -51,9 +51,10 @@ class Corpus:
 
 
 def contiguous(read: Reader, percent: Percent) -> dict[str, Reader]:
-    """Split the text into consecutive parts, cut at `percent` of its characters; a document may be cut in two.
+    """Divide a text into consecutive splits by numbers of characters; return the reader of each split, by name.
 
-    percent: two or three entries (train, validation, test) with sum 100.
+    read: returns the documents of the whole text, in order; a document may be cut in two. percent: per cent of the
+    characters for train, validation and optionally test; the sum is 100.
     """
     read = cache(read)
     ends = [sum(percent[: i + 1]) for i in range(len(percent))]
@@ -76,10 +77,11 @@ def _between(documents: Documents, start: int, end: int) -> Iterable[str]:
 
 
 def by_hash(read: Reader, percent: Percent = (90, 5, 5)) -> dict[str, Reader]:
-    """Split documents by the SHA-256 of their text, in shares of `percent` (train, validation, optionally test; sum
-    100).
+    """Divide documents into splits by the SHA-256 of their text; return the reader of each split, by name.
 
-    A document's split depends only on its text: adding documents moves none, and equal documents stay together.
+    A document's split depends on its text alone: adding documents moves none, and equal documents stay together. read:
+    returns all documents. percent: expected per cent of the documents for train, validation and optionally test; the
+    sum is 100.
     """
     read = cache(read)
 
@@ -90,7 +92,10 @@ def by_hash(read: Reader, percent: Percent = (90, 5, 5)) -> dict[str, Reader]:
 
 
 def split_by_hash(document: str, percent: Percent) -> str:
-    """Return the split of a document, which follows from its text."""
+    """Return the split of a document ("train", "validation" or "test"), determined by the SHA-256 of its text.
+
+    percent: expected per cent of the documents for each split, in this order; the sum is 100.
+    """
     bucket = _bucket(document)
     return next(split for i, split in enumerate(SPLITS) if bucket < sum(percent[: i + 1]))
 
@@ -103,9 +108,10 @@ def _bucket(document: str) -> Fraction:
 
 
 def parse_percent(text: str, where: str) -> tuple[Fraction, ...]:
-    """Parse a split such as `"80-10-10"` or `"99.5-.5"`, in per cent with at most two decimals.
+    """Parse shares such as "80-10-10" or "99.5-.5" of train, validation and optionally test, as exact fractions of 100.
 
-    Raises ValueError unless it is two or three shares above zero with sum 100. where: the name shown in errors.
+    text: per cent with at most two decimals, separated by "-". where: the name shown in errors. Raises ValueError
+    unless these are two or three positive numbers with the sum 100.
     """
     parts = text.split("-")
     shares = tuple(Fraction(part) for part in parts if re.fullmatch(r"[0-9]+|[0-9]*\.[0-9]{1,2}", part))

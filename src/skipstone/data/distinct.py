@@ -29,7 +29,10 @@ Grams = NDArray[np.uint64]
 
 
 def distinct(corpus: Corpus) -> Corpus:
-    """Return the corpus without passages that occur nearly the same in a later split."""
+    """Return a copy of the corpus without the passages that nearly repeat in a later split (train < validation < test).
+
+    A passage of about 2,000 characters is dropped if more than a third of its runs of 13 words occur in a later split.
+    """
     splits = [split for split in SPLITS if split in corpus.readers]
     readers = {split: cache(partial(_kept, corpus, split, splits[i + 1 :])) for i, split in enumerate(splits)}
     return replace(
@@ -49,7 +52,10 @@ def _kept(corpus: Corpus, split: str, later: Sequence[str]) -> Documents:
 
 
 def drop_copies(documents: Iterable[str], known: Grams) -> Iterator[str]:
-    """Yield the documents without their passages of which more than `MOST` of the 13-grams are in `known` (sorted)."""
+    """Yield documents without the passages of which more than a third of the runs of 13 words are known.
+
+    known: hashes of known runs (`grams`), sorted. Documents of which nothing is left are not yielded.
+    """
     for document in documents:
         kept = [passage for passage in passages(document) if share_known(grams(passage), known) <= MOST]
         if kept:
@@ -57,7 +63,7 @@ def drop_copies(documents: Iterable[str], known: Grams) -> Iterator[str]:
 
 
 def share_known(found: Grams, known: Grams) -> float:
-    """Return the share of the 13-grams `found` that are in `known` (sorted); 0 for none."""
+    """Return the share of the hashes `found` that are in `known` (sorted), from 0 to 1; 0 if either is empty."""
     if not len(found) or not len(known):
         return 0.0
     at = np.minimum(np.searchsorted(known, found), len(known) - 1)
@@ -65,7 +71,7 @@ def share_known(found: Grams, known: Grams) -> float:
 
 
 def passages(document: str) -> Iterator[str]:
-    """Yield consecutive parts of a document, each ended by the first line end after `PASSAGE` characters."""
+    """Divide a document into consecutive passages, each ending at the first line end after 2,000 characters."""
     start = 0
     while start < len(document):
         end = document.find("\n", start + PASSAGE)
@@ -75,7 +81,10 @@ def passages(document: str) -> Iterator[str]:
 
 
 def grams(text: str) -> Grams:
-    """Return a hash of every run of `GRAM` words, ignoring case and all that lies between words."""
+    """Return a 64-bit hash of every run of 13 consecutive words of a text, uint64; empty for fewer than 13 words.
+
+    Case, and everything between words, is ignored.
+    """
     words = WORD.findall(text.lower())
     if len(words) < GRAM:
         return np.zeros(0, np.uint64)

@@ -28,11 +28,12 @@ CHUNK = 1 << 20  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A published file with its checks. None means that a value is not fixed and not checked.
+    """A published file: where to find it on this machine or on the web, and how to check it.
 
-    path: below the data folder, such as `enwik8/enwik8`. size, sha256: of the file itself, in bytes and lower-case hex.
-    url: its address; with `member`, that of a zip archive of `download_size` bytes that holds the file. system: paths
-    outside of the data folder where system packages install it. hint: what else a user can do.
+    path: below the data folder, such as `enwik8/enwik8`. size: in bytes. sha256: in lower-case hexadecimal. url: its
+    address; None: it cannot be downloaded. member: the name of the file in the zip archive at `url`; None: `url` is the
+    file itself. download_size: size of that archive in bytes. system: absolute paths where system packages install the
+    file. hint: what the user can do if the file is missing. A size or hash that is None is not checked.
     """
 
     path: str
@@ -46,27 +47,29 @@ class SourceFile:
 
 
 def offline() -> bool:
-    """Return whether SKIPSTONE_OFFLINE forbids network access (set, and neither empty nor 0)."""
+    """Return whether the environment variable SKIPSTONE_OFFLINE forbids network access: set, and neither
+    empty nor "0".
+    """
     return os.environ.get("SKIPSTONE_OFFLINE", "") not in ("", "0")
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloads: SKIPSTONE_CACHE, or ~/.cache/skipstone."""
+    """Return the folder for downloads: the environment variable SKIPSTONE_CACHE, or ~/.cache/skipstone."""
     return Path(os.environ.get("SKIPSTONE_CACHE") or Path.home() / ".cache" / "skipstone").expanduser()
 
 
 def places(source: SourceFile) -> list[Path]:
-    """Return every path at which `source` is looked for, in order of preference."""
+    """Return every path at which a file is looked for, in order: $SKIPSTONE_DATA, the cache folder, system folders."""
     data = os.environ.get("SKIPSTONE_DATA")
     roots = ([Path(data).expanduser()] if data else []) + [cache_folder()]
     return [root / source.path for root in roots] + [Path(path) for path in source.system]
 
 
 def locate(source: SourceFile) -> Path:
-    """Return the path of `source` on this machine, downloading it to the cache if needed.
+    """Return the path of a published file on this machine, downloading it to the cache folder if it is nowhere.
 
-    Raises FileNotFoundError if it is neither here nor can be downloaded; ValueError if a file is there but is not the
-    published one (it is left unchanged).
+    Raises FileNotFoundError if it is neither here nor can be downloaded; ValueError if a file at one of its places has
+    another size or hash (that file is left unchanged), or if the download has.
     """
     looked = places(source)
     for path in looked:

@@ -12,7 +12,11 @@ Ids: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 
 class Stitched:
-    """Several arrays of token ids presented as one; only what is indexed is read. `x[slice]` and `x[integers]` copy."""
+    """Several arrays of token ids presented as one long array; only the parts that are indexed are read.
+
+    parts: the arrays, one after another. ends, starts: int64, the index after the last and of the first id of each
+    part. `x[slice]` and `x[integer array]` return copies.
+    """
 
     def __init__(self, parts: Sequence[Ids]) -> None:
         self.parts = parts

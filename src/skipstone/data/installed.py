@@ -19,9 +19,10 @@ TEST_BYTES, VALIDATION_BYTES, MOST_OF_ONE = 5_000_000, 2_000_000, 8_000_000
 
 
 def python_stdlib(argument: str) -> Corpus:
-    """Return the corpus of the running interpreter's standard library; each .py file is a document.
+    """Return the corpus of the running Python's standard library; each .py file is a document.
 
-    Its tests are included where installed. argument: another split by hash, such as 99-0.5-0.5.
+    The library's tests are included if they are installed. argument: per cent of the documents for train, validation
+    and test, such as "99-0.5-0.5"; "": "90-5-5". Documents are assigned by hash of their text.
     """
     return Corpus(
         name="python-stdlib",
@@ -32,7 +33,7 @@ def python_stdlib(argument: str) -> Corpus:
 
 
 def python_packages(argument: str) -> Corpus:
-    """Return the corpus of the standard library, torch and transformers, over 100 MB.
+    """Return the corpus of the standard library, torch and transformers (over 100 MB); each .py file is a document.
 
     argument: as in `python_stdlib`.
     """
@@ -50,11 +51,11 @@ def _stdlib_and(packages: tuple[str, ...]) -> Documents:
 
 
 def python_code(argument: str) -> Corpus:
-    """Return the corpus of all installed Python packages, with whole packages in one split.
+    """Return the corpus of all installed Python packages, in which every package belongs to one split as a whole.
 
-    Test gets the first packages that together have `TEST_BYTES`, validation the next with `VALIDATION_BYTES`, in the
-    order of the SHA-256 of their names, larger packages left to train. No package gives more than `MOST_OF_ONE` bytes,
-    the files with the smallest SHA-256 of their paths, so that none dominates. Skipstone itself is left out.
+    Packages are assigned in the order of the SHA-256 of their names: to test until it has 5 MB, then to validation
+    until it has 2 MB, and all others to train, as are the standard library and packages above half of these sizes. A
+    package contributes at most 8 MB. Skipstone is left out. argument: unused.
     """
     assigned = cache(_by_package)
     return Corpus(
@@ -109,7 +110,7 @@ def stdlib_folder() -> Path:
 
 
 def package_folder(name: str) -> Path:
-    """Return the folder of an installed package without importing it.
+    """Return the folder of the installed package `name` without importing it.
 
     Raises FileNotFoundError if it is not installed.
     """
@@ -120,9 +121,9 @@ def package_folder(name: str) -> Path:
 
 
 def sources(folder: Path) -> Documents:
-    """Return the text of the .py files below a folder, ordered by path, leaving out those that are not UTF-8.
+    """Return the text of the .py files below a folder, ordered by path; files that are not UTF-8 are left out.
 
-    Raises FileNotFoundError if there is none: some distributions ship compiled files only.
+    Raises FileNotFoundError if there is none: some Python distributions contain compiled files only.
     """
     documents = tuple(text for path in _python_files(folder) if (text := _utf8(path)) is not None)
     if not documents:

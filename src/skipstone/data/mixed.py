@@ -35,10 +35,12 @@ PLACE_STREAMS, SPAN_STREAM = 64, 32  # far from the streams from which windows a
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedWindows(RowDataset):
-    """Training or evaluation windows of a text, half of which contain a span of Switched-S3.
+    """A dataset of text windows, half of which contain a span of 32 tokens from the synthetic task Switched-S3.
 
-    Row i is a function of `text`'s row i and (seed, stream, i). first_id: id of the spans' first token. Raises
-    ValueError for a context that is too short for a span.
+    The depth that the span's tokens need is known, while that of text is not (`difficulty` -2). text: the windows.
+    first_id: id of the first of the span's 15 tokens, which follow the text's vocabulary. seed, stream: of the spans;
+    row i is a function of the text's row i and of (seed, stream, i). Targets are in `shift_labels`, aligned with the
+    inputs, and in `labels`, one place later. Raises ValueError for a context of fewer than 34 tokens.
     """
 
     text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)
@@ -72,14 +74,14 @@ class MixedWindows(RowDataset):
         return self.text.lengths(index_B)
 
     def spanned(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which rows hold a span, bool [B]; a shortened row never does."""
+        """Return which of the rows `index_B` contain a span, bool [B]; a row shorter than the context never does."""
         drawn_B = draws.uniform(self.seed, self._place, index_B, 1)[:, 0] < SHARE
         lengths_B = self.lengths(index_B)
         return drawn_B if lengths_B is None else drawn_B & (lengths_B == self.text.context)
 
     @property
     def num_labels(self) -> int:
-        """Number of predictions in all rows of covering windows: those of the text, minus one per span."""
+        """The number of predictions in all rows: those of the text, minus one per span. Only for evaluation windows."""
         assert isinstance(self.text, CoveringWindows)
         return self.text.num_labels - int(self.spanned(np.arange(self.rows)).sum())
 
@@ -99,9 +101,9 @@ class MixedWindows(RowDataset):
 
 
 def with_spans(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add the spans' tokens to the tokenizer unless it has them, and return the id of the first; the others follow.
+    """Add the 15 tokens of spans to the tokenizer, unless it has them, and return the id of the first.
 
-    Raises ValueError if one of them already exists elsewhere in the vocabulary.
+    Their ids are consecutive. Raises ValueError if the tokenizer has one of these tokens at another place.
     """
     names = [f"<{name}>" for name in NAMES]
     tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)

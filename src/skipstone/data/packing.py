@@ -54,9 +54,11 @@ class _Windows(RowDataset):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RandomWindows(_Windows):
-    """Training rows at uniformly random places, row i a function of (seed, i). There are no epochs.
+    """A dataset of training rows: windows at uniformly random places of the text, row i a function of (seed, i).
 
-    Raises ValueError if `ids` has fewer tokens than one context.
+    ids: token ids of the split. context: tokens per row. document_starts: index of each document's first token, for
+    rows with document_ids and position_ids; None: rows without. There are no epochs. Raises ValueError if `ids` is
+    shorter than a row.
     """
 
     seed: int
@@ -76,9 +78,10 @@ class RandomWindows(_Windows):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowsOnce(_Windows):
-    """Training rows that read nothing twice: windows that lie side by side, in an order shuffled by `seed`.
+    """A dataset of training rows that reads no token twice: windows side by side, in an order shuffled by `seed`.
 
-    Raises ValueError if `rows` is larger than the number of windows.
+    ids, context, document_starts: as in `RandomWindows`. Raises ValueError if `rows` is larger than the number of
+    windows.
     """
 
     seed: int
@@ -93,7 +96,7 @@ class WindowsOnce(_Windows):
 
     @property
     def count(self) -> int:
-        """Number of windows that lie side by side."""
+        """The number of windows of `context` tokens that fit side by side into `ids`."""
         return len(self.ids) // self.context
 
     @cached_property
@@ -108,7 +111,10 @@ class WindowsOnce(_Windows):
         return self._orders[time]
 
     def nth(self, place_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where the windows begin that are read at these places; after the last, all follow in another order."""
+        """Return the index of the first token of the windows at these places of the shuffled order, int64 [B].
+
+        place_B: 0 is the first window read; after the last one, all windows follow again in another order.
+        """
         start_B = np.zeros_like(place_B)
         for time in np.unique(place_B // self.count):
             inside_B = place_B // self.count == time
@@ -120,17 +126,18 @@ class WindowsOnce(_Windows):
 
 
 def num_covering(tokens: int, context: int) -> int:
-    """Return the number of windows that `CoveringWindows` needs for that many tokens."""
+    """Return how many rows of `context` tokens `CoveringWindows` needs to predict every one of `tokens` tokens."""
     return -(-(tokens - 1) // (context - 1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CoveringWindows(_Windows):
-    """Evaluation rows: windows in order, each beginning with the last token of the one before.
+    """A dataset of evaluation rows: consecutive windows, each beginning with the last token of the one before.
 
-    Together they predict every token exactly once, except the very first (N - 1 labels) and, if packed, the first of
-    each document (N - D labels). The last window may be shorter; `collate` pads it. Fewer `rows` are a prefix. Raises
-    ValueError if there are fewer than two tokens.
+    Together they predict every token exactly once, except for the first one and, if `document_starts` is given, the
+    first one of each document. The last row may be shorter; `collate` pads it. With fewer `rows`, they cover the
+    beginning of the text. ids, context, document_starts: as in `RandomWindows`. Raises ValueError for fewer than two
+    tokens, or more rows than are needed.
     """
 
     def __post_init__(self) -> None:
@@ -144,12 +151,14 @@ class CoveringWindows(_Windows):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of the split that these rows cover, the first included."""
+        """The number of tokens of the split that these rows cover, including the first one, which is not predicted."""
         return min(len(self.ids), self.rows * (self.context - 1) + 1)
 
     @property
     def num_labels(self) -> int:
-        """Number of predictions in all rows together: N - 1, or N - D if packed, when no row is left out."""
+        """The number of tokens that all rows together predict, so that the mean loss is the summed loss
+        divided by it.
+        """
         if self.document_starts is None:
             return self.tokens - 1
         return self.tokens - int(np.searchsorted(self.document_starts, self.tokens))

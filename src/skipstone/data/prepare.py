@@ -40,15 +40,15 @@ EVALUATION_SEED = 0  # all runs are evaluated on the same synthetic rows, whatev
 class PreparedData:
     """The datasets of a run, with their tokenizer and counts.
 
-    train: rows to be read in order 0, 1, 2, ... (a sequential sampler), since each is already a random draw from (seed,
-    i). `dataclasses.replace(train, rows=steps * batch)` sets its length. None if not requested. validation: every token
-    of the split once (see `CoveringWindows`), or synthetic rows that do not depend on the seed. tokenizer: None for a
-    synthetic task; includes the spans' tokens for a mixed corpus. vocab_size: all ids are below it. pad_id: what
-    `collate` fills with. validation_labels: number of predictions in all rows of `validation`. validation_bytes: UTF-8
-    bytes of the text that these rows cover, so that bits per byte = summed loss in nats / ln 2 / validation_bytes
-    (losses on eos count, eos has no bytes; bytes of the few tokens without a prediction count too). None for a
-    synthetic task or a mixed corpus. fingerprint: a hash of all shards, or of the
-    ids of a text corpus in both splits; None for a synthetic task, and without training rows.
+    config: what they were made from. description: of the corpus, one line. train: training rows, to be read in order (a
+    sequential sampler), because row i is already a random draw; `dataclasses.replace(train, rows=n)` sets their number;
+    None if not requested. validation: rows that predict every token of the split once (`CoveringWindows`), or synthetic
+    rows that are the same for every seed. tokenizer: None for synthetic tasks. vocab_size: all ids are below it.
+    pad_id: the id with which `collate` pads. validation_labels: number of predictions in all rows of `validation`.
+    validation_bytes: UTF-8 bytes of the text that these rows cover, for bits per byte = summed loss in nats / ln 2 /
+    validation_bytes (losses on eos tokens count, which have no bytes); None for synthetic tasks and mixed corpora.
+    fingerprint: SHA-256 of all token ids, or of the manifests of shards, by which a resumed run recognises its data;
+    None for synthetic tasks and without training rows.
     """
 
     config: DataConfig
@@ -63,7 +63,10 @@ class PreparedData:
     fingerprint: str | None = None
 
     def collate(self, items: Sequence[Row]) -> Row:
-        """Collate rows with this data's pad id: pass it to a DataLoader or a Trainer. See `rows.collate`."""
+        """Stack rows into a batch, padded with `pad_id`; for DataLoader or Trainer. See `rows.collate`.
+
+        items: rows of `train` or `validation`.
+        """
         return rows.collate(items, self.pad_id)
 
 
@@ -76,9 +79,10 @@ def prepare(
 ) -> PreparedData:
     """Load, tokenise and cut the data of a run into rows.
 
-    tokenizer: an existing tokenizer (of a saved run) instead of the one that `config` names. train: False skips the
-    training split, so that evaluation works without it. split: the source of `validation`, "validation" or "test".
-    Raises ValueError or FileNotFoundError for unknown names, missing files, and corpora too small for one context.
+    config: what data. tokenizer: to use instead of the one that `config` names, such as that of a saved run. train:
+    whether to load training rows; False: evaluation works even if the training split is missing. split: which split
+    becomes `validation`: "validation" or "test". Raises ValueError or FileNotFoundError for unknown names, missing
+    files, and corpora that are too small for one row.
     """
     entry, _ = find_entry(config.corpus)
     if entry.kind == "synthetic":

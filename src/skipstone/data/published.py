@@ -56,7 +56,10 @@ GCIDE = SourceFile(
 
 
 def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
-    """Return tiny-shakespeare, one stream that is by convention cut 90-10. argument: another cut, e.g. `80-10-10`."""
+    """Return the corpus tiny-shakespeare, one continuous text, cut into 90 % train and 10 % validation by default.
+
+    argument: another division in per cent, such as "80-10-10"; "": the default. source: the file to read.
+    """
     percent = parse_percent(argument or "90-10", "corpus tiny-shakespeare")
     return Corpus(
         name="tiny-shakespeare",
@@ -67,7 +70,10 @@ def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
 
 
 def wikitext_2(argument: str, sources: dict[str, SourceFile] = WIKITEXT) -> Corpus:
-    """Return WikiText-2: word-tokenised text with `<unk>` for rare words, one file and one stream per split."""
+    """Return the corpus WikiText-2: word-tokenised text with `<unk>` for rare words, one document per split.
+
+    argument: unused. sources: the file of each split.
+    """
     return Corpus(
         name="wikitext-2",
         description="Wikipedia articles, tokenised into words, as in pytorch/examples",
@@ -77,9 +83,10 @@ def wikitext_2(argument: str, sources: dict[str, SourceFile] = WIKITEXT) -> Corp
 
 
 def enwik8(argument: str, source: SourceFile = ENWIK8, cuts: tuple[int, int] = ENWIK8_CUTS) -> Corpus:
-    """Return enwik8, cut into bytes [0, 90M), [90M, 95M), [95M, 100M).
+    """Return the corpus enwik8, cut into train, validation and test at 90 and 95 million of its 100 million bytes.
 
-    A character across a cut goes to the later split.
+    A character across a cut belongs to the later split. argument: unused. source: the file to read. cuts: the positions
+    in bytes.
     """
     spans = {"train": (0, cuts[0]), "validation": cuts, "test": (cuts[1], None)}
     return Corpus(
@@ -91,7 +98,10 @@ def enwik8(argument: str, source: SourceFile = ENWIK8, cuts: tuple[int, int] = E
 
 
 def gcide(argument: str, source: SourceFile = GCIDE) -> Corpus:
-    """Return the GCIDE dictionary, one document per entry, split by hash so that every letter is in every split."""
+    """Return the GCIDE dictionary as a corpus: each entry is a document, assigned to a split by the hash of its text.
+
+    So every letter of the alphabet is in every split. argument: unused. source: the file to read.
+    """
     return Corpus(
         name="gcide",
         description="the Collaborative International Dictionary of English, from Debian's dict-gcide (40 MB)",

@@ -23,11 +23,11 @@ _PADDING = {"labels": IGNORE, "shift_labels": IGNORE, "document_ids": -1, "diffi
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowDataset(Dataset[Row]):
-    """A dataset of `rows` rows, each a dict of int64 tensors (T,). Row i is a function of the fields and i alone.
+    """A map-style dataset of `rows` rows, each a dict of int64 tensors (T,); row i depends on the fields and i alone.
 
     So `dataclasses.replace(dataset, rows=n)` gives the same rows, more or fewer, and a trainer that reads rows 0, 1, 2,
-    ... in order resumes exactly by starting at the row where it stopped. `__getitems__` builds the rows of a batch
-    together.
+    ... in order can resume at the row where it stopped. Subclasses implement `batch`, which builds several rows at
+    once. Raises ValueError for `rows` below 1.
     """
 
     rows: int
@@ -38,10 +38,13 @@ class RowDataset(Dataset[Row]):
 
     @abstractmethod
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
-        """Return the rows `index_B` as int64 arrays (B, T). Indices are checked before."""
+        """Return the rows with the indices `index_B` as int64 arrays (B, T) by field name.
+
+        All indices are within range.
+        """
 
     def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Return the number of real tokens in each row of `batch`; None if all are real."""
+        """Return the lengths of the rows `index_B` without padding, int64 (B,); None if no row has padding."""
         return None
 
     def __len__(self) -> int:
@@ -63,11 +66,11 @@ class RowDataset(Dataset[Row]):
 
 
 def collate(items: Sequence[Row], pad_id: int = 0) -> Row:
-    """Stack rows into int64 tensors (B, T), where T is the longest row.
+    """Stack rows into a batch of int64 tensors (B, T), where T is the length of the longest row.
 
-    Shorter rows are padded on the right: with `pad_id` for input_ids, -100 for labels, -1 for document_ids and
-    difficulty, 0 otherwise. Only then there is an `attention_mask` (B, T), 1 for real tokens, because models are faster
-    without one.
+    items: rows as dicts of tensors (T,). Shorter rows are padded on the right: with `pad_id` in input_ids, -100 in
+    labels and shift_labels, -1 in document_ids and difficulty, 0 in other fields. Only if there is padding does the
+    batch have an `attention_mask` (B, T), 1 for real tokens, because models are faster without one.
     """
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     padding = _PADDING | {"input_ids": pad_id}

@@ -22,9 +22,12 @@ SEPARATOR, END = 30, 31
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sequences(RowDataset):
-    """Rows of the copy or sort task: input_ids and labels, int64 (T,), a function of (seed, stream, i).
+    """A dataset for the copy or sort task: n symbols, a separator, the symbols again (as they are, or sorted), an end
+    token.
 
-    Raises ValueError unless `context` is even and at least 4.
+    task: "copy" or "sort". context: tokens per row, 2n + 2. seed, stream: row i is a function of (seed, stream, i).
+    Rows have input_ids and labels, int64 (T,); labels are not shifted, and -100 up to the separator. Raises ValueError
+    unless `context` is even and at least 4.
     """
 
     task: Literal["copy", "sort"]

@@ -60,14 +60,15 @@ def write_shards(
     shard_tokens: int = SHARD_TOKENS,
     report: Report | None = None,
 ) -> Manifest:
-    """Tokenise a source into the folder `out`, resuming the same call if it was interrupted.
+    """Tokenise a corpus of any size into files of token ids in the folder `out`; an interrupted call can be repeated.
 
-    source: `jsonl:PATH`, `hf:...` (both streamed) or any text corpus. tokenizer: as in `DataConfig`. field: the field
-    of a JSON object or row that is the document. split: per cent by hash of the documents' text, for sources without
-    splits of their own; None: "98-1-1". shard_tokens: a shard ends with the first document that reaches this number.
-    report: called after each shard with its split and the split's documents and tokens so far. A folder that the same
-    call has finished is left unchanged. Raises ValueError, FileNotFoundError or FileExistsError, also while another
-    process writes the folder; never overwrites files that it has not written.
+    source: `jsonl:PATH`, `hf:...` (both read as streams) or any text corpus. tokenizer: as in `DataConfig`. field: the
+    field of a JSON object or row that contains the text; None: "text". split: per cent of the documents for train,
+    validation and test, by hash of their text, for sources without splits of their own; None: "98-1-1". shard_tokens: a
+    shard ends with the document that reaches this number of tokens. report: called after each shard with its split and
+    the split's documents and tokens so far. Returns the manifest; if the same call has finished before, nothing is
+    changed. Raises ValueError or FileNotFoundError for a source that cannot be read, FileExistsError if `out` has other
+    files or was begun with other arguments, and `Busy` (a ValueError) while another process writes it.
     """
     if find_entry(source)[0].kind != "text":
         raise ValueError(f"{source!r} has no text to tokenise: name a corpus of documents, jsonl:PATH or hf:OWNER/NAME")

@@ -40,9 +40,10 @@ AGAIN = "make the shards again with skipstone prepare"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The manifest's entry of one shard.
+    """One shard (a pair of files with token ids and document starts) as the manifest describes it.
 
-    name: without suffix. sha256, documents_sha256: hashes of its two files.
+    name: of its files, without suffix. tokens, documents: how many it has. bytes: UTF-8 bytes of its text. sha256,
+    documents_sha256: hashes of the file of token ids and of that of document starts.
     """
 
     name: str
@@ -62,9 +63,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of a folder of shards.
+    """The description of a folder of shards, stored in its manifest.json.
 
-    bytes: UTF-8 bytes of the text. settings: how it was made, for information. tokenizer_sha256: of tokenizer.json.
+    format_version: of the file format. settings: arguments of `write_shards`. tokenizer_sha256: hash of tokenizer.json.
+    vocab_size: number of ids. dtype: of the ids, "uint16" or "uint32". splits: the shards of each split, in order.
     tokenizer_files: SHA-256 of every file of the tokenizer by name; empty in manifests of earlier releases.
     """
 
@@ -77,7 +79,10 @@ class Manifest:
     tokenizer_files: dict[str, str] = field(default_factory=dict)
 
     def total(self, split: str, what: str) -> int:
-        """Return the sum of `tokens`, `documents` or `bytes` over the shards of a split."""
+        """Return a sum over the shards of a split.
+
+        split: such as "train". what: the field of `Shard` to add up: "tokens", "documents" or "bytes".
+        """
         return sum(getattr(shard, what) for shard in self.splits[split])
 
 
@@ -85,7 +90,8 @@ class Manifest:
 class ShardSet:
     """An opened folder of shards.
 
-    sha256: of its manifest, which contains the hashes of all its files.
+    folder: its path. manifest: its contents. sha256: hash of its manifest file, which in turn contains the hashes of
+    all other files.
     """
 
     folder: Path
@@ -93,11 +99,11 @@ class ShardSet:
     sha256: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer that the shards were made with."""
+        """Load the tokenizer with which the shards were made."""
         return load_saved(self.folder / TOKENIZER)
 
     def encoded(self, split: str) -> Encoded:
-        """Return the documents of a split, with ids that stay on disk, after comparing every file's SHA-256.
+        """Return the documents of a split, after comparing the SHA-256 of all its files; token ids stay on disk.
 
         Raises ValueError for a split that does not exist, and for a file that differs from the manifest.
         """
@@ -120,10 +126,10 @@ class ShardSet:
 
 
 def open_shards(folder: Path) -> ShardSet:
-    """Read the manifest of a folder and check the tokenizer against it, without reading tokens.
+    """Open a folder of shards: read its manifest and check the tokenizer's files against it, but read no token ids.
 
-    Raises FileNotFoundError for a folder without finished shards; ValueError for a manifest in another format and for a
-    tokenizer that differs.
+    Raises FileNotFoundError if the folder has no manifest (writing has not finished); ValueError for a manifest in
+    another format and for a tokenizer that differs.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -152,7 +158,7 @@ def _manifest(values: Any) -> Manifest:
 
 
 def open_sources(folder: Path) -> dict[str, ShardSet]:
-    """Open a folder of shards under its name, or, for a folder of such folders, all of them under theirs.
+    """Open a folder of shards, or a folder that contains several such folders; return them by folder name.
 
     Raises as `open_shards`, and ValueError if they were made with different tokenizers.
     """
@@ -169,12 +175,17 @@ def open_sources(folder: Path) -> dict[str, ShardSet]:
 
 
 def fingerprint(sets: Mapping[str, ShardSet]) -> str:
-    """Return one SHA-256 over the names and manifests of all sources."""
+    """Return one SHA-256 over the names and manifests of all sources, in hexadecimal. sets: the opened
+    folders by name.
+    """
     return hashlib.sha256("".join(f"{name} {sets[name].sha256}\n" for name in sorted(sets)).encode()).hexdigest()
 
 
 def check(folder: Path, manifest: Manifest, splits: Sequence[str]) -> None:
-    """Read all files of the splits and raise ValueError for the first that differs from the manifest."""
+    """Read all files of these splits; raise ValueError for the first whose size or SHA-256 is not the manifest's.
+
+    folder: where the files are. splits: such as ["train"].
+    """
     itemsize = DTYPES[manifest.dtype].itemsize
     for shard in (shard for split in splits for shard in manifest.splits[split]):
         _compare(folder / f"{shard.name}{TOKENS}", shard.tokens * itemsize, shard.sha256)

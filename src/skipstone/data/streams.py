@@ -20,10 +20,11 @@ ONE_BY_ONE = "documents"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Streams of documents, each of them either one split or to be split by the hash of the documents' text.
+    """Documents to be read one after another, as a stream for each split or as a single stream without splits.
 
-    streams: by split; the stream to be split by hash has the name "". size: bytes of the files that are read; None if
-    unknown. unit, total: in which and to what the reading counts (`core/progress_bar.py`); None if it is unknown.
+    streams: for each split, the function that begins reading; a stream called "" is to be divided into splits by the
+    hash of each document's text. size: bytes of the files that are read; None if unknown. unit: what progress is
+    counted in, "documents" or "bytes of JSON". total: how many of these there are; None if unknown.
     """
 
     streams: Mapping[str, Callable[[], Iterator[str]]]
@@ -33,10 +34,11 @@ class Source:
 
 
 def open_source(name: str, field: str | None = None) -> Source:
-    """Open `jsonl:PATH` and `hf:...` as streams, or any text corpus of the registry with its own splits.
+    """Open a corpus for reading one document after another, for text that does not fit into memory.
 
-    field: the field of a JSON object or row that is the document; None: `text` (of a dataset: or its only string
-    column). Raises ValueError or FileNotFoundError for what cannot be read.
+    name: `jsonl:PATH` or `hf:...` are streamed; any other text corpus of the registry is read as a whole, with its own
+    splits. field: the field of a JSON object or dataset row that contains the text; None: "text" (of a dataset also its
+    only column of strings). Raises ValueError or FileNotFoundError for what cannot be read.
     """
     head, _, argument = name.partition(":")
     if head == "jsonl":

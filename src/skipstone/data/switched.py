@@ -38,9 +38,11 @@ VOCAB_SIZE = len(NAMES)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SwitchedS3(RowDataset):
-    """Rows of Switched-S3, row i a function of (seed, stream, i).
+    """A dataset for Switched-S3: Reset-S3 in which an earlier switch says whether a symbol is an operation.
 
-    Fields: input_ids, shift_labels, labels, difficulty, int64 (T,) each.
+    A symbol alone does not show whether it needs depth: after the switch `on` it is an operation, after `off` a filler.
+    seed, stream: row i is a function of (seed, stream, i). context: tokens per row, T. Rows have input_ids,
+    shift_labels, labels and difficulty, int64 (T,), as in `ResetS3`.
     """
 
     seed: int
@@ -65,7 +67,10 @@ class SwitchedS3(RowDataset):
 
 
 def operations(input_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which entries are operations, bool (B, T): the symbols whose last switch is `on`."""
+    """Return which entries are operations, bool (B, T): symbols whose last switch before them is `on`.
+
+    input_BT: token ids of Switched-S3; every row begins with a switch.
+    """
     switch_BT = input_BT < FIRST_ELEMENT
     last_BT = np.maximum.accumulate(np.where(switch_BT, np.arange(input_BT.shape[1]), 0), axis=1)
     on_BT = np.take_along_axis(input_BT, last_BT, axis=1) == ON

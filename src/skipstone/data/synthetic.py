@@ -56,10 +56,13 @@ MULTIPLY = _multiply()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResetS3(RowDataset):
-    """Rows of Reset-S3, row i a function of (seed, stream, i).
+    """A dataset for Reset-S3: rows of fillers, and of operations on a state (a permutation of three things).
 
-    Fields: input_ids, shift_labels, labels, difficulty, int64 (T,) each. Train and validation rows come from different
-    `stream`s, so that they differ for every seed.
+    The label of an operation is the state after it, that of a filler the filler itself. seed: of the rows. stream:
+    separates training from validation rows; row i is a function of (seed, stream, i). context: tokens per row, T. Rows
+    have int64 (T,): input_ids; shift_labels, the target of the logits at the same place; labels, the same targets one
+    place later; and difficulty, the number of operations since the last reset (-1 for fillers), which is the depth that
+    a token needs.
     """
 
     seed: int
@@ -85,10 +88,12 @@ class ResetS3(RowDataset):
 def solve(
     element_BT: NDArray[np.int64], reset_BT: NDArray[np.bool_], operation_BT: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the state after each entry and its difficulty (B, T), computed one column at a time over all rows.
+    """Return the state after each entry, an index into ELEMENTS, and its difficulty, int64 (B, T) each.
 
-    element_BT: indices into ELEMENTS, used where an operation is not a reset. Entries that are not operations change
-    nothing.
+    element_BT: the group element of each entry, an index into ELEMENTS, used only for operations other than resets.
+    reset_BT: bool, which entries are resets. operation_BT: bool, which entries are operations, resets included; all
+    others change nothing and have difficulty -1. Difficulty counts the operations since the last reset or the start of
+    the row.
     """
     states_BT, difficulty_BT = np.zeros_like(element_BT), np.full_like(element_BT, -1)
     state_B, since_B = np.zeros(len(element_BT), np.int64), np.zeros(len(element_BT), np.int64)
@@ -102,22 +107,31 @@ def solve(
 
 
 def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficulty_BT: NDArray[np.int64]) -> Batch:
-    """Return rows with targets aligned with the inputs (`shift_labels`), and one place later (`labels`)."""
+    """Return rows with these ids, targets and difficulties, int64 (B, T) each, as a dict for a dataset.
+
+    target_BT: the target of the logits at the same place, which becomes `shift_labels`. `labels` has the same targets
+    one place later, as models that shift labels expect.
+    """
     labels_BT = np.full_like(target_BT, IGNORE)
     labels_BT[:, 1:] = target_BT[:, :-1]
     return {"input_ids": input_BT, "shift_labels": target_BT, "labels": labels_BT, "difficulty": difficulty_BT}
 
 
 def oracle_keep(input_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which entries need depth, the operations: a bool array or tensor shaped like the ids."""
+    """Return which entries of Reset-S3 need depth because they are operations: bool, shaped like the ids.
+
+    input_ids: an array or tensor of ids.
+    """
     return (input_ids >= FIRST_ELEMENT) & (input_ids <= RESET)
 
 
 def accuracy_by_bin(predictions: ArrayLike, labels: ArrayLike, difficulty: ArrayLike) -> dict[str, float]:
-    """Return the share of correct predictions in each bin of `BINS`; nan for an empty bin. Fillers are in no bin.
+    """Return the share of correct predictions by difficulty, in the bins "0-3", "4-7", "8-15" and "16+"; nan for an
+    empty bin.
 
     predictions, labels, difficulty: integer arrays or CPU tensors of one shape; predictions at t are the argmax of the
-    logits at t, and labels are `shift_labels`. Raises ValueError for different shapes.
+    logits at t, and labels are `shift_labels`. Fillers (difficulty -1) are in no bin. Raises ValueError for different
+    shapes.
     """
     right, difficulty = np.asarray(predictions) == np.asarray(labels), np.asarray(difficulty)
     if right.shape != difficulty.shape:

@@ -30,12 +30,12 @@ def check_spec(spec: str) -> None:
 
 
 def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
-    """Build the tokenizer that `spec` names; only `char` uses the corpus.
+    """Build the tokenizer that `spec` names.
 
     `char`: one id for every character of the corpus's train and validation text, by code point from 0, then `<unk>`,
     `<eos>`, `<pad>`; unseen characters become `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is `<eos>`, 257
-    is `<pad>`; it represents any text. `pretrained:NAME_OR_PATH`: as published, without additions. Raises ValueError
-    for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
+    is `<pad>`; it represents any text. `pretrained:NAME_OR_PATH`: as published, without additions. corpus: needed for
+    `char` only. Raises ValueError for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
     """
     check_spec(spec)
     if spec == "char":
@@ -46,7 +46,10 @@ def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase
 
 
 def char_tokenizer(characters: set[str]) -> PreTrainedTokenizerBase:
-    """Build a tokenizer with one id per character: BPE without merges, faster than splitting by a pattern."""
+    """Build a tokenizer with one id per character, in the order of code points, then `<unk>`, `<eos>` and `<pad>`.
+
+    characters: the vocabulary. It is a BPE without merges, which is faster than splitting by a pattern.
+    """
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {char: i for i, char in enumerate(sorted(characters))}
@@ -57,7 +60,7 @@ def char_tokenizer(characters: set[str]) -> PreTrainedTokenizerBase:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Build a tokenizer with one id per byte; the library writes bytes as the characters of its ByteLevel alphabet."""
+    """Build a tokenizer with one id per byte of UTF-8 (0 to 255), then `<eos>` (256) and `<pad>` (257)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     backend = Tokenizer(models.BPE({char: byte for byte, char in enumerate(byte_alphabet())}, []))
@@ -67,7 +70,10 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def byte_alphabet() -> list[str]:
-    """Return the character for each byte: printable Latin-1 as itself, the others from U+0100 on, in order."""
+    """Return the 256 characters by which the tokenizers library writes bytes in a vocabulary (ByteLevel).
+
+    Printable Latin-1 characters stand for themselves, all other bytes for U+0100, U+0101, ... in order.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -88,9 +94,10 @@ def _wrap(backend: Any, **specials: str) -> PreTrainedTokenizerBase:
 
 
 def load_saved(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer saved in a folder, never running code from it.
+    """Load the tokenizer saved in a folder, without running any code from the folder.
 
-    Raises ValueError naming the folder if it cannot be read.
+    Raises `Damaged` (a ValueError) if a file differs from the folder's recorded hashes, and ValueError, naming the
+    folder, if the tokenizer cannot be read.
     """
     from transformers import AutoTokenizer
 

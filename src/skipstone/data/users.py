@@ -21,9 +21,11 @@ OWN_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"),
 
 
 def text(argument: str) -> Corpus:
-    """Return the corpus `text:PATH`: a UTF-8 file as one document, or all .txt files below a folder by path, cut 90-10.
+    """Return the corpus `text:PATH`: a UTF-8 file, or all .txt files below a folder, each of which is a document.
 
-    A folder with train.txt and validation.txt (or valid.txt, val.txt; optionally test.txt) counts as already split.
+    Files are ordered by path. The text is cut into 90 % train and 10 % validation, unless the folder has train.txt and
+    validation.txt (or valid.txt, val.txt; optionally test.txt). argument: PATH. Raises FileNotFoundError if there is no
+    such file.
     """
     path = Path(argument).expanduser()
     if not argument or not path.exists():
@@ -65,9 +67,10 @@ def _decode(path: Path) -> str:
 
 
 def jsonl(argument: str) -> Corpus:
-    """Return the corpus `jsonl:PATH`: a file or folder of JSON objects, one per line, whose `text` is a document.
+    """Return the corpus `jsonl:PATH`: JSON objects, one per line, whose field "text" is a document.
 
-    Files end in .jsonl or .jsonl.gz. Split 90/5/5 by hash.
+    argument: PATH, a file, or a folder with .jsonl or .jsonl.gz files. Documents are assigned to train, validation and
+    test by the hash of their text (90, 5 and 5 %). Raises FileNotFoundError if there is no such file.
     """
     files = jsonl_files(argument)
     return Corpus(
@@ -79,7 +82,10 @@ def jsonl(argument: str) -> Corpus:
 
 
 def jsonl_files(argument: str) -> list[Path]:
-    """Return the file, or those below the folder by path. Raises FileNotFoundError if there is none."""
+    """Return the file PATH, or all .jsonl and .jsonl.gz files below the folder PATH, ordered by path.
+
+    argument: PATH. Raises FileNotFoundError if there is none.
+    """
     path = Path(argument).expanduser()
     if not argument or not path.exists():
         raise FileNotFoundError(f"corpus jsonl:PATH: there is no file or folder {argument!r}")
@@ -90,7 +96,10 @@ def jsonl_files(argument: str) -> list[Path]:
 
 
 def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
-    """Yield the field of each line's object. Raises ValueError naming a line that has none or is not JSON."""
+    """Yield the string in `field` of the JSON object on each line of a file, which may be compressed (.gz).
+
+    Empty lines are skipped. Raises ValueError, naming the line, for one that is not JSON or has no such string.
+    """
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             advance(BYTES, len(line))
@@ -107,11 +116,12 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
 
 
 def huggingface(argument: str) -> Corpus:
-    """Return the corpus `hf:NAME`, `hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG` or `hf:FOLDER`, a dataset with a text
-    column.
+    """Return a dataset of the Hugging Face hub, or of a local folder, as a corpus in which each row is a document.
 
-    Each row is a document. The dataset's own splits are used; without a validation split, train is split 90/5/5 by
-    hash. The dataset is loaded at once, because its splits are not known before.
+    argument: `NAME`, `OWNER/NAME`, `OWNER/NAME/CONFIG` or a folder. The text is the column "text" or the only column of
+    strings. The dataset's own splits are used; without a validation split, train is divided by the hash of the
+    documents (90, 5 and 5 %). The dataset is loaded at once, because its splits are not known before. Raises ValueError
+    or FileNotFoundError if it cannot be used.
     """
     if not argument:
         raise ValueError("corpus hf:NAME: the name of a dataset is missing")
@@ -132,7 +142,11 @@ def huggingface(argument: str) -> Corpus:
 
 
 def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
-    """Return the splits of a dataset. streaming: read rows one after the other instead of downloading all first."""
+    """Return the splits of a Hugging Face dataset by name.
+
+    argument: as in `huggingface`. streaming: read rows one after another instead of downloading everything first.
+    Raises ValueError without the package `datasets`, FileNotFoundError if the dataset cannot be loaded.
+    """
     try:
         import datasets
     except ImportError:
