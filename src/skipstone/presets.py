@@ -136,13 +136,14 @@ PRESETS: dict[str, PlainDict] = {
 
 
 def names() -> list[str]:
-    """Return the names of all presets."""
+    """Return the names of all presets, such as "tiny" and "gpt2"."""
     return list(PRESETS)
 
 
 def get(name: str, **overrides: object) -> SkipstoneConfig:
-    """Return the model configuration of a preset, with overridden keys.
+    """Return the model configuration of a preset.
 
-    Raises ValueError for a name or key that does not exist, naming the nearest one.
+    name: one of `names()`. overrides: configuration keys that replace those of the preset, such as
+    `num_hidden_layers=6`. Raises ValueError for an unknown name or key, naming the nearest one, and for invalid values.
     """
     return SkipstoneConfig.from_plain(deepcopy({**choose("preset", name, PRESETS), **overrides}))

@@ -16,7 +16,10 @@ PACKAGES = ("transformers.", "skipstone.")
 
 
 def register() -> None:
-    """Register the models now if transformers' Auto classes are loaded, otherwise as soon as they are."""
+    """Register Skipstone's models with transformers' Auto classes, now or as soon as transformers has loaded them.
+
+    This does not import transformers by itself.
+    """
     if AUTO in sys.modules:
         _import_models()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):

@@ -45,9 +45,9 @@ HASHED = 256 * 2**20  # bytes of weights up to which hashes are compared at ever
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, or the folder of a saved model (with weights and perhaps a tokenizer, but no recipe).
+    """Read access to a run folder, or to the folder of a saved model (weights and perhaps a tokenizer, but no recipe).
 
-    Raises FileNotFoundError for a folder that does not exist and ValueError for one that is neither.
+    folder: its path. Raises FileNotFoundError if it does not exist, and ValueError if it is neither.
     """
 
     folder: Path
@@ -73,18 +73,18 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder."""
+        """The name of the folder, without its parents."""
         return self.folder.resolve().name
 
     @property
     def finished(self) -> bool:
-        """Whether training reached its end, that is, wrote the summary."""
+        """Whether training has reached its end and written result.json."""
         return (self.folder / RESULT).is_file()
 
     def config(self) -> PlainDict:
-        """Return the resolved recipe: {"model": ..., "data": ..., "train": ...}.
+        """Return the recipe with all defaults filled in: {"model": ..., "data": ..., "train": ...}.
 
-        Raises ValueError for a saved model.
+        Raises ValueError for a saved model, which has none, and for a file that is damaged or cannot be read.
         """
         text = self._read(CONFIG)
         check_text(text, self.folder / CONFIG)
@@ -99,20 +99,23 @@ class Run:
         return values
 
     def environment(self) -> PlainDict:
-        """Return versions, commit, machine, seed, start time and command."""
+        """Return environment.json: versions, commit, machine, seed, start time and command of the training."""
         return self._json(ENVIRONMENT)
 
     def result(self) -> PlainDict:
-        """Return the summary of the finished training.
+        """Return result.json, the summary of the finished training.
 
-        Raises ValueError for a run that is not finished.
+        Raises ValueError for a run that is not finished, and for a file that is damaged or cannot be read.
         """
         if not self.finished and not self.is_saved_model:
             raise ValueError(f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` continues it")
         return self._json(RESULT)
 
     def metrics(self) -> list[PlainDict]:
-        """Return all logged lines of metrics.jsonl in order of steps."""
+        """Return the entries of metrics.jsonl in the order of steps, as dicts with at least "step" and "split".
+
+        Raises ValueError if a line is invalid, or if a finished run has fewer lines than it wrote.
+        """
         found = read_metrics(self._file(METRICS))
         try:
             known = self._json(RESULT).get(METRICS_LINES, 0) if self.finished else 0
@@ -124,11 +127,13 @@ class Run:
         return found
 
     def best(self) -> PlainDict | None:
-        """Return the step of the lowest validation loss and that loss in nats; None if no such model was kept."""
+        """Return {"step": ..., "loss": ...} of the best validation loss, in nats; None if the run has not saved that
+        model.
+        """
         return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST).is_dir() else None
 
     def model_folder(self) -> Path:
-        """Return the folder of the weights: the final model or, with a warning, the last checkpoint.
+        """Return the folder of the model's weights: the final ones or, with a warning, those of the last checkpoint.
 
         Raises ValueError if there is neither.
         """
@@ -143,10 +148,10 @@ class Run:
         return last
 
     def load_model(self) -> SkipstoneForCausalLM:
-        """Load the trained model in evaluation mode, strictly: no weight missing, none unexpected.
+        """Load the trained model in evaluation mode; no weight may be missing or unexpected.
 
-        Raises ValueError naming the file for weights that differ from what was written; sizes are always compared,
-        hashes up to 256 MiB.
+        Raises ValueError, naming the file, if weights differ from what was written: sizes are always compared, SHA-256
+        hashes for files of up to 256 MiB.
         """
         from skipstone.model.pretrained import load_model
 
@@ -157,7 +162,7 @@ class Run:
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Load the tokenizer of the run or saved model; None if there is none (synthetic tasks).
+        """Load the tokenizer of the run or saved model; None if there is none, as for synthetic tasks.
 
         Raises ValueError for files that cannot be read.
         """
@@ -170,19 +175,23 @@ class Run:
         return load_saved(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
     def data_config(self) -> DataConfig:
-        """Return the data configuration of the recipe."""
+        """Return the data section of the recipe, parsed."""
         return from_dict(DataConfig, self.config()["data"], "data")
 
     def data(self, split: str = "validation", *, train: bool = False) -> PreparedData:
-        """Return the run's rows, with its own tokenizer. split: the source of `PreparedData.validation`."""
+        """Return the datasets of the run, tokenised with its own tokenizer.
+
+        split: "validation" or "test", the text that becomes `PreparedData.validation`. train: whether to load the
+        training split, too.
+        """
         from skipstone.data.prepare import prepare
 
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
 
     def kept_view(self) -> PlainDict | None:
-        """Return the view of the model saved by `keep_view`.
+        """Return the figures about the model that `keep_view` saved for reports.
 
-        None without one, and for other weights or another recipe.
+        None if there are none, or if recipe or weights have changed since.
         """
         try:
             values = parse_json((self.folder / VIEW).read_text(encoding="utf-8"))
@@ -192,7 +201,10 @@ class Run:
             return None
 
     def keep_view(self, view: PlainMapping) -> None:
-        """Save the figures that a report shows of the model with the run, unless the folder cannot be written."""
+        """Save figures about the model in view.json, so that later reports need not compute them again.
+
+        view: a JSON object. If the folder cannot be written, nothing happens.
+        """
         try:
             values = {"sha256": self._digest(), "of_view": sealed(view)["sha256"], "view": view}
             write_whole(self.folder / VIEW, json.dumps(values) + "\n")
@@ -230,9 +242,9 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[PlainDict]:
-    """Return the lines of a metrics file, leaving out a last line that a crash cut short.
+    """Return the entries of a metrics file, one dict per line; a last line that a crash cut short is left out.
 
-    Raises ValueError naming the file and the line for an invalid one.
+    Raises ValueError, naming file and line, for an invalid line.
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
@@ -248,7 +260,7 @@ def read_metrics(path: Path) -> list[PlainDict]:
 
 
 def count_lines(path: Path) -> int:
-    """Return the number of complete lines in a metrics file, after flushing it to disk; 0 without the file."""
+    """Return the number of complete lines in a metrics file, after flushing it to disk; 0 if there is no such file."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
@@ -257,7 +269,7 @@ def count_lines(path: Path) -> int:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raises ValueError naming it if it is not UTF-8."""
+    """Return the text of a UTF-8 file. Raises ValueError, naming it, if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -265,11 +277,11 @@ def read_text(path: Path) -> str:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest `checkpoints/checkpoint-N` of a run folder; None if there is none."""
+    """Return the newest `checkpoints/checkpoint-N` of a run folder (largest N); None if there is none."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return every `checkpoints/checkpoint-N` of a run folder, the newest last."""
+    """Return every `checkpoints/checkpoint-N` of a run folder, in ascending order of the step N."""
     found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
