@@ -35,10 +35,11 @@ ACTIVATION: dict[str, type[PolyGLU]] = {
 
 
 def register(name: str, mechanism: type[DepthMechanism]) -> None:
-    """Register a depth mechanism under a name that configurations can use.
+    """Register a depth mechanism, a class that decides which tokens get a block's update, for use in configurations.
 
-    It has to be registered before loading a model that carries it. Raises ValueError if the name is taken, and
-    TypeError for a class that is not a `DepthMechanism` with a `Config`.
+    name: the value of `name` in an entry of `SkipstoneConfig.mechanisms`. mechanism: the class. Call this before
+    loading a model that uses it. Raises ValueError if the name is taken, and TypeError if the class is not a
+    `DepthMechanism` with a `Config`.
     """
     if name in DEPTH:
         raise ValueError(f"mechanism {name!r} is registered already")

@@ -22,9 +22,11 @@ from skipstone.ops import reference as ops
 
 
 class DepthMechanism(DepthModule):
-    """A depth mechanism: decides which tokens get a block's update and with what weight.
+    """The base class of depth mechanisms: modules that decide which tokens get a block's update, and its weight.
 
-    Subclasses set `Config`, a frozen keyword-only dataclass that parses the options given to the constructor.
+    Subclasses set `Config`, a frozen keyword-only dataclass of their options. The constructor accepts hidden_size (the
+    width D of the model), placement (the block in which the mechanism is used), and either a `config` or its fields as
+    keyword arguments.
     """
 
     Config: ClassVar[type]
@@ -32,17 +34,27 @@ class DepthMechanism(DepthModule):
     def __init__(
         self, hidden_size: int, placement: Placement | None = None, config: object = None, **options: object
     ) -> None:
-        """Parse `options` with `Config`, unless `config` holds them already."""
+        """Store the width D, the placement (None: the only block of a model) and the options.
+
+        config: an instance of `Config`; None: `options`, the fields of `Config`, are parsed. Raises ValueError if both
+        are given or an option is not allowed.
+        """
         super().__init__()
         self.config = parsed(self.Config, config, options)
         self.hidden_size, self.placement = hidden_size, placement or Placement()
 
     def fitted_parts(self) -> tuple[LinearRouter | None, LowRankSkip | None]:
-        """Return the linear router and the skip path that `adapt.start: measured` fits; None for absent ones."""
+        """Return the linear router and the low-rank skip path (the update of skipped tokens); None if absent.
+
+        With `adapt.start: measured`, `skipstone adapt` fits these two to the dense model before it trains.
+        """
         return None, None
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """Return the tensors [B, T] that the mechanism carries from block to block, as they are before block 0."""
+        """Return the initial values of the tensors [B, T] that the mechanism passes from block to block, by name.
+
+        By default there are none. x_BTD: the hidden states that enter block 0.
+        """
         return {}
 
     def empty_record(self, x_BTD: Tensor) -> DepthRecord:
@@ -52,10 +64,12 @@ class DepthMechanism(DepthModule):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the token counts inside the mechanism, given those outside.
+        """Return the numbers of tokens that the wrapped block works on, given those that reach the mechanism.
 
-        kept: measured counts of the tokens that it keeps; None: as the configuration guarantees. By default, skipped
-        tokens still serve as keys and values, and an oracle pass skips nothing.
+        counts: the latter. kept: the measured counts of the tokens that the mechanism keeps; None: not measured, so the
+        configuration decides. oracle: whether the pass is a training pass, whose decisions may look at the whole row.
+        By default, skipped tokens still provide keys and values, and nothing is skipped in an oracle pass or if `kept`
+        is None.
         """
         if oracle or kept is None:
             return counts
@@ -64,7 +78,11 @@ class DepthMechanism(DepthModule):
         )
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return the tokens that an oracle would keep by the record's scores, bool [B, T]; None if undefined."""
+        """Return the tokens that a decision with sight of the whole row would keep by the record's scores, bool [B, T].
+
+        Used to measure the precision and recall of decisions that were made without later tokens. None (the default) if
+        the mechanism does not rank tokens.
+        """
         return None
 
     def record(
@@ -77,6 +95,12 @@ class DepthMechanism(DepthModule):
         loss_BT: Tensor | None = None,
         carry: Mapping[str, Tensor] | None = None,
     ) -> Records:
-        """Return the mechanism's record under its name."""
+        """Return a dict with a `DepthRecord` of these tensors under the mechanism's name (else its class name).
+
+        All tensors are [B, T]. score_BT: fp32 router logits. kept_BT: bool, the tokens that get the update. weight_BT:
+        fp32 factor on the update, 0 for skipped tokens. reached_BT: bool, the real tokens that outer mechanisms passed
+        on to this one. loss_BT: fp32 auxiliary loss of each token, or None. carry: new values of the tensors that are
+        passed to the next block, by name; None: there are none.
+        """
         record = DepthRecord(score_BT, kept_BT, weight_BT, reached_BT, loss_BT, carry or {})
         return {self.placement.name or type(self).__name__: record}

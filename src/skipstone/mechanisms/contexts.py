@@ -24,26 +24,39 @@ from skipstone.core.tokens import Tokens
 
 @dataclass(frozen=True)
 class Memory:
-    """The state that earlier calls stored in the cache under a name; empty without a cache."""
+    """The running sums that a gate stored in the KV cache in earlier calls; empty without a cache.
+
+    tokens: the tokens of the present call. cache: the cache of this layer, or None. name: the name under which the gate
+    stores its entries there. Entries are tensors with one value per token, so that cropping the cache stays exact.
+    """
 
     tokens: Tokens
     cache: SkipstoneCacheLayer | None
     name: str
 
     def last(self, entry: str) -> Tensor | None:
-        """Return the stored entry of each row's newest token, [B, 1, S]; None if there is none."""
+        """Return the stored values of each row's newest cached token, [B, 1, S]; None if nothing is stored.
+
+        entry: the name of the values, such as "sum". S: their number per token.
+        """
         value = None if self.cache is None else self.cache.store(self.name).last(entry, self.tokens.rows)
         return None if value is None else value[:, None]
 
     def here(self) -> Tensor | float:
-        """Return 1 where the token's document continues that of the row's newest cached token, else 0, [B, T, 1]."""
+        """Return 1 for tokens whose document is that of their row's newest cached token, else 0, fp32 [B, T, 1].
+
+        Returns the number 1.0 if rows are not divided into documents or nothing is cached.
+        """
         last_B1 = self.last("document")
         if self.tokens.document_BT is None or last_B1 is None:
             return 1.0
         return (self.tokens.document_BT == last_B1)[..., None].float()
 
     def keep(self, **entries_BTS: Tensor) -> None:
-        """Store the entries of this call's tokens."""
+        """Append values of this call's tokens to the cache, with their documents if given; without a cache, do nothing.
+
+        entries_BTS: by name, tensors [B, T, S] with S values per token.
+        """
         if self.cache is None:
             return
         document_BT, store = self.tokens.document_BT, self.cache.store(self.name)
@@ -53,7 +66,11 @@ class Memory:
 
 
 def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
-    """Return the mean over each whole document, the paper's context; it includes later tokens."""
+    """Return the mean of z over each token's whole document, later tokens included, fp32 [B, T, R].
+
+    This is the context of the PolyGLU paper (arXiv 2603.13347). z_BTR: fp32, R features of each token. tokens: gives
+    each token's document, and the padding, which is left out. If each row is one document, the result is [B, 1, R].
+    """
     real_BT1 = _real(z_BTR, tokens)
     if tokens.document_BT is None:
         return (z_BTR * real_BT1).sum(1, keepdim=True) / real_BT1.sum(1, keepdim=True).clamp(min=1)
@@ -63,21 +80,34 @@ def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 
 
 def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
-    """Return the mean over the tokens of the same document up to and including each token."""
+    """Return the mean of z over the tokens of the same document up to and including each token, fp32 [B, T, R].
+
+    z_BTR: fp32, R features of each token; padding is left out. memory: the sums of earlier calls, to which those of
+    this call are appended.
+    """
     total_BTS = _running_sum(z_BTR, tokens, memory, memory.last("sum"))
     memory.keep(sum=total_BTS)
     return _mean(total_BTS)
 
 
 def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
-    """Return a running mean over earlier tokens, in which a token n tokens back has weight decay^n."""
+    """Return the exponentially weighted mean of z up to and including each token of a document, fp32 [B, T, R].
+
+    z_BTR: fp32, R features of each token; padding is left out. memory: the sums of earlier calls, to which those of
+    this call are appended. decay: in (0, 1); the token n real tokens back has weight decay^n. The weighted sum is
+    divided by the sum of the weights.
+    """
     total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)
     return _mean(total_BTS)
 
 
 def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tensor:
-    """Return the mean over all earlier chunks of `size` tokens of the same document; 0 in the first chunk."""
+    """Return for each token the mean of z over all chunks before its own, fp32 [B, T, R]; 0 in the first chunk.
+
+    A document is divided into chunks of `size` real tokens. z_BTR: fp32, R features of each token. memory: the sums of
+    earlier calls, to which those of this call are appended.
+    """
     last_B1S, done_B1S = memory.last("sum"), memory.last("done")
     total_BTS = _running_sum(z_BTR, tokens, memory, last_B1S)
     chunk_BT = _chunk(total_BTS, size)
@@ -92,10 +122,12 @@ def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tens
 
 
 def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay: float) -> Tensor:
-    """Return the exponential mean up to and including the first token of each token's chunk of `size` tokens.
+    """Return for each token the exponential mean of z as of the first token of its chunk, fp32 [B, T, R].
 
-    All tokens of a chunk thus have the same context, known when the chunk begins. Padding before the first token of a
-    row is a chunk of its own.
+    All tokens of a chunk thus share one context, which is known when the chunk begins. A document is divided into
+    chunks of `size` real tokens; padding before the first token of a row is a chunk of its own. z_BTR: fp32, R features
+    of each token. memory: the state of earlier calls, to which that of this call is appended. decay: weight decay^n of
+    the token n tokens back, as in `exponential_mean`.
     """
     state, R = memory.last("state"), z_BTR.shape[-1]
     last_B1S, last_B11, last_B1R = (None, None, None) if state is None else state.split((R + 1, 1, R), -1)

@@ -44,8 +44,8 @@ FLOAT_BYTES, SLOT_BYTES = 4, 8
 class DynamicChunkingConfig:
     """The options of dynamic chunking.
 
-    share: of the tokens that the ratio loss asks to be kept, in (0, 1); 1 / share is N, the mean length of a chunk.
-    ratio_weight: coefficient of the ratio loss.
+    share: the share of tokens that the ratio loss pulls the router to keep, in (0, 1); its inverse N is the intended
+    mean chunk length in tokens. ratio_weight: the coefficient of the ratio loss, at least 0.
     """
 
     share: float = 0.2
@@ -59,7 +59,12 @@ class DynamicChunkingConfig:
 
 
 class DynamicChunking(DepthMechanism):
-    """Dynamic chunking around a segment: it runs where a chunk begins, and the other tokens hold its update."""
+    """Dynamic chunking (H-Net, arXiv 2507.07955): a segment of blocks runs only on tokens that begin a learned chunk.
+
+    Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. The segment's update of these
+    tokens is smoothed over chunks by h = p z + (1 - p) h_before, and every other token receives the h of the last chunk
+    start. Options: `DynamicChunkingConfig`.
+    """
 
     Config = DynamicChunkingConfig
     default_layers = "1:-1"
@@ -76,14 +81,17 @@ class DynamicChunking(DepthMechanism):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start both projections as the identity, so that tokens themselves are compared, and the threshold at 0."""
+        """Set both projections to the identity and the threshold on 2 p - 1 to 0.
+
+        The first comparisons are thus between neighbouring hidden states themselves.
+        """
         init.eye_(self.query_weight)
         init.eye_(self.key_weight)
         init.zeros_(self.threshold)
 
     @property
     def capacity(self) -> float:
-        """The share that the ratio loss asks for; 1 for a mechanism set to the identity."""
+        """The share of tokens that the ratio loss aims at; 1 after `set_identity`, which keeps all tokens."""
         return 1.0 if self.keeps_all else float(self.config.share)
 
     @property
@@ -98,7 +106,11 @@ class DynamicChunking(DepthMechanism):
         return ChunkThreshold(self) if self.skips else None
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the smoothed update of the last kept token for every token, and the records; scores are 2 p - 1."""
+        """Return for every token the smoothed update of its document's last kept token, [B, T, D], and the records.
+
+        update: the function of the wrapped segment, called on the kept tokens alone. x_BTD: the hidden states before
+        it. Recorded scores are 2 p - 1, where p is the probability that a chunk begins.
+        """
         memory = Memory(tokens, tokens.memory, self.placement.name or type(self).__name__)
         key_BTD = score_linear(x_BTD, self.key_weight)
         before_BTD, has_BT = _before(key_BTD, tokens, memory)
@@ -172,18 +184,22 @@ class DynamicChunking(DepthMechanism):
         return torch.where(reached_BT, ratio_B1 * self.config.ratio_weight, 0.0)
 
     def set_identity(self) -> None:
-        """Keep every token with p = 1."""
+        """Keep every token with p = 1, so that the model computes what it would without the mechanism."""
         self.keeps_all = True
 
     def end_dense_start(self) -> bool:
-        """Let the router decide, after a start that kept every token."""
+        """Let the router decide again, after `set_identity` kept every token; return True (something was undone)."""
         self.keeps_all = False
         return True
 
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the token counts inside: the kept tokens, or the configured share if they were not measured."""
+        """Return the numbers of tokens that the segment works on: `kept`, or the configured share if that is None.
+
+        counts: the tokens that reach the mechanism. kept: the measured counts of kept tokens. `oracle` changes nothing,
+        because training skips the same tokens as generation.
+        """
         return counts.restricted_to(self.capacity * counts.kv_tokens if kept is None else kept)
 
     def flops(self, tokens: float, routing: str) -> float:
@@ -226,7 +242,7 @@ def _scan(decay_BK: Tensor, u_BKD: Tensor) -> Tensor:
 
 
 class ChunkThreshold(ScoreThreshold):
-    """The threshold of dynamic chunking on 2 p - 1, a buffer of the model that starts at 0."""
+    """The threshold of dynamic chunking on the score 2 p - 1, stored as a buffer of the model that starts at 0."""
 
     def __init__(self, mechanism: DynamicChunking) -> None:
         self._mechanism = mechanism

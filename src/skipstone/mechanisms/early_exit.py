@@ -35,10 +35,11 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExitConfig:
-    """The options of early exit.
+    """The options of early exit, in which every block multiplies a token's survival by sigmoid(w . x + b).
 
-    start_bias: initial b (3: survival of .95 per block). depth_weight: coefficient of survival in the loss. execution:
-    of a causal pass, hard (skip) or soft (scale only). threshold: survival at or below which a token exits.
+    start_bias: initial b (3: survival falls by a factor of .95 per block). depth_weight: coefficient of the mean
+    survival in the loss, at least 0. execution: what a causal pass (evaluation, generation) does: "hard" skips exited
+    tokens, "soft" only scales updates by survival. threshold: the survival, in (0, 1), at or below which a token exits.
     """
 
     start_bias: float = 3.0
@@ -54,22 +55,30 @@ class EarlyExitConfig:
 
 
 class SurvivalThreshold(OptionThreshold):
-    """The threshold of early exit: a token exits when its survival is at or below it."""
+    """The threshold of early exit on the logit of survival: a token exits if its survival is at or below it.
+
+    mechanism: the `EarlyExit` whose option `threshold` is read and set.
+    """
 
     def __init__(self, mechanism: EarlyExit) -> None:
         super().__init__(mechanism, keeps_above=True)
         self._state = mechanism.state_name
 
     def scores(self, record: DepthRecord) -> Tensor:
-        """Return the logit of the survival, [B, T].
+        """Return the logit of each token's survival, fp64 [B, T], from a record of `EarlyExit`.
 
-        The score if the record carries no survival (no token was reached).
+        A record of a call that no token reached holds no survival; its router scores are used instead.
         """
         return torch.logit(record.carry.get(self._state, record.score_BT).double(), eps=EPSILON)
 
 
 class EarlyExit(DepthMechanism):
-    """Early exit as a depth mechanism: survival scales updates, and tokens of low survival skip all later blocks."""
+    """Early exit as a depth mechanism: updates are scaled by a token's survival, and tokens of low survival skip.
+
+    Survival is 1 before block 0, and each block multiplies it by sigmoid(w . x + b), so it never rises and an exit is
+    final. Exited tokens still provide keys and values, from their last hidden state. Training computes all tokens.
+    Options: `EarlyExitConfig`.
+    """
 
     Config = EarlyExitConfig
     default_layers = "1:"
@@ -89,14 +98,18 @@ class EarlyExit(DepthMechanism):
 
     @property
     def state_name(self) -> str:
-        """The name of the survival among the tensors that are carried between blocks."""
+        """The name under which the survival of tokens is passed from block to block in `Tokens.state`."""
         return self.placement.name or "early_exit"
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
         return {self.state_name: x_BTD.new_ones(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the inner update, scaled by each token's survival, and the records."""
+        """Return the block's update with each token's survival as gain, [B, T, D], and the records.
+
+        update: the function of the wrapped block. x_BTD: the hidden states before it. In a hard causal pass, tokens
+        whose survival is at or below the threshold get no update.
+        """
         score_BT, before_BT = self.router(x_BTD), tokens.state.get(self.state_name)
         survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT
         reached_BT = real_mask(tokens, score_BT)

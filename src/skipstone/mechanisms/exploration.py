@@ -14,7 +14,11 @@ from skipstone.mechanisms.schedules import UNIT, Progress
 
 
 class Exploration(nn.Module):
-    """Add scale * (1 - progress / until) * Gumbel noise to scores, for selection only: weights use the plain score."""
+    """Add Gumbel noise to router scores in training, so that tokens just below the threshold are sometimes kept.
+
+    scale: the initial factor on the noise. until: the share of the training, in (0, 1], over which the factor falls
+    linearly to 0. The noise affects which tokens are selected, not the weights of their updates.
+    """
 
     def __init__(self, scale: float, until: float) -> None:
         super().__init__()
@@ -22,11 +26,12 @@ class Exploration(nn.Module):
         self.progress = Progress(until)
 
     def forward(self, score_BT: Tensor, noise_BT: Tensor, reached_BT: Tensor, capacity: float | None = None) -> Tensor:
-        """Return noisy scores, fp32 [B, T], without a gradient.
+        """Return scores with noise, fp32 [B, T], without a gradient.
 
-        noise_BT: uniform in (0, 1). capacity: for decisions by a threshold. Noise raises the upper quantiles, so that a
-        threshold would keep too many tokens; with `capacity`, the (1 - capacity) quantile over the whole call stays
-        unchanged.
+        score_BT: router scores. noise_BT: uniform random numbers in (0, 1). reached_BT: bool, the tokens over which
+        quantiles are taken. capacity: the share of tokens to keep, given if a threshold decides; all scores are then
+        shifted so that their (1 - capacity) quantile over the call is that of the scores without noise, which the
+        threshold fits. None: no shift, for top-k.
         """
         score_BT = score_BT.detach()
         # read from the buffer; a Python number would make torch.compile build a new graph in every step

@@ -40,9 +40,10 @@ EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that 
 class GateSkipConfig:
     """The options of GateSkip.
 
-    capacity: share of tokens that a hard causal pass computes, in (0, 1]. gate: one number per channel or per token.
-    start_bias: initial b (5: gates start at .993). sparsity_weight: coefficient of the mean gate in the loss.
-    execution: of a causal pass, hard (skip) or soft (scale only).
+    capacity: share of tokens that a hard causal pass computes, in (0, 1]. gate: one number per channel or one per
+    token. start_bias: initial bias of the gate's logit (5: gates start at .993). sparsity_weight: coefficient of the
+    mean gate in the loss, at least 0. execution: what a causal pass (evaluation, generation) does: "hard" skips tokens
+    with low gates, "soft" only scales updates.
     """
 
     capacity: float = 0.75
@@ -58,8 +59,10 @@ class GateSkipConfig:
 
 
 class GateSkip(DepthMechanism):
-    """GateSkip as a depth mechanism: a gate scales a sub-layer's update, and in hard execution tokens with low gates
-    skip it.
+    """GateSkip (arXiv 2510.13876): a sigmoid gate scales a sub-layer's update, and tokens with low gates skip it.
+
+    Training scales the updates of all tokens. A hard causal pass skips tokens whose mean gate is below a running
+    quantile of the gates seen in training; their keys and values are still computed. Options: `GateSkipConfig`.
     """
 
     Config = GateSkipConfig
@@ -92,7 +95,11 @@ class GateSkip(DepthMechanism):
         return {self.log_name(kind): value for kind, value in self.decision.moving().items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the inner update times the gate, and the records. The score is the logit of a token's mean gate."""
+        """Return the update times the gate, [B, T, D], and the records; a score is the logit of a token's mean gate.
+
+        update: the function of the wrapped sub-layer. x_BTD: the hidden states before it. In a hard causal pass,
+        skipped tokens get no update.
+        """
         open_BTG = self.router.all(x_BTD).sigmoid()
         mean_BT = open_BTG.mean(-1)
         score_BT, reached_BT = torch.logit(mean_BT.detach(), eps=EPSILON), real_mask(tokens, mean_BT)
@@ -126,12 +133,12 @@ class GateSkip(DepthMechanism):
         return self.decision.not_ready_reason() if self.skips else None
 
     def set_identity(self) -> None:
-        """Open all gates and keep every token."""
+        """Open all gates (to 1 - 6e-6) and keep every token."""
         self.router.constant(NEUTRAL_SCORE)
         self.set_capacity(1.0)
 
     def end_dense_start(self) -> bool:
-        """Set the capacity of the options, after a start that kept every token."""
+        """Restore the configured capacity after `set_identity`; return True, as something was undone."""
         self.set_capacity(self.config.capacity)
         return True
 

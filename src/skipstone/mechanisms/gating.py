@@ -14,7 +14,11 @@ from skipstone.core.tokens import Tokens
 
 
 def is_hard(execution: str, tokens: Tokens) -> bool:
-    """Return whether this pass skips tokens: a causal pass of a hard gate, or any pass with forced decisions."""
+    """Return whether a pass of a gate skips tokens instead of only scaling their updates.
+
+    execution: the option of the gate, "hard" or "soft". A pass skips tokens if execution is "hard" and its decisions
+    are causal (made without later tokens, as in generation), or if the caller imposes decisions (`tokens.forced_BT`).
+    """
     return tokens.forced_BT is not None or (execution == "hard" and tokens.mode.routing == "causal")
 
 
@@ -26,9 +30,12 @@ def gate(
     kept_BT: Tensor | None,
     share: float | None = None,
 ) -> tuple[Tensor, Records]:
-    """Compute the update with gain `open_BT` (None: 1), for the tokens `kept_BT` only (None: all).
+    """Return the update of a gated block, [B, T, D], and the records made inside it.
 
-    share: long-run share of kept tokens, if known.
+    update: the function of the wrapped block. x_BTD: the hidden states before it. open_BT: factor on the updates of
+    both sub-layers; None: 1. kept_BT: bool, the tokens whose update is computed, while the others only provide keys and
+    values; None: all. share: the long-run share of kept tokens, if known, by which batched decoding decides whether
+    leaving rows out pays.
     """
     if open_BT is not None:
         tokens = tokens.scaled(open_BT)
@@ -36,9 +43,11 @@ def gate(
 
 
 def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:
-    """Return the gains of a hard pass, `gain_BT` (None: 1) or 0, with the gradient of `open_BT` for every token.
+    """Return gains with the values of a pass that skips tokens and the gradient of the soft gates, fp32 [B, T].
 
-    The gate of a skipped token thus gets a gradient from its update, which therefore has to be computed.
+    open_BT: soft gates, which receive the gradient. gain_BT: gain of a kept token; None: 1. kept_BT: bool; the gain of
+    other tokens is 0. Because the gates of skipped tokens get a gradient too, the updates of these tokens have to be
+    computed.
     """
     value_BT = torch.where(kept_BT, 1.0 if gain_BT is None else gain_BT, 0.0).detach()
     return value_BT + (open_BT - open_BT.detach())

@@ -22,22 +22,23 @@ NAME = "neuron_groups"
 
 
 class NeuronChoiceConfig:
-    """The base class of the options of anything that chooses neurons."""
+    """The base class of the options of mechanisms that choose which neurons of an MLP are multiplied."""
 
     def require(self, layers: int, neurons: int) -> None:
-        """Raise ValueError unless these options fit `layers` layers of `neurons` neurons."""
+        """Raise ValueError if these options do not fit a model of `layers` layers with `neurons` MLP neurons each."""
 
     def neurons(self, layer: int, neurons: int) -> int:
-        """Return the number of neurons that the layer still has, out of `neurons` before pruning."""
+        """Return how many of the `neurons` MLP neurons of block `layer` are left after pruning; by default all."""
         return neurons
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupingConfig(NeuronChoiceConfig):
-    """The options that all routers of neuron groups share.
+    """The options shared by the mechanisms that switch groups of adjacent MLP neurons on and off.
 
-    group_size: neurons per group. capacity: share of the groups that is on. capacity_warmup: share of the training over
-    which the capacity falls from 1. left: number of groups that each layer still has after pruning; None: all.
+    group_size: neurons per group. capacity: share of the groups that is on for a token, in (0, 1]. capacity_warmup:
+    share of the training, in [0, 1), over which the capacity falls from 1 to its value. left: for each layer, the
+    number of groups left after pruning; None: nothing was pruned.
     """
 
     group_size: int = 64
@@ -53,11 +54,15 @@ class GroupingConfig(NeuronChoiceConfig):
             raise ValueError(f"capacity_warmup must be in [0, 1), got {self.capacity_warmup}")
 
     def capacities(self) -> dict[str, float]:
-        """Return all capacities among the options, by name."""
+        """Return every option that is a share of groups to keep, by name."""
         return {"capacity": self.capacity}
 
     def require(self, layers: int, neurons: int) -> None:
-        """Raise ValueError unless these options fit `layers` layers of `neurons` neurons and keep a group at least."""
+        """Raise ValueError if these options do not fit `layers` layers with `neurons` neurons each before pruning.
+
+        The group size must divide `neurons`, every capacity must keep at least one group, and `left` must have one
+        valid entry for each layer.
+        """
         if neurons % self.group_size:
             raise ValueError(
                 f"neuron_groups.group_size must divide intermediate_size, got {self.group_size} and {neurons}"
@@ -75,18 +80,22 @@ class GroupingConfig(NeuronChoiceConfig):
                 raise ValueError(f"neuron_groups.left must be {kept} to {groups} groups, got {count}")
 
     def kept(self, neurons: int, capacity: float | None = None) -> int:
-        """Return K, the groups that are on, for an MLP with `neurons` neurons before pruning."""
+        """Return the number of groups that are on, floor(capacity * number of groups).
+
+        neurons: the MLP's neurons before pruning. capacity: a share in (0, 1]; None: the option `capacity`.
+        """
         return quota(self.capacity if capacity is None else capacity, neurons // self.group_size)
 
     def neurons(self, layer: int, neurons: int) -> int:
-        """Return the number of neurons that the layer still has, out of `neurons` before pruning."""
+        """Return how many MLP neurons block `layer` has after pruning. neurons: their number before pruning."""
         return neurons if self.left is None else self.left[layer] * self.group_size
 
 
 class ScheduledGroups(GroupRouter):
-    """The base class of group routers, which counts groups and runs the capacity's warm-up.
+    """The base class of routers of neuron groups whose capacity (share of groups on) may fall during training.
 
-    neurons: of the MLP before pruning.
+    config: the options. neurons: the MLP's neurons before pruning. placement: the block of the router; None: block 0.
+    total: the number of groups left after pruning.
     """
 
     def __init__(self, config: GroupingConfig, neurons: int, placement: Placement | None) -> None:
@@ -97,14 +106,14 @@ class ScheduledGroups(GroupRouter):
         self.schedule = Capacity(config.capacity, config.capacity_warmup)
 
     def in_force(self, schedule: Capacity) -> int:
-        """Return the number of groups that a schedule keeps at present; after pruning, at most all that are left."""
+        """Return the number of groups that a capacity schedule keeps at present, at most those left after pruning."""
         return min(self.grouping.kept(self.neurons, schedule.now), self.total)
 
     def in_words(self) -> str:
         return f"{self.counted_in_words(self.grouping.capacity)} on"
 
     def counted_in_words(self, capacity: float) -> str:
-        """Return a text such as `12 of 20 neuron groups`."""
+        """Return a text such as `12 of 20 neuron groups` for a capacity, a share of the groups before pruning."""
         kinds = "neurons" if self.grouping.group_size == 1 else "neuron groups"
         kept = self.grouping.kept(self.neurons, capacity)
         return f"{kept} of {self.neurons // self.grouping.group_size} {kinds}"
@@ -119,22 +128,30 @@ class ScheduledGroups(GroupRouter):
         return self.schedule.not_ready_reason()
 
     def start_as_dense(self) -> None:
-        """Do nothing, because the capacity's warm-up starts at 1."""
+        """Do nothing: the warm-up of the capacity starts at 1, where every group is on."""
 
     def set_identity(self) -> None:
-        """Turn every group on."""
+        """Keep every group on from now on."""
         self.schedule.pin(1.0)
 
 
 def empty_groups(x_BTD: Tensor, total: int) -> NeuronGroupsRecord:
-    """Return the record of `total` groups for a call in which no token reached the mechanism."""
+    """Return the record of an MLP that no token reached in this call: scores NaN, no group on, no token reached.
+
+    x_BTD: the MLP's input, for shape, dtype and device. total: the number of neuron groups G; scores are fp32
+    [B, T, G].
+    """
     nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], total), float("nan"), dtype=ops.wide_dtype(x_BTD))
     none_BTG = nan_BTG > 0
     return NeuronGroupsRecord(nan_BTG, none_BTG, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool), none_BTG)
 
 
 def group_record(score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
-    """Return the record of what was chosen from the MLP's own results, with NaN and False for padding."""
+    """Return the record of a choice of neuron groups, in which padding has scores NaN and no groups.
+
+    score_BTG: fp32 scores of G groups. tried_BTG: bool, the groups for which the up projection was computed. kept_BTG:
+    bool, those for which the down projection was, too. tokens: says which tokens are real.
+    """
     reached_BT = real_mask(tokens, score_BTG[..., 0])
     if tokens.real_BT is not None:
         tried_BTG, kept_BTG = (on_BTG & reached_BT[..., None] for on_BTG in (tried_BTG, kept_BTG))
@@ -143,8 +160,9 @@ def group_record(score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens:
 
 
 def share_of_one_token(share: Share, single_token: bool) -> Share:
-    """Return the multiplied share of the three matrices if the gate is multiplied in full.
+    """Return the share of an MLP's three matrices that is multiplied if the gate matrix is always multiplied in full.
 
-    The other two are multiplied in part, in calls of one token only.
+    share: the share of neurons that is on, for which the up and down projections are multiplied. single_token: whether
+    the call has one token and no gradient; other calls multiply all three in full and return 1.
     """
     return (1 + 2 * share) / 3 if single_token else 1 + 0 * share

@@ -46,8 +46,11 @@ class _Guided(torch.autograd.Function):
 
 
 def guided(delta_BTD: Tensor, score_BT: Tensor, reached_BT: Tensor, capacity: float) -> tuple[Tensor, Tensor]:
-    """Return the update [B, T, D] unchanged, and an auxiliary loss [B, T] of value 0 that trains the score.
+    """Return the update unchanged, [B, T, D], and a zero-valued loss [B, T] whose gradient trains the router's scores.
 
-    score_BT: fp32; its graph should not reach the model (detach the router's input), or guidance changes the model too.
+    In the backward pass, the `capacity` share of reached tokens with the largest gradient norm at the block's output
+    becomes the positive class, and the gradient of binary cross-entropy against it flows into the scores. delta_BTD:
+    the update. score_BT: fp32 router scores; compute them from a detached input, or the guidance also changes the
+    model. reached_BT: bool, the real tokens that the block was given. capacity: in (0, 1). The method is ours.
     """
     return _Guided.apply(delta_BTD, score_BT, reached_BT, capacity)  # type: ignore[no-any-return]

@@ -38,9 +38,10 @@ from skipstone.ops import reference as ops
 class LayerDropoutConfig:
     """The options of layer dropout.
 
-    rate: largest probability of leaving a block out, in [0, 1). over_depth: rising from 0 in block 0 to `rate` in the
-    model's last block, or constant. over_training: falling linearly to 0, or constant. scaled: whether kept updates are
-    divided by the probability of being kept.
+    rate: the largest probability of leaving out a block for a row, in [0, 1). over_depth: "rising" linearly from 0 in
+    block 0 to `rate` in the model's last block, or "constant". over_training: "falling" linearly from `rate` to 0 over
+    the training, or "constant". scaled: whether the updates of kept rows are divided by the probability of keeping a
+    row.
     """
 
     rate: float = 0.2
@@ -54,7 +55,11 @@ class LayerDropoutConfig:
 
 
 class LayerDropout(DepthMechanism):
-    """Layer dropout as a depth mechanism: leaves rows out at random in training, and does nothing otherwise."""
+    """Layer dropout (stochastic depth, arXiv 1603.09382): training leaves a block out for random rows of a batch.
+
+    Rows that are left out cost nothing, because the others are gathered into a smaller batch. In evaluation and
+    generation it does nothing. Options: `LayerDropoutConfig`.
+    """
 
     Config = LayerDropoutConfig
     skips = False  # in a causal pass
@@ -69,11 +74,15 @@ class LayerDropout(DepthMechanism):
 
     @property
     def rate(self) -> float:
-        """The probability of leaving a row out at present."""
+        """The present probability of leaving a row out of this block."""
         return self.largest if self.progress is None else self.largest * (1 - self.progress.share)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the update of the rows that are kept, 0 for the others, and the records, whose scores are all 0."""
+        """Return the update [B, T, D], 0 for rows that are left out, and the records, whose scores are all 0.
+
+        update: the function of the wrapped block. x_BTD: the hidden states before it. Rows are left out only in
+        training passes with noise, or where the caller imposes it (`tokens.forced_BT`).
+        """
         score_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
         kept_BT = reached_BT = real_mask(tokens, score_BT)
         scale, draws = 1.0, tokens.mode.noise and tokens.mode.routing == "oracle"
@@ -103,13 +112,18 @@ class LayerDropout(DepthMechanism):
             self.progress.advance(progress)
 
     def set_identity(self) -> None:
-        """Never leave a row out."""
+        """Set the probability with which a row skips the block to 0."""
         self.largest = 0.0
 
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the token counts inside: fewer rows in an oracle pass, in the mean over a training if not measured."""
+        """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
+
+        kept: the measured counts of kept tokens, used if given. oracle: whether this is a training pass; if so, and
+        nothing was measured, the share of rows is reduced by the mean dropout rate over the training. Other passes keep
+        all.
+        """
         if kept is not None:
             return counts.restricted_to(kept)
         if not oracle:

@@ -38,10 +38,11 @@ from skipstone.ops.magnitude import largest, sizes
 
 @dataclass(frozen=True, kw_only=True)
 class MagnitudeGroupsConfig(GroupingConfig):
-    """Options of neuron groups chosen by magnitude, in addition to those of `GroupingConfig`.
+    """The options of neuron groups chosen by the magnitude of their activations, besides those of `GroupingConfig`.
 
-    down_capacity: share of the groups that the last matrix is multiplied for; None: `capacity`. decision: distinguishes
-    these options from those of other neuron groups.
+    decision: always "magnitude"; it tells these options from those of other neuron groups. capacity (inherited): share
+    of the groups for which the up projection is multiplied. down_capacity: share for which the down projection is, in
+    (0, capacity]; None: `capacity`.
     """
 
     decision: Literal["magnitude"] = "magnitude"
@@ -54,7 +55,7 @@ class MagnitudeGroupsConfig(GroupingConfig):
 
     @property
     def down(self) -> float:
-        """The capacity of the last matrix: `down_capacity`, or `capacity` if that is None."""
+        """The share of groups for which the down projection is multiplied: `down_capacity`, else `capacity`."""
         return self.capacity if self.down_capacity is None else self.down_capacity
 
     def capacities(self) -> dict[str, float]:
@@ -62,7 +63,13 @@ class MagnitudeGroupsConfig(GroupingConfig):
 
 
 class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
-    """Choose for each token which groups are tried and which of these are kept; `nn/magnitude_mlp.py` executes it."""
+    """A router that keeps a token's neuron groups with the largest activations; nothing is learned.
+
+    In a gated MLP with a = act(W_gate x), it first chooses the groups with the largest mean |a| * typical_F, for which
+    W_up x is multiplied ("tried"), then those of them with the largest product of a and W_up x, for which W_down is
+    ("kept"). typical_F: the root mean square of each neuron of W_up x over some text, or 1. hidden_size is not used;
+    neurons: MLP neurons before pruning. Time is saved in calls of one token. Related: CATS (arXiv 2404.08763).
+    """
 
     Config: ClassVar[type[MagnitudeGroupsConfig]] = MagnitudeGroupsConfig
 
@@ -74,7 +81,11 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         config: MagnitudeGroupsConfig | None = None,
         **options: object,
     ) -> None:
-        """Build the router. neurons: of the MLP before pruning. `options` are parsed unless `config` is given."""
+        """Build the router.
+
+        hidden_size: not used. neurons: of the MLP before pruning. placement: the block of the router; None: block 0.
+        config: the options; None: `options`, the fields of `MagnitudeGroupsConfig`, are parsed.
+        """
         read = parsed(MagnitudeGroupsConfig, config, options)
         super().__init__(read, neurons, placement)
         self.config = read
@@ -92,17 +103,17 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     @property
     def kept(self) -> int:
-        """The number of groups for which the last matrix is multiplied at present."""
+        """The number of groups for which the down projection is multiplied at present."""
         return self.in_force(self.down_schedule)
 
     @property
     def tried(self) -> int:
-        """The number of groups for which the second matrix is multiplied at present."""
+        """The number of groups for which the up projection is multiplied at present."""
         return self.in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:
-        """The mean of both shares once any warm-up is over."""
+        """The mean of the shares of groups tried (up projection) and kept (down projection), after any warm-up."""
         tried, kept = (self.config.kept(self.neurons, s.final) for s in (self.schedule, self.down_schedule))
         return Fraction(tried + kept, 2 * self.total)
 
@@ -113,16 +124,27 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         return f"{tried} tried, {self.config.kept(self.neurons, self.config.down_capacity)} kept"
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return the multiplied share of the three matrices, which is 1 but in calls of one token."""
+        """Return the share of the MLP's three matrices that is multiplied if `share` of the groups is on.
+
+        single_token: whether the call has one token and no gradient. Then the gate matrix is multiplied in full and the
+        other two in part; in all other calls the share is 1.
+        """
         return share_of_one_token(share, single_token)
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores, fp32 [B, T, G], and which groups are tried, bool; a_BTF: activations of all neurons."""
+        """Return scores of the G neuron groups, fp32 [B, T, G], and which groups are tried, bool [B, T, G].
+
+        a_BTF: activations act(W_gate x) of all F neurons. A score is the mean over a group's neurons of |a| *
+        typical_F. The groups with the highest scores are tried: only for these is the up projection multiplied.
+        """
         score_BTG = sizes(a_BTF, self.config.group_size, self.typical_F)
         return score_BTG, largest(score_BTG, self.tried)
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """Return which groups are kept, bool [B, T, G]; h_BTF: products of the tried groups, 0 for the others."""
+        """Return which of G neuron groups are kept, those with the largest mean |h|, bool [B, T, G].
+
+        h_BTF: products of activation and up projection, 0 for neurons of groups that are not tried.
+        """
         return largest(sizes(h_BTF, self.config.group_size), self.kept)
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
@@ -137,5 +159,5 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         self.down_schedule.pin(1.0)
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return 0: sums of magnitudes are not matrix products."""
+        """Return 0: sums of magnitudes are no matrix products, and only these are counted."""
         return 0

@@ -17,48 +17,56 @@ from skipstone.core.weights import whole
 
 
 class MixFigures(RoutingModule):
-    """The base class of activation mechanisms, with statistics of their mix.
+    """The base class of activation mechanisms that mix several functions in each neuron, with statistics of the mix.
 
-    Statistics are [B, T], or [B, 1] if a row shares its context; NaN for tokens that did not reach the mechanism. tau:
-    the temperature, fp32 [].
+    The mix of a neuron is softmax((preference + dynamic logits) / tau) over A functions. tau: the temperature, fp32 [].
+    Statistics are computed from an `ActivationRecord` of a pass without noise; they are [B, T], or [B, 1] if all tokens
+    of a row share their logits, and NaN for tokens that did not reach the mechanism.
     """
 
     tau: Tensor
 
     @property
     def preference_FA(self) -> Tensor:
-        """The learned preference of each neuron for each activation, fp32 logits [F, A], independent of the context."""
+        """The learned logits of each of F neurons for each of A functions, fp32 [F, A], the same for every token."""
         raise NotImplementedError
 
     def shares(self, record: ActivationRecord) -> Tensor:
-        """Return the mean share of each activation over the neurons, [B, T or 1, A]."""
+        """Return the weight of each of A functions in the mix, averaged over the neurons, fp32 [B, T or 1, A]."""
         return self._mix(record, self.tau).mean(2)
 
     def neurons(self, record: ActivationRecord) -> Tensor:
-        """Return the share of neurons in which each activation is the strongest, [B, T or 1, A]."""
+        """Return the share of neurons whose strongest function is each of the A functions, fp32 [B, T or 1, A]."""
         logits_BTFA = self._logits(record)
         best_BTFA = torch.nn.functional.one_hot(logits_BTFA.argmax(-1), logits_BTFA.shape[-1])
         known_BT11 = record.logits_BTA.isfinite().all(-1)[..., None]
         return best_BTFA.float().mean(2).where(known_BT11, float("nan"))
 
     def diversity(self, record: ActivationRecord) -> Tensor:
-        """Return the share of neurons whose strongest activation is not the layer's most common one.
+        """Return the share of neurons whose strongest function is not the layer's most common one, fp32 [B, T or 1].
 
-        0 means that a layer routes as a whole.
+        0: all neurons of the layer prefer the same function.
         """
         return 1 - self.neurons(record).amax(-1)
 
     def entropy(self, record: ActivationRecord) -> Tensor:
-        """Return the entropy of the mix as a share of its maximum (ln A), averaged over neurons."""
+        """Return the mean entropy of the neurons' mixes of A functions, divided by ln A, fp32 [B, T or 1]."""
         mix_BTFA = self._mix(record, self.tau)
         return torch.special.entr(mix_BTFA).sum(-1).mean(2) / math.log(mix_BTFA.shape[-1])
 
     def dynamic_entropy(self, record: ActivationRecord) -> Tensor:
-        """Return the paper's dynamic entropy in nats: of softmax(logits) without tau, so larger than `entropy`."""
+        """Return the "dynamic entropy" of the PolyGLU paper (arXiv 2603.13347) in nats, fp32 [B, T or 1].
+
+        It is the mean entropy over neurons of softmax(preference + dynamic logits), without division by the temperature
+        tau, and therefore larger than the entropy of the mix at tau < 1.
+        """
         return torch.special.entr(self._mix(record, 1.0)).sum(-1).mean(2)
 
     def static_entropy(self) -> Tensor:
-        """Return the paper's static entropy in nats, []: of softmax(preference); ln A if no preference was learned."""
+        """Return the "static entropy" of the PolyGLU paper (arXiv 2603.13347) in nats, fp32 [].
+
+        It is the mean entropy over neurons of softmax(preference); ln A, for A functions, if no preference was learned.
+        """
         return torch.special.entr(whole(self.preference_FA).softmax(-1)).sum(-1).mean()
 
     def _mix(self, record: ActivationRecord, temperature: Tensor | float) -> Tensor:

@@ -44,7 +44,11 @@ from skipstone.ops import reference as ops
 
 
 class MixtureOfDepths(DepthMechanism):
-    """Mixture-of-Depths as a depth mechanism: a router keeps the top tokens of a block, and the others skip it."""
+    """Mixture-of-Depths (arXiv 2404.02258): a router keeps a share of the tokens for a block, and the others skip it.
+
+    Kept tokens attend to kept tokens only (with `kv: full`, to all) and get w(score) * update; skipped tokens get
+    nothing, or a learned low-rank update. Options: `MixtureOfDepthsConfig`.
+    """
 
     Config = MixtureOfDepthsConfig
     default_layers = "1::2"
@@ -83,7 +87,7 @@ class MixtureOfDepths(DepthMechanism):
 
     @property
     def capacity(self) -> float:
-        """The configured capacity, after any warm-up; `decision.capacity.now` is the present one."""
+        """The share of tokens that the block keeps after any warm-up; the present one is `decision.capacity.now`."""
         return self.decision.capacity.final
 
     def set_capacity(self, capacity: float) -> None:
@@ -132,12 +136,15 @@ class MixtureOfDepths(DepthMechanism):
         return self.router if isinstance(self.router, LinearRouter) else None, self.skip
 
     def reset_parameters(self) -> None:
-        """Set the scale of `weight: tanh` to 0, so that every weight starts at 1."""
+        """Set the scale a of the weight 1 + a tanh(score), if that is used, to 0, so that every weight starts at 1."""
         if self.tanh_scale is not None:
             init.zeros_(self.tanh_scale)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the update of the kept tokens, 0 or the skip path's for the others, and the records."""
+        """Return the weighted update of kept tokens, [B, T, D], and the records; others get 0 or a low-rank update.
+
+        update: the function of the wrapped block. x_BTD: the hidden states before it.
+        """
         seen_BTD = x_BTD.detach() if self.config.guidance or self.config.benefit else x_BTD
         score_BT = self.router(seen_BTD)
         reached_BT = real_mask(tokens, score_BT)
@@ -172,7 +179,13 @@ class MixtureOfDepths(DepthMechanism):
         )
 
     def decide(self, score_BT: Tensor, seen_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Return the kept tokens, bool [B, T]; padding may be among them."""
+        """Return the tokens to keep, bool [B, T]; padding may be among them, so callers have to exclude it.
+
+        score_BT: router scores, fp32. seen_BTD: the hidden states as the router reads them, for decisions by another
+        network. tokens: says how to decide: with sight of the whole row ("oracle" routing), without later tokens
+        ("causal"), or as the caller imposes (`forced_BT`). Raises ValueError in a causal pass if the decision needs
+        later tokens.
+        """
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(score_BT)
         if self.decision.capacity.now >= 1:
@@ -244,7 +257,7 @@ class MixtureOfDepths(DepthMechanism):
         return torch.where(reached_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return the top `capacity` of each row by score, bool [B, T]; None if the decision reads no scores."""
+        """Return each row's top `capacity` share by recorded score, bool [B, T]; None if decisions read no scores."""
         if not self.decision.reads_scores:
             return None
         return ops.select_top(record.score_BT, self.capacity, torch.where(record.reached_BT, 0, -1))
@@ -269,10 +282,10 @@ class MixtureOfDepths(DepthMechanism):
             self.decision.require_causal()
 
     def start_as_dense(self) -> None:
-        """Do nothing, because the capacity's warm-up starts at 1."""
+        """Do nothing: the capacity's warm-up, on by default when adapting, starts with all tokens kept."""
 
     def set_identity(self) -> None:
-        """Keep every token with weight 1, by setting capacity and weight."""
+        """Keep every token with weight 1: set the capacity to 1, and the weight function or its scale accordingly."""
         self.decision.capacity.pin(1.0)
         if self.tanh_scale is None:
             self.weighting = "none"
@@ -283,10 +296,11 @@ class MixtureOfDepths(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the token counts inside: tokens not kept are absent or, with `kv: full`, only give keys and values.
+        """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
 
-        Without measured `kept`, the configured capacity counts. A static decision executes the quota of the present
-        capacity whatever the scores.
+        Skipped tokens are not counted; with `kv: full` they count as keys and values. kept: the measured counts of kept
+        tokens; None: the configured capacity is assumed. oracle: whether this is a training pass; with a decision such
+        as top-k, it then computes floor(capacity * tokens) tokens whatever was measured.
         """
         static = oracle and self.decision.static
         if kept is None:

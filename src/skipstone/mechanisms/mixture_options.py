@@ -31,19 +31,25 @@ LARGEST_RANK = 1 << 16  # wider than any decoder, so a larger rank is a mistake
 class MixtureOfDepthsConfig:
     """The options of Mixture-of-Depths.
 
-    capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for each routed
-    block, or `{start, end, shape: linear | cosine}` over depth; None: .125, or .2 with decision boundary, where the
-    text decides and the capacity is only what costs assume that were not measured. decision: see `decisions`;
-    threshold: p of `threshold_p`; boundary: the options of `boundary`. weight: the factor on a kept token's update:
-    none (1), raw (the paper's), sigmoid, tanh (1 + a tanh r, initially a = 0). guidance: the router learns from the
-    gradient at the block's output (see `guidance`) and sends none into the model; benefit: from the measured benefit of
-    the block instead (see `benefit`). router: linear or mlp; router_norm: its input is divided by its root mean square.
-    Default of guidance (without benefit) and router_norm: on if the weight is none and the decision reads scores, else
-    off. kv: kept (skipped tokens give no keys and values) or full (they do). skip: the update of skipped tokens:
-    identity (none), or low_rank with rank skip_rank. capacity_warmup: share of the training over which the capacity
-    falls from 1, by warmup_shape. exploration: scale of the Gumbel noise on the scores in training, falling to 0 at
-    exploration_until (share of the training). auxiliary_weight: coefficient of guidance, of benefit and of the
-    decision's auxiliary loss; z_loss: of score^2.
+    Which tokens: capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for
+    each routed block, or a `Ramp` {start, end, shape} over depth. None: .125, or .2 with decision "boundary", where the
+    text decides and cost estimates alone use the capacity. decision: the rule that keeps tokens, a key of `DECISIONS`
+    (default "ema_threshold": scores above a running quantile). threshold: probability in (0, 1) above which decision
+    "threshold_p" keeps a token. boundary: options of decision "boundary". capacity_warmup: share of the training over
+    which the capacity falls from 1; warmup_shape: "linear" or "cosine".
+
+    The update: weight: factor on a kept token's update: "none" (1), "raw" (the score, as in the paper), "sigmoid" (of
+    the score), or "tanh" (1 + a tanh(score), a learned from 0). kv: whether skipped tokens provide keys and values,
+    "full" (yes) or "kept" (no). skip: update of a skipped token, "identity" (none) or "low_rank" (a learned linear map
+    of rank skip_rank).
+
+    The router: router: "linear" or "mlp". router_norm: whether its input is divided by its root mean square. guidance:
+    whether it learns from the gradient norms at the block's output (`guided`); benefit: whether it learns from the
+    measured benefit of the block (`benefit_loss`); neither sends its gradient into the model. None means on for
+    router_norm and guidance if the weight is "none" and the decision reads scores (guidance: and benefit is off).
+    exploration: scale of the Gumbel noise on scores in training, falling to 0 at the share exploration_until of the
+    training. auxiliary_weight: coefficient of the decision's auxiliary loss, of guidance and of benefit. z_loss:
+    coefficient of score^2.
     """
 
     capacity: float | list[float] | Ramp | None = None
@@ -100,6 +106,6 @@ class MixtureOfDepthsConfig:
 
     @property
     def shares(self) -> float | list[float] | Ramp:
-        """The capacity, which is never None once the options are parsed."""
+        """The option `capacity`, which is never None once the options are parsed."""
         assert self.capacity is not None
         return self.capacity

@@ -44,11 +44,12 @@ from skipstone.ops import score_linear
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronGroupsConfig(GroupingConfig):
-    """The options of neuron groups, in addition to those of `GroupingConfig`.
+    """The options of neuron groups chosen by a router, besides those of `GroupingConfig`.
 
-    chunk_size: tokens of a document that share a decision. decay: weight of a token relative to the next one.
-    router_width: width R of the projected input. balance_rate: step u of the
-    balancing bias, 0 for no balancing. decision: learned, or random as a control.
+    chunk_size: number of consecutive tokens of a document that share a decision. decay: in (0, 1); in the router's
+    input, a mean over tokens, a token n back has weight decay^n. router_width: width R to which the input is projected.
+    balance_rate: by how much the bias of a group's ranking moves per step so that all groups are used equally often; 0:
+    no bias. decision: "learned", or "random" as a control.
     """
 
     chunk_size: int = 64
@@ -69,7 +70,12 @@ class NeuronGroupsConfig(GroupingConfig):
 
 
 class NeuronGroups(ScheduledGroups, InputGroupRouter):
-    """Choose for each chunk of tokens which groups are on; `nn/grouped_mlp.py` executes it."""
+    """A router that chooses for each chunk of tokens which groups of an MLP's neurons are multiplied (on).
+
+    It scores G groups from an exponential mean of the tokens up to the chunk's first one, keeps the floor(capacity * G)
+    best, and multiplies their output by 2 sigmoid(score), through which it learns. hidden_size: width of the MLP's
+    input. neurons: MLP neurons before pruning. config: the options, or pass its fields as keyword arguments.
+    """
 
     Config: ClassVar[type[NeuronGroupsConfig]] = NeuronGroupsConfig
 
@@ -81,7 +87,11 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         config: NeuronGroupsConfig | None = None,
         **options: object,
     ) -> None:
-        """Build the router. neurons: of the MLP before pruning. `options` are parsed unless `config` is given."""
+        """Build the router.
+
+        hidden_size: width D of the MLP's input. neurons: of the MLP before pruning. placement: the block of the router;
+        None: block 0. config: the options; None: `options`, the fields of `NeuronGroupsConfig`, are parsed.
+        """
         read = parsed(NeuronGroupsConfig, config, options)
         super().__init__(read, neurons, placement)
         self.config = read
@@ -97,7 +107,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw both projections of the router with variance 1 / fan-in, and set the biases to 0."""
+        """Draw both projections of the router from a normal distribution of variance 1 / fan-in; set biases to 0."""
         if self.balance_bias is not None:
             init.zeros_(self.balance_bias)
         if self.learns:
@@ -108,20 +118,27 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
 
     @property
     def kept(self) -> int:
-        """The number of groups that are on at present, K."""
+        """The number of groups that are on at present."""
         return self.in_force(self.schedule)
 
     @property
     def share_on(self) -> Fraction:
-        """The share of the groups that are on once any warm-up is over, K / G."""
+        """The share of neuron groups that is on (multiplied) once any warm-up is over, of those left after pruning."""
         return Fraction(self.config.kept(self.neurons, self.schedule.final), self.total)
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return `share`: all three matrices are multiplied only for the groups that are on."""
+        """Return `share`, because all three matrices of the MLP are multiplied only for the groups that are on.
+
+        single_token: has no influence here.
+        """
         return share
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """Choose the groups that are on for each token. x_BTD: the MLP's input, padded."""
+        """Return the groups that are on for each token, with their gains and a record (`GroupChoice`).
+
+        x_BTD: the MLP's input, with any padding in place. tokens: the tokens' positions and documents. cache: the
+        layer's KV cache, which also stores the router's sums over earlier tokens; None: no earlier tokens.
+        """
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
         group_BTK = ranked_BTG.topk(self.kept, dim=-1, sorted=False).indices.sort(-1).values
@@ -152,11 +169,15 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return (turned_BTG - turned_BTG.floor()).to(ops.wide_dtype(x_BTD)).expand(*x_BTD.shape[:2], -1)
 
     def share(self, record: NeuronGroupsRecord) -> Tensor:
-        """Return the share of tokens for which each group is on, fp32 [G]; NaN if no token was reached."""
+        """Return the share of recorded tokens for which each of G groups is on, fp32 [G]; NaN if there are none."""
         return record.kept_BTG.sum((0, 1)) / record.reached_BT.sum()
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return the share of tokens of each group, which moves the balancing bias; None without a bias."""
+        """Return the share of tokens for which each of G groups is on, [G], for updating the balancing bias.
+
+        The bias, added to scores when groups are ranked, is updated in `advance`. None if `balance_rate` is 0: no bias.
+        record: the router's record of one micro-batch.
+        """
         record = expect(record, NeuronGroupsRecord)
         return self.share(record) if self.config.balance_rate else None
 
@@ -166,7 +187,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
             self.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
     def set_identity(self) -> None:
-        """Turn every group on, with gain 1."""
+        """Keep every group on from now on, with gain 1."""
         super().set_identity()
         if self.learns:
             with torch.no_grad():
@@ -177,5 +198,5 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return 2 * tokens * (self.context_weight.numel() + self.score_weight.numel()) if self.learns else 0
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return the bytes of fp32 sums, token counts and chunk starts, and of int64 slots, after `tokens` tokens."""
+        """Return the bytes that the router caches for a row of `tokens` tokens: fp32 sums, counts, means; int64 slots."""
         return tokens * (4 * (2 * self.config.router_width + 2) + 8) if self.learns else 0

@@ -18,7 +18,11 @@ LARGEST_LOGIT = 30.0  # a gain of 1 - 1e-13: closer to 1 than any fp32 number be
 
 
 class OptionThreshold(ScoreThreshold):
-    """The option `threshold` of a gate, as a logit: on the gain (`keeps_above`) or on p = 1 - gain."""
+    """The option `threshold` of a gate as a threshold on its logit, shared by all blocks of a `mechanisms` entry.
+
+    mechanism: the gate whose `config.threshold`, in (0, 1), is read and set. keeps_above: True if a token is kept where
+    its gain exceeds the option; False if the option bounds p = 1 - gain from above.
+    """
 
     option = "threshold"
 

@@ -58,12 +58,13 @@ SUMS = {"running_mean": 1, "exponential_mean": 1, "chunk": 2}  # sums per token 
 class PolyGLUConfig:
     """The options of PolyGLU.
 
-    context: the input of the gate. running_mean: the mean of the tokens so far; exponential_mean: the same with each
-    token weighted `decay` times the next one; token: the token alone; chunk: the mean of all earlier chunks of
-    `chunk_size` tokens, 0 in the first; sequence: the mean of the whole row as in the paper, which includes later
-    tokens. tau_start, tau_end: temperature at the start and end of training. noise: Gumbel noise in training.
-    router_width: R. preference_scale: factor from the learned preference of a neuron to its logits. price: coefficient
-    of the auxiliary loss, the expected share of neurons that are not exactly 0.
+    context: the gate's input at a token. "running_mean": the mean of the document's tokens so far; "exponential_mean":
+    the same with weight decay^n for a token n back; "token": the token alone; "chunk": the mean of all earlier chunks
+    of chunk_size tokens, 0 in the first; "sequence": the mean of the whole document as in the paper, which includes
+    later tokens and cannot generate. decay: in (0, 1). tau_start, tau_end: softmax temperature at the start and the end
+    of the training. noise: whether training adds Gumbel noise to the logits. router_width: hidden width of the gate.
+    preference_scale: factor between a neuron's preference parameters and its logits; above 1, preferences learn faster.
+    price: coefficient of an auxiliary loss on the expected share of neurons with a nonzero activation.
     """
 
     context: Context = "running_mean"
@@ -95,7 +96,12 @@ class PolyGLUConfig:
 
 
 class PolyGLU(MixFigures, Activation):
-    """The activation PolyGLU: each neuron of a gated MLP mixes ReLU, Tanh, SiLU and GELU."""
+    """The activation PolyGLU (arXiv 2603.13347): each neuron of a gated MLP mixes ReLU, Tanh, SiLU and GELU.
+
+    The mix of a neuron is softmax((preference + scale * gate_net(context)) / tau), with a learned preference for each
+    neuron and a small network on a mean of hidden states. hidden_size: width of the MLP's input. neurons: MLP neurons.
+    config: the options (`PolyGLUConfig`), or pass its fields as keyword arguments.
+    """
 
     Config: ClassVar[type[PolyGLUConfig]] = PolyGLUConfig
     cast_with_model = ("scale", "context_weight", "context_bias", "mix_weight", "mix_bias")
@@ -108,7 +114,11 @@ class PolyGLU(MixFigures, Activation):
         config: PolyGLUConfig | None = None,
         **options: object,
     ) -> None:
-        """Build the mechanism. `options` are those of `PolyGLUConfig`, unless `config` is given."""
+        """Build the activation.
+
+        hidden_size: width D of the MLP's input. neurons: F, of the MLP. placement: the block and the name of the
+        record. config: the options; None: `options`, the fields of `PolyGLUConfig`, are parsed.
+        """
         super().__init__()
         self.config: PolyGLUConfig = parsed(PolyGLUConfig, config, options)
         self.placement = placement or Placement(name="polyglu")
@@ -123,7 +133,7 @@ class PolyGLU(MixFigures, Activation):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw small router weights; preferences and biases start at 0, scale at 1, tau at `tau_start`."""
+        """Draw small router weights; set preferences and biases to 0, the logits' scale to 1 and tau to `tau_start`."""
         for parameter in (self.preference_bias, self.context_bias, self.mix_bias):
             init.zeros_(parameter)
         init.ones_(self.scale)
@@ -139,9 +149,12 @@ class PolyGLU(MixFigures, Activation):
         cache: SkipstoneCacheLayer | None = None,
         runs: Runs | None = None,
     ) -> tuple[Tensor, Records]:
-        """Return the mixed activations of the gate's pre-activations, shaped as these, and the record.
+        """Return the mixed activations, shaped as `gate_BTF`, and an `ActivationRecord` under the mechanism's name.
 
-        runs: the groups of neurons that are on, if only some are; gate_BTF then holds their neurons only.
+        gate_BTF: pre-activations W_gate x of F neurons. x_BTD: the MLP's input, from which the context is computed.
+        tokens: documents, padding and random seed. cache: the layer's KV cache, which also stores the context's sums;
+        None: no earlier tokens. runs: the neuron groups that are on, if not all; `gate_BTF` then holds only their
+        neurons.
         """
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
         noise = tokens.mode.noise and self.config.noise
@@ -231,19 +244,23 @@ class PolyGLU(MixFigures, Activation):
         return {self.placement.name: self}
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Anneal the temperature tau linearly (the paper's max(0.1, 1 - 0.9 * step / total))."""
+        """Set the temperature tau by linear interpolation from `tau_start` to `tau_end`.
+
+        progress: the share of the training that is over, from 0 to 1. With the default options this is the paper's
+        max(0.1, 1 - 0.9 * step / total). `statistics` is not used.
+        """
         start, end = self.config.tau_start, self.config.tau_end
         self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))
 
     def moving(self) -> dict[str, Tensor]:
-        """Return the temperature tau, which is one number for the whole model."""
+        """Return the temperature as {"tau": fp32 []}, one name for all blocks, because they share the schedule."""
         return {"tau": self.tau}
 
     def decay_kind(self, name: str) -> str | None:
         return "preferences" if name == "preference_bias" else super().decay_kind(name)
 
     def set_identity(self) -> None:
-        """Make every neuron use SiLU."""
+        """Make every neuron use SiLU, up to 1.4e-4 of the other functions, so that the MLP is a SwiGLU."""
         with torch.no_grad():
             self.mix_weight.zero_()
             self.mix_bias.zero_()
@@ -274,6 +291,6 @@ class PolyGLU(MixFigures, Activation):
         return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return the bytes of fp32 sums and counts and of int64 slots, after `tokens` tokens of a row."""
+        """Return the bytes of context state (fp32 sums and counts, int64 slots) cached for a row of `tokens` tokens."""
         sums = SUMS.get(self.config.context, 0)
         return tokens * (4 * sums * (self.config.router_width + 1) + 8) if sums else 0

@@ -20,9 +20,10 @@ from skipstone.ops import score_linear
 
 
 class LinearRouter(nn.Module):
-    """A linear router: score = w . x (Mixture-of-Depths, arXiv 2404.02258, section 3.4), with an optional bias.
+    """A linear router: score = w . x + b, computed in fp32 (Mixture-of-Depths, arXiv 2404.02258, section 3.4).
 
-    outputs: scores per token. norm: x is divided by its root mean square.
+    width: D, the size of x. start_bias: initial value of b; None: there is no bias. outputs: scores per token. norm:
+    whether x is divided by its root mean square.
     """
 
     def __init__(self, width: int, start_bias: float | None = None, outputs: int = 1, norm: bool = False) -> None:
@@ -33,22 +34,22 @@ class LinearRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight uniformly within 1 / sqrt(D), and set the bias to `start_bias`."""
+        """Draw the weight uniformly within 1 / sqrt(input width) of 0, and set the bias, if any, to `start_bias`."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         init.uniform_(self.weight, -bound, bound)
         if self.score_bias is not None:
             init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the score of each token, fp32 [B, T], for a router with one output."""
+        """Return the score of each token, fp32 [B, T]; for routers with one output. x_BTD: hidden states."""
         return self.all(x_BTD).squeeze(-1)
 
     def all(self, x_BTD: Tensor) -> Tensor:
-        """Return all scores, fp32 [B, T, outputs]."""
+        """Return all scores of each token, fp32 [B, T, outputs]. x_BTD: hidden states."""
         return score_linear(x_BTD, self.weight, self.score_bias, self.norm)
 
     def constant(self, score: float) -> None:
-        """Set the parameters so that all tokens get this score, with weight gradients that do not vanish."""
+        """Set the parameters so that every token gets this score (0 without a bias) and the weight still learns."""
         with torch.no_grad():
             self.weight.zero_()
             if self.score_bias is not None:
@@ -59,14 +60,15 @@ class LinearRouter(nn.Module):
         return 2 * tokens * self.weight.numel()
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs of a backward pass that computes no gradient of the input."""
+        """Return the matrix FLOPs over `tokens` tokens of a backward pass with no gradient of the input."""
         return self.flops(tokens)
 
 
 class MLPRouter(nn.Module):
-    """An MLP router: score = w2 . relu(W1 x + b1) + b2 (Token-Selective Attention, arXiv 2605.05222).
+    """A router with one hidden layer: score = w2 . relu(W1 x + b1) + b2, in fp32 (arXiv 2605.05222).
 
-    norm: x is divided by its root mean square.
+    width: size of x. hidden: hidden width. start_bias: initial value of b2. norm: whether x is divided by its root mean
+    square.
     """
 
     def __init__(self, width: int, hidden: int, start_bias: float = 0.0, norm: bool = False) -> None:
@@ -79,19 +81,19 @@ class MLPRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise like nn.Linear, except for the last bias, which sets how open a gate starts."""
+        """Initialise like nn.Linear, except for the last bias, `start_bias`, which decides how open a gate starts."""
         hidden, width = self.hidden_weight.shape
         for parameter, fan in ((self.hidden_weight, width), (self.hidden_bias, width), (self.weight, hidden)):
             init.uniform_(parameter, -1 / math.sqrt(fan), 1 / math.sqrt(fan))
         init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the score of each token, fp32 [B, T]."""
+        """Return the score of each token, fp32 [B, T]. x_BTD: hidden states."""
         hidden_BTR = score_linear(x_BTD, self.hidden_weight, self.hidden_bias, self.norm).relu()
         return score_linear(hidden_BTR, self.weight, self.score_bias).squeeze(-1)
 
     def constant(self, score: float) -> None:
-        """Set the parameters so that all tokens get this score, with gradients in the last layer that do not vanish."""
+        """Set the parameters so that every token gets this score and the last layer still learns."""
         with torch.no_grad():
             self.weight.zero_()
             self.score_bias.fill_(score)
@@ -101,12 +103,15 @@ class MLPRouter(nn.Module):
         return 2 * tokens * (self.hidden_weight.numel() + self.weight.numel())
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs of a backward pass that computes no gradient of the input."""
+        """Return the matrix FLOPs over `tokens` tokens of a backward pass with no gradient of the input."""
         return 2 * self.flops(tokens) - 2 * tokens * self.hidden_weight.numel()
 
 
 class ConstantRouter(nn.Module):
-    """A router that gives every token the same learned score, b; a control for gates that see tokens."""
+    """A router that gives every token the same learned score, as a control for routers that read the token.
+
+    start_bias: the initial score.
+    """
 
     def __init__(self, start_bias: float = 0.0) -> None:
         super().__init__()
@@ -119,7 +124,7 @@ class ConstantRouter(nn.Module):
         init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the score of each token, fp32 [B, T]."""
+        """Return the learned score for every token, fp32 [B, T]. x_BTD: hidden states, whose values are not used."""
         return ops.wide(self.score_bias) + x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
 
     def constant(self, score: float) -> None:
@@ -135,10 +140,10 @@ class ConstantRouter(nn.Module):
 
 
 class NoRouter(nn.Module):
-    """The place of a router where neither the decision nor the weight reads scores: every score is 0, for no FLOPs."""
+    """A router without parameters whose score is always 0, used if tokens are kept by their ids with weight 1."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return zeros, fp32 [B, T]."""
+        """Return zeros, fp32 [B, T]. x_BTD: hidden states, whose values are not used."""
         return x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
 
     def flops(self, tokens: float) -> float:
@@ -149,7 +154,10 @@ class NoRouter(nn.Module):
 
 
 def scorer_of(router: nn.Module) -> Scorer | None:
-    """Return what a router computes, for compiled steps; None for one of another file, or with several scores."""
+    """Return a router's parameters as a `Scorer`, from which a compiled decoding step computes its scores.
+
+    None if it cannot be described so: a router of a class defined elsewhere, or one with several scores per token.
+    """
     kind, own = type(router), router._parameters  # looked up there in a fraction of the time of an attribute
     weight, bias = own.get("weight"), own.get("score_bias")
     if kind is LinearRouter and weight is not None and weight.shape[0] == 1:
@@ -162,12 +170,16 @@ def scorer_of(router: nn.Module) -> Scorer | None:
 
 
 def hidden_width(width: int) -> int:
-    """Return the default hidden width of an MLP router: a quarter of the width, at least 16 (arXiv 2605.05222)."""
+    """Return the default hidden width of an MLP router on inputs of size `width`: max(width // 4, 16)."""
     return max(width // 4, 16)
 
 
 def build_router(kind: str, width: int, norm: bool = False) -> LinearRouter | MLPRouter:
-    """Build a router of this kind, `linear` or `mlp`. Raises ValueError for an unknown kind."""
+    """Build a router by name.
+
+    kind: "linear" or "mlp". width: size of a hidden state. norm: whether the router divides its input by its root mean
+    square. Raises ValueError for an unknown kind.
+    """
     return choose("router", kind, ROUTERS)(width, norm)
 
 

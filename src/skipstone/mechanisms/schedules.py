@@ -21,7 +21,10 @@ UNIT = 1_000_000  # progress is stored as an integer, which casting a model does
 
 
 def between(start: float, end: float, share: float, shape: Shape) -> float:
-    """Interpolate from `start` at share 0 to `end` at share 1 and beyond, linearly or as half a cosine."""
+    """Interpolate from `start` to `end`: the former at share 0 and below, the latter at share 1 and above.
+
+    shape: "linear", or "cosine" for half a cosine wave, which begins and ends flat.
+    """
     share = min(max(share, 0.0), 1.0)
     if shape == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
@@ -29,14 +32,17 @@ def between(start: float, end: float, share: float, shape: Shape) -> float:
 
 
 def require_capacity(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is in (0, 1]."""
+    """Raise ValueError unless `value` is in (0, 1]. name: the option as the message calls it."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """A capacity that changes over depth, from `start` in the first routed block to `end` in the last."""
+    """A capacity that changes over depth, from `start` in the first routed block to `end` in the last, both in (0, 1].
+
+    shape: "linear" or "cosine" (half a cosine wave).
+    """
 
     start: float
     end: float
@@ -48,7 +54,10 @@ class Ramp:
 
 
 def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
-    """Raise ValueError unless `capacity` is a number in (0, 1], a list of at least one, or a ramp."""
+    """Raise ValueError unless `capacity` is a number in (0, 1], a non-empty list of these, or a ramp.
+
+    name: the option as the message calls it.
+    """
     if capacity == []:
         raise ValueError(f"{name} lists no number; give one for each routed block")
     for number in [] if isinstance(capacity, Ramp) else capacity if isinstance(capacity, list) else [capacity]:
@@ -56,9 +65,10 @@ def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
 
 
 def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> float:
-    """Return the capacity of one block, which options may give as a number, a list or a ramp over depth.
+    """Return the capacity, a share in (0, 1], of one block.
 
-    Raises ValueError for a list whose length is not the number of routed blocks.
+    capacity: a number for all routed blocks, a list with one for each, or a ramp over depth. placement: says which of
+    the routed blocks it is. Raises ValueError for a list whose length is not the number of routed blocks.
     """
     if isinstance(capacity, Ramp):
         return between(capacity.start, capacity.end, placement.index / max(placement.count - 1, 1), capacity.shape)
@@ -72,11 +82,11 @@ def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> f
 
 
 class Progress(nn.Module):
-    """The progress of a schedule that ends at `until` of the training: a buffer for checkpoints, Python values for the
-    host.
+    """The progress of a schedule that ends at the share `until` of the training, in (0, 1].
 
-    The Python values stop changing at the end of the schedule, because a compiler treats them as constants and would
-    recompile at every change.
+    It is stored in a buffer, in millionths, for checkpoints and as a Python number for the host. Once the schedule has
+    ended, the Python values do not change any more, so that torch.compile, which treats them as constants, need not
+    recompile.
     """
 
     millionths: Tensor
@@ -89,20 +99,20 @@ class Progress(nn.Module):
         self.over = False  # known to be over; if it is over but not known to be, results are the same
 
     def reset_parameters(self) -> None:
-        """Initialise the buffer for checkpoints without it, for which transformers allocates empty memory."""
+        """Set the progress to 0; checkpoints without this buffer leave it in uninitialised memory."""
         init.zeros_(self.millionths)
         self._forget()
 
     @property
     def share(self) -> float:
-        """The progress of the schedule: 0 before the first step, 1 from its end on."""
+        """The progress of the schedule: 0 before the first step, 1 from the end of the schedule on."""
         if self._known is None:
             self._know(int(self.millionths.item()))
         assert self._known is not None
         return self._known / UNIT
 
     def advance(self, progress: float) -> None:
-        """Set the progress of the training, 0 to 1, rounded as a checkpoint stores it."""
+        """Set the progress of the training, from 0 to 1; it is rounded to millionths, as checkpoints store it."""
         self._know(round(min(max(progress / self.until, 0.0), 1.0) * UNIT))
         self.millionths.fill_(self._known)  # type: ignore[arg-type]
 
@@ -122,10 +132,11 @@ class Progress(nn.Module):
 
 
 class Capacity(nn.Module):
-    """The share of tokens that a block may keep: `now` falls from 1 to `final` over the first `warmup` of a training.
+    """The share of tokens that a block keeps: `now` falls from 1 to `final` over a warm-up of the training.
 
-    A warm-up lets a block learn on every token before it has to choose (Mixture-of-Recursions, arXiv 2507.10524, also
-    warms up the share of tokens of its expert-choice router).
+    final: the share after the warm-up. warmup: the length of the warm-up as a share of the training; 0: none. shape: of
+    the fall, "linear" or "cosine". A warm-up lets a block learn on every token before it has to choose;
+    Mixture-of-Recursions (arXiv 2507.10524) has one as well.
     """
 
     def __init__(self, final: float, warmup: float = 0.0, shape: Shape = "linear") -> None:
@@ -135,7 +146,7 @@ class Capacity(nn.Module):
 
     @property
     def now(self) -> float:
-        """The capacity at present: during a warm-up, between 1 and the final one."""
+        """The present share of tokens: between 1 and `final` during a warm-up, else `final`."""
         if self.progress is None:
             return self.final
         return between(1.0, self.final, self.progress.share, self.shape)
@@ -146,16 +157,16 @@ class Capacity(nn.Module):
         return self.progress is not None and self.progress.share < 1
 
     def pin(self, capacity: float) -> None:
-        """Set the final capacity; a warm-up, if there is one, now falls towards it."""
+        """Replace `final` by another share; a running warm-up falls towards the new one."""
         self.final = capacity
 
     def advance(self, progress: float) -> None:
-        """Follow the progress of the training, 0 to 1, if there is a warm-up."""
+        """Set how much of the training is over, from 0 to 1, if there is a warm-up."""
         if self.progress is not None:
             self.progress.advance(progress)
 
     def not_ready_reason(self) -> str | None:
-        """Return why the capacity is not that of a trained model; None if it is."""
+        """Return a message if there is a warm-up that never began, so that all tokens are still kept; else None."""
         if self.progress is None or self.progress.share:
             return None
         return (

@@ -20,7 +20,7 @@ from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths, MixtureOfDep
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(MixtureOfDepthsConfig):
-    """The options of a segment, those of `MixtureOfDepthsConfig`; `capacity` is one number."""
+    """The options of a segment: those of `MixtureOfDepthsConfig`, with one number as `capacity`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,7 +29,10 @@ class SegmentConfig(MixtureOfDepthsConfig):
 
 
 class Segment(MixtureOfDepths):
-    """Mixture-of-Depths with one decision for a stack of neighbouring blocks."""
+    """Mixture-of-Depths around several neighbouring blocks: a token passes all of them or skips all of them.
+
+    There is one router and one decision for the segment. Options: `SegmentConfig`.
+    """
 
     Config = SegmentConfig
     default_layers = "1:-1"

@@ -16,10 +16,10 @@ from skipstone.core.tokens import Tokens
 
 
 class LowRankSkip(nn.Module):
-    """A low-rank linear approximation of a block's update, up (down x); initially 0, because `up` is zero.
+    """A learned low-rank linear map, up (down x), that gives skipped tokens an approximation of the block's update.
 
-    After Informed Routing (arXiv 2510.13831), which approximates what it does not execute. There a forecast of the
-    output also informs the router; here decisions do not depend on the skip path.
+    width: size of x. rank: size of down x. The map starts at 0. After Informed Routing (arXiv 2510.13831), where the
+    approximation also informs the router; here it does not.
     """
 
     def __init__(self, width: int, rank: int) -> None:
@@ -29,16 +29,17 @@ class LowRankSkip(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the first matrix, and set the second one to 0, so that the path starts without effect."""
+        """Draw the down projection uniformly and set the up projection to 0, so that the map starts at 0."""
         bound = 1 / math.sqrt(self.down_weight.shape[1])
         init.uniform_(self.down_weight, -bound, bound)
         init.zeros_(self.up_weight)
 
     def forward(self, x_BTD: Tensor, skipped_BT: Tensor, tokens: Tokens) -> Tensor:
-        """Return the update of tokens in `skipped_BT`, [B, T, D], with the gain of outer gates; 0 for tokens that are
-        no queries.
+        """Return the update of skipped tokens, [B, T, D], and 0 for all others.
 
-        It is computed for every token: at these ranks gathering would cost more than it saves.
+        x_BTD: hidden states. skipped_BT: bool, the tokens that skip the block. tokens: its `gain_BT`, the factor of
+        outer gates, multiplies the update, and tokens that outer mechanisms excluded from updates (`queries`) get 0.
+        The map is computed for all tokens: at ranks this small, gathering would cost more than it saves.
         """
         skipped_BT = tokens.queries.and_mask(skipped_BT)
         update_BTD = self.guess(x_BTD)
@@ -47,9 +48,9 @@ class LowRankSkip(nn.Module):
         return torch.where(skipped_BT[..., None], update_BTD, 0.0)
 
     def guess(self, x: Tensor) -> Tensor:
-        """Return the approximate update [..., D] of every token of x [..., D]."""
+        """Return the approximate update of every token, [..., D]. x: hidden states [..., D]."""
         return F.linear(F.linear(x, self.down_weight), self.up_weight)
 
     def flops(self, tokens: float) -> float:
-        """Return the forward FLOPs for this many tokens."""
+        """Return the matrix FLOPs of the forward pass over `tokens` tokens."""
         return 2 * tokens * (self.down_weight.numel() + self.up_weight.numel())

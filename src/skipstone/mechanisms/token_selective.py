@@ -44,22 +44,25 @@ SHARES = {name: DECISIONS[name] for name in ("ema_threshold", "random", "positio
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelectiveConfig:
-    """The options of Token-Selective Attention.
+    """The options of Token-Selective Attention, where a token's skip probability p scales its updates by 1 - p.
 
-    start_bias: initial b2 (-1: p is .27). router_width: hidden width, default max(d / 4, 16). router_norm: the router's
-    input is divided by its root mean square; default: as guidance. gate: one per token, or one constant for the block.
-    learn: false freezes the initial gate. depth_weight: coefficient of the depth loss.
+    The gate: start_bias: initial bias of the logit of p (-1: p is .27). router_width: hidden width of the router; None:
+    a quarter of the model width, at least 16. router_norm: whether the router's input is divided by its root mean
+    square; None: only with guidance. gate: "token", p computed from each token, or "constant", one learned p for the
+    block. learn: False freezes the router. depth_weight: coefficient of the mean of 1 - p in the loss.
 
-    execution: of a causal pass, hard (skip) or soft (scale only). training: of an oracle pass, soft, hard (skip as a
-    causal pass does) or straight_through (the values of hard, but everything is computed, so that every gate has a
-    gradient). threshold: p at and above which a hard pass skips. hard_gain: gain of a kept token, gate (1 - p) or one.
+    Passes: execution: what evaluation and generation do: "hard" skips tokens, "soft" only scales updates. training:
+    what training does: "soft"; "hard" (skips tokens as a hard execution does); or "straight_through" (the values of
+    "hard" and the gradient of all gates, for which every token is computed). threshold: the p, in (0, 1), at or above
+    which a token is skipped. hard_gain: factor on the update of a kept token when others are skipped, "gate" (1 - p) or
+    "one".
 
-    capacity: instead of the threshold, the share of tokens that each gated block keeps, in (0, 1]: one number, a list
-    with one for each gated block, or `{start, end, shape: linear | cosine}` over depth. capacity_warmup: share of the
-    training over which it falls from 1. decision: how tokens are kept, ema_threshold (a running quantile of the scores)
-    or the controls random and positional. guidance: the router learns from the gradient at the block's output (see
-    `guidance`), with coefficient auxiliary_weight, and sends none into the model. kv: full (skipped tokens give keys
-    and values) or kept (they do not).
+    A fixed share instead of the threshold: capacity: share of tokens that each gated block keeps, in (0, 1]: one
+    number, a list with one for each gated block, or a `Ramp` {start, end, shape} over depth; None: the threshold
+    decides. capacity_warmup: share of the training over which the capacity falls from 1. decision: "ema_threshold" (p
+    below a running quantile), or "random" or "positional" as controls. guidance: whether the router learns from the
+    gradient norms at the block's output (`guided`), with coefficient auxiliary_weight; it then sends no gradient into
+    the model. kv: whether skipped tokens provide keys and values, "full" (yes) or "kept" (no).
     """
 
     start_bias: float = -1.0
@@ -124,7 +127,11 @@ class TokenSelectiveConfig:
 
 
 class TokenSelective(DepthMechanism):
-    """Token-Selective Attention as a depth mechanism: a gate per token scales a block's update, or skips it if hard."""
+    """Token-Selective Attention (arXiv 2605.05222): updates are scaled by 1 - p, and tokens with high p skip.
+
+    A small MLP computes the skip probability p of each token from the hidden state before the block. Skipped tokens
+    provide keys and values unless the option `kv` is "kept". Options: `TokenSelectiveConfig`.
+    """
 
     Config = TokenSelectiveConfig
     default_layers = "1:"
@@ -153,7 +160,7 @@ class TokenSelective(DepthMechanism):
 
     @property
     def capacity(self) -> float | None:
-        """The share of tokens that a hard pass keeps, after any warm-up; None if a threshold decides."""
+        """The share of tokens kept by passes that skip, after any warm-up; None if a threshold on p decides."""
         return None if self.decision is None else self.decision.capacity.final
 
     @property
@@ -186,10 +193,10 @@ class TokenSelective(DepthMechanism):
         return {self.log_name(kind): value for kind, value in found.items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the inner update times each token's gate, 1 - skip probability, and the records.
+        """Return the block's update with gain 1 - p, p being a token's skip probability, [B, T, D], and the records.
 
-        In a pass that computes every token, all tokens are recorded as kept; those that straight-through training
-        treats as skipped are recorded with weight 0.
+        update: the function of the wrapped block. x_BTD: the hidden states before it. A pass that computes every token
+        records all tokens as kept; those that straight-through training treats as skipped are recorded with weight 0.
         """
         score_BT = self._score(x_BTD)
         open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)
@@ -296,7 +303,7 @@ class TokenSelective(DepthMechanism):
         return self.decision.capacity.not_ready_reason() or self.decision.not_ready_reason()
 
     def set_identity(self) -> None:
-        """Open all gates and keep every token."""
+        """Open all gates (to 1 - 1.2e-4) and keep every token."""
         self.router.constant(-NEUTRAL_SCORE)
         if self.decision is not None:
             self.decision.capacity.pin(1.0)
@@ -304,7 +311,12 @@ class TokenSelective(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the token counts inside; an oracle pass skips tokens only with `training: hard`."""
+        """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
+
+        kept: the measured counts of kept tokens; None: not measured, so the configured capacity is used (1 without
+        one). oracle: whether this is a training pass, which skips tokens only with the option `training: hard`. Skipped
+        tokens count as keys and values unless the option `kv` is "kept".
+        """
         if oracle and self.config.training != "hard":
             return counts
         if kept is None and (self._share >= 1 or self.config.execution == "soft"):

@@ -36,10 +36,10 @@ from skipstone.mechanisms.grouping import NAME, NeuronChoiceConfig, empty_groups
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroNeuronsConfig(NeuronChoiceConfig):
-    """The options of neurons at zero.
+    """The options of leaving out neurons whose activation is exactly 0.
 
-    price: coefficient of the auxiliary loss |a|, a mean over the neurons, which turns neurons off during training.
-    decision: distinguishes these options from those of neuron groups.
+    price: coefficient of an auxiliary loss in training, the mean |activation| over the neurons, which makes zeros more
+    frequent; at least 0. decision: always "zeros"; it tells these options from those of neuron groups.
     """
 
     price: float = 0.0
@@ -51,7 +51,12 @@ class ZeroNeuronsConfig(NeuronChoiceConfig):
 
 
 class ZeroNeurons(ActivationGroupRouter):
-    """Choose for each token the neurons whose activation is not 0; `nn/magnitude_mlp.py` executes it."""
+    """A router that keeps, for each token, the MLP neurons whose activation is not exactly 0; outputs do not change.
+
+    In calls of one token, rows of the up projection and columns of the down projection of other neurons are not
+    multiplied. hidden_size is not used; neurons: of the MLP. config: the options, or pass its fields as keyword
+    arguments.
+    """
 
     Config: ClassVar[type[ZeroNeuronsConfig]] = ZeroNeuronsConfig
 
@@ -63,7 +68,11 @@ class ZeroNeurons(ActivationGroupRouter):
         config: ZeroNeuronsConfig | None = None,
         **options: object,
     ) -> None:
-        """Build the router. neurons: of the MLP. `options` are parsed unless `config` is given."""
+        """Build the router.
+
+        hidden_size: not used. neurons: of the MLP. placement: the block of the router; None: block 0. config: the
+        options; None: `options`, the fields of `ZeroNeuronsConfig`, are parsed.
+        """
         super().__init__()
         self.config = parsed(ZeroNeuronsConfig, config, options)
         self.placement, self.total = placement or Placement(name=NAME), neurons
@@ -76,21 +85,24 @@ class ZeroNeurons(ActivationGroupRouter):
 
     @property
     def tried(self) -> int:
-        """The number of neurons for which the second matrix is multiplied at most: all of them."""
+        """The largest number of neurons for which the up projection is multiplied: all of them."""
         return self.total
 
     @property
     def kept(self) -> int:
-        """The largest number of neurons that can be on for a token: all of them."""
+        """The largest number of neurons for which the down projection is multiplied: all of them."""
         return self.total
 
     @property
     def share_on(self) -> Fraction:
-        """The share of the neurons that is on at most, 1."""
+        """The largest share of neurons that can be on for a token: 1."""
         return Fraction(1)
 
     def counts(self, a_BTF: Tensor) -> tuple[int, int]:
-        """Return twice the number of neurons that are on for one token. The host waits."""
+        """Return the numbers of neurons for which up and down projection are multiplied for one token; they are equal.
+
+        a_BTF: the token's activations, of which the nonzero ones are counted. The host waits for the device.
+        """
         on = int(a_BTF.count_nonzero())
         return on, on
 
@@ -99,22 +111,29 @@ class ZeroNeurons(ActivationGroupRouter):
         return self.config.price > 0
 
     def price(self, a_BTF: Tensor) -> Tensor | None:
-        """Return the mean of |a| over the neurons times its coefficient, fp32 [B, T]; None if that is 0."""
+        """Return the auxiliary loss of each token, fp32 [B, T]: `config.price` times the mean |a| over the F neurons.
+
+        None if that price is 0. a_BTF: activations.
+        """
         return a_BTF.float().abs().mean(-1) * self.config.price if self.config.price else None
 
     def in_words(self) -> str:
         return "neurons at exactly 0 left out"
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return the multiplied share of the three matrices, which is 1 but in calls of one token."""
+        """Return the share of the MLP's three matrices that is multiplied if `share` of the neurons is on.
+
+        single_token: whether the call has one token and no gradient. Then the gate matrix is multiplied in full and the
+        other two in part; in all other calls the share is 1.
+        """
         return share_of_one_token(share, single_token)
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the magnitudes of the activations, fp32 [B, T, F], and whether they are not 0, bool."""
+        """Return the magnitudes |a| of the activations, fp32 [B, T, F], and which of them are not 0, bool [B, T, F]."""
         return a_BTF.detach().float().abs(), a_BTF != 0
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """Return which products are not 0, bool [B, T, F]."""
+        """Return which neurons have a nonzero product of activation and up projection (`h_BTF`), bool [B, T, F]."""
         return h_BTF != 0
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
@@ -124,8 +143,8 @@ class ZeroNeurons(ActivationGroupRouter):
         return empty_groups(x_BTD, self.total)
 
     def set_identity(self) -> None:
-        """Do nothing, because the output is that of the MLP alone."""
+        """Do nothing: the MLP's output never depends on this mechanism."""
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return 0, because comparisons are not matrix products."""
+        """Return 0: comparisons are no matrix products, and only these are counted."""
         return 0

@@ -38,7 +38,10 @@ __all__ = [
 
 
 def causal_decisions() -> list[str]:
-    """Return the names of the decisions that can be made while generating."""
+    """Return the names of the decisions that need no later tokens, so that generation can make them.
+
+    The decision "forced", which the caller makes, is left out.
+    """
     return [name for name, kind in DECISIONS.items() if kind.is_causal and kind is not Forced]
 
 
@@ -55,9 +58,12 @@ def build_decision(
     noise_key: int = 0,
     boundary: Boundaries | None = None,
 ) -> Decision:
-    """Build the decision `name`. Raises ValueError for an unknown name. Options as in `Decision.__init__`.
+    """Build a decision, a rule that turns router scores into kept tokens, by its name in `DECISIONS`.
 
-    boundary: the options of decision `boundary`.
+    capacity: share of tokens to keep, in (0, 1], or its schedule. width: size of a hidden state, for "predictor". seed:
+    of the fixed patterns of "random" and "boundary". threshold: the probability p of "threshold_p". norm: whether
+    "predictor" normalises its input. noise_key: separates the random draws of "random" from those of other modules.
+    boundary: the options of "boundary"; None: its defaults. Raises ValueError for an unknown name.
     """
     kind = choose("decision", name, DECISIONS)
     more = {"boundary": boundary} if issubclass(kind, Boundary) else {}

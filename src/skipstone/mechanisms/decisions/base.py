@@ -17,12 +17,13 @@ from skipstone.ops import reference as ops
 
 
 class Decision(nn.Module):
-    """A rule that turns scores into kept tokens. By default the oracle keeps each document's top `capacity` share.
+    """A rule that turns router scores into kept tokens; the base class keeps each document's top `capacity` share.
 
-    is_causal: generation can make it. static: an oracle decision keeps a number of tokens known in advance, and so
-    gathers without a host sync. has_loss: it has an auxiliary loss. trains_router: that loss sends gradients into the
-    router. reads_scores: it depends on the scores, so that noise on them changes which tokens are kept. reads_ids: it
-    depends on token ids (`Tokens.state`). imposed: the caller decides.
+    is_causal: it can be made without later tokens, as generation has to. static: in training, the number of kept tokens
+    is known before the scores are, so that gathering needs no host sync. has_loss: it adds an auxiliary loss.
+    trains_router: this loss sends gradients into the router. reads_scores: kept tokens depend on the scores. reads_ids:
+    they depend on token ids, found in `Tokens.state`. imposed: the caller decides. causal_names: names of all decisions
+    with is_causal.
     """
 
     is_causal = False
@@ -43,57 +44,80 @@ class Decision(nn.Module):
         norm: bool = False,
         noise_key: int = 0,
     ) -> None:
-        """Set the capacity, a share in (0, 1]; subclasses use the other options that they need.
+        """Store the capacity, the share of tokens to keep, in (0, 1], or its schedule.
 
-        width: D. seed: for random controls. threshold: probability, for a fixed threshold. norm: whether the router's
-        input is normalised. noise_key: of random draws.
+        Subclasses use the other options that they need. width: size of a hidden state. seed: of fixed pseudo-random
+        patterns. threshold: a probability, for a fixed threshold. norm: whether a network of the decision normalises
+        its input. noise_key: separates this module's random draws from others.
         """
         super().__init__()
         self.noise_key = noise_key
         self.capacity = capacity if isinstance(capacity, Capacity) else Capacity(capacity)
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Return the kept tokens, bool [B, T]; may depend on the whole row."""
+        """Return the tokens to keep in training, bool [B, T], a choice that may depend on the whole row.
+
+        score_BT: router scores, fp32. x_BTD: the hidden states that the router read. tokens: documents, padding and
+        positions; by default each document keeps the `capacity` share with the highest scores.
+        """
         return ops.select_top(score_BT.detach(), self.capacity.now, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Return the kept tokens, bool [B, T], none depending on later tokens. Only if `is_causal`."""
+        """Return the tokens to keep, bool [B, T], none of them depending on later tokens; only if `is_causal`.
+
+        score_BT: router scores, fp32. x_BTD: the hidden states that the router read. tokens: documents, padding and
+        positions.
+        """
         raise NotImplementedError
 
     def require_causal(self) -> None:
-        """Raise ValueError if the decision has no causal form."""
+        """Raise ValueError if the decision cannot be made without later tokens."""
 
     def loss(self, score_BT: Tensor, kept_BT: Tensor, x_BTD: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return the auxiliary loss of each token against the oracle's decision, fp32 [B, T], or None."""
+        """Return the auxiliary loss of each token, fp32 [B, T], or None if there is none (the default).
+
+        score_BT: router scores. kept_BT: bool, the tokens kept by the training decision (without exploration noise),
+        which the loss may use as its target. x_BTD: the hidden states that the router read. reached_BT: bool, the real
+        tokens that came to the mechanism.
+        """
         return None
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return the statistics of one micro-batch for `advance`, an fp32 vector; None if it needs none."""
+        """Return what the update after an optimizer step (`advance`) needs of a micro-batch, an fp32 vector, or None.
+
+        score_BT: router scores. reached_BT: bool, the real tokens that came to the mechanism.
+        """
         return None
 
     def advance(self, statistics: Tensor | None) -> None:
-        """Update the decision's state after an optimizer step from averaged `statistics`."""
+        """Update the decision's state after an optimizer step.
+
+        statistics: the mean of `Decision.statistics` over micro-batches and processes; None: there is none.
+        """
 
     def not_ready_reason(self) -> str | None:
-        """Return why causal decisions are not reliable yet; None if they are."""
+        """Return why the decision is not reliable yet in generation (an untrained threshold); None if it is."""
         return None
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return the threshold that a causal pass compares scores with; None without one."""
+        """Return the threshold with which scores are compared when later tokens are not seen; None if there is none."""
         return None
 
     def stream_line(self) -> Line | None:
-        """Return how a causal pass compares scores, for compiled steps; None for a decision by anything else."""
+        """Return how scores are compared in generation, for compiled decoding steps; None for other decisions."""
         return None
 
     def moving(self) -> dict[str, Tensor]:
-        """Return the scalars that `advance` changes, by kind."""
+        """Return the scalars that `advance` changes, by kind, such as {"threshold": fp32 []}."""
         return {}
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return the matrix FLOPs of the decision itself, without the router's."""
+        """Return the matrix FLOPs of the decision's own network in a forward pass over `tokens` tokens, or 0.
+
+        routing: "oracle" (training) or "causal" (no sight of later tokens).
+        """
         return 0
 
     def backward_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs of the decision itself in the backward pass."""
+        """Return the matrix FLOPs of the decision's own network in a backward pass over `tokens` tokens, or 0."""
         return 0

@@ -42,12 +42,12 @@ EXPECTED_SHARE = 0.2  # of the bytes of text that are kept with `at: first`: .13
 
 @dataclass(frozen=True, kw_only=True)
 class Boundaries:
-    """The options of decision `boundary`.
+    """The options of decision "boundary", which keeps tokens at word boundaries.
 
-    ids: the boundary tokens. bytes: every byte that is no letter, digit or continuation byte of UTF-8, for the byte
-    tokenizer; tokenizer: derived from the tokenizer when a training begins (`boundary_ids`), which replaces this word
-    by the list; or a list of ids and inclusive ranges such as [10, "32-47"]. at: which token of a run of boundary
-    tokens is kept: first, every, or the one after the run.
+    ids: the boundary tokens. "bytes": for the byte tokenizer, every byte but letters, digits and UTF-8 continuation
+    bytes; "tokenizer": derived from the tokenizer when a training begins (`boundary_ids`), which stores the list here;
+    or a list of ids and inclusive ranges, such as [10, "32-47"]. at: which tokens are kept around a run of boundary
+    tokens: its "first", "every" one, or the one "after" it.
     """
 
     ids: Literal["bytes", "tokenizer"] | list[int | str] = "bytes"
@@ -60,21 +60,24 @@ class Boundaries:
             listed_ids(self.ids)
 
     def resolved(self) -> list[int]:
-        """Return the ids of the boundary tokens, ascending; none where a tokenizer has yet to tell them."""
+        """Return the ids of the boundary tokens, ascending; empty while `ids` is "tokenizer"."""
         if self.ids == "tokenizer":
             return []
         return byte_boundaries() if isinstance(self.ids, str) else listed_ids(self.ids)
 
 
 def byte_boundaries() -> list[int]:
-    """Return the bytes that are no letter, digit or continuation byte of UTF-8, and 256, the end of a document."""
+    """Return the boundary ids of the byte tokenizer, ascending.
+
+    These are the bytes that are no letter, digit or UTF-8 continuation byte, and 256, the id that ends a document.
+    """
     return [i for i in range(BYTES_AND_END) if i not in LETTERS_AND_DIGITS and i not in CONTINUATION]
 
 
 def listed_ids(items: Sequence[int | str]) -> list[int]:
-    """Return the ids of a list of ids and inclusive ranges ("32-47"), ascending.
+    """Return the token ids in a list of ids and inclusive ranges such as "32-47", ascending and unique.
 
-    Raises ValueError for anything else and for ids that no vocabulary reaches.
+    Raises ValueError for an item that is neither, for a descending range and for ids of 2^24 or more.
     """
     found: set[int] = set()
     for item in items:
@@ -89,7 +92,7 @@ def listed_ids(items: Sequence[int | str]) -> list[int]:
 
 
 def as_ranges(ids: Sequence[int]) -> list[int | str]:
-    """Return ascending ids as a short list of ids and inclusive ranges, the inverse of `listed_ids`."""
+    """Return ascending ids as a short list of ids and inclusive ranges such as "32-47", the inverse of `listed_ids`."""
     runs: list[list[int]] = []
     for i in ids:
         if runs and runs[-1][1] == i - 1:
@@ -100,10 +103,10 @@ def as_ranges(ids: Sequence[int]) -> list[int | str]:
 
 
 def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int | str], Literal["first", "every"]]:
-    """Derive the boundary tokens of a tokenizer: special tokens, and those that begin with white space or punctuation.
+    """Find the boundary tokens of a tokenizer: special tokens, and those that begin with white space or punctuation.
 
-    Returns the ids as `Boundaries.ids` takes them, and the fitting `at`: "every" if a token may hold white space and
-    the word after it, so that each boundary token begins a word; "first" for bytes and characters.
+    Return the ids, as a list that `Boundaries.ids` accepts, and the fitting `Boundaries.at`: "every" if some token
+    holds white space and the word after it, so that each boundary token begins a word; else "first", as for bytes.
     """
     special, found, whole_words = {*tokenizer.all_special_ids}, [], False
     for i in range(len(tokenizer)):
@@ -117,8 +120,10 @@ def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int | str], L
 
 
 def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokenizerBase) -> list[PlainDict]:
-    """Return entries of `mechanisms` with `boundary.ids: tokenizer` replaced by the tokenizer's own, and a fitting
-    `boundary.at` where none is given.
+    """Return entries of `mechanisms` in which `boundary.ids: tokenizer` is replaced by the ids of the given tokenizer.
+
+    entries: as in `SkipstoneConfig.mechanisms`; they are not changed. Where an entry gives no `boundary.at`, the
+    fitting one is filled in (`boundary_ids`).
     """
     found: list[PlainDict] = []
     for entry in entries:
@@ -131,7 +136,12 @@ def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokeniz
 
 
 class Boundary(Decision):
-    """Keep the tokens at word boundaries, by their ids (see the file)."""
+    """Keep the tokens at word boundaries, recognised by their ids, and the first token of each document.
+
+    boundary: the options; None: the defaults. seed: of the pattern of positions that is kept as well during a warm-up
+    of the capacity. table_V: bool, whether each token id is a boundary; ids beyond the table are not. With bytes and
+    the defaults, this is the rule of SpaceByte (arXiv 2404.14408).
+    """
 
     is_causal = True
     static = False
@@ -156,7 +166,7 @@ class Boundary(Decision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the table, for which transformers allocates empty memory because no checkpoint holds it."""
+        """Fill the table of boundary ids; checkpoints do not hold it, which leaves it in uninitialised memory."""
         self.table_V.zero_()
         self.table_V[self._ids] = True
 

@@ -18,13 +18,17 @@ from skipstone.ops import reference as ops
 
 
 def hashed(position_BT: Tensor, seed: int) -> Tensor:
-    """Return a number in [0, 1) from position and seed, the fractional part of a large sine, fp32 [B, T]."""
+    """Return pseudo-random numbers in [0, 1) from position and seed, the fractions of large sines, fp32 [B, T]."""
     turned = torch.sin(position_BT.double() * 12.9898 + seed * 78.233) * 43758.5453
     return (turned - turned.floor()).float()
 
 
 class Random(Decision):
-    """A control that keeps random tokens; without noise, a fixed pseudo-random pattern of positions."""
+    """A control that keeps random tokens at the rate `capacity`.
+
+    Without noise, as in evaluation and generation, a fixed pseudo-random pattern of positions is kept. seed: of this
+    pattern; blocks with different seeds keep different tokens.
+    """
 
     is_causal = True
     reads_scores = False
@@ -46,13 +50,16 @@ class Random(Decision):
 
 
 class Positional(Decision):
-    """A control that keeps every 1/capacity-th position of a document."""
+    """A control that keeps evenly spaced positions of a document, one in every 1 / capacity."""
 
     is_causal = True
     reads_scores = False
 
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Keep the pattern of `causal`, extended or cut to the quota if positions have gaps (inside a mechanism)."""
+        """Return the tokens that `causal` keeps, adjusted to exactly the capacity share of a document, bool [B, T].
+
+        The adjustment matters where an outer mechanism has removed tokens, so that positions have gaps.
+        """
         return ops.select_top(self.causal(score_BT, x_BTD, tokens).float(), self.capacity.now, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
@@ -62,7 +69,10 @@ class Positional(Decision):
 
 
 class Forced(Decision):
-    """A decision that the caller imposes in every call: forward(routing={layer: mask})."""
+    """A decision that the caller makes in every call, by `forward(routing={layer: mask})` with bool masks [B, T].
+
+    A call without a mask raises ValueError.
+    """
 
     is_causal = True
     reads_scores = False

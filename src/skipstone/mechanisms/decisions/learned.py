@@ -21,7 +21,10 @@ from skipstone.mechanisms.schedules import Capacity
 
 
 class TopK(Decision):
-    """The paper's training decision, the top-k tokens of the row; it has no causal form."""
+    """Keep the `capacity` share of each document with the highest scores, as Mixture-of-Depths does in training.
+
+    It looks at the whole row, so it cannot generate.
+    """
 
     def require_causal(self) -> None:
         raise ValueError(
@@ -31,7 +34,10 @@ class TopK(Decision):
 
 
 class FixedThreshold(ScoreThreshold):
-    """A threshold that follows from the options, so that a saved model does not store a changed one."""
+    """The threshold of decisions "threshold" and "threshold_p", whose value follows from options.
+
+    decision: the decision that is read and set. A changed threshold is not saved with the model.
+    """
 
     saved = False
 
@@ -46,10 +52,10 @@ class FixedThreshold(ScoreThreshold):
 
 
 class Threshold(Decision):
-    """Keep tokens with score > 0; a binary cross-entropy pulls the router's scores towards the oracle's decision.
+    """Keep tokens with score > 0 in generation and the top `capacity` share in training; a loss aligns the two.
 
-    arXiv 2404.02258, section 3.5, first method. The loss affects the language model, because its gradient reaches the
-    router's scores, which also weight updates.
+    The loss is a binary cross-entropy of the scores against the training decision (Mixture-of-Depths, arXiv 2404.02258,
+    section 3.5, first method). Its gradient reaches the router and, unless the router's input is detached, the model.
     """
 
     is_causal = True
@@ -71,9 +77,11 @@ class Threshold(Decision):
 
 
 class Predictor(Decision):
-    """Keep tokens by a small MLP trained to predict the oracle's decision from the router's input, gradient stopped.
+    """Keep the top `capacity` share in training, and in generation the tokens for which a small MLP predicts this.
 
-    arXiv 2404.02258, section 3.5, second method. The model itself gets no gradient from it.
+    The MLP reads the router's input, detached, and learns from the training decision by binary cross-entropy; the model
+    gets no gradient from it (Mixture-of-Depths, arXiv 2404.02258, section 3.5, second method). width: size of the
+    input. norm: whether it is divided by its root mean square.
     """
 
     is_causal = True
@@ -102,12 +110,12 @@ class Predictor(Decision):
 
 
 class ThresholdP(Decision):
-    """Keep tokens with sigmoid(score) > p in training and inference alike; the number kept depends on the tokens alone.
+    """Keep tokens with sigmoid(score) > p, in training and generation alike.
 
-    After MoDification (arXiv 2410.14268), which replaces top-k by a threshold p. The loss that holds the capacity is
-    ours: (load - capacity)^2, where load is the share of a row's tokens that pass, with the gradient of the mean of
-    sigmoid(score). Its coefficient must be large enough to outweigh the language-model loss, or the capacity is not
-    held.
+    threshold: p, in (0, 1). After MoDification (arXiv 2410.14268), which replaces top-k by a threshold. How many tokens
+    are kept depends on the scores; a loss of ours, (load - capacity)^2, pulls it to the capacity. load: the share of a
+    row's tokens that is kept, with the gradient of the mean of sigmoid(score). Its coefficient, `auxiliary_weight`,
+    must be large enough to outweigh the language-model loss.
     """
 
     is_causal = True

@@ -19,12 +19,12 @@ from skipstone.mechanisms.schedules import Capacity
 
 
 class EmaThreshold(Decision):
-    """Keep tokens whose score exceeds a running average of the (1 - capacity) quantile, in training and inference
-    alike.
+    """Keep tokens whose score exceeds a running average of the (1 - capacity) quantile of scores.
 
-    After Expert Threshold routing (arXiv 2603.11535), proposed there for experts. The threshold moves once per
-    optimizer step, outside of forward; without a trainer that calls `advance` it stays unchanged. During a capacity
-    warm-up the average restarts at each step, because quantiles at other capacities are far from the threshold needed.
+    Training and generation decide alike. After Expert Threshold routing (arXiv 2603.11535), proposed there for experts.
+    threshold: the running average, fp32 []. steps: int64 [], the number of steps that it averages. It changes only in
+    `advance`, which a trainer calls after each optimizer step. During a warm-up of the capacity the average restarts at
+    each step, because quantiles at other capacities are far from the threshold needed.
     """
 
     is_causal = True
@@ -39,7 +39,7 @@ class EmaThreshold(Decision):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def reset_parameters(self) -> None:
-        """Initialise the buffers for checkpoints without them, for which transformers allocates empty memory."""
+        """Set both buffers to 0; checkpoints without them leave them in uninitialised memory."""
         init.zeros_(self.threshold)
         init.zeros_(self.steps)
 
@@ -53,7 +53,10 @@ class EmaThreshold(Decision):
         return Line(threshold=self.threshold)
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return the (1 - capacity) quantile of the scores, [1]; NaN if no token was reached."""
+        """Return the (1 - capacity) quantile of a micro-batch's scores, fp32 [1]; NaN if no token was reached.
+
+        score_BT: router scores. reached_BT: bool, the real tokens that came to the mechanism.
+        """
         return torch.where(reached_BT, score_BT, torch.nan).nanquantile(1 - self.capacity.now)[None]
 
     def advance(self, statistics: Tensor | None) -> None:
@@ -81,7 +84,11 @@ class EmaThreshold(Decision):
 
 
 class RunningThreshold(ScoreThreshold):
-    """The threshold of `ema_threshold`, a buffer of the model."""
+    """The threshold of decision "ema_threshold", which is a buffer of the model and saved with it.
+
+    decision: the `EmaThreshold` that is read and set. After a threshold is set, the decision counts as trained
+    (`Decision.not_ready_reason`).
+    """
 
     def __init__(self, decision: EmaThreshold) -> None:
         self._decision = decision
