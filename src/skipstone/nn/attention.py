@@ -33,11 +33,16 @@ LEAST_COPY = 128  # keys of all rows; copying fewer takes negligible time
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """Sizes, biases, dropout and score settings of an attention layer.
+    """The sizes, biases, dropout and score settings of an attention layer.
 
-    norm: builds the norm of queries and keys (QK-norm); None: no norm. norm_over: a `head` at a time, `each_head` with
-    a weight of its own, or `all_heads` at once. scale: factor on q k; None: 1/sqrt(head_dim). soft_cap: c of c
-    tanh(score / c). window: number of slots that a query sees, its own included; None: all.
+    hidden_size: width of the residual stream. num_heads, num_key_value_heads: numbers of query heads and of key/value
+    heads; the second divides the first. head_dim: features per head. bias: whether the query, key and value projections
+    have biases; output_bias: whether the output projection has. dropout: probability for attention weights;
+    residual_dropout: for the layer's output. norm: builds the norm of queries and keys (QK-norm) from its width; None:
+    no norm. norm_over: what it normalises: "head" (each head, one shared weight), "each_head" (each head, with a weight
+    of its own) or "all_heads" (all heads together). scale: factor on q k; None: 1/sqrt(head_dim). soft_cap: c, if
+    scores become c tanh(score / c); None: no cap. window: number of slots (positions in the row, skipped tokens
+    counted) that a query sees, its own included; None: all.
     """
 
     hidden_size: int
@@ -56,16 +61,17 @@ class AttentionShape:
 
 
 class AttentionConfig(Protocol):
-    """A configuration that names the attention implementation, as transformers' configurations do."""
+    """A configuration that names the attention implementation in `_attn_implementation`, as transformers' do."""
 
     _attn_implementation: str
 
 
 class Attention(nn.Module):
-    """Self-attention, softmax(q k / sqrt(E)) v, over keys of the same document in the query's and earlier slots.
+    """Causal self-attention, softmax(q k / sqrt(E)) v, of head size E, with grouped key/value heads.
 
-    With a window, keys too many slots earlier are excluded. config: used only for the name of the attention
-    implementation (`config._attn_implementation`).
+    A query sees keys of its own document in its own and earlier slots (positions in the row), with `shape.window` only
+    in the last slots. shape: sizes and settings. config: read for the name of the attention implementation
+    (`config._attn_implementation`) only. layer_idx: index of the block.
     """
 
     is_causal = True
@@ -95,9 +101,12 @@ class Attention(nn.Module):
         cache: SkipstoneCacheLayer | None = None,
         queries: Tokens | None = None,
     ) -> Tensor:
-        """Return the update of the query tokens, [B, K, D] or unpadded; keys and values of all tokens are stored.
+        """Return the attention's output for the query tokens, [B, K, D], or [1, N, D] if `tokens` is unpadded.
 
-        queries: `tokens.query_tokens()`, if the caller has it already.
+        x_BTD: normalised stream of all T tokens. tokens: their slots, padding, documents, rotary angles, and which K of
+        them are queries (get an update). cache: stores keys and values of all T tokens, and supplies those of earlier
+        calls; None: only this call's keys are attended to. queries: `tokens.query_tokens()`, if the caller has computed
+        it already.
         """
         if cache is not None and tokens.mode.single_token and self._steps(x_BTD, tokens, cache.kv):
             return self.o_proj(self._newest(x_BTD, tokens, cache.kv))
@@ -266,8 +275,12 @@ def eager_attention(
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention by the plain formula with an additive mask, with the signature of transformers' attention
-    interface.
+    """Compute attention by the plain formula, with the signature of transformers' attention interface.
+
+    module: supplies `num_key_value_groups`, the number of query heads per key head. query: [B, H, K, E]. key, value:
+    [B, H / groups, C, E]. attention_mask: added to the scores, [B or 1, 1, K, C], or None. scaling: factor on the
+    scores. dropout: probability for the weights. softcap: c of c tanh(score / c), or None. Returns the output [B, K, H,
+    E] and the weights [B, H, K, C].
     """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]

@@ -35,8 +35,8 @@ class Residual:
     """The norms and the scale with which a block's sub-layers read the residual stream and add to it.
 
     before_attention, before_mlp: norms of a sub-layer's input. after_attention, after_mlp: norms of its output. None:
-    no norm there. shared: the MLP's input is normalised by the attention's norm. parallel: the MLP reads the stream
-    before the attention. scale: factor on what each sub-layer adds.
+    no norm there. shared: whether the MLP's input is normalised by `before_attention` as well. parallel: whether the
+    MLP reads the stream as it is before the attention is added. scale: factor on what each sub-layer adds.
     """
 
     before_attention: nn.Module | None = None
@@ -49,12 +49,13 @@ class Residual:
 
 
 class Block(GradientCheckpointingLayer):
-    """A block of attention and MLP.
+    """A decoder block of attention and MLP, in which depth mechanisms may decide which tokens are updated.
 
-    sites: for each site of `SITES`, the names of its mechanisms, outermost first. They are in `mechanisms`, except that
-    those around a segment are in that of its first block. span: number of blocks that run together, from this one on:
-    those of the segment that begins here, or 1. around: the first block of the segment that this block belongs to
-    further on, or None.
+    attention, mlp: its sub-layers. residual: their norms and scale. mechanisms: its depth mechanisms by name. sites:
+    for each place in `SITES` (around a segment of blocks, the block, its attention, its MLP) the names of the
+    mechanisms there, outermost first; those around a segment are in `mechanisms` of the segment's first block only.
+    span: number of blocks in the segment that begins here, 1 without one. around: the first block of the segment to
+    which this block belongs; None if there is no segment or this is its first block.
     """
 
     def __init__(
@@ -82,7 +83,11 @@ class Block(GradientCheckpointingLayer):
         self._inside_names = [name for name in self.routing_modules() if name not in outside]
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
-        """Return the residual stream after this block, [B, T, D], and the records of its mechanisms."""
+        """Return the residual stream after this block, [B, T, D], and the records of its mechanisms by name.
+
+        x_BTD: the stream before the block. tokens: slots, padding and documents of the tokens, and how decisions are
+        made. past_key_values: a cache with a `SkipstoneCacheLayer` for each block; None: no cache.
+        """
         cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
         if not self.sites["block"] and tokens.queries.is_all and tokens.unpadding is None:
             # (x + a) + m, in the order of the pretrained models: x + (a + m) rounds differently in bf16
@@ -93,28 +98,34 @@ class Block(GradientCheckpointingLayer):
         return added(x_BTD, delta_BTD), self.complete(records, x_BTD)
 
     def mechanism(self, name: str) -> DepthModule:
-        """Return a depth mechanism of this block by name, also one around the segment that the block belongs to."""
+        """Return the depth mechanism of this name: one of this block, or one around the segment to which it belongs."""
         return self.mechanisms[name] if name in self.mechanisms else self._around[0].mechanisms[name]
 
     def segment_start(self) -> int | None:
-        """Return the index of the first block of the segment that this block belongs to; None if it is the first."""
+        """Return the index of the first block of the segment to which this block belongs.
+
+        Returns None if there is no segment or this block is its first.
+        """
         return self._around[0].self_attn.layer_idx if self._around else None
 
     def recorded(self) -> set[str]:
-        """Return the names of this block's records: of its routing modules and of the mechanisms around its segment."""
+        """Return the names of the records of this block: of its own mechanisms and of those around its segment."""
         return {*self._inside_names, *self.sites[SEGMENT]}
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return the routing modules of this block by name: its depth mechanisms and those inside its MLP."""
+        """Return by name all modules of this block that decide: depth mechanisms, activation mechanism, experts."""
         return {**self.mechanisms, **self.mlp.routing_modules()}
 
     def fp32_names(self) -> list[str]:
-        """Return the names, within the block, of its routing modules' tensors that stay fp32 in any model."""
+        """Return the names, within the block, of its mechanisms' tensors that stay fp32 in a model of any dtype."""
         named = [(name, module) for name, module in self.named_modules() if isinstance(module, RoutingModule)]
         return [name for prefix, module in named for name in fp32_names(prefix, module)]
 
     def complete(self, records: Records, x_BTD: Tensor) -> Records:
-        """Add empty records of mechanisms that were not reached, so that every call returns the same names."""
+        """Return `records` with empty records added for mechanisms that no token reached, so that names never differ.
+
+        x_BTD: the stream, for the shape and device of empty records.
+        """
         if len(records) == len(self._inside_names):
             return records
         modules = self.routing_modules()

@@ -6,7 +6,11 @@ from torch import Tensor, nn
 
 
 class ScaledEmbedding(nn.Embedding):
-    """A token embedding multiplied by a constant, which is first rounded to the weights' dtype, as in Gemma."""
+    """A token embedding whose result is multiplied by a constant, as in Gemma.
+
+    tokens: vocabulary size. width: features per token. padding_idx: id of padding, whose row gets no gradient, or None.
+    scale: the constant, which is rounded to the dtype of the weights before it is applied.
+    """
 
     def __init__(self, tokens: int, width: int, padding_idx: int | None, scale: float) -> None:
         super().__init__(tokens, width, padding_idx)

@@ -47,12 +47,14 @@ ROW_OF_16_BYTES = 8  # elements of a 16-bit type; grouped products require width
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """The options of a mixture of experts.
+    """The options of a mixture of experts in which each token chooses its experts.
 
-    count: number of experts. top_k: choices per token. no_op: additional experts that do nothing and cost no FLOPs.
-    intermediate_size: neurons of one expert; default: the model's divided by top_k, so that a token costs as much as in
-    the dense MLP. renormalise: whether the weights of the chosen experts add up to 1. balance_weight: a, 0 for no
-    balancing loss. balance_rate: u, 0 for no balancing bias. z_weight: b, 0 for no z-loss.
+    count: number of experts. top_k: choices per token. no_op: number of additional choices that do nothing and cost no
+    FLOPs. intermediate_size: neurons of one expert; None: those of the dense MLP divided by top_k, so that a token
+    costs as much. renormalise: whether the router's weights of a token's choices are divided by their sum.
+    balance_weight: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961), 0 for none.
+    balance_rate: step size of the bias that balances choices without a loss (arXiv 2408.15664), 0 for none. z_weight:
+    coefficient of the router z-loss (ST-MoE, arXiv 2202.08906), 0 for none. Raises ValueError for values out of range.
     """
 
     count: int = 8
@@ -84,18 +86,23 @@ class ExpertsConfig:
 
     @property
     def total(self) -> int:
-        """The number of experts and no-ops."""
+        """The number of experts and no-ops together."""
         return self.count + self.no_op
 
     def neurons(self, dense: int) -> int:
-        """Return the neurons of one expert if the dense MLP has `dense`: a multiple of 8."""
+        """Return the number of neurons of one expert, a multiple of 8.
+
+        dense: the number of neurons of the dense MLP, which decides if `intermediate_size` is None.
+        """
         return self.intermediate_size or -(-dense // (self.top_k * ROW_OF_16_BYTES)) * ROW_OF_16_BYTES
 
 
 class ExpertRouter(nn.Module):
-    """The router of a mixture of experts: logits = W x in fp32.
+    """The router of a mixture of experts: logits W x in fp32.
 
-    It is a bare weight, so that adapters and quantisers that replace every Linear leave it alone.
+    width: of x. total: number of experts and no-ops. balanced: whether there is a balancing bias, a buffer that is
+    added to the probabilities for choosing only. W is a bare parameter, so that adapters and quantisers that replace
+    every Linear leave it alone.
     """
 
     def __init__(self, width: int, total: int, balanced: bool) -> None:
@@ -106,20 +113,22 @@ class ExpertRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight, and set the balance bias to 0."""
+        """Draw the weight from a normal distribution (0, 0.02) and set the balancing bias to 0."""
         init.normal_(self.weight, 0.0, 0.02)
         if self.balance_bias is not None:
             init.zeros_(self.balance_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the logits of experts and no-ops, fp32 [B, T, X]."""
+        """Return the logits, fp32 [B, T, X] for X experts and no-ops. x_BTD: the MLP's input."""
         return score_linear(x_BTD, self.weight)
 
 
 class ExpertsMLP(FeedForward, RoutingModule):
-    """A mixture of experts as an MLP. `options` are those of `ExpertsConfig`, unless `config` is given.
+    """A mixture of experts (gated MLPs) in place of a block's MLP; each token chooses `top_k` of them, or no-ops.
 
-    Widths must be multiples of 8.
+    width: of the stream; neurons: of the dense MLP that it replaces; both multiples of 8. activation: the function of
+    the gates. dropout: probability for the output. placement: block and record name; None: the name "experts". config:
+    the options, or `options` by keyword as in `ExpertsConfig`.
     """
 
     activation: FixedActivation
@@ -149,16 +158,17 @@ class ExpertsMLP(FeedForward, RoutingModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the weights of all experts."""
+        """Draw the weights of all experts from a normal distribution (0, 0.02)."""
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             init.normal_(weight, 0.0, 0.02)
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
     ) -> tuple[Tensor, Records]:
-        """Return the experts' weighted sum [B, T, D], 0 for padding, and the record of choices.
+        """Return the weighted sum of the chosen experts, [B, T, D], 0 for padding, and the record of the choices.
 
-        Unpadded tokens are returned unpadded.
+        x_BTD: the normalised stream, or [1, N, D] if `tokens` is unpadded; the result then is, too. tokens: which are
+        padding. cache: not used.
         """
         x_BTD = tokens.pad(x_BTD)
         logits_BTX = self.router(x_BTD)
@@ -184,7 +194,11 @@ class ExpertsMLP(FeedForward, RoutingModule):
         }
 
     def choose(self, share_BTX: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the chosen experts of each token, int64, and their weights, fp32; both [B, T, C]."""
+        """Return the chosen experts of each token, int64, and their weights, fp32; both [B, T, C] for C choices.
+
+        share_BTX: the router's probabilities of experts and no-ops, fp32 [B, T, X]. The balancing bias affects the
+        choice, but not the weights.
+        """
         bias_X = self.router.balance_bias
         ranked_BTX = share_BTX if bias_X is None else share_BTX + bias_X
         expert_BTC = ranked_BTX.topk(self.config.top_k, dim=-1).indices
@@ -216,16 +230,25 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return chosen_BTX.sum((0, 1)) / (reached_BT.sum() * self.config.top_k)
 
     def usage(self, record: ExpertsRecord) -> Tensor:
-        """Return f, the share of each expert (no-ops last) in all choices, fp32 [X]; NaN if no token was reached."""
+        """Return the share of each expert in all choices of a pass, fp32 [X], no-ops last; NaN if no token was reached.
+
+        record: the choices of the pass.
+        """
         return self._usage(record.chosen_BTX, record.reached_BT)
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return the usage of each expert, which moves the balancing bias; None without a bias."""
+        """Return the share of each expert in all choices of a pass, fp32 [X]; None without a balancing bias.
+
+        record: the choices of the pass. `advance` moves the bias by the result.
+        """
         record = expect(record, ExpertsRecord)
         return self.usage(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Move the load-balancing bias by one step."""
+        """Move the balancing bias by `balance_rate` towards equal use of all experts.
+
+        progress: not used. statistics: the share of each expert in the choices of the last step, from `statistics`.
+        """
         if self.router.balance_bias is not None and statistics is not None:
             self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
@@ -244,7 +267,10 @@ class ExpertsMLP(FeedForward, RoutingModule):
         """Do nothing, because the MLP is part of the decoder, not a mechanism around it."""
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return the FLOPs of the router; the experts' products count as the block's MLP."""
+        """Return the FLOPs of the router for `tokens` tokens of a row; the experts' products count as the block's MLP.
+
+        routing: not used.
+        """
         return 2 * tokens * self.router.weight.numel()
 
     def routing_modules(self) -> dict[str, RoutingModule]:
@@ -259,17 +285,22 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return sum(weight.numel() for weight in (self.gate_proj, self.up_proj, self.down_proj)) // self.config.count
 
     def dense_passes(self, tokens: float) -> float:
-        """Return the choices of `tokens` tokens, each a pass through one expert."""
+        """Return the number of choices of `tokens` tokens, each of which is a pass through one expert."""
         return tokens * self.config.top_k
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Return the choices that experts compute; unmeasured: the mean if experts and no-ops are used equally."""
+        """Return how many choices of `tokens` tokens are computed by an expert, not by a no-op.
+
+        kept: what `measured` returned for a forward pass; if empty, the mean for equal use of experts and no-ops is
+        returned. single_token: not used.
+        """
         promised = self.dense_passes(tokens) * self.config.count / self.config.total
         return number(kept.get(self.placement.name, promised))
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return the mean number of choices per row without no-ops; experts compute nothing for the padding of shorter
-        rows.
+        """Return the mean number of choices per row that experts computed in a forward pass, by the name of the record.
+
+        records: of the pass. No-ops and padding count nothing.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         if record is None:
@@ -278,7 +309,10 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return {self.placement.name: Fraction(int(chosen_BTX.sum()), len(chosen_BTX))}
 
     def token_passes(self, records: Records) -> Tensor:
-        """Return the choices of each token without no-ops, int64 [B, T] on the CPU."""
+        """Return the number of each token's choices that are not no-ops, int64 [B, T] on the CPU.
+
+        records: of a pass.
+        """
         record = find(records, self.placement.name, ExpertsRecord)
         assert record is not None
         return record.chosen_BTX[..., : self.config.count].sum(-1).cpu()
@@ -287,5 +321,8 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return self.weights_per_pass() * max(self.config.count - self.config.top_k, 0)
 
     def entropy(self, record: ExpertsRecord) -> Tensor:
-        """Return the entropy of each token's p as a share of its maximum, ln X; NaN where not reached. [B, T]."""
+        """Return the entropy of each token's router probabilities as a share of its maximum, fp32 [B, T].
+
+        record: of a pass; NaN for tokens that did not reach the MLP.
+        """
         return torch.special.entr(record.logits_BTX.softmax(-1)).sum(-1) / math.log(max(self.config.total, 2))

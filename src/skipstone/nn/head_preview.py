@@ -16,10 +16,13 @@ UNREAD = "head_candidates is not used with this head, device or dtype: the whole
 
 
 class HeadPreview(nn.Module):
-    """Four-bit numbers of a head in a few directions of the hidden states (`ops/head_preview.py`).
+    """A low-rank four-bit copy of the output head, by which a step picks the candidates for the next token.
 
-    All but the four-bit numbers stays fp32 when the model's dtype changes. candidates: rows of the head that a step
-    reads whole; may be changed.
+    Only the rows of these candidates are then read from the head itself; other tokens get the logits of the copy, the
+    preview (`ops/head_preview.py`). width: of the hidden states. vocabulary: number of tokens. directions: rank of the
+    copy, a multiple of 64. candidates: number of rows that a step reads whole; the attribute may be changed. turn,
+    shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but `packed` stay fp32 when the model's
+    dtype changes.
     """
 
     turn: Tensor
@@ -53,7 +56,11 @@ class HeadPreview(nn.Module):
         return head_preview.Preview(self.turn, self.shift, self.packed, self.scale, self.offset)
 
     def takes(self, x: Tensor, head: nn.Module) -> bool:
-        """Return whether `forward` may compute these logits: one token, and a head that is what it was."""
+        """Return whether `forward` can compute the logits of hidden states x with this head.
+
+        It can for one token without gradients on a CPU with numba, and a head that `fits`. Warns if head or device is
+        the obstacle, because the whole head is then read.
+        """
         if x.numel() != self.turn.shape[1]:
             return False
         if not self.fits(head) or x.device.type != "cpu":
@@ -62,7 +69,11 @@ class HeadPreview(nn.Module):
         return head_preview.takes(x, *_weight(head))
 
     def fits(self, head: nn.Module | None) -> bool:
-        """Return whether the head's rows can be read in place: no adapter, no hooks, the vocabulary of the preview."""
+        """Return whether the rows of a head can be read in place.
+
+        head: an unmodified Linear or Int8Linear layer without bias, hooks or adapters, of the preview's vocabulary, in
+        a layout that the compiled kernel reads (fp32, or int8 in groups of 64 inputs).
+        """
         if not isinstance(head, nn.Linear | Int8Linear) or type(head) not in (nn.Linear, Int8Linear):
             return False
         if "forward" in vars(head):
@@ -73,19 +84,25 @@ class HeadPreview(nn.Module):
         return weight.shape[0] == len(self.scale) and head_preview.readable(weight, scale)
 
     def forward(self, x: Tensor, head: nn.Module) -> Tensor:
-        """Return the logits of one token, [..., V], which `takes` has allowed."""
+        """Return the logits of one token, [..., V] in the dtype of x; call it only if `takes` returned True.
+
+        x: hidden states of one token, [..., D]. head: the output head.
+        """
         return head_preview.logits(x, self.preview, *_weight(head), self.candidates)
 
     def plain(self, x_ND: Tensor, head: nn.Module) -> Tensor:
-        """Return the logits of any number of tokens as steps would have them, fp32 [N, V], by ordinary operations."""
+        """Return the logits of any number of tokens as `forward` defines them, by ordinary operations, fp32 [N, V].
+
+        x_ND: hidden states of N tokens. head: the output head.
+        """
         return head_preview.plain(x_ND, self.preview, *_weight(head), self.candidates)
 
     def flops(self) -> int:
-        """Return the FLOPs of the logits of one token."""
+        """Return the FLOPs of the logits of one token: directions, preview and the rows of the candidates."""
         return head_preview.flops(self.turn.shape[1], len(self.scale), self.directions, self.candidates)
 
     def bytes_read(self, head: nn.Module) -> int:
-        """Return the bytes that the logits of one token read: the preview and the candidates' rows."""
+        """Return the bytes that the logits of one token read: the preview and the rows of the candidates in `head`."""
         weight, scale = _weight(head)
         row = weight[:1].numel() * weight.element_size() + (0 if scale is None else 4 * scale[:1].numel())
         own = sum(x.numel() * x.element_size() for x in self.buffers())

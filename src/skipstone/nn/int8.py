@@ -47,7 +47,12 @@ class _Int8(nn.Module):
 
 
 class Int8Linear(_Int8):
-    """A linear layer with int8 weights. Calls with few tokens do not restore the weights (`ops/int8.py`)."""
+    """A linear layer with int8 weights [O, I] and fp32 scales, for inference; parameters are filled in by loading.
+
+    in_features, out_features: I and O. bias: whether there is a bias. group: number of inputs that share a scale; None,
+    or a number that does not divide I: one scale per output. On a CPU with numba, calls of at most 8 tokens read the
+    weights as they are; others restore parts of them to the dtype of the input.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group: int | None = None) -> None:
         super().__init__(out_features, in_features, group)
@@ -65,9 +70,11 @@ class Int8Linear(_Int8):
 
 
 class Int8Embedding(_Int8):
-    """A token embedding with int8 weights, which restores the rows that are looked up.
+    """A token embedding with int8 weights and fp32 scales, for inference; it restores the rows that are looked up.
 
-    scale: a constant factor on the result.
+    num_embeddings: vocabulary size. embedding_dim: features per token. padding_idx: id of padding or None, kept for
+    information. scale: a constant factor on the result. group: number of features that share a scale; None, or a number
+    that does not divide `embedding_dim`: one scale per token.
     """
 
     def __init__(
@@ -93,9 +100,10 @@ class Int8Embedding(_Int8):
 
 
 def int8_layers(module: nn.Module, group: int | None) -> None:
-    """Replace all linear layers and token embeddings below `module` by int8 ones, in place, except those of mechanisms.
+    """Replace all linear layers and the token embedding below `module` by int8 layers, in place.
 
-    The new layers have no weights yet. group: inputs that share a scale; None: a row.
+    Layers of mechanisms are left alone. The new layers have no meaningful weights until some are loaded. group: number
+    of inputs that share a scale; None: one scale per output.
     """
     for name, child in module.named_children():
         if isinstance(child, RoutingModule):

@@ -6,4 +6,4 @@ from torch import nn
 
 
 class OutputLinear(nn.Linear):
-    """A projection into the residual stream, whose initial weights may be scaled by 1/sqrt(2 * layers) (GPT-2)."""
+    """A projection into the residual stream, whose initial weights may be scaled by 1/sqrt(2 * layers), as in GPT-2."""

@@ -25,7 +25,14 @@ from skipstone.ops.reference import dropped
 
 
 class MagnitudeMLP(DivisibleMLP):
-    """An MLP whose groups are chosen from its own activations, as by `mechanisms/magnitude.py` and `zeros.py`."""
+    """A gated MLP that leaves out neurons by the magnitude of their activations, token by token.
+
+    Groups of neurons are tried (multiplied by the up projection) if their gate activations are large, and kept
+    (multiplied by the down projection) if their products are. One token without gradients reads only these weights;
+    calls of several tokens multiply everything and zero what is off. width: of the stream. neurons: of the MLP.
+    activation: of the gates. router: chooses the groups, as in `mechanisms/magnitude.py`. dropout: probability for the
+    output.
+    """
 
     router: ActivationGroupRouter
 
@@ -64,8 +71,9 @@ class MagnitudeMLP(DivisibleMLP):
 
     @property
     def divisible(self) -> bool:
-        """Whether parts of its matrices may be multiplied; not of quantised ones, which would be dequantised for every
-        token.
+        """Whether parts of the MLP's matrices can be multiplied alone.
+
+        Quantised matrices are excluded, because they would be dequantised for every token.
         """
         return super().divisible and not any(map(is_quantised, self.matrices()))
 

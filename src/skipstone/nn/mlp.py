@@ -48,7 +48,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FixedActivation(Activation):
-    """An activation that applies one function to every neuron."""
+    """An activation that applies one function to every neuron. name: a key of `FUNCTIONS`, such as "silu"."""
 
     by_token = True
 
@@ -80,9 +80,9 @@ Groups = dict[str, int | float]
 class FixedMixConfig:
     """The options of a fixed mix of activations: how many neurons use each function.
 
-    groups: how many neurons use each function, `{silu: 96, gelu: 32}`, or which share, `{silu: 0.75, gelu: 0.25}`; a
-    list has one such mapping per layer. Neurons of one function are adjacent, and functions are in alphabetical order,
-    as config.json stores them.
+    groups: numbers of neurons by function, `{silu: 96, gelu: 32}`, or shares, `{silu: 0.75, gelu: 0.25}`; a list has
+    one such mapping for each layer. Neurons of one function are adjacent, and functions are in alphabetical order.
+    Raises ValueError for unknown functions, and for shares that do not add up to 1.
     """
 
     groups: Groups | list[Groups]
@@ -102,12 +102,12 @@ class FixedMixConfig:
 
     @property
     def functions(self) -> set[str]:
-        """The names of all functions that some layer uses."""
+        """The names of all functions that neurons of any layer use."""
         groups = [self.groups] if isinstance(self.groups, dict) else self.groups
         return {name for layer in groups for name, count in layer.items() if count}
 
     def require(self, layers: int, neurons: int) -> None:
-        """Raise ValueError unless the groups fit `layers` layers of `neurons` neurons."""
+        """Raise ValueError unless the groups fit a model with `layers` layers of `neurons` neurons each."""
         if isinstance(self.groups, list) and len(self.groups) != layers:
             raise ValueError(f"activation.groups has {len(self.groups)} entries, but there are {layers} layers")
         for layer in range(layers):
@@ -117,7 +117,10 @@ class FixedMixConfig:
                 )
 
     def of(self, layer: int, neurons: int) -> dict[str, int]:
-        """Return the number of neurons of each function in a layer; shares are rounded so that the sum is exact."""
+        """Return the number of neurons that use each function, by name, in the block with index `layer`.
+
+        neurons: number of neurons of the block's MLP. Shares are rounded so that the numbers add up to it.
+        """
         groups = self.groups if isinstance(self.groups, dict) else self.groups[layer]
         if not any(isinstance(count, float) for count in groups.values()):
             return dict(groups)  # type: ignore[arg-type]
@@ -126,7 +129,10 @@ class FixedMixConfig:
 
 
 class FixedMix(Activation):
-    """An activation with a fixed function for each neuron, as `FixedMixConfig` assigns them."""
+    """An activation with a fixed function for each neuron.
+
+    groups: number of neurons by function; neurons of one function are adjacent, and functions in alphabetical order.
+    """
 
     by_token = True
 
@@ -163,7 +169,12 @@ FIXED_MIX = "fixed_mix"
 def activated(
     activation: Activation, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
 ) -> tuple[Tensor, Records]:
-    """Apply `activation` to tokens that may be unpadded; they are padded for it unless it acts `by_token`."""
+    """Apply an activation and return its values, shaped as `gate`, and its records.
+
+    gate: pre-activations, [B, T, F] or unpadded [1, N, F]. x: the MLP's input, padded or not as `gate`. tokens:
+    describes the tokens. cache: where the activation keeps state of earlier calls, or None. Unpadded tokens are padded
+    for an activation that depends on other tokens (not `by_token`), and its values unpadded again.
+    """
     y_BTF: Tensor
     records: Records
     if tokens.unpadding is None or activation.by_token:
@@ -174,7 +185,11 @@ def activated(
 
 
 class GatedMLP(FeedForward):
-    """A gated MLP: down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202)."""
+    """A gated MLP: down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202).
+
+    width: of the stream. neurons: hidden size. activation: applied to the gates. bias: whether all three projections
+    have biases. dropout: probability for the output; hidden_dropout: for the hidden values.
+    """
 
     def __init__(
         self,
@@ -205,7 +220,11 @@ class GatedMLP(FeedForward):
 
 
 class PlainMLP(FeedForward):
-    """An MLP without a gate: down(act(up(x)))."""
+    """An MLP without a gate: down(act(up(x))).
+
+    width: of the stream. neurons: hidden size. activation: applied to the hidden values. bias: whether both projections
+    have biases. dropout: probability for the output; hidden_dropout: for the hidden values.
+    """
 
     def __init__(
         self,

@@ -14,7 +14,10 @@ from skipstone.ops import reference as ops
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * weight, with statistics in fp32 (arXiv 1910.07467)."""
+    """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * weight, with statistics in fp32 (arXiv 1910.07467).
+
+    width: number of features, the last axis of x. The weight starts at 1.
+    """
 
     offset = 0.0  # what is added to the weight
 
@@ -46,7 +49,7 @@ class OffsetRMSNorm(RMSNorm):
         return F.rms_norm(ops.wide(x), self.weight.shape, scale, self.eps).to(x.dtype)
 
     def reset_parameters(self) -> None:
-        """Set the weight w to 0, so that the factor 1 + w starts at 1."""
+        """Set the weight to 0, so that the factor 1 + weight is 1."""
         init.zeros_(self.weight)
 
 
@@ -59,16 +62,16 @@ class OffsetLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
 
     def reset_parameters(self) -> None:
-        """Set the weight w to 0, so that the factor 1 + w starts at 1, and the bias to 0."""
+        """Set the weight to 0, so that the factor 1 + weight is 1, and the bias to 0."""
         init.zeros_(self.weight)
         init.zeros_(self.bias)
 
 
 class HeadNorm(nn.Module):
-    """A norm of each head's features with a weight of its own for each head, for x [..., H, E] (Command R+).
+    """A norm of the features of each attention head, with weights of its own for each head (Command R+).
 
-    like: the norm of one head, whose kind, eps and start are taken: root-mean-square or LayerNorm. Statistics and the
-    weights, [H, E], are applied in fp32.
+    It normalises the last axis of x [..., H, E] (heads, features) in fp32. like: a norm of one head, RMSNorm or
+    LayerNorm, whose kind, eps, initial weight and presence of a bias are adopted. heads: H.
     """
 
     def __init__(self, like: nn.Module, heads: int) -> None:
@@ -87,7 +90,7 @@ class HeadNorm(nn.Module):
         return (scaled if self.bias is None else scaled + ops.wide(self.bias)).to(x.dtype)
 
     def reset_parameters(self) -> None:
-        """Set the factors to 1 and the biases to 0."""
+        """Set the factor on every feature to 1 and the bias to 0."""
         init.constant_(self.weight, 1 - self.offset)
         if self.bias is not None:
             init.zeros_(self.bias)
@@ -97,7 +100,7 @@ class HeadNorm(nn.Module):
 
 
 def layernorm_without_bias(width: int, eps: float) -> nn.LayerNorm:
-    """Return a layer norm that has a weight and no bias."""
+    """Return a LayerNorm over `width` features with a weight and no bias. eps: added to the variance."""
     return nn.LayerNorm(width, eps, bias=False)
 
 

@@ -20,11 +20,12 @@ ROPES = (*STATIC_ROPE, "longrope")
 
 
 class Rotary(nn.Module):
-    """Cos and sin of rotary angles (arXiv 2104.09864), half-split layout; scaled frequencies come from transformers.
+    """Rotary position embeddings: cos and sin of the angles (arXiv 2104.09864), half-split layout.
 
-    parameters: a `rope_parameters` of its own; None: the configuration's. With `partial_rotary_factor` p only the first
-    p E elements of a head are rotated. longrope (arXiv 2402.13753) has two sets of frequencies; a call uses the set for
-    long rows as soon as one of its positions reaches `original_max_position_embeddings`.
+    config: a transformers configuration; its `rope_parameters` name the kind of scaling. parameters: replaces these
+    `rope_parameters`; None: the configuration's. With `partial_rotary_factor` p, only the first p E of the E features
+    of a head are rotated. Kind "longrope" (arXiv 2402.13753) has two sets of frequencies; a call uses the set for long
+    rows if one of its positions is at least `original_max_position_embeddings`.
     """
 
     inverse_E2: Tensor
@@ -44,7 +45,7 @@ class Rotary(nn.Module):
 
     @property
     def kind(self) -> str:
-        """The name of the frequency scaling (`rope_type`)."""
+        """The kind of frequency scaling, `rope_type` of transformers."""
         return self.config.rope_parameters.get("rope_type", "default")  # type: ignore[no-any-return]
 
     def _frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
@@ -56,15 +57,17 @@ class Rotary(nn.Module):
         return ROPE_INIT_FUNCTIONS[self.kind](self.config, seq_len=length)
 
     def reset_parameters(self) -> None:
-        """Compute the frequencies from the configuration."""
+        """Compute the frequencies anew from the configuration."""
         init.copy_(self.inverse_E2, self._frequencies()[0])
         if self.border is not None:
             init.copy_(self.long_E2, self._frequencies(self.border + 1)[0])
 
     @torch.no_grad()
     def forward(self, position_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [B, T, E] in `dtype`, computed in fp32 or fp64; the first half of sin is negated, for
-        `ops.rotate`.
+        """Return cos and sin of the rotary angles, [B, T, E] each in `dtype`, as `ops.rotate` expects them.
+
+        position_BT: int64 positions of the tokens. E: number of rotated features of a head. Angles are computed in
+        fp32, or fp64 if `dtype` is; the first half of sin is negated.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         inverse_E2 = self.inverse_E2

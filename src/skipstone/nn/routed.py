@@ -21,18 +21,17 @@ from skipstone.ops import reference as ops
 
 
 class Routed(nn.Module):
-    """A residual block inside one or more depth mechanisms, the first of them outermost.
+    """Wraps any residual block in one or more depth mechanisms, such as `MixtureOfDepths(hidden_size, ...)`.
 
     block: maps x [B, T, D] to a residual stream of that shape (including its input), or to a tuple that begins with
-    one. If it mixes tokens, it does so in order of their index; it takes no cache. It is called with the kept tokens
-    only, so it must not depend on T. Gates scale its whole update; tokens skipped by a hard gate are not computed at
-    all, and give no keys and values.
+    one. If it mixes tokens, it does so in order of their index; it has no cache. It is called with the kept tokens
+    only, so it must not depend on T. mechanisms: the first is outermost. Gates scale the block's whole update; tokens
+    skipped by a hard gate are not computed at all, and give no keys and values.
 
-    Further arguments are passed to the block as they are, except tensors with an entry for each token: [B or 1, T, ...]
-    (positions, rotary tables, padding masks), [B or 1, H, T, E], [N, B or 1, T, ...] and pair masks
-    [B or 1, H or 1, T, T] are gathered like x, also inside tuples, lists and dicts. A tensor that the block itself
-    slices to the length of its input, such as its own rotary table, would be wrong; pass it as an argument, or add
-    positions before the blocks.
+    Further arguments are passed to the block unchanged, except tensors with an entry for each token: [B or 1, T, ...]
+    (positions, rotary tables, padding masks), [B or 1, H, T, E], [N, B or 1, T, ...] and pair masks [B or 1, H or 1, T,
+    T] are gathered like x, also inside tuples, lists and dicts. A tensor that the block itself slices to the length of
+    its input, such as its own rotary table, would be wrong; pass it as an argument, or add positions before the blocks.
     """
 
     def __init__(self, block: nn.Module, *mechanisms: nn.Module) -> None:
@@ -49,13 +48,14 @@ class Routed(nn.Module):
         return_records: bool = False,
         **kwargs: object,
     ) -> Any:
-        """Return the stream after the block, and with `return_records` the mechanisms' records.
+        """Return the stream after the block; with `return_records`, a tuple of it and the records by name.
 
-        routing: "oracle" may look at the whole row (default in training mode, and right for encoders), "causal" may
-        not. real_BT: bool, False for padding. Other arguments are passed to the block, gathered if they have an entry
-        for each token (see the class). Further items of a returned tuple are passed through, for the kept tokens only.
-        Raises ValueError for a stream that is not [B, T, D], and for a block that fails because of an argument of the
-        rows' length that was not gathered.
+        x_BTD: the stream before the block. args, kwargs: passed to the block, gathered if they have an entry for each
+        token (see the class). routing: "oracle" (decisions may look at the whole row) or "causal" (at no later token);
+        None: "oracle" in training mode, else "causal". real_BT: bool, False for padding; None: no padding. Further
+        items of a tuple that the block returns follow the stream, for the kept tokens only. Raises ValueError for a
+        stream that is not [B, T, D], and for a block that fails because of an argument of the rows' length that was not
+        gathered.
         """
         if routing not in ("oracle", "causal", None):
             raise ValueError(unknown("routing", routing, ["oracle", "causal"]))
@@ -134,10 +134,11 @@ def _of_length(value: Any, length: int) -> list[int] | None:
 
 
 def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_BK: Tensor | None = None) -> Any:
-    """Return `value` with its tensors per token gathered to these tokens.
+    """Return `value` with every tensor that has an entry for each token gathered to the given tokens.
 
-    index_BK: the tokens; None: all. shape: [B, T] of all tokens. valid_BK: bool, False for tokens that only fill up a
-    row: a pair mask is closed for them as keys; None: all are valid.
+    index_BK: int64, the K tokens of each row; None: all, value is returned unchanged. shape: [B, T] of all tokens.
+    value: a tensor, or a tuple, list or dict of them; anything else is returned as it is. valid_BK: bool, False for
+    tokens that only fill up a row and that pair masks hide as keys; None: all are valid.
     """
     if index_BK is None:
         return value
@@ -162,7 +163,7 @@ def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_B
 
 
 def token_axes(value: Tensor, shape: torch.Size) -> tuple[int, int] | None:
-    """Return the axes of rows and of tokens of a tensor with an entry for each token; None for any other tensor.
+    """Return the axes (rows, tokens) of a tensor `value` with an entry for each token; None for any other tensor.
 
     shape: [B, T]. Known forms: [B or 1, T, ...], [B or 1, H, T, E], and [N, B or 1, T, ...] with something before the
     rows, such as the three positions of an image's tokens.
@@ -177,9 +178,10 @@ def token_axes(value: Tensor, shape: torch.Size) -> tuple[int, int] | None:
 
 
 def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
-    """Return the mask [B or 1, H or 1, K, K] closed for keys that are not kept.
+    """Return an attention mask in which keys that are not kept are hidden from every query but themselves.
 
-    A token that is not kept sees itself, so that no row of the mask is closed altogether.
+    mask: [B or 1, H or 1, K, K], bool (True: visible) or added to scores. kept_BK: bool. A token that is not kept sees
+    itself, so that no row of the mask hides everything.
     """
     itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
     closed = ~(kept_BK[:, None, None, :] | itself)

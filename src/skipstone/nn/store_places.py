@@ -20,9 +20,11 @@ COLUMN, TURNED, SUM_COLUMN = 3, slice(4, 6), 8  # in `ops/decode_stack_native.py
 
 
 class Places:
-    """Addresses of the keys, values, slots and sums of some blocks.
+    """The memory addresses of the cache entries of several blocks, for a compiled decoding step that writes into them.
 
-    of: whose they are. A copy of a cache has its entries elsewhere, so a copy of this is none.
+    of: the compiled run that made it and may use it. kv: for each block, the store of keys, values and slots. sums: for
+    each block, the store of an activation mechanism's running sums, or None. A deep copy or pickle of it is None,
+    because a copied cache has its entries elsewhere.
     """
 
     def __init__(self, of: object, kv: Sequence[RaggedStore], sums: Sequence[RaggedStore | None]) -> None:
@@ -49,7 +51,7 @@ class Places:
         return type(None), ()
 
     def holds(self, count: int) -> bool:
-        """Return whether the entries lie where they were, with room for so many more."""
+        """Return whether all entries still lie at these addresses, with room for `count` more tokens."""
         return (
             all(map(operator.is_, [store.entries for store in self.stores], self.dicts))
             and all(map(operator.is_, map(dict.get, self.entries, self.keys), self.values))
@@ -57,7 +59,10 @@ class Places:
         )
 
     def memory(self, turned: Sequence[Sequence[int]]) -> Tensor:
-        """Return the table with the present columns, int64 [L, M]. turned: for each block, addresses of cos and sin."""
+        """Return the table of addresses and present lengths, int64 [L, M] for L blocks.
+
+        turned: for each block, the addresses of cos and sin of its rotary angles.
+        """
         columns = [(store.width, *angles) for store, angles in zip(self.kv, turned, strict=True)]
         self.table_LM[:, COLUMN : TURNED.stop] = torch.tensor(columns)
         if self.summed:
@@ -65,7 +70,11 @@ class Places:
         return self.table_LM
 
     def grow(self, stored: Sequence[Sequence[int]]) -> None:
-        """Enter how many tokens each block has stored, and how many its activation has seen."""
+        """Update the lengths of the stores after a step.
+
+        stored: for each block, the number of tokens stored as keys and values, and the number that its running sums
+        have seen.
+        """
         for store, more, (given, seen) in zip(self.kv, self.sums, stored, strict=True):
             store.width += given
             if more is not None:
@@ -73,7 +82,11 @@ class Places:
 
 
 def is_usual(store: Any, entries: int, new: int) -> bool:
-    """Return whether a store holds one row of so many fp32 tensors, few enough for the compiled attention."""
+    """Return whether a cache store has the form that the compiled attention can read: one row of a few fp32 tensors.
+
+    store: any store of a cache layer. entries: the number of tensors that it should hold. new: number of tokens that
+    are to be added; together with those stored they must not exceed `decode_step.MOST_KEYS`.
+    """
     if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
         return False
     if store.lengths is not None or store.forgotten is not None:

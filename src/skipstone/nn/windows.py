@@ -19,10 +19,11 @@ from skipstone.core.tokens import Tokens
 def slot_mask(
     key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Tokens, window: int | None = None
 ) -> Tensor:
-    """Return the attention mask of slots, bool [B, 1, K, C], True where a query sees a key.
+    """Return the causal attention mask by slots (positions in the row), bool [B, 1, K, C], True: a query sees a key.
 
-    A query sees keys of its own document in its own and earlier slots, with a window the last `window` slots. Queries
-    that are padding see everything, so that their softmax stays finite.
+    key_slot_BC: int64, slots of C keys. key_document_BC: int64, their documents; None: one per row. queries: the K
+    query tokens. window: number of slots that a query sees, its own included; None: all. A query sees keys of its own
+    document in its own and earlier slots. Queries that are padding see every key, so that their softmax stays finite.
     """
     slot_BK, real_BK = queries.slot_BT, queries.real_BT
     if real_BK is not None:
@@ -39,21 +40,29 @@ def slot_mask(
 
 
 def closes(window: int | None, tokens: Tokens) -> bool:
-    """Return whether a window excludes any key of these rows; True also where slots are not known on the host."""
+    """Return whether an attention window may hide any key of these rows from any query.
+
+    window: number of slots that a query sees; None: all. tokens: of the call. True also if the host does not know the
+    distances between slots (`tokens.reach` is None).
+    """
     return window is not None and (tokens.reach is None or tokens.reach > window)
 
 
 def pairs(length: float, window: int | None) -> float:
-    """Return the number of scores of a row that attends to itself: all pairs, or those in bands if they are fewer."""
+    """Return the number of scores per head that are computed for a row attending to itself, in bands if they are fewer.
+
+    length: tokens of the row. window: number of slots that a query sees; None: all.
+    """
     whole = length * length
     return whole if window is None else min(whole, -(-length // window) * 2 * window * window)
 
 
 def in_bands(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, window: int) -> tuple[Tensor, ...]:
-    """Arrange rows in chunks of W queries, each with the keys of its own and of the previous chunk.
+    """Split rows into chunks of `window` queries, each with the keys of its own and of the previous chunk.
 
-    Returns queries [B N, H, W, E], keys and values [B N, H, 2 W, E], and the mask. Every token is a query. The last
-    chunk is filled up with padding, which sees itself.
+    query: [B, H, T, E], all tokens; key, value: the same with key/value heads. tokens: their slots, padding and
+    documents. window: W. Returns queries [B N, H, W, E], keys and values [B N, H, 2 W, E], for N chunks of a row, and
+    the mask, bool [B N, 1, W, 2 W]. The last chunk is filled up with padding, which sees itself.
     """
     B, T = query.shape[0], query.shape[2]
     chunks = -(-T // window)
@@ -77,7 +86,10 @@ def in_bands(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, window: 
 
 
 def out_of_bands(y_NWHE: Tensor, rows: int, length: int) -> Tensor:
-    """Return the result of attention in bands, [B N, W, H, E], as rows [B, T, H, E]."""
+    """Return the output of attention in bands as rows [B, T, H, E].
+
+    y_NWHE: output for B N chunks of W queries, [B N, W, H, E]. rows: B. length: T, the tokens of a row.
+    """
     return y_NWHE.unflatten(0, (rows, -1)).flatten(1, 2)[:, :length]
 
 
