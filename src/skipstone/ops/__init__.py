@@ -16,10 +16,12 @@ from skipstone.ops import score_linear as memory_saving
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Compute `reference.mix_activations` by the backend that suits the device: Triton on CUDA, a chunked form on a
-    CPU.
+    """Mix PolyGLU's activation functions as `reference.mix_activations` does, by the fastest backend for the device.
 
-    In compiled code, an expression that compilers fuse well; on other devices, the reference itself.
+    gate_BTF: pre-activations [B, T, F]. static_BFA: preferences of the neurons, [1 or B, F, A]. dynamic_BTA: logits of
+    the tokens, [B, 1 or T, A]. temperature: of the softmax over the A functions. Returns [B, T, F]. The backend is
+    `ops/fused.py` on CUDA with Triton, `ops/cpu.py` on a CPU, `ops/compile_friendly.py` under torch.compile, and
+    elsewhere the reference.
     """
     chosen = compile_friendly if torch.compiler.is_compiling() else _eager(gate_BTF.device.type)
     return chosen.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)  # type: ignore[no-any-return]
@@ -34,14 +36,19 @@ def _eager(device: str) -> ModuleType:
 
 
 def apply_experts(*args: Any) -> Tensor:
-    """Compute `reference.apply_experts` by grouped matrix products; compiled or in fp64, by the reference.
+    """Compute `reference.apply_experts` (its arguments and result) by grouped matrix products.
 
-    PyTorch 2.13 compiles grouped products in bf16 only and has none in fp64.
+    The reference itself is used under torch.compile and in fp64, because PyTorch 2.13 compiles grouped products in bf16
+    only and has none in fp64. args: those of the reference, by position.
     """
     plain = torch.compiler.is_compiling() or args[0].dtype == torch.float64
     return (reference if plain else grouped).apply_experts(*args)
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Compute `reference.score_linear`; uncompiled, in a form that keeps less for the backward pass."""
+    """Compute a router's fp32 product as `reference.score_linear` does, saving less for the backward pass.
+
+    x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. norm: whether x is first divided by its root mean
+    square. Returns [..., O]. Under torch.compile, the reference itself is used.
+    """
     return (reference if torch.compiler.is_compiling() else memory_saving).score_linear(x, weight, bias, norm)

@@ -28,7 +28,13 @@ def apply_experts(
     down_XDF: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Apply a mixture of experts as `reference.apply_experts` does, by grouped matrix products."""
+    """Compute a mixture of experts as `reference.apply_experts` does, each choice once, by grouped matrix products.
+
+    x_ND: inputs of N tokens. expert_NC: int64, the C experts that each token chose. weight_NC: their factors. idle_NC:
+    bool, choices that add nothing, or None. gate_XFD, up_XFD, down_XDF: weights of X experts of F neurons; D and F are
+    multiples of 8. activation: function of the gates. Returns [N, D] in the dtype of the products, which follows
+    autocast.
+    """
     dtype = _product_dtype(gate_XFD)
     key_NC = expert_NC if idle_NC is None else torch.where(idle_NC, len(gate_XFD), expert_NC)
     sorted_S, order_S = key_NC.flatten().sort(stable=True)

@@ -35,7 +35,11 @@ IGNORED = -100  # target of a token that is not predicted
 def plain_linear_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, soft_cap: float | None = None
 ) -> Tensor:
-    """Return the cross-entropy summed over tokens with a target, in nats, fp32 []; the specification."""
+    """Return the cross-entropy of a linear output head, summed over tokens, in nats, fp32 []; the specification.
+
+    x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of the vocabulary. target_N: int64, -100
+    for tokens without a target. soft_cap: c, if logits become c tanh(logits / c); None: no cap.
+    """
     logits_NV = wide(F.linear(x_ND, weight_VD))
     if soft_cap is not None:
         logits_NV = (logits_NV / soft_cap).tanh() * soft_cap
@@ -44,11 +48,12 @@ def plain_linear_cross_entropy(
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """A teacher's outputs for the same tokens, and the coefficients of the two parts of the loss.
+    """A teacher's outputs for the same tokens as the student's, and the coefficients of the two parts of the loss.
 
-    hidden_BTE, head_VE: the input and the weight of its head, whose product are its logits; they get no gradient.
-    soft_cap: of its logits, or None. language_modelling, distillation: coefficients of the cross-entropy and of
-    T^2 KL(teacher || student), in nats. temperature: T (Hinton et al. 2015, arXiv 1503.02531).
+    hidden_BTE: the input of the teacher's output head, [B, T, E] for rows, tokens and width. head_VE: the head's weight
+    [V, E]. Neither gets a gradient. language_modelling: coefficient of the cross-entropy. distillation: coefficient of
+    T^2 KL(teacher || student), in nats. temperature: T (Hinton et al. 2015, arXiv 1503.02531). soft_cap: c, if the
+    teacher's logits become c tanh(logits / c); None: no cap.
     """
 
     hidden_BTE: Tensor
@@ -62,11 +67,12 @@ class Distillation:
 def linear_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int, soft_cap: float | None = None
 ) -> Tensor:
-    """Return the summed cross-entropy in nats, fp32 [], computing logits of `chunk` tokens at a time.
+    """Return the summed cross-entropy of a linear output head, in nats, fp32 [], without storing all logits.
 
-    soft_cap: c of logits c tanh(x W^T / c). target_N: int64, -100 for tokens without a target. Sums over chunks are
-    fp32. It can be differentiated once: gradients are handed out, not copied, and a second backward pass raises
-    RuntimeError. Raises ValueError for a chunk below 1.
+    x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of the vocabulary. target_N: int64, -100
+    for tokens without a target. chunk: number of tokens whose logits are computed at a time. soft_cap: c, if logits
+    become c tanh(logits / c); None: no cap. Gradients are computed at once, so the result can be differentiated once
+    only: a second backward pass raises RuntimeError. Raises ValueError for a chunk below 1.
     """
     return _loss(x_ND, weight_VD, target_N, None, chunk, soft_cap)[0]
 
@@ -79,10 +85,13 @@ def linear_distillation_loss(
     chunk: int,
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return total loss, cross-entropy and T^2 KL, each summed over tokens with a target, fp32 [].
+    """Return total loss, cross-entropy and T^2 KL(teacher || student), each summed over tokens with a target, fp32 [].
 
-    The first is the sum of the other two with their coefficients, and the only one that can be differentiated.
-    Everything else as in `linear_cross_entropy`.
+    x_ND: hidden states of N tokens. weight_VD: the student's head. target_N: int64, -100 for tokens without a target.
+    distillation: the teacher's outputs, temperature T and the coefficients with which the total adds up the other two.
+    chunk: number of tokens whose logits are computed at a time. soft_cap: c, if the student's logits become c
+    tanh(logits / c); None: no cap. Only the total can be differentiated, and only once. Raises ValueError for a chunk
+    below 1.
     """
     return _loss(x_ND, weight_VD, target_N, distillation, chunk, soft_cap)
 

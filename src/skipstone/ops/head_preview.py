@@ -40,10 +40,11 @@ NO_NUMBA = (
 
 @dataclass(frozen=True)
 class Preview:
-    """What a preview consists of.
+    """The output head in K directions of the hidden states, in four-bit numbers q: an approximation of its logits.
 
-    turn: fp32 [K + 1, D], the directions, and the mean row of the head. shift: fp32 [K + 1]. packed: uint8 [V, K / 2].
-    scale, offset: fp32 [V].
+    The logit of token v is scale_v sum_k (q_vk - 8) t_k + offset_v + t_K, with t = turn x + shift. turn: fp32 [K + 1,
+    D], the directions, and last the mean row of the head. shift: fp32 [K + 1]. packed: uint8 [V, K / 2], two numbers q
+    in each byte (`pack`). scale, offset: fp32 [V]. V: vocabulary, D: width of x.
     """
 
     turn: Tensor
@@ -54,25 +55,33 @@ class Preview:
 
 
 def pack(number_VK: Tensor) -> Tensor:
-    """Pack numbers from -8 to 7 into uint8 [V, K / 2]. K: a multiple of `GROUP`."""
+    """Pack integers from -8 to 7 into bytes, two in each, and return uint8 [V, K / 2].
+
+    number_VK: [V, K], with K a multiple of 64.
+    """
     low, high = (number_VK + ZERO).to(torch.uint8).unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
     return (low | (high << 4)).flatten(1)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Return the numbers that were packed, fp32 [V, K]."""
+    """Return the integers that `pack` packed, from -8 to 7, as fp32 [V, K]."""
     halves = packed.unflatten(1, (-1, GROUP // 2))
     return torch.stack((halves & 15, halves >> 4), 2).flatten(1).float() - ZERO
 
 
 def previewed(x_ND: Tensor, preview: Preview) -> Tensor:
-    """Return the previewed logits, fp32 [N, V]."""
+    """Return the approximate logits of the preview alone, fp32 [N, V]. x_ND: hidden states of N tokens."""
     turned = x_ND.float() @ preview.turn.t() + preview.shift
     return turned[:, :-1] @ unpack(preview.packed).t() * preview.scale + preview.offset + turned[:, -1:]
 
 
 def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
-    """Return the logits, fp32 [N, V], by ordinary operations. scale: of an int8 head."""
+    """Return logits by preview and candidates, fp32 [N, V], by ordinary operations; the specification of `logits`.
+
+    The `candidates` tokens with the largest previewed logits get their exact logits, all others keep the previewed
+    ones. x_ND: hidden states of N tokens. weight_VD: weight of the head. scale: scales of an int8 head (`ops/int8.py`);
+    None: the weight is in floating point.
+    """
     guess_NV = previewed(x_ND, preview)
     whole = weight_VD.float() if scale is None else int8.restore(weight_VD, scale)
     best_NM = guess_NV.topk(candidates).indices
@@ -80,7 +89,11 @@ def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | Non
 
 
 def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
-    """Return whether the compiled kernel computes these logits: one token without gradient, on a CPU with numba."""
+    """Return whether `logits` can be computed by the compiled kernel: one token without gradient, on a CPU with numba.
+
+    x: hidden states [..., D]. weight_VD: weight of the head, in a layout that `readable` accepts. scale: scales of an
+    int8 head, or None.
+    """
     if (
         x.numel() != weight_VD.shape[1]
         or torch.compiler.is_compiling()
@@ -91,13 +104,21 @@ def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
 
 
 def readable(weight_VD: Tensor, scale: Tensor | None) -> bool:
-    """Return whether the compiled kernel reads such a head: fp32, or int8 in groups of 64, in a CPU's memory."""
+    """Return whether the compiled kernel can read this head: contiguous on a CPU, fp32 or int8 in groups of 64.
+
+    weight_VD: weight of the head; on the meta device it is judged as if on a CPU. scale: scales of an int8 head; None:
+    not int8. False without numba.
+    """
     kind = weight_VD.dtype == torch.float32 or (scale is not None and weight_VD.shape[1] % int8.GROUP == 0)
     return kind and weight_VD.device.type in ("cpu", "meta") and weight_VD.is_contiguous() and _kernel()
 
 
 def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
-    """Return the logits of one token, [..., V] in the dtype of x, which `takes` has allowed."""
+    """Return the logits of one token by preview and candidates, [..., V] in the dtype of x, by the compiled kernel.
+
+    Call it only if `takes` returned True. x: hidden states [..., D] of one token. weight_VD: weight of the head. scale:
+    scales of an int8 head, or None. candidates: number of tokens that get exact logits.
+    """
     given = (x, preview.turn, preview.shift, preview.packed, preview.scale, preview.offset, weight_VD, scale)
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return NATIVE(*given, candidates)  # type: ignore[no-any-return]
@@ -105,7 +126,10 @@ def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None,
 
 
 def flops(width: int, vocabulary: int, directions: int, candidates: int) -> int:
-    """Return the FLOPs of one token: directions, preview and the candidates' rows."""
+    """Return the FLOPs of one token's logits: product with the directions, preview, and the rows of the candidates.
+
+    width: of the hidden states. vocabulary: number of tokens. directions, candidates: as in `HeadPreview`.
+    """
     return 2 * (width * (directions + 1) + vocabulary * directions + candidates * width)
 
 

@@ -36,7 +36,12 @@ def logits(
     weight_scale: Tensor | None,
     candidates: int,
 ) -> Tensor:
-    """Return the logits of one token, [..., V] in the dtype of x."""
+    """Return the logits of one token by preview and candidates, [..., V] in the dtype of x.
+
+    x: hidden states [..., D] of one token. turn, shift, packed, scale, offset: the parts of `head_preview.Preview`.
+    weight_VD: weight of the head, fp32 or int8. weight_scale: fp32 scales of an int8 head, or None. candidates: number
+    of tokens that get exact logits.
+    """
     V, D = weight_VD.shape
     K, given = turn.shape[0] - 1, x.reshape(-1).float()
     turned = torch.addmv(shift, turn, given)
@@ -164,5 +169,5 @@ def _exact(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 @team
 def crew(packet: int) -> None:
-    """Run a part of it, with the arguments of a packet."""
+    """Compute one thread's part of the logits; `packet` is the address of the arguments (`workers.share`)."""
     _run(integers(packet, 0, 12), integers(packet, 12, 5), part_of(packet), parts_of(packet), packet + BARRIER)

@@ -21,7 +21,11 @@ lone_row = _dots(1, ahead=0)
 
 @intrinsic
 def nibbles(context, weight, x, groups):  # type: ignore[no-untyped-def]
-    """Return the inner product, int32. weight, x: addresses. groups: of 64 weights."""
+    """Return the inner product of a row of four-bit weights and an int16 token, int32; compiled code only.
+
+    context: supplied by numba, not by the caller. weight: address of the packed weights, unsigned. x: address of the
+    token. groups: number of groups of 64 weights.
+    """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
         weight, x, groups = given
@@ -44,7 +48,10 @@ def nibbles(context, weight, x, groups):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def prefetch(context, address, size):  # type: ignore[no-untyped-def]
-    """Ask the processor to fetch `size` bytes, which will be read soon."""
+    """Ask the processor to load `size` bytes at `address` into its cache; compiled code only.
+
+    context: supplied by numba, not by the caller.
+    """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
         lines = builder.udiv(builder.add(given[1], I64(LINE - 1)), I64(LINE))

@@ -34,10 +34,11 @@ NO_NUMBA = (
 
 
 def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to int8, row by row or in groups of `group` inputs, a divisor of I.
+    """Round a weight matrix to int8, with one scale for each row or for each group of inputs.
 
-    Returns int8 [O, I] in [-127, 127] and the fp32 scales [O] or [O, G] that restore it. Raises ValueError for weights
-    that are not finite.
+    weight_OI: [O, I] (outputs, inputs). group: number of inputs that share a scale, a divisor of I; None: a whole row.
+    Returns int8 [O, I] in [-127, 127], and the fp32 scales [O], or [O, I / group], by which `restore` multiplies it.
+    Raises ValueError for weights that are not finite.
     """
     weight_OGI = weight_OI.detach().float().unflatten(1, (-1, group or weight_OI.shape[1]))
     largest_OG = weight_OGI.abs().amax(2)
@@ -49,17 +50,21 @@ def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tenso
 
 
 def restore(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight matrix scale * weight in `dtype`. scale: [O] or [O, G]."""
+    """Return the weight matrix scale * weight in `dtype`.
+
+    weight_OI: int8 [O, I]. scale: [O], or [O, G] for G groups of inputs.
+    """
     scale_OG = scale.float().reshape(len(scale), -1)
     weight_OGI = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1))
     return (weight_OGI * scale_OG[..., None]).flatten(1).to(dtype)
 
 
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
-    """Return x (scale * weight)^T, [..., O] in the dtype of x, with sums in fp32 where weights are read in place.
+    """Return x (scale * weight)^T, [..., O] in the dtype of x. Gradients reach x, not the weights.
 
-    x: [..., I], fp32, bf16 or fp16. weight: int8. scale: fp32 [O], or [O, G] with I = 64 G. Where weights are read in
-    place, tokens are rounded to int16 if I is a multiple of 64. Gradients reach x, not the weights.
+    x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], or [O, I / 64]. Up to 8 tokens without gradients,
+    on a CPU with numba, read the weights as they are: sums are fp32, and tokens are rounded to int16 if I is a multiple
+    of 64. Otherwise parts of the weights are converted to the dtype of x and multiplied as usual.
     """
     if not _in_place(x):
         return _in_parts(x, weight_OI, scale)

@@ -23,7 +23,10 @@ NOT_FINITE = np.int32(0x7F800000)  # and those of infinity; those of NaN are gre
 
 
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
-    """Return x (scale * weight)^T, [..., O] in the dtype of x. scale: [O] or [O, I / `int8.GROUP`]."""
+    """Return x (scale * weight)^T, [..., O] in the dtype of x, reading each int8 weight from memory once.
+
+    x: [..., I], few tokens. weight_OI: int8. scale: fp32 [O], or [O, I / 64].
+    """
     outputs, inputs = weight_OI.shape
     given = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
@@ -47,7 +50,11 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 
 @compiled
 def round_tokens(addresses: Array, sizes: Array) -> None:
-    """Round fp32 tokens [N, I] to int16, each by its largest magnitude; also write the numbers that restore them."""
+    """Round N fp32 tokens [N, I] to int16, each by its largest magnitude; compiled code.
+
+    addresses: of the fp32 tokens, of the int16 result, and of the fp32 factors [N] that restore it, which are written
+    (NaN for a token that is not finite). sizes: N first, I third.
+    """
     x_at, rounded_at, unit_at = addresses
     N, inputs = sizes[0], sizes[2]
     x, unit = _lying(x_at, (N, inputs), np.float32(0)), _lying(unit_at, (N,), np.float32(0))
@@ -75,7 +82,12 @@ def _some_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 @compiled
 def grouped_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
-    """Compute the outputs from `first` to before `last` from tokens rounded to int16."""
+    """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled code.
+
+    addresses: of int8 weights [O, I], of their fp32 scales, of the fp32 tokens (not read), of the fp32 outputs [N, O],
+    of the int16 tokens, and of the factors that restore these. sizes: N, O, I (a multiple of 64), and scales per
+    output.
+    """
     weight_at, scale_at, _, y_at, x_at, unit_at = addresses
     N, outputs, inputs, scales = sizes
     y, unit = _lying(y_at, (N, outputs), np.float32(0)), _lying(unit_at, (N,), np.float32(0))
@@ -161,7 +173,7 @@ def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int
 
 @team
 def crew(packet: int) -> None:
-    """Compute a part of the outputs, with the arguments of a packet."""
+    """Compute one thread's part of the outputs; `packet` is the address of the arguments (`workers.share`)."""
     addresses, sizes, part, parts = integers(packet, 0, 6), integers(packet, 6, 4), part_of(packet), parts_of(packet)
     each = -(-sizes[1] // (4 * parts)) * 4
     _some_rows(addresses, sizes, min(part * each, sizes[1]), min((part + 1) * each, sizes[1]))

@@ -27,7 +27,12 @@ NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.
 
 
 class MagnitudeWeights(NamedTuple):
-    """The weights of one token's MLP. tried, kept: numbers of groups; size: neurons per group."""
+    """The weights of one token's MLP, in groups of `size` adjacent neurons.
+
+    typical_F: fp32, typical magnitude (root mean square) of the up projection's output for each of F neurons. up_FD:
+    weight of the up projection. down_FD: transposed weight of the down projection. tried: number of groups whose up
+    projection is computed. kept: number of groups, at most `tried`, whose down projection is.
+    """
 
     typical_F: Tensor
     up_FD: Tensor
@@ -42,9 +47,10 @@ class MagnitudeWeights(NamedTuple):
 
 
 class MagnitudeOutput(NamedTuple):
-    """The output of one token's MLP, and its decisions.
+    """The output of one token's MLP, and the decisions about its G groups of neurons; B = T = 1 for one token.
 
-    y_BTD: the update. score_BTG: fp32. tried_BTG, kept_BTG: bool.
+    y_BTD: the update. score_BTG: fp32, by which groups are tried. tried_BTG: bool, groups whose up projection was
+    computed. kept_BTG: bool, groups whose down projection was.
     """
 
     y_BTD: Tensor
@@ -54,9 +60,10 @@ class MagnitudeOutput(NamedTuple):
 
 
 def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
-    """Return the mean magnitude of each group of `size` neurons, fp32 [.., G], of value [.., F].
+    """Return the mean magnitude of each group of neurons, fp32 [..., G].
 
-    typical_F: a factor for each neuron, or None.
+    value: [..., F], a number for each neuron. size: number of adjacent neurons per group, F = G size. typical_F: a
+    factor for each neuron, or None.
     """
     magnitude = value.detach().float().abs()
     if typical_F is not None:
@@ -65,7 +72,10 @@ def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """Return a bool mask [.., G] of the `count` largest of fp32 scores that are not negative."""
+    """Return which of the last axis are its `count` largest values, bool in the shape of `score` [..., G].
+
+    score: fp32, not negative. On a CPU with numba, the first of equal values are chosen; elsewhere `topk` decides.
+    """
     if score.is_cpu and not torch.compiler.is_compiling() and _kernels() is not None:
         return NATIVE_LARGEST(score, count)  # type: ignore[no-any-return]
     none = torch.zeros_like(score, dtype=torch.bool)
@@ -73,7 +83,12 @@ def largest(score: Tensor, count: int) -> Tensor:
 
 
 def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> MagnitudeOutput:
-    """Compute one token's MLP from its chosen neurons: groups are tried by |a| typical, and kept by |a up x|."""
+    """Compute one token's gated MLP from the neurons with the largest magnitudes only.
+
+    x_11D: the MLP's input, [1, 1, D]. a_11F: activations of its gates, [1, 1, F]. parts: the weights, and the numbers
+    of groups. Groups are tried by |a| typical, and of these kept by |a (up x)|. With numba, on a CPU, contiguous fp32
+    or bf16 weights are read in place; otherwise the rows are copied.
+    """
     typical_F, up_FD, down_FD, tried, kept, size = parts
     if up_FD.is_contiguous() and down_FD.is_contiguous() and reads_in_place(up_FD, down_FD):
         return MagnitudeOutput(*NATIVE(x_11D, a_11F, *parts))
@@ -92,12 +107,15 @@ def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> Magnitud
 
 
 def reads_in_place(up: Tensor, down: Tensor) -> bool:
-    """Return whether rows of these matrices, if contiguous, can be read in place (numba, CPU, fp32 or bf16)."""
+    """Return whether rows of these matrices, if contiguous, can be read in place (numba, a CPU, fp32 or bf16).
+
+    up, down: weights of the up projection and of the down projection.
+    """
     return up.dtype == down.dtype in (torch.float32, torch.bfloat16) and up.is_cpu and _kernels() is not None
 
 
 def transposed(weight_DF: Tensor) -> Tensor:
-    """Return the contiguous transpose of a matrix that `reads_in_place` accepts."""
+    """Return the contiguous transpose [F, D] of weight_DF, a matrix that `reads_in_place` accepts."""
     kernels = _kernels()
     assert kernels is not None
     return kernels.transposed(weight_DF)  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ ROUNDING = 1 + 1e-9
 def quota(capacity: float, length: int) -> int:
     """Return how many of `length` tokens a block of this capacity keeps: floor(capacity * length).
 
-    Products that floating point puts just below an integer are rounded to it.
+    capacity: share in [0, 1]. Products that floating point puts just below an integer are rounded to it.
     """
     return math.floor(capacity * length * ROUNDING)
 
@@ -29,8 +29,9 @@ def quota(capacity: float, length: int) -> int:
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """Apply rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2)).
 
-    The first half of `sin_BTE` is already negated, so that rotating a pair needs no sign change. If
-    there are fewer angles than E, only the first elements of a head are rotated.
+    x_BHTE: queries or keys (rows, heads, tokens, features of a head). cos_BTE, sin_BTE: of the angles; the first half
+    of sin is already negated, so that rotating a pair needs no sign change. If they have fewer than E features, only
+    the first ones of a head are rotated.
     """
     turned = cos_BTE.shape[-1]
     if turned < x_BHTE.shape[-1]:
@@ -41,7 +42,10 @@ def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
 
 
 def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
-    """Return x[b, index[b, k]], [B, K, ...]; x may have any number of trailing axes, or none."""
+    """Return x[b, index[b, k]], [B, K, ...]: K entries of each row.
+
+    x_BTD: [B, T, ...] with any number of trailing axes, or none; B = 1 if all rows are equal. index_BK: int64.
+    """
     if x_BTD.shape[0] == 1:  # all rows are equal and need not be repeated
         return x_BTD[0].index_select(0, index_BK.flatten()).view(*index_BK.shape, *x_BTD.shape[2:])
     offset_B1 = torch.arange(x_BTD.shape[0], device=index_BK.device)[:, None] * x_BTD.shape[1]
@@ -52,7 +56,7 @@ def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
 def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0) -> Tensor:
     """Invert `gather_rows`: return [B, length, ...] with y at `index_BK` and `fill` elsewhere.
 
-    The indices of a row must be distinct.
+    y_BKD: [B, K, ...]. index_BK: int64, distinct within a row. length: number of entries per row of the result.
     """
     B, _, *rest = y_BKD.shape
     offset_B1 = torch.arange(B, device=index_BK.device)[:, None] * length
@@ -62,17 +66,19 @@ def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0
 
 
 def compact(kept_BT: Tensor, width: int) -> Tensor:
-    """Return the indices [B, width] of each row's kept tokens in order of slot, followed by tokens not kept."""
+    """Return the indices [B, width] of each row's kept tokens in ascending order, followed by those of other tokens.
+
+    kept_BT: bool. width: number of indices per row; of a row that keeps more, the first.
+    """
     return kept_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
 
 
 def select_top(score_BT: Tensor, capacity: float, group_BT: Tensor | None = None) -> Tensor:
-    """Return a bool mask of the highest-scoring tokens of each row (expert choice: Mixture-of-Depths, arXiv 2404.02258,
-    section 3.3).
+    """Return a bool mask [B, T] of the highest-scoring tokens of each row (Mixture-of-Depths, arXiv 2404.02258).
 
-    Every group keeps its `quota(capacity, length)` tokens with the highest scores. Ties go to the earlier token; a
-    comparison with the k-th score would keep too many (in bf16 most rows have ties). group_BT: the document of each
-    token, negative for padding, which is never kept; None: each row is one group.
+    score_BT: one score per token. capacity: share of each group's tokens to keep, rounded down (`quota`). group_BT: the
+    document of each token, negative for padding, which is never kept; None: each row is one group. Ties go to the
+    earlier token: comparing with the k-th score would keep too many, because in bf16 most rows have ties.
     """
     order_BT = score_BT.argsort(dim=1, descending=True, stable=True)
     kept_BT = torch.zeros_like(score_BT, dtype=torch.bool)
@@ -98,38 +104,44 @@ def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return fp64 if any of the tensors is fp64, else fp32: the dtype for computations that bf16 is too coarse for."""
+    """Return fp64 if any of the tensors is fp64, else fp32: the dtype of computations for which bf16 is too coarse."""
     double = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if double else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in fp32; fp64 stays fp64."""
+    """Return x in fp32, or in fp64 if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def added(x: Tensor, update: Tensor) -> Tensor:
-    """Return x + update, converting a bf16 update of an fp32 stream first.
+    """Return x + update, converting a bf16 update of an fp32 stream to fp32 first.
 
-    The values are the same, but adding tensors of different dtypes is ten times as slow on a CPU.
+    The values are the same, but on a CPU, adding tensors of different dtypes is ten times as slow.
     """
     return x + (update.float() if x.dtype == torch.float32 else update)
 
 
 def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Apply dropout by a function, because calling a module takes noticeable time in decoding."""
+    """Return x after dropout, x itself if `probability` is 0 or `training` False.
+
+    It is a function because calling a dropout module takes noticeable time in decoding.
+    """
     return F.dropout(x, probability, training) if probability else x
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Return x in autocast's dtype, so that several products with it save one copy for the backward pass."""
+    """Return x in the dtype of autocast, or as it is if that is off.
+
+    Several products with the result save one copy of it for the backward pass, where each would save one of its own.
+    """
     kind = x.device.type
     casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # autocast does not convert fp64 either
     return x.to(torch.get_autocast_dtype(kind)) if casts else x
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute F.linear in fp32 (fp64 if any operand is fp64), even under autocast."""
+    """Compute x weight^T + bias in fp32 (fp64 if any operand is), even under autocast. Shapes are those of F.linear."""
     if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product
         if x.dtype == weight.dtype == torch.float32:
             return F.linear(x, weight, bias)
@@ -147,20 +159,24 @@ EPSILON = 1e-6  # as in the decoder's norms; keeps an input of zeros at zero
 
 
 def inverse_rms(x: Tensor) -> Tensor:
-    """Return 1 / root mean square over the last axis, fp32 [..., 1]."""
+    """Return 1 / sqrt(mean(x^2) + 1e-6) over the last axis, fp32 [..., 1] (fp64 for fp64)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))  # one pass; F.rms_norm takes four
     return torch.rsqrt(length.square() / x.shape[-1] + EPSILON)
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Return x divided by its root mean square, in fp32: scores of it depend on direction, not on the stream's norm."""
+    """Return x divided by its root mean square over the last axis, in fp32 (fp64 for fp64).
+
+    A router's scores of it depend on the direction of the residual stream only, not on its norm.
+    """
     return wide(x) * inverse_rms(x)
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Return a router's fp32 product, F.linear of x or, with `norm`, of the normalised x.
+    """Return a router's product x weight^T + bias in fp32, [..., O]; with `norm`, x is divided by its root mean square.
 
-    The division by the root mean square follows the product, whose result is smaller.
+    x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. The division follows the product, which has fewer
+    elements than x.
     """
     if not norm:
         return linear_fp32(x, weight, bias)
@@ -177,10 +193,11 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Return sum_k softmax_k((static + dynamic) / temperature) act_k(gate) (PolyGLU, arXiv 2603.13347).
+    """Return sum_k softmax_k((static + dynamic) / temperature) act_k(gate) for A functions (PolyGLU, arXiv 2603.13347).
 
-    static_BFA: [1 or B, F, A], the preference of each neuron, plus the row's Gumbel noise if there is any. dynamic_BTA:
-    [B, 1 or T, A]. The softmax is fp32; the result has the gate's dtype and shape [B, T, F].
+    gate_BTF: pre-activations of F neurons. static_BFA: [1 or B, F, A], the preference of each neuron, plus the row's
+    Gumbel noise if there is any. dynamic_BTA: [B, 1 or T, A], logits of the tokens. temperature: a positive number. The
+    softmax is fp32; the result has the gate's dtype and shape [B, T, F].
     """
     logits_BTFA = (wide(static_BFA)[:, None] + wide(dynamic_BTA)[:, :, None]) / temperature
     share_BTFA = logits_BTFA.softmax(-1).to(gate_BTF.dtype)
@@ -202,8 +219,9 @@ def apply_experts(
 
     y_n = sum_c weight_nc down_e(act(gate_e x_n) * up_e x_n), e = expert_nc
 
-    The choices of a token are distinct experts. idle_NC: choices that add nothing (padding, no-ops), whatever their
-    expert and weight; None: there are none.
+    x_ND: inputs of N tokens. expert_NC: int64, the C experts that each token chose, distinct. weight_NC: their factors.
+    idle_NC: bool, choices that add nothing (padding, no-ops), whatever their expert and weight; None: there are none.
+    gate_XFD, up_XFD, down_XDF: weights of X experts of F neurons. activation: the function act.
     """
     y_ND = torch.zeros_like(x_ND)
     for e, (gate_FD, up_FD, down_DF) in enumerate(zip(gate_XFD, up_XFD, down_XDF, strict=True)):

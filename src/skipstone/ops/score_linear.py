@@ -21,7 +21,11 @@ from skipstone.ops import reference
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Compute `reference.score_linear` with less saved memory. Can be differentiated once."""
+    """Compute a router's fp32 product as `reference.score_linear` does, saving only x for the backward pass.
+
+    x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. norm: whether x is first divided by its root mean
+    square. The result, [..., O], can be differentiated once.
+    """
     if not torch.is_grad_enabled() or not (norm or x.dtype != torch.float32) or x.dtype == torch.float64:
         return reference.score_linear(x, weight, bias, norm)
     y = _Product.apply(x, weight, norm)

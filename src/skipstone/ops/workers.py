@@ -53,23 +53,25 @@ if hasattr(os, "register_at_fork"):
 
 
 def threads() -> int:
-    """Return the number of threads that torch may use, at most that of the processors of this process."""
+    """Return the number of threads to compute with: torch's, but no more than this process has processors."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(torch.get_num_threads(), here)
 
 
 def team(function: Callable[[int], None]) -> Any:
-    """Compile a function of a packet's address, which `share` runs; kept on disk.
+    """Compile a function so that `share` can run it in several threads; the machine code is cached on disk.
 
-    The function calls `part_of` once, and reads the packet with `parts_of`, `integers` and `singles`.
+    function: is given the address of a packet (its arguments in memory), calls `part_of` once for the index of its
+    part, and reads the packet with `parts_of`, `integers` and `doubles`.
     """
     return cfunc(types.void(types.int64), cache=True, error_model="numpy")(function)
 
 
 def share(run: Any, given: Sequence[Sequence[float]], parts: int) -> None:
-    """Run a function of type `team` in so many threads; return after the last.
+    """Run a compiled function in several threads at once, and return when all have finished.
 
-    given: its arguments, tuples of integers or of floats, one after the other in the packet.
+    run: from `team`. given: its arguments, tuples of integers or of floats, which it finds one after the other in the
+    packet. parts: number of threads; 1 runs it in this one.
     """
     numbers = [number for each in given for number in each]
     kinds = "".join(("d" if isinstance(each[0], float) else "q") * len(each) for each in given)
@@ -117,7 +119,10 @@ def _place(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type)
 
 @intrinsic
 def part_of(context, packet):  # type: ignore[no-untyped-def]
-    """Return the number of the next part, from 0."""
+    """Return the index of the next part of the work, from 0, and count it as begun; compiled code only.
+
+    context: supplied by numba, not by the caller. packet: address of the function's arguments.
+    """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", _place(builder, given[0], NEXT, I64), I64(1), "seq_cst")
@@ -127,7 +132,10 @@ def part_of(context, packet):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def parts_of(context, packet):  # type: ignore[no-untyped-def]
-    """Return the number of parts: that of the threads, of which OpenMP may have given fewer."""
+    """Return the number of parts: that of the threads, of which OpenMP may give fewer than asked; compiled code only.
+
+    context: supplied by numba, not by the caller. packet: address of the function's arguments.
+    """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
         found = cgutils.alloca_once_value(builder, builder.load(_place(builder, given[0], PARTS, I64)))
@@ -161,9 +169,10 @@ integers, doubles = _tuple(types.int64, I64), _tuple(types.float64, ir.DoubleTyp
 
 @intrinsic
 def wait(context, barrier, arrivals):  # type: ignore[no-untyped-def]
-    """Arrive at the barrier of a packet and wait until there have been so many arrivals.
+    """Arrive at a barrier and wait until `arrivals` arrivals have been counted there; compiled code only.
 
-    Who has waited in vain for some time sleeps, so that a thread that has lost its processor can have this one.
+    context: supplied by numba, not by the caller. barrier: address of the barrier in a packet. A thread that has waited
+    in vain for a while sleeps, so that another one can use its processor.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
