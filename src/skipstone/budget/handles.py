@@ -86,9 +86,10 @@ class ThresholdHandle:
 
 
 def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find every threshold on scores in a model; the list is empty if nothing is skipped by score.
+    """Find every threshold on router scores (tokens above it are kept) in a model, as a handle that can set it.
 
-    They are in the order of `config.mechanisms` (outermost first), then of blocks.
+    They are in the order of `config.mechanisms` (outermost first), then of blocks; the list is empty if no score
+    decides.
     """
     handles: list[ThresholdHandle] = []
     for index, entry in enumerate(model.config.mechanism_entries):
@@ -104,7 +105,7 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find every threshold on scores in a model, as `find_handles` does, and require at least one.
+    """Find every threshold on router scores in a model, as `find_handles` does, and require at least one.
 
     Raises ValueError if there is none, naming the model's mechanisms, if decisions need later tokens, and if the model
     is not one of Skipstone.

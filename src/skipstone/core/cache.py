@@ -41,10 +41,11 @@ class RaggedStore:
         self.forgotten: list[int] | None = None
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
-        """Append the real tokens of one call to their rows.
+        """Append the tokens of one call, without padding, to their rows.
 
-        slot_BT: int64, must ascend from call to call. real_BT: bool, False for padding; None: all are real. rows: the
-        rows that the tokens continue, one token each; None: all. entries: tensors [B, T, ...] by name.
+        slot_BT: int64, index of each token in its row, ascending from call to call. real_BT: bool, False for padding;
+        None: no padding. rows: the rows that the tokens continue, one token each; None: all. entries: tensors [B, T,
+        ...] by name.
         """
         given = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
@@ -152,7 +153,7 @@ class RaggedStore:
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return the columns in use of a tensor, [B, C, ...]; those beyond a row's end have the slot EMPTY (2^62).
+        """Return the used columns of tensor `name`, [B, C, ...]; those beyond a row's end have the slot EMPTY (2^62).
 
         newest: return at most this many of the newest entries of each row; they are copied if rows differ in length.
         """
@@ -190,7 +191,7 @@ class RaggedStore:
         self._settle([min(length, keep) for length in lengths])
 
     def last(self, name: str, rows: RowSubset | None = None) -> Tensor | None:
-        """Return the newest entry of each row, [B, ...], zeros for an empty row; None before the first append."""
+        """Return each row's newest entry of tensor `name`, [B, ...], 0 if the row is empty; None before any append."""
         if name not in self.entries or self.width == 0:
             return None
         value = self.entries[name]
@@ -205,10 +206,7 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Remove entries whose slot is `slots` or more.
-
-        Raises ValueError if a window reaches entries dropped earlier.
-        """
+        """Drop entries of tokens from index `slots` on. ValueError if `window` reaches entries dropped earlier."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
@@ -239,7 +237,7 @@ class RaggedStore:
         return self.entries["slot"].shape[0] * self.width if self.lengths is None else sum(self.lengths)
 
     def bytes(self, allocated: bool = False) -> int:
-        """Return the bytes of all entries, slots included; allocated: of all memory, unused columns included."""
+        """Return the bytes of all entries with their slots; if `allocated`, of all memory with unused columns."""
         if allocated:
             return sum(x.numel() * x.element_size() for x in self.entries.values())
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
@@ -295,7 +293,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """All stored keys [B, H, C, E], for transformers; None while there are none."""
+        """All stored keys [B, heads, entries, head size], for transformers; None while there are none."""
         return self.kv.view("key").transpose(1, 2) if self.kv.width else None
 
     @keys.setter
@@ -304,12 +302,12 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
-        """All stored values [B, H, C, E], for transformers; None while there are none."""
+        """All stored values [B, heads, entries, head size], for transformers; None while there are none."""
         return self.kv.view("value").transpose(1, 2) if self.kv.width else None
 
     @values.setter
     def values(self, value: None) -> None:
-        """Ignore the assignment of transformers' constructor, because values live in `kv`."""
+        """Ignore the assignment: transformers' constructor makes one, but values live in `kv`."""
 
     def append(
         self,
@@ -320,7 +318,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         document_BT: Tensor | None = None,
         rows: RowSubset | None = None,
     ) -> None:
-        """Append keys and values of the real tokens, as `RaggedStore.append`.
+        """Append keys and values, [B, H, T, E], except of padding; slot_BT, real_BT, rows: as in `RaggedStore.append`.
 
         document_BT: int64, the tokens' documents; ValueError if some calls give them and others do not.
         """
@@ -344,7 +342,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         rows: RowSubset | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Append as `append` does and return all stored keys and values, [B, H, C, E]; transformers calls this."""
+        """Append as `append` does and return all stored keys and values, shaped as in `keys`; transformers
+        calls this.
+        """
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 
@@ -367,12 +367,14 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Empty the cache."""
+        """Remove all entries and release their memory."""
         self.kv, self.stores, self.scratch, self.cumulative_length = RaggedStore(), {}, {}, 0
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` slots; 0 or a negative number removes that many of the newest slots instead."""
+        """Keep each row's first `max_length` tokens (padding and skipped ones count); if <= 0, drop that
+        many newest.
+        """
         length = max_length if max_length > 0 else self.cumulative_length + max_length
         if length < self.cumulative_length:
             self.kv.crop(length, self.window)
@@ -389,12 +391,12 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
+        """Repeat every row `repeats` times, each row's copies next to each other."""
         for store in self._all():
             if store.entries:
                 rows = store.entries["slot"].shape[0]
                 store.take(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at these indices."""
+        """Keep the rows at these indices, in this order."""
         self._take(indices)

@@ -92,8 +92,8 @@ class DepthModule(RoutingModule):
     def stream_gate(self) -> StreamGate | None:
         """Return a description of the causal decision as a function of the residual stream, for compiled steps.
 
-        A compiled decoding step then decides by itself instead of calling the mechanism; it asks anew in each step.
-        None: the decision cannot be described so, and the mechanism is called.
+        A compiled decoding step then decides by itself instead of calling the mechanism; the description is asked for
+        in each step. None: the decision cannot be described so, and the mechanism is called.
         """
         return None
 

@@ -31,9 +31,10 @@ def draw_seed(device: torch.device | str) -> Tensor:
 def token_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
     """Return uniform random numbers in (0, 1), fp32 [B, T, *channels], independent for every token and channel.
 
-    They are a hash of the pass's seed, `key`, row and slot, so that a token gets the same numbers however the pass is
-    executed. tokens: the tokens of this call. key: a number that separates the draws of this caller from all others,
-    such as `Placement.noise_key`. rows: B. channels: trailing shape; none for one number per token.
+    They are a hash of the pass's seed, `key`, row and index of the token in its row, so that a token gets the same
+    numbers however the pass is executed. tokens: the tokens of this call. key: a number that separates the draws of
+    this caller from all others, such as `Placement.noise_key`. rows: B. channels: trailing shape; none for one number
+    per token.
     """
     slot_BT = tokens.slot_BT.expand(rows, -1)
     return _uniform(_mixed(_rows(tokens, key, rows)[:, None] ^ (slot_BT & BITS)), channels)

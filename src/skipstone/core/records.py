@@ -32,10 +32,10 @@ class DepthRecord(NamedTuple):
     carry: Mapping[str, Tensor] = {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> DepthRecord:
-        """Return the record of a selection's tokens as a record of all tokens of the outer call.
+        """Return this record, made for some selected tokens, as a record for all tokens that they were selected from.
 
-        part: the selection that this record's tokens come from. state: the outer call's `Tokens.state`; tokens that
-        were not selected keep its values in `carry`. They have NaN scores, False in masks and 0 in weights and losses.
+        part: the selection. state: `Tokens.state` of all these tokens; those that were not selected keep its values in
+        `carry`. They have NaN scores, False in masks and 0 in weights and losses.
         """
         carry = {name: part.merge(new, state[name]) for name, new in self.carry.items()}
         return DepthRecord(
@@ -66,7 +66,7 @@ class ActivationRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
-        """Return the record for all tokens of the outer call, as in `DepthRecord.lift`."""
+        """Return this record, made for some selected tokens, as one for all tokens, as in `DepthRecord.lift`."""
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(
             part.scatter(logits, float("nan")),
@@ -93,7 +93,7 @@ class ExpertsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
-        """Return the record for all tokens of the outer call, as in `DepthRecord.lift`."""
+        """Return this record, made for some selected tokens, as one for all tokens, as in `DepthRecord.lift`."""
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
             part.scatter(self.chosen_BTX, False),
@@ -123,7 +123,7 @@ class NeuronGroupsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
-        """Return the record for all tokens of the outer call, as in `DepthRecord.lift`."""
+        """Return this record, made for some selected tokens, as one for all tokens, as in `DepthRecord.lift`."""
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
             part.scatter(self.kept_BTG, False),
@@ -155,9 +155,9 @@ def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None
 
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
-    """Return the records of a selection's tokens as records for all tokens of the outer call (see `DepthRecord.lift`).
+    """Return records made for some selected tokens as records for all tokens that they were selected from.
 
-    records: by mechanism name. part: the selection. state: the outer call's `Tokens.state`.
+    records: by mechanism name. part: the selection. state: `Tokens.state` of all tokens. See `DepthRecord.lift`.
     """
     return records if part.is_all else {name: record.lift(part, state) for name, record in records.items()}
 

@@ -32,7 +32,7 @@ class StaticStore(RaggedStore):
         self.columns = columns
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
-        """Append the real tokens of one call to all rows, as in `RaggedStore.append`; `rows` must be None.
+        """Append the tokens of one call, without padding, to all rows, as in `RaggedStore.append`; `rows` must be None.
 
         Raises ValueError if a row is full or the entries need gradients.
         """
@@ -87,7 +87,7 @@ class StaticStore(RaggedStore):
         return False
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return all C columns of one tensor, [B, C, ...]; unused columns have a slot beyond every query.
+        """Return all C columns of the tensor `name`, [B, C, ...]; unused ones have a slot that no query attends to.
 
         `newest` is ignored and `rows` must be None: attention windows are applied by masks only.
         """

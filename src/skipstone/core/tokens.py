@@ -206,11 +206,13 @@ class Tokens:
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
-        """Return the real tokens of x [B, T, ...] concatenated, [1, N, ...]; x itself if there is no `unpadding`."""
+        """Return the tokens of x [B, T, ...] without padding, concatenated: [1, N, ...]; x itself without
+        `unpadding`.
+        """
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
     def pad(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] for y [1, N, ...], with 0 for padding; y itself if there is no `unpadding`.
+        """Return [B, T, ...] for y [1, N, ...], with 0 for padding; y itself without `unpadding`.
 
         Inverse of `unpad`.
         """

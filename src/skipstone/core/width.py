@@ -218,7 +218,7 @@ class FeedForward(nn.Module):
         return tokens
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Return how many passes (see `dense_passes`) `tokens` tokens of a row make; parts of one count as fractions.
+        """Return how many passes (see `dense_passes`) `tokens` tokens of a row make; parts of a pass are fractions.
 
         kept: what `measured` returned for a forward pass; without an entry of this MLP, the result follows from the
         configuration. single_token: whether the call has one token and needs no gradients, so that matrices can be read
