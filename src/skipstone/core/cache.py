@@ -63,7 +63,7 @@ class RaggedStore:
             self._append_ragged(real_BT, entries)
 
     def reserve(self, count: int, like: Mapping[str, tuple[int, ...]]) -> None:
-        """Make room for `count` more entries of the only row, which the caller writes and then adds to `width`.
+        """Make room for `count` more entries in a store of one row; the caller writes them and adds to `width`.
 
         like: shape of one entry of each fp32 tensor by name, used if the store is still empty.
         """
@@ -342,9 +342,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         rows: RowSubset | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Append as `append` does and return all stored keys and values, shaped as in `keys`; transformers
-        calls this.
-        """
+        """Append as `append` does and return all keys and values, shaped as in `keys`; transformers calls this."""
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 

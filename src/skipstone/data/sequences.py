@@ -22,8 +22,7 @@ SEPARATOR, END = 30, 31
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sequences(RowDataset):
-    """A dataset for the copy or sort task: n symbols, a separator, the symbols again (as they are, or sorted), an end
-    token.
+    """A dataset for the copy or sort task: n symbols, a separator, the symbols again (sorted or not), an end token.
 
     task: "copy" or "sort". context: tokens per row, 2n + 2. seed, stream: row i is a function of (seed, stream, i).
     Rows have input_ids and labels, int64 (T,); labels are not shifted, and -100 up to the separator. Raises ValueError
