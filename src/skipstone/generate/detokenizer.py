@@ -18,9 +18,10 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that a
 
 
 class Detokenizer:
-    """A streaming decoder that turns token ids into text piece by piece.
+    """A streaming decoder that turns token ids into text, in whole characters; joined, its pieces equal the decoded
+    text.
 
-    `prompt`: the ids before the first new one.
+    tokenizer: of the model. prompt: ids before the first new one, on which the text of the new ones may depend.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
@@ -30,7 +31,7 @@ class Detokenizer:
         self.waiting = False  # whether the last character lacks bytes
 
     def push(self, token: int) -> str:
-        """Add a token and return the text that it completes; empty while a character waits for its other bytes."""
+        """Add a token id and return the text that it completes; empty while a character lacks some of its bytes."""
         self._ids.append(token)
         text = self._decoded()
         self.waiting = text.endswith(INCOMPLETE)
@@ -42,7 +43,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """Return the text of the remaining bytes, which never became a whole character."""
+        """Return the text of the remaining bytes, which never became a whole character (replacement characters)."""
         return self._take(self._decoded())
 
     def _take(self, text: str) -> str:

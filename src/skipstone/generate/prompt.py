@@ -18,11 +18,12 @@ from skipstone.model.wrapped import require_ours
 def checked_prompt(
     model: SkipstoneForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> Tensor | None:
-    """Return the attention mask, or None if nothing is padding, after checking the arguments.
+    """Check a prompt for generation; return its attention mask as int64 [B, T], or None if nothing is padding.
 
-    Raises ValueError for a model that is not ours, ids that are no whole numbers [B, T], an empty prompt, a mask of
-    another shape or of other numbers than 0 and 1, padding on the right, a row that would exceed the context, and
-    decisions that cannot be made while generating.
+    input_ids: int64 [B, T]. attention_mask: [B, T], 1 for tokens and 0 for padding, or None. max_new_tokens: how many
+    tokens are to be generated. Warns if a mechanism's decisions are not reliable yet. Raises ValueError for a model
+    that is not a Skipstone model, ids or a mask of the wrong kind or shape, an empty prompt, padding on the right, a
+    row that would exceed the model's context, and a mechanism that cannot decide without later tokens.
     """
     require_ours(model)
     check_count("max_new_tokens", max_new_tokens)
@@ -44,7 +45,7 @@ def checked_prompt(
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise ValueError unless the value is a whole number of at least 1."""
+    """Raise ValueError unless `value` is a whole number of at least 1. name: of the argument, for the message."""
     if not isinstance(value, SupportsIndex) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if index(value) < 1:
@@ -52,7 +53,9 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
-    """Raise ValueError if `prompt` and `new` tokens together exceed the model's context."""
+    """Raise ValueError if `prompt` tokens and `new` further ones exceed the model's context
+    (max_position_embeddings).
+    """
     limit = model.config.max_position_embeddings
     if prompt + new > limit:
         raise ValueError(
@@ -62,15 +65,16 @@ def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
 
 
 def check_padding(model: SkipstoneForCausalLM, pad_token_id: object) -> None:
-    """Raise ValueError for a padding id that the caller names and that is no token of the vocabulary."""
+    """Raise ValueError for a padding id that is not in the model's vocabulary. pad_token_id: None passes."""
     if pad_token_id is not None and pad_token_id not in range(model.config.vocab_size):
         raise ValueError(f"pad_token_id must be in [0, {model.config.vocab_size}), got {pad_token_id!r}")
 
 
 def ends_of(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
-    """Return the ids that end a text: `eos_token_id`, or those of the model's generation_config.
+    """Return the ids of tokens that end a text.
 
-    Raises ValueError for anything but whole numbers.
+    eos_token_id: one id or several; None: those of the model's generation_config, which may be none. Raises ValueError
+    for anything but whole numbers.
     """
     ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     if isinstance(ends, Tensor):
