@@ -28,11 +28,13 @@ HUB = {
 
 
 def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Adapt a checkpoint into a run folder.
+    """Make the run of an arm that begins with a checkpoint: adapt the checkpoint, or store it unchanged.
 
-    recipe: as `skipstone adapt` reads it, plus `source`: the name of a checkpoint, or {"arm": NAME} for the run of
-    another arm of the same study and seed. Without `adapt` the source is kept unchanged; without `source` a model is
-    trained from random weights. sampled: options of `sampled_text`, which then makes the corpus.
+    recipe: as `skipstone adapt` reads it, with two more keys. `source`: the name of a checkpoint, or {"arm": NAME} for
+    the run of another arm of the same study and seed; without it, a model is trained from random weights. `sampled`:
+    options of `sampled_text`, whose text then becomes the corpus. Without a section `adapt`, the source is stored
+    unchanged. folder: the run folder to write. resume: whether to continue an interrupted run. callbacks: of the
+    trainer.
     """
     if "source" not in recipe:
         train_run(recipe, folder, resume, callbacks)
@@ -48,15 +50,19 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 
 
 def source_of(recipe: RecipeDict, folder: Path) -> str:
-    """Return the path or hub name of a recipe's checkpoint. Raises FileNotFoundError if it does not exist."""
+    """Return the path or hub name of the checkpoint that a recipe begins with.
+
+    Raises FileNotFoundError if it does not exist. recipe: with a key `source`. folder: the run folder of the arm,
+    beside which other arms' runs are.
+    """
     source = recipe["source"]
     return source_path(source) if isinstance(source, str) else str(run_beside(folder, source["arm"]).model_folder())
 
 
 def source_path(name: str) -> str:
-    """Return the path of a checkpoint: a folder or GGUF file in SKIPSTONE_DATA, else its name on the hub.
+    """Return the path of a checkpoint in the folder SKIPSTONE_DATA (a folder or GGUF file), or its name on the hub.
 
-    Raises FileNotFoundError if there is neither.
+    name: such as "SmolLM2-135M-Instruct". Raises FileNotFoundError if it is neither there nor known on the hub.
     """
     data = os.environ.get("SKIPSTONE_DATA")
     for path in (Path(data, name), Path(data, f"{name}.gguf")) if data else ():
@@ -72,7 +78,7 @@ def source_path(name: str) -> str:
 def run_beside(folder: Path, arm: str) -> Run:
     """Return the run of another arm of the same study, scale and seed.
 
-    Raises FileNotFoundError if it does not exist.
+    folder: the run folder of this arm. arm: the name of the other. Raises FileNotFoundError if it has not been run.
     """
     path = folder.with_name(f"{arm}-seed{folder.name.rpartition('seed')[2]}")
     if not path.is_dir():
@@ -81,15 +87,19 @@ def run_beside(folder: Path, arm: str) -> Run:
 
 
 def text_folder(folder: Path, options: PlainDict) -> Path:
-    """Return the folder of text sampled with these options, shared by all arms and seeds of a study."""
+    """Return the folder for text sampled with these options, which all arms and seeds of a study share.
+
+    folder: the run folder of any arm. options: those of `sampled_text`.
+    """
     return folder.with_name(f"text-{digest(options)}")
 
 
 def sampled_text(source: str, out: Path, also: str | None = None, **options: Any) -> Path:
-    """Sample text from the checkpoint into the folder `out`, unless it exists already; returns the folder.
+    """Sample text from a checkpoint into the folder `out`, unless that exists already; return the folder.
 
-    options: those of `skipstone.adapt.self_generated.write`. also: a corpus whose validation split is put before the
-    sampled training text.
+    source: path or hub name of the checkpoint. also: a corpus whose validation split is put in front of the sampled
+    training text; None: no such text. options: of `skipstone.adapt.self_generated.write`. Raises `Busy` while another
+    process samples into it.
     """
     if not out.is_dir():
         with locked(out), complete(out) as partial:  # raises Busy while another process samples it

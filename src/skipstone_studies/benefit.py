@@ -43,7 +43,8 @@ Unit = tuple[int, ...]  # blocks that are skipped together
 def maskable(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     """Return a copy of a dense model whose blocks skip the tokens that `forward(routing=...)` tells them to skip.
 
-    Raises ValueError for a model that has depth mechanisms already.
+    The copy is fp32 and has no gradients. Skipped tokens still provide keys and values. Raises ValueError for a model
+    that has depth mechanisms already.
     """
     if any(len(block.mechanisms) for block in model.decoder.layers):
         raise ValueError("the benefit of blocks is measured on a dense model, and this one has depth mechanisms")
@@ -57,11 +58,12 @@ def maskable(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
 
 @dataclass(kw_only=True)
 class Traced:
-    """What one unmodified pass over the rows tells of every token, by unit where it depends on it; fp32 [N] or [N, D].
+    """What one pass of the whole model says about each of N tokens; a unit is blocks that are skipped together.
 
-    nats: loss of the prediction, 0 where there is none. entropy: of the prediction. surprise: loss of predicting the
-    token itself, 0 for a row's first. gradient: norm of the gradient of the loss at the unit's output. stream: what
-    enters the unit, divided by its root mean square.
+    nats: fp32 [N], loss of predicting the next token, 0 where there is no label. predicted: bool [N], where there is
+    one. entropy: fp32 [N], of the prediction, in nats. surprise: fp32 [N], loss of predicting the token itself, 0 for
+    the first of a row. gradient: by unit, fp32 [N], norm of the gradient of the loss at the output of its last block.
+    stream: by unit, fp32 [N, D], what enters its first block, divided by its root mean square.
     """
 
     nats: Tensor
@@ -79,7 +81,10 @@ class _Seen:
 
 
 def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit]) -> Traced:
-    """Run the whole model over the rows and return what scores are made of."""
+    """Run the whole model over the rows and return, for each token, everything that scores are made of.
+
+    model: from `maskable`. rows: of equal length. units: tuples of blocks that are skipped together.
+    """
     parts: list[Traced] = []
     for batch in _batches(rows):
         with _watched(model) as seen, torch.enable_grad():
@@ -134,7 +139,10 @@ class _watched:
 
 @torch.no_grad()
 def nats_with(model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, kept_N: Tensor) -> Tensor:
-    """Return the loss of each prediction, fp32 [N], if the unit's blocks update the tokens `kept_N` (bool) only."""
+    """Return the loss of each prediction in nats, fp32 [N], if the blocks of a unit update some of the N tokens only.
+
+    unit: indices of the blocks. kept_N: bool, the tokens to update, over all rows in order.
+    """
     found, at = [], 0
     for batch in _batches(rows):
         shape = batch["input_ids"].shape
@@ -149,7 +157,11 @@ def nats_with(model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, kept
 def measured_benefit(
     model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, repeats: int, generator: torch.Generator
 ) -> Tensor:
-    """Return the benefit of the unit for each token, fp32 [N], averaged over `repeats` pairs of random halves."""
+    """Return for each token by how many nats the unit's update lowers the loss of its prediction, fp32 [N].
+
+    It is the loss without the update minus the loss with it, in passes that skip a random half of all tokens. unit:
+    blocks that are skipped together. repeats: number of such halves, each with its complement, to average over.
+    """
     count = sum(row["input_ids"].numel() for row in rows)
     total_N = torch.zeros(count)
     for _ in range(repeats):
@@ -160,9 +172,11 @@ def measured_benefit(
 
 
 class Regression:
-    """A ridge regression of the benefit on the stream, random rectified features of it, and the surprise so far.
+    """A ridge regression that predicts the benefit of a unit for a token from what a causal router could see.
 
-    The ridge is the one that predicts held-out tokens of the fitted rows best.
+    Inputs are the residual stream, random rectified features of it, and the token's surprise. stream_ND: fp32,
+    normalised. surprise_N: fp32, nats. benefit_N: fp32, the targets. generator: of the random features. The ridge
+    strength is the one that predicts every fourth token best after fitting the others.
     """
 
     def __init__(self, stream_ND: Tensor, surprise_N: Tensor, benefit_N: Tensor, generator: torch.Generator) -> None:
@@ -191,7 +205,7 @@ def _solve(x_NF: Tensor, y_N: Tensor, ridge: float) -> Tensor:
 
 
 def top(score_N: Tensor, share: float) -> Tensor:
-    """Return the best `share` of all tokens by score, bool [N]."""
+    """Return a bool mask [N] of the tokens with the highest scores, the share `share` of all N."""
     count = round(share * len(score_N))
     kept_N = torch.zeros(len(score_N), dtype=torch.bool)
     kept_N[score_N.topk(count).indices] = True
@@ -207,12 +221,14 @@ def oracle(
     repeats: int = 2,
     seed: int = 0,
 ) -> PlainDict:
-    """Measure every unit of a dense model; returns plain values for a record.
+    """Measure for each unit (blocks that are skipped together) of a dense model how much it lowers the loss of each
+    token.
 
-    fit: rows on which the benefit is regressed; held_out: rows on which everything else is measured. loss: of the whole
-    model, in nats per prediction. units: for each, `removed`, the loss without it; `kept`, the losses with shares of
-    the tokens kept by each score; `explained`, the share of the benefit's variance that the regression predicts on
-    held-out rows; `correlation` of each score with the benefit.
+    fit: rows to which a regression of this benefit is fitted. held_out: rows on which everything else is measured.
+    repeats: as in `measured_benefit`. Returns plain values for a record: `loss` of the whole model in nats per
+    prediction, the numbers of predictions, and for each of `units`: `removed`, the loss without it; `kept`, the losses
+    if it updates only a share of the tokens, by share and by the score that chooses them; `explained`, the share of the
+    benefit's variance that the regression predicts; `correlation` of each score with the benefit; `mean_benefit`.
     """
     plain, generator = maskable(model), torch.Generator().manual_seed(seed)
     first, second = trace(plain, fit, units), trace(plain, held_out, units)

@@ -22,7 +22,11 @@ NOTE = (
 
 
 def tables(measured: PlainMapping, what: str) -> str:
-    """Return Markdown for one model: losses by score and share for its segment, and means over its single blocks."""
+    """Return Markdown tables of the benefit of blocks for one model, and the verdict below them.
+
+    They show losses by score and by share of kept tokens, for blocks that are skipped together and as a mean over
+    single blocks. measured: what `benefit.oracle` returned. what: the name of the model, for titles.
+    """
     units = measured["units"]
     singles, stacks = [u for u in units if len(u["blocks"]) == 1], [u for u in units if len(u["blocks"]) > 1]
     sections = [_losses(measured, [unit], f"{what}: blocks {_span(unit)} together") for unit in stacks]
@@ -68,13 +72,20 @@ def _units(measured: PlainMapping, title: str) -> Section:
 
 
 def advantage(unit: PlainMapping, score: str, share: float) -> float:
-    """Return by how many nats the loss is lower than at random if `score` chooses the share."""
+    """Return by how many nats the loss is lower than with random tokens if `score` chooses which tokens are updated.
+
+    unit: an entry of `units` of `benefit.oracle`. score: such as "entropy". share: of the tokens that are updated.
+    """
     kept: Mapping[str, float] = unit["kept"][f"{share:g}"]
     return kept[RANDOM] - kept[score]
 
 
 def verdict(measured: PlainMapping) -> str:
-    """Return the sentence on what a router could gain at the smallest shares, by the rule of `LEAST`."""
+    """Return Markdown lines, one per unit, on what a router could gain at the two smallest shares of tokens.
+
+    A router could gain if the regression beats random tokens by at least 0.02 nats. measured: what `benefit.oracle`
+    returned.
+    """
     lines = []
     for unit in measured["units"]:
         causal, bound = (max(advantage(unit, score, share) for share in SHARES[:2]) for score in (CAUSAL, ORACLE))

@@ -63,7 +63,10 @@ FILES = {
 
 
 class Catalogue(MutableMapping[str, "Study"]):
-    """Studies by name, in the order of `FILES`. Added studies replace those of the same name."""
+    """A mapping from names to studies, which imports a study when it is asked for.
+
+    The order is that of `FILES`. Studies that are assigned replace those of the same name.
+    """
 
     def __init__(self) -> None:
         self._added: dict[str, Study] = {}

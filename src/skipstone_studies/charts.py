@@ -22,7 +22,9 @@ Label = Callable[[float], str]
 class Dot:
     """A measured point of a chart.
 
-    hover: text that a browser shows on hovering. faint: one of several seeds. hollow: not measured exactly there.
+    x, y: its coordinates in the data's units. hover: text shown by a browser when the mouse is over it. faint: whether
+    it is drawn small and pale, for one of several seeds. hollow: whether only its outline is drawn, for a value that
+    was not measured exactly there.
     """
 
     x: float
@@ -34,9 +36,10 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSeries:
-    """One arm as drawn in a panel.
+    """One arm of a study (one of the compared recipes) as drawn in a chart.
 
-    line: points (x, y) of its parabola, or a line through its points. star: the optimum.
+    style: colour and dash. dots: its points. line: points (x, y) of a curve through them, such as a fitted parabola.
+    star: the optimum, or None.
     """
 
     style: Style
@@ -47,9 +50,9 @@ class ArmSeries:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A horizontal reference line at a loss.
+    """A horizontal reference line in a chart, with vertical lines where curves reach it.
 
-    drops: (x, label) of vertical lines to the axis, where arms reach this loss.
+    y: the loss. label: its text. drops: (x, label) of vertical lines from the level down to the axis.
     """
 
     y: float
@@ -58,7 +61,7 @@ class Level:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return round values within [low, high], finer if the range is narrow."""
+    """Return at least two round values within [low, high] for a logarithmic axis, finer ones if the range is narrow."""
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(i / 10 for i in range(10, 100))):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [step * 10.0**power for power in powers for step in steps]
@@ -69,7 +72,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def log_bounds(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range of `values`, extended by a twentieth on both sides of the logarithmic axis."""
+    """Return the range of positive `values`, widened by a twentieth on both sides of a logarithmic axis."""
     low, high = bounds((math.log10(value) for value in values), 0.05)
     return 10.0**low, 10.0**high
 
@@ -84,7 +87,12 @@ def panel(
     level: Level | None = None,
     label: Label = short,
 ) -> Drawn:
-    """Return a chart of loss against x, with its points as a table. Points outside of the ranges are cut off."""
+    """Return a chart (SVG) of loss against a quantity on a logarithmic axis, with its points as a table.
+
+    drawn: the arms. x_title: name of the quantity. title: of the picture, for screen readers. x_range, y_range:
+    smallest and largest value; points outside are cut off. level: a reference line, or None. label: formats the values
+    on the x axis.
+    """
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)
     parts = FRAME.y_axis(up, "causal loss, nats a token")

@@ -19,9 +19,10 @@ Published = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedColumn:
-    """A column of figures that a paper published.
+    """A column of a table that compares figures of a paper with ours.
 
-    key: path of our figure. published: its name among the published ones, "" for none.
+    title: its heading. key: dotted path of our figure in a record's figures. published: the figure's name among the
+    published ones; "": the paper has none. format: for Python's format().
     """
 
     title: str
@@ -31,18 +32,24 @@ class PublishedColumn:
 
 
 def values(figures: ByArm, arm: str, key: str) -> list[float]:
-    """Return one figure of an arm for every seed that has it."""
+    """Return one figure of an arm for every seed that has it.
+
+    figures: by arm and seed. key: dotted path of the figure.
+    """
     return [value for found in figures.get(arm, {}).values() if (value := lookup(found, key)) is not None]
 
 
 def mean(figures: ByArm, arm: str, key: str) -> float | None:
-    """Return the mean of a figure over the seeds of an arm; None if there is none."""
+    """Return the mean of a figure over the seeds of an arm; None if no seed has it. Arguments as in `values`."""
     found = values(figures, arm, key)
     return statistics.fmean(found) if found else None
 
 
 def paired_differences(figures: ByArm, arm: str, other: str, key: str, other_key: str | None = None) -> list[float]:
-    """Return the arm's figure minus the other arm's, for every seed that has both."""
+    """Return, for every seed that both arms have, the figure of `arm` minus that of `other`.
+
+    figures: by arm and seed. key: dotted path of the figure. other_key: that of the other arm's figure; None: the same.
+    """
     seeds = figures.get(arm, {}).keys() & figures.get(other, {}).keys()
     pairs = [
         (lookup(figures[arm][seed], key), lookup(figures[other][seed], other_key or key)) for seed in sorted(seeds)
@@ -61,11 +68,12 @@ def judge(
     told: str = "",
     blocks: Sequence[Sequence[float]] = (),
 ) -> Iterator[Claim]:
-    """Yield the claim that the mean of `found` is below `most` or above `least`; nothing if `found` is empty.
+    """Yield the claim that the mean of `found` is below `most`, or above `least`, with its verdict.
 
-    found: one value per seed. blocks: for each seed, the values by block of text. told: text shown before the interval.
-    The verdict is that of the interval; one seed is inconclusive. Against a limit of 0, an inconclusive interval is
-    shown with the differences that were detectable.
+    The verdict is "yes" or "no" if the confidence interval lies on one side of the limit, else "inconclusive", as for
+    one seed. arm, text: whom and what the claim is about. found: one value per seed, such as paired differences; if
+    empty, nothing is yielded. most, least: give one of them. form: format of numbers. told: text shown before the
+    interval. blocks: for each seed, the values by block of text, which add the variation over text to the interval.
     """
     if not found:
         return
@@ -92,10 +100,10 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ArmComparison:
-    """Paired differences of one figure between arms and a reference arm.
+    """A comparison of one figure between several arms and a reference arm, by differences between runs of equal seed.
 
-    key: path of the figure. against: the reference, which is subtracted. arms: those compared; (): all that have the
-    figure. better: which sign is better.
+    key: dotted path of the figure. title: its name. against: the reference, which is subtracted. arms: those compared;
+    (): all that have the figure. format: of the differences. better: whether low or high values are better.
     """
 
     key: str
@@ -107,7 +115,10 @@ class ArmComparison:
 
 
 def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Claim]:
-    """Yield, for each arm of each comparison, the claim that it is better."""
+    """Yield, for each arm of each comparison, the claim that the arm is better than the reference, with its verdict.
+
+    figures: by arm and seed.
+    """
     for one in compared:
         for arm in (arm for arm in one.arms or figures if arm != one.against):
             found = paired_differences(figures, arm, one.against, one.key)
@@ -119,7 +130,8 @@ def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Cla
 def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool = False) -> str:
     """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference.
 
-    refused: give no verdict, because depth does not pay (`skipstone_studies.headroom`).
+    figures: by arm and seed. refused: whether to give no verdict because a deeper model has no lower loss, so that
+    there is nothing for routing to win (`skipstone_studies.headroom`).
     """
     sections = []
     for one in compared:
@@ -138,7 +150,11 @@ def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool
 
 
 def beside(title: str, figures: ByArm, published: Published, shown: Sequence[PublishedColumn], source: str) -> str:
-    """Return a Markdown table of each arm's figures, with the published figure before ours."""
+    """Return a Markdown table with a row per arm, in which the paper's figure stands before ours.
+
+    figures: ours, by arm and seed. published: the paper's, by arm and name. shown: the columns. source: a note below
+    the table.
+    """
     columns = ["arm"]
     for one in shown:
         columns += [f"{one.title}, paper", f"{one.title}, ours"] if one.published else [one.title]
@@ -154,7 +170,7 @@ def beside(title: str, figures: ByArm, published: Published, shown: Sequence[Pub
 
 
 def claims_table(title: str, claims: Iterable[Claim]) -> str:
-    """Return a Markdown table with a row per claim and a column per arm; empty without claims."""
+    """Return a Markdown table with a row per claim and a column per arm; "" if there are no claims."""
     by_text: dict[str, dict[str, str]] = {}
     for claim in claims:
         by_text.setdefault(claim.text, {})[claim.arm] = f"{claim.verdict}: {claim.found}"

@@ -14,9 +14,10 @@ from skipstone_studies.study import Column
 
 
 def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> Drawn:
-    """Draw one row for each arm: a dot at the mean over seeds, and a short line at every seed.
+    """Draw a column of a study's table: for each arm a dot at its mean over seeds, and a short line at every seed.
 
-    values: of each arm, at least one. The best mean, where the column has one, is a square.
+    values: for each arm its values by seed, at least one. title: of the picture, for screen readers. The best mean, if
+    the column says which end is better, is drawn as a square.
     """
     means = {arm: statistics.fmean(found) for arm, found in values.items()}
     best = None if column.better is None else (min if column.better == "low" else max)(means.values())
@@ -42,7 +43,7 @@ def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> D
 
 
 def format_value(column: Column, value: float) -> str:
-    """Format a value as the table of the study does; one that is too long for a label in short."""
+    """Format a value as the study's table does or, if that has more than 12 characters, in short form."""
     text = format(round(value) if column.format.endswith("d") else value, column.format)
     return text if len(text) <= 12 else short(value)
 

@@ -8,9 +8,10 @@ from skipstone.data.corpora import load_corpus
 
 
 def first_available(names: Sequence[str]) -> tuple[str | None, str]:
-    """Return the first available corpus, and why those before it are not ("" if it is the first of the list).
+    """Return the first of these corpora that is available, and why those before it are not ("" if it is the first).
 
-    Returns (None, "") for no names. Raises FileNotFoundError with the last one's reason if none is available.
+    names: in order of preference; for an empty list, (None, "") is returned. Corpora that can be downloaded are
+    downloaded. Raises FileNotFoundError with the last one's reason if none is available.
     """
     reason = ""
     for name in names:

@@ -34,10 +34,12 @@ Layers = Sequence[Mapping[str, PlainMapping]]
 
 
 def savings(evaluation: PlainMapping) -> Figures:
-    """Return the claimed and the realised saving of gates, from the figures of `skipstone eval`.
+    """Return how much computation gates claim to save, and how much a pass really skips.
 
-    alpha: mean weight of the gates in the oracle pass. claimed: the share of all blocks that this weight leaves out.
-    skipped: the share that the main pass really skips. gap: executed minus soft loss, in nats.
+    evaluation: the figures of `skipstone eval`. alpha: mean weight of the gates in the soft pass of training. claimed:
+    the share of all blocks' work that this weight counts as saved (arXiv 2605.05222). skipped: the share that the main
+    pass really skips. gap: loss of the pass that skips minus that of the soft pass, in nats. Figures of passes that
+    were not run are absent.
     """
     ways = evaluation["ways"]
     found: Figures = {}
@@ -64,12 +66,12 @@ def _mean(values: Sequence[float], empty: float) -> float:
 
 
 def variants(folder: Path) -> dict[str, float]:
-    """Return losses of further passes of a model with softly trained Token-Selective Attention; empty for others.
+    """Return losses of further passes of a model with softly trained Token-Selective Attention; {} for other models.
 
-    at_start: not a loss but the saving that the paper's metric claims before training, from the start bias alone. one,
-    gate: hard passes in which kept tokens have gain 1 (the paper's sparse mode) or 1 - p. random: as `one`, with random
-    tokens, in each block as many as its gates keep. constant: a soft pass in which each gate is replaced by its block's
-    mean; its additional loss is what the gates know about tokens.
+    folder: its run. gate, one: passes that skip, in which kept tokens have the weight of their gate, or weight 1 (the
+    paper's sparse mode). random: as `one`, with random tokens, in each block as many as its gates keep. constant: a
+    soft pass with each gate replaced by its block's mean, whose additional loss is what the gates know about tokens.
+    at_start: no loss, but the saving that the paper's metric claims before any training.
     """
     loaded = load_run(folder)
     gates = [gate for gate in _found(loaded.model, TokenSelective) if gate.decision is None and gate.config.learn]
@@ -91,10 +93,11 @@ def variants(folder: Path) -> dict[str, float]:
 
 
 def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
-    """Return figures of a model with early exit at other thresholds, by threshold; empty for other models.
+    """Return figures of a model with early exit at several thresholds; {} for other models.
 
-    loss. stretches: the loss by block of text, see `skipstone_studies.text_blocks`. skipped. flops: counted per token,
-    including the stem, all keys and values, and the routers.
+    folder: its run. thresholds: of the exit gate, from 0 to 1. The result has for each, under `exit_name` of it: loss,
+    in nats; stretches, the loss by block of text (see `skipstone_studies.text_blocks`); skipped, the share of tokens
+    times blocks that is left out; flops, counted per token, including all keys and values and the routers.
     """
     loaded = load_run(folder)
     gates, found = _found(loaded.model, EarlyExit), {}
@@ -112,13 +115,16 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
 
 
 def exit_name(threshold: float) -> str:
-    """Return the key of an exit threshold among a run's figures."""
+    """Return the key of an exit threshold among a run's figures: per cent without a dot, such as "50%"."""
     return f"{threshold:.0%}"  # no dot: it is a step of a path into the figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMasks(Pass):
-    """A pass with random forced decisions: the i-th gated block keeps each token with probability shares[i]."""
+    """A forward pass with random imposed decisions: the i-th gated block keeps each token with probability shares[i].
+
+    generator: of the random numbers, seeded with 0.
+    """
 
     shares: tuple[float, ...]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))

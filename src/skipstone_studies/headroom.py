@@ -19,9 +19,10 @@ REFUSED = "No headroom: nothing to route."
 
 @dataclass(frozen=True, kw_only=True)
 class Headroom:
-    """The headroom on a corpus: by how much the full model's loss is lower than that of the best shallower one.
+    """By how much the full model's loss is lower than the best shallower model's, which is what routing could win.
 
-    gain: mean loss of the best shallower model minus that of the full model, in nats. interval: None for one seed.
+    full, rival: the names of the two arms. gain: mean loss of the shallower one minus that of the full one, in nats.
+    interval: of this difference over seeds; None for one seed.
     """
 
     full: str
@@ -31,11 +32,11 @@ class Headroom:
 
     @property
     def there(self) -> bool:
-        """Whether the headroom suffices to judge routing."""
+        """Whether the gain is at least 0.02 nats, the least at which routing is judged."""
         return self.gain >= LEAST
 
     def sentence(self) -> str:
-        """Return the sentence about the headroom for the page."""
+        """Return a sentence about the headroom, for the page of a study."""
         shown = f"{self.gain:+.3f}" if self.interval is None else self.interval.shown()
         rival = f"{self.rival}, the best model with fewer blocks"
         found = f"the loss of {rival}, differs from that of {self.full} by {shown} nats"
@@ -45,7 +46,10 @@ class Headroom:
 
 
 def headroom(figures: ByArm, full: str, shallower: Sequence[str], key: str) -> Headroom | None:
-    """Return the headroom; None if the full model or every shallower one is missing. key: of a loss in nats."""
+    """Return the headroom of the full model over the best of several shallower ones; None if either has no figures.
+
+    figures: by arm and seed. full, shallower: names of arms. key: dotted path of a loss in nats.
+    """
     losses = {arm: loss for arm in shallower if (loss := mean(figures, arm, key)) is not None}
     if not losses or mean(figures, full, key) is None:
         return None

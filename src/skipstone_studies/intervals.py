@@ -25,9 +25,9 @@ Verdict = Literal["yes", "no", "inconclusive", "no headroom"]
 class Interval:
     """The mean of paired differences with its confidence interval.
 
-    errors: independent parts of the standard error of the mean, each with its degrees of freedom. The half width is the
-    root of the sum of squares of the parts' half widths: exact if one part dominates, slightly too wide if several are
-    similar.
+    mean: of the differences. errors: independent parts of its standard error (from seeds, from text), each with its
+    degrees of freedom. confidence: level of the interval. The half width is the root of the sum of squares of the
+    parts' half widths: exact if one part dominates, slightly too wide if several are similar.
     """
 
     mean: float
@@ -49,23 +49,26 @@ class Interval:
         return self.mean + self._half
 
     def below(self, limit: float = 0.0) -> Verdict:
-        """Return whether the interval shows that the true difference is below `limit`."""
+        """Return whether the true difference is below `limit`: "inconclusive" if the interval contains the limit."""
         return "yes" if self.high < limit else "no" if self.low > limit else "inconclusive"
 
     def above(self, limit: float = 0.0) -> Verdict:
-        """Return whether the interval shows that the true difference is above `limit`."""
+        """Return whether the true difference is above `limit`: "inconclusive" if the interval contains the limit."""
         return "yes" if self.low > limit else "no" if self.high < limit else "inconclusive"
 
     def detectable(self, power: float = POWERS[0]) -> float:
-        """Return the smallest true difference that such an interval would find with probability `power`."""
+        """Return the smallest true difference that such an interval would find (exclude 0) with probability `power`."""
         return math.hypot(*(detectable_in_errors(power, degrees, self.confidence) * e for e, degrees in self.errors))
 
     def shown(self, form: str = "+.3f") -> str:
-        """Return the interval as a text such as `-0.025 [-0.040, -0.010]`."""
+        """Return the interval as text such as `-0.025 [-0.040, -0.010]`. form: format of its numbers."""
         return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def with_power(self, form: str = "+.3f") -> str:
-        """Return `shown`, and if the interval contains 0, what was detectable: `..., detectable 0.021 / 0.025`."""
+        """Return `shown` and, if the interval contains 0, what was detectable: `..., detectable 0.021 / 0.025`.
+
+        These are the true differences that would be found with 80 and 90 % probability. form: format of the numbers.
+        """
         if self.below() != "inconclusive":
             return self.shown(form)
         seen = (format(self.detectable(power), form.removeprefix("+")) for power in POWERS)
@@ -74,10 +77,11 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim about one arm, with its verdict.
+    """A claim about one arm of a study, with its verdict.
 
-    found: our measurement. verdict: by the rule that `text` states. estimate: the measurement as a number, None where
-    it has none. ends: of its confidence interval, None for one seed. limit: to which the rule compares it.
+    arm: its name. text: what is claimed, which states the rule. found: our measurement as text. verdict: by that rule;
+    "no headroom" if routing is not judged. estimate: the measurement as a number, or None. ends: of its confidence
+    interval; None for one seed. limit: the number that the rule compares the estimate with.
     """
 
     arm: str
@@ -90,10 +94,10 @@ class Claim:
 
 
 def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ()) -> Interval | None:
-    """Return the interval of a mean difference; None for fewer than two seeds.
+    """Return the mean of differences with its confidence interval (Student's t); None for fewer than two seeds.
 
-    differences: one per seed. blocks: for each seed, the difference on each block of the validation text, with the same
-    blocks for all seeds; the error of the mean then has a part from seeds and a part from text.
+    differences: one per seed. blocks: for each seed, the difference on each block of the validation text, the same
+    blocks for all seeds; the standard error then has a part from seeds and a part from text.
     """
     seeds = len(differences)
     if seeds < 2:
@@ -106,7 +110,7 @@ def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ())
 
 
 def t_cdf(t: float, degrees: int) -> float:
-    """Return Student's t distribution function for integer degrees of freedom, by its finite series."""
+    """Return the distribution function of Student's t at `t`, for an integer number of degrees of freedom."""
     angle = math.atan2(t, math.sqrt(degrees))
     square, odd = math.cos(angle) ** 2, degrees % 2
     term = math.cos(angle) if odd else 1.0
@@ -120,17 +124,17 @@ def t_cdf(t: float, degrees: int) -> float:
 
 @cache
 def t_quantile(probability: float, degrees: int) -> float:
-    """Return the t at which `t_cdf` is `probability`, which must be in (.5, 1)."""
+    """Return the t at which `t_cdf` is `probability`, which must be between 0.5 and 1."""
     return _bisect(lambda t: t_cdf(t, degrees) - probability, 1e4)
 
 
 @cache
 def detectable_in_errors(power: float, degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Return the true mean, in standard errors, that a two-sided t test at 1 - confidence finds with probability
-    `power`.
+    """Return the smallest true mean, in standard errors, that a two-sided t test would find with probability `power`.
 
-    The error is estimated with `degrees` degrees of freedom, so the statistic follows the noncentral t distribution; it
-    is integrated over the ratio of estimated to true error.
+    The standard error is estimated with `degrees` degrees of freedom, so the statistic follows the noncentral t
+    distribution, which is integrated over the ratio of estimated to true error. confidence: 1 minus the level of the
+    test.
     """
     limit = t_quantile((1 + confidence) / 2, degrees)
     ratio = np.linspace(1e-4, 6.0, 1000)  # estimated error / true error

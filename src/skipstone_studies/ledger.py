@@ -34,9 +34,10 @@ SCALE = "another scale"
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """The cost of one run's training: tokens, hours, FLOPs and parameters.
+    """The cost of one run's training.
 
-    hours: of a core, or of the GPU. None where the record does not contain it.
+    tokens: read in training. hours: on a GPU, or core hours. flops: of the training; None if the record does not say.
+    parameters: of the model; None if the record does not say. gpu: whether it ran on a GPU.
     """
 
     tokens: float
@@ -47,7 +48,7 @@ class Compute:
 
 
 def compute_of(record: Record) -> Compute | None:
-    """Return the cost of a record's training; None if nothing was trained or the record does not contain it."""
+    """Return the cost of a record's training; None if nothing was trained or the record does not say."""
     tokens, seconds = (lookup(record.figures, f"training.{name}") for name in ("tokens", "seconds"))
     if tokens is None or seconds is None:
         return None
@@ -64,12 +65,14 @@ def compute_of(record: Record) -> Compute | None:
 
 
 def compute(out: Path) -> str:
-    """Return a Markdown table of the costs of every study with records in `out`."""
+    """Return a Markdown table of the training costs of every study with records in the folder `out`."""
     return without_title(compute_section(out))
 
 
 def compute_section(out: Path) -> Section:
-    """Return the table of the costs of every study with records in `out`, and of all together in its last row."""
+    """Return the table of the training costs of every study with records in `out`, with the sum of all in
+    its last row.
+    """
     found = {name: [compute_of(record) for record in records.read_all(out, name)] for name in names(out)}
     rows = [_row(name, each) for name, each in found.items()]
     everything = [one for each in found.values() for one in each]
@@ -94,7 +97,7 @@ def without_title(section: Section) -> str:
 
 
 def names(out: Path) -> list[str]:
-    """Return the names of all studies with records in `out`."""
+    """Return the names of all studies with records in the folder `out`, sorted."""
     return sorted(path.parent.name for path in out.glob("*/records"))
 
 
@@ -120,7 +123,10 @@ def _row(name: str, found: Sequence[Compute | None]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """The claims of one table of a study, the records that they were derived from, and the seeds in words."""
+    """The claims of one table of a study.
+
+    study: its name. claims: with their verdicts. records: from which they were derived. seeds: their number, in words.
+    """
 
     study: str
     claims: Sequence[Claim]
@@ -129,18 +135,23 @@ class Judged:
 
 
 def claims(out: Path) -> str:
-    """Return a Markdown table of every claim judged by rule, with its verdicts by arm and what would change them."""
+    """Return a Markdown table of every claim of all studies in `out`, with verdicts by arm and what could
+    change them.
+    """
     return without_title(claims_section(judged(out)))
 
 
 def claims_section(found: Iterable[Judged]) -> Section:
-    """Return the same as a table: a row for each claim of each study."""
+    """Return a table with a row for each claim: verdicts by arm, seeds, model size, FLOPs, and what could change it.
+
+    found: as `judged` returns them.
+    """
     columns = ["study", "claim, by rule", "verdicts", "seeds", "largest model", "FLOPs", "what would change it"]
     return Section(title="Claims", columns=columns, rows=[[one.study, *row] for one in found for row in _rows(one)])
 
 
 def judged(out: Path) -> list[Judged]:
-    """Judge every claim of every study with records in `out`."""
+    """Judge every claim of every study with records in the folder `out`, by confidence intervals."""
     return [one for name in names(out) for one in _judged(out, name)]
 
 
@@ -179,7 +190,7 @@ def _arms(arms: Sequence[str]) -> str:
 def write(out: Path) -> Path:
     """Write both tables into OUT/README.md, between their marks, and OUT/ledger.html, which also draws them.
 
-    Raises ValueError if the README has no such marks.
+    Return the path of the README. Raises ValueError if it has no such marks, FileNotFoundError if it does not exist.
     """
     path = out / "README.md"
     for name in (COMPUTE, CLAIMS):
@@ -192,7 +203,7 @@ def write(out: Path) -> Path:
 
 
 def by_study(found: Iterable[Judged]) -> dict[str, list[Claim]]:
-    """Return the claims of each study that has any."""
+    """Return the claims of each study that has any, by its name. found: as `judged` returns them."""
     of: dict[str, list[Claim]] = {}
     for one in found:
         of.setdefault(one.study, []).extend(one.claims)

@@ -19,7 +19,10 @@ LONGEST = 34  # characters of a name
 
 
 def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
-    """Draw how many claims about arms each study answers with which verdict."""
+    """Draw, for each study, a bar of how many claims about arms got which verdict.
+
+    found: the claims by study.
+    """
     counts = {study: Counter(claim.verdict for claim in claims) for study, claims in found.items()}
     across = AxisScale(0.0, max(map(len, found.values()), default=1), LEFT, WIDTH - RIGHT)
     parts = grid(across, len(counts))
@@ -38,7 +41,10 @@ def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
 
 
 def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
-    """Draw one column of the table of costs for the studies that have it. rows: cells as text, the study first."""
+    """Draw a bar per study from one column of the table of costs, leaving out studies without a number.
+
+    rows: cells as text, the study first. column: index of the column.
+    """
     known = [(row[0], float(row[column])) for row in rows if _is_number(row[column])]
     across = AxisScale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
     parts = grid(across, len(known))
@@ -52,7 +58,10 @@ def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
 
 
 def forest(claims: Sequence[Claim], title: str) -> Drawn:
-    """Draw the estimate of each arm with its interval, and the limit that the claim compares it to."""
+    """Draw a row per arm: the estimate with its confidence interval, beside the limit that the claim compares it with.
+
+    claims: with the same text, of different arms. title: of the picture, for screen readers.
+    """
     limits = {claim.limit for claim in claims}
     ends = [end for claim in claims for end in claim.ends or ()]
     values = [claim.estimate for claim in claims if claim.estimate is not None]
@@ -85,7 +94,10 @@ def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
 
 
 def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
-    """Draw each claim of a study for all of its arms; returned with the text of the claim."""
+    """Draw each claim of a study for all of its arms (`forest`); return pairs of the claim's text and its picture.
+
+    study: its name, for titles.
+    """
     by_text: dict[str, list[Claim]] = {}
     for claim in claims:
         by_text.setdefault(claim.text, []).append(claim)
@@ -93,7 +105,10 @@ def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
 
 
 def grid(across: AxisScale, rows: int) -> list[Markup]:
-    """Draw the vertical lines of a picture with a row for each arm, and their values below it."""
+    """Draw the vertical grid lines of a picture with `rows` rows, and their values below it.
+
+    across: the horizontal axis.
+    """
     floor, parts = TOP + ROW * rows, []
     for value, label in labelled(ticks(across.low, across.high, 5)):
         parts.append(svg.line(across(value), TOP, across(value), floor, "grid"))
@@ -102,13 +117,13 @@ def grid(across: AxisScale, rows: int) -> list[Markup]:
 
 
 def name(i: int, text: str) -> Markup:
-    """Write the name of a row to its left, cut where it is too long."""
+    """Draw the name of row `i` to its left, cut after 34 characters."""
     cut = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return svg.text(LEFT - 8, middle(i), cut, "tick", text_anchor="end")
 
 
 def middle(i: int) -> float:
-    """Return the y of the text of a row."""
+    """Return the y coordinate of the text in row `i`."""
     return TOP + ROW * (i + 0.5) + 4
 
 

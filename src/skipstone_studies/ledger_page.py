@@ -14,7 +14,11 @@ from skipstone_studies.intervals import Claim
 
 
 def render(costs: Section, claims: Section, by_study: Mapping[str, Sequence[Claim]]) -> str:
-    """Return the HTML page. costs: a row for each study and one for all; by_study: every claim that was judged."""
+    """Return the ledger (costs and claims of all studies) as one HTML page with pictures.
+
+    costs: a row for each study and a last one for all. claims: the table of claims. by_study: every judged claim by
+    study.
+    """
     pages = environment()
     assert pages.loader is not None
     pages.loader = ChoiceLoader([PackageLoader("skipstone_studies", "templates"), pages.loader])

@@ -15,7 +15,7 @@ DEFAULTS = {"steps": 1000, "batch_size": 16, "context": 256, "num_hidden_layers"
 
 
 def work(recipe: RecipeDict) -> float:
-    """Return tokens times blocks, to which training times of a study's arms are roughly proportional."""
+    """Return tokens times blocks of a recipe's training, to which the arms' training times are roughly proportional."""
     values: PlainMapping = {
         **DEFAULTS,
         **recipe.get("model", {}),
@@ -26,9 +26,10 @@ def work(recipe: RecipeDict) -> float:
 
 
 class TimeLeft(TrainerCallback):
-    """A callback that measures training steps, including saving and evaluation, and reports the remaining time.
+    """A trainer callback that measures training steps, saving and evaluation included, and reports the time left.
 
-    share: the work after this training, as a multiple of its own. say: receives the message.
+    share: the work that follows this training, as a multiple of its own. say: receives each message, after 20 steps and
+    then after every checkpoint.
     """
 
     def __init__(self, share: float, say: Callable[[str], None]) -> None:
@@ -52,7 +53,7 @@ class TimeLeft(TrainerCallback):
             self.tell(state.global_step, state.max_steps)
 
     def tell(self, step: int, steps: int) -> None:
-        """Report the remaining time."""
+        """Report the time left after `step` of `steps` training steps."""
         seconds = (monotonic() - self.since) / (step - self.first)
         here, all_of_it = seconds * (steps - step), seconds * (steps - step + self.share * steps)
         whole = f", about {duration(all_of_it)} of all" if self.share else ""
@@ -60,7 +61,7 @@ class TimeLeft(TrainerCallback):
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in seconds up to two minutes, minutes up to two hours, then hours, days, years."""
+    """Return a duration as text: seconds up to two minutes, minutes up to two hours, then hours, days, years."""
     for unit, name, limit in ((1, "s", 120), (60, "min", 7200), (3600, "h", 172_800), (86_400, "d", 8.64e7)):
         if seconds < limit:
             return f"{seconds / unit:,.0f} {name}" if unit == 1 else f"{seconds / unit:,.1f} {name}"

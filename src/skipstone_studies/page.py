@@ -18,7 +18,10 @@ OTHER_SESSION = "The arms of a seed were not all timed in one session, so their 
 
 
 def render(study: Study, records: Sequence[Record]) -> str:
-    """Return the text of results/NAME.md. Records of configurations that the study no longer has are left out."""
+    """Return a study's page results/NAME.md as Markdown, from its records alone.
+
+    records: of one study. Those of configurations that the study no longer has are left out, and counted at the end.
+    """
     parts = [f"# {study.name}", study.purpose, study.about]
     shown = 0
     for current in groups(study, records):
@@ -29,12 +32,18 @@ def render(study: Study, records: Sequence[Record]) -> str:
 
 
 def left_out(shown: int, known: int) -> str:
-    """Return a sentence on records that a page leaves out; "" if there are none."""
+    """Return a sentence on records that a page leaves out; "" if there are none.
+
+    shown, known: numbers of records that the page shows, and of all.
+    """
     return f"{known - shown} records of other configurations are left out." if shown < known else ""
 
 
 def groups(study: Study, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
-    """Yield the records of each table: one for every scale (or `scale` alone) and corpus that has records."""
+    """Yield the records of each table of a study: one for every scale and corpus that has records.
+
+    scale: only that of this name; None: all.
+    """
     for name in (name for name in SCALES if name in study.seeds and scale in (None, name)):
         for arms in study.variants(name):
             if current := current_records(arms, [record for record in records if record.scale == name]):
@@ -42,14 +51,18 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
 
 
 def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
-    """Return the records made with the arms' present recipes, and converted ones, in the order of arms and seeds."""
+    """Return the records that belong to the arms' present recipes, in the order of arms and seeds.
+
+    arms: recipes by name, without seeds. Records converted from earlier scripts' output, which have no recipe, are
+    included.
+    """
     order = list(arms)
     kept = [r for r in records if r.arm in arms and (r.converted is not None or r.digest == digest(arms[r.arm]))]
     return sorted(kept, key=lambda record: (order.index(record.arm), record.seed))
 
 
 def heading(records: Sequence[Record]) -> str:
-    """Return the heading of a part of the page, such as `laptop, tiny-shakespeare`."""
+    """Return the heading of a part of the page: scale and corpora, such as `laptop, tiny-shakespeare`."""
     corpora = dict.fromkeys(record.config.get("data", {}).get("corpus") for record in records)
     return ", ".join([records[0].scale, *(str(corpus) for corpus in corpora if corpus)])
 
@@ -61,7 +74,7 @@ def _section(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
-    """Return the SVG files that belong to the page, by file name."""
+    """Return the SVG files that belong to a study's page, as text by file name."""
     found: dict[str, str] = {}
     for current in groups(study, records):
         drawn = {} if study.pictures is None else study.pictures(figures_of(study, current))
@@ -77,7 +90,10 @@ def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
 
 
 def block(study: Study, records: Sequence[Record]) -> str:
-    """Return the table with its notes and the command that makes it, as a README shows it."""
+    """Return the table of one scale and corpus as Markdown, with its notes and the command that makes it.
+
+    records: as `groups` yields them.
+    """
     columns = [(column, _cells(column, figures_of(study, records))) for column in study.columns]
     section = Section(
         title=heading(records),
@@ -91,7 +107,7 @@ def block(study: Study, records: Sequence[Record]) -> str:
 
 
 def terminal(study: Study, records: Sequence[Record]) -> Section:
-    """Return the same table for a terminal, with arms as columns and ratios on separate lines."""
+    """Return the table of one scale and corpus for a terminal: arms are columns, and ratios are on separate lines."""
     rows = []
     for column in study.columns:
         cells = _cells(column, figures_of(study, records))
@@ -106,7 +122,7 @@ def _arms(records: Sequence[Record]) -> list[str]:
 
 
 def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, PlainMapping]]:
-    """Return the figures of each arm by seed, including those derived from other arms."""
+    """Return the figures of each arm by seed, including those that the study derives from other arms."""
     found: dict[str, dict[int, PlainMapping]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
         of_seed: dict[str, PlainMapping] = {r.arm: r.figures for r in records if r.seed == seed}
@@ -117,7 +133,10 @@ def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, P
 
 
 def lookup(figures: PlainMapping, key: str) -> float | None:
-    """Return the figure at a dotted path; None if there is none."""
+    """Return the number at a dotted path in nested figures; None if there is none or it is not finite.
+
+    key: such as "training.tokens".
+    """
     at: Any = figures
     for step in key.split("."):
         if not isinstance(at, Mapping) or step not in at:
@@ -127,7 +146,10 @@ def lookup(figures: PlainMapping, key: str) -> float | None:
 
 
 def column_values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
-    """Return a column's figure of every seed that has it, in the unit of the column."""
+    """Return a column's figure for every seed that has it, in the unit of the column.
+
+    seeds: the figures of one arm by seed.
+    """
     key = f"{column.key}.median" if column.spread else column.key
     return [value / column.unit for figures in seeds.values() if (value := lookup(figures, key)) is not None]
 
@@ -143,9 +165,10 @@ def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A cell of the page's table.
+    """A cell of a study's table.
 
-    text: mean and spread. ratio: to the first arm, "" if not wanted. best: whether it is the best of its column.
+    text: mean and spread. ratio: to the first arm; "" if the column shows none. best: whether it is the best of its
+    column.
     """
 
     text: str
@@ -176,7 +199,10 @@ def _marked(cell: Cell) -> str:
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
-    """Format a list of values as `1.234`, as `1.234 ± 0.005` if there are several, or as a dash."""
+    """Format values as their mean and standard deviation, `1.234 ± 0.005`; a single one as `1.234`; none as a dash.
+
+    form: for Python's format().
+    """
     if not values:
         return UNKNOWN
     mean = _shown(statistics.fmean(values), form)
@@ -203,13 +229,13 @@ def _notes(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def command(records: Sequence[Record]) -> str:
-    """Return the command that reproduces all of these records."""
+    """Return the shell command that reproduces all of these records."""
     base = min(record.command for record in records)
     return f"{base} --seeds {','.join(map(str, sorted({record.seed for record in records})))}"
 
 
 def provenance(records: Sequence[Record]) -> str:
-    """Return versions, commit and machine with which the records were made, as a sentence."""
+    """Return a sentence with the versions, commits and machines with which the records were made."""
     made = dict.fromkeys(_made_with(record.environment) for record in records)
     text = "Made with " + "; and with ".join(made) + "."
     files = dict.fromkeys(record.converted["file"] for record in records if record.converted is not None)

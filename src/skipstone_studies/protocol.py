@@ -50,12 +50,12 @@ USE = "use.json"  # in a run folder: the share of its cores that the process had
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
-    """The section `protocol` of a recipe.
+    """The section `protocol` of a recipe: training FLOPs, and how the learning rate is tuned.
 
-    budget: training FLOPs. rate: the learning rate that is tried first; factor: the ratio of neighbouring rates; most:
-    how many rates are tried at most. tuning: length of the runs that tune it, as a share of the whole; 0: the rate is
-    taken as it is. tuning_rows: validation rows that judge a rate. test_rows: rows of the test split, evenly spaced
-    over it; None: all.
+    budget: training FLOPs. rate: the learning rate that is tried first. factor: ratio of neighbouring rates. most: how
+    many rates are tried at most. tuning: length of the runs that tune it, as a share of the whole; 0: `rate` is not
+    tuned. tuning_rows: validation rows that judge a rate. test_rows: rows of the test split, evenly spaced over it;
+    None: all.
     """
 
     budget: float
@@ -72,9 +72,10 @@ class ProtocolConfig:
 
 
 def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
-    """Return the recipe of an arm, with as many steps as its FLOPs allow.
+    """Return the recipe of an arm, with as many training steps as its FLOP budget allows.
 
-    Raises ValueError for steps of fewer than `LEAST_TOKENS` tokens, unless `protocol` names its own `least_tokens`.
+    model, data, train, protocol: sections of the recipe. Raises ValueError for steps of fewer than 8,192 tokens, or
+    than `protocol["least_tokens"]` if that is given.
     """
     protocol = dict(protocol)
     least = protocol.pop("least_tokens", LEAST_TOKENS)
@@ -102,15 +103,15 @@ def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: Plain
 
 
 def lengths(steps: int) -> PlainDict:
-    """Return the options of training that follow from its number of steps."""
+    """Return the training options that follow from the number of steps: steps, warmup_steps and log_every."""
     return {"steps": steps, "warmup_steps": round(WARMUP * steps), "log_every": max(1, steps // LOG_LINES)}
 
 
 @lru_cache(maxsize=256)
 def step_flops(model: str, context: int, rows: int) -> float:
-    """Return the mean training FLOPs of a step by the cost model, with configured capacities and their warm-ups.
+    """Return the mean training FLOPs of a step by the cost model, at the configured capacities and their warm-ups.
 
-    model: the recipe's section as JSON.
+    model: the section of the recipe, as JSON text. context: tokens per row. rows: per step.
     """
     values = json.loads(model)
     for entry in values.get("mechanisms") or ():
@@ -124,12 +125,15 @@ def step_flops(model: str, context: int, rows: int) -> float:
 
 @lru_cache(maxsize=4)
 def rows_of(config: DataConfig, split: str, training: bool) -> PreparedData:
-    """Return the rows of a corpus, prepared once in a process."""
+    """Return the rows of a corpus, prepared only once per process. training: whether to load training rows, too."""
     return prepare(config, train=training, split=split)
 
 
 def data_of(values: PlainMapping, split: str = "validation", training: bool = False) -> PreparedData:
-    """Return the rows of a recipe's `data`; what does not depend on the seed is prepared once in a process."""
+    """Return the rows of a recipe's section `data`; whatever does not depend on the seed is prepared once per process.
+
+    values: the section. split: what becomes `validation`. training: whether to load training rows, too.
+    """
     config = read_recipe({"data": dict(values)}).data
     found = rows_of(replace(config, seed=0), split, training)
     rows = None if found.train is None else replace(found.train, seed=config.seed)  # type: ignore[call-arg]
@@ -137,10 +141,10 @@ def data_of(values: PlainMapping, split: str = "validation", training: bool = Fa
 
 
 class SharedStart(TrainerCallback):
-    """A callback that begins a training with the weights of a reference model where parameters have its names.
+    """A trainer callback that gives all arms of a seed the same initial weights where they have the same parameters.
 
-    The reference is the recipe's model without mechanisms, built from the seed, with `blocks` blocks. All arms of a
-    seed then start alike, whatever else they draw when they are built.
+    These are the weights of the arm's model without mechanisms and with `blocks` blocks, built from `seed`. A resumed
+    training is left alone.
     """
 
     def __init__(self, seed: int, blocks: int) -> None:
@@ -161,7 +165,9 @@ class SharedStart(TrainerCallback):
 
 
 def reference_weights(config: SkipstoneConfig, seed: int, blocks: int) -> dict[str, torch.Tensor]:
-    """Return the initial weights of the dense model of `blocks` blocks."""
+    """Return the initial weights, by name, of a model without mechanisms and with `blocks` blocks, built
+    from `seed`.
+    """
     plain = SkipstoneConfig(**{**config.to_dict(), "mechanisms": None, "num_hidden_layers": blocks})
     state = torch.get_rng_state()
     set_seed(seed)
@@ -174,12 +180,11 @@ def reference_weights(config: SkipstoneConfig, seed: int, blocks: int) -> dict[s
 def tuned_run(
     recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback], blocks: int = 8
 ) -> None:
-    """Train an arm at its best learning rate, which is tuned first unless another seed has done so.
+    """Train an arm at its best learning rate, which is tuned first unless a run with another seed has done so.
 
-    A finished run of the same recipe that another study has made is copied instead.
-
-    Rates and their losses are kept beside the run folders, in `rates/`. blocks: those of the reference whose weights
-    all arms start from.
+    If another study has finished a run of the same recipe, it is copied instead. Rates and their losses are stored
+    beside the run folders, in `rates/`. folder: the run folder. resume: whether to continue it. blocks: as in
+    `SharedStart`.
     """
     if not folder.is_dir() and _taken_over(recipe, folder):
         return
@@ -230,14 +235,21 @@ def _runnable(recipe: RecipeDict, rate: float, steps: int) -> RecipeDict:
 
 
 def rates_file(folder: Path, recipe: RecipeDict) -> Path:
-    """Return the file with the tuned rates of a run folder's arm; other recipes have other files."""
+    """Return the path of the file with the tuned rates of an arm; it differs for every recipe, but not for every seed.
+
+    folder: the run folder of the arm.
+    """
     unseeded = {name: {k: v for k, v in part.items() if k != "seed"} for name, part in recipe.items()}
     arm = folder.name.rpartition("-seed")[0]
     return folder.parent / "rates" / f"{arm}-{digest(unseeded)}.json"
 
 
 def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int) -> dict[float, float]:
-    """Return the validation losses of the rates that were tried, running those that are missing at seed 0."""
+    """Return the validation loss of every learning rate that was tried, running the trials that are missing at seed 0.
+
+    folder: the run folder of the arm. blocks: as in `SharedStart`. A rate at which training diverged has an infinite
+    loss.
+    """
     path = rates_file(folder, recipe)
     known = known_rates(path)
     steps = max(1, round(config.tuning * recipe["train"]["steps"]))
@@ -257,16 +269,17 @@ def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int)
 
 
 def known_rates(path: Path) -> dict[float, float]:
-    """Return the losses of the rates in a file that `tuned` wrote; none if it does not exist."""
+    """Return the losses by learning rate in a file that `tuned` wrote; {} if it does not exist."""
     if not path.is_file():
         return {}
     return {float(rate): float(loss) for rate, loss in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def climb(loss_at: Callable[[float], float], first: float, factor: float, most: int) -> None:
-    """Try learning rates, each `factor` times its neighbour, until the best has `FLANK` worse ones on either side.
+    """Try learning rates, each `factor` times its neighbour, until the best has two worse ones on either side.
 
-    most: how many rates are tried at most; beyond it, the best may be at an end.
+    loss_at: trains at a rate and returns the loss. first: the rate to begin with. most: how many rates are tried at
+    most; if that ends the search, the best may be the smallest or largest one tried.
     """
     losses = {0: loss_at(first)}
     while len(losses) < most:
@@ -294,7 +307,7 @@ def _loss_of_trial(recipe: RecipeDict, folder: Path, rows: int, blocks: int) -> 
 
 
 def best_rate(losses: dict[float, float]) -> float:
-    """Return the rate of the lowest loss. Raises ValueError if every rate diverged."""
+    """Return the learning rate of the lowest loss. Raises ValueError if every rate diverged (infinite losses)."""
     rate = min(losses, key=losses.__getitem__)
     if not math.isfinite(losses[rate]):
         raise ValueError(f"the training diverged at every learning rate ({', '.join(f'{r:g}' for r in losses)})")
@@ -302,7 +315,10 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def tuning_figures(losses: dict[float, float]) -> PlainDict:
-    """Return what a record keeps of the tuning: the losses by rate, the best rate, and whether it lies inside."""
+    """Return what a record says of the tuning of the learning rate.
+
+    That is: the finite losses by rate; the best rate; inside, whether rates on both sides of it were tried.
+    """
     best, finite = best_rate(losses), {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     return {
         "losses": {f"{rate:g}": loss for rate, loss in sorted(finite.items())},
@@ -312,16 +328,16 @@ def tuning_figures(losses: dict[float, float]) -> PlainDict:
 
 
 def untuned(rate: float) -> PlainDict:
-    """Return the same for a rate that was not tuned."""
+    """Return the figures of `tuning_figures` for a rate that was not tuned."""
     return {"losses": {}, "rate": rate, "inside": None}
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities, seconds.
+    """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities and times.
 
     loss: on the test split, in nats per byte. blocks: the same by block of text. training_flops: planned, and executed
     with the capacities that were logged. training.busy: CPU seconds per second and thread. gflops_per_core_second: of
-    training, by CPU seconds.
+    training, by CPU time.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()
@@ -352,13 +368,16 @@ def measured(folder: Path) -> Figures:
 
 
 def recipe_of(folder: Path) -> RecipeDict:
-    """Return the recipe, with its protocol, that a session has noted beside a run folder."""
+    """Return the recipe, with its section `protocol`, that a `Session` has written beside a run folder."""
     recipe: RecipeDict = json.loads(folder.with_name(f"{folder.name}.recipe.json").read_text(encoding="utf-8"))
     return recipe
 
 
 def capacities(layers: Sequence[PlainMapping]) -> dict[str, float]:
-    """Return the share of tokens that each routed block keeps, by block."""
+    """Return the share of tokens that each routed block keeps, by the block's index as text.
+
+    layers: figures of each block's mechanisms; the smallest share counts where a block has several.
+    """
     found = {}
     for i, layer in enumerate(layers):
         kept = [figures["capacity"] for figures in layer.values() if "capacity" in figures]

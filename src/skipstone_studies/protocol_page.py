@@ -24,12 +24,18 @@ COLUMNS_NOTE = (
 
 
 def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None:
-    """Return the headroom of the full model over its shallower rivals on the test split."""
+    """Return by how much the full model's test loss is below that of its best shallower rival; None if one has not run.
+
+    figures: by arm and seed. full, rivals: names of arms.
+    """
     return headroom(figures, full, rivals, LOSS)
 
 
 def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> str:
-    """Return the sentence on headroom; without it no verdict is given."""
+    """Return a sentence on the headroom, without which no verdict on routing is given.
+
+    room: from `room_of`; None: the sentence says which arms have not run. full, rivals: names of arms.
+    """
     if room is not None:
         return room.sentence()
     missing = f"{full} and {' or '.join(rivals)} have run"
@@ -37,9 +43,9 @@ def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> st
 
 
 def differences(figures: ByArm, against: str, refused: bool) -> str:
-    """Return a table of paired differences in test loss from one arm, with intervals; "" without it.
+    """Return a Markdown table of the arms' differences in test loss from `against`, paired by seed, with intervals.
 
-    refused: show no verdict, because depth does not pay.
+    refused: whether to give no verdict, because depth does not pay. "" if `against` has not run.
     """
     rows = []
     for arm in figures:
@@ -82,7 +88,7 @@ NOTE = (
 
 
 def rates(figures: ByArm) -> str:
-    """Return a table of the validation losses of all learning rates that were tried."""
+    """Return a Markdown table of the validation loss at every learning rate that was tried; "" if none was tuned."""
     tried = {arm: next(iter(seeds.values()))["tuning"] for arm, seeds in figures.items() if seeds}
     if not any(found["losses"] for found in tried.values()):
         return ""
@@ -102,7 +108,7 @@ def rates(figures: ByArm) -> str:
 
 
 def unequal(figures: ByArm) -> str:
-    """Return a sentence on arms whose executed training FLOPs are not the planned ones; "" if all are."""
+    """Return a sentence on arms whose executed training FLOPs are more than 3 % off the planned ones; "" if none is."""
     shares = {
         arm: executed / planned
         for arm in figures
@@ -114,7 +120,7 @@ def unequal(figures: ByArm) -> str:
 
 
 def length(figures: ByArm, full: str) -> str:
-    """Return a sentence on the length of the full model's training; "" if it has not run."""
+    """Return a sentence on how long the full model was trained, in bytes per parameter; "" if it has not run."""
     read, size = mean(figures, full, "training.tokens"), mean(figures, full, "training.parameters")
     if read is None or not size:
         return ""
@@ -125,9 +131,9 @@ def length(figures: ByArm, full: str) -> str:
 
 
 def claims(figures: ByArm, room: Headroom | None, against: Sequence[str]) -> Iterator[Claim]:
-    """Yield for each arm whether its test loss is `GOAL` below that of each reference, by interval.
+    """Yield for each arm the claim that its test loss is 0.02 nats below that of each reference, with its verdict.
 
-    Refused without headroom.
+    room: the headroom; without it, the verdict is "no headroom". against: the names of the references.
     """
     for reference in against:
         for arm in figures:

@@ -12,19 +12,25 @@ from skipstone_studies.study import Study
 
 
 def check(path: Path, name: str) -> None:
-    """Raise FileNotFoundError or ValueError unless the README exists and has the two marks for the table."""
+    """Raise an error unless a README exists and has two marks, between which a table can be written.
+
+    name: of the marks, `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Raises FileNotFoundError or ValueError.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"README {str(path)!r} does not exist")
     _cut(path.read_text(encoding="utf-8"), path, name)
 
 
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
-    """Write the table of `records` into a README between its marks, and change nothing else."""
+    """Write a study's table into a README between the marks with the study's name, and change nothing else.
+
+    records: those of the table.
+    """
     write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
 
 
 def write_between(path: Path, name: str, text: str) -> None:
-    """Write `text` into a README between the marks of `name`, and change nothing else."""
+    """Write `text` into a README between the marks of `name` (see `check`), and change nothing else."""
     before, after = _cut(path.read_text(encoding="utf-8"), path, name)
     write_whole(path, f"{before}\n{text}\n{after}")
 

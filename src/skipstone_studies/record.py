@@ -24,12 +24,13 @@ ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # names of field
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The result of one run of one arm.
+    """The result of one run of one arm of a study, stored as a JSON file.
 
-    config: the arm's recipe, without the seed. digest: of that recipe. environment: versions, commit, machine. command:
-    the command that makes it. figures: the measurements. timing_session: time and arms of the session in which figures
-    that compare arms were taken; None until then. converted: for a record converted from the file of an earlier script,
-    {"file", "commit"}; its config has what that file says of the run, and it has no digest.
+    study, scale, arm, seed: which run. config: the arm's recipe, without the seed. digest: hash of that recipe.
+    environment: versions, commit, machine. command: the shell command that makes it. figures: the measurements, nested.
+    timing_session: time and arms of the session in which figures that compare arms were taken; None until then.
+    converted: for a record made from the output of an earlier script, {"file", "commit"}; it has no digest, and config
+    has what that output says of the run. format_version: of the file.
     """
 
     study: str
@@ -51,23 +52,25 @@ class Record:
 
 
 def digest(recipe: PlainMapping) -> str:
-    """Return a hash of a recipe that does not depend on the order of its keys."""
+    """Return 16 hexadecimal digits of the SHA-256 of a recipe, which do not depend on the order of its keys."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def folder(out: Path, name: str) -> Path:
-    """Return the folder of a study's records."""
+    """Return the folder of the records of the study `name` below `out`."""
     return out / name / "records"
 
 
 def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
-    """Return the path of a record's file."""
+    """Return the path of a record's file; the arguments are those of `find`."""
     return folder(out, name) / scale / f"{arm}-seed{seed}.json"
 
 
 def write(record: Record, out: Path) -> Path:
-    """Write a record atomically and return its path."""
+    """Write a record atomically below the folder `out`, replacing an earlier one of the same run, and
+    return its path.
+    """
     path = path_of(out, record.study, record.scale, record.arm, record.seed)
     values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
     if record.converted is None:
@@ -79,7 +82,7 @@ def write(record: Record, out: Path) -> Path:
 
 
 def read(path: Path) -> Record:
-    """Read a record. Raises ValueError naming the file if it is not one."""
+    """Read a record's file. Raises ValueError, naming the file, if it is damaged or not a record."""
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
         names = {there: here for here, there in ON_DISK.items()}
@@ -91,12 +94,15 @@ def read(path: Path) -> Record:
 
 
 def find(out: Path, name: str, scale: str, arm: str, seed: int) -> Record | None:
-    """Return the record of a run; None if there is none."""
+    """Return the record of a run; None if there is none.
+
+    out: folder of all records. name, scale, arm, seed: of the study and the run.
+    """
     path = path_of(out, name, scale, arm, seed)
     return read(path) if path.is_file() else None
 
 
 def read_all(out: Path, name: str) -> list[Record]:
-    """Return every record of a study, ordered by scale, arm and seed."""
+    """Return every record of the study `name` below `out`, ordered by scale, arm and seed."""
     paths: Iterable[Path] = folder(out, name).glob("*/*.json")
     return sorted(map(read, paths), key=lambda record: (record.scale, record.arm, record.seed))

@@ -27,7 +27,7 @@ RUNS = Path("runs")  # default folder of runs and tables, ignored by git
 
 
 def describe() -> dict[str, str]:
-    """Return the purpose of every study by name."""
+    """Return the purpose (one line) of every study by name."""
     return {name: study.purpose for name, study in STUDIES.items()}
 
 
@@ -44,15 +44,16 @@ def reproduce(
     jobs: int = 1,
     html: bool = False,
 ) -> Path:
-    """Run what is not yet recorded of a study, render OUT/NAME.md and return its path.
+    """Run what is not yet recorded of a study, write its page OUT/NAME.md, and return the path of the page.
 
-    arms: those to run; None: all. The table shows all that are recorded. seeds: None: the study's own. out: folder of
-    tables and records; None: `runs`. runs: folder of run folders. readme: a file into which the table is written
-    between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. render_only: train and measure nothing. jobs: arms that run
-    at a time, each in a process of its own, as several small models fit on one GPU. html: also write OUT/NAME.html, the
-    page with pictures of its table and of its claims. Raises ValueError for unknown names, scales and arms, jobs below
-    1, a timing with several jobs, and records that cannot be read; at the end, when all else is done, if arms have
-    failed. Recorded runs are never run again. Arms that another process is running are left out, with a message.
+    name: of the study. scale: "laptop", "paper" or "quick", as far as the study has them. arms: those to run; None:
+    all. The page shows all that are recorded. seeds: None: the study's own. out: folder of pages and records; None:
+    `runs`. runs: folder of run folders. readme: a file into which the table is written, too, between `<!-- NAME:begin
+    -->` and `<!-- NAME:end -->`. render_only: train and measure nothing. jobs: arms that run at a time, each in a
+    process of its own, as several small models fit on one GPU. html: also write OUT/NAME.html, with pictures of the
+    table and the claims. Recorded runs are not run again, and arms that another process is running are left out with a
+    message. Raises ValueError for unknown names, scales and arms, jobs below 1, a timing with several jobs, and
+    unreadable records; at the end, if arms have failed.
     """
     study = choose("study", name, STUDIES)
     chosen = _seeds(study, scale, seeds)
@@ -116,7 +117,10 @@ def _run(
 
 
 def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
-    """Return arms from words that were separated by commas, as names of arms may contain commas."""
+    """Join words that were split at commas to names of arms, as such names may contain commas.
+
+    words: the parts. known: all names of arms. A part that belongs to no known name is returned by itself.
+    """
     rest, found = list(words), []
     while rest:
         ends = (end for end in range(len(rest), 0, -1) if end == 1 or ", ".join(rest[:end]) in known)
@@ -144,7 +148,7 @@ def _sample(record: Record) -> list[tuple[str, float]]:
 
 
 def table_path(out: Path, name: str) -> Path:
-    """Return the path of a study's page."""
+    """Return the path of a study's page, OUT/NAME.md."""
     return out / f"{name}.md"
 
 

@@ -32,10 +32,13 @@ USER_ERRORS = (ValueError, OSError)
 
 @dataclass(kw_only=True)
 class Session:
-    """One study at one scale, with its runs and records.
+    """One study at one scale, with its run folders and records; it runs what is missing.
 
-    arms: its recipes, without seeds. failures: one message each. Several processes may share a session's folders: each
-    arm of a seed is locked while it runs.
+    Several processes may share its folders: each arm of a seed is locked while it runs. arms: recipes by name, without
+    seeds. runs: parent of the run folders. out: parent of the records. console: for messages. only: the arms to run;
+    None: all. jobs: arms that run at a time. made_by: the shell command that makes the records; "": `skipstone
+    reproduce ...`. failures: one message each. busy: arms left out because another process runs them. spent: seconds of
+    each arm run in this process.
     """
 
     study: Study
@@ -53,7 +56,7 @@ class Session:
 
     @property
     def command(self) -> str:
-        """The command that reproduces the records."""
+        """The shell command that reproduces the records."""
         return self.made_by or f"skipstone reproduce {self.study.name} --scale {self.scale}"
 
     def folder(self, arm: str, seed: int) -> Path:
@@ -61,25 +64,28 @@ class Session:
         return self.runs / self.study.name / self.scale / f"{arm}-seed{seed}"
 
     def recorded(self, arm: str, seed: int) -> Record | None:
-        """Return the record made with the arm's present recipe; None if there is none."""
+        """Return the record of an arm and seed, made with the arm's present recipe; None if there is none."""
         record = records.find(self.out, self.study.name, self.scale, arm, seed)
         return record if record is not None and record.digest == digest(self.arms[arm]) else None
 
     def finished(self, seeds: list[int]) -> int:
-        """Return the number of recorded runs."""
+        """Return how many of all arms with these seeds are recorded."""
         return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
 
     def run(self, seeds: list[int]) -> None:
-        """Run everything that is not yet recorded; arms that fail are noted and skipped."""
+        """Run all arms with these seeds that are not recorded, then measure what compares the arms of each seed.
+
+        Arms that fail are noted in `failures` and passed over.
+        """
         for at, seed in enumerate(seeds):
             self.run_arms([seed], then=seeds[at + 1 :])
             if not self.busy:  # speeds measured beside another training would be wrong
                 self.measure_together(seed)
 
     def run_arms(self, seeds: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Run the arms of these seeds that are not recorded, and measure nothing that compares arms.
+        """Run the arms with these seeds that are not recorded, without measurements that compare arms.
 
-        then: seeds that follow, for the time that is left.
+        then: seeds that will follow, which count for the estimate of the time left.
         """
         wanted = list(self.arms) if self.only is None else list(self.only)
         left = [(arm, seed) for seed in (*seeds, *then) for arm in wanted if self.recorded(arm, seed) is None]
@@ -156,7 +162,10 @@ class Session:
         return Run(folder).environment() if trained else describe(seed)
 
     def measure_together(self, seed: int) -> None:
-        """Measure what compares arms, if an arm lacks it; all arms whose folders exist take part."""
+        """Take the measurements that compare the arms of a seed, if the record of any arm lacks them.
+
+        All arms whose run folders exist take part.
+        """
         if self.study.measure_together is None or self.study.clock is not None:
             return
         found = {arm: record for arm in self.arms if (record := self.recorded(arm, seed)) is not None}
@@ -183,12 +192,12 @@ class Session:
         return bool(parse_json(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
-        """Print a message."""
+        """Print a message after the study's name."""
         self.console.print(f"[dim]{self.study.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
 
 def is_made(folder: Path) -> bool:
-    """Return whether a folder is a finished run or a saved model; both are complete as soon as they exist."""
+    """Return whether a folder contains a finished run or a saved model."""
     if not folder.is_dir() or not any((folder / name).is_file() for name in (CONFIG, MODEL_CONFIG)):
         return False
     return Run(folder).finished or Run(folder).is_saved_model

@@ -30,9 +30,9 @@ LAST_WORDS = 300  # characters of a process's output that are kept
 
 @dataclass(kw_only=True)
 class Worker:
-    """A process that runs one arm of one seed.
+    """A process that runs one arm with one seed.
 
-    log: the file of its output. began: on the clock of `time.perf_counter`.
+    process: the process. log: the file of its output. began: its start on the clock of `time.perf_counter`, in seconds.
     """
 
     arm: str
@@ -43,9 +43,9 @@ class Worker:
 
 
 def run(session: Session, seeds: Sequence[int], jobs: int) -> None:
-    """Run the arms that are not recorded, `jobs` at a time, then measure what compares arms.
+    """Run the arms that are not recorded, `jobs` at a time in processes of their own, then measure what compares arms.
 
-    Failures are noted in the session. Raises ValueError for a timing, whose arms must run alone.
+    Failures are noted in the session. Raises ValueError for a study of timings, whose arms must run alone.
     """
     if session.study.clock is not None:
         raise ValueError(f"study {session.study.name!r} is a timing: its arms run alone, so jobs must be 1, got {jobs}")
@@ -127,7 +127,10 @@ def _stopped_with_us(running: Sequence[Worker]) -> Iterator[None]:
 
 
 def main(given: dict[str, object]) -> int:
-    """Run the arm that `given` describes and record it; returns the exit status."""
+    """Run the one arm that `given` names, and record it; the entry point of a worker process.
+
+    given: name, scale, corpus, arm, seed, runs, out and jobs. Returns the exit status: 1 if it failed or was busy.
+    """
     study, scale, arm = STUDIES[str(given["name"])], str(given["scale"]), str(given["arm"])
     corpus = None if given["corpus"] is None else str(given["corpus"])
     session = Session(

@@ -24,7 +24,10 @@ SAVE_MINUTES = 10.0  # minutes between checkpoints, the most work that an interr
 
 
 def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Train a model from random weights into a run folder."""
+    """Train a model from random weights into a run folder.
+
+    recipe: as `skipstone train` reads it. resume: whether to continue an interrupted run. callbacks: of the trainer.
+    """
     train(recipe, out=folder, resume=resume, progress=True, save_minutes=SAVE_MINUTES, callbacks=callbacks)
 
 
@@ -32,9 +35,10 @@ def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 class Column:
     """A column of a study's table.
 
-    key: path of the figure in a record's figures, joined by dots. unit: divisor of the figure. format: for Python's
-    format(). better: which end is shown in bold, None for neither. relative: add each arm's ratio to the first arm.
-    spread: the figure is {median, min, max} of several turns, and all three are shown.
+    key: dotted path of the figure in a record's figures. title: the heading. format: for Python's format(). unit: the
+    figure is divided by it. better: which end is shown in bold; None: neither. relative: whether to add each arm's
+    ratio to the first arm. spread: whether the figure is {median, min, max} of several measurements, all of which are
+    shown.
     """
 
     key: str
@@ -47,25 +51,24 @@ class Column:
 
     @classmethod
     def speed(cls, key: str, title: str) -> Column:
-        """Return the column of tokens/s at `key`."""
+        """Return a column of tokens per second, from the figures of a timing at the dotted path `key`."""
         return cls(key=f"{key}.tokens_per_second", title=title, format=",.0f", better="high", relative=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study with its published table.
+    """The definition of a study: what is run, what is measured, and what its published page shows.
 
-    purpose: one line, for `--list`. about: paragraphs above the table. arms: recipes by name for a scale, without
-    seeds; the first is the reference. seeds: those of each scale, unless the user names others. A seed sets the
-    recipe's train.seed and data.seed. make: makes the run of an arm: `train_run`, `adapt_run`, or a function of the
-    study. clock: for timings, which make no run: returns the figures of an arm from its recipe; `make`, `measure` and
-    `measure_together` are not used then. columns: of the table. corpora: the first available one replaces the recipes'
-    own; () keeps them. measure: returns figures of one finished run. measure_together: returns further figures of all
-    runs of a seed, by arm, taken in one timing session so that arms compare fairly; None if there are none. derive:
-    returns figures that follow from those of all arms of a seed, by arm; called when the table is rendered. details:
-    returns Markdown below a table, from the figures of each arm by seed, derived ones included. claims: returns the
-    claims judged by rule, from the same figures, for the ledger. closing: returns text printed below the table on the
-    terminal. pictures: returns SVG files beside the page, by name, from the same figures.
+    name: of the study. purpose: one line, for lists. about: paragraphs above the table. arms: given a scale, returns
+    the compared recipes by name, without seeds; the first is the reference. seeds: those of each scale, which set
+    train.seed and data.seed. corpora: the first available one replaces that of the recipes; (): it stays. make: makes
+    the run of an arm. clock: for timings without runs: returns the figures of an arm from its recipe; `make`, `measure`
+    and `measure_together` are not used then. measure: returns figures of a finished run, given its folder.
+    measure_together: returns further figures of all runs of a seed, by arm, taken in one session so that they compare
+    fairly; None: there are none. columns: of the table. The others are called when the page is rendered: derive:
+    returns figures by arm that follow from those of all arms of a seed. details: returns Markdown below a table, from
+    the figures by arm and seed. claims: returns the claims that are judged, from the same. pictures: returns SVG files
+    by name, from the same. closing: returns text printed below the table in the terminal.
     """
 
     name: str
@@ -86,9 +89,10 @@ class Study:
     pictures: Callable[[Mapping[str, Mapping[int, Figures]]], Mapping[str, str]] | None = None
 
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, RecipeDict]:
-        """Return the arms of `scale`, on `corpus` if one is given.
+        """Return the recipes of all arms at a scale, by name.
 
-        Raises ValueError for a scale that is not declared.
+        corpus: replaces that of the recipes; None: it stays. Raises ValueError for a scale that the study does not
+        have.
         """
         choose(f"scale of study {self.name!r}", scale, self.seeds)
         arms = {name: copy.deepcopy(dict(recipe)) for name, recipe in self.arms(scale).items()}
@@ -97,12 +101,15 @@ class Study:
         return arms
 
     def variants(self, scale: str) -> list[dict[str, RecipeDict]]:
-        """Return the arms on every corpus that they may run on."""
+        """Return the recipes of all arms at a scale, by name, once for every corpus that they may run on."""
         return [self.recipes(scale, corpus) for corpus in self.corpora or (None,)]
 
 
 def seeded(recipe: RecipeDict, seed: int) -> RecipeDict:
-    """Return the recipe with a seed. A timing's recipe, which has no parts, gets the seed itself."""
+    """Return a copy of a recipe with a seed in its sections train and data.
+
+    The recipe of a timing has no sections and gets the key `seed` itself.
+    """
     if "train" not in recipe:
         return {**recipe, "seed": seed}
     part = {name: {**recipe.get(name, {}), "seed": seed} for name in ("data", "train")}

@@ -27,7 +27,10 @@ ByArm = Mapping[str, Mapping[int, PlainMapping]]
 
 
 def render(study: Study, records: Sequence[Record]) -> str:
-    """Return the HTML page of a study's records; what it leaves out, `page.render` leaves out, too."""
+    """Return a study's page as HTML: the text and tables of its Markdown page, with pictures of every column and claim.
+
+    records: of the study; those that `page.render` leaves out are left out here, too.
+    """
     pages = environment()
     assert pages.loader is not None
     pages.loader = ChoiceLoader([PackageLoader("skipstone_studies", "templates"), pages.loader])
@@ -73,7 +76,7 @@ def _columns(study: Study, figures: ByArm, title: str) -> list[tuple[str, Drawn]
 
 
 def html(markdown: str) -> Markup:
-    """Return Markdown as HTML: paragraphs, tables, lists; markup in the text is shown as text, images are left out."""
+    """Convert Markdown with paragraphs, tables and lists to HTML; HTML in the text is escaped, images are left out."""
     reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     reader.add_render_rule("table_open", _table_open)
     reader.add_render_rule("table_close", lambda *_: "</table></div>\n")

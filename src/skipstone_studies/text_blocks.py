@@ -16,12 +16,18 @@ RECORDED = "stretches"  # name of the losses by block in records, kept from earl
 
 
 def block_losses(folder: Path) -> list[float]:
-    """Return the loss of each block in nats, in the order of the text, for the model's primary pass."""
+    """Return the validation loss of each block of text (64 neighbouring windows) in nats, in the order of the text.
+
+    folder: the run. The loss is that of its primary pass: the one that skips, if the model can decide causally.
+    """
     return list(of_loaded(load_run(folder)))
 
 
 def of_loaded(loaded: LoadedRun) -> Iterator[float]:
-    """Yield the loss of each block of text, in nats, for a loaded model's primary pass."""
+    """Yield the validation loss of each block of text (64 neighbouring windows) in nats, for a loaded run.
+
+    The loss is that of its primary pass, as in `block_losses`.
+    """
     assert loaded.data is not None
     for batch in batches(loaded.data, WINDOWS, loaded.model.device):
         yield measure_loss(loaded.model, loaded.primary, [batch], activations=False).loss

@@ -17,14 +17,14 @@ BLOCKS = 32  # of text, for the part of an interval that comes from the text
 
 
 def spaced(total: int, count: int | None) -> list[int]:
-    """Return `count` indices that are evenly spaced in range(total); all of them for None or too large a count."""
+    """Return `count` indices that are evenly spaced in range(total); all of them if count is None or too large."""
     if count is None or count >= total:
         return list(range(total))
     return [i * total // count for i in range(count)]
 
 
 def rows(data: PreparedData, indices: Sequence[int], size: int = BATCH) -> Iterator[dict[str, Tensor]]:
-    """Yield the evaluation rows `indices` as batches of at most `size` rows."""
+    """Yield the validation rows with these indices as batches of at most `size` rows, on the CPU."""
     for start in range(0, len(indices), size):
         yield dict(data.collate(data.validation.__getitems__(list(indices[start : start + size]))))
 
@@ -32,7 +32,10 @@ def rows(data: PreparedData, indices: Sequence[int], size: int = BATCH) -> Itera
 def by_block(
     model: SkipstoneForCausalLM, data: PreparedData, count: int | None, blocks: int = BLOCKS
 ) -> list[LossResult]:
-    """Return the results on `count` evenly spaced rows, divided into at most `blocks` consecutive parts."""
+    """Return losses on evenly spaced validation rows, divided into at most `blocks` consecutive parts, one result each.
+
+    Tokens are skipped as in generation. count: how many rows; None: all.
+    """
     chosen = spaced(len(data.validation), count)
     parts = min(blocks, len(chosen))
     ends = [len(chosen) * i // parts for i in range(parts + 1)]
@@ -43,6 +46,9 @@ def by_block(
 
 
 def mean_loss(model: SkipstoneForCausalLM, data: PreparedData, count: int | None) -> float:
-    """Return the loss in nats per prediction on `count` evenly spaced rows."""
+    """Return the loss in nats per prediction on evenly spaced validation rows, skipping tokens as in generation.
+
+    count: how many rows; None: all.
+    """
     (found,) = by_block(model, data, count, 1)
     return found.loss

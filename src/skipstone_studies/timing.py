@@ -20,10 +20,10 @@ ROUNDS = 7  # timed steps of each model, after one warm-up step
 
 
 def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str, PlainDict]:
-    """Time training steps of each run's model on its own recipe's rows; returns speeds by arm.
+    """Time training steps of each run's model on its own recipe's rows, taking turns; return speeds by arm.
 
-    A step is forward, backward, clipping and optimizer. tokens_per_second: by the median of `rounds` steps. spread:
-    half of their range, as a share of the median.
+    runs: the run folder of each arm. rounds: timed steps of each. A step is forward, backward, clipping and optimizer.
+    tokens_per_second: the median over steps. spread: half of the range over steps, as a share of the median.
     """
     rates = take_turns({arm: training_step(Run(folder)) for arm, folder in runs.items()}, rounds)
     return {
@@ -33,7 +33,11 @@ def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str,
 
 
 def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUNDS) -> dict[str, PlainDict]:
-    """Time passes over `rows` whole evaluation rows without a cache; returns speeds by arm under `forward`."""
+    """Time forward passes over `rows` validation rows without a cache, taking turns; return speeds by arm.
+
+    runs: the run folder of each arm. rounds: timed passes of each. Speeds are as in `training_speeds`, under the key
+    `forward`.
+    """
     rates = take_turns({arm: forward_pass(load_run(folder), rows) for arm, folder in runs.items()}, rounds)
     return {
         arm: {"forward": {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread, "rounds": rounds}}
@@ -42,7 +46,7 @@ def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUND
 
 
 def forward_pass(loaded: LoadedRun, rows: int) -> Task:
-    """Return a task that runs the model's primary pass on the first evaluation rows."""
+    """Return a function that runs and times one primary pass of a loaded run over its first `rows` validation rows."""
     assert loaded.data is not None
     batch = next(batches(loaded.data, rows, loaded.model.device))
 
@@ -57,9 +61,10 @@ def forward_pass(loaded: LoadedRun, rows: int) -> Task:
 
 
 def training_step(run: Run) -> Task:
-    """Return a task that runs one training step by the run's recipe.
+    """Return a function that runs and times one training step of a run's model.
 
-    It has the recipe's rows, micro-batches, precision, compilation and routing.
+    It uses the recipe's rows, micro-batches, precision, compilation and routing, and a learning rate so small that
+    routing stays as trained.
     """
     recipe = run.config()["train"]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.get("device") != "cpu" else "cpu")
