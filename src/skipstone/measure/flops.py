@@ -247,11 +247,11 @@ class FlopCheck:
 
 
 def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, torch.Tensor]]) -> FlopCheck:
-    """Count the FLOPs of a model's forward passes and compare them with the cost model.
+    """Count the FLOPs of a model's forward passes and compare them with the cost model's prediction.
 
-    forward: how the model decides and executes (`measure.passes`). batches: dicts of input tensors with `input_ids` [B,
-    T]. Each batch is run three times: for the FLOPs, the records and the host syncs. FLOPs are means over all tokens,
-    syncs the mean over batches.
+    forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
+    `input_ids` [B, T] (rows, tokens). Each batch is run three times: for the FLOPs, the records and the host syncs.
+    FLOPs are means over all tokens, syncs the mean over batches.
     """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()

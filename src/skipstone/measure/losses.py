@@ -71,11 +71,11 @@ def measure_loss(
 ) -> LossResult:
     """Measure loss, accuracy and the figures of mechanisms in one kind of forward pass.
 
-    model: should be in evaluation mode. forward: how it decides and executes (`measure.passes`). batches: dicts of
-    tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and optionally `difficulty`. Apart
-    from rounding, no figure depends on how rows are batched. activations: whether to summarise activation mechanisms
-    such as PolyGLU, which takes about as long as the pass itself. Raises ValueError for a model that is not a Skipstone
-    model.
+    model: should be in evaluation mode. forward: the kind of pass, which says how the model decides and executes.
+    batches: dicts of tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and optionally
+    `difficulty`. Apart from rounding, no figure depends on how rows are batched. activations: whether to summarise
+    activation mechanisms such as PolyGLU, which takes about as long as the pass itself. Raises ValueError for a model
+    that is not a Skipstone model.
     """
     require_ours(model)
     nats, predictions, right = 0.0, 0, 0

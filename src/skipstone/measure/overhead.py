@@ -44,9 +44,10 @@ class Overhead:
 def overhead(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, Tensor], steps: int = 2) -> Overhead:
     """Profile training steps and return the shares of their time that go to routing and to mixing activations.
 
-    A step is a forward pass with exploration noise on and a backward pass, without an optimizer. forward: how the model
-    decides and executes (`measure.passes`). batch: the model's inputs, with `input_ids` [B, T] on its device, which
-    also serve as labels. steps: how many are profiled, after one to warm up. Gradients are cleared afterwards.
+    A step is a forward pass with exploration noise on router scores and a backward pass, without an optimizer. forward:
+    the kind of pass, which says how the model decides and executes. batch: the model's inputs, with `input_ids` [B, T]
+    on its device, which also serve as labels. steps: how many are profiled, after one to warm up. Gradients are cleared
+    afterwards.
     """
     arguments = {**forward.arguments(model, batch), "noise": True, "labels": batch["input_ids"]}
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines of its own to the terminal

@@ -58,21 +58,25 @@ def targets(batch: Batch) -> Tensor:
 
 
 def known_to_need_depth(batch: Batch) -> Tensor | None:
-    """Return the tokens with a known difficulty of 0 or above, bool [B, T]; None if the batch has no `difficulty`."""
+    """Return the tokens that are known to need depth, bool [B, T] (rows, tokens); None if the data do not state it.
+
+    batch: `difficulty`, int64 [B, T], is 0 or above for tokens that are the result of an operation, negative for
+    others.
+    """
     return batch["difficulty"] >= 0 if "difficulty" in batch else None
 
 
 def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
-    """Return the indices of the blocks that carry a depth mechanism."""
+    """Return the indices of the blocks with a depth mechanism, which decides what tokens they update."""
     blocks = model.decoder.layers
     return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
 
 
 def forced_routing(model: SkipstoneForCausalLM, kept_BT: Tensor) -> dict[int, Tensor]:
-    """Return a value for forward's argument `routing` that imposes one decision on all depth mechanisms.
+    """Return a value for forward's argument `routing` that makes all depth mechanisms keep the same tokens.
 
-    kept_BT: bool [B, T] (rows, tokens), the tokens to keep in every block that carries a depth mechanism. The result is
-    {layer: kept_BT}.
+    kept_BT: bool [B, T] (rows, tokens), the tokens that get the update of every block with a depth mechanism; it
+    replaces the mechanisms' own decisions. The result is {layer: kept_BT}.
     """
     return dict.fromkeys(depth_layers(model), kept_BT)
 

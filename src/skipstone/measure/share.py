@@ -60,7 +60,7 @@ class Seen:
 def observe(
     model: SkipstoneForCausalLM, rows: Iterable[Mapping[str, Tensor]], handles: Sequence[ScoreReader] = ()
 ) -> Seen:
-    """Run a model over rows with decisions that look at no later token and without noise, and return what it decided.
+    """Run a model over rows and return its decisions, which look at no later token and are made without noise.
 
     model: must be in evaluation mode. rows: batches of any size, as dicts of input tensors on the model's device.
     handles: the thresholds whose scores are returned.

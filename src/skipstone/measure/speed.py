@@ -40,7 +40,7 @@ class Lap:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """The timed runs (laps) of one model at one task."""
+    """The timed runs (laps) of one model at one task, in the order in which they were measured."""
 
     laps: tuple[Lap, ...]
 

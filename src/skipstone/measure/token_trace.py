@@ -21,8 +21,8 @@ class ActivationSummary:
     """The mix of activation functions in the MLP neurons of one layer.
 
     shares: mean share of each function. entropy: mean entropy of the mix, as a share of its maximum. strongest: for
-    each neuron, the index of the function with the largest mean logit. by_category: mean shares for the tokens of each
-    category (`CATEGORIES`: letters, digits, signs, white space) that occurs.
+    each neuron, the index of the function that it prefers for the mean logits of all tokens. by_category: mean shares
+    for the tokens of each category of text (letters, digits, signs, white space) that occurs.
     """
 
     shares: list[float]
@@ -59,8 +59,8 @@ class Allocation:
     by_kind, by_frequency, by_position: groups of tokens by kind of text (empty if unknown), by frequency of the token
     id and by position in the row. correlation: Pearson's, over tokens, of the computed share and the loss.
     without_position, without_token, without_both: the same after subtracting from both variables the mean of each group
-    of positions, of each token id, or of both: what remains is not explained by them. None where a variable is
-    constant.
+    of positions, of each token id, or of both, which shows how much correlation these do not explain. None where a
+    variable is constant.
     """
 
     by_kind: list[TokenGroup]
@@ -123,7 +123,10 @@ class TokenTrace:
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> TokenTrace:
-        """Build a trace from the values that `to_dict` returns. Raises KeyError, TypeError or ValueError for others."""
+        """Build a trace from the dict that `to_dict` returns.
+
+        Raises KeyError, TypeError or ValueError for other values.
+        """
         by_layer = {name: _with_keys(int, values[name]) for name in ("capacity", "experts")}
         activations = {int(layer): ActivationSummary(**one) for layer, one in values["activations"].items()}
         found = values["allocation"]
@@ -153,7 +156,7 @@ class ModelView:
     trace: TokenTrace
 
     def to_dict(self) -> PlainDict:
-        """Return the view as plain values for JSON, with the number of their format."""
+        """Return the view as plain values for JSON, including the version of their format."""
         capacity = {str(layer): shares for layer, shares in self.set_capacity.items()}
         return {
             "format": FORMAT,
@@ -164,7 +167,7 @@ class ModelView:
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> ModelView | None:
-        """Build a view from the plain values that `to_dict` returns; None if another version's format wrote them."""
+        """Build a view from the dict that `to_dict` returns; None if `values` have another version's format."""
         if values.get("format") != FORMAT:
             return None
         return cls(

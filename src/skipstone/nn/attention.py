@@ -67,11 +67,11 @@ class AttentionConfig(Protocol):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, softmax(q k / sqrt(E)) v, of head size E, with grouped key/value heads.
+    """Causal self-attention, softmax(q k / sqrt(E)) v for heads of E features, with grouped key/value heads.
 
-    A query sees keys of its own document in its own and earlier slots (positions in the row), with `shape.window` only
-    in the last slots. shape: sizes and settings. config: read for the name of the attention implementation
-    (`config._attn_implementation`) only. layer_idx: index of the block.
+    A query sees keys of its own document in its own and earlier slots (a slot is a token's index in its row, padding
+    and skipped tokens counted); with `shape.window`, in the last slots only. shape: sizes and settings. config: read
+    only for the name of the attention implementation (`config._attn_implementation`). layer_idx: index of the block.
     """
 
     is_causal = True
@@ -101,12 +101,12 @@ class Attention(nn.Module):
         cache: SkipstoneCacheLayer | None = None,
         queries: Tokens | None = None,
     ) -> Tensor:
-        """Return the attention's output for the query tokens, [B, K, D], or [1, N, D] if `tokens` is unpadded.
+        """Return the attention's output for the query tokens, [B, K, D], or concatenated without padding, [1, N, D].
 
-        x_BTD: normalised stream of all T tokens. tokens: their slots, padding, documents, rotary angles, and which K of
-        them are queries (get an update). cache: stores keys and values of all T tokens, and supplies those of earlier
-        calls; None: only this call's keys are attended to. queries: `tokens.query_tokens()`, if the caller has computed
-        it already.
+        x_BTD: normalised residual stream of all T tokens. tokens: their slots, padding, documents and rotary angles,
+        which K of them are queries (get an update), and whether padding is removed. cache: stores keys and values of
+        all T tokens, and supplies those of earlier calls; None: only this call's keys are attended to. queries:
+        `tokens.query_tokens()`, if the caller has computed it already.
         """
         if cache is not None and tokens.mode.single_token and self._steps(x_BTD, tokens, cache.kv):
             return self.o_proj(self._newest(x_BTD, tokens, cache.kv))
@@ -277,10 +277,10 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention by the plain formula, with the signature of transformers' attention interface.
 
-    module: supplies `num_key_value_groups`, the number of query heads per key head. query: [B, H, K, E]. key, value:
-    [B, H / groups, C, E]. attention_mask: added to the scores, [B or 1, 1, K, C], or None. scaling: factor on the
-    scores. dropout: probability for the weights. softcap: c of c tanh(score / c), or None. Returns the output [B, K, H,
-    E] and the weights [B, H, K, C].
+    module: supplies `num_key_value_groups`, the number of query heads per key/value head. query: [B, H, K, E] (rows,
+    heads, queries, features). key, value: [B, H / groups, C, E]. attention_mask: added to the scores, [B or 1, 1, K,
+    C], or None. scaling: factor on the scores. dropout: probability for the weights. softcap: c, if scores become c
+    tanh(score / c), or None. kwargs: ignored. Returns the output [B, K, H, E] and the weights [B, H, K, C].
     """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]

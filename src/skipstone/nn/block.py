@@ -98,7 +98,7 @@ class Block(GradientCheckpointingLayer):
         return added(x_BTD, delta_BTD), self.complete(records, x_BTD)
 
     def mechanism(self, name: str) -> DepthModule:
-        """Return the depth mechanism of this name: one of this block, or one around the segment to which it belongs."""
+        """Return the depth mechanism of this name in this block or around its segment of blocks."""
         return self.mechanisms[name] if name in self.mechanisms else self._around[0].mechanisms[name]
 
     def segment_start(self) -> int | None:
@@ -109,7 +109,9 @@ class Block(GradientCheckpointingLayer):
         return self._around[0].self_attn.layer_idx if self._around else None
 
     def recorded(self) -> set[str]:
-        """Return the names of the records of this block: of its own mechanisms and of those around its segment."""
+        """Return the names of the records of this block: of its own mechanisms and of those around its segment of
+        blocks.
+        """
         return {*self._inside_names, *self.sites[SEGMENT]}
 
     def routing_modules(self) -> dict[str, RoutingModule]:
@@ -122,7 +124,8 @@ class Block(GradientCheckpointingLayer):
         return [name for prefix, module in named for name in fp32_names(prefix, module)]
 
     def complete(self, records: Records, x_BTD: Tensor) -> Records:
-        """Return `records` with empty records added for mechanisms that no token reached, so that names never differ.
+        """Return `records` with an empty one for each mechanism that no token reached: each call returns the same
+        names.
 
         x_BTD: the stream, for the shape and device of empty records.
         """

@@ -126,9 +126,9 @@ class ExpertRouter(nn.Module):
 class ExpertsMLP(FeedForward, RoutingModule):
     """A mixture of experts (gated MLPs) in place of a block's MLP; each token chooses `top_k` of them, or no-ops.
 
-    width: of the stream; neurons: of the dense MLP that it replaces; both multiples of 8. activation: the function of
-    the gates. dropout: probability for the output. placement: block and record name; None: the name "experts". config:
-    the options, or `options` by keyword as in `ExpertsConfig`.
+    width: of the residual stream; neurons: of the dense MLP that it replaces; both multiples of 8. activation: the
+    function of the gates. dropout: probability for the output. placement: index of the block, and name of the records;
+    None: the name "experts". config: the options; None: `options` by keyword, as in `ExpertsConfig`.
     """
 
     activation: FixedActivation
@@ -167,8 +167,8 @@ class ExpertsMLP(FeedForward, RoutingModule):
     ) -> tuple[Tensor, Records]:
         """Return the weighted sum of the chosen experts, [B, T, D], 0 for padding, and the record of the choices.
 
-        x_BTD: the normalised stream, or [1, N, D] if `tokens` is unpadded; the result then is, too. tokens: which are
-        padding. cache: not used.
+        x_BTD: the normalised residual stream, or its real tokens concatenated, [1, N, D], if `tokens` says so; the
+        result has the same form. tokens: which are padding. cache: not used.
         """
         x_BTD = tokens.pad(x_BTD)
         logits_BTX = self.router(x_BTD)

@@ -169,11 +169,11 @@ FIXED_MIX = "fixed_mix"
 def activated(
     activation: Activation, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
 ) -> tuple[Tensor, Records]:
-    """Apply an activation and return its values, shaped as `gate`, and its records.
+    """Apply an activation and return its values, shaped as `gate`, and its records by mechanism name.
 
-    gate: pre-activations, [B, T, F] or unpadded [1, N, F]. x: the MLP's input, padded or not as `gate`. tokens:
-    describes the tokens. cache: where the activation keeps state of earlier calls, or None. Unpadded tokens are padded
-    for an activation that depends on other tokens (not `by_token`), and its values unpadded again.
+    gate: pre-activations, [B, T, F], or [1, N, F] where `tokens` says that the N real tokens of all rows are
+    concatenated without padding. x: the MLP's input, in the same form. cache: where the activation keeps state of
+    earlier calls, or None. An activation that depends on other tokens (not `by_token`) is applied in the padded form.
     """
     y_BTF: Tensor
     records: Records
@@ -187,8 +187,8 @@ def activated(
 class GatedMLP(FeedForward):
     """A gated MLP: down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202).
 
-    width: of the stream. neurons: hidden size. activation: applied to the gates. bias: whether all three projections
-    have biases. dropout: probability for the output; hidden_dropout: for the hidden values.
+    width: of the residual stream. neurons: hidden size. activation: applied to the gates. bias: whether all three
+    projections have biases. dropout: probability for the output; hidden_dropout: for the hidden values.
     """
 
     def __init__(
@@ -222,8 +222,8 @@ class GatedMLP(FeedForward):
 class PlainMLP(FeedForward):
     """An MLP without a gate: down(act(up(x))).
 
-    width: of the stream. neurons: hidden size. activation: applied to the hidden values. bias: whether both projections
-    have biases. dropout: probability for the output; hidden_dropout: for the hidden values.
+    width: of the residual stream. neurons: hidden size. activation: applied to the hidden values. bias: whether both
+    projections have biases. dropout: probability for the output; hidden_dropout: for the hidden values.
     """
 
     def __init__(

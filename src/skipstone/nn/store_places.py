@@ -82,10 +82,10 @@ class Places:
 
 
 def is_usual(store: Any, entries: int, new: int) -> bool:
-    """Return whether a cache store has the form that the compiled attention can read: one row of a few fp32 tensors.
+    """Return whether the compiled attention can read and extend a cache store.
 
-    store: any store of a cache layer. entries: the number of tensors that it should hold. new: number of tokens that
-    are to be added; together with those stored they must not exceed `decode_step.MOST_KEYS`.
+    It must hold one row of at most `decode_step.MOST_KEYS` tokens, `new` further ones included. store: any store of a
+    cache layer. entries: the number of tensors that it should consist of, fp32 and int64, if it holds anything yet.
     """
     if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
         return False

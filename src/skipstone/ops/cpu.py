@@ -34,11 +34,11 @@ NEAR, FAR = 32.0, -53.0
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Mix PolyGLU's activations as `reference.mix_activations` does, in chunks of tokens that fit a CPU's cache.
+    """Mix PolyGLU's activation functions as `reference.mix_activations` does, in chunks that fit a CPU's cache.
 
-    gate_BTF: pre-activations [B, T, F]. static_BFA: preferences of the neurons, [1 or B, F, A]. dynamic_BTA: logits of
-    the tokens, [B, 1 or T, A]. temperature: of the softmax over the A functions; gets no gradient. Returns [B, T, F] in
-    the dtype of the gate.
+    gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the A functions,
+    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: of the softmax over
+    the sum; gets no gradient. Returns [B, T, F] in the dtype of the gate.
     """
     if gate_BTF.dtype == torch.float64:  # the chunks below are laid out for fp32
         return reference.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)

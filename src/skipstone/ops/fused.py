@@ -23,11 +23,11 @@ INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Mix PolyGLU's activations as `reference.mix_activations` does, by Triton kernels on a GPU.
+    """Mix PolyGLU's activation functions as `reference.mix_activations` does, by Triton kernels on a GPU.
 
-    gate_BTF: pre-activations [B, T, F]. static_BFA: preferences of the neurons, [1 or B, F, A]. dynamic_BTA: logits of
-    the tokens, [B, 1 or T, A]. temperature: of the softmax over the A functions; gets no gradient. Returns [B, T, F] in
-    the dtype of the gate.
+    gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the A functions,
+    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: of the softmax over
+    the sum; gets no gradient. Returns [B, T, F] in the dtype of the gate.
     """
     static_BAF, dynamic_BAT = (
         (x.float() / temperature).transpose(1, 2).contiguous() for x in (static_BFA, dynamic_BTA)

@@ -70,17 +70,20 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def previewed(x_ND: Tensor, preview: Preview) -> Tensor:
-    """Return the approximate logits of the preview alone, fp32 [N, V]. x_ND: hidden states of N tokens."""
+    """Return the approximate logits that a preview gives, fp32 [N, V].
+
+    x_ND: hidden states of N tokens. preview: a low-rank four-bit copy of the head.
+    """
     turned = x_ND.float() @ preview.turn.t() + preview.shift
     return turned[:, :-1] @ unpack(preview.packed).t() * preview.scale + preview.offset + turned[:, -1:]
 
 
 def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
-    """Return logits by preview and candidates, fp32 [N, V], by ordinary operations; the specification of `logits`.
+    """Return logits that are exact for the best candidates, fp32 [N, V], by ordinary operations; specifies `logits`.
 
-    The `candidates` tokens with the largest previewed logits get their exact logits, all others keep the previewed
-    ones. x_ND: hidden states of N tokens. weight_VD: weight of the head. scale: scales of an int8 head (`ops/int8.py`);
-    None: the weight is in floating point.
+    The `candidates` tokens with the largest logits by the preview get their exact logits, all others keep the
+    preview's. x_ND: hidden states of N tokens. preview: a low-rank four-bit copy of the head. weight_VD: weight of the
+    head. scale: scales of an int8 head (`ops/int8.py`); None: the weight is in floating point.
     """
     guess_NV = previewed(x_ND, preview)
     whole = weight_VD.float() if scale is None else int8.restore(weight_VD, scale)
@@ -91,8 +94,8 @@ def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | Non
 def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
     """Return whether `logits` can be computed by the compiled kernel: one token without gradient, on a CPU with numba.
 
-    x: hidden states [..., D]. weight_VD: weight of the head, in a layout that `readable` accepts. scale: scales of an
-    int8 head, or None.
+    x: hidden states [..., D]. weight_VD: weight of the head, which has to be `readable`. scale: scales of an int8 head,
+    or None.
     """
     if (
         x.numel() != weight_VD.shape[1]
@@ -114,10 +117,12 @@ def readable(weight_VD: Tensor, scale: Tensor | None) -> bool:
 
 
 def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
-    """Return the logits of one token by preview and candidates, [..., V] in the dtype of x, by the compiled kernel.
+    """Return the logits of one token, exact for the best candidates, by the compiled kernel.
 
-    Call it only if `takes` returned True. x: hidden states [..., D] of one token. weight_VD: weight of the head. scale:
-    scales of an int8 head, or None. candidates: number of tokens that get exact logits.
+    The result is [..., V] in the dtype of x. Call it only if `takes` returned True. x: hidden states [..., D] of one
+    token. preview: a low-rank four-bit copy of the head, which picks the candidates and gives all other logits.
+    weight_VD: weight of the head. scale: scales of an int8 head, or None. candidates: number of tokens that get exact
+    logits.
     """
     given = (x, preview.turn, preview.shift, preview.packed, preview.scale, preview.offset, weight_VD, scale)
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
@@ -126,9 +131,10 @@ def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None,
 
 
 def flops(width: int, vocabulary: int, directions: int, candidates: int) -> int:
-    """Return the FLOPs of one token's logits: product with the directions, preview, and the rows of the candidates.
+    """Return the FLOPs of one token's logits by preview and candidates (`logits`).
 
-    width: of the hidden states. vocabulary: number of tokens. directions, candidates: as in `HeadPreview`.
+    width: of the hidden states. vocabulary: number of tokens. directions: rank of the preview. candidates: number of
+    tokens that get exact logits.
     """
     return 2 * (width * (directions + 1) + vocabulary * directions + candidates * width)
 

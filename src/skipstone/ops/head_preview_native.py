@@ -36,11 +36,12 @@ def logits(
     weight_scale: Tensor | None,
     candidates: int,
 ) -> Tensor:
-    """Return the logits of one token by preview and candidates, [..., V] in the dtype of x.
+    """Return the logits of one token, exact for the best candidates, [..., V] in the dtype of x.
 
-    x: hidden states [..., D] of one token. turn, shift, packed, scale, offset: the parts of `head_preview.Preview`.
-    weight_VD: weight of the head, fp32 or int8. weight_scale: fp32 scales of an int8 head, or None. candidates: number
-    of tokens that get exact logits.
+    x: hidden states [..., D] of one token. turn, shift, packed, scale, offset: the parts of `head_preview.Preview`, a
+    low-rank four-bit copy of the head, which picks the candidates and gives all other logits. weight_VD: weight of the
+    head, fp32 or int8. weight_scale: fp32 scales of an int8 head, or None. candidates: number of tokens that get exact
+    logits.
     """
     V, D = weight_VD.shape
     K, given = turn.shape[0] - 1, x.reshape(-1).float()

@@ -72,7 +72,7 @@ def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """Return which of the last axis are its `count` largest values, bool in the shape of `score` [..., G].
+    """Return which values are the `count` largest of the last axis, bool in the shape of `score` [..., G].
 
     score: fp32, not negative. On a CPU with numba, the first of equal values are chosen; elsewhere `topk` decides.
     """

@@ -68,7 +68,7 @@ def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0
 def compact(kept_BT: Tensor, width: int) -> Tensor:
     """Return the indices [B, width] of each row's kept tokens in ascending order, followed by those of other tokens.
 
-    kept_BT: bool. width: number of indices per row; of a row that keeps more, the first.
+    kept_BT: bool [B, T] (rows, tokens). width: number of indices per row; of a row that keeps more, the first.
     """
     return kept_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
 
@@ -193,11 +193,12 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Return sum_k softmax_k((static + dynamic) / temperature) act_k(gate) for A functions (PolyGLU, arXiv 2603.13347).
+    """Mix A activation functions for each neuron and token (PolyGLU, arXiv 2603.13347).
 
-    gate_BTF: pre-activations of F neurons. static_BFA: [1 or B, F, A], the preference of each neuron, plus the row's
-    Gumbel noise if there is any. dynamic_BTA: [B, 1 or T, A], logits of the tokens. temperature: a positive number. The
-    softmax is fp32; the result has the gate's dtype and shape [B, T, F].
+    The result is sum_k softmax_k((static + dynamic) / temperature) act_k(gate), with act = ReLU, tanh, SiLU, GELU.
+    gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron, [1 or B, F, A];
+    they may include Gumbel noise of the row. dynamic_BTA: logits of each token, [B, 1 or T, A]. temperature: a positive
+    number. The softmax is fp32; the result has the gate's dtype and shape.
     """
     logits_BTFA = (wide(static_BFA)[:, None] + wide(dynamic_BTA)[:, :, None]) / temperature
     share_BTFA = logits_BTFA.softmax(-1).to(gate_BTF.dtype)
