@@ -133,10 +133,13 @@ PASSES = {
 def passes_of(
     model: SkipstoneForCausalLM, corpus: str | None, was_forced: bool = False
 ) -> tuple[dict[str, Pass], dict[str, str]]:
-    """Return the passes of `PASSES` that the model can run on a corpus, and why others are unavailable, both by name.
+    """Return which of the passes "oracle", "causal", "executed" and "forced" a model can run, and why it cannot run
+    others.
 
-    corpus: name of the data's corpus, which tells whether difficulties are known; None if there is none. was_forced:
-    whether training imposed the known difficulty on the model, so that its own routers have learned nothing.
+    The first dict maps names to passes of `PASSES`, the second names to reasons. corpus: name of the data's corpus,
+    which tells whether difficulties are known (needed for "forced"); None if there is none. was_forced: whether
+    training imposed the known difficulty on the model, so that its own routers have learned nothing and only "forced"
+    is possible.
     """
     unavailable: dict[str, str] = {}
     waits = any(m.needs_masks for m in model.routing_modules())

@@ -75,7 +75,7 @@ def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
     """Time every task once per round, in alternating order, so that changes in the machine's speed affect all alike.
 
     tasks: functions that run and time one lap, by name. rounds: number of laps of each task in the result; one more
-    round runs first to warm up and is discarded. Returns the laps by the same names.
+    round runs first to warm up and is discarded. Returns the laps of each task, by name.
     """
     names = list(tasks)
     laps: dict[K, list[Lap]] = {name: [] for name in names}

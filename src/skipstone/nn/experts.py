@@ -113,7 +113,7 @@ class ExpertRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight from a normal distribution (0, 0.02) and set the balancing bias to 0."""
+        """Draw the weight from a normal distribution with standard deviation 0.02, and set the balancing bias to 0."""
         init.normal_(self.weight, 0.0, 0.02)
         if self.balance_bias is not None:
             init.zeros_(self.balance_bias)
@@ -158,7 +158,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights of all experts from a normal distribution (0, 0.02)."""
+        """Draw the weights of all experts from a normal distribution with mean 0 and standard deviation 0.02."""
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             init.normal_(weight, 0.0, 0.02)
 

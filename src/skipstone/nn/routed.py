@@ -25,8 +25,9 @@ class Routed(nn.Module):
 
     block: maps x [B, T, D] to a residual stream of that shape (including its input), or to a tuple that begins with
     one. If it mixes tokens, it does so in order of their index; it has no cache. It is called with the kept tokens
-    only, so it must not depend on T. mechanisms: the first is outermost. Gates scale the block's whole update; tokens
-    skipped by a hard gate are not computed at all, and give no keys and values.
+    only, so it must not depend on T. mechanisms: the first is outermost. A gate (a mechanism that multiplies updates by
+    a learned factor) scales the block's whole update; tokens that a hard gate skips are not computed at all, and give
+    no keys and values.
 
     Further arguments are passed to the block unchanged, except tensors with an entry for each token: [B or 1, T, ...]
     (positions, rotary tables, padding masks), [B or 1, H, T, E], [N, B or 1, T, ...] and pair masks [B or 1, H or 1, T,
@@ -178,10 +179,10 @@ def token_axes(value: Tensor, shape: torch.Size) -> tuple[int, int] | None:
 
 
 def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
-    """Return an attention mask in which keys that are not kept are hidden from every query but themselves.
+    """Return an attention mask in which a key that is not kept is visible to its own query only.
 
-    mask: [B or 1, H or 1, K, K], bool (True: visible) or added to scores. kept_BK: bool. A token that is not kept sees
-    itself, so that no row of the mask hides everything.
+    mask: [B or 1, H or 1, K, K] for K tokens, bool (True: visible) or added to scores. kept_BK: bool [B, K]. A token
+    that is not kept still sees itself, so that no row of the mask hides everything.
     """
     itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
     closed = ~(kept_BK[:, None, None, :] | itself)

@@ -51,7 +51,7 @@ class Places:
         return type(None), ()
 
     def holds(self, count: int) -> bool:
-        """Return whether all entries still lie at these addresses, with room for `count` more tokens."""
+        """Return whether all entries still lie at the noted addresses, with room for `count` more tokens."""
         return (
             all(map(operator.is_, [store.entries for store in self.stores], self.dicts))
             and all(map(operator.is_, map(dict.get, self.entries, self.keys), self.values))
