@@ -127,8 +127,9 @@ class Run:
         return found
 
     def best(self) -> PlainDict | None:
-        """Return {"step": ..., "loss": ...} of the best validation loss, in nats; None if the run has not saved that
-        model.
+        """Return {"step": ..., "loss": ...} of the lowest validation loss, in nats.
+
+        None if the run has not saved the model of that step.
         """
         return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST).is_dir() else None
 

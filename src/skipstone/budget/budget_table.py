@@ -82,7 +82,7 @@ class BudgetTable:
         return math.ceil(low * 1000 - 1e-9) / 1000, math.floor(high * 1000 + 1e-9) / 1000
 
     def thresholds(self, budget: float) -> list[float]:
-        """Return the threshold of each handle for a budget, interpolated between the two nearest points.
+        """Return one threshold per entry of `handles` for a budget, interpolated between the two nearest points.
 
         budget: share of the dense FLOPs. Raises ValueError for a budget outside of `range`, and for one in a gap
         between points that are more than 10 % apart, where the scores do not tell tokens apart.
@@ -105,8 +105,8 @@ class BudgetTable:
     def set(self, model: SkipstoneForCausalLM, budget: float) -> None:
         """Set the model's thresholds so that it meets a budget, until `reset`.
 
-        budget: share of the dense FLOPs. Raises ValueError as `thresholds` does, and for a model with other thresholds
-        than the calibrated one.
+        budget: share of the dense FLOPs. Raises ValueError as `thresholds` does, and for another model: one whose
+        thresholds are not those named in `handles`.
         """
         thresholds = self.thresholds(budget)
         for handle, threshold in zip(self._handles(model), thresholds, strict=True):
@@ -115,7 +115,7 @@ class BudgetTable:
     def reset(self, model: SkipstoneForCausalLM) -> None:
         """Restore every threshold of the model exactly as it was trained.
 
-        Raises ValueError for a model with other thresholds.
+        Raises ValueError for another model: one whose thresholds are not those named in `handles`.
         """
         for handle, state in zip(self._handles(model), self.trained, strict=True):
             handle.restore(list(state))
@@ -138,7 +138,7 @@ class BudgetTable:
         """Return the budget that the model's present thresholds meet, roughly: the share of the nearest point.
 
         For a model as it was trained, this is exactly the share of the dense FLOPs that calibration measured for it.
-        Raises ValueError for a model with other thresholds.
+        Raises ValueError for another model: one whose thresholds are not those named in `handles`.
         """
         now = [handle.threshold for handle in self._handles(model)]
         apart = [max(abs(a - b) for a, b in zip(point.thresholds, now, strict=True)) for point in self.points]

@@ -25,8 +25,8 @@ class ThresholdHandle:
     """A threshold that calibration can set: that of one block, or one shared by all blocks of a mechanism.
 
     It is shared if it is a configuration option of the mechanism. name: block numbers and name of the mechanism, such
-    as "3 mod". model: the model that holds it. index: the mechanism's index in `config.mechanisms`. mechanisms: those
-    of all blocks concerned.
+    as "3 mod". model: the model that has it. index: the mechanism's index in `config.mechanisms`. mechanisms: the
+    mechanism's modules in all blocks concerned.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, index: int, mechanisms: Sequence[DepthModule]) -> None:

@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` a block still stores after a call; window: in tokens, or None."""
+    """Return how many of a row's `entries` a cache keeps after a call; window: the attention window, or None."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -276,7 +276,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.cumulative_length = 0
 
     def store(self, name: str) -> RaggedStore:
-        """Return the store of the mechanism `name`, created on first use."""
+        """Return the storage for the per-token state of the mechanism `name`, created on first use."""
         return self.stores.setdefault(name, RaggedStore())
 
     @property

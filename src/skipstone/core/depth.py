@@ -46,7 +46,7 @@ class DepthModule(RoutingModule):
 
     @property
     def skips(self) -> bool:
-        """Whether a causal pass (decisions without a look at later tokens) may skip tokens if it draws no noise."""
+        """Whether an evaluation pass (causal decisions, with no look at later tokens and no noise) may skip tokens."""
         return True
 
     @property
@@ -101,7 +101,7 @@ class DepthModule(RoutingModule):
         """Return the update of `x_BTD` under this mechanism, [B, T, D], and the records of all decisions made, by name.
 
         update: computes the update without the mechanism, for the tokens that it is given. x_BTD: the residual stream.
-        tokens: slots, padding, state and pass mode of these tokens.
+        tokens: everything else about these tokens (positions, padding, state of mechanisms, how to decide).
         """
         raise NotImplementedError
 

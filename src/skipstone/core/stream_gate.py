@@ -99,11 +99,11 @@ class Mixture(NamedTuple):
         logits = scale * (mix_weight relu(mean + context_bias) + mix_bias)
         share  = softmax((preference_scale * preference + logits) / tau)
 
-    There are A functions, `ops.reference.ACTIVATIONS`. mean: the mean of context_weight x over the tokens so far, in
-    which a token n tokens back has the weight decay^n; with decay None, of the present token alone. name: of the
-    record, and of the cache store that holds the running sums. context_weight: [R, D]. context_bias: [R]. mix_weight:
-    [A, R]. mix_bias, scale: [A]. preference: [F, A], the neurons' learned logits. tau: scalar tensor, the temperature.
-    R: the hidden width.
+    There are A functions, `ops.reference.ACTIVATIONS`; x is the MLP's input, of width D; R is a hidden width. mean: the
+    mean of context_weight x over the tokens so far, in which a token n tokens back has the weight decay^n; with decay
+    None, of the present token alone. name: of the record, and of the cache store that holds the running sums.
+    context_weight: [R, D]. context_bias: [R]. mix_weight: [A, R]. mix_bias, scale: [A]. preference: [F, A], the
+    neurons' learned logits. tau: scalar tensor, the temperature.
     """
 
     name: str

@@ -120,17 +120,21 @@ class Tokens:
 
     @property
     def group_BT(self) -> Tensor | None:
-        """The document of each token, -1 for padding, as `select_top` expects it; None without padding and packing."""
+        """The group in which each token competes in a top-k selection: its document, or -1 for padding.
+
+        None if each row is one document without padding.
+        """
         if self.real_BT is None:
             return self.document_BT
         document = self.document_BT if self.document_BT is not None else torch.zeros_like(self.slot_BT)
         return torch.where(self.real_BT, document, -1)
 
     def select_kept(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
-        """Turn a bool mask of kept tokens into a selection: gathered, or left in place for the masked executor.
+        """Turn a bool mask of kept tokens into a selection: gathered, or marked in place in a pass that computes all.
 
-        kept_BT: never True for padding. width: the number of columns to gather; None: as many as the row that keeps
-        most has, which makes the CPU wait for the GPU once. exact: whether every row keeps exactly `width` tokens.
+        The latter is `PassMode.executor` "masked". kept_BT: never True for padding. width: the number of columns to
+        gather; None: as many as the row that keeps most has, which makes the CPU wait for the GPU once. exact: whether
+        every row keeps exactly `width` tokens.
         """
         if self.mode.executor == "masked":
             return InPlace(kept_BT)
@@ -219,7 +223,7 @@ class Tokens:
         return y if self.unpadding is None else self.unpadding.pad(y)
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens of x whose update is computed: [B, K, ...], or [1, N, ...] if there is an unpadding."""
+        """Return the tokens of x whose update is computed: [B, K, ...], K per row, or without padding [1, N, ...]."""
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:

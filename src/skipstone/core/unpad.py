@@ -37,19 +37,25 @@ class Unpadding:
     shape: tuple[int, int]  # B, K
 
     def unpad(self, x_BKD: Tensor) -> Tensor:
-        """Return the real tokens, [1, N, ...], of x [B, K, ...], or of x [1, K, ...] with equal rows."""
+        """Return the N real tokens of padded rows x [B, K, ...], concatenated: [1, N, ...].
+
+        x may also be [1, K, ...], which stands for B equal rows.
+        """
         return _picked(x_BKD.expand(self.shape[0], *x_BKD.shape[1:]), self.place_N)
 
     def pad(self, y_1ND: Tensor) -> Tensor:
-        """Return [B, K, ...] for real tokens [1, N, ...], with 0 for padding; inverse of `unpad`."""
+        """Return padded rows [B, K, ...] of N concatenated tokens [1, N, ...], with 0 for padding; inverse
+        of `unpad`.
+        """
         return _scattered(y_1ND, self.place_N, self.shape)
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the real tokens, [1, N, ...], of x [B, T, ...], from which the K columns were gathered."""
+        """Return the same N tokens as `unpad`, [1, N, ...], from the rows x [B, T, ...] before tokens were selected."""
         return _picked(x_BTD, self.source_N)
 
     def scatter(self, y_1ND: Tensor, length: int) -> Tensor:
-        """Return [B, T, ...] for real tokens [1, N, ...], with 0 at all other tokens; inverse of `gather`.
+        """Return [B, T, ...] with the N tokens y_1ND at their places before selection, else 0; inverse of `gather`.
+
         length: T.
         """
         return _scattered(y_1ND, self.source_N, (self.shape[0], length))

@@ -47,8 +47,9 @@ class SourceFile:
 
 
 def offline() -> bool:
-    """Return whether the environment variable SKIPSTONE_OFFLINE forbids network access: set, and neither
-    empty nor "0".
+    """Return whether the environment variable SKIPSTONE_OFFLINE, which forbids network access, is set.
+
+    Empty and "0" count as not set.
     """
     return os.environ.get("SKIPSTONE_OFFLINE", "") not in ("", "0")
 

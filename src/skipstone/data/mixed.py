@@ -81,7 +81,10 @@ class MixedWindows(RowDataset):
 
     @property
     def num_labels(self) -> int:
-        """The number of predictions in all rows: those of the text, minus one per span. Only for evaluation windows."""
+        """The number of predictions in all rows: those of the text, minus one per span. Only for evaluation windows.
+
+        The token before a span has no target, because the first token of a span is random.
+        """
         assert isinstance(self.text, CoveringWindows)
         return self.text.num_labels - int(self.spanned(np.arange(self.rows)).sum())
 
@@ -101,7 +104,7 @@ class MixedWindows(RowDataset):
 
 
 def with_spans(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add the 15 tokens of spans to the tokenizer, unless it has them, and return the id of the first.
+    """Add the 15 tokens of spans (see `MixedWindows`) to the tokenizer, unless it has them; return the id of the first.
 
     Their ids are consecutive. Raises ValueError if the tokenizer has one of these tokens at another place.
     """

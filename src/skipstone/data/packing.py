@@ -56,9 +56,10 @@ class _Windows(RowDataset):
 class RandomWindows(_Windows):
     """A dataset of training rows: windows at uniformly random places of the text, row i a function of (seed, i).
 
-    ids: token ids of the split. context: tokens per row. document_starts: index of each document's first token, for
-    rows with document_ids and position_ids; None: rows without. There are no epochs. Raises ValueError if `ids` is
-    shorter than a row.
+    Rows have input_ids and labels, int64 (T,); labels are the ids themselves, or -100 where nothing in the row predicts
+    the token. ids: token ids of the split. context: tokens per row, T. document_starts: index of each document's first
+    token, for rows with document_ids and position_ids; None: rows without. There are no epochs. Raises ValueError if
+    `ids` is shorter than a row.
     """
 
     seed: int

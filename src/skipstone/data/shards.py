@@ -175,8 +175,9 @@ def open_sources(folder: Path) -> dict[str, ShardSet]:
 
 
 def fingerprint(sets: Mapping[str, ShardSet]) -> str:
-    """Return one SHA-256 over the names and manifests of all sources, in hexadecimal. sets: the opened
-    folders by name.
+    """Return one SHA-256 over the names and manifests of all sources, in hexadecimal.
+
+    sets: the opened folders of shards, by name.
     """
     return hashlib.sha256("".join(f"{name} {sets[name].sha256}\n" for name in sorted(sets)).encode()).hexdigest()
 

@@ -38,11 +38,11 @@ VOCAB_SIZE = len(NAMES)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SwitchedS3(RowDataset):
-    """A dataset for Switched-S3: Reset-S3 in which an earlier switch says whether a symbol is an operation.
+    """A dataset for Switched-S3: rows of symbols that are operations or fillers, depending on the last switch.
 
-    A symbol alone does not show whether it needs depth: after the switch `on` it is an operation, after `off` a filler.
-    seed, stream: row i is a function of (seed, stream, i). context: tokens per row, T. Rows have input_ids,
-    shift_labels, labels and difficulty, int64 (T,), as in `ResetS3`.
+    After a switch `on`, symbols are operations on a state as in `ResetS3`; after `off` they are fillers, so that a
+    symbol alone does not show whether it needs depth. seed, stream: row i is a function of (seed, stream, i). context:
+    tokens per row, T. Rows have input_ids, shift_labels, labels and difficulty, int64 (T,), as in `ResetS3`.
     """
 
     seed: int
@@ -67,9 +67,9 @@ class SwitchedS3(RowDataset):
 
 
 def operations(input_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which entries are operations, bool (B, T): symbols whose last switch before them is `on`.
+    """Return which tokens are operations, bool (B, T): symbols whose last switch before them is `on`.
 
-    input_BT: token ids of Switched-S3; every row begins with a switch.
+    input_BT: token ids of `SwitchedS3`; every row begins with a switch.
     """
     switch_BT = input_BT < FIRST_ELEMENT
     last_BT = np.maximum.accumulate(np.where(switch_BT, np.arange(input_BT.shape[1]), 0), axis=1)

@@ -88,12 +88,12 @@ class ResetS3(RowDataset):
 def solve(
     element_BT: NDArray[np.int64], reset_BT: NDArray[np.bool_], operation_BT: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the state after each entry, an index into ELEMENTS, and its difficulty, int64 (B, T) each.
+    """Return the state of Reset-S3 after each token, and the token's difficulty, int64 (B, T) each.
 
-    element_BT: the group element of each entry, an index into ELEMENTS, used only for operations other than resets.
-    reset_BT: bool, which entries are resets. operation_BT: bool, which entries are operations, resets included; all
-    others change nothing and have difficulty -1. Difficulty counts the operations since the last reset or the start of
-    the row.
+    The state is a permutation of three things, an index into ELEMENTS. element_BT: the permutation that each token
+    applies, also an index, used only for operations other than resets. reset_BT: bool, which tokens are resets.
+    operation_BT: bool, which tokens are operations, resets included; all others change nothing and have difficulty -1.
+    Difficulty counts the operations since the last reset or the start of the row.
     """
     states_BT, difficulty_BT = np.zeros_like(element_BT), np.full_like(element_BT, -1)
     state_B, since_B = np.zeros(len(element_BT), np.int64), np.zeros(len(element_BT), np.int64)
@@ -118,7 +118,7 @@ def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficult
 
 
 def oracle_keep(input_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which entries of Reset-S3 need depth because they are operations: bool, shaped like the ids.
+    """Return which tokens of `ResetS3` are operations and therefore need depth: bool, shaped like the ids.
 
     input_ids: an array or tensor of ids.
     """
@@ -126,12 +126,11 @@ def oracle_keep(input_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def accuracy_by_bin(predictions: ArrayLike, labels: ArrayLike, difficulty: ArrayLike) -> dict[str, float]:
-    """Return the share of correct predictions by difficulty, in the bins "0-3", "4-7", "8-15" and "16+"; nan for an
-    empty bin.
+    """Return the share of correct predictions in each of the bins of difficulty "0-3", "4-7", "8-15" and "16+".
 
-    predictions, labels, difficulty: integer arrays or CPU tensors of one shape; predictions at t are the argmax of the
-    logits at t, and labels are `shift_labels`. Fillers (difficulty -1) are in no bin. Raises ValueError for different
-    shapes.
+    An empty bin has nan. predictions, labels, difficulty: integer arrays or CPU tensors of one shape; predictions at t
+    are the argmax of the logits at t, and labels are `shift_labels`. Fillers (difficulty -1) are in no bin. Raises
+    ValueError for different shapes.
     """
     right, difficulty = np.asarray(predictions) == np.asarray(labels), np.asarray(difficulty)
     if right.shape != difficulty.shape:
