@@ -141,7 +141,7 @@ class RaggedStore:
         return torch.tensor([row * slot.shape[1] + column for row, column in at], device=slot.device)
 
     def row_lengths(self, rows: int, device: torch.device) -> Tensor:
-        """Return the number of entries of each row, int64 [rows] on `device`; rows: the batch size."""
+        """Return the number of entries of each row, int64 [B], on `device`; rows: the batch size, B."""
         if self.lengths is not None:
             return torch.tensor(self.lengths, device=device)
         return torch.full((rows,), self.width, dtype=torch.long, device=device)
@@ -206,7 +206,7 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Drop entries of tokens from index `slots` on. ValueError if `window` reaches entries dropped earlier."""
+        """Drop entries of tokens from index `slots` on; ValueError if `window` reaches entries dropped earlier."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
@@ -370,9 +370,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:
-        """Keep each row's first `max_length` tokens (padding and skipped ones count); if <= 0, drop that
-        many newest.
-        """
+        """Keep each row's first `max_length` tokens, padding and skipped ones counted; -n removes the newest n."""
         length = max_length if max_length > 0 else self.cumulative_length + max_length
         if length < self.cumulative_length:
             self.kv.crop(length, self.window)

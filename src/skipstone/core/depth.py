@@ -86,7 +86,7 @@ class DepthModule(RoutingModule):
         return int(self.skips)
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return the threshold on scores by which causal passes decide, for calibration; None if there is none."""
+        """Return the router-score threshold by which tokens are kept in generation, for calibration, or None."""
         return None
 
     def stream_gate(self) -> StreamGate | None:

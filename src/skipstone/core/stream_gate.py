@@ -73,7 +73,9 @@ class StreamGate(NamedTuple):
     loss: float | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a decoding step reads."""
+        """Return the tensors among the fields, including those of `scorer` and `line`: all that a decoding
+        step reads.
+        """
         scorers = (self.scorer, self.line.scorer or Scorer())
         found = [x for scorer in scorers for x in scorer if isinstance(x, Tensor)]
         return [*found, *(x for x in (self.line.threshold, self.scale) if x is not None)]
@@ -118,7 +120,7 @@ class Mixture(NamedTuple):
     decay: float | None
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a decoding step reads."""
+        """Return the tensors among the fields: all that a decoding step reads."""
         return [x for x in self if isinstance(x, Tensor)]
 
 

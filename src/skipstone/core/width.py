@@ -141,23 +141,23 @@ class ActivationGroupRouter(GroupRouter):
         raise NotImplementedError
 
     def counts(self, a_BTF: Tensor) -> tuple[int, int]:
-        """Return how many groups are tried and how many are kept for one token.
+        """Return for how many groups the second matrix is multiplied (tried) and for how many the last one (kept).
 
-        a_BTF: the token's activations, from which routers without fixed numbers count the groups.
+        a_BTF: activations of the one token of a call, from which routers without fixed numbers count the groups.
         """
         return self.tried, self.kept
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the groups' scores, fp32 [B, T, G], and which groups are tried, bool [B, T, G].
+        """Return the groups' scores, fp32 [B, T, G], and which groups to multiply by the second matrix, bool [B, T, G].
 
         a_BTF: activations of all neurons (the first matrix's output after the activation function).
         """
         raise NotImplementedError
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """Return which groups are kept, bool [B, T, G].
+        """Return which groups to multiply by the last matrix, bool [B, T, G].
 
-        h_BTF: activations times the second matrix's output; 0 for groups that were not tried.
+        h_BTF: activations times the second matrix's output; 0 for groups for which that was not computed.
         """
         raise NotImplementedError
 
@@ -171,8 +171,8 @@ class ActivationGroupRouter(GroupRouter):
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         """Return the record of these decisions, with NaN scores and False masks for padding.
 
-        score_BTG, tried_BTG, kept_BTG: as returned by `worth_trying` and `worth_keeping`. tokens: the tokens of this
-        call.
+        score_BTG, tried_BTG: as `worth_trying` returned them. kept_BTG: as `worth_keeping` returned it. tokens: the
+        tokens of this call.
         """
         raise NotImplementedError
 
