@@ -57,6 +57,7 @@ def test_the_rival_on_the_same_text_reads_as_much_as_the_full_model() -> None:
 def test_the_units_are_the_middle_and_every_block() -> None:
     assert headroom.units_of(8) == [(2, 3, 4, 5), *((i,) for i in range(8))]
     assert headroom.units_of(5)[0] == (1, 2, 3)
+    assert headroom.units_of(30)[1:] == [(0,), (5,), (10,), (15,), (20,), (25,)]
     assert headroom.units_of(2) == [(0,), (1,)]
 
 

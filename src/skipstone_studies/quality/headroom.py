@@ -27,6 +27,7 @@ from skipstone_studies.text_loss import spaced
 
 SAME_TEXT = "dense-5-same-text"
 ROWS = {"laptop": 48, "paper": 256, "quick": 8}  # half to fit the regression, half to measure
+ALONE = 6  # blocks of a deep model that are measured alone
 CHECKPOINT = "SKIPSTONE_CHECKPOINT"  # the folder of a user's own checkpoint
 ORACLE = "benefit"
 
@@ -50,10 +51,13 @@ def measured(folder: Path) -> Figures:
 
 
 def units_of(blocks: int) -> list[Unit]:
-    """Return the middle half of the blocks as one unit, if it has several, then every block alone."""
+    """Return the middle half of the blocks as one unit, if it has several, then every block alone.
+
+    Of a model of twelve blocks or more, six or seven blocks alone, evenly spaced.
+    """
     quarter = max(1, blocks // 4)
     middle = tuple(range(quarter, blocks - quarter))
-    return [*([middle] if len(middle) > 1 else []), *((i,) for i in range(blocks))]
+    return [*([middle] if len(middle) > 1 else []), *((i,) for i in range(0, blocks, max(1, blocks // ALONE)))]
 
 
 def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> PlainDict:
@@ -110,11 +114,12 @@ HEADROOM = Study(
 def checkpoints(scale: str) -> dict[str, RecipeDict]:
     """Return pretrained checkpoints with the text on which their blocks are measured."""
     rows = {"rows": 16 if scale == "quick" else 64}
+    few = {"rows": 16 if scale == "quick" else 24}  # 2,268 passes of a row
     stories = {"tokens": 2_000 if scale == "quick" else 20_000, "length": 200}
     return {
         "stories260K": {"source": "stories260K", "context": 192, "sampled": stories, **rows},
-        "SmolLM2-135M": {"source": "SmolLM2-135M-Instruct", "context": 256, "corpus": "wikitext-2", **rows},
-        "your checkpoint": {"source": CHECKPOINT, "context": 256, "corpus": "wikitext-2", **rows},
+        "SmolLM2-135M": {"source": "SmolLM2-135M-Instruct", "context": 256, "corpus": "wikitext-2", **few},
+        "your checkpoint": {"source": CHECKPOINT, "context": 256, "corpus": "wikitext-2", **few},
     }
 
 
