@@ -18,10 +18,11 @@ SAVED = ".modules_to_save.default."  # in the names of layers of which an adapte
 
 
 def base_of(folder: Path) -> str:
-    """Return the folder or hub name of the model that the adapter in `folder` was trained for.
+    """Return the folder or hub name of the model that the PEFT adapter in `folder` was trained for.
 
-    Raises ValueError for a configuration that cannot be read or names no base, for adapters that cannot be merged, and
-    if PEFT is not installed.
+    folder: a folder that PEFT has saved, with adapter_config.json and the adapter's weights. Raises ValueError for a
+    configuration that cannot be read or names no base, for an adapter that cannot be merged into weights (prompt
+    learning), for an adapter of an adapter, and if PEFT is not installed.
     """
     with about(str(folder / ADAPTER)):
         values = parse_json((folder / ADAPTER).read_text(encoding="utf-8"))
@@ -48,10 +49,11 @@ def base_of(folder: Path) -> str:
 
 
 def merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
-    """Return the base with the adapter in `folder` merged into its weights, in evaluation mode.
+    """Return the base model with the PEFT adapter in `folder` merged into its weights, in evaluation mode.
 
-    Raises ValueError for tensors that are missing, left over, damaged or of another shape. Warns if the adapter holds
-    routers whose thresholds are buffers, which no adapter holds.
+    base: the loaded base model, of transformers or ours. Raises ValueError for adapter tensors that are missing, not
+    expected, damaged or of another shape. Warns if the adapter contains routers, because their thresholds are buffers,
+    which adapters do not save; calibrate such a model before it generates.
     """
     from peft import PeftModel, load_peft_weights
 

@@ -17,7 +17,11 @@ from skipstone.ops.head_loss import IGNORED
 
 
 def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int) -> None:
-    """Raise ValueError unless exactly one of the two is given, as whole numbers [B, T] or vectors [B, T, width]."""
+    """Raise ValueError unless a call has either valid input_ids or valid inputs_embeds.
+
+    input_ids: int64 or int32 [B, T]. inputs_embeds: [B, T, width], width being the model's hidden size. Exactly one of
+    them is given, the other is None; B and T are at least 1.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None:
@@ -38,7 +42,11 @@ def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: i
 
 
 def refuse_ignored(labels: Any, arguments: PlainMapping) -> None:
-    """Raise ValueError for labels that are no tensor, and for another `ignore_index` than ours."""
+    """Raise ValueError for labels that are no tensor, and for an `ignore_index` other than -100.
+
+    labels: the argument of the forward pass, or None. arguments: the call's further keyword arguments, in which
+    `ignore_index` is looked up.
+    """
     if labels is not None and not isinstance(labels, Tensor):
         raise ValueError(f"labels must be a tensor of shape [rows, tokens], got {type(labels).__name__}")
     if (index := arguments.get("ignore_index", IGNORED)) != IGNORED:
@@ -46,7 +54,11 @@ def refuse_ignored(labels: Any, arguments: PlainMapping) -> None:
 
 
 def checked_targets(target_BT: Tensor, shape: torch.Size) -> Tensor:
-    """Return the targets as int64 after checking them against the shape [B, T] of the predictions."""
+    """Return the labels as int64 after checking that they are whole numbers of the given shape.
+
+    target_BT: labels already shifted to the positions that predict them. shape: that of the predictions, [B, T]. Raises
+    ValueError if a check fails.
+    """
     if not _whole(target_BT):
         raise ValueError(f"labels must be whole numbers, got {target_BT.dtype}")
     if target_BT.shape != shape:
@@ -58,9 +70,10 @@ def checked_targets(target_BT: Tensor, shape: torch.Size) -> Tensor:
 
 
 def refuse_targets(target_BT: Tensor, vocab_size: int) -> None:
-    """Raise ValueError if a target is no token of the vocabulary; called after a loss has failed.
+    """Raise ValueError if a label is neither -100 nor in [0, vocab_size); called after a loss computation failed.
 
-    Only a CPU says so; accelerators fail with a device assertion.
+    target_BT: the labels. Labels on other devices than a CPU are not checked, because accelerators cannot be used any
+    more after such a failure.
     """
     if target_BT.device.type != "cpu":
         return
@@ -80,9 +93,11 @@ def _kind(x: Tensor) -> str:
 
 
 def check_cache(cache: Any, blocks: set[int], rows: int, heads: tuple[int, int]) -> None:
-    """Raise ValueError unless the cache was made for one of these numbers of blocks and holds `rows` rows.
+    """Raise ValueError unless a cache was made for this model and this batch.
 
-    heads: the number of heads of keys and values, and their size, which the entries must have.
+    cache: the argument `past_key_values`. blocks: allowed numbers of layers. rows: the batch size, which a cache with
+    content must have. heads: number of key/value heads and their size, which cached keys must have. Offloaded caches
+    are refused.
     """
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
@@ -111,10 +126,11 @@ def _described(cache: object) -> str:
 
 
 def of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:
-    """Return the mode for a cache of fixed size, in which no shape of a step may depend on decisions.
+    """Return how a pass executes with this cache; with a `StaticCache`, shapes must not depend on decisions.
 
-    Steps compute everything and discard what is not kept. Prompts may gather, but every block has to get a token, so
-    that every store allocates its memory.
+    mode: how it would execute otherwise; returned unchanged for None and other caches. length: tokens per row of this
+    call. With a static cache, steps (length 1) and compiled calls compute all tokens and discard the updates of skipped
+    ones, and every block gets at least one token of a prompt, so that its cache allocates memory.
     """
     if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):
         return mode

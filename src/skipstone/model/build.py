@@ -97,7 +97,7 @@ def _attention(config: SkipstoneConfig, layer: int) -> Attention:
 
 
 class Blocks(nn.ModuleList):
-    """The blocks of a decoder: an `nn.ModuleList` whose items are typed."""
+    """The blocks of a decoder: an `nn.ModuleList` whose items are typed as `Block`."""
 
     def __iter__(self) -> Iterator[Block]:
         return super().__iter__()  # type: ignore[return-value]
@@ -107,7 +107,11 @@ class Blocks(nn.ModuleList):
 
 
 def build_blocks(config: SkipstoneConfig) -> Blocks:
-    """Build all blocks of a model with their mechanisms. Issues each distinct `build_warning` once."""
+    """Build all blocks of a model with their attention, MLPs and mechanisms.
+
+    config: the model's configuration, whose options are parsed first. Issues the warning of every mechanism that has
+    one (`build_warning`), each text once.
+    """
     config.parse()
     entries = config.mechanism_entries
     blocks: list[Block] = []
@@ -182,31 +186,35 @@ def _grouped_mlp(
 
 
 def build_norm(config: SkipstoneConfig) -> nn.Module:
-    """Build the final norm."""
+    """Build the norm after the last block, as `config.norm` says."""
     return _norm(config, config.hidden_size)
 
 
 def build_embedding(config: SkipstoneConfig) -> nn.Embedding:
-    """Build the token embedding."""
+    """Build the token embedding, [vocab_size, hidden_size], with the factor `config.embedding_scale` on its output."""
     sizes = (config.vocab_size, config.hidden_size, config.pad_token_id)
     return nn.Embedding(*sizes) if config.embedding_scale == 1 else ScaledEmbedding(*sizes, config.embedding_scale)
 
 
 def build_positions(config: SkipstoneConfig) -> nn.Module:
-    """Build the position embedding: rotary angles or a learned embedding."""
+    """Build the module of position embeddings: rotary angles or a learned embedding, as `config.positions` says."""
     if config.positions == "rope":
         return Rotary(config)
     return nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
 
 def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
-    """Build the rotary angles of the blocks with a window; None if they use those of the others."""
+    """Build the rotary angles of blocks with sliding-window attention; None if they use those of other blocks."""
     rope = config.window_rope_parameters
     return None if rope is None or config.positions != "rope" else Rotary(config, rope)
 
 
 def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
-    """Initialise one module where transformers' default initialisation is not ours."""
+    """Initialise one module of a model, after transformers' default initialisation and only where ours differs from it.
+
+    Linear layers follow `config.linear_init`, projections into the residual stream `config.scaled_output_init`; routing
+    modules and other modules of ours reset themselves.
+    """
     if isinstance(module, nn.Linear) and config.linear_init == "torch":
         _start_as_torch(module)
     if isinstance(module, ExpertsMLP):

@@ -21,7 +21,10 @@ def write_card(
     realised: Realised | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> None:
-    """Write `render_card(...)` to README.md in a folder. Raises FileExistsError if a user's own card is there."""
+    """Write the model card, README.md, into a folder; the other arguments are those of `render_card`.
+
+    Raises FileExistsError if the folder has a README.md that was not written by this function.
+    """
     path = Path(folder) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         raise FileExistsError(f"model card {str(path)!r} was not written by skipstone and is not overwritten")
@@ -37,10 +40,12 @@ def render_card(
     realised: Realised | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> str:
-    """Return the model card as Markdown, identical for identical arguments.
+    """Return the model card as Markdown in the form that the Hugging Face hub reads.
 
-    source: name of the checkpoint that was converted. realised: {block: {mechanism: share of tokens kept, in [0, 1]}},
-    measured on a causal pass. losses: name to value in nats per token. Absent values are shown as not measured.
+    title: the heading. source: name of the checkpoint that the model was converted from, or None. realised: measured
+    share of tokens that each mechanism keeps in generation, in [0, 1], as {block: {mechanism: share}}. losses: name to
+    loss in nats per token. Values that are None or absent are shown as not measured. Equal arguments give identical
+    text.
     """
     sections = [
         _header(model, source),

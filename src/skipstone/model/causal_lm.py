@@ -45,11 +45,14 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """The output of the language model.
+    """The output of the language model, with its losses.
 
-    loss: the training loss: token loss plus auxiliary losses, and the teacher's if one is given. token_loss,
-    auxiliary_loss, distillation_loss: its parts, without coefficients. logits: [B, T, V], or None. attentions: always
-    None, as in `DecoderOutput`.
+    loss: the training loss, fp32 []: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss
+    and distillation loss takes the place of the token loss. token_loss: cross-entropy per label, in nats.
+    auxiliary_loss: the sum of the routers' own losses, coefficients included. distillation_loss: T^2 KL(teacher ||
+    student) per label, in nats, at temperature T, without its coefficient. logits: [B, T, V] for V vocabulary entries,
+    or None. records: for each block, the decisions of its mechanisms by name, if requested. attentions: always None.
+    The other fields are as in transformers.
     """
 
     loss: Tensor | None = None
@@ -64,7 +67,12 @@ class CausalLMOutput(ModelOutput):
 
 
 class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
-    """A causal language model whose blocks may skip tokens and whose neurons may choose their activation."""
+    """A causal language model whose blocks may skip tokens and whose neurons may choose their activation.
+
+    It is a model class of transformers. It consists of a decoder (`SkipstoneModel`) and an output head, and supports
+    `generate`, `save_pretrained` and `Trainer` unchanged. Without mechanisms in the configuration it is an ordinary
+    dense decoder.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -105,14 +113,14 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Return logits and, with labels, the loss.
+        """Return logits [B, T, V] and, with labels, the loss; other arguments are those of `SkipstoneModel.forward`.
 
-        labels: int64 [B, T], the input ids (they are shifted here), -100 for tokens without a target. shift_labels: the
-        same already shifted, passed by keyword. Other arguments are those of `SkipstoneModel.forward`. Auxiliary losses
-        are summed over labelled tokens and divided like the token loss, so that gradient accumulation changes nothing;
-        with `config.auxiliary_loss_over` "all" they are means over all real tokens. loss_chunk: with labels, compute
-        the logits of this many tokens at a time and return none; 0: all at once. distillation: with loss_chunk, a
-        teacher's part of `loss`; `token_loss` then carries no gradient of its own.
+        labels: int64 [B, T], the input ids (shifted here), -100 for no target; or already shifted, as `shift_labels`.
+        logits_to_keep: compute the logits of this many last tokens (0: all) or at these indices. loss_chunk: with
+        labels, compute the logits of this many tokens at a time and return none; 0: all at once. distillation: with
+        loss_chunk, a teacher's outputs, to which `loss` then adds the divergence; `token_loss` carries no gradient
+        then. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
+        `config.auxiliary_loss_over` "all", routers' losses are means over all real tokens.
         """
         _check_arguments(labels, kwargs)
         shift_labels = kwargs.get("shift_labels")  # as a named argument, Trainer would require it to report eval_loss
@@ -148,7 +156,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         )
 
     def to_head(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the input of the head: the normalised hidden states times `config.logit_scale`."""
+        """Return the output head's input, [B, T, D]: the normalised hidden states times `config.logit_scale`."""
         return hidden_BTD if self.config.logit_scale == 1 else hidden_BTD * self.config.logit_scale
 
     def _logits(self, hidden_BTD: Tensor, out: DecoderOutput) -> Tensor:
@@ -240,26 +248,27 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return like.new_zeros(()) if found is None else found
 
     def routing_modules(self) -> Iterator[RoutingModule]:
-        """Yield every routing module of the model in the order of the blocks."""
+        """Yield every module that makes routing decisions (depth mechanisms, PolyGLU, MLP routers), block by block."""
         for block in self.model.layers:
             yield from block.routing_modules().values()
 
     @property
     def head_is_tied(self) -> bool:
-        """Whether the head shares the embedding's weight; configurations are sometimes wrong about it."""
+        """Whether the head shares the embedding's weight tensor, whatever `config.tie_word_embeddings` says."""
         return self.lm_head.weight is self.model.embed_tokens.weight
 
     def modules_of(self, kind: type[AnyModule]) -> list[AnyModule]:
-        """Return the routing modules of this class in the order of the blocks."""
+        """Return all routing modules of this class or a subclass, in the order of the blocks."""
         return [module for module in self.routing_modules() if isinstance(module, kind)]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does, with causal decisions and without noise, in training mode too.
+        """Generate as transformers does; tokens are routed without sight of later tokens and without exploration noise.
 
-        `routing="oracle", use_cache=False` generates as published models with oracle decisions do: every step
-        recomputes the whole text, including decisions on earlier tokens. document_ids: [B, T] of a packed prompt; new
-        tokens continue the last document of each row. Raises ValueError for decisions that otherwise depend on later
-        tokens, and for caches that cannot hold rows of different lengths.
+        This holds in training mode, too. Arguments are those of transformers' `generate`, and: document_ids: int64
+        [B, T], the documents of a packed prompt, of which new tokens continue each row's last one. `routing="oracle",
+        use_cache=False`: decide with sight of the whole text, as some published models do; every step then recomputes
+        everything. Raises ValueError if a decision needs later tokens and this is not given, and for caches that cannot
+        hold rows of different lengths.
         """
         settings = kwargs.get("generation_config") or self.generation_config
         kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
@@ -303,11 +312,19 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: object
     ) -> Tensor | None:
-        """Return the padding mask of this call's tokens; transformers calls this for caches of fixed size."""
+        """Return the padding mask of this call's tokens, [B, T]; transformers calls this with a static cache.
+
+        inputs_embeds: of this call, read for their number of tokens. attention_mask: [B, seen + T], or None (then None
+        is returned).
+        """
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
     def get_compiled_call(self, compile_config: object) -> Callable[..., CausalLMOutput]:
-        """Return a call that compiles steps of one token; prompts, whose shapes depend on decisions, run uncompiled."""
+        """Return a function that calls the model: compiled for steps of one token, uncompiled for prompts.
+
+        transformers calls this when it generates with a static cache. The shapes in a prompt's computation depend on
+        routing decisions, so prompts are not compiled. compile_config: as in transformers.
+        """
         compiled = super().get_compiled_call(compile_config)
 
         def call(*args: object, input_ids: Tensor | None = None, **kwargs: object) -> CausalLMOutput:
@@ -334,9 +351,9 @@ def _check_arguments(labels: Any, others: PlainDict) -> None:
 
 
 def shifted(labels_BT: Tensor) -> Tensor:
-    """Return the label of the next token at each position, -100 at the last.
+    """Return labels shifted so that each position has the label of the next token, and the last one -100.
 
-    Raises ValueError unless the labels are [B, T].
+    labels_BT: int64 [B, T]. Raises ValueError for another number of axes.
     """
     if labels_BT.dim() != 2:
         raise ValueError(f"labels must have shape [rows, tokens], got {list(labels_BT.shape)}")

@@ -10,11 +10,11 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 
 
 class SkipstoneForSequenceClassification(GenericForSequenceClassification, SkipstonePreTrainedModel):
-    """A classifier of whole texts: `config.num_labels` scores [B, labels], from transformers' generic head.
+    """A sequence classifier with `config.num_labels` scores, [B, num_labels], built from transformers' generic head.
 
-    The score is read at the last token that is not `config.pad_token_id`. The loss is that of the labels alone, without
-    auxiliary losses: routers get gradients only through what they weight. `routing` and the decoder's other arguments
-    are passed on.
+    The scores are read at the last token that is not `config.pad_token_id`. The loss is that of the labels alone:
+    routers' auxiliary losses are not added, so routers learn only through the weights of updates. Further arguments,
+    such as `routing`, are those of `SkipstoneModel.forward`.
     """
 
 

@@ -43,7 +43,10 @@ NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
 
 @strict
 class SkipstoneConfig(ModelFields, PreTrainedConfig):
-    """The Hugging Face configuration of a model; `ModelFields` documents its fields."""
+    """The Hugging Face configuration of a Skipstone model; its fields are those of `ModelFields`, which documents them.
+
+    Invalid values raise ValueError with a line for each mistake.
+    """
 
     model_type = "skipstone"
     keys_to_ignore_at_inference = ["past_key_values", "records", "token_loss", "auxiliary_loss", "distillation_loss"]
@@ -154,9 +157,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         groups.options.require(self.num_hidden_layers, self.neurons)
 
     def parse(self) -> None:
-        """Parse options of parts that were assigned since the last call; parsed ones stay the same objects.
+        """Parse the options of mechanisms, activation, neuron groups and experts that are still plain dicts.
 
-        Raises ValueError for unknown names and keys and for invalid values.
+        Options that are parsed already stay the same objects. Raises ValueError for unknown names and keys and for
+        invalid values.
         """
         self.mechanisms = list(parse_mechanisms(self.mechanisms or [], self.num_hidden_layers))
         if not isinstance(self.activation, str):
@@ -168,56 +172,61 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @property
     def mechanism_entries(self) -> list[MechanismEntry]:
-        """The entries of `mechanisms`, parsed."""
+        """The entries of `mechanisms` as parsed options, each with the blocks that it applies to."""
         return parse_mechanisms(self.mechanisms or [], self.num_hidden_layers)
 
     @property
     def activation_entry(self) -> ActivationEntry:
-        """The options of `activation`, parsed."""
+        """The parsed options of `activation`."""
         return parse_activation(self.activation)
 
     @property
     def groups_entry(self) -> GroupsEntry | None:
-        """The options of `neuron_groups`, parsed; None if all neurons are always on."""
+        """The parsed options of `neuron_groups`; None if all neurons are always multiplied."""
         return None if self.neuron_groups is None else parse_groups(self.neuron_groups)
 
     @property
     def experts_entry(self) -> ExpertsEntry:
-        """The options of `experts`, parsed; defaults if unset."""
+        """The parsed options of `experts`; the defaults if it is None."""
         return parse_experts(self.experts or {})
 
     @property
     def key_value_heads(self) -> int:
-        """The number of key/value heads, `num_key_value_heads`, never None."""
+        """The number of key/value heads, `num_key_value_heads` once its default is filled in."""
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
 
     def to_dict(self) -> PlainDict:
-        """Return a plain dict as transformers does, with options of parts as they were written."""
+        """Return the configuration as a dict of plain values; options of mechanisms and other parts are as given."""
         return {name: _plain(value) for name, value in super().to_dict().items()}
 
     def validate_layer_type(self) -> None:
-        """Skip transformers' check of layer types, because all layers share one cache class."""
+        """Do nothing: transformers would check `layer_types`, which our configuration derives itself."""
 
     @property
     def layer_types(self) -> list[str]:
-        """The type of each layer, by which transformers' caches choose a layer class."""
+        """The type of each layer, always "skipstone", by which transformers' caches choose the layers' classes."""
         return ["skipstone"] * self.num_hidden_layers
 
     @property
     def activation_options(self) -> PlainDict:
-        """The activation as a dict with its name."""
+        """The activation's options as a plain dict that includes its name."""
         return self.activation_entry.plain()
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: object) -> None:
-        """Save as transformers does, with the module that lets processes load the model without importing skipstone."""
+        """Save config.json as transformers does, with an import module for loading by `trust_remote_code=True`.
+
+        Processes that have not imported skipstone can then load the model by transformers' Auto classes. Arguments are
+        those of transformers.
+        """
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        """Write the configuration as transformers does, with the module of `write_shim` beside a config.json.
+        """Write the configuration as transformers does, and the import module of `write_shim` beside a config.json.
 
-        Here and not in `save_pretrained`, which uploads only files that are new since it began.
+        The arguments are those of transformers. The module is written here because `save_pretrained` uploads only files
+        that appear while it runs.
         """
         super().to_json_file(json_file_path, use_diff=use_diff)
         if Path(json_file_path).name == CONFIG_NAME:
@@ -225,11 +234,15 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: transformers would copy this source file into saved folders; `write_shim` serves them."""
+        """Do nothing: transformers would copy this source file into saved folders, which get an import instead."""
 
     @classmethod
     def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> SkipstoneConfig:
-        """Build from a saved dict as transformers does, dropping options of neuron groups that old releases ignored."""
+        """Build a configuration from a saved dict as transformers does.
+
+        Options of neuron groups that releases before 0.2 accepted and ignored are dropped. Arguments are those of
+        transformers.
+        """
         groups = config_dict.get("neuron_groups")
         if isinstance(groups, dict) and groups.get("decision") == "magnitude":
             config_dict = {**config_dict, "neuron_groups": {k: v for k, v in groups.items() if k not in NOT_READ}}
@@ -237,7 +250,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def from_plain(cls, values: PlainDict) -> SkipstoneConfig:
-        """Build from a recipe, strictly: unknown keys and wrong types raise ValueError naming the nearest key."""
+        """Build a configuration from a recipe's mapping of field names to values, strictly.
+
+        Raises ValueError with a line for each unknown key (and the nearest known one), wrong type and invalid value.
+        """
         fields = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
         lines = [unknown("key in model", key, TYPES) for key in values if key not in fields]
         typed, wrong = {}, set()

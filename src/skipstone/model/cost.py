@@ -38,9 +38,11 @@ ROUTINGS = ("oracle", "causal", "forced")
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """FLOPs by kind of operation: attention, MLP, router, head.
+    """FLOPs by kind of operation; a multiply-accumulate counts 2.
 
-    mlp: the MLP's matrices. router: everything that mechanisms compute themselves, including PolyGLU's gate.
+    attention_linear: the projections of queries, keys, values and outputs. attention_score: products of queries and
+    keys, and of attention weights and values. mlp: the MLP's matrices. router: what mechanisms compute themselves,
+    PolyGLU's gate included. head: the output head.
     """
 
     attention_linear: float = 0
@@ -51,12 +53,12 @@ class Flops:
 
     @property
     def linear(self) -> float:
-        """The FLOPs of the blocks' weight matrices."""
+        """The FLOPs of the blocks' weight matrices: attention projections and MLPs."""
         return self.attention_linear + self.mlp
 
     @property
     def total(self) -> float:
-        """The FLOPs of all kinds together."""
+        """The sum of all kinds of FLOPs."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __add__(self, other: Flops) -> Flops:
@@ -68,10 +70,11 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of parameters: all, and those of parts.
+    """The number of parameters of a model, and of parts of it.
 
-    embedding: of tokens and positions (a tied head adds none). mechanism: those of mechanisms, included in total.
-    active: without the experts that a token does not choose; equal to total if every MLP is dense.
+    total: of the whole model. embedding: of token and position embeddings (a tied head adds none). mechanism: of
+    routers and other mechanisms, included in total. active: total without the experts that a token does not choose;
+    equal to total if there are no experts.
     """
 
     total: int
@@ -82,12 +85,13 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The cost of one call with `batch` rows of `tokens` tokens after `past`.
+    """The cost of one call of a model with `batch` rows of `tokens` tokens, after `past` cached tokens.
 
-    forward: of the whole call, with decisions as `routing` says. training: forward and backward pass of the oracle form
-    without past, recomputation excluded. kv_bytes_per_token: bytes of keys, values and slots in the cache, averaged
-    over all tokens of a row, skipped or not; state_bytes_per_token: those of mechanism state. dense: the cost of the
-    same model without mechanisms and with no choice spent on a no-op; None in a dense cost itself.
+    routing: how decisions are made, as in `cost`. parameters: of the model. forward: FLOPs of the call. training: FLOPs
+    of a forward and backward pass over the same rows without past, with the decisions of training; activation
+    recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and slots, divided by all tokens of a
+    row, skipped ones included. state_bytes_per_token: the same for what mechanisms cache. dense: the cost of the same
+    model without mechanisms; None in that cost itself.
     """
 
     tokens: int
@@ -103,12 +107,12 @@ class Cost:
 
     @property
     def forward_per_token(self) -> Flops:
-        """The forward FLOPs per token of the call."""
+        """The FLOPs of the call divided by its number of tokens, batch * tokens."""
         return self.forward * (1 / (self.batch * self.tokens))
 
     @property
     def ratio(self) -> float:
-        """Forward FLOPs as a share of the dense model's."""
+        """The forward FLOPs of the call as a share of the dense model's."""
         return 1.0 if self.dense is None else self.forward.total / self.dense.forward.total
 
 
@@ -122,14 +126,15 @@ def cost(
     routing: str = "causal",
     logits_to_keep: int = 0,
 ) -> Cost:
-    """Return FLOPs, parameters and cache bytes of one call of a model.
+    """Return the FLOPs, parameters and cache bytes of one call of a model with `batch` rows of `tokens` tokens.
 
-    kept: what each mechanism keeps of a row, by layer and name, from `kept_from_records` or as plain numbers; None: an
-    oracle Mixture-of-Depths keeps floor(capacity * tokens), a causal one capacity * tokens on average, and gates keep
-    all. routing: "oracle", "causal", or "forced": a causal pass with decisions imposed by the caller, so that no
-    predictor runs. stored: number of keys in the cache of each layer (`cache.layers[i].kv.width`; if rows differ, that
-    of the longest row with a query); None: what `past` tokens leave there under the same assumption. logits_to_keep: as
-    in forward, 0 for every token. Raises ValueError for invalid sizes.
+    past: cached tokens per row before the call. kept: how many tokens of a row each mechanism keeps, as {layer: {name:
+    count}}, measured (`kept_from_records`) or assumed; None: the configured capacity, floor(capacity * tokens) for
+    Mixture-of-Depths in training and capacity * tokens on average in generation, and all tokens for gates without a
+    capacity. stored: keys cached in each layer before the call (`cache.layers[i].kv.width`; if rows differ, the longest
+    row that has a query); None: what `past` tokens leave there by the same assumption. routing: "oracle" (decisions of
+    training), "causal" (made without later tokens, as in generation), or "forced" (causal, but imposed by the caller,
+    so that no predictor runs). logits_to_keep: as in forward, 0 for all tokens. Raises ValueError for invalid sizes.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
@@ -142,9 +147,11 @@ def cost(
 
 
 def forward_flops(model: ModelLike, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
-    """Return the forward FLOPs of `cost` for one causal row without past; without `mechanisms`, the dense model's.
+    """Return the forward FLOPs of `cost` for one row of `tokens` tokens without a cache.
 
-    Much faster than `cost`, for searches over thresholds that evaluate every row at every setting.
+    Decisions are those of generation, made without later tokens. kept: as in `cost`. mechanisms: False gives the FLOPs
+    of the dense model. It is faster than `cost`, because it computes no parameter counts, cache bytes or training
+    FLOPs, and is meant for searches over thresholds.
     """
     call = _Call(tokens, 0, 1, "causal", tokens, kept or {}, {}, mechanisms)
     blocks = (_executed(block, call, i)[-1] for i, block in enumerate(model.decoder.layers))

@@ -49,8 +49,9 @@ Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
 class DecoderOutput(ModelOutput):
     """The output of the decoder, with the decisions of all blocks.
 
-    last_hidden_state: [B, T, D], normalised. records: for each block, the decisions of its mechanisms. attentions:
-    always None; transformers' generic heads expect the field.
+    last_hidden_state: [B, T, D], after the final norm. records: for each block, the decisions of its mechanisms by
+    name, if requested. attentions: always None, because transformers' generic heads expect the field. The others are as
+    in transformers.
     """
 
     last_hidden_state: Tensor | None = None
@@ -78,9 +79,9 @@ OWN_ARGUMENTS = (
 
 
 def refuse_mistyped(arguments: PlainMapping) -> None:
-    """Raise ValueError for an unknown argument whose name is close to one of ours.
+    """Raise ValueError for a keyword argument that is unknown to us but close to one of ours, and so probably mistyped.
 
-    Transformers ignores unknown ones.
+    arguments: keyword arguments by name. Transformers ignores unknown ones.
     """
     for name in () if torch.compiler.is_compiling() else arguments:  # compilers cannot trace the comparison of names
         if (near := _meant(name)) is not None:
@@ -95,7 +96,7 @@ def _meant(name: str) -> str | None:
 
 
 class SkipstonePreTrainedModel(PreTrainedModel):
-    """The base class of our models: initialisation, cost, and options that can be changed later."""
+    """The base class of our models: initialisation, cost, and options that can be changed in a built model."""
 
     config: SkipstoneConfig
     config_class = SkipstoneConfig
@@ -116,7 +117,7 @@ class SkipstonePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing, because models carry no code (see `SkipstoneConfig`)."""
+        """Do nothing, because saved models carry no code (see `SkipstoneConfig.register_for_auto_class`)."""
 
     @property
     def decoder(self) -> SkipstoneModel:
@@ -127,23 +128,23 @@ class SkipstonePreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations; with int8 weights, whose scales stay fp32, that of the final norm."""
+        """The dtype of activations; with int8 weights, whose scales stay fp32, the dtype of the final norm."""
         if self.config.weight_format == "float":
             return super().dtype
         return next(self.decoder.norm.parameters()).dtype
 
     def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
-        """Return FLOPs, parameters and cache bytes of one call, equal to what executes.
+        """Return FLOPs, parameters and cache bytes of a call, equal to those of the operations that run.
 
-        See `skipstone.model.cost.cost`.
+        The arguments are those of `skipstone.model.cost.cost`.
         """
         return cost(self, tokens, past, batch, **options)
 
     def change_mechanism(self, index: int, **options: object) -> None:
-        """Change options of entry `index` of `config.mechanisms` in the configuration and in all its blocks.
+        """Change options of entry `index` of `config.mechanisms`, in the configuration and in all its blocks.
 
-        None restores a default. Only for options that are read in each pass, such as thresholds; options that define
-        modules need a new model. Raises ValueError for invalid options.
+        options: new values; None restores a default. Only for options that every pass reads, such as thresholds;
+        options that define modules need a new model. Raises ValueError for invalid options.
         """
         entries = self.config.mechanism_entries
         entry = entries[index] = entries[index].changed(**options)
@@ -160,7 +161,7 @@ class SkipstonePreTrainedModel(PreTrainedModel):
 
 
 class SkipstoneModel(SkipstonePreTrainedModel):
-    """The decoder: embeddings, blocks and final norm."""
+    """The decoder without an output head: embeddings, blocks with their mechanisms, and final norm."""
 
     def __init__(self, config: SkipstoneConfig) -> None:
         super().__init__(config)
@@ -201,14 +202,17 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         output_records: bool | None = False,
         **kwargs: Any,
     ) -> DecoderOutput:
-        """Return the normalised hidden states of the last block.
+        """Return the hidden states [B, T, D] of the last block after the final norm, with cache and records.
 
-        input_ids: int64 [B, T]. attention_mask: [B, seen + T], 0 for padding. document_ids: int64 [B, T], for packed
-        rows. routing: "oracle" may look at the whole row (default in training mode, unless `config.training_routing` is
-        "causal"), "causal" decides as generation does (default otherwise), and `{layer: bool mask [B, T]}` imposes
-        decisions on these blocks, the others being causal. noise: whether mechanisms may draw random numbers; default:
-        in training mode with oracle routing. executor: "gathered" or "masked", which give the same result. Raises
-        ValueError for invalid arguments and combinations.
+        input_ids: int64 [B, T]; or inputs_embeds: [B, T, D]. attention_mask: [B, seen + T], 0 for padding (seen: cached
+        tokens). position_ids: int64 [B, T]; default: counted over real tokens of each document. document_ids: int64
+        [B, T], for packed rows. past_key_values, use_cache: as in transformers. routing: "oracle": decisions may look
+        at the whole row (the default in training mode, unless `config.training_routing` is "causal"); "causal": they do
+        not look at later tokens, as in generation (the default otherwise); or {layer: bool mask [B, T]}: the tokens
+        that these blocks keep, while others decide causally. noise: whether mechanisms draw random numbers; default: in
+        training mode with "oracle". executor: "gathered" computes kept tokens only; "masked" computes all and discards
+        others, with the same result. output_records: whether to return decisions. Raises ValueError for invalid
+        arguments.
         """
         refuse_mistyped(kwargs)
         if kwargs.get("output_attentions"):

@@ -68,34 +68,46 @@ MOST_BLOCKS, MOST_BYTES = 1 << 16, 1 << 46  # beyond any machine, so a larger va
 class ModelFields:
     """The sizes and parts of a model: sizes named as in Llama, parts chosen by name, mechanisms as plain dicts.
 
-    norm: rmsnorm | rmsnorm_offset | layernorm | layernorm_without_bias | layernorm_offset (see `nn/norm.py`).
-    norm_placement: norms stand before each sub-layer, after it, around it (both), or one norm before both (shared, with
-    parallel_residual).
-    parallel_residual: the MLP reads the same stream as the attention. qk_norm: norm queries and keys, each head by
-    itself with one weight for all (head) or one for each (each_head), or all heads together (qk_norm_over).
-    attention_scale: factor on q k; None: 1/sqrt(head_dim). attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) of
-    scores and logits. embedding_scale, residual_scale, logit_scale: factors on the embeddings, on what each sub-layer
-    adds, and on the logits. attention_window: number of slots that a query sees, its own included, in window_layers (a
-    pattern as in mechanisms; None: all). rope_layers: the blocks with rotary positions; None: all, []: none.
+    Sizes: intermediate_size: neurons of an MLP; None: 8/3 of hidden_size, rounded up to a multiple of 32, or 4 times
+    hidden_size for a plain MLP. num_key_value_heads: None: num_attention_heads. head_dim: None: hidden_size /
+    num_attention_heads. max_position_embeddings: context length in tokens. tie_word_embeddings: the head uses the
+    embedding's weights.
+
+    Blocks: norm: rmsnorm, layernorm, layernorm_without_bias, or rmsnorm_offset and layernorm_offset, whose factor is 1
+    + weight; norm_eps: its epsilon. norm_placement: norms before each sub-layer, after it, around it (both), or one
+    shared norm before both, which needs parallel_residual: the MLP reads the same stream as attention. qk_norm:
+    normalise queries and keys; qk_norm_over: each head with one weight for all (head) or with its own (each_head), or
+    all_heads together. attention_scale: factor on q . k; None: 1 / sqrt(head_dim). attention_soft_cap, logit_soft_cap:
+    c of c * tanh(x / c) on scores and logits, or None. embedding_scale, residual_scale, logit_scale: factors on
+    embeddings, on each sub-layer's update, and on logits. attention_bias: biases on queries, keys and values;
+    attention_output_bias: on the output projection; mlp_bias: in MLPs.
+
+    Positions: positions: rope or learned. rope_parameters: as in transformers; None: theta 10,000. rope_layers: the
+    blocks with RoPE, a slice such as "1::2" or a list of indices; None: all, []: none. attention_window: number of last
+    slots that a query sees, its own included, in the blocks window_layers (None: all); None: no window.
     window_rope_parameters: RoPE of the blocks with a window; None: rope_parameters.
-    family: the model_type of transformers from which the model was converted.
-    positions: rope | learned. mlp: gated | plain | experts; `experts` has the options of the
-    last (see `nn/experts.py`). activation: a function's name, or a dict `{name: polyglu, ...}`
-    or `{name: fixed_mix, groups: {silu: 96, gelu: 32}}` (see `nn/mlp.py`). neuron_groups: options of groups of a gated
-    MLP's neurons that can be off (see `mechanisms/neuron_groups.py`); None: all are always on.
-    mechanisms: a list of `{name, on: block | attention | mlp, layers: "1::2" or a list, ...options}`, the outermost
-    first.
-    attention_bias: biases on queries, keys and values; attention_output_bias: on the output projection.
-    linear_init: initial linear layers, normal (N(0, initializer_range), biases 0) or torch (nn.Linear's own).
-    scaled_output_init: initialise projections into the residual stream with N(0, initializer_range / sqrt(2 * layers)),
-    as GPT-2 and PolyGLU do. residual_dropout: on the outputs of attention and MLP; mlp_dropout: on the MLP's output,
-    if different; mlp_hidden_dropout: on the MLP's neurons. auxiliary_loss_over: the tokens over which auxiliary losses
-    are averaged, labelled or all (except padding). training_routing: default routing of a forward pass in training
-    mode, oracle or causal (as in generation, without noise: for preference and RL training). weight_format: of matrices
-    and token embeddings, float or int8 (`skipstone quantise`; such a model is not trained). weight_group: inputs of an
-    int8 matrix that share a scale; None: those of a row, as in a matrix whose inputs are not a multiple of it.
-    head_candidates: rows of the head that a decoding step reads whole, the best by a preview of head_directions
-    directions (`skipstone quantise --head-candidates`); both None: every row. Such a model is not trained.
+
+    MLP: mlp: gated, plain or experts. experts: options of a mixture of experts (`ExpertsConfig`). activation: the name
+    of a function, or a mapping {name: polyglu, ...} (`PolyGLUConfig`) or {name: fixed_mix, groups: {silu: 96, gelu:
+    32}}, neurons by function. neuron_groups: options of leaving out groups of a gated MLP's neurons
+    (`NeuronGroupsConfig`, `MagnitudeGroupsConfig` or `ZeroNeuronsConfig`, by its `decision`); None: all neurons are
+    always multiplied. mechanisms: a list of {name, on: block | attention | mlp | segment, layers: a slice or a list of
+    indices, ...options}, the outermost first.
+
+    Training: embedding_dropout; attention_dropout: on attention weights; residual_dropout: on the outputs of attention
+    and MLP; mlp_dropout: on the MLP's output, if different; mlp_hidden_dropout: on neurons. linear_init: linear layers
+    start normal with standard deviation initializer_range and zero biases (normal), or as in nn.Linear (torch).
+    scaled_output_init: divide the standard deviation of projections into the residual stream by sqrt(2 *
+    num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over labelled tokens (labelled) or all real
+    ones (all). training_routing: how training passes decide by default, with sight of the whole row (oracle) or without
+    later tokens and noise (causal).
+
+    Decoding: weight_format: float, or int8 for matrices and token embedding (`skipstone quantise`); weight_group: 64,
+    the inputs of an int8 matrix that share a scale; None: all inputs of a row do. head_candidates: rows of the output
+    head that a decoding step multiplies exactly, those with the largest logits in a cheap preview of head_directions
+    dimensions (`skipstone quantise --head-candidates`); both None: all rows. Models with int8 weights or candidates are
+    not trained. use_cache and special ids: as in transformers. family: the `model_type` that the model was converted
+    from, or None. format_version: of config.json.
     """
 
     format_version: int = FORMAT_VERSION
@@ -211,7 +223,7 @@ class ModelFields:
             )
 
     def weights(self) -> int:
-        """Return the number of parameters in the dense model's matrices: embeddings, attention, MLPs."""
+        """Return the number of parameters in the dense model's matrices: embeddings, head, attention and MLPs."""
         assert self.intermediate_size is not None
         assert self.head_dim is not None
         assert self.num_key_value_heads is not None
@@ -257,7 +269,7 @@ class ModelFields:
             raise ValueError("norm_placement 'shared' needs parallel_residual: only then both read the same stream")
 
     def windowed_layers(self) -> list[int]:
-        """Return the indices of the blocks whose attention has a window."""
+        """Return the indices of the blocks with sliding-window attention."""
         return [] if self.attention_window is None else self._layers("window_layers")
 
     def rotary_layers(self) -> list[int]:
@@ -282,25 +294,29 @@ class ModelFields:
 
     @property
     def neurons(self) -> int:
-        """The number of neurons of an MLP, `intermediate_size`, never None."""
+        """The number of neurons of an MLP: `intermediate_size` once its default is filled in."""
         assert self.intermediate_size is not None
         return self.intermediate_size
 
     @property
     def head_size(self) -> int:
-        """The size of an attention head, `head_dim`, never None."""
+        """The size of an attention head: `head_dim` once its default is filled in."""
         assert self.head_dim is not None
         return self.head_dim
 
 
 def unlike_llama(config: ModelFields) -> dict[str, object]:
-    """Return the `PARTS` of a decoder that have another value than in Llama."""
+    """Return the architecture fields (those in `PARTS`) whose values differ from Llama's, by name."""
     values = {name: getattr(config, name) for name in PARTS}
     return {name: value for name, value in values.items() if value != getattr(ModelFields, name)}
 
 
 def refuse_dynamic(rope: PlainMapping) -> None:
-    """Raise ValueError for a RoPE whose frequencies follow the length of the input."""
+    """Raise ValueError for RoPE parameters whose frequencies depend on the length of the input.
+
+    rope: a `rope_parameters` mapping. With rope_type "dynamic" or "proportional", cached keys would be rotated by
+    outdated frequencies.
+    """
     if (kind := rope.get("rope_type", "default")) in DYNAMIC_ROPE:
         raise ValueError(
             f"rope_type {kind!r} changes its frequencies with the input's length, so that cached keys go stale; "

@@ -34,10 +34,12 @@ LARGEST = 7  # of a four-bit number's magnitude
 def with_head_candidates(
     model: SkipstoneForCausalLM, ids_BT: Tensor, candidates: int, directions: int
 ) -> SkipstoneForCausalLM:
-    """Return a copy of the model that decodes with the `candidates` best rows of its head.
+    """Return a copy of the model whose decoding steps multiply only the `candidates` best rows of its output head.
 
-    ids: int64 [rows, tokens] of text like that to be decoded, a few thousand tokens. directions: of the preview, a
-    multiple of 64. Raises ValueError for values out of range, and for a model that has a preview already.
+    A step first computes approximate logits for the whole vocabulary from a small table, then exact ones for the best
+    rows. ids_BT: int64 [rows, tokens], text like that to be decoded, a few thousand tokens. directions: dimensions of
+    the table, a multiple of 64. After SVD-softmax (Shim et al., NeurIPS 2017). Raises ValueError for values out of
+    range, and for a model that has such a table already.
     """
     if model.config.head_candidates is not None:
         raise ValueError("the model has head_candidates already; begin with the model without")
@@ -54,7 +56,11 @@ def with_head_candidates(
 
 
 def preview_of(weight_VD: Tensor, hidden_ND: Tensor, directions: int) -> head_preview.Preview:
-    """Return the preview of a head, fp32, for hidden states like these."""
+    """Return the table that approximates a head's logits for hidden states distributed like these, from fp32 inputs.
+
+    weight_VD: the head, V vocabulary entries by D inputs. hidden_ND: N hidden states as the head reads them.
+    directions: dimensions of the table, K: those in which the logits vary most.
+    """
     mean_D, row_D = hidden_ND.mean(0), weight_VD.mean(0)
     parts = [weight_VD[at : at + PART] - row_D for at in range(0, len(weight_VD), PART)]
     along, back, size = _directions(parts, hidden_ND - mean_D)

@@ -22,13 +22,13 @@ Kept = Mapping[int, Mapping[str, Amount]]
 
 
 class Weighted(Protocol):
-    """The interface of anything that has parameters."""
+    """The interface of an object with a method `parameters()`, such as an nn.Module."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class DecoderLike(Protocol):
-    """The interface of a decoder, in the parts that its cost depends on."""
+    """The interface of a decoder as the cost model reads it: blocks, token embedding and positions."""
 
     @property
     def layers(self) -> Blocks: ...
@@ -39,7 +39,7 @@ class DecoderLike(Protocol):
 
 
 class ModelLike(Weighted, Protocol):
-    """The interface of a decoder, or of a model that holds one and perhaps a head."""
+    """The interface of a decoder, or of a model that contains one, as the cost model reads it."""
 
     @property
     def decoder(self) -> DecoderLike: ...
@@ -47,12 +47,13 @@ class ModelLike(Weighted, Protocol):
 
 
 def kept_from_records(model: ModelLike, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
-    """Return the tokens that mechanisms kept in a forward pass, in the form of the `kept` argument of `cost`.
+    """Return how many tokens each mechanism kept in a forward pass, as the argument `kept` of `cost`.
 
-    A gathered batch has as many columns as its row with most tokens: rows="widest" gives what was executed, "mean" what
-    was needed. Attention computes all columns; projections and MLP leave out the padding if there is much of it. With
-    one token per row, as in decoding, only rows that keep it are computed, and both are the mean. Padding is never
-    kept.
+    records: those that the pass returned, one dict for each block. rows: "mean" counts the kept tokens of a row on
+    average. "widest" counts what was executed: the kept tokens of all rows are gathered to the width of the row that
+    keeps most, and attention computes all these columns, while projections and MLP leave out the padding where it is at
+    least 10 %. In calls of one token per row, rows that skip are left out, and both are the mean. The result is {layer:
+    {name: counts}}.
     """
     kept: dict[int, dict[str, Amount]] = {}
     for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):

@@ -26,7 +26,10 @@ CONSTANT = re.compile(r"(^|\.)(attn\.bias|(attn|attention)\.masked_bias|rotary_e
 
 
 def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> SkipstoneForCausalLM:
-    """Build a model with these weights. Raises ValueError for missing, additional and wrongly shaped tensors."""
+    """Build a model of this configuration and dtype with exactly these weights, a state dict under our names.
+
+    Raises ValueError for missing, additional and wrongly shaped tensors.
+    """
     model, info = SkipstoneForCausalLM.from_pretrained(
         None,
         config=config,
@@ -40,7 +43,11 @@ def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: 
 
 
 def check_complete(info: PlainMapping) -> None:
-    """Raise ValueError unless the checkpoint has exactly the model's parameters, in their shapes."""
+    """Raise ValueError unless a checkpoint has exactly the model's parameters, in their shapes.
+
+    info: the loading info of transformers' `from_pretrained`, with missing_keys, unexpected_keys and mismatched_keys.
+    Constants that old releases of transformers saved are ignored.
+    """
     for kind in ("missing", "unexpected"):
         if keys := sorted(key for key in info[f"{kind}_keys"] if not CONSTANT.search(key)):
             what = "the checkpoint lacks" if kind == "missing" else "the model has no place for"
@@ -50,19 +57,22 @@ def check_complete(info: PlainMapping) -> None:
 
 
 def and_more(keys: list[str]) -> str:
-    """Return a text of the first key and the number of further ones, for messages."""
+    """Return the first tensor name and the number of further ones for a message, such as "a.weight and 3 more"."""
     return f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
 
 
 def named_dtype(dtype: Dtype, default: Any) -> Any:
-    """Return the torch.dtype for a name, `default` for None. Raises ValueError for an unknown name."""
+    """Return the torch.dtype for "float32", "bfloat16" or "float16"; a torch.dtype is returned as it is.
+
+    default: what is returned for None. Raises ValueError for an unknown name.
+    """
     if dtype is None:
         return default
     return dtype if isinstance(dtype, torch.dtype) else choose("dtype", dtype, DTYPES)
 
 
 def one_line(error: Exception) -> str:
-    """Return the informative line of an error: the last of a failed validation, else the first."""
+    """Return the informative line of an error's message, with the error's type if the line says little without it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
     if line.endswith(":") and line is lines[0]:  # a heading, as of torch's load_state_dict
@@ -74,7 +84,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def about(name: str) -> Iterator[None]:
-    """Turn every error inside a `with` block into a ValueError of one line that begins with `name`."""
+    """Turn every error in a `with` block into a ValueError with one line that begins with `name` (of a file, say)."""
     try:
         yield
     except Exception as error:  # libraries raise many types for broken files
@@ -83,9 +93,9 @@ def about(name: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence reports and progress bars of transformers and the hub inside a `with` block.
+    """Silence the reports and progress bars of transformers and huggingface_hub inside a `with` block.
 
-    Whatever they would report is checked and raised by our code.
+    Use it where our own code checks and raises whatever they would report.
     """
     level, hub_level, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

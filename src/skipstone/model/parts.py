@@ -27,7 +27,11 @@ from skipstone.nn.positions import ROPES as ROPES
 
 @dataclass(frozen=True, eq=False)
 class Entry(Mapping[str, object]):
-    """The options of one part as written: an immutable mapping, equal to a dict with the same items."""
+    """The options of one part of a model as the user wrote them, as an immutable mapping.
+
+    It equals a dict with the same items. written: the mapping. Subclasses add `options`, the same values parsed, with
+    all defaults.
+    """
 
     written: Written
 
@@ -44,16 +48,16 @@ class Entry(Mapping[str, object]):
         return repr(self.plain())
 
     def plain(self) -> dict[str, object]:
-        """Return the options as an independent dict of plain values."""
+        """Return the options as written, as an independent dict of plain values."""
         return copy.deepcopy(dict(self.written))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MechanismEntry(Entry):
-    """A parsed entry of `mechanisms`: one mechanism with its layers and options.
+    """A parsed entry of `SkipstoneConfig.mechanisms`: one mechanism with the blocks that it applies to and its options.
 
-    kind: the mechanism's name in `DEPTH`. site: one of the mechanism's `sites`. layers: the blocks that it is
-    around, out of `num_layers`. options: an instance of the mechanism's `Config`.
+    kind: the mechanism's name, a key of `DEPTH`. site: what it wraps: "block", "attention", "mlp" or "segment". layers:
+    indices of its blocks, ascending, out of `num_layers`. options: an instance of the mechanism's `Config`.
     """
 
     kind: str
@@ -64,16 +68,22 @@ class MechanismEntry(Entry):
 
     @property
     def key(self) -> str:
-        """The name under which a block keeps the mechanism's parameters and records."""
+        """The name of the mechanism's parameters and records in a block.
+
+        It is the kind, followed by "_on_" and the site if that is not the mechanism's default.
+        """
         return self.kind if self.site == DEPTH[self.kind].sites[0] else f"{self.kind}_on_{self.site}"
 
     @property
     def homes(self) -> tuple[int, ...]:
-        """The blocks that hold a mechanism of this entry: all of `layers`, of a segment the first."""
+        """The blocks that hold a module of this entry: all of `layers`, or only the first block of a segment."""
         return self.layers[:1] if self.site == SEGMENT else self.layers
 
     def changed(self, **changes: object) -> MechanismEntry:
-        """Return the entry with other options; None restores a default. Raises ValueError for invalid options."""
+        """Return the entry with other options.
+
+        changes: new values by option; None restores a default. Raises ValueError for invalid options.
+        """
         written = {key: value for key, value in {**self.written, **changes}.items() if value is not None}
         return _parse_mechanism(written, self.num_layers, self.kind)
 
@@ -83,9 +93,9 @@ WITH_ZEROS = ("relu", "relu2")  # functions that are exactly 0 for a range of in
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationEntry(Entry):
-    """The parsed options of the activation.
+    """The parsed options of an MLP's activation.
 
-    kind: its name. options: None for a plain function.
+    kind: the name of a function, "fixed_mix" or "polyglu". options: those of the latter two; None for a function.
     """
 
     kind: str
@@ -93,7 +103,7 @@ class ActivationEntry(Entry):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether some neurons are exactly 0 for some inputs, as behind ReLU and its square."""
+        """Whether some neurons can be exactly 0 for a range of inputs, as with ReLU and its square."""
         if isinstance(self.options, FixedMixConfig):
             return not self.options.functions.isdisjoint(WITH_ZEROS)
         return self.kind in WITH_ZEROS
@@ -101,9 +111,10 @@ class ActivationEntry(Entry):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupsEntry(Entry):
-    """The parsed options of neuron groups.
+    """The parsed options of neuron groups, which switch parts of an MLP on and off.
 
-    kind: the decision in `GROUPS`.
+    kind: the option `decision`, a key of `GROUPS`, such as "learned" or "magnitude". options: an instance of its
+    `Config`.
     """
 
     kind: str
@@ -112,15 +123,17 @@ class GroupsEntry(Entry):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExpertsEntry(Entry):
-    """The parsed options of an MLP of experts."""
+    """The parsed options of an MLP that is a mixture of experts. options: an `ExpertsConfig`."""
 
     options: ExpertsConfig
 
 
 def parse_mechanisms(entries: Sequence[Written], num_layers: int) -> list[MechanismEntry]:
-    """Parse the entries of `mechanisms`, strictly; entries parsed for as many layers stay the same objects.
+    """Parse the entries of `SkipstoneConfig.mechanisms` strictly for a model of `num_layers` blocks.
 
-    Raises ValueError for unknown names, keys, sites or layers, and for a mechanism that appears twice on one site.
+    Entries that are parsed already for as many blocks stay the same objects. Raises ValueError, with a line for each
+    mistake, for unknown names, options, sites or blocks, for overlapping segments, and for a mechanism that appears
+    twice in one place of a block.
     """
     parsed: list[MechanismEntry] = []
     lines: list[str] = []
@@ -177,7 +190,10 @@ def _with_words(written: Mapping[object, object] | Written) -> dict[str, object]
 
 
 def parse_activation(activation: str | Written) -> ActivationEntry:
-    """Parse the activation; a name alone is an entry without options. Raises ValueError for unknown names and keys."""
+    """Parse the activation: the name of a function, or a mapping with the key `name` and options.
+
+    Raises ValueError for unknown names and keys and for invalid values.
+    """
     if isinstance(activation, ActivationEntry):
         return activation
     written = {"name": activation} if isinstance(activation, str) else copy.deepcopy(dict(activation))
@@ -194,9 +210,10 @@ def parse_activation(activation: str | Written) -> ActivationEntry:
 
 
 def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
-    """Parse options of neuron groups with the `Config` that their `decision` selects.
+    """Parse the options of neuron groups, of the kind that their `decision` names.
 
-    Raises ValueError for unknown keys, and for an option that only other decisions read.
+    written: the options as given. where: what error messages call them. Raises ValueError for unknown keys, for invalid
+    values, and for an option that only other decisions read.
     """
     if isinstance(written, GroupsEntry):
         return written
@@ -211,7 +228,7 @@ def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
 
 
 def parse_experts(written: Written) -> ExpertsEntry:
-    """Parse options of an MLP of experts. Raises ValueError for unknown keys and invalid values."""
+    """Parse the options of an MLP of experts. Raises ValueError for unknown keys and invalid values."""
     if isinstance(written, ExpertsEntry):
         return written
     values = copy.deepcopy(dict(written))

@@ -35,11 +35,11 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 
 
 def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
-    """Load a saved Skipstone model from a folder, in its own dtype unless another is named.
+    """Load a saved Skipstone model from a folder.
 
-    No weight is initialised at random. Raises FileNotFoundError if there is no such folder, ValueError for one without
-    config.json, of another architecture or format_version, and for weights that are missing, left over or of another
-    shape.
+    dtype: "float32", "bfloat16", "float16" or a torch.dtype; None: that of the saved weights. Raises FileNotFoundError
+    if there is no such folder, and ValueError for one without config.json, of another architecture or format_version,
+    and for weights that are missing, not expected or of another shape.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -54,12 +54,13 @@ def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
 
 
 def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str | None = None) -> SkipstoneForCausalLM:
-    """Load a dense checkpoint of one of the `FAMILIES`, or a model of ours, from a folder, the hub or a GGUF file.
+    """Load a dense checkpoint of a supported architecture (`FAMILIES`), or a model of ours, as one of our models.
 
-    dtype: "float32", "bfloat16", "float16" or a torch.dtype; the checkpoint's own by default. `source` may also be the
-    path of a .gguf file, or the folder of an adapter that PEFT has saved, which is merged into its base. Raises
-    FileNotFoundError if there is nothing at `source`, and ValueError that names the architecture or setting that is not
-    supported, or the weights that are missing or left over.
+    source: a folder, a hub name, the path of a .gguf file, or the folder of a PEFT adapter, which is merged into its
+    base. dtype: "float32", "bfloat16", "float16" or a torch.dtype; None: that of the checkpoint. gguf_file: the name of
+    a GGUF file in the folder or hub repository `source`. Raises FileNotFoundError if there is nothing at `source`, and
+    ValueError that names the architecture or setting that is not supported, or the weights that are missing or not
+    expected.
     """
     name, gguf_file = _locate(source, gguf_file)
     folder = Path(name)
@@ -113,10 +114,10 @@ def _load(
 
 
 def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_file: str | None = None) -> None:
-    """Convert the checkpoint `source` to a model folder `out`, with tokenizer, generation_config and a model card.
+    """Convert the checkpoint `source` to a model folder `out` with tokenizer, generation config and model card.
 
-    The arguments are those of `load_pretrained`. Raises FileExistsError if `out` is a file or a folder with something
-    in it, and what `load_pretrained` raises. `out` appears only when it is complete.
+    source, dtype and gguf_file are those of `load_pretrained`. `out` appears only once it is complete. Raises what
+    `load_pretrained` raises, and FileExistsError if `out` is a file or a non-empty folder.
     """
     names = ("reading the checkpoint", "writing the model", "checksums")
     with complete(Path(out)) as partial, stages(*names) as stage:
@@ -196,10 +197,9 @@ def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneFor
 
 
 def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint; None if it has none.
+    """Load the tokenizer of a checkpoint by transformers' AutoTokenizer; None if it has none.
 
-    `source` is as in `load_pretrained`; an adapter without one has that of its base. transformers chooses the class,
-    because older folders leave it to the architecture.
+    source, gguf_file: as in `load_pretrained`. An adapter without a tokenizer has its base's.
     """
     name, gguf_file = _locate(source, gguf_file)
     if (Path(name) / ADAPTER).is_file() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):

@@ -22,10 +22,11 @@ FLOAT, INT8 = "float", "int8"
 
 
 def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
-    """Return a copy of the model with int8 weights.
+    """Return a copy of the model with int8 weights in all matrices of attention, MLP, head and token embedding.
 
-    Raises ValueError for a model whose weights are quantised already, by this function or by torchao, for a mixture of
-    experts, and for weights that are not finite.
+    Each 64 inputs of a matrix row share a scale, or all of them if their number is no multiple of 64. Raises ValueError
+    for a model that is quantised already (by this function or by torchao), for a mixture of experts, and for weights
+    that are not finite.
     """
     if model.config.weight_format == INT8:
         raise ValueError("the model has int8 weights already")
@@ -41,7 +42,7 @@ def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
 
 
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
-    """Return a copy of an int8 model with floating-point weights of the same values."""
+    """Return a copy of a model with int8 weights whose weights are floating-point numbers of the same values."""
     config = _with_format(model, FLOAT, None)
     tensors = dict(model.state_dict())
     for name in _groups(model.config):
@@ -65,7 +66,11 @@ def _groups(config: SkipstoneConfig) -> dict[str, int | None]:
 
 
 def rebuilt(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:
-    """Return a model with another configuration and these weights, otherwise like `model`."""
+    """Return a model of another configuration with these weights.
+
+    Its dtype, training mode and generation config are those of `model`. tensors: the state dict of the new model.
+    Entries of the head are dropped if it is tied to the embedding.
+    """
     if config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
     built = from_tensors(config, tensors, model.dtype).train(model.training)

@@ -20,7 +20,11 @@ AUTO_MAP = {auto: f"{MODULE}.{name}" for auto, name in CLASSES.items()}
 
 
 def write_shim(folder: str | PathLike[str]) -> None:
-    """Write the one-line module into `folder`, creating the folder if needed."""
+    """Write a module with one import of skipstone into `folder`, which is created if needed.
+
+    `auto_map` in config.json names it, so that transformers loads the model with `trust_remote_code=True` in a process
+    that has not imported skipstone.
+    """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     names = ", ".join(sorted(CLASSES.values()))

@@ -18,10 +18,11 @@ HASHED = 256 * 2**20  # bytes of a file up to which its hash is compared at ever
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if a folder holds git-lfs pointers, damaged files, an adapter beside a model, or odd settings.
+    """Raise ValueError if the files of a checkpoint folder are damaged or would be read wrongly.
 
-    Files are compared with the folder's `files.json`, if it has one, and those of the hub's cache with their names. A
-    hub name that is not a folder passes.
+    Found are pointers of git-lfs, files that differ from the checksums in the folder's `files.json` or from the SHA-256
+    in their name in the hub's cache (files up to 256 MiB), a bad index of weights, an adapter beside a whole model, and
+    special token ids that are no integers. Nothing is checked if `folder` is not a folder, but a hub name.
     """
     if not folder.is_dir():
         return
@@ -43,9 +44,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_numbers(folder: Path) -> None:
-    """Raise ValueError for weights or biases that are stored as integers or in 8 bits: their scales are elsewhere.
+    """Raise ValueError if the safetensors files of a folder hold weights or biases as integers or 8-bit floats.
 
-    transformers would silently read them as if they were the values. Files without a readable header are left to it.
+    Such weights have scales elsewhere, but transformers would read them as the values themselves. Files without a
+    readable header are skipped.
     """
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         for name, told in _header(path).items():
@@ -108,9 +110,10 @@ def _check_index(path: Path) -> None:
 
 
 def check_room(folder: Path, weights: int, room: int = 4) -> None:
-    """Raise ValueError if a configuration describes more weights than its files can hold, before they are allocated.
+    """Raise ValueError if a configuration describes more weights than the folder's files can hold.
 
-    weights: number of the model's parameters. room: weights per byte, at most; packed formats hold several.
+    Called before memory is allocated. folder: with the files of weights. weights: the model's number of parameters.
+    room: the largest number of weights per byte (packed formats hold several).
     """
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     held = sum(path.stat().st_size for path in files)

@@ -32,11 +32,11 @@ FORCED = "forced/"  # names in `Tokens.state` of the decisions that the caller i
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The blocks of one pass and what they need besides the tokens.
+    """The blocks of one forward pass, and what they need besides the tokens.
 
-    turned_by: for each block, the name of its rotary angles. turn: returns the angles of this name for these tokens,
-    whatever mechanisms have selected. forced: bool masks [B, T] that the caller imposes, by block. recorded:
-    whether records are wanted.
+    blocks: in order. turned_by: for each block, the name of its rotary angles. turn: returns cos and sin of this name
+    for these tokens, which may be a selection. forced: bool masks [B, T] of the tokens that blocks have to keep, by
+    block index. cache: the KV cache, or None. recorded: whether records of decisions are wanted.
     """
 
     blocks: Sequence[Block]
@@ -47,9 +47,10 @@ class Stack:
     recorded: bool = True
 
     def run(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
-        """Return the stream after the last block, [B, T, D], and the records of each block.
+        """Return the hidden states after the last block, [B, T, D], and the records of each block's decisions.
 
-        Records of compiled calls are empty if they are not wanted.
+        x_BTD: the hidden states before the first block. Records of blocks that ran in one compiled call are empty if
+        `recorded` is False.
         """
         records: list[Records] = []
         for blocks, compiled in self._runs(x_BTD, tokens):

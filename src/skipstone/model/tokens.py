@@ -17,7 +17,12 @@ from skipstone.core.tokens import IDS, IDS_BEFORE, PassMode, Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The caller's arguments about the tokens of one forward pass."""
+    """The caller's arguments about the tokens of one forward pass.
+
+    shape: (B, T), rows and tokens. device: where new tensors are created. seen: S, the number of tokens per row in the
+    cache; a tensor [] for a static cache, which counts on the device. attention_mask: [B, S + T] or [B, T], 0 for
+    padding, or None. position_ids, document_ids: int64 [B, T] (positions also [1, T]), or None.
+    """
 
     shape: torch.Size  # B, T
     device: torch.device
@@ -34,14 +39,16 @@ class Call:
 
     @property
     def begun(self) -> bool:
-        """Whether a cache has seen tokens before; assumed for a cache that counts on the device."""
+        """Whether a cache has seen tokens before; assumed if it counts on the device, to save a host sync."""
         return isinstance(self.seen, Tensor) or self.seen > 0
 
 
 def tokens_of(call: Call, mode: PassMode) -> Tokens:
-    """Return the `Tokens` of a call, from its masks, positions and documents.
+    """Return the `Tokens` of a call: slots, positions, documents and padding, derived from the caller's arguments.
 
-    Raises ValueError for a mask that is not [B, S + T] or [B, T], and for ids that are not [B, T].
+    mode: how the pass decides and executes. Without position_ids, positions count the real tokens of each document;
+    without document_ids, positions that restart in a call without mask and cache mark new documents. Raises ValueError
+    for arguments of another shape.
     """
     B, T = call.shape
     if call.document_ids is not None and call.document_ids.shape != call.shape:
@@ -113,7 +120,10 @@ def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
 
 
 def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Return the index of each token among the real tokens of its run of equal document ids."""
+    """Return the index of each token among the real tokens of its document, int64 [B, T].
+
+    document_BT: document ids; a document is a run of equal ids. real_BT: bool, False for padding; None: no padding.
+    """
     one_BT = torch.ones_like(document_BT) if real_BT is None else real_BT.long()
     before_BT = one_BT.cumsum(1) - one_BT
     new_BT = torch.ones_like(document_BT, dtype=torch.bool)
@@ -134,9 +144,11 @@ def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
 
 
 def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLayer | None) -> Tokens:
-    """Return the tokens with their ids and the ids before them as state, for mechanisms that read ids.
+    """Return the tokens with their ids, and the id before each, in `state`, for mechanisms that decide by token ids.
 
-    The last id of each row is kept in `cache`, that of the first block. Without input_ids the tokens stay as they are.
+    input_ids: int64 [B, T]; None (a call with inputs_embeds): the tokens are returned unchanged. cache: the first
+    block's, in which the last id of each row is stored for the next call, or None. The id before a document's first
+    token is -1.
     """
     if input_ids is None:
         return tokens

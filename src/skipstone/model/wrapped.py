@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 def require_ours(model: object) -> None:
-    """Raise ValueError unless the model is one of ours, perhaps inside a wrapper that leaves its tokens alone.
+    """Raise ValueError unless `model` is a Skipstone model whose outputs belong to the ids that it is given.
 
-    PEFT's adapters of layers pass, because the wrapper has the attributes of the model inside. Prompt learning (prompt
-    tuning, p-tuning, prefix tuning) does not: it puts virtual tokens before each text, so that logits and decisions no
-    longer belong to the ids that were given. Neither does a decoder of transformers, routed in place or not.
+    A model with PEFT adapters in its layers passes. One wrapped for prompt learning does not, because virtual tokens
+    precede each text, and neither does a decoder of transformers, whether or not `skipstone.route` has added mechanisms
+    to it.
     """
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):

@@ -57,9 +57,9 @@ ACTIVATIONS_BACK = {
 
 
 def register(model_type: str, family: Family) -> None:
-    """Add a family, so that `convert` and `adapt` read it and `convert --to dense` writes it.
+    """Add a family of pretrained decoders, so that its checkpoints can be loaded, converted and written again.
 
-    Raises ValueError if the architecture has one already.
+    model_type: the architecture's `model_type` in config.json. Raises ValueError if it is registered already.
     """
     if model_type in FAMILIES:
         raise ValueError(f"architecture {model_type!r} is registered already")
@@ -67,9 +67,9 @@ def register(model_type: str, family: Family) -> None:
 
 
 def family_of(values: PlainMapping) -> Family:
-    """Return the family of a configuration as read from config.json.
+    """Return the family (translation rules) for the `model_type` in the values of a config.json.
 
-    Raises ValueError that names the supported families.
+    Raises ValueError, which names the supported architectures, if there is no such family.
     """
     kind, supported = values.get("model_type"), f"supported: {', '.join(FAMILIES)}"
     if kind in FAMILIES:
@@ -84,7 +84,7 @@ def family_of(values: PlainMapping) -> Family:
 def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
     """Translate a configuration of transformers to ours.
 
-    Raises ValueError that names a setting which this decoder does not compute.
+    Raises ValueError that names the architecture or the setting if our decoder would compute something else.
     """
     family = family_of({"model_type": theirs.model_type})
     for reason in _refusals(theirs, family):
@@ -102,10 +102,10 @@ def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
 
 
 def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
-    """Translate our configuration to a family of transformers, if possible the one that the model was converted from.
+    """Translate our configuration to that of an architecture of transformers that computes the same dense model.
 
-    activation: the activation function of all neurons. A family is suitable if its configuration translates back to the
-    same model. Raises ValueError if none is.
+    activation: our name of the activation function of all neurons. The architecture that the model was converted from
+    is tried first. One is suitable if its configuration translates back to ours. Raises ValueError if none is.
     """
     if config.neuron_groups is not None and config.neuron_groups.get("decision") not in (
         "magnitude",

@@ -34,10 +34,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A projection of the family that corresponds to several of ours, such as one matrix for queries, keys and values.
+    """A projection of a family that corresponds to several of ours, such as one matrix for queries, keys and values.
 
-    parts: the names of ours, without the dots around them. split, join: divide its tensor (weight or bias) into those
-    of the parts, and the reverse, for a model of this configuration.
+    parts: the names of our projections, such as "q_proj". split: divides the fused tensor (weight or bias) into those
+    of the parts, given our configuration. join: the reverse; by default it concatenates along the first axis.
     """
 
     parts: tuple[str, ...]
@@ -46,9 +46,10 @@ class Fused:
 
 
 def halves(config: SkipstoneConfig) -> Tensor:
-    """Return the order [head_size] in which a head's interleaved features (pairs are neighbours) become halves.
+    """Return the permutation of a head's features from RoPE on neighbouring pairs to RoPE on halves, int64 [head_size].
 
-    The even ones of the features that RoPE turns come first, then the odd ones, then those that it does not turn.
+    Of the features that RoPE rotates (`partial_rotary_factor` of the head), the even ones come first, then the odd
+    ones; those that it does not rotate follow. config: ours, for head size and RoPE parameters.
     """
     turned = int(config.head_size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
     features = torch.arange(config.head_size)
@@ -57,12 +58,13 @@ def halves(config: SkipstoneConfig) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The correspondence of a family's tensors to ours.
+    """The correspondence between a family's tensor names and shapes and ours.
 
-    names: parts of the family's tensor names, and ours for them. fused: the family's projections that are split here.
-    transposed: the family's projections whose weights are [in, out]. interleaved: our names of the tensors with one
-    entry for each feature of each head whose RoPE turns neighbours (2i, 2i + 1) in the family; here it turns the halves
-    (i, i + n / 2) of the n features that are turned, so those are sorted.
+    names: substrings of the family's tensor names, and what replaces them in ours. fused: projections of the family
+    that are several of ours, by name. transposed: projections of the family whose weights are stored [in, out].
+    interleaved: our names of the projections and norms with one entry for each feature of each head, if the family's
+    RoPE rotates neighbours (2i, 2i + 1); ours rotates (i, i + n / 2) of the n rotated features, so the entries are
+    permuted.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -71,7 +73,7 @@ class Layout:
     interleaved: tuple[str, ...] = ()
 
     def ours(self, theirs: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
-        """Translate a state dict of the family to our names and shapes."""
+        """Translate a state dict of the family to our names and shapes. config: our configuration of the model."""
         found: Tensors = {}
         for name, tensor in theirs.items():
             value = tensor.t() if self._is_transposed(name) else tensor
@@ -85,7 +87,7 @@ class Layout:
         return {name: self._sorted(name, x, halves(config)).contiguous() for name, x in found.items()}
 
     def theirs(self, ours: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
-        """Translate a state dict of ours to the family's names and shapes."""
+        """Translate a state dict of ours to the family's names and shapes. config: our configuration of the model."""
         back = {new: old for old, new in self.names.items()}
         found: Tensors = {}
         pieces: dict[tuple[str, str], Tensors] = {}
@@ -126,11 +128,12 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of pretrained decoders.
+    """The rules by which a family of pretrained decoders is translated to our configuration and back.
 
-    read: returns our options for a configuration of the family. write: returns the family's options for ours, given the
-    family's name of the activation; those of `shared_back` are added to them. only: settings that change the result,
-    each with the values that are supported, the default first.
+    read: returns our configuration fields for a configuration of the family. write: returns the family's fields for our
+    configuration and the family's name of the activation, except those of `shared_back`, which are added. layout:
+    translates tensors. only: settings of the family that change its result, each with the values that we support, its
+    default first.
     """
 
     read: Callable[[PreTrainedConfig], Options]
@@ -143,7 +146,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as 
 
 
 def context_of(theirs: PreTrainedConfig) -> int:
-    """Return the context length in tokens; with YaRN, the stretched one even if the file names the original one."""
+    """Return the context length in tokens of a configuration of transformers.
+
+    With YaRN it is the extended length, even if the file names the original one.
+    """
     named: int = theirs.max_position_embeddings
     rope = getattr(theirs, "rope_parameters", None) or {}
     rope = rope.get(FULL) or rope  # some families have RoPE parameters for each type of attention
@@ -153,7 +159,7 @@ def context_of(theirs: PreTrainedConfig) -> int:
 
 
 def special_of(theirs: PreTrainedConfig, name: str) -> int | list[int] | None:
-    """Return a special id, or None where the file has a negative one, which means none."""
+    """Return the special token id or ids in field `name` of a transformers configuration; None if negative."""
     value: int | list[int] | None = getattr(theirs, name)
     return None if isinstance(value, int) and value < 0 else value
 
@@ -173,26 +179,31 @@ SHARED = (
 
 
 def shared(theirs: PreTrainedConfig) -> Options:
-    """Return our options for the settings that have the same name in all families."""
+    """Return our configuration fields for the settings that have the same names in all families.
+
+    theirs: a configuration of transformers.
+    """
     names = {name: getattr(theirs, name) for name in SHARED}
     special = {name: special_of(theirs, name) for name in SPECIAL}
     return {**names, **special, "max_position_embeddings": context_of(theirs)}
 
 
 def shared_back(config: SkipstoneConfig) -> Options:
-    """Return the family's options for the settings that have the same name in all families."""
+    """Return transformers' configuration fields for the settings that have the same names in all families."""
     return {name: getattr(config, name) for name in SHARED}
 
 
 def whole_rope(rope: Options) -> Options:
-    """Return the RoPE parameters of a family that turns whole heads, whatever `partial_rotary_factor` says."""
+    """Return RoPE parameters without `partial_rotary_factor`, for families that rotate whole heads and ignore it."""
     return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
 
 
 def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act", partial: bool = False) -> Options:
-    """Return our options for a family like Llama: RMSNorm, RoPE, grouped heads, a gated MLP, no biases.
+    """Return our configuration fields for a family like Llama.
 
-    partial: whether the family's classes in transformers read `partial_rotary_factor`.
+    That is: RMSNorm, RoPE, grouped-query attention, a gated MLP, no biases. theirs: a configuration of transformers.
+    activation: the name of its field for the activation. partial: whether the family's code in transformers reads
+    `partial_rotary_factor`; if not, it is dropped.
     """
     return {
         **shared(theirs),
@@ -207,7 +218,10 @@ def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act", partial
 
 
 def llama_like_back(config: SkipstoneConfig, activation: str) -> Options:
-    """Return a family's options for a model like Llama, with biases under Llama's names."""
+    """Return transformers' configuration fields for a model like Llama, including `attention_bias` and `mlp_bias`.
+
+    activation: the family's name of the activation function.
+    """
     return {
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
@@ -222,27 +236,34 @@ def llama_like_back(config: SkipstoneConfig, activation: str) -> Options:
 
 
 def rope_back(config: SkipstoneConfig) -> Options:
-    """Return transformers' `rope_parameters` for our configuration."""
+    """Return transformers' `rope_parameters` for our configuration; if it sets none, plain RoPE with theta 10,000."""
     return dict(config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
 
 
 def ropes_by_type(theirs: PreTrainedConfig) -> Options:
-    """Return our options for a family whose `rope_parameters` are a dict for each type of attention."""
+    """Return our RoPE fields for a family with separate `rope_parameters` for full and sliding-window attention.
+
+    theirs: a configuration of transformers. Returns `rope_parameters` and `window_rope_parameters`, the latter None if
+    no block has a window.
+    """
     full, local = theirs.rope_parameters[FULL], theirs.rope_parameters[SLIDING]
     window = whole_rope(local) if windows(theirs) else None
     return {"rope_parameters": whole_rope(full), "window_rope_parameters": window}
 
 
 def ropes_by_type_back(config: SkipstoneConfig) -> Options:
-    """Return `rope_parameters` with a dict for each type of attention."""
+    """Return transformers' `rope_parameters` with a dict for each type of attention.
+
+    The types are "full_attention" and "sliding_attention". config: our configuration.
+    """
     full = rope_back(config)
     return {"rope_parameters": {FULL: full, SLIDING: dict(config.window_rope_parameters or full)}}
 
 
 def windows(theirs: PreTrainedConfig) -> Options:
-    """Return our options for a sliding window, in all blocks or in those that `layer_types` names.
+    """Return our fields for sliding-window attention in all blocks or in those that `layer_types` names, or {}.
 
-    Raises ValueError for types of attention that are neither full nor sliding.
+    theirs: a configuration of transformers. Raises ValueError for types of attention that are neither full nor sliding.
     """
     window, types = getattr(theirs, "sliding_window", None), list(getattr(theirs, "layer_types", None) or [])
     if other := sorted(set(types) - {FULL, SLIDING}):
@@ -254,11 +275,11 @@ def windows(theirs: PreTrainedConfig) -> Options:
 
 
 def layer_types(config: SkipstoneConfig) -> list[str]:
-    """Return transformers' `layer_types`: for each block whether its attention is full or has a sliding window."""
+    """Return transformers' `layer_types`: for each block "sliding_attention" or "full_attention"."""
     windowed = config.windowed_layers()
     return [SLIDING if i in windowed else FULL for i in range(config.num_hidden_layers)]
 
 
 def window_back(config: SkipstoneConfig) -> int:
-    """Return transformers' `sliding_window`, which is never None: the context where no block has a window."""
+    """Return transformers' `sliding_window` in tokens; the context length if no block has one (it cannot be None)."""
     return config.attention_window or config.max_position_embeddings

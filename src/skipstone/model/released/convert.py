@@ -25,11 +25,13 @@ WRITTEN = (".pt", ".safetensors")
 
 
 def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options: object) -> SkipstoneForCausalLM:
-    """Load the model in a file of released weights, in their own dtype unless another is named.
+    """Load the model in a file of weights as a paper's authors released them.
 
-    layout: `tsa` or `polychromatic`. options: values that the weights do not contain: num_heads of `tsa`; tau of
-    `polychromatic` (default: as in the file, else .1). Raises FileNotFoundError if there is no such file, and
-    ValueError for a file, tensor or option that does not fit the layout.
+    file: a .pt or .safetensors file. layout: "tsa" (Token-Selective Attention) or "polychromatic" (PolychromaticLM).
+    dtype: "float32", "bfloat16", "float16" or a torch.dtype; None: that of the weights. options: values that the
+    weights do not contain: num_heads for "tsa"; tau for "polychromatic" (default: as in the file, else .1). Raises
+    FileNotFoundError if there is no such file, and ValueError for a file, tensor or option that does not fit the
+    layout.
     """
     chosen, path = choose("layout", layout, LAYOUTS), Path(file).expanduser()
     given = {name: value for name, value in options.items() if value is not None}
@@ -46,7 +48,8 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
 def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: object) -> None:
     """Convert a file of released weights to a model folder `out` with a model card.
 
-    Raises FileExistsError if `out` is a file or a folder that is not empty.
+    The other arguments are those of `load_released`. Raises what it raises, and FileExistsError if `out` is a file or a
+    non-empty folder.
     """
     with complete(Path(out)) as partial:
         model = load_released(file, layout, dtype, **options)
@@ -57,10 +60,11 @@ def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, 
 
 
 def convert_to(folder: str | Path, out: Path, layout: str, dtype: Dtype = None) -> None:
-    """Write a model of ours in a released layout to the file `out`, .pt or .safetensors by its suffix.
+    """Write one of our models, saved in `folder`, in a paper's released layout to the file `out`.
 
-    Raises FileExistsError if `out` exists, and ValueError for a layout that can only be read, another suffix, and a
-    model that the released code would compute differently.
+    out: ends in .pt or .safetensors, which chooses the format. layout: "polychromatic"; the others can only be read.
+    dtype: of the weights; None: as saved. Raises FileExistsError if `out` exists, and ValueError for another layout or
+    suffix, and for a model that the released code would compute differently.
     """
     out, writers = Path(out), {name: found.write for name, found in LAYOUTS.items() if found.write is not None}
     write = choose("layout to write", layout, writers)

@@ -23,16 +23,19 @@ SAFETENSORS = ".safetensors"
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict, and the plain numbers stored beside it in the file."""
+    """The content of a file of released weights.
+
+    tensors: the state dict. beside: plain numbers stored next to it, by name.
+    """
 
     tensors: dict[str, Tensor]
     beside: dict[str, int | float] = field(default_factory=dict)
 
 
 def read_weights(path: Path) -> Weights:
-    """Read the state dict of a .safetensors file or of a torch.save file (alone or inside a checkpoint).
+    """Read the state dict of a .safetensors file or of a torch.save file, in which it may be part of a checkpoint.
 
-    Tensors of a .pt file stay on disk until used, so that optimizer states in it cost no memory. Raises
+    Nothing in a pickle is executed. Tensors of a zipped torch.save file stay on disk until they are used. Raises
     FileNotFoundError if there is no such file, and ValueError for a file that cannot be read.
     """
     if not path.exists():
@@ -73,10 +76,10 @@ def _weights(found: Any, name: str) -> Weights:
 
 
 def write_weights(weights: Weights, path: Path, kind: str) -> None:
-    """Write the weights to `path`, as safetensors if `kind` is ".safetensors" and otherwise by torch.save.
+    """Write weights to `path`, in the format `kind`: ".safetensors", else that of torch.save.
 
-    A safetensors file stores shared tensors twice. A file of torch.save holds the state dict under `model`, and the
-    numbers beside it.
+    Safetensors stores shared tensors twice and drops the numbers in `weights.beside`. torch.save gets a dict with the
+    state dict under "model" and these numbers.
     """
     if kind == SAFETENSORS:
         save_file({key: value.clone() for key, value in weights.tensors.items()}, path)

@@ -16,7 +16,7 @@ Options = PlainMapping
 
 @dataclass(frozen=True, kw_only=True)
 class Translated:
-    """A released model in our terms. values: fields of SkipstoneConfig. tensors: state dict under our names."""
+    """Released weights in our terms. values: fields of SkipstoneConfig. tensors: a state dict under our names."""
 
     values: PlainDict
     tensors: dict[str, Tensor]
@@ -24,10 +24,11 @@ class Translated:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedLayout:
-    """A layout of released weights: how to read and write it, and its options.
+    """A layout in which a paper's authors released weights: how to read and write it.
 
-    read: translates weights and options. write: the reverse, or None. options: names of values that the weights do not
-    contain. Both functions raise ValueError for weights or models that do not fit the layout.
+    read: translates weights, given options. write: translates one of our models back; None if that is not supported.
+    options: the names of the options of `read`, values that the weights do not contain. Both functions raise ValueError
+    for weights or models that do not fit the layout.
     """
 
     read: Callable[[Weights, Options], Translated]

@@ -14,7 +14,10 @@ Table = Mapping[str, str]
 
 
 def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Return the number of blocks among names `prefix.0...`, `prefix.1...`. Raises ValueError if there is none."""
+    """Return the number of blocks in a state dict, from names such as `prefix.0.weight`: the highest index plus 1.
+
+    Raises ValueError if there is none.
+    """
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
     numbers = {int(match[1]) for match in found if match}
     if not numbers:
@@ -23,12 +26,18 @@ def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def expand(table: Table, count: int) -> dict[str, str]:
-    """Return the table with patterns expanded for `count` blocks."""
+    """Return a table of tensor names for `count` blocks, in which {i} is replaced by each index and {next} by i + 1.
+
+    table: patterns of released names, and of ours.
+    """
     return {k.format(i=i, next=i + 1): v.format(i=i, next=i + 1) for i in range(count) for k, v in table.items()}
 
 
 def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, object], ignored: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless the tensors are exactly the expected ones; `ignored` ones may be present or not."""
+    """Raise ValueError unless `tensors` has exactly the names of `expected`.
+
+    ignored: names that may be present or absent.
+    """
     if missing := [name for name in expected if name not in tensors and name not in ignored]:
         raise ValueError(f"lacks {and_more(missing)}")
     if left := [name for name in tensors if name not in expected and name not in ignored]:
@@ -38,7 +47,7 @@ def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, object], i
 
 
 def sizes(tensors: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    """Return the shape of a tensor. Raises ValueError if it has another number of axes."""
+    """Return the shape of the tensor `name`. Raises ValueError if its number of axes is not `axes`."""
     shape = tuple(tensors[name].shape)
     if len(shape) != axes:
         raise ValueError(f"{name} has shape {list(shape)}, {axes} axes are expected")

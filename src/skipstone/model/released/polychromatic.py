@@ -69,7 +69,7 @@ def _names(layers: int) -> dict[str, str]:
 
 
 def rope_tables(context: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [context, head_dim / 2] of the angles position / theta^(2 i / head_dim), fp32."""
+    """Return cos and sin, fp32 [context, head_dim / 2], of the angles position / 10000^(2 i / head_dim)."""
     even = torch.arange(0, head_dim, 2, dtype=torch.float32)
     angle = torch.arange(context, dtype=torch.float32)[:, None] * (1 / ROPE_THETA ** (even / head_dim))
     return angle.cos(), angle.sin()
@@ -96,7 +96,10 @@ def _read(weights: Weights, options: Options) -> Translated:
 
 
 def values_of(tensors: Mapping[str, Tensor], layers: int) -> PlainDict:
-    """Return the fields of SkipstoneConfig that follow from tensor shapes and from the released code."""
+    """Return the fields of SkipstoneConfig for released weights, from tensor shapes and settings of the released code.
+
+    tensors: the released state dict. layers: its number of blocks. Raises ValueError for shapes that do not fit.
+    """
     vocabulary, width = sizes(tensors, EMBEDDING, 2)
     (head_dim,) = sizes(tensors, f"{FIRST}gqa.rmsnorm_q.gama", 1)
     heads = {}
