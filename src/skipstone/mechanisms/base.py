@@ -98,9 +98,9 @@ class DepthMechanism(DepthModule):
         """Return a dict with a `DepthRecord` of these tensors under the mechanism's name (else its class name).
 
         All tensors are [B, T]. score_BT: fp32 router logits. kept_BT: bool, the tokens that get the update. weight_BT:
-        fp32 factor on the update, 0 for skipped tokens. reached_BT: bool, the real tokens that outer mechanisms passed
-        on to this one. loss_BT: fp32 auxiliary loss of each token, or None. carry: new values of the tensors that are
-        passed to the next block, by name; None: there are none.
+        fp32 factor on the update, 0 for skipped tokens. reached_BT: bool, the tokens that are no padding and not
+        skipped by an outer mechanism. loss_BT: fp32 auxiliary loss of each token, or None. carry: new values of the
+        tensors that are passed to the next block, by name; None: there are none.
         """
         record = DepthRecord(score_BT, kept_BT, weight_BT, reached_BT, loss_BT, carry or {})
         return {self.placement.name or type(self).__name__: record}

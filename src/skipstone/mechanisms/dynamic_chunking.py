@@ -59,11 +59,11 @@ class DynamicChunkingConfig:
 
 
 class DynamicChunking(DepthMechanism):
-    """Dynamic chunking (H-Net, arXiv 2507.07955): a segment of blocks runs only on tokens that begin a learned chunk.
+    """Dynamic chunking (H-Net, arXiv 2507.07955): some neighbouring blocks run only on tokens that begin a chunk.
 
-    Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. The segment's update of these
-    tokens is smoothed over chunks by h = p z + (1 - p) h_before, and every other token receives the h of the last chunk
-    start. Options: `DynamicChunkingConfig`.
+    Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. Their update by these blocks, a
+    segment, is smoothed over chunks by h = p z + (1 - p) h_before, and every other token receives the h of the last
+    chunk start. Options: `DynamicChunkingConfig`. threshold: fp32 [], on the score 2 p - 1, initially 0.
     """
 
     Config = DynamicChunkingConfig
@@ -108,8 +108,8 @@ class DynamicChunking(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return for every token the smoothed update of its document's last kept token, [B, T, D], and the records.
 
-        update: the function of the wrapped segment, called on the kept tokens alone. x_BTD: the hidden states before
-        it. Recorded scores are 2 p - 1, where p is the probability that a chunk begins.
+        update: the function of the wrapped blocks, called on the kept tokens alone. x_BTD: the hidden states before it.
+        Recorded scores are 2 p - 1, where p is the probability that a chunk begins.
         """
         memory = Memory(tokens, tokens.memory, self.placement.name or type(self).__name__)
         key_BTD = score_linear(x_BTD, self.key_weight)
@@ -195,7 +195,8 @@ class DynamicChunking(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the segment works on: `kept`, or the configured share if that is None.
+        """Return the numbers of tokens that the wrapped blocks work on: `kept`, or the configured share if that is
+        None.
 
         counts: the tokens that reach the mechanism. kept: the measured counts of kept tokens. `oracle` changes nothing,
         because training skips the same tokens as generation.

@@ -133,7 +133,7 @@ class GateSkip(DepthMechanism):
         return self.decision.not_ready_reason() if self.skips else None
 
     def set_identity(self) -> None:
-        """Open all gates (to 1 - 6e-6) and keep every token."""
+        """Set all gates to 1 - 6e-6 and keep every token, so that the model computes nearly what a dense one does."""
         self.router.constant(NEUTRAL_SCORE)
         self.set_capacity(1.0)
 

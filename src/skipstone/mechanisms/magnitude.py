@@ -68,7 +68,8 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
     In a gated MLP with a = act(W_gate x), it first chooses the groups with the largest mean |a| * typical_F, for which
     W_up x is multiplied ("tried"), then those of them with the largest product of a and W_up x, for which W_down is
     ("kept"). typical_F: the root mean square of each neuron of W_up x over some text, or 1. hidden_size is not used;
-    neurons: MLP neurons before pruning. Time is saved in calls of one token. Related: CATS (arXiv 2404.08763).
+    neurons: MLP neurons before pruning; options: `MagnitudeGroupsConfig`. Time is saved in calls of one token. Related:
+    CATS (arXiv 2404.08763).
     """
 
     Config: ClassVar[type[MagnitudeGroupsConfig]] = MagnitudeGroupsConfig

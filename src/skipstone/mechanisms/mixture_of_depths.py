@@ -47,7 +47,8 @@ class MixtureOfDepths(DepthMechanism):
     """Mixture-of-Depths (arXiv 2404.02258): a router keeps a share of the tokens for a block, and the others skip it.
 
     Kept tokens attend to kept tokens only (with `kv: full`, to all) and get w(score) * update; skipped tokens get
-    nothing, or a learned low-rank update. Options: `MixtureOfDepthsConfig`.
+    nothing, or a learned low-rank update. Options: `MixtureOfDepthsConfig`. adapt_defaults: options that
+    `skipstone adapt`, which turns a dense model into a routed one, sets if its recipe does not.
     """
 
     Config = MixtureOfDepthsConfig

@@ -291,6 +291,6 @@ class PolyGLU(MixFigures, Activation):
         return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return the bytes of context state (fp32 sums and counts, int64 slots) cached for a row of `tokens` tokens."""
+        """Return the bytes of context state (fp32 sums and counts, int64 token indices) cached for `tokens` tokens."""
         sums = SUMS.get(self.config.context, 0)
         return tokens * (4 * sums * (self.config.router_width + 1) + 8) if sums else 0

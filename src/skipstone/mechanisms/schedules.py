@@ -157,11 +157,11 @@ class Capacity(nn.Module):
         return self.progress is not None and self.progress.share < 1
 
     def pin(self, capacity: float) -> None:
-        """Replace `final` by another share; a running warm-up falls towards the new one."""
+        """Replace `final` by the share `capacity`; a running warm-up falls towards the new one."""
         self.final = capacity
 
     def advance(self, progress: float) -> None:
-        """Set how much of the training is over, from 0 to 1, if there is a warm-up."""
+        """Update the warm-up, if there is one. progress: the share of the training that is over, from 0 to 1."""
         if self.progress is not None:
             self.progress.advance(progress)
 

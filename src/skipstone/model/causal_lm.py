@@ -47,12 +47,12 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 class CausalLMOutput(ModelOutput):
     """The output of the language model, with its losses.
 
-    loss: the training loss, fp32 []: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss
-    and distillation loss takes the place of the token loss. token_loss: cross-entropy per label, in nats.
-    auxiliary_loss: the sum of the routers' own losses, coefficients included. distillation_loss: T^2 KL(teacher ||
-    student) per label, in nats, at temperature T, without its coefficient. logits: [B, T, V] for V vocabulary entries,
-    or None. records: for each block, the decisions of its mechanisms by name, if requested. attentions: always None.
-    The other fields are as in transformers.
+    past_key_values: the KV cache. hidden_states: of each block, if requested. loss: the training loss, fp32 []: token
+    loss plus auxiliary losses; with a teacher, the weighted sum of token loss and distillation loss takes the place of
+    the token loss. token_loss: cross-entropy per label, in nats. auxiliary_loss: the sum of the routers' own losses,
+    coefficients included. distillation_loss: T^2 KL(teacher || student) per label, in nats, at temperature T, without
+    its coefficient. logits: [B, T, V] for V vocabulary entries, or None. records: for each block, the decisions of its
+    mechanisms by name, if requested. attentions: always None.
     """
 
     loss: Tensor | None = None

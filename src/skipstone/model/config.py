@@ -234,7 +234,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: transformers would copy this source file into saved folders, which get an import instead."""
+        """Do nothing: transformers would copy this source file into saved folders, which get an import instead.
+
+        auto_class: not used.
+        """
 
     @classmethod
     def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> SkipstoneConfig:

@@ -89,9 +89,9 @@ class Cost:
 
     routing: how decisions are made, as in `cost`. parameters: of the model. forward: FLOPs of the call. training: FLOPs
     of a forward and backward pass over the same rows without past, with the decisions of training; activation
-    recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and slots, divided by all tokens of a
-    row, skipped ones included. state_bytes_per_token: the same for what mechanisms cache. dense: the cost of the same
-    model without mechanisms; None in that cost itself.
+    recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and int64 token indices, divided by
+    all tokens of a row, skipped ones included. state_bytes_per_token: the same for what mechanisms cache. dense: the
+    cost of the same model without mechanisms; None in that cost itself.
     """
 
     tokens: int

@@ -49,9 +49,9 @@ Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
 class DecoderOutput(ModelOutput):
     """The output of the decoder, with the decisions of all blocks.
 
-    last_hidden_state: [B, T, D], after the final norm. records: for each block, the decisions of its mechanisms by
-    name, if requested. attentions: always None, because transformers' generic heads expect the field. The others are as
-    in transformers.
+    last_hidden_state: [B, T, D], after the final norm. past_key_values: the KV cache. hidden_states: of each block, if
+    requested. attentions: always None; transformers' generic heads expect the field. records: for each block, the
+    decisions of its mechanisms by name, if requested.
     """
 
     last_hidden_state: Tensor | None = None
@@ -136,7 +136,8 @@ class SkipstonePreTrainedModel(PreTrainedModel):
     def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
         """Return FLOPs, parameters and cache bytes of a call, equal to those of the operations that run.
 
-        The arguments are those of `skipstone.model.cost.cost`.
+        tokens: new tokens per row. past: cached tokens per row before the call. batch: number of rows. options: further
+        arguments of `skipstone.model.cost.cost`.
         """
         return cost(self, tokens, past, batch, **options)
 

@@ -37,9 +37,9 @@ def with_head_candidates(
     """Return a copy of the model whose decoding steps multiply only the `candidates` best rows of its output head.
 
     A step first computes approximate logits for the whole vocabulary from a small table, then exact ones for the best
-    rows. ids_BT: int64 [rows, tokens], text like that to be decoded, a few thousand tokens. directions: dimensions of
-    the table, a multiple of 64. After SVD-softmax (Shim et al., NeurIPS 2017). Raises ValueError for values out of
-    range, and for a model that has such a table already.
+    rows; other tokens keep the approximate logits. ids_BT: int64 [rows, tokens], text like that to be decoded, a few
+    thousand tokens. directions: dimensions of the table, a multiple of 64. After SVD-softmax (Shim et al., NeurIPS
+    2017). Raises ValueError for values out of range, and for a model that has such a table already.
     """
     if model.config.head_candidates is not None:
         raise ValueError("the model has head_candidates already; begin with the model without")

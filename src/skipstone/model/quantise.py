@@ -42,7 +42,7 @@ def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
 
 
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
-    """Return a copy of a model with int8 weights whose weights are floating-point numbers of the same values."""
+    """Return a copy of a model with int8 weights that holds the same values in the dtype of its activations."""
     config = _with_format(model, FLOAT, None)
     tensors = dict(model.state_dict())
     for name in _groups(model.config):

@@ -49,8 +49,8 @@ class Stack:
     def run(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
         """Return the hidden states after the last block, [B, T, D], and the records of each block's decisions.
 
-        x_BTD: the hidden states before the first block. Records of blocks that ran in one compiled call are empty if
-        `recorded` is False.
+        x_BTD, tokens: hidden states and tokens before the first block. Records of blocks that numba's code ran in one
+        call are empty if `recorded` is False.
         """
         records: list[Records] = []
         for blocks, compiled in self._runs(x_BTD, tokens):

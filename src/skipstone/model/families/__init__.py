@@ -59,7 +59,8 @@ ACTIVATIONS_BACK = {
 def register(model_type: str, family: Family) -> None:
     """Add a family of pretrained decoders, so that its checkpoints can be loaded, converted and written again.
 
-    model_type: the architecture's `model_type` in config.json. Raises ValueError if it is registered already.
+    model_type: the architecture's `model_type` in config.json. family: the rules that translate its configuration and
+    tensors. Raises ValueError if it is registered already.
     """
     if model_type in FAMILIES:
         raise ValueError(f"architecture {model_type!r} is registered already")

@@ -34,7 +34,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A projection of a family that corresponds to several of ours, such as one matrix for queries, keys and values.
+    """A projection of a pretrained architecture that is several of ours, such as one for queries, keys and values.
 
     parts: the names of our projections, such as "q_proj". split: divides the fused tensor (weight or bias) into those
     of the parts, given our configuration. join: the reverse; by default it concatenates along the first axis.
@@ -194,7 +194,7 @@ def shared_back(config: SkipstoneConfig) -> Options:
 
 
 def whole_rope(rope: Options) -> Options:
-    """Return RoPE parameters without `partial_rotary_factor`, for families that rotate whole heads and ignore it."""
+    """Return RoPE parameters without `partial_rotary_factor`, for families that rotate whole heads regardless."""
     return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
 
 
