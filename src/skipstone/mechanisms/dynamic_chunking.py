@@ -195,8 +195,7 @@ class DynamicChunking(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the wrapped blocks work on: `kept`, or the configured share if that is
-        None.
+        """Return the numbers of tokens that the wrapped blocks work on: `kept`; if None, the configured share.
 
         counts: the tokens that reach the mechanism. kept: the measured counts of kept tokens. `oracle` changes nothing,
         because training skips the same tokens as generation.

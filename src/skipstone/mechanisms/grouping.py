@@ -136,8 +136,7 @@ class ScheduledGroups(GroupRouter):
 
 
 def empty_groups(x_BTD: Tensor, total: int) -> NeuronGroupsRecord:
-    """Return the record of an MLP that no token reached in this call: scores NaN, no group on, no token marked as
-    reached.
+    """Return the record of an MLP that no token reached in this call, with scores NaN and no group on.
 
     x_BTD: the MLP's input, for shape, dtype and device. total: the number of neuron groups G; scores are fp32
     [B, T, G].
