@@ -16,13 +16,16 @@ Trained = Literal["routers", "routers+lora", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage of the training, with its own trained parameters and learning rates.
+    """A stage of an adaptation, with its own trained parameters and learning rates.
 
-    Numbers that are not set are those of `adapt` and `train`. train_only: routers (all parameters of mechanisms),
-    routers+lora (also low-rank adapters on every projection of the blocks; merged at the end), all (every weight, but
-    no adapters). learning_rate: after `warmup_steps` it falls as a cosine to train.min_lr_ratio of itself, anew in each
-    stage. router_learning_rate: the same for routers. routing: the decisions of training passes, oracle (gates are
-    soft) or causal (the pass that generation executes: hard gates, no noise).
+    train_only: which parameters are trained: routers (all parameters of mechanisms), routers+lora (also low-rank
+    adapters on every projection of the blocks, merged at the end), or all (every weight, no adapters); None: as in
+    `adapt`. steps: optimizer steps of the stage. learning_rate: the peak after warmup_steps; in every stage it decays
+    anew by cosine to train.min_lr_ratio times the peak; None: train.learning_rate. router_learning_rate: the peak for
+    parameters of mechanisms; None: as in `adapt`. warmup_steps: None: as in `train`, but at most `steps`. routing: how
+    training passes decide: oracle (as in ordinary training: routers may look at later tokens of the row, gates scale
+    updates and skip nothing), or causal (the pass that generation executes: no look at later tokens, hard gates, no
+    noise); None: oracle.
     """
 
     train_only: Trained | None = None
@@ -35,14 +38,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The terms of the training loss, each a mean over predicted tokens; mechanisms' auxiliary losses are added.
+    """The terms of an adaptation's loss, each a mean over predicted tokens; mechanisms' auxiliary losses are added.
 
-    language_modelling: coefficient of the cross-entropy. distillation: of KL(teacher
-
-    student) of the logits at `temperature` T, times T^2 (Hinton et al. 2015, arXiv 1503.02531). hidden_states: of the
-    squared error of each block's output, divided by the teacher's own mean square there. budget: of the squared
-    distance between the share of tokens that soft gates let pass and the share that the budget allows. teacher: a dense
-    checkpoint with the same vocabulary; None: the source before adaptation.
+    language_modelling: coefficient of the cross-entropy. distillation: coefficient of T^2 KL(teacher, student) of the
+    predicted distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531). temperature: T. hidden_states:
+    coefficient of the squared error of each block's output, divided by the mean square of the teacher's. budget:
+    coefficient of the squared difference between the share of tokens that soft gates let pass and the share that
+    adapt.budget allows. teacher: a dense checkpoint with the same vocabulary; None: the source before adaptation.
     """
 
     language_modelling: float = 1.0
@@ -65,13 +67,17 @@ class Loss:
 
     @property
     def teaches(self) -> bool:
-        """Whether any term needs a teacher."""
+        """Whether any term of the loss needs a teacher."""
         return self.distillation > 0 or self.hidden_states > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on every projection of every block, by PEFT; merged when training ends."""
+    """Low-rank adapters (arXiv 2106.09685) on every projection of every block, by PEFT; merged when training ends.
+
+    rank: of the adapters, at least 1. alpha: the adapters' output is scaled by alpha / rank. dropout: on the adapters'
+    inputs, in [0, 1).
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -86,15 +92,17 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """The settings of an adaptation: budget, stages, losses, and the start of routers and skip paths.
+    """The options of an adaptation, section `adapt` of its recipe: budget, stages, losses, and initial routers.
 
-    train_only, router_learning_rate (None: the learning rate): defaults for stages that set neither. stages: one after
-    the other; none: a single one of train.steps. loss, lora: see there. budget: forward FLOPs per token to execute, as
-    a share of the dense source's, at rows of data.context tokens; None: what the mechanisms' options give. start:
-    random, or measured: linear routers of Mixture-of-Depths start as a least-squares estimate of how much their site
-    changes a token, low-rank skip paths as one of its update, both measured on the source. calibration_rows: number of
-    training rows (all, if there are fewer) on which blocks are scored and routers started; thresholds are set on the
-    first 32 of them. tolerance: of the neutral start, as a share of the source's largest logit.
+    train_only, router_learning_rate: defaults for stages that do not set them (router_learning_rate None: the learning
+    rate). stages: trained one after the other; empty: a single one of train.steps. loss: coefficients of the loss.
+    lora: the adapters of stages that train some. budget: forward FLOPs per token to execute, as a share of the dense
+    source's, in (0, 1), for rows of data.context tokens; None: what the options of the mechanisms give. start: random,
+    or measured: linear routers of Mixture-of-Depths start as a least-squares estimate of how much their block changes a
+    token, low-rank skip paths (which replace the update of skipped tokens) as one of the update, both measured on the
+    source. calibration_rows: number of training rows (all, if there are fewer) on which blocks are scored and routers
+    are started; thresholds are set on the first 32 of them. tolerance: allowed difference between the logits of the
+    adapted model before training and the source's, as a share of the source's largest logit.
     """
 
     train_only: Trained = "all"
@@ -121,10 +129,12 @@ class AdaptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptRecipe(Recipe):
-    """A whole adaptation. model: mechanisms, activation, neuron_groups, drop_layers; all else is the source's.
+    """The definition of a whole adaptation of a dense checkpoint: a training recipe with the section `adapt`.
 
-    In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`; `drop_layers` takes the same forms and
-    leaves whole blocks out, which is what routing has to beat.
+    model: may only set mechanisms, activation, neuron_groups and drop_layers; all else is the source's. In
+    `mechanisms`, `layers` may also be `{score: block_influence, count: N}`: the N blocks that change the stream least.
+    `drop_layers` accepts the same forms and removes whole blocks, a baseline that routing has to beat. adapt: budget,
+    stages, losses and initial routers.
     """
 
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -149,9 +159,9 @@ class AdaptRecipe(Recipe):
 
 
 def read_recipe(values: PlainMapping) -> AdaptRecipe:
-    """Read a recipe from a plain dict and complete its stages, whose steps add up to train.steps.
+    """Parse a recipe for an adaptation from a plain dict, and complete its stages, whose steps add up to train.steps.
 
-    Raises ValueError, one line, naming the field and the allowed values.
+    values: as in the recipe's YAML file. Raises ValueError, naming the field and the allowed values.
     """
     parts = [values.get(name) or {} for name in ("train", "adapt")] if isinstance(values, Mapping) else []
     if not parts or not all(isinstance(part, Mapping) for part in parts):

@@ -24,7 +24,10 @@ from skipstone.train.trainer import RunTrainer
 
 
 class Unfreeze(TrainerCallback):
-    """A callback that gives gradients, at the first step of a stage, only to the parameters that it trains."""
+    """A callback that enables gradients, at the first step of each stage, only for the parameters which it trains.
+
+    stages: in order, with their steps. now: the present stage; None before the first step.
+    """
 
     def __init__(self, stages: list[Stage]) -> None:
         self.stages = stages
@@ -40,10 +43,11 @@ class Unfreeze(TrainerCallback):
 
 
 class AdaptTrainer(RunTrainer):
-    """The trainer of `skipstone train` with stages, a teacher and a budget for gates.
+    """The trainer of `skipstone train`, extended by stages, a teacher and a budget for soft gates.
 
-    adapt: the recipe. teacher: a frozen dense model on the student's device, or None. passing: the share of tokens that
-    soft gates are to let pass, or None where no gate has a budget to keep.
+    adapt: the options of the adaptation. teacher: a frozen dense model on the student's device; None: no distillation.
+    passing: the share of tokens that gates should let pass to meet the budget; None: no gate has a budget to meet.
+    parts: sums of the logged loss terms by name. Further arguments are those of `RunTrainer`.
     """
 
     def __init__(
@@ -80,7 +84,10 @@ class AdaptTrainer(RunTrainer):
         return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """Return the weighted sum of the terms of `Loss`; all but the token loss are logged as auxiliary."""
+        """Return the weighted sum of the terms of `Loss`; all except the cross-entropy are logged as auxiliary loss.
+
+        Arguments are those of `RunTrainer.objective`.
+        """
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it
         asked_BT = targets(inputs) != IGNORED
@@ -155,5 +162,5 @@ class AdaptTrainer(RunTrainer):
 
 
 def on_device(row: Row, device: torch.device) -> Row:
-    """Return the row with all tensors on `device`."""
+    """Return a batch with all its tensors on `device`."""
     return {name: value.to(device) for name, value in row.items()}

@@ -44,10 +44,11 @@ def adapt(
     save_minutes: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Adapt the dense checkpoint `source` by the recipe `config` into a run folder and return it.
+    """Adapt a dense checkpoint into a model that computes less, by a recipe, and return the run folder.
 
-    The other arguments are those of `skipstone.train.training.train`. Raises ValueError, FileNotFoundError or
-    FileExistsError, one line, before anything is written; `Interrupted` after a stop signal.
+    source: a folder or the Hub name of the dense checkpoint. config: the recipe as a plain dict (`AdaptRecipe`). out,
+    resume, progress, save_minutes, callbacks: as in `skipstone.train.training.train`. Raises ValueError,
+    FileNotFoundError or FileExistsError before anything is written, and `Interrupted` after a stop signal.
     """
     recipe = read_recipe(config)
     check_early(recipe)

@@ -29,11 +29,12 @@ PURE = 0.999  # a neuron's mix is a single activation if that one's share is at 
 
 
 def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None:
-    """Write a saved model or run to `out` as a dense checkpoint of transformers.
+    """Write a saved model or run to the folder `out` as a dense checkpoint of transformers' own classes.
 
-    The family is that of the original checkpoint, or the first that computes the same. Warns, one line for each
-    mechanism left out, about the loss. Raises ValueError for a PolyGLU whose neurons mix activations and for a decoder
-    that none of these families computes, and FileExistsError if `out` holds something.
+    The architecture is that of the original checkpoint, or the first known one that computes the same. A warning names
+    each mechanism that is left out. model: folder of the run or saved model. dtype: of the weights; None: as stored.
+    Raises ValueError for a PolyGLU whose neurons mix activations and for a decoder that no dense architecture computes,
+    and FileExistsError if `out` is not empty.
     """
     with stages("reading the model", "writing the model") as stage:
         next(stage)
@@ -68,7 +69,10 @@ def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """Return a sentence for each kind of mechanism that the export leaves out and that changes the model."""
+    """Return a sentence for each kind of mechanism of `model` that a dense export leaves out.
+
+    The sentences say what is lost; mechanisms whose removal changes nothing give none.
+    """
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.decoder.layers):
         for name in block.mechanisms:  # type: ignore[union-attr]
@@ -84,7 +88,10 @@ def losses(model: SkipstoneForCausalLM) -> list[str]:
 
 
 def dense_activation(model: SkipstoneForCausalLM) -> str:
-    """Return the name of the function of every neuron. Raises ValueError where neurons mix several, or differ."""
+    """Return the name of the activation function that all neurons of the model use.
+
+    Raises ValueError if neurons mix several functions, or if they differ.
+    """
     if isinstance(model.config.activation, str):
         return str(model.config.activation)
     found: set[str] = set()
@@ -116,7 +123,10 @@ def _pure(activation: PolyGLU) -> set[str]:
 
 
 def tensors_of(model: SkipstoneForCausalLM, kind: str) -> dict[str, Tensor]:
-    """Return the weights under the family's names, without those of mechanisms."""
+    """Return the model's weights by the tensor names of another architecture, without the weights of mechanisms.
+
+    kind: transformers' `model_type`, a key of `FAMILIES`.
+    """
     own = (".mechanisms.", ".mlp.activation.", ".mlp.router.")
     ours = {name: x for name, x in model.state_dict().items() if not any(part in name for part in own)}
     return FAMILIES[kind].layout.theirs(ours, model.config)

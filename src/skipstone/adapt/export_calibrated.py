@@ -33,8 +33,10 @@ def export(
 ) -> SkipstoneForCausalLM:
     """Apply `change` to a run or saved model, write the new model to the folder `out`, and return it.
 
-    corpus: to calibrate on, if not the run's own; a saved model has none. require: raises for a model that `change`
-    cannot have. Raises ValueError without a corpus, and FileExistsError if `out` holds something.
+    folder: of the run or saved model. dtype: of the written weights; None: as loaded. corpus: text to calibrate on;
+    None: the run's own (a saved model has none). require: raises ValueError for a model that cannot be changed. change:
+    called with the model, the pass to measure with, and 64 training rows in batches of 8; returns the new model. Raises
+    ValueError without a corpus, and FileExistsError if `out` is not empty.
     """
     with stages("reading the run and its text", "measuring on training rows", "writing the model") as stage:
         next(stage)

@@ -26,9 +26,12 @@ from skipstone.runs import CONFIG, Run
 
 @dataclass(frozen=True, kw_only=True)
 class HeadCandidates:
-    """How many rows of the head a step reads whole, and the preview that chooses them.
+    """Options for decoding steps that compute the exact logits of the most promising tokens only.
 
-    text: a file of text like that to be decoded; None: the model writes its own. rows, tokens: how much of it is read.
+    candidates: number of tokens (rows of the output head) whose logits are computed exactly; a cheap 4-bit preview
+    chooses them. directions: number of directions of the hidden states that the preview uses, a multiple of 64. text: a
+    file of text similar to what will be decoded, on which the preview is fitted; None: the model generates text itself.
+    rows, tokens: size of the text that is used, `rows` rows of `tokens` tokens.
     """
 
     candidates: int
@@ -39,11 +42,11 @@ class HeadCandidates:
 
 
 def export_int8(source: str | Path, out: Path, head: HeadCandidates | None = None) -> None:
-    """Write the model at `source` with int8 weights to the folder `out`, with its tokenizer and a card.
+    """Write the model at `source` with int8 weights to the folder `out`, with its tokenizer and a model card.
 
-    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. head: None: steps read the whole head.
-    `out` appears only when it is complete. Raises what `load_pretrained`, `quantise` and `with_head_candidates` raise,
-    and FileExistsError if something is at `out`.
+    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. head: limits the logits that decoding
+    steps compute exactly; None: all are computed. `out` appears only when it is complete. Raises what
+    `load_pretrained`, `quantise` and `with_head_candidates` raise, and FileExistsError if `out` is not empty.
     """
     folder = Path(source).expanduser()
     with stages("reading the model", "rounding its weights", "writing the model") as stage:

@@ -25,9 +25,12 @@ WITHIN = 0.05  # the reached share may be this much of the budget away from it
 
 
 def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> tuple[float | None, float | None]:
-    """Find the capacity of every mechanism that has one, or else the share that gates should let pass, for this budget.
+    """Find the capacity of mechanisms that have one, or else the share of tokens that gates let pass, for a budget.
 
-    dense: the source's FLOPs of a row of `tokens` tokens. Raises ValueError for a budget that cannot be met.
+    config: of the model with mechanisms. budget: forward FLOPs as a share of the dense source's. dense: the source's
+    FLOPs for a row of `tokens` tokens. Returns (capacity, None) if a mechanism such as Mixture-of-Depths has a capacity
+    (the largest share of tokens that a block keeps), else (None, share). Raises ValueError for a budget that these
+    mechanisms cannot reach.
     """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
@@ -52,18 +55,18 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
 
 
 def depth_mechanisms(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
-    """Return the depth mechanisms of all blocks."""
+    """Return the depth mechanisms (those that let tokens skip blocks) of all blocks."""
     return model.modules_of(DepthMechanism)
 
 
 def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
-    """Return the mechanisms that train softly and skip, when executed, below a threshold that their options hold."""
+    """Return the gates that scale updates in training and, when executed, skip tokens below a configured threshold."""
     found = [(m, m.score_threshold()) for m in depth_mechanisms(model) if m.budget_by == "threshold"]
     return [m for m, threshold in found if threshold is not None and threshold.option is not None]
 
 
 def close(model: SkipstoneForCausalLM) -> bool:
-    """End the phase in which mechanisms compute as the dense model; return whether any was in it."""
+    """End the initial state in which mechanisms compute what the dense model does; return whether any was in it."""
     ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
     return any(ended)
 
@@ -82,9 +85,10 @@ def _crossing(share: Callable[[float], float], budget: float, dense: float) -> f
 
 
 def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, dense: float) -> None:
-    """Set the thresholds that are saved with the model, so that causal passes over `rows` execute the budget.
+    """Set the model's saved thresholds so that passes over `rows` that decide without later tokens execute the budget.
 
-    dense: the source's FLOPs per token. Decisions by a trained predictor or a fixed threshold stay as they are.
+    budget: forward FLOPs per token as a share of `dense`. dense: the source's FLOPs per token. Decisions by a trained
+    predictor or a fixed threshold stay as they are.
     """
     model.eval()
     handles = [handle for handle in find_handles(model) if handle.saved]
@@ -93,7 +97,10 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
 
 
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
-    """Count the FLOPs per token of causal passes by their operations; `rows` hold one row each."""
+    """Count the FLOPs per token of executed passes (hard decisions, made without later tokens) from their operations.
+
+    rows: batches of one row each.
+    """
     forward = PASSES["executed"]
     total = sum(count_flops(lambda row=row: forward.run(model, row)).total for row in rows)  # type: ignore[misc]
     return total / sum(row["input_ids"].numel() for row in rows)

@@ -33,10 +33,11 @@ ALPHABETICAL = sorted(range(len(NAMES)), key=NAMES.__getitem__)  # the order in 
 def export_hardened(
     folder: str | Path, out: Path, dtype: str | None = None, corpus: str | None = None
 ) -> SkipstoneForCausalLM:
-    """Harden a run or saved model by training rows, write it to the folder `out`, and return the new model.
+    """Give each PolyGLU neuron of a run or saved model one fixed activation, write the model to `out`, and return it.
 
-    corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without PolyGLU or a
-    corpus, and FileExistsError if `out` holds something.
+    The strongest activation of each neuron is measured on training rows. folder: of the run or saved model. dtype: of
+    the written weights; None: as loaded. corpus: text to calibrate on; None: the run's own (a saved model has none).
+    Raises ValueError for a model without PolyGLU or without a corpus, and FileExistsError if `out` is not empty.
     """
     return export_calibrated.export(
         folder,
@@ -50,10 +51,10 @@ def export_hardened(
 
 @torch.no_grad()
 def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None) -> SkipstoneForCausalLM:
-    """Build a model in which each neuron has its strongest activation only, and no router.
+    """Build a model in which each PolyGLU neuron has only its strongest activation, and no router is left.
 
-    dynamic: [A] for each layer, added to every neuron's preferences (`mean_logits`); None: nothing. Raises ValueError
-    for a model without PolyGLU.
+    dynamic: for each layer, the mean logit that the router adds to the A activations, fp32 [A] (`mean_logits`); None:
+    only the neurons' learned preferences count. Raises ValueError for a model without PolyGLU.
     """
     require_polyglu(model)
     tensors, groups = {n: x for n, x in model.state_dict().items() if ".mlp.activation." not in n}, []
@@ -71,7 +72,10 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
 
 
 def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Return the mean of the router's logits over tokens, fp32 [A] for each layer, 0 where no token arrived."""
+    """Return the PolyGLU router's mean logits over all tokens, fp32 [A] for each layer; A is the number of activations.
+
+    forward: the kind of pass to measure. batches: the arguments of each pass. Zero where no token reached the layer.
+    """
     activations = model.modules_of(PolyGLU)
     sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in activations]
     for batch in batches:
@@ -85,7 +89,7 @@ def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 
 def require_polyglu(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model without PolyGLU."""
+    """Raise ValueError for a model without PolyGLU, or with neuron groups."""
     if not model.modules_of(PolyGLU):
         name = model.config.activation_options["name"]
         raise ValueError(f"only activation 'polyglu' can be hardened, this model has {name!r}")

@@ -23,9 +23,10 @@ SCORE_KEYS = ("score", "count", "among")
 
 @torch.no_grad()
 def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[list[dict[str, tuple[Tensor, Tensor]]]]:
-    """Yield for each batch the residual stream before and after every site of a dense model.
+    """Yield for each batch the residual stream of a dense model before and after every block, attention and MLP.
 
-    Each batch gives a list over blocks of pairs [N, D] for the keys block, attention and mlp; padding is left out.
+    model: dense. rows: the batches. Each batch gives a list over blocks; its entries map "block", "attention" and "mlp"
+    to a pair of tensors [N, D], for the N tokens of the batch that are not padding.
     """
     seen: list[Tensor] = []
     blocks = model.model.layers
@@ -51,12 +52,18 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
 
 
 def token_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
-    """Return 1 - cos(x, y), fp32 [N], how far a block turns each token's stream."""
+    """Return 1 - cos(x, y) for each token, fp32 [N]: how far a block turns its residual stream from x to y.
+
+    x_ND, y_ND: the stream of N tokens before and after the block.
+    """
     return 1 - F.cosine_similarity(x_ND.float(), y_ND.float(), dim=-1)
 
 
 def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[float]:
-    """Return the mean over tokens of 1 - cos(x_in, x_out) for each block (ShortGPT, arXiv 2403.03853, equation 1)."""
+    """Return the mean over tokens of 1 - cos(x_in, x_out) for each block (ShortGPT, arXiv 2403.03853, equation 1).
+
+    model: dense. rows: batches of text to measure on.
+    """
     sums = torch.zeros(len(model.model.layers), dtype=torch.float64)
     count = 0
     for batch in site_streams(model, rows):
@@ -66,14 +73,16 @@ def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[fl
 
 
 def wants_score(layers: object) -> bool:
-    """Return whether `layers` has to be chosen by score."""
+    """Return whether an option `layers` is a mapping, so that blocks have to be chosen by their influence."""
     return isinstance(layers, Mapping)
 
 
 def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> list[int]:
-    """Choose the `count` blocks of least influence among the pattern `among` (all blocks).
+    """Return the indices of the blocks of least influence, as an option `layers` asks.
 
-    Raises ValueError naming `where` for other keys, another score and a count that cannot be.
+    layers: {score: block_influence, count: N, among: PATTERN}: the N blocks of least influence among those of the
+    pattern (default: all). scores: the influence of each block. where: name of the option, for messages. Raises
+    ValueError for other keys, another score, and a count outside of the possible.
     """
     for key in layers:
         if key not in SCORE_KEYS:
@@ -88,7 +97,11 @@ def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> 
 
 
 def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
-    """Write the scores as lines of text, least influence last, with what each block was chosen for."""
+    """Return a table of block influences as text, in falling order.
+
+    scores: the influence of each block. chosen: block indices by what they were chosen for, which the last column
+    shows.
+    """
     lines = ["block  influence  chosen for"]
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
         marks = ", ".join(name for name, layers in chosen.items() if i in layers)

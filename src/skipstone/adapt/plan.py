@@ -32,8 +32,10 @@ NEUTRAL_ROWS = 4
 class AdaptPlan:
     """A prepared adaptation: models, data and what the run folder records about them.
 
-    teacher: frozen; None without a distillation term. rows: for calibration. dense: the source's forward FLOPs per
-    token. passing: see `AdaptTrainer`. record: what is stored in the run folder.
+    recipe: with completed stages. teacher: the frozen model to distil from; None without a distillation term. model:
+    the student, routed, with the source's weights. data: rows for training and validation. rows: for calibration, one
+    row in each batch. dense: the source's forward FLOPs per token. passing: the share of tokens that gates should let
+    pass to meet the budget; None: no gate has one. record: the content of adaptation.json.
     """
 
     recipe: AdaptRecipe
@@ -47,16 +49,18 @@ class AdaptPlan:
 
 
 def check_early(recipe: AdaptRecipe) -> None:
-    """Check mechanisms, loggers and packages before any weights are read."""
+    """Raise ValueError for mistakes in mechanisms, loggers and missing packages, before any weights are read."""
     early.check_loggers(recipe.train)
     stages.check_packages(recipe.adapt.stages)
     refuse(student.model_mistakes({"model": recipe.model}))
 
 
 def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> AdaptPlan:
-    """Prepare everything before the first step and check the neutral start.
+    """Prepare everything before the first step, and check that the routed model starts with the source's logits.
 
-    Prints the measurements to stderr.
+    source: folder or Hub name of the dense checkpoint. recipe: of the adaptation. run: the run that is resumed, whose
+    tokenizer is used; None: a new one. Measurements are printed to stderr. Raises ValueError if the source, the data or
+    the budget do not fit the recipe, or if logits differ by more than adapt.tolerance.
     """
     dense = load_dense(source)
     data = _data(recipe, source, dense, run)
@@ -211,6 +215,6 @@ def _check_streams(model: SkipstoneForCausalLM, teacher: SkipstoneForCausalLM) -
 
 
 def say(text: str) -> None:
-    """Print a line to stderr, from the first process only."""
+    """Print `text` to stderr, from the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)  # noqa: T201

@@ -25,10 +25,12 @@ from skipstone.ops.neurons import kept_part
 def export_pruned(
     folder: str | Path, out: Path, dtype: str | None = None, corpus: str | None = None
 ) -> SkipstoneForCausalLM:
-    """Prune a run or saved model by training rows, write it to the folder `out`, and return the new model.
+    """Remove neuron groups that training rows never use from a run or saved model, write it to `out`, and return it.
 
-    corpus: to calibrate on, if not the run's own; a saved model has none. Raises ValueError without neuron groups or a
-    corpus, and FileExistsError if `out` holds something.
+    A neuron group is a set of adjacent MLP neurons that are switched together. folder: of the run or saved model.
+    dtype: of the written weights; None: as loaded. corpus: text to calibrate on; None: the run's own (a saved model has
+    none). Raises ValueError for a model without neuron groups or without a corpus, and FileExistsError if `out` is not
+    empty.
     """
     return export_calibrated.export(
         folder,
@@ -42,10 +44,10 @@ def export_pruned(
 
 @torch.no_grad()
 def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCausalLM:
-    """Build a model that has these groups alone: `used` is a bool mask [G] for each layer (`used_groups`).
+    """Build a model with only the neuron groups that are used.
 
-    Layers of which fewer groups are used than a token keeps have the first of the others as well. Raises ValueError for
-    a model without neuron groups.
+    used: a bool mask [G] over the G groups of each layer (`used_groups`). A layer with fewer used groups than each
+    token keeps is filled up with the first unused ones. Raises ValueError for a model without neuron groups.
     """
     require_groups(model)
     tensors, left = dict(model.state_dict()), []
@@ -64,7 +66,10 @@ def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCa
 
 
 def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Return the groups that some token of `batches` keeps, bool [G] for each layer."""
+    """Return which neuron groups at least one token keeps, bool [G] for the G groups of each layer.
+
+    forward: the kind of pass to measure. batches: the arguments of each pass.
+    """
     routers = model.modules_of(NeuronGroups)
     used = [torch.zeros(router.total, dtype=torch.bool, device=model.device) for router in routers]
     for batch in batches:
@@ -77,7 +82,7 @@ def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 
 def require_groups(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model without neuron groups."""
+    """Raise ValueError for a model without neuron groups, or whose decision uses every group for some token."""
     if model.config.neuron_groups is None:
         raise ValueError("only models with neuron_groups can be pruned; this one has none")
     if model.config.neuron_groups.get("decision", "learned") != "learned":

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
     """Load a dense model in evaluation mode with frozen weights.
 
-    Raises what `load_pretrained` raises, and ValueError for a model with mechanisms.
+    source: folder or Hub name of the checkpoint. dtype: of the weights. Raises what `load_pretrained` raises, and
+    ValueError for a model with mechanisms or int8 weights.
     """
     model = load_pretrained(source, dtype)
     if names := sorted({mechanism.placement.name for mechanism in model.routing_modules()}):
@@ -29,9 +30,9 @@ def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
 
 
 def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
-    """Load the source's tokenizer.
+    """Load the tokenizer of the checkpoint `source`.
 
-    Raises ValueError if it has none, or one with more tokens than the model.
+    model: the checkpoint's model. Raises ValueError if there is no tokenizer, or if it has more tokens than the model.
     """
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
@@ -40,9 +41,9 @@ def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenize
 
 
 def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
-    """Return the tokenizer after checking its size against the model's vocabulary.
+    """Return `tokenizer` unchanged if it has no more tokens than the model's vocabulary, else raise ValueError.
 
-    Raises ValueError if it has more tokens than the model.
+    name: of the tokenizer, for the message.
     """
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
@@ -50,7 +51,10 @@ def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCa
 
 
 def same_tokens(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, name: str, source: str) -> None:
-    """Raise ValueError unless `theirs`, the tokenizer of `name`, gives every token the id that the source's does."""
+    """Raise ValueError unless two tokenizers map the same tokens to the same ids.
+
+    theirs: the tokenizer of `name`, such as a corpus. own: the tokenizer of the checkpoint `source`.
+    """
     if theirs.get_vocab() != own.get_vocab():
         raise ValueError(
             f"{name}: made with another tokenizer than the source's; make it with --tokenizer pretrained:{source}"
@@ -60,7 +64,9 @@ def same_tokens(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, n
 def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SkipstoneForCausalLM:
     """Load another dense model to distil from.
 
-    Raises ValueError if its vocabulary is not the student's.
+    name: folder or Hub name of its checkpoint. student: the model to be trained. tokenizer: the student's. Raises
+    ValueError if vocabulary size or tokenizer differ from the student's; if the teacher has no tokenizer, a message on
+    stderr says so.
     """
     teacher = load_dense(name)
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size

@@ -21,8 +21,9 @@ TRAINED = {"routers": ("routers",), LORA: ("routers", "lora"), "all": ("routers"
 
 
 def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
-    """Return the role of each parameter by name: routers, lora or weights; routers are all that belongs to
-    mechanisms.
+    """Return the role of each parameter by name: routers, lora or weights.
+
+    All parameters of mechanisms are routers; those of LoRA adapters are lora.
     """
     routers = {id(p) for mechanism in model.routing_modules() for p in mechanism.parameters()}
     return {
@@ -32,7 +33,10 @@ def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
-    """Return the stage that optimizer step `step` (from 0) belongs to, and the step's number within it."""
+    """Return the stage to which an optimizer step belongs, and the index of the step within it.
+
+    stages: in order, with their steps. step: from 0; after the last stage, the last step of that stage is returned.
+    """
     for stage in stages:
         assert stage.steps is not None
         if step < stage.steps:
@@ -42,8 +46,10 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
 
 
 def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> float:
-    """Return the learning rate of a role at a step: each stage warms up linearly and falls as a cosine to
-    `min_ratio`.
+    """Return the learning rate of a group of parameters at an optimizer step.
+
+    In each stage the rate warms up linearly to its peak and decays by cosine to min_ratio times the peak. stages: in
+    order. role: "routers" uses the stage's router_learning_rate, "weights" and "lora" its learning_rate. step: from 0.
     """
     stage, at = stage_at(stages, step)
     top = stage.router_learning_rate if role == "routers" else stage.learning_rate
@@ -57,9 +63,11 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
 
 
 def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[PlainDict]:
-    """Yield optimizer groups of all parameters that some stage trains.
+    """Yield optimizer groups of all parameters that some stage trains, by role and by whether weight decay applies.
 
-    The learning rate of the first group is the one that is logged.
+    model: with adapters, if a stage trains some. stages: in order. weight_decay: of matrices; biases, norms and
+    adapters have none. Each group has `params`, `lr` (1, which `schedule` multiplies), `weight_decay` and `role`;
+    Trainer logs the learning rate of the first group.
     """
     used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
     named = roles(model)
@@ -76,7 +84,10 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_ratio: float) -> LambdaLR:
-    """Return a schedule of the learning rates themselves, for groups whose own rate is 1."""
+    """Return a learning rate schedule for optimizer groups of `groups`, by the stages.
+
+    stages, min_ratio: as in `rate`.
+    """
     functions: list[Callable[[int], float]] = [
         partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups
     ]
@@ -84,7 +95,7 @@ def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_rati
 
 
 def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
-    """Enable gradients for the parameters that this stage trains, and disable them for all others."""
+    """Enable gradients for the parameters of `model` that `stage` trains, and disable them for all others."""
     trained, named = TRAINED[stage.train_only or "all"], roles(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(named[name] in trained)
@@ -93,7 +104,7 @@ def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
 def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) -> None:
     """Raise ValueError for impossible stages, before anything is trained.
 
-    together: whether the model is shared by several processes or sharded.
+    together: whether several processes train the model, or it is sharded; all stages must then train the same weights.
     """
     if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")
@@ -105,18 +116,21 @@ def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) 
 
 
 def needs_adapters(stages: Sequence[Stage]) -> bool:
-    """Return whether a stage trains LoRA adapters."""
+    """Return whether any of the stages trains LoRA adapters."""
     return any(stage.train_only == LORA for stage in stages)
 
 
 def check_packages(stages: Sequence[Stage]) -> None:
-    """Raise ValueError if a stage needs a package that is not installed."""
+    """Raise ValueError if a stage needs PEFT and it is not installed."""
     if needs_adapters(stages) and importlib.util.find_spec("peft") is None:
         raise ValueError(f"train_only {LORA!r} needs a package: pip install 'skipstone[peft]'")
 
 
 def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
-    """Put PEFT's adapters, which change nothing yet, on every projection of the blocks; returns PEFT's tuner."""
+    """Add PEFT's LoRA adapters to every projection of the blocks, in place, and return PEFT's tuner.
+
+    The adapters start at zero output, so the model computes the same as before. lora: their options.
+    """
     from peft import LoraConfig, LoraModel
 
     blocks = model.model.layers
@@ -128,6 +142,9 @@ def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
 
 
 def merge_adapters(model: SkipstoneForCausalLM, tuner: Any) -> None:
-    """Merge the LoRA adapters into the weights in place, which leaves an ordinary model."""
+    """Merge the LoRA adapters into the weights in place, which leaves an ordinary model.
+
+    tuner: what `add_adapters` returned.
+    """
     tuner.merge_and_unload()
     assert not hasattr(model, "peft_config")

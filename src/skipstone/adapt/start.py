@@ -33,7 +33,11 @@ LEAST_SKIPPED = 0.1  # a skip path is fitted on at least this share of the token
 
 @torch.no_grad()
 def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
-    """Measure the root mean square of each neuron's second factor, for groups chosen by magnitude."""
+    """Measure the typical size of each MLP neuron's up projection, by which neuron groups are chosen.
+
+    Only layers that choose groups by magnitude (`MagnitudeMLP`) are measured: their `router.typical_F` becomes the root
+    mean square over the tokens of the first 16 batches of `rows`.
+    """
     mlps = [module for module in model.modules() if isinstance(module, MagnitudeMLP)]
     squares = [torch.zeros(mlp.up_proj.out_features, dtype=torch.float64) for mlp in mlps]
     seen: list[Tensor] = []
@@ -58,11 +62,12 @@ def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
 
 @torch.no_grad()
 def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
-    """Fit every linear router and low-rank skip path of Mixture-of-Depths to the source.
+    """Fit every linear router and low-rank skip path of Mixture-of-Depths to the behaviour of the dense source.
 
-    A router starts as the best linear estimate of (the logarithm of) how much its site changes a token beyond the skip
-    path, scaled to variance 1; a skip path as the best estimate, of its rank, of the update of those tokens that a
-    perfect router would skip. Raises ValueError if there is neither.
+    A router starts as the best linear estimate of the logarithm of how much its block changes a token beyond the skip
+    path, scaled to variance 1; a skip path (a low-rank map that replaces the update of skipped tokens) as the best
+    estimate of the update of those tokens that a perfect router would skip. model: changed in place. source: the dense
+    model. rows: batches to measure on. Raises ValueError if there is neither a router nor a skip path to fit.
     """
     mixtures = [m for m in depth_mechanisms(model) if any(part is not None for part in m.fitted_parts())]
     if not mixtures:
@@ -98,17 +103,22 @@ def _place(model: SkipstoneForCausalLM, mechanism: DepthMechanism) -> tuple[int,
 
 
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
-    """Return w, fp32 [D], so that w . x predicts the logarithm of the influence, centred and scaled."""
+    """Return router weights w, fp32 [D], such that w . x predicts the logarithm of a token's influence.
+
+    The prediction is centred and scaled to variance 1. seen_ND: what the router sees of N tokens. influence_N: how much
+    the block changes each.
+    """
     log_N = influence_N.clamp(min=1e-9).log()
     goal_N = (log_N - log_N.mean()) / log_N.std().clamp(min=1e-9)
     return _least_squares(seen_ND - seen_ND.mean(0), goal_N[:, None])[:, 0].float()
 
 
 def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
-    """Fit a skip path by reduced-rank regression: the least-squares map, projected on the main directions of its
-    output.
+    """Fit a low-rank skip path by reduced-rank regression, in place.
 
-    Errors count as a share of the token's size: the first token of a row may be a hundred times as large as others.
+    The least-squares map from x_ND to update_ND (N tokens of width D) is projected on the main directions of its
+    output. Both are divided by the norm of x first, because the first token of a row may be a hundred times larger than
+    others.
     """
     size_N1 = torch.linalg.vector_norm(x_ND.double(), dim=-1, keepdim=True).clamp(min=1e-9)
     x_ND, update_ND = x_ND / size_N1, update_ND / size_N1

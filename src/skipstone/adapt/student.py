@@ -29,9 +29,9 @@ NEURON_DEFAULTS: PlainDict = {"decision": "magnitude", "group_size": 1, "capacit
 
 
 def model_mistakes(config: PlainMapping) -> list[str]:
-    """Return a message for each mistake in the model of a recipe that shows without the source.
+    """Return a message for each mistake in the model of a recipe that can be found without the source.
 
-    config: the whole recipe, of which other sections may be wrong.
+    config: the whole recipe as a plain dict; its other sections may be wrong.
     """
     model = config.get("model")
     if not isinstance(model, Mapping):
@@ -52,7 +52,10 @@ def model_mistakes(config: PlainMapping) -> list[str]:
 
 
 def mechanisms_of(model: PlainMapping) -> list[PlainDict]:
-    """Return the entries of `mechanisms`. Raises ValueError if they are not a list of mappings."""
+    """Return the entries of `mechanisms` in a recipe's section `model`, as dicts.
+
+    Raises ValueError if they are not a list of mappings.
+    """
     entries = model.get("mechanisms") or []
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise ValueError(f"model.mechanisms must be a list of mappings, got {entries!r}")
@@ -61,10 +64,10 @@ def mechanisms_of(model: PlainMapping) -> list[PlainDict]:
 
 @dataclass(frozen=True, kw_only=True)
 class NeutralStart:
-    """The difference between the logits of the adapted model and of the source before the first step.
+    """The difference between the logits of the routed model before training and those of its dense source.
 
-    difference: the largest absolute difference of logits. largest: the source's largest absolute logit. tokens: number
-    of tokens that were compared.
+    difference: the largest absolute difference. largest: the source's largest absolute logit. tokens: number of tokens
+    that were compared.
     """
 
     difference: float
@@ -77,7 +80,7 @@ class NeutralStart:
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:
-        """Raise ValueError if the start is not neutral."""
+        """Raise ValueError if `share` exceeds `tolerance`."""
         if not self.share <= tolerance:
             raise ValueError(
                 f"the start is not neutral: logits differ by up to {self.difference:.3g}, {self.share:.2g} of the "
@@ -93,15 +96,15 @@ class NeutralStart:
 
 
 def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
-    """Return the recipe's mechanisms, with the defaults for adaptation where an option is not given."""
+    """Return the recipe's mechanisms, with each mechanism's defaults for adaptation where an option is not given."""
     defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
     return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]
 
 
 def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
-    """Build the dense model without these blocks, the others unchanged.
+    """Build the dense model without the blocks of the indices `layers`, all others unchanged.
 
-    Raises ValueError if none is left.
+    Raises ValueError if no block is left.
     """
     kept = [i for i in range(len(model.model.layers)) if i not in layers]
     if not kept:
@@ -134,10 +137,10 @@ def _patterns(config: SkipstoneConfig, kept: Sequence[int]) -> PlainDict:
 
 
 def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> SkipstoneForCausalLM:
-    """Build a model of `config` with the source's weights, its mechanisms where they change nothing.
+    """Build a model with the source's weights and new mechanisms that initially change nothing.
 
-    Gates are opened and PolyGLU prefers SiLU; Mixture-of-Depths and neuron groups keep their schedules, which start at
-    capacity 1.
+    source: the dense model. config: the same decoder with mechanisms. seed: of the weights of mechanisms. Gates start
+    open and PolyGLU prefers SiLU; Mixture-of-Depths and neuron groups start at capacity 1 by their schedules.
     """
     set_seed(seed)
     model = SkipstoneForCausalLM(config)
@@ -158,9 +161,10 @@ def _names(model: SkipstoneForCausalLM, mechanism: RoutingModule) -> list[str]:
 
 @torch.no_grad()
 def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> NeutralStart:
-    """Compare the logits of both models on the same rows, without noise.
+    """Compare the logits of the routed model with the source's on the same rows, without exploration noise.
 
-    The adapted model decides once as an oracle and, where its decisions have a causal form, once causally.
+    model: the routed model. source: the dense one. rows: batches to compare on. The model decides once as in training
+    and, if it can decide without later tokens, once more in that way; the larger difference counts.
     """
     routings = ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]
     was_training = model.training

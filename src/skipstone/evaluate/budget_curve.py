@@ -30,11 +30,11 @@ BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class AtBudget:
-    """The figures of a model at one budget.
+    """Figures of a model at one budget, which is a share of the dense model's forward FLOPs.
 
-    target: the budget, None for the model as trained. realised: the share of the dense FLOPs that the decisions of the
-    whole split need, one row at a time. flops_per_token: these FLOPs. counted_per_token: those of the operations that
-    ran on the first batches, padding included. loss: of the executed pass, in nats per prediction.
+    target: the budget; None: the model as trained. realised: the share of the dense FLOPs that the decisions on the
+    whole split need, one row at a time. flops_per_token: the same in FLOPs. counted_per_token: FLOPs counted while the
+    first batches ran, padding of shorter rows included. loss: of the pass that skips, in nats per prediction.
     """
 
     target: float | None
@@ -47,7 +47,11 @@ class AtBudget:
 def at_budgets(
     loaded: LoadedRun, data: PreparedData, budget_table: BudgetTable, budgets: Iterable[float], batch_size: int
 ) -> tuple[AtBudget, ...]:
-    """Measure the model as trained, then at each budget, and return the figures."""
+    """Measure a model as trained and then at each of `budgets`, and return the figures in that order.
+
+    loaded: the model. data: rows to measure on. budget_table: its thresholds for every budget. batch_size: rows of a
+    pass.
+    """
     return tuple(_measured(loaded, data, budget_table, target, batch_size) for target in (None, *budgets))
 
 
@@ -71,7 +75,10 @@ def _measured(
 
 
 def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
-    """Tabulate share of FLOPs, FLOPs per token and loss at each budget."""
+    """Tabulate share of FLOPs, FLOPs per token and loss at each budget.
+
+    points: the rows of the table. budget_table: a description of the thresholds' source, for the note below.
+    """
     return Section(
         title="loss by budget, executed",
         columns=["budget", "share of dense FLOPs", "off by", "FLOPs a token", "counted in batches", "loss (nats)"],
@@ -91,7 +98,10 @@ def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
 
 
 def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
-    """Return the budget table beside the weights, or one made from text that is not in `split`."""
+    """Return the budget table beside the weights, or make one from text that is not in `split`.
+
+    The text is the split `train`, or `validation` if `split` is `train`.
+    """
     folder = loaded.run.model_folder()
     if BudgetTable.find(folder) is not None:
         return BudgetTable.load(folder)
@@ -100,13 +110,13 @@ def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A measured budget table and the path where it was written."""
+    """A measured budget table and the file to which it was written."""
 
     path: Path
     budget_table: BudgetTable
 
     def to_dict(self) -> PlainDict:
-        """Return path, range and operating points as plain values for JSON."""
+        """Return path, range of budgets and operating points as plain values for JSON."""
         return plain(
             {
                 "path": str(self.path),
@@ -138,10 +148,11 @@ class Calibrated:
 def calibrate_run(
     folder: Path, *, corpus: str | None = None, context: int | None = None, rows: int = ROWS
 ) -> Calibrated:
-    """Measure the budget table of a run or a saved model on `rows` training rows, and write it beside the weights.
+    """Measure which thresholds meet which FLOP budget for a run or saved model, and write them beside its weights.
 
-    corpus, context: replace those of the run; a saved model has none. Raises FileExistsError where there is a budget
-    table, ValueError without text, and for a model without thresholds to set.
+    folder: of the run or saved model. corpus, context: text to measure on and tokens of a row; None: the run's own (a
+    saved model has no corpus). rows: number of training rows to measure on. Raises FileExistsError if there is a budget
+    table already, and ValueError without a corpus and for a model that has no threshold to set.
     """
     loaded = load_run(folder, "train", corpus, context)
     where = loaded.run.model_folder()
@@ -159,7 +170,10 @@ def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
 
 
 def spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
-    """Yield batches of whole rows, spread evenly over the split."""
+    """Yield batches of complete rows, spread evenly over a split of a run's data.
+
+    loaded: the run. split: train or validation. count: number of rows; all, if there are fewer.
+    """
     assert loaded.data is not None
     config = replace(loaded.data.config, validation_rows=None)
     data = prepare(config, tokenizer=loaded.run.load_tokenizer(), train=False, split=split)

@@ -36,7 +36,11 @@ COLUMNS = 6  # runs that fit beside each other on 120 columns
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """Figures of all runs, in the order given. captured: headroom by run and bin, where the twins were named."""
+    """Figures of several runs, in the order in which they were named.
+
+    machine: device, threads and version of torch. dense, forced: on Reset-S3 (a synthetic task with known difficulty),
+    the figures of the dense run and of the run routed by the known difficulty; None: not named.
+    """
 
     runs: tuple[RunMetrics, ...]
     machine: PlainDict
@@ -45,7 +49,10 @@ class Comparison:
 
     @property
     def captured(self) -> dict[str, dict[str, float]]:
-        """Headroom captured, by run and bin; empty unless both twins are named."""
+        """The share of the gap between the dense and the forced run's accuracy that each run closes.
+
+        {run: {bin of difficulty: share}}; 1 is as good as routing by the known difficulty. Empty unless both are named.
+        """
         if self.dense is None or self.forced is None:
             return {}
         dense, forced = self.dense.accuracy, self.forced.accuracy
@@ -66,11 +73,11 @@ class Comparison:
         )
 
     def markdown(self) -> str:
-        """Return the tables in Markdown, runs as columns."""
+        """Return the tables in Markdown, with runs as columns."""
         return markdown(self._sections(len(self.runs)))
 
     def table(self) -> Table:
-        """Return the tables for a terminal, a few runs at a time as columns."""
+        """Return the tables for a terminal, with up to six runs side by side as columns."""
         return rich_table(self._sections(COLUMNS))
 
     def _sections(self, width: int) -> list[Section]:
@@ -88,11 +95,12 @@ class Comparison:
 def compare(
     runs: Sequence[Path], *, dense: Path | None = None, forced: Path | None = None, rounds: int = ROUNDS
 ) -> Comparison:
-    """Measure several runs on the same data and machine; timings are taken in turns.
+    """Measure several runs on the same machine, and time them in turns.
 
-    runs: run folders or saved models. dense, forced: both or none, Reset-S3 only: the dense run of equal executed FLOPs
-    and the run routed by the known difficulty, between which headroom is measured. Raises ValueError or
-    FileNotFoundError, one line, for folders that cannot be measured.
+    runs: run folders or saved models. dense, forced: both or none, for runs on Reset-S3 (a synthetic task with known
+    difficulty) only: a dense run that executes as many FLOPs, and a run routed by the known difficulty; between their
+    accuracies, that of each run is placed. rounds: timings of each task after one to warm up. Raises ValueError or
+    FileNotFoundError for folders that cannot be measured.
     """
     if not runs:
         raise ValueError("name at least one run to compare")

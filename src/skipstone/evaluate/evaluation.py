@@ -34,12 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """The figures of one run on one split.
+    """The figures of one run on one split of its data.
 
-    measured: by the name of a pass (`measure.passes`); unavailable: why a pass is missing. hard_mix: the primary pass
-    with the strongest activation of each neuron alone, None where activations are not mixed. flops: of the primary
-    pass, whose figures stand for the model (as executed, else as trained). notes: remarks for the reader. budgets: the
-    same model at several budgets, the first as trained; empty unless requested. budget_table: its source, in words.
+    A pass is a way to run the model: oracle (routing as in training, which may look at later tokens), causal (decided
+    without later tokens; computes all tokens and masks), executed (the same decisions; computes only kept tokens),
+    forced (routing by a synthetic task's known difficulty).
+
+    name: of the run. rows: number of rows of the split. num_bytes: UTF-8 bytes of their text; None if it is not text.
+    measured: losses by name of the pass. unavailable: why a pass is missing, by name. primary: the pass whose figures
+    represent the model: executed if possible, else oracle or forced. flops: FLOPs of the primary pass. notes: remarks
+    for the reader. hard_mix: the primary pass with only the strongest activation of each neuron; None if neurons do not
+    mix activations. budgets: the same model at several FLOP budgets, the first as trained; empty unless requested.
+    budget_table: a description of the thresholds for these budgets.
     """
 
     name: str
@@ -58,9 +64,9 @@ class Evaluation:
 
     @property
     def executed_minus_causal(self) -> float | None:
-        """The loss of the skipping pass minus that of its specification, in nats per prediction.
+        """The loss of the pass that skips minus the loss of the pass that masks, in nats per prediction.
 
-        More than rounding is an error.
+        Both decide alike, so more than rounding is an error. None if the model has no such passes.
         """
         if "executed" not in self.measured:
             return None
@@ -68,11 +74,14 @@ class Evaluation:
 
     @property
     def hard_minus_soft(self) -> float | None:
-        """The loss in nats per prediction that each neuron's strongest activation alone adds."""
+        """By how much the loss rises, in nats per prediction, with only the strongest activation of each neuron.
+
+        None if neurons do not mix activations.
+        """
         return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.primary].loss
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON. Losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
+        """Return plain values for JSON: losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
         passes = {
             name: {
                 "loss": m.loss,
@@ -191,12 +200,13 @@ def evaluate(
     context: int | None = None,
     budgets: Sequence[float] = (),
 ) -> Evaluation:
-    """Evaluate a run on a whole split: each token is predicted once, without noise.
+    """Evaluate a run on a whole split: each token is predicted once, without exploration noise.
 
-    run: a run folder, or a saved model with `corpus`. corpus, context: replace those of the recipe. budgets: shares of
-    the dense FLOPs to set the model to, one after the other, by the budget table beside its weights, or by one that is
-    made for the purpose from rows that are not evaluated. Raises ValueError or FileNotFoundError, one line, when there
-    is no such folder, no data, when they do not fit, or for a budget out of reach.
+    run: a run folder, or a saved model with `corpus`. split: train, validation or test, as far as the corpus has it.
+    batch_size: rows of a forward pass. corpus, context: what to evaluate on and tokens of a row; None: as in the
+    recipe. budgets: shares of the dense model's FLOPs at which the model is also evaluated, by the thresholds stored
+    beside its weights, or else by some measured on rows that are not evaluated. Raises ValueError or FileNotFoundError
+    if there is no such folder or no data, if they do not fit, and for a budget out of reach.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One metric of one task, as the harness reports it. error: its standard error, or None."""
+    """One metric of one task, as lm-evaluation-harness reports it.
+
+    error: its standard error. shots: number of examples in the prompt. samples: number of samples that were scored.
+    None: not reported.
+    """
 
     task: str
     metric: str
@@ -36,7 +40,10 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvaluation:
-    """The scores of a run on tasks of lm-evaluation-harness, in its order."""
+    """The scores of a run on tasks of lm-evaluation-harness, in the harness's order.
+
+    name: of the run.
+    """
 
     name: str
     scores: tuple[Score, ...]
@@ -67,9 +74,10 @@ def evaluate_tasks(
 ) -> TaskEvaluation:
     """Score a model on tasks, groups and tags of lm-evaluation-harness.
 
-    run: a run folder or a saved model, with a tokenizer. include_path: a folder of further tasks, as YAML; those of the
-    harness are read only for names that are not in it. limit: number of samples of each task, from the first. Raises
-    ValueError or FileNotFoundError, one line, for a missing package, folder or tokenizer, and for an unknown task.
+    The model decides as in generation, without later tokens. run: a run folder or saved model with a tokenizer. tasks:
+    names. include_path: a folder of further task definitions in YAML; the harness's own are read only for names that it
+    does not define. limit: score only the first `limit` samples of each task. batch_size: sequences of a forward pass.
+    Raises ValueError or FileNotFoundError for a missing package, folder or tokenizer, and for an unknown task.
     """
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs a package: pip install 'skipstone[eval]'")

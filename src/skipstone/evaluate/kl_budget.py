@@ -44,7 +44,11 @@ Settings = Sequence[tuple[str, Callable[[], AbstractContextManager[None]], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class AtSetting:
-    """One setting: bytes of weights and FLOPs of a token, and KL(source || setting) in nats a token."""
+    """Figures of a model with one setting of its thresholds or of the candidates of its output head.
+
+    setting: its name, such as "budget 0.75" or "512 candidates". bytes: bytes of weights that decoding reads for a
+    token. flops: FLOPs per token. kl: KL(source || model with this setting), in nats per token.
+    """
 
     setting: str
     bytes: float
@@ -54,7 +58,12 @@ class AtSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class KlBudget:
-    """All settings measured, those chosen, and what was written."""
+    """The settings of a model that were measured for a KL budget, those that were chosen, and what was written.
+
+    A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head with a
+    preview computes. limit: the largest allowed KL divergence, in nats per token. settings: all that were tried.
+    chosen: names of the chosen ones. written: a sentence on the files. text: a description of the text.
+    """
 
     limit: float
     settings: tuple[AtSetting, ...]
@@ -101,11 +110,11 @@ def kl_run(
     context: int | None = None,
     rows: int = ROWS,
 ) -> KlBudget:
-    """Choose the settings that read the fewest bytes within `limit`, and write them beside the weights.
+    """Choose the settings (`KlBudget`) that read the fewest bytes with KL(source || model) <= limit, and write them.
 
-    source: what the model is compared with; None: itself, as trained and with its whole head. Writes `budget.json` if
-    the model has thresholds and no table, and the number of candidates into `config.json`. Raises ValueError for a
-    model with nothing to set, a budget that no setting meets, and a source with another vocabulary.
+    source: folder or Hub name; None: the model itself as trained. corpus, context, rows: as in `calibrate_run`. Writes
+    `budget.json` if there are thresholds and no table, and the number of candidates to the model's configuration.
+    Raises ValueError for a model with nothing to set, a limit that nothing meets, and another vocabulary of the source.
     """
     if not limit > 0:
         raise ValueError(f"kl must be above 0 nats a token, got {limit:g}")

@@ -18,10 +18,11 @@ from skipstone.runs import Run
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedRun:
-    """A model and the data to measure it on.
+    """A run or saved model on its device, with data to measure it on.
 
-    data: None for a saved model without a recipe. passes: those that the model has, by name. unavailable: why others
-    are missing.
+    run: its folder. model: in evaluation mode. data: rows of one split; None for a saved model without a named corpus.
+    passes: the kinds of forward pass that the model can do, by name (see `measure.passes`). unavailable: why others are
+    missing, by name.
     """
 
     run: Run
@@ -32,9 +33,10 @@ class LoadedRun:
 
     @property
     def primary(self) -> Pass:
-        """The pass whose figures stand for the model: as executed if possible, else as trained.
+        """The pass whose figures represent the model: executed (really skips), else oracle (as trained) or forced.
 
-        Raises ValueError for a model that needs given decisions and gets none.
+        The first of them that the model has. Raises ValueError for a model whose decisions have to be given, on data
+        that do not provide them.
         """
         for name in ("executed", "oracle", "forced"):
             if name in self.passes:
@@ -45,7 +47,7 @@ class LoadedRun:
 
     @property
     def context(self) -> int:
-        """The number of tokens per row: that of the run's data, or else the model's context."""
+        """The number of tokens per row of the run's data, or else the model's maximum."""
         limit = self.model.config.max_position_embeddings
         return limit if self.data is None else min(self.data.config.context, limit)
 
@@ -53,11 +55,11 @@ class LoadedRun:
 def load_run(
     folder: Path, split: str = "validation", corpus: str | None = None, context: int | None = None
 ) -> LoadedRun:
-    """Load a run or a saved model with the rows of a split, ready to be measured.
+    """Load a run or saved model with the rows of a split, ready to be measured.
 
-    `corpus` and `context` replace those of the run's recipe; a saved model has no others.
-
-    Raises ValueError or FileNotFoundError, one line, for folders, corpora and sizes that do not fit.
+    folder: of the run or saved model. split: train, validation or test. corpus, context: the text and tokens of a row;
+    None: as in the run's recipe (a saved model has none, so its data are then None). The model is placed on the GPU if
+    there is one. Raises ValueError or FileNotFoundError for folders, corpora and sizes that do not fit.
     """
     run = Run(folder)
     model = run.load_model().eval()
@@ -100,7 +102,10 @@ def _check(run: Run, model: SkipstoneForCausalLM, data: PreparedData) -> None:
 def batches(
     data: PreparedData, batch_size: int, device: torch.device, rows: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the evaluation rows in order (the first `rows` of them) as batches on `device`."""
+    """Yield the rows of `data.validation` in order, as batches on `device`.
+
+    batch_size: rows of a batch. rows: only the first `rows` rows; None: all.
+    """
     total = len(data.validation) if rows is None else min(rows, len(data.validation))
     for start in range(0, total, batch_size):
         items = data.validation.__getitems__(range(start, min(start + batch_size, total)))

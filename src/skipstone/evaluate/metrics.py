@@ -26,9 +26,14 @@ NEW_TOKENS = 32  # at most, while decoding is timed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunMetrics:
-    """Figures of one run. result: what training wrote, empty for a saved model. rates: by "prefill", "decode 1", ...
+    """The figures that `compare` reports of one run.
 
-    accuracy: by bin of the known difficulty. None, or missing, is what cannot be measured or is not known.
+    name: of the run. parameters: their number. pass_name: the pass that was measured: executed (really skips), oracle
+    (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs per token. layers:
+    figures of the mechanisms of each block, by name. cache: bytes per token; None: the model cannot decide without
+    later tokens. overhead: shares of a training step that routing and activation mixing take. result: what training
+    wrote at its end; empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1", "decode
+    8" (number of rows). accuracy: by bin of the known difficulty; None for data without one.
     """
 
     name: str
@@ -72,7 +77,7 @@ class RunMetrics:
 def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | None = None) -> Tensor:
     """Return token ids for timing, int64 [rows, length].
 
-    They are the beginnings of evaluation rows, of those of `others` if they fit, or random.
+    They are the first tokens of the rows of `loaded`, else of `others` if the model has its vocabulary, else random.
     """
     vocabulary = loaded.model.config.vocab_size
     for source in (loaded, others):
@@ -86,9 +91,10 @@ def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | No
 
 
 def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
-    """Return the timing tasks, on rows of one length for all runs; none for a model without a cache.
+    """Return the timing tasks of a model by name: prefill, and decoding of 1 and 8 rows.
 
-    The first half of a row is the prompt.
+    loaded: the model; the result is empty if it cannot decide without later tokens. ids_BT: int64, B rows of T tokens;
+    the first half of a row is the prompt.
     """
     if "executed" not in loaded.passes:
         return {}
@@ -99,8 +105,10 @@ def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
 
 
 def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str, Rate]) -> RunMetrics:
-    """Measure everything but the speeds, for which all runs take turns. Raises ValueError for a model that cannot
-    run by itself.
+    """Measure all figures of a run except its speeds, which `compare` times for all runs in turns.
+
+    loaded: the run. others: a run whose text is used if `loaded` has none; None: random tokens. rates: the speeds.
+    Raises ValueError for a model whose decisions have to be given.
     """
     model, forward = loaded.model, loaded.primary
     ids_BT = sample_ids(loaded, ROWS, loaded.context, others)
@@ -205,7 +213,7 @@ CELLS: dict[str, Cell] = {
 def main_section(runs: Sequence[RunMetrics]) -> Section:
     """Tabulate metrics as rows and runs as columns.
 
-    A row without a value for any run is left out; one that is not measurable for any run is a note.
+    Metrics without a value for any run are left out; those that cannot be measured for any run are listed as notes.
     """
     rows, notes = [], []
     for name, cell in CELLS.items():
@@ -230,9 +238,9 @@ def _notes(runs: Sequence[RunMetrics]) -> Iterator[str]:
 
 
 def capacity_section(runs: Sequence[RunMetrics]) -> Section | None:
-    """Tabulate for each mechanism, by layer, the kept share of the tokens that reached it.
+    """Tabulate for each depth mechanism, by block, the share of tokens that it keeps of those that reach it.
 
-    None without depth mechanisms.
+    None if no run has depth mechanisms.
     """
     names = {
         (i, name): None
@@ -255,7 +263,11 @@ def _capacity(run: RunMetrics, layer: int, name: str) -> str:
 def headroom_section(
     runs: Sequence[RunMetrics], dense: RunMetrics, forced: RunMetrics, captured: Mapping[str, Mapping[str, float]]
 ) -> Section:
-    """Tabulate accuracy by difficulty of every run and both twins, and the headroom that each run captured."""
+    """Tabulate accuracy by difficulty, and the share of the gap between dense and forced accuracy that each run closes.
+
+    runs: to be placed in the gap. dense: a run without routing. forced: a run routed by the known difficulty. captured:
+    the shares, {run: {bin of difficulty: share}}.
+    """
     rows = []
     for run in (dense, forced, *runs):
         accuracy = run.accuracy or {}

@@ -20,7 +20,7 @@ NAME_WIDTH = 36  # characters of a row's name that are not broken, however wide 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A small table: `columns` are its head, the first column names the rows. `notes` stand below it."""
+    """A small table of strings. columns: the head; the first column names the rows. notes: lines below the table."""
 
     title: str
     columns: Sequence[str]
@@ -60,7 +60,7 @@ def _rich(section: Section) -> Table:
 
 
 def markdown(sections: Iterable[Section]) -> str:
-    """Write sections as Markdown tables under headings."""
+    """Return sections as Markdown tables under headings."""
     return "\n".join(_markdown(section) for section in sections)
 
 
@@ -76,17 +76,17 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Format a number with a fixed number of digits after the point; a dash for what is unknown."""
+    """Format a number with `digits` digits after the point; a dash for None and nan."""
     return UNKNOWN if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Format a share in [0, 1] as a percentage; a dash for what is unknown."""
+    """Format a share in [0, 1] as a percentage with `digits` digits after the point; a dash for None and nan."""
     return UNKNOWN if share is None or math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
 def amount(value: float | None) -> str:
-    """Format an amount: whole up to a million, then with a letter (12,345 or 12.35M)."""
+    """Format an amount: an integer up to a million, then with a letter (12,345 or 12.35M); a dash for None and nan."""
     if value is None or math.isnan(value):
         return UNKNOWN
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
@@ -96,7 +96,7 @@ def amount(value: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Replace nan and infinity, which JSON does not know, by None, in nested values."""
+    """Replace nan and infinity, which JSON does not have, by None in nested dicts, lists and tuples."""
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -105,7 +105,11 @@ def plain(value: Any) -> Any:
 
 
 def layer_sections(layers: Sequence[Mapping[str, PlainMapping]], pass_name: str) -> list[Section]:
-    """Tabulate the figures of mechanisms in each layer (`Summaries.layers`), one section for each table of a reader."""
+    """Tabulate the figures of the mechanisms of each block, one section for each kind of table.
+
+    layers: for each block, the figures of its mechanisms by name, as `Summaries.layers` returns them. pass_name: the
+    measured pass, shown in titles.
+    """
     from skipstone.measure.summaries import READERS
 
     entries = [(str(i), name, figures) for i, layer in enumerate(layers) for name, figures in layer.items()]

@@ -29,12 +29,16 @@ def write_trace(
     limit: int | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write the depth map of the text file `text` (UTF-8) for a run or saved model; return the number of lines.
+    """Write which blocks update each token of a text, as a table with one line for each token, block and mechanism.
 
-    The suffix of `out` determines the format: .parquet (needs pyarrow), .csv or .jsonl. context: tokens per row; None:
-    the model's context. limit: number of tokens to read, from the first. report: called with the tokens done and their
-    total. Raises ValueError for another suffix, a missing package, a model without a tokenizer, an empty text and a
-    context out of range; FileExistsError where `out` exists.
+    Columns: row, position, token, layer, mechanism, score (of the router), weight (of the update), kept, loss (in
+    nats). run: folder of a run or saved model with a tokenizer. text: a file in UTF-8. out: the file to write; its
+    suffix determines the format: .parquet (needs pyarrow), .csv or .jsonl. context: tokens per row; None: the model's
+    maximum. limit: read only the first `limit` tokens; None: all. report: called with the number of tokens done and
+    their total. Returns the number of lines.
+
+    Raises ValueError for another suffix, a missing package, a model without a tokenizer, an empty text and a context
+    out of range; FileExistsError if `out` exists.
     """
     check_suffix(out)
     check_free(out)
@@ -60,7 +64,7 @@ def write_trace(
 
 
 def check_suffix(out: Path) -> None:
-    """Raise ValueError for a file that `write_trace` cannot write: another suffix, or parquet without pyarrow."""
+    """Raise ValueError if `write_trace` cannot write the file `out`: another suffix, or parquet without pyarrow."""
     if out.suffix not in WRITERS:
         raise ValueError(unknown("suffix of the file", out.suffix, WRITERS))
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:

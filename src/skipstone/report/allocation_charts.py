@@ -24,7 +24,10 @@ CORRELATIONS = {
 
 
 def card(run: RunView) -> PlainDict | None:
-    """Collect the pictures of one run that skips; None where nothing was measured."""
+    """Return the pictures of which tokens took a run's compute: bars by group of tokens, and its correlation with loss.
+
+    Keys: `run`, `groups` (title and picture), `correlation`. None if the run skips nothing or was not measured.
+    """
     allocation = None if run.trace is None or not run.trace.routed else run.trace.allocation
     if allocation is None:
         return None

@@ -13,7 +13,7 @@ from skipstone.report import svg
 
 @dataclass(frozen=True)
 class AxisScale:
-    """A linear map from [low, high] to [start, stop] pixels."""
+    """A linear map, called with a value, from values in [low, high] to pixels in [start, stop]."""
 
     low: float
     high: float
@@ -26,7 +26,7 @@ class AxisScale:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    """Return about `count` round numbers within [low, high], 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     raw = (high - low) / max(count, 1)
@@ -37,7 +37,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """Format a tick's value as a short label, such as 12k, 1.5M or 0.25."""
+    """Format a tick's value as a short label with `digits` significant digits, such as 12k, 1.5M or 0.25."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{letter}"
@@ -45,7 +45,7 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
-    """Return ticks with their labels, which have as many digits as it takes to tell them apart."""
+    """Return tick values with their labels, which have as many digits as are needed to make them differ."""
     for digits in range(3, 8):
         labels = [short(value, digits) for value in values]
         if len({*labels}) == len({*values}):
@@ -54,9 +54,9 @@ def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
 
 
 def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
-    """Return the range of the finite values, widened by `margin` of it on both sides; (0, 1) without values.
+    """Return the range of the finite values, widened on both sides by the share `margin` of its length.
 
-    The range is never empty.
+    It is never empty: a single value is widened, and (0, 1) is returned without values.
     """
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
@@ -68,7 +68,10 @@ def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The plot area inside a picture, with room for ticks and axis titles."""
+    """The size of a chart and of the margins around its plot area, in pixels.
+
+    left, right, top, bottom: the margins, which hold tick labels and axis titles.
+    """
 
     width: float = 350
     height: float = 240
@@ -91,7 +94,7 @@ class Frame:
         return AxisScale(low, high, self.floor, self.top)
 
     def y_axis(self, scale: AxisScale, title: str) -> list[Markup]:
-        """Draw grid lines with their values, and the title along them."""
+        """Draw the y axis as SVG elements: grid lines with their values, and a vertical title."""
         parts = []
         for value, label in labelled(ticks(scale.low, scale.high)):
             y = scale(value)
@@ -102,7 +105,10 @@ class Frame:
         return [*parts, svg.text(14, middle, title, "axis", text_anchor="middle", transform=turned)]
 
     def x_axis(self, title: str, marks: Iterable[tuple[float, str]]) -> list[Markup]:
-        """Draw the base line, `marks` as (pixel, label), and the title below them."""
+        """Draw the x axis as SVG elements: the base line, marks and a title.
+
+        marks: the pixel and the label of each.
+        """
         labels = [svg.text(x, self.floor + 17, label, "tick", text_anchor="middle") for x, label in marks]
         middle = (self.left + self.width - self.right) / 2
         base = svg.line(self.left, self.floor, self.width - self.right, self.floor, "base")

@@ -19,9 +19,10 @@ FRAME = Frame(width=460, height=300)
 
 
 def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
-    """Read each run's losses by budget, under its name on the page.
+    """Read the losses at several FLOP budgets from files of `skipstone eval --budget --json`.
 
-    Raises ValueError for a file without budgets, and one whose run is not on the page or is there twice.
+    files: to read. runs, names: the runs on the page and their names there. Returns the measured points by name. Raises
+    ValueError for a file without budgets, and for one whose run is not on the page or is there twice.
     """
     found: dict[str, Points] = {}
     for file in files:
@@ -53,7 +54,10 @@ def _of_today(point: PlainMapping) -> PlainDict:
 
 
 def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
-    """Draw loss over the share of the dense FLOPs that was executed; None where nothing was measured."""
+    """Draw each run's loss over the executed share of the dense FLOPs; None if nothing was measured.
+
+    budgets: measured points by name of the run, as `read_budgets` returns them.
+    """
     series = [
         Series(
             label=run.name,
@@ -78,7 +82,10 @@ def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[RunView, list[str]]]:
-    """Tabulate target, realised share, FLOPs per token and loss."""
+    """Tabulate budget, realised share of the dense FLOPs, FLOPs per token and loss: a run and its cells for each row.
+
+    budgets: measured points by name of the run, as `read_budgets` returns them.
+    """
     return [
         (
             run,

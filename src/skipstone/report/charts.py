@@ -18,7 +18,11 @@ MAX_POINTS = 600  # a curve needs no more points than the page has pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve: (x, y) points in order of x, values that are not finite left out of the line."""
+    """One curve of a chart.
+
+    label: its name. points: (x, y) in order of x; points with an infinite or nan y are left out. style: colour and
+    dash.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -26,7 +30,7 @@ class Series:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most MAX_POINTS finite points: the means of neighbours, the last one always as it is."""
+    """Return at most 600 finite points (and the last one): neighbouring points are replaced by their mean."""
     finite = [p for p in points if math.isfinite(p[1])]
     size = -(-len(finite) // MAX_POINTS)
     if size <= 1:
@@ -44,7 +48,11 @@ def lines(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
 ) -> Drawn:
-    """Draw curves on shared axes; a curve of a single point is a dot."""
+    """Draw curves on shared axes; a curve of a single point is a dot.
+
+    series: the curves. x_title, y_title: titles of the axes. title: text for screen readers. frame: size of the chart.
+    x_range, y_range: the values at both ends of the axes.
+    """
     kept = [(s, points) for s in series if (points := thinned(s.points))]
     across, up = frame.across(*x_range), frame.up(*y_range)
     parts = frame.y_axis(up, y_title)
@@ -70,7 +78,11 @@ def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar of a layer. value: in [0, 1]. mark: a value to compare with, drawn as a tick over the bar."""
+    """One bar of a block.
+
+    layer: index of the block. name: what the bar shows; equal names have the same colour. value: height, in [0, 1].
+    mark: a value to compare with, drawn as a tick over the bar; None: no tick.
+    """
 
     layer: int
     name: str
@@ -79,8 +91,10 @@ class Bar:
 
 
 def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame, high: float = 1.0) -> Drawn:
-    """Draw bars by layer, one beside the other where a layer has several; colours follow the names. high: of the
-    axis.
+    """Draw bars by block, side by side if a block has several; colours follow the bars' names.
+
+    data: the bars. layers: number of blocks. y_title: title of the y axis. title: text for screen readers. frame: size
+    of the chart. high: the value at the top of the y axis.
     """
     names = list(dict.fromkeys(bar.name for bar in data))
     up = frame.up(0.0, high)
@@ -104,7 +118,11 @@ def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: F
 def stacked(
     shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame
 ) -> Drawn:
-    """Draw shares that sum to 1, one stack per layer, in the order of `names` from the bottom."""
+    """Draw shares that sum to 1, as one stack per block.
+
+    shares: by index of the block, from bottom to top. names: of the shares. layers: number of blocks. title: text for
+    screen readers. frame: size of the chart.
+    """
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)
     parts += frame.y_axis(up, "share of activation")

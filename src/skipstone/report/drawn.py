@@ -10,10 +10,10 @@ MOST_ROWS = 60  # of a table: of more, every k-th is shown, and the last
 
 
 class Drawn(Markup):
-    """A picture (SVG) with the table of the numbers that it shows.
+    """A picture (SVG) that also carries the numbers that it shows as a table.
 
-    It is Markup, so that it can be used like any other picture. heads: of the columns. rows: cells as text, every
-    `every`-th row and the last one, at most MOST_ROWS + 1.
+    It is Markup, so it can be used like any other picture. heads: names of the columns. rows: cells as text; of more
+    than 60 rows, every `every`-th and the last one are kept.
     """
 
     heads: Sequence[str]
@@ -22,7 +22,7 @@ class Drawn(Markup):
 
     @classmethod
     def of(cls, picture: Markup, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Drawn:
-        """Attach a table to a picture, and return it as a `Drawn`."""
+        """Return `picture` with a table: `heads` names its columns, `rows` has its cells as text."""
         drawn, whole = cls(picture), list(rows)
         drawn.heads, drawn.every = heads, -(-len(whole) // MOST_ROWS) or 1
         kept = whole[:: drawn.every]

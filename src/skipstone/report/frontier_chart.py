@@ -19,9 +19,10 @@ CHARACTER = 6.3  # width of a letter of a label, about
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A run, or a run at a budget, as a point of the chart.
+    """A point of the chart: a run, or a run at one FLOP budget.
 
-    flops: executed forward FLOPs per token. loss: nats per token of causal decisions.
+    label: shown beside the point. flops: executed forward FLOPs per token. loss: in nats per token, with decisions made
+    without later tokens.
     """
 
     run: RunView
@@ -31,7 +32,11 @@ class Place:
 
 
 def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
-    """Draw every run with causal decisions, and its figures at budgets; None for fewer than two places."""
+    """Draw loss against executed FLOPs of runs and budgets, with the Pareto frontier; None for fewer than two points.
+
+    budgets: measured points by name of the run, as `read_budgets` returns them. Runs that cannot decide without later
+    tokens are left out.
+    """
     places = [place for run in runs for place in _places(run, budgets.get(run.name, ()))]
     if len(places) < 2:
         return None
@@ -58,7 +63,7 @@ def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def frontier(places: Sequence[Place]) -> list[Place]:
-    """Return the Pareto frontier: the places that no other one beats in FLOPs and loss, in order of FLOPs."""
+    """Return the Pareto frontier in order of FLOPs: the points that no other point beats in both FLOPs and loss."""
     best: list[Place] = []
     for place in sorted(places, key=lambda p: (p.flops, p.loss)):
         if not best or place.loss < best[-1].loss:

@@ -19,9 +19,9 @@ FITTED = (
 
 
 class NotebookHTML:
-    """HTML in the style of a report, which a notebook displays where it is the value of a cell.
+    """HTML in the style of a report, which Jupyter and marimo display if it is the value of a cell.
 
-    html: the whole of it, with its style, which applies to nothing else in the notebook.
+    html: a complete fragment with its own style, which affects nothing else in the notebook.
     """
 
     def __init__(self, html: str) -> None:
@@ -36,15 +36,17 @@ def show_text(
 ) -> NotebookHTML:
     """Return text in which each piece is coloured by its share of the blocks, for a notebook to display.
 
-    pieces: (text, share in [0, 1]). hover: what a piece says of its share when the pointer rests on it.
+    pieces: (text, share in [0, 1]). caption: shown with it. hover: format of the share that is shown when the pointer
+    rests on a piece.
     """
     return _rendered(caption=caption, text=token_picture.coloured(pieces, hover), picture=None, strongest=None)
 
 
 def show_trace(trace: TokenTrace, caption: str = "") -> NotebookHTML:
-    """Return the text and the tokens x layers picture of a trace, with its numbers, for a notebook to display.
+    """Return a trace's text and its picture of tokens by blocks, for a notebook to display.
 
-    The picture shows the first 84 tokens; the text is shown whole.
+    trace: what a model decided for a text. caption: shown with it. The picture shows the first 84 tokens; the text is
+    shown whole.
     """
     pieces = list(zip(trace.tokens, trace.depth_T, strict=True))
     return _rendered(

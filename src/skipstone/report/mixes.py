@@ -20,7 +20,7 @@ MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
 
 def card(run: RunView) -> PlainDict:
-    """Draw the pictures of one run whose neurons mix activations."""
+    """Draw the pictures of one run whose neurons mix activations, and return them by the names that the page uses."""
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)
     categories = [
@@ -40,7 +40,7 @@ def card(run: RunView) -> PlainDict:
 
 
 def names_of(run: RunView) -> Sequence[str]:
-    """Return the names of the activations that a run mixes, in the order of their shares."""
+    """Return the names of the activations that a run mixes, in the order of their shares in its trace."""
     return () if run.trace is None else run.trace.activation_names
 
 
@@ -105,7 +105,11 @@ def _every(activations: Mapping[int, ActivationSummary]) -> int:
 
 
 def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str], title: str) -> Drawn:
-    """Draw neurons across and layers up, in the colour of the strongest activation. Neighbours alike are one bar."""
+    """Draw neurons across and blocks upwards, each neuron in the colour of its strongest activation.
+
+    activations: figures by index of the block. names: of the activations. title: text for screen readers. Of large
+    blocks every k-th neuron is drawn; equal neighbours are one bar.
+    """
     every, layers = _every(activations), max(activations) + 1
     cell = MAP_WIDTH / -(-max(len(one.strongest) for one in activations.values()) // every)
     parts = []

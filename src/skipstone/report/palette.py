@@ -12,7 +12,7 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3")
 class Style(NamedTuple):
     """The colour and dash with which a run is drawn in every picture.
 
-    dash: an SVG stroke-dasharray, "" for a solid line.
+    colour: as in CSS. dash: an SVG stroke-dasharray, "" for a solid line.
     """
 
     colour: str
@@ -20,5 +20,5 @@ class Style(NamedTuple):
 
 
 def style(index: int) -> Style:
-    """Return the style of run `index`: all colours solid first, then all of them dashed; 24 differ."""
+    """Return the style of the run with index `index`: all colours solid first, then all of them dashed; 24 differ."""
     return Style(SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)])

@@ -24,14 +24,14 @@ def write_report(
     traces: Sequence[Path] = (),
     replace: bool = False,
 ) -> Path:
-    """Write one self-contained page about `runs` to `out`, which fetches nothing.
+    """Write one self-contained HTML page about runs, which fetches nothing, and return its path.
 
-    names: of the runs on the page, their folders' names if absent. samples: generated text of runs by name, as (piece,
-    share of the compute it took). evaluations: files of `skipstone eval --budget --json`, whose losses by budget are
-    drawn. traces: files of `skipstone trace`, whose tokens and allocation are drawn beside those of the runs. replace:
-    whether a file that is there may be overwritten.
-    Raises FileExistsError where it may not, FileNotFoundError for a folder that is no run, ValueError for no runs and
-    for evaluations of others.
+    runs: run folders. out: the file to write. names: of the runs on the page; None: their folders' names. samples:
+    generated text by name of the run, as (piece of text, share of the compute it took). evaluations: files of
+    `skipstone eval --budget --json`, whose losses by budget are drawn. traces: files of `skipstone trace`, whose tokens
+    are drawn beside those of the runs. replace: whether an existing file may be overwritten. Raises FileExistsError if
+    it may not, FileNotFoundError for a folder that does not exist, and ValueError for no runs and for evaluations of
+    runs that are not on the page.
     """
     out = Path(out)
     if not runs:

@@ -38,8 +38,10 @@ def context(
     measured: Mapping[str, budget_chart.Points],
     maps: Sequence[RunView] = (),
 ) -> PlainDict:
-    """Return the variables of `templates/page.html`. samples: generated text, measured: budgets, both by the runs'
-    names. maps: depth maps that are shown beside the decisions of the runs.
+    """Return the variables of the template `page.html`.
+
+    runs: shown on the page. samples: generated text by name of the run. measured: losses at FLOP budgets by name of the
+    run. maps: traces of texts that are shown beside the decisions of the runs.
     """
     return {
         "runs": runs,

@@ -14,10 +14,12 @@ from skipstone.runs import Run
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run as a report shows it, with its name and style on the page.
+    """The figures of a run that a report shows, with its name and style on the page.
 
-    mechanisms, set_capacity, trace: as in `ModelView`. trace: None where the model could not be run, for the reason in
-    `trouble`.
+    config: the recipe. environment: versions and machine. metrics: the log lines. result: the summary of training;
+    empty if it is not finished. mechanisms: a description in words. set_capacity: configured capacities, {block:
+    {mechanism: share of tokens}}. trace: what the model decided for a few rows; None if it could not be run. trouble:
+    the reason why, or "".
     """
 
     name: str
@@ -35,7 +37,8 @@ class RunView:
 def load_view(run: Run, name: str, index: int) -> RunView:
     """Load everything that a report shows of one run.
 
-    If the model or the corpus is missing, only the pictures that need it are left out.
+    name: on the page. index: position on the page, which determines the style. If the model or the corpus is missing,
+    only the pictures that need it are left out, and `trouble` says why.
     """
     mechanisms, trace, trouble = "", None, ""
     capacity: Mapping[int, Mapping[str, float]] = {}
@@ -68,9 +71,9 @@ def load_view(run: Run, name: str, index: int) -> RunView:
 
 
 def map_view(path: Path, index: int) -> RunView:
-    """Return the depth map in a file of `skipstone trace` as the part of a page that shows decisions.
+    """Read a file of `skipstone trace` as a `RunView` that has only the decisions on its text.
 
-    Raises ValueError for a file that is none.
+    path: of the file. index: position on the page, which determines the style. Raises ValueError for any other file.
     """
     from skipstone.report.trace_table import read_trace
 

@@ -16,8 +16,8 @@ def number(value: float) -> str:
 def element(name: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
     """Build the SVG element `<name ...>children</name>`; strings are escaped, `Markup` is not.
 
-    Attribute names lose a trailing underscore (`class_`) and turn others into hyphens (`stroke_width`); None leaves the
-    attribute out.
+    Attribute names lose a trailing underscore (`class_`), and their other underscores become hyphens (`stroke_width`);
+    attributes that are None are left out.
     """
     shown = Markup().join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value if isinstance(value, str) else number(value))
@@ -29,7 +29,7 @@ def element(name: str, *children: str | Markup, **attributes: str | float | None
 
 
 def drawing(width: float, height: float, children: Iterable[Markup], title: str) -> Markup:
-    """Build an SVG picture that scales with the page; `title` is the text for screen readers."""
+    """Build an SVG picture of `width` by `height` that scales with the page; `title` is the text for screen readers."""
     return element(
         "svg",
         element("title", title),
@@ -41,25 +41,32 @@ def drawing(width: float, height: float, children: Iterable[Markup], title: str)
 
 
 def text(x: float, y: float, content: str, class_: str = "", **attributes: str | float | None) -> Markup:
-    """Build an SVG text element."""
+    """Build an SVG text element at (x, y); class_: its CSS class, "" for none; attributes: as in `element`."""
     return element("text", content, x=x, y=y, class_=class_ or None, **attributes)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
-    """Build an SVG line."""
+    """Build an SVG line from (x1, y1) to (x2, y2) with the CSS class `class_`."""
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
 def rectangle(
     x: float, y: float, width: float, height: float, hover: str = "", **attributes: str | float | None
 ) -> Markup:
-    """Build a rectangle; `hover` is the text that a browser shows when the pointer rests on it."""
+    """Build an SVG rectangle with its upper left corner at (x, y).
+
+    hover: text that a browser shows when the pointer rests on it; "" for none. attributes: as in `element`.
+    """
     inside = [element("title", hover)] if hover else []
     return element("rect", *inside, x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), **attributes)
 
 
 def polyline(points: Iterable[tuple[float, float]], colour: str, dash: str = "", hover: str = "") -> Markup:
-    """Build a polyline; `hover` is the text that a browser shows when the pointer rests on it."""
+    """Build an SVG polyline through `points`.
+
+    colour: of the stroke. dash: an SVG stroke-dasharray, "" for a solid line. hover: text that a browser shows when the
+    pointer rests on it; "" for none.
+    """
     path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
     inside = [element("title", hover)] if hover else []
     return element("polyline", *inside, points=path, class_="curve", stroke=colour, stroke_dasharray=dash or None)

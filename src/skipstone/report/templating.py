@@ -11,7 +11,10 @@ from markupsafe import Markup
 
 
 def script() -> dict[str, Markup]:
-    """Return the script that saves pictures, and its hash: the page's policy allows no other script."""
+    """Return the only script that a page may run, which saves pictures, as `script`, and its hash as `script_hash`.
+
+    The page's content security policy allows the script by this SHA-256.
+    """
     templates = files("skipstone.report").joinpath("templates")
     saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))
     text = "\n" + saving.replace("export function", "function") + buttons
@@ -20,8 +23,6 @@ def script() -> dict[str, Markup]:
 
 
 def environment() -> Environment:
-    """Return the template environment: everything that comes from runs is escaped, and a variable that the page
-    lacks is an error.
-    """
+    """Return the jinja2 environment of all pages: values are escaped, and an undefined variable is an error."""
     loader = PackageLoader("skipstone.report")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -19,15 +19,16 @@ VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 def visible(token: str) -> str:
-    """Return a token as a label: white space and control characters become signs that can be seen."""
+    """Return a token as a label in which white space and control characters are replaced by visible signs."""
     return "".join(
         VISIBLE.get(c, "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c) for c in token
     )
 
 
 def picture(trace: TokenTrace, count: int, title: str) -> Drawn:
-    """Draw the weight of each layer's update for the first `count` tokens; a skipped one is empty, layer 0 is the
-    lowest.
+    """Draw the weight of each block's update for the first `count` tokens, blocks from the bottom upwards.
+
+    Cells of skipped tokens are empty. trace: what a model decided for a text. title: text for screen readers.
     """
     labels = [visible(token) for token in trace.tokens[:count]]
     longest = max((len(label) for label in labels), default=1)
@@ -80,9 +81,10 @@ def _label(label: str, x: float, y: float) -> Markup:
 
 
 def coloured(pieces: Sequence[tuple[str, float]], hover: str = "{:.0%} of the compute") -> Markup:
-    """Return text in which each piece is coloured by its number in [0, 1].
+    """Return HTML text in which each piece is coloured by its number in [0, 1].
 
-    Line breaks stay, control characters become visible.
+    pieces: (text, number). hover: format of the number that is shown when the pointer rests on a piece. Line breaks
+    stay, control characters become visible.
     """
     spans = [
         Markup('<span style="--depth-share: {}" title="{}">{}</span>').format(

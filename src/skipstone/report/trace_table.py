@@ -31,10 +31,10 @@ class _Token:
 
 
 def read_trace(path: Path) -> TokenTrace:
-    """Read a depth map as a trace: the decisions of its first row, and the allocation of compute over all of it.
+    """Read a file of `skipstone trace`: the decisions on its first row, and the allocation of compute in all rows.
 
-    A block counts as computed for a token if all of its mechanisms keep the token. Raises ValueError, one line, for a
-    file that is no depth map.
+    path: a .parquet, .csv or .jsonl file. A block counts as computed for a token if all of its mechanisms keep the
+    token. Raises ValueError for any other file.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(unknown("suffix of a depth map", path.suffix, SUFFIXES))
