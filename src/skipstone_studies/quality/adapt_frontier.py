@@ -54,7 +54,13 @@ def arms(
     sampled: bool,
     move_to: tuple[float, ...] = (),
 ) -> dict[str, RecipeDict]:
-    """Return the arms: the source, the source tuned on the same tokens, and methods that compute less at the budget."""
+    """Return the recipes by name: the pretrained source, the source tuned, and methods that compute less.
+
+    scale: not used. tokens: training tokens of each arm. rate: learning rate. language_modelling: weight of
+    cross-entropy in the loss; distillation from the source has the rest, and with 0 no tuned source is trained.
+    sampled: whether training rows are also drawn from text that the source generated. move_to: budgets (shares of the
+    source's FLOPs) to which the routed models are also set after training.
+    """
     layers = {**LEAST, "count": 8 * DROPPED // 3}  # a flat optimum: see docs/log.md
     best: PlainDict = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
     best |= {"skip": "low_rank", "skip_rank": 64}
@@ -77,7 +83,10 @@ def arms(
 
 
 def moved(kind: str, budget: float) -> str:
-    """Return the name of an arm whose thresholds are set to another budget than it was adapted for."""
+    """Return the name of an arm whose thresholds are set to another budget than it was adapted for.
+
+    kind: the name of the method, such as "mixture of depths". budget: the new one, as a share of the source's FLOPs.
+    """
     return f"{kind} at {BUDGET:.0%}, set to {budget:.0%}"
 
 
@@ -110,7 +119,11 @@ def _recipe(
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Make the run of an arm: adapt, or save another arm's model set to the budget that `at_budget` names."""
+    """Make the run folder of an arm: adapt the source, or save another arm's model with thresholds of another budget.
+
+    recipe: the latter has the key `at_budget`. resume: whether to continue an interrupted training. callbacks: of the
+    trainer.
+    """
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)
         return
@@ -128,7 +141,11 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 
 
 def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> AbstractContextManager[Any]:
-    """Set the thresholds of a budget during a `with` block; neurons by magnitude have none."""
+    """Set the routing thresholds of a model to a budget inside a `with` block.
+
+    run: the model's run, which is calibrated first if it has no budget table. budget: share of the source's FLOPs. A
+    model with neurons by magnitude has no thresholds and stays as it is.
+    """
     if model.config.neuron_groups is not None:
         return nullcontext()
     if BudgetTable.find(run.model_folder()) is None:
@@ -137,7 +154,11 @@ def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> Abstract
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Return nats per token and counted FLOPs per token on each text, and a sample."""
+    """Return the figures of one run folder: for each text the loss and FLOPs per token, and a generated sample.
+
+    rows: number of rows of each text. For each text, `loss` is in nats per token by the pass that skips, and `flops` is
+    counted per token while it runs. greedy: the sample. tokens: training tokens; 0 for the source.
+    """
     found: PlainDict = {"greedy": greedy(folder), "tokens": 0}
     if not Run(folder).is_saved_model:
         found["tokens"] = Run(folder).result()["tokens"]
@@ -154,7 +175,7 @@ def measured(folder: Path, rows: int) -> Figures:
 
 
 def greedy(folder: Path) -> str:
-    """Return the greedy continuation of the prompt."""
+    """Return the greedy continuation of the fixed prompt `PROMPT_TEXT` by the model in `folder`, without the prompt."""
     run = Run(folder)
     model, tokenizer = run.load_model(), run.load_tokenizer()
     assert tokenizer is not None
@@ -164,9 +185,10 @@ def greedy(folder: Path) -> str:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return FLOPs and tokens/s of decoding one row relative to the source, after a prompt of the first text.
+    """Return by arm the FLOPs and tokens/s of decoding one row, both relative to the source's.
 
-    A real prompt is used because what is skipped depends on the text.
+    runs: run folders by arm. Steps follow a prompt from the first text, because what is skipped depends on the text.
+    Arms are timed in turns.
     """
     corpus, split = next(iter(TEXTS.values()))
     data = load_run(runs["source"], split, corpus, CONTEXT).data
@@ -184,7 +206,7 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 @torch.no_grad()
 def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
-    """Return the FLOPs of the decoding steps after the prompt, counted while they run."""
+    """Return the FLOPs of `STEPS` greedy decoding steps after a prompt, int64 [1, T], counted while they run."""
     cache = DynamicCache(config=model.config)
     token, total = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1), 0
     for _ in range(STEPS):
@@ -195,8 +217,10 @@ def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return for each text the share of the source's FLOPs, perplexity, and perplexity relative to the tuned source (or
-    the source).
+    """Return figures that follow from all arms of a seed: for each arm and text, share, perplexity and over.
+
+    The result is {arm: {"by_text": {text: figures}}}. share: FLOPs relative to the source's. over: perplexity relative
+    to that of the tuned source (or the source, if none was tuned), minus 1. Returns {} without the source.
     """
     source = figures.get("source")
     base = figures.get(TUNED, source)
@@ -219,10 +243,7 @@ def _judged(of_arm: Figures, base: Figures, source: Figures) -> Figures:
 
 
 def columns(over: str) -> Iterator[Column]:
-    """Yield the columns of the study's table.
-
-    over: the reference of relative perplexities.
-    """
+    """Yield the columns of the study's table. over: the name of the model to which perplexities are relative."""
     yield Column(key="tokens", title="training tokens", format=",d")
     for text in TEXTS:
         yield Column(key=f"by_text.{text}.share", title=f"{text}: FLOPs", format=".1%")
@@ -270,9 +291,9 @@ COMPARED = tuple(
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table: comparisons with the source and the tuned source, and samples.
+    """Return the Markdown below the table: comparisons with the source and the tuned source, and samples.
 
-    Comparisons need more than one seed.
+    figures: by arm and seed. Comparisons need more than one seed.
     """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), samples(figures)) if part)
 
@@ -280,9 +301,10 @@ def details(figures: ByArm) -> str:
 def frontier(
     name: str, purpose: str, *, more: str = "", rows: int = 128, seeds: tuple[int, ...] = (0,), **options: Any
 ) -> Study:
-    """Build the study of one pretrained model.
+    """Build a study of methods that make one pretrained model compute less.
 
-    options: those of `arms`.
+    name, purpose: of the study. more: text appended to its description. rows: evaluated rows per text. seeds: of the
+    laptop scale. options: arguments of `arms`.
     """
     learns = options["language_modelling"] > 0
     about = f"{LEARNED if learns else DISTILLED} {ABOUT.format(rows=rows)} {more}".strip()

@@ -34,7 +34,10 @@ SOURCE, ADAPTED, TUNED = "SwiGLU, the checkpoint", "checkpoint, adapted to PolyG
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: the checkpoint, its two continuations, and trainings from scratch at equal FLOPs."""
+    """Return the recipes by name: the SwiGLU checkpoint, its two continuations, and models from scratch.
+
+    Continued models and those from scratch get equal training FLOPs in total. scale: not used.
+    """
     ratio = forward_flops("polyglu") / forward_flops("silu")
     whole = STEPS + MORE * ratio  # in steps of SwiGLU
     return {
@@ -49,7 +52,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 @cache
 def forward_flops(activation: str) -> float:
-    """Return the forward FLOPs of a row, dense or with PolyGLU."""
+    """Return the forward FLOPs of a row of the study's model with this activation, "silu" or "polyglu"."""
     with torch.device("meta"):
         config = SkipstoneConfig.from_plain({**TINY, "activation": activation, "vocab_size": CHARACTERS})
         return float(SkipstoneForCausalLM(config).cost(tokens=CONTEXT).forward.total)
@@ -71,9 +74,11 @@ def _rest(steps: int, rate: float) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return nats per character on the validation split, and the FLOPs of the run's training up to a constant.
+    """Return the figures of one run folder: validation loss, training FLOPs, and how neurons choose their activations.
 
-    apart: if neurons choose, the share that chooses another function than most of its layer, on some rows.
+    nats: loss per character. own_flops: forward FLOPs of a row times the run's steps, which is proportional to its
+    training FLOPs. apart: for PolyGLU, the share of neurons whose strongest activation is not the most common one of
+    their layer, on some rows.
     """
     loaded = load_run(folder, "validation")
     assert loaded.data is not None
@@ -92,7 +97,11 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return each arm's training FLOPs relative to the checkpoint's, and its loss above the continued checkpoint's."""
+    """Return by arm its training FLOPs relative to the checkpoint's, and by how much its loss is higher.
+
+    The loss is compared with that of the checkpoint trained further as it is. The FLOPs include the checkpoint's own
+    training where an arm starts from it. Returns {} if the checkpoint or its continuation is missing.
+    """
     source, tuned = figures.get(SOURCE), figures.get(TUNED)
     if source is None or tuned is None:
         return {}

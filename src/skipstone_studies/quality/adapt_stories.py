@@ -26,7 +26,10 @@ LEAST = {"score": "block_influence"}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: the source, the tuned source, the source without a block, and arms that skip."""
+    """Return the recipes by name: the source, the tuned source, the source without a block, and models that skip.
+
+    scale: not used.
+    """
     mixture = {"name": "mixture_of_depths", "layers": {**LEAST, "count": 3}, "capacity_warmup": 0.15}
     best = {**mixture, "kv": "full", "skip": "low_rank", "skip_rank": 16}
     random = {**best, "decision": "random", "weight": "none"}
@@ -63,7 +66,10 @@ def _recipe(model: PlainDict, **options: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return executed nats on held-out stories and on another kind of text, and counted FLOPs per token of a story."""
+    """Return the losses of one run on held-out stories and on wikitext-2, and the counted FLOPs per token of stories.
+
+    folder: of the run. Losses are in nats per token, by the pass that skips.
+    """
     stories = f"text:{text_folder(folder, SAMPLED)}"
     found: PlainDict = {}
     for name, corpus, split in (("stories", stories, "validation"), ("wikitext-2", "wikitext-2", "test")):
@@ -77,7 +83,7 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return each arm's FLOPs as a share of the source's, and its perplexity per token of the stories."""
+    """Return by arm the FLOPs as a share of the source's, and the perplexity of the stories; {} without the source."""
     if "source" not in figures:
         return {}
     whole = figures["source"]["flops"]

@@ -43,7 +43,10 @@ ROUTED: dict[str, PlainDict] = {
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the arms of equal training FLOPs, in the order of what they decide."""
+    """Return the recipes by name, all with equal training FLOPs: two dense models, controls, and routers.
+
+    scale: "laptop", "paper" or "quick". corpus: the text.
+    """
     recipe = partial(arm, scale, corpus)
     routed = {name: recipe(BLOCKS, [mechanism]) for name, mechanism in ROUTED.items()}
     return {FULL: recipe(BLOCKS), RIVAL: recipe(5), **routed}
@@ -52,7 +55,11 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 def arm(
     scale: str, corpus: str, blocks: int, mechanisms: list[PlainDict] | None = None, budget: float = 1.0
 ) -> RecipeDict:
-    """Return the recipe of an arm. budget: as a share of the scale's."""
+    """Return the recipe of one arm: a byte model with the training protocol of this study.
+
+    scale: "laptop", "paper" or "quick", for sizes and training FLOPs. corpus: the text. blocks: number of blocks.
+    mechanisms: entries of the model's `mechanisms`; None: dense. budget: training FLOPs as a share of the scale's.
+    """
     size: Mapping[str, object] = SCALES[scale]
     least = {"least_tokens": LEAST_TOKENS[scale]} if scale in LEAST_TOKENS else {}
     named = {name: size[name] for name in ("test_rows", "tuning_rows") if name in size}
@@ -110,12 +117,19 @@ GOES_ON = (
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield whether each arm is .02 nats better than dense-8 and than random, refused without headroom."""
+    """Yield for each arm whether its test loss is .02 nats below that of dense-8, and of the control "random".
+
+    figures: by arm and seed. The verdict is "no headroom" if dense-8 is not better than dense-5, as depth then does not
+    pay.
+    """
     return pages.claims(figures, pages.room_of(figures, FULL, [RIVAL]), (FULL, CHANCE))
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table."""
+    """Return the Markdown below the table: headroom of depth, differences between arms, and learning rates.
+
+    figures: by arm and seed.
+    """
     room = pages.room_of(figures, FULL, [RIVAL])
     refused = room is None or not room.there
     parts = [

@@ -16,8 +16,9 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 class Size:
     """The size of the demonstration's five models and of their training.
 
-    capacity: of Mixture-of-Depths, on every other block. eval_rows: validation rows during training. validation_rows:
-    after it.
+    hidden_size, num_hidden_layers, num_attention_heads: as in SkipstoneConfig. context: tokens per row. batch_size:
+    rows per step. steps: of training. capacity: share of tokens that Mixture-of-Depths keeps in every other block.
+    eval_rows: validation rows evaluated during training. validation_rows: rows evaluated after it.
     """
 
     hidden_size: int
@@ -75,7 +76,10 @@ PROMPTS = {"tiny-shakespeare": "ROMEO:\n", "python-stdlib": "def "}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the five arms: one recipe with different mechanisms."""
+    """Return the five recipes by name: one model, dense and with different mechanisms.
+
+    scale: "quick", "laptop" or "paper", a key of `SIZES`.
+    """
     size = SIZES[scale]
     # ema_threshold makes the same decisions in training and generation, so no loss comes from switching.
     mod = {
@@ -117,13 +121,13 @@ def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures of a run, and a sample of text."""
+    """Return the figures of one run folder: training summary, evaluation, and a generated sample (`sample`)."""
     prompt = PROMPTS[Run(folder).data_config().corpus]
     return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}
 
 
 def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Return the text that each arm's first seed generated, as Markdown."""
+    """Return the text that the first seed of each arm generated, as Markdown. figures: by arm and seed."""
     parts = ["### Samples"]
     for arm, by_seed in figures.items():
         found = by_seed[min(by_seed)]
@@ -141,7 +145,10 @@ LARGER = (
 
 
 def closing(scale: str, figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Return text for the terminal below the table: samples, arms faster than dense, and what a larger scale shows."""
+    """Return the text printed below the table: samples, arms faster than dense, and results of a larger scale.
+
+    scale: of the run. figures: by arm and seed.
+    """
     faster = {"training": "training_speed", "decoding": "comparison.speed.decode 1"}
     lines = [samples(figures).replace("### Samples", "Samples")]
     for what, key in faster.items():

@@ -46,7 +46,11 @@ PROMISED = 0.8  # share of the bytes, the least saving that was announced
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return SwiGLU, a narrower one, ReGLU and a fixed mix of ReLU and SiLU with a price and without, and PolyGLU."""
+    """Return the recipes by name: SwiGLU, a narrower one, ReGLU, a mix of ReLU and SiLU, and PolyGLU.
+
+    ReGLU and the mix appear with and without a price on activations that are not 0. scale: "laptop", "paper" or
+    "quick". corpus: the text.
+    """
     recipe, neurons = partial(_recipe, scale, corpus), NEURONS[scale]
     relu = round(RELU_SHARE * neurons)
     mix = {"name": "fixed_mix", "groups": [{"relu": relu, "silu": neurons - relu}] * BLOCKS}
@@ -88,16 +92,21 @@ def _recipe(scale: str, corpus: str, neurons: int, activation: object, price: fl
 
 
 def made(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[object]) -> None:
-    """Train an arm. All arms of a seed start from the weights of one dense model where shapes agree."""
+    """Train the model of an arm; all arms of a seed start from the weights of one dense model where shapes agree.
+
+    recipe: of the arm. folder: of the run. resume: whether to continue an interrupted training. callbacks: of the
+    trainer.
+    """
     protocol.tuned_run(recipe, folder, resume, callbacks, blocks=BLOCKS)  # type: ignore[arg-type]
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of the protocol, the share of neurons that are on, and what a decoded token reads.
+    """Return the figures of one run folder, with shares of neurons that are not 0 and bytes read in decoding.
 
-    on: by block. mlp_read, read: bytes of the MLPs' and of all matrices that a decoded token reads, as shares of those
-    of a model with `NEURONS` neurons a block. teal: for the dense arm, loss and share of inputs left, by share. PolyGLU
-    is judged hardened: mixed_loss is its loss before, relu the share of neurons with ReLU by block.
+    on: the share of such neurons by block. mlp_read, read: bytes of the MLPs' and of all matrices that a decoded token
+    reads, as shares of those of a model with `NEURONS` neurons in each block. teal: for the dense arm, the increase of
+    the loss and the share of bytes left with small inputs set to 0, by share of inputs. PolyGLU is measured with one
+    fixed activation per neuron; mixed_loss is its loss before that, relu the share of neurons with ReLU by block.
     """
     figures = protocol.measured(folder)
     recipe, model = protocol.recipe_of(folder), Run(folder).load_model().eval()
@@ -148,7 +157,10 @@ COLUMNS = (
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield for each arm whether it loses at most .01 nats to SwiGLU, and reads at most .8 of its MLPs' bytes."""
+    """Yield for each arm whether it loses at most .01 nats to SwiGLU and reads at most 80 % of its MLPs' bytes.
+
+    figures: by arm and seed.
+    """
     for arm in figures:
         if arm == DENSE or DENSE not in figures:
             continue
@@ -159,7 +171,10 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table."""
+    """Return the Markdown below the table: loss differences, shares of neurons that are not 0, and TEAL as a control.
+
+    figures: by arm and seed.
+    """
     parts = [
         *(pages.differences(figures, reference, refused=False) for reference in (DENSE, NARROW)),
         pages.NOTE,

@@ -39,7 +39,10 @@ BATCH, CALIBRATION = 16, 4  # rows per pass, passes for calibration
 
 
 def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
-    """Return the arms: SwiGLU; at each share a narrower SwiGLU and neuron groups; at the first share also controls."""
+    """Return the recipes by name: SwiGLU, narrower SwiGLUs, neuron groups of equal FLOPs, and controls.
+
+    scale: "laptop" or "paper". corpus: the text.
+    """
     full = SIZES[scale]["intermediate_size"]
     recipe = partial(_recipe, scale, corpus)
     found = {DENSE: recipe(full)}
@@ -65,7 +68,11 @@ def _recipe(scale: str, corpus: str, neurons: int, options: PlainDict | None = N
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, the FLOPs of the MLPs, and for SwiGLU the loss with small inputs set to 0."""
+    """Return the figures of one run folder: the standard ones, the MLPs' FLOPs per token, and TEAL's losses.
+
+    mlp_flops: the MLPs' forward FLOPs per token. teal: for models without neuron groups, loss and executed share with
+    small inputs of the MLPs set to 0, by share.
+    """
     figures, loaded = measure.standard(folder), load_run(folder)
     cost = loaded.model.cost(loaded.context)
     figures = {**figures, "mlp_flops": cost.forward_per_token.mlp}
@@ -95,7 +102,11 @@ def _teal(folder: Path, loaded: LoadedRun, sparsity: float) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
-    """Return loss_ratio, the loss relative to SwiGLU minus 1, and mlp_ratio, the MLPs' FLOPs relative to SwiGLU's."""
+    """Return by arm loss_ratio and mlp_ratio, which compare it with SwiGLU.
+
+    loss_ratio: the loss relative to SwiGLU's, minus 1. mlp_ratio: the MLPs' FLOPs relative to SwiGLU's. figures: of all
+    arms of one seed. Returns {} without SwiGLU.
+    """
     if DENSE not in figures:
         return {}
     loss, flops = _loss(figures[DENSE]), figures[DENSE]["mlp_flops"]
@@ -110,7 +121,10 @@ def _loss(figures: Figures) -> float:
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table: comparisons with SwiGLU, narrower MLPs, and zeroed small inputs."""
+    """Return the Markdown below the table: comparisons with SwiGLU and narrower MLPs, and TEAL's losses.
+
+    figures: by arm and seed.
+    """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), _thresholds(figures)) if part)
 
 

@@ -25,7 +25,7 @@ PROMPT_TEXT, SAMPLED_TOKENS = "The old bridge across the river was built in", 40
 
 
 def samples(figures: ByArm) -> str:
-    """Return the text that each arm's first seed generates."""
+    """Return the text that the first seed of each arm generates, as a Markdown list. figures: by arm and seed."""
     first = {arm: seeds[min(seeds)] for arm, seeds in figures.items()}
     texts = {arm: " ".join(found["greedy"].split()) for arm, found in first.items() if "greedy" in found}
     lines = [f"* {arm}: “{PROMPT_TEXT} **{text}**”" for arm, text in texts.items()]
@@ -33,13 +33,15 @@ def samples(figures: ByArm) -> str:
 
 
 def pictures(figures: ByArm) -> dict[str, str]:
-    """Return an SVG for each evaluated text."""
+    """Return an SVG chart of loss by FLOPs for each evaluated text, by its name. figures: by arm and seed."""
     return {text: picture(figures, text) for text in TEXTS if values(figures, "source", f"{text}.loss")}
 
 
 def picture(figures: ByArm, text: str) -> str:
-    """Return a chart of loss on `text` by share of FLOPs, with a line for each kind of arm from the tuned source on (or
-    the source).
+    """Return an SVG chart of the loss on one text by share of executed FLOPs, with a line for each method.
+
+    Lines begin at the tuned source, or at the source if none was tuned. figures: by arm and seed. text: a key of
+    `TEXTS`.
     """
     start = TUNED if TUNED in figures else "source"
     kinds: dict[str, list[tuple[float, float]]] = {}
@@ -70,7 +72,10 @@ def picture(figures: ByArm, text: str) -> str:
 
 
 def standalone(drawing: str, names: Sequence[tuple[str, Style]]) -> str:
-    """Return the drawing as a file of its own, with the style that a page would provide and a legend."""
+    """Return an SVG drawing as a file that needs no page around it, with the pages' style sheet and a legend.
+
+    drawing: an <svg> element. names: the legend's entries and their styles.
+    """
     style = (files("skipstone.report") / "templates" / "style.css").read_text(encoding="utf-8")
     right = FRAME.width - FRAME.right
     legend = [

@@ -33,7 +33,10 @@ ORACLE = "benefit"
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return dense models: the full one, its shallower rival at equal FLOPs, and the rival on the same text."""
+    """Return the recipes of dense models: 8 blocks, 5 at equal training FLOPs, and 5 on the same text.
+
+    scale: "laptop", "paper" or "quick". corpus: the text.
+    """
     recipe = partial(decisive.arm, scale, corpus)
     full, rival = recipe(decisive.BLOCKS), recipe(5)
     same = recipe(5, budget=full["train"]["steps"] / rival["train"]["steps"])
@@ -42,7 +45,10 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of the protocol, and for the full model the benefit of its blocks on the test split."""
+    """Return the figures of one run folder, with the benefit of each block (`benefit`) for the model of 8 blocks.
+
+    The benefit of a block for a token is by how much it lowers the token's loss, measured on the test split.
+    """
     figures = protocol.measured(folder)
     if folder.name.rpartition("-seed")[0] != FULL:
         return figures
@@ -51,9 +57,9 @@ def measured(folder: Path) -> Figures:
 
 
 def units_of(blocks: int) -> list[Unit]:
-    """Return the middle half of the blocks as one unit, if it has several, then every block alone.
+    """Return the sets of blocks whose benefit is measured: the middle half together, then each alone.
 
-    Of a model of twelve blocks or more, six or seven blocks alone, evenly spaced.
+    blocks: number of blocks of the model. The middle half is left out if it is a single block.
     """
     quarter = max(1, blocks // 4)
     middle = tuple(range(quarter, blocks - quarter))
@@ -61,13 +67,20 @@ def units_of(blocks: int) -> list[Unit]:
 
 
 def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> PlainDict:
-    """Measure a dense model on `count` evenly spaced rows; every second one is held out from the regression."""
+    """Measure the benefit of blocks in a dense model on `count` evenly spaced rows, in nats of each token's loss.
+
+    data: prepared text, of whose validation rows they are. A regression of the benefit is fitted on every second row
+    and judged on the others. Returns the record of `benefit.oracle`.
+    """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield whether the full model is .02 nats better than its rival, at equal FLOPs and on the same text."""
+    """Yield whether 8 blocks are .02 nats better than 5, at equal training FLOPs and on the same text.
+
+    figures: by arm and seed.
+    """
     for rival, what in ((RIVAL, "at equal training FLOPs"), (SAME_TEXT, "on the same text")):
         found = paired_differences(figures, rival, FULL, pages.LOSS)
         text = f"test loss at least {LEAST} nats below {RIVAL} {what}"
@@ -75,7 +88,10 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table."""
+    """Return the Markdown below the table: headroom of depth, differences, learning rates, and benefit of blocks.
+
+    figures: by arm and seed.
+    """
     seeds = figures.get(FULL, {})
     found = next((of_seed[ORACLE] for of_seed in seeds.values() if ORACLE in of_seed), None)
     parts = [
@@ -112,7 +128,10 @@ HEADROOM = Study(
 
 
 def checkpoints(scale: str) -> dict[str, RecipeDict]:
-    """Return pretrained checkpoints with the text on which their blocks are measured."""
+    """Return recipes that name pretrained checkpoints, the text on which their blocks are measured, and its rows.
+
+    scale: "quick" uses fewer rows.
+    """
     rows = {"rows": 16 if scale == "quick" else 64}
     few = {"rows": 16 if scale == "quick" else 24}  # 2,268 passes of a row
     stories = {"tokens": 2_000 if scale == "quick" else 20_000, "length": 200}
@@ -124,9 +143,10 @@ def checkpoints(scale: str) -> dict[str, RecipeDict]:
 
 
 def of_checkpoint(recipe: RecipeDict) -> Figures:
-    """Return the benefit of a checkpoint's blocks, on a corpus or on text that it has written itself.
+    """Return the benefit of a pretrained checkpoint's blocks, as `on_rows` measures it, under the key `benefit`.
 
-    Raises FileNotFoundError for a checkpoint that is not there.
+    recipe: an entry of `checkpoints` with a seed. The text is a corpus, or stories that the checkpoint generates.
+    Raises FileNotFoundError for a checkpoint that does not exist.
     """
     path = _path(recipe["source"])
     model = load_dense(path)
@@ -150,7 +170,7 @@ def _path(name: str) -> str:
 
 
 def checkpoint_details(figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Return the tables of every checkpoint, of its first seed."""
+    """Return the Markdown tables of blocks' benefits for each checkpoint's first seed. figures: by arm and seed."""
     parts = [benefit_page.tables(seeds[min(seeds)][ORACLE], arm) for arm, seeds in figures.items() if seeds]
     return "\n\n".join([*parts, benefit_page.NOTE])
 

@@ -36,7 +36,10 @@ ROUTED: dict[str, PlainDict] = {
 
 
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
-    """Return the arms: a dense model, one of half its depth, and one routed model per decision."""
+    """Return the recipes by name: a dense model, one of half its depth, and one routed model per decision.
+
+    scale: "laptop" or "paper". corpus: the text.
+    """
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY}
     return {
         "dense": _recipe(scale, corpus, BLOCKS),
@@ -67,7 +70,12 @@ def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[PlainDict] | 
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, with the gap between oracle and executed loss and the realised capacity."""
+    """Return the figures of one run folder, with the gap between training and executed loss and the realised capacity.
+
+    gap: executed loss relative to that with decisions of training, minus 1. capacity: share of tokens kept by routed
+    block. overshoot: the 99th percentile of rows' kept shares relative to the capacity, minus 1. precision, recall, f1:
+    of executed decisions against the row's top tokens by score. All but gap are absent for dense models.
+    """
     figures = measure.standard(folder)
     ways = figures["evaluation"]["ways"]
     gap = ways["executed"]["loss"] / ways["oracle"]["loss"] - 1
@@ -104,14 +112,20 @@ COMPARED = tuple(ArmComparison(key=LOSS, title="executed loss in nats", against=
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield whether each arm is better than dense and than random, refused if depth does not pay."""
+    """Yield for each arm whether it is better than dense and than random; "no headroom" if depth does not pay.
+
+    figures: by arm and seed. Depth pays if the dense model is better than the one of half its depth.
+    """
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     for claim in as_claims(figures, COMPARED):
         yield claim if room is None or room.there else replace(claim, verdict="no headroom")
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table: whether depth pays, and comparisons with dense and with random."""
+    """Return the Markdown below the table: whether depth pays, and comparisons with dense and with random.
+
+    figures: by arm and seed.
+    """
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     parts = (
         "" if room is None else room.sentence(),
@@ -121,7 +135,7 @@ def details(figures: ByArm) -> str:
 
 
 def on(corpus: str, name: str) -> Study:
-    """Build the study of all decisions on one corpus."""
+    """Build the study of all decisions of Mixture-of-Depths on one corpus, under this name."""
     return Study(
         name=name,
         purpose=f"Every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",

@@ -38,8 +38,9 @@ ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
 
 
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
-    """Return the arms: SwiGLU, and PolyGLU with preferences of three scales, each with and without Gumbel noise in
-    training.
+    """Return the recipes by name: SwiGLU, and PolyGLU with preferences of three scales, with and without Gumbel noise.
+
+    scale: "laptop" or "paper". corpus: the text.
     """
     recipe = partial(_recipe, scale, corpus)
     found = {SWIGLU: recipe("silu")}
@@ -65,7 +66,12 @@ def _recipe(scale: str, corpus: str, activation: str | PlainDict) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, and for PolyGLU its routing and the loss of hardening."""
+    """Return the figures of one run folder, and for PolyGLU how its neurons choose their activations.
+
+    diversity, dynamic_entropy, static_entropy: means over layers of the methods of `MixFigures`. hardened: change of
+    the loss in nats when each neuron keeps one activation, chosen on training rows. neurons: by layer, the share of
+    neurons by strongest activation. course: `course` of the run.
+    """
     figures = measure.standard(folder)
     ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]
     layers = [one for layer in ways[main]["layers"] for one in layer.values() if "diversity" in one]
@@ -89,8 +95,9 @@ def _hardened(folder: Path, loaded: LoadedRun) -> float:
 
 
 def course(run: Run) -> dict[str, dict[str, float]]:
-    """Return logged routing statistics at evenly spaced points of the training, averaged over layers, by per cent of
-    the steps.
+    """Return routing statistics logged at 5 evenly spaced points of a training, averaged over layers.
+
+    The result is {percentage of the steps: {name: value}}.
     """
     lines = [line for line in run.metrics() if line.get("split") == "train" and _logged(line, "diversity")]
     last, found = lines[-1]["step"], {}
@@ -109,7 +116,10 @@ DETERMINISTIC, UNUSED, REACHED, LOST = 1e-3, 0.01, 0.05, 0.01
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield the paper's two claims, whether neurons are reached, and whether a fixed choice loses anything."""
+    """Yield verdicts on the paper's two claims about entropies, and on whether neurons differ and can be hardened.
+
+    figures: by arm and seed.
+    """
     for arm in figures:
         share = [value / math.log(len(NAMES)) for value in values(figures, arm, "dynamic_entropy")]
         text = f"routing is nearly deterministic: dynamic entropy at most {DETERMINISTIC:.1%} of ln 4 (paper: 0.03 %)"
@@ -127,7 +137,10 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table: claims, and the routing by layer and over the training."""
+    """Return the Markdown below the table: verdicts, strongest activations by layer, and routing during training.
+
+    figures: by arm and seed.
+    """
     sections = [section for section in (_layers(figures), _course(figures)) if section.rows]
     parts = [claims_table("Which claims hold", claims(figures)), markdown(sections).strip("\n") if sections else ""]
     return "\n\n".join(part for part in parts if part)

@@ -35,8 +35,11 @@ TEXT = "text.json"  # beside the saved model: the text on which it is measured
 
 
 def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: int = 0) -> dict[str, RecipeDict]:
-    """Return the arms. runs: (study, arm), the first of a dense model. group: weights of a row that share an int4
-    scale, 0 for all.
+    """Return the recipes by name: each model with its own weights, in int8 and in int4.
+
+    scale: not used. runs: (study, arm) of finished runs, the first of a dense model; ", pruned" after an arm's name
+    removes unused neuron groups. text: arguments of `load_run` for the evaluated text. group: weights of a matrix row
+    that share an int4 scale; 0: all.
     """
     return {
         name_of(arm, weights): {
@@ -51,12 +54,16 @@ def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: in
 
 
 def name_of(arm: str, weights: str) -> str:
-    """Return the name of an arm with weights of this format."""
+    """Return the name of an arm whose weights have this format: "as trained", "int8" or "int4"."""
     return f"{arm}, {weights}"
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Save the other study's model with these weights, and check that the saved model is the same."""
+    """Save another study's model in `folder` with quantised weights, and check that it loads as it was saved.
+
+    recipe: an entry of `arms` with a seed. resume, callbacks: not used. Raises FileNotFoundError if the other run does
+    not exist.
+    """
     named, seed = recipe["run"], recipe["seed"]
     source = folder.parents[2] / named["study"] / folder.parent.name / f"{named['arm']}-seed{seed}"
     if not source.is_dir():
@@ -105,7 +112,7 @@ def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Return the executed loss in nats, and the bytes of the weights' file."""
+    """Return `nats`, the loss per token on `rows` rows by the pass that skips, and `bytes`, the weights' file size."""
     text = json.loads((folder / TEXT).read_text(encoding="utf-8"))
     loaded = load_run(folder, **text)
     assert loaded.data is not None
@@ -115,7 +122,10 @@ def measured(folder: Path, rows: int) -> Figures:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return the tokens/s of decoding one row, and half of their range as a share of them."""
+    """Return by arm the tokens/s of decoding one row, and half of the range of its turns as a share of that.
+
+    runs: model folders by arm, which are timed in turns.
+    """
     tasks = {}
     for arm, folder in runs.items():
         loaded = load_run(folder, **json.loads((folder / TEXT).read_text(encoding="utf-8")))
@@ -125,8 +135,10 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 
 def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
-    """Return perplexity and interaction: the loss of skipping and quantising together, minus the sum of the losses of
-    each alone.
+    """Return by arm the perplexity, and the interaction of skipping and quantising in nats.
+
+    The interaction is the loss added by both together minus the sum of the losses that each adds alone. figures: of all
+    arms of one seed. first: name of the dense arm.
     """
     found: dict[str, Figures] = {}
     for name, of_arm in figures.items():
@@ -142,9 +154,9 @@ def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
 def quantised(
     name: str, purpose: str, about: str, runs: tuple[tuple[str, str], ...], rows: int, **options: Any
 ) -> Study:
-    """Build the study of one pretrained model.
+    """Build the study of quantised weights of one family of models.
 
-    options: those of `arms`.
+    name, purpose, about: of the study. runs, options: arguments of `arms`. rows: evaluated rows.
     """
     return Study(
         name=name,

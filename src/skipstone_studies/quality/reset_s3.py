@@ -47,7 +47,10 @@ SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # without seed 0, on wh
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: dense models of several depths, and routed ones by decision and training of the router."""
+    """Return the recipes by name: dense models of several depths, and models routed by different decisions and routers.
+
+    scale: "laptop" or "paper".
+    """
     size = SIZES[scale]
     return {
         **{f"dense-{blocks}": recipe(size, blocks) for blocks in DENSE[scale]},
@@ -58,12 +61,18 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def mixture(**options: Any) -> PlainDict:
-    """Return Mixture-of-Depths on every block but the first two, with the capacity that the operations need."""
+    """Return a `mechanisms` entry of Mixture-of-Depths on all blocks but the first two, at the share of operations.
+
+    options: further options of `MixtureOfDepthsConfig`.
+    """
     return {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY, **options}
 
 
 def gate(**options: Any) -> PlainDict:
-    """Return a gate of hard execution on every block but the first two."""
+    """Return a `mechanisms` entry of Token-Selective Attention on all blocks but the first two, skipping in generation.
+
+    options: further options of `TokenSelectiveConfig`.
+    """
     return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
 
 
@@ -74,9 +83,10 @@ def recipe(
     corpus: str = "reset-s3",
     **train: Any,
 ) -> RecipeDict:
-    """Return the recipe of one arm.
+    """Return the recipe of one arm on a synthetic task.
 
-    size: an entry of `SIZES` or similar.
+    size: hidden_size, num_attention_heads, steps, batch_size and rate (the learning rate). blocks: number of blocks.
+    mechanisms: entries of the model's `mechanisms`; None: dense. corpus: the task. train: further training options.
     """
     steps = size["steps"]
     return {
@@ -101,7 +111,10 @@ def recipe(
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, with accuracy and FLOPs of the model's primary pass."""
+    """Return the figures of one run folder, with `accuracy` (by bin of needed depth) and counted `flops` per token.
+
+    Both are of the model's main pass, which skips as generation does.
+    """
     figures = measure.standard(folder)
     evaluation = figures["evaluation"]
     accuracy = evaluation["ways"][evaluation["main"]]["accuracy"]
@@ -111,8 +124,11 @@ def measured(folder: Path) -> Figures:
 def captured(
     figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
 ) -> dict[str, Figures]:
-    """Return `headroom` of the judged arms: their position between dense models of equal executed FLOPs and the forced
-    arm.
+    """Return for each judged arm `headroom`: its accuracy between a dense model (0) and known decisions (1), by bin.
+
+    Dense accuracies are interpolated at the arm's executed FLOPs. figures: of all arms of one seed. judged: names of
+    arms. knowing: the arm whose decisions are imposed by the known difficulty. Returns {} without the latter or dense
+    arms.
     """
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get(knowing)
@@ -133,7 +149,7 @@ def _headroom(arm: Figures, dense: list[Figures], forced: Figures, bins: list[st
 
 
 def interpolate(x: float, points: list[tuple[float, float]]) -> float:
-    """Return y at `x` by linear interpolation between `points`, sorted by x; constant outside of them."""
+    """Return y at `x` by linear interpolation between `points` (x, y), sorted by x; constant outside of them."""
     if x <= points[0][0]:
         return points[0][1]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):

@@ -52,7 +52,7 @@ SFT, COURSE = "sft", "course.jsonl"  # in the run folder: TRL's checkpoints, and
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes of the base model, with Gumbel noise and without."""
+    """Return the recipes of the base model by name: PolyGLU trained with Gumbel noise and without. scale: not used."""
     return {"with noise": _recipe({}), "without noise": _recipe({"noise": False})}
 
 
@@ -74,7 +74,10 @@ def _recipe(options: PlainDict) -> RecipeDict:
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Train the base model, with a tokenizer trained on the chats."""
+    """Train the base model of an arm into `folder`, with a tokenizer that is trained on the chats first.
+
+    recipe: of the arm. resume: whether to continue an interrupted training. callbacks: of the trainer.
+    """
     tokenizer = folder.with_name("tokenizer")
     if not tokenizer.is_dir():
         make_tokenizer(chats(), tokenizer)
@@ -84,7 +87,11 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 
 
 def chats() -> list[PlainDict]:
-    """Return GSM8K's rows as chats. Raises FileNotFoundError if the file is missing."""
+    """Return GSM8K's training rows as chats, {"messages": [user, assistant]}.
+
+    They are read from gsm8k/train.jsonl in the folder that SKIPSTONE_DATA names. Raises FileNotFoundError if it is
+    missing.
+    """
     path = Path(os.environ.get("SKIPSTONE_DATA", ""), "gsm8k", "train.jsonl")
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} was not found; put GSM8K into the folder that SKIPSTONE_DATA names")
@@ -94,7 +101,10 @@ def chats() -> list[PlainDict]:
 
 
 def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
-    """Train a byte-level BPE tokenizer on the chats, with ChatML's tokens; the end of a turn is its eos token."""
+    """Train a byte-level BPE tokenizer with ChatML's special tokens on chats, and save it in `folder`.
+
+    rows: as `chats` returns them. The token that ends a turn is the tokenizer's eos token.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -112,9 +122,10 @@ def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
 
 
 class Routing:
-    """Figures of a model's routing on fixed rows.
+    """Measurements of how a PolyGLU model's neurons choose their activations on fixed rows, compared with the start.
 
-    strongest: each neuron's strongest activation before tuning.
+    model: as it is before tuning; it is measured again while it changes. rows: model inputs, each with input_ids
+    [1, T].
     """
 
     def __init__(self, model: SkipstoneForCausalLM, rows: Sequence[Mapping[str, Tensor]]) -> None:
@@ -123,7 +134,10 @@ class Routing:
 
     @torch.no_grad()
     def figures(self) -> PlainDict:
-        """Return dynamic entropy in nats by layer, and the share of neurons whose strongest activation has changed."""
+        """Return dynamic_entropy, in nats by layer, and flips, the share of neurons that changed their activation.
+
+        A neuron counts if its strongest activation is not the one that it was when the object was built.
+        """
         was_training = self.model.training
         self.model.eval()
         sums, count = torch.zeros(len(self.model.model.layers), dtype=torch.float64), 0
@@ -148,7 +162,10 @@ class Routing:
 
 
 class Watch(TrainerCallback):
-    """A callback that measures the routing at intervals and appends a line to `path` each time."""
+    """A trainer callback that measures the routing every `every` steps and appends a line of JSON to the file `path`.
+
+    routing: what is measured.
+    """
 
     def __init__(self, routing: Routing, every: int, path: Path) -> None:
         self.routing, self.every, self.path = routing, every, path
@@ -156,7 +173,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remove lines of steps that will be repeated, and measure before the first step."""
+        """Remove lines of steps that a resumed training will repeat; at a new start, measure before the first step."""
         kept = [line for line in course(self.path) if line["step"] <= state.global_step]
         lines = kept or [{"step": 0, **self.routing.figures()}]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -170,13 +187,16 @@ class Watch(TrainerCallback):
 
 
 def course(path: Path) -> list[PlainDict]:
-    """Return the lines measured so far, without one that is incomplete because the process was killed."""
+    """Return the measurements in a file of `Watch`, without an incomplete last line (of a killed process)."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def measured(folder: Path) -> Figures:
-    """Tune the base model, resuming an interrupted tuning, and return the figures of its routing."""
+    """Fine-tune the base model in `folder` by TRL's SFTTrainer and return `figures` of its losses and its routing.
+
+    An interrupted tuning is resumed. Raises ValueError if TRL is not installed or the temperature tau has changed.
+    """
     try:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
@@ -226,7 +246,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, row: PlainDict) -> dict[str, Tensor
 
 
 def figures(losses: Sequence[float], lines: Sequence[PlainMapping], tau: float) -> Figures:
-    """Return the figures of the tuning: logged losses, the routing over time, and summaries of both."""
+    """Return the figures of a fine-tuning: what was logged, and summaries.
+
+    losses: logged losses. lines: measurements of the routing over time, the first from before tuning. tau: the
+    temperature of PolyGLU. In the result, start and end are dynamic entropies averaged over layers; drift is their
+    relative change, largest the largest one at any time; flips is the share of neurons whose strongest activation
+    changed; stable is 1 if drift is at most 10 % and flips at most 1 %, else 0.
+    """
     means = [statistics.fmean(line["dynamic_entropy"]) for line in lines]
     drifts, flips = [mean / means[0] - 1 for mean in means], lines[-1]["flips"]
     return {

@@ -29,9 +29,10 @@ SAMPLE = 1_000_000  # largest number of input values for a quantile
 
 @dataclass
 class Site:
-    """A hook that sets small inputs of one matrix to 0.
+    """A forward pre-hook of one matrix that sets small inputs to 0 (TEAL, arXiv 2408.14690).
 
-    threshold: None while the magnitudes of its inputs are collected.
+    magnitudes: |x| of inputs, collected while threshold is None. threshold: inputs with |x| at or below it become 0.
+    inputs, zeros: how many inputs were seen since, and how many became 0.
     """
 
     magnitudes: list[Tensor] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Site:
         return (x.masked_fill(small, 0.0),)
 
     def settle(self, sparsity: float) -> None:
-        """Set the threshold to a quantile of the collected magnitudes."""
+        """Set the threshold so that the share `sparsity` of the collected magnitudes lies at or below it."""
         ordered = torch.cat(self.magnitudes).sort().values
         self.threshold = float(ordered[min(int(sparsity * len(ordered)), len(ordered) - 1)])
         self.magnitudes = []
@@ -59,9 +60,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholded:
-    """The loss and the realised sparsity of TEAL.
+    """The loss of a model with small inputs of its MLPs set to 0, and how many these were.
 
-    loss: nats per prediction. sparsity: share of zeros among the inputs of all MLP matrices, weighted by their sizes.
+    loss: nats per prediction. sparsity: share of zeros among the inputs of all MLP matrices, weighted by the matrices'
+    sizes.
     """
 
     loss: float
@@ -71,9 +73,12 @@ class Thresholded:
 def measure_teal(
     model: SkipstoneForCausalLM, forward: Pass, calibration: Batches, batches: Batches, sparsity: float
 ) -> Thresholded:
-    """Return the loss on `batches` with thresholds from `calibration`.
+    """Return the loss of a model with small inputs of its MLP matrices set to 0, without training.
 
-    Raises ValueError unless 0 <= sparsity < 1, and for a model without gated MLPs.
+    The method is TEAL (arXiv 2408.14690). forward: the pass that is run. calibration: batches from which thresholds are
+    taken, as quantiles of |x|. batches: those that are evaluated. sparsity: share of inputs set to 0, in [0, 1).
+    Everything is computed, so no time is saved. Raises ValueError for another sparsity, and for a model without gated
+    MLPs.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")

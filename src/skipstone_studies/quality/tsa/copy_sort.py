@@ -48,7 +48,10 @@ POINT = 0.01  # accuracy differences up to this count as none
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms for both tasks: dense, gated, and dense with few blocks."""
+    """Return the recipes by name: for copy and sort, a dense model, a gated one, and dense models of 1 and 2 blocks.
+
+    scale: "laptop" or "paper".
+    """
     size = SIZES[scale]
     model = {"max_position_embeddings": 64, **size["model"]}
     found: dict[str, RecipeDict] = {}
@@ -66,13 +69,19 @@ def _data(task: str, symbols: int) -> PlainDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, savings, and losses of further passes."""
+    """Return the figures of one run folder, with savings and losses of other passes.
+
+    Savings are the shares of (token, block) pairs saved by the paper's metric (claimed) and by the pass that skips.
+    """
     figures = measure.standard(folder)
     return {**figures, **gates.savings(figures["evaluation"]), "variants": gates.variants(folder)}
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Return the claims for both tasks: accuracy kept, savings realised, few blocks not sufficient."""
+    """Return verdicts for both tasks: accuracy kept, savings realised, and a few dense blocks not sufficient.
+
+    figures: by arm and seed.
+    """
     return [claim for task in TASKS for claim in _of_task(figures, task)]
 
 
@@ -94,7 +103,10 @@ def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table: claims, the paper's figures beside ours, other ways to execute."""
+    """Return the Markdown below the table: verdicts, the paper's figures next to ours, and other ways to execute.
+
+    figures: by arm and seed.
+    """
     parts = (
         claims_table("Which claims hold", claims(figures)),
         beside("Comparison with the paper", figures, paper.COPY_SORT, BESIDE, SOURCE),

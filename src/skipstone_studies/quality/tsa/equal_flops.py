@@ -22,9 +22,9 @@ BY_BLOCK = "_by_block"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model as a point: executed FLOPs per token and executed losses.
+    """A model as a point in a diagram of loss by FLOPs.
 
-    losses: of the whole text, then of each block of text.
+    flops: executed per token. losses: of the executed pass in nats, of the whole text and then of each block of text.
     """
 
     flops: float
@@ -32,11 +32,12 @@ class Point:
 
 
 def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return each arm's executed loss minus that of its `RIVALS` at its FLOPs, also by blocks of the text.
+    """Return by arm its executed loss minus that of each kind of rival at the arm's executed FLOPs, in nats.
 
-    In nats. Rivals are interpolated linearly between dense models of several depths, between shares of random tokens
-    (and all tokens), and between thresholds of early exit. An arm with more FLOPs than the best rival is compared with
-    that one; an arm with fewer than all rivals is not compared.
+    figures: of all arms of one seed. The result has a key of `RIVALS` for the whole text, and with "_by_block" added a
+    list over blocks of the text. Rivals are interpolated linearly: between dense models of several depths (over_dense),
+    between shares of random tokens (over_random), and between thresholds of early exit (over_exit). An arm with more
+    FLOPs than the largest rival is compared with that one; an arm with fewer than all rivals is not compared.
     """
     points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
     dense = [point for arm, point in points.items() if arm.startswith("dense")]
@@ -82,12 +83,15 @@ def _exit_points(figures: Figures) -> list[Point]:
 
 
 def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
-    """Return the difference to a rival by block of text, for each seed that has it."""
+    """Return for each seed the loss differences to a rival by block of text. rival: a key of `RIVALS`."""
     return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]
 
 
 def intervals(figures: ByArm) -> str:
-    """Return a Markdown table of differences at equal FLOPs with intervals over seeds and blocks of text."""
+    """Return a Markdown table of loss differences at equal FLOPs, with intervals over seeds and blocks of text.
+
+    figures: by arm and seed. It is empty if no arm is compared.
+    """
     rows = []
     for arm, seeds in figures.items():
         cells = [_cell(seeds, rival) for rival in RIVALS]

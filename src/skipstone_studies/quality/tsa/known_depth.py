@@ -27,7 +27,11 @@ SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: dense models, and gates trained soft, trained hard, forced by known difficulty, and random."""
+    """Return the recipes by name: dense models, and gates that differ in training and decision.
+
+    Gates are trained soft (scaling only), trained hard (skipping), imposed by known difficulty, or random. scale:
+    "laptop" or "paper".
+    """
     make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
     quarter = {"capacity": reset_s3.CAPACITY}
     return {
@@ -41,7 +45,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of Reset-S3, with claimed and realised savings."""
+    """Return the figures of one run folder as `reset_s3.measured` does, with savings.
+
+    These are the shares of (token, block) pairs saved by the paper's metric (claimed) and by the pass that skips.
+    """
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}
 

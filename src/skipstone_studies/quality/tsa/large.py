@@ -18,7 +18,10 @@ ENWIK8: dict[str, PlainDict] = {
 
 
 def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms on enwik8: the paper's two, a larger lambda, early exit, random tokens, and fewer blocks."""
+    """Return the recipes on enwik8 by name: dense, gated with two lambdas, early exit, random tokens, and fewer blocks.
+
+    scale: "laptop" or "paper".
+    """
     data = ENWIK8[scale]
     return {
         "dense": language(scale, data, []),
@@ -31,7 +34,10 @@ def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def frontier_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms for loss by executed FLOPs: gates trained hard, fewer blocks, early exit, random tokens."""
+    """Return the recipes for loss by executed FLOPs: gates trained hard, fewer blocks, early exit, random tokens.
+
+    scale: "laptop" or "paper". Trained hard means with tokens skipped during training.
+    """
     data = ENWIK8["laptop"]
     return {
         "dense": language(scale, data, []),

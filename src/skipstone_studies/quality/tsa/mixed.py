@@ -35,7 +35,10 @@ NEAR, DEEPER = 0.005, 2.0  # largest relative text loss; least depth of operatio
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: dense models, gates trained soft and hard, and random tokens."""
+    """Return the recipes by name: dense models, gates trained soft (scaling) and hard (skipping), random tokens.
+
+    scale: "laptop" or "paper".
+    """
     size = SIZES[scale]
     make = partial(_recipe, size)
     learned = {f"tsa-hard={share:g}": gate(**HARD, **LEARNED, capacity=share) for share in CAPACITIES}
@@ -56,7 +59,11 @@ def _recipe(size: PlainMapping, blocks: int, mechanisms: list[PlainDict] | None 
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, with the executed pass's losses and depths by kind of token."""
+    """Return the figures of one run folder, with losses and depths of the executed pass by kind of token.
+
+    kinds: for text and operations, the loss in nats and the depth, the mean number of blocks that update a token.
+    deeper: depth of operations divided by that of text.
+    """
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]
     kinds = evaluation["ways"][evaluation["main"]]["kinds"]
@@ -65,7 +72,10 @@ def measured(folder: Path) -> Figures:
 
 
 def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return `text_cost`: each arm's text loss relative to that of the deepest dense arm, minus 1."""
+    """Return by arm `text_cost`: its loss on text relative to that of the deepest dense arm, minus 1.
+
+    figures: of all arms of one seed. Returns {} without dense arms.
+    """
     dense = next((found for arm, found in figures.items() if arm.startswith("dense-")), None)
     if dense is None:
         return {}
@@ -74,7 +84,10 @@ def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Return whether each gated arm reaches the two targets."""
+    """Return verdicts on two targets: at most .5 % more loss on text, and operations twice as deep as text.
+
+    Depth is the number of blocks that update a token. figures: by arm and seed.
+    """
     found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):
         cost, deeper = values(figures, arm, "text_cost"), values(figures, arm, "deeper")
@@ -86,7 +99,10 @@ def claims(figures: ByArm) -> list[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the sections below the table: verdicts on the targets, and whether depth pays on text."""
+    """Return the Markdown below the table: verdicts on the two targets, and whether depth pays on text.
+
+    figures: by arm and seed.
+    """
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None
     parts = (claims_table("Targets", claims(figures)), "" if room is None else f"On text: {room.sentence()}")

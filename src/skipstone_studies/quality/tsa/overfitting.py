@@ -33,11 +33,11 @@ SEED = 0
 
 
 def measured(folder: Path) -> PlainDict:
-    """Return the figures of a run's course by name; none for a run that did not keep its best step.
+    """Return the course of a run's losses in nats per token; {} for a run that did not keep its best step.
 
-    Losses in nats per token. curve: [step, loss of the pass as trained, loss of the causal pass or None] of each
-    validation. random_batches: the last step's loss as the paper measures it. test: of the last step. best: step, and
-    losses of both splits.
+    folder: of the run. curve: [step, loss with decisions of training, loss of the causal pass or None] at each
+    validation. random_batches: the last step's loss as the paper measures it. test: losses of the last step. best: the
+    step of the lowest validation loss, with losses on both splits.
     """
     run = Run(folder)
     best = run.best()
@@ -66,9 +66,10 @@ def _losses(folder: Path, split: str, corpus: str | None = None, context: int | 
 
 
 def random_batches(loaded: LoadedRun) -> PlainDict:
-    """Return the mean loss over 20 batches of 64 windows at random places of the validation split, and their spread.
+    """Return the mean loss over 20 batches of 64 windows at random places of the validation split, as the paper does.
 
-    The windows are the same for every run of a text. deviation: standard deviation of the batches' losses.
+    loaded: the run. The windows are the same for all runs of a text. deviation: standard deviation of the batches'
+    losses.
     """
     found = [measure_loss(loaded.model, PASSES["oracle"], [batch], activations=False).loss for batch in _drawn(loaded)]
     return {"loss": statistics.fmean(found), "deviation": statistics.stdev(found)}
@@ -85,7 +86,10 @@ def _drawn(loaded: LoadedRun) -> Iterator[dict[str, Tensor]]:
 
 
 def table(figures: ByArm) -> str:
-    """Return a Markdown table of each arm's loss at its last and best step; empty if no run kept its best step."""
+    """Return a Markdown table of each arm's losses at its last and best step; empty if no run kept its best step.
+
+    figures: by arm and seed.
+    """
     rows = []
     for arm in figures:
         steps = values(figures, arm, f"{RECORDED}.best.step")

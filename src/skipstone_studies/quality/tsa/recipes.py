@@ -43,9 +43,10 @@ LANGUAGE: dict[str, PlainDict] = {
 
 
 def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
-    """Return the recipe of one arm that is trained on text.
+    """Return the recipe of one arm that is trained on text with the paper's decoder.
 
-    blocks: another number of blocks.
+    scale: "laptop" or "paper", for sizes and training. data: the recipe's section. mechanisms: entries of `mechanisms`;
+    []: dense. blocks: number of blocks; None: the scale's.
     """
     size = LANGUAGE[scale]
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
@@ -53,7 +54,11 @@ def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | 
 
 
 def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mechanisms) -> RecipeDict:
-    """Return the recipe of the paper's decoder in these sizes, with these mechanisms instead of its own."""
+    """Return the recipe of the paper's decoder with these mechanisms instead of the paper's gates.
+
+    model: fields of SkipstoneConfig that replace the paper's. data, train: sections of the recipe. mechanisms: entries;
+    []: dense.
+    """
     base = {name: value for name, value in TSA_BASE.items() if name != "mechanisms"}
     return {
         "model": {**base, **model, **({"mechanisms": mechanisms} if mechanisms else {})},
@@ -63,26 +68,40 @@ def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mech
 
 
 def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
-    """Return the paper's gates, trained soft as in the paper and executed as its sparse mode."""
+    """Return the `mechanisms` of the paper's gates, which scale updates in training and skip tokens in generation.
+
+    depth_weight: the paper's lambda, the coefficient of its penalty on open gates. options: further options of
+    `TokenSelectiveConfig`.
+    """
     return [tsa.gate(depth_weight, execution="hard", **options)]
 
 
 def early_exit() -> Mechanisms:
-    """Return the mechanism entry of early exit on the gated blocks."""
+    """Return the `mechanisms` of early exit on all blocks but the first."""
     return [{"name": "early_exit", "layers": GATED}]
 
 
 def hard(capacity: float) -> Mechanisms:
-    """Return gates that keep a share of the tokens in each gated block, in training and execution."""
+    """Return the `mechanisms` of gates that keep the share `capacity` of tokens in each block but the first.
+
+    Tokens are skipped in training as in generation.
+    """
     return [tsa.gate(execution="hard", capacity=capacity, **HARD, **LEARNED)]
 
 
 def random(capacity: float) -> Mechanisms:
-    """Return gates that keep random tokens in each gated block, trained as executed, with one gain per block."""
+    """Return the `mechanisms` of a control that keeps the share `capacity` of tokens at random.
+
+    All blocks but the first are routed. Tokens are skipped in training as in generation, and each block has one learned
+    gain.
+    """
     return [tsa.gate(execution="hard", capacity=capacity, decision="random", **HARD, **CONSTANT)]
 
 
 def shallower(scale: str, data: PlainDict) -> dict[str, RecipeDict]:
-    """Return the arms of dense models with fewer blocks, from two on."""
+    """Return the recipes by name of dense models with 2 blocks and more, up to one fewer than the scale's model has.
+
+    scale: "laptop" or "paper". data: the recipe's section.
+    """
     blocks = LANGUAGE[scale]["model"]["num_hidden_layers"]
     return {f"dense-{fewer}": language(scale, data, [], fewer) for fewer in range(2, blocks)}

@@ -14,7 +14,10 @@ SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 
 
 def claims_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms of the paper's table with its lambda sweep, early exit, random tokens and fewer blocks."""
+    """Return the recipes by name: the paper's table and sweep over lambda, early exit, random tokens, and fewer blocks.
+
+    scale: "laptop" or "paper".
+    """
     data = SHAKESPEARE
     return {
         "dense": language(scale, data, []),
@@ -28,7 +31,10 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def control_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return controls of the start bias, of frozen and constant gates, and random tokens."""
+    """Return the recipes of controls by name: start biases, frozen and constant gates, and random tokens.
+
+    scale: "laptop" or "paper".
+    """
     data = SHAKESPEARE
     return {
         "tsa": language(scale, data, gated()),

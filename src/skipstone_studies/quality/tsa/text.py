@@ -19,7 +19,12 @@ from skipstone_studies.timing import forward_speeds
 
 
 def measured(folder: Path) -> Figures:
-    """Return the standard figures, savings, further passes of the gates, and further thresholds of early exit."""
+    """Return the figures of one run folder, with savings and losses of further ways to execute the model.
+
+    Savings are the shares of (token, block) pairs saved by the paper's metric (claimed) and by the pass that skips.
+    variants: of gates. exits: early exit with other thresholds. Losses by block of text and the course of the training
+    are added too.
+    """
     figures = measure.standard(folder)
     further = {
         "variants": gates.variants(folder),
@@ -31,9 +36,10 @@ def measured(folder: Path) -> Figures:
 
 
 def details(figures: ByArm, published: Published, corpus: str) -> str:
-    """Return the sections below the table: claims, the paper's figures beside ours, other ways to execute, thresholds.
+    """Return the Markdown below the table: verdicts, the paper's figures next to ours, and further tables.
 
-    corpus: the paper's. On other texts the paper's figures are left out, because losses cannot be compared.
+    figures: by arm and seed. published: the paper's figures by arm. corpus: the paper's; on other texts its figures are
+    left out, because losses cannot be compared.
     """
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
@@ -68,7 +74,10 @@ def _same_corpus(figures: ByArm, corpus: str) -> bool:
 
 
 def ways_to_execute(figures: ByArm) -> str:
-    """Return a table of losses of the same softly trained weights in further passes; empty if no arm has them."""
+    """Return a Markdown table of losses of the same softly trained weights, executed in other ways; empty without any.
+
+    figures: by arm and seed.
+    """
     keys = ("gate", "one", "random", "constant")
     rows = [
         [arm, *(mean_and_spread(values(figures, arm, f"variants.{key}"), ".3f") for key in keys)]
@@ -86,7 +95,10 @@ def ways_to_execute(figures: ByArm) -> str:
 
 
 def exit_thresholds(figures: ByArm) -> str:
-    """Return a table of one trained model by threshold; empty without the arm."""
+    """Return a Markdown table of the early-exit model's loss and FLOPs by threshold; empty without that arm.
+
+    figures: by arm and seed.
+    """
     rows = []
     for threshold in gates.EXITS:
         path = f"exits.{gates.exit_name(threshold)}"
@@ -137,7 +149,10 @@ EQUAL = (
 
 
 def on_text(*, published: Published, corpus: str = "", **options: Any) -> Study:
-    """Build a study on text. corpus: that of the published figures."""
+    """Build a study of Token-Selective Attention on text.
+
+    published: the paper's figures by arm. corpus: the paper's. options: further arguments of `Study`.
+    """
     return Study(
         seeds=SEEDS,
         measure=measured,
