@@ -40,11 +40,12 @@ class Stage:
 class Loss:
     """The terms of an adaptation's loss, each a mean over predicted tokens; mechanisms' auxiliary losses are added.
 
-    language_modelling: coefficient of the cross-entropy. distillation: coefficient of T^2 KL(teacher, student) of the
+    language_modelling: coefficient of the cross-entropy. distillation: coefficient of T^2 KL(teacher || student) of the
     predicted distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531). temperature: T. hidden_states:
     coefficient of the squared error of each block's output, divided by the mean square of the teacher's. budget:
-    coefficient of the squared difference between the share of tokens that soft gates let pass and the share that
-    adapt.budget allows. teacher: a dense checkpoint with the same vocabulary; None: the source before adaptation.
+    coefficient of the squared difference between the share of tokens that soft gates (which scale updates in training)
+    let pass and the share that adapt.budget allows. teacher: a dense checkpoint with the same vocabulary; None: the
+    source before adaptation.
     """
 
     language_modelling: float = 1.0

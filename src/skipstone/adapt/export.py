@@ -69,9 +69,9 @@ def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """Return a sentence for each kind of mechanism of `model` that a dense export leaves out.
+    """Return a sentence for each kind of depth mechanism, and for neuron groups, that a dense export leaves out.
 
-    The sentences say what is lost; mechanisms whose removal changes nothing give none.
+    Each says what is lost by it; the list is empty if the export computes the same as `model`.
     """
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.decoder.layers):

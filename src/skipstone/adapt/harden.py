@@ -53,8 +53,9 @@ def export_hardened(
 def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None) -> SkipstoneForCausalLM:
     """Build a model in which each PolyGLU neuron has only its strongest activation, and no router is left.
 
-    dynamic: for each layer, the mean logit that the router adds to the A activations, fp32 [A] (`mean_logits`); None:
-    only the neurons' learned preferences count. Raises ValueError for a model without PolyGLU.
+    PolyGLU mixes several activation functions in each neuron. dynamic: for each layer, the mean logit that the router
+    adds to the A activations, fp32 [A] (`mean_logits`); None: only the neurons' learned preferences count. Raises
+    ValueError for a model without PolyGLU.
     """
     require_polyglu(model)
     tensors, groups = {n: x for n, x in model.state_dict().items() if ".mlp.activation." not in n}, []

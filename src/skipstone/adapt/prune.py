@@ -68,7 +68,8 @@ def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCa
 def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return which neuron groups at least one token keeps, bool [G] for the G groups of each layer.
 
-    forward: the kind of pass to measure. batches: the arguments of each pass.
+    A neuron group is a set of adjacent MLP neurons that are switched together. forward: the kind of pass to measure.
+    batches: the arguments of each pass.
     """
     routers = model.modules_of(NeuronGroups)
     used = [torch.zeros(router.total, dtype=torch.bool, device=model.device) for router in routers]
@@ -82,7 +83,10 @@ def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 
 def require_groups(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model without neuron groups, or whose decision uses every group for some token."""
+    """Raise ValueError for a model without neuron groups (adjacent MLP neurons that are switched together).
+
+    Also for a model in which no router chooses them, because then every group is used for some token.
+    """
     if model.config.neuron_groups is None:
         raise ValueError("only models with neuron_groups can be pruned; this one has none")
     if model.config.neuron_groups.get("decision", "learned") != "learned":

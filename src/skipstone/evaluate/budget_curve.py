@@ -98,9 +98,10 @@ def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
 
 
 def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
-    """Return the budget table beside the weights, or make one from text that is not in `split`.
+    """Return the thresholds for every FLOP budget: those stored beside the weights, or else measured for the purpose.
 
-    The text is the split `train`, or `validation` if `split` is `train`.
+    loaded: the run. split: the split to be evaluated; thresholds are measured on the split `train`, or on `validation`
+    if `split` is `train`.
     """
     folder = loaded.run.model_folder()
     if BudgetTable.find(folder) is not None:

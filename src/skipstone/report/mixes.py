@@ -20,7 +20,7 @@ MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
 
 def card(run: RunView) -> PlainDict:
-    """Draw the pictures of one run whose neurons mix activations, and return them by the names that the page uses."""
+    """Draw all pictures of a run whose neurons mix activations, as variables of the page's template."""
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)
     categories = [

@@ -51,7 +51,7 @@ class LogWindow:
         self._before = (self.sums.clone(), self.tokens, self.total_tokens)
 
     def skip_step(self) -> None:
-        """Remove the present step from the sums and count it as skipped."""
+        """Remove the present step from the sums and count it as skipped, because its numbers are not finite."""
         sums, self.tokens, self.total_tokens = self._before
         self.sums.copy_(sums)
         self.skipped += 1

@@ -26,9 +26,9 @@ class RoutingMixin:
     """A mixin that lets any Trainer train routers and thresholds: `class MyTrainer(RoutingMixin, SFTTrainer)`.
 
     It observes, by hooks on the decoder, the forward passes that the trainer makes anyway. Their records (what each
-    mechanism decided) are passed to a `RoutingCallback`, which is added if there is none, and the routers' auxiliary
-    losses are added to the loss if the trainer computes its loss outside of the model. Arguments are those of the
-    trainer.
+    mechanism decided) are passed to a `RoutingCallback`, and the routers' auxiliary losses are added to the loss if the
+    trainer computes its loss outside of the model. Arguments are those of the trainer. routing: the callback, which is
+    added if the trainer has none.
     """
 
     routing: RoutingCallback

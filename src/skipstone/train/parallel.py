@@ -178,10 +178,11 @@ def _touch(block: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def complete_gradients(model: SkipstoneForCausalLM) -> None:
-    """Give the blocks' parameters that were not used in a step a gradient of zeros, as several processes do.
+    """Give every trained parameter of the blocks that has no gradient in this step a gradient of zeros.
 
-    The optimizer would ignore a parameter without a gradient. A block that keeps no token in a step must instead be
-    updated in the same way (by momentum and weight decay) for any number of processes.
+    A block that keeps no token in a step has no gradients in one process, but zeros in several (hooks add them). The
+    optimizer ignores a parameter without a gradient, whereas zeros still apply momentum and weight decay, so without
+    this the result would depend on the number of processes. model: after its backward pass.
     """
     for parameter in model.model.layers.parameters():
         if parameter.requires_grad and parameter.grad is None:
