@@ -33,9 +33,10 @@ Refusal = Literal["", "no headroom", "headroom not known"]  # of a verdict on a 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """The optimum of a curve of loss over size.
+    """The optimum of a curve of loss over model size.
 
-    x: the size. loss: there. where: "inside" the grid, or why the lowest measured point is given instead.
+    x: the size, in parameters. loss: the loss there, in nats. where: "inside" if it is the vertex of the parabola
+    within the measured sizes; else why a measured point is given instead.
     """
 
     x: float
@@ -45,9 +46,11 @@ class Optimum:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The parabola loss(x) = a (ln x - middle)^2 + b (ln x - middle) + c for x within [low, high], by least squares.
+    """The parabola loss(x) = a (ln x - middle)^2 + b (ln x - middle) + c, fitted by least squares to sizes x.
 
-    coefficients: (a, b, c). optimum: the vertex if it is a minimum within the grid. residuals: of the points, in nats.
+    coefficients: (a, b, c). middle: the mean of ln x. low, high: smallest and largest fitted size. optimum: the vertex
+    if it is a minimum within [low, high], else a measured point. residuals: of the points, in nats; empty for fewer
+    than three sizes, which determine no parabola.
     """
 
     coefficients: tuple[float, float, float]
@@ -58,21 +61,20 @@ class Fit:
     residuals: tuple[float, ...]
 
     def __call__(self, x: float) -> float:
-        """Return the loss at size x."""
+        """Return the fitted loss at size x."""
         a, b, c = self.coefficients
         u = math.log(x) - self.middle
         return (a * u + b) * u + c
 
     @property
     def usable(self) -> bool:
-        """Whether there is a parabola that opens upward."""
+        """Whether there is a parabola and it opens upward."""
         return self.optimum.where not in (DOWNWARD, FEW)
 
     def first_below(self, level: float) -> float | None:
-        """Return the smallest x in [low, high] whose loss is at most `level`; None if there is none, or no usable
-        parabola.
+        """Return the smallest size x in [low, high] whose fitted loss is at most `level`.
 
-        A parabola that opens downward is below the level at its ends and not between them, so it is not used.
+        None if there is none, or no usable parabola: one that opens downward is below the level at its ends only.
         """
         if not self.usable:
             return None
@@ -88,7 +90,10 @@ class Fit:
 
 
 def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
-    """Fit a parabola by least squares; fewer than three sizes give none. xs must be positive and distinct."""
+    """Fit a parabola of loss over the logarithm of size by least squares.
+
+    xs: sizes, positive and distinct. losses: in nats. For fewer than three sizes, the result only has the lowest point.
+    """
     middle, u, solution = _sizes(tuple(xs))
     y = np.asarray(losses, np.float64)
     if len(xs) < 3:
@@ -144,7 +149,10 @@ Lookup = Callable[[GridCell, int], Record | None]
 
 
 def lookup(out: Path, name: str) -> Lookup:
-    """Return a function that finds the record of a run, if it was made with the run's present recipe."""
+    """Return a function that finds the record of a run, given its cell and seed; None if there is none.
+
+    out: the folder of records. name: of the grid. Records made with another recipe than the cell's are ignored.
+    """
     return partial(_find, out, name)
 
 
@@ -155,7 +163,10 @@ def _find(out: Path, name: str, cell: GridCell, seed: int) -> Record | None:
 
 @dataclass(frozen=True, kw_only=True)
 class GridPoint:
-    """A cell of the grid with the records of its seeds, that of the grid's seed first."""
+    """A cell of the grid (arm, budget, size, learning rate) with the records of its seeds.
+
+    records: that of the grid's own seed first.
+    """
 
     cell: GridCell
     records: tuple[Record, ...]
@@ -172,27 +183,27 @@ class GridPoint:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters."""
+        """The number of parameters of the model."""
         return self.cell.shape.parameters
 
     @property
     def forward_flops(self) -> float:
-        """The executed forward FLOPs per token."""
+        """The executed forward FLOPs per token, mean over seeds."""
         return statistics.fmean(record.figures["forward_flops"] for record in self.records)
 
     @property
     def seconds(self) -> float:
-        """The seconds of training, as measured by the runs."""
+        """The seconds of training as measured by the runs themselves, mean over seeds."""
         return statistics.fmean(record.figures["training"]["seconds"] for record in self.records)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridRecords:
-    """All records of a grid.
+    """All records of a grid that exist so far.
 
-    sweep: losses by arm and learning rate. chosen: the best rate of each arm. curves: points by size, for (arm,
-    budget). speeds: training tokens per second by (arm, size), timed interleaved. Whatever is not recorded yet is
-    missing.
+    sweep: losses of the runs that try learning rates, {arm: {rate: loss}}. chosen: the best learning rate of each arm.
+    curves: the points in order of size, by (arm, budget). speeds: training tokens per second by (arm, size), measured
+    while the arms of a size took turns.
     """
 
     grid: Grid
@@ -203,7 +214,7 @@ class GridRecords:
 
     @property
     def records(self) -> list[Record]:
-        """All records of the curves."""
+        """The records of all points of the curves."""
         return [record for points in self.curves.values() for point in points for record in point.records]
 
     def __iter__(self) -> Iterator[GridPoint]:
@@ -211,7 +222,7 @@ class GridRecords:
 
 
 def collect(grid: Grid, find: Lookup) -> GridRecords:
-    """Collect the records of a grid."""
+    """Collect the records of a grid; `find` returns the record of a cell and seed, or None (see `lookup`)."""
     sweep = {arm: _sweep(grid, arm, find) for arm in grid.spec.arms}
     chosen = {arm: min(losses, key=losses.__getitem__) for arm, losses in sweep.items() if losses}
     if len(grid.spec.rates) == 1:  # nothing to choose
@@ -236,7 +247,10 @@ def _sweep(grid: Grid, arm: str, find: Lookup) -> dict[float, float]:
 
 
 def nearest_optimum(points: list[GridPoint]) -> GridCell:
-    """Return the cell whose size is nearest to the optimum by the first seeds."""
+    """Return the cell whose size is nearest to the optimum of the curve through `points`.
+
+    points: of one arm and budget. Only the first seed of each counts.
+    """
     xs, ys = [point.parameters for point in points], [point.losses[0] for point in points]
     best = fit(xs, ys).optimum.x
     return min(points, key=lambda point: abs(point.parameters / best - 1)).cell
@@ -244,9 +258,11 @@ def nearest_optimum(points: list[GridPoint]) -> GridCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """The curve of an arm at a budget (or at a time).
+    """Loss over model size for one arm, at one budget or after one training time.
 
-    forward_flops: per token by size, interpolated linearly in logarithms.
+    parameters: the sizes. forward_flops: executed forward FLOPs per token at each size. losses: mean over seeds, in
+    nats. seeds: number of seeds of each loss (for interpolated losses, the number whose mean has as much noise). fit:
+    the parabola through them.
     """
 
     arm: str
@@ -257,7 +273,7 @@ class Curve:
     fit: Fit
 
     def forward(self, parameters: float) -> float:
-        """Return the executed FLOPs per token at a size within the grid."""
+        """Return the executed forward FLOPs per token at a size, interpolated linearly in logarithms."""
         xs, ys = np.log(self.parameters), np.log(self.forward_flops)
         return float(np.exp(np.interp(math.log(parameters), xs, ys)))
 
@@ -276,7 +292,11 @@ def curve(points: Sequence[GridPoint]) -> Curve:
 def make_curve(
     arm: str, xs: Sequence[float], forward: Sequence[float], losses: Sequence[float], seeds: Sequence[float]
 ) -> Curve:
-    """Build a curve from sizes, FLOPs, losses and numbers of seeds."""
+    """Build a curve and fit its parabola.
+
+    arm: its name. xs: sizes in parameters. forward: executed forward FLOPs per token. losses: in nats. seeds: number of
+    seeds of each loss.
+    """
     return Curve(
         arm=arm,
         parameters=tuple(map(float, xs)),
@@ -288,9 +308,10 @@ def make_curve(
 
 
 def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
-    """Return by how many nats a deepest model beats the best shallower one of its width, at most over all widths.
+    """Return by how many nats a deeper model beats the best shallower one of the same width.
 
-    None if no width was run with two numbers of blocks.
+    points: of one arm and budget. The largest gain over all widths is returned; None if no width was run with two
+    numbers of blocks.
     """
     found = []
     for width in {point.cell.size.width for point in points}:
@@ -302,7 +323,11 @@ def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
 
 
 def refusal(collected: GridRecords, arm: str, budget: float) -> Refusal:
-    """Return why an arm gets no verdict at a budget; "" for an arm that routes nothing, or where depth pays."""
+    """Return why no verdict is given on an arm at a budget; "" if one is given.
+
+    An arm that routes tokens gets a verdict only if depth pays for the base arm, by at least .02 nats: otherwise
+    skipping blocks has nothing to lose. collected: all records. budget: in training FLOPs.
+    """
     if not collected.grid.spec.known[arm].get("mechanisms"):
         return ""
     base = collected.curves.get((collected.grid.spec.base, budget), [])

@@ -38,9 +38,10 @@ PARAMETER_LIMIT = 250_000_000  # weights, gradients and both moments take 4 GB
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """The time of a row's forward and backward pass, and of an optimizer step, in seconds.
+    """The times of training one model size, in seconds.
 
-    measured: False if extrapolated from a smaller size.
+    row: forward and backward pass of one row. optimizer: one optimizer step. measured: False if extrapolated from a
+    smaller size.
     """
 
     row: float
@@ -53,9 +54,10 @@ class StepTime:
 
 
 def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
-    """Time every shape; those too large get the FLOPs per second of the arm's largest timed one.
+    """Time training steps of every model of the grid on this machine.
 
-    Raises ValueError if an arm's smallest size is too large already.
+    A model too large to be timed is assumed to reach the FLOPs per second of the arm's largest timed one. Raises
+    ValueError if an arm's smallest size is already too large.
     """
     found: dict[ModelShape, StepTime] = {}
     batch, device = grid.base.train.batch_size, _device(grid.base)
@@ -75,7 +77,10 @@ def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
 
 
 def step_times_at(grid: Grid, flops_per_second: float) -> dict[ModelShape, StepTime]:
-    """Return the step times on a machine with this many training FLOPs per second. Raises ValueError unless above 0."""
+    """Return the step times of every model on a machine that reaches `flops_per_second` training FLOPs per second.
+
+    Raises ValueError unless it is above 0.
+    """
     if not 0 < flops_per_second < float("inf"):
         raise ValueError(f"FLOPs per second must be above 0, got {flops_per_second}")
     shapes = [grid.shape(arm, size) for arm in grid.spec.arms for size in grid.sizes]
@@ -140,7 +145,7 @@ FORWARD = 1 / 3  # validation time of a row as a share of its training time
 class GridEstimate:
     """The estimated FLOPs and hours of all runs of a grid.
 
-    source: how step_times were found, in words.
+    facts: on the corpus. step_times: by model. source: how they were found, in words.
     """
 
     grid: Grid
@@ -149,13 +154,13 @@ class GridEstimate:
     source: str = "from a few training steps on random tokens on this machine, at its present load"
 
     def seconds(self, cell: GridCell) -> float:
-        """Return the seconds of a run's training and validation."""
+        """Return the estimated seconds of a run's training and validation."""
         pace, batch = self.step_times[cell.shape], self.grid.base.train.batch_size
         rows = 0 if self.facts.data is None else len(self.facts.data.validation)
         return cell.steps * pace.step(batch) + FORWARD * rows * pace.row
 
     def sections(self) -> list[Section]:
-        """Return the tables of the estimate: every run, and the sums."""
+        """Return the tables of the estimate: one with every run, and one with sums."""
         return [self._runs(), self._total()]
 
     def _runs(self) -> Section:
@@ -186,7 +191,10 @@ class GridEstimate:
         ]
 
     def parts(self) -> dict[str, list[GridCell]]:
-        """Return the runs by purpose. The optima are not known yet, so their seeds are taken at the middle size."""
+        """Return the runs by purpose.
+
+        The optima are not known in advance, so their further seeds are assumed to run at the middle size.
+        """
         grid, arms = self.grid, self.grid.spec.arms
         middle = [grid.cell(arm, budget, grid.middle, grid.spec.rates[0]) for arm in arms for budget in grid.budgets]
         return {

@@ -31,10 +31,10 @@ LOG_LINES = 60  # approximate number of log lines per run
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The shape of an arm's model at one size.
+    """The model of an arm at one size, with its costs by the cost model.
 
-    step_flops: training FLOPs of one optimizer step. forward_flops: per token of a causal pass, by the configured
-    capacities. parameters: all. model: the recipe's section.
+    model: the recipe's section `model`. parameters: number of parameters. step_flops: training FLOPs of one optimizer
+    step. forward_flops: forward FLOPs per token with the configured capacities and decisions made without later tokens.
     """
 
     arm: str
@@ -47,7 +47,11 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """A run of the grid, except for its seed: arm, size, budget and learning rate."""
+    """A run of the grid except for its seed.
+
+    shape: arm and size with their costs. budget: training FLOPs that it may use. rate: peak learning rate. steps:
+    optimizer steps that the budget allows. recipe: what is trained.
+    """
 
     shape: ModelShape
     budget: float
@@ -67,7 +71,7 @@ class GridCell:
 
     @property
     def flops(self) -> float:
-        """The training FLOPs of all steps, equal to the budget to half a step."""
+        """The training FLOPs of all steps; they differ from the budget by at most half a step."""
         return self.steps * self.shape.step_flops
 
     @property
@@ -82,7 +86,11 @@ def compact(value: float) -> str:
 
 
 class Grid:
-    """The runs of a spec. Nothing is trained or read from disk; models are built on the meta device."""
+    """The runs that a specification describes, with their costs; nothing is trained or read from disk.
+
+    spec: arms, sizes, budgets and learning rates. base: the parsed recipe. once: whether each window of text is read at
+    most once. sizes, budgets: in ascending order. Models are built without memory, on the meta device.
+    """
 
     def __init__(self, spec: GridSpec) -> None:
         self.spec = spec
@@ -93,16 +101,17 @@ class Grid:
         self.budgets = sorted(spec.budgets)
 
     def shape(self, arm: str, size: GridSize) -> ModelShape:
-        """Return the shape of an arm's model at a size.
+        """Return the model of an arm at a size, with its costs.
 
-        Raises ValueError for widths that do not fit the heads, and for arms without causal decisions.
+        Raises ValueError for a width that does not fit the size of the heads, and for an arm that cannot decide without
+        later tokens.
         """
         if (arm, size) not in self._shapes:
             self._shapes[arm, size] = _shape(self.base, arm, size, self.spec.known[arm])
         return self._shapes[arm, size]
 
     def cell(self, arm: str, budget: float, size: GridSize, rate: float) -> GridCell:
-        """Return the cell of an arm, budget, size and learning rate.
+        """Return the cell of an arm, budget (training FLOPs), size and learning rate.
 
         Raises ValueError for a budget of less than one step.
         """
@@ -121,26 +130,29 @@ class Grid:
         return self.sizes[(len(self.sizes) - 1) // 2]
 
     def sweep(self, arm: str) -> list[GridCell]:
-        """Return the runs that try the learning rates, at the smallest budget and middle size.
+        """Return the runs of an arm that try the learning rates, at the smallest budget and middle size.
 
-        None for a single rate.
+        Empty if there is only one rate.
         """
         if len(self.spec.rates) == 1:
             return []
         return [self.cell(arm, self.budgets[0], self.middle, rate) for rate in self.spec.rates]
 
     def rate(self, chosen: float, size: GridSize) -> float:
-        """Return the learning rate of a size by the rule, given the best one at the middle size, to three digits."""
+        """Return the learning rate for a size, given the best one at the middle size (`chosen`), to three digits.
+
+        It is the same for all sizes, or inversely proportional to the width, by the spec's `rate_rule`.
+        """
         if self.spec.rate_rule == "constant":
             return chosen
         return float(f"{chosen * self.middle.width / size.width:.3g}")
 
     def cells(self, arm: str, chosen: float) -> list[GridCell]:
-        """Return all cells of an arm."""
+        """Return all cells of an arm; chosen: its best learning rate at the middle size."""
         return [self.cell(arm, budget, size, self.rate(chosen, size)) for budget in self.budgets for size in self.sizes]
 
     def everything(self) -> list[GridCell]:
-        """Return all cells of the grid at the first learning rate, in the order in which they run.
+        """Return all cells of the grid with the first learning rate, in the order in which they run.
 
         The arms of a size are adjacent.
         """
@@ -168,7 +180,7 @@ class Grid:
 
     @property
     def other_seeds(self) -> Sequence[int]:
-        """The further seeds that are run at the optima."""
+        """The further seeds that run at the optima, besides the grid's own."""
         return range(self.spec.seed + 1, self.spec.seed + self.spec.optimum_seeds)
 
 
@@ -192,7 +204,12 @@ def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelSha
 
 
 def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
-    """Return the recipe's model with changes at another size: heads keep their size, MLPs are scaled with the width."""
+    """Return a recipe's section `model` at another size.
+
+    base: the recipe. size: width and number of blocks; heads keep their size, so their number changes, and MLPs scale
+    with the width. changes: options in which the arm differs from the recipe. Raises ValueError for a width that does
+    not fit the heads.
+    """
     was = model_config(base.model, base.data.context, {})
     head_dim, groups = was.head_dim or 1, was.num_attention_heads // (was.num_key_value_heads or 1)
     if size.width % (head_dim * groups):
@@ -216,10 +233,10 @@ def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """Facts about the corpus that records keep.
+    """What is known of the corpus of a grid.
 
-    vocab_size: None if it was not read. tokens: of the training split; None if unlimited or unknown. sha256: of the
-    training split's token ids. data: its rows; None if not read. trouble: why it was not read, "" if it was.
+    vocab_size: None if it was not read. tokens: of the training split; None if unlimited or not known. sha256: of the
+    training split's token ids. data: its rows; None if it was not read. trouble: why it was not read; "" if it was.
     """
 
     vocab_size: int | None = None
@@ -229,12 +246,12 @@ class CorpusFacts:
     trouble: str = ""
 
     def to_dict(self) -> PlainDict:
-        """Return the facts that records keep."""
+        """Return the facts that records store: `tokens` and `sha256`."""
         return {"tokens": self.tokens, "sha256": self.sha256}
 
 
 def read_corpus(config: DataConfig) -> CorpusFacts:
-    """Read the corpus and return its facts.
+    """Read the corpus and return the facts on it, with its rows.
 
     Raises ValueError or FileNotFoundError if it is not available.
     """
@@ -249,7 +266,10 @@ def read_corpus(config: DataConfig) -> CorpusFacts:
 
 
 def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
-    """Read the corpus for an estimate, except datasets of the hub. A missing corpus is not an error."""
+    """Read the corpus for an estimate, unless it is a dataset of the Hub or synthetic.
+
+    If it is not read or missing, the reason is in `trouble`.
+    """
     if config.corpus.startswith("hf:") or find_entry(config.corpus)[0].kind == "synthetic":
         return CorpusFacts(trouble=f"corpus {config.corpus} was not read")
     try:
@@ -259,7 +279,7 @@ def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
 
 
 def corpus_share(grid: Grid, cell: GridCell, facts: CorpusFacts) -> float | None:
-    """Return how often a run reads the corpus; None if it is unlimited or unknown."""
+    """Return how many times a run reads the corpus (1: once); None if it is unlimited or its size is not known."""
     return None if facts.tokens is None else cell.steps * tokens_per_step(grid) / facts.tokens
 
 
@@ -269,7 +289,7 @@ def tokens_per_step(grid: Grid) -> int:
 
 
 def check_once(grid: Grid, facts: CorpusFacts) -> None:
-    """Raise ValueError if a run would read text twice and the spec does not allow it."""
+    """Raise ValueError if a run of the grid would read text twice and its specification does not allow it."""
     if not grid.once or facts.tokens is None:
         return
     greedy = max(grid.everything(), key=lambda cell: cell.steps)

@@ -29,9 +29,10 @@ EXECUTED = PASSES["executed"]
 
 @dataclass(kw_only=True)
 class CoreUse:
-    """The use of processor cores by the process that finished a run.
+    """How much of its processor cores a process used while it trained.
 
-    busy: CPU seconds per second and thread; 1: it had them to itself. load: the machine's load average.
+    busy: CPU seconds per second and thread; 1 means that no other process took time from it. load: the machine's load
+    average.
     """
 
     busy: float = 0.0
@@ -40,8 +41,9 @@ class CoreUse:
 
 @contextmanager
 def watched() -> Iterator[CoreUse]:
-    """Measure how much of its cores this process gets during a `with` block, and the load average (of a minute) at its
-    end.
+    """Measure a process's use of its cores during a `with` block.
+
+    The yielded object is filled at the end, with the load average of the last minute.
     """
     clock = CoreUse()
     wall, own = time.perf_counter(), time.process_time()
@@ -51,7 +53,12 @@ def watched() -> Iterator[CoreUse]:
 
 
 def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
-    """Return the figures of a finished run: losses in nats, FLOPs of the training or (forward) per token."""
+    """Return the figures of a finished run for its record.
+
+    cell: what was run. folder: the run folder. facts: the corpus with its rows. clock: use of cores during the
+    training. Losses are in nats and are measured on the whole validation set in the pass that really skips;
+    `training_flops` are of the whole training, `forward_flops` per token.
+    """
     assert facts.data is not None
     run = Run(folder)
     model = run.load_model()
@@ -89,7 +96,10 @@ def _capacities(layers: list[dict[str, PlainDict]]) -> list[dict[str, float]]:
 
 
 def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> float:
-    """Return the training FLOPs with the logged capacities, averaged over log lines."""
+    """Return the training FLOPs of a run with the shares of kept tokens that its log reports, averaged over log lines.
+
+    model: the trained model. run: its folder. steps: optimizer steps.
+    """
     config = run.config()
     context, rows = config["data"]["context"], config["train"]["batch_size"]
     logged = realised(run.metrics())
@@ -102,7 +112,7 @@ def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> floa
 
 
 def realised(metrics: list[PlainDict]) -> Mapping[int, Mapping[str, float]]:
-    """Return {layer: {mechanism: mean share kept}} of the training log lines."""
+    """Return the mean share of kept tokens over the training's log lines, {index of the block: {mechanism: share}}."""
     lines: dict[tuple[int, str], list[float]] = {}
     for line in metrics:
         for key, value in line.items() if line["split"] == "train" else ():

@@ -11,7 +11,7 @@ ALONE = 0.9  # a run that had less than this share of its cores shared the machi
 
 
 def notes(result: IsoFlopResult) -> list[str]:
-    """Return the notes below a table, one plain sentence each."""
+    """Return the notes below the tables of an isoFLOP result, one sentence each."""
     return [
         *_unfinished(result),
         *_scale(result),

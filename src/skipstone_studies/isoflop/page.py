@@ -25,7 +25,7 @@ Figure = tuple[str, Drawn]
 
 
 def render(result: IsoFlopResult) -> str:
-    """Return the HTML page of the runs recorded so far."""
+    """Return the HTML page of an isoFLOP result, which may be incomplete."""
     pages = environment()
     ours = PackageLoader("skipstone_studies.isoflop", "templates")
     assert pages.loader is not None

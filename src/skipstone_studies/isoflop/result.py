@@ -23,10 +23,10 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, Refu
 
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """The losses of arms after the same seconds of training.
+    """The losses of all arms after the same seconds of training.
 
-    stretched: sizes whose loss is extrapolated beyond the budgets that were run. The losses of a curve are interpolated
-    between runs; its `seeds` are the numbers of seeds whose mean would be as noisy.
+    curves: loss over size, by arm; losses are interpolated between runs of different budgets. stretched: by arm, the
+    sizes whose loss is extrapolated beyond the budgets that were run.
     """
 
     seconds: float
@@ -36,9 +36,9 @@ class EqualTime:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOff:
-    """A loss interpolated on a line between measured points.
+    """A loss interpolated on a straight line between two measured points.
 
-    beyond: whether it is extrapolated. seeds: the number of seeds whose mean has the same noise.
+    beyond: whether it is extrapolated. seeds: the number of seeds whose mean would have as much noise.
     """
 
     loss: float
@@ -50,19 +50,22 @@ STRETCH = 0.3  # largest extrapolation, as a share of the distance between the o
 
 
 def seconds_of(collected: GridRecords, point: GridPoint) -> float:
-    """Return the seconds of a point's training: its tokens at the interleaved timing's speed, else as the run took."""
+    """Return the seconds of a point's training.
+
+    They follow from its tokens and the speed measured while arms took turns; without such a speed, they are what the
+    run itself took.
+    """
     speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
     tokens = point.records[0].figures["training"]["tokens"]
     return point.seconds if speed is None else tokens / speed
 
 
 def equal_times(collected: GridRecords) -> list[EqualTime]:
-    """Return the losses of all arms after equal training times.
+    """Return the losses of all arms after equal training times, one entry between each two adjacent budgets.
 
-    The times lie halfway (geometrically) between those of adjacent budgets, each the median over the base arm's sizes.
-    At these times most losses can be interpolated: the loss of a size is read off a straight line between its budgets,
-    over the logarithm of the seconds. At the largest budget, sizes that finish sooner would have to be extrapolated and
-    would come out better than anything that was run. Needs two budgets.
+    A time is the geometric mean of the times at both budgets, each the median over the base arm's sizes. There most
+    losses can be interpolated: the loss of a size is read off a straight line between its budgets, over the logarithm
+    of the seconds. Empty with fewer than two budgets.
     """
     of_budgets = [collected.curves.get((collected.grid.spec.base, budget), []) for budget in collected.grid.budgets]
     medians = [statistics.median(seconds_of(collected, p) for p in points) for points in of_budgets if points]
@@ -116,9 +119,10 @@ DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """The noise of one run's loss, as observed between seeds.
+    """The noise of one run's loss.
 
-    deviation: standard deviation in nats. source: seeds, or the parabolas' residuals. degrees: of freedom.
+    deviation: standard deviation in nats. source: "seeds" (observed between runs that differ in the seed) or
+    "residuals" (of the fitted parabolas). degrees: degrees of freedom of the estimate.
     """
 
     deviation: float
@@ -128,13 +132,15 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class SameLoss:
-    """The comparison of an arm with the optimum of the base arm at the same budget.
+    """A comparison of an arm with the best model of the base arm at the same budget.
 
-    share: forward FLOPs at the arm's smallest size that reaches the base's loss, relative to those of the base's
-    optimum; None if no size does. at_most: its smallest size already reaches it. parameters: of that size; ratio:
-    relative to those of the base's optimum. gap: its best loss minus the base's. low, high, ratio_low, ratio_high: 90 %
-    intervals of share and ratio over the draws that reach the loss, whose fraction is `reached`; gap_low, gap_high: of
-    the gap; None without noise.
+    parameters: of the arm's smallest size that reaches the base's best loss. share: forward FLOPs per token at that
+    size, relative to the base's best model; None if no size reaches it. at_most: the smallest size of the grid already
+    reaches it. ratio: parameters at that size, relative to the base's best model. gap: the arm's best loss minus the
+    base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap intervals of share and ratio, over the draws that
+    reach the loss. reached: the fraction of these draws. gap_low, gap_high: 90 % interval of the gap. detectable: gaps
+    that would be found with each of `intervals.POWERS`. refused: why there is no verdict; "". Intervals are None if the
+    noise is not known.
     """
 
     arm: str
@@ -155,7 +161,10 @@ class SameLoss:
 
     @property
     def verdict(self) -> str:
-        """The verdict on the best losses, by the interval of their gap, unless it is refused."""
+        """The verdict on the best losses: better, worse, not told apart, no interval, or why it is refused.
+
+        It is better or worse if the 90 % interval of the gap excludes 0.
+        """
         if self.refused:
             return self.refused
         if self.gap_low is None or self.gap_high is None:
@@ -164,7 +173,10 @@ class SameLoss:
 
 
 def noise(collected: GridRecords) -> Noise | None:
-    """Return the noise of one run's loss; None if neither seeds nor residuals determine it."""
+    """Return the noise of one run's loss, pooled over all points with several seeds.
+
+    Without such points it is estimated from the parabolas' residuals; None if these do not determine it either.
+    """
     groups = [point.losses for point in collected if len(point.losses) > 1]
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in groups)
     degrees = sum(len(losses) - 1 for losses in groups)
@@ -179,7 +191,11 @@ def noise(collected: GridRecords) -> Noise | None:
 
 
 def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
-    """Return the comparison of every arm with the base at one budget; none without a curve of the base."""
+    """Compare every arm with the base arm at one budget.
+
+    curves: loss over size, by arm. name: of the base arm. spread: the noise of a loss; None: no intervals. Empty
+    without a curve of the base.
+    """
     base = curves.get(name)
     if base is None:
         return []
@@ -257,10 +273,11 @@ def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Cu
 
 @dataclass(frozen=True, kw_only=True)
 class IsoFlopResult:
-    """The result of an isoFLOP grid.
+    """The result of an isoFLOP grid, as far as it was run.
 
-    curves: by budget and arm. noise: None if unknown. same: comparisons of the arms with the base, by budget. times:
-    losses after equal times.
+    collected: the records. curves: loss over size, {budget: {arm: curve}}. noise: of one run's loss; None if not known.
+    same: comparisons of the arms with the base, by budget. times: losses after equal training times. same_times:
+    comparisons with the base at each of these times.
     """
 
     collected: GridRecords
@@ -272,12 +289,12 @@ class IsoFlopResult:
 
     @property
     def base(self) -> str:
-        """The name of the arm with which others are compared."""
+        """The name of the arm with which the others are compared."""
         return self.collected.grid.spec.base
 
 
 def find(collected: GridRecords) -> IsoFlopResult:
-    """Compute the result from the records so far, leaving out budgets without points."""
+    """Compute the result of a grid from the records so far; budgets without records are left out."""
     curves: dict[float, dict[str, Curve]] = {}
     for budget in collected.grid.budgets:
         of_budget = {arm: curve(points) for (arm, b), points in collected.curves.items() if b == budget}

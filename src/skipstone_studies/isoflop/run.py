@@ -39,10 +39,11 @@ PLAN = "plan.json"  # the spec, kept beside the records
 
 
 def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path]:
-    """Train what is not recorded yet, rendering after every stage; returns the paths of table and page.
+    """Train all runs of a grid that have no record yet, and return the paths of its table and page.
 
-    Raises ValueError or FileNotFoundError before anything is trained if a run is impossible; ValueError at the end,
-    when everything else is done, if runs have failed.
+    Both are rendered again after every stage. spec: the grid. out: folder for table, page and records. runs: folder for
+    run folders. command: noted in records. Raises ValueError or FileNotFoundError before anything is trained if a run
+    is impossible, and ValueError at the end if runs have failed.
     """
     facts = read_corpus(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -64,10 +65,11 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
 
 @dataclass(kw_only=True)
 class Stages:
-    """The stages of a grid: learning rates, the grid, interleaved timings, further seeds at the optima.
+    """The stages of a grid: learning rates, the grid itself, speeds with arms in turns, further seeds at the optima.
 
-    Each stage is a `Session` whose arms are cells, by label, so that runs are resumed and recorded as in any study.
-    failures: one message each.
+    Runs are resumed and recorded as in any study. facts: the corpus with its rows. out: folder for records. runs:
+    folder for run folders. command: noted in records. console: for messages. failures: one message for each failed run.
+    use: use of cores by run folder, for runs trained in this process.
     """
 
     grid: Grid
@@ -98,7 +100,10 @@ class Stages:
         self.stage("seeds", best, grid.other_seeds)
 
     def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
-        """Run these cells with these seeds unless they are recorded, then render table and page."""
+        """Run cells with all of `seeds`, unless they are recorded, then render table and page.
+
+        name: of the stage, for messages. timed: also measure the training speeds of all cells in turns.
+        """
         if not cells or not seeds:
             return
         recipes, by_label = {cell.label: cell.recipe for cell in cells}, {cell.label: cell for cell in cells}
@@ -156,7 +161,10 @@ def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[
 
 
 def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
-    """Return the spec with the corpus's vocabulary size in its recipe, so that costs follow from the spec alone."""
+    """Return the specification with the corpus's vocabulary size in its recipe, so that costs follow from it alone.
+
+    Raises ValueError if the corpus was not read and the recipe sets no vocabulary size.
+    """
     model: PlainDict = dict(spec.recipe.get("model") or {})
     if facts.vocab_size is None and "vocab_size" not in model:
         raise ValueError(f"{facts.trouble}; set model.vocab_size, on which the cost depends")
@@ -165,9 +173,10 @@ def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
 
 
 def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
-    """Print FLOPs and time of every run, on this machine or at a given number of FLOPs per second; train nothing.
+    """Print FLOPs and time of every run of a grid; train nothing.
 
-    Raises ValueError for impossible runs.
+    flops_per_second: training FLOPs per second of another machine; None: time this one. Raises ValueError for
+    impossible runs.
     """
     facts = read_corpus_if_cheap(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -182,7 +191,10 @@ def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
 
 
 def render(out: Path, name: str) -> list[Path]:
-    """Write OUT/NAME.md and OUT/NAME.html from the records. Raises ValueError if there are none."""
+    """Write OUT/NAME.md and OUT/NAME.html from the records of a grid, and return their paths.
+
+    Raises ValueError if there are no records.
+    """
     collected = load(out, name)
     if not collected.records:
         raise ValueError(f"no records of the grid of {name!r} in {str(out)!r}: nothing to render")
@@ -194,7 +206,10 @@ def render(out: Path, name: str) -> list[Path]:
 
 
 def load(out: Path, name: str) -> GridRecords:
-    """Load the records of a grid. Raises FileNotFoundError if no isoFLOP study of that name was begun."""
+    """Load the records of the grid `name` in the folder `out`.
+
+    Raises FileNotFoundError if no isoFLOP study of that name was begun.
+    """
     path = out / name / PLAN
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP study {name!r} was started there")

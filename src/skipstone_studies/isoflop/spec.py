@@ -46,7 +46,10 @@ class GridSize:
 
 
 def parse_size(word: object, blocks: int) -> GridSize:
-    """Parse `128x6`, or `128` with the base model's number of blocks. Raises ValueError for anything else."""
+    """Parse a model size, `128x6` or `128`, where `blocks` is the number of blocks if none is given.
+
+    Raises ValueError for anything else.
+    """
     found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(word).strip())
     if found is None:
         raise ValueError(f"size {str(word)!r} is neither WIDTH nor WIDTHxBLOCKS, such as 128 or 128x6")
@@ -54,10 +57,10 @@ def parse_size(word: object, blocks: int) -> GridSize:
 
 
 def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
-    """Return the default arms with their changes of the model: dense, the recipe's mechanisms, and the latter with
-    random decisions.
+    """Return the default arms of a recipe, each with its changes of the section `model`.
 
-    The random arm exists only if the recipe has Mixture-of-Depths.
+    They are dense (no mechanisms), mod or routed (the recipe's mechanisms) and, if the recipe has Mixture-of-Depths,
+    random (the same with tokens chosen at random).
     """
     entries = [dict(entry) for entry in (recipe.get("model") or {}).get("mechanisms") or []]
     arms: dict[str, Changes] = {DENSE: {"mechanisms": []}}
@@ -73,14 +76,14 @@ def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
 
 @dataclass(frozen=True, kw_only=True)
 class GridSpec:
-    """The specification of an isoFLOP grid.
+    """The specification of an isoFLOP grid: arms and sizes that are trained with equal training FLOPs.
 
-    recipe: the base, as `skipstone train` reads it, with its vocabulary size. budgets: training FLOPs per run. sizes:
-    WIDTH or WIDTHxBLOCKS; heads keep their size. arms: those to run; the reference is dense, or the first one if dense
-    is not among them. changes: changes of the model by arm, for all arms that could run; None: see `arms_of`. rates:
-    learning rates that every arm tries at the smallest budget and middle size. rate_rule: whether the best one is used
-    for all sizes (constant) or scaled with 1/width (inverse_width). seed: of the grid. optimum_seeds: number of seeds
-    at the size nearest each optimum, including the grid's. allow_repeats: runs may read the corpus more than once.
+    name: of the study and its folder. recipe: the base, as `skipstone train` reads it, with its vocabulary size.
+    budgets: training FLOPs of a run. sizes: WIDTH or WIDTHxBLOCKS; heads keep their size. rates: learning rates that
+    every arm tries at the smallest budget and middle size. arms: those to run. changes: by arm, the changes of the
+    recipe's section `model`, for all arms that could run; None: `arms_of`. rate_rule: the best rate is used for all
+    sizes (constant), or scaled with 1 / width (inverse_width). seed: of the grid. optimum_seeds: number of seeds at the
+    size nearest to each optimum, the grid's own included. allow_repeats: runs may read the corpus more than once.
     """
 
     name: str
@@ -121,20 +124,17 @@ class GridSpec:
 
     @property
     def known(self) -> dict[str, Changes]:
-        """The changes of the model by arm, for all arms that could run."""
+        """The changes of the section `model` by arm, for all arms that could run."""
         return arms_of(self.recipe) if self.changes is None else self.changes
 
     @property
     def base(self) -> str:
-        """The name of the arm with which others are compared."""
+        """The name of the arm with which others are compared: dense, or the first arm if dense is not run."""
         return DENSE if self.changes is None or DENSE in self.arms else self.arms[0]
 
     @property
     def data(self) -> DataConfig:
-        """The recipe's data, with each window read once unless repeats are allowed.
-
-        Synthetic rows are unlimited anyway.
-        """
+        """The recipe's data options; text windows are read at most once unless repeats are allowed."""
         own = read_recipe(self.recipe).data
         once = not self.allow_repeats and find_entry(own.corpus)[0].kind == "text"
         return replace(own, sampling="once") if once else own
@@ -144,7 +144,7 @@ class GridSpec:
         return [parse_size(word, 1) for word in self.sizes]
 
     def to_dict(self) -> PlainDict:
-        """Return the spec as plain values."""
+        """Return the specification as plain values."""
         return asdict(self)
 
 
@@ -154,10 +154,11 @@ def _check_list(field: str, values: Sequence[object]) -> None:
 
 
 def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: object) -> GridSpec:
-    """Build a spec, with the grid of `scale` as default; None counts as not given.
+    """Build a specification from a recipe and the values that the user gave.
 
-    The recipe may have a section `arms`: changes of the model by arm. Raises ValueError for invalid sizes, arms and
-    numbers.
+    recipe: a plain dict; its section `arms` holds changes of the section `model` by arm. scale: laptop or paper, which
+    provides the values that are not given. given: fields of `GridSpec`; None: not given. Raises ValueError for invalid
+    sizes, arms and numbers.
     """
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))

@@ -26,7 +26,7 @@ PLACES = {
 
 
 def page(result: IsoFlopResult) -> str:
-    """Return the text of OUT/NAME.md, the page with all tables."""
+    """Return the text of OUT/NAME.md: all tables of an isoFLOP result in Markdown."""
     spec = result.collected.grid.spec
     said = "\n".join(f"* {line}" for line in verdicts(result))
     parts = [
@@ -70,7 +70,7 @@ def _router(grid: Grid) -> str:
 
 
 def own(grid: Grid, arm: str) -> str:
-    """Return the arm's changes of the model in words."""
+    """Return the changes of the model that distinguish an arm, in words."""
     parts = []
     for key, value in grid.spec.known[arm].items():
         if key == "mechanisms":
@@ -86,7 +86,7 @@ def _entry(entry: PlainDict) -> str:
 
 
 def verdicts(result: IsoFlopResult) -> list[str]:
-    """Return one sentence for each arm and budget, comparing it with the base."""
+    """Return one sentence for each arm and budget that compares it with the base arm."""
     return [
         f"At {compact(budget)}: {_verdict(found, result.curves[budget], result.base)}"
         for budget, compared in result.same.items()
@@ -110,7 +110,7 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
 
 
 def claims(collected: GridRecords) -> list[Claim]:
-    """Return, for each arm and budget, the claim that its best loss is below the base's."""
+    """Return, for each arm and budget, the claim that its best loss is below the base arm's, with its verdict."""
     result = find(collected)
     words: dict[str, Verdict] = {"better": "yes", "worse": "no", "no headroom": "no headroom"}
     return [
@@ -199,7 +199,7 @@ def _interval(low: float | None, high: float | None, shown: object) -> str:
 
 
 def optima(result: IsoFlopResult) -> Section:
-    """Return the table of optima."""
+    """Return the table of the best size of each arm and budget."""
     rows = []
     for budget, curves in result.curves.items():
         for arm, curve in curves.items():
@@ -234,7 +234,7 @@ def _with_deviation(losses: Sequence[float]) -> str:
 
 
 def times(result: IsoFlopResult) -> Section:
-    """Return the table of losses after equal times."""
+    """Return the table of losses after equal training times."""
     rows = []
     for time, compared in zip(result.times, result.same_times, strict=True):
         gaps = {found.arm: found for found in compared}
@@ -259,7 +259,7 @@ def times(result: IsoFlopResult) -> Section:
 
 
 def speeds(result: IsoFlopResult) -> Section:
-    """Return the table of interleaved training speeds."""
+    """Return the table of training speeds, measured while arms took turns."""
     grid, found = result.collected.grid, result.collected.speeds
     rows = []
     for size in grid.sizes:
@@ -281,7 +281,7 @@ def speeds(result: IsoFlopResult) -> Section:
 
 
 def rates(result: IsoFlopResult) -> Section:
-    """Return the table of learning rates."""
+    """Return the table of learning rates that were tried."""
     collected = result.collected
     tried = sorted({rate for losses in collected.sweep.values() for rate in losses})
     rows = []
