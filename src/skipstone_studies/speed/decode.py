@@ -34,7 +34,10 @@ Size = PlainMapping  # width, blocks, vocabulary; prompt, steps and turns of dec
 
 
 def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalLM:
-    """Build a model with random weights, the same for every routing, and heads of 64 channels."""
+    """Build a model with random weights, equal for all mechanisms, and heads of 64 channels.
+
+    size: width, blocks, vocabulary. mechanisms: entries of the configuration; empty: the dense model.
+    """
     torch.manual_seed(0)
     config = SkipstoneConfig(
         vocab_size=size["vocabulary"],
@@ -47,12 +50,12 @@ def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalL
 
 
 def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
-    """Return random token ids, int64 [rows, length]."""
+    """Return random token ids, int64 [rows, length], below `size["vocabulary"]`."""
     return torch.randint(0, size["vocabulary"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
-    """Yield block, name and mechanism of every depth mechanism."""
+    """Yield index of the block, name and mechanism of every depth mechanism of a model."""
     blocks = model.model.layers
     for i, block in enumerate(blocks):
         for name, mechanism in block.mechanisms.items():
@@ -61,7 +64,11 @@ def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
 
 @torch.inference_mode()
 def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
-    """Set each threshold to the quantile of its scores over the tokens from `first` on, block after block."""
+    """Set the threshold of every mechanism so that it keeps its capacity, block after block.
+
+    The threshold becomes a quantile of the scores of the tokens from index `first` of each row on. ids: token ids
+    [rows, tokens].
+    """
     for i, name, mechanism in routers(model):
         record = model(ids, use_cache=False, output_records=True).records[i][name]
         scores = record.score_BT[:, first:].flatten()
@@ -70,7 +77,11 @@ def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
 
 
 class Decoding:
-    """A model with a prompt in its cache, which decodes the same tokens in every turn."""
+    """A model with a prompt in its cache that is timed decoding fixed tokens in several turns.
+
+    size: prompt (tokens of a prompt), steps (tokens decoded in a turn), turns. rows: sequences decoded together. Its
+    thresholds are calibrated on similar random text first.
+    """
 
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
         self.model, self.size, self.rows, self.steps = model, size, rows, size["steps"]
@@ -84,7 +95,7 @@ class Decoding:
 
     @torch.inference_mode()
     def lap(self) -> Lap:
-        """Run and time one turn, then restore the cache."""
+        """Run and time one turn of `steps` decoding steps, then restore the cache."""
         fed = self._fed(next(self.turns))
         finish(self.model.device)
         start = time.perf_counter()
@@ -101,7 +112,7 @@ class Decoding:
 
     @torch.inference_mode()
     def computed(self) -> float:
-        """Return the mean number of rows per step that a block with a mechanism computes."""
+        """Return how many rows a routed block computes in a decoding step, mean over blocks and steps."""
         kept = []
         for turn in range(self.size["turns"] + 1):
             for token in self._fed(turn):
@@ -112,7 +123,11 @@ class Decoding:
 
     @torch.inference_mode()
     def memory(self) -> dict[str, int]:
-        """Return entries and bytes, slots included, that a prompt and the tokens of a turn leave in a new cache."""
+        """Return what a prompt and the tokens of one turn leave in a new cache.
+
+        Keys: `entries` (stored tokens, all blocks together), `bytes` (of keys, values and slots) and `allocated`
+        (bytes).
+        """
         cache = DynamicCache(config=self.model.config)
         self.model(self.prompts, past_key_values=cache)
         for token in self._fed(1):
@@ -126,17 +141,17 @@ class Decoding:
 
 
 def of_rows(rows: int) -> str:
-    """Return `1 row` or `N rows`."""
+    """Return "1 row" or "N rows"."""
     return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms of the study, one for each number of rows."""
+    """Return the recipes that the study compares, one for each number of rows; `scale` has no effect."""
     return {of_rows(rows): {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return seconds per step of both models, and what the routed one computes and stores in its cache."""
+    """Measure one arm: seconds per step of both models, and what the routed one computes and stores in its cache."""
     models = {"dense": model_of(recipe, []), "routed": model_of(recipe, [recipe["mechanism"]])}
     decodings = {name: Decoding(model, recipe, recipe["rows"]) for name, model in models.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, recipe["turns"])
@@ -156,9 +171,10 @@ def figures(
     rows: int,
     memory: Mapping[str, Mapping[str, int]],
 ) -> Figures:
-    """Return the figures of decoding at one number of rows: times, speed, computed rows and memory.
+    """Return the figures of decoding at one number of rows.
 
-    step: seconds of each model. speed: tokens/s of the routed model relative to the dense one's.
+    step: seconds per step of each model. speed: tokens/s of the routed model relative to the dense one's. computed:
+    rows that a routed block computes, of `rows`. memory: of each model, as `Decoding.memory` returns it.
     """
     ours, dense = memory["routed"], memory["dense"]
     shares = {what: ours[what] / dense[what] for what in ours}

@@ -76,7 +76,7 @@ def arms_of_gemma(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the distance to the source, bytes read a token, and where work is left out on the clock, speed."""
+    """Measure one way to decode: distance to the source, bytes read per token and, if it skips work in fact, speed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
     try:
@@ -133,7 +133,10 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
 
 
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
-    """Return tokens/s of greedy steps relative to transformers' in the same turn: median, least and greatest."""
+    """Return tokens/s of greedy decoding relative to transformers' in the same turn: median, least and greatest.
+
+    recipe: source, tokens of prompt and text, turns. engine: what decodes.
+    """
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
     base = Torch(theirs(recipe["source"]))
 

@@ -18,7 +18,7 @@ STARTS = 5
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: a training step, decoding one row, and the start of the command."""
+    """Return the arms: a training step, decoding one row, and the start of the command; `scale` has no effect."""
     return {
         "training step": {"task": "train", **SIZE},
         "decoding one row": {"task": "decode", **SIZE},
@@ -27,7 +27,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return our time relative to Llama's, or the seconds of a whole process."""
+    """Measure one arm: our time relative to transformers' Llama, or the seconds of a whole process."""
     if recipe["task"] == "help":
         command = [sys.executable, "-m", "skipstone_cli.main", "--help"]
         start = timed(lambda: subprocess.run(command, capture_output=True, check=True))

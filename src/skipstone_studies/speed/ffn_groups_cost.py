@@ -26,7 +26,11 @@ Run = Callable[[], object]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: a training step by width, share of neurons on and chunk; decoding with the first chunk."""
+    """Return the arms; `scale` has no effect.
+
+    Training steps differ in width, share of neurons that are on, and chunk (tokens with equal decisions); decoding uses
+    the first chunk only.
+    """
     found: dict[str, RecipeDict] = {}
     for part, chunks in (("training", CHUNKS), ("decoding", CHUNKS[:1])):
         for width in WIDTHS:
@@ -38,7 +42,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return CPU times relative to SwiGLU's."""
+    """Measure one arm: CPU times of neuron groups and of a narrower MLP, relative to SwiGLU's."""
     torch.manual_seed(recipe["seed"])
     return (_training if recipe["part"] == "training" else _decoding)(recipe)
 

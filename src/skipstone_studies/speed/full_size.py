@@ -42,14 +42,14 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the only arm of the study."""
+    """Return the only arm of the study; `scale` has no effect."""
     return {"256 tokens": {**RECIPE, "tokens": 256, "steps": 2}}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return memory, seconds, FLOPs and losses of some training steps, on a GPU if there is one.
+    """Measure memory, seconds, FLOPs and losses of some training steps, on a GPU if there is one.
 
-    Times are wall time on a GPU, else CPU time, which other processes disturb less.
+    Times are wall time on a GPU and CPU time elsewhere, which other processes disturb less.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})
@@ -73,7 +73,10 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
-    """Return one packed row of two documents of random tokens, the first a third of the row."""
+    """Return a batch of one packed row: two documents of random tokens, the first a third of the row.
+
+    tokens: length of the row. vocabulary: ids are below it. device: of the tensors.
+    """
     slot = torch.arange(tokens)
     document = (slot >= tokens // 3).long()
     ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -84,7 +87,7 @@ def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
 
 
 def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build AdamW with the recipe's groups of weight decay."""
+    """Build AdamW for a model, with weight decay on the parameters that the recipe names."""
     train, named = recipe.train, dict(model.named_parameters())
     decays = set(decaying(model, named, train.no_decay))
     groups = [
@@ -97,7 +100,10 @@ def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Opt
 def step(
     model: SkipstoneForCausalLM, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], recipe: Recipe, device: str
 ) -> PlainDict:
-    """Run a training step; returns its loss, gradient norm, and the seconds of each part."""
+    """Run one training step, and return its loss, gradient norm, and the seconds of each of `PARTS`.
+
+    given: the batch. recipe: for the gradient clipping and the chunked loss.
+    """
     at = [_now(device)]
     with torch.autocast(device, torch.bfloat16):
         loss = model(**given, use_cache=False, loss_chunk=recipe.train.loss_chunk or 0).loss
@@ -120,7 +126,7 @@ def _now(device: str) -> float:
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes (Linux)."""
+    """Return the peak resident memory of this process in bytes (Linux only)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 

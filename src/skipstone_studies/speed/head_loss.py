@@ -24,16 +24,19 @@ KINDS: dict[str, int | None] = {ALL: None, "chunks of 256": 256, "chunks of 1024
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, by function and precision.
+    """Return the arms, one for each function and precision.
 
-    PyTorch's own takes minutes on a CPU and is left to the larger scale.
+    PyTorch's own function takes minutes on a CPU, so it only runs at the scale "paper".
     """
     kinds = [kind for kind in KINDS if kind != "torch's" or scale == "paper"]
     return {f"{kind}, {p}": {**SIZE, "kind": kind, "precision": p} for p in ("fp32", "bf16") for kind in kinds}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return mean loss, peak memory beyond weight and hidden states, and CPU time relative to all logits at once."""
+    """Measure one arm: mean loss, peak memory beyond its inputs, and CPU seconds.
+
+    The CPU seconds are also given relative to those of computing all logits at once.
+    """
     given = inputs(recipe)
     kinds = (ALL, recipe["kind"])
     tasks = {kind: timed(partial(step, kind, given, recipe), time.process_time) for kind in kinds}
@@ -46,7 +49,11 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random hidden states, weight and targets for the loss."""
+    """Return random inputs of the loss.
+
+    They are hidden states [tokens, width], the head's weight [vocabulary, width] and targets [tokens], in sizes of the
+    recipe.
+    """
     torch.manual_seed(0)
     weight = torch.empty(recipe["vocabulary"], recipe["width"]).normal_(0, 0.02).requires_grad_()
     x = torch.randn(recipe["tokens"], recipe["width"]).requires_grad_()
@@ -54,7 +61,10 @@ def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def step(kind: str, given: tuple[Tensor, Tensor, Tensor], recipe: RecipeDict) -> float:
-    """Run one forward and backward pass and return the summed loss."""
+    """Run one forward and backward pass, and return the loss summed over tokens.
+
+    kind: a key of `KINDS`. given: as `inputs` returns it. recipe: for the precision.
+    """
     for tensor in given[:2]:
         tensor.grad = None
     with torch.autocast("cpu", torch.bfloat16) if recipe["precision"] == "bf16" else nullcontext():
@@ -77,7 +87,7 @@ def _loss(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def memory_of(recipe: RecipeDict) -> float:
-    """Return the GiB by which a step raises the peak memory of this process (Linux)."""
+    """Return the GiB by which one step raises the peak memory of this process (Linux only)."""
     given = inputs(recipe)
     before = peak_memory()
     step(recipe["kind"], given, recipe)

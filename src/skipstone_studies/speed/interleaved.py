@@ -13,9 +13,9 @@ K = TypeVar("K")
 
 
 def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Task:
-    """Return `run` as a timed task.
+    """Return a task that calls `run` and times the call.
 
-    clock: `time.process_time` measures CPU time, which other processes disturb less.
+    clock: returns seconds; `time.process_time` measures CPU time, which other processes disturb less.
     """
 
     def lap() -> Lap:
@@ -27,21 +27,27 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 
 def seconds(tasks: Mapping[K, Task], rounds: int) -> dict[K, list[float]]:
-    """Return the seconds of each task in each round, after a warm-up round that is discarded."""
+    """Time all tasks in turns, and return the seconds of each in each round.
+
+    rounds: number of rounds after one to warm up.
+    """
     return {name: [lap.seconds for lap in rate.laps] for name, rate in take_turns(tasks, rounds).items()}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest of our figures relative to theirs, round by round."""
+    """Return median, least and greatest of ours / theirs, taken round by round."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest, as `Column.spread` shows them."""
+    """Return median, least and greatest value, with the keys "median", "min" and "max"."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def time_ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Time both interleaved and return our seconds relative to theirs; less than 1 is faster."""
+    """Time two functions in turns, and return our seconds relative to theirs: median, least and greatest.
+
+    Less than 1 means that ours is faster. rounds: number of rounds after one to warm up.
+    """
     found = seconds({"ours": timed(ours), "theirs": timed(theirs)}, rounds)
     return ratio(found["ours"], found["theirs"])

@@ -36,7 +36,7 @@ SIZES: tuple[tuple[PlainDict, tuple[str, ...]], ...] = (
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, by size, decision and kind of step."""
+    """Return the arms, one for each size, decision and kind of step; `scale` has no effect."""
     return {
         name_of(size, decision, way): {**size, "decision": decision, "way": way}
         for size, decisions in SIZES
@@ -51,7 +51,7 @@ def name_of(size: PlainDict, decision: str, way: str) -> str:
 
 
 def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
-    """Build a model with random weights; every other block is routed unless `decision` is None."""
+    """Build a model with random weights; every second block is routed by `decision`; None: a dense model."""
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": decision}
     torch.manual_seed(0)
     config = SkipstoneConfig(
@@ -66,12 +66,15 @@ def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
 
 
 def ids_of(size: RecipeDict) -> torch.Tensor:
-    """Return random token ids."""
+    """Return random token ids, int64 [rows, context]."""
     return torch.randint(0, 256, (size["rows"], size["context"]), generator=torch.Generator().manual_seed(0))
 
 
 def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """Return a training step of a custom loop, which also advances thresholds."""
+    """Return a function that runs one training step of a hand-written loop, which also moves routing thresholds.
+
+    bf16: run the forward pass under autocast.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -86,7 +89,10 @@ def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) ->
 
 
 def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
-    """Advance the thresholds by the records of a pass."""
+    """Move the routing thresholds of a model after a training step.
+
+    records: what each mechanism decided in the step, one dict for each block.
+    """
     blocks = model.model.layers
     for block, record in zip(blocks, records, strict=True):
         for name, mechanism in block.routing_modules().items():
@@ -94,7 +100,7 @@ def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
 
 
 class Repeated(Dataset[dict[str, torch.Tensor]]):
-    """A dataset that repeats the same rows."""
+    """A dataset that repeats the rows `ids` `times` times."""
 
     def __init__(self, ids: torch.Tensor, times: int) -> None:
         self.ids, self.times = ids, times
@@ -108,7 +114,10 @@ class Repeated(Dataset[dict[str, torch.Tensor]]):
 
 
 def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) -> Callable[[], None]:
-    """Return a few steps through `RoutingTrainer`, including its set-up."""
+    """Return a function that runs a few steps of `RoutingTrainer`, its set-up included.
+
+    size: rows of a batch and number of steps. folder: for Trainer's output.
+    """
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=size["trainer_steps"],
@@ -128,7 +137,7 @@ def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) ->
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return seconds and FLOPs of a step relative to the dense model's, and the host syncs of a forward pass."""
+    """Measure one arm: time and FLOPs of a step relative to the dense model's, and host syncs of a forward pass."""
     ids, decision, way = ids_of(recipe), recipe["decision"], recipe["way"]
     ours, theirs = (training_step(model_of(recipe, kind), ids, way == "bf16") for kind in (decision, None))
     ours()  # the first step sets the threshold
@@ -144,7 +153,11 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
-    """Return the figures of an arm: FLOPs and time relative to the dense model, and host syncs."""
+    """Return the figures of an arm.
+
+    decision: of the router. flops, time: of a step, relative to the dense model. limit: largest ratio of time to FLOPs
+    that is accepted. syncs: host syncs of a forward pass.
+    """
     over = {} if decision in MOVING else {"over": time["median"] / flops}
     return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}
 

@@ -37,7 +37,7 @@ PROMPT, STEPS, TURNS = 32, 32, 7
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, by shape, dtype of the weights, and shares of the neurons."""
+    """Return the arms, by shape, dtype of the weights, and shares of the neurons; `scale` has no effect."""
     timing = {"prompt": PROMPT, "steps": STEPS, "turns": TURNS}
     return {
         name_of(shape, dtype, up, down): {"shape": sizes, "dtype": dtype, "up": up, "down": down, **timing}
@@ -53,14 +53,17 @@ def name_of(shape: str, dtype: str, up: float, down: float) -> str:
 
 
 def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausalLM:
-    """Build a model with random weights."""
+    """Build a model with random weights in the recipe's shape and dtype.
+
+    groups: options of neuron groups; None: a dense model.
+    """
     torch.manual_seed(0)
     config = SkipstoneConfig(**recipe["shape"], tie_word_embeddings=True, neuron_groups=groups)
     return SkipstoneForCausalLM(config).to(getattr(torch, recipe["dtype"])).eval()
 
 
 def copied(task: Task) -> Task:
-    """Return the task as it runs without numba, with copied rows."""
+    """Return a task that runs `task` without numba, so that rows of the weights are copied instead of read in place."""
 
     def lap() -> Lap:
         with patch.object(magnitude, "_kernels", lambda: None):
@@ -70,7 +73,7 @@ def copied(task: Task) -> Task:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return FLOPs of a step and tokens/s relative to the dense model."""
+    """Measure one arm: FLOPs of a step and tokens/s, relative to the dense model."""
     groups = {"decision": "magnitude", "group_size": 1, "capacity": recipe["up"], "down_capacity": recipe["down"]}
     dense, model = model_of(recipe, None), model_of(recipe, groups)
     prompt = torch.arange(recipe["prompt"])[None] * 37 % recipe["shape"]["vocab_size"]

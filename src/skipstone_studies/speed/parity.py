@@ -202,9 +202,10 @@ CASES: dict[str, PreTrainedConfig] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The parity of one checkpoint with transformers.
+    """The agreement of one checkpoint's outputs with transformers'.
 
-    fp32, bf16: relative error of the logits. generation: whether both generate the same greedy text.
+    fp32, bf16: largest difference of the logits, relative to the largest logit. generation: whether both continue
+    prompts with the same greedy text.
     """
 
     fp32: float
@@ -213,7 +214,7 @@ class Parity:
 
 
 def save_random(config: PreTrainedConfig, folder: Path) -> None:
-    """Save a checkpoint with random tensors, so that an omitted norm or bias changes the output."""
+    """Save a checkpoint of random tensors to `folder`, so that an omitted norm or bias would change the output."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # which takes the dtype of the model
     with torch.no_grad():
@@ -223,7 +224,7 @@ def save_random(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def theirs(source: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the reference: what transformers makes of a folder, a hub name or a .gguf file."""
+    """Load the reference with transformers' own classes from a folder, a Hub name or a .gguf file."""
     path, gguf = Path(source), {}
     if path.suffix == ".gguf":
         source, gguf = path.parent, {"gguf_file": path.name}
@@ -237,7 +238,10 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 @torch.no_grad()
 def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call: Tensor) -> float:
-    """Return the relative error of the logits over tokens that are not padding."""
+    """Return the relative error of our logits against transformers', over tokens that are not padding.
+
+    source: the checkpoint. ids_BT: token ids. dtype: in which both models compute. call: further arguments of forward.
+    """
     ours, reference = load_pretrained(source, dtype), theirs(source, dtype)
     assert ours.dtype == reference.dtype == dtype
     real_BT = real_tokens({"input_ids": ids_BT, **call})
@@ -246,13 +250,19 @@ def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call:
 
 
 def greedy(model: SkipstoneForCausalLM, ids_BT: Tensor, tokens: int, **call: Tensor) -> list[list[int]]:
-    """Return the ids of prompt and greedy continuation."""
+    """Return the ids of the prompts `ids_BT`, each with `tokens` greedy tokens after it.
+
+    call: further arguments of `generate`.
+    """
     call.setdefault("attention_mask", torch.ones_like(ids_BT))
     return model.generate(ids_BT, do_sample=False, max_new_tokens=tokens, pad_token_id=0, **call).tolist()
 
 
 def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity:
-    """Measure the parity of one checkpoint on two rows of random tokens."""
+    """Measure the agreement of one checkpoint with transformers on two rows of random tokens.
+
+    length: tokens of a row; the first half is the prompt. tokens: number of generated tokens.
+    """
     vocabulary = AutoConfig.from_pretrained(source).vocab_size
     ids_BT = torch.randint(2, vocabulary, (2, length), generator=torch.Generator().manual_seed(1))
     prompt = ids_BT[:, : length // 2]
@@ -265,13 +275,13 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the families' configurations, and a real checkpoint."""
+    """Return the arms: one small configuration for each case, and a real checkpoint; `scale` has no effect."""
     families: dict[str, RecipeDict] = {name: {"config": config.to_diff_dict()} for name, config in CASES.items()}
     return families | {"stories260K (real)": {"source": "stories260K"}}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the parity of an arm as figures."""
+    """Measure one arm: the fields of `Parity`."""
     with quiet(), tempfile.TemporaryDirectory() as folder:
         if "source" in recipe:
             return vars(measure(source_path(recipe["source"]), length=128, tokens=100))

@@ -29,7 +29,7 @@ TAUS = (1.0, 0.1)  # initial and trained
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: training by width, tau, precision and noise; decoding by width."""
+    """Return the arms: training by width, tau, precision and noise; decoding by width; `scale` has no effect."""
     found: dict[str, RecipeDict] = {}
     for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
         case: PlainDict = {"width": width, "precision": "bf16" if bf16 else "fp32", "tau": tau, "noise": noise}
@@ -48,7 +48,7 @@ def decoding_name(width: int) -> str:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the time of an arm relative to SwiGLU, in training or in decoding."""
+    """Measure one arm: its time relative to SwiGLU, and in training also the saved bytes."""
     torch.manual_seed(recipe["seed"])
     return _training(recipe) if "tau" in recipe else _decoding(recipe)
 
@@ -66,7 +66,7 @@ def _training(recipe: RecipeDict) -> Figures:
 
 
 def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
-    """Return a PolyGLU and a SwiGLU MLP whose matrices have the same sizes."""
+    """Return a PolyGLU and a SwiGLU MLP of the same sizes and with equal matrices."""
     neurons = -(-8 * width // 96) * 32
     ours = GatedMLP(width, neurons, PolyGLU(width, neurons))
     theirs = GatedMLP(width, neurons, FixedActivation("silu"))
@@ -75,7 +75,10 @@ def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
 
 
 def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[], None]:
-    """Return a function that runs forward and backward of an MLP."""
+    """Return a function that runs forward and backward pass of an MLP on x_BTD.
+
+    tokens: the description of the tokens that the MLP expects. bf16: run under autocast.
+    """
 
     def run() -> None:
         mlp.zero_grad(set_to_none=True)
@@ -88,7 +91,10 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
 
 
 def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
-    """Return the bytes that the forward pass saves, without parameters and their copies in bf16."""
+    """Return the bytes that the forward pass saves for the backward pass.
+
+    Parameters and their copies in bf16 do not count. Arguments are those of `step`.
+    """
     seen: dict[int, int] = {}
     weights = {p.numel() for p in mlp.parameters()}
 
@@ -106,8 +112,9 @@ def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int
 
 @torch.no_grad()
 def as_if_trained(activation: PolyGLU, tau: float) -> None:
-    """Set router weights and tau as after training: about five nats between a token's logits, a third of a nat between
-    those of neurons.
+    """Set router weights and the temperature tau to what is typical after training.
+
+    The logits of a token then differ by about five nats, those of neurons by a third of a nat.
     """
     for weight, spread in ((activation.context_weight, 0.3), (activation.mix_weight, 1.0)):
         nn.init.normal_(weight, 0.0, spread)
@@ -127,7 +134,7 @@ def _decoding(recipe: RecipeDict) -> Figures:
 
 
 def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
-    """Return a function that decodes some tokens and restores the cache."""
+    """Return a function that decodes `STEPS` tokens and then restores the cache."""
     cache, token_B1 = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long)
 
     @torch.no_grad()

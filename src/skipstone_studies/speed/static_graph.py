@@ -22,12 +22,12 @@ INPUTS, ROWS, CONTEXT = 1000, 2, 128
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, by decision."""
+    """Return the arms, one for each decision; `scale` has no effect."""
     return {decision: {"decision": decision, "inputs": INPUTS} for decision in (*STATIC, *DYNAMIC)}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the numbers of different lists of operations, of FLOPs and of graphs."""
+    """Measure one arm: over many inputs, the numbers of different operation sequences, FLOP counts and graphs."""
     draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
     batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]
     model = model_of(decision)
@@ -38,7 +38,7 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def model_of(decision: str) -> SkipstoneForCausalLM:
-    """Build a small routed model in training mode."""
+    """Build a small model in training mode in which every second block is routed by `decision`."""
     torch.manual_seed(0)
     mod = {"name": "mixture_of_depths", "layers": "1::2", "decision": decision}
     sizes: PlainDict = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -46,7 +46,7 @@ def model_of(decision: str) -> SkipstoneForCausalLM:
 
 
 class OperationTrace(TorchDispatchMode):
-    """A digest of every operation that runs and of its shapes."""
+    """A context in which every torch operation that runs is hashed with the shapes of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class OperationTrace(TorchDispatchMode):
 
 
 def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
-    """Return a function that runs a forward and a backward pass."""
+    """Return a function that runs a forward and a backward pass on `ids`."""
 
     def run() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -69,14 +69,17 @@ def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]
 
 
 def signature(run: Callable[[], None]) -> str:
-    """Return the digest of all operations that `run` executes."""
+    """Return the hash of all operations and shapes that `run` executes."""
     with OperationTrace() as seen:
         run()
     return seen.digest.hexdigest()
 
 
 def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bool) -> dict[str, int]:
-    """Return the numbers of graphs, recompilations and graph breaks."""
+    """Return the numbers of graphs, recompilations after the first input, and graph breaks of torch.compile.
+
+    batches: the inputs. whole: require one graph without breaks.
+    """
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # silences graph breaks, which are counted here
     torch._dynamo.reset()
     counters.clear()

@@ -19,7 +19,7 @@ ROUNDS = {"laptop": 7, "quick": 1}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms by name."""
+    """Return the arms at a scale: laptop, or quick with fewer and smaller ones."""
     usual: PlainDict = {"width": 128, "rows": 8, "precision": "fp32", "compile": False, "rounds": ROUNDS[scale]}
     if scale == "quick":
         usual |= {"width": 32, "rows": 1}
@@ -38,10 +38,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return CPU seconds of a training step and the FLOPs that it executes a second.
+    """Measure one arm: CPU seconds of a training step, and the FLOPs that it executes a second.
 
-    gflops: training FLOPs by the cost model (forward and backward) / 1e9 / CPU seconds, with median, least and greatest
-    over the rounds.
+    gflops: training FLOPs by the cost model (forward and backward) / 1e9 / CPU seconds; median, least and greatest over
+    the rounds.
     """
     torch.manual_seed(recipe["seed"])
     config = SkipstoneConfig(

@@ -21,7 +21,11 @@ SIZE = {"width": 256, "blocks": 8, "vocabulary": 256, "prompt": 64, "steps": 32,
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, by phase, number of rows, keys and values that are computed, and share that is skipped."""
+    """Return the arms; `scale` has no effect.
+
+    They differ in phase, number of rows, whether skipped tokens provide keys and values (`kv`), and the share that is
+    skipped.
+    """
     found = {}
     for part, counts in (("prefill", PROMPTS), ("decode", ROWS)):
         for rows in counts:
@@ -38,7 +42,7 @@ def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return FLOPs and time of an arm relative to the dense model, in prefill or decoding."""
+    """Measure one arm: FLOPs and time relative to the dense model, in prefill or decoding."""
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
     dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])
     return (_prefill if recipe["part"] == "prefill" else _decode)(recipe, dense, model)
@@ -53,13 +57,16 @@ def _prefill(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneFo
 
 
 def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Figures:
-    """Return the figures of prefill: FLOPs and time relative to the dense model."""
+    """Return the figures of prefill.
+
+    skipped: share of pairs of token and gated block that were skipped. flops, time: relative to the dense model.
+    """
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 
 
 @torch.inference_mode()
 def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
-    """Return the share of tokens that the gates keep."""
+    """Return the share of tokens that the gates keep, mean over blocks."""
     records = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
     return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
 

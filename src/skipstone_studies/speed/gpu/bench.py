@@ -25,10 +25,10 @@ RIGHT, WRONG = 1, 0
 
 @dataclass(kw_only=True)
 class Bench:
-    """The measurements of one part, written to a file after each of them.
+    """The measurements of one part of the GPU study, written to a file after each of them.
 
-    out: the file. device: where the part computes. sizes: the part's recipe. found: the measurements by name; one that
-    failed has its error in `failures` instead, and the others go on.
+    out: the file. device: where the part computes. sizes: the part's recipe. found: the measurements by name. failures:
+    errors by name; after a failure the part goes on with the next measurement.
     """
 
     out: Path
@@ -38,7 +38,7 @@ class Bench:
     failures: dict[str, str] = field(default_factory=dict)
 
     def measure(self, name: str, run: Callable[..., PlainMapping], *given: object) -> None:
-        """Call `run` with this bench and the given arguments, and write what it returns, or its error."""
+        """Call `run` with this bench and the arguments `given`, and write its result, or its error, under `name`."""
         try:
             self.found[name] = dict(run(self, *given))
         except Exception as error:  # whatever a driver, compiler or kernel raises: the page says it
@@ -51,7 +51,7 @@ class Bench:
         write_whole(self.out, json.dumps({"measurements": self.found, "failures": self.failures}))
 
     def release(self) -> None:
-        """Free what a measurement has left: compiled code, collected tensors, cached memory of the GPU."""
+        """Free what a measurement has left: compiled code, unreachable tensors, cached memory of the GPU."""
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         gc.collect()
@@ -65,7 +65,7 @@ class Bench:
         return self.device.type == "cuda"
 
     def wait(self) -> None:
-        """Wait until the device has finished."""
+        """Wait until the device has finished all work."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
@@ -74,20 +74,21 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def peak(self) -> PlainDict:
-        """Return the peak memory in GB since the last release, if the device counts it."""
+        """Return {"peak_gb": peak memory in GB since the last release}; empty on a CPU."""
         return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if self.on_gpu else {}
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error as one line of limited length, with its kind."""
+    """Return an error as one line of at most 300 characters, with its class."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:LONGEST] if text else type(error).__name__
 
 
 def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Time several calls in turns after warm-up calls; returns median, least and greatest milliseconds of each.
+    """Time several functions in turns after warm-up calls, and return milliseconds of each: median, least, greatest.
 
-    The device is awaited before and after each call, so a time includes the launching of its kernels.
+    rounds: number of timed calls of each. The device is awaited before and after each call, so a time includes
+    launching the kernels.
     """
     for run in runs.values():
         for _ in range(WARM_UP):
@@ -106,7 +107,7 @@ def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int
 def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
     """Return a function that replays `run` as one CUDA graph; on other devices, `run` itself.
 
-    Raises RuntimeError if `run` makes the host wait or copies from memory of the host, which a graph cannot hold.
+    Raises RuntimeError if `run` waits for the device or copies from host memory, which a graph cannot contain.
     """
     for _ in range(WARM_UP):
         run()
@@ -126,13 +127,16 @@ def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
 
 
 def error_of(got: Tensor, wanted: Tensor) -> float:
-    """Return the greatest difference from the wanted tensor, relative to its greatest number (at least 1)."""
+    """Return max |got - wanted|, relative to max |wanted| but at least to 1."""
     scale = max(1.0, wanted.float().abs().max().item()) if wanted.numel() else 1.0
     return (got.float() - wanted.float()).abs().max().item() / scale if wanted.numel() else 0.0
 
 
 def compared(pairs: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> PlainDict:
-    """Return the relative error of each pair (got, wanted), the greatest one and whether all are within tolerance."""
+    """Return the relative error of each pair of tensors (got, wanted), the largest, and whether all agree.
+
+    pairs: by name. tolerance: the largest error that counts as agreement.
+    """
     errors = {name: error_of(*pair) for name, pair in pairs.items()}
     worst = max(errors.values())
     return {

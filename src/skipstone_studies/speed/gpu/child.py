@@ -13,7 +13,10 @@ from skipstone_studies.speed.gpu.bench import Bench
 
 
 def main(part: str, out: Path) -> None:
-    """Measure the part named `part` with the sizes that stdin holds, writing to `out`."""
+    """Measure the part of the GPU study named `part`, and write the measurements to `out`.
+
+    stdin holds its recipe as JSON.
+    """
     sizes = json.load(sys.stdin)
     torch.manual_seed(sizes["seed"])
     bench = Bench(out=out, device=torch.device(sizes["device"]), sizes=sizes)

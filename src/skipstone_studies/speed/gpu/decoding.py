@@ -18,7 +18,7 @@ STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
 
 
 def measure(bench: Bench) -> None:
-    """Time decoding steps of both models for several numbers of rows, then of the dense model captured as one graph."""
+    """Time decoding steps of a dense and a routed model for several numbers of rows, also as one CUDA graph."""
     pair = models(bench)
     for rows in bench.sizes["of_rows"]:
         bench.measure(of_rows(rows), beside, pair, rows)
@@ -27,14 +27,17 @@ def measure(bench: Bench) -> None:
 
 
 def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
-    """Return a dense and a routed model in bf16 on the device; routers keep their fp32."""
+    """Return a dense and a routed model in bf16 on the device; routers stay fp32."""
     with bench.device:
         made = {"dense": model_of(bench.sizes, []), "routed": model_of(bench.sizes, [ROUTED])}
     return {name: model.to(bench.device, torch.bfloat16).eval() for name, model in made.items()}  # type: ignore[arg-type]
 
 
 def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
-    """Return milliseconds per step of both models with a growing cache, and the rows that routed blocks compute."""
+    """Return milliseconds per step of both models with a growing cache, and what routed blocks compute.
+
+    pair: the models. rows: sequences decoded together. `share`: of the rows that a routed block computes.
+    """
     decodings = {name: Decoding(model, bench.sizes, rows) for name, model in pair.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, bench.sizes["turns"])
     step = {name: statistics.median(each) / bench.sizes["steps"] * 1e3 for name, each in taken.items()}
@@ -49,9 +52,10 @@ def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) ->
 
 @torch.no_grad()
 def fixed(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
-    """Return milliseconds per step with a cache of fixed size, launched kernel by kernel and as one graph.
+    """Return milliseconds per step with a cache of fixed size, launched kernel by kernel and as one CUDA graph.
 
-    Such a step computes every block, so it shows what launching costs and not what skipping saves.
+    Such a step computes every block, so it shows what launching costs and not what skipping saves. pair, rows: as in
+    `beside`.
     """
     found: PlainDict = {}
     for name, model in pair.items():

@@ -13,7 +13,7 @@ from skipstone_studies.speed.gpu.training import compile_blocks, share_of_peak
 
 
 def measure(bench: Bench) -> None:
-    """Measure steps of several numbers of rows, eager and with compiled blocks."""
+    """Measure training steps of several numbers of rows, eager and with compiled blocks."""
     for rows in bench.sizes["of_rows"]:
         bench.measure(f"{rows} x {bench.sizes['tokens']} tokens, eager", steps_of, rows, False)
     most = max(bench.sizes["of_rows"])
@@ -21,7 +21,10 @@ def measure(bench: Bench) -> None:
 
 
 def steps_of(bench: Bench, rows: int, compiled: bool) -> PlainDict:
-    """Return medians over some steps of the recipe, whose FLOPs are those of the cost model."""
+    """Return median time and rates of some training steps; FLOPs are those of the cost model.
+
+    rows: of a step. compiled: compile the blocks.
+    """
     recipe = read_recipe(bench.sizes["recipe"])
     config = setup.model_config(recipe.model, recipe.data.context, {})
     with bench.device:

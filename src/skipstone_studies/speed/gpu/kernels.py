@@ -23,7 +23,7 @@ PLACES = ("result", "d gate", "d static", "d dynamic")
 
 
 def measure(bench: Bench) -> None:
-    """Compare each kernel with its reference, then time PolyGLU's mixture at the size of a real MLP."""
+    """Compare each kernel with its reference, then time PolyGLU's mixture of activations at the size of a real MLP."""
     for dtype, static, dynamic in itertools.product(TOLERANCES, (1, "rows"), (1, "tokens")):
         name = f"PolyGLU mixture, {NAMES[dtype]}, static part per {'row' if static == 'rows' else 'model'}, "
         name += f"dynamic part per {'token' if dynamic == 'tokens' else 'row'}"
@@ -43,7 +43,7 @@ def triton_kernels() -> Any:
 
 
 def graded(run: Callable[..., Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return the result and the gradient of every input for one fixed weighting of the result."""
+    """Return the result of `run` and the gradients of all inputs `given`, for one fixed weighting of the result."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
     out = run(*leaves)
     weight = torch.linspace(-1, 1, max(out.numel(), 1), device=out.device)[: out.numel()].view_as(out)
@@ -51,7 +51,10 @@ def graded(run: Callable[..., Tensor], given: Sequence[Tensor]) -> list[Tensor]:
 
 
 def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> list[Tensor]:
-    """Return gate, static and dynamic logits of PolyGLU's mixture."""
+    """Return inputs of PolyGLU's mixture: gate values, and static and dynamic logits over the 4 activations.
+
+    per_row: static logits differ between rows. per_token: dynamic logits differ between tokens.
+    """
     rows, tokens, neurons = (bench.sizes[name] for name in ("rows", "tokens", "neurons"))
     gate = torch.randn(rows, tokens, neurons).to(bench.device, dtype)
     static = torch.randn(rows if per_row else 1, neurons, 4).to(bench.device)
@@ -60,7 +63,10 @@ def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: b
 
 
 def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> PlainDict:
-    """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5."""
+    """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5.
+
+    Arguments are those of `mixture_inputs`.
+    """
     given = mixture_inputs(bench, dtype, per_row, per_token)
     fused = triton_kernels()
     got = graded(lambda g, s, d: fused.mix_activations(g, s, d, 0.5), given)
@@ -69,7 +75,7 @@ def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) ->
 
 
 def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
-    """Compare experts by grouped products with the reference, some choices idle and one expert unused."""
+    """Compare experts by grouped products with the reference, with some choices idle and one expert unused."""
     count, width, neurons, choices = 4, bench.sizes["width"], bench.sizes["neurons"], 2
     tokens = bench.sizes["rows"] * bench.sizes["tokens"]
     expert_NC = torch.rand(tokens, count - 1).argsort(1)[:, :choices].to(bench.device)
@@ -90,7 +96,7 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
 
 
 def head(bench: Bench) -> PlainDict:
-    """Compare the chunked cross-entropy of a head with the plain one."""
+    """Compare the chunked cross-entropy of an output head with the plain one."""
     tokens, width, vocabulary = bench.sizes["rows"] * bench.sizes["tokens"], bench.sizes["width"], 8 * 61
     x = torch.randn(tokens, width).to(bench.device)
     weight = (torch.randn(vocabulary, width) * width**-0.5).to(bench.device)
@@ -101,7 +107,7 @@ def head(bench: Bench) -> PlainDict:
 
 
 def scores(bench: Bench) -> PlainDict:
-    """Compare the router's score, which saves less for the backward pass, with the reference."""
+    """Compare the router's score function, which saves less for the backward pass, with the reference."""
     width = bench.sizes["width"]
     x = torch.randn(bench.sizes["rows"], bench.sizes["tokens"], width).to(bench.device)
     weight = torch.randn(1, width).to(bench.device)
@@ -114,7 +120,7 @@ def scores(bench: Bench) -> PlainDict:
 
 
 def times(bench: Bench) -> PlainDict:
-    """Time the mixture, forward and backward, by the Triton kernels, by the reference and by compiled code."""
+    """Time PolyGLU's mixture, forward and backward, by Triton kernels, by the reference and by compiled code."""
     sizes = {**bench.sizes, **bench.sizes["timed"]}
     given = mixture_inputs(Bench(out=bench.out, device=bench.device, sizes=sizes), torch.bfloat16, False, True)
     leaves, weight = [x.requires_grad_() for x in given], torch.randn_like(given[0])

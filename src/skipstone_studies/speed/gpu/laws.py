@@ -22,9 +22,10 @@ BY_WORKER = re.compile(r"(PASSED|FAILED|ERROR) .*?tests/laws/test_(\w+)\.py::(.*
 
 
 def measure(bench: Bench) -> None:
-    """Count, for each file of laws, the cases that passed and failed, up to the moment at which the part is stopped.
+    """Run the tests in `tests/laws` on the device, and count for each file the cases that passed and failed.
 
-    Raises ValueError without the tests or pytest, and with pytest's last words if no case has run.
+    Counts are written after each case, so a part that is stopped keeps them. Raises ValueError without the tests or
+    pytest, and with pytest's last output if no case has run.
     """
     if not TESTS.is_dir():
         raise ValueError("tests/laws is not here: run it from a checkout")
@@ -42,7 +43,7 @@ def measure(bench: Bench) -> None:
 
 
 def command(sizes: PlainDict) -> list[str]:
-    """Return the command that runs the laws."""
+    """Return the command line that runs the laws; sizes: files, chosen cases and number of workers."""
     files = [f"tests/laws/test_{file}.py" for file in sizes["files"]]
     parallel = ["-n", str(sizes["workers"])] if sizes["workers"] and find_spec("xdist") is not None else []
     chosen = ["-k", sizes["cases"]] if sizes["cases"] else []

@@ -16,14 +16,14 @@ ROUTED, PLAIN = "PolyGLU", "SwiGLU"
 
 
 def measure(bench: Bench) -> None:
-    """Time both MLPs eager, with the reference in place of the Triton kernels, and compiled."""
+    """Time a PolyGLU and a SwiGLU MLP: eager, with the reference instead of the Triton kernels, and compiled."""
     bench.measure("eager, kernels of the device", beside)
     bench.measure("eager, reference", with_reference)
     bench.measure("compiled", beside, True)
 
 
 def with_reference(bench: Bench) -> PlainDict:
-    """Measure with the reference mixture, which is what a device without kernels of ours runs."""
+    """Measure with the reference implementation of the mixture, which devices without our kernels use."""
     chosen = ops._eager
     ops._eager = lambda device: reference  # type: ignore[assignment]
     try:
@@ -33,7 +33,10 @@ def with_reference(bench: Bench) -> PlainDict:
 
 
 def beside(bench: Bench, compiled: bool = False) -> PlainDict:
-    """Return times of forward and backward of both MLPs, in turns, and bytes that are saved for the backward pass."""
+    """Return times of forward and backward pass of both MLPs, in turns, and the ratio of their saved bytes.
+
+    compiled: compile both MLPs. Saved bytes are those kept for the backward pass.
+    """
     torch.manual_seed(0)
     sizes = bench.sizes
     rows, length = sizes["rows"], sizes["context"]

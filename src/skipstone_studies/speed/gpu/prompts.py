@@ -33,13 +33,13 @@ ADAPTED: dict[str, PlainDict] = {
 
 
 def measure(bench: Bench) -> None:
-    """Time the prompts of every adapted model in turns with the source's."""
+    """Time the prompts of every adapted model in turns with those of its dense source."""
     for name, options in ADAPTED.items():
         bench.measure(name, prompts_of, options)
 
 
 def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
-    """Build a model in the shape of a Llama with random weights in bf16."""
+    """Build a model in the shape of a Llama with random weights in bf16; options: its mechanisms."""
     torch.manual_seed(0)
     config = SkipstoneConfig(**bench.sizes["model"], max_position_embeddings=max(bench.sizes["lengths"]), **options)
     with bench.device:
@@ -48,7 +48,10 @@ def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
 
 
 def prompts_of(bench: Bench, options: PlainDict) -> PlainDict:
-    """Return tokens/s of prompts relative to the source, by length, at the budget of the sizes."""
+    """Return the speed of prompts relative to the dense source, by length, at the FLOP budget of the recipe.
+
+    options: mechanisms of the adapted model.
+    """
     source, adapted = model_of(bench, {}), model_of(bench, options)
     vocabulary = bench.sizes["model"]["vocab_size"]
     length = min(bench.sizes["lengths"])

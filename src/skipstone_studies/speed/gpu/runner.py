@@ -22,10 +22,11 @@ GRACE = 3.0  # seconds between asking a part to end and killing it
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Run the part that a recipe describes and return what it has measured when it ended or was stopped.
+    """Run one part of the GPU study in its own process, and return what it has measured when it ended or was stopped.
 
-    seconds: that it took. limit: of these. measured, failed: numbers of measurements; a part that ended early counts
-    as one more that failed. device: name of the GPU, or "cpu". Raises ValueError for a recipe whose device is not here.
+    Keys: `seconds` that it took, `limit` in seconds, `measured`, `failed` and `wrong` (numbers of measurements; a part
+    that ended early counts as one more failure), `device` (name of the GPU, or "cpu"), `products` (torch's precision of
+    fp32 products), `measurements` and `failures`. Raises ValueError for a recipe whose device is not available.
     """
     if recipe["device"] == "cuda" and not torch.cuda.is_available():
         raise ValueError("this scale needs a CUDA device, and torch sees none; --scale laptop rehearses it on a CPU")

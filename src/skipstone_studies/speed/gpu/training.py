@@ -16,7 +16,7 @@ Step = Callable[[], object]
 
 
 def measure(bench: Bench) -> None:
-    """Time training steps (forward, backward, AdamW) of both models, interleaved, for each way to run them."""
+    """Time training steps (forward, backward, AdamW) of a dense and a routed model in turns, run in each way."""
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":
             continue  # there are none
@@ -24,7 +24,7 @@ def measure(bench: Bench) -> None:
 
 
 def both(bench: Bench, way: str) -> PlainDict:
-    """Return the figures of a routed and of a dense model that are run in one way."""
+    """Return times and FLOPs of both models run in one way: "eager", "compiled" or "CUDA graph"."""
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
     steps = {name: step_of(bench, model, way) for name, model in models.items()}
     taken = in_turns(bench, steps, bench.sizes["rounds"])
@@ -47,7 +47,10 @@ def both(bench: Bench, way: str) -> PlainDict:
 
 
 def model_of(bench: Bench, mechanisms: list[PlainDict]) -> SkipstoneForCausalLM:
-    """Build a model with random weights on the device, with heads of 64 channels."""
+    """Build a model with random weights on the device, with heads of 64 channels.
+
+    mechanisms: entries of the configuration; empty: the dense model.
+    """
     torch.manual_seed(0)
     sizes = bench.sizes
     config = SkipstoneConfig(
@@ -63,7 +66,7 @@ def model_of(bench: Bench, mechanisms: list[PlainDict]) -> SkipstoneForCausalLM:
 
 
 def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
-    """Return a training step of the model."""
+    """Return a function that runs one training step of a model in one way, as in `both`."""
     sizes = bench.sizes
     ids = torch.randint(0, sizes["vocabulary"], (sizes["rows"], sizes["context"])).to(bench.device)
     fused = bench.device.type in ("cuda", "cpu")
@@ -82,16 +85,16 @@ def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
 
 
 def compile_blocks(model: SkipstoneForCausalLM, backend: str) -> None:
-    """Compile each block, as `train.compile` does, with room for as many versions as there are blocks."""
+    """Compile each block with a backend of torch.compile, with room for as many versions as there are blocks."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in model.model.layers:
         block.compile(backend=backend)
 
 
 def share_of_peak(key: str, flops: float, milliseconds: float) -> PlainDict:
-    """Return, under `key`, the share of the GPU's peak in bf16 that so many FLOPs in so long a time are.
+    """Return {key: share of the GPU's peak bf16 FLOP/s} for `flops` computed in `milliseconds`.
 
-    Empty for a GPU whose peak is not known, and without one.
+    Empty without a GPU, and for one whose peak is not known.
     """
     name = torch.cuda.get_device_name().replace(" ", "").upper() if torch.cuda.is_available() else ""
     found = [gpu for known, gpu in GPUS.items() if known.partition("-")[0].upper() in name]

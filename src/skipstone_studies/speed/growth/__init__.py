@@ -19,17 +19,17 @@ KINDS = {
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the curves, and what is measured of loading and importing."""
+    """Return the arms: all curves, and what is measured of loading and importing; `scale` has no effect."""
     return {**curves.arms(), **processes.arms(), **loading.arms()}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the figures of an arm by its kind."""
+    """Measure one arm, by the recipe's `kind`."""
     return KINDS[recipe["kind"]](recipe)
 
 
 def details(figures: ByArm) -> str:
-    """Return which exponents are those of arithmetic, every curve in seconds, and the tables of reading and imports."""
+    """Return the text and tables below the main table: which exponents agree, every curve in seconds, imports."""
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     lines = {arm: one for arm, one in found.items() if "points" in one}
     parts = []

@@ -37,11 +37,11 @@ M_MMAP_THRESHOLD, LARGE = -3, 1 << 16  # glibc then returns every freed block of
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one curve of forward passes. Returns the points and the exponents at its upper end.
+    """Measure one curve of forward passes: time and memory as one size of the model or its input grows.
 
-    exponents: of CPU time, of FLOPs by the cost model, of peak memory and of the bytes of the largest tensors, fitted
-    to the last points. rate: GFLOP/s at the first and last point; the two exponents of time and FLOPs differ by what
-    this rate gains or loses.
+    Returns, besides its points: `exponents` of CPU seconds, FLOPs by the cost model, peak memory and bytes of the
+    largest tensors, fitted to the last three points; `apart`, differences of these exponents; `rate`, GFLOP/s at the
+    first and last point. The exponents of time and FLOPs differ by the exponent of this rate.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
@@ -50,7 +50,7 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def with_exponents(points: list[dict[str, float]]) -> Figures:
-    """Return the figures of a curve from its points, which are in order of size."""
+    """Return the figures of a curve (see `measured`) from its points, which are in order of size."""
     ends = points[-LAST:]
     sizes = [point["size"] for point in ends]
     exponents = {key: exponent(sizes, [point[key] for point in ends]) for key in ("seconds", "flops", "peak", "bytes")}
@@ -69,7 +69,7 @@ def with_exponents(points: list[dict[str, float]]) -> Figures:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Return the least-squares slope of the logarithms of `values` over those of `sizes`."""
+    """Return the least-squares slope of log values over log sizes."""
     x, y = ([math.log(one) for one in several] for several in (sizes, values))
     return statistics.linear_regression(x, y).slope
 
@@ -98,7 +98,7 @@ def _point(recipe: RecipeDict, size: int) -> dict[str, float]:
 
 
 def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
-    """Build the model of a point with random weights."""
+    """Build the model of one point of a curve with random weights."""
     torch.manual_seed(recipe["seed"])
     config = SkipstoneConfig(
         vocab_size=recipe["vocabulary"],
@@ -112,14 +112,14 @@ def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return the CPU seconds of a call, which other processes disturb less than its duration."""
+    """Return the CPU seconds of calling `run`, which other processes disturb less than wall time."""
     start = time.process_time()
     run()
     return time.process_time() - start
 
 
 def peak_bytes(run: Callable[[], object]) -> float:
-    """Return by how much a call raises the peak of this process's resident memory (Linux)."""
+    """Return by how many bytes calling `run` raises the peak resident memory of this process (Linux only)."""
     gc.collect()
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
@@ -131,7 +131,7 @@ def peak_bytes(run: Callable[[], object]) -> float:
 
 
 def resident(name: str) -> int:
-    """Return a size in bytes from this process's status file, such as VmRSS or VmHWM."""
+    """Return a size in bytes from this process's status file; name: such as VmRSS or VmHWM."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
@@ -141,7 +141,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def arms(values: Mapping[str, Sequence[int]] = AXES) -> dict[str, RecipeDict]:
-    """Return the curves: every axis for every model."""
+    """Return the curves, one for each axis and model; values: the sizes by axis."""
     return {
         f"{axis}, {model}": {**SIZE, "kind": "curve", "axis": axis, "values": list(found), "model": model}
         for axis, found in values.items()

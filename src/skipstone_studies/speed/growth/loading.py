@@ -58,9 +58,9 @@ print(json.dumps({"size": size, "peak": resident("VmHWM") - before}))
 
 
 def memory(recipe: RecipeDict) -> Figures:
-    """Return the size of a checkpoint's weights and the peak memory of reading it, relative to that size.
+    """Measure the peak memory of loading or converting a checkpoint, in MB and relative to the size of its weights.
 
-    The peak counts pages of mapped files.
+    The peak includes pages of mapped files.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
@@ -79,7 +79,10 @@ def _python(text: str, *words: str) -> str:
 
 
 def imports(recipe: RecipeDict) -> Figures:
-    """Return the least CPU seconds of processes that import one thing or print the command's help, in turns."""
+    """Measure the CPU seconds of processes that import one thing or print the command's help.
+
+    Processes take turns, and the least of each counts.
+    """
     taken: dict[str, list[float]] = {name: [] for name in (*IMPORTS, "skipstone --help")}
     for _ in range(recipe["repeats"]):
         for name, text in IMPORTS.items():

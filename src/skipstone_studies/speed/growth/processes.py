@@ -22,8 +22,8 @@ SHARED = {**SIZE, "rows": 64, "width": 128}  # rows: of the whole step
 def measured(recipe: RecipeDict) -> Figures:
     """Measure training steps by FSDP2 on 1, 2 and 4 processes of this machine (gloo), which divide the rows.
 
-    Seconds are those of CPU time of the process that spends most, memory is that of the process that takes most.
-    Arithmetic divides both by the number of processes.
+    Seconds are the CPU seconds of the process that spends most, memory that of the process that uses most; ideally both
+    fall in proportion to the number of processes.
     """
     return with_exponents([_point(recipe, count) for count in recipe["values"]])
 
@@ -71,6 +71,6 @@ def _rank(recipe: RecipeDict, count: int, rank: int, folder: str) -> None:
 
 
 def arms() -> dict[str, RecipeDict]:
-    """Return a curve for every model."""
+    """Return the arms, one curve for each model."""
     common = {**SHARED, "kind": "processes", "axis": "processes", "values": list(COUNTS)}
     return {f"processes, {model}": {**common, "model": model} for model in MODELS}

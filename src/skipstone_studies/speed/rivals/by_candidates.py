@@ -24,13 +24,17 @@ ROWS = 32  # of the calibration text, which directions come from
 
 @torch.no_grad()
 def by_candidates(name: str, weights: str, candidates: int, directions: int) -> SkipstoneForCausalLM:
-    """Return the source, in int8 or as it is, with a head by candidates."""
+    """Return the source with an output head that computes exact logits of the most promising tokens only.
+
+    name: of the source. weights: "int8", or "float" to leave them. candidates: number of exact logits. directions: of
+    the hidden states that the preview uses to choose them, fitted on the calibration text.
+    """
     model = quantise(source(name)) if weights == "int8" else source(name)
     return with_head_candidates(model, calibration(name, ROWS), candidates, directions).eval()
 
 
 def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
-    """Return the logits that steps have, of all tokens of a text at once."""
+    """Return a function that computes, for all tokens of a text at once, the logits that decoding steps would have."""
     preview = model.head_preview
     assert preview is not None
 
@@ -42,14 +46,14 @@ def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
 
 
 def bytes_read(model: SkipstoneForCausalLM) -> float:
-    """Return the bytes of the weights that a step reads; a tied table is read as the head."""
+    """Return the bytes of weights that a decoding step reads; an embedding table counts only as the head."""
     tables = {id(p) for part in (model.lm_head, model.model.embed_tokens) for p in part.parameters()}
     return head_bytes(model) + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
 
 
 @cache
 def theirs(name: str) -> nn.Module:
-    """Return transformers' own model with the source's weights."""
+    """Return transformers' own model with the weights of the source `name`, in fp32."""
     if source(name).config.family in (None, "llama"):
         return llama(name)
     with tempfile.TemporaryDirectory() as folder, quiet():

@@ -36,19 +36,19 @@ SHARED = (
 
 
 class Engine(Protocol):
-    """Something that decodes a row."""
+    """Something that decodes one row greedily and can be timed."""
 
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time `new` greedy tokens after a prompt, by `now`; the prompt's pass is not timed."""
+        """Time `new` greedy tokens after the prompt ids_1T, in seconds of `now`; the prompt's pass is not timed."""
 
 
 def now() -> float:
-    """Return CPU seconds for one thread, which other processes hardly disturb; for several, seconds on the wall."""
+    """Return CPU seconds if torch uses one thread, which other processes hardly disturb; else seconds of wall time."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Torch:
-    """A model of ours or of transformers."""
+    """The engine of a PyTorch model, ours or transformers', with a growing cache."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.eval()
@@ -64,9 +64,9 @@ class Torch:
 
 
 class Drafted:
-    """A model of ours with a draft, whose length follows from measured times.
+    """The engine of our model with speculative decoding, whose number of guesses follows from measured times.
 
-    guessed: tokens so far that the draft had proposed, and all tokens.
+    draft: source of the guesses, as in `stream`. guessed: [tokens that the draft had proposed, all tokens] so far.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, draft: str) -> None:
@@ -82,14 +82,17 @@ class Drafted:
 
 
 class PromptLookup:
-    """transformers' own prompt lookup (`prompt_lookup_num_tokens`), with its Llama."""
+    """The engine of transformers' own prompt lookup, with transformers' Llama.
+
+    count: tokens guessed at a time (`prompt_lookup_num_tokens`).
+    """
 
     def __init__(self, model: LlamaForCausalLM, count: int) -> None:
         self.model, self.count = model, count
 
     @torch.inference_mode()
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time the tokens after the first; the pass over the prompt and one token is taken off."""
+        """Time the tokens after the first, as the difference of two calls of `generate`."""
         options: PlainDict = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         seconds = []
         for count, more in ((1, {}), (new + 1, {"prompt_lookup_num_tokens": self.count})):
@@ -100,7 +103,11 @@ class PromptLookup:
 
 
 class LlamaCpp:
-    """llama.cpp by its Python bindings, which a user installs: `pip install llama-cpp-python`."""
+    """The engine of llama.cpp through its Python bindings, which a user installs: `pip install llama-cpp-python`.
+
+    name: of the source, a file in SKIPSTONE_DATA. format: "F16", "Q8_0", or anything else for the file as it is.
+    folder: where the file in another format is written. threads: CPU threads.
+    """
 
     def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:
         import llama_cpp  # type: ignore[import-not-found]
@@ -132,7 +139,7 @@ class LlamaCpp:
         return Lap(tokens=new, seconds=now() - start, joules=None)
 
     def logits(self, ids_1T: Tensor) -> Tensor:
-        """Return the logits of every token, [T, V], fed one by one."""
+        """Return the logits [T, V] of every token of ids_1T, fed one by one."""
         self.model.reset()
         return torch.stack([torch.tensor(self._feed([token])) for token in ids_1T[0].tolist()])
 
@@ -141,7 +148,10 @@ class LlamaCpp:
 
 
 def llama(name: str) -> LlamaForCausalLM:
-    """Return transformers' Llama with the source's weights. Raises ValueError if the source is no Llama."""
+    """Return transformers' Llama with the weights of the source `name`.
+
+    Raises ValueError if the source does not compute what a Llama computes.
+    """
     ours = source(name)
     values = {field: getattr(ours.config, field) for field in SHARED}
     tied, eps = ours.head_is_tied, ours.config.norm_eps
@@ -156,9 +166,10 @@ def llama(name: str) -> LlamaForCausalLM:
 
 
 def torchao(name: str, bits: int) -> tuple[nn.Module, float]:
-    """Return the source with linear layers in torchao's int8 or int4 (groups of 32), and the bytes a token reads.
+    """Return the source with linear layers in torchao's format, and the bytes of weights that a token reads.
 
-    The tied head keeps 4 bytes a weight: torchao leaves it alone. int4 is stored in a byte each on a CPU.
+    name: of the source. bits: 8, or 4 (in groups of 32, stored in one byte each on a CPU). The tied output head keeps 4
+    bytes a weight, because torchao does not change it.
     """
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 

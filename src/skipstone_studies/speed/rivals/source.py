@@ -52,13 +52,16 @@ def _texts() -> dict[str, str]:
 
 @cache
 def rows(name: str) -> Mapping[str, Tensor]:
-    """Return int64 [ROWS, LENGTH] of each text, drawn at equal distances."""
+    """Return token ids [ROWS, LENGTH] of each text on which ways are judged, by its title.
+
+    The rows lie at equal distances in the text. name: of the source, whose tokenizer is used.
+    """
     return {title: _drawn(name, text, ROWS) for title, text in _texts().items()}
 
 
 @cache
 def calibration(name: str, count: int = 4) -> Tensor:
-    """Return int64 [count, LENGTH] of a text that no figure is of."""
+    """Return token ids [count, LENGTH] of the text on which thresholds are set; no figure is measured on it."""
     corpus, split = CALIBRATION
     return _drawn(name, "\n\n".join(load_corpus(corpus).documents(split)), count)
 
@@ -73,15 +76,18 @@ def _drawn(name: str, text: str, count: int) -> Tensor:
 
 @cache
 def hidden(name: str, title: str) -> Tensor:
-    """Return the source's normalised hidden states on the rows of a text, [ROWS, LENGTH, D]."""
+    """Return the source's normalised hidden states on the rows of the text `title`, [ROWS, LENGTH, width]."""
     with torch.inference_mode():
         return source(name).model(rows(name)[title]).last_hidden_state  # type: ignore[return-value]
 
 
 @torch.inference_mode()
 def distance(name: str, logits: Logits) -> Figures:
-    """Return, by text, nats of KL(source || way) a token, the share of equal likeliest tokens, and both perplexities;
-    `worst` is the largest divergence.
+    """Return how far a way's predictions are from the source's, by text.
+
+    logits: computes the way's logits. Keys for each text: `kl` (KL(source || way) in nats a token), `agreement` (share
+    of tokens with the same most likely next token), `perplexity` and `increase` (of the perplexity, relative to the
+    source's). `worst` is the largest KL of all texts.
     """
     found: PlainDict = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
     return {**found, "worst": max(of["kl"] for of in found.values())}

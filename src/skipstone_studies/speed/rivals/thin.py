@@ -26,7 +26,7 @@ Way = tuple[Logits, Callable[[], float]]  # the second is asked after the first 
 
 
 def weights(model: SkipstoneForCausalLM) -> int:
-    """Return the weights that a token reads: all, a tied table once, of an untied table nothing."""
+    """Return the number of weights that a token reads; an untied embedding table does not count."""
     table = 0 if model.head_is_tied else model.model.embed_tokens.weight.numel()
     return sum(p.numel() for p in model.parameters()) - table
 
@@ -64,7 +64,10 @@ def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[A
 
 
 def teal(name: str, sparsity: float) -> Way:
-    """Set small inputs of every matrix to 0, below one threshold per matrix (TEAL, arXiv 2408.14690, uniform)."""
+    """Set inputs of every matrix to 0 that are below one threshold per matrix (TEAL, arXiv 2408.14690, uniform).
+
+    name: of the source. sparsity: share of the inputs that are set to 0 on the calibration text.
+    """
     model = source(name)
     sites = {block.get_submodule(path): Site() for block in model.model.layers for path in (*MATRICES, *MLP)}
 
@@ -76,7 +79,10 @@ def teal(name: str, sparsity: float) -> Way:
 
 
 def cats(name: str, sparsity: float) -> Way:
-    """Set neurons to 0 whose activation is below a threshold of their block (CATS, arXiv 2404.08763)."""
+    """Set neurons to 0 whose activation is below a threshold of their block (CATS, arXiv 2404.08763).
+
+    name: of the source. sparsity: share of the neurons that are set to 0 on the calibration text.
+    """
     model = source(name)
     blocks: Any = model.model.layers
     sites = {block.mlp.activation: Site() for block in blocks}
