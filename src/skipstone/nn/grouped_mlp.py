@@ -36,9 +36,10 @@ Part: TypeAlias = tuple[Tensor, ...]  # gate, up and down weights of the groups 
 
 @dataclass(frozen=True)
 class Held:
-    """Copied weights that decoding steps reuse while the groups stay the same.
+    """Copied weights that decoding steps reuse while each row's neuron groups stay the same.
 
-    group_BK: the groups of each row. parts: the weights of each row.
+    group_BK: int64, the K groups that are on in each of B rows. parts: for each row, the gate, up and down weights of
+    these groups.
     """
 
     group_BK: Tensor
@@ -46,7 +47,11 @@ class Held:
 
 
 class DivisibleMLP(FeedForward):
-    """A gated MLP whose neurons are divided into groups; subclasses define how the groups that are on are computed."""
+    """The base class of gated MLPs whose neurons are divided into groups that are switched on or off for each token.
+
+    width: of the residual stream. neurons: of the MLP. activation: of the gates. router: chooses the groups that are
+    on. dropout: probability for the output. Subclasses define how the groups that are on are computed.
+    """
 
     def __init__(
         self, width: int, neurons: int, activation: Activation, router: GroupRouter, dropout: float = 0.0
@@ -66,7 +71,7 @@ class DivisibleMLP(FeedForward):
 
     @property
     def divisible(self) -> bool:
-        """Whether parts of its matrices may be multiplied without calling the linear layers (`weight_is_readable`)."""
+        """Whether parts of the weight matrices can be multiplied alone, without calling the linear layers."""
         return all(map(weight_is_readable, self.matrices()))
 
     def matrices(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -83,12 +88,20 @@ class DivisibleMLP(FeedForward):
         return sum(map(weights_multiplied, self.matrices()))
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
-        """Return passes through the whole MLP that equal the work of those through the groups that are on."""
+        """Return the work of `tokens` tokens in this MLP, as a number of passes through the whole MLP.
+
+        kept: the measured share of groups that is on, from `measured`; if empty, as configured. single_token: whether
+        it is a call of one token without gradients, which may multiply fewer weights.
+        """
         share = Fraction(number(kept.get(self.router.placement.name, self.router.share_on)))
         return Fraction(tokens) * self._matrix_share(share, single_token)
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return the share of groups that is on; if more are tried than kept, the mean of both shares."""
+        """Return the share of neuron groups that is on in a forward pass, by the name of the record.
+
+        records: of the pass. If more groups are tried than kept, it is the mean of both shares, tried groups needing
+        one matrix and kept ones another. Empty if no token was reached.
+        """
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)
         if record is None or not record.reached_BT.any():
@@ -109,7 +122,11 @@ class DivisibleMLP(FeedForward):
 
 
 class GroupedMLP(DivisibleMLP):
-    """An MLP whose groups are chosen from its input, as by `mechanisms/neuron_groups.py`."""
+    """A gated MLP whose router chooses the neuron groups from the MLP's input, as in `mechanisms/neuron_groups.py`.
+
+    width: of the residual stream. neurons: of the MLP. activation: of the gates. router: chooses the groups. dropout:
+    probability for the output.
+    """
 
     router: InputGroupRouter
 
@@ -187,7 +204,7 @@ class GroupedMLP(DivisibleMLP):
 
 
 def whole_weight(linear: nn.Linear) -> Tensor:
-    """Return the weight of a linear layer; a quantised one (torchao), which cannot be sliced, is dequantised."""
+    """Return the weight matrix of a linear layer, dequantised if it is one of torchao's, which cannot be sliced."""
     return linear.weight.dequantize() if is_quantised(linear) else linear.weight
 
 

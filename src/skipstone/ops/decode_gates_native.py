@@ -45,11 +45,14 @@ WHOLE = np.float32(1)
 def decide(
     gates: Array, chain: Array, scope: Array, x: Array, judged: Array, hidden_at: int, team: Array, arrivals: int
 ) -> int:
-    """Let a chain of gates decide about the tokens of a scope; return the arrivals that end the next wait.
+    """Let a chain of depth mechanisms (gates) decide about the tokens at one site of a block; compiled code.
 
-    gates: int64 table and fp32 numbers of all gates. chain: first gate, number of gates, the scope outside and the one
-    to fill. scope: for each scope and token, what the token is, the factor on sub-layers and that on the update.
-    judged: `states`, and what is said of gates and tokens, [FIELDS, G, T] and [2, G, T]. team: part, parts, barrier.
+    gates: int64 table and fp32 numbers of all gates (columns as listed in this file). chain: index of the first gate,
+    number of gates, index of the scope outside, and of the scope to fill. scope: for each scope and token, whether the
+    token is absent, gives keys only or gets an update; the factor on its sub-layers' updates; and that on the whole
+    update. x: the stream [T, D]. judged: what is written: carried states, [FIELDS, G, T] numbers and [2, G, T] flags.
+    hidden_at: address of memory for hidden layers of routers. team: index of the thread, number of threads, address of
+    their barrier. arrivals: count that ends the next wait at the barrier; the new count is returned.
     """
     (table, _numbers), (first, count, outer, inner), (kind, gain, factor) = gates, chain, scope
     part, parts, barrier = team
@@ -167,7 +170,11 @@ def _follow(gate: Array, g: int, inner: int, scope: Array, judged: Array) -> Non
 
 @compiled
 def listed(kinds: Array, least: int, out: Array) -> int:
-    """Write the tokens that are at least this to `out`, in order, and return how many there are."""
+    """Write the indices of the tokens whose kind is at least `least` to `out`, ascending, and return their number.
+
+    Compiled code. kinds: for each token ABSENT, GIVES_KEYS or ASKS (gets an update), in this order. least: one of
+    these.
+    """
     count = 0
     for n in range(len(kinds)):
         if kinds[n] >= least:
@@ -178,7 +185,11 @@ def listed(kinds: Array, least: int, out: Array) -> int:
 
 @compiled
 def remembered(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> bool:
-    """Copy this part of the stream if a factor acts on what is added to it; return whether one does."""
+    """Copy this thread's columns of the stream if a factor other than 1 acts on what will be added; return whether.
+
+    Compiled code. kinds: what each token is (ABSENT, GIVES_KEYS, or ASKS: gets an update). factor: of each token. x:
+    the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
+    """
     acts = False
     for n in range(len(kinds)):
         acts = acts or (kinds[n] == ASKS and factor[n] != WHOLE)
@@ -192,7 +203,11 @@ def remembered(kinds: Array, factor: Array, x: Array, start: Array, part: int, p
 
 @compiled
 def weigh(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> None:
-    """Multiply what has been added to this part of the stream since `remembered`."""
+    """Multiply what was added to the stream since `remembered` by the tokens' factors, in this thread's columns.
+
+    Compiled code. kinds: what each token is; only those that get an update (ASKS) are changed. factor: of each token.
+    x: the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
+    """
     first, last = share_of(x.shape[1], part, parts)
     for n in range(len(kinds)):
         if kinds[n] == ASKS:

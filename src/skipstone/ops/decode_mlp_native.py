@@ -27,7 +27,11 @@ ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.4
 
 @compiled
 def gated(gate: Array, up: Array, runs: Array, part: int, parts: int) -> None:
-    """Compute gate = function(gate) * up for a part of the neurons. runs [N, 2]: functions, and where each ends."""
+    """Compute gate = function(gate) * up in place for one thread's share of the neurons; compiled code.
+
+    gate, up: fp32 [T, F]. runs: int64 [N, 2], indices of functions and the neuron at which each ends. part, parts:
+    index and number of threads.
+    """
     first, last = share_of(gate.shape[1], part, parts)
     for n in range(gate.shape[0]):
         start = 0
@@ -77,7 +81,11 @@ def _gelu(x: Array) -> Array:
 
 @compiled
 def context(row: Array, tokens: int, width: int, x_at: int, z_at: int, part: int, parts: int) -> None:
-    """Project a part of the MLP's input x [T, D] to z [T, R]."""
+    """Project the MLP's input x [T, D] to z [T, R] for one thread's share of the R outputs; compiled code.
+
+    row: the mixture's columns in the table of the block. tokens: T. width: D. x_at, z_at: addresses. part, parts: index
+    and number of threads.
+    """
     R = row[PROJECTED]
     weight, x = _lying(row[CONTEXT_WEIGHT], (R, width), ONE), _lying(x_at, (tokens, width), ONE)
     first, last = share_of(R, part, parts)
@@ -88,9 +96,11 @@ def context(row: Array, tokens: int, width: int, x_at: int, z_at: int, part: int
 def mixture_logits(
     row: Array, decay: float, z: Array, slots: Array, memory: Array, column: int, logits: Array, writes: bool
 ) -> None:
-    """Compute the logits [T, A] that the tokens so far give all neurons; write their sums into the store if `writes`.
+    """Compute PolyGLU's logits [T, A] from the tokens so far, and store their running sums if `writes`; compiled code.
 
-    memory: addresses of stored sums [C, S] and slots. column: the first new one. slots: of the tokens.
+    row: the mixture's columns in the table of the block. decay: factor on older tokens in the running mean; negative:
+    each token alone. z: projected tokens [T, R]. slots: of the tokens, int64. memory: addresses of stored sums and
+    slots. column: number of sums stored before. logits: the result.
     """
     T, R = z.shape
     total, mean = np.zeros(R + 1, np.float32), np.empty(R, np.float32)
@@ -121,7 +131,11 @@ def mixture_logits(
 
 @compiled
 def mixed(row: Array, scale: float, logits: Array, gate: Array, up: Array, part: int, parts: int) -> None:
-    """Compute gate = (sum_k share_k function_k(gate)) * up for a part of the neurons."""
+    """Compute gate = (sum_k share_k function_k(gate)) * up in place, for one thread's share of the neurons.
+
+    Compiled code. row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences.
+    logits: of the tokens, [T, A] for A functions. gate, up: fp32 [T, F]. part, parts: index and number of threads.
+    """
     F = gate.shape[1]
     first, last = share_of(F, part, parts)
     preference, cold = _lying(row[PREFERENCE], (F, A), ONE), WHOLE / _lying(row[TAU], (1,), ONE)[0]

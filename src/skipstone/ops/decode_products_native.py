@@ -20,13 +20,19 @@ ZERO = np.float32(0)
 
 @compiled
 def private(tokens: int, widest: int) -> int:
-    """Return the bytes that each thread has for itself: normed and rounded tokens, and a number of each."""
+    """Return the bytes of working memory that each thread needs for itself: normed and rounded tokens, factors.
+
+    tokens: number of tokens. widest: largest number of inputs of any matrix. Compiled code.
+    """
     return (6 * tokens * widest + 4 * tokens + 127) // 64 * 64
 
 
 @compiled
 def together(parts: int, barrier: int, arrivals: int) -> int:
-    """Wait for the other threads; return the arrivals that end the next wait."""
+    """Wait until all threads have arrived here, and return the count that ends the next wait; compiled code.
+
+    parts: number of threads. barrier: its address. arrivals: count of arrivals before this wait.
+    """
     if parts > 1:
         wait(barrier, arrivals + parts)
     return arrivals + parts
@@ -34,14 +40,21 @@ def together(parts: int, barrier: int, arrivals: int) -> int:
 
 @compiled
 def share_of(rows: int, part: int, parts: int) -> Array:
-    """Return the first row of a part and the one after its last."""
+    """Return the first row that one thread computes, and the one after its last; compiled code.
+
+    rows: number of all rows. part, parts: index and number of threads.
+    """
     each = -(-rows // (16 * parts)) * 16
     return min(part * each, rows), min((part + 1) * each, rows)
 
 
 @compiled
 def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> None:
-    """Normalise x [T, D] by root mean square, or copy it."""
+    """Normalise x [T, D] by root mean square, or copy it; compiled code.
+
+    weight_at: address of the weight; 0: copy. eps: added to the mean square. offset: added to the weight. out_at:
+    address of the result.
+    """
     out = _lying(out_at, x.shape, ONE)
     for n in range(x.shape[0]):
         norm_row(x[n], weight_at, eps, offset, out[n])
@@ -49,6 +62,10 @@ def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> No
 
 @compiled
 def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) -> None:
+    """Normalise one token x [D] by root mean square into `out`, which may be x, or copy it; compiled code.
+
+    weight_at: address of the weight; 0: copy. eps: added to the mean square. offset: added to the weight.
+    """
     width = len(x)
     if not weight_at:
         for d in range(width):
@@ -64,14 +81,23 @@ def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) ->
 
 @compiled
 def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> None:
-    """Round tokens for products with int8 weights."""
+    """Round fp32 tokens to int16 for products with int8 weights; compiled code.
+
+    wanted: 0 does nothing. x_at: address of the tokens. places: addresses of which the second gets the int16 numbers
+    and the third the factors that restore them. tokens, width: number of tokens, and of inputs.
+    """
     if wanted:
         round_tokens((x_at, places[1], places[2]), (tokens, 0, width, 0))
 
 
 @compiled
 def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
-    """Compute a part of the outputs of one matrix, given by its four columns. sizes: tokens, outputs, inputs."""
+    """Multiply tokens with one matrix, for one thread's share of its outputs; compiled code.
+
+    matrix: addresses of weight, scale (0: fp32) and bias (0: none), and number of scales per row. sizes: tokens,
+    outputs, inputs. x_at: address of the fp32 tokens. places: addresses of which the second and third hold the rounded
+    tokens. y_at: address of the result. part, parts: index and number of threads.
+    """
     weight_at, scale_at, bias_at, scales = matrix[0], matrix[1], matrix[2], matrix[3]
     tokens, outputs, inputs = sizes
     first, last = share_of(outputs, part, parts)
@@ -90,7 +116,10 @@ def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, pa
 
 @compiled
 def single_rows(weight: Array, x: Array, y: Array, first: int, last: int) -> None:
-    """Multiply fp32 rows with up to four tokens at a time."""
+    """Multiply rows `first` to `last` - 1 of an fp32 weight [O, I] with tokens x [T, I] into y [T, O].
+
+    Compiled code, for up to four tokens at a time.
+    """
     tokens, inputs = x.shape
     for o in range(first, last):
         n = 0
@@ -114,5 +143,6 @@ def single_rows(weight: Array, x: Array, y: Array, first: int, last: int) -> Non
 
 @compiled
 def sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + e^-x) in fp32; compiled code."""
     small = _exp(-abs(x))
     return (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)

@@ -22,10 +22,10 @@ PLAIN = (Tensor, nn.Parameter)  # no subclass: its data may lie elsewhere
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Return whether the compiled operations can be used for these tensors now.
+    """Return whether the compiled operations of this module can be used for these tensors now.
 
-    They need numba, plain fp32 tensors in a CPU's memory, and no gradients. torch does not see them, so they are not
-    used while a compiler, a tracer or a FLOP counter observes its operations.
+    They need numba, plain fp32 tensors in a CPU's memory, and no gradients or autocast. PyTorch does not see them, so
+    they are not used while a compiler, a tracer or a FLOP counter observes its operations.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _installed():
         return False
@@ -37,7 +37,10 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight for x [..., D] of few rows; see `takes`."""
+    """Return x / sqrt(mean(x^2) + eps) * weight by one compiled call.
+
+    x: [..., D] of few rows, as `takes` accepts it. weight_D: the weight.
+    """
     x = x.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
     _native().rms_norm(x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
@@ -54,11 +57,12 @@ def attend_newest(
     column: int,
     scaling: float,
 ) -> Tensor:
-    """Rotate the newest token's query and key, store key, value and slot, and attend to all stored keys; see `takes`.
+    """Rotate one token's query and key, store key, value and slot, and attend to all stored keys, by one compiled call.
 
-    query: [1, 1, H E]. key, value: [1, 1, G E]. rotary: cos and sin [1, 1, E] as `reference.rotate` takes them, or
-    None. stored: "key" and "value", [1, C, G, E], and "slot", int64 [1, C]; `column` of them is written. slot: int64
-    [1, 1]. Returns [1, 1, H E].
+    query: [1, 1, H E] for H heads of size E. key, value: [1, 1, G E] for G key/value heads. rotary: cos and sin, [1, 1,
+    E], as in `reference.rotate`; None: no rotation. stored: "key" and "value", [1, C, G, E], and "slot", int64 [1, C],
+    of which index `column` is written and the columns up to it are read. slot: int64 [1, 1]. scaling: factor on scores.
+    Returns [1, 1, H E]. Tensors must be such that `takes` accepts them.
     """
     query, key, value = (x.float().contiguous() for x in (query, key, value))
     y = torch.empty_like(query)

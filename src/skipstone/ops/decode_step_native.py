@@ -24,7 +24,10 @@ SERIES = tuple(np.float32(1 / x) for x in (1, 1, 2, 6, 24, 120, 720))
 
 @compiled
 def rms_norm(x_at: int, weight_at: int, y_at: int, rows: int, width: int, eps: float) -> None:
-    """Normalise x [rows, width] into y by root mean square; all are passed by address."""
+    """Normalise x [rows, width] into y by root mean square; compiled code.
+
+    x_at, weight_at, y_at: addresses of fp32 numbers. rows, width: the shape. eps: added to the mean square.
+    """
     x, y, weight = _lying(x_at, (rows, width), ONE), _lying(y_at, (rows, width), ONE), _lying(weight_at, (width,), ONE)
     for n in range(rows):
         total = np.float32(0)
@@ -37,7 +40,11 @@ def rms_norm(x_at: int, weight_at: int, y_at: int, rows: int, width: int, eps: f
 
 @compiled
 def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
-    """Store and attend for one token as in `decode_step.attend_newest`, on addresses."""
+    """Store one token's key and value and attend to all stored keys, as in `decode_step.attend_newest`; compiled code.
+
+    addresses: of query, key, value, cos, sin (0: no rotation), slot, stored keys, values and slots, and output. sizes:
+    query heads, key/value heads, head size, columns of the store, and the column to write. scaling: factor on scores.
+    """
     q_at, k_at, v_at, cos_at, sin_at, slot_at, keys_at, values_at, slots_at, y_at = addresses
     H, G, E, C, column = sizes
     key, value, new = _lying(keys_at, (C, G, E), ONE), _lying(values_at, (C, G, E), ONE), _lying(v_at, (G, E), ONE)

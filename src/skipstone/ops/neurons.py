@@ -26,10 +26,11 @@ Block = tuple[slice, slice]  # range of neurons among those that are on, and amo
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Runs of tokens with the groups of neurons that they keep.
+    """Runs: sequences of consecutive tokens that keep the same groups of neurons.
 
-    group_MK: int64, the groups of each run, ascending. bounds: the first token of each run, followed by N; on the host.
-    blocks: the blocks of each run. total: G.
+    group_MK: int64, the K groups that each of M runs keeps, ascending. bounds: index of the first token of each run,
+    and last the number of tokens; a list on the host. blocks: for each run, its blocks (adjacent groups) as pairs of
+    slices: the neurons among those that are on, and among all. total: the number of all groups.
     """
 
     group_MK: Tensor
@@ -39,7 +40,11 @@ class Runs:
 
     @classmethod
     def of(cls, group_NK: Tensor, begins_N: Tensor, total: int, size: int) -> Runs:
-        """Build the runs that start where `begins_N` is True, which includes the first token. The host waits."""
+        """Build runs of N tokens. The host waits once for the device.
+
+        group_NK: int64, the groups that each token keeps, ascending. begins_N: bool, tokens at which a run begins,
+        including the first. total: number of all groups. size: neurons per group.
+        """
         start_M = begins_N.nonzero()[:, 0]
         group_MK = group_NK.index_select(0, start_M)
         bounds, *kept = torch.cat((start_M[None], group_MK.t())).tolist()
@@ -53,7 +58,10 @@ class Runs:
 
 
 def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
-    """Return the blocks that ascending groups of `size` neurons form."""
+    """Return the blocks that groups form: adjacent groups as pairs of slices of neurons, among those on, and among all.
+
+    groups: indices of the groups that are on, ascending. size: neurons per group.
+    """
     starts = [k for k, group in enumerate(groups) if not k or groups[k - 1] != group - 1]
     return [
         (slice(a * size, b * size), slice(groups[a] * size, (groups[b - 1] + 1) * size))
@@ -62,9 +70,10 @@ def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
 
 
 def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tensor:
-    """Compute F.linear with only the neurons that are on.
+    """Compute F.linear for N tokens with only the neurons that are on, J for each token.
 
-    axis 0: the neurons are outputs, and the result is [N, J]; axis 1: they are inputs, and x is [N, J].
+    x_NI: the input. weight_OI: the whole weight. runs: which neurons are on for which tokens. axis: 0 if neurons are
+    the outputs, and the result is [N, J]; 1 if they are the inputs, and x is [N, J]. Follows autocast.
     """
     device, dtype = weight_OI.device.type, weight_OI.dtype
     if torch.is_autocast_enabled(device):  # autocast does not cover custom functions
@@ -74,14 +83,23 @@ def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tenso
 
 
 def kept_part(weight_OI: Tensor, group_K: Tensor, total: int, axis: int) -> Tensor:
-    """Return a copy of the weights of these groups, [J, I] or [O, J]."""
+    """Return a copy of the weights of some neuron groups, [J, I] or [O, J] for the J neurons of these groups.
+
+    weight_OI: the whole weight. group_K: int64, indices of the groups. total: number of all groups. axis: of the
+    neurons in the weight, 0 or 1.
+    """
     return weight_OI.unflatten(axis, (total, -1)).index_select(axis, group_K).flatten(axis, axis + 1)
 
 
 def mix_kept(
     gate_NJ: Tensor, static_BFA: Tensor, dynamic_NA: Tensor, temperature: Tensor | float, runs: Runs, row_N: Tensor
 ) -> Tensor:
-    """Compute `mix_activations` for the neurons that are on. row_N: int64, row of each token, used if B is not 1."""
+    """Compute `mix_activations` for the neurons that are on, [N, J].
+
+    gate_NJ: pre-activations of N tokens. static_BFA: preferences of all F neurons, [1 or B, F, A]. dynamic_NA: logits
+    of the tokens. temperature: of the softmax over the A functions. runs: which neurons are on for which tokens. row_N:
+    int64, row of each token, used if B is not 1.
+    """
     static_BGSA, parts = static_BFA.unflatten(1, (runs.total, -1)), []
     for (start, end), group_K in zip(pairwise(runs.bounds), runs.group_MK, strict=True):
         at = slice(start, end)
