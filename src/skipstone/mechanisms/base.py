@@ -68,7 +68,7 @@ class DepthMechanism(DepthModule):
 
         counts: the latter. kept: the measured counts of the tokens that the mechanism keeps; None: not measured, so the
         configuration decides. oracle: whether the pass is a training pass, whose decisions may look at the whole row.
-        By default, skipped tokens still provide keys and values, and nothing is skipped in an oracle pass or if `kept`
+        By default, skipped tokens still provide keys and values, and nothing is skipped in a training pass or if `kept`
         is None.
         """
         if oracle or kept is None:

@@ -27,7 +27,7 @@ class Memory:
     """The running sums that a gate stored in the KV cache in earlier calls; empty without a cache.
 
     tokens: the tokens of the present call. cache: the cache of this layer, or None. name: the name under which the gate
-    stores its entries there. Entries are tensors with one value per token, so that cropping the cache stays exact.
+    stores its entries there. An entry has one vector for each token, so that cropping the cache stays exact.
     """
 
     tokens: Tokens
@@ -94,8 +94,8 @@ def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float
     """Return the exponentially weighted mean of z up to and including each token of a document, fp32 [B, T, R].
 
     z_BTR: fp32, R features of each token; padding is left out. memory: the sums of earlier calls, to which those of
-    this call are appended. decay: in (0, 1); the token n real tokens back has weight decay^n. The weighted sum is
-    divided by the sum of the weights.
+    this call are appended. decay: in (0, 1); a token n back, padding not counted, has weight decay^n. The weighted sum
+    is divided by the sum of the weights.
     """
     total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)
@@ -105,8 +105,8 @@ def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float
 def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tensor:
     """Return for each token the mean of z over all chunks before its own, fp32 [B, T, R]; 0 in the first chunk.
 
-    A document is divided into chunks of `size` real tokens. z_BTR: fp32, R features of each token. memory: the sums of
-    earlier calls, to which those of this call are appended.
+    A document is divided into chunks of `size` tokens, padding not counted. z_BTR: fp32, R features of each token.
+    memory: the sums of earlier calls, to which those of this call are appended.
     """
     last_B1S, done_B1S = memory.last("sum"), memory.last("done")
     total_BTS = _running_sum(z_BTR, tokens, memory, last_B1S)
@@ -125,9 +125,9 @@ def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay:
     """Return for each token the exponential mean of z as of the first token of its chunk, fp32 [B, T, R].
 
     All tokens of a chunk thus share one context, which is known when the chunk begins. A document is divided into
-    chunks of `size` real tokens; padding before the first token of a row is a chunk of its own. z_BTR: fp32, R features
-    of each token. memory: the state of earlier calls, to which that of this call is appended. decay: weight decay^n of
-    the token n tokens back, as in `exponential_mean`.
+    chunks of `size` tokens, padding not counted; padding before the first token of a row is a chunk of its own. z_BTR:
+    fp32, R features of each token. memory: the state of earlier calls, to which that of this call is appended. decay:
+    weight decay^n of the token n tokens back, as in `exponential_mean`.
     """
     state, R = memory.last("state"), z_BTR.shape[-1]
     last_B1S, last_B11, last_B1R = (None, None, None) if state is None else state.split((R + 1, 1, R), -1)

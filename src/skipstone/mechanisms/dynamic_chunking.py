@@ -184,7 +184,7 @@ class DynamicChunking(DepthMechanism):
         return torch.where(reached_BT, ratio_B1 * self.config.ratio_weight, 0.0)
 
     def set_identity(self) -> None:
-        """Keep every token with p = 1, so that the model computes what it would without the mechanism."""
+        """Let every token begin a chunk (p = 1), so that the model computes what it would without the mechanism."""
         self.keeps_all = True
 
     def end_dense_start(self) -> bool:

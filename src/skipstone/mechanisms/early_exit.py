@@ -37,9 +37,9 @@ EPSILON = 1e-12
 class EarlyExitConfig:
     """The options of early exit, in which every block multiplies a token's survival by sigmoid(w . x + b).
 
-    start_bias: initial b (3: survival falls by a factor of .95 per block). depth_weight: coefficient of the mean
-    survival in the loss, at least 0. execution: what a causal pass (evaluation, generation) does: "hard" skips exited
-    tokens, "soft" only scales updates by survival. threshold: the survival, in (0, 1), at or below which a token exits.
+    start_bias: initial b (3: each block multiplies survival by .95). depth_weight: coefficient of the mean survival in
+    the loss, at least 0. execution: what evaluation and generation do: "hard" skips exited tokens, "soft" only scales
+    updates by survival. threshold: the survival, in (0, 1), at or below which a token exits.
     """
 
     start_bias: float = 3.0
@@ -98,7 +98,7 @@ class EarlyExit(DepthMechanism):
 
     @property
     def state_name(self) -> str:
-        """The name under which the survival of tokens is passed from block to block in `Tokens.state`."""
+        """The name under which `Tokens.state` passes tokens' survival (a product of gates) from block to block."""
         return self.placement.name or "early_exit"
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
@@ -107,8 +107,8 @@ class EarlyExit(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the block's update with each token's survival as gain, [B, T, D], and the records.
 
-        update: the function of the wrapped block. x_BTD: the hidden states before it. In a hard causal pass, tokens
-        whose survival is at or below the threshold get no update.
+        update: the function of the wrapped block. x_BTD: the hidden states before it. With `execution: hard`, tokens
+        whose survival is at or below the threshold get no update in generation and evaluation.
         """
         score_BT, before_BT = self.router(x_BTD), tokens.state.get(self.state_name)
         survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT

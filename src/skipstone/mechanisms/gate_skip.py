@@ -40,10 +40,10 @@ EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that 
 class GateSkipConfig:
     """The options of GateSkip.
 
-    capacity: share of tokens that a hard causal pass computes, in (0, 1]. gate: one number per channel or one per
+    capacity: share of tokens that passes compute if they skip, in (0, 1]. gate: one number per channel or one per
     token. start_bias: initial bias of the gate's logit (5: gates start at .993). sparsity_weight: coefficient of the
-    mean gate in the loss, at least 0. execution: what a causal pass (evaluation, generation) does: "hard" skips tokens
-    with low gates, "soft" only scales updates.
+    mean gate in the loss, at least 0. execution: what evaluation and generation do: "hard" skips tokens with low gates,
+    "soft" only scales updates.
     """
 
     capacity: float = 0.75
@@ -61,8 +61,9 @@ class GateSkipConfig:
 class GateSkip(DepthMechanism):
     """GateSkip (arXiv 2510.13876): a sigmoid gate scales a sub-layer's update, and tokens with low gates skip it.
 
-    Training scales the updates of all tokens. A hard causal pass skips tokens whose mean gate is below a running
-    quantile of the gates seen in training; their keys and values are still computed. Options: `GateSkipConfig`.
+    Training scales the updates of all tokens. Generation and evaluation skip tokens whose mean gate is below a running
+    quantile of the gates seen in training, but still compute their keys and values; with `execution: soft`, they skip
+    nothing. Options: `GateSkipConfig`.
     """
 
     Config = GateSkipConfig
@@ -97,8 +98,8 @@ class GateSkip(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the update times the gate, [B, T, D], and the records; a score is the logit of a token's mean gate.
 
-        update: the function of the wrapped sub-layer. x_BTD: the hidden states before it. In a hard causal pass,
-        skipped tokens get no update.
+        update: the function of the wrapped sub-layer. x_BTD: the hidden states before it. With `execution: hard`,
+        tokens with low gates get no update in generation and evaluation.
         """
         open_BTG = self.router.all(x_BTD).sigmoid()
         mean_BT = open_BTG.mean(-1)

@@ -128,10 +128,10 @@ class ScheduledGroups(GroupRouter):
         return self.schedule.not_ready_reason()
 
     def start_as_dense(self) -> None:
-        """Do nothing: the warm-up of the capacity starts at 1, where every group is on."""
+        """Do nothing: a warm-up of the capacity starts with every group of neurons on."""
 
     def set_identity(self) -> None:
-        """Keep every group on from now on."""
+        """Keep every group of neurons on from now on, so that the MLP leaves nothing out."""
         self.schedule.pin(1.0)
 
 

@@ -74,7 +74,7 @@ class LayerDropout(DepthMechanism):
 
     @property
     def rate(self) -> float:
-        """The present probability of leaving a row out of this block."""
+        """The present probability with which a row of the batch skips this block in training."""
         return self.largest if self.progress is None else self.largest * (1 - self.progress.share)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
@@ -112,7 +112,7 @@ class LayerDropout(DepthMechanism):
             self.progress.advance(progress)
 
     def set_identity(self) -> None:
-        """Set the probability with which a row skips the block to 0."""
+        """Set the probability with which a row of the batch skips the block in training to 0."""
         self.largest = 0.0
 
     def counts_inside(

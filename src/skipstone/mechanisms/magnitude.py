@@ -95,7 +95,7 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the typical magnitude of every neuron to 1."""
+        """Set typical_F, the factor on each neuron's |activation| in scores, to 1."""
         init.ones_(self.typical_F)
 
     @property
@@ -104,12 +104,12 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     @property
     def kept(self) -> int:
-        """The number of groups for which the down projection is multiplied at present."""
+        """The number of neuron groups for which the down projection is multiplied at present, for each token."""
         return self.in_force(self.down_schedule)
 
     @property
     def tried(self) -> int:
-        """The number of groups for which the up projection is multiplied at present."""
+        """The number of neuron groups for which the up projection is multiplied at present, for each token."""
         return self.in_force(self.schedule)
 
     @property

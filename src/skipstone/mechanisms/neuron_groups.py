@@ -118,7 +118,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
 
     @property
     def kept(self) -> int:
-        """The number of groups that are on at present."""
+        """The number of neuron groups that are on (multiplied) for each token at present."""
         return self.in_force(self.schedule)
 
     @property
@@ -187,7 +187,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
             self.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
     def set_identity(self) -> None:
-        """Keep every group on from now on, with gain 1."""
+        """Keep every group of neurons on from now on, with gain 1 on its output."""
         super().set_identity()
         if self.learns:
             with torch.no_grad():

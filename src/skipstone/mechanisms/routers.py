@@ -60,7 +60,7 @@ class LinearRouter(nn.Module):
         return 2 * tokens * self.weight.numel()
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs over `tokens` tokens of a backward pass with no gradient of the input."""
+        """Return the matrix FLOPs over `tokens` tokens of a backward pass that computes no gradient of the input."""
         return self.flops(tokens)
 
 
@@ -103,7 +103,7 @@ class MLPRouter(nn.Module):
         return 2 * tokens * (self.hidden_weight.numel() + self.weight.numel())
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs over `tokens` tokens of a backward pass with no gradient of the input."""
+        """Return the matrix FLOPs over `tokens` tokens of a backward pass that computes no gradient of the input."""
         return 2 * self.flops(tokens) - 2 * tokens * self.hidden_weight.numel()
 
 

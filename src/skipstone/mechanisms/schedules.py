@@ -99,7 +99,7 @@ class Progress(nn.Module):
         self.over = False  # known to be over; if it is over but not known to be, results are the same
 
     def reset_parameters(self) -> None:
-        """Set the progress to 0; checkpoints without this buffer leave it in uninitialised memory."""
+        """Set the progress to 0; transformers calls this after loading a checkpoint that lacks it."""
         init.zeros_(self.millionths)
         self._forget()
 

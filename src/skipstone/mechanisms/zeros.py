@@ -80,7 +80,7 @@ class ZeroNeurons(ActivationGroupRouter):
 
     @property
     def group_size(self) -> int:
-        """1: every neuron is a group of its own."""
+        """The number of neurons per group: 1, because each neuron is switched on its own."""
         return 1
 
     @property
@@ -95,7 +95,7 @@ class ZeroNeurons(ActivationGroupRouter):
 
     @property
     def share_on(self) -> Fraction:
-        """The largest share of neurons that can be on for a token: 1."""
+        """The largest share of neurons that can be on (nonzero) for a token: 1."""
         return Fraction(1)
 
     def counts(self, a_BTF: Tensor) -> tuple[int, int]:

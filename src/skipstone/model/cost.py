@@ -112,7 +112,7 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """The forward FLOPs of the call as a share of the dense model's."""
+        """The forward FLOPs of the call divided by the dense model's; 1 for a dense model."""
         return 1.0 if self.dense is None else self.forward.total / self.dense.forward.total
 
 

@@ -39,7 +39,7 @@ class Call:
 
     @property
     def begun(self) -> bool:
-        """Whether a cache has seen tokens before; assumed if it counts on the device, to save a host sync."""
+        """Whether the cache has tokens of earlier calls; assumed if it counts on the device, to save a host sync."""
         return isinstance(self.seen, Tensor) or self.seen > 0
 
 

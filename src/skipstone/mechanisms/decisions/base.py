@@ -104,11 +104,14 @@ class Decision(nn.Module):
         return None
 
     def stream_line(self) -> Line | None:
-        """Return how scores are compared in generation, for compiled decoding steps; None for other decisions."""
+        """Return the comparison of scores by which generation keeps tokens, for compiled decoding steps.
+
+        None for decisions that are made in another way; these steps then call the mechanism as usual.
+        """
         return None
 
     def moving(self) -> dict[str, Tensor]:
-        """Return the scalars that `advance` changes, by kind, such as {"threshold": fp32 []}."""
+        """Return the scalars that `advance` changes, by name, such as {"threshold": fp32 []}."""
         return {}
 
     def flops(self, tokens: float, routing: str) -> float:

@@ -60,7 +60,7 @@ class Boundaries:
             listed_ids(self.ids)
 
     def resolved(self) -> list[int]:
-        """Return the ids of the boundary tokens, ascending; empty while `ids` is "tokenizer"."""
+        """Return the ids of the boundary tokens, ascending; [] while `ids` is "tokenizer", not yet a list."""
         if self.ids == "tokenizer":
             return []
         return byte_boundaries() if isinstance(self.ids, str) else listed_ids(self.ids)
@@ -166,7 +166,7 @@ class Boundary(Decision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the table of boundary ids; checkpoints do not hold it, which leaves it in uninitialised memory."""
+        """Fill the table of boundary ids; transformers calls this after loading, as checkpoints do not hold it."""
         self.table_V.zero_()
         self.table_V[self._ids] = True
 

@@ -50,7 +50,7 @@ class Random(Decision):
 
 
 class Positional(Decision):
-    """A control that keeps evenly spaced positions of a document, one in every 1 / capacity."""
+    """A control that keeps evenly spaced positions of a document, `capacity` (a share) of all."""
 
     is_causal = True
     reads_scores = False

@@ -39,7 +39,7 @@ class EmaThreshold(Decision):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def reset_parameters(self) -> None:
-        """Set both buffers to 0; checkpoints without them leave them in uninitialised memory."""
+        """Set both buffers to 0; transformers calls this after loading a checkpoint that lacks them."""
         init.zeros_(self.threshold)
         init.zeros_(self.steps)
 
