@@ -8,7 +8,7 @@
 
     loss = weight * N / (N - 1) * ((N - 1) F G + (1 - F)(1 - G))       of a row: F: share kept, G: mean p, N = 1 / share
 
-The router learns through the smoothing, through a factor of value 1 on the held update with the gradient of p_i (kept)
+The router learns through the smoothing, through a factor equal to 1 on the held update with the gradient of p_i (kept)
 or 1 - p_i (others), and through the ratio loss. It compares neighbouring tokens, so it needs the token before in the
 cache, and the held update; both are stored for every token, so that a cache can be cropped. Differences from H-Net:
 what is smoothed and held is the update of a stack of ordinary blocks on the model's own width, added to the stream
@@ -61,9 +61,9 @@ class DynamicChunkingConfig:
 class DynamicChunking(DepthMechanism):
     """Dynamic chunking (H-Net, arXiv 2507.07955): some neighbouring blocks run only on tokens that begin a chunk.
 
-    Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. Their update by these blocks, a
-    segment, is smoothed over chunks by h = p z + (1 - p) h_before, and every other token receives the h of the last
-    chunk start. Options: `DynamicChunkingConfig`. threshold: fp32 [], on the score 2 p - 1, initially 0.
+    Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. Their update z by these blocks, a
+    segment, is smoothed over chunks by h = p z + (1 - p) h_before, and every token receives the h of its chunk's first
+    token. Options: `DynamicChunkingConfig`. threshold: fp32 [], above which 2 p - 1 begins a chunk, initially 0.
     """
 
     Config = DynamicChunkingConfig

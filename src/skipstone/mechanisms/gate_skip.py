@@ -40,10 +40,10 @@ EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that 
 class GateSkipConfig:
     """The options of GateSkip.
 
-    capacity: share of tokens that passes compute if they skip, in (0, 1]. gate: one number per channel or one per
-    token. start_bias: initial bias of the gate's logit (5: gates start at .993). sparsity_weight: coefficient of the
-    mean gate in the loss, at least 0. execution: what evaluation and generation do: "hard" skips tokens with low gates,
-    "soft" only scales updates.
+    capacity: share of tokens that execution "hard" computes, in (0, 1]. gate: one number per channel or one per token.
+    start_bias: initial bias of the gate's logit (5: gates start at .993). sparsity_weight: coefficient of the mean gate
+    in the loss, at least 0. execution: what evaluation and generation do: "hard" skips tokens with low gates, "soft"
+    only scales updates.
     """
 
     capacity: float = 0.75

@@ -5,7 +5,7 @@
 
 A router that learns only through the weights of kept updates gets no gradient from skipped tokens, and settles on the
 tokens that it kept first (fillers, on Reset-S3). The gradient of the loss at a block's output exists for every token,
-kept or not: it is large where the output is still wrong and vanishes where nothing is left to improve. It thus tells
+kept or not: it is large where the output is still wrong and vanishes where nothing is left to improve. It thus shows
 which tokens need a block before the block has learned anything, without noise or warm-up. Its norm is used, not its
 product with the update, because skipped tokens have no update. The method is ours; gradient-based importance for
 pruning (arXiv 1611.06440) is related.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class _Guided(torch.autograd.Function):
-    """Return the update unchanged, and a loss of value 0 whose gradient is that of the cross-entropy.
+    """Return the update unchanged, and a zero-valued loss whose gradient is that of the cross-entropy.
 
     The target is only known in the backward pass. Because the loss is an output, its gradient arrives with all factors
     that the caller applies: its coefficient, gradient accumulation, a gradient scaler.

@@ -40,9 +40,9 @@ from skipstone.ops.magnitude import largest, sizes
 class MagnitudeGroupsConfig(GroupingConfig):
     """The options of neuron groups chosen by the magnitude of their activations, besides those of `GroupingConfig`.
 
-    decision: always "magnitude"; it tells these options from those of other neuron groups. capacity (inherited): share
-    of the groups for which the up projection is multiplied. down_capacity: share for which the down projection is, in
-    (0, capacity]; None: `capacity`.
+    decision: always "magnitude"; it distinguishes these options from those of other neuron groups. capacity
+    (inherited): share of the groups for which the up projection is multiplied. down_capacity: share for which the down
+    projection is, in (0, capacity]; None: `capacity`.
     """
 
     decision: Literal["magnitude"] = "magnitude"

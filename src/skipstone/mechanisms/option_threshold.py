@@ -21,7 +21,7 @@ class OptionThreshold(ScoreThreshold):
     """The option `threshold` of a gate as a threshold on its logit, shared by all blocks of a `mechanisms` entry.
 
     mechanism: the gate whose `config.threshold`, in (0, 1), is read and set. keeps_above: True if a token is kept where
-    its gain exceeds the option; False if the option bounds p = 1 - gain from above.
+    its gain (the factor on its update) exceeds the option; False if it is kept where p = 1 - gain is below the option.
     """
 
     option = "threshold"

@@ -20,7 +20,7 @@ from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths, MixtureOfDep
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(MixtureOfDepthsConfig):
-    """The options of a segment: those of `MixtureOfDepthsConfig`, with one number as `capacity`."""
+    """The options of a segment (several blocks, one decision): `MixtureOfDepthsConfig`, one number as `capacity`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

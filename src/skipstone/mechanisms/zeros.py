@@ -39,7 +39,7 @@ class ZeroNeuronsConfig(NeuronChoiceConfig):
     """The options of leaving out neurons whose activation is exactly 0.
 
     price: coefficient of an auxiliary loss in training, the mean |activation| over the neurons, which makes zeros more
-    frequent; at least 0. decision: always "zeros"; it tells these options from those of neuron groups.
+    frequent; at least 0. decision: always "zeros"; it distinguishes these options from those of neuron groups.
     """
 
     price: float = 0.0

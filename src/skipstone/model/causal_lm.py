@@ -47,12 +47,12 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 class CausalLMOutput(ModelOutput):
     """The output of the language model, with its losses.
 
-    past_key_values: the KV cache. hidden_states: of each block, if requested. loss: the training loss, fp32 []: token
-    loss plus auxiliary losses; with a teacher, the weighted sum of token loss and distillation loss takes the place of
-    the token loss. token_loss: cross-entropy per label, in nats. auxiliary_loss: the sum of the routers' own losses,
-    coefficients included. distillation_loss: T^2 KL(teacher || student) per label, in nats, at temperature T, without
-    its coefficient. logits: [B, T, V] for V vocabulary entries, or None. records: for each block, the decisions of its
-    mechanisms by name, if requested. attentions: always None.
+    past_key_values: the KV cache. hidden_states: of each block, if requested. loss: the training loss, []: token loss
+    plus auxiliary losses; with a teacher, the weighted sum of token loss and distillation loss takes the place of the
+    token loss. token_loss: cross-entropy per label, in nats. auxiliary_loss: the sum of the routers' own losses,
+    coefficients included. distillation_loss: KL(teacher || student) per label, in nats, times the squared temperature,
+    without its coefficient. logits: [B, T, V] for V vocabulary entries, or None. records: for each block, the decisions
+    of its mechanisms by name, if requested. attentions: always None.
     """
 
     loss: Tensor | None = None
@@ -120,7 +120,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         labels, compute the logits of this many tokens at a time and return none; 0: all at once. distillation: with
         loss_chunk, a teacher's outputs, to which `loss` then adds the divergence; `token_loss` carries no gradient
         then. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
-        `config.auxiliary_loss_over` "all", routers' losses are means over all real tokens.
+        `config.auxiliary_loss_over` "all", routers' losses are means over all tokens but padding.
         """
         _check_arguments(labels, kwargs)
         shift_labels = kwargs.get("shift_labels")  # as a named argument, Trainer would require it to report eval_loss

@@ -206,7 +206,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         """Return the hidden states [B, T, D] of the last block after the final norm, with cache and records.
 
         input_ids: int64 [B, T]; or inputs_embeds: [B, T, D]. attention_mask: [B, seen + T], 0 for padding (seen: cached
-        tokens). position_ids: int64 [B, T]; default: counted over real tokens of each document. document_ids: int64
+        tokens). position_ids: int64 [B, T]; default: counted in each document, without padding. document_ids: int64
         [B, T], for packed rows. past_key_values, use_cache: as in transformers. routing: "oracle": decisions may look
         at the whole row (the default in training mode, unless `config.training_routing` is "causal"); "causal": they do
         not look at later tokens, as in generation (the default otherwise); or {layer: bool mask [B, T]}: the tokens

@@ -78,14 +78,14 @@ class ModelFields:
     shared norm before both, which needs parallel_residual: the MLP reads the same stream as attention. qk_norm:
     normalise queries and keys; qk_norm_over: each head with one weight for all (head) or with its own (each_head), or
     all_heads together. attention_scale: factor on q . k; None: 1 / sqrt(head_dim). attention_soft_cap, logit_soft_cap:
-    c of c * tanh(x / c) on scores and logits, or None. embedding_scale, residual_scale, logit_scale: factors on
+    c of c * tanh(x / c) on scores and logits; None: no cap. embedding_scale, residual_scale, logit_scale: factors on
     embeddings, on each sub-layer's update, and on logits. attention_bias: biases on queries, keys and values;
     attention_output_bias: on the output projection; mlp_bias: in MLPs.
 
     Positions: positions: rope or learned. rope_parameters: as in transformers; None: theta 10,000. rope_layers: the
     blocks with RoPE, a slice such as "1::2" or a list of indices; None: all, []: none. attention_window: number of last
-    slots that a query sees, its own included, in the blocks window_layers (None: all); None: no window.
-    window_rope_parameters: RoPE of the blocks with a window; None: rope_parameters.
+    tokens of a row that a query sees, itself and skipped ones included, in the blocks window_layers (None: all); None:
+    no window. window_rope_parameters: RoPE of the blocks with a window; None: rope_parameters.
 
     MLP: mlp: gated, plain or experts. experts: options of a mixture of experts (`ExpertsConfig`). activation: the name
     of a function, or a mapping {name: polyglu, ...} (`PolyGLUConfig`) or {name: fixed_mix, groups: {silu: 96, gelu:
@@ -98,9 +98,9 @@ class ModelFields:
     and MLP; mlp_dropout: on the MLP's output, if different; mlp_hidden_dropout: on neurons. linear_init: linear layers
     start normal with standard deviation initializer_range and zero biases (normal), or as in nn.Linear (torch).
     scaled_output_init: divide the standard deviation of projections into the residual stream by sqrt(2 *
-    num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over labelled tokens (labelled) or all real
-    ones (all). training_routing: how training passes decide by default, with sight of the whole row (oracle) or without
-    later tokens and noise (causal).
+    num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over labelled tokens (labelled) or all but
+    padding (all). training_routing: how training passes decide by default, with sight of the whole row (oracle) or
+    without later tokens and noise (causal).
 
     Decoding: weight_format: float, or int8 for matrices and token embedding (`skipstone quantise`); weight_group: 64,
     the inputs of an int8 matrix that share a scale; None: all inputs of a row do. head_candidates: rows of the output

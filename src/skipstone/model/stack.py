@@ -34,9 +34,10 @@ FORCED = "forced/"  # names in `Tokens.state` of the decisions that the caller i
 class Stack:
     """The blocks of one forward pass, and what they need besides the tokens.
 
-    blocks: in order. turned_by: for each block, the name of its rotary angles. turn: returns cos and sin of this name
-    for these tokens, which may be a selection. forced: bool masks [B, T] of the tokens that blocks have to keep, by
-    block index. cache: the KV cache, or None. recorded: whether records of decisions are wanted.
+    blocks: in order. turned_by: for each block, the name of its rotary angles: "row", "window" or "none". turn: returns
+    cos and sin of this name for these tokens, which may be a selection. forced: bool masks [B, T] of the tokens that
+    blocks have to keep, by block index. cache: the KV cache, or None. recorded: whether records of decisions are
+    wanted.
     """
 
     blocks: Sequence[Block]

@@ -46,9 +46,9 @@ class Call:
 def tokens_of(call: Call, mode: PassMode) -> Tokens:
     """Return the `Tokens` of a call: slots, positions, documents and padding, derived from the caller's arguments.
 
-    mode: how the pass decides and executes. Without position_ids, positions count the real tokens of each document;
-    without document_ids, positions that restart in a call without mask and cache mark new documents. Raises ValueError
-    for arguments of another shape.
+    mode: how the pass decides and executes. Slots are indices in the row, padding and cached tokens counted. Without
+    position_ids, positions count the tokens of each document but padding; without document_ids, positions that restart
+    in a call without mask and cache mark new documents. Raises ValueError for arguments of another shape.
     """
     B, T = call.shape
     if call.document_ids is not None and call.document_ids.shape != call.shape:
@@ -120,7 +120,7 @@ def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
 
 
 def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Return the index of each token among the real tokens of its document, int64 [B, T].
+    """Return the index of each token in its document, padding not counted, int64 [B, T].
 
     document_BT: document ids; a document is a run of equal ids. real_BT: bool, False for padding; None: no padding.
     """
