@@ -42,7 +42,7 @@ FLOAT_BYTES, SLOT_BYTES = 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicChunkingConfig:
-    """The options of dynamic chunking.
+    """The options of dynamic chunking, in which a router learns where chunks of tokens begin.
 
     share: the share of tokens that the ratio loss pulls the router to keep, in (0, 1); its inverse N is the intended
     mean chunk length in tokens. ratio_weight: the coefficient of the ratio loss, at least 0.

@@ -38,7 +38,7 @@ EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class GateSkipConfig:
-    """The options of GateSkip.
+    """The options of GateSkip, which scales the updates of a sub-layer by sigmoid gates.
 
     capacity: share of tokens that execution "hard" computes, in (0, 1]. gate: one number per channel or one per token.
     start_bias: initial bias of the gate's logit (5: gates start at .993). sparsity_weight: coefficient of the mean gate

@@ -36,7 +36,7 @@ from skipstone.ops import reference as ops
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDropoutConfig:
-    """The options of layer dropout.
+    """The options of layer dropout, which leaves out blocks for random rows of the batch in training.
 
     rate: the largest probability of leaving out a block for a row, in [0, 1). over_depth: "rising" linearly from 0 in
     block 0 to `rate` in the model's last block, or "constant". over_training: "falling" linearly from `rate` to 0 over

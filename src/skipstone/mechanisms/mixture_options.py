@@ -29,12 +29,13 @@ LARGEST_RANK = 1 << 16  # wider than any decoder, so a larger rank is a mistake
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfDepthsConfig:
-    """The options of Mixture-of-Depths.
+    """The options of Mixture-of-Depths, where a block computes only a share of the tokens.
 
     Which tokens: capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for
     each routed block, or a `Ramp` {start, end, shape} over depth. None: .125, or .2 with decision "boundary", where the
-    text decides and cost estimates alone use the capacity. decision: the rule that keeps tokens, a key of `DECISIONS`
-    (default "ema_threshold": scores above a running quantile). threshold: probability in (0, 1) above which decision
+    text decides and cost estimates alone use the capacity. decision: the rule that keeps tokens: "ema_threshold"
+    (scores above a running quantile), "topk", "threshold", "predictor", "threshold_p", "boundary", "forced", "random"
+    or "positional" (their classes are in `DECISIONS`). threshold: probability in (0, 1) above which decision
     "threshold_p" keeps a token. boundary: options of decision "boundary". capacity_warmup: share of the training over
     which the capacity falls from 1; warmup_shape: "linear" or "cosine".
 

@@ -56,7 +56,7 @@ SUMS = {"running_mean": 1, "exponential_mean": 1, "chunk": 2}  # sums per token 
 
 @dataclass(frozen=True, kw_only=True)
 class PolyGLUConfig:
-    """The options of PolyGLU.
+    """The options of PolyGLU, in which a gate mixes several activation functions in each neuron.
 
     context: the gate's input at a token. "running_mean": the mean of the document's tokens so far; "exponential_mean":
     the same with weight decay^n for a token n back; "token": the token alone; "chunk": the mean of all earlier chunks

@@ -26,8 +26,9 @@ def hashed(position_BT: Tensor, seed: int) -> Tensor:
 class Random(Decision):
     """A control that keeps random tokens at the rate `capacity`.
 
-    Without noise, as in evaluation and generation, a fixed pseudo-random pattern of positions is kept. seed: of this
-    pattern; blocks with different seeds keep different tokens.
+    With noise, as in training, they are drawn anew in each pass; without, as in evaluation and generation, a fixed
+    pseudo-random pattern of positions is kept. seed: of this pattern; blocks with different seeds keep different
+    tokens.
     """
 
     is_causal = True
