@@ -54,10 +54,10 @@ class Draft:
 
 
 class Lookup(Draft):
-    """Prompt lookup: a draft of the tokens that followed an earlier match of the last ones (arXiv 2304.04487).
+    """Prompt lookup: guesses the tokens that followed an earlier occurrence of the last tokens (arXiv 2304.04487).
 
-    The kind of a guess is the length of the match. Where the earlier place is so late that the text ends before there
-    are enough tokens, they repeat: the guess continues as it would if it were right.
+    Up to 3 last tokens are looked up; the kind of a guess is the number that match. An occurrence so late that fewer
+    tokens follow it than are asked for is continued by repetition.
     """
 
     def __init__(self) -> None:
@@ -105,9 +105,10 @@ class _Seen:
 
 
 class OwnDraft(Draft):
-    """A draft by the model itself in a cheaper form, with the model's cache.
+    """The base class of drafts by the model itself in a cheaper form, which uses the model's own cache.
 
-    Entries of the proposed tokens are removed from the cache before the model checks them.
+    Entries of the guessed tokens are removed from the cache before the model checks them. model: the model. cost: time
+    of one guess as a share of a decoding step, an estimate.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, cost: float) -> None:
@@ -133,7 +134,10 @@ CAUSAL: PlainDict = {"routing": "causal", "noise": False, "logits_to_keep": 1}
 
 
 class FewerBlocks(OwnDraft):
-    """A draft by some of the model's blocks with its final norm and head: the first ones, or every second one."""
+    """A draft by some of the model's blocks, followed by its final norm and head.
+
+    model: the model that is to be sped up. blocks: indices of the blocks, ascending.
+    """
 
     def __init__(self, model: SkipstoneForCausalLM, blocks: list[int]) -> None:
         super().__init__(model, len(blocks) / model.config.num_hidden_layers)
@@ -141,6 +145,7 @@ class FewerBlocks(OwnDraft):
 
     @contextmanager
     def cheaper(self) -> Iterator[None]:
+        """Run only the chosen blocks inside a `with` block."""
         children = self.model.decoder._modules  # an assignment would tell all that listen to new modules, every time
         whole = children["layers"]
         children["layers"] = self.fewer
@@ -151,7 +156,11 @@ class FewerBlocks(OwnDraft):
 
 
 class LowerBudget(OwnDraft):
-    """A draft by the model at a lower budget of its table."""
+    """A draft by the model at a lower budget (share of the dense FLOPs that is executed).
+
+    model: the model that is to be sped up. table: its thresholds for every budget. budget: of the guesses. Raises
+    ValueError for a budget outside the table's range.
+    """
 
     def __init__(self, model: SkipstoneForCausalLM, table: BudgetTable, budget: float) -> None:
         super().__init__(model, budget)
@@ -159,11 +168,16 @@ class LowerBudget(OwnDraft):
         self.table, self.budget = table, budget
 
     def cheaper(self) -> AbstractContextManager[None]:
+        """Set the model to the lower budget inside a `with` block."""
         return self.table.at(self.model, self.budget)
 
 
 class OtherModel(Draft):
-    """A draft by another model with the same vocabulary, ours or transformers', with a cache of its own."""
+    """A draft by another model with the same vocabulary, which has a cache of its own.
+
+    model: the drafting model, a Skipstone model or one of transformers. target: the model that is to be sped up. Raises
+    ValueError if their vocabularies differ in size.
+    """
 
     def __init__(self, model: PreTrainedModel, target: SkipstoneForCausalLM) -> None:
         ours, theirs = target.config.vocab_size, model.config.vocab_size

@@ -38,10 +38,10 @@ Setting = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A new token of each row.
+    """One new token of each of B rows.
 
-    token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended. compute_B: fp32 on the
-    CPU, the share (0 to 1) of the blocks' work in the pass that predicted the token: that of the token before it.
+    token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended before. compute_B: fp32 on
+    the CPU, share (0 to 1) of the blocks' computation that was executed in the pass that predicted the token.
     guessed_B: bool, whether a draft had proposed the token; what drafts compute is not in compute_B.
     """
 
@@ -52,12 +52,14 @@ class Step:
 
 
 class DecodingPass(NamedTuple):
-    """A pass over the prompt or over one token per row, and the token chosen from it.
+    """A pass over the prompt, or over one or a few tokens of each row, and one token chosen from it.
 
-    token_B, live_B: as in `Step`. records: of every block. logits_BTV: of the last tokens, as many as requested. cache:
-    after the pass. at: index of the position that predicted the token, counted from the end of the pass. guessed_B:
-    bool, whether a draft had proposed it; None without drafts. guess_BK: int64, all tokens that the pass checks, of
-    which those from the first wrong one on are dropped; None without drafts.
+    A pass that checks drafted tokens gives several of these, one for each token it yields. token_B, live_B: as in
+    `Step`. records: the decisions of every block, by mechanism name. logits_BTV: of the last T tokens of the pass.
+    cache: after the pass. at: index, counted from the end of the pass (-1: its last token), of the position that
+    predicted the token. guessed_B: bool, whether a draft had proposed the token; None without drafts. guess_BK: int64,
+    the K guesses that the pass checks, of which the first wrong one and those after it are dropped; None without
+    drafts.
     """
 
     token_B: Tensor
@@ -167,9 +169,9 @@ def drafting_of(
 
 
 class Decoder:
-    """A checked prompt and the loop that continues it.
+    """A checked prompt, and the loop that continues it when the decoder is called.
 
-    The arguments are those of `stream`.
+    The arguments are those of `stream`; invalid ones raise ValueError.
     """
 
     def __init__(
@@ -304,7 +306,12 @@ def setting_of(
 
 
 class Sampler:
-    """Draws a token of each row from logits [B, V]."""
+    """Draws one token of each row from its logits when called.
+
+    temperature: 0 chooses the most probable token; above 0, tokens are drawn from softmax(logits / temperature). top_k:
+    draw among this many of the most probable tokens; None: all. seed: of the draws; None: a random one. device: of the
+    logits. Raises ValueError for values out of range.
+    """
 
     def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:
         if not 0 <= temperature < float("inf"):

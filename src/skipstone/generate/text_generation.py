@@ -27,9 +27,10 @@ TEMPERATURE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A piece of generated text: whole characters, and the mean compute share of the tokens that they came from.
+    """A piece of generated text.
 
-    compute: from 0 to 1 (see `compute`).
+    text: whole characters. compute: mean over the tokens that they came from of the share (0 to 1) of the blocks'
+    computation that was executed.
     """
 
     text: str
@@ -90,7 +91,10 @@ def _draft(draft: str | None) -> str | SkipstoneForCausalLM | None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the ids of a prompt. Raises ValueError for an empty one, warns of characters without an id."""
+    """Return the token ids of a prompt; warn of characters that the tokenizer does not know.
+
+    Raises ValueError for an empty prompt and for one that is not valid Unicode.
+    """
     if not prompt:
         raise ValueError("the prompt is empty: generation needs at least one character")
     try:
@@ -105,7 +109,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def ends(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a text: the model's own, else the tokenizer's."""
+    """Return the ids of tokens that end a text: those of the model's generation_config, else the tokenizer's."""
     own = ends_of(model) or [tokenizer.eos_token_id]
     return [i for i in own if i is not None]
 
