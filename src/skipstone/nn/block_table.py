@@ -33,15 +33,20 @@ ROUTER_COLUMNS = 6
 
 
 def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:
-    """Return what these blocks have in common; None if one cannot be a row of a table, or they are not alike."""
+    """Return the sizes that blocks have in common; None if a compiled step cannot run one of them, or if they differ.
+
+    A block can be run if it has a gated MLP, root-mean-square norms, fp32 or int8 weights, and if everything that
+    decides in it describes its decisions (`core/stream_gate.py`).
+    """
     found = {_sizes(block) if _served(block) else None for block in blocks}
     return found.pop() if len(found) == 1 else None
 
 
 def gates_of(blocks: Sequence[Block]) -> list[tuple[int, str, DepthModule]]:
-    """Return the depth mechanisms around and inside some blocks in the order in which they decide.
+    """Return the depth mechanisms of neighbouring blocks in the order in which they decide.
 
-    Each with the index of its block and its site; those around a segment stand at its first block.
+    Each comes with the index of its block in `blocks` and its site ("segment", "block", "attention" or "mlp");
+    mechanisms around a segment are listed at its first block.
     """
     found = []
     for i, block in enumerate(blocks):
@@ -160,7 +165,11 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
 
 
 def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]:
-    """Return the tables of the gates: addresses and counts, int64 [G, C], and fp32 numbers [G, N]."""
+    """Return the tables of depth mechanisms: addresses and counts, int64 [G, C], and fp32 numbers [G, N].
+
+    described: how each of G mechanisms decides; entries that are None are left out. The columns are those of
+    `ops/decode_gates_native.py`.
+    """
     states = states_of(described)
     rows = [_gate(gate, states) for gate in described if gate is not None]
     numbers = [(g.sign, g.line.value, g.loss or 0.0) for g in described if g is not None]
@@ -168,7 +177,10 @@ def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]
 
 
 def states_of(described: Iterable[StreamGate | None]) -> list[str]:
-    """Return the names of the tensors that cross blocks, each once."""
+    """Return the names of the tensors that mechanisms carry from block to block, each once, in order of first use.
+
+    described: how the mechanisms decide.
+    """
     return list(dict.fromkeys(gate.state for gate in described if gate is not None and gate.state is not None))
 
 

@@ -53,9 +53,11 @@ def runs_of(
     tokens: Tokens,
     layers: Sequence[SkipstoneCacheLayer],
 ) -> list[tuple[range, CompiledRun | None]]:
-    """Return ranges of blocks, each with what computes it in one call, or None for the general way.
+    """Return consecutive ranges of blocks, each with the compiled call that computes it; None: uncompiled execution.
 
-    spans: ranges of blocks that run together: those of a segment, all others alone. layers: the cache of each block.
+    blocks: the decoder's blocks. spans: ranges of blocks that cannot be separated, those of a segment, or one block.
+    x_BTD: the stream before the first block; only one row of at most 8 tokens is compiled. tokens: describes the tokens
+    and how decisions are made. layers: the cache layer of each block.
     """
     general: list[tuple[range, CompiledRun | None]] = [(range(len(blocks)), None)]
     if x_BTD.shape[0] != 1 or x_BTD.shape[1] > decode_stack.MOST_TOKENS or not decode_step.takes(x_BTD):
@@ -127,9 +129,11 @@ def _plain(tokens: Tokens) -> bool:
 
 
 class CompiledBlocks:
-    """Where the weights of blocks lie in memory.
+    """What is noted about a decoder's blocks to run them in compiled calls, such as where their weights lie in memory.
 
-    runs: ranges of blocks with what computes them, as `runs_of` returns them. served: whether any is compiled.
+    blocks: the decoder's blocks. spans: ranges of blocks that cannot be separated, those of a segment, or one block.
+    runs: ranges of blocks with the compiled call that computes them, as `runs_of` returns them. served: whether any is
+    compiled. Int8 weights are moved next to each other.
     """
 
     served = False
@@ -167,10 +171,11 @@ class CompiledBlocks:
         return True
 
     def holds(self, store: RaggedStore) -> bool:
-        """Return whether modules, their settings, weights and places are those of before.
+        """Return whether modules, settings and the places of weights are still as noted.
 
-        Classes and hooks are looked at when a text begins, which its store tells, and where a module has been given a
-        parameter, a module or a hook; all else in every step, in about a fifth of a millisecond for 30 blocks.
+        store: the first block's store of keys and values, by which a new text is recognised. Classes and hooks are
+        compared when a text begins and after any module of the process was given a parameter, module or hook; all else
+        in every step, which takes about a fifth of a millisecond for 30 blocks.
         """
         last, registered = self.last, _Registered.now()
         if last is None or last() is not store or registered != self.registered:

@@ -28,7 +28,10 @@ Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
 
 
 class CompiledRun:
-    """Some blocks that one call computes."""
+    """Neighbouring blocks that one compiled call computes for a few tokens of one row.
+
+    blocks: the blocks. sizes: what they have in common, from `block_table.sizes_of`.
+    """
 
     def __init__(self, blocks: Sequence[Block], sizes: decode_stack.Sizes) -> None:
         spans = [block.span if block.sites[SEGMENT] and block.segment_start() is None else 0 for block in blocks]
@@ -152,10 +155,10 @@ class CompiledRun:
 
 
 class Watched:
-    """The values that modules hold besides other modules: options, numbers, parameters and buffers.
+    """A note of the values that modules hold besides other modules: options, numbers, parameters and buffers.
 
-    What a module says of itself is the same as long as these are, because none of them is changed in place, except for
-    tensors, which a step reads anew.
+    modules: what to watch, with all modules inside. A description that depends on these values only need not be asked
+    for again while `unchanged`; contents of tensors may change, because each step reads them.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -172,7 +175,7 @@ class Watched:
         self.any = bool(modules)
 
     def unchanged(self) -> bool:
-        """Return whether all values are those of before; False if there is nothing to look at."""
+        """Return whether every value is the same object as when it was noted; False if there are no modules."""
         return (
             self.any
             and all(map(operator.is_, map(dict.get, self.dicts, self.names), self.values))

@@ -30,9 +30,10 @@ _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The sizes that all blocks have in common, and what is constant in them.
+    """The sizes that all blocks of a compiled step have in common, and constants.
 
-    offset: what is added to the weights of norms.
+    width: of the stream. neurons: of the MLP. heads: query heads. groups: key/value heads. head_size: features per
+    head. eps: of the norms. offset: what is added to the weights of norms. scaling: factor on attention scores.
     """
 
     width: int
@@ -46,7 +47,7 @@ class Sizes:
 
     @property
     def threads(self) -> int:
-        """Return how many threads a block is worth."""
+        """The number of threads that a block is worth, from 1 to 8, by the number of its weights."""
         weights = self.width * (2 * (self.heads + self.groups) * self.head_size + 3 * self.neurons)
         return min(max(weights // EACH, 1), MOST_THREADS)
 
@@ -87,10 +88,12 @@ class Ran(NamedTuple):
 def run(
     x_1TD: Tensor, program: Program, memory_LM: Tensor, slot_1T: Tensor, state_ST: Tensor | None, recorded: bool = True
 ) -> Ran:
-    """Run all blocks of a program.
+    """Run all blocks of a program for T tokens of one row, in one compiled call.
 
-    memory_LM: for each block, what `decode_stack_native` lists, int64. state_ST: fp32, what crosses blocks, which is
-    changed in place; None: nothing. recorded: whether what is said of gates and mixtures is wanted.
+    x_1TD: the stream before the blocks, fp32. program: the tables of the blocks. memory_LM: int64, for each block the
+    addresses and lengths of its cache, as `decode_stack_native` lists them. slot_1T: int64, slots of the tokens.
+    state_ST: fp32, tensors that mechanisms carry from block to block, changed in place; None: none. recorded: whether
+    the decisions of mechanisms and mixtures are returned.
     """
     native, T, s = _native(), x_1TD.shape[1], program.sizes
     x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))
@@ -123,7 +126,8 @@ def run(
 def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of tensors that lie one after the other in memory, in large pages where the system has them.
 
-    Reading them in this order is up to a third faster. Tensors that lie so already are returned as they are.
+    Reading them in this order is up to a third faster. tensors: returned as they are if they already lie in such
+    memory.
     """
     ends = {start: start + arena.size for start, arena in _arenas.items()}
     if all(any(start <= x.data_ptr() < end for start, end in ends.items()) for x in tensors):
