@@ -88,7 +88,8 @@ class DivisibleMLP(FeedForward):
         return sum(map(weights_multiplied, self.matrices()))
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
-        """Return the work of `tokens` tokens in this MLP, as a number of passes through the whole MLP.
+        """Return the work of `tokens` tokens in this MLP, as the number of passes through the whole MLP that cost as
+        much.
 
         kept: the measured share of groups that is on, from `measured`; if empty, as configured. single_token: whether
         it is a call of one token without gradients, which may multiply fewer weights.

@@ -45,7 +45,7 @@ WHOLE = np.float32(1)
 def decide(
     gates: Array, chain: Array, scope: Array, x: Array, judged: Array, hidden_at: int, team: Array, arrivals: int
 ) -> int:
-    """Let a chain of depth mechanisms (gates) decide about the tokens at one site of a block; compiled code.
+    """Let a chain of depth mechanisms (gates) decide about the tokens at one site of a block; compiled by numba.
 
     gates: int64 table and fp32 numbers of all gates (columns as listed in this file). chain: index of the first gate,
     number of gates, index of the scope outside, and of the scope to fill. scope: for each scope and token, whether the
@@ -172,7 +172,7 @@ def _follow(gate: Array, g: int, inner: int, scope: Array, judged: Array) -> Non
 def listed(kinds: Array, least: int, out: Array) -> int:
     """Write the indices of the tokens whose kind is at least `least` to `out`, ascending, and return their number.
 
-    Compiled code. kinds: for each token ABSENT, GIVES_KEYS or ASKS (gets an update), in this order. least: one of
+    Compiled by numba. kinds: for each token ABSENT, GIVES_KEYS or ASKS (gets an update), in this order. least: one of
     these.
     """
     count = 0
@@ -187,8 +187,8 @@ def listed(kinds: Array, least: int, out: Array) -> int:
 def remembered(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> bool:
     """Copy this thread's columns of the stream if a factor other than 1 acts on what will be added; return whether.
 
-    Compiled code. kinds: what each token is (ABSENT, GIVES_KEYS, or ASKS: gets an update). factor: of each token. x:
-    the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
+    Compiled by numba. kinds: what each token is (ABSENT, GIVES_KEYS, or ASKS: gets an update). factor: of each token.
+    x: the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
     """
     acts = False
     for n in range(len(kinds)):
@@ -205,8 +205,8 @@ def remembered(kinds: Array, factor: Array, x: Array, start: Array, part: int, p
 def weigh(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> None:
     """Multiply what was added to the stream since `remembered` by the tokens' factors, in this thread's columns.
 
-    Compiled code. kinds: what each token is; only those that get an update (ASKS) are changed. factor: of each token.
-    x: the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
+    Compiled by numba. kinds: what each token is; only those that get an update (ASKS) are changed. factor: of each
+    token. x: the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
     """
     first, last = share_of(x.shape[1], part, parts)
     for n in range(len(kinds)):

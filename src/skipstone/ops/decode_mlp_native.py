@@ -27,7 +27,7 @@ ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.4
 
 @compiled
 def gated(gate: Array, up: Array, runs: Array, part: int, parts: int) -> None:
-    """Compute gate = function(gate) * up in place for one thread's share of the neurons; compiled code.
+    """Compute gate = function(gate) * up in place for one thread's share of the neurons; compiled by numba.
 
     gate, up: fp32 [T, F]. runs: int64 [N, 2], indices of functions and the neuron at which each ends. part, parts:
     index and number of threads.
@@ -81,7 +81,7 @@ def _gelu(x: Array) -> Array:
 
 @compiled
 def context(row: Array, tokens: int, width: int, x_at: int, z_at: int, part: int, parts: int) -> None:
-    """Project the MLP's input x [T, D] to z [T, R] for one thread's share of the R outputs; compiled code.
+    """Project the MLP's input x [T, D] to z [T, R] for one thread's share of the R outputs; compiled by numba.
 
     row: the mixture's columns in the table of the block. tokens: T. width: D. x_at, z_at: addresses. part, parts: index
     and number of threads.
@@ -96,11 +96,11 @@ def context(row: Array, tokens: int, width: int, x_at: int, z_at: int, part: int
 def mixture_logits(
     row: Array, decay: float, z: Array, slots: Array, memory: Array, column: int, logits: Array, writes: bool
 ) -> None:
-    """Compute PolyGLU's logits [T, A] from the tokens so far, and store their running sums if `writes`; compiled code.
+    """Compute PolyGLU's logits [T, A] from the tokens so far, and store their running sums if `writes`.
 
-    row: the mixture's columns in the table of the block. decay: factor on older tokens in the running mean; negative:
-    each token alone. z: projected tokens [T, R]. slots: of the tokens, int64. memory: addresses of stored sums and
-    slots. column: number of sums stored before. logits: the result.
+    Compiled by numba. row: the mixture's columns in the table of the block. decay: factor on older tokens in the
+    running mean; negative: each token alone. z: projected tokens [T, R]. slots: of the tokens, int64. memory: addresses
+    of stored sums and slots. column: number of sums stored before. logits: the result.
     """
     T, R = z.shape
     total, mean = np.zeros(R + 1, np.float32), np.empty(R, np.float32)
@@ -133,7 +133,7 @@ def mixture_logits(
 def mixed(row: Array, scale: float, logits: Array, gate: Array, up: Array, part: int, parts: int) -> None:
     """Compute gate = (sum_k share_k function_k(gate)) * up in place, for one thread's share of the neurons.
 
-    Compiled code. row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences.
+    Compiled by numba. row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences.
     logits: of the tokens, [T, A] for A functions. gate, up: fp32 [T, F]. part, parts: index and number of threads.
     """
     F = gate.shape[1]

@@ -22,14 +22,14 @@ ZERO = np.float32(0)
 def private(tokens: int, widest: int) -> int:
     """Return the bytes of working memory that each thread needs for itself: normed and rounded tokens, factors.
 
-    tokens: number of tokens. widest: largest number of inputs of any matrix. Compiled code.
+    tokens: number of tokens. widest: largest number of inputs of any matrix. Compiled by numba.
     """
     return (6 * tokens * widest + 4 * tokens + 127) // 64 * 64
 
 
 @compiled
 def together(parts: int, barrier: int, arrivals: int) -> int:
-    """Wait until all threads have arrived here, and return the count that ends the next wait; compiled code.
+    """Wait until all threads have arrived here, and return the count that ends the next wait; compiled by numba.
 
     parts: number of threads. barrier: its address. arrivals: count of arrivals before this wait.
     """
@@ -40,7 +40,7 @@ def together(parts: int, barrier: int, arrivals: int) -> int:
 
 @compiled
 def share_of(rows: int, part: int, parts: int) -> Array:
-    """Return the first row that one thread computes, and the one after its last; compiled code.
+    """Return the first row that one thread computes, and the one after its last; compiled by numba.
 
     rows: number of all rows. part, parts: index and number of threads.
     """
@@ -50,7 +50,7 @@ def share_of(rows: int, part: int, parts: int) -> Array:
 
 @compiled
 def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> None:
-    """Normalise x [T, D] by root mean square, or copy it; compiled code.
+    """Normalise x [T, D] by root mean square, or copy it; compiled by numba.
 
     weight_at: address of the weight; 0: copy. eps: added to the mean square. offset: added to the weight. out_at:
     address of the result.
@@ -62,7 +62,7 @@ def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> No
 
 @compiled
 def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) -> None:
-    """Normalise one token x [D] by root mean square into `out`, which may be x, or copy it; compiled code.
+    """Normalise one token x [D] by root mean square into `out`, which may be x, or copy it; compiled by numba.
 
     weight_at: address of the weight; 0: copy. eps: added to the mean square. offset: added to the weight.
     """
@@ -81,7 +81,7 @@ def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) ->
 
 @compiled
 def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> None:
-    """Round fp32 tokens to int16 for products with int8 weights; compiled code.
+    """Round fp32 tokens to int16 for products with int8 weights; compiled by numba.
 
     wanted: 0 does nothing. x_at: address of the tokens. places: addresses of which the second gets the int16 numbers
     and the third the factors that restore them. tokens, width: number of tokens, and of inputs.
@@ -92,7 +92,7 @@ def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> N
 
 @compiled
 def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
-    """Multiply tokens with one matrix, for one thread's share of its outputs; compiled code.
+    """Multiply tokens with one matrix, for one thread's share of its outputs; compiled by numba.
 
     matrix: addresses of weight, scale (0: fp32) and bias (0: none), and number of scales per row. sizes: tokens,
     outputs, inputs. x_at: address of the fp32 tokens. places: addresses of which the second and third hold the rounded
@@ -118,7 +118,7 @@ def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, pa
 def single_rows(weight: Array, x: Array, y: Array, first: int, last: int) -> None:
     """Multiply rows `first` to `last` - 1 of an fp32 weight [O, I] with tokens x [T, I] into y [T, O].
 
-    Compiled code, for up to four tokens at a time.
+    Compiled by numba, for up to four tokens at a time.
     """
     tokens, inputs = x.shape
     for o in range(first, last):
@@ -143,6 +143,6 @@ def single_rows(weight: Array, x: Array, y: Array, first: int, last: int) -> Non
 
 @compiled
 def sigmoid(x: Array) -> Array:
-    """Return 1 / (1 + e^-x) in fp32; compiled code."""
+    """Return 1 / (1 + e^-x) in fp32; compiled by numba."""
     small = _exp(-abs(x))
     return (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)

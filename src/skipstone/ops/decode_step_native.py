@@ -24,7 +24,7 @@ SERIES = tuple(np.float32(1 / x) for x in (1, 1, 2, 6, 24, 120, 720))
 
 @compiled
 def rms_norm(x_at: int, weight_at: int, y_at: int, rows: int, width: int, eps: float) -> None:
-    """Normalise x [rows, width] into y by root mean square; compiled code.
+    """Normalise x [rows, width] into y by root mean square; compiled by numba.
 
     x_at, weight_at, y_at: addresses of fp32 numbers. rows, width: the shape. eps: added to the mean square.
     """
@@ -40,10 +40,11 @@ def rms_norm(x_at: int, weight_at: int, y_at: int, rows: int, width: int, eps: f
 
 @compiled
 def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
-    """Store one token's key and value and attend to all stored keys, as in `decode_step.attend_newest`; compiled code.
+    """Store one token's key and value and attend to all stored keys, as in `decode_step.attend_newest`.
 
-    addresses: of query, key, value, cos, sin (0: no rotation), slot, stored keys, values and slots, and output. sizes:
-    query heads, key/value heads, head size, columns of the store, and the column to write. scaling: factor on scores.
+    Compiled by numba. addresses: of query, key, value, cos, sin (0: no rotation), slot, stored keys, values and slots,
+    and output. sizes: query heads, key/value heads, head size, columns of the store, and the column to write. scaling:
+    factor on scores.
     """
     q_at, k_at, v_at, cos_at, sin_at, slot_at, keys_at, values_at, slots_at, y_at = addresses
     H, G, E, C, column = sizes

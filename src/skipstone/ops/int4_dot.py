@@ -21,7 +21,7 @@ lone_row = _dots(1, ahead=0)
 
 @intrinsic
 def nibbles(context, weight, x, groups):  # type: ignore[no-untyped-def]
-    """Return the inner product of a row of four-bit weights and an int16 token, int32; compiled code only.
+    """Return the inner product of a row of four-bit weights and an int16 token, int32; for code compiled by numba only.
 
     context: supplied by numba, not by the caller. weight: address of the packed weights, unsigned. x: address of the
     token. groups: number of groups of 64 weights.
@@ -48,7 +48,7 @@ def nibbles(context, weight, x, groups):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def prefetch(context, address, size):  # type: ignore[no-untyped-def]
-    """Ask the processor to load `size` bytes at `address` into its cache; compiled code only.
+    """Ask the processor to load `size` bytes at `address` into its cache; for code compiled by numba only.
 
     context: supplied by numba, not by the caller.
     """

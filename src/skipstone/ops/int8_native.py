@@ -50,7 +50,7 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 
 @compiled
 def round_tokens(addresses: Array, sizes: Array) -> None:
-    """Round N fp32 tokens [N, I] to int16, each by its largest magnitude; compiled code.
+    """Round N fp32 tokens [N, I] to int16, each by its largest magnitude; compiled by numba.
 
     addresses: of the fp32 tokens, of the int16 result, and of the fp32 factors [N] that restore it, which are written
     (NaN for a token that is not finite). sizes: N first, I third.
@@ -82,7 +82,7 @@ def _some_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 @compiled
 def grouped_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
-    """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled code.
+    """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled by numba.
 
     addresses: of int8 weights [O, I], of their fp32 scales, of the fp32 tokens (not read), of the fp32 outputs [N, O],
     of the int16 tokens, and of the factors that restore these. sizes: N, O, I (a multiple of 64), and scales per

@@ -119,7 +119,7 @@ def _place(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type)
 
 @intrinsic
 def part_of(context, packet):  # type: ignore[no-untyped-def]
-    """Return the index of the next part of the work, from 0, and count it as begun; compiled code only.
+    """Return the index of the next part of the work, from 0, and count it as begun; for code compiled by numba only.
 
     context: supplied by numba, not by the caller. packet: address of the function's arguments.
     """
@@ -132,9 +132,10 @@ def part_of(context, packet):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def parts_of(context, packet):  # type: ignore[no-untyped-def]
-    """Return the number of parts: that of the threads, of which OpenMP may give fewer than asked; compiled code only.
+    """Return the number of parts: that of the threads, of which OpenMP may give fewer than asked.
 
-    context: supplied by numba, not by the caller. packet: address of the function's arguments.
+    For code compiled by numba only. context: supplied by numba, not by the caller. packet: address of the function's
+    arguments.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -169,7 +170,7 @@ integers, doubles = _tuple(types.int64, I64), _tuple(types.float64, ir.DoubleTyp
 
 @intrinsic
 def wait(context, barrier, arrivals):  # type: ignore[no-untyped-def]
-    """Arrive at a barrier and wait until `arrivals` arrivals have been counted there; compiled code only.
+    """Arrive at a barrier and wait until `arrivals` arrivals have been counted there; for code compiled by numba only.
 
     context: supplied by numba, not by the caller. barrier: address of the barrier in a packet. A thread that has waited
     in vain for a while sleeps, so that another one can use its processor.
