@@ -151,9 +151,10 @@ def calibrate_run(
 ) -> Calibrated:
     """Measure which thresholds meet which FLOP budget for a run or saved model, and write them beside its weights.
 
-    folder: of the run or saved model. corpus, context: text to measure on and tokens of a row; None: the run's own (a
-    saved model has no corpus). rows: number of training rows to measure on. Raises FileExistsError if there is a budget
-    table already, and ValueError without a corpus and for a model that has no threshold to set.
+    folder: of the run or saved model. corpus, context: name of the corpus to measure on (as in data.corpus) and tokens
+    of a row; None: the run's own (a saved model has no corpus). rows: number of training rows to measure on. Raises
+    FileExistsError if there is a budget table already, and ValueError without a corpus and for a model that has no
+    threshold to set.
     """
     loaded = load_run(folder, "train", corpus, context)
     where = loaded.run.model_folder()

@@ -57,9 +57,10 @@ def load_run(
 ) -> LoadedRun:
     """Load a run or saved model with the rows of a split, ready to be measured.
 
-    folder: of the run or saved model. split: train, validation or test. corpus, context: the text and tokens of a row;
-    None: as in the run's recipe (a saved model has none, so its data are then None). The model is placed on the GPU if
-    there is one. Raises ValueError or FileNotFoundError for folders, corpora and sizes that do not fit.
+    folder: of the run or saved model. split: train, validation or test. corpus, context: name of the corpus (as in
+    data.corpus) and tokens of a row; None: as in the run's recipe (a saved model has none, so its data are then None).
+    The model is placed on the GPU if there is one. Raises ValueError or FileNotFoundError for folders, corpora and
+    sizes that do not fit.
     """
     run = Run(folder)
     model = run.load_model().eval()

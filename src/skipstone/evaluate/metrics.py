@@ -107,8 +107,9 @@ def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
 def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str, Rate]) -> RunMetrics:
     """Measure all figures of a run except its speeds, which `compare` times for all runs in turns.
 
-    loaded: the run. others: a run whose text is used if `loaded` has none; None: random tokens. rates: the speeds.
-    Raises ValueError for a model whose decisions have to be given.
+    loaded: the run. others: a run whose text is used if `loaded` has none; None: random tokens. rates: the speeds, by
+    task. Raises ValueError for a model whose decisions have to be given by the caller (decision `forced`), on data that
+    do not provide them.
     """
     model, forward = loaded.model, loaded.primary
     ids_BT = sample_ids(loaded, ROWS, loaded.context, others)

@@ -31,7 +31,7 @@ OF_ROWS = ("input_ids", "attention_mask", "position_ids", "document_ids", "label
 def wanting(model: SkipstoneForCausalLM) -> list[DepthModule]:
     """Return the model's depth mechanisms whose routers are trained to predict the benefit of their blocks.
 
-    The benefit of a token is by how much its loss falls because the block updates it.
+    The benefit of a token is the amount by which its loss falls because the block updates it.
     """
     return [m for block in model.decoder.layers for m in block.mechanisms.values() if m.learns_benefit]
 

@@ -105,7 +105,10 @@ def _require_sharded(model: nn.Module) -> None:
 
 
 def full(norm: Any) -> Any:
-    """Return a gradient norm as a plain tensor; `norm` is a DTensor if the gradients are sharded."""
+    """Return a gradient norm as a plain tensor.
+
+    norm: a DTensor if the gradients are sharded; anything else is returned unchanged.
+    """
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

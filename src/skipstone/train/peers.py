@@ -28,8 +28,8 @@ def together() -> Iterator[None]:
     """Watch the other processes of a training during a `with` block, which all enter and leave at the same step.
 
     If another process ends inside the block, this one ends, too: with `PeerLostError` if the connection breaks, or by
-    `os._exit` after 5 seconds (`GRACE`) if it still waits for the other, as in NCCL. Only processes of this machine are
-    watched, and only on Linux; a launcher such as torchrun ends those of other machines.
+    `os._exit` after 5 seconds (`GRACE`) if it is still waiting for the other process, as happens with NCCL. Only
+    processes on this machine are watched, and only on Linux; a launcher such as torchrun ends those on other machines.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield

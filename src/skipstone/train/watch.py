@@ -129,7 +129,7 @@ def kept_words(state: TrainerState) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Disable transformers' progress bars for written files inside a `with` block."""
+    """Disable the progress bars that transformers shows while it writes files, inside a `with` block."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -52,7 +52,7 @@ KINDS = {"dense": ("dense, {} tokens, ms", ".2f"), "adapted": ("{} tokens, ms", 
 
 
 def details(figures: ByArm) -> str:
-    """Return where the parts were run, one table for each, and the list of what failed."""
+    """Return the page's text below the summary: where the parts were run, one table for each, and what failed."""
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     parts = [_where(found)]
     parts += [_table(arm, one) for arm, one in found.items() if one["measurements"]]

@@ -25,10 +25,10 @@ LLAMA_1B: PlainDict = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of the study.
+    """A part of the GPU study, which runs in its own process.
 
-    module: the file that measures it. about: a sentence for the page. limit: seconds on a GPU. on_gpu, rehearsed:
-    sizes.
+    module: the file that measures it. about: a sentence for the page. limit: seconds that it may take on a GPU. on_gpu:
+    sizes for a GPU. rehearsed: tiny sizes for a rehearsal on a CPU.
     """
 
     module: str
@@ -180,7 +180,7 @@ PARTS: dict[str, Part] = {
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the parts as arms: on a GPU at scale paper, rehearsed on a CPU with tiny sizes at scale laptop."""
+    """Return the parts as arms: with sizes for a GPU at scale "paper", rehearsed on a CPU at scale "laptop"."""
     on_gpu = scale == "paper"
     return {
         name: {

@@ -29,11 +29,11 @@ MODELS: dict[str, PlainDict] = {
 
 
 class Stopped(Exception):
-    """Raised to end a training in the middle."""
+    """Raised to interrupt a training after a given step."""
 
 
 class StopAt(TrainerCallback):
-    """A callback that ends a training after some step."""
+    """A callback that interrupts a training, by raising `Stopped`, after optimizer step `step`."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -46,9 +46,7 @@ class StopAt(TrainerCallback):
 
 
 def measure(bench: Bench) -> None:
-    """Train each model by DDP's recipe and sharded by FSDP2 as a group of one, resume it, evaluate it and let it
-    write.
-    """
+    """Train each model in fp32, under FSDP2 as a group of one, resumed and in bf16; evaluate it and generate text."""
     for name in bench.sizes["models"]:
         with tempfile.TemporaryDirectory() as folder:
             root, plain = Path(folder), recipe(bench, MODELS[name])
@@ -60,7 +58,10 @@ def measure(bench: Bench) -> None:
 
 
 def recipe(bench: Bench, model: PlainMapping) -> PlainDict:
-    """Return the recipe of a small model on the sources of Python's library, which every machine has."""
+    """Return the recipe of a small model on the source files of Python's library, which every machine has.
+
+    model: options of the model. Sizes and the number of steps come from the bench.
+    """
     train_options = {
         "batch_size": 4,
         "learning_rate": 1e-3,
@@ -79,12 +80,12 @@ def _train(plain: PlainDict, root: Path, name: str, **options: object) -> Path:
 
 
 def losses(folder: Path) -> list[float]:
-    """Return the training loss of every step."""
+    """Return the training loss of every step of the run in `folder`."""
     return [float(line["loss"]) for line in Run(folder).metrics() if line["split"] == "train"]
 
 
 def figures(folder: Path) -> PlainDict:
-    """Return first and last loss of a run, and the tokens/s of its training steps."""
+    """Return first and last training loss of the run in `folder`, and its training tokens/s."""
     found, result = losses(folder), Run(folder).result()
     return {
         "first_loss": found[0],
@@ -94,14 +95,17 @@ def figures(folder: Path) -> PlainDict:
 
 
 def against(folder: Path, other: Path, limit: float) -> PlainDict:
-    """Return the figures of a run, with the largest difference between its loss and another run's at the same step."""
+    """Return the figures of a run, and whether its losses equal another run's, step by step.
+
+    folder, other: the run folders. limit: largest difference of losses that counts as equal.
+    """
     pairs = zip(losses(folder), losses(other), strict=True)
     worst = max(abs(one - two) for one, two in pairs)
     return {**figures(folder), "difference": worst, "tolerance": limit, "equal": RIGHT if worst <= limit else WRONG}
 
 
 def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train in fp32 by the recipe as it is."""
+    """Train in fp32 with the recipe `plain` as it is, in the folder `root`."""
     return figures(_train(plain, root, "whole"))
 
 
@@ -111,14 +115,14 @@ def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
 
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Compare training under FSDP2 with the run that was not sharded."""
+    """Train under FSDP2, and compare the losses with those of the unsharded run."""
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
 
 def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Stop a training after its first checkpoint and resume it; its losses must be those of the whole run.
+    """Interrupt a training after its first checkpoint and resume it; compare its losses with the whole run's.
 
-    Exactly equal on a CPU. On a GPU some sums are atomic, so their order may change the last bits.
+    They must be exactly equal on a CPU. On a GPU some sums are atomic, so their order may change the last bits.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1
@@ -131,7 +135,7 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
 
 def used(bench: Bench, folder: Path) -> PlainDict:
-    """Evaluate a run and let it write some text, on the device."""
+    """Evaluate the run in `folder` on the device and, if it can decide without later tokens, generate some text."""
     found = evaluate(folder)
     loss = {"evaluated_loss": found.measured[found.primary].loss}
     if "executed" not in found.measured:
