@@ -23,7 +23,10 @@ _told: set[str] = set()  # warnings that were shown
 
 
 class UserError(ValueError):
-    """A mistake on the command line that the command itself finds; one message for each mistake."""
+    """A mistake on the command line that the command itself finds.
+
+    lines: one message for each mistake.
+    """
 
     def __init__(self, *lines: str) -> None:
         self.lines = list(lines)
@@ -32,7 +35,10 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn `USER_ERRORS` into `skipstone: ...` and exit code 2. SKIPSTONE_TRACEBACK=1 disables this."""
+    """Turn `USER_ERRORS` inside a `with` block into lines "skipstone: ..." on stderr and exit code 2.
+
+    Other errors keep their traceback; with SKIPSTONE_TRACEBACK=1 in the environment, all do.
+    """
     warnings.showwarning = _show
     _told.clear()
     try:
@@ -59,7 +65,7 @@ def _tell_launcher(text: str) -> None:
 
 
 def usual_warnings() -> None:
-    """Show warnings as Python does, instead of as this command does."""
+    """Show warnings as Python does from now on, instead of as this command does."""
     warnings.showwarning = _SHOWN_BY_PYTHON
 
 
@@ -79,7 +85,7 @@ def _show(
 
 
 def describe(error: Exception) -> str:
-    """Return the error's text as one line; errors of the operating system without their number."""
+    """Return an error's text as one line, without the number of an error of the operating system."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     else:

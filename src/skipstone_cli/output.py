@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Figures(Protocol):
-    """The interface of results, which can be printed as a table and written as JSON and Markdown."""
+    """The interface of results that can be printed as a table and written as JSON and Markdown."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
@@ -28,7 +28,10 @@ class Figures(Protocol):
 
 
 class Reporter:
-    """Shows how much of a task is done, once the task has said how much there is to do."""
+    """A progress bar that appears at the first call with (amount done, total amount), and closes with the `with` block.
+
+    unit: what is counted, such as "tokens".
+    """
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -49,7 +52,10 @@ class Reporter:
 
 
 def check_targets(*, json: Path | None, markdown: Path | None) -> None:
-    """Raise an error for output files that exist or cannot be created, before the measurement starts."""
+    """Raise an error if an output file exists or cannot be created, before anything is measured.
+
+    json, markdown: paths; None: not requested.
+    """
     from skipstone.core.atomic_write import check_writable
 
     for path, option in ((json, "--json"), (markdown, "--markdown")):
@@ -59,7 +65,10 @@ def check_targets(*, json: Path | None, markdown: Path | None) -> None:
 
 
 def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> None:
-    """Print the table and write the requested files."""
+    """Print the table of `figures`, and write it to the requested files.
+
+    json, markdown: paths; None: not requested. Raises UserError if a file exists.
+    """
     from rich.console import Console
 
     Console().print(figures.table())

@@ -21,10 +21,11 @@ EXAMPLE = "for example train.learning_rate=1e-3 or model.mechanisms.0.capacity=0
 
 
 def load_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the recipe at `path` with overrides applied, later ones winning, and interpolations resolved.
+    """Return the recipe in the YAML file `path` as a plain dict, with overrides applied and interpolations resolved.
 
-    Raises UserError if the file is missing or not a YAML mapping, and for an override that is malformed or fits
-    nowhere.
+    overrides: words "key=value", such as "train.steps=500"; later ones win. If they shorten the training below the
+    recipe's warm-up, the warm-up is shortened in proportion. Raises UserError if the file is missing or not a YAML
+    mapping, and for an override that is malformed or does not fit the recipe.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -48,7 +49,7 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def split(word: str) -> tuple[str, str]:
-    """Split `key=value` at the first equals sign. Raises UserError if the word has another form."""
+    """Split a word `key=value` at the first equals sign. Raises UserError if it has another form."""
     key, equals, value = word.partition("=")
     parts = key.split(".")
     if not equals or not all(part and part == part.strip() for part in parts):

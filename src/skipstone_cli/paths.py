@@ -8,7 +8,7 @@ from skipstone_cli.errors import UserError
 
 
 def existing_dir(path: Path, what: str) -> Path:
-    """Return `path` if it is a folder. Raises UserError naming `what` otherwise."""
+    """Return `path` if it is a folder. Raises UserError otherwise; `what` names the path in the message."""
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     if not path.is_dir():
@@ -17,7 +17,7 @@ def existing_dir(path: Path, what: str) -> Path:
 
 
 def existing_file(path: Path, what: str) -> Path:
-    """Return `path` if it is a file. Raises UserError naming `what` otherwise."""
+    """Return `path` if it is a file. Raises UserError otherwise; `what` names the path in the message."""
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     if not path.is_file():
@@ -26,14 +26,14 @@ def existing_file(path: Path, what: str) -> Path:
 
 
 def existing_run(path: Path) -> Path:
-    """Return `path` if it is a run folder or a saved model. Raises UserError or ValueError otherwise."""
+    """Return `path` if it is a run folder or the folder of a saved model. Raises UserError or ValueError otherwise."""
     from skipstone.runs import Run
 
     return Run(existing_dir(path, "run folder")).folder
 
 
 def existing_source(source: str) -> str:
-    """Return `source` unless it is a path at which there is nothing; possible hub names are accepted."""
+    """Return `source` unless it is a path that does not exist; anything that may be a Hub name is accepted."""
     path = Path(source).expanduser()
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix == ".gguf"
     if is_path and not path.exists():
@@ -42,7 +42,10 @@ def existing_source(source: str) -> str:
 
 
 def new_path(path: Path, what: str) -> Path:
-    """Return `path` if nothing exists there. Raises UserError otherwise: existing files are never overwritten."""
+    """Return `path` if it does not exist, because files are never overwritten.
+
+    Raises UserError otherwise; `what` names the path in the message.
+    """
     if path.exists() or path.is_symlink():
         raise UserError(
             f"{what} {str(path)!r} exists already and nothing is overwritten; name another path or remove it"

@@ -11,9 +11,10 @@ from skipstone_cli.overrides import split
 
 
 def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any) -> None:
-    """Raise UserError with a message for each mistake in `config`, which includes the overrides.
+    """Raise UserError with a message for each mistake in a recipe.
 
-    how: options of `early.check`.
+    config: the recipe with the overrides applied. overrides: as typed, "key=value". how: further arguments of
+    `skipstone.train.early.check`.
     """
     from skipstone.core.strict import mistakes
     from skipstone.train.early import check
@@ -25,7 +26,10 @@ def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any
 
 
 def as_typed(line: str, overrides: Sequence[str]) -> str:
-    """Return the message with the typed word appended if it shows the value in another form (`0` as `0.0`)."""
+    """Return an error message, with the override appended if the message shows its value in another form.
+
+    For example, `0` may be shown as `0.0`. line: the message. overrides: as typed, "key=value".
+    """
     for word in reversed(overrides):
         key, value = split(word)
         *_, section, name = ["", *key.split(".")]

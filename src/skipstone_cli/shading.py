@@ -21,7 +21,7 @@ STEPS = (
 
 
 class ShadedPiece(Protocol):
-    """A piece of generated text, and the share of the blocks' work that it took (0 to 1)."""
+    """A piece of generated text, and the share of the compute in the blocks that it took (0 to 1)."""
 
     @property
     def text(self) -> str:
@@ -29,18 +29,19 @@ class ShadedPiece(Protocol):
 
     @property
     def compute(self) -> float:
-        """The share of the blocks' work, 0 to 1."""
+        """The share of the compute in the blocks, 0 to 1."""
 
 
 def style(compute: float) -> str:
-    """Return the rich style of a token that took the share `compute` (0 to 1) of the blocks' work."""
+    """Return the rich style (text and background colour) of a token that took the share `compute` (0 to 1)."""
     return STEPS[min(int(max(compute, 0.0) * len(STEPS)), len(STEPS) - 1)]
 
 
 def show(pieces: Iterable[ShadedPiece], *, colour: bool, console: Console | None = None) -> None:
-    """Print pieces of text as they arrive; with `colour`, shade them by compute share and print a legend.
+    """Print pieces of text as they arrive; with `colour`, shade each by its share of compute and print a legend.
 
-    Without a colour terminal (a pipe, NO_COLOR), `colour` writes one line per piece: per cent, tab, text as JSON.
+    If the output is no colour terminal (a pipe, or NO_COLOR is set), `colour` writes one line for each piece instead:
+    per cent, tab, text as JSON. console: where to print; None: stdout.
     """
     from rich.console import Console
 
@@ -80,7 +81,7 @@ def _shade(pieces: Iterable[ShadedPiece], console: Console) -> None:
 
 
 def visible(text: str) -> str:
-    """Return the text without control characters except tab and newline, which could be terminal escape codes."""
+    """Return `text` with control characters except tab and newline replaced; they could be terminal escape codes."""
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text
     )

@@ -12,15 +12,28 @@ from skipstone_cli.paths import existing_source
 
 def adapt(
     source: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of a dense checkpoint.")],
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe of the adaptation.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE.yaml", help="YAML file that describes mechanisms, budget, data and training."),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="key=value", help="Override a key of the recipe; the last override of a key wins."),
+        typer.Argument(
+            metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: the recipe's own.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/NAME, by the recipe's name.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")
+    ] = False,
 ) -> None:
-    """Adapt a dense checkpoint so that it computes less, starting from exactly its own outputs."""
+    """Adapt a dense checkpoint so that it computes less; before training, it gives the same outputs as the checkpoint.
+
+    The recipe names the mechanisms (which tokens skip which blocks, or which neurons are off) and a budget of FLOPs.
+    Writes a run folder, as `skipstone train` does.
+
+    Example: skipstone adapt HuggingFaceTB/SmolLM2-135M recipes/adapt-neurons.yaml data.corpus=text:FOLDER
+    """
     from skipstone_cli.overrides import load_recipe
     from skipstone_cli.recipes import check_recipe
 

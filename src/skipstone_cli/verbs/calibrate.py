@@ -13,20 +13,33 @@ from skipstone_cli.paths import existing_dir, existing_run
 
 
 def calibrate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
     corpus: Annotated[
-        str | None, typer.Option(help="Corpus; needed for a saved model. Default: the run's own.")
+        str | None,
+        typer.Option(help="Corpus, as data.corpus of a recipe; needed for a saved model. Default: the run's own."),
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens per row. Default: the run's own.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Number of training rows to calibrate on.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Number of training rows to measure on.")] = 32,
     kl: Annotated[
-        float | None, typer.Option(help="Choose what reads the least within this KL to the source, in nats a token.")
+        float | None,
+        typer.Option(
+            help="Write instead the setting that reads the fewest bytes with KL(source || model) up to this, in nats "
+            "a token."
+        ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="What --kl compares with. Default: the model as trained, with its whole head.")
+        str | None,
+        typer.Option(
+            help="With --kl: folder or hub name of the model to compare with. Default: RUN as trained, with its whole "
+            "head."
+        ),
     ] = None,
 ) -> None:
-    """Write budget.json beside the weights, with the thresholds for every budget that the model can execute."""
+    """Measure the routing thresholds that meet each FLOP budget, and write them to budget.json beside the weights.
+
+    A budget is a share of the dense model's forward FLOPs. Afterwards `skipstone generate RUN --budget .8` and
+    `skipstone eval RUN --budget .6,.8` use the thresholds; nothing is trained.
+    """
     existing_dir(run, "run folder")
 
     existing_run(run)

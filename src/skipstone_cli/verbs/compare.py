@@ -12,17 +12,27 @@ from skipstone_cli.paths import existing_dir, existing_run
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of saved models.")],
-    dense: Annotated[Path | None, typer.Option(metavar="RUN", help="For Reset-S3: a dense run of equal FLOPs.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs or saved models.")],
+    dense: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="For runs on Reset-S3: a dense run that executes as many FLOPs; needs --forced."
+        ),
+    ] = None,
     forced: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="For Reset-S3: a run that is routed by the known difficulty.")
+        Path | None,
+        typer.Option(metavar="RUN", help="For runs on Reset-S3: a run routed by the known difficulty; needs --dense."),
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the figures to this JSON file.")] = None,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the table to this Markdown file.")
     ] = None,
 ) -> None:
-    """Compare runs in one table: loss, executed FLOPs, capacity, speed, memory, energy."""
+    """Compare runs in one table: loss, executed FLOPs, shares of kept tokens, speed, memory and energy.
+
+    All runs are measured on this machine, and timed in turns. On the synthetic task Reset-S3, --dense and --forced name
+    two reference runs, between whose accuracies each run is placed.
+    """
     for run in [*runs, *(twin for twin in (dense, forced) if twin is not None)]:
         existing_dir(run, "run folder")
     check_targets(json=json, markdown=markdown)

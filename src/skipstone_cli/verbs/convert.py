@@ -11,39 +11,51 @@ from skipstone_cli.errors import UserError
 from skipstone_cli.paths import existing_source, new_path
 
 CALIBRATED = ("hardened", "pruned")
+ToLayout = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        help="Write a run or saved model in another form: dense (mechanisms removed, for transformers without "
+        "Skipstone), hardened (each PolyGLU neuron keeps its strongest activation, no router), pruned (neuron "
+        "groups that are never used removed) or polychromatic (the layout released with the paper).",
+    ),
+]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or hub name of a dense checkpoint; with --from, a file.")],
-    out: Annotated[Path, typer.Argument(help="Folder (with --to: file) to write; it must not exist.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or hub name of a dense checkpoint; with --from: a weight file; with --to: a run or a saved "
+            "model."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write (a file with --to polychromatic); it must not exist.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")
+        str | None,
+        typer.Option(help="Dtype of the written weights: float32, bfloat16 or float16. Default: as in SOURCE."),
     ] = None,
     from_layout: Annotated[
         str | None,
-        typer.Option("--from", help="Read weights in the layout that a paper released: tsa or polychromatic."),
+        typer.Option("--from", help="Read weights as released with a paper: tsa or polychromatic."),
     ] = None,
-    to_layout: Annotated[
-        str | None,
-        typer.Option(
-            "--to",
-            help="Write a saved model in another form: dense (without mechanisms, for transformers alone), hardened "
-            "(each neuron of PolyGLU with one activation, no router), pruned (without neuron groups that are never "
-            "used) or polychromatic.",
-        ),
-    ] = None,
+    to_layout: ToLayout = None,
     num_heads: Annotated[
         int | None,
-        typer.Option(help="With --from tsa: number of attention heads, which does not follow from its weights."),
+        typer.Option(help="With --from tsa: number of attention heads, which the weights do not show."),
     ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="With --from polychromatic: temperature. Default: the file's own, or .1.")
+        float | None,
+        typer.Option(help="With --from polychromatic: temperature of the activation mix. Default: the file's, or .1."),
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="With --to hardened or pruned: corpus to calibrate on. Default: the run's own.")
+        str | None, typer.Option(help="With --to hardened or pruned: corpus to measure on. Default: the run's own.")
     ] = None,
 ) -> None:
-    """Convert a dense checkpoint (Llama, Qwen3, Gemma 3, GPT-2, ...) or a paper's weights to a Skipstone model."""
+    """Convert a dense checkpoint (Llama, Qwen3, Gemma 3, GPT-2, ...) or a paper's weights to a Skipstone model.
+
+    With --to, a run or saved model is written in another form instead.
+    """
     if from_layout is not None and to_layout is not None:
         raise UserError("--from reads released weights and --to writes them; give one of the two")
     for option, value in (("--num-heads", num_heads), ("--tau", tau)):

@@ -13,26 +13,43 @@ from skipstone_cli.paths import existing_dir, existing_run
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
-    split: Annotated[str, typer.Option(help="Split of the corpus to evaluate.")] = "validation",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
+    split: Annotated[
+        str, typer.Option(help="Split of the corpus: validation, test or train, as far as it has them.")
+    ] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
     corpus: Annotated[
-        str | None, typer.Option(help="Corpus; needed for a saved model. Default: the run's own.")
+        str | None,
+        typer.Option(help="Corpus, as data.corpus of a recipe; needed for a saved model. Default: the run's own."),
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens per row. Default: the run's own.")] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="SHARE,...", help="Also evaluate at these shares of the dense FLOPs.")
+        str | None,
+        typer.Option(
+            metavar="SHARE,...",
+            help="Also evaluate with thresholds set to execute these shares of the dense FLOPs, as .6,.8.",
+        ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness, instead of a corpus.")
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Score these tasks of lm-evaluation-harness instead of measuring losses."
+        ),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder of your own tasks as YAML.")
+        Path | None, typer.Option(metavar="FOLDER", help="With --tasks: folder with your own task definitions in YAML.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of samples per task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: score only the first samples of each task.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the figures to this JSON file.")] = None,
 ) -> None:
-    """Measure oracle, causal and executed loss on a whole split, with statistics of the mechanisms; or score tasks."""
+    """Measure losses and FLOPs of a model on a whole split of text, or score it on tasks.
+
+    Losses are given as routed in training (oracle: may look at later tokens), as decided from earlier tokens only
+    (causal: computes all tokens and masks) and as executed (the same decisions, skipped tokens not computed), with the
+    figures of each mechanism.
+    """
     existing_dir(run, "run folder")
     check_targets(json=json, markdown=None)
     _check(tasks, corpus=corpus, context=context, budget=budget, include_path=include_path, limit=limit)

@@ -11,29 +11,46 @@ from skipstone_cli.errors import UserError
 from skipstone_cli.paths import existing_dir, existing_run
 from skipstone_cli.shading import show
 
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="Speculative decoding; source of the guesses: lookup (earlier text), exit (first half of the blocks), "
+        "skip (every other block), budget:SHARE (the model at a lower budget), or the folder of another model.",
+    ),
+]
+
 
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Largest number of new tokens. Default: 128, or what the context leaves.")
+        int | None,
+        typer.Option(min=1, help="Largest number of new tokens. Default: 128, or fewer if the context ends."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Above 0. Default: 0.8.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the sampling, above 0. Default: 0.8.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample from the k most likely tokens only. Default: from all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling; the same seed gives the same text.")] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Take the most likely token each time instead of sampling.")
+    ] = False,
     budget: Annotated[
-        float | None, typer.Option(help="Share of the dense FLOPs to execute; run `skipstone calibrate` first.")
+        float | None,
+        typer.Option(help="Share of the dense model's FLOPs to execute, as .8; run `skipstone calibrate` first."),
     ] = None,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOW", help="Guess several tokens and check them together: lookup, exit, skip, budget:SHARE, a run."
-        ),
-    ] = None,
-    show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour tokens by their share of compute.")] = False,
+    draft: Draft = None,
+    show_depth: Annotated[
+        bool, typer.Option("--show-depth", help="Colour each token by the share of compute that it took.")
+    ] = False,
 ) -> None:
-    """Generate text from a model, printing it as it is generated."""
+    """Generate text from a model, printing it as it is generated.
+
+    Example: skipstone generate runs/mine --prompt "Once upon a time" --show-depth
+    """
     sampling = {"--temperature": temperature, "--top-k": top_k, "--seed": seed}
     idle = [option for option, value in sampling.items() if value is not None]
     if greedy and idle:

@@ -13,46 +13,72 @@ from skipstone_cli.errors import UserError
 
 
 class GridScale(StrEnum):
-    """The names of the grids that a study has by default."""
+    """The names of the default grids of `skipstone isoflop`."""
 
     LAPTOP = "laptop"
     PAPER = "paper"
 
 
 class RateRule(StrEnum):
-    """The names of the rules for learning rates of other model sizes."""
+    """How the learning rate of the base model carries over to other sizes: unchanged, or in proportion to 1 / width."""
 
     CONSTANT = "constant"
     INVERSE_WIDTH = "inverse_width"
 
 
-Budgets = Annotated[str | None, typer.Option(metavar="1e12,3e12", help="Training FLOPs per run.")]
-Sizes = Annotated[str | None, typer.Option(metavar="64,128x6", help="Model sizes, each as WIDTH or WIDTHxBLOCKS.")]
-Rates = Annotated[str | None, typer.Option(metavar="1e-3,2e-3", help="Learning rates to try for each arm.")]
-Rule = Annotated[RateRule | None, typer.Option(help="Use the best rate at every size, or scale it with 1/width.")]
+Budgets = Annotated[
+    str | None, typer.Option(metavar="1e12,3e12", help="Training FLOPs of a run; one comparison for each.")
+]
+Sizes = Annotated[str | None, typer.Option(metavar="64,128x6", help="Sizes of the model, each WIDTH or WIDTHxBLOCKS.")]
+Rates = Annotated[
+    str | None, typer.Option(metavar="1e-3,2e-3", help="Learning rates to try for each arm; the best is used.")
+]
+Rule = Annotated[
+    RateRule | None,
+    typer.Option(help="How the best learning rate carries over to other sizes: constant, or inverse_width."),
+]
 Arms = Annotated[
-    str | None, typer.Option(metavar="dense,mod,random", help="Arms to train. Default: all of the recipe.")
+    str | None, typer.Option(metavar="dense,mod,random", help="Train only these arms of the recipe. Default: all.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the grid. Default: 0.")]
-OptimumSeeds = Annotated[int | None, typer.Option(help="Number of seeds at the size nearest each optimum. Default: 3.")]
+OptimumSeeds = Annotated[
+    int | None, typer.Option(help="Number of seeds at the size nearest to each optimum. Default: 3.")
+]
 Repeats = Annotated[bool, typer.Option("--allow-repeats", help="Allow runs to read the corpus more than once.")]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for table, page and records. Default: --runs.")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder for table, page and records. Default: as --runs.")
+]
 Estimate = Annotated[
-    bool, typer.Option("--estimate", help="Print every run with its FLOPs and time on this machine; train nothing.")
+    bool,
+    typer.Option("--estimate", help="Train nothing; list all runs with their FLOPs and their time on this machine."),
 ]
 Speed = Annotated[
     float | None,
-    typer.Option(metavar="4e14", help="With --estimate: speed of another machine, instead of timing this one."),
+    typer.Option(metavar="4e14", help="With --estimate: FLOP/s of another machine; this one is then not timed."),
+]
+Recipe = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE.yaml", help="Base recipe. Its arms, or dense, its mechanisms and random choice, are compared."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
+    ),
+]
+Render = Annotated[
+    bool, typer.Option("--render", help="Train nothing; only render table and page again from existing records.")
 ]
 
 
 def isoflop(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The base recipe, whose model is scaled.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="key=value", help="Override a key of the recipe; the last override of a key wins."),
-    ] = None,
-    scale: Annotated[GridScale, typer.Option(help="Default values of the grid.")] = GridScale.LAPTOP,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    scale: Annotated[
+        GridScale, typer.Option(help="Which default values of budgets, sizes and rates to use.")
+    ] = GridScale.LAPTOP,
     budgets: Budgets = None,
     sizes: Sizes = None,
     rates: Rates = None,
@@ -65,9 +91,15 @@ def isoflop(
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder that contains the run folders.")] = Path("runs"),
     estimate: Estimate = False,
     flops_per_second: Speed = None,
-    render: Annotated[bool, typer.Option("--render", help="Train nothing, only render existing records.")] = False,
+    render: Render = False,
 ) -> None:
-    """Train arms and sizes at equal training FLOPs, fit their optima, and write the table and the page."""
+    """Train several sizes of models at equal training FLOPs, fit the best size of each arm, and write the results.
+
+    An arm is one of the recipes that are compared, such as dense and routed. Writes a table, a page and one record for
+    each run, and resumes what was interrupted.
+
+    Example: skipstone isoflop recipes/isoflop.yaml --estimate
+    """
     from skipstone_cli.overrides import load_recipe
 
     given = {

@@ -9,16 +9,26 @@ import typer
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to plan.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="YAML file that describes model, data and training.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="Change a key of the recipe; the last one wins.")
+        list[str] | None,
+        typer.Argument(
+            metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
+        ),
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="How many GPUs train together.")] = 8,
-    gpu: Annotated[str, typer.Option(help="A100, H100, ...")] = "H100",
-    mfu: Annotated[float, typer.Option(metavar="0.4", help="The share of its peak FLOP/s that is reached.")] = 0.4,
-    network: Annotated[float, typer.Option(metavar="GB/s", help="Bandwidth of each GPU between nodes.")] = 50.0,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of GPUs that train together, in nodes of 8.")
+    ] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: A100, H100, ...")] = "H100",
+    mfu: Annotated[float, typer.Option(metavar="0.4", help="Share of the GPU's peak FLOP/s that is reached.")] = 0.4,
+    network: Annotated[float, typer.Option(metavar="GB/s", help="Bandwidth between nodes for each GPU.")] = 50.0,
 ) -> None:
-    """Print memory, messages, FLOPs and hours of a training on many GPUs; nothing is trained."""
+    """Print memory, messages, FLOPs and hours of a training on many GPUs; nothing is trained.
+
+    Example: skipstone plan recipes/mod.yaml --gpus 64 --gpu H100
+    """
     from skipstone_cli.overrides import load_recipe
 
     config = load_recipe(recipe, overrides or [])

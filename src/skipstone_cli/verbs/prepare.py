@@ -10,28 +10,45 @@ import typer
 
 from skipstone_cli.errors import UserError
 
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="98-1-1",
+        help="Per cent of documents for training, validation and test, if the source has no splits.",
+    ),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="jsonl:PATH, hf:OWNER/NAME[/CONFIG], text:PATH or another corpus; with --check, a folder of shards."
+    ),
+]
+ShardTokens = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of tokens of a shard. Default: 134,217,728.")
+]
+
 
 def prepare(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="jsonl:PATH, hf:OWNER/NAME[/CONFIG], text:PATH or another corpus; with --check, a folder of shards."
-        ),
-    ],
+    source: Source,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="byte, char or pretrained:NAME_OR_PATH. Default: byte.")
+        str | None,
+        typer.Option(metavar="SPEC", help="Tokenizer: byte, char or pretrained:NAME_OR_PATH. Default: byte."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder for the shards.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to write the shards to.")] = None,
     field: Annotated[
-        str | None, typer.Option(help="Field of a JSON object or row with the text. Default: text.")
+        str | None,
+        typer.Option(help="Name of the field that contains the text, in JSON objects or dataset rows. Default: text."),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="98-1-1", help="Shares by hash in per cent, if the source has no splits.")
-    ] = None,
-    shard_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per shard. Default: 134,217,728.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing, verify the checksums of SOURCE.")] = False,
+    split: Split = None,
+    shard_tokens: ShardTokens = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; verify the checksums of the shards in SOURCE.")
+    ] = False,
 ) -> None:
-    """Tokenise text into shards on disk, for training with corpus shards:FOLDER; resumes an interrupted call."""
+    """Tokenise text into shards on disk, for training with data.corpus=shards:FOLDER; resumes an interrupted call.
+
+    Example: skipstone prepare text:my_texts --tokenizer pretrained:gpt2 --out my_shards
+    """
     given = {"--tokenizer": tokenizer, "--out": out, "--field": field, "--split": split, "--shard-tokens": shard_tokens}
     if check:
         idle = [option for option, value in given.items() if value is not None]

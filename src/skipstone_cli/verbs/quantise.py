@@ -13,20 +13,37 @@ from skipstone_cli.paths import existing_source, new_path
 
 def quantise(
     source: Annotated[
-        str, typer.Argument(help="A run, a saved model, or a dense checkpoint (folder, hub name, .gguf file).")
+        str, typer.Argument(help="Folder of a run, saved model or dense checkpoint, its hub name, or a .gguf file.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     head_candidates: Annotated[
-        int | None, typer.Option(min=1, help="Rows of the head that a step reads, chosen by a preview. Default: all.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of tokens whose exact logits a decoding step computes; a 4-bit preview of the head chooses "
+            "them. Default: all.",
+        ),
     ] = None,
     head_directions: Annotated[
-        int | None, typer.Option(min=64, help="Directions of the preview, a multiple of 64. Default: 256.")
+        int | None,
+        typer.Option(
+            min=64,
+            help="With --head-candidates: directions of the hidden states that the preview uses, a multiple of 64. "
+            "Default: 256.",
+        ),
     ] = None,
     head_text: Annotated[
-        Path | None, typer.Option(help="Text like that to be decoded, for the preview. Default: the model's own.")
+        Path | None,
+        typer.Option(
+            help="With --head-candidates: text file to fit the preview on, similar to what will be decoded. Default: "
+            "the model generates text.",
+        ),
     ] = None,
 ) -> None:
-    """Round a model's weights to int8: about a quarter of the size, and faster decoding on a CPU."""
+    """Round a model's weights to int8: about a quarter of the size of fp32, and faster decoding on a CPU.
+
+    With --head-candidates, decoding steps also compute exact logits for the most promising tokens only.
+    """
     existing_source(source)
     new_path(out, "output folder")
     if head_candidates is None and (head_directions is not None or head_text is not None):

@@ -11,16 +11,19 @@ from skipstone_cli.paths import existing_dir, existing_file, existing_run, new_p
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to show.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of the training runs to show.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
     evaluation: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Output of `eval --budget --json`; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="File written by `skipstone eval RUN --budget ... --json FILE`; may be repeated."
+        ),
     ] = None,
     trace: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Output of `skipstone trace`; may be repeated.")
+        list[Path] | None, typer.Option(metavar="FILE", help="File written by `skipstone trace`; may be repeated.")
     ] = None,
 ) -> None:
-    """Write a self-contained HTML report about runs."""
+    """Write a self-contained HTML report about runs: losses, decisions by token and block, speed, configuration."""
     for run in runs:
         existing_dir(run, "run folder")
     for file in evaluation or []:

@@ -12,7 +12,7 @@ from skipstone_cli.errors import UserError
 
 
 class Scale(StrEnum):
-    """The names of the scales at which a study can run."""
+    """The sizes at which a study can run."""
 
     QUICK = "quick"
     LAPTOP = "laptop"
@@ -21,36 +21,53 @@ class Scale(StrEnum):
 
 Readme = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Also write the table into this file, between <!-- NAME:begin --> and end."),
+    typer.Option(
+        metavar="FILE", help="Also write the table into this file, between <!-- NAME:begin --> and <!-- NAME:end -->."
+    ),
 ]
 Jobs = Annotated[
-    int, typer.Option(metavar="N", help="Arms to run at a time, each in a process of its own, as on one GPU.")
+    int, typer.Option(metavar="N", help="Number of arms to run at the same time, each in its own process.")
 ]
-Html = Annotated[
-    bool, typer.Option("--html", help="Also write the page as NAME.html, with pictures of its table and claims.")
-]
+Html = Annotated[bool, typer.Option("--html", help="Also write the page as NAME.html, with charts.")]
 Ledger = Annotated[
-    bool, typer.Option("--ledger", help="Write costs and claims of all records in --out into its README.md.")
+    bool, typer.Option("--ledger", help="Instead summarise costs and claims of all studies in --out in its README.md.")
 ]
+Scales = Annotated[
+    Scale, typer.Option(help="Size of models and runs: laptop, paper (for GPUs), or quick where the study has it.")
+]
+Arms = Annotated[
+    str | None,
+    typer.Option(metavar="ARM,ARM", help="Run only these arms (the recipes that a study compares). Default: all."),
+]
+Render = Annotated[
+    bool, typer.Option("--render", help="Run nothing; only render the page again from existing records.")
+]
+Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds to run. Default: the study's own.")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder for the table and the records. Default: as --runs.")
+]
+ListStudies = Annotated[bool, typer.Option("--list", help="List the studies and exit.")]
+Runs = Annotated[Path, typer.Option(metavar="DIR", help="Folder that contains the run folders.")]
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of a registered study; see --list.")] = None,
-    scale: Annotated[Scale, typer.Option(help="Size of the models and the runs.")] = Scale.LAPTOP,
-    arms: Annotated[str | None, typer.Option(metavar="ARM,ARM", help="Arms to run. Default: all.")] = None,
-    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds. Default: the study's own.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for tables and records. Default: --runs.")
-    ] = None,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder that contains the run folders.")] = Path("runs"),
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the study; see --list.")] = None,
+    scale: Scales = Scale.LAPTOP,
+    arms: Arms = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    runs: Runs = Path("runs"),
     readme: Readme = None,
-    render: Annotated[bool, typer.Option("--render", help="Run nothing, only render existing records.")] = False,
+    render: Render = False,
     html: Html = False,
-    list_: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
+    list_: ListStudies = False,
     jobs: Jobs = 1,
     ledger: Ledger = False,
 ) -> None:
-    """Run or resume a registered study, and render its table from the records."""
+    """Run or resume a registered study (a published experiment), and render its table from the records.
+
+    It trains and measures several arms, the recipes that it compares. Example: skipstone reproduce demo --scale laptop
+    """
     numbers = parse_seeds(seeds)
     if html and (ledger or list_):
         raise UserError(f"--html has no effect with {'--ledger' if ledger else '--list'}")
@@ -96,7 +113,7 @@ def reproduce(
 
 
 def print_list() -> None:
-    """Print all studies with their purposes."""
+    """Print the names of all studies with their purposes."""
     from skipstone_studies.run import describe
 
     for name, purpose in describe().items():
@@ -104,7 +121,7 @@ def print_list() -> None:
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
-    """Parse `0,1,2` as integers without repetition. Raises UserError otherwise."""
+    """Parse `0,1,2` as integers without repetition; None for None. Raises UserError for any other text."""
     if text is None:
         return None
     words = [word.strip() for word in text.split(",")]

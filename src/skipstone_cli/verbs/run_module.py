@@ -20,7 +20,10 @@ def run_module(
         str, typer.Argument(metavar="MODULE", help="Module, as for `python -m`; its own arguments follow.")
     ],
 ) -> None:
-    """Run another tool's module with Skipstone's models registered in the Auto classes."""
+    """Run another tool's Python module with Skipstone's models registered in transformers' Auto classes.
+
+    Example: skipstone run-module lm_eval run --model hf --model_args pretrained=my-model --tasks arithmetic
+    """
     if find_spec(module.partition(".")[0]) is None:
         raise UserError(f"there is no module {module!r} to run")
     for part in ("causal_lm", "classifier"):

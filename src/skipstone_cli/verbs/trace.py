@@ -12,13 +12,19 @@ from skipstone_cli.paths import existing_dir, existing_file, existing_run, new_p
 
 
 def trace(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a saved model.")],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="Text file in UTF-8.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to trace, a file in UTF-8.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Table to write: .parquet, .csv or .jsonl.")],
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens per row. Default: the model's context.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of tokens to read. Default: all.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens per row. Default: the model's maximum.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Read only the first tokens of the text. Default: all.")
+    ] = None,
 ) -> None:
-    """Write the depth map of a text: what each block decided for each token, and the loss of its prediction."""
+    """Write what each block decided for each token of a text, and the loss of each prediction, as a table.
+
+    Columns: row, position, token, layer, mechanism, score (of the router), weight (of the update), kept, loss (in
+    nats).
+    """
     existing_dir(run, "run folder")
     existing_file(text, "--text")
     new_path(out, "--out")

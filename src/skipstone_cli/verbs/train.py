@@ -11,22 +11,37 @@ from skipstone_cli.errors import UserError
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe of the training.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="YAML file that describes model, data and training.")
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="key=value", help="Override a key of the recipe; the last override of a key wins."),
+        typer.Argument(
+            metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: the recipe's own.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print the FLOPs, the memory and the hours on a GPU; train nothing.")
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/NAME, by the recipe's name.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(help="With --estimate: A100, H100, ... Default: H100.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Train nothing; print FLOPs, memory and hours on one GPU.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="With --estimate: the GPU (A100, H100, ...). Default: H100.")] = None,
     mfu: Annotated[
-        float | None, typer.Option(metavar="0.4", help="With --estimate: assumed share of the peak FLOP/s.")
+        float | None,
+        typer.Option(
+            metavar="0.4", help="With --estimate: share of the GPU's peak FLOP/s that is reached. Default: 0.4."
+        ),
     ] = None,
 ) -> None:
-    """Train a model from a recipe into a run folder."""
+    """Train a model from a recipe into a run folder.
+
+    The folder holds the resolved recipe, metrics, checkpoints and the trained model. For several processes, use
+    `torchrun -m skipstone train RECIPE.yaml`.
+
+    Example: skipstone train recipes/mod.yaml train.steps=500 --out runs/mine
+    """
     from skipstone_cli.overrides import load_recipe
     from skipstone_cli.recipes import check_recipe
 

@@ -17,16 +17,21 @@ PORT = 8737
 
 
 def view(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN2]", help="One or two run folders or saved models.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN [RUN2]", help="Folder of a run or saved model; a second one is shown beside it."),
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes any free one.")] = PORT,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Serve nothing; write the page of --prompt as one HTML file.")
+        Path | None, typer.Option(metavar="FILE", help="Start no server; write the page for --prompt as one HTML file.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt of the page to save.")] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="New tokens of the page to save. Default: 64.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="With --save: the prompt.")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="With --save: number of tokens to generate. Default: 64.")
+    ] = None,
 ) -> None:
-    """Open a live page: type a prompt and watch which blocks every token takes."""
+    """Open a live page: type a prompt and watch which blocks compute each token."""
     if len(runs) > 2:
         raise UserError(f"view shows one or two models side by side, got {len(runs)}")
     for run in runs:
