@@ -36,8 +36,9 @@ def export_hardened(
     """Give each PolyGLU neuron of a run or saved model one fixed activation, write the model to `out`, and return it.
 
     The strongest activation of each neuron is measured on training rows. folder: of the run or saved model. dtype: of
-    the written weights; None: as loaded. corpus: text to calibrate on; None: the run's own (a saved model has none).
-    Raises ValueError for a model without PolyGLU or without a corpus, and FileExistsError if `out` is not empty.
+    the written weights; None: as loaded. corpus: name of the corpus to measure on (as in data.corpus); None: the run's
+    own (a saved model has none). Raises ValueError for a model without PolyGLU or without a corpus, and FileExistsError
+    if `out` is not empty.
     """
     return export_calibrated.export(
         folder,
@@ -90,7 +91,7 @@ def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 
 def require_polyglu(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model without PolyGLU, or with neuron groups."""
+    """Raise ValueError for a model without PolyGLU (neurons that mix several activations), or with neuron groups."""
     if not model.modules_of(PolyGLU):
         name = model.config.activation_options["name"]
         raise ValueError(f"only activation 'polyglu' can be hardened, this model has {name!r}")

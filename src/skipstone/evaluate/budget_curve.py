@@ -111,7 +111,7 @@ def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A measured budget table and the file to which it was written."""
+    """A measured budget table (routing thresholds for every FLOP budget) and the file to which it was written."""
 
     path: Path
     budget_table: BudgetTable

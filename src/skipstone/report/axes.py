@@ -54,9 +54,9 @@ def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
 
 
 def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
-    """Return the range of the finite values, widened on both sides by the share `margin` of its length.
+    """Return the range (low, high) of the finite values, widened at both ends by the share `margin` of its length.
 
-    It is never empty: a single value is widened, and (0, 1) is returned without values.
+    It is never empty: the range of a single value is widened, and (0, 1) is returned without values.
     """
     finite = [v for v in values if math.isfinite(v)]
     if not finite:

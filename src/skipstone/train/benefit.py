@@ -40,15 +40,15 @@ def wanting(model: SkipstoneForCausalLM) -> list[DepthModule]:
 def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], step: int) -> dict[int, Tensor]:
     """Measure by how much the update of one block lowers the loss of each token, for some rows of a batch.
 
-    Two passes without gradients over a sixteenth of the rows (`ONE_IN`; at least one row) each keep a random half of
-    the tokens in the block, the second the tokens that the first skipped. The benefit of a token is its loss in nats
-    when skipped minus its loss when kept.
+    Two passes without gradients read a sixteenth of the rows (`ONE_IN`; at least one row). In the block, the first
+    keeps a random half of the tokens and the second the other half. The benefit of a token is its loss in nats when
+    skipped minus its loss when kept.
 
-    batch: input_ids and labels (or shift_labels), [B, T] each, with optional masks and positions. step: the optimizer
-    step; it chooses the block, which the blocks take in turn, and seeds the random halves. Returns {index of the block:
-    benefit, fp32 [B, T]}, NaN for rows that were not measured and tokens without a label. Returns an empty dict if no
-    router learns the benefit, if the batch has no labels, and, when it has fewer than 16 rows, in most steps, so that
-    on average one row in 16 is measured.
+    model: whose routers may learn the benefit. batch: input_ids and labels (or shift_labels), [B, T] each, with
+    optional masks and positions. step: the optimizer step; it chooses the block, which the blocks take in turn, and
+    seeds the random halves. Returns {index of the block: benefit, fp32 [B, T]}, NaN for rows that were not measured and
+    tokens without a label. The dict is empty if no router learns the benefit, if the batch has no labels, and, for
+    batches of fewer than 16 rows, in most steps, so that on average one row in 16 is measured.
     """
     found = wanting(model)
     if not found or not ("labels" in batch or "shift_labels" in batch) or "input_ids" not in batch:

@@ -52,9 +52,9 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
 
 
 def data_defaults(data: PreparedData) -> PlainDict:
-    """Return the model options that follow from the data: vocabulary size and special tokens.
+    """Return the model options that follow from prepared data: vocabulary size and special tokens.
 
-    The dict also has the key `tokenizer` if the data have one; `model_config` removes it.
+    The dict also has the key `tokenizer` if the data have one; `model_config` uses and removes it.
     """
     found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:
