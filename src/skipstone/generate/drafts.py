@@ -38,17 +38,18 @@ class Draft:
     cost = 0.0
 
     def kind(self, ids_BT: Tensor) -> int | None:
-        """Return the kind of the guesses that are possible after these tokens; None if there are none.
+        """Return the kind of guess that is possible after these tokens, a number; None if none is possible.
 
-        Guesses of one kind are expected to be right equally often.
+        ids_BT: all tokens so far, int64 [B, T]. Guesses of one kind are expected to be right equally often, so that
+        statistics are collected by kind.
         """
         return 0
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
-        """Return int64 [B, K], at most `count` proposed tokens for each row.
+        """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.
 
-        ids_BT: all tokens so far, the last of which is not in the cache yet. cache: the model's own, which is left
-        unchanged. position_B1: of the last token, None where positions are slots.
+        ids_BT: all tokens so far, of which the last is not in the cache yet. cache: the model's, unchanged on return.
+        position_B1: int64, position of the last token; None where positions are indices in the row.
         """
         raise NotImplementedError
 

@@ -152,9 +152,10 @@ def drafting_of(
     budget: float | None,
     table: BudgetTable | None,
 ) -> tuple[Draft, Length] | None:
-    """Return the draft and the number of tokens that it proposes at a time; None without one.
+    """Return the draft for a decoder and the rule that chooses the number of guesses; None if `draft` is None.
 
-    Raises ValueError for a draft that is not possible.
+    decode: the decoder that is to be sped up. draft, length, budget, table: `draft`, `draft_length`, `budget` and
+    `budget_table` of `stream`. Raises ValueError for a draft that is not possible, and for a length without a draft.
     """
     if draft is None:
         if length is not None:
@@ -292,9 +293,11 @@ def setting_of(
     budget_table: BudgetTable | None,
     draft: str | PreTrainedModel | None = None,
 ) -> Setting:
-    """Return a context manager's constructor that sets the model to a budget while it decodes.
+    """Return a function whose result is a context manager that sets the model to a budget inside a `with` block.
 
-    Without a budget it changes nothing. Raises ValueError or FileNotFoundError for a budget that cannot be set.
+    budget, budget_table, draft: as in `stream`. Without a budget, the context manager changes nothing. Raises
+    ValueError for a budget out of range, and for a table that nothing would use; FileNotFoundError for a budget without
+    a table.
     """
     if budget is None:
         if budget_table is not None and not (isinstance(draft, str) and draft.startswith("budget:")):

@@ -101,7 +101,11 @@ class Length:
         return known[low] + max(slope, 0.0) * (count - low)
 
     def learn(self, guesses: int, stood: int, guessing: float, checking: float, kind: int = 0) -> None:
-        """Record a pass: the numbers of tokens drafted and accepted, and the seconds of drafting and checking."""
+        """Record a pass over the last token and its guesses.
+
+        guesses: number of guesses. stood: how many of them were right before the first wrong one. guessing, checking:
+        seconds of drafting and of the pass. kind: as in `next`.
+        """
         self.check[guesses].append(checking)
         if guesses:
             self.guess.append(guessing / guesses)
