@@ -134,9 +134,11 @@ def _sizes(block: Block) -> decode_stack.Sizes | None:
 
 
 def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stack.Sizes) -> tuple[Any, list[Tensor]]:
-    """Return the program of some blocks, and the tensors that it reads besides their weights and gates.
+    """Return the tables by which a compiled step runs blocks, and tensors that must stay alive.
 
-    spans: for each block the number of blocks of the segment that begins there, 0 without one.
+    blocks: as in `sizes_of`, which returned `sizes`. spans: for each block, the number of blocks in the segment that
+    begins there, 0 without one. The tables contain addresses of the weights, of mechanisms' tensors and of the tensors
+    returned.
     """
     gates = gates_of(blocks)
     described = [gate.stream_gate() for _, _, gate in gates]

@@ -59,10 +59,13 @@ GATES, NUMBERS, GATE_NUMBERS, FIELDS = of_gates.GATE_COLUMNS, of_mlp.NUMBERS, of
 
 @compiled
 def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, barrier: int) -> None:
-    """Add the updates of all blocks to the stream x [T, D], for the part `part` of the rows of all matrices.
+    """Add the updates of all blocks to the stream x [T, D], for one thread's share of the rows of all matrices.
 
-    addresses: of table and memory of the blocks, the tokens' slots, the stream, working memory, table and numbers of
-    the gates, numbers of the blocks, and results as `decode_stack.run` returns them.
+    Compiled by numba. addresses: of table and memory of the blocks, the tokens' slots, the stream, working memory,
+    table and numbers of the depth mechanisms, numbers of the blocks, and the results, as `decode_stack.run` passes
+    them. sizes: L blocks, T tokens, width, neurons, query heads, key/value heads, head size, mechanisms, carried
+    states, hidden values. numbers: eps and offset of norms, factor on scores. part, parts: index and number of threads.
+    barrier: its address.
     """
     table_at, memory_at, slot_at, x_at, work_at, gates_at, lines_at, block_numbers_at = addresses[:8]
     states_at, said_at, flags_at, logits_at, fed_at, stored_at = addresses[8:]
