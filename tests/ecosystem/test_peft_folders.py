@@ -30,6 +30,10 @@ KINDS: dict[str, Callable[[], Any]] = {
     "IA3": lambda: peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
     ),
+    "VB-LoRA": lambda: peft.VBLoRAConfig(target_modules=["q_proj"], r=2, vector_length=8, num_vectors=8, topk=2),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(
+        target_modules=["q_proj"], total_step=10, tinit=1, tfinal=3, init_r=2, target_r=1
+    ),
     "VeRA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj", "v_proj"], init_weights=False),
 }
 IDS = torch.arange(3, 15).view(1, -1)
@@ -135,6 +139,13 @@ def test_a_broken_adapter_is_one_line_and_writes_nothing(what: str, base: Path, 
     with pytest.raises(ValueError, match=why) as told:
         convert(folder, tmp_path / "out")
     assert "\n" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_that_cannot_be_merged_is_one_line(base: Path, tmp_path: Path) -> None:
+    folder, _ = saved(base, peft.PolyConfig(target_modules=["q_proj"], r=2, n_tasks=2, n_skills=2))
+    with pytest.raises(ValueError, match=r"adapter: peft_type POLY cannot be merged into a model's weights$"):
+        convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -125,3 +125,17 @@ def test_evaluation_draws_no_noise_unless_asked_to() -> None:
     model.train()
     assert differ()
     assert not differ(noise=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("decision", ["threshold", "topk", "ema_threshold", "predictor"])
+def test_a_model_without_values_has_the_shapes_of_one_with(decision: str, training: bool) -> None:
+    mechanisms = [{"name": "mixture_of_depths", "capacity": 0.5, "decision": decision}, {"name": "early_exit"}]
+    options: dict[str, Any] = {"mechanisms": mechanisms, "activation": {"name": "polyglu"}}
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, **options)).to("meta").train(training)
+    ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    routing = "oracle" if training or decision == "topk" else "causal"
+    out = model(ids, attention_mask=torch.ones_like(ids), labels=ids, routing=routing)
+    assert out.logits.shape == (2, 9, 40)
+    out.loss.backward()

@@ -220,6 +220,16 @@ def test_it_is_not_trained_and_not_quantised_twice() -> None:
             skipstone.SkipstoneConfig(**wrong)
 
 
+def test_the_vocabulary_is_resized_before_and_not_afterwards() -> None:
+    whole = model()
+    whole.resize_token_embeddings(64, mean_resizing=False)
+    small = quantise(whole)
+    assert small.lm_head.weight.shape[0] == small.config.vocab_size == 64
+    assert small.resize_token_embeddings(64) is small.get_input_embeddings()
+    with pytest.raises(ValueError, match="int8 weights cannot be resized; resize the original"):
+        small.resize_token_embeddings(70)
+
+
 def test_ids_outside_of_the_vocabulary_are_one_line() -> None:
     small = quantise(model())
     with pytest.raises(ValueError, match="input_ids must lie in 0 to 60"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,5 +109,58 @@ def test_weights_on_disk_compute_the_same(name: str, ids: Tensor, tmp_path: Path
 def test_a_chunked_loss_refuses_a_head_that_is_more_than_its_weight(around: str, ids: Tensor) -> None:
     model = net("dense")
     AROUND[around](model.lm_head)
+    with pytest.raises(ValueError, match="loss_chunk needs direct access to the head's weight"):
+        model(ids, labels=ids, loss_chunk=8)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("which", ["gate_proj", "up_proj", "down_proj"])
+@torch.no_grad()
+def test_a_layer_with_a_bias_in_the_place_of_one_without_is_called(name: str, which: str, ids: Tensor) -> None:
+    model = net(name)
+    model.generate(ids[:1], **GREEDY)
+    for block in model.model.layers:
+        plain = getattr(block.mlp, which)
+        layer = nn.Linear(plain.in_features, plain.out_features)
+        layer.weight = plain.weight
+        setattr(block.mlp, which, layer)
+    masked = model(ids, executor="masked").logits
+    torch.testing.assert_close(model(ids).logits, masked)
+    cache = model(ids[:1, :4], use_cache=True).past_key_values
+    steps = [model(ids[:1, t : t + 1], past_key_values=cache).logits for t in range(4, 12)]
+    torch.testing.assert_close(torch.cat(steps, 1), masked[:1, 4:])
+
+
+def written(model: skipstone.SkipstoneForCausalLM) -> None:
+    for block in model.model.layers:
+        block.mlp.up_proj.weight.mul_(2)
+
+
+def replaced(model: skipstone.SkipstoneForCausalLM) -> None:
+    for block in model.model.layers:
+        block.mlp.down_proj.weight.data = -block.mlp.down_proj.weight.data
+
+
+def hooked(model: skipstone.SkipstoneForCausalLM) -> None:
+    for block in model.model.layers:
+        block.mlp.down_proj.register_forward_hook(lambda module, inputs, output: -output)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("change", [written, replaced, hooked])
+@torch.no_grad()
+def test_weights_that_change_between_steps_are_read_again(name: str, change: Callable[..., None], ids: Tensor) -> None:
+    model = net(name)
+    cache = model(ids[:1, :4], use_cache=True).past_key_values
+    for t in range(4, 8):
+        model(ids[:1, t : t + 1], past_key_values=cache)
+    change(model)
+    expected = model(ids[:1, 8:9], past_key_values=copy.deepcopy(cache), executor="masked").logits
+    torch.testing.assert_close(model(ids[:1, 8:9], past_key_values=cache).logits, expected)
+
+
+def test_a_chunked_loss_refuses_a_head_with_a_bias(ids: Tensor) -> None:
+    model = net("dense")
+    model.lm_head = nn.Linear(32, 300)
     with pytest.raises(ValueError, match="loss_chunk needs direct access to the head's weight"):
         model(ids, labels=ids, loss_chunk=8)

@@ -166,6 +166,8 @@ ODD = [  # of each family: settings that this decoder does not compute, and what
         (case, {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'chunked_attention'")
         for case in ("Qwen2, window", "Qwen3, window", "Gemma 2", "Ministral", "OLMo 3, window, yarn")
     ],
+    *[pytest.param(case, {"is_causal": False}, "is_causal=False", marks=pytest.mark.slow) for case in ONE_EACH],
+    ("Llama", {"is_causal": False}, "is_causal=False"),
     ("Gemma 2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("Gemma 3, caps, biases, linear RoPE", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
 ]
@@ -202,6 +204,17 @@ def test_part_of_a_head_turns_where_transformers_turns_a_part(case: str, tmp_pat
             rope.update(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
     parity.save_random(config, tmp_path)
     assert parity.logits_error(tmp_path, ids(), torch.float32) < FP32
+
+
+@pytest.mark.parametrize("case", ["Llama, yarn", "OLMo 3, window, yarn", "Gemma 3"])
+@torch.no_grad()
+def test_yarn_is_truncated_where_transformers_truncates_it(case: str, tmp_path: Path) -> None:
+    """Its code looks for `truncate` beside the RoPE parameters of each type of attention, and not in them."""
+    config = copy.deepcopy(parity.CASES[case])
+    yarn = {**parity.YARN, "truncate": False}
+    config.rope_parameters = yarn if "Llama" in case else {kind: dict(yarn) for kind in config.rope_parameters}
+    parity.save_random(config, tmp_path)
+    assert parity.measure(tmp_path, length=20, tokens=4).fp32 < 1e-5
 
 
 @pytest.mark.parametrize(("case", "changes", "said"), ODD)

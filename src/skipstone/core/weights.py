@@ -23,7 +23,8 @@ def hooks_on_all_modules() -> bool:
 def weight_is_readable(linear: nn.Module) -> bool:
     """Return whether multiplying by `linear.weight` gives the same result as calling the layer.
 
-    False if something acts in place of the layer or around its call: an adapter, a parametrisation, hooks (accelerate's
+    False for a layer with a bias (ours have none where this is asked, but a layer may have been replaced), and if
+    something acts in place of the layer or around its call: an adapter, a parametrisation, hooks (accelerate's
     offloading, an observer, hooks on all modules), a replaced forward, a sharded weight, or one on the meta device.
     True for a quantised weight; see `is_quantised`.
     """
@@ -32,7 +33,16 @@ def weight_is_readable(linear: nn.Module) -> bool:
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return False
     weight = linear.weight
+    if linear.bias is not None:
+        return False
     return weight.device.type != "meta" and (type(weight) is nn.Parameter or is_quantised(linear))
+
+
+def weight_marks(*linears: nn.Module) -> list[int]:
+    """Return numbers that change when a weight is replaced or written into, which makes copies of it stale."""
+    weights = [linear.weight for linear in linears]
+    places = [id(w) if type(w) is not nn.Parameter else w.data_ptr() for w in weights]
+    return [*places, *(0 if w.is_inference() else w._version for w in weights)]  # type: ignore[operator, union-attr, misc]
 
 
 def weights_multiplied(linear: nn.Module) -> int:

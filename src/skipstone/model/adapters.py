@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from skipstone.core.plain_text import parse_json
 from skipstone.core.routing_module import RoutingModule
 from skipstone.model.loading import about, check_complete, quiet
 from skipstone.model.source_folder import ADAPTER
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SAVED = ".modules_to_save.default."  # in the names of layers of which an adapter holds a whole copy
@@ -43,7 +48,8 @@ def base_of(folder: Path) -> str:
 
         if kind not in PeftType.__members__:
             raise ValueError(f"peft_type {kind!r} is unknown to the installed PEFT")
-        if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]](peft_type=kind).is_prompt_learning:
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+        if config.__new__(config).is_prompt_learning:  # some configurations cannot be built without options
             raise ValueError(f"peft_type {kind} puts virtual tokens before each text and has no weights to merge")
     return base
 
@@ -63,10 +69,11 @@ def merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
         found = adapted.load_adapter(str(folder), "default")  # PEFT tells then what did not fit
         saved = load_peft_weights(str(folder), device="cpu")
         whole_layers = [name for name in adapted.state_dict() if SAVED in name]
-        missing = [*found.missing_keys, *(name for name in whole_layers if name.replace(SAVED, ".") not in saved)]
+        missing = _not_shared(found.missing_keys, adapted)
+        missing += [name for name in whole_layers if name.replace(SAVED, ".") not in saved]
         check_complete({"missing_keys": missing, "unexpected_keys": found.unexpected_keys, "mismatched_keys": ()})
         stale = [name for name, part in base.named_modules() if _trained_without_buffers(part)]
-        whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        whole = _without_adapter(adapted)
     if stale:
         warnings.warn(
             f"{str(folder)!r} holds routers, but thresholds and other buffers stay those of its base; calibrate the "
@@ -74,6 +81,23 @@ def merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
             stacklevel=2,
         )
     return whole.requires_grad_(True).eval()
+
+
+def _not_shared(missing: list[str], adapted: nn.Module) -> list[str]:
+    """Return the missing names without those of tensors that were found under another name (VB-LoRA's bank)."""
+    tensors = adapted.state_dict()
+    loaded = {tensor.data_ptr() for name, tensor in tensors.items() if name not in missing}
+    return [name for name in missing if name not in tensors or tensors[name].data_ptr() not in loaded]
+
+
+def _without_adapter(adapted: PeftModel) -> PreTrainedModel:
+    """Return the base with the adapter merged. Raises ValueError for a kind that PEFT cannot merge."""
+    try:
+        whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError):
+        kind = adapted.peft_config["default"].peft_type
+        raise ValueError(f"peft_type {getattr(kind, 'value', kind)} cannot be merged into a model's weights") from None
+    return whole
 
 
 def _trained_without_buffers(part: object) -> bool:

@@ -149,7 +149,15 @@ def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry], e
         sites,
         span=len(segment) if layer == first else 1,
         around=None if layer == first else earlier[first],
+        turned_by=_turned_by(config, layer),
     )
+
+
+def _turned_by(config: SkipstoneConfig, layer: int) -> str:
+    """Return the name of the rotary angles of a block's queries and keys: row, window or none."""
+    if config.positions != "rope" or layer not in config.rotary_layers():
+        return "none"
+    return "window" if config.window_rope_parameters is not None and layer in config.windowed_layers() else "row"
 
 
 def _residual(config: SkipstoneConfig) -> Residual:

@@ -225,7 +225,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         """Return the token loss, and with a teacher its divergence and the total, without holding all logits."""
         if not weight_is_readable(self.lm_head) or is_quantised(self.lm_head):
             raise ValueError(
-                "loss_chunk needs direct access to the head's weight, without adapter, hooks, offloading, "
+                "loss_chunk needs direct access to the head's weight, without bias, adapter, hooks, offloading, "
                 "quantisation or sharding; pass 0"
             )
         target_N = target_BT.flatten().to(hidden_BTD.device)

@@ -153,6 +153,17 @@ class SkipstonePreTrainedModel(PreTrainedModel):
         for layer in entry.homes:
             self.decoder.layers[layer].mechanisms[entry.key].config = entry.options
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Change the number of tokens in the vocabulary, as transformers does.
+
+        Raises ValueError for int8 weights and for a preview of the head, which cannot be resized.
+        """
+        small = self.config.weight_format != "float"
+        if (small or self.config.head_candidates is not None) and new_num_tokens not in (None, self.config.vocab_size):
+            what = "int8 weights" if small else "a preview of its head"
+            raise ValueError(f"the vocabulary of a model with {what} cannot be resized; resize the original")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[no-any-return]
+
     def _activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: PlainDict | None = None, *args: object
     ) -> None:
@@ -171,7 +182,6 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.window_positions = build_window_positions(config)
         self.layers = build_blocks(config)
         self.norm = build_norm(config)
-        self.turned_by = self._turned_by(config)
         self.gradient_checkpointing = False
         # A trainer may set the seed of the step's random numbers and the index of the pass's first row in the step.
         self.step_noise: tuple[Tensor, Tensor] | None = None
@@ -221,18 +231,18 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         if kwargs.get("output_hidden_states") and any(block.span > 1 for block in self.layers):
             raise ValueError("output_hidden_states is not supported with a segment, whose blocks see kept tokens alone")
         x_BTD = self._embedded(input_ids, inputs_embeds)
-        mode, forced = self._mode(routing, noise, executor, x_BTD.shape[:2])
-        cache = self._cache(past_key_values, use_cache, mode, x_BTD.shape[0])
+        mode, forced = self._mode(routing, noise, executor, x_BTD)
+        cache = self._cache(past_key_values, use_cache, mode, x_BTD)
         mode = replace(mode, whole_rows=cache is None, never_empty=self.every_block_runs)
         tokens = self._tokens(x_BTD, mode, cache, attention_mask, position_ids, document_ids)
         if any(mechanism.reads_ids for block in self.layers for mechanism in block.mechanisms.values()):
             tokens = with_ids(tokens, input_ids, None if cache is None else cache.layers[0])
         x_BTD, angles = self._positioned(x_BTD, tokens)
-        tokens = tokens.replace(rotary=angles[self.turned_by[0]])
         # transformers temporarily lowers the number to draft with the first blocks (`assistant_early_exit`)
+        blocks = list(islice(self.layers, self.config.num_hidden_layers))
+        tokens = tokens.replace(rotary=angles[blocks[0].turned_by])
         stack = Stack(
-            blocks=list(islice(self.layers, self.config.num_hidden_layers)),
-            turned_by=self.turned_by,
+            blocks=blocks,
             turn=partial(self._turned, tokens, angles),
             forced=forced,
             cache=cache,
@@ -264,7 +274,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             ) from None
 
     def _mode(
-        self, routing: Routing | None, noise: bool | None, executor: Executor, shape: torch.Size
+        self, routing: Routing | None, noise: bool | None, executor: Executor, x_BTD: Tensor
     ) -> tuple[PassMode, Mapping[int, Tensor]]:
         """Return how the pass decides and executes, and the masks that the caller imposes, by block."""
         forced = routing if isinstance(routing, Mapping) else {}
@@ -274,12 +284,12 @@ class SkipstoneModel(SkipstonePreTrainedModel):
             raise ValueError(unknown("routing", decided, ["oracle", "causal", "{layer: mask}"]))
         if executor not in ("gathered", "masked"):
             raise ValueError(unknown("executor", executor, ["gathered", "masked"]))
-        self._check_masks(forced, shape)
+        self._check_masks(forced, shape := x_BTD.shape[:2])
         noise = self.training and decided == "oracle" if noise is None else noise
         mode = PassMode(
             routing="oracle" if decided == "oracle" else "causal",
             noise=noise,
-            executor=executor,
+            executor="masked" if x_BTD.device.type == "meta" else executor,  # without values nothing can be gathered
             per_row_gather=True,
             single_token=shape == (1, 1) and decided == "causal" and not torch.is_grad_enabled(),
         )
@@ -301,13 +311,15 @@ class SkipstoneModel(SkipstonePreTrainedModel):
                 if same is None or not (same is mask or torch.equal(same, mask)):
                     raise ValueError(f"routing[{i}] differs from routing[{first}], whose segment holds block {i} too")
 
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, mode: PassMode, rows: int) -> Cache | None:
+    def _cache(
+        self, past_key_values: Cache | None, use_cache: bool | None, mode: PassMode, x_BTD: Tensor
+    ) -> Cache | None:
         """Return the cache of this call: the given one after checks, a new one, or None."""
         if past_key_values is None:
             build = use_cache and mode.routing == "causal" and not self.training
-            return DynamicCache(config=self.config) if build else None
+            return DynamicCache(config=self.config) if build and x_BTD.device.type != "meta" else None
         heads = self.config.key_value_heads, self.config.head_size
-        check_cache(past_key_values, {self.config.num_hidden_layers, len(self.layers)}, rows, heads)
+        check_cache(past_key_values, {self.config.num_hidden_layers, len(self.layers)}, x_BTD.shape[0], heads)
         if self.training and any(block.gradient_checkpointing for block in self.layers):
             raise ValueError(  # transformers would not pass the cache to the blocks, and only log it
                 "activation checkpointing in training mode cannot use a cache; pass use_cache=False or call eval()"
@@ -343,13 +355,6 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         draws = tokens.mode.noise and any(block.routing_modules() for block in self.layers)
         seed, first = self.step_noise or (draw_seed(x_BTD.device), None) if draws else (None, None)
         return tokens.replace(state=state, noise_seed=seed, first_row=first)
-
-    def _turned_by(self, config: SkipstoneConfig) -> list[str]:
-        """Return for each block the name of the rotary angles of its queries and keys: row, window or none."""
-        windowed = config.windowed_layers() if self.window_positions is not None else []
-        rotary = config.rotary_layers() if config.positions == "rope" else []
-        names = {i: "window" if i in windowed else "row" for i in rotary}
-        return [names.get(i, "none") for i in range(config.num_hidden_layers)]
 
     def _positioned(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Rotation | None]]:
         """Add learned positions and embedding dropout to the stream; return it with the rotary angles by name."""

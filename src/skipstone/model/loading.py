@@ -79,7 +79,7 @@ def one_line(error: Exception) -> str:
         line = " ".join(lines[:2])
     # The message of other errors says little without their type: that of a KeyError is the key alone.
     telling = isinstance(error, OSError | ValueError | ImportError | StrictDataclassError | SafetensorError)
-    return line if telling else f"{type(error).__name__}: {line}"
+    return line if telling or not str(error) else f"{type(error).__name__}: {line}"
 
 
 @contextmanager

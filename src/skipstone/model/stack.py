@@ -34,14 +34,12 @@ FORCED = "forced/"  # names in `Tokens.state` of the decisions that the caller i
 class Stack:
     """The blocks of one forward pass, and what they need besides the tokens.
 
-    blocks: in order. turned_by: for each block, the name of its rotary angles: "row", "window" or "none". turn: returns
-    cos and sin of this name for these tokens, which may be a selection. forced: bool masks [B, T] of the tokens that
-    blocks have to keep, by block index. cache: the KV cache, or None. recorded: whether records of decisions are
-    wanted.
+    blocks: in order. turn: returns cos and sin of a name of angles ("row", "window" or "none") for these tokens, which
+    may be a selection. forced: bool masks [B, T] of the tokens that blocks have to keep, by block index. cache: the KV
+    cache, or None. recorded: whether records of decisions are wanted.
     """
 
     blocks: Sequence[Block]
-    turned_by: Sequence[str]
     turn: Callable[[str, Tokens], Rotation | None]
     forced: Mapping[int, Tensor]
     cache: Cache | None
@@ -76,7 +74,7 @@ class Stack:
     def _compiled(
         self, compiled: CompiledRun, blocks: range, x_BTD: Tensor, tokens: Tokens
     ) -> tuple[Tensor, list[Records], dict[str, Tensor]] | None:
-        names = self.turned_by[blocks.start : blocks.stop]
+        names = [self.blocks[i].turned_by for i in blocks]
         return compiled(x_BTD, tokens, self._layers(blocks), self.turn, names, self.recorded)
 
     def _general(self, blocks: range, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records], dict[str, Tensor]]:
@@ -89,7 +87,8 @@ class Stack:
             if self.blocks[part.start].sites[SEGMENT]:
                 x_BTD, decided = self._segment(part, x_BTD, tokens)
             else:
-                x_BTD, decided = self._one(part.start, x_BTD, tokens, self.forced.get(part.start), self.turned_by[0])
+                given = self.forced.get(part.start), self.blocks[0].turned_by
+                x_BTD, decided = self._one(part.start, x_BTD, tokens, *given)
             if carry := carried(record for each in decided for record in each.values()):
                 tokens, crossing = tokens.replace(state={**tokens.state, **carry}), {**crossing, **carry}
             records += decided
@@ -107,7 +106,7 @@ class Stack:
         self, i: int, x_BTD: Tensor, tokens: Tokens, forced_BT: Tensor | None, turned_by: str
     ) -> tuple[Tensor, list[Records]]:
         """Run a block alone. turned_by: the name of the angles in `tokens`."""
-        rotary = tokens.rotary if self.turned_by[i] == turned_by else self.turn(self.turned_by[i], tokens)
+        rotary = tokens.rotary if self.blocks[i].turned_by == turned_by else self.turn(self.blocks[i].turned_by, tokens)
         if rotary is not tokens.rotary or forced_BT is not tokens.forced_BT:
             tokens = tokens.replace(rotary=rotary, forced_BT=forced_BT)
         x_BTD, decided = self.blocks[i](x_BTD, tokens, past_key_values=self.cache)
@@ -116,7 +115,7 @@ class Stack:
     def _segment(self, part: range, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
         """Run the blocks of a segment inside its mechanisms."""
         first = self.blocks[part.start]
-        names, turned_by = first.sites[SEGMENT], self.turned_by[part.start]
+        names, turned_by = first.sites[SEGMENT], self.blocks[part.start].turned_by
         inner = {f"{FORCED}{i}": self.forced[i].expand(x_BTD.shape[:2]) for i in part if i in self.forced}
         given = tokens.replace(
             rotary=self.turn(turned_by, tokens),

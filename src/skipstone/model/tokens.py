@@ -80,6 +80,8 @@ def _real(call: Call) -> Tensor | None:
             f"attention_mask must have shape [{B}, {int(call.seen) + T}] (1 for tokens, 0 for padding), "
             f"got {list(mask.shape)}; masks with more axes are not supported, give document_ids for packed rows"
         )
+    if mask.device.type == "meta":  # which has no values
+        return None
     real_BT = mask[:, -T:].bool()
     if isinstance(call.seen, Tensor) or torch.compiler.is_compiling() or not _cheap(mask):
         return real_BT
@@ -104,7 +106,7 @@ def _reaches_back(mask: Tensor, call: Call) -> bool:
 
 def _cheap(x: Tensor) -> bool:
     """Return whether reading a value costs no host sync, or is worth one because gradients are off."""
-    return x.device.type == "cpu" or not torch.is_grad_enabled()
+    return x.device.type == "cpu" or (x.device.type != "meta" and not torch.is_grad_enabled())
 
 
 def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:

@@ -55,7 +55,8 @@ class Block(GradientCheckpointingLayer):
     for each place in `SITES` (around a segment of blocks, the block, its attention, its MLP) the names of the
     mechanisms there, outermost first; those around a segment are in `mechanisms` of the segment's first block only.
     span: number of blocks in the segment that begins here, 1 without one. around: the first block of the segment to
-    which this block belongs; None if there is no segment or this is its first block.
+    which this block belongs; None if there is no segment or this is its first block. turned_by: the
+    name of the rotary angles of its queries and keys, which stay its own when blocks are removed, copied or exchanged.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class Block(GradientCheckpointingLayer):
         sites: Mapping[str, list[str]],
         span: int = 1,
         around: Block | None = None,
+        turned_by: str = "row",
     ) -> None:
         super().__init__()
-        self.span = span
+        self.span, self.turned_by = span, turned_by
         self._around: tuple[Block, ...] = (
             () if around is None else (around,)
         )  # in a tuple, so that it is not a child module

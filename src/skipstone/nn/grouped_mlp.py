@@ -24,7 +24,7 @@ from skipstone.core.counts import Amount, number
 from skipstone.core.records import NeuronGroupsRecord, Records, find
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.tokens import Tokens
-from skipstone.core.weights import is_quantised, weight_is_readable, weights_multiplied
+from skipstone.core.weights import is_quantised, weight_is_readable, weight_marks, weights_multiplied
 from skipstone.core.width import Activation, FeedForward, GroupChoice, GroupRouter, InputGroupRouter, Share
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.mlp import activated
@@ -39,11 +39,12 @@ class Held:
     """Copied weights that decoding steps reuse while each row's neuron groups stay the same.
 
     group_BK: int64, the K groups that are on in each of B rows. parts: for each row, the gate, up and down weights of
-    these groups.
+    these groups. marks: `weight_marks` of the layers when they were copied.
     """
 
     group_BK: Tensor
     parts: list[Part]
+    marks: list[int]
 
 
 class DivisibleMLP(FeedForward):
@@ -189,13 +190,14 @@ class GroupedMLP(DivisibleMLP):
         """Return the weights of each row's groups, copied only for rows whose groups changed. The host waits."""
         name, before = self.router.placement.name, cache.scratch.get(self.router.placement.name)
         parts: dict[int, Part] = {}
-        if isinstance(before, Held) and before.group_BK.shape == group_BK.shape:
+        marks = weight_marks(*self.matrices())
+        if isinstance(before, Held) and before.marks == marks and before.group_BK.shape == group_BK.shape:
             if torch.equal(before.group_BK, group_BK):
                 return before
             same_B = (before.group_BK == group_BK).all(-1).tolist()
             parts = {row: part for row, part in enumerate(before.parts) if same_B[row]}
         all_parts = [parts.get(row) or self._part(group_K) for row, group_K in enumerate(group_BK)]
-        held = cache.scratch[name] = Held(group_BK, all_parts)
+        held = cache.scratch[name] = Held(group_BK, all_parts, marks)
         return held
 
     def _part(self, group_K: Tensor) -> Part:

@@ -16,7 +16,7 @@ from torch import Tensor
 from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.records import Records
 from skipstone.core.tokens import Tokens
-from skipstone.core.weights import is_quantised
+from skipstone.core.weights import is_quantised, weight_marks
 from skipstone.core.width import Activation, ActivationGroupRouter
 from skipstone.nn.grouped_mlp import DivisibleMLP
 from skipstone.nn.mlp import activated, autocast
@@ -85,15 +85,17 @@ class MagnitudeMLP(DivisibleMLP):
         if torch.compiler.is_compiling():
             return None
         name = self.router.placement.name
-        held = None if cache is None else cache.scratch.get(name)
-        if isinstance(held, MagnitudeWeights):
-            return held
         if not self.divisible:
             return None
+        marks, held = weight_marks(self.up_proj, self.down_proj), None if cache is None else cache.scratch.get(name)
+        if isinstance(held, tuple) and held[0] == marks:
+            weights: MagnitudeWeights = held[1]
+            return weights
         up_FD, down_DF = self.up_proj.weight.detach(), self.down_proj.weight.detach()
         if cache is None or not reads_in_place(up_FD, down_DF):
             return self._with(up_FD, down_DF.t())
-        kept = cache.scratch[name] = self._with(up_FD.contiguous(), transposed(down_DF))
+        kept = self._with(up_FD.contiguous(), transposed(down_DF))
+        cache.scratch[name] = marks, kept
         return kept
 
     def _with(self, up_FD: Tensor, down_FD: Tensor) -> MagnitudeWeights:

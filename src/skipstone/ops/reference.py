@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -130,19 +131,29 @@ def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
     return F.dropout(x, probability, training) if probability else x
 
 
+def under_autocast(device: str) -> bool:
+    """Return whether autocast is on for devices of this type; torch cannot answer that for `meta`."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context in which products on devices of this type compute in their operands' dtype."""
+    return torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext()
+
+
 def autocast(x: Tensor) -> Tensor:
     """Return x in the dtype of autocast, or as it is if that is off.
 
     Several products with the result save one copy of it for the backward pass, where each would save one of its own.
     """
     kind = x.device.type
-    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # autocast does not convert fp64 either
+    casts = under_autocast(kind) and x.dtype != torch.float64  # autocast does not convert fp64 either
     return x.to(torch.get_autocast_dtype(kind)) if casts else x
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x weight^T + bias in fp32 (fp64 if any operand is), even under autocast. Shapes are those of F.linear."""
-    if not torch.is_autocast_enabled(x.device.type):  # the context below costs as much as a small product
+    if not under_autocast(x.device.type):  # the context below costs as much as a small product
         if x.dtype == weight.dtype == torch.float32:
             return F.linear(x, weight, bias)
         return _wide_linear(x, weight, bias)

@@ -47,7 +47,7 @@ class _Product(torch.autograd.Function):
         x, weight, inverse, y = ctx.saved_tensors
         flat_ND, scaled_NO = x.flatten(0, -2).float(), (grad if inverse is None else grad * inverse).flatten(0, -2)
         d_x = d_weight = None
-        with torch.autocast(x.device.type, enabled=False):
+        with reference.without_autocast(x.device.type):
             if ctx.needs_input_grad[0]:
                 d_ND = scaled_NO @ weight.float()
                 if y is not None:

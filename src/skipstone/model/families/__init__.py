@@ -51,6 +51,8 @@ COMPUTED = TYPES.keys() - {
     "initializer_range", "linear_init", "scaled_output_init", "embedding_dropout", "attention_dropout",
     "residual_dropout", "mlp_dropout", "mlp_hidden_dropout", *SHARED,
 }  # fmt: skip
+# Settings that transformers' code for all decoders reads, with the supported values, the default first.
+EVERYWHERE: dict[str, tuple[object, ...]] = {"is_causal": (True,)}
 ACTIVATIONS_BACK = {
     "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2", "tanh": "tanh",
 }  # fmt: skip
@@ -95,7 +97,7 @@ def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
 
 def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
     """Yield the reasons why the model would compute something else here; our own configuration raises further ones."""
-    for name, supported in family.only.items():
+    for name, supported in {**EVERYWHERE, **family.only}.items():
         if getattr(theirs, name, supported[0]) not in supported:
             yield f"{name}={getattr(theirs, name)} is not supported (only {supported[0]})"
     if getattr(theirs, "quantization_config", None) is not None:

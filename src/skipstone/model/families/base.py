@@ -244,11 +244,14 @@ def ropes_by_type(theirs: PreTrainedConfig) -> Options:
     """Return our RoPE fields for a family with separate `rope_parameters` for full and sliding-window attention.
 
     theirs: a configuration of transformers. Returns `rope_parameters` and `window_rope_parameters`, the latter None if
-    no block has a window.
+    no block has a window. YaRN's `truncate` is left out: transformers looks for it beside these dicts and not in them.
     """
-    full, local = theirs.rope_parameters[FULL], theirs.rope_parameters[SLIDING]
-    window = whole_rope(local) if windows(theirs) else None
-    return {"rope_parameters": whole_rope(full), "window_rope_parameters": window}
+    full, local = (_untruncated(whole_rope(theirs.rope_parameters[kind])) for kind in (FULL, SLIDING))
+    return {"rope_parameters": full, "window_rope_parameters": local if windows(theirs) else None}
+
+
+def _untruncated(rope: Options) -> Options:
+    return {name: value for name, value in rope.items() if name != "truncate"}
 
 
 def ropes_by_type_back(config: SkipstoneConfig) -> Options:
