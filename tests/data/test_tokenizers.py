@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from skipstone.data import encode
+from skipstone.data import encode, tokenizers
 from skipstone.data.corpus import Corpus
 from skipstone.data.encode import encode_documents, encode_each, text_bytes
-from skipstone.data.tokenizers import build_tokenizer, byte_alphabet, byte_tokenizer, char_tokenizer
+from skipstone.data.tokenizers import bpe_tokenizer, build_tokenizer, byte_alphabet, byte_tokenizer, char_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 KNOWN = set("abcdefghijklmnopqrstuvwxyz <>/,.'\n\té€😀")
 BYTE = byte_tokenizer()
 CHAR = char_tokenizer(KNOWN)
+VERSE = "To be, or not to be: that is the question. "
+BPE = bpe_tokenizer([VERSE * 3], 280)
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -84,7 +86,7 @@ def test_a_prompt_may_ask_for_special_tokens_and_a_corpus_never_does() -> None:
         assert tokenizer("a<eos>")["input_ids"][-1] == tokenizer.eos_token_id  # encoding left no mark
 
 
-@pytest.mark.parametrize("tokenizer", [BYTE, CHAR], ids=["byte", "char"])
+@pytest.mark.parametrize("tokenizer", [BYTE, CHAR, BPE], ids=["byte", "char", "bpe"])
 def test_saved_files_are_all_that_auto_tokenizer_needs(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -106,9 +108,37 @@ def test_char_knows_train_and_validation() -> None:
     assert ids(tokenizer, "abcd") == [0, 1, 2, tokenizer.unk_token_id]
 
 
-@pytest.mark.parametrize("spec", ["chars", "pretrained:", "pretrained", ""])
+@given(TEXT)
+@example("<eos><pad> a  b , . don't\r\n\0\x7f\x85\u2028\u200d e\u0301 é \ufeff")
+def test_byte_pairs_round_trip_any_text(text: str) -> None:
+    assert BPE.decode(ids(BPE, text)) == text
+
+
+def test_byte_pairs_are_those_of_the_train_text_and_the_same_every_time() -> None:
+    assert len(BPE) == 280
+    assert BPE.convert_ids_to_tokens([278, 279]) == ["<eos>", "<pad>"]
+    assert [BPE.decode([i]) for i in ids(BPE, "not to be")][-2:] == [" to", " be"]
+    made = [build_tokenizer("bpe:280", corpus((VERSE * 2, VERSE), ("zzzzzzzz",))) for _ in range(2)]
+    assert made[0].get_vocab() == made[1].get_vocab() == BPE.get_vocab()
+    assert len(build_tokenizer("bpe:4096", corpus(("ab",)))) == 258  # no pair stands there twice
+
+
+def test_merges_are_learnt_from_the_beginning_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "TRAINED_ON", 2 * len(VERSE))
+    documents = iter([VERSE, VERSE + "zzzz" * 9, "never read"])
+    assert bpe_tokenizer(documents, 280).get_vocab() == BPE.get_vocab()
+    assert list(documents) == ["never read"]
+
+
+@pytest.mark.parametrize("spec", ["chars", "pretrained:", "pretrained", "", "bpe"])
 def test_an_unknown_tokenizer_names_what_is_allowed(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown tokenizer .*allowed: byte, char, pretrained:NAME_OR_PATH"):
+    with pytest.raises(ValueError, match=r"unknown tokenizer .*allowed: bpe:SIZE, byte, char, pretrained:NAME_OR_PATH"):
+        build_tokenizer(spec, corpus(("a",)))
+
+
+@pytest.mark.parametrize("spec", ["bpe:", "bpe:257", "bpe:65537", "bpe:1e3", "bpe:٣٠٠", "bpe:-300"])
+def test_a_size_out_of_range_is_one_clear_line(spec: str) -> None:
+    with pytest.raises(ValueError, match=rf"a size from 258 to 65,536, such as bpe:1024, got '{spec}'"):
         build_tokenizer(spec, corpus(("a",)))
 
 
@@ -130,6 +160,20 @@ def test_other_tokenizers_are_called() -> None:
     assert encoded.ids.tolist() == [0, 1, 3, 3, 1]
     assert encoded.document_starts.tolist() == [0, 3, 4]
     assert encoded.document_bytes.tolist() == [5, 0, 2]
+
+
+def test_a_text_is_encoded_once_for_tokenizers_of_one_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, call = [], encode._call
+    monkeypatch.setattr(encode, "_call", lambda *given: calls.append(given[1]) or call(*given))
+    texts = ("to be", "be ?")
+    found = [encode_documents(word_tokenizer(), texts).ids.tolist() for _ in range(2)]
+    assert found == [[0, 1, 3, 1, 2]] * 2
+    assert calls == [texts]
+    assert encode_documents(word_tokenizer("[O]"), ("to be", "to")).ids.tolist() == [0, 1, 3, 0]
+    assert calls == [texts, ("to be", "to")]
+    monkeypatch.setattr(encode, "REMEMBERED", 3)  # a longer text is not kept
+    assert encode_documents(word_tokenizer(), texts).ids.tolist() == found[0]
+    assert len(calls) == 3
 
 
 def test_several_documents_need_an_eos() -> None:

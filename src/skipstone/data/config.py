@@ -76,16 +76,16 @@ def _normalised(shares: Mapping[str, float], sources: Sequence[str]) -> NDArray[
 class DataConfig:
     """The training and evaluation data of a run.
 
-    corpus: a name of `CORPORA`, with an argument after a colon where it needs one. tokenizer: `char`, `byte` or
-    `pretrained:NAME_OR_PATH`; None: the corpus's default. context: tokens per row. packing: "stream": documents follow
-    each other, separated by eos; "packed": rows also have document_ids and position_ids, so that attention keeps
-    documents apart. seed: of the choice of training rows. sampling: None: training rows are windows at random places;
-    "once": windows side by side in random order, none read twice. With shards, rows always lie side by side, and None
-    reads all of them before any a second time. blend: for shards, the share of each source; None: proportional to its
-    tokens. train_rows: number of training rows; None: as many windows as fit side by side into the text, or 65,536
-    synthetic rows. Unless a blend changes, row i does not depend on it. validation_rows: number of validation rows;
-    None: the whole split, or 1,024 synthetic rows. Raises ValueError for invalid values: synthetic tasks accept no
-    tokenizer, packing or sampling, shards no tokenizer.
+    corpus: a name of `CORPORA`, with an argument after a colon where it needs one. tokenizer: `char`, `byte`,
+    `bpe:SIZE` or `pretrained:NAME_OR_PATH`; None: the corpus's default. context: tokens per row. packing: "stream":
+    documents follow each other, separated by eos; "packed": rows also have document_ids and position_ids, so that
+    attention keeps documents apart. seed: of the choice of training rows. sampling: None: training rows are windows at
+    random places; "once": windows side by side in random order, none read twice. With shards, rows always lie side by
+    side, and None reads all of them before any a second time. blend: for shards, the share of each source; None:
+    proportional to its tokens. train_rows: number of training rows; None: as many windows as fit side by side into the
+    text, or 65,536 synthetic rows. Unless a blend changes, row i does not depend on it. validation_rows: number of
+    validation rows; None: the whole split, or 1,024 synthetic rows. Raises ValueError for invalid values: synthetic
+    tasks accept no tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"

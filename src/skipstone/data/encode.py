@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22  # characters at a time, to limit the memory of UTF-32
 BATCH = 256  # documents at a time
 LAST_CODE_POINT = 0x10FFFF
+REMEMBERED = 1 << 23  # characters of a split up to which its ids are kept for the next run on the same text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +83,23 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dt
     if table is not None:
         narrow = table.astype(dtype)
         return (_look_up(narrow, text) for text in documents)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and isinstance(documents, tuple) and sum(map(len, documents)) <= REMEMBERED:
+        return iter(_remembered(_Defined(tokenizer=tokenizer, definition=backend.to_str()), documents, dtype))
     return _call(tokenizer, documents, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Defined:
+    """A tokenizer that equals those of the same definition, such as its copies in several run folders."""
+
+    tokenizer: PreTrainedTokenizerBase = field(compare=False)
+    definition: str
+
+
+@lru_cache(maxsize=2)  # the train and validation text of models that are compared
+def _remembered(given: _Defined, documents: tuple[str, ...], dtype: np.dtype[Any]) -> tuple[Ids, ...]:
+    return tuple(_call(given.tokenizer, documents, dtype))
 
 
 def _look_up(table: Ids, text: str) -> Ids:

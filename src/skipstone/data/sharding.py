@@ -39,7 +39,7 @@ from skipstone.data.shards import (
     open_shards,
 )
 from skipstone.data.streams import ONE_BY_ONE, open_source
-from skipstone.data.tokenizers import build_tokenizer, check_spec
+from skipstone.data.tokenizers import build_tokenizer, check_spec, needs_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,10 +78,12 @@ def write_shards(
     opened = open_source(source, field)
     if split is not None and "" not in opened.streams:
         raise ValueError(f"{source!r} has its own splits ({', '.join(opened.streams)}): leave split out")
-    if tokenizer == "char" and "" in opened.streams:
-        raise ValueError(f"tokenizer 'char' needs all of the text in advance, but {source!r} is a stream: use byte")
+    if needs_text(tokenizer) and "" in opened.streams:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} needs all of the text in advance, but {source!r} is a stream: use byte"
+        )
     percent = parse_percent(split or USUAL_SPLIT, "split")
-    built = build_tokenizer(tokenizer, load_corpus(source) if tokenizer == "char" else None)
+    built = build_tokenizer(tokenizer, load_corpus(source) if needs_text(tokenizer) else None)
     settings = {"source": source, "field": field, "split": split, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
     with locked(out), atomic_write.naming(out):
         work = _Work(out, {**settings, "size": opened.size}, built, report, opened.unit)

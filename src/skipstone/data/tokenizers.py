@@ -1,4 +1,4 @@
-"""Tokenizers by name: characters, bytes, or any pretrained one.
+"""Tokenizers by name: characters, bytes, byte pairs of the corpus, or any pretrained one.
 
 All are Hugging Face tokenizers that are fully defined by their saved files, so that `AutoTokenizer.from_pretrained`
 loads them without this package.
@@ -6,6 +6,8 @@ loads them without this package.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +21,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNK, EOS, PAD = "<unk>", "<eos>", "<pad>"
-KINDS = ("char", "byte", "pretrained:NAME_OR_PATH")
+KINDS = ("char", "byte", "bpe:SIZE", "pretrained:NAME_OR_PATH")
+SMALLEST, LARGEST = 258, 1 << 16  # sizes of `bpe`: the bytes and two special tokens; what uint16 holds
+TRAINED_ON = 1 << 22  # characters of the training text from which merges are learnt, at most
 
 
 def check_spec(spec: str) -> None:
-    """Raise ValueError unless `spec` is `char`, `byte` or `pretrained:NAME_OR_PATH`."""
+    """Raise ValueError unless `spec` is `char`, `byte`, `bpe:SIZE` or `pretrained:NAME_OR_PATH`."""
     if spec in ("char", "byte") or (spec.startswith("pretrained:") and spec != "pretrained:"):
         return
+    if spec.startswith("bpe:"):
+        _size(spec)
+        return
     raise ValueError(unknown("tokenizer", spec, KINDS))
+
+
+def _size(spec: str) -> int:
+    """Return the size of `bpe:SIZE`. Raises ValueError for another than a whole number in the range."""
+    size = spec.removeprefix("bpe:")
+    if not (size.isascii() and size.isdigit() and SMALLEST <= int(size) <= LARGEST):
+        raise ValueError(
+            f"tokenizer bpe:SIZE has a size from {SMALLEST} to {LARGEST:,}, such as bpe:1024, got {spec!r}"
+        )
+    return int(size)
+
+
+def needs_text(spec: str) -> bool:
+    """Return whether the tokenizer that `spec` names is made from the text of the corpus."""
+    return spec == "char" or spec.startswith("bpe:")
 
 
 def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
@@ -34,14 +56,19 @@ def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase
 
     `char`: one id for every character of the corpus's train and validation text, by code point from 0, then `<unk>`,
     `<eos>`, `<pad>`; unseen characters become `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is `<eos>`, 257
-    is `<pad>`; it represents any text. `pretrained:NAME_OR_PATH`: as published, without additions. corpus: needed for
-    `char` only. Raises ValueError for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
+    is `<pad>`; it represents any text. `bpe:SIZE`: the 256 bytes, then the pairs that byte-level BPE merges in the
+    corpus's train text, then `<eos>` and `<pad>`; at most SIZE ids, fewer for short texts; it represents any text, too.
+    `pretrained:NAME_OR_PATH`: as published, without additions. corpus: needed for `char` and `bpe:SIZE` only. Raises
+    ValueError for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
     """
     check_spec(spec)
     if spec == "char":
         assert corpus is not None
         seen = {char for split in ("train", "validation") for text in corpus.documents(split) for char in set(text)}
         return char_tokenizer(seen)
+    if spec.startswith("bpe:"):
+        assert corpus is not None
+        return bpe_tokenizer(corpus.documents("train"), _size(spec))
     return byte_tokenizer() if spec == "byte" else _pretrained(spec.removeprefix("pretrained:"))
 
 
@@ -67,6 +94,42 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return _wrap(backend)
+
+
+def bpe_tokenizer(documents: Iterable[str], size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer on documents and return it.
+
+    documents: texts; only their first `TRAINED_ON` characters are read. size: the largest number of ids, `<eos>` and
+    `<pad>` included. Text is split into words as GPT-2 does, and no merge crosses two words. Equal texts give equal
+    ids.
+    """
+    from tokenizers import Tokenizer
+
+    return _wrap(Tokenizer.from_str(_merges(tuple(_first(documents, TRAINED_ON)), size)))
+
+
+@lru_cache(maxsize=1)  # models that are compared learn from the same text
+def _merges(texts: tuple[str, ...], size: int) -> str:
+    """Return the definition of a byte-level BPE tokenizer with at most `size - 2` ids, as JSON."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2, min_frequency=2, initial_alphabet=byte_alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return str(backend.to_str())
+
+
+def _first(documents: Iterable[str], most: int) -> Iterator[str]:
+    """Yield documents up to a number of characters in all; the last one may be cut."""
+    for text in documents:
+        yield text[:most]
+        most -= len(text)
+        if most <= 0:
+            return
 
 
 def byte_alphabet() -> list[str]:

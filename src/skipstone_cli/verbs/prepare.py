@@ -32,7 +32,7 @@ def prepare(
     source: Source,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="Tokenizer: byte, char or pretrained:NAME_OR_PATH. Default: byte."),
+        typer.Option(metavar="SPEC", help="Tokenizer: byte, char, bpe:SIZE or pretrained:NAME_OR_PATH. Default: byte."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to write the shards to.")] = None,
     field: Annotated[

@@ -17,8 +17,10 @@ class Size:
     """The size of the demonstration's five models and of their training.
 
     hidden_size, num_hidden_layers, num_attention_heads: as in SkipstoneConfig. context: tokens per row. batch_size:
-    rows per step. steps: of training. capacity: share of tokens that Mixture-of-Depths keeps in every other block.
-    eval_rows: validation rows evaluated during training. validation_rows: rows evaluated after it.
+    rows per step. steps: of training. learning_rate: its peak. capacity: share of tokens that Mixture-of-Depths keeps
+    in every other block. eval_rows: validation rows evaluated during training. validation_rows: rows evaluated after
+    it. tokenizer: as in DataConfig; None: the corpus's default. log_every: steps per log line; None: about 60 lines in
+    all. evaluations: how often the validation loss is measured during training.
     """
 
     hidden_size: int
@@ -31,22 +33,29 @@ class Size:
     capacity: float
     eval_rows: int
     validation_rows: int = 512  # more than Tiny-Shakespeare has; python-stdlib, its replacement, has 15 times as many
+    tokenizer: str | None = None
+    log_every: int | None = None
+    evaluations: int = 4
 
 
-# quick: less than two minutes of one core in all. laptop: minutes per model, but wide enough that skipped blocks save
-# more than routing costs.
+# quick: about a minute of one core in all. Pieces of words instead of characters, so that even a training this short
+# writes words; few lines of log, because each takes figures of every neuron. laptop: minutes per model, but wide enough
+# that skipped blocks save more than routing costs.
 SIZES = {
     "quick": Size(
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        context=128,
+        context=64,
         batch_size=4,
-        steps=100,
-        learning_rate=4e-3,
+        steps=120,
+        learning_rate=6e-3,
         capacity=0.125,
         eval_rows=16,
         validation_rows=48,
+        tokenizer="bpe:2048",
+        log_every=20,
+        evaluations=2,
     ),
     "laptop": Size(
         hidden_size=256,
@@ -106,14 +115,18 @@ def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
             "num_attention_heads": size.num_attention_heads,
             **mechanisms,
         },
-        "data": {"context": size.context, "validation_rows": size.validation_rows},
+        "data": {
+            "context": size.context,
+            "validation_rows": size.validation_rows,
+            **({} if size.tokenizer is None else {"tokenizer": size.tokenizer}),
+        },
         "train": {
             "steps": size.steps,
             "batch_size": size.batch_size,
             "learning_rate": size.learning_rate,
             "warmup_steps": size.steps // 12,
-            "log_every": max(1, size.steps // 60),
-            "eval_every": size.steps // 4,
+            "log_every": size.log_every or max(1, size.steps // 60),
+            "eval_every": size.steps // size.evaluations,
             "eval_rows": size.eval_rows,
             "save_every": size.steps // 2,
         },
