@@ -33,10 +33,13 @@ from hypothesis import settings  # noqa: E402
 torch.set_num_threads(1)
 pytest_plugins = ["cpu_seconds"]
 settings.register_profile("skipstone", derandomize=True, deadline=None, database=None)
+settings.register_profile("quick", settings.get_profile("skipstone"), max_examples=30)  # of 100; always the same ones
 settings.load_profile("skipstone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") == "not slow":
+        settings.load_profile("quick")  # before tests are imported, which takes the number of examples from it
     if find_spec("numba") is None:  # then int8 weights are computed the slower way, of which a warning tells once
         config.addinivalue_line("filterwarnings", "ignore:int8 weights are restored:UserWarning")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,20 +67,55 @@ def part_of_file(file: str) -> str:
     return FACADE if len(parts) == 2 else parts[1]
 
 
-def imported(tree: ast.Module, package: str) -> Iterator[tuple[str, bool, int]]:
+@dataclass(kw_only=True)
+class Facts:
+    """What the rules below look at in a source. imports: with whether they are inside a function."""
+
+    imports: list[tuple[ast.Import | ast.ImportFrom | ast.Call, bool]] = field(default_factory=list)
+    functions: list[tuple[str, int]] = field(default_factory=list)  # name and lines
+    classes: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)  # that `isinstance` is asked about
+
+
+@cache  # each file is read by several tests; its tree would be in the way of the garbage collector
+def facts(source: str) -> Facts:
+    found = Facts()
+    waiting: list[tuple[ast.AST, bool]] = [(ast.parse(source), False)]
+    while waiting:
+        node, lazy = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.functions.append((node.name, (node.end_lineno or node.lineno) - node.lineno + 1))
+            lazy = True
+        elif isinstance(node, ast.ClassDef):
+            found.classes.append(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom) or (name := called(node)).endswith("import_module"):
+            found.imports.append((node, lazy))
+        elif name == "isinstance" and len(node.args) == 2:
+            found.kinds += [named(n) for n in ast.walk(node.args[1]) if isinstance(n, ast.Attribute | ast.Name)]
+        waiting += [(child, lazy) for child in ast.iter_child_nodes(node)]
+    return found
+
+
+def named(node: ast.expr) -> str:
+    """The last part of a dotted name; "" for any other expression."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def called(node: ast.AST) -> str:
+    return named(node.func) if isinstance(node, ast.Call) else ""
+
+
+def imported(source: str, package: str) -> Iterator[tuple[str, bool, int]]:
     """(module, inside a function, line) of each import, relative ones resolved against `package`."""
-    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
-    for node in ast.walk(tree):
+    for node, lazy in facts(source).imports:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = from_targets(node, package)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         else:
-            continue
+            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         for name in names:
-            yield name, id(node) in lazy, node.lineno
+            yield name, lazy, node.lineno
 
 
 def from_targets(node: ast.ImportFrom, package: str) -> list[str]:
@@ -94,7 +131,7 @@ def violations(file: str, source: str) -> list[str]:
     if here not in FLOORS and here != FACADE:
         return [f"{file}: {here} is on no floor; give it one in FLOORS"]
     found = []
-    for module, lazy, line in imported(ast.parse(source), ".".join(Path(file).parent.parts)):
+    for module, lazy, line in imported(source, ".".join(Path(file).parent.parts)):
         there = part_of(module)
         if there is not None and not allowed(file, here, there, lazy):
             found.append(f"{file}:{line}: {here} must not import {module}{' at the top' if here == FACADE else ''}")
@@ -114,8 +151,7 @@ def allowed(file: str, here: str, there: str, lazy: bool) -> bool:
 
 def long_functions(file: str, source: str) -> list[str]:
     """`file::function` of every function with more than MAX_FUNCTION_LINES lines."""
-    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    return [f"{file}::{f.name}" for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > MAX_FUNCTION_LINES]
+    return [f"{file}::{name}" for name, lines in facts(source).functions if lines > MAX_FUNCTION_LINES]
 
 
 def sources(*folders: str) -> dict[str, str]:
@@ -127,9 +163,9 @@ def repeated_classes(sources: dict[str, str]) -> list[str]:
     """Return a line for each class name of the package that is defined twice; names with an underscore are private."""
     homes: dict[str, list[str]] = {}
     for file, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                homes.setdefault(node.name, []).append(file)
+        for name in facts(source).classes:
+            if not name.startswith("_"):
+                homes.setdefault(name, []).append(file)
     return [f"{name}: {', '.join(files)}" for name, files in sorted(homes.items()) if len(files) > 1]
 
 
@@ -149,19 +185,16 @@ def test_functions_are_short() -> None:
     assert long == set(LONG_FUNCTIONS), "split the function, or keep LONG_FUNCTIONS true"
 
 
-def kinds_asked(source: str) -> list[str]:
-    """The names of classes that `isinstance` is asked about."""
-    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "isinstance"]
-    asked = [node for call in calls for node in ast.walk(call.args[1])]
-    return [n.attr if isinstance(n, ast.Attribute) else n.id for n in asked if isinstance(n, ast.Attribute | ast.Name)]
-
-
 def test_only_core_records_asks_what_kind_a_record_is() -> None:
     """Others say what they take (`of_kind`, `find`, `expect`) or read it by `READERS`: a new kind touches two files."""
-    asked = {name: [k for k in kinds_asked(text) if k.endswith("Record")] for name, text in sources("src").items()}
+    asked = {name: [k for k in facts(text).kinds if k.endswith("Record")] for name, text in sources("src").items()}
     assert len(asked) > 10
     assert {name: kinds for name, kinds in asked.items() if kinds} == {}
-    assert {"DepthRecord", "ExpertsRecord"} <= {*kinds_asked("isinstance(record, DepthRecord | core.ExpertsRecord)")}
+    assert facts("isinstance(record, DepthRecord | core.ExpertsRecord)").kinds == [
+        "DepthRecord",
+        "ExpertsRecord",
+        "core",
+    ]
 
 
 @pytest.mark.parametrize(

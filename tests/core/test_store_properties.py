@@ -114,7 +114,7 @@ ACTS = st.lists(
 SHARES = {"all": None, "some": 0.5, "none": 0.0}
 
 
-@settings(max_examples=200)
+@settings(max_examples=2 * settings().max_examples)
 @given(ACTS, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 10_000))
 def test_any_history_of_a_layer_equals_lists(
     acts: list[tuple[str, int]], rows: int, documents: bool, fixed: bool, seed: int

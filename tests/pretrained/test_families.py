@@ -193,7 +193,17 @@ def test_every_other_architecture_of_transformers_is_refused_by_name(tmp_path: P
         assert f"supported: {', '.join(FAMILIES)}" in message
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_EACH if "GPT-2" not in case and "longrope" not in case])
+TURNED = [case for case in ONE_EACH if "GPT-2" not in case and "longrope" not in case]
+# Quick: the classes of transformers that read the setting, and four that ignore it.
+TURNED_QUICK = {
+    case for case in TURNED if "partial" in case or case.startswith(("GLM", "GPT-NeoX", "Qwen3", "Gemma 3"))
+}
+TURNED_QUICK |= {"Llama, linear RoPE, biases", "StarCoder2, window"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in TURNED_QUICK else pytest.mark.slow) for case in TURNED]
+)
 @torch.no_grad()
 def test_part_of_a_head_turns_where_transformers_turns_a_part(case: str, tmp_path: Path) -> None:
     """Most of its classes ignore `partial_rotary_factor`."""

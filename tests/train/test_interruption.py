@@ -78,8 +78,16 @@ def test_a_tokenizer_that_was_never_written_is_written(run: tuple[dict[str, Any]
         train(config, folder, resume=True)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "window.json"])
-@pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "of an earlier release"])
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "window.json")
+QUICK = {(FILES[0], True), (FILES[4], True), (FILES[1], False), (FILES[3], False)}  # hashes look at all files alike
+DAMAGED = [
+    pytest.param(name, hashed, id=f"{'hashed' if hashed else 'of an earlier release'}-{name}",
+                 marks=() if (name, hashed) in QUICK else pytest.mark.slow)
+    for hashed in (True, False) for name in FILES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "hashed"), DAMAGED)
 def test_a_damaged_checkpoint_is_named(name: str, hashed: bool, run: tuple[dict[str, Any], Path]) -> None:
     """Absent, empty, cut, half zeros and, with hashes, one flipped bit: each is one line with the way out."""
     config, folder = run
