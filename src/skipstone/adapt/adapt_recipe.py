@@ -19,13 +19,13 @@ class Stage:
     """A stage of an adaptation, with its own trained parameters and learning rates.
 
     train_only: which parameters are trained: routers (all parameters of mechanisms), routers+lora (also low-rank
-    adapters on every projection of the blocks, merged at the end), or all (every weight, no adapters); None: as in
-    `adapt`. steps: optimizer steps of the stage. learning_rate: the peak after warmup_steps; in every stage it decays
-    anew by cosine to train.min_lr_ratio times the peak; None: train.learning_rate. router_learning_rate: the peak for
-    parameters of mechanisms; None: as in `adapt`. warmup_steps: None: as in `train`, but at most `steps`. routing: how
-    training passes decide: oracle (as in ordinary training: routers may look at later tokens of the row, gates scale
-    updates and skip nothing), or causal (the pass that generation executes: no look at later tokens, hard gates, no
-    noise); None: oracle.
+    adapters on every projection of the blocks, merged at the end), or all (every weight, no adapters); None means the
+    value of `adapt`. steps: optimizer steps of the stage. learning_rate: the peak after warmup_steps; in every stage it
+    decays anew by cosine to train.min_lr_ratio times the peak; None means train.learning_rate. router_learning_rate:
+    the peak for parameters of mechanisms; None means the value of `adapt`. warmup_steps: None means the value of
+    `train`, but at most `steps`. routing: how training passes decide: oracle (as in ordinary training: routers may look
+    at later tokens of the row, gates scale updates and skip nothing), or causal (the pass that generation executes: no
+    look at later tokens, hard gates, no noise); None means oracle.
     """
 
     train_only: Trained | None = None
@@ -44,8 +44,8 @@ class Loss:
     predicted distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531). temperature: T. hidden_states:
     coefficient of the squared error of each block's output, divided by the mean square of the teacher's. budget:
     coefficient of the squared difference between the share of tokens that soft gates (which scale updates in training)
-    let pass and the share that adapt.budget allows. teacher: a dense checkpoint with the same vocabulary; None: the
-    source before adaptation.
+    let pass and the share that adapt.budget allows. teacher: a dense checkpoint with the same vocabulary; None means
+    the source before adaptation.
     """
 
     language_modelling: float = 1.0
@@ -76,8 +76,8 @@ class Loss:
 class Lora:
     """Low-rank adapters (arXiv 2106.09685) on every projection of every block, by PEFT; merged when training ends.
 
-    rank: of the adapters, at least 1. alpha: the adapters' output is scaled by alpha / rank. dropout: on the adapters'
-    inputs, in [0, 1).
+    rank: rank of the adapters, at least 1. alpha: the adapters' output is scaled by alpha / rank. dropout: dropout
+    probability for the adapters' inputs, in [0, 1).
     """
 
     rank: int = 8
@@ -95,15 +95,16 @@ class Lora:
 class AdaptConfig:
     """The options of an adaptation, section `adapt` of its recipe: budget, stages, losses, and initial routers.
 
-    train_only, router_learning_rate: defaults for stages that do not set them (router_learning_rate None: the learning
-    rate). stages: trained one after the other; empty: a single one of train.steps. loss: coefficients of the loss.
-    lora: the adapters of stages that train some. budget: forward FLOPs per token to execute, as a share of the dense
-    source's, in (0, 1), for rows of data.context tokens; None: what the options of the mechanisms give. start: random,
-    or measured: linear routers of Mixture-of-Depths start as a least-squares estimate of how much their block changes a
-    token, low-rank skip paths (which replace the update of skipped tokens) as one of the update, both measured on the
-    source. calibration_rows: number of training rows (all, if there are fewer) on which blocks are scored and routers
-    are started; thresholds are set on the first 32 of them. tolerance: allowed difference between the logits of the
-    adapted model before training and the source's, as a share of the source's largest logit.
+    train_only, router_learning_rate: defaults for stages that do not set them (router_learning_rate None means the
+    learning rate). stages: trained one after the other; if empty, there is a single stage of train.steps. loss:
+    coefficients of the loss. lora: the adapters of stages that train some. budget: forward FLOPs per token to execute,
+    as a share of the dense source's, in (0, 1), for rows of data.context tokens; None means the compute that the
+    mechanisms' own options lead to. start: random, or measured: linear routers of Mixture-of-Depths start as a
+    least-squares estimate of how much their block changes a token, low-rank skip paths (which replace the update of
+    skipped tokens) as one of the update, both measured on the source. calibration_rows: number of training rows (all,
+    if there are fewer) on which blocks are scored and routers are started; thresholds are set on the first 32 of them.
+    tolerance: allowed difference between the logits of the adapted model before training and the source's, as a share
+    of the source's largest logit.
     """
 
     train_only: Trained = "all"
@@ -162,7 +163,7 @@ class AdaptRecipe(Recipe):
 def read_recipe(values: PlainMapping) -> AdaptRecipe:
     """Parse a recipe for an adaptation from a plain dict, and complete its stages, whose steps add up to train.steps.
 
-    values: as in the recipe's YAML file. Raises ValueError, naming the field and the allowed values.
+    values: the entries of the recipe's YAML file. Raises ValueError, naming the field and the allowed values.
     """
     parts = [values.get(name) or {} for name in ("train", "adapt")] if isinstance(values, Mapping) else []
     if not parts or not all(isinstance(part, Mapping) for part in parts):

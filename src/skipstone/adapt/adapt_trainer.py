@@ -26,7 +26,7 @@ from skipstone.train.trainer import RunTrainer
 class Unfreeze(TrainerCallback):
     """A callback that enables gradients, at the first step of each stage, only for the parameters which it trains.
 
-    stages: in order, with their steps. now: the present stage; None before the first step.
+    stages: the stages in order, with their steps. now: the present stage; None before the first step.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -45,9 +45,9 @@ class Unfreeze(TrainerCallback):
 class AdaptTrainer(RunTrainer):
     """The trainer of `skipstone train`, extended by stages, a teacher and a budget for soft gates.
 
-    adapt: the options of the adaptation. teacher: a frozen dense model on the student's device; None: no distillation.
-    passing: the share of tokens that gates should let pass to meet the budget; None: no gate has a budget to meet.
-    parts: sums of the logged loss terms by name. Further arguments are those of `RunTrainer`.
+    adapt: the options of the adaptation. teacher: a frozen dense model on the student's device; None means no
+    distillation. passing: the share of tokens that gates should let pass to meet the budget; None if no gate has a
+    budget to meet. parts: sums of the logged loss terms by name. Further arguments are those of `RunTrainer`.
     """
 
     def __init__(

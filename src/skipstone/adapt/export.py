@@ -32,9 +32,9 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
     """Write a saved model or run to the folder `out` as a dense checkpoint of transformers' own classes.
 
     The architecture is that of the original checkpoint, or the first known one that computes the same. A warning names
-    each mechanism that is left out. model: folder of the run or saved model. dtype: of the weights; None: as stored.
-    Raises ValueError for a PolyGLU whose neurons mix activations and for a decoder that no dense architecture computes,
-    and FileExistsError if `out` is not empty.
+    each mechanism that is left out. model: folder of the run or saved model. dtype: dtype of the weights; None keeps
+    the dtype as stored. Raises ValueError for a PolyGLU whose neurons mix activations and for a decoder that no dense
+    architecture computes, and FileExistsError if `out` is not empty.
     """
     with stages("reading the model", "writing the model") as stage:
         next(stage)

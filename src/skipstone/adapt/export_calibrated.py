@@ -33,11 +33,11 @@ def export(
 ) -> SkipstoneForCausalLM:
     """Apply `change` to a run or saved model, write the new model to the folder `out`, and return it.
 
-    folder: of the run or saved model. dtype: of the written weights; None: as loaded. corpus: name of the corpus to
-    measure on (as in data.corpus); None: the run's own (a saved model has none). require: raises ValueError for a model
-    that cannot be changed. change: called with the model, the kind of pass to measure with, and up to 64 training rows
-    in batches of 8; returns the new model. Raises ValueError without a corpus, and FileExistsError if `out` is not
-    empty.
+    folder: the folder of the run or saved model. dtype: dtype of the written weights; None keeps the dtype as loaded.
+    corpus: name of the corpus to measure on (as in data.corpus); None means the run's own (a saved model has none).
+    require: raises ValueError for a model that cannot be changed. change: called with the model, the kind of pass to
+    measure with, and up to 64 training rows in batches of 8; returns the new model. Raises ValueError without a corpus,
+    and FileExistsError if `out` is not empty.
     """
     with stages("reading the run and its text", "measuring on training rows", "writing the model") as stage:
         next(stage)

@@ -30,8 +30,8 @@ class HeadCandidates:
 
     candidates: number of tokens (rows of the output head) whose logits are computed exactly; a cheap 4-bit preview
     chooses them. directions: number of directions of the hidden states that the preview uses, a multiple of 64. text: a
-    file of text similar to what will be decoded, on which the preview is fitted; None: the model generates text itself.
-    rows, tokens: size of the text that is used, `rows` rows of `tokens` tokens.
+    file of text similar to what will be decoded, on which the preview is fitted; with None, the model generates the
+    text itself. rows, tokens: size of the text that is used, `rows` rows of `tokens` tokens.
     """
 
     candidates: int
@@ -45,7 +45,7 @@ def export_int8(source: str | Path, out: Path, head: HeadCandidates | None = Non
     """Write the model at `source` with int8 weights to the folder `out`, with its tokenizer and a model card.
 
     source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. head: limits the logits that decoding
-    steps compute exactly; None: all are computed. `out` appears only when it is complete. Raises what
+    steps compute exactly; None means that all are computed. `out` appears only when it is complete. Raises what
     `load_pretrained`, `quantise` and `with_head_candidates` raise, and FileExistsError if `out` is not empty.
     """
     folder = Path(source).expanduser()

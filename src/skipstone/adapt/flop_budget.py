@@ -27,10 +27,10 @@ WITHIN = 0.05  # the reached share may be this much of the budget away from it
 def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> tuple[float | None, float | None]:
     """Find the capacity of mechanisms that have one, or else the share of tokens that gates let pass, for a budget.
 
-    config: of the model with mechanisms. budget: forward FLOPs as a share of the dense source's. dense: the source's
-    FLOPs for a row of `tokens` tokens. Returns (capacity, None) if a mechanism such as Mixture-of-Depths has a capacity
-    (the largest share of tokens that a block keeps), else (None, share). Raises ValueError for a budget that these
-    mechanisms cannot reach.
+    config: configuration of the model with mechanisms. budget: forward FLOPs as a share of the dense source's. dense:
+    the source's FLOPs for a row of `tokens` tokens. Returns (capacity, None) if a mechanism such as Mixture-of-Depths
+    has a capacity (the largest share of tokens that a block keeps), else (None, share). Raises ValueError for a budget
+    that these mechanisms cannot reach.
     """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)

@@ -35,10 +35,10 @@ def export_hardened(
 ) -> SkipstoneForCausalLM:
     """Give each PolyGLU neuron of a run or saved model one fixed activation, write the model to `out`, and return it.
 
-    The strongest activation of each neuron is measured on training rows. folder: of the run or saved model. dtype: of
-    the written weights; None: as loaded. corpus: name of the corpus to measure on (as in data.corpus); None: the run's
-    own (a saved model has none). Raises ValueError for a model without PolyGLU or without a corpus, and FileExistsError
-    if `out` is not empty.
+    The strongest activation of each neuron is measured on training rows. folder: the folder of the run or saved model.
+    dtype: dtype of the written weights; None keeps the dtype as loaded. corpus: name of the corpus to measure on (as in
+    data.corpus); None means the run's own (a saved model has none). Raises ValueError for a model without PolyGLU or
+    without a corpus, and FileExistsError if `out` is not empty.
     """
     return export_calibrated.export(
         folder,
@@ -55,7 +55,7 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
     """Build a model in which each PolyGLU neuron has only its strongest activation, and no router is left.
 
     PolyGLU mixes several activation functions in each neuron. dynamic: for each layer, the mean logit that the router
-    adds to the A activations, fp32 [A] (`mean_logits`); None: only the neurons' learned preferences count. Raises
+    adds to the A activations, fp32 [A] (`mean_logits`); with None, only the neurons' learned preferences count. Raises
     ValueError for a model without PolyGLU.
     """
     require_polyglu(model)

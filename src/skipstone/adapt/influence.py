@@ -97,7 +97,7 @@ def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> 
 
 
 def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
-    """Return a table of block influences as text, in falling order.
+    """Return a table of block influences as text, in descending order.
 
     scores: the influence of each block. chosen: block indices by what they were chosen for, which the last column
     shows.

@@ -32,10 +32,10 @@ NEUTRAL_ROWS = 4
 class AdaptPlan:
     """A prepared adaptation: models, data and what the run folder records about them.
 
-    recipe: with completed stages. teacher: the frozen model to distil from; None without a distillation term. model:
-    the student, routed, with the source's weights. data: rows for training and validation. rows: for calibration, one
-    row in each batch. dense: the source's forward FLOPs per token. passing: the share of tokens that gates should let
-    pass to meet the budget; None: no gate has one. record: the content of adaptation.json.
+    recipe: the recipe, with completed stages. teacher: the frozen model to distil from; None without a distillation
+    term. model: the student, routed, with the source's weights. data: rows for training and validation. rows: for
+    calibration, one row in each batch. dense: the source's forward FLOPs per token. passing: the share of tokens that
+    gates should let pass to meet the budget; None if no gate has a budget. record: the content of adaptation.json.
     """
 
     recipe: AdaptRecipe
@@ -58,9 +58,9 @@ def check_early(recipe: AdaptRecipe) -> None:
 def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> AdaptPlan:
     """Prepare everything before the first step, and check that the routed model starts with the source's logits.
 
-    source: folder or Hub name of the dense checkpoint. recipe: of the adaptation. run: the run that is resumed, whose
-    tokenizer is used; None: a new one. Measurements are printed to stderr. Raises ValueError if the source, the data or
-    the budget do not fit the recipe, or if logits differ by more than adapt.tolerance.
+    source: folder or Hub name of the dense checkpoint. recipe: the adaptation's recipe. run: the run that is resumed,
+    whose tokenizer is used; None means a new run. Measurements are printed to stderr. Raises ValueError if the source,
+    the data or the budget do not fit the recipe, or if logits differ by more than adapt.tolerance.
     """
     dense = load_dense(source)
     data = _data(recipe, source, dense, run)

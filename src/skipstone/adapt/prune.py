@@ -27,10 +27,10 @@ def export_pruned(
 ) -> SkipstoneForCausalLM:
     """Remove neuron groups that training rows never use from a run or saved model, write it to `out`, and return it.
 
-    A neuron group is a set of adjacent MLP neurons that are switched together. folder: of the run or saved model.
-    dtype: of the written weights; None: as loaded. corpus: name of the corpus to measure on (as in data.corpus); None:
-    the run's own (a saved model has none). Raises ValueError for a model without neuron groups or without a corpus, and
-    FileExistsError if `out` is not empty.
+    A neuron group is a set of adjacent MLP neurons that are switched together. folder: the folder of the run or saved
+    model. dtype: dtype of the written weights; None keeps the dtype as loaded. corpus: name of the corpus to measure on
+    (as in data.corpus); None means the run's own (a saved model has none). Raises ValueError for a model without neuron
+    groups or without a corpus, and FileExistsError if `out` is not empty.
     """
     return export_calibrated.export(
         folder,

@@ -45,9 +45,9 @@ def write(
 
     One text in 20 goes to validation.txt; empty lines separate texts. source: folder or Hub name of a dense checkpoint.
     tokens: stop once all texts together have at least this many tokens. length: largest number of tokens of a text.
-    batch: number of texts generated at a time. start: text that precedes each of them and is not written; None: the
-    token that begins a text, or else the one that ends it. seed: of the sampling. dtype: of the weights; None: float32.
-    report: called after each batch with the number of tokens written so far.
+    batch: number of texts generated at a time. start: text that precedes each of them and is not written; None means
+    the token that begins a text, or else the one that ends it. seed: seed of the sampling. dtype: dtype of the weights;
+    None means float32. report: called after each batch with the number of tokens written so far.
 
     Raises what `load_dense` raises, and ValueError for numbers out of range, for a source without a tokenizer or
     without such a token, and for one that generates only empty texts.
@@ -91,8 +91,8 @@ def _fill(
 def begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) -> list[int]:
     """Return the ids of the tokens with which each sampled text begins.
 
-    start: their text; None: the tokenizer's token that begins a text, or else the one that ends it. source: name of the
-    checkpoint, for messages. Raises ValueError if there is no such token, or if `start` is empty.
+    start: their text; None means the tokenizer's token that begins a text, or else the one that ends it. source: name
+    of the checkpoint, for messages. Raises ValueError if there is no such token, or if `start` is empty.
     """
     if start is not None:
         ids: list[int] = tokenizer(start, add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
     """Load a dense model in evaluation mode with frozen weights.
 
-    source: folder or Hub name of the checkpoint. dtype: of the weights. Raises what `load_pretrained` raises, and
+    source: folder or Hub name of the checkpoint. dtype: dtype of the weights. Raises what `load_pretrained` raises, and
     ValueError for a model with mechanisms or int8 weights.
     """
     model = load_pretrained(source, dtype)
@@ -43,7 +43,7 @@ def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenize
 def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
     """Return `tokenizer` unchanged if it has no more tokens than the model's vocabulary, else raise ValueError.
 
-    name: of the tokenizer, for the message.
+    name: the tokenizer's name, for the message.
     """
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")

@@ -35,7 +35,8 @@ def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
     """Return the stage to which an optimizer step belongs, and the index of the step within it.
 
-    stages: in order, with their steps. step: from 0; after the last stage, the last step of that stage is returned.
+    stages: the stages in order, with their steps. step: index of the optimizer step, from 0; after the last stage, the
+    last step of that stage is returned.
     """
     for stage in stages:
         assert stage.steps is not None
@@ -48,8 +49,9 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
 def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> float:
     """Return the learning rate of a group of parameters at an optimizer step.
 
-    In each stage the rate warms up linearly to its peak and decays by cosine to min_ratio times the peak. stages: in
-    order. role: "routers" uses the stage's router_learning_rate, "weights" and "lora" its learning_rate. step: from 0.
+    In each stage the rate warms up linearly to its peak and decays by cosine to min_ratio times the peak. stages: the
+    stages in order. role: "routers" uses the stage's router_learning_rate, "weights" and "lora" its learning_rate.
+    step: index of the optimizer step, from 0.
     """
     stage, at = stage_at(stages, step)
     top = stage.router_learning_rate if role == "routers" else stage.learning_rate
@@ -65,9 +67,9 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
 def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[PlainDict]:
     """Yield optimizer groups of all parameters that some stage trains, by role and by whether weight decay applies.
 
-    model: with adapters, if a stage trains some. stages: in order. weight_decay: of matrices; biases, norms and
-    adapters have none. Each group has `params`, `lr` (1, which `schedule` multiplies), `weight_decay` and `role`;
-    Trainer logs the learning rate of the first group.
+    model: the model, which has adapters if a stage trains some. stages: the stages in order. weight_decay: weight decay
+    of matrices; biases, norms and adapters have none. Each group has `params`, `lr` (1, which `schedule` multiplies),
+    `weight_decay` and `role`; Trainer logs the learning rate of the first group.
     """
     used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
     named = roles(model)

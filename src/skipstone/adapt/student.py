@@ -29,7 +29,7 @@ NEURON_DEFAULTS: PlainDict = {"decision": "magnitude", "group_size": 1, "capacit
 
 
 def model_mistakes(config: PlainMapping) -> list[str]:
-    """Return a message for each mistake in the model of a recipe that can be found without the source.
+    """Return one message per mistake in the model of a recipe that can be found without the source.
 
     config: the whole recipe as a plain dict; its other sections may be wrong.
     """
@@ -139,8 +139,9 @@ def _patterns(config: SkipstoneConfig, kept: Sequence[int]) -> PlainDict:
 def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> SkipstoneForCausalLM:
     """Build a model with the source's weights and new mechanisms that initially change nothing.
 
-    source: the dense model. config: the same decoder with mechanisms. seed: of the weights of mechanisms. Gates start
-    open and PolyGLU prefers SiLU; Mixture-of-Depths and neuron groups start at capacity 1 by their schedules.
+    source: the dense model. config: the same decoder with mechanisms. seed: seed of the mechanisms' initial weights.
+    Gates start open and PolyGLU prefers SiLU; Mixture-of-Depths and neuron groups start at capacity 1 by their
+    schedules.
     """
     set_seed(seed)
     model = SkipstoneForCausalLM(config)

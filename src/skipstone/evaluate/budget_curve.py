@@ -32,9 +32,10 @@ BATCH = 8
 class AtBudget:
     """Figures of a model at one budget, which is a share of the dense model's forward FLOPs.
 
-    target: the budget; None: the model as trained. realised: the share of the dense FLOPs that the decisions on the
-    whole split need, one row at a time. flops_per_token: the same in FLOPs. counted_per_token: FLOPs counted while the
-    first batches ran, padding of shorter rows included. loss: of the pass that skips, in nats per prediction.
+    target: the budget; None means the model as trained. realised: the share of the dense FLOPs that the decisions on
+    the whole split need, one row at a time. flops_per_token: the same in FLOPs. counted_per_token: FLOPs counted while
+    the first batches ran, padding of shorter rows included. loss: the loss of the pass that really skips blocks, in
+    nats per prediction.
     """
 
     target: float | None
@@ -151,10 +152,10 @@ def calibrate_run(
 ) -> Calibrated:
     """Measure which thresholds meet which FLOP budget for a run or saved model, and write them beside its weights.
 
-    folder: of the run or saved model. corpus, context: name of the corpus to measure on (as in data.corpus) and tokens
-    of a row; None: the run's own (a saved model has no corpus). rows: number of training rows to measure on. Raises
-    FileExistsError if there is a budget table already, and ValueError without a corpus and for a model that has no
-    threshold to set.
+    folder: the folder of the run or saved model. corpus, context: name of the corpus to measure on (as in data.corpus)
+    and tokens of a row; None means the run's own (a saved model has no corpus). rows: number of training rows to
+    measure on. Raises FileExistsError if there is a budget table already, and ValueError without a corpus and for a
+    model that has no threshold to set.
     """
     loaded = load_run(folder, "train", corpus, context)
     where = loaded.run.model_folder()

@@ -39,7 +39,7 @@ class Comparison:
     """Figures of several runs, in the order in which they were named.
 
     machine: device, threads and version of torch. dense, forced: on Reset-S3 (a synthetic task with known difficulty),
-    the figures of the dense run and of the run routed by the known difficulty; None: not named.
+    the figures of the dense run and of the run routed by the known difficulty; None if no such run was named.
     """
 
     runs: tuple[RunMetrics, ...]

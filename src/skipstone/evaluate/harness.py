@@ -27,7 +27,7 @@ class Score:
     """One metric of one task, as lm-evaluation-harness reports it.
 
     error: its standard error. shots: number of examples in the prompt. samples: number of samples that were scored.
-    None: not reported.
+    None means that the harness did not report it.
     """
 
     task: str
@@ -42,7 +42,7 @@ class Score:
 class TaskEvaluation:
     """The scores of a run on tasks of lm-evaluation-harness, in the harness's order.
 
-    name: of the run.
+    name: the run's name.
     """
 
     name: str

@@ -20,9 +20,9 @@ from skipstone.runs import Run
 class LoadedRun:
     """A run or saved model on its device, with data to measure it on.
 
-    run: its folder. model: in evaluation mode. data: rows of one split; None for a saved model without a named corpus.
-    passes: the kinds of forward pass that the model can do, by name (see `measure.passes`). unavailable: why others are
-    missing, by name.
+    run: its folder. model: the model, in evaluation mode. data: rows of one split; None for a saved model without a
+    named corpus. passes: the kinds of forward pass that the model can do, by name (see `measure.passes`). unavailable:
+    why others are missing, by name.
     """
 
     run: Run
@@ -57,10 +57,10 @@ def load_run(
 ) -> LoadedRun:
     """Load a run or saved model with the rows of a split, ready to be measured.
 
-    folder: of the run or saved model. split: train, validation or test. corpus, context: name of the corpus (as in
-    data.corpus) and tokens of a row; None: as in the run's recipe (a saved model has none, so its data are then None).
-    The model is placed on the GPU if there is one. Raises ValueError or FileNotFoundError for folders, corpora and
-    sizes that do not fit.
+    folder: the folder of the run or saved model. split: train, validation or test. corpus, context: name of the corpus
+    (as in data.corpus) and tokens of a row; None means the value of the run's recipe (a saved model has none, so its
+    data are then None). The model is placed on the GPU if there is one. Raises ValueError or FileNotFoundError for
+    folders, corpora and sizes that do not fit.
     """
     run = Run(folder)
     model = run.load_model().eval()
@@ -105,7 +105,7 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the rows of `data.validation` in order, as batches on `device`.
 
-    batch_size: rows of a batch. rows: only the first `rows` rows; None: all.
+    batch_size: rows of a batch. rows: only the first `rows` rows; None means all of them.
     """
     total = len(data.validation) if rows is None else min(rows, len(data.validation))
     for start in range(0, total, batch_size):

@@ -28,12 +28,12 @@ NEW_TOKENS = 32  # at most, while decoding is timed
 class RunMetrics:
     """The figures that `compare` reports of one run.
 
-    name: of the run. parameters: their number. pass_name: the pass that was measured: executed (really skips), oracle
-    (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs per token. layers:
-    figures of the mechanisms of each block, by name. cache: bytes per token; None: the model cannot decide without
-    later tokens. overhead: shares of a training step that routing and activation mixing take. result: what training
-    wrote at its end; empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1", "decode
-    8" (number of rows). accuracy: by bin of the known difficulty; None for data without one.
+    name: the run's name. parameters: their number. pass_name: the pass that was measured: executed (really skips),
+    oracle (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs per token.
+    layers: figures of the mechanisms of each block, by name. cache: bytes per token; None if the model cannot decide
+    without later tokens. overhead: shares of a training step that routing and activation mixing take. result: what
+    training wrote at its end; empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1",
+    "decode 8" (number of rows). accuracy: accuracy by bin of the known difficulty; None for data without one.
     """
 
     name: str
@@ -107,9 +107,9 @@ def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
 def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str, Rate]) -> RunMetrics:
     """Measure all figures of a run except its speeds, which `compare` times for all runs in turns.
 
-    loaded: the run. others: a run whose text is used if `loaded` has none; None: random tokens. rates: the speeds, by
-    task. Raises ValueError for a model whose decisions have to be given by the caller (decision `forced`), on data that
-    do not provide them.
+    loaded: the run. others: a run whose text is used if `loaded` has none; None means random tokens. rates: the speeds,
+    by task. Raises ValueError for a model whose decisions have to be given by the caller (decision `forced`), on data
+    that do not provide them.
     """
     model, forward = loaded.model, loaded.primary
     ids_BT = sample_ids(loaded, ROWS, loaded.context, others)

@@ -21,7 +21,8 @@ class Detokenizer:
     """A streaming decoder that turns token ids into text, in whole characters; joined, its pieces equal the decoded
     text.
 
-    tokenizer: of the model. prompt: ids before the first new one, on which the text of the new ones may depend.
+    tokenizer: the model's tokenizer. prompt: ids before the first new one, on which the text of the new ones may
+    depend.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:

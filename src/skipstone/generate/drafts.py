@@ -159,8 +159,8 @@ class FewerBlocks(OwnDraft):
 class LowerBudget(OwnDraft):
     """A draft by the model at a lower budget (share of the dense FLOPs that is executed).
 
-    model: the model that is to be sped up. table: its thresholds for every budget. budget: of the guesses. Raises
-    ValueError for a budget outside the table's range.
+    model: the model that is to be sped up. table: its thresholds for every budget. budget: the budget at which guesses
+    are made. Raises ValueError for a budget outside the table's range.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, table: BudgetTable, budget: float) -> None:

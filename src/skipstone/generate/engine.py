@@ -119,17 +119,18 @@ def stream(
     """Continue a prompt, yielding one `Step` for each new token, until every row has an end-of-sequence id.
 
     input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which must be on the left. temperature: 0 takes the
-    likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: of a
-    generator of our own; None draws one. eos_token_id, pad_token_id: default to the model's generation_config. cache:
-    "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for prompt and new tokens, and the
-    shapes of a step are constant. budget: the share of the dense FLOPs to execute, by `budget_table`, or by the
-    budget.json in the folder that the model was loaded from; the model is set to it from the first step to the last and
-    restored afterwards. draft: proposes several tokens, which the model checks in one pass: "lookup", "exit", "exit:N",
-    "skip", "budget:SHARE" or another model (`drafts.build_draft`). Greedy text stays the same, up to rounding of logits
-    that are equal; sampled text keeps its distribution. draft_length: number of tokens proposed at a time; None: the
-    fastest by measured times, 0 if drafts do not pay. Raises ValueError, before the first step, for an empty prompt,
-    padding on the right, a row that would exceed the model's context, values out of range, an unknown or unsuitable
-    draft, and a decision that cannot be made while generating; FileNotFoundError for a budget without a budget table.
+    likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: seed
+    of a generator used for this call only; None draws a random seed. eos_token_id, pad_token_id: default to the model's
+    generation_config. cache: "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for
+    prompt and new tokens, and the shapes of a step are constant. budget: the share of the dense FLOPs to execute, by
+    `budget_table`, or by the budget.json in the folder that the model was loaded from; the model is set to it from the
+    first step to the last and restored afterwards. draft: proposes several tokens, which the model checks in one pass:
+    "lookup", "exit", "exit:N", "skip", "budget:SHARE" or another model (`drafts.build_draft`). Greedy text stays the
+    same, up to rounding of logits that are equal; sampled text keeps its distribution. draft_length: number of tokens
+    proposed at a time; None means the fastest by measured times, 0 if drafts do not pay. Raises ValueError, before the
+    first step, for an empty prompt, padding on the right, a row that would exceed the model's context, values out of
+    range, an unknown or unsuitable draft, and a decision that cannot be made while generating; FileNotFoundError for a
+    budget without a budget table.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -312,8 +313,8 @@ class Sampler:
     """Draws one token of each row from its logits when called.
 
     temperature: 0 chooses the most probable token; above 0, tokens are drawn from softmax(logits / temperature). top_k:
-    draw among this many of the most probable tokens; None: all. seed: of the draws; None: a random one. device: of the
-    logits. Raises ValueError for values out of range.
+    draw among this many of the most probable tokens; None means all of them. seed: seed of the draws; None means a
+    random seed. device: the logits' device. Raises ValueError for values out of range.
     """
 
     def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:

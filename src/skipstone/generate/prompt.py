@@ -45,7 +45,7 @@ def checked_prompt(
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 1. name: of the argument, for the message."""
+    """Raise ValueError unless `value` is a whole number of at least 1. name: the argument's name, for the message."""
     if not isinstance(value, SupportsIndex) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if index(value) < 1:
@@ -73,8 +73,8 @@ def check_padding(model: SkipstoneForCausalLM, pad_token_id: object) -> None:
 def ends_of(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
     """Return the ids of tokens that end a text.
 
-    eos_token_id: one id or several; None: those of the model's generation_config, which may be none. Raises ValueError
-    for anything but whole numbers.
+    eos_token_id: one id or several; None means the ids in the model's generation_config, if any. Raises ValueError for
+    anything but whole numbers.
     """
     ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     if isinstance(ends, Tensor):

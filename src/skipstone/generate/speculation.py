@@ -46,8 +46,9 @@ class Evidence(NamedTuple):
 class Length:
     """Chooses the number of tokens to draft from measured times and from the share of guesses that were right.
 
-    fixed: a constant number; None: chosen. cost: time of one guess as a share of a decoding step, used until it is
-    measured. Drafts may lose a little time only, so that decoding never takes more than about 2 % longer than without.
+    fixed: a constant number; None means that it is chosen. cost: time of one guess as a share of a decoding step, used
+    until it is measured. Drafts may lose a little time only, so that decoding never takes more than about 2 % longer
+    than without.
     """
 
     def __init__(self, fixed: int | None = None, cost: float = 0.0) -> None:
@@ -119,9 +120,9 @@ class Length:
 def stand_or_redraw(probability_BV: Tensor, guess_B: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a token of each row from the model's distribution, int64 [B], given a drafted token (arXiv 2211.17192).
 
-    probability_BV: the model's distribution, [B, V]. guess_B: int64, the drafted tokens. generator: of the random
-    numbers. A guess of probability p is returned with probability p; otherwise a token is drawn from the distribution
-    without it. The result is distributed as without a draft.
+    probability_BV: the model's distribution, [B, V]. guess_B: int64, the drafted tokens. generator: source of the
+    random numbers. A guess of probability p is returned with probability p; otherwise a token is drawn from the
+    distribution without it. The result is distributed as without a draft.
     """
     at_B1 = guess_B[:, None]
     given_B = probability_BV.gather(1, at_B1)[:, 0]

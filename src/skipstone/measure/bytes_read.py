@@ -10,10 +10,10 @@ def of_step(model: SkipstoneForCausalLM, flops: Flops, by_candidates: bool) -> f
     """Return the bytes of weights that a decoding step of one row reads, estimated from the FLOPs of its token.
 
     Each multiplied weight counts 2 FLOPs and is read once. model: supplies the mean number of bytes of a block's weight
-    (quantised weights with their scales) and the output head. flops: of one token; only those of blocks and routers are
-    used. by_candidates: whether logits are computed for a few candidate tokens that a low-rank preview selects
-    (`model.head_preview`), so that only part of the head is read; ignored for a model without a preview. The row of the
-    embedding is left out.
+    (quantised weights with their scales) and the output head. flops: the FLOPs of one token, of which only those of
+    blocks and routers are used. by_candidates: whether logits are computed for a few candidate tokens that a low-rank
+    preview selects (`model.head_preview`), so that only part of the head is read; ignored for a model without a
+    preview. The row of the embedding is left out.
     """
     blocks = list(model.decoder.layers.parameters())
     each = sum(p.numel() * p.element_size() for p in blocks) / max(sum(p.numel() for p in blocks if p.dim() == 2), 1)

@@ -34,9 +34,9 @@ class RecordMeter:
     def add(self, mechanisms: Iterable[RoutingModule], records: tuple[Records, ...], counts: bool = True) -> None:
         """Add the figures of one forward pass.
 
-        mechanisms: those of the model. records: decisions of the pass, a dict by mechanism name for each block. counts:
-        False registers the figures' names with zero weight, because processes that sum their meters have to agree on
-        the names.
+        mechanisms: the model's mechanisms. records: decisions of the pass, a dict by mechanism name for each block.
+        counts: False registers the figures' names with zero weight, because processes that sum their meters have to
+        agree on the names.
         """
         for mechanism in mechanisms:
             placement = mechanism.placement
@@ -51,7 +51,7 @@ class RecordMeter:
     def read(self, summed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return the means since the last call by name, without figures that nothing was counted for; empty the meter.
 
-        summed: sums a tensor over all processes that train together; None: there is one process.
+        summed: sums a tensor over all processes that train together; None means that there is one process.
         """
         if not self._sums:
             return {}

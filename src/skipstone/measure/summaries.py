@@ -78,16 +78,16 @@ class Reader(Generic[AnyModule, AnyRecord]):
     def log_pairs(module: AnyModule, record: AnyRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield (name, numerator, denominator) of each figure of one pass that training logs.
 
-        module: the mechanism. record: what it decided. Numerator and denominator are scalar tensors on the device, so
-        that they can be summed over passes and processes before they are divided.
+        module: the mechanism. record: the decisions of the pass. Numerator and denominator are scalar tensors on the
+        device, so that they can be summed over passes and processes before they are divided.
         """
         raise NotImplementedError
 
     def add(self, module: AnyModule, record: AnyRecord, known_BT: Tensor | None) -> None:
         """Add the record of one batch.
 
-        module: the mechanism. record: what it decided. known_BT: bool [B, T] (rows, tokens), the tokens that are known
-        to need depth; None if the data do not state it.
+        module: the mechanism. record: the decisions of the pass. known_BT: bool [B, T] (rows, tokens), the tokens that
+        are known to need depth; None if the data do not state it.
         """
         raise NotImplementedError
 

@@ -42,8 +42,8 @@ class ActivationSummary:
 class TokenGroup:
     """A group of tokens of a trace.
 
-    name: as shown. tokens: number of tokens. compute: mean share of the blocks' computation that was executed for them,
-    in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is nothing to predict.
+    name: its name as shown. tokens: number of tokens. compute: mean share of the blocks' computation that was executed
+    for them, in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is nothing to predict.
     """
 
     name: str

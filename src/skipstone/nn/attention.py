@@ -37,12 +37,12 @@ class AttentionShape:
 
     hidden_size: width of the residual stream. num_heads, num_key_value_heads: numbers of query heads and of key/value
     heads; the second divides the first. head_dim: features per head. bias: whether the query, key and value projections
-    have biases; output_bias: whether the output projection has. dropout: probability for attention weights;
-    residual_dropout: for the layer's output. norm: builds the norm of queries and keys (QK-norm) from its width; None:
-    no norm. norm_over: what it normalises: "head" (each head, one shared weight), "each_head" (each head, with a weight
-    of its own) or "all_heads" (all heads together). scale: factor on q k; None: 1/sqrt(head_dim). soft_cap: c, if
-    scores become c tanh(score / c); None: no cap. window: number of slots (positions in the row, skipped tokens
-    counted) that a query sees, its own included; None: all.
+    have biases; output_bias: whether the output projection has. dropout: dropout probability for attention weights;
+    residual_dropout: dropout probability for the layer's output. norm: builds the norm of queries and keys (QK-norm)
+    from its width; None means no norm. norm_over: what it normalises: "head" (each head, one shared weight),
+    "each_head" (each head, with a weight of its own) or "all_heads" (all heads together). scale: factor on q k; None
+    means 1/sqrt(head_dim). soft_cap: c, if scores become c tanh(score / c); None means no cap. window: number of slots
+    (positions in the row, skipped tokens counted) that a query sees, its own included; None means all of them.
     """
 
     hidden_size: int
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
         x_BTD: normalised residual stream of all T tokens. tokens: their slots, padding, documents and rotary angles,
         which K of them are queries (get an update), and whether padding is removed. cache: stores keys and values of
-        all T tokens, and supplies those of earlier calls; None: only this call's keys are attended to. queries:
+        all T tokens, and supplies those of earlier calls; with None, only this call's keys are attended to. queries:
         `tokens.query_tokens()`, if the caller has computed it already.
         """
         if cache is not None and tokens.mode.single_token and self._steps(x_BTD, tokens, cache.kv):
@@ -208,8 +208,8 @@ class Attention(nn.Module):
         return self._attend(query, *self._stored(tokens, queries, kv, rows))
 
     def _stored(self, tokens: Tokens, queries: Tokens, kv: RaggedStore, rows: RowSubset | None) -> Seen:
-        """Return stored keys and values of these rows (None: all), without a mask if the newest token attends to all of
-        them.
+        """Return stored keys and values of these rows (None means all), without a mask if the newest token attends to
+        all of them.
         """
         window = self._closed(tokens)
         newest = None if window is None else window - 1 + tokens.length  # no more columns hold what a window reaches
@@ -279,8 +279,9 @@ def eager_attention(
 
     module: supplies `num_key_value_groups`, the number of query heads per key/value head. query: [B, H, K, E] (rows,
     heads, queries, features). key, value: [B, H / groups, C, E]. attention_mask: added to the scores, [B or 1, 1, K,
-    C], or None. scaling: factor on the scores. dropout: probability for the weights. softcap: c, if scores become c
-    tanh(score / c), or None. kwargs: ignored. Returns the output [B, K, H, E] and the weights [B, H, K, C].
+    C], or None. scaling: factor on the scores. dropout: dropout probability for the attention weights. softcap: c, if
+    scores become c tanh(score / c), or None. kwargs: ignored. Returns the output [B, K, H, E] and the weights [B, H, K,
+    C].
     """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]

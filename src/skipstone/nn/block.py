@@ -34,9 +34,9 @@ SITES = (SEGMENT, "block", "attention", "mlp")
 class Residual:
     """The norms and the scale with which a block's sub-layers read the residual stream and add to it.
 
-    before_attention, before_mlp: norms of a sub-layer's input. after_attention, after_mlp: norms of its output. None:
-    no norm there. shared: whether the MLP's input is normalised by `before_attention` as well. parallel: whether the
-    MLP reads the stream as it is before the attention is added. scale: factor on what each sub-layer adds.
+    before_attention, before_mlp: norms of a sub-layer's input. after_attention, after_mlp: norms of its output. None
+    means no norm there. shared: whether the MLP's input is normalised by `before_attention` as well. parallel: whether
+    the MLP reads the stream as it is before the attention is added. scale: factor on what each sub-layer adds.
     """
 
     before_attention: nn.Module | None = None
@@ -88,7 +88,7 @@ class Block(GradientCheckpointingLayer):
         """Return the residual stream after this block, [B, T, D], and the records of its mechanisms by name.
 
         x_BTD: the stream before the block. tokens: slots, padding and documents of the tokens, and how decisions are
-        made. past_key_values: a cache with a `SkipstoneCacheLayer` for each block; None: no cache.
+        made. past_key_values: a cache with a `SkipstoneCacheLayer` for each block; None means no cache.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
         if not self.sites["block"] and tokens.queries.is_all and tokens.unpadding is None:

@@ -53,7 +53,8 @@ def runs_of(
     tokens: Tokens,
     layers: Sequence[SkipstoneCacheLayer],
 ) -> list[tuple[range, CompiledRun | None]]:
-    """Return consecutive ranges of blocks, each with the compiled call that computes it; None: uncompiled execution.
+    """Return consecutive ranges of blocks, each with the compiled call that computes it; None means that the range runs
+    uncompiled.
 
     blocks: the decoder's blocks. spans: ranges of blocks that cannot be separated, those of a segment, or one block.
     x_BTD: the stream before the first block; only one row of at most 8 tokens is compiled. tokens: describes the tokens

@@ -50,8 +50,8 @@ class ExpertsConfig:
     """The options of a mixture of experts in which each token chooses its experts.
 
     count: number of experts. top_k: choices per token. no_op: number of additional choices that do nothing and cost no
-    FLOPs. intermediate_size: neurons of one expert; None: those of the dense MLP divided by top_k, so that a token
-    costs as much. renormalise: whether the router's weights of a token's choices are divided by their sum.
+    FLOPs. intermediate_size: neurons of one expert; None means the dense MLP's neurons divided by top_k, so that a
+    token costs as much. renormalise: whether the router's weights of a token's choices are divided by their sum.
     balance_weight: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961), 0 for none.
     balance_rate: step size of the bias that balances choices without a loss (arXiv 2408.15664), 0 for none. z_weight:
     coefficient of the router z-loss (ST-MoE, arXiv 2202.08906), 0 for none. Raises ValueError for values out of range.
@@ -100,9 +100,9 @@ class ExpertsConfig:
 class ExpertRouter(nn.Module):
     """The router of a mixture of experts: logits W x in fp32.
 
-    width: of x. total: number of experts and no-ops. balanced: whether there is a balancing bias, a buffer that is
-    added to the probabilities for choosing only. W is a bare parameter, so that adapters and quantisers that replace
-    every Linear leave it alone.
+    width: number of features of x. total: number of experts and no-ops. balanced: whether there is a balancing bias, a
+    buffer that is added to the probabilities for choosing only. W is a bare parameter, so that adapters and quantisers
+    that replace every Linear leave it alone.
     """
 
     def __init__(self, width: int, total: int, balanced: bool) -> None:
@@ -126,9 +126,10 @@ class ExpertRouter(nn.Module):
 class ExpertsMLP(FeedForward, RoutingModule):
     """A mixture of experts (gated MLPs) in place of a block's MLP; each token chooses `top_k` of them, or no-ops.
 
-    width: of the residual stream; neurons: of the dense MLP that it replaces; both multiples of 8. activation: the
-    function of the gates. dropout: probability for the output. placement: index of the block, and name of the records;
-    None: the name "experts". config: the options; None: `options` by keyword, as in `ExpertsConfig`.
+    width: width of the residual stream; neurons: number of neurons in the dense MLP that it replaces; both are
+    multiples of 8. activation: the function of the gates. dropout: dropout probability for the output. placement: index
+    of the block, and name of the records; None means the name "experts". config: the options; None means `options` by
+    keyword, as in `ExpertsConfig`.
     """
 
     activation: FixedActivation
@@ -300,7 +301,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def measured(self, records: Records) -> dict[str, Fraction]:
         """Return the mean number of choices per row that experts computed in a forward pass, by the name of the record.
 
-        records: of the pass. No-ops and padding count nothing.
+        records: the records of the pass. No-ops and padding count nothing.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         if record is None:
@@ -311,7 +312,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def token_passes(self, records: Records) -> Tensor:
         """Return the number of each token's choices that are not no-ops, int64 [B, T] on the CPU.
 
-        records: of a pass.
+        records: the records of a pass.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         assert record is not None
@@ -323,6 +324,6 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def entropy(self, record: ExpertsRecord) -> Tensor:
         """Return the entropy of each token's router probabilities as a share of its maximum, fp32 [B, T].
 
-        record: of a pass; NaN for tokens that did not reach the MLP.
+        record: the record of a pass. The entropy is NaN for tokens that did not reach the MLP.
         """
         return torch.special.entr(record.logits_BTX.softmax(-1)).sum(-1) / math.log(max(self.config.total, 2))

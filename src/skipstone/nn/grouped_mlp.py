@@ -50,8 +50,9 @@ class Held:
 class DivisibleMLP(FeedForward):
     """The base class of gated MLPs whose neurons are divided into groups that are switched on or off for each token.
 
-    width: of the residual stream. neurons: of the MLP. activation: of the gates. router: chooses the groups that are
-    on. dropout: probability for the output. Subclasses define how the groups that are on are computed.
+    width: width of the residual stream. neurons: number of neurons in the MLP. activation: activation applied to the
+    gates. router: chooses the groups that are on. dropout: dropout probability for the output. Subclasses define how
+    the groups that are on are computed.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class DivisibleMLP(FeedForward):
     def measured(self, records: Records) -> dict[str, Fraction]:
         """Return the share of neuron groups that is on in a forward pass, by the name of the record.
 
-        records: of the pass. If more groups are tried than kept, it is the mean of both shares, tried groups needing
-        one matrix and kept ones another. Empty if no token was reached.
+        records: the records of the pass. If more groups are tried than kept, it is the mean of both shares, tried
+        groups needing one matrix and kept ones another. Empty if no token was reached.
         """
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)
@@ -126,8 +127,8 @@ class DivisibleMLP(FeedForward):
 class GroupedMLP(DivisibleMLP):
     """A gated MLP whose router chooses the neuron groups from the MLP's input, as in `mechanisms/neuron_groups.py`.
 
-    width: of the residual stream. neurons: of the MLP. activation: of the gates. router: chooses the groups. dropout:
-    probability for the output.
+    width: width of the residual stream. neurons: number of neurons in the MLP. activation: activation applied to the
+    gates. router: chooses the groups. dropout: dropout probability for the output.
     """
 
     router: InputGroupRouter

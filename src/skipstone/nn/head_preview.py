@@ -19,10 +19,10 @@ class HeadPreview(nn.Module):
     """A low-rank four-bit copy of the output head, by which a step picks the candidates for the next token.
 
     Only the rows of these candidates are then read from the head itself; other tokens get the logits of the copy, the
-    preview (`ops/head_preview.py`). width: of the hidden states. vocabulary: number of tokens. directions: rank of the
-    copy, a multiple of 64. candidates: number of rows that a step reads whole; the attribute may be changed. turn,
-    shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but `packed` stay fp32 when the model's
-    dtype changes.
+    preview (`ops/head_preview.py`). width: width of the hidden states. vocabulary: number of tokens. directions: rank
+    of the copy, a multiple of 64. candidates: number of rows that a step reads whole; the attribute may be changed.
+    turn, shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but `packed` stay fp32 when the
+    model's dtype changes.
     """
 
     turn: Tensor

@@ -16,8 +16,8 @@ from skipstone.ops import int8
 class _Int8(nn.Module):
     """An int8 weight [O, I] with an fp32 scale for each row, or for each group of inputs in it.
 
-    Scales stay fp32 when the model's dtype changes. The weight is not trainable. group: inputs that share a scale;
-    None: all, as where `group` does not divide I. compute_dtype: the dtype of the model around it.
+    Scales stay fp32 when the model's dtype changes. The weight is not trainable. group: inputs that share a scale; None
+    means all, as where `group` does not divide I. compute_dtype: the dtype of the model around it.
     """
 
     like: Tensor
@@ -103,7 +103,7 @@ def int8_layers(module: nn.Module, group: int | None) -> None:
     """Replace all linear layers and the token embedding below `module` by int8 layers, in place.
 
     Layers of mechanisms are left alone. The new layers have no meaningful weights until some are loaded. group: number
-    of inputs that share a scale; None: one scale per output.
+    of inputs that share a scale; None means one scale per output.
     """
     for name, child in module.named_children():
         if isinstance(child, RoutingModule):

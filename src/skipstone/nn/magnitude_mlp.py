@@ -29,9 +29,9 @@ class MagnitudeMLP(DivisibleMLP):
 
     Groups of neurons are tried (multiplied by the up projection) if their gate activations are large, and kept
     (multiplied by the down projection) if their products are. One token without gradients reads only these weights;
-    calls of several tokens multiply everything and zero what is off. width: of the residual stream. neurons: of the
-    MLP. activation: of the gates. router: chooses the groups, as in `mechanisms/magnitude.py`. dropout: probability for
-    the output.
+    calls of several tokens multiply everything and zero what is off. width: width of the residual stream. neurons:
+    number of neurons in the MLP. activation: activation applied to the gates. router: chooses the groups, as in
+    `mechanisms/magnitude.py`. dropout: dropout probability for the output.
     """
 
     router: ActivationGroupRouter

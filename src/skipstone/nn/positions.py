@@ -23,9 +23,9 @@ class Rotary(nn.Module):
     """Rotary position embeddings: cos and sin of the angles (arXiv 2104.09864), half-split layout.
 
     config: a transformers configuration; its `rope_parameters` name the kind of scaling. parameters: replaces these
-    `rope_parameters`; None: the configuration's. With `partial_rotary_factor` p, only the first p E of the E features
-    of a head are rotated. Kind "longrope" (arXiv 2402.13753) has two sets of frequencies; a call uses the set for long
-    rows if one of its positions is at least `original_max_position_embeddings`.
+    `rope_parameters`; None means the configuration's own. With `partial_rotary_factor` p, only the first p E of the E
+    features of a head are rotated. Kind "longrope" (arXiv 2402.13753) has two sets of frequencies; a call uses the set
+    for long rows if one of its positions is at least `original_max_position_embeddings`.
     """
 
     inverse_E2: Tensor

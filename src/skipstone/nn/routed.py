@@ -53,10 +53,10 @@ class Routed(nn.Module):
 
         x_BTD: the stream before the block. args, kwargs: passed to the block, gathered if they have an entry for each
         token (see the class). routing: "oracle" (decisions may look at the whole row) or "causal" (at no later token);
-        None: "oracle" in training mode, else "causal". real_BT: bool, False for padding; None: no padding. Further
-        items of a tuple that the block returns follow the stream, for the kept tokens only. Raises ValueError for a
-        stream that is not [B, T, D], and for a block that fails because of an argument of the rows' length that was not
-        gathered.
+        None means "oracle" in training mode, else "causal". real_BT: bool, False for padding; None means that nothing
+        is padding. Further items of a tuple that the block returns follow the stream, for the kept tokens only. Raises
+        ValueError for a stream that is not [B, T, D], and for a block that fails because of an argument of the rows'
+        length that was not gathered.
         """
         if routing not in ("oracle", "causal", None):
             raise ValueError(unknown("routing", routing, ["oracle", "causal"]))
@@ -137,9 +137,9 @@ def _of_length(value: Any, length: int) -> list[int] | None:
 def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_BK: Tensor | None = None) -> Any:
     """Return `value` with every tensor that has an entry for each token gathered to the given tokens.
 
-    index_BK: int64, the K tokens of each row; None: all, value is returned unchanged. shape: [B, T] of all tokens.
-    value: a tensor, or a tuple, list or dict of them; anything else is returned as it is. valid_BK: bool, False for
-    tokens that only fill up a row and that pair masks hide as keys; None: all are valid.
+    index_BK: int64, the K tokens of each row; None means all of them, and `value` is returned unchanged. shape: [B, T]
+    of all tokens. value: a tensor, or a tuple, list or dict of them; anything else is returned as it is. valid_BK:
+    bool, False for tokens that only fill up a row and that pair masks hide as keys; None means that all are valid.
     """
     if index_BK is None:
         return value

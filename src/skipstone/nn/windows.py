@@ -21,9 +21,10 @@ def slot_mask(
 ) -> Tensor:
     """Return the causal attention mask by slots (positions in the row), bool [B, 1, K, C], True: a query sees a key.
 
-    key_slot_BC: int64, slots of C keys. key_document_BC: int64, their documents; None: one per row. queries: the K
-    query tokens. window: number of slots that a query sees, its own included; None: all. A query sees keys of its own
-    document in its own and earlier slots. Queries that are padding see every key, so that their softmax stays finite.
+    key_slot_BC: int64, slots of C keys. key_document_BC: int64, their documents; None means one per row. queries: the K
+    query tokens. window: number of slots that a query sees, its own included; None means all of them. A query sees keys
+    of its own document in its own and earlier slots. Queries that are padding see every key, so that their softmax
+    stays finite.
     """
     slot_BK, real_BK = queries.slot_BT, queries.real_BT
     if real_BK is not None:
@@ -42,8 +43,8 @@ def slot_mask(
 def closes(window: int | None, tokens: Tokens) -> bool:
     """Return whether an attention window may hide any key of these rows from any query.
 
-    window: number of slots that a query sees; None: all. tokens: of the call. True also if the host does not know the
-    distances between slots (`tokens.reach` is None).
+    window: number of slots that a query sees; None means all of them. tokens: the tokens of the call. True also if the
+    host does not know the distances between slots (`tokens.reach` is None).
     """
     return window is not None and (tokens.reach is None or tokens.reach > window)
 
@@ -51,7 +52,7 @@ def closes(window: int | None, tokens: Tokens) -> bool:
 def pairs(length: float, window: int | None) -> float:
     """Return the number of scores per head that are computed for a row attending to itself, in bands if they are fewer.
 
-    length: tokens of the row. window: number of slots that a query sees; None: all.
+    length: tokens of the row. window: number of slots that a query sees; None means all of them.
     """
     whole = length * length
     return whole if window is None else min(whole, -(-length // window) * 2 * window * window)

@@ -19,9 +19,9 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
     """Mix PolyGLU's activation functions as `reference.mix_activations` does, by the fastest backend for the device.
 
     gate_BTF: pre-activations of F neurons, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the
-    A functions, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: of the
-    softmax over the sum. Returns [B, T, F]. The backend is `ops/fused.py` on CUDA with Triton, `ops/cpu.py` on a CPU,
-    `ops/compile_friendly.py` under torch.compile, and elsewhere the reference.
+    A functions, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature:
+    temperature of the softmax over the sum. Returns [B, T, F]. The backend is `ops/fused.py` on CUDA with Triton,
+    `ops/cpu.py` on a CPU, `ops/compile_friendly.py` under torch.compile, and elsewhere the reference.
     """
     chosen = compile_friendly if torch.compiler.is_compiling() else _eager(gate_BTF.device.type)
     return chosen.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)  # type: ignore[no-any-return]

@@ -37,8 +37,8 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
     """Mix PolyGLU's activation functions as `reference.mix_activations` does, in chunks that fit a CPU's cache.
 
     gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the A functions,
-    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: of the softmax over
-    the sum; gets no gradient. Returns [B, T, F] in the dtype of the gate.
+    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: temperature of the
+    softmax over the sum; it gets no gradient. Returns [B, T, F] in the dtype of the gate.
     """
     if gate_BTF.dtype == torch.float64:  # the chunks below are laid out for fp32
         return reference.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)

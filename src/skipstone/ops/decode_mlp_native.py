@@ -99,8 +99,8 @@ def mixture_logits(
     """Compute PolyGLU's logits [T, A] from the tokens so far, and store their running sums if `writes`.
 
     Compiled by numba. row: the mixture's columns in the table of the block. decay: factor on older tokens in the
-    running mean; negative: each token alone. z: projected tokens [T, R]. slots: of the tokens, int64. memory: addresses
-    of stored sums and slots. column: number of sums stored before. logits: the result.
+    running mean; if negative, each token counts alone. z: projected tokens [T, R]. slots: of the tokens, int64. memory:
+    addresses of stored sums and slots. column: number of sums stored before. logits: the result.
     """
     T, R = z.shape
     total, mean = np.zeros(R + 1, np.float32), np.empty(R, np.float32)

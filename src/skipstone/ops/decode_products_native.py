@@ -52,8 +52,8 @@ def share_of(rows: int, part: int, parts: int) -> Array:
 def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> None:
     """Normalise x [T, D] by root mean square, or copy it; compiled by numba.
 
-    weight_at: address of the weight; 0: copy. eps: added to the mean square. offset: added to the weight. out_at:
-    address of the result.
+    weight_at: address of the weight; 0 means that x is copied. eps: added to the mean square. offset: added to the
+    weight. out_at: address of the result.
     """
     out = _lying(out_at, x.shape, ONE)
     for n in range(x.shape[0]):
@@ -64,7 +64,8 @@ def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> No
 def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) -> None:
     """Normalise one token x [D] by root mean square into `out`, which may be x, or copy it; compiled by numba.
 
-    weight_at: address of the weight; 0: copy. eps: added to the mean square. offset: added to the weight.
+    weight_at: address of the weight; 0 means that x is copied. eps: added to the mean square. offset: added to the
+    weight.
     """
     width = len(x)
     if not weight_at:
@@ -94,9 +95,9 @@ def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> N
 def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
     """Multiply tokens with one matrix, for one thread's share of its outputs; compiled by numba.
 
-    matrix: addresses of weight, scale (0: fp32) and bias (0: none), and number of scales per row. sizes: tokens,
-    outputs, inputs. x_at: address of the fp32 tokens. places: addresses of which the second and third hold the rounded
-    tokens. y_at: address of the result. part, parts: index and number of threads.
+    matrix: addresses of weight, scale (0 if the weight is fp32) and bias (0 if there is none), and number of scales per
+    row. sizes: tokens, outputs, inputs. x_at: address of the fp32 tokens. places: addresses of which the second and
+    third hold the rounded tokens. y_at: address of the result. part, parts: index and number of threads.
     """
     weight_at, scale_at, bias_at, scales = matrix[0], matrix[1], matrix[2], matrix[3]
     tokens, outputs, inputs = sizes

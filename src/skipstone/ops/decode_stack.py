@@ -32,8 +32,9 @@ _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  
 class Sizes:
     """The sizes that all blocks of a compiled step have in common, and constants.
 
-    width: of the stream. neurons: of the MLP. heads: query heads. groups: key/value heads. head_size: features per
-    head. eps: of the norms. offset: what is added to the weights of norms. scaling: factor on attention scores.
+    width: width of the residual stream. neurons: number of neurons in the MLP. heads: query heads. groups: key/value
+    heads. head_size: features per head. eps: added to the mean square in norms. offset: added to the norms' weights.
+    scaling: factor on attention scores.
     """
 
     width: int
@@ -92,8 +93,8 @@ def run(
 
     x_1TD: the stream before the blocks, fp32. program: the tables of the blocks. memory_LM: int64, for each block the
     addresses and lengths of its cache, as `decode_stack_native` lists them. slot_1T: int64, slots of the tokens.
-    state_ST: fp32, tensors that mechanisms carry from block to block, changed in place; None: none. recorded: whether
-    the decisions of mechanisms and mixtures are returned.
+    state_ST: fp32, tensors that mechanisms carry from block to block, changed in place; None if there are none.
+    recorded: whether the decisions of mechanisms and mixtures are returned.
     """
     native, T, s = _native(), x_1TD.shape[1], program.sizes
     x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))

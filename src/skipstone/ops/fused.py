@@ -26,8 +26,8 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
     """Mix PolyGLU's activation functions as `reference.mix_activations` does, by Triton kernels on a GPU.
 
     gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the A functions,
-    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: of the softmax over
-    the sum; gets no gradient. Returns [B, T, F] in the dtype of the gate.
+    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: temperature of the
+    softmax over the sum; it gets no gradient. Returns [B, T, F] in the dtype of the gate.
     """
     static_BAF, dynamic_BAT = (
         (x.float() / temperature).transpose(1, 2).contiguous() for x in (static_BFA, dynamic_BTA)

@@ -38,7 +38,7 @@ def plain_linear_cross_entropy(
     """Return the cross-entropy of a linear output head, summed over tokens, in nats, fp32 []; the specification.
 
     x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of the vocabulary. target_N: int64, -100
-    for tokens without a target. soft_cap: c, if logits become c tanh(logits / c); None: no cap.
+    for tokens without a target. soft_cap: c, if logits become c tanh(logits / c); None means no cap.
     """
     logits_NV = wide(F.linear(x_ND, weight_VD))
     if soft_cap is not None:
@@ -53,7 +53,7 @@ class Distillation:
     hidden_BTE: the input of the teacher's output head, [B, T, E] for rows, tokens and width. head_VE: the head's weight
     [V, E]. Neither gets a gradient. language_modelling: coefficient of the cross-entropy. distillation: coefficient of
     T^2 KL(teacher || student), in nats. temperature: T (Hinton et al. 2015, arXiv 1503.02531). soft_cap: c, if the
-    teacher's logits become c tanh(logits / c); None: no cap.
+    teacher's logits become c tanh(logits / c); None means no cap.
     """
 
     hidden_BTE: Tensor
@@ -71,8 +71,8 @@ def linear_cross_entropy(
 
     x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of the vocabulary. target_N: int64, -100
     for tokens without a target. chunk: number of tokens whose logits are computed at a time. soft_cap: c, if logits
-    become c tanh(logits / c); None: no cap. Gradients are computed at once, so the result can be differentiated once
-    only: a second backward pass raises RuntimeError. Raises ValueError for a chunk below 1.
+    become c tanh(logits / c); None means no cap. Gradients are computed at once, so the result can be differentiated
+    once only: a second backward pass raises RuntimeError. Raises ValueError for a chunk below 1.
     """
     return _loss(x_ND, weight_VD, target_N, None, chunk, soft_cap)[0]
 
@@ -90,8 +90,8 @@ def linear_distillation_loss(
     x_ND: hidden states of N tokens. weight_VD: the student's head. target_N: int64, -100 for tokens without a target.
     distillation: the teacher's outputs, temperature T and the coefficients with which the total adds up the other two.
     chunk: number of tokens whose logits are computed at a time. soft_cap: c, if the student's logits become c
-    tanh(logits / c); None: no cap. Only the total can be differentiated, and only once. Raises ValueError for a chunk
-    below 1.
+    tanh(logits / c); None means no cap. Only the total can be differentiated, and only once. Raises ValueError for a
+    chunk below 1.
     """
     return _loss(x_ND, weight_VD, target_N, distillation, chunk, soft_cap)
 

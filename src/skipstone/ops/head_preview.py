@@ -83,7 +83,7 @@ def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | Non
 
     The `candidates` tokens with the largest logits by the preview get their exact logits, all others keep the
     preview's. x_ND: hidden states of N tokens. preview: a low-rank four-bit copy of the head. weight_VD: weight of the
-    head. scale: scales of an int8 head (`ops/int8.py`); None: the weight is in floating point.
+    head. scale: scales of an int8 head (`ops/int8.py`); None if the weight is in floating point.
     """
     guess_NV = previewed(x_ND, preview)
     whole = weight_VD.float() if scale is None else int8.restore(weight_VD, scale)
@@ -109,8 +109,8 @@ def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
 def readable(weight_VD: Tensor, scale: Tensor | None) -> bool:
     """Return whether the compiled kernel can read this head: contiguous on a CPU, fp32 or int8 in groups of 64.
 
-    weight_VD: weight of the head; on the meta device it is judged as if on a CPU. scale: scales of an int8 head; None:
-    not int8. False without numba.
+    weight_VD: weight of the head; on the meta device it is judged as if on a CPU. scale: scales of an int8 head; None
+    if the head is not int8. False without numba.
     """
     kind = weight_VD.dtype == torch.float32 or (scale is not None and weight_VD.shape[1] % int8.GROUP == 0)
     return kind and weight_VD.device.type in ("cpu", "meta") and weight_VD.is_contiguous() and _kernel()

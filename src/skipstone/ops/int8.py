@@ -36,9 +36,9 @@ NO_NUMBA = (
 def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     """Round a weight matrix to int8, with one scale for each row or for each group of inputs.
 
-    weight_OI: [O, I] (outputs, inputs). group: number of inputs that share a scale, a divisor of I; None: a whole row.
-    Returns int8 [O, I] in [-127, 127], and the fp32 scales [O], or [O, I / group], by which `restore` multiplies it.
-    Raises ValueError for weights that are not finite.
+    weight_OI: [O, I] (outputs, inputs). group: number of inputs that share a scale, a divisor of I; None means a whole
+    row. Returns int8 [O, I] in [-127, 127], and the fp32 scales [O], or [O, I / group], by which `restore` multiplies
+    it. Raises ValueError for weights that are not finite.
     """
     weight_OGI = weight_OI.detach().float().unflatten(1, (-1, group or weight_OI.shape[1]))
     largest_OG = weight_OGI.abs().amax(2)

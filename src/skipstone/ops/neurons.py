@@ -85,8 +85,8 @@ def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tenso
 def kept_part(weight_OI: Tensor, group_K: Tensor, total: int, axis: int) -> Tensor:
     """Return a copy of the weights of some neuron groups, [J, I] or [O, J] for the J neurons of these groups.
 
-    weight_OI: the whole weight. group_K: int64, indices of the groups. total: number of all groups. axis: of the
-    neurons in the weight, 0 or 1.
+    weight_OI: the whole weight. group_K: int64, indices of the groups. total: number of all groups. axis: the axis of
+    the weight along which the neurons lie, 0 or 1.
     """
     return weight_OI.unflatten(axis, (total, -1)).index_select(axis, group_K).flatten(axis, axis + 1)
 
@@ -97,8 +97,8 @@ def mix_kept(
     """Compute `mix_activations` for the neurons that are on, [N, J].
 
     gate_NJ: pre-activations of N tokens. static_BFA: preferences of all F neurons, [1 or B, F, A]. dynamic_NA: logits
-    of the tokens. temperature: of the softmax over the A functions. runs: which neurons are on for which tokens. row_N:
-    int64, row of each token, used if B is not 1.
+    of the tokens. temperature: temperature of the softmax over the A functions. runs: which neurons are on for which
+    tokens. row_N: int64, row of each token, used if B is not 1.
     """
     static_BGSA, parts = static_BFA.unflatten(1, (runs.total, -1)), []
     for (start, end), group_K in zip(pairwise(runs.bounds), runs.group_MK, strict=True):

@@ -78,8 +78,8 @@ def select_top(score_BT: Tensor, capacity: float, group_BT: Tensor | None = None
     """Return a bool mask [B, T] of the highest-scoring tokens of each row (Mixture-of-Depths, arXiv 2404.02258).
 
     score_BT: one score per token. capacity: share of each group's tokens to keep, rounded down (`quota`). group_BT: the
-    document of each token, negative for padding, which is never kept; None: each row is one group. Ties go to the
-    earlier token: comparing with the k-th score would keep too many, because in bf16 most rows have ties.
+    document of each token, negative for padding, which is never kept; None means that each row is one group. Ties go to
+    the earlier token: comparing with the k-th score would keep too many, because in bf16 most rows have ties.
     """
     order_BT = score_BT.argsort(dim=1, descending=True, stable=True)
     kept_BT = torch.zeros_like(score_BT, dtype=torch.bool)
@@ -232,8 +232,8 @@ def apply_experts(
     y_n = sum_c weight_nc down_e(act(gate_e x_n) * up_e x_n), e = expert_nc
 
     x_ND: inputs of N tokens. expert_NC: int64, the C experts that each token chose, distinct. weight_NC: their factors.
-    idle_NC: bool, choices that add nothing (padding, no-ops), whatever their expert and weight; None: there are none.
-    gate_XFD, up_XFD, down_XDF: weights of X experts of F neurons. activation: the function act.
+    idle_NC: bool, choices that add nothing (padding, no-ops), whatever their expert and weight; None means there are
+    none. gate_XFD, up_XFD, down_XDF: weights of X experts of F neurons. activation: the function act.
     """
     y_ND = torch.zeros_like(x_ND)
     for e, (gate_FD, up_FD, down_DF) in enumerate(zip(gate_XFD, up_XFD, down_XDF, strict=True)):

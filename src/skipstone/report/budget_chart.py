@@ -21,8 +21,8 @@ FRAME = Frame(width=460, height=300)
 def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
     """Read the losses at several FLOP budgets from files of `skipstone eval --budget --json`.
 
-    files: to read. runs, names: the runs on the page and their names there. Returns the measured points by name. Raises
-    ValueError for a file without budgets, and for one whose run is not on the page or is there twice.
+    files: the files to read. runs, names: the runs on the page and their names there. Returns the measured points by
+    name. Raises ValueError for a file without budgets, and for one whose run is not on the page or is there twice.
     """
     found: dict[str, Points] = {}
     for file in files:

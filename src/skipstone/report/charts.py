@@ -81,7 +81,7 @@ class Bar:
     """One bar of a block.
 
     layer: index of the block. name: what the bar shows; equal names have the same colour. value: height, in [0, 1].
-    mark: a value to compare with, drawn as a tick over the bar; None: no tick.
+    mark: a value to compare with, drawn as a tick over the bar; None means no tick.
     """
 
     layer: int
@@ -120,8 +120,8 @@ def stacked(
 ) -> Drawn:
     """Draw shares that sum to 1, as one stack per block.
 
-    shares: by index of the block, from bottom to top. names: of the shares. layers: number of blocks. title: text for
-    screen readers. frame: size of the chart.
+    shares: by index of the block, from bottom to top. names: names of the shares. layers: number of blocks. title: text
+    for screen readers. frame: size of the chart.
     """
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)

@@ -36,8 +36,8 @@ def show_text(
 ) -> NotebookHTML:
     """Return text in which each piece is coloured by its share of the blocks, for a notebook to display.
 
-    pieces: (text, share in [0, 1]). caption: shown with it. hover: format of the share that is shown when the pointer
-    rests on a piece.
+    pieces: (text, share in [0, 1]). caption: text shown with it. hover: format of the share that is shown when the
+    pointer rests on a piece.
     """
     return _rendered(caption=caption, text=token_picture.coloured(pieces, hover), picture=None, strongest=None)
 
@@ -45,8 +45,8 @@ def show_text(
 def show_trace(trace: TokenTrace, caption: str = "") -> NotebookHTML:
     """Return a trace's text and its picture of tokens by blocks, for a notebook to display.
 
-    trace: what a model decided for a text. caption: shown with it. The picture shows the first 84 tokens; the text is
-    shown whole.
+    trace: what a model decided for a text. caption: text shown with it. The picture shows the first 84 tokens; the text
+    is shown whole.
     """
     pieces = list(zip(trace.tokens, trace.depth_T, strict=True))
     return _rendered(

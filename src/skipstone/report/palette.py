@@ -12,7 +12,7 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3")
 class Style(NamedTuple):
     """The colour and dash with which a run is drawn in every picture.
 
-    colour: as in CSS. dash: an SVG stroke-dasharray, "" for a solid line.
+    colour: a CSS colour. dash: an SVG stroke-dasharray, "" for a solid line.
     """
 
     colour: str

@@ -37,8 +37,8 @@ class RunView:
 def load_view(run: Run, name: str, index: int) -> RunView:
     """Load everything that a report shows of one run.
 
-    name: on the page. index: position on the page, which determines the style. If the model or the corpus is missing,
-    only the pictures that need it are left out, and `trouble` says why.
+    name: the run's name on the page. index: position on the page, which determines the style. If the model or the
+    corpus is missing, only the pictures that need it are left out, and `trouble` says why.
     """
     mechanisms, trace, trouble = "", None, ""
     capacity: Mapping[int, Mapping[str, float]] = {}
@@ -73,7 +73,8 @@ def load_view(run: Run, name: str, index: int) -> RunView:
 def map_view(path: Path, index: int) -> RunView:
     """Read a file of `skipstone trace` as a `RunView` that has only the decisions on its text.
 
-    path: of the file. index: position on the page, which determines the style. Raises ValueError for any other file.
+    path: path of the file. index: position on the page, which determines the style. Raises ValueError for any other
+    file.
     """
     from skipstone.report.trace_table import read_trace
 

@@ -41,7 +41,9 @@ def drawing(width: float, height: float, children: Iterable[Markup], title: str)
 
 
 def text(x: float, y: float, content: str, class_: str = "", **attributes: str | float | None) -> Markup:
-    """Build an SVG text element at (x, y); class_: its CSS class, "" for none; attributes: as in `element`."""
+    """Build an SVG text element at (x, y); class_: its CSS class, "" for none; attributes: further attributes, as in
+    `element`.
+    """
     return element("text", content, x=x, y=y, class_=class_ or None, **attributes)
 
 
@@ -55,7 +57,8 @@ def rectangle(
 ) -> Markup:
     """Build an SVG rectangle with its upper left corner at (x, y).
 
-    hover: text that a browser shows when the pointer rests on it; "" for none. attributes: as in `element`.
+    hover: text that a browser shows when the pointer rests on it; "" for none. attributes: further attributes, as in
+    `element`.
     """
     inside = [element("title", hover)] if hover else []
     return element("rect", *inside, x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), **attributes)
@@ -64,8 +67,8 @@ def rectangle(
 def polyline(points: Iterable[tuple[float, float]], colour: str, dash: str = "", hover: str = "") -> Markup:
     """Build an SVG polyline through `points`.
 
-    colour: of the stroke. dash: an SVG stroke-dasharray, "" for a solid line. hover: text that a browser shows when the
-    pointer rests on it; "" for none.
+    colour: colour of the stroke. dash: an SVG stroke-dasharray, "" for a solid line. hover: text that a browser shows
+    when the pointer rests on it; "" for none.
     """
     path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
     inside = [element("title", hover)] if hover else []

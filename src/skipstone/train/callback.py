@@ -43,8 +43,8 @@ class RoutingCallback(TrainerCallback):
         """Accumulate the routing statistics of one training micro-batch, without a host sync.
 
         model: the trained model, wrapped or not; models without our mechanisms are ignored. records: what each
-        mechanism decided in the pass, one dict by mechanism name for each block, as in `out.records`; None: nothing is
-        accumulated.
+        mechanism decided in the pass, one dict by mechanism name for each block, as in `out.records`; with None,
+        nothing is accumulated.
         """
         for mechanism in _mechanisms(model) if records is not None else ():
             key = (mechanism.placement.layer, mechanism.placement.name)

@@ -19,7 +19,7 @@ USUAL = ("biases", "norms", "preferences")  # also left out by common trainers
 def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | None) -> list[str]:
     """Return those of `names` (parameter names of `model`) to which weight decay applies, in their order.
 
-    spared: kinds of parameters without weight decay (the kinds of `kinds_of`); None: biases, norms and PolyGLU's
+    spared: kinds of parameters without weight decay (the kinds of `kinds_of`); None means biases, norms and PolyGLU's
     preferences.
     """
     kinds = kinds_of(model)

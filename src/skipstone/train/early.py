@@ -25,12 +25,12 @@ def check(
     read: Callable[[PlainMapping], Recipe] = read_recipe,
     model_checker: str = "skipstone.train.setup",
 ) -> None:
-    """Raise ValueError with one message line for each mistake in a recipe, its run folder, its corpus and its model.
+    """Raise ValueError with one line per mistake in a recipe, its run folder, its corpus and its model.
 
     It does not load torch, so it answers within a fraction of a second. config: the recipe as a plain dict. out: the
-    run folder; None: the default one of the recipe. resume: whether the folder is to be continued instead of created.
-    writes: whether a run folder will be written; False skips its check. read: the parser for this kind of recipe.
-    model_checker: name of the module whose `model_mistakes` checks the recipe's model and the options of its
+    run folder; None means the default one of the recipe. resume: whether the folder is to be continued instead of
+    created. writes: whether a run folder will be written; False skips its check. read: the parser for this kind of
+    recipe. model_checker: name of the module whose `model_mistakes` checks the recipe's model and the options of its
     mechanisms; it is imported with placeholders for torch.
     """
     lines: list[str] = []

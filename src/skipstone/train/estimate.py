@@ -29,8 +29,8 @@ SMALL, LARGE = 16, 32  # tokens of the two passes from which activations are ext
 class Gpu:
     """The data sheet figures of a GPU.
 
-    flops: peak FLOP/s of dense bf16 matrix products with fp32 accumulation. memory: in GB. bandwidth: of the GPU's
-    memory, in GB/s. link: bandwidth to the other GPUs of its node, in GB/s in one direction.
+    flops: peak FLOP/s of dense bf16 matrix products with fp32 accumulation. memory: memory size in GB. bandwidth:
+    memory bandwidth, in GB/s. link: bandwidth to the other GPUs of its node, in GB/s in one direction.
     """
 
     flops: float
@@ -151,10 +151,10 @@ def known(recipe: Recipe) -> PlainDict:
 def passing(config: SkipstoneConfig, recipe: Recipe) -> dict[str, float | None]:
     """Return the bytes of GPU memory that the forward pass of one micro-batch holds for the backward pass, by purpose.
 
-    config: of the model. recipe: for batch size, context, precision, chunked loss and activation checkpointing. Keys:
-    `copies of the weights` (saved tensors whose size does not depend on the number of tokens), `activations` (those
-    whose size does) and `logits` (with their gradient). If sizes depend on the values of tokens, there are only
-    `activations`, which is None, and `logits`.
+    config: the model's configuration. recipe: the recipe, for batch size, context, precision, chunked loss and
+    activation checkpointing. Keys: `copies of the weights` (saved tensors whose size does not depend on the number of
+    tokens), `activations` (those whose size does) and `logits` (with their gradient). If sizes depend on the values of
+    tokens, there are only `activations`, which is None, and `logits`.
     """
     train = recipe.train
     tokens = train.batch_size // train.gradient_accumulation * recipe.data.context

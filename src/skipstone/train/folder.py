@@ -40,7 +40,7 @@ def default_folder(recipe: Recipe) -> Path:
 def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     """Return the folder of a new or resumed run.
 
-    recipe: provides the default folder. out: the folder that the user named; None: the default. resume: whether an
+    recipe: provides the default folder. out: the folder that the user named; None means the default. resume: whether an
     existing run is continued. Raises ValueError if a resumed run is named by neither `out` nor the recipe, and
     FileNotFoundError if the folder of a resumed run does not exist.
     """
@@ -71,9 +71,9 @@ def check_new(folder: Path) -> None:
 def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Write], data: str | None = None) -> None:
     """Create a run folder that contains the recipe, the environment and `parts`; it appears complete or not at all.
 
-    folder: must not exist, or be empty; else FileExistsError is raised. config: the resolved recipe. seed: of the run,
-    noted in environment.json. parts: functions by file name, each of which writes the file or folder at the path that
-    it is given. data: fingerprint of the data that the run trains on; None: not noted.
+    folder: must not exist, or be empty; else FileExistsError is raised. config: the resolved recipe. seed: the run's
+    seed, which is noted in environment.json. parts: functions by file name, each of which writes the file or folder at
+    the path that it is given. data: fingerprint of the data that the run trains on; None means that none is noted.
     """
     check_new(folder)
     more = {} if data is None else {DATA: data}
@@ -164,7 +164,7 @@ def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
     """Remove the lines of metrics.jsonl after step `step`, because a run that is resumed there repeats these steps.
 
     folder: the run folder. count: number of lines when the checkpoint was written; later lines of the same step go as
-    well. None: not known. Raises ValueError if fewer than `count` lines are left.
+    well. None if it is not known. Raises ValueError if fewer than `count` lines are left.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -187,9 +187,9 @@ def save_model(
 ) -> None:
     """Write a model folder RUN/name: weights, tokenizer, model card and hashes; it appears complete or not at all.
 
-    folder: the run folder. model: has `save_pretrained`. tokenizer: None: there is none. card: arguments of the model
-    card, such as `losses`. name: name of the folder within the run. parts: functions by file name that write further
-    files, as in `create`.
+    folder: the run folder. model: any object with a method `save_pretrained`. tokenizer: None if there is none. card:
+    arguments of the model card, such as `losses`. name: name of the folder within the run. parts: functions by file
+    name that write further files, as in `create`.
     """
     from skipstone.model.card import write_card
 

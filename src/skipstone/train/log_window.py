@@ -89,8 +89,8 @@ class LogWindow:
     def save(self, folder: Path, sums: Tensor, lines: int) -> None:
         """Write the state into a checkpoint.
 
-        folder: of the checkpoint. sums: the losses summed over all processes, fp32 [2]. lines: present number of lines
-        in metrics.jsonl.
+        folder: the checkpoint's folder. sums: the losses summed over all processes, fp32 [2]. lines: present number of
+        lines in metrics.jsonl.
         """
         state = {name: getattr(self, name) for name in (*STATE, *SKIPPED)}
         state |= {"sums": sums.tolist(), "lines": lines}
@@ -99,7 +99,7 @@ class LogWindow:
     def load(self, folder: Path, first: bool = True) -> int | None:
         """Restore the state from a checkpoint and return how many lines metrics.jsonl had then; None if not known.
 
-        folder: of the checkpoint. first: whether this is the first process, which continues with the sums of all
+        folder: the checkpoint's folder. first: whether this is the first process, which continues with the sums of all
         processes; the others start from zero. Raises ValueError for a checkpoint that `skipstone train` has not
         written.
         """

@@ -152,7 +152,8 @@ def plan(
 class ParameterCounts:
     """Parameter counts of a model.
 
-    total: of the whole model. blocks: of all blocks together. largest: of the largest block.
+    total: parameters of the whole model. blocks: parameters of all blocks together. largest: parameters of the largest
+    block.
     """
 
     total: int
@@ -185,8 +186,8 @@ def _state(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, f
 def messages(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, float]:
     """Return the bytes that each GPU sends in an optimizer step with ring algorithms, by kind of message.
 
-    sizes: parameter counts of the model. gpus: number of GPUs. train: for `parallel` and `gradient_accumulation`.
-    Thresholds and comparisons of replicas, a few bytes for each block, are left out.
+    sizes: parameter counts of the model. gpus: number of GPUs. train: the training options, for `parallel` and
+    `gradient_accumulation`. Thresholds and comparisons of replicas, a few bytes for each block, are left out.
     """
     part = (gpus - 1) / gpus
     if train.parallel == "ddp":

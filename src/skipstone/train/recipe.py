@@ -48,35 +48,36 @@ class TrainConfig:
     a micro-batch: the thresholds of `ema_threshold`, the targets of routers trained from the gradient at their block's
     output, the balancing loss of experts. The number of processes has the same effect.
 
-    learning_rate: the peak, reached by a linear warm-up over warmup_steps (None: a tenth of the steps, at most 100); it
-    then decays by cosine to min_lr_ratio * learning_rate. router_learning_rate: the peak for all parameters of depth
-    mechanisms (those that let tokens skip blocks); None: learning_rate. weight_decay, beta1, beta2: of AdamW. no_decay:
-    kinds of parameters without weight decay, out of preferences (of PolyGLU's neurons), biases, norms, embeddings (with
-    a tied head) and routers (all other parameters of mechanisms); None: preferences, biases and norms. The matrices of
-    attention and MLP always decay. max_grad_norm: gradients are clipped to this norm; 0: no clipping. average_last:
-    share of the steps, at the end, over which all weights are averaged to give the trained model; 0: the weights of the
-    last step.
+    learning_rate: the peak, reached by a linear warm-up over warmup_steps (None means a tenth of the steps, at most
+    100); it then decays by cosine to min_lr_ratio * learning_rate. router_learning_rate: the peak for all parameters of
+    depth mechanisms (those that let tokens skip blocks); None means learning_rate. weight_decay, beta1, beta2: of
+    AdamW. no_decay: kinds of parameters without weight decay, out of preferences (of PolyGLU's neurons), biases, norms,
+    embeddings (with a tied head) and routers (all other parameters of mechanisms); None means preferences, biases and
+    norms. The matrices of attention and MLP always decay. max_grad_norm: gradients are clipped to this norm; 0 disables
+    clipping. average_last: share of the steps, at the end, over which all weights are averaged to give the trained
+    model; 0 means the last step's weights.
 
     precision: fp32, or bf16 (autocast; weights and optimizer stay fp32). compile: apply torch.compile to each block.
     activation_checkpointing: recompute blocks in the backward pass instead of saving their intermediate tensors.
-    loss_chunk: number of tokens whose logits exist at a time; 0: all; None: 1,024 if the vocabulary has 65,536 tokens
-    or more, else all. routing: learned (by the mechanisms), or difficulty: every block with a depth mechanism keeps
-    exactly the tokens whose known `difficulty` is not negative (an upper bound on the synthetic Reset-S3).
+    loss_chunk: number of tokens whose logits exist at a time; 0 means all of them; None means 1,024 if the vocabulary
+    has 65,536 tokens or more, else all. routing: learned (by the mechanisms), or difficulty: every block with a depth
+    mechanism keeps exactly the tokens whose known `difficulty` is not negative (an upper bound on the synthetic
+    Reset-S3).
 
-    eval_every, log_every, save_every: steps between validations, log lines and checkpoints; 0: only at the end
+    eval_every, log_every, save_every: steps between validations, log lines and checkpoints; 0 means only at the end
     (log_every is at least 1). save_minutes: also save a checkpoint when this many minutes have passed since the last
-    one; None: by steps only. eval_rows: number of validation rows; None: all. eval_batch_size: rows of a validation
-    pass; None: as in a micro-batch. keep_checkpoints: how many of the newest checkpoints are stored. keep_best: also
-    store the model with the lowest validation loss in RUN/best (the loss without access to later tokens if the model
-    has one).
+    one; None means that steps alone decide. eval_rows: number of validation rows; None means all of them.
+    eval_batch_size: rows of a validation pass; None means as many as in a micro-batch. keep_checkpoints: how many of
+    the newest checkpoints are stored. keep_best: also store the model with the lowest validation loss in RUN/best (the
+    loss without access to later tokens if the model has one).
 
-    seed: of weights, dropout and routing noise; `data.seed` draws the rows. threads: torch's CPU threads; None:
-    unchanged. device: auto uses an accelerator if there is one. parallel: how several processes hold the model: ddp:
-    each holds all of it; fsdp2: each holds a part of every parameter, of its gradient and of its optimizer state.
-    compare_every: steps between checks that tensors which all processes hold are equal in all of them; 0: never.
-    max_skipped_steps: how many steps of the training may be skipped because their loss, gradient or router scores are
-    not finite; one more stops the training. loggers: where metrics are written, out of jsonl, tensorboard, trackio and
-    wandb; metrics.jsonl is always written.
+    seed: seed of weights, dropout and routing noise; `data.seed` draws the rows. threads: torch's CPU threads; None
+    leaves the number unchanged. device: auto uses an accelerator if there is one. parallel: how several processes hold
+    the model: ddp: each holds all of it; fsdp2: each holds a part of every parameter, of its gradient and of its
+    optimizer state. compare_every: steps between checks that tensors which all processes hold are equal in all of them;
+    0 means never. max_skipped_steps: how many steps of the training may be skipped because their loss, gradient or
+    router scores are not finite; one more stops the training. loggers: where metrics are written, out of jsonl,
+    tensorboard, trackio and wandb; metrics.jsonl is always written.
     """
 
     steps: int = 1000
@@ -157,7 +158,7 @@ class TrainConfig:
 
     @property
     def averaged_steps(self) -> int:
-        """The number of last steps whose weights are averaged; 0: none."""
+        """The number of last steps whose weights are averaged; 0 if there are none."""
         return max(1, round(self.average_last * self.steps)) if self.average_last else 0
 
     def loss_chunk_of(self, vocab_size: int) -> int:
@@ -190,7 +191,7 @@ class TrainConfig:
 class Recipe:
     """The definition of a whole training run, as a recipe file contains it.
 
-    name: name of the default run folder, runs/NAME; None: a name from corpus and time. model: fields of
+    name: name of the default run folder, runs/NAME; None means a name from corpus and time. model: fields of
     SkipstoneConfig, or {preset: NAME} with fields that differ from the preset. data: which text or synthetic task is
     read, and how. train: the options of the training.
     """

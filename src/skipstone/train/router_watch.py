@@ -187,7 +187,7 @@ def shuffled(kept_BT: Tensor, attention_mask: Tensor | None, seed: int) -> Tenso
     """Return a bool mask [B, T] that keeps as many tokens of each row as `kept_BT`, drawn at random.
 
     Padding is not drawn. kept_BT: bool, the tokens that the router kept, B rows of T tokens. attention_mask: [B, T], 0
-    at padding; None: no padding. seed: of the draw.
+    at padding; None means that nothing is padding. seed: seed of the draw.
     """
     draw_BT = torch.rand(kept_BT.shape, generator=torch.Generator().manual_seed(seed)).to(kept_BT.device)
     if attention_mask is not None:

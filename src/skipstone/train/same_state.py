@@ -20,8 +20,8 @@ class SameState(TrainerCallback):
     """A callback that checks every `steps` steps that replicated tensors and learning rates are equal in all processes.
 
     Parameters and buffers are compared by hashes. Under DDP all parameters are compared; under FSDP2 the few that are
-    not sharded. steps: interval in optimizer steps; the last step is always checked; 0: never. Raises ValueError in
-    every process, naming the first tensor that differs.
+    not sharded. steps: interval in optimizer steps; the last step is always checked; 0 means never. Raises ValueError
+    in every process, naming the first tensor that differs.
     """
 
     def __init__(self, steps: int) -> None:
@@ -37,8 +37,8 @@ class SameState(TrainerCallback):
 def compare(tensors: dict[str, Tensor], numbers: dict[str, float], device: torch.device, step: int) -> None:
     """Raise ValueError in every process if a tensor or number differs between processes; all must call it.
 
-    tensors, numbers: the values of this process, by name. device: on which hashes are exchanged. step: the optimizer
-    step, for the message, which names the first value that differs.
+    tensors, numbers: the values of this process, by name. device: the device on which hashes are exchanged. step: the
+    optimizer step, for the message, which names the first value that differs.
     """
     named = tensors | {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     if not named:

@@ -76,8 +76,8 @@ def plain(config: SkipstoneConfig) -> PlainDict:
 def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCausalLM:
     """Build a model with fresh weights that depend on the seed only; compile its blocks if the recipe says so.
 
-    config: of the model. train: for `seed` and `compile`. Raises ValueError for weights that would not fit into the
-    machine's memory.
+    config: the model's configuration. train: the training options, for `seed` and `compile`. Raises ValueError for
+    weights that would not fit into the machine's memory.
     """
     size, memory = 4 * config.weights(), psutil.virtual_memory().total
     if size > memory:
@@ -96,7 +96,7 @@ def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCaus
 def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
     """Return the data with exactly as many training rows as the training reads, so that it is one epoch.
 
-    train: for `steps` and `batch_size`.
+    train: the training options, for `steps` and `batch_size`.
     """
     rows = train.steps * train.batch_size
     return dataclasses.replace(data, train=dataclasses.replace(data.train, rows=rows))  # type: ignore[type-var]
@@ -161,8 +161,8 @@ def _checkpointing(wanted: bool) -> PlainDict:
 def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCallback]:
     """Return Trainer's callbacks for the recipe's loggers other than metrics.jsonl.
 
-    train: for `loggers`. folder: the run folder, where TensorBoard's files are written. step: the step from which a run
-    is resumed, 0 for a new one; TensorBoard's entries after it are removed.
+    train: the training options, for `loggers`. folder: the run folder, where TensorBoard's files are written. step: the
+    step from which a run is resumed, 0 for a new one; TensorBoard's entries after it are removed.
     """
     from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -187,7 +187,7 @@ def check_early(recipe: Recipe) -> None:
 
 
 def model_mistakes(config: PlainMapping) -> list[str]:
-    """Return a message for each mistake in the model of a recipe, including the options of its mechanisms.
+    """Return one message per mistake in the model of a recipe, including the options of its mechanisms.
 
     config: the whole recipe as a plain dict; its other sections may be wrong.
     """

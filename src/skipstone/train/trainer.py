@@ -211,9 +211,9 @@ class RunTrainer(RoutingTrainer):
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
         """Return the loss to minimise; subclasses may override it, by default it is the model's own `loss`.
 
-        outputs: of the model; overrides must keep its losses correct for the log. inputs: the micro-batch. items:
-        number of predicted tokens in the whole optimizer step, by which sums are divided to give means; None: not
-        known.
+        outputs: the model's output; overrides must keep its losses correct for the log. inputs: the micro-batch. items:
+        number of predicted tokens in the whole optimizer step, by which sums are divided to give means; None if it is
+        not known.
         """
         return loss
 

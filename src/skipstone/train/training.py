@@ -39,11 +39,12 @@ def train(
 ) -> Path:
     """Train the recipe `config` into a run folder and return the folder.
 
-    config: the recipe as a plain dict. out: the run folder; None: `runs/NAME`, or `runs/CORPUS-TIME` for a recipe
+    config: the recipe as a plain dict. out: the run folder; None means `runs/NAME`, or `runs/CORPUS-TIME` for a recipe
     without a name. resume: continue an existing run from its last checkpoint (from the start if it has none) with the
     recipe that it was started with; a finished run is left unchanged. progress: show a progress bar. data: the recipe's
-    rows if they are already prepared; None: prepare them. save_minutes: largest interval between checkpoints, unless
-    the recipe sets one; None: by steps only. callbacks: further callbacks for Trainer.
+    rows if they are already prepared; None means that they are prepared. save_minutes: largest interval between
+    checkpoints, unless the recipe sets one; None means that steps alone decide. callbacks: further callbacks for
+    Trainer.
 
     Raises ValueError for mistakes in the recipe and while another process uses the folder, FileNotFoundError if there
     is nothing to resume, FileExistsError if the folder of a new run is not empty, and `Interrupted` after a stop
@@ -108,8 +109,8 @@ def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
 def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
     """Return the run to resume, or None for a new one; also set the number of torch's threads to the recipe's.
 
-    folder: of the run. resume: whether it is resumed. A run that is already finished is returned with a message on
-    stderr.
+    folder: the run's folder. resume: whether it is resumed. A run that is already finished is returned with a message
+    on stderr.
     """
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
@@ -145,8 +146,8 @@ def fit(
 
     arguments: Trainer's. folder: the run folder. progress: show a progress bar. trainer_of: a function that builds the
     trainer from a run's callbacks. finish: called in the first process with the trainer, to save the model and the
-    summary. save_minutes: largest interval between checkpoints if the recipe sets none; None: by steps only. Raises
-    `Interrupted` after a stop signal.
+    summary. save_minutes: largest interval between checkpoints if the recipe sets none; None means that steps alone
+    decide. Raises `Interrupted` after a stop signal.
     """
     checkpoint = last_checkpoint(folder)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

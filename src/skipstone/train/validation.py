@@ -20,9 +20,9 @@ def batches(
 ) -> Iterator[tuple[Row, bool]]:
     """Yield batches of validation rows, and whether each counts; several processes take turns by batches.
 
-    rows: use the first `rows` validation rows; None: all. size: rows of a batch. part: index of this process, out of
-    `parts`. Every process yields equally many batches, because sharded models need all processes in every pass: a
-    process that has no rows left yields the first rows again, with False.
+    rows: use the first `rows` validation rows; None means all of them. size: rows of a batch. part: index of this
+    process, out of `parts`. Every process yields equally many batches, because sharded models need all processes in
+    every pass: a process that has no rows left yields the first rows again, with False.
     """
     count = min(rows or len(data.validation), len(data.validation))
     for begin in range(0, count, parts * size):
@@ -45,7 +45,8 @@ def loss_sums(
 
     The passes compute only kept tokens, without exploration noise. model: called with each batch. rows: batches, each
     with whether it counts. routing: returns forward's argument `routing` for a batch. device: where the model is.
-    meter: is shown the records of every pass. loss_chunk: number of tokens whose logits exist at a time; 0: all.
+    meter: is shown the records of every pass. loss_chunk: number of tokens whose logits exist at a time; 0 means all of
+    them.
     """
     asked: PlainDict = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}
     total = torch.zeros(2, dtype=torch.float64, device=device)

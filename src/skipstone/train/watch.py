@@ -28,7 +28,7 @@ SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "caus
 class MetricsFile(TrainerCallback):
     """A callback that appends one JSON object per log line to metrics.jsonl: step, split, then metrics.
 
-    path: of the file. `causal_loss` is null in validation lines of models that cannot decide without later tokens.
+    path: path of the file. `causal_loss` is null in validation lines of models that cannot decide without later tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,8 +143,8 @@ class StopSignals(TrainerCallback):
     """A callback that stops a training after SIGINT or SIGTERM: it finishes the step and saves a checkpoint.
 
     A second signal ends the process at once. save_minutes: also save a checkpoint when this many minutes have passed
-    since the last one; None: do not. Several processes agree on both at the end of a step, so that all save the same
-    step. received: number of the signal that arrived; None: none so far.
+    since the last one; None means that no time limit applies. Several processes agree on both at the end of a step, so
+    that all save the same step. received: number of the signal that arrived; None if none has arrived.
     """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)

@@ -41,7 +41,7 @@ DIGITS = 5  # significant, of numbers that go to the page
 class LiveModel:
     """A loaded model whose decisions can be shown while it generates.
 
-    folder: a run folder or a saved model. name: as the page shows it. Raises ValueError or FileNotFoundError, with a
+    folder: a run folder or a saved model. name: its name on the page. Raises ValueError or FileNotFoundError, with a
     message of one line, for a folder without a model or a tokenizer.
     """
 
@@ -126,9 +126,9 @@ class LiveModel:
         """Return the attention weights of the last of `ids` to all of them, for each block, as `attention_of_last`
         does.
 
-        budget: share of the dense FLOPs that the model is set to during the pass; None: as it was trained. Raises
-        ValueError for ids outside the vocabulary, for none or more than the context holds, and for a budget that the
-        model cannot meet.
+        budget: share of the dense FLOPs that the model is set to during the pass; None means the model as it was
+        trained. Raises ValueError for ids outside the vocabulary, for none or more than the context holds, and for a
+        budget that the model cannot meet.
         """
         if not ids or len(ids) > self.context or not all(0 <= i < self.model.config.vocab_size for i in ids):
             raise ValueError(f"tokens must be from 1 to {self.context:,} ids of the vocabulary, got {len(ids):,}")
@@ -149,13 +149,13 @@ class LiveModel:
         """Continue a prompt and yield, as plain values for JSON, a `start` event and a `pass` event for each new token.
 
         ids: token ids of the prompt. new_tokens: how many to generate at most. temperature: 0 chooses the most probable
-        token; otherwise tokens are sampled. seed: of the sampling. budget: share of the dense FLOPs that the model is
-        set to; None: as it was trained. draft: the source of guesses for speculative decoding, as in `generate`; None:
-        no speculation. The first pass event describes every token of the prompt, later ones one token each. With a
-        draft, a pass checks several tokens: its FLOPs are added at the first of them, and the token that replaces a
-        wrong guess lists the guesses dropped with it as `rejected`. What the draft computes counts in the seconds, but
-        not in the FLOPs. Raises ValueError, before the first event, for a prompt that exceeds the context, and for a
-        budget or a draft that the model does not support.
+        token; otherwise tokens are sampled. seed: seed of the sampling. budget: share of the dense FLOPs that the model
+        is set to; None means the model as it was trained. draft: the source of guesses for speculative decoding, as in
+        `generate`; None means no speculation. The first pass event describes every token of the prompt, later ones one
+        token each. With a draft, a pass checks several tokens: its FLOPs are added at the first of them, and the token
+        that replaces a wrong guess lists the guesses dropped with it as `rejected`. What the draft computes counts in
+        the seconds, but not in the FLOPs. Raises ValueError, before the first event, for a prompt that exceeds the
+        context, and for a budget or a draft that the model does not support.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table

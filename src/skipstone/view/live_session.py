@@ -27,9 +27,9 @@ class Request:
 
     prompt: from 1 to 20,000 characters. models: indices of the loaded models, each at most once. new_tokens: at most
     1,024; fewer are generated if a model's context is full earlier. temperature: from 0 (most probable token) to 10.
-    seed: of the sampling, an unsigned 32-bit number. budgets: for each of `models` the share of its dense FLOPs to
-    execute, or None for the model as it was trained; empty: None for all. twin: whether to time the dense twin of each
-    model as well. draft: "lookup", "exit" or "skip" for speculative decoding (`generate.drafts`), or None.
+    seed: seed of the sampling, an unsigned 32-bit number. budgets: for each of `models` the share of its dense FLOPs to
+    execute, or None for the model as it was trained; if empty, None for all models. twin: whether to time the dense
+    twin of each model as well. draft: "lookup", "exit" or "skip" for speculative decoding (`generate.drafts`), or None.
     """
 
     prompt: str
@@ -80,7 +80,7 @@ class AttentionRequest:
     """A request of the page for the attention weights of a token.
 
     model: index of the loaded model. tokens: ids of the text up to the token, which is the last. budget: share of the
-    dense FLOPs that the model is set to; None: as it was trained.
+    dense FLOPs that the model is set to; None means the model as it was trained.
     """
 
     model: int

@@ -51,7 +51,7 @@ def save_page(
     """Continue a prompt with one or two models and write what the live page would show as one HTML file.
 
     runs: folders of runs or saved models. out: the file to write, which is also returned. new_tokens: how many to
-    generate at most. temperature: 0 chooses the most probable token; otherwise tokens are sampled. seed: of the
+    generate at most. temperature: 0 chooses the most probable token; otherwise tokens are sampled. seed: seed of the
     sampling. Raises ValueError, with a message of one line, for values that are not allowed and for a model that cannot
     serve the request.
     """
