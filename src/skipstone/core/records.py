@@ -32,10 +32,11 @@ class DepthRecord(NamedTuple):
     carry: Mapping[str, Tensor] = {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> DepthRecord:
-        """Return this record, made for some selected tokens, as a record for all tokens that they were selected from.
+        """Convert this record of some selected tokens into one for all tokens that they were selected from.
 
-        part: the selection. state: `Tokens.state` of all these tokens; those that were not selected keep its values in
-        `carry`. They have NaN scores, False in masks and 0 in weights and losses.
+        In the result, tokens that were not selected have NaN scores, False in masks, and 0 in weights and losses. part:
+        the selection. state: `Tokens.state` of all tokens, from which tokens that were not selected keep their values
+        in `carry`.
         """
         carry = {name: part.merge(new, state[name]) for name, new in self.carry.items()}
         return DepthRecord(
@@ -155,9 +156,11 @@ def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None
 
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
-    """Return records made for some selected tokens as records for all tokens that they were selected from.
+    """Convert records made for some selected tokens into records for all tokens that they were selected from.
 
-    records: by mechanism name. part: the selection. state: `Tokens.state` of all tokens. See `DepthRecord.lift`.
+    In the result, tokens that were not selected have NaN scores, False in masks, and 0 in weights and losses. records:
+    the records, by mechanism name. part: the selection. state: `Tokens.state` of all tokens; in the tensors that a
+    record carries to the next block, tokens that were not selected keep their values from it.
     """
     return records if part.is_all else {name: record.lift(part, state) for name, record in records.items()}
 

@@ -83,8 +83,9 @@ class RoutingModule(nn.Module):
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         """Update thresholds and schedules after an optimizer step.
 
-        progress: the share of the training that is done, from 0 to 1. statistics: the mean of `statistics` over the
-        step, or None.
+        progress: the fraction of training completed, from 0 to 1. statistics: the fp32 vector that this module's method
+        `statistics` returned, averaged by the caller over the step's micro-batches and over all processes. None means
+        that there is no such vector; thresholds and biases that depend on it then stay as they are.
         """
 
     def moving(self) -> dict[str, Tensor]:

@@ -148,10 +148,12 @@ def _buffer(shape: tuple[int, ...], like: Tensor, fill: int) -> Tensor:
 
 
 class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
-    """The cache of one block for transformers' `StaticCache(config=..., max_cache_len=...)`, for compiled steps.
+    """The fixed-size cache of one block, for compiled decoding steps.
 
-    cumulative_length: number of tokens the model has seen, an int64 scalar tensor on the device, so that a compiled
-    step does not depend on its value. max_cache_len: most tokens per row. Other keyword arguments go to transformers.
+    transformers builds one per block in `StaticCache(config=model.config, max_cache_len=...)`. max_cache_len: the
+    largest number of tokens per row. Other keyword arguments go to transformers. cumulative_length: number of token
+    positions per row that the model has seen, padding included and the same for all rows: an int64 scalar tensor on the
+    device, so that a compiled step does not depend on its value.
     """
 
     is_compileable = True

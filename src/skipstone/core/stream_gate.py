@@ -33,10 +33,11 @@ class Scorer(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The comparison by which a causal decision keeps a token: its score must be above a line.
+    """The limit that a token's score must exceed for a causal decision (one made without later tokens) to keep it.
 
-    value: the line; -inf keeps every token. threshold: the line as a scalar tensor, which is read in each step instead
-    of `value`. scorer: the router whose score is compared; None: that of the mechanism.
+    value: the limit as a number; -inf keeps every token. threshold: the limit as a scalar tensor, read anew in each
+    step; if given, it replaces `value`. scorer: the router whose score is compared with the limit; None means the
+    mechanism's own router.
     """
 
     value: float = ALL

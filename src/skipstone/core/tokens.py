@@ -120,9 +120,10 @@ class Tokens:
 
     @property
     def group_BT(self) -> Tensor | None:
-        """The group in which each token competes in a top-k selection: its document, or -1 for padding.
+        """The group in which each token competes in a top-k selection: its document's index, or -1 for padding.
 
-        None if each row is one document without padding.
+        int64 [B, T]. Indices are compared within a row only, so rows may use the same ones. None if each row is one
+        document without padding.
         """
         if self.real_BT is None:
             return self.document_BT

@@ -37,9 +37,9 @@ class Unpadding:
     shape: tuple[int, int]  # B, K
 
     def unpad(self, x_BKD: Tensor) -> Tensor:
-        """Return the N real tokens of padded rows x [B, K, ...], concatenated: [1, N, ...].
+        """Return the N real tokens of a padded batch, concatenated: [1, N, ...].
 
-        x may also be [1, K, ...], which stands for B equal rows.
+        x_BKD: padded rows [B, K, ...], or [1, K, ...] if all B rows are equal.
         """
         return _picked(x_BKD.expand(self.shape[0], *x_BKD.shape[1:]), self.place_N)
 

@@ -40,10 +40,11 @@ AGAIN = "make the shards again with skipstone prepare"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One shard (a pair of files with token ids and document starts) as the manifest describes it.
+    """One shard as the manifest describes it: a file with token ids and a file with the documents' start positions.
 
-    name: of its files, without suffix. tokens, documents: how many it has. bytes: UTF-8 bytes of its text. sha256,
-    documents_sha256: hashes of the file of token ids and of that of document starts.
+    name: the name of both files, without suffix. tokens, documents: how many tokens and documents the shard has. bytes:
+    the number of UTF-8 bytes of its text. sha256: hash of the file with token ids. documents_sha256: hash of the file
+    with document starts.
     """
 
     name: str

@@ -40,12 +40,13 @@ class Evaluation:
     without later tokens; computes all tokens and masks), executed (the same decisions; computes only kept tokens),
     forced (routing by a synthetic task's known difficulty).
 
-    name: of the run. corpus, split: what was read. rows: number of rows of the split. num_bytes: UTF-8 bytes of their
-    text; None if it is not text. measured: losses by name of the pass. unavailable: why a pass is missing, by name.
-    primary: the pass whose figures represent the model: executed if possible, else oracle or forced. flops: FLOPs of
-    the primary pass. notes: remarks for the reader. hard_mix: the primary pass with only the strongest activation of
-    each neuron; None if neurons do not mix activations. budgets: the same model at several FLOP budgets, the first as
-    trained; empty unless requested. budget_table: a description of the thresholds for these budgets.
+    name: the run's name. corpus, split: the data that was read. rows: number of rows of the split. num_bytes: UTF-8
+    bytes of their text; None if it is not text. measured: losses by the name of the pass. unavailable: why a pass is
+    missing, by its name. primary: the pass whose figures represent the model: executed if possible, else oracle or
+    forced. flops: FLOPs of the primary pass. notes: remarks for the reader. hard_mix: loss of the primary pass if each
+    neuron uses only the activation function with its largest mixing weight; None if neurons do not mix functions.
+    budgets: the same model at several FLOP budgets, the first as trained; empty unless requested. budget_table: a
+    description of the thresholds for these budgets.
     """
 
     name: str

@@ -24,9 +24,10 @@ HASH = "weights_sha256"  # in the entries; files of earlier releases have none
 
 
 def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, nn.Module]) -> None:
-    """Write the configuration entries and weights of mechanisms into a model's folder, leaving its other files alone.
+    """Write the configuration entries and weights of mechanisms into a folder, leaving its other files alone.
 
-    entries: as in the configuration. modules: the mechanisms, by the prefix of their weights' names.
+    folder: created if missing. entries: one dict per mechanism, as in `SkipstoneConfig.mechanisms`. modules: the
+    modules that hold the mechanisms' weights; keys are the prefixes of their weights' names in the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _named(modules).items()}
@@ -39,9 +40,11 @@ def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, 
 
 
 def read_mechanisms(folder: Path) -> list[PlainDict]:
-    """Read the configuration entries of mechanisms from a model's folder, after comparing both files with their hashes.
+    """Return the configuration entries of the mechanisms saved in a folder, after comparing checksums.
 
-    Raises ValueError for a file that is missing, damaged or invalid.
+    The entries are in skipstone_routing.json, which contains its own SHA-256 and that of the weights,
+    skipstone_routing.safetensors. Files of earlier releases without hashes are not compared. Raises ValueError for a
+    file of entries that is missing or invalid, and for an entry or weights file that differs from its hash.
     """
     path = folder / ENTRIES
     try:
@@ -62,10 +65,10 @@ def read_mechanisms(folder: Path) -> list[PlainDict]:
 
 
 def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Load the weights of mechanisms from a model's folder into `modules`, in place.
+    """Load the weights of mechanisms from a folder into `modules`, in place.
 
-    modules: the mechanisms, by the prefix of their weights' names. Raises ValueError for a file that is missing or
-    broken, or that does not fit these mechanisms.
+    modules: the modules that hold the mechanisms' weights; keys are the prefixes of their weights' names in the file.
+    Raises ValueError for a file that is missing or broken, or that does not fit these mechanisms.
     """
     path = folder / WEIGHTS
     try:

@@ -62,8 +62,9 @@ class RecordMeter:
 
 
 def moving(mechanisms: Iterable[RoutingModule]) -> dict[str, float]:
-    """Return the thresholds and temperatures that training moves between steps, by their log names.
+    """Return the current values of all thresholds and temperatures that training adjusts after each step.
 
-    mechanisms: those of the model. A name is, for example, `threshold/3/mod` for block 3.
+    The keys are the names used in the log, such as `threshold/3/mod` for the mechanism "mod" in block 3. mechanisms:
+    the mechanisms of the model.
     """
     return {name: value.item() for mechanism in mechanisms for name, value in mechanism.moving().items()}

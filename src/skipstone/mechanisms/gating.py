@@ -30,12 +30,13 @@ def gate(
     kept_BT: Tensor | None,
     share: float | None = None,
 ) -> tuple[Tensor, Records]:
-    """Return the update of a gated block, [B, T, D], and the records made inside it.
+    """Return a gated block's update, [B, T, D], and the records made inside the block.
 
-    update: the function of the wrapped block. x_BTD: the hidden states before it. open_BT: factor on the updates of
-    both sub-layers; None: 1. kept_BT: bool, the tokens whose update is computed, while the others only provide keys and
-    values; None: all. share: the long-run share of kept tokens, if known, by which batched decoding decides whether
-    leaving rows out pays.
+    update: computes what the wrapped block adds to its input; called once as update(x_BTD, tokens) with the gates set
+    in `tokens`. x_BTD: the hidden states that enter the block; they are not part of the result. tokens: the tokens of
+    this call. open_BT: factor on the updates of attention and MLP; None means 1. kept_BT: bool, the tokens whose update
+    is computed; the others have update 0 and still provide keys and values. None means all tokens. share: the long-run
+    share of kept tokens, if known; batched decoding uses it to decide whether leaving out rows saves time.
     """
     if open_BT is not None:
         tokens = tokens.scaled(open_BT)

@@ -136,10 +136,10 @@ class ScheduledGroups(GroupRouter):
 
 
 def empty_groups(x_BTD: Tensor, total: int) -> NeuronGroupsRecord:
-    """Return the record of an MLP that no token reached in this call, with scores NaN and no group on.
+    """Return the record of an MLP that no token reached in this call: all scores are NaN and no group is on.
 
-    x_BTD: the MLP's input, for shape, dtype and device. total: the number of neuron groups G; scores are fp32
-    [B, T, G].
+    x_BTD: the MLP's input, which gives B, T and the device. total: the number of neuron groups, G. Scores and masks are
+    [B, T, G]; scores are fp32, or fp64 if x_BTD is fp64.
     """
     nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], total), float("nan"), dtype=ops.wide_dtype(x_BTD))
     none_BTG = nan_BTG > 0
@@ -147,10 +147,10 @@ def empty_groups(x_BTD: Tensor, total: int) -> NeuronGroupsRecord:
 
 
 def group_record(score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
-    """Return the record of a choice of neuron groups, in which padding has scores NaN and no groups.
+    """Return a record of which groups of MLP neurons were chosen; at padding, scores become NaN and masks False.
 
-    score_BTG: fp32 scores of G groups. tried_BTG: bool, the groups for which the up projection was computed. kept_BTG:
-    bool, those for which the down projection was, too. tokens: says which tokens are real.
+    score_BTG: fp32 scores of G groups. tried_BTG: bool, the groups whose up projection was computed. kept_BTG: bool,
+    the groups whose down projection was computed too. tokens: the tokens of this call; `tokens.real_BT` marks padding.
     """
     reached_BT = real_mask(tokens, score_BTG[..., 0])
     if tokens.real_BT is not None:

@@ -60,7 +60,10 @@ class LinearRouter(nn.Module):
         return 2 * tokens * self.weight.numel()
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs over `tokens` tokens of a backward pass that computes no gradient of the input."""
+        """Return the matrix FLOPs of a backward pass over `tokens` tokens that computes weight gradients only.
+
+        The gradient with respect to the router's input is left out.
+        """
         return self.flops(tokens)
 
 
@@ -103,7 +106,10 @@ class MLPRouter(nn.Module):
         return 2 * tokens * (self.hidden_weight.numel() + self.weight.numel())
 
     def weight_flops(self, tokens: float) -> float:
-        """Return the matrix FLOPs over `tokens` tokens of a backward pass that computes no gradient of the input."""
+        """Return the matrix FLOPs of a backward pass over `tokens` tokens without the gradient of the router's input.
+
+        Gradients of all weights are counted, and those of the hidden layer that they need.
+        """
         return 2 * self.flops(tokens) - 2 * tokens * self.hidden_weight.numel()
 
 

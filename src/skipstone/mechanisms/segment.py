@@ -20,7 +20,10 @@ from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths, MixtureOfDep
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(MixtureOfDepthsConfig):
-    """The options of a segment (several blocks, one decision): `MixtureOfDepthsConfig`, one number as `capacity`."""
+    """The options of a segment, several neighbouring blocks that share one decision.
+
+    They are those of `MixtureOfDepthsConfig`, except that `capacity` must be a single number.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

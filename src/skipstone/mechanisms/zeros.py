@@ -111,9 +111,9 @@ class ZeroNeurons(ActivationGroupRouter):
         return self.config.price > 0
 
     def price(self, a_BTF: Tensor) -> Tensor | None:
-        """Return the auxiliary loss of each token, fp32 [B, T]: `config.price` times the mean |a| over the F neurons.
+        """Return each token's auxiliary loss, fp32 [B, T]: `config.price` times the mean of |a| over the F neurons.
 
-        None if that price is 0. a_BTF: activations.
+        Return None if `config.price` is 0. a_BTF: the neurons' activations.
         """
         return a_BTF.float().abs().mean(-1) * self.config.price if self.config.price else None
 

@@ -351,9 +351,9 @@ def _check_arguments(labels: Any, others: PlainDict) -> None:
 
 
 def shifted(labels_BT: Tensor) -> Tensor:
-    """Return labels shifted so that each position has the label of the next token, and the last one -100.
+    """Return labels shifted left by one: each position gets the next token's label, and the last one -100.
 
-    labels_BT: int64 [B, T]. Raises ValueError for another number of axes.
+    labels_BT: int64 [B, T]; -100 means no prediction. Raises ValueError if the labels are not 2-D.
     """
     if labels_BT.dim() != 2:
         raise ValueError(f"labels must have shape [rows, tokens], got {list(labels_BT.shape)}")

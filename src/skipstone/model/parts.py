@@ -228,7 +228,11 @@ def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
 
 
 def parse_experts(written: Written) -> ExpertsEntry:
-    """Parse the options of an MLP of experts, as given. Raises ValueError for unknown keys and invalid values."""
+    """Parse the options of an MLP of experts.
+
+    written: the options as a mapping, as in `SkipstoneConfig.experts` (see `ExpertsConfig`); an `ExpertsEntry` is
+    returned unchanged. Raises ValueError for unknown keys and invalid values.
+    """
     if isinstance(written, ExpertsEntry):
         return written
     values = copy.deepcopy(dict(written))

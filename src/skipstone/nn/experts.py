@@ -290,10 +290,11 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return tokens * self.config.top_k
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Return how many choices of `tokens` tokens are computed by an expert, not by a no-op.
+        """Return how many expert evaluations `tokens` tokens cause; a token that chooses k experts causes up to k.
 
-        kept: what `measured` returned for a forward pass; if empty, the mean for equal use of experts and no-ops is
-        returned. single_token: not used.
+        Choices of no-op experts cost nothing and are not counted. kept: the dict that `measured` returned for a forward
+        pass; if it has no entry for this MLP, the result assumes that all experts, no-ops included, are chosen equally
+        often. single_token: ignored here.
         """
         promised = self.dense_passes(tokens) * self.config.count / self.config.total
         return number(kept.get(self.placement.name, promised))

@@ -54,7 +54,7 @@ class OffsetRMSNorm(RMSNorm):
 
 
 class OffsetLayerNorm(nn.LayerNorm):
-    """LayerNorm of Nemotron, whose factor is 1 + weight; the weight starts at 0."""
+    """Nemotron's LayerNorm, which multiplies by 1 + weight; the weight is initialised to 0."""
 
     offset = 1.0
 

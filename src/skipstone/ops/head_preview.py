@@ -131,10 +131,10 @@ def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None,
 
 
 def flops(width: int, vocabulary: int, directions: int, candidates: int) -> int:
-    """Return the FLOPs of one token's logits by preview and candidates (`logits`).
+    """Return the FLOPs of computing one token's logits by `logits`: a low-rank preview, then exact logits of the best.
 
-    width: of the hidden states. vocabulary: number of tokens. directions: rank of the preview. candidates: number of
-    tokens that get exact logits.
+    width: size of a hidden state. vocabulary: number of tokens in the vocabulary. directions: rank of the preview.
+    candidates: number of vocabulary tokens that get exact logits.
     """
     return 2 * (width * (directions + 1) + vocabulary * directions + candidates * width)
 

@@ -63,12 +63,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
-    """Shard the parameters over all processes with FSDP2, in place: one group per block, and one for all others.
+    """Move the model to `device` and shard its parameters over all processes with FSDP2, in place.
 
-    All parameters are gathered in fp32, so that routers and norms compute as in one process; autocast then rounds the
-    matrices for the products. Scalar parameters cannot be sharded and stay replicated. A process that trains alone
-    becomes a process group of one. model: moved to `device`, the device of this process. Raises ValueError if a
-    parameter stays unsharded.
+    Each block is one FSDP group, and all other parameters form another. Parameters are gathered in fp32, so that
+    routers and norms compute as in one process; autocast then rounds the matrices for the products. Scalar parameters
+    cannot be sharded and stay replicated. If torch.distributed is not initialised, this process becomes a process group
+    of one. model: may be on any device before. device: the device of this process. Raises ValueError if a parameter
+    stays unsharded.
     """
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -162,7 +162,10 @@ class TrainConfig:
         return max(1, round(self.average_last * self.steps)) if self.average_last else 0
 
     def loss_chunk_of(self, vocab_size: int) -> int:
-        """Return for how many tokens at a time logits exist if the vocabulary has `vocab_size` tokens; 0: for all."""
+        """Return how many tokens' logits the loss computes at a time for a vocabulary of `vocab_size` tokens.
+
+        The result is `loss_chunk` if that is set, else a default; 0 means that all logits are computed at once.
+        """
         if self.loss_chunk is not None:
             return self.loss_chunk
         return LOSS_CHUNK if vocab_size >= LARGE_VOCABULARY else 0
@@ -214,8 +217,8 @@ class Recipe:
 def read_recipe(values: PlainMapping) -> Recipe:
     """Parse a recipe from a plain dict.
 
-    values: {name, model, data, train}, each optional, as in a recipe's YAML file. Raises ValueError with one line for
-    each mistake, which names the field and the allowed values.
+    values: a dict with the keys name, model, data and train, each optional, as in a recipe's YAML file. Raises
+    ValueError with one line per mistake; each line names the field and the allowed values.
     """
     if isinstance(values, Mapping) and "arms" in values:
         raise ValueError("a recipe with arms is a comparison: run it by `skipstone isoflop`, or leave arms out")
