@@ -112,10 +112,9 @@ def kl_run(
 ) -> KlBudget:
     """Choose the settings (`KlBudget`) that read the fewest bytes with KL(source || model) <= limit, and write them.
 
-    source: folder or Hub name; None means the model itself as trained. corpus, context, rows: as in `calibrate_run`.
-    Writes `budget.json` if there are thresholds and no table, and the number of candidates to the model's
-    configuration. Raises ValueError for a model with nothing to set, a limit that nothing meets, and another vocabulary
-    of the source.
+    folder: the run or saved model. source: folder or Hub name; None means the model as trained. corpus, context, rows:
+    as in `calibrate_run`. Writes the candidates' number to the configuration, and `budget.json` if there are thresholds
+    and no table. Raises ValueError for nothing to set, a limit that nothing meets, and a source of another vocabulary.
     """
     if not limit > 0:
         raise ValueError(f"kl must be above 0 nats a token, got {limit:g}")
