@@ -17,6 +17,8 @@ from skipstone.train.training import train as train_with
 from skipstone.train.watch import Interrupted
 from train.tool import MODELS, at_step, equal, lines, recipe, train, weights
 
+SHORT: dict[str, Any] = {"steps": 4, "eval_every": 0, "eval_rows": 1, "save_every": 0}
+
 
 class Weights(TrainerCallback):
     """Collects a copy of the weights after every step, before they are averaged."""
@@ -29,17 +31,17 @@ class Weights(TrainerCallback):
 
 
 def test_the_model_is_the_mean_of_the_last_weights(tmp_path: Path) -> None:
-    config = recipe(tmp_path, MODELS["all"], average_last=0.25)
+    config = recipe(tmp_path, MODELS["all"], average_last=0.5, **SHORT)
     seen = Weights()
     train_with(config, out=tmp_path / "run", progress=False, callbacks=[seen])
     steps = len(seen.seen)
-    count = TrainConfig(steps=steps, average_last=0.25).averaged_steps
+    count = TrainConfig(steps=steps, average_last=0.5).averaged_steps
     assert 1 < count < steps
     saved = dict(Run(tmp_path / "run").load_model().named_parameters())
     for name, parameter in saved.items():
         mean = torch.stack([one[name] for one in seen.seen[-count:]]).mean(0)
         torch.testing.assert_close(parameter.detach(), mean, rtol=1e-5, atol=1e-7)
-    plain = train(recipe(tmp_path, MODELS["all"]), tmp_path / "plain")
+    plain = train(recipe(tmp_path, MODELS["all"], **SHORT), tmp_path / "plain")
     last = dict(Run(plain).load_model().named_parameters())
     assert all(torch.equal(last[name].detach(), seen.seen[-1][name]) for name in last)  # the course is the same
     assert any(not torch.equal(last[name], saved[name]) for name in last)
