@@ -32,11 +32,12 @@ SITES = (SEGMENT, "block", "attention", "mlp")
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """The norms and the scale with which a block's sub-layers read the residual stream and add to it.
+    """The norms and scale with which a block's sub-layers (attention and MLP) read the residual stream and add to it.
 
-    before_attention, before_mlp: norms of a sub-layer's input. after_attention, after_mlp: norms of its output. None
-    means no norm there. shared: whether the MLP's input is normalised by `before_attention` as well. parallel: whether
-    the MLP reads the stream as it is before the attention is added. scale: factor on what each sub-layer adds.
+    before_attention, before_mlp: norms of the sub-layers' inputs. after_attention, after_mlp: norms of the sub-layers'
+    outputs. A norm that is None is left out. shared: whether the MLP's input is normalised by `before_attention` as
+    well. parallel: whether the MLP reads the stream as it is before the attention is added. scale: factor on what each
+    sub-layer adds.
     """
 
     before_attention: nn.Module | None = None
@@ -87,8 +88,9 @@ class Block(GradientCheckpointingLayer):
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
         """Return the residual stream after this block, [B, T, D], and the records of its mechanisms by name.
 
-        x_BTD: the stream before the block. tokens: slots, padding and documents of the tokens, and how decisions are
-        made. past_key_values: a cache with a `SkipstoneCacheLayer` for each block; None means no cache.
+        x_BTD: the stream before the block. tokens: the tokens' slots (positions in the row), padding and documents, and
+        how mechanisms decide. past_key_values: a cache with a `SkipstoneCacheLayer` for each block; None means no
+        cache.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
         if not self.sites["block"] and tokens.queries.is_all and tokens.unpadding is None:
@@ -111,9 +113,7 @@ class Block(GradientCheckpointingLayer):
         return self._around[0].self_attn.layer_idx if self._around else None
 
     def recorded(self) -> set[str]:
-        """Return the names of the records of this block: of its own mechanisms and of those around its segment of
-        blocks.
-        """
+        """Return the names of the records of this block: one per mechanism in it or around its segment of blocks."""
         return {*self._inside_names, *self.sites[SEGMENT]}
 
     def routing_modules(self) -> dict[str, RoutingModule]:
@@ -121,15 +121,15 @@ class Block(GradientCheckpointingLayer):
         return {**self.mechanisms, **self.mlp.routing_modules()}
 
     def fp32_names(self) -> list[str]:
-        """Return the names, within the block, of its mechanisms' tensors that stay fp32 in a model of any dtype."""
+        """Return the names, within this block, of its mechanisms' tensors that stay fp32 in a model of any dtype."""
         named = [(name, module) for name, module in self.named_modules() if isinstance(module, RoutingModule)]
         return [name for prefix, module in named for name in fp32_names(prefix, module)]
 
     def complete(self, records: Records, x_BTD: Tensor) -> Records:
-        """Return `records` with an empty one for each mechanism that no token reached: each call returns the same
-        names.
+        """Return `records`, completed by an empty record for each mechanism of this block that no token reached.
 
-        x_BTD: the stream, for the shape and device of empty records.
+        x_BTD: the stream, which gives empty records their [B, T] and device. With it, every call returns the same
+        names.
         """
         if len(records) == len(self._inside_names):
             return records

@@ -33,10 +33,10 @@ ROUTER_COLUMNS = 6
 
 
 def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:
-    """Return the sizes that blocks have in common; None if a compiled step cannot run one of them, or if they differ.
+    """Return the sizes that blocks have in common, or None if they differ or a compiled step cannot run one of them.
 
-    A block can be run if it has a gated MLP, root-mean-square norms, fp32 or int8 weights, and if everything that
-    decides in it describes its decisions (`core/stream_gate.py`).
+    A block can be run if it has a gated MLP, root-mean-square norms and fp32 or int8 weights, and if all of its
+    mechanisms describe their decisions as data (`core/stream_gate.py`).
     """
     found = {_sizes(block) if _served(block) else None for block in blocks}
     return found.pop() if len(found) == 1 else None
@@ -136,9 +136,9 @@ def _sizes(block: Block) -> decode_stack.Sizes | None:
 def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stack.Sizes) -> tuple[Any, list[Tensor]]:
     """Return the tables by which a compiled step runs blocks, and tensors that must stay alive.
 
-    blocks: as in `sizes_of`, which returned `sizes`. spans: for each block, the number of blocks in the segment that
-    begins there, 0 without one. The tables contain addresses of the weights, of mechanisms' tensors and of the tensors
-    returned.
+    blocks: as in `sizes_of`, which returned `sizes`. spans: for each block, the number of blocks in the segment (group
+    that mechanisms skip as a whole) that begins there, or 0. The tables contain addresses of the weights, of
+    mechanisms' tensors and of the tensors returned.
     """
     gates = gates_of(blocks)
     described = [gate.stream_gate() for _, _, gate in gates]
@@ -167,10 +167,10 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
 
 
 def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]:
-    """Return the tables of depth mechanisms: addresses and counts, int64 [G, C], and fp32 numbers [G, N].
+    """Return depth mechanisms as two tables: addresses and counts, int64 [G, C], and numbers, fp32 [G, N].
 
-    described: how each of G mechanisms decides; entries that are None are left out. The columns are those of
-    `ops/decode_gates_native.py`.
+    described: how each of G mechanisms decides; None entries are left out. `ops/decode_gates_native.py` lists the C and
+    N columns.
     """
     states = states_of(described)
     rows = [_gate(gate, states) for gate in described if gate is not None]
@@ -181,7 +181,7 @@ def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]
 def states_of(described: Iterable[StreamGate | None]) -> list[str]:
     """Return the names of the tensors that mechanisms carry from block to block, each once, in order of first use.
 
-    described: how the mechanisms decide.
+    described: how each mechanism decides; entries may be None.
     """
     return list(dict.fromkeys(gate.state for gate in described if gate is not None and gate.state is not None))
 

@@ -155,10 +155,10 @@ class CompiledRun:
 
 
 class Watched:
-    """A note of the values that modules hold besides other modules: options, numbers, parameters and buffers.
+    """A snapshot of the values that modules hold besides other modules: options, numbers, parameters and buffers.
 
-    modules: what to watch, with all modules inside. A description that depends on these values only need not be asked
-    for again while `unchanged`; contents of tensors may change, because each step reads them.
+    modules: the modules to watch, with all their submodules. What was derived from these values stays valid while
+    `unchanged` is True. The contents of tensors may change, because every step reads them.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -175,7 +175,7 @@ class Watched:
         self.any = bool(modules)
 
     def unchanged(self) -> bool:
-        """Return whether every value is the same object as when it was noted; False if there are no modules."""
+        """Return whether every value is the same object as in the snapshot; False if there are no modules."""
         return (
             self.any
             and all(map(operator.is_, map(dict.get, self.dicts, self.names), self.values))

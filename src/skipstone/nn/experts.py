@@ -49,12 +49,13 @@ ROW_OF_16_BYTES = 8  # elements of a 16-bit type; grouped products require width
 class ExpertsConfig:
     """The options of a mixture of experts in which each token chooses its experts.
 
-    count: number of experts. top_k: choices per token. no_op: number of additional choices that do nothing and cost no
-    FLOPs. intermediate_size: neurons of one expert; None means the dense MLP's neurons divided by top_k, so that a
-    token costs as much. renormalise: whether the router's weights of a token's choices are divided by their sum.
-    balance_weight: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961), 0 for none.
-    balance_rate: step size of the bias that balances choices without a loss (arXiv 2408.15664), 0 for none. z_weight:
-    coefficient of the router z-loss (ST-MoE, arXiv 2202.08906), 0 for none. Raises ValueError for values out of range.
+    count: number of experts. top_k: choices per token. no_op: number of additional pseudo-experts that add nothing and
+    cost no FLOPs. intermediate_size: neurons of one expert; None means the dense MLP's neurons divided by top_k, so
+    that a token costs as much. renormalise: whether the router's weights of a token's choices are divided by their sum.
+    balance_weight: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961); 0 disables it.
+    balance_rate: step size of the bias that balances choices without a loss (arXiv 2408.15664); 0 disables it.
+    z_weight: coefficient of the router z-loss (ST-MoE, arXiv 2202.08906); 0 disables it. Raises ValueError for values
+    out of range.
     """
 
     count: int = 8
@@ -127,9 +128,9 @@ class ExpertsMLP(FeedForward, RoutingModule):
     """A mixture of experts (gated MLPs) in place of a block's MLP; each token chooses `top_k` of them, or no-ops.
 
     width: width of the residual stream; neurons: number of neurons in the dense MLP that it replaces; both are
-    multiples of 8. activation: the function of the gates. dropout: dropout probability for the output. placement: index
-    of the block, and name of the records; None means the name "experts". config: the options; None means `options` by
-    keyword, as in `ExpertsConfig`.
+    multiples of 8. activation: the function applied to the gates. dropout: dropout probability for the output.
+    placement: the block's index and the name of the records; None means the name "experts". config: the options; None
+    means that they are given by keyword (`options`).
     """
 
     activation: FixedActivation
@@ -169,7 +170,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         """Return the weighted sum of the chosen experts, [B, T, D], 0 for padding, and the record of the choices.
 
         x_BTD: the normalised residual stream, or its real tokens concatenated, [1, N, D], if `tokens` says so; the
-        result has the same form. tokens: which are padding. cache: not used.
+        result has the same form. tokens: says which tokens are padding. cache: not used.
         """
         x_BTD = tokens.pad(x_BTD)
         logits_BTX = self.router(x_BTD)
@@ -231,16 +232,16 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return chosen_BTX.sum((0, 1)) / (reached_BT.sum() * self.config.top_k)
 
     def usage(self, record: ExpertsRecord) -> Tensor:
-        """Return the share of each expert in all choices of a pass, fp32 [X], no-ops last; NaN if no token was reached.
+        """Return each expert's share of a forward pass's choices, fp32 [X], no-ops last; NaN if no token was reached.
 
-        record: the choices of the pass.
+        record: the choices of the pass, over all rows of the batch.
         """
         return self._usage(record.chosen_BTX, record.reached_BT)
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return the share of each expert in all choices of a pass, fp32 [X]; None without a balancing bias.
+        """Return each expert's share of all choices of a forward pass, fp32 [X]; None without a balancing bias.
 
-        record: the choices of the pass. `advance` moves the bias by the result.
+        record: the choices of the pass. `advance` uses the result to move the bias.
         """
         record = expect(record, ExpertsRecord)
         return self.usage(record) if self.config.balance_rate else None
@@ -248,7 +249,8 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         """Move the balancing bias by `balance_rate` towards equal use of all experts.
 
-        progress: not used. statistics: the share of each expert in the choices of the last step, from `statistics`.
+        progress: not used. statistics: each expert's share of the last optimizer step's choices, fp32 [X], as
+        `self.statistics` returns it for a pass.
         """
         if self.router.balance_bias is not None and statistics is not None:
             self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
@@ -286,7 +288,9 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return sum(weight.numel() for weight in (self.gate_proj, self.up_proj, self.down_proj)) // self.config.count
 
     def dense_passes(self, tokens: float) -> float:
-        """Return the number of choices of `tokens` tokens, each of which is a pass through one expert."""
+        """Return the number of choices that `tokens` tokens make, `top_k` each; each costs one pass through
+        an expert.
+        """
         return tokens * self.config.top_k
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
@@ -300,9 +304,9 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return number(kept.get(self.placement.name, promised))
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return the mean number of choices per row that experts computed in a forward pass, by the name of the record.
+        """Return {name of the record: mean number of choices per row that experts, not no-ops, computed in a pass}.
 
-        records: the records of the pass. No-ops and padding count nothing.
+        records: the records of the pass. Padding is not counted. The dict is empty if there is no record.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         if record is None:
@@ -311,9 +315,9 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return {self.placement.name: Fraction(int(chosen_BTX.sum()), len(chosen_BTX))}
 
     def token_passes(self, records: Records) -> Tensor:
-        """Return the number of each token's choices that are not no-ops, int64 [B, T] on the CPU.
+        """Return the number of each token's choices that are not no-ops, int64 [B, T] on the CPU; 0 for padding.
 
-        records: the records of a pass.
+        records: the records of a forward pass.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         assert record is not None

@@ -51,8 +51,8 @@ class DivisibleMLP(FeedForward):
     """The base class of gated MLPs whose neurons are divided into groups that are switched on or off for each token.
 
     width: width of the residual stream. neurons: number of neurons in the MLP. activation: activation applied to the
-    gates. router: chooses the groups that are on. dropout: dropout probability for the output. Subclasses define how
-    the groups that are on are computed.
+    gates. router: the module that chooses the groups that are on. dropout: dropout probability for the output.
+    Subclasses define how the groups that are on are computed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class DivisibleMLP(FeedForward):
 
     @property
     def divisible(self) -> bool:
-        """Whether parts of the weight matrices can be multiplied alone, without calling the linear layers."""
+        """Whether slices of the weight matrices can be multiplied directly, without calling the linear layers."""
         return all(map(weight_is_readable, self.matrices()))
 
     def matrices(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -90,20 +90,19 @@ class DivisibleMLP(FeedForward):
         return sum(map(weights_multiplied, self.matrices()))
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
-        """Return the work of `tokens` tokens in this MLP, as the number of passes through the whole MLP that cost as
-        much.
+        """Return the work of `tokens` tokens in this MLP, in units of one token's pass through the whole MLP.
 
-        kept: the measured share of groups that is on, from `measured`; if empty, as configured. single_token: whether
-        it is a call of one token without gradients, which may multiply fewer weights.
+        kept: the measured share of groups that are on, from `measured`; if empty, the configured share is used.
+        single_token: whether it is a call of one token without gradients, which may multiply fewer weights.
         """
         share = Fraction(number(kept.get(self.router.placement.name, self.router.share_on)))
         return Fraction(tokens) * self._matrix_share(share, single_token)
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return the share of neuron groups that is on in a forward pass, by the name of the record.
+        """Return {name of the record: share of neuron groups that are on in a pass}; empty if no token was reached.
 
-        records: the records of the pass. If more groups are tried than kept, it is the mean of both shares, tried
-        groups needing one matrix and kept ones another. Empty if no token was reached.
+        records: the records of the pass. If more groups are tried (up projection computed) than kept (down projection
+        computed), it is the mean of both shares.
         """
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)
@@ -128,7 +127,7 @@ class GroupedMLP(DivisibleMLP):
     """A gated MLP whose router chooses the neuron groups from the MLP's input, as in `mechanisms/neuron_groups.py`.
 
     width: width of the residual stream. neurons: number of neurons in the MLP. activation: activation applied to the
-    gates. router: chooses the groups. dropout: dropout probability for the output.
+    gates. router: the module that chooses the groups. dropout: dropout probability for the output.
     """
 
     router: InputGroupRouter

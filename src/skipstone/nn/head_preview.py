@@ -18,11 +18,11 @@ UNREAD = "head_candidates is not used with this head, device or dtype: the whole
 class HeadPreview(nn.Module):
     """A low-rank four-bit copy of the output head, by which a step picks the candidates for the next token.
 
-    Only the rows of these candidates are then read from the head itself; other tokens get the logits of the copy, the
-    preview (`ops/head_preview.py`). width: width of the hidden states. vocabulary: number of tokens. directions: rank
-    of the copy, a multiple of 64. candidates: number of rows that a step reads whole; the attribute may be changed.
-    turn, shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but `packed` stay fp32 when the
-    model's dtype changes.
+    The step then reads only these candidates' rows of the head itself; all other tokens get the copy's approximate
+    logits, the preview (`ops/head_preview.py`). width: width of the hidden states. vocabulary: number of tokens.
+    directions: rank of the copy, a multiple of 64. candidates: number of rows that a step reads whole; the attribute
+    may be changed. turn, shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but `packed` stay
+    fp32 when the model's dtype changes.
     """
 
     turn: Tensor
@@ -56,10 +56,10 @@ class HeadPreview(nn.Module):
         return head_preview.Preview(self.turn, self.shift, self.packed, self.scale, self.offset)
 
     def takes(self, x: Tensor, head: nn.Module) -> bool:
-        """Return whether `forward` can compute the logits of hidden states x with this head.
+        """Return whether `forward` can compute the logits of the hidden states x with this head.
 
-        It can for one token without gradients on a CPU with numba, and a head that `fits`. Warns if head or device is
-        the obstacle, because the whole head is then read.
+        That needs one token without gradients, a CPU with numba, and a head for which `fits` is True. If the head or
+        the device is the obstacle, a warning says that the whole head is read instead.
         """
         if x.numel() != self.turn.shape[1]:
             return False

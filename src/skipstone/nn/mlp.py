@@ -117,7 +117,7 @@ class FixedMixConfig:
                 )
 
     def of(self, layer: int, neurons: int) -> dict[str, int]:
-        """Return the number of neurons that use each function, by name, in the block with index `layer`.
+        """Return {function name: number of neurons that use it} for the block with index `layer`.
 
         neurons: number of neurons of the block's MLP. Shares are rounded so that the numbers add up to it.
         """

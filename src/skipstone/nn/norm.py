@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class OffsetRMSNorm(RMSNorm):
-    """Root-mean-square norm of Gemma, x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32; the weight starts at 0."""
+    """Gemma's root-mean-square norm, x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32; the weight starts at 0."""
 
     offset = 1.0
 
@@ -71,7 +71,7 @@ class HeadNorm(nn.Module):
     """A norm of the features of each attention head, with weights of its own for each head (Command R+).
 
     It normalises the last axis of x [..., H, E] (heads, features) in fp32. like: a norm of one head, RMSNorm or
-    LayerNorm, whose kind, eps, initial weight and presence of a bias are adopted. heads: H.
+    LayerNorm, from which the kind, eps, initial weight and use of a bias are copied. heads: number of heads H.
     """
 
     def __init__(self, like: nn.Module, heads: int) -> None:

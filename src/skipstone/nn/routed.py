@@ -26,8 +26,8 @@ class Routed(nn.Module):
     block: maps x [B, T, D] to a residual stream of that shape (including its input), or to a tuple that begins with
     one. If it mixes tokens, it does so in order of their index; it has no cache. It is called with the kept tokens
     only, so it must not depend on T. mechanisms: the first is outermost. A gate (a mechanism that multiplies updates by
-    a learned factor) scales the block's whole update; tokens that a hard gate skips are not computed at all, and give
-    no keys and values.
+    a learned factor) scales the block's whole update; a hard gate leaves out the tokens that it skips: the block does
+    not compute them, and they give no keys and values.
 
     Further arguments are passed to the block unchanged, except tensors with an entry for each token: [B or 1, T, ...]
     (positions, rotary tables, padding masks), [B or 1, H, T, E], [N, B or 1, T, ...] and pair masks [B or 1, H or 1, T,

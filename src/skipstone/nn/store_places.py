@@ -22,9 +22,9 @@ COLUMN, TURNED, SUM_COLUMN = 3, slice(4, 6), 8  # in `ops/decode_stack_native.py
 class Places:
     """The memory addresses of the cache entries of several blocks, for a compiled decoding step that writes into them.
 
-    of: the compiled run that made it and may use it. kv: for each block, the store of keys, values and slots. sums: for
-    each block, the store of an activation mechanism's running sums, or None. A deep copy or pickle of it is None,
-    because a copied cache has its entries elsewhere.
+    of: the compiled run that made this object and alone may use it. kv: for each block, the store of keys, values and
+    slots (positions in the row). sums: for each block, the store of an activation mechanism's running sums, or None. A
+    deep copy or pickle of it is None, because a copied cache has its entries elsewhere.
     """
 
     def __init__(self, of: object, kv: Sequence[RaggedStore], sums: Sequence[RaggedStore | None]) -> None:
@@ -51,7 +51,7 @@ class Places:
         return type(None), ()
 
     def holds(self, count: int) -> bool:
-        """Return whether all entries still lie at the noted addresses, with room for `count` more tokens."""
+        """Return whether all entries still lie at the recorded addresses, with room for `count` more tokens."""
         return (
             all(map(operator.is_, [store.entries for store in self.stores], self.dicts))
             and all(map(operator.is_, map(dict.get, self.entries, self.keys), self.values))
@@ -59,9 +59,10 @@ class Places:
         )
 
     def memory(self, turned: Sequence[Sequence[int]]) -> Tensor:
-        """Return the table of addresses and present lengths, int64 [L, M] for L blocks.
+        """Return the table of the stores' addresses and current lengths, int64 [L, M] for L blocks and M columns.
 
-        turned: for each block, the addresses of cos and sin of its rotary angles.
+        turned: for each block, the addresses of the cosines and sines of its rotary angles.
+        `ops/decode_stack_native.py` lists the columns.
         """
         columns = [(store.width, *angles) for store, angles in zip(self.kv, turned, strict=True)]
         self.table_LM[:, COLUMN : TURNED.stop] = torch.tensor(columns)
@@ -84,8 +85,9 @@ class Places:
 def is_usual(store: Any, entries: int, new: int) -> bool:
     """Return whether the compiled attention can read and extend a cache store.
 
-    It must hold one row of at most `decode_step.MOST_KEYS` tokens, `new` further ones included. store: any store of a
-    cache layer. entries: the number of tensors that it should consist of, fp32 and int64, if it holds anything yet.
+    The store must hold one row of at most `decode_step.MOST_KEYS` tokens, including the `new` tokens to come. store:
+    any store of a cache layer. entries: the number of tensors that it should consist of, fp32 and int64, if it holds
+    anything yet.
     """
     if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
         return False

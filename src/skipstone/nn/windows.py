@@ -43,16 +43,17 @@ def slot_mask(
 def closes(window: int | None, tokens: Tokens) -> bool:
     """Return whether an attention window may hide any key of these rows from any query.
 
-    window: number of slots that a query sees; None means all of them. tokens: the tokens of the call. True also if the
-    host does not know the distances between slots (`tokens.reach` is None).
+    window: number of slots (positions in the row) that a query sees; None means all of them. tokens: the tokens of the
+    call. True also if the host does not know the distances between slots (`tokens.reach` is None).
     """
     return window is not None and (tokens.reach is None or tokens.reach > window)
 
 
 def pairs(length: float, window: int | None) -> float:
-    """Return the number of scores per head that are computed for a row attending to itself, in bands if they are fewer.
+    """Return the number of attention scores per head that are computed for a row attending to itself.
 
-    length: tokens of the row. window: number of slots that a query sees; None means all of them.
+    length: tokens of the row. window: number of slots that a query sees; None means all of them. Attention in bands
+    (`in_bands`) is counted if it needs fewer scores.
     """
     whole = length * length
     return whole if window is None else min(whole, -(-length // window) * 2 * window * window)

@@ -39,7 +39,7 @@ def apply_experts(*args: Any) -> Tensor:
     """Compute `reference.apply_experts` (its arguments and result) by grouped matrix products.
 
     The reference itself is used under torch.compile and in fp64, because PyTorch 2.13 compiles grouped products in bf16
-    only and has none in fp64. args: those of the reference, by position.
+    only and has none in fp64. args: the reference's arguments, by position.
     """
     plain = torch.compiler.is_compiling() or args[0].dtype == torch.float64
     return (reference if plain else grouped).apply_experts(*args)

@@ -172,8 +172,8 @@ def _follow(gate: Array, g: int, inner: int, scope: Array, judged: Array) -> Non
 def listed(kinds: Array, least: int, out: Array) -> int:
     """Write the indices of the tokens whose kind is at least `least` to `out`, ascending, and return their number.
 
-    Compiled by numba. kinds: for each token ABSENT, GIVES_KEYS or ASKS (gets an update), in this order. least: one of
-    these.
+    Compiled by numba. kinds: for each token ABSENT, GIVES_KEYS or ASKS (gets an update), which ascend in this order.
+    least: the smallest kind that is listed.
     """
     count = 0
     for n in range(len(kinds)):
@@ -185,10 +185,11 @@ def listed(kinds: Array, least: int, out: Array) -> int:
 
 @compiled
 def remembered(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> bool:
-    """Copy this thread's columns of the stream if a factor other than 1 acts on what will be added; return whether.
+    """Save this thread's columns of the stream if a factor other than 1 will scale an update; return whether it did.
 
-    Compiled by numba. kinds: what each token is (ABSENT, GIVES_KEYS, or ASKS: gets an update). factor: of each token.
-    x: the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
+    Compiled by numba. kinds: what each token is (ABSENT, GIVES_KEYS, or ASKS: gets an update). factor: the factor on
+    each token's update. x: the residual stream [T, D]. start: where the copy is written. part, parts: index and number
+    of threads.
     """
     acts = False
     for n in range(len(kinds)):
@@ -203,10 +204,11 @@ def remembered(kinds: Array, factor: Array, x: Array, start: Array, part: int, p
 
 @compiled
 def weigh(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> None:
-    """Multiply what was added to the stream since `remembered` by the tokens' factors, in this thread's columns.
+    """Multiply what was added to the stream since `remembered` by each token's factor, in this thread's columns.
 
-    Compiled by numba. kinds: what each token is; only those that get an update (ASKS) are changed. factor: of each
-    token. x: the residual stream [T, D]. start: the copy. part, parts: index and number of threads.
+    Compiled by numba. kinds: what each token is; only those that get an update (ASKS) are changed. factor: the factor
+    on each token's update. x: the residual stream [T, D]. start: the copy of it from `remembered`. part, parts: index
+    and number of threads.
     """
     first, last = share_of(x.shape[1], part, parts)
     for n in range(len(kinds)):

@@ -83,8 +83,8 @@ def _gelu(x: Array) -> Array:
 def context(row: Array, tokens: int, width: int, x_at: int, z_at: int, part: int, parts: int) -> None:
     """Project the MLP's input x [T, D] to z [T, R] for one thread's share of the R outputs; compiled by numba.
 
-    row: the mixture's columns in the table of the block. tokens: T. width: D. x_at, z_at: addresses. part, parts: index
-    and number of threads.
+    row: the mixture's columns in the table of the block. tokens: T. width: D. x_at, z_at: addresses of x and z. part,
+    parts: index and number of threads.
     """
     R = row[PROJECTED]
     weight, x = _lying(row[CONTEXT_WEIGHT], (R, width), ONE), _lying(x_at, (tokens, width), ONE)
@@ -99,8 +99,9 @@ def mixture_logits(
     """Compute PolyGLU's logits [T, A] from the tokens so far, and store their running sums if `writes`.
 
     Compiled by numba. row: the mixture's columns in the table of the block. decay: factor on older tokens in the
-    running mean; if negative, each token counts alone. z: projected tokens [T, R]. slots: of the tokens, int64. memory:
-    addresses of stored sums and slots. column: number of sums stored before. logits: the result.
+    running mean; if negative, each token counts alone. z: the tokens projected by `context`, [T, R]. slots: the tokens'
+    slots (positions in the row), int64. memory: addresses of stored sums and slots. column: number of sums stored so
+    far. logits: where the result is written.
     """
     T, R = z.shape
     total, mean = np.zeros(R + 1, np.float32), np.empty(R, np.float32)
@@ -134,7 +135,7 @@ def mixed(row: Array, scale: float, logits: Array, gate: Array, up: Array, part:
     """Compute gate = (sum_k share_k function_k(gate)) * up in place, for one thread's share of the neurons.
 
     Compiled by numba. row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences.
-    logits: of the tokens, [T, A] for A functions. gate, up: fp32 [T, F]. part, parts: index and number of threads.
+    logits: the tokens' logits, [T, A] for A functions. gate, up: fp32 [T, F]. part, parts: index and number of threads.
     """
     F = gate.shape[1]
     first, last = share_of(F, part, parts)

@@ -20,9 +20,10 @@ ZERO = np.float32(0)
 
 @compiled
 def private(tokens: int, widest: int) -> int:
-    """Return the bytes of working memory that each thread needs for itself: normed and rounded tokens, factors.
+    """Return the bytes of working memory that each thread needs for itself; compiled by numba.
 
-    tokens: number of tokens. widest: largest number of inputs of any matrix. Compiled by numba.
+    tokens: number of tokens. widest: largest number of inputs of any matrix. The memory holds normalised tokens, tokens
+    rounded to int16 and the factors that restore these.
     """
     return (6 * tokens * widest + 4 * tokens + 127) // 64 * 64
 
@@ -40,9 +41,9 @@ def together(parts: int, barrier: int, arrivals: int) -> int:
 
 @compiled
 def share_of(rows: int, part: int, parts: int) -> Array:
-    """Return the first row that one thread computes, and the one after its last; compiled by numba.
+    """Return the first row that one thread computes and the row after its last one; compiled by numba.
 
-    rows: number of all rows. part, parts: index and number of threads.
+    rows: total number of rows. part, parts: index and number of threads.
     """
     each = -(-rows // (16 * parts)) * 16
     return min(part * each, rows), min((part + 1) * each, rows)
@@ -84,8 +85,9 @@ def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) ->
 def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> None:
     """Round fp32 tokens to int16 for products with int8 weights; compiled by numba.
 
-    wanted: 0 does nothing. x_at: address of the tokens. places: addresses of which the second gets the int16 numbers
-    and the third the factors that restore them. tokens, width: number of tokens, and of inputs.
+    wanted: 0 means that nothing is done. x_at: address of the tokens. places: addresses: the second is where the int16
+    numbers are written, the third where the factors that restore them are. tokens, width: number of tokens, and of
+    inputs.
     """
     if wanted:
         round_tokens((x_at, places[1], places[2]), (tokens, 0, width, 0))
@@ -95,8 +97,8 @@ def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> N
 def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
     """Multiply tokens with one matrix, for one thread's share of its outputs; compiled by numba.
 
-    matrix: addresses of weight, scale (0 if the weight is fp32) and bias (0 if there is none), and number of scales per
-    row. sizes: tokens, outputs, inputs. x_at: address of the fp32 tokens. places: addresses of which the second and
+    matrix: the addresses of weight, scale (0 if the weight is fp32) and bias (0 if there is none), and number of scales
+    per row. sizes: tokens, outputs, inputs. x_at: address of the fp32 tokens. places: addresses of which the second and
     third hold the rounded tokens. y_at: address of the result. part, parts: index and number of threads.
     """
     weight_at, scale_at, bias_at, scales = matrix[0], matrix[1], matrix[2], matrix[3]

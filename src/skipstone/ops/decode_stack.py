@@ -30,7 +30,7 @@ _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The sizes that all blocks of a compiled step have in common, and constants.
+    """The sizes and constants that all blocks of a compiled step have in common.
 
     width: width of the residual stream. neurons: number of neurons in the MLP. heads: query heads. groups: key/value
     heads. head_size: features per head. eps: added to the mean square in norms. offset: added to the norms' weights.
@@ -48,7 +48,7 @@ class Sizes:
 
     @property
     def threads(self) -> int:
-        """The number of threads that a block is worth, from 1 to 8, by the number of its weights."""
+        """The number of threads worth using for a block of this many weights, from 1 to 8."""
         weights = self.width * (2 * (self.heads + self.groups) * self.head_size + 3 * self.neurons)
         return min(max(weights // EACH, 1), MOST_THREADS)
 
@@ -56,8 +56,9 @@ class Sizes:
 class Program(NamedTuple):
     """The tables of `decode_stack_native`, int64 for addresses and counts, fp32 for numbers.
 
-    table_LC, number_LN: of the blocks. gate_GC, number_GN: of the gates around them. hidden: the largest number of
-    hidden values of a token in one gate or activation. mixes: whether any activation is a mixture.
+    table_LC, number_LN: the tables of the L blocks. gate_GC, number_GN: the tables of the G gates (depth mechanisms)
+    around them. hidden: the largest number of hidden values of a token in one gate or activation. mixes: whether any
+    activation is a mixture.
     """
 
     sizes: Sizes
@@ -70,12 +71,13 @@ class Program(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """The results of a call.
+    """The results of a call of `run`.
 
-    x_1TD: the stream after all blocks. said_FG1T: fp32, score, weight, loss and state of each gate and token, and
-    flag_2G1T, whether the gate kept the token, and whether it reached the gate. logit_L1TA, fed_L1T: the logits of
-    mixtures, NaN where no token arrived, and which did, empty without mixtures. All four are None if they are not
-    wanted. stored: for each block, how many tokens gave keys and values, and how many the activation has seen.
+    x_1TD: the stream after all blocks. said_FG1T: fp32, the score, weight, loss and state of each gate (depth
+    mechanism) and token. flag_2G1T: bool, whether the gate kept the token, and whether the token reached the gate.
+    logit_L1TA: the logits of activation mixtures, NaN where no token arrived; fed_L1T: which tokens arrived. Both are
+    empty without mixtures. These four are None if no records were requested. stored: for each block, how many tokens
+    gave keys and values, and how many its activation has processed.
     """
 
     x_1TD: Tensor
@@ -127,8 +129,8 @@ def run(
 def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of tensors that lie one after the other in memory, in large pages where the system has them.
 
-    Reading them in this order is up to a third faster. tensors: returned as they are if they already lie in such
-    memory.
+    Reading weights in this order is up to a third faster. tensors: the tensors to copy; they are returned unchanged if
+    they already lie in such memory.
     """
     ends = {start: start + arena.size for start, arena in _arenas.items()}
     if all(any(start <= x.data_ptr() < end for start, end in ends.items()) for x in tensors):

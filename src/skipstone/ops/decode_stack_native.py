@@ -61,9 +61,9 @@ GATES, NUMBERS, GATE_NUMBERS, FIELDS = of_gates.GATE_COLUMNS, of_mlp.NUMBERS, of
 def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, barrier: int) -> None:
     """Add the updates of all blocks to the stream x [T, D], for one thread's share of the rows of all matrices.
 
-    Compiled by numba. addresses: of table and memory of the blocks, the tokens' slots, the stream, working memory,
-    table and numbers of the depth mechanisms, numbers of the blocks, and the results, as `decode_stack.run` passes
-    them. sizes: L blocks, T tokens, width, neurons, query heads, key/value heads, head size, mechanisms, carried
+    Compiled by numba. addresses: the addresses of the blocks' table and memory, the tokens' slots, the stream, working
+    memory, table and numbers of the depth mechanisms, numbers of the blocks, and the results, as `decode_stack.run`
+    passes them. sizes: L blocks, T tokens, width, neurons, query heads, key/value heads, head size, mechanisms, carried
     states, hidden values. numbers: eps and offset of norms, factor on scores. part, parts: index and number of threads.
     barrier: its address.
     """
@@ -313,6 +313,6 @@ def _added(
 
 @team
 def crew(packet: int) -> None:
-    """Run a part of it, with the arguments of a packet."""
+    """Run one thread's part of `run`; `packet` is the address of the arguments (`workers.share`)."""
     given = (integers(packet, 0, 14), integers(packet, 14, 10), doubles(packet, 24, 3))
     run(*given, part_of(packet), parts_of(packet), packet + BARRIER)

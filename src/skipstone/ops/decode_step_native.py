@@ -42,9 +42,9 @@ def rms_norm(x_at: int, weight_at: int, y_at: int, rows: int, width: int, eps: f
 def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
     """Store one token's key and value and attend to all stored keys, as in `decode_step.attend_newest`.
 
-    Compiled by numba. addresses: of query, key, value, cos, sin (0 means no rotation), slot, stored keys, values and
-    slots, and output. sizes: query heads, key/value heads, head size, columns of the store, and the column to write.
-    scaling: factor on scores.
+    Compiled by numba. addresses: the addresses of query, key, value, cos, sin (0 means no rotation), slot, stored keys,
+    values and slots, and output. sizes: query heads, key/value heads, head size, columns of the store, and the column
+    to write. scaling: factor on scores.
     """
     q_at, k_at, v_at, cos_at, sin_at, slot_at, keys_at, values_at, slots_at, y_at = addresses
     H, G, E, C, column = sizes

@@ -92,7 +92,7 @@ def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | Non
 
 
 def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
-    """Return whether `logits` can be computed by the compiled kernel: one token without gradient, on a CPU with numba.
+    """Return whether the compiled kernel can compute `logits`: for one token without gradients, on a CPU with numba.
 
     x: hidden states [..., D]. weight_VD: weight of the head, which has to be `readable`. scale: scales of an int8 head,
     or None.

@@ -63,8 +63,8 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x. Gradients reach x, not the weights.
 
     x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], or [O, I / 64]. Up to 8 tokens without gradients,
-    on a CPU with numba, read the weights as they are: sums are fp32, and tokens are rounded to int16 if I is a multiple
-    of 64. Otherwise parts of the weights are converted to the dtype of x and multiplied as usual.
+    on a CPU with numba, use the int8 weights directly: sums are fp32, and tokens are rounded to int16 if I is a
+    multiple of 64. Otherwise parts of the weights are converted to the dtype of x and multiplied as usual.
     """
     if not _in_place(x):
         return _in_parts(x, weight_OI, scale)

@@ -52,8 +52,8 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 def round_tokens(addresses: Array, sizes: Array) -> None:
     """Round N fp32 tokens [N, I] to int16, each by its largest magnitude; compiled by numba.
 
-    addresses: of the fp32 tokens, of the int16 result, and of the fp32 factors [N] that restore it, which are written
-    (NaN for a token that is not finite). sizes: N first, I third.
+    addresses: the addresses of the fp32 tokens, of the int16 result and of the fp32 factors [N] that restore it; result
+    and factors are written, with factor NaN for a token that is not finite. sizes: N first, I third.
     """
     x_at, rounded_at, unit_at = addresses
     N, inputs = sizes[0], sizes[2]
@@ -84,9 +84,9 @@ def _some_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
 def grouped_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
     """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled by numba.
 
-    addresses: of int8 weights [O, I], of their fp32 scales, of the fp32 tokens (not read), of the fp32 outputs [N, O],
-    of the int16 tokens, and of the factors that restore these. sizes: N, O, I (a multiple of 64), and scales per
-    output.
+    addresses: the addresses of int8 weights [O, I], of their fp32 scales, of the fp32 tokens (not read), of the fp32
+    outputs [N, O], of the int16 tokens, and of the factors that restore these. sizes: N, O, I (a multiple of 64), and
+    scales per output.
     """
     weight_at, scale_at, _, y_at, x_at, unit_at = addresses
     N, outputs, inputs, scales = sizes

@@ -31,7 +31,7 @@ class MagnitudeWeights(NamedTuple):
 
     typical_F: fp32, typical magnitude (root mean square) of the up projection's output for each of F neurons. up_FD:
     weight of the up projection. down_FD: transposed weight of the down projection. tried: number of groups whose up
-    projection is computed. kept: number of groups, at most `tried`, whose down projection is.
+    projection is computed. kept: number of groups, at most `tried`, whose down projection is computed.
     """
 
     typical_F: Tensor
@@ -49,8 +49,8 @@ class MagnitudeWeights(NamedTuple):
 class MagnitudeOutput(NamedTuple):
     """The output of one token's MLP, and the decisions about its G groups of neurons; B = T = 1 for one token.
 
-    y_BTD: the update. score_BTG: fp32, by which groups are tried. tried_BTG: bool, groups whose up projection was
-    computed. kept_BTG: bool, groups whose down projection was.
+    y_BTD: the MLP's output. score_BTG: fp32 scores, by which groups are tried. tried_BTG: bool, groups whose up
+    projection was computed. kept_BTG: bool, groups whose down projection was computed.
     """
 
     y_BTD: Tensor
@@ -63,7 +63,7 @@ def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
     """Return the mean magnitude of each group of neurons, fp32 [..., G].
 
     value: [..., F], a number for each neuron. size: number of adjacent neurons per group, F = G size. typical_F: a
-    factor for each neuron, or None.
+    factor on each neuron's magnitude; None means 1.
     """
     magnitude = value.detach().float().abs()
     if typical_F is not None:
@@ -85,9 +85,10 @@ def largest(score: Tensor, count: int) -> Tensor:
 def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> MagnitudeOutput:
     """Compute one token's gated MLP from the neurons with the largest magnitudes only.
 
-    x_11D: the MLP's input, [1, 1, D]. a_11F: activations of its gates, [1, 1, F]. parts: the weights, and the numbers
-    of groups. Groups are tried by |a| typical, and of these kept by |a (up x)|. With numba, on a CPU, contiguous fp32
-    or bf16 weights are read in place; otherwise the rows are copied.
+    x_11D: the MLP's input, [1, 1, D]. a_11F: activations of its gates, [1, 1, F]. parts: the weights, and how many
+    groups are tried and kept. The groups with the largest mean of |a| typical_F are tried; of these, the groups with
+    the largest mean of |a (up x)| are kept. With numba, on a CPU, contiguous fp32 or bf16 weights are read in place;
+    otherwise the rows are copied.
     """
     typical_F, up_FD, down_FD, tried, kept, size = parts
     if up_FD.is_contiguous() and down_FD.is_contiguous() and reads_in_place(up_FD, down_FD):

@@ -26,7 +26,7 @@ Block = tuple[slice, slice]  # range of neurons among those that are on, and amo
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Runs: sequences of consecutive tokens that keep the same groups of neurons.
+    """The runs of a batch: sequences of consecutive tokens that keep the same groups of neurons.
 
     group_MK: int64, the K groups that each of M runs keeps, ascending. bounds: index of the first token of each run,
     and last the number of tokens; a list on the host. blocks: for each run, its blocks (adjacent groups) as pairs of
@@ -70,10 +70,10 @@ def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
 
 
 def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tensor:
-    """Compute F.linear for N tokens with only the neurons that are on, J for each token.
+    """Compute F.linear for N tokens with only the neurons that are on, J for each token; follows autocast.
 
-    x_NI: the input. weight_OI: the whole weight. runs: which neurons are on for which tokens. axis: 0 if neurons are
-    the outputs, and the result is [N, J]; 1 if they are the inputs, and x is [N, J]. Follows autocast.
+    weight_OI: the whole weight. runs: which neurons are on for which tokens. axis: 0 if neurons are the outputs: x_NI
+    is [N, I] and the result [N, J]; 1 if they are the inputs: x_NI is [N, J] and the result [N, O].
     """
     device, dtype = weight_OI.device.type, weight_OI.dtype
     if torch.is_autocast_enabled(device):  # autocast does not cover custom functions

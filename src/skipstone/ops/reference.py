@@ -30,9 +30,9 @@ def quota(capacity: float, length: int) -> int:
 def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """Apply rotary position embedding, half-split layout (RoFormer, arXiv 2104.09864; pairs are (i, i + E/2)).
 
-    x_BHTE: queries or keys (rows, heads, tokens, features of a head). cos_BTE, sin_BTE: of the angles; the first half
-    of sin is already negated, so that rotating a pair needs no sign change. If they have fewer than E features, only
-    the first ones of a head are rotated.
+    x_BHTE: queries or keys (rows, heads, tokens, features of a head). cos_BTE, sin_BTE: cosine and sine of the rotary
+    angles; the first half of sin is already negated, so that rotating a pair needs no sign change. If they have fewer
+    than E features, only the first ones of a head are rotated.
     """
     turned = cos_BTE.shape[-1]
     if turned < x_BHTE.shape[-1]:
@@ -69,7 +69,8 @@ def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0
 def compact(kept_BT: Tensor, width: int) -> Tensor:
     """Return the indices [B, width] of each row's kept tokens in ascending order, followed by those of other tokens.
 
-    kept_BT: bool [B, T] (rows, tokens). width: number of indices per row; of a row that keeps more, the first.
+    kept_BT: bool [B, T] (rows, tokens). width: number of indices per row; if a row keeps more tokens, only the first
+    `width` are returned.
     """
     return kept_BT.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
 
@@ -178,7 +179,7 @@ def inverse_rms(x: Tensor) -> Tensor:
 def normalised(x: Tensor) -> Tensor:
     """Return x divided by its root mean square over the last axis, in fp32 (fp64 for fp64).
 
-    A router's scores of it depend on the direction of the residual stream only, not on its norm.
+    Router scores computed from it depend on the direction of the residual stream only, not on its norm.
     """
     return wide(x) * inverse_rms(x)
 

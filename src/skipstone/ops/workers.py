@@ -53,7 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def threads() -> int:
-    """Return the number of threads to compute with: torch's, but no more than this process has processors."""
+    """Return the number of threads to compute with: torch's, but at most the number of processors of this process."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(torch.get_num_threads(), here)
 
@@ -70,8 +70,8 @@ def team(function: Callable[[int], None]) -> Any:
 def share(run: Any, given: Sequence[Sequence[float]], parts: int) -> None:
     """Run a compiled function in several threads at once, and return when all have finished.
 
-    run: from `team`. given: its arguments, tuples of integers or of floats, which it finds one after the other in the
-    packet. parts: number of threads; 1 runs it in this one.
+    run: the function that `team` returned. given: its arguments, tuples of integers or floats, which are stored one
+    after the other in the packet. parts: number of threads; 1 runs it in the calling thread.
     """
     numbers = [number for each in given for number in each]
     kinds = "".join(("d" if isinstance(each[0], float) else "q") * len(each) for each in given)
@@ -132,7 +132,7 @@ def part_of(context, packet):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def parts_of(context, packet):  # type: ignore[no-untyped-def]
-    """Return the number of parts: that of the threads, of which OpenMP may give fewer than asked.
+    """Return the number of parts, which is the number of threads; OpenMP may start fewer than requested.
 
     For code compiled by numba only. context: supplied by numba, not by the caller. packet: address of the function's
     arguments.
