@@ -13,6 +13,7 @@ from skipstone_cli.verbs.adapt import adapt
 from skipstone_cli.verbs.calibrate import calibrate
 from skipstone_cli.verbs.compare import compare
 from skipstone_cli.verbs.convert import convert
+from skipstone_cli.verbs.draft_head import draft_head
 from skipstone_cli.verbs.eval import evaluate
 from skipstone_cli.verbs.generate import generate
 from skipstone_cli.verbs.isoflop import isoflop
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "compare": compare,
     "calibrate": calibrate,
+    "draft-head": draft_head,
     "generate": generate,
     "convert": convert,
     "quantise": quantise,

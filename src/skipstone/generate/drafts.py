@@ -17,25 +17,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from skipstone.core.strict import PlainDict, unknown
+from skipstone.core.strict import PlainDict
 from skipstone.model.build import Blocks
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 if TYPE_CHECKING:
     from skipstone.budget import BudgetTable
 
-LOOKUP, EXIT, SKIP, BUDGET = "lookup", "exit", "skip", "budget"
-KINDS = (LOOKUP, EXIT, SKIP, BUDGET)
 LONGEST_MATCH = 3  # tokens
 
 
 class Draft:
     """The base class of drafts.
 
-    cost: what a guess takes, as a share of a step of the model, until that is measured.
+    cost: what a guess takes, as a share of a step of the model, until that is measured. reads_states: whether it has to
+    `see` the hidden states of the model's passes.
     """
 
     cost = 0.0
+    reads_states = False
 
     def kind(self, ids_BT: Tensor) -> int | None:
         """Return the kind of guess that is possible after these tokens, a number; None if none is possible.
@@ -44,6 +44,12 @@ class Draft:
         statistics are collected by kind.
         """
         return 0
+
+    def see(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> None:
+        """Take the normalised hidden states of the tokens that the model has seen since the last call.
+
+        mask: 0 for padding, with the prompt alone.
+        """
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.
@@ -200,50 +206,3 @@ class OtherModel(Draft):
         if (guesses := self.cache.get_seq_length() - total) > 0:
             self.cache.crop(-guesses)  # they are fed again where they were right
         return torch.cat(found, 1)
-
-
-def build_draft(
-    kind: str | PreTrainedModel, model: SkipstoneForCausalLM, table: BudgetTable | None, budget: float | None
-) -> Draft:
-    """Build a draft from its name, or from a model.
-
-    kind: "lookup"; "exit" or "exit:N", the first half or the first N blocks; "skip", every second block;
-    "budget:SHARE", the model at that lower budget of `table`; or a model. Raises ValueError, one line, for others.
-    """
-    if isinstance(kind, PreTrainedModel):
-        return OtherModel(kind, model)
-    name, _, argument = kind.partition(":")
-    total = model.config.num_hidden_layers
-    if name == LOOKUP and not argument:
-        return Lookup()
-    if name == EXIT:
-        return FewerBlocks(model, list(range(_whole(kind, argument, total, default=-(-total // 2)))))
-    if name == SKIP and not argument:
-        return FewerBlocks(model, [i for i in range(total) if i % 2 == 0])
-    if name == BUDGET:
-        return LowerBudget(model, _table(model, table), _share(kind, argument, budget))
-    raise ValueError(unknown("draft", kind, [LOOKUP, EXIT, f"{EXIT}:N", SKIP, f"{BUDGET}:SHARE"]))
-
-
-def _whole(kind: str, argument: str, total: int, default: int) -> int:
-    if not argument:
-        return default
-    if not argument.isdecimal() or not 1 <= int(argument) < total:
-        raise ValueError(f"draft {kind!r}: the number of blocks must be in [1, {total - 1}], got {argument!r}")
-    return int(argument)
-
-
-def _table(model: SkipstoneForCausalLM, table: BudgetTable | None) -> BudgetTable:
-    from skipstone.budget import BudgetTable
-
-    return BudgetTable.of(model) if table is None else table
-
-
-def _share(kind: str, argument: str, budget: float | None) -> float:
-    try:
-        share = float(argument)
-    except ValueError:
-        raise ValueError(f"draft {kind!r}: name the share of the dense FLOPs, as in budget:0.5") from None
-    if budget is not None and share >= budget:
-        raise ValueError(f"draft {kind!r}: its budget must be below the model's, {budget:g}")
-    return share

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from skipstone.budget import BudgetTable
 from skipstone.core.records import Records
 from skipstone.core.strict import choose
-from skipstone.generate.drafts import Draft, build_draft
+from skipstone.generate.build_draft import Drafted, build_draft
+from skipstone.generate.drafts import Draft
 from skipstone.generate.prompt import check_count, check_padding, checked_prompt, ends_of
 from skipstone.generate.speculation import Length, stand_or_redraw
 from skipstone.measure.compute import compute_shares
@@ -86,7 +86,7 @@ def generate(
     cache: str = "dynamic",
     budget: float | None = None,
     budget_table: BudgetTable | None = None,
-    draft: str | PreTrainedModel | None = None,
+    draft: Drafted | None = None,
     draft_length: int | None = None,
 ) -> Tensor:
     """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens.
@@ -113,7 +113,7 @@ def stream(
     cache: str = "dynamic",
     budget: float | None = None,
     budget_table: BudgetTable | None = None,
-    draft: str | PreTrainedModel | None = None,
+    draft: Drafted | None = None,
     draft_length: int | None = None,
 ) -> Iterator[Step]:
     """Continue a prompt, yielding one `Step` for each new token, until every row has an end-of-sequence id.
@@ -125,12 +125,12 @@ def stream(
     prompt and new tokens, and the shapes of a step are constant. budget: the share of the dense FLOPs to execute, by
     `budget_table`, or by the budget.json in the folder that the model was loaded from; the model is set to it from the
     first step to the last and restored afterwards. draft: proposes several tokens, which the model checks in one pass:
-    "lookup", "exit", "exit:N", "skip", "budget:SHARE" or another model (`drafts.build_draft`). Greedy text stays the
-    same, up to rounding of logits that are equal; sampled text keeps its distribution. draft_length: number of tokens
-    proposed at a time; None means the fastest by measured times, 0 if drafts do not pay. Raises ValueError, before the
-    first step, for an empty prompt, padding on the right, a row that would exceed the model's context, values out of
-    range, an unknown or unsuitable draft, and a decision that cannot be made while generating; FileNotFoundError for a
-    budget without a budget table.
+    "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head", another model or a draft head (`build_draft`). Greedy
+    text stays the same, up to rounding of logits that are equal; sampled text keeps its distribution. draft_length:
+    number of tokens proposed at a time; None means the fastest by measured times, 0 if drafts do not pay. Raises
+    ValueError, before the first step, for an empty prompt, padding on the right, a row that would exceed the model's
+    context, values out of range, an unknown or unsuitable draft, and a decision that cannot be made while generating;
+    FileNotFoundError for a budget without a budget table and for draft "head" without a head.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -148,7 +148,7 @@ def _step(model: SkipstoneForCausalLM, decided: DecodingPass) -> Step:
 
 def drafting_of(
     decode: Decoder,
-    draft: str | PreTrainedModel | None,
+    draft: Drafted | None,
     length: int | None,
     budget: float | None,
     table: BudgetTable | None,
@@ -253,6 +253,7 @@ class Decoder:
                 routing="causal",
                 noise=False,
                 output_records=True,
+                output_last_hidden_state=draft.reads_states,
                 logits_to_keep=logits_to_keep if prompt else count + 1,
             )
             checking, stood = time.perf_counter() - began, 0
@@ -274,6 +275,8 @@ class Decoder:
             if not prompt:
                 length.learn(count, stood, guessing, checking, kind)
             began, most = time.perf_counter(), max(end - whole.shape[1] - 1, 0)
+            if draft.reads_states:
+                draft.see(out.last_hidden_state[:, : None if prompt else stood + 1], self.mask_BT if prompt else None)
             possible = draft.kind(whole)
             kind, wanted = (0, 0) if possible is None else (possible, length.next(most, possible))
             last_B1 = _on(position_BT, whole.shape[1] - first, 1)
@@ -292,7 +295,7 @@ def setting_of(
     model: SkipstoneForCausalLM,
     budget: float | None,
     budget_table: BudgetTable | None,
-    draft: str | PreTrainedModel | None = None,
+    draft: Drafted | None = None,
 ) -> Setting:
     """Return a function whose result is a context manager that sets the model to a budget inside a `with` block.
 

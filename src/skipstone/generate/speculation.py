@@ -113,8 +113,15 @@ class Length:
             before, tried = self.stands[kind], min(stood + 1, guesses)
             self.stands[kind] = Evidence(KEPT * before.stood + stood, KEPT * before.tried + tried)
         if self.check[0]:
-            gained = stood + 1 - self._steps(guesses) if guesses else 0.0
+            gained = stood + 1 - self._steps(guesses) - self._begun(guesses, guessing) if guesses else 0.0
             self.allowed = min(self.allowed + SHARE * (stood + 1) + gained, CREDIT)
+
+    def _begun(self, guesses: int, guessing: float) -> float:
+        """Return what guesses took beyond their usual time, in plain steps, as of a draft that had to read up.
+
+        At most `AT_FIRST`: a process that lost its processor has lost nothing by drafting.
+        """
+        return min((guessing - guesses * min(self.guess)) / min(self.check[0]), AT_FIRST)
 
 
 def stand_or_redraw(probability_BV: Tensor, guess_B: Tensor, generator: torch.Generator) -> Tensor:

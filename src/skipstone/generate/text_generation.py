@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from skipstone.budget import BudgetTable
+from skipstone.generate.build_draft import HEAD
 from skipstone.generate.detokenizer import Detokenizer
 from skipstone.generate.engine import Step
 from skipstone.generate.engine import stream as stream_steps
 from skipstone.generate.prompt import check_length, ends_of
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.draft_head_file import require_draft_head
 from skipstone.runs import Run
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ def stream_text(
     out of its range.
     """
     opened = Run(run)
+    if draft == HEAD:
+        require_draft_head(opened.model_folder())
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
     if tokenizer is None:
         raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to continue")

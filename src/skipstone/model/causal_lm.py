@@ -52,7 +52,8 @@ class CausalLMOutput(ModelOutput):
     token loss. token_loss: cross-entropy per label, in nats. auxiliary_loss: the sum of the routers' own losses,
     coefficients included. distillation_loss: KL(teacher || student) per label, in nats, times the squared temperature,
     without its coefficient. logits: [B, T, V] for V vocabulary entries, or None. records: for each block, the decisions
-    of its mechanisms by name, if requested. attentions: always None.
+    of its mechanisms by name, if requested. attentions: always None. last_hidden_state: the decoder's, normalised,
+    [B, T, D], with `output_last_hidden_state`.
     """
 
     loss: Tensor | None = None
@@ -64,6 +65,7 @@ class CausalLMOutput(ModelOutput):
     token_loss: Tensor | None = None
     auxiliary_loss: Tensor | None = None
     distillation_loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
@@ -109,6 +111,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         noise: bool | None = None,
         executor: Executor = "gathered",
         output_records: bool = False,
+        output_last_hidden_state: bool = False,
         loss_chunk: int = 0,
         distillation: Distillation | None = None,
         **kwargs: Any,
@@ -122,9 +125,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         then. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
         `config.auxiliary_loss_over` "all", routers' losses are means over all tokens but padding.
         """
-        _check_arguments(labels, kwargs)
-        shift_labels = kwargs.get("shift_labels")  # as a named argument, Trainer would require it to report eval_loss
-        target_BT = shifted(labels) if shift_labels is None and labels is not None else shift_labels
+        target_BT = _targets(labels, kwargs)
         out: DecoderOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -152,6 +153,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             records=out.records if output_records else None,
+            last_hidden_state=out.last_hidden_state if output_last_hidden_state else None,
             **losses,
         )
 
@@ -344,10 +346,15 @@ def _documents(inputs: PlainDict) -> Tensor:
     return torch.cat((document_BT, document_BT[:, -1:].expand(-1, new)), dim=1)[:, start:end]
 
 
-def _check_arguments(labels: Any, others: PlainDict) -> None:
-    """Raise ValueError for labels that are no tensor, and for other arguments that would be ignored silently."""
+def _targets(labels: Tensor | None, others: PlainDict) -> Tensor | None:
+    """Return the target of each token, which is None without labels.
+
+    Raises ValueError for labels that are no tensor, and for other arguments that would be ignored silently.
+    """
     refuse_mistyped(others)
     refuse_ignored(labels, others)
+    shift_labels: Tensor | None = others.get("shift_labels")  # Trainer would require a named one for eval_loss
+    return shifted(labels) if shift_labels is None and labels is not None else shift_labels
 
 
 def shifted(labels_BT: Tensor) -> Tensor:

@@ -49,7 +49,14 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
     """
 
     model_type = "skipstone"
-    keys_to_ignore_at_inference = ["past_key_values", "records", "token_loss", "auxiliary_loss", "distillation_loss"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "records",
+        "token_loss",
+        "auxiliary_loss",
+        "distillation_loss",
+        "last_hidden_state",
+    ]
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.format_version != FORMAT_VERSION:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from skipstone.core.progress_bar import stages
 from skipstone.core.strict import PlainDict, from_dict, unknown
-from skipstone.generate.drafts import EXIT, LOOKUP, SKIP
+from skipstone.generate.build_draft import EXIT, LOOKUP, SKIP
 from skipstone.view.live_model import LiveModel, rounded
 
 PROMPT = 20_000  # characters at most

@@ -16,7 +16,8 @@ Draft = Annotated[
     typer.Option(
         metavar="HOW",
         help="Speculative decoding; source of the guesses: lookup (earlier text), exit (first half of the blocks), "
-        "skip (every other block), budget:SHARE (the model at a lower budget), or the folder of another model.",
+        "skip (every other block), budget:SHARE (the model at a lower budget), head (what `skipstone draft-head` has "
+        "trained), or the folder of another model.",
     ),
 ]
 

@@ -1,0 +1,126 @@
+"""Training of a draft head for a run or a saved model, and what is reported of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from skipstone.adapt.draft_head import rows_for, train_draft_head
+from skipstone.adapt.self_generated import begin
+from skipstone.core.progress_bar import advance, work
+from skipstone.core.strict import PlainDict
+from skipstone.evaluate.budget_curve import spread
+from skipstone.evaluate.loaded_run import LoadedRun, load_run
+from skipstone.evaluate.tables import Section, markdown, percent, plain, rich_table
+from skipstone.generate import generate
+from skipstone.model.draft_head_file import refuse_draft_head, save_draft_head
+from skipstone.runs import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CONTEXT = 128  # tokens of a row
+MOST_ROWS = 4096  # that are read or written at most
+OWN_BATCH = 32  # rows that a model writes at a time
+WRITING = 0.4  # of the minutes, at most, for writing them
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenHead:
+    """A draft head that was trained and written.
+
+    path: of its weights. text: that it was trained on. steps, rows, tokens, right: as in `TrainedHead`.
+    """
+
+    path: Path
+    text: str
+    steps: int
+    rows: int
+    tokens: int
+    right: tuple[float, ...]
+
+    def to_dict(self) -> PlainDict:
+        """Return everything as plain values for JSON."""
+        return plain({**vars(self), "path": str(self.path)})
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        return markdown([self._section()])
+
+    def table(self) -> Table:
+        """Return the table for a terminal."""
+        return rich_table([self._section()])
+
+    def _section(self) -> Section:
+        return Section(
+            title=str(self.path),
+            columns=["tokens ahead", "likeliest tokens of the model that are guessed"],
+            rows=[[str(ahead + 1), percent(share)] for ahead, share in enumerate(self.right)],
+            notes=[f"{self.steps} steps on {self.rows} rows of {self.tokens} tokens of {self.text}; rows held out"],
+        )
+
+
+def draft_head_run(
+    folder: Path,
+    *,
+    corpus: str | None = None,
+    context: int | None = None,
+    steps: int | None = None,
+    minutes: float = 10.0,
+    seed: int = 0,
+) -> WrittenHead:
+    """Train a draft head for a run or a saved model, and write it beside the weights.
+
+    corpus, context: replace those of the run; a saved model without a corpus writes its own text. steps, minutes: as in
+    `train_draft_head`. Raises FileExistsError where there is a head, and what `load_run` and `train_draft_head` raise.
+    """
+    refuse_draft_head(Run(folder).model_folder())
+    loaded, began = load_run(folder, "train", corpus, _context(folder, context)), monotonic()
+    where = loaded.run.model_folder()
+    if loaded.data is None:
+        wanted = MOST_ROWS if steps is None else rows_for(steps)
+        seconds = math.inf if steps is not None else 60 * minutes * WRITING
+        ids_NT, text = _own_text(loaded, context or CONTEXT, seed, wanted, seconds), "text of its own"
+    else:
+        ids_NT, text = _rows(loaded, seed), f"{loaded.data.config.corpus}, train"
+    left = max(minutes - (monotonic() - began) / 60, minutes * (1 - WRITING))
+    found = train_draft_head(loaded.model, ids_NT, steps=steps, minutes=left, seed=seed)
+    known = {"text": text, "steps": found.steps, "rows": found.rows, "tokens": found.tokens, "right": found.right}
+    return WrittenHead(path=save_draft_head(found.head, where, known), **known)  # type: ignore[arg-type]
+
+
+def _context(folder: Path, context: int | None) -> int:
+    run = Run(folder)
+    own = CONTEXT if run.is_saved_model else min(run.data_config().context, CONTEXT)
+    return own if context is None else context
+
+
+def _rows(loaded: LoadedRun, seed: int) -> Tensor:
+    """Return rows of the training text, spread over all of it, in random order, int64 [N, T]."""
+    batches = [batch["input_ids"] for batch in spread(loaded, "train", MOST_ROWS)]
+    whole = [batch for batch in batches if batch.shape[1] == batches[0].shape[1]]
+    ids_NT = torch.cat(whole)
+    return ids_NT[torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(seed))]
+
+
+def _own_text(loaded: LoadedRun, tokens: int, seed: int, rows: int, seconds: float) -> Tensor:
+    """Return rows that the model writes at temperature 1, int64 [N, T], as many as it writes in so many seconds."""
+    model, tokenizer = loaded.model, loaded.run.load_tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{loaded.run.folder} has no tokenizer to begin a text with; name a corpus")
+    batch = min(OWN_BATCH, rows)
+    begun_BT = torch.tensor([begin(tokenizer, None, str(loaded.run.folder))] * batch, device=model.device)
+    new, began = min(tokens, model.config.max_position_embeddings) - begun_BT.shape[1], monotonic()
+    found: list[Tensor] = []
+    with work(rows if seconds == math.inf else None, "rows written"):
+        while len(found) * batch < rows and (not found or monotonic() - began < seconds):
+            options = {"max_new_tokens": new, "temperature": 1.0, "seed": seed + len(found)}
+            found.append(generate(model, begun_BT, eos_token_id=[], **options))  # type: ignore[arg-type]
+            advance("rows written", batch)
+    return torch.cat(found)

@@ -1,0 +1,65 @@
+"""Building of drafts from the names that users write."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from transformers import PreTrainedModel
+
+from skipstone.budget import BudgetTable
+from skipstone.core.strict import unknown
+from skipstone.generate.drafts import Draft, FewerBlocks, Lookup, LowerBudget, OtherModel
+from skipstone.generate.head_draft import head_draft
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.draft_head import DraftHead
+
+LOOKUP, EXIT, SKIP, BUDGET, HEAD = "lookup", "exit", "skip", "budget", "head"
+Drafted: TypeAlias = str | PreTrainedModel | DraftHead
+
+
+def build_draft(kind: Drafted, model: SkipstoneForCausalLM, table: BudgetTable | None, budget: float | None) -> Draft:
+    """Build a draft from its name, from a model, or from a draft head.
+
+    kind: "lookup"; "exit" or "exit:N", the first half or the first N blocks; "skip", every second block;
+    "budget:SHARE", the model at that lower budget of `table`; "head", the draft head in the folder that the model was
+    loaded from; a model; or a head. Raises ValueError, one line, for others, and what `head_draft` raises.
+    """
+    if isinstance(kind, PreTrainedModel):
+        return OtherModel(kind, model)
+    if isinstance(kind, DraftHead):
+        return head_draft(model, kind)
+    name, _, argument = kind.partition(":")
+    total = model.config.num_hidden_layers
+    if name == LOOKUP and not argument:
+        return Lookup()
+    if name == EXIT:
+        return FewerBlocks(model, list(range(_whole(kind, argument, total, default=-(-total // 2)))))
+    if name == SKIP and not argument:
+        return FewerBlocks(model, [i for i in range(total) if i % 2 == 0])
+    if name == BUDGET:
+        return LowerBudget(model, _table(model, table), _share(kind, argument, budget))
+    if name == HEAD and not argument:
+        return head_draft(model)
+    raise ValueError(unknown("draft", kind, [LOOKUP, EXIT, f"{EXIT}:N", SKIP, f"{BUDGET}:SHARE", HEAD]))
+
+
+def _whole(kind: str, argument: str, total: int, default: int) -> int:
+    if not argument:
+        return default
+    if not argument.isdecimal() or not 1 <= int(argument) < total:
+        raise ValueError(f"draft {kind!r}: the number of blocks must be in [1, {total - 1}], got {argument!r}")
+    return int(argument)
+
+
+def _table(model: SkipstoneForCausalLM, table: BudgetTable | None) -> BudgetTable:
+    return BudgetTable.of(model) if table is None else table
+
+
+def _share(kind: str, argument: str, budget: float | None) -> float:
+    try:
+        share = float(argument)
+    except ValueError:
+        raise ValueError(f"draft {kind!r}: name the share of the dense FLOPs, as in budget:0.5") from None
+    if budget is not None and share >= budget:
+        raise ValueError(f"draft {kind!r}: its budget must be below the model's, {budget:g}")
+    return share

@@ -1,0 +1,169 @@
+"""A draft head: one block that guesses a model's next hidden state from the last one and the next token.
+
+After EAGLE (Li et al., arXiv 2401.15077), with both inputs normalised as in DeepSeek-V3's multi-token prediction (arXiv
+2412.19437, equation 21), and with a head of frequent tokens alone as in FR-Spec (arXiv 2502.14856):
+
+    y_t = block(join [norm(h_t); norm(e(x_t+1))])       h: normalised hidden states of the model, e: its embedding
+    guess of h_t+1 = norm(y_t)                          guess of x_t+2 = the shortlisted token of the largest logit
+
+Shape letters: B rows, T tokens, D width, R shortlisted tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from skipstone.model.build import Int8Linear, build_norm, int8_layers
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
+from skipstone.model.decoder import SkipstoneModel
+from skipstone.ops import int8
+
+TOLD = 16  # tokens whose embeddings tell one model from another
+ALIKE = 0.99  # cosine of them: copies of a model in bf16 and int8 are above it, other models are not
+
+
+class DraftHead(nn.Module):
+    """One Llama block of a model's width and heads, and the projection of its two inputs.
+
+    shortlist_R: int64, the tokens that can be guessed, ascending. told: fp32 [K, D], embeddings and the final norm of
+    the model that the head belongs to.
+    """
+
+    shortlist_R: Tensor
+    told: Tensor
+
+    def __init__(self, config: SkipstoneConfig, shortlist: int) -> None:
+        super().__init__()
+        own, D = _config(config), config.hidden_size
+        self.hidden_norm, self.embedding_norm = build_norm(own), build_norm(own)
+        self.join: nn.Linear | Int8Linear = nn.Linear(2 * D, D, bias=False)
+        self.stack = SkipstoneModel(own)
+        del self.stack.embed_tokens  # the model's is used
+        self.register_buffer("shortlist_R", torch.zeros(shortlist, dtype=torch.long))
+        self.register_buffer("told", torch.zeros(TOLD + 1, D))
+
+    def forward(
+        self, hidden_BTD: Tensor, embedding_BTD: Tensor, cache: Cache | None = None, mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return guesses of the hidden states one token later, normalised, [B, T, D].
+
+        hidden: of the tokens, normalised, or guesses of them. embedding: of the tokens after these. cache: of this
+        head. mask: as the model's attention_mask.
+        """
+        out = self.stack(
+            inputs_embeds=self.join(torch.cat((self.hidden_norm(hidden_BTD), self.embedding_norm(embedding_BTD)), -1)),
+            attention_mask=mask_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            routing="causal",
+            noise=False,
+        )
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache for the keys and values of the block."""
+        return DynamicCache(config=self.stack.config)
+
+    def require(self, model: SkipstoneForCausalLM, name: str = "the draft head") -> None:
+        """Raise ValueError, one line that begins with `name`, unless this is a head of the model.
+
+        Copies of the model in another precision count as the same model.
+        """
+        D = model.config.hidden_size
+        if self.told.shape[1] != D:
+            raise ValueError(f"{name} belongs to another model: its width is {self.told.shape[1]}, the model's {D}")
+        if int(self.shortlist_R[-1]) >= model.config.vocab_size:
+            raise ValueError(
+                f"{name} belongs to another model: it guesses token {int(self.shortlist_R[-1])}, the model has "
+                f"{model.config.vocab_size} tokens"
+            )
+        found = nn.functional.cosine_similarity(self.told.to(model.device), told_of(model), dim=-1)
+        if not bool((found > ALIKE).all()):
+            raise ValueError(f"{name} belongs to another model: their embeddings differ; train a head of this one")
+
+
+def told_of(model: SkipstoneForCausalLM) -> Tensor:
+    """Return what tells the model from others, fp32 [K, D]: embeddings of tokens spread evenly, and the final norm."""
+    ids = torch.linspace(0, model.config.vocab_size - 1, TOLD, device=model.device).long()
+    with torch.no_grad():
+        norm = getattr(model.decoder.norm, "weight", None)
+        last = torch.ones_like(model.decoder.embed_tokens(ids[:1])) if norm is None else norm[None]
+        return torch.cat((model.decoder.embed_tokens(ids), last.detach())).float()
+
+
+def rows_of_head(model: SkipstoneForCausalLM, ids_R: Tensor) -> Tensor:
+    """Return the rows of the model's output head for these tokens, fp32 [R, D]."""
+    head = model.lm_head
+    if isinstance(head, Int8Linear):
+        return int8.restore(head.weight[ids_R], head.weight_scale[ids_R])
+    return head.weight.detach()[ids_R].float()
+
+
+class ReadyHead:
+    """A draft head with the rows of a model's output head, in the form that guesses fastest on the model's device.
+
+    On a CPU with numba all matrices have int8 weights, also beside a model without: a guess need not be exact. size:
+    number of its weights.
+    """
+
+    def __init__(self, head: DraftHead, model: SkipstoneForCausalLM) -> None:
+        shortlist = nn.Linear(model.config.hidden_size, len(head.shortlist_R), bias=False)
+        shortlist.weight.data = rows_of_head(model, head.shortlist_R.to(model.device))
+        own = copy.deepcopy(head)
+        parts = nn.ModuleDict({"head": own, "shortlist": shortlist})
+        parts.to(model.device)
+        if model.device.type == "cpu" and find_spec("numba") is not None:
+            _round(parts)
+        parts.requires_grad_(False).eval().to(model.dtype)
+        self.head, self.shortlist = own, parts["shortlist"]  # which is an int8 layer by now
+        self.size = sum(x.numel() for x in parts.parameters())
+        self._warm(model)
+
+    def __call__(self, hidden_BTD: Tensor, embedding_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        """Return guesses of the hidden states one token later; the arguments are those of `DraftHead.forward`."""
+        return self.head(hidden_BTD, embedding_BTD, cache, mask)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _warm(self, model: SkipstoneForCausalLM) -> None:
+        """Guess twice, so that what has to be compiled is not taken for the time of a guess."""
+        cache, token_11 = self.head.new_cache(), self.head.shortlist_R[:1, None]
+        hidden_11D = model.decoder.embed_tokens(token_11)
+        for _ in range(2):
+            hidden_11D = self(hidden_11D, model.decoder.embed_tokens(token_11), cache, None)
+            token_11 = self.token(hidden_11D)
+
+    def token(self, hidden_B1D: Tensor) -> Tensor:
+        """Return the shortlisted tokens of the largest logits, int64 [B, 1]."""
+        return self.head.shortlist_R[self.shortlist(hidden_B1D).argmax(-1)]
+
+
+def _round(parts: nn.Module) -> None:
+    """Replace all matrices by int8 ones of the same values."""
+    whole = {name: module.weight for name, module in parts.named_modules() if isinstance(module, nn.Linear)}
+    int8_layers(parts, int8.GROUP)
+    for name, weight in whole.items():
+        layer = parts.get_submodule(name)
+        assert isinstance(layer, Int8Linear)
+        number, scale = int8.quantise(weight, layer.group)
+        layer.weight.data, layer.weight_scale.data = number, scale
+
+
+def _config(config: SkipstoneConfig) -> SkipstoneConfig:
+    """Return the configuration of a decoder of one block with a model's width and heads."""
+    return SkipstoneConfig(
+        vocab_size=1,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        norm_eps=config.norm_eps,
+    )
