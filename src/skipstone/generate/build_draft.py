@@ -18,11 +18,14 @@ Drafted: TypeAlias = str | PreTrainedModel | DraftHead
 
 
 def build_draft(kind: Drafted, model: SkipstoneForCausalLM, table: BudgetTable | None, budget: float | None) -> Draft:
-    """Build a draft from its name, from a model, or from a draft head.
+    """Return the draft that a name, a model or a draft head stands for.
 
-    kind: "lookup"; "exit" or "exit:N", the first half or the first N blocks; "skip", every second block;
-    "budget:SHARE", the model at that lower budget of `table`; "head", the draft head in the folder that the model was
-    loaded from; a model; or a head. Raises ValueError, one line, for others, and what `head_draft` raises.
+    kind: "lookup" (an earlier occurrence of the last tokens); "exit" or "exit:N" (the first half, or the first N, of
+    the model's blocks); "skip" (every second block); "budget:SHARE" (the model at this share of the dense FLOPs);
+    "head" (the draft head in the model's folder); another model; or a draft head. model: the model that is to be sped
+    up. table: its budget table; None: the one in its folder. budget: at which the model itself runs, which SHARE must
+    be below; None: as trained. Raises ValueError, with a message of one line, for other names and drafts that are
+    impossible for the model, and FileNotFoundError for "head" without a head in the folder.
     """
     if isinstance(kind, PreTrainedModel):
         return OtherModel(kind, model)

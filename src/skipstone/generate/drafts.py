@@ -28,10 +28,10 @@ LONGEST_MATCH = 3  # tokens
 
 
 class Draft:
-    """The base class of drafts.
+    """The base class of drafts: cheap guesses at the next tokens, which the model then checks in one pass.
 
-    cost: what a guess takes, as a share of a step of the model, until that is measured. reads_states: whether it has to
-    `see` the hidden states of the model's passes.
+    cost: time of one guess as a share of a decoding step of the model, an estimate that is used until it is measured.
+    reads_states: whether the draft needs the hidden states of the model's passes (`see`).
     """
 
     cost = 0.0
@@ -46,9 +46,10 @@ class Draft:
         return 0
 
     def see(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> None:
-        """Take the normalised hidden states of the tokens that the model has seen since the last call.
+        """Receive the hidden states of the tokens that the model has computed since the last call.
 
-        mask: 0 for padding, with the prompt alone.
+        Called if `reads_states`. hidden_BTD: normalised hidden states, [B, T, D] (rows, tokens, width). mask_BT: 0 for
+        padding; given with the prompt only.
         """
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:

@@ -116,21 +116,20 @@ def stream(
     draft: Drafted | None = None,
     draft_length: int | None = None,
 ) -> Iterator[Step]:
-    """Continue a prompt, yielding one `Step` for each new token, until every row has an end-of-sequence id.
+    """Continue a prompt and yield a `Step` for each new token, until all rows have ended or max_new_tokens are reached.
 
-    input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, which must be on the left. temperature: 0 takes the
-    likeliest token, above 0 samples from softmax(logits / temperature), with `top_k` among the k likeliest. seed: seed
-    of a generator used for this call only; None draws a random seed. eos_token_id, pad_token_id: default to the model's
-    generation_config. cache: "dynamic" grows, and steps leave out what is skipped; "static" is allocated once for
-    prompt and new tokens, and the shapes of a step are constant. budget: the share of the dense FLOPs to execute, by
-    `budget_table`, or by the budget.json in the folder that the model was loaded from; the model is set to it from the
-    first step to the last and restored afterwards. draft: proposes several tokens, which the model checks in one pass:
-    "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head", another model or a draft head (`build_draft`). Greedy
-    text stays the same, up to rounding of logits that are equal; sampled text keeps its distribution. draft_length:
-    number of tokens proposed at a time; None means the fastest by measured times, 0 if drafts do not pay. Raises
-    ValueError, before the first step, for an empty prompt, padding on the right, a row that would exceed the model's
-    context, values out of range, an unknown or unsuitable draft, and a decision that cannot be made while generating;
-    FileNotFoundError for a budget without a budget table and for draft "head" without a head.
+    model: decides without later tokens and without noise, whatever its mode. input_ids: int64 [B, T]. attention_mask:
+    [B, T], 0 for padding, which must be on the left; None: no padding. temperature: 0 chooses the most probable token;
+    above 0, tokens are drawn from softmax(logits / temperature), with `top_k` among the k most probable. seed: of the
+    draws; None: a random one. eos_token_id, pad_token_id: ids that end a text, and the id that fills ended rows; None:
+    those of generation_config. cache: "dynamic" grows, and steps leave out what is skipped; "static" is allocated once,
+    and a step's shapes never change. budget: share of the dense FLOPs to execute; the model is set to it while
+    generating. budget_table: thresholds for it; None: budget.json in the model's folder. draft: source of guesses that
+    the model checks several at a time: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head", another model or a
+    draft head (`build_draft`). Greedy text then stays the same but for ties in the logits, and sampled text keeps its
+    distribution. draft_length: number of guesses at a time; None: chosen by measured times. Raises ValueError, before
+    the first step, for invalid arguments, a prompt that exceeds the context, and mechanisms that need later tokens;
+    FileNotFoundError for a budget without a table and for "head" without a draft head.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)

@@ -24,10 +24,10 @@ _loaded: WeakKeyDictionary[SkipstoneForCausalLM, tuple[object, ReadyHead]] = Wea
 
 
 class HeadDraft(Draft):
-    """A draft by a head, with a cache of its own for the head's block.
+    """A draft by a trained draft head, one block that reads the hidden states of the model's last pass.
 
-    Its keys and values are those of true hidden states: those of guesses are removed after each proposal, and the true
-    ones take their place once the model has computed them.
+    model: the model that is to be sped up. ready: the head (`model/draft_head.py`), prepared for this model. The cache
+    of the head's block holds entries of true hidden states only; those of guesses are removed after each proposal.
     """
 
     reads_states = True
@@ -79,9 +79,10 @@ class HeadDraft(Draft):
 
 
 def head_draft(model: SkipstoneForCausalLM, head: DraftHead | None = None) -> HeadDraft:
-    """Return a draft by `head`, or by the head in the folder that the model was loaded from.
+    """Return a draft by a draft head.
 
-    Raises FileNotFoundError without a head there, ValueError for one that is damaged or belongs to another model.
+    model: the model that is to be sped up. head: the head; None: the one in the folder that the model was loaded from.
+    Raises FileNotFoundError if there is none, ValueError for one that is damaged or belongs to another model.
     """
     key = (model.device, model.dtype, model.lm_head.weight.data_ptr(), head or stamp(model.name_or_path))
     known = _loaded.get(model)
