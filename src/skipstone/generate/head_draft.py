@@ -81,8 +81,8 @@ class HeadDraft(Draft):
 def head_draft(model: SkipstoneForCausalLM, head: DraftHead | None = None) -> HeadDraft:
     """Return a draft by a draft head.
 
-    model: the model that is to be sped up. head: the head; None: the one in the folder that the model was loaded from.
-    Raises FileNotFoundError if there is none, ValueError for one that is damaged or belongs to another model.
+    model: the model that is to be sped up. head: the head; None means the one in the folder that the model was loaded
+    from. Raises FileNotFoundError if there is none, ValueError for one that is damaged or belongs to another model.
     """
     key = (model.device, model.dtype, model.lm_head.weight.data_ptr(), head or stamp(model.name_or_path))
     known = _loaded.get(model)
