@@ -31,8 +31,8 @@ class Decisions:
 
     layer: index of the block. mechanism: its name within the block; None for a block without depth mechanisms, which
     updates every token. score_BT: fp32, the router's score, which is compared with a threshold; NaN where the token did
-    not reach the mechanism. weight_BT: fp32, factor on the block's update, 0 where the token skips it. kept_BT: bool,
-    whether the token gets the update.
+    not reach the mechanism because another one skipped it. weight_BT: fp32, factor on the block's update, 0 where the
+    token skips it. kept_BT: bool, whether the token gets the update.
     """
 
     layer: int
@@ -77,9 +77,9 @@ def _decisions(layer: int, name: str, record: DepthRecord | None, shape: tuple[i
 class DepthMap:
     """The decisions and losses of B consecutive rows of T tokens: one part of a depth map, the table of a whole text.
 
-    first_row: index, in the text, of the first of these rows. ids_BT: token ids, int64. decisions: of all mechanisms,
-    as from `read_decisions`. loss_BT: fp32, cross-entropy in nats of predicting the token that follows; NaN for the
-    last token of the text.
+    first_row: index, in the text, of the first of these rows. ids_BT: token ids, int64. decisions: the decisions of all
+    mechanisms, as `read_decisions` returns them. loss_BT: fp32, cross-entropy in nats of predicting the token that
+    follows; NaN for the last token of the text.
     """
 
     first_row: int

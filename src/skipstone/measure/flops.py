@@ -219,13 +219,13 @@ TABLE: dict[object, Callable[..., int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCheck:
-    """Forward FLOPs per token of whole rows without a cache: as counted, as predicted by the cost model, and dense.
+    """Forward FLOPs per token of a model on whole rows without a cache, as counted and as the cost model predicts them.
 
     Padding counts as tokens, because it is computed. counted: FLOPs of the operations that ran. predicted: what
     `model.cost` derives for the recorded decisions. needed: the same, but without the padding that arises in a batch
-    where rows keep fewer tokens than the row that keeps most. dense: `model.cost` without mechanisms. syncs: mean
-    number of times that a forward pass made the host wait for the device. unknown: operations that ran but that the
-    counter does not know; if there are any, `counted` is incomplete.
+    where rows keep fewer tokens than the row that keeps most. dense: what `model.cost` derives for the same model
+    without mechanisms. syncs: mean number of times that a forward pass made the host wait for the device. unknown:
+    operations that ran but that the counter does not know; if there are any, `counted` is incomplete.
     """
 
     counted: float
@@ -242,7 +242,7 @@ class FlopCheck:
 
     @property
     def share(self) -> float:
-        """The counted FLOPs as a share of the dense model's."""
+        """The counted FLOPs divided by those of the dense model."""
         return self.counted / self.dense
 
 

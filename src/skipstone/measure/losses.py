@@ -35,7 +35,7 @@ class LossResult:
     """The losses of one kind of forward pass over all rows, and what the model's mechanisms did in it.
 
     nats: cross-entropy summed over all predictions, in double precision. predictions: number of tokens that have a
-    label. right: number of predictions whose most probable token is the label. summaries: figures of the mechanisms by
+    label. right: number of predictions whose most probable token is the label. summaries: the mechanisms' figures, by
     layer. accuracy: share of correct predictions by bin of difficulty (`BINS`) and for "all operations"; kinds: loss
     and depth by kind of token, as `TokenKinds.result` returns them. Both are None unless the data state each token's
     difficulty.
@@ -131,8 +131,8 @@ class Accuracy:
     def add(self, logits_BTV: Tensor, target_BT: Tensor, difficulty_BT: Tensor) -> None:
         """Add the predictions of one batch.
 
-        logits_BTV: [B, T, V], of which the argmax is the prediction. target_BT: int64, the token to predict.
-        difficulty_BT: int64, negative for tokens that are no operation.
+        logits_BTV: [B, T, V], whose argmax is the prediction. target_BT: int64, the token to predict. difficulty_BT:
+        int64, negative for tokens that are no operation.
         """
         operation_BT = difficulty_BT >= 0
         columns = logits_BTV.argmax(-1), target_BT, difficulty_BT
@@ -152,9 +152,9 @@ class Accuracy:
 def headroom_captured(learned: float, dense: float, forced: float) -> float:
     """Return (learned - dense) / (forced - dense), where all three are accuracies at equal executed FLOPs.
 
-    learned: with the model's own router. dense: of a dense model. forced: with routing by the known difficulty. 1 means
-    that the router is as good as the known difficulty, 0 that it gains nothing over the dense model. nan if dense and
-    forced are equal, so that there is nothing to gain.
+    learned: accuracy with the model's own router. dense: accuracy of a dense model. forced: accuracy with routing by
+    the known difficulty. 1 means that the router is as good as the known difficulty, 0 that it gains nothing over the
+    dense model. nan if dense and forced are equal, so that there is nothing to gain.
     """
     return math.nan if forced == dense else (learned - dense) / (forced - dense)
 

@@ -39,9 +39,9 @@ def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) ->
 
 
 def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
-    """Return the model's mechanisms and their blocks, such as `mixture of depths on blocks 1, 3, 5; polyglu`.
+    """Return the names of the model's mechanisms and the indices of their blocks as text.
 
-    Returns `no mechanism` for a dense model.
+    An example is `mixture of depths on blocks 1, 3, 5; polyglu`; the text is `no mechanism` for a dense model.
     """
     names = [f"{entry.key} on blocks {', '.join(map(str, entry.layers))}" for entry in model.config.mechanism_entries]
     activation = model.config.activation_options["name"]

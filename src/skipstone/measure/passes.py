@@ -43,7 +43,7 @@ def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Ten
 def real_tokens(batch: Batch) -> Tensor:
     """Return which tokens are not padding, bool [B, T] (rows, tokens).
 
-    batch: without an `attention_mask`, every token is real.
+    batch: the inputs by name; without an `attention_mask`, every token is real.
     """
     mask_BT = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
@@ -52,7 +52,7 @@ def real_tokens(batch: Batch) -> Tensor:
 def targets(batch: Batch) -> Tensor:
     """Return the token that the logits at each position should predict, int64 [B, T]; -100 where there is none.
 
-    batch: has `shift_labels`, which are returned as they are, or `labels`, which are shifted by one.
+    batch: the tensors by name; its `shift_labels` are returned unchanged, or else its `labels` shifted by one.
     """
     return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"])
 
@@ -67,7 +67,7 @@ def known_to_need_depth(batch: Batch) -> Tensor | None:
 
 
 def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
-    """Return the indices of the blocks with a depth mechanism, which decides what tokens they update."""
+    """Return the indices of the blocks that have a depth mechanism, which decides what tokens the block updates."""
     blocks = model.decoder.layers
     return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
 
@@ -98,7 +98,7 @@ class Pass:
     def arguments(self, model: SkipstoneForCausalLM, batch: Batch) -> PlainDict:
         """Return the keyword arguments of `model.forward` for this pass over a batch: no noise, no cache, no labels.
 
-        batch: has the inputs, and `difficulty` (int64 [B, T]) if `routing` is "forced".
+        batch: the input tensors by name, and `difficulty` (int64 [B, T]) if `routing` is "forced".
         """
         routing: Routing = self.routing  # type: ignore[assignment]
         if self.routing == "forced":
@@ -133,13 +133,12 @@ PASSES = {
 def passes_of(
     model: SkipstoneForCausalLM, corpus: str | None, was_forced: bool = False
 ) -> tuple[dict[str, Pass], dict[str, str]]:
-    """Return which of the passes "oracle", "causal", "executed" and "forced" a model can run, and why it cannot run
-    others.
+    """Return the passes ("oracle", "causal", "executed", "forced") that a model can run, and why others are missing.
 
-    The first dict maps names to passes of `PASSES`, the second names to reasons. corpus: name of the data's corpus,
-    which tells whether difficulties are known (needed for "forced"); None if there is none. was_forced: whether
-    training imposed the known difficulty on the model, so that its own routers have learned nothing and only "forced"
-    is possible.
+    The first dict maps names to passes of `PASSES`, the second maps the missing passes' names to reasons. corpus: name
+    of the data's corpus, which tells whether difficulties are known (needed for "forced"); None if there is none.
+    was_forced: whether training imposed the known difficulty on the model, so that its own routers have learned nothing
+    and only "forced" is possible.
     """
     unavailable: dict[str, str] = {}
     waits = any(m.needs_masks for m in model.routing_modules())

@@ -21,10 +21,10 @@ class RecordMeter:
     The figures' names end in /L/NAME: index of the block, and name of the mechanism in it. capacity: kept tokens as a
     share of those that reached the mechanism. gate: mean factor on their updates. entropy: mean entropy of a neuron's
     mix of activation functions, or of a token's softmax over experts, as a share of its maximum. diversity: share of
-    neurons whose strongest activation is not the most common one. dynamic_entropy, static_entropy: those of the PolyGLU
-    paper in nats, at temperature 1: of all logits, and of the neurons' learned preferences alone. no_op, busiest:
-    no-ops, and the most chosen expert of a pass, as shares of all choices. on: mean share of neuron groups that are on
-    for a token. changing: share of groups that are on for some tokens of a pass and off for others.
+    neurons whose strongest activation is not the most common one. dynamic_entropy, static_entropy: entropies in nats at
+    temperature 1, as in the PolyGLU paper: with all logits, and with the neurons' learned preferences alone. no_op,
+    busiest: the no-ops' share, and that of a pass's most chosen expert, in all choices. on: mean share of neuron groups
+    that are on for a token. changing: share of groups that are on for some tokens of a pass and off for others.
     """
 
     def __init__(self) -> None:
@@ -49,9 +49,10 @@ class RecordMeter:
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def read(self, summed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Return the means since the last call by name, without figures that nothing was counted for; empty the meter.
+        """Return the means since the last call by name, and empty the meter.
 
-        summed: sums a tensor over all processes that train together; None means that there is one process.
+        Figures for which nothing was counted are left out. summed: a function that sums a tensor over all processes
+        that train together; None means that there is one process.
         """
         if not self._sums:
             return {}

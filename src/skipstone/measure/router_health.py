@@ -67,7 +67,7 @@ class RouterHealth:
         """Return the routers that are dead (nothing chosen), constant or saturated, and empty the collection.
 
         Keys are `block L NAME`; values say in words what is wrong. summed: sums a tensor over the processes that train
-        together, all of which have to call this method. late: whether at least half of the training is over, when
+        together, all of which have to call this method. late: whether at least half of the training is over; by then,
         routers that start by keeping everything should have begun to choose.
         """
         names, found = list(self._sums), {}

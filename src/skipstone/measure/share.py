@@ -23,7 +23,7 @@ from skipstone.model.cost import forward_flops, kept_from_records
 
 
 class ScoreReader(Protocol):
-    """The interface to a threshold on router scores; the threshold handles of `skipstone.budget` implement it."""
+    """The interface of a threshold on router scores; the threshold objects of `skipstone.budget` implement it."""
 
     @property
     def threshold(self) -> float:
@@ -52,7 +52,7 @@ class Seen:
 
     @property
     def share(self) -> float:
-        """The needed FLOPs as a share of the dense model's."""
+        """The needed FLOPs divided by those of the dense model."""
         return self.needed / self.dense
 
 
@@ -84,7 +84,7 @@ def observe(
 
 
 def spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
-    """Return the forward FLOPs of a batch as decided and as a dense model, summed over rows.
+    """Return a batch's forward FLOPs with its recorded decisions and without mechanisms, each summed over rows.
 
     ids_BT: token ids [B, T], of which only the shape is used. records: decisions of the pass. Each row is counted by
     itself, without the padding that a batch would add, because attention grows with the square of the tokens that a row

@@ -168,8 +168,8 @@ def finish(device: torch.device) -> None:
 class CacheBytes:
     """The bytes of a cache, over all layers, per token that the model has seen (including tokens that blocks skipped).
 
-    kv: keys, values and slot numbers of the stored tokens. state: what mechanisms store beside them, with slot numbers.
-    allocated: all memory that the cache has reserved, used or not.
+    kv: bytes of the stored tokens' keys, values and slot numbers (positions in the row). state: bytes of what
+    mechanisms store, with slot numbers. allocated: bytes that the cache has reserved, used or not.
     """
 
     kv: float
@@ -178,7 +178,7 @@ class CacheBytes:
 
 
 def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
-    """Return the bytes of the cache after a causal prefill of `ids_BT` (token ids, int64 [B, T])."""
+    """Prefill a cache with `ids_BT` (token ids, int64 [B, T]), deciding without later tokens, and return its bytes."""
     _, cache = prefill(model, ids_BT)
     kv = state = allocated = 0
     for layer in cache.layers:

@@ -38,8 +38,8 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 class FigureColumn:
     """A column of a table of figures by layer.
 
-    title: heading. value: returns the cell's number from a mechanism's figures (`Reader.result`), or None for an empty
-    cell. digits: decimals shown; None for a share, which is shown as a percentage.
+    title: the column's heading. value: returns the cell's number from a mechanism's figures (`Reader.result`), or None
+    for an empty cell. digits: decimals shown; None for a share, which is shown as a percentage.
     """
 
     title: str
@@ -65,8 +65,8 @@ class FigureTable:
 class Reader(Generic[AnyModule, AnyRecord]):
     """The base class of readers, which accumulate figures from the records of one mechanism in one layer.
 
-    activation_rows: number of rows from which `ActivationReader` takes its figures, because they are expensive; others
-    read all rows. tables: layouts in which the figures are shown.
+    activation_rows: number of rows from which `ActivationReader` takes its figures, which are expensive; other readers
+    use all rows. tables: layouts in which the figures are shown.
     """
 
     tables: ClassVar[tuple[FigureTable, ...]]
@@ -99,8 +99,8 @@ class Reader(Generic[AnyModule, AnyRecord]):
 class Summaries:
     """Accumulates the figures of every mechanism in every layer.
 
-    activation_rows: number of rows from which figures of activation mechanisms (PolyGLU) are taken, which take as long
-    as the MLPs themselves; 0 leaves them out.
+    activation_rows: number of rows from which figures of activation mechanisms (PolyGLU) are taken, because they take
+    as long as the MLPs themselves; 0 leaves them out.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
@@ -233,10 +233,10 @@ def _activation_table(title: str, kind: str, figures: Mapping[str, str]) -> Figu
 class ActivationReader(Reader[MixFigures, ActivationRecord]):
     """Accumulates figures of an activation mechanism (PolyGLU) over the tokens and neurons of the first rows.
 
-    `shares`: of each activation function in the mix. `neurons`: share of neurons in which each function is the
-    strongest. `diversity`: share of neurons whose strongest function is not the most common one. `entropy`: of the mix,
-    as a share of its maximum. `dynamic_entropy`, `static_entropy`: in nats at temperature 1, of all logits and of the
-    neurons' learned preferences alone (`MixFigures`).
+    `shares`: mean share of each activation function in the mix. `neurons`: share of neurons in which each function is
+    the strongest. `diversity`: share of neurons whose strongest function is not the most common one. `entropy`: mean
+    entropy of the mix, as a share of its maximum. `dynamic_entropy`, `static_entropy`: entropies in nats at temperature
+    1, with all logits and with the neurons' learned preferences alone (`MixFigures`).
     """
 
     SHARES, FIGURES = ("shares", "neurons"), ("diversity", "entropy", "dynamic_entropy")

@@ -42,8 +42,9 @@ class ActivationSummary:
 class TokenGroup:
     """A group of tokens of a trace.
 
-    name: its name as shown. tokens: number of tokens. compute: mean share of the blocks' computation that was executed
-    for them, in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is nothing to predict.
+    name: the group's name as shown. tokens: number of tokens. compute: mean share of the blocks' computation that was
+    executed for them, in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is nothing to
+    predict.
     """
 
     name: str
@@ -84,13 +85,13 @@ class TokenTrace:
 
     tokens: text of the first row's tokens. weight_LT: factor on the block's update, mean of attention and MLP, 0 where
     skipped. kept_LT: whether the attention or the MLP was computed. depth_T: share of all attentions and MLPs that were
-    computed. depth: its mean over all tokens of all rows. routing: "causal" (decisions look at no later token),
-    "oracle" (at the whole row, for models that cannot do otherwise) or "forced" (imposed). routed: blocks with a depth
-    mechanism. capacity: kept share of the tokens that reached a mechanism, {layer: {mechanism: share}}, over all rows.
-    activations: of layers that mix activation functions, with shares in the order of `activation_names`. experts: by
-    layer, the shares of "most chosen expert", "least chosen expert" and "no-ops" in all choices. allocation: over all
-    rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by the cost model, as decided
-    (each row by itself) and without mechanisms; None unless routing is "causal".
+    computed. depth: the mean of that share over all tokens of all rows. routing: "causal" (decisions look at no later
+    token), "oracle" (at the whole row, for models that cannot do otherwise) or "forced" (imposed). routed: blocks with
+    a depth mechanism. capacity: kept share of the tokens that reached a mechanism, {layer: {mechanism: share}}, over
+    all rows. activations: summaries, by layer, of layers that mix activation functions, with shares in the order of
+    `activation_names`. experts: by layer, the shares of "most chosen expert", "least chosen expert" and "no-ops" in all
+    choices. allocation: over all rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by
+    the cost model, as decided (each row by itself) and without mechanisms; None unless routing is "causal".
     """
 
     tokens: list[str]
@@ -147,8 +148,9 @@ def _with_keys(kind: Callable[[str], Key], values: Mapping[str, Value]) -> dict[
 class ModelView:
     """What a report shows about a model itself.
 
-    mechanisms: their names and blocks in words. set_capacity: capacities of the configuration, {layer: {mechanism:
-    share}}. trace: its decisions for the first validation rows.
+    mechanisms: the names and blocks of the model's mechanisms as text. set_capacity: configured capacities (largest
+    shares of tokens that blocks keep), {layer: {mechanism: share}}. trace: the model's decisions for the first
+    validation rows.
     """
 
     mechanisms: str

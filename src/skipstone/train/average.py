@@ -21,7 +21,7 @@ class TailAverage(TrainerCallback):
     saved model use the mean. Checkpoints contain the running mean, so a resumed run ends with the same weights.
 
     steps: number of optimizer steps at the end of the training whose weights are averaged, at least 1. mean: the
-    running mean by parameter name. count: how many steps it covers so far.
+    running mean by parameter name. count: how many steps the mean covers so far.
     """
 
     def __init__(self, steps: int) -> None:

@@ -44,11 +44,11 @@ def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], st
     keeps a random half of the tokens and the second the other half. The benefit of a token is its loss in nats when
     skipped minus its loss when kept.
 
-    model: whose routers may learn the benefit. batch: input_ids and labels (or shift_labels), [B, T] each, with
-    optional masks and positions. step: the optimizer step; it chooses the block, which the blocks take in turn, and
-    seeds the random halves. Returns {index of the block: benefit, fp32 [B, T]}, NaN for rows that were not measured and
-    tokens without a label. The dict is empty if no router learns the benefit, if the batch has no labels, and, for
-    batches of fewer than 16 rows, in most steps, so that on average one row in 16 is measured.
+    model: the model whose routers may learn the benefit. batch: input_ids and labels (or shift_labels), [B, T] each,
+    with optional masks and positions. step: the optimizer step; it chooses the block (blocks take turns) and seeds the
+    random halves. Returns {index of the block: benefit, fp32 [B, T]}, NaN for rows that were not measured and tokens
+    without a label. The dict is empty if no router learns the benefit or the batch has no labels. For batches of fewer
+    than 16 rows it is also empty in most steps, so that on average one row in 16 is measured.
     """
     found = wanting(model)
     if not found or not ("labels" in batch or "shift_labels" in batch) or "input_ids" not in batch:

@@ -34,7 +34,7 @@ class KeepBest(TrainerCallback):
     The loss is that of `validation_loss`. A resumed run repeats its steps exactly, so it finds the same best model
     again.
 
-    folder: the run folder. tokenizer: saved with the model; None if there is none.
+    folder: the run folder. tokenizer: the tokenizer saved with the model; None if there is none.
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -30,7 +30,7 @@ def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float)
     """Return optimizer groups in which the parameters of depth mechanisms have their own learning rate.
 
     groups: torch's parameter groups, each with `params`. model: the model that owns the parameters. rate: the learning
-    rate of all parameters of its depth mechanisms. Each group is split in two, all other options copied; the groups of
+    rate of its depth mechanisms' parameters. Each group is split in two, all other options copied; the groups of
     mechanisms come last, and empty groups are left out.
     """
     own = {id(p) for module in model.modules() if isinstance(module, DepthModule) for p in module.parameters()}

@@ -40,9 +40,9 @@ def describe(seed: int) -> PlainDict:
 
 
 def session() -> PlainDict:
-    """Return when this process started, its command, and the number of processes that train together.
+    """Return this process's start time and command, and the number of processes that train together.
 
-    Keys: `started` (UTC, ISO 8601), `command`, `processes` (WORLD_SIZE, or 1).
+    Keys: `started` (UTC, ISO 8601), `command`, `processes` (the environment variable WORLD_SIZE, or 1).
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return {"started": started, "command": shlex.join(sys.argv), "processes": int(os.environ.get("WORLD_SIZE", "1"))}

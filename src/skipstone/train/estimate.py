@@ -30,7 +30,7 @@ class Gpu:
     """The data sheet figures of a GPU.
 
     flops: peak FLOP/s of dense bf16 matrix products with fp32 accumulation. memory: memory size in GB. bandwidth:
-    memory bandwidth, in GB/s. link: bandwidth to the other GPUs of its node, in GB/s in one direction.
+    memory bandwidth, in GB/s. link: bandwidth to the node's other GPUs, in GB/s in one direction.
     """
 
     flops: float
@@ -141,7 +141,7 @@ def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estim
 def known(recipe: Recipe) -> PlainDict:
     """Return the model options that follow from a recipe's data, such as the vocabulary size.
 
-    Empty if the recipe names a preset or sets the vocabulary size itself; no data are read then.
+    If the recipe names a preset or sets the vocabulary size itself, the dict is empty and no data are read.
     """
     if {"preset", "vocab_size"} & recipe.model.keys():
         return {}

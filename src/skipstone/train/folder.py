@@ -72,8 +72,8 @@ def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Wr
     """Create a run folder that contains the recipe, the environment and `parts`; it appears complete or not at all.
 
     folder: must not exist, or be empty; else FileExistsError is raised. config: the resolved recipe. seed: the run's
-    seed, which is noted in environment.json. parts: functions by file name, each of which writes the file or folder at
-    the path that it is given. data: fingerprint of the data that the run trains on; None means that none is noted.
+    seed, which is noted in environment.json. parts: for each file or folder name, a function that writes it at the path
+    passed to it. data: fingerprint of the data that the run trains on; None means that none is noted.
     """
     check_new(folder)
     more = {} if data is None else {DATA: data}
@@ -90,7 +90,7 @@ def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Wr
 def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
     """Write those of `parts` that are missing from a run folder.
 
-    An earlier release may have been killed before it wrote them. folder, parts: as in `create`.
+    This repairs runs of earlier releases that were killed before they wrote them. folder, parts: as in `create`.
     """
     for name, write in parts.items():
         path = folder / name
@@ -161,10 +161,10 @@ def note_resumption(folder: Path, step: int) -> None:
 
 
 def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
-    """Remove the lines of metrics.jsonl after step `step`, because a run that is resumed there repeats these steps.
+    """Remove the lines of metrics.jsonl after step `step`, because a run that resumes there writes them again.
 
-    folder: the run folder. count: number of lines when the checkpoint was written; later lines of the same step go as
-    well. None if it is not known. Raises ValueError if fewer than `count` lines are left.
+    folder: the run folder. count: number of lines when the checkpoint was written; lines beyond it are removed even if
+    they belong to step `step`. None if it is not known. Raises ValueError if fewer than `count` lines are left.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -187,9 +187,9 @@ def save_model(
 ) -> None:
     """Write a model folder RUN/name: weights, tokenizer, model card and hashes; it appears complete or not at all.
 
-    folder: the run folder. model: any object with a method `save_pretrained`. tokenizer: None if there is none. card:
-    arguments of the model card, such as `losses`. name: name of the folder within the run. parts: functions by file
-    name that write further files, as in `create`.
+    folder: the run folder. model: any object with a method `save_pretrained`. tokenizer: the tokenizer to save; None if
+    there is none. card: entries of the model card, such as `losses`. name: name of the folder within the run. parts:
+    functions that write further files, by file name, as in `create`.
     """
     from skipstone.model.card import write_card
 

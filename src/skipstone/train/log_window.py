@@ -25,7 +25,7 @@ class LogWindow:
     device: where the losses are summed. sums: fp32 [2], the token loss and the auxiliary loss in this process. began:
     the step after which the present window began. tokens: tokens of the window over all processes. skipped: steps of
     the window that were skipped because their numbers were not finite. seconds: time of the window without evaluation
-    and saving. total_tokens, total_skipped, total_seconds: the same over the whole training.
+    and saving. total_tokens, total_skipped, total_seconds: the same three quantities over the whole training.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -87,9 +87,9 @@ class LogWindow:
         self.began, self.tokens, self.seconds, self.skipped = step, 0, 0.0, 0
 
     def save(self, folder: Path, sums: Tensor, lines: int) -> None:
-        """Write the state into a checkpoint.
+        """Write the window's state into a checkpoint.
 
-        folder: the checkpoint's folder. sums: the losses summed over all processes, fp32 [2]. lines: present number of
+        folder: the checkpoint's folder. sums: the losses summed over all processes, fp32 [2]. lines: current number of
         lines in metrics.jsonl.
         """
         state = {name: getattr(self, name) for name in (*STATE, *SKIPPED)}

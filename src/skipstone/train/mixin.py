@@ -27,8 +27,8 @@ class RoutingMixin:
 
     It observes, by hooks on the decoder, the forward passes that the trainer makes anyway. Their records (what each
     mechanism decided) are passed to a `RoutingCallback`, and the routers' auxiliary losses are added to the loss if the
-    trainer computes its loss outside of the model. Arguments are those of the trainer. routing: the callback, which is
-    added if the trainer has none.
+    trainer computes its loss outside of the model. Its constructor passes all arguments to the trainer. routing: the
+    trainer's `RoutingCallback`; one is added if there is none.
     """
 
     routing: RoutingCallback

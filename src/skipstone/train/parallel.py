@@ -51,7 +51,7 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, device: torch.devic
 
 
 def leave() -> None:
-    """Destroy the process group that `shard` made for a process that trained alone; else do nothing."""
+    """Destroy the process group that `shard` created for a process that trains alone; do nothing otherwise."""
     if os.getpid() in _GROUPS_OF_ONE:
         _GROUPS_OF_ONE.clear()
         dist.destroy_process_group()
@@ -90,10 +90,10 @@ def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Free the full weights that a sharded model's pass without gradients has gathered; else do nothing.
+    """Free the full weights that a pass without gradients gathered in a sharded model; do nothing otherwise.
 
-    FSDP2 keeps parameters outside of blocks gathered after such a pass. The next pass would use these copies, although
-    the optimizer has changed the shards in between.
+    FSDP2 keeps parameters outside of blocks gathered after such a pass, and the next pass would use these copies
+    although the optimizer has changed the shards in between.
     """
     if isinstance(model, FSDPModule):
         model.reshard()

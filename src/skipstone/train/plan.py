@@ -150,10 +150,9 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameter counts of a model.
+    """Numbers of parameters of a model.
 
-    total: parameters of the whole model. blocks: parameters of all blocks together. largest: parameters of the largest
-    block.
+    total: in the whole model. blocks: in all blocks together. largest: in the largest block.
     """
 
     total: int

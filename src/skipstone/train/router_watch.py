@@ -41,9 +41,9 @@ class RouterWatch:
     training time. No random number of the training is drawn, so the watch changes no result. Blocks with several depth
     mechanisms, and gates that only scale updates and skip nothing, are not compared with chance.
 
-    model: the model without wrappers. forward: calls the model as it is wrapped for training; all processes call it
-    together if it is sharded. steps: number of steps of the training. summed, largest: functions that reduce a tensor
-    over all processes by sum and by maximum. says: whether this process prints the warnings.
+    model: the model without wrappers. forward: a function that calls the model as it is wrapped for training; if the
+    model is sharded, all processes call it together. steps: number of steps of the training. summed, largest: functions
+    that reduce a tensor over all processes by sum and by maximum. says: whether this process prints warnings.
     """
 
     def __init__(

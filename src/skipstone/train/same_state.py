@@ -19,9 +19,9 @@ ODD = 0x9E3779B1  # places of a tensor weigh differently in its hash
 class SameState(TrainerCallback):
     """A callback that checks every `steps` steps that replicated tensors and learning rates are equal in all processes.
 
-    Parameters and buffers are compared by hashes. Under DDP all parameters are compared; under FSDP2 the few that are
-    not sharded. steps: interval in optimizer steps; the last step is always checked; 0 means never. Raises ValueError
-    in every process, naming the first tensor that differs.
+    Parameters and buffers are compared by hashes. Under DDP, all parameters are compared; under FSDP2, only those that
+    are not sharded. steps: interval in optimizer steps; the last step is always checked; 0 means never. Raises
+    ValueError in every process, naming the first tensor that differs.
     """
 
     def __init__(self, steps: int) -> None:

@@ -94,7 +94,7 @@ def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCaus
 
 
 def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
-    """Return the data with exactly as many training rows as the training reads, so that it is one epoch.
+    """Return the data with exactly as many training rows as the training reads, so that the training is one epoch.
 
     train: the training options, for `steps` and `batch_size`.
     """

@@ -42,8 +42,8 @@ SCHEDULER = "scheduler.pt"  # Trainer's name for it
 class RunTrainer(RoutingTrainer):
     """The trainer of `skipstone train`, with exact resuming, its own validation and atomic checkpoints.
 
-    recipe: the training options. data: rows for training and validation. alone: the whole unsharded model in this
-    process, once training is over (`leave_to_first`); None before. Further arguments are Trainer's.
+    recipe: the training options. data: rows for training and validation. alone: the trained model, unsharded in the
+    first process, which `leave_to_first` sets once training is over; None before. Further arguments are Trainer's.
     """
 
     alone: SkipstoneForCausalLM | None = None  # the whole model, once the first process works alone
@@ -241,9 +241,9 @@ class RunTrainer(RoutingTrainer):
     # --- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with our own training losses: means since the last line, exact even if the run was resumed in between.
+        """Log Trainer's figures with exact training losses: means since the last log line, also across a resumption.
 
-        logs: figures by name; their losses are replaced. start_time: as in `Trainer.log`.
+        logs: figures by name; the losses among them are replaced. start_time: as in `Trainer.log`.
         """
         if "train_runtime" in logs:
             return  # Trainer's closing summary; result.json has ours

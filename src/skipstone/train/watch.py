@@ -28,7 +28,8 @@ SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "caus
 class MetricsFile(TrainerCallback):
     """A callback that appends one JSON object per log line to metrics.jsonl: step, split, then metrics.
 
-    path: path of the file. `causal_loss` is null in validation lines of models that cannot decide without later tokens.
+    path: path of metrics.jsonl. `causal_loss` is null in validation lines of models that cannot decide without later
+    tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,8 +63,8 @@ def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
 class ProgressReporter(TrainerCallback):
     """A callback that shows progress on stderr: a bar in a terminal; elsewhere lines of text.
 
-    A line is printed at each validation, and after a minute without one. bar: None before training and in other
-    processes than the first. shown: the last figures by short name.
+    A line is printed at each validation, and after a minute without one. bar: the progress bar; None before training
+    and in all processes but the first. shown: the latest figures by short name.
     """
 
     def __init__(self) -> None:
@@ -110,7 +111,7 @@ class ProgressReporter(TrainerCallback):
             self.bar.close()
 
     def summary(self) -> str:
-        """Return the last figures as text, such as "loss 2.3010  tokens/s 4,800"."""
+        """Return the latest figures as text, such as "loss 2.3010 tokens/s 4,800"."""
         return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
 
 
