@@ -168,6 +168,8 @@ ODD = [  # of each family: settings that this decoder does not compute, and what
     ],
     *[pytest.param(case, {"is_causal": False}, "is_causal=False", marks=pytest.mark.slow) for case in ONE_EACH],
     ("Llama", {"is_causal": False}, "is_causal=False"),
+    *[(case, {"head_dim": 16}, "head_dim=16 is not supported (only 12") for case in ("GPT-NeoX", "Cohere 2, biases")],
+    pytest.param("StarCoder2, window", {"head_dim": 16}, "head_dim=16", marks=pytest.mark.slow),
     ("Gemma 2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("Gemma 3, caps, biases, linear RoPE", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
 ]
@@ -225,6 +227,13 @@ def test_yarn_is_truncated_where_transformers_truncates_it(case: str, tmp_path: 
     config.rope_parameters = yarn if "Llama" in case else {kind: dict(yarn) for kind in config.rope_parameters}
     parity.save_random(config, tmp_path)
     assert parity.measure(tmp_path, length=20, tokens=4).fp32 < 1e-5
+
+
+def test_a_rope_that_nothing_reads_does_not_stretch_learned_positions(tmp_path: Path) -> None:
+    config = copy.deepcopy(parity.CASES["GPT-2"])
+    config.rope_parameters = {**parity.YARN, "factor": 8.0}
+    parity.save_random(config, tmp_path)
+    assert parity.logits_error(tmp_path, ids(), torch.float32) < FP32
 
 
 @pytest.mark.parametrize(("case", "changes", "said"), ODD)

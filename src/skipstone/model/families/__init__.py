@@ -92,7 +92,11 @@ def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
     family = family_of({"model_type": theirs.model_type})
     for reason in _refusals(theirs, family):
         raise ValueError(reason)
-    return SkipstoneConfig.from_plain({**family.read(theirs), "family": theirs.model_type})
+    config = SkipstoneConfig.from_plain({**family.read(theirs), "family": theirs.model_type})
+    named = getattr(theirs, "head_dim", None)  # classes look for it also where the family's configuration has no field
+    if config.positions == "rope" and named not in (None, config.head_size):
+        raise ValueError(f"head_dim={named} is not supported (only {config.head_size}, hidden_size by the heads)")
+    return config
 
 
 def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:

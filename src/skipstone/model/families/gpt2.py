@@ -19,6 +19,7 @@ def _read(theirs: PreTrainedConfig) -> Options:
         "norm": "layernorm",
         "norm_eps": theirs.layer_norm_epsilon,
         "positions": "learned",
+        "max_position_embeddings": theirs.max_position_embeddings,  # a RoPE in the file, if any, stretches nothing
         "mlp": "plain",
         "mlp_bias": True,
         "attention_bias": True,
