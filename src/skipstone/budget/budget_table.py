@@ -47,9 +47,9 @@ class BudgetTable:
 
     A budget is a share of the dense model's forward FLOPs per token, when tokens are skipped as in generation and rows
     run one at a time. Between two points, thresholds are interpolated linearly. handles: names of the thresholds, such
-    as "3 mod". trained: the state of each as trained, by which `reset` restores it. points: from the smallest to the
-    largest share. tokens, rows: tokens per row and number of rows of the calibration text. text: a description of that
-    text.
+    as "3 mod". trained: each threshold's state after training, by which `reset` restores it. points: the measured
+    points, from the smallest to the largest share. tokens, rows: tokens per row and number of rows of the calibration
+    text. text: a description of that text.
     """
 
     handles: tuple[str, ...]
@@ -124,7 +124,7 @@ class BudgetTable:
     def at(self, model: SkipstoneForCausalLM, budget: float) -> Iterator[None]:
         """Set the model to a budget inside a `with` block, and restore its present thresholds afterwards.
 
-        budget, errors: as in `set`.
+        model, budget and the errors raised are as in `set`.
         """
         before = [(handle, handle.state()) for handle in self._handles(model)]
         try:

@@ -134,8 +134,8 @@ def _between(
 def quantile(score_N: Tensor, share: float) -> float:
     """Return a threshold with this share of the scores at or below it.
 
-    score_N: scores of N tokens, at least one. share: from 0 to 1; for 0 and 1 the threshold lies well outside of the
-    scores.
+    score_N: scores of N tokens, at least one. share: a share from 0 to 1; for 0 and 1 the threshold lies well outside
+    of the scores.
     """
     ordered = score_N.double().sort().values
     at = round(share * len(ordered))

@@ -22,7 +22,7 @@ from skipstone.model.wrapped import require_ours
 
 
 class ThresholdHandle:
-    """A threshold that calibration can set: that of one block, or one shared by all blocks of a mechanism.
+    """A threshold that calibration can set: one block's, or one shared by all blocks of a mechanism.
 
     It is shared if it is a configuration option of the mechanism. name: block numbers and name of the mechanism, such
     as "3 mod". model: the model that has it. index: the mechanism's index in `config.mechanisms`. mechanisms: the

@@ -35,8 +35,8 @@ FULL = 1 << 20  # bytes; with less free space than this, a failed write is blame
 class WriteError(ValueError):
     """Error for a file that could not be written.
 
-    The message is one line with the path and the reason. path: the file that the user asked for. reason: in words, such
-    as "no space left".
+    The message is one line with the path and the reason. path: the file that the user asked for. reason: what went
+    wrong, in words, such as "no space left".
     """
 
     def __init__(self, path: Path, reason: str) -> None:

@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` a cache keeps after a call; window: the attention window, or None."""
+    """Return how many of a row's `entries` a cache keeps; window: the attention window in tokens, or None."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -30,8 +30,9 @@ class RaggedStore:
     """Append-only storage for rows of different lengths: named tensors [B, C, ...], one column per entry.
 
     entries: the tensors by name; "slot" holds the index of each entry's token in its row. lengths: number of entries of
-    each row, on the CPU; None: all rows have `width`. width: length of the longest row. forgotten: number of oldest
-    entries that each row has dropped, or None. Methods given `rows` work on these rows only, with tensors of these.
+    each row, on the CPU; None means that all rows have `width`. width: length of the longest row. forgotten: number of
+    oldest entries that each row has dropped, or None. Methods given `rows` read or write these rows only, with tensors
+    of as many rows.
     """
 
     def __init__(self) -> None:
@@ -43,9 +44,9 @@ class RaggedStore:
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
         """Append the tokens of one call, without padding, to their rows.
 
-        slot_BT: int64, index of each token in its row, ascending from call to call. real_BT: bool, False for padding;
-        None: no padding. rows: the rows that the tokens continue, one token each; None: all. entries: tensors [B, T,
-        ...] by name.
+        slot_BT: int64, index of each token in its row, ascending from call to call. real_BT: bool, False for padding,
+        or None. rows: the rows that the tokens continue, one token each; None means all. entries: tensors [B, T, ...]
+        by name.
         """
         given = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
@@ -65,7 +66,7 @@ class RaggedStore:
     def reserve(self, count: int, like: Mapping[str, tuple[int, ...]]) -> None:
         """Make room for `count` more entries in a store of one row; the caller writes them and adds to `width`.
 
-        like: shape of one entry of each fp32 tensor by name, used if the store is still empty.
+        like: the shape of one entry in each fp32 tensor, by tensor name; used only if the store is still empty.
         """
         if not self.entries:
             self.entries = {name: torch.zeros(1, GROWTH, *shape) for name, shape in like.items()}
@@ -141,7 +142,7 @@ class RaggedStore:
         return torch.tensor([row * slot.shape[1] + column for row, column in at], device=slot.device)
 
     def row_lengths(self, rows: int, device: torch.device) -> Tensor:
-        """Return the number of entries of each row, int64 [B], on `device`; rows: the batch size, B."""
+        """Return the number of entries of each row, int64 [B], on `device`. rows: the batch size, B."""
         if self.lengths is not None:
             return torch.tensor(self.lengths, device=device)
         return torch.full((rows,), self.width, dtype=torch.long, device=device)
@@ -258,9 +259,9 @@ def _not_ours_alone(tensors: list[Tensor]) -> bool:
 class SkipstoneCacheLayer(CacheLayerMixin):
     """The cache of one block, for transformers' `DynamicCache(config=...)` and `generate`.
 
-    kv: keys and values. stores: state of mechanisms by their names. scratch: values that a step may reuse from the one
-    before. window: the block's attention window in tokens, or None. cumulative_length: tokens that the model has seen,
-    including those that this block skipped; the decoder advances it.
+    kv: the stored keys and values. stores: the mechanisms' own per-token state, by mechanism name. scratch: values that
+    a decoding step may reuse from the previous step. window: the block's attention window in tokens, or None.
+    cumulative_length: tokens that the model has seen, including those that this block skipped; the decoder advances it.
     """
 
     _layer_type = "skipstone"
@@ -318,9 +319,10 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         document_BT: Tensor | None = None,
         rows: RowSubset | None = None,
     ) -> None:
-        """Append keys and values, [B, H, T, E], except of padding; slot_BT, real_BT, rows: as in `RaggedStore.append`.
+        """Append this call's keys and values, [B, H, T, E], without padding.
 
-        document_BT: int64, the tokens' documents; ValueError if some calls give them and others do not.
+        document_BT: int64, the tokens' documents; ValueError if some calls give them and others do not. slot_BT,
+        real_BT and rows are as in `RaggedStore.append`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_BHTE, value_BHTE)
@@ -357,7 +359,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of key slots, those of this call's `query_length` tokens included, and their offset, 0."""
+        """Return the number of key slots, including this call's `query_length` tokens, and their offset, 0."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -370,7 +372,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:
-        """Keep each row's first `max_length` tokens, padding and skipped ones counted; -n removes the newest n."""
+        """Keep each row's first `max_length` tokens, counting padding and skipped tokens; -n removes the newest n."""
         length = max_length if max_length > 0 else self.cumulative_length + max_length
         if length < self.cumulative_length:
             self.kv.crop(length, self.window)

@@ -29,7 +29,8 @@ def file_sha256(path: Path) -> str:
 def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
     """Write `files.json` into `folder`: size and SHA-256 of files, to be compared later by `check`.
 
-    paths: the files, all inside `folder`; None: every file in it and its subfolders. `files.json` itself is left out.
+    paths: the files, all inside `folder`; None means every file in it and its subfolders. `files.json` itself is left
+    out.
     """
     chosen = paths if paths is not None else (path for path in folder.rglob("*") if path.is_file())
     files = {
@@ -50,7 +51,7 @@ def check(folder: Path, hash_up_to: float = float("inf"), leave_out: str | None 
     """Compare the files of a folder with its `files.json`; return False if there is none, else True.
 
     Folders of earlier releases have none. hash_up_to: hashes are compared for files of at most this many bytes, and
-    only sizes for larger files. leave_out: suffix of files whose hashes are not compared, such as ".md"; None: no
+    only sizes for larger files. leave_out: suffix of files whose hashes are not compared, such as ".md"; None means no
     exception. Raises `Damaged` for the first file that is missing or differs, and for a `files.json` that cannot be
     read.
     """

@@ -11,10 +11,10 @@ from typing import TypeAlias
 class TokenCounts:
     """The mean numbers of tokens per row that one block or sub-layer works on; the cost model computes FLOPs from them.
 
-    kv_tokens: tokens that reach the sub-layer; keys and values are computed for all of them. query_tokens: those whose
-    update is computed (queries, output projection, MLP). unpadded: the same numbers for projections and MLP where these
-    leave out the padding of shorter rows (`core/unpad.py`); None: they see the padding too. rows: the share of the
-    batch's rows that are computed at all; all other numbers are means over these rows only.
+    kv_tokens: tokens that reach the sub-layer; keys and values are computed for all of them. query_tokens: tokens whose
+    update is computed (queries, output projection, MLP). unpadded: the same two numbers for projections and MLP if
+    these leave out the padding of shorter rows (`core/unpad.py`); None means that they compute the padding too. rows:
+    the share of the batch's rows that are computed at all; all other numbers are means over these rows only.
     """
 
     kv_tokens: float

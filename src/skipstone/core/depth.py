@@ -27,7 +27,7 @@ class DepthModule(RoutingModule):
     default first: a whole "block", its "attention", its "mlp", or a "segment" of neighbouring blocks that share one
     decision. selects_rows: whether it leaves out whole rows (`Tokens.select_rows`), which the cost model has to know.
     budget_by: what `skipstone adapt` changes to meet a FLOP budget: the option `capacity`, or the threshold of a soft
-    gate (`score_threshold`); None: the mechanism has no budget.
+    gate (`score_threshold`); None means that the mechanism has no budget.
     """
 
     default_layers: ClassVar[str] = ":"
@@ -93,7 +93,7 @@ class DepthModule(RoutingModule):
         """Return a description of the causal decision as a function of the residual stream, for compiled steps.
 
         A compiled decoding step then decides by itself instead of calling the mechanism; the description is asked for
-        in each step. None: the decision cannot be described so, and the mechanism is called.
+        in each step. Return None if the decision cannot be described so; the mechanism is then called.
         """
         return None
 
@@ -117,9 +117,9 @@ class DepthModule(RoutingModule):
     ) -> TokenCounts:
         """Return how many tokens the wrapped block works on, given how many reach the mechanism.
 
-        counts: the tokens that reach the mechanism. kept: those that it kept, as measured; None: as its configuration
-        guarantees. oracle: whether the pass decides as in training, where it may look at whole rows; False: causally,
-        as in generation.
+        counts: the tokens that reach the mechanism. kept: the tokens that it kept, as measured; None means the number
+        that its configuration guarantees. oracle: True for a pass that decides as in training, where it may look at
+        whole rows; False for causal decisions, as in generation.
         """
         raise NotImplementedError
 

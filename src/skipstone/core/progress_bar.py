@@ -26,8 +26,9 @@ class ProgressBar:
 
     total: the number of units of the whole; None if unknown. unit: plural name of what is counted, such as "tokens".
     done: units finished by an earlier process, which the estimate of the time left leaves out. seconds: least time
-    between two lines that `update` prints where there is no terminal; None: only `line` prints. alive: whether a thread
-    redraws the bar between updates, so that its clock keeps moving; False: no thread disturbs what is being timed.
+    between two lines that `update` prints where there is no terminal; None means that only `line` prints. alive:
+    whether a thread redraws the bar between updates, so that its clock keeps moving; if False, no thread disturbs what
+    is being timed.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class ProgressBar:
     def update(self, done: int, note: str | None = None) -> None:
         """Set the number of finished units and redraw the bar, or print a line if the last one is old enough.
 
-        done: finished units in total. note: the latest figures, such as a loss; None: those of the last call stay.
+        done: finished units in total. note: the latest figures, such as a loss; None keeps the figures of the last
+        call.
         """
         self.done, self.note = done, self.note if note is None else note
         if self._bar is not None and self._task is not None:
@@ -145,8 +147,8 @@ def say(text: str) -> None:
 def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
     """Show a progress bar for the work done inside a `with` block, which reports each step by calling `advance`.
 
-    The arguments are those of `ProgressBar`. A block nested in another one shows no bar of its own. Nothing is shown
-    unless `show` was called.
+    The arguments are the fields of `ProgressBar`. A block nested in another one shows no bar of its own. Nothing is
+    shown unless `show` was called.
     """
     own = _shown and not _begun
     seconds = 0.0 if unit == STAGES else SECONDS
@@ -163,7 +165,7 @@ def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
 def advance(unit: str, count: int = 1, note: str | None = None) -> None:
     """Report that `count` more units of the innermost `work` block are done; ignored if its unit is another one.
 
-    note: the latest figures to show beside the bar; None: those of the last call stay.
+    note: the latest figures to show beside the bar; None keeps the figures of the last call.
     """
     if _begun and _begun[-1].unit == unit and (bar := _begun[-1].bar) is not None:
         _begun[-1].done += count

@@ -20,7 +20,7 @@ class DepthRecord(NamedTuple):
     score_BT: fp32 router logits; NaN for tokens that did not reach the mechanism (padding, or skipped by an outer one).
     kept_BT: bool, tokens that get the update. weight_BT: fp32 factor on the update by this mechanism alone; 0 where it
     skips. reached_BT: bool, the tokens that it decided about. loss_BT: fp32 auxiliary loss of each token, multiplied by
-    its coefficient, 0 where not reached; None: the mechanism has none. carry: new values of its tensors in
+    its coefficient, 0 where not reached; None means that the mechanism has none. carry: new values of its tensors in
     `Tokens.state`, [B, T] by name.
     """
 
@@ -191,11 +191,11 @@ def auxiliary_loss(
 ) -> Tensor | None:
     """Return the sum of all mechanisms' auxiliary losses as a scalar with gradient; None if no record has one.
 
-    records: those of each layer. labelled_BT: bool, the tokens with a training target. over: "labelled" sums each loss
-    over these tokens and divides by their number; any other value takes its mean over the tokens that reached its
-    mechanism, which is also done if labelled_BT is None. items: a number to divide by instead of that of the labelled
-    tokens (that of all micro-batches of an optimizer step, for example); means are then multiplied by the number of
-    labelled tokens first.
+    records: each layer's records, by mechanism name. labelled_BT: bool, the tokens with a training target. over:
+    "labelled" sums each loss over these tokens and divides by their number; any other value takes its mean over the
+    tokens that reached its mechanism, which is also done if labelled_BT is None. items: the divisor to use instead of
+    the number of labelled tokens, for example that number summed over all micro-batches of an optimizer step; means
+    over reached tokens are then first multiplied by the number of labelled tokens.
     """
     decided = [record for layer in records for record in layer.values()]
     losses = [(r.loss_BT, r.reached_BT) for r in decided if r.loss_BT is not None]

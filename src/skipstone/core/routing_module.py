@@ -100,10 +100,10 @@ class RoutingModule(nn.Module):
         return f"{kind}/{self.placement.layer}/{self.placement.name}"
 
     def decay_kind(self, name: str) -> str | None:
-        """Return the category of a parameter in the recipe's `train.no_decay`; None: it always gets weight decay.
+        """Return the category of a parameter in the recipe's `train.no_decay`; None if it always gets weight decay.
 
-        name: of a parameter of this module. Names that contain "bias" or "norm" are "biases" or "norms"; all others are
-        "routers".
+        name: the name of one of this module's parameters. Names that contain "bias" or "norm" are "biases" or "norms";
+        all others are "routers".
         """
         return next((kind for kind, word in (("biases", "bias"), ("norms", "norm")) if word in name), "routers")
 

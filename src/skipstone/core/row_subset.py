@@ -20,7 +20,7 @@ def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
     On a CPU it always does: the check is free and every skipped row saves time. On a GPU the check makes the CPU wait,
     and a block takes as long for one row as for many (it reads its weights); only steps in which no row keeps its token
     save time, and these must make up at least a tenth. total: number of rows. share: long-run share of kept tokens,
-    from 0 to 1; None: 0.5 is assumed. device: where the model runs.
+    from 0 to 1; None means that 0.5 is assumed. device: where the model runs.
     """
     if device.type == "cpu":
         return True
@@ -49,7 +49,8 @@ class RowSubset:
     def within(self, outer: RowSubset | None) -> RowSubset:
         """Return the same rows with their indices in the larger batch.
 
-        outer: the rows of that batch which form the batch that these indices refer to; None: it is the batch itself.
+        outer: the rows of that batch which form the batch that these indices refer to; None means that the two batches
+        are the same.
         """
         if outer is None:
             return self

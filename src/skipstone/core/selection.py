@@ -23,8 +23,9 @@ class Selection:
 
     B rows, T tokens of the call, K columns of the selection. is_all: whether every token is selected, known without
     waiting for the GPU. real_first: whether the selected tokens fill each row from the left, so that causal attention
-    over them needs no mask. valid_BK: bool, which columns hold a selected token; None: all. unpadding: indices of the
-    selected tokens of all rows, set if enough columns are padding; None: per-token layers compute the padding too.
+    over them needs no mask. valid_BK: bool, which columns hold a selected token; None means that all do. unpadding:
+    indices of the selected tokens of all rows, set if enough columns are padding; None means that per-token layers
+    compute the padding too.
     """
 
     is_all = False
@@ -34,7 +35,7 @@ class Selection:
 
     @property
     def width(self) -> int:
-        """The number of columns K: as many as the row with the most selected tokens needs."""
+        """The number of columns K, as many as the row with the most selected tokens needs."""
         raise NotImplementedError
 
     @property
@@ -75,9 +76,9 @@ class Selection:
         return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
-        """Return which rows of the cache the selected tokens belong to; None: all.
+        """Return which rows of the cache the selected tokens belong to; None means all rows.
 
-        outer: the same for the tokens of the whole call.
+        outer: the cache rows that the tokens of the whole call belong to; None means all rows.
         """
         return outer
 
@@ -156,7 +157,7 @@ class Gathered(Selection):
 class Padded(Gathered):
     """A gathered selection whose rows may select fewer than K tokens; these come first, and padding follows.
 
-    index_BK, length: as in `Gathered`. valid_BK: bool, False for padding.
+    index_BK and length are as in `Gathered`. valid_BK: bool, False for padding.
     """
 
     valid_BK: Tensor = field()
@@ -169,8 +170,8 @@ class Padded(Gathered):
 class Unpadded(Padded):
     """A padded selection of which only attention sees the padding; other layers get all rows' tokens concatenated.
 
-    index_BK, length, valid_BK: as in `Padded`. unpadding: indices of the N selected tokens, for the conversion to [1,
-    N, ...].
+    index_BK, length and valid_BK are as in `Padded`. unpadding: indices of the N selected tokens, for the conversion to
+    [1, N, ...].
     """
 
     unpadding: Unpadding = field()

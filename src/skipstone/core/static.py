@@ -89,7 +89,7 @@ class StaticStore(RaggedStore):
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
         """Return all C columns of the tensor `name`, [B, C, ...]; unused ones have a slot that no query attends to.
 
-        `newest` is ignored and `rows` must be None: attention windows are applied by masks only.
+        `newest` is ignored and `rows` must be None, because attention windows are applied by masks only.
         """
         assert rows is None
         return self.entries[name][:, 1 : self.width + 1]
@@ -110,8 +110,9 @@ class StaticStore(RaggedStore):
             self.lengths_B.copy_((self.view("slot") < EMPTY).sum(1))
 
     def take(self, rows: Tensor) -> None:
-        """Keep the rows at these indices, in this order: in place if their number stays the same, else in
-        new tensors.
+        """Keep the rows at these indices, in this order.
+
+        If their number stays the same, tensors are changed in place, else replaced.
         """
         if not self.width:
             return

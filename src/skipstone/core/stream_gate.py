@@ -21,7 +21,7 @@ ALL = float("-inf")  # a line that every token is above, whatever its score
 class Scorer(NamedTuple):
     """A router: score = w2 . relu(W1 x + b1) + b2; without W1, w2 . x + b2; without w2, the constant b2.
 
-    weight: w2, fp32 [1, R], or [1, D] without W1, for width D and R hidden units. bias: b2, [1]; None: 0.
+    weight: w2, fp32 [1, R], or [1, D] without W1, for width D and R hidden units. bias: b2, [1]; None means 0.
     hidden_weight, hidden_bias: W1 [R, D] and b1 [R]. norm: whether x is first divided by its root mean square.
     """
 
@@ -53,13 +53,14 @@ class StreamGate(NamedTuple):
 
         score = sign * scorer(x)        opening = sigmoid(score) * state
 
-    It applies where the caller imposes no decisions. scorer: the router. line: what the score, or the opening
-    (`compares`), must exceed. weight: the factor on the update of a kept token: "none" (1), "raw" (the score),
+    It applies where the caller imposes no decisions. scorer: the router. line: the limit that the score must exceed, or
+    the opening, as `compares` says. weight: the factor on the update of a kept token: "none" (1), "raw" (the score),
     "opening", or "tanh" (1 + scale * tanh(score)). scale: a scalar tensor for "tanh". acts_on: whether the factor
-    multiplies the block's whole "update", or that of attention and MLP separately ("sublayers"), so that the MLP sees
-    the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys" and values.
-    state: the name of a tensor in `Tokens.state` that enters the opening and is then replaced by it; None: 1 enters.
-    loss: the opening times this coefficient is the auxiliary loss in the record; None: no loss.
+    multiplies the block's whole "update", or the updates of attention and MLP separately ("sublayers"), so that the MLP
+    sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys" and
+    values. state: the name of a tensor in `Tokens.state` that enters the opening and is then replaced by it; None means
+    that 1 takes the tensor's place. loss: the opening times this coefficient is the auxiliary loss in the record; None
+    means no loss.
     """
 
     scorer: Scorer
@@ -74,7 +75,7 @@ class StreamGate(NamedTuple):
     loss: float | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors among the fields, including those of `scorer` and `line`: all that a decoding
+        """Return the tensors among the fields, with the tensors of `scorer` and `line`: all that a decoding
         step reads.
         """
         scorers = (self.scorer, self.line.scorer or Scorer())
@@ -104,7 +105,7 @@ class Mixture(NamedTuple):
 
     There are A functions, `ops.reference.ACTIVATIONS`; x is the MLP's input, of width D; R is a hidden width. mean: the
     mean of context_weight x over the tokens so far, in which a token n tokens back has the weight decay^n; with decay
-    None, of the present token alone. name: of the record, and of the cache store that holds the running sums.
+    None, of the present token alone. name: the name of the record, and of the cache store that holds the running sums.
     context_weight: [R, D]. context_bias: [R]. mix_weight: [A, R]. mix_bias, scale: [A]. preference: [F, A], the
     neurons' learned logits. tau: scalar tensor, the temperature.
     """

@@ -19,7 +19,7 @@ PlainMapping: TypeAlias = Mapping[str, Any]  # the same, read-only
 class Mistakes(ValueError):
     """A ValueError for several mistakes in one input, whose message joins them by semicolons.
 
-    lines: one message for each mistake.
+    lines: one message per mistake.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
@@ -63,7 +63,7 @@ def choose(kind: str, name: object, table: Mapping[str, T]) -> T:
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from a plain dict, including dataclasses nested in it.
 
-    values: field values by name. where: the path shown in errors, such as `mechanisms[0]`; "": that of the whole input.
+    values: field values by name. where: the path shown in errors, such as `mechanisms[0]`; "" means the whole input.
     Raises ValueError for an unknown or missing key and for a value of the wrong type; the dataclass's own
     `__post_init__` checks ranges. Several mistakes are raised together as `Mistakes`.
     """
@@ -137,9 +137,9 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 def convert(hint: Any, value: Any, where: str) -> Any:
     """Convert a plain value to a type hint, as `from_dict` does for every field, and return it.
 
-    hint: a type hint: plain types, unions, Literal, lists, tuples, dicts or dataclasses. value: as read from YAML or
-    JSON. Ints are accepted as floats, and so are strings such as `1e-3`, which YAML does not read as numbers. where:
-    the path shown in errors. Raises ValueError for a value of another type.
+    hint: a type hint: plain types, unions, Literal, lists, tuples, dicts or dataclasses. value: the value as read from
+    YAML or JSON. Ints are accepted as floats, and so are strings such as `1e-3`, which YAML does not read as numbers.
+    where: the path shown in errors. Raises ValueError for a value of another type.
     """
     origin = typing.get_origin(hint)
     if hint is Any:

@@ -16,7 +16,7 @@ class ScoreThreshold:
     """Access to the threshold by which one mechanism of one block decides: tokens with a higher score are kept.
 
     saved: whether a threshold that was set is stored with a saved model. option: the configuration option that holds
-    the threshold for all blocks of a mechanism; None: every block has its own threshold.
+    the threshold for all blocks of a mechanism; None means that every block has its own threshold.
     """
 
     saved = True

@@ -38,10 +38,10 @@ class PassMode:
     routing: "oracle": decisions may look at the whole row, as in training; "causal": at earlier tokens only, as in
     generation. noise: whether mechanisms may draw random numbers (exploration in training). executor: "gathered"
     computes kept tokens only; "masked" computes all tokens and discards the updates of the others (the slow
-    specification of "gathered"). per_row_gather: in calls with one token per row, leave out rows that do not keep
-    theirs. never_empty: gather at least one column even if no token is kept. single_token: the call has one token and
-    needs no gradients, so that weights may be read in part. whole_rows: `Tokens.select_rows` may leave out rows,
-    because nothing is cached.
+    specification of "gathered"). per_row_gather: whether calls with one token per row leave out the rows whose token is
+    not kept. never_empty: whether at least one column is gathered even if no token is kept. single_token: whether the
+    call has one token and needs no gradients, so that weights may be read in part. whole_rows: whether
+    `Tokens.select_rows` may leave out rows; it may if nothing is cached.
     """
 
     routing: Routing = "causal"
@@ -59,16 +59,17 @@ class Tokens:
 
     Frozen: mechanisms pass on changed copies. slot_BT: int64, index in the row, counting padding and cached tokens;
     attention is causal by slot. position_BT: int64, for position embeddings. rotary: cos and sin [B, T, E] of the
-    positions, or None. document_BT: int64, document of each token in packed rows; None: one document per row. real_BT:
-    bool, False for padding; None: no padding. aligned: whether padding is known to come last in every row. gain_BT:
-    factor on the updates of attention and MLP; None: 1. reach: upper bound of (largest slot - smallest slot + 1) of a
-    row, cached tokens included; None: unknown without asking the GPU. queries: tokens whose update is computed; the
-    others only provide keys and values. rows: the cache rows that the tokens continue; None: all. unpadding: indices of
-    the N real tokens if many are padding; projections and MLP then see [1, N, D]. state: named tensors [B, T] carried
-    from block to block. forced_BT: bool, decisions that the caller imposes on this block, or None. noise_seed: int64
-    scalar, the seed of this pass's random numbers; None: drawn when needed. first_row: int64 scalar, index of the first
-    row in a larger batch, for random numbers; None: 0. memory: where a mechanism around several blocks may keep state
-    of earlier calls, or None. mode: how the pass decides and executes.
+    positions, or None. document_BT: int64, document of each token in packed rows; None means one document per row.
+    real_BT: bool, False for padding; None means no padding. aligned: whether padding is known to come last in every
+    row. gain_BT: factor on the updates of attention and MLP; None means 1. reach: upper bound of (largest slot -
+    smallest slot + 1) of a row, cached tokens included; None means that finding it would need a wait for the GPU.
+    queries: tokens whose update is computed; the others only provide keys and values. rows: the cache rows that the
+    tokens continue; None means all rows. unpadding: indices of the N real tokens if many are padding; projections and
+    MLP then see [1, N, D]. state: named tensors [B, T] carried from block to block. forced_BT: bool, decisions that the
+    caller imposes on this block, or None. noise_seed: int64 scalar, the seed of this pass's random numbers; None means
+    that it is drawn when needed. first_row: int64 scalar, index of the first row in a larger batch, for random numbers;
+    None means 0. memory: where a mechanism around several blocks may keep state of earlier calls, or None. mode: how
+    the pass decides and executes.
     """
 
     slot_BT: Tensor
@@ -97,7 +98,8 @@ class Tokens:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tokens:
         """Return a copy with all tensors on another device.
 
-        accelerate calls this for models on several devices (`device_map`). device, non_blocking: as in `Tensor.to`.
+        accelerate calls this for models on several devices (`device_map`). device and non_blocking are as in
+        `Tensor.to`.
         """
         return _moved(self, lambda x: x.to(device, non_blocking=non_blocking))
 
@@ -131,11 +133,11 @@ class Tokens:
         return torch.where(self.real_BT, document, -1)
 
     def select_kept(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
-        """Turn a bool mask of kept tokens into a selection: gathered, or marked in place in a pass that computes all.
+        """Turn a bool mask of kept tokens into a selection, whose tokens are gathered or marked in place.
 
-        The latter is `PassMode.executor` "masked". kept_BT: never True for padding. width: the number of columns to
-        gather; None: as many as the row that keeps most has, which makes the CPU wait for the GPU once. exact: whether
-        every row keeps exactly `width` tokens.
+        They are marked in place if `PassMode.executor` is "masked", which computes all tokens. kept_BT: never True for
+        padding. width: the number of columns to gather; None means the largest number that a row keeps; finding it
+        makes the CPU wait for the GPU once. exact: whether every row keeps exactly `width` tokens.
         """
         if self.mode.executor == "masked":
             return InPlace(kept_BT)
@@ -236,7 +238,7 @@ class Tokens:
     ) -> Tokens:
         """Return a copy in which only some tokens get an update; the others still provide keys and values.
 
-        kept_BT: bool, tokens to update; restrictions by outer mechanisms still apply. width, exact: as in
+        kept_BT: bool, tokens to update; restrictions by outer mechanisms still apply. width and exact are as in
         `select_kept`. share: long-run share of kept tokens, if known. In calls of one token per row on a GPU, all rows
         are computed if, at this share, steps in which no row keeps its token are too rare (`rows_pay`).
         """

@@ -94,13 +94,13 @@ def _active(linear: nn.Module) -> list[str]:
 
 
 def compute_dtype(linear: nn.Module) -> torch.dtype:
-    """Return the dtype of the layer's outputs, which for int8 weights is not that of the weight."""
+    """Return the dtype of the layer's outputs; for int8 weights, it differs from the weight's dtype."""
     dtype: torch.dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else linear.compute_dtype  # type: ignore[assignment, union-attr]
     return dtype
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor sharded by FSDP2 as a whole, any other unchanged; all processes must call this together."""
+    """Return the full tensor if FSDP2 has sharded it, else the tensor itself; all processes must call this together."""
     found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
 

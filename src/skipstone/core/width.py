@@ -48,8 +48,9 @@ class Activation(nn.Module):
         """Return the activations, shaped as `gate_BTF`, and the records of the decisions made, by name.
 
         gate_BTF: pre-activations of the MLP's F neurons. x_BTD: the MLP's input. tokens: the tokens of this call.
-        cache: the block's cache in generation, for state of earlier tokens; None: no cache. runs: the neuron groups
-        that are on, if not all are; gate_BTF then holds the neurons of these groups only, and x_BTD stays padded.
+        cache: the block's cache in generation, for state of earlier tokens; None means no cache. runs: the neuron
+        groups that are on, if not all are; gate_BTF then holds the neurons of these groups only, and x_BTD stays
+        padded.
         """
         raise NotImplementedError
 
@@ -60,7 +61,7 @@ class Activation(nn.Module):
     def stream_mix(self) -> StreamMix | None:
         """Return a description of what the activation computes in generation, for compiled decoding steps.
 
-        None: it cannot be described so, and compiled steps call the activation instead.
+        Return None if it cannot be described so; compiled steps then call the activation instead.
         """
         return None
 
@@ -85,8 +86,8 @@ class GroupRouter(RoutingModule):
     def matrix_share(self, share: Share, single_token: bool) -> Share:
         """Return the share of the MLP's three matrices that is multiplied if the share `share` of its groups is on.
 
-        share: from 0 to 1, a fraction or a tensor with one value per token; the result has the same type. single_token:
-        whether the call has one token and needs no gradients, so that matrices can be read in part.
+        share: a share from 0 to 1, as a fraction or a tensor with one value per token; the result has the same type.
+        single_token: whether the call has one token and needs no gradients, so that matrices can be read in part.
         """
         raise NotImplementedError
 
@@ -171,8 +172,8 @@ class ActivationGroupRouter(GroupRouter):
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         """Return the record of these decisions, with NaN scores and False masks for padding.
 
-        score_BTG, tried_BTG: as `worth_trying` returned them. kept_BTG: as `worth_keeping` returned it. tokens: the
-        tokens of this call.
+        score_BTG, tried_BTG: what `worth_trying` returned. kept_BTG: what `worth_keeping` returned. tokens: the tokens
+        of this call.
         """
         raise NotImplementedError
 
@@ -206,7 +207,9 @@ class FeedForward(nn.Module):
         return None
 
     def weights_per_pass(self) -> int:
-        """Return the number of weights that a token meets in one pass: those of all matrices, or of one expert."""
+        """Return the number of weights that a token is multiplied with in one pass: all of the MLP's, or
+        one expert's.
+        """
         raise NotImplementedError
 
     def dense_passes(self, tokens: float) -> float:
@@ -242,7 +245,5 @@ class FeedForward(nn.Module):
         return torch.ones(1, 1)
 
     def inactive_weights(self) -> int:
-        """Return the number of weights that a token could use but does not: those of experts that it does
-        not choose.
-        """
+        """Return the number of weights that a token could use but does not: those of the experts not chosen."""
         return 0

@@ -56,10 +56,10 @@ class _Joined(RowDataset):
 class BlendedWindows(_Joined):
     """A dataset of training rows from several sources, mixed in shares that may change over the training.
 
-    Each source is divided into windows side by side, which are read in an order shuffled by the seed, each once, then
-    again in another order. sources: the windows of each source. names: the sources' names, in the same order. blend:
-    their shares. seed: of the choice of sources. once: raise ValueError if `rows` rows would need a window twice. Row i
-    depends on `rows`, because the shares depend on the progress i / rows.
+    Each source is divided into adjacent windows, which are read once each in an order shuffled by the seed, then again
+    in another order. sources: the windows of each source. names: the sources' names, in the same order. blend: the
+    sources' shares. seed: the seed of the choice of sources. once: whether to raise ValueError if `rows` rows would
+    need a window twice. Row i depends on `rows`, because the shares depend on the progress i / rows.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)

@@ -23,8 +23,8 @@ class Blend:
     """The shares in which training rows come from several sources, constant or changing over the training.
 
     start: the share of each source by name, up to the point `anneal_from` of the training; any unit, as only
-    proportions count. end: the shares at the last row, reached linearly; None: `start` throughout. anneal_from: where
-    the change begins, as a part of the training in [0, 1). Raises ValueError for negative shares or only zeros.
+    proportions count. end: the shares at the last row, reached linearly; None means `start` throughout. anneal_from:
+    where the change begins, as a part of the training in [0, 1). Raises ValueError for negative shares or only zeros.
     """
 
     start: dict[str, float]
@@ -51,7 +51,7 @@ class Blend:
     def shares(self, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the share of each of S sources for each of N rows, [N, S]; each row of the result sums to 1.
 
-        progress_N: the part of the training that is done at each row, from 0 to 1. The sources are in the order of
+        progress_N: the fraction of training completed at each row, from 0 to 1. The sources are in the order of
         `sources`.
         """
         import numpy as np
@@ -77,15 +77,16 @@ class DataConfig:
     """The training and evaluation data of a run.
 
     corpus: a name of `CORPORA`, with an argument after a colon where it needs one. tokenizer: `char`, `byte`,
-    `bpe:SIZE` or `pretrained:NAME_OR_PATH`; None: the corpus's default. context: tokens per row. packing: "stream":
-    documents follow each other, separated by eos; "packed": rows also have document_ids and position_ids, so that
-    attention keeps documents apart. seed: of the choice of training rows. sampling: None: training rows are windows at
-    random places; "once": windows side by side in random order, none read twice. With shards, rows always lie side by
-    side, and None reads all of them before any a second time. blend: for shards, the share of each source; None:
-    proportional to its tokens. train_rows: number of training rows; None: as many windows as fit side by side into the
-    text, or 65,536 synthetic rows. Unless a blend changes, row i does not depend on it. validation_rows: number of
-    validation rows; None: the whole split, or 1,024 synthetic rows. Raises ValueError for invalid values: synthetic
-    tasks accept no tokenizer, packing or sampling, shards no tokenizer.
+    `bpe:SIZE` or `pretrained:NAME_OR_PATH`; None means the corpus's default. context: tokens per row. packing:
+    "stream": documents follow each other, separated by eos; "packed": rows also have document_ids and position_ids, so
+    that attention keeps documents apart. seed: the seed by which training rows are chosen. sampling: None means
+    training rows are windows at random places; "once": windows side by side in random order, none read twice. With
+    shards, rows always lie side by side, and None reads all of them before any a second time. blend: for shards, the
+    share of each source; None means that it is proportional to the source's tokens. train_rows: number of training
+    rows; None means as many windows as fit side by side into the text, or 65,536 synthetic rows. Unless a blend
+    changes, row i does not depend on it. validation_rows: number of validation rows; None means the whole split, or
+    1,024 synthetic rows. Raises ValueError for invalid values: synthetic tasks accept no tokenizer, packing or
+    sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"

@@ -22,8 +22,8 @@ class CorpusEntry:
     of token ids; "mixed" puts such rows into the text of another corpus; "shards" has token ids on disk with their
     tokenizer. known: whether rows have a field `difficulty` (the depth that each token needs is known). load: returns
     the corpus, given what follows the colon in its name ("" if nothing does); None for corpora without text. argument:
-    how that part is written, such as "PATH"; "": there is none. required: whether the name needs it. tokenizer: the
-    default tokenizer; None if none can be chosen.
+    how that part is written, such as "PATH"; "" means that there is none. required: whether the name needs it.
+    tokenizer: the default tokenizer; None if none can be chosen.
     """
 
     summary: str
@@ -134,7 +134,7 @@ def find_entry(name: str) -> tuple[CorpusEntry, str]:
 def knows_difficulty(name: str | None) -> bool:
     """Return whether rows of this corpus have a field `difficulty`, which says which tokens need depth; False for None.
 
-    name: of the corpus, as in `DataConfig.corpus`.
+    name: the corpus's name, as in `DataConfig.corpus`.
     """
     return name is not None and find_entry(name)[0].known
 

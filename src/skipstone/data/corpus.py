@@ -21,9 +21,10 @@ Percent = Sequence[int | Fraction]
 class Corpus:
     """A named corpus of text, divided into splits; each split is a tuple of documents (strings).
 
-    A corpus that is one continuous text has one document per split. name: as in `DataConfig.corpus`. description,
-    licence: one line each. readers: for each split ("train", "validation", perhaps "test"), the function that reads its
-    documents; it is called by `documents`, so that other splits work if the files of one are missing.
+    A corpus that is one continuous text has one document per split. name: its name, as in `DataConfig.corpus`.
+    description, licence: texts of one line each. readers: functions that read the documents of a split, by split
+    ("train", "validation", perhaps "test"); `documents` calls only the one it needs, so that other splits work if the
+    files of one are missing.
     """
 
     name: str

@@ -30,10 +30,11 @@ CHUNK = 1 << 20  # bytes
 class SourceFile:
     """A published file: where to find it on this machine or on the web, and how to check it.
 
-    path: below the data folder, such as `enwik8/enwik8`. size: in bytes. sha256: in lower-case hexadecimal. url: its
-    address; None: it cannot be downloaded. member: the name of the file in the zip archive at `url`; None: `url` is the
-    file itself. download_size: size of that archive in bytes. system: absolute paths where system packages install the
-    file. hint: what the user can do if the file is missing. A size or hash that is None is not checked.
+    path: its path below the data folder, such as `enwik8/enwik8`. size: its size in bytes. sha256: its hash in
+    lower-case hexadecimal. url: its address; None means that it cannot be downloaded. member: the name of the file in
+    the zip archive at `url`; None means that `url` is the file itself. download_size: size of that archive in bytes.
+    system: absolute paths where system packages install the file. hint: what the user can do if the file is missing. A
+    size or hash that is None is not checked.
     """
 
     path: str

@@ -22,7 +22,7 @@ def python_stdlib(argument: str) -> Corpus:
     """Return the corpus of the running Python's standard library; each .py file is a document.
 
     The library's tests are included if they are installed. argument: per cent of the documents for train, validation
-    and test, such as "99-0.5-0.5"; "": "90-5-5". Documents are assigned by hash of their text.
+    and test, such as "99-0.5-0.5"; "" means "90-5-5". Documents are assigned by hash of their text.
     """
     return Corpus(
         name="python-stdlib",
@@ -35,7 +35,7 @@ def python_stdlib(argument: str) -> Corpus:
 def python_packages(argument: str) -> Corpus:
     """Return the corpus of the standard library, torch and transformers (over 100 MB); each .py file is a document.
 
-    argument: as in `python_stdlib`.
+    argument: the shares of the splits, as in `python_stdlib`.
     """
     return Corpus(
         name="python-packages",

@@ -37,10 +37,10 @@ PLACE_STREAMS, SPAN_STREAM = 64, 32  # far from the streams from which windows a
 class MixedWindows(RowDataset):
     """A dataset of text windows, half of which contain a span of 32 tokens from the synthetic task Switched-S3.
 
-    The depth that the span's tokens need is known, while that of text is not (`difficulty` -2). text: the windows.
-    first_id: id of the first of the span's 15 tokens, which follow the text's vocabulary. seed, stream: of the spans;
-    row i is a function of the text's row i and of (seed, stream, i). Targets are in `shift_labels`, aligned with the
-    inputs, and in `labels`, one place later. Raises ValueError for a context of fewer than 34 tokens.
+    The depth that a span's tokens need is known; for text tokens it is not (`difficulty` is -2). text: the windows.
+    first_id: id of the first of the span's 15 tokens, which follow the text's vocabulary. seed, stream: numbers that
+    choose the spans; row i is a function of the text's row i and of (seed, stream, i). Targets are in `shift_labels`,
+    aligned with the inputs, and in `labels`, one place later. Raises ValueError for a context of fewer than 34 tokens.
     """
 
     text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)
@@ -81,7 +81,7 @@ class MixedWindows(RowDataset):
 
     @property
     def num_labels(self) -> int:
-        """The number of predictions in all rows: those of the text, minus one per span. Only for evaluation windows.
+        """The number of predictions in all rows: the text's, minus one per span. Only for evaluation windows.
 
         The token before a span has no target, because the first token of a span is random.
         """

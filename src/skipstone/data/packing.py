@@ -58,8 +58,8 @@ class RandomWindows(_Windows):
 
     Rows have input_ids and labels, int64 (T,); labels are the ids themselves, or -100 where nothing in the row predicts
     the token. ids: token ids of the split. context: tokens per row, T. document_starts: index of each document's first
-    token, for rows with document_ids and position_ids; None: rows without. There are no epochs. Raises ValueError if
-    `ids` is shorter than a row.
+    token, for rows with document_ids and position_ids; None means rows without these fields. There are no epochs.
+    Raises ValueError if `ids` is shorter than a row.
     """
 
     seed: int
@@ -81,7 +81,7 @@ class RandomWindows(_Windows):
 class WindowsOnce(_Windows):
     """A dataset of training rows that reads no token twice: windows side by side, in an order shuffled by `seed`.
 
-    ids, context, document_starts: as in `RandomWindows`. Raises ValueError if `rows` is larger than the number of
+    ids, context and document_starts are as in `RandomWindows`. Raises ValueError if `rows` is larger than the number of
     windows.
     """
 
@@ -137,8 +137,8 @@ class CoveringWindows(_Windows):
 
     Together they predict every token exactly once, except for the first one and, if `document_starts` is given, the
     first one of each document. The last row may be shorter; `collate` pads it. With fewer `rows`, they cover the
-    beginning of the text. ids, context, document_starts: as in `RandomWindows`. Raises ValueError for fewer than two
-    tokens, or more rows than are needed.
+    beginning of the text. ids, context and document_starts are as in `RandomWindows`. Raises ValueError for fewer than
+    two tokens, or more rows than are needed.
     """
 
     def __post_init__(self) -> None:

@@ -40,15 +40,15 @@ EVALUATION_SEED = 0  # all runs are evaluated on the same synthetic rows, whatev
 class PreparedData:
     """The datasets of a run, with their tokenizer and counts.
 
-    config: what they were made from. description: of the corpus, one line. train: training rows, to be read in order (a
-    sequential sampler), because row i is already a random draw; `dataclasses.replace(train, rows=n)` sets their number;
-    None if not requested. validation: rows that predict every token of the split once (`CoveringWindows`), or synthetic
-    rows that are the same for every seed. tokenizer: None for synthetic tasks. vocab_size: all ids are below it.
-    pad_id: the id with which `collate` pads. validation_labels: number of predictions in all rows of `validation`.
-    validation_bytes: UTF-8 bytes of the text that these rows cover, for bits per byte = summed loss in nats / ln 2 /
-    validation_bytes (losses on eos tokens count, which have no bytes); None for synthetic tasks and mixed corpora.
-    fingerprint: SHA-256 of all token ids, or of the manifests of shards, by which a resumed run recognises its data;
-    None for synthetic tasks and without training rows.
+    config: the configuration they were made from. description: one line about the corpus. train: training rows, to be
+    read in order (a sequential sampler), because row i is already a random draw; `dataclasses.replace(train, rows=n)`
+    sets their number; None if not requested. validation: rows that predict every token of the split once
+    (`CoveringWindows`), or synthetic rows that are the same for every seed. tokenizer: None for synthetic tasks.
+    vocab_size: all ids are below it. pad_id: the id with which `collate` pads. validation_labels: number of predictions
+    in all rows of `validation`. validation_bytes: UTF-8 bytes of the text that these rows cover, for bits per byte =
+    summed loss in nats / ln 2 / validation_bytes (losses on eos tokens count, which have no bytes); None for synthetic
+    tasks and mixed corpora. fingerprint: SHA-256 of all token ids, or of the manifests of shards, by which a resumed
+    run recognises its data; None for synthetic tasks and without training rows.
     """
 
     config: DataConfig
@@ -79,10 +79,10 @@ def prepare(
 ) -> PreparedData:
     """Load, tokenise and cut the data of a run into rows.
 
-    config: what data. tokenizer: to use instead of the one that `config` names, such as that of a saved run. train:
-    whether to load training rows; False: evaluation works even if the training split is missing. split: which split
-    becomes `validation`: "validation" or "test". Raises ValueError or FileNotFoundError for unknown names, missing
-    files, and corpora that are too small for one row.
+    config: the data to load. tokenizer: a tokenizer to use instead of the one that `config` names, such as a saved
+    run's. train: whether to load training rows; if False, the training split may be missing. split: which split becomes
+    `validation`: "validation" or "test". Raises ValueError or FileNotFoundError for unknown names, missing files, and
+    corpora that are too small for one row.
     """
     entry, _ = find_entry(config.corpus)
     if entry.kind == "synthetic":

@@ -58,7 +58,7 @@ GCIDE = SourceFile(
 def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
     """Return the corpus tiny-shakespeare, one continuous text, cut into 90 % train and 10 % validation by default.
 
-    argument: another division in per cent, such as "80-10-10"; "": the default. source: the file to read.
+    argument: another division in per cent, such as "80-10-10"; "" means the default. source: the file to read.
     """
     percent = parse_percent(argument or "90-10", "corpus tiny-shakespeare")
     return Corpus(

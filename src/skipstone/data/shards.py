@@ -66,9 +66,10 @@ class Shard:
 class Manifest:
     """The description of a folder of shards, stored in its manifest.json.
 
-    format_version: of the file format. settings: arguments of `write_shards`. tokenizer_sha256: hash of tokenizer.json.
-    vocab_size: number of ids. dtype: of the ids, "uint16" or "uint32". splits: the shards of each split, in order.
-    tokenizer_files: SHA-256 of every file of the tokenizer by name; empty in manifests of earlier releases.
+    format_version: version of the file format. settings: arguments of `write_shards`. tokenizer_sha256: hash of
+    tokenizer.json. vocab_size: number of ids. dtype: the dtype of the ids, "uint16" or "uint32". splits: the shards of
+    each split, in order. tokenizer_files: SHA-256 of every file of the tokenizer by name; empty in manifests of earlier
+    releases.
     """
 
     format_version: int
@@ -82,7 +83,7 @@ class Manifest:
     def total(self, split: str, what: str) -> int:
         """Return a sum over the shards of a split.
 
-        split: such as "train". what: the field of `Shard` to add up: "tokens", "documents" or "bytes".
+        split: its name, such as "train". what: the field of `Shard` to add up: "tokens", "documents" or "bytes".
         """
         return sum(getattr(shard, what) for shard in self.splits[split])
 
@@ -186,7 +187,7 @@ def fingerprint(sets: Mapping[str, ShardSet]) -> str:
 def check(folder: Path, manifest: Manifest, splits: Sequence[str]) -> None:
     """Read all files of these splits; raise ValueError for the first whose size or SHA-256 is not the manifest's.
 
-    folder: where the files are. splits: such as ["train"].
+    folder: where the files are. splits: their names, such as ["train"].
     """
     itemsize = DTYPES[manifest.dtype].itemsize
     for shard in (shard for split in splits for shard in manifest.splits[split]):

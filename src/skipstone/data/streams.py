@@ -22,8 +22,8 @@ ONE_BY_ONE = "documents"
 class Source:
     """Documents to be read one after another, as a stream for each split or as a single stream without splits.
 
-    streams: for each split, the function that begins reading; a stream called "" is to be divided into splits by the
-    hash of each document's text. size: bytes of the files that are read; None if unknown. unit: what progress is
+    streams: functions that begin reading, by split; one called "" reads a stream that is to be divided into splits by
+    the hash of each document's text. size: bytes of the files that are read; None if unknown. unit: what progress is
     counted in, "documents" or "bytes of JSON". total: how many of these there are; None if unknown.
     """
 
@@ -37,8 +37,8 @@ def open_source(name: str, field: str | None = None) -> Source:
     """Open a corpus for reading one document after another, for text that does not fit into memory.
 
     name: `jsonl:PATH` or `hf:...` are streamed; any other text corpus of the registry is read as a whole, with its own
-    splits. field: the field of a JSON object or dataset row that contains the text; None: "text" (of a dataset also its
-    only column of strings). Raises ValueError or FileNotFoundError for what cannot be read.
+    splits. field: the field of a JSON object or dataset row that contains the text; None means "text" (of a dataset
+    also its only column of strings). Raises ValueError or FileNotFoundError for what cannot be read.
     """
     head, _, argument = name.partition(":")
     if head == "jsonl":

@@ -58,11 +58,11 @@ MULTIPLY = _multiply()
 class ResetS3(RowDataset):
     """A dataset for Reset-S3: rows of fillers, and of operations on a state (a permutation of three things).
 
-    The label of an operation is the state after it, that of a filler the filler itself. seed: of the rows. stream:
-    separates training from validation rows; row i is a function of (seed, stream, i). context: tokens per row, T. Rows
-    have int64 (T,): input_ids; shift_labels, the target of the logits at the same place; labels, the same targets one
-    place later; and difficulty, the number of operations since the last reset (-1 for fillers), which is the depth that
-    a token needs.
+    An operation's label is the state after it; a filler's label is the filler itself. seed: the seed of the rows.
+    stream: separates training from validation rows; row i is a function of (seed, stream, i). context: tokens per row,
+    T. Rows have int64 (T,): input_ids; shift_labels, the target of the logits at the same place; labels, the same
+    targets one place later; and difficulty, the number of operations since the last reset (-1 for fillers), which is
+    the depth that a token needs.
     """
 
     seed: int

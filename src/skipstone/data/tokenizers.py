@@ -58,8 +58,8 @@ def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase
     `<eos>`, `<pad>`; unseen characters become `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is `<eos>`, 257
     is `<pad>`; it represents any text. `bpe:SIZE`: the 256 bytes, then the pairs that byte-level BPE merges in the
     corpus's train text, then `<eos>` and `<pad>`; at most SIZE ids, fewer for short texts; it represents any text, too.
-    `pretrained:NAME_OR_PATH`: as published, without additions. corpus: needed for `char` and `bpe:SIZE` only. Raises
-    ValueError for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
+    `pretrained:NAME_OR_PATH`: the tokenizer as published, without additions. corpus: needed for `char` and `bpe:SIZE`
+    only. Raises ValueError for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
     """
     check_spec(spec)
     if spec == "char":

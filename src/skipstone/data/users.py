@@ -144,8 +144,9 @@ def huggingface(argument: str) -> Corpus:
 def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
     """Return the splits of a Hugging Face dataset by name.
 
-    argument: as in `huggingface`. streaming: read rows one after another instead of downloading everything first.
-    Raises ValueError without the package `datasets`, FileNotFoundError if the dataset cannot be loaded.
+    argument: the dataset, as in `huggingface`. streaming: whether to read rows one after another instead of downloading
+    everything first. Raises ValueError without the package `datasets`, FileNotFoundError if the dataset cannot be
+    loaded.
     """
     try:
         import datasets

@@ -43,7 +43,7 @@ class Signature:
     def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[object, ...], kwargs: PlainDict) -> PlainDict:
         """Return all arguments of a call of the block by name, except the hidden states.
 
-        block: the module itself. x_BTD: the hidden states. args, kwargs: the other arguments as given.
+        block: the module itself. x_BTD: the hidden states. args, kwargs: the call's other arguments.
         """
         bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
         values: PlainDict = {}
@@ -59,8 +59,8 @@ class Signature:
 class Subset:
     """Some of the B x T tokens of a call: whole rows, or K tokens of every row.
 
-    shape: (B, T). rows: the whole rows; None: `index_BK` says which tokens. index_BK: int64, positions of the K tokens
-    in each row, or None.
+    shape: (B, T). rows: the whole rows; None means that `index_BK` says which tokens. index_BK: int64, positions of the
+    K tokens in each row, or None.
     """
 
     shape: torch.Size  # B, T
@@ -71,7 +71,7 @@ class Subset:
     def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
         """Return the tokens that a selection selects, as positions in the whole call.
 
-        part: the selection. shape: (B, T) of the call. device: that of the tokens.
+        part: the selection. shape: (B, T) of the call. device: the device of the tokens.
         """
         if isinstance(part, WholeRows):
             return cls(shape, rows=part.rows)
@@ -96,8 +96,8 @@ class Subset:
 def for_tokens(arguments: PlainDict, subset: Subset, keys_too: bool = False) -> PlainDict:
     """Return the arguments of a block's call for some of its tokens: masks, positions and other tensors are gathered.
 
-    arguments: by name. subset: the tokens, which become the queries. keys_too: whether the other tokens are left out as
-    keys, too; False: attention still sees them.
+    arguments: the block's arguments by name. subset: the tokens, which become the queries. keys_too: whether the other
+    tokens are left out as keys, too; if False, attention still sees them.
     """
     return {name: _picked(name, value, subset, keys_too) for name, value in arguments.items()}
 
@@ -135,8 +135,8 @@ def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
 
 
 def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | None]) -> PlainDict:
-    """Return a copy of the arguments in which `change` has been applied to the attention mask (None: there
-    was none).
+    """Return a copy of the arguments in which `change` has been applied to the attention mask (None if
+    there was none).
     """
     return {**arguments, "attention_mask": change(arguments.get("attention_mask"))}
 

@@ -35,8 +35,8 @@ TOLERANCE, LOW_TOLERANCE = 1e-4, 0.05  # errors relative to the largest update
 class Owner(Protocol):
     """What a `RoutedBlock` needs of the object that holds all routed blocks (`RoutedDecoder`).
 
-    verifying: whether each block compares its result with that of computing all tokens. tokens_at: returns the tokens
-    of a block's call. note: receives the records of a block.
+    verifying: whether each block compares its result with the result of computing all tokens. tokens_at: returns the
+    tokens of a block's call. note: receives the records of a block.
     """
 
     @property
@@ -49,8 +49,8 @@ class RoutedBlock:
     """A replacement for the `forward` of a foreign decoder's block that runs the block inside its depth mechanisms.
 
     decoder: the owner of all routed blocks. layer: the block's index. block: the module, whose `forward` is replaced.
-    signature: that of its original forward. mechanisms: become the child module "mechanisms" of the block, the first
-    outermost.
+    signature: the signature of its original forward. mechanisms: the depth mechanisms, the first outermost, which
+    become the block's child module "mechanisms".
     """
 
     def __init__(

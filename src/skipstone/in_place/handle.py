@@ -37,8 +37,8 @@ class RoutedDecoder:
     records: decisions of the last forward pass, a dict by mechanism name for each block. executor: "gathered" computes
     kept tokens only; "masked" computes all tokens and discards the others' updates, with equal results.
     training_routing: how passes in training mode with gradients decide: "oracle" may look at the whole row, "causal" at
-    earlier tokens only; all other passes are causal. routing: the same for every pass; None: as described. forced:
-    decisions to impose, bool masks [B, T] of kept tokens by block index.
+    earlier tokens only; all other passes are causal. routing: "oracle" or "causal" for every pass; None means the rule
+    just described. forced: decisions to impose, bool masks [B, T] of kept tokens by block index.
     """
 
     def __init__(
@@ -105,8 +105,7 @@ class RoutedDecoder:
     def advance(self, progress: float) -> None:
         """Update thresholds and schedules from the last pass, once per optimizer step of a custom training loop.
 
-        progress: the share of the training that is done, from 0 to 1. With transformers' Trainer, `RoutingMixin` does
-        this.
+        progress: the fraction of training completed, from 0 to 1. With transformers' Trainer, `RoutingMixin` does this.
         """
         for mechanism in self.routing_modules():
             place = mechanism.placement

@@ -56,10 +56,11 @@ class Catching(_Between):
 
 
 class Joining(_Between):
-    """A cache that merges keys and values of some tokens with those of the others, so that attention sees all.
+    """A cache that merges keys and values of some tokens with the others', so that attention sees all.
 
-    cache: the model's cache, which stores the merged ones; None: nothing is stored. join: merges a pair (keys, values)
-    of the running tokens with the others'. rows: selects the batch rows that run. calls: how often `update` was called.
+    cache: the model's cache, which stores the merged ones; None means that nothing is stored. join: merges a pair
+    (keys, values) of the running tokens with the others'. rows: selects the batch rows that run. calls: how often
+    `update` was called.
     """
 
     def __init__(self, cache: Any, join: Callable[[Pair], Pair], rows: Callable[[Tensor], Tensor]) -> None:
@@ -67,7 +68,7 @@ class Joining(_Between):
         self._stores, self._join, self._rows = cache is not None, join, rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
-        """Merge keys and values with those of the other tokens, store them, and return those of the rows that run."""
+        """Merge keys and values with the other tokens', store them, and return those of the rows that run."""
         self.calls += 1
         pair = self._join((key_states, value_states))
         if self._stores:

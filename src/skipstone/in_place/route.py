@@ -32,8 +32,8 @@ def route(
     return hidden states, alone or first in a tuple. mechanisms: entries as in `SkipstoneConfig` (name, layers,
     options), around whole blocks, with `kv: full` by default (skipped tokens still provide keys and values); or a
     folder that `RoutedDecoder.save` has written. dense_start: whether to start with the outputs of the model itself,
-    for fine-tuning; options that are not given are then those of `skipstone adapt`. verify: whether to check on a few
-    tokens that every routed block gives the same result with skipping as with computing everything.
+    for fine-tuning; options that are not given then take the defaults of `skipstone adapt`. verify: whether to check on
+    a few tokens that every routed block gives the same result with skipping as with computing everything.
 
     Raises ValueError for invalid entries, for models whose blocks have another form, and for a block that fails the
     check; the model is left as it was.

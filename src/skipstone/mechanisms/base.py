@@ -34,10 +34,10 @@ class DepthMechanism(DepthModule):
     def __init__(
         self, hidden_size: int, placement: Placement | None = None, config: object = None, **options: object
     ) -> None:
-        """Store the width D, the placement (None: the only block of a model) and the options.
+        """Store the width D, the placement (None means the only block of a model) and the options.
 
-        config: an instance of `Config`; None: `options`, the fields of `Config`, are parsed. Raises ValueError if both
-        are given or an option is not allowed.
+        config: an instance of `Config`; if None, `options`, the fields of `Config`, are parsed. Raises ValueError if
+        both are given or an option is not allowed.
         """
         super().__init__()
         self.config = parsed(self.Config, config, options)
@@ -64,12 +64,12 @@ class DepthMechanism(DepthModule):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the wrapped block works on, given those that reach the mechanism.
+        """Return the numbers of tokens that the wrapped block works on, given the tokens that reach the mechanism.
 
-        counts: the latter. kept: the measured counts of the tokens that the mechanism keeps; None: not measured, so the
-        configuration decides. oracle: whether the pass is a training pass, whose decisions may look at the whole row.
-        By default, skipped tokens still provide keys and values, and nothing is skipped in a training pass or if `kept`
-        is None.
+        counts: the tokens that reach the mechanism. kept: the measured counts of the tokens that the mechanism keeps;
+        None means that they were not measured and follow from the configuration. oracle: whether the pass is a training
+        pass, whose decisions may look at the whole row. By default, skipped tokens still provide keys and values, and
+        nothing is skipped in a training pass or if `kept` is None.
         """
         if oracle or kept is None:
             return counts
@@ -100,7 +100,7 @@ class DepthMechanism(DepthModule):
         All tensors are [B, T]. score_BT: fp32 router logits. kept_BT: bool, the tokens that get the update. weight_BT:
         fp32 factor on the update, 0 for skipped tokens. reached_BT: bool, the tokens that are no padding and not
         skipped by an outer mechanism. loss_BT: fp32 auxiliary loss of each token, or None. carry: new values of the
-        tensors that are passed to the next block, by name; None: there are none.
+        tensors that are passed to the next block, by name; None means that there are none.
         """
         record = DepthRecord(score_BT, kept_BT, weight_BT, reached_BT, loss_BT, carry or {})
         return {self.placement.name or type(self).__name__: record}

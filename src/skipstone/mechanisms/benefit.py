@@ -23,8 +23,8 @@ from skipstone.core.tokens import BENEFIT, Tokens
 def benefit_loss(score_BT: Tensor, tokens: Tokens, layer: int) -> Tensor:
     """Return a loss per token, fp32 [B, T], that trains router scores to predict a block's measured benefit.
 
-    The benefit of a token is by how many nats its loss falls because the block updates it; a trainer measures it and
-    stores it in `tokens.state` under `BENEFIT` with the index `layer`, NaN where it was not measured. score_BT: the
+    A token's benefit is the number of nats by which its loss falls because the block updates it; a trainer measures it
+    and stores it in `tokens.state` under `BENEFIT` with the index `layer`, NaN where it was not measured. score_BT: the
     scores, fp32. The loss is the Huber loss between score and benefit, 0 for unmeasured tokens, scaled so that its mean
     over all tokens equals the mean over the measured ones. It is 0 everywhere if nothing was measured.
     """

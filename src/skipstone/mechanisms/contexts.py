@@ -55,7 +55,7 @@ class Memory:
     def keep(self, **entries_BTS: Tensor) -> None:
         """Append values of this call's tokens to the cache, with their documents if given; without a cache, do nothing.
 
-        entries_BTS: by name, tensors [B, T, S] with S values per token.
+        entries_BTS: tensors [B, T, S] by name, with S values per token.
         """
         if self.cache is None:
             return
@@ -68,8 +68,9 @@ class Memory:
 def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
     """Return the mean of z over each token's whole document, later tokens included, fp32 [B, T, R].
 
-    This is the context of the PolyGLU paper (arXiv 2603.13347). z_BTR: fp32, R features of each token. tokens: gives
-    each token's document, and the padding, which is left out. If each row is one document, the result is [B, 1, R].
+    This is the context of the PolyGLU paper (arXiv 2603.13347). z_BTR: fp32, R features of each token. tokens: the
+    tokens of this call, with their documents; padding is left out. If each row is one document, the result is [B, 1,
+    R].
     """
     real_BT1 = _real(z_BTR, tokens)
     if tokens.document_BT is None:
@@ -82,8 +83,8 @@ def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
     """Return the mean of z over the tokens of the same document up to and including each token, fp32 [B, T, R].
 
-    z_BTR: fp32, R features of each token; padding is left out. memory: the sums of earlier calls, to which those of
-    this call are appended.
+    z_BTR: fp32, R features of each token; padding is left out. memory: the sums stored by earlier calls, to which this
+    call's sums are appended.
     """
     total_BTS = _running_sum(z_BTR, tokens, memory, memory.last("sum"))
     memory.keep(sum=total_BTS)
@@ -93,9 +94,9 @@ def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
 def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
     """Return the exponentially weighted mean of z up to and including each token of a document, fp32 [B, T, R].
 
-    z_BTR: fp32, R features of each token; padding is left out. memory: the sums of earlier calls, to which those of
-    this call are appended. decay: in (0, 1); a token n back, padding not counted, has weight decay^n. The weighted sum
-    is divided by the sum of the weights.
+    z_BTR: fp32, R features of each token; padding is left out. memory: the sums stored by earlier calls, to which this
+    call's sums are appended. decay: a number in (0, 1); a token n places back, not counting padding, has weight
+    decay^n. The weighted sum is divided by the sum of the weights.
     """
     total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)
@@ -106,7 +107,7 @@ def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tens
     """Return for each token the mean of z over all chunks before its own, fp32 [B, T, R]; 0 in the first chunk.
 
     A document is divided into chunks of `size` tokens, padding not counted. z_BTR: fp32, R features of each token.
-    memory: the sums of earlier calls, to which those of this call are appended.
+    memory: the sums stored by earlier calls, to which this call's sums are appended.
     """
     last_B1S, done_B1S = memory.last("sum"), memory.last("done")
     total_BTS = _running_sum(z_BTR, tokens, memory, last_B1S)
@@ -126,8 +127,8 @@ def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay:
 
     All tokens of a chunk thus share one context, which is known when the chunk begins. A document is divided into
     chunks of `size` tokens, padding not counted; padding before the first token of a row is a chunk of its own. z_BTR:
-    fp32, R features of each token. memory: the state of earlier calls, to which that of this call is appended. decay:
-    weight decay^n of the token n tokens back, as in `exponential_mean`.
+    fp32, R features of each token. memory: the state stored by earlier calls, to which this call's state is appended.
+    decay: weight decay^n of the token n tokens back, as in `exponential_mean`.
     """
     state, R = memory.last("state"), z_BTR.shape[-1]
     last_B1S, last_B11, last_B1R = (None, None, None) if state is None else state.split((R + 1, 1, R), -1)

@@ -16,7 +16,7 @@ from skipstone.mechanisms.schedules import UNIT, Progress
 class Exploration(nn.Module):
     """Add Gumbel noise to router scores in training, so that tokens just below the threshold are sometimes kept.
 
-    scale: the initial factor on the noise. until: the share of the training, in (0, 1], over which the factor falls
+    scale: the initial factor on the noise. until: the fraction of the training, in (0, 1], over which the factor falls
     linearly to 0. The noise affects which tokens are selected, not the weights of their updates.
     """
 
@@ -31,7 +31,7 @@ class Exploration(nn.Module):
         score_BT: router scores. noise_BT: uniform random numbers in (0, 1). reached_BT: bool, the tokens over which
         quantiles are taken. capacity: the share of tokens to keep, given if a threshold decides; all scores are then
         shifted so that their (1 - capacity) quantile over the call is that of the scores without noise, which the
-        threshold fits. None: no shift, for top-k.
+        threshold fits. None means no shift, for top-k.
         """
         score_BT = score_BT.detach()
         # read from the buffer; a Python number would make torch.compile build a new graph in every step

@@ -46,9 +46,9 @@ def gate(
 def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:
     """Return gains with the values of a pass that skips tokens and the gradient of the soft gates, fp32 [B, T].
 
-    open_BT: soft gates, which receive the gradient. gain_BT: gain of a kept token; None: 1. kept_BT: bool; the gain of
-    other tokens is 0. Because the gates of skipped tokens get a gradient too, the updates of these tokens have to be
-    computed.
+    open_BT: soft gates, which receive the gradient. gain_BT: gain of a kept token; None means 1. kept_BT: bool; the
+    gain of other tokens is 0. Because the gates of skipped tokens get a gradient too, the updates of these tokens have
+    to be computed.
     """
     value_BT = torch.where(kept_BT, 1.0 if gain_BT is None else gain_BT, 0.0).detach()
     return value_BT + (open_BT - open_BT.detach())

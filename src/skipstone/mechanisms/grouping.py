@@ -37,8 +37,8 @@ class GroupingConfig(NeuronChoiceConfig):
     """The options shared by the mechanisms that switch groups of adjacent MLP neurons on and off.
 
     group_size: neurons per group. capacity: share of the groups that is on for a token, in (0, 1]. capacity_warmup:
-    share of the training, in [0, 1), over which the capacity falls from 1 to its value. left: for each layer, the
-    number of groups left after pruning; None: nothing was pruned.
+    fraction of the training, in [0, 1), over which the capacity falls from 1 to its value. left: the number of groups
+    left after pruning, one per layer; None means that nothing was pruned.
     """
 
     group_size: int = 64
@@ -82,7 +82,7 @@ class GroupingConfig(NeuronChoiceConfig):
     def kept(self, neurons: int, capacity: float | None = None) -> int:
         """Return the number of groups that are on, floor(capacity * number of groups).
 
-        neurons: the MLP's neurons before pruning. capacity: a share in (0, 1]; None: the option `capacity`.
+        neurons: the MLP's neurons before pruning. capacity: a share in (0, 1]; None means the option `capacity`.
         """
         return quota(self.capacity if capacity is None else capacity, neurons // self.group_size)
 
@@ -94,8 +94,8 @@ class GroupingConfig(NeuronChoiceConfig):
 class ScheduledGroups(GroupRouter):
     """The base class of routers of neuron groups whose capacity (share of groups on) may fall during training.
 
-    config: the options. neurons: the MLP's neurons before pruning. placement: the block of the router; None: block 0.
-    total: the number of groups left after pruning.
+    config: the options. neurons: the MLP's neurons before pruning. placement: the block of the router; None means block
+    0. total: the number of groups left after pruning.
     """
 
     def __init__(self, config: GroupingConfig, neurons: int, placement: Placement | None) -> None:

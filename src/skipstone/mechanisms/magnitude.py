@@ -41,8 +41,8 @@ class MagnitudeGroupsConfig(GroupingConfig):
     """The options of neuron groups chosen by the magnitude of their activations, besides those of `GroupingConfig`.
 
     decision: always "magnitude"; it distinguishes these options from those of other neuron groups. capacity
-    (inherited): share of the groups for which the up projection is multiplied. down_capacity: share for which the down
-    projection is, in (0, capacity]; None: `capacity`.
+    (inherited): share of the groups for which the up projection is multiplied. down_capacity: share of the groups for
+    which the down projection is multiplied, in (0, capacity]; None means `capacity`.
     """
 
     decision: Literal["magnitude"] = "magnitude"
@@ -66,10 +66,10 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
     """A router that keeps a token's neuron groups with the largest activations; nothing is learned.
 
     In a gated MLP with a = act(W_gate x), it first chooses the groups with the largest mean |a| * typical_F, for which
-    W_up x is multiplied ("tried"), then those of them with the largest product of a and W_up x, for which W_down is
-    ("kept"). typical_F: the root mean square of each neuron of W_up x over some text, or 1. hidden_size is not used;
-    neurons: MLP neurons before pruning; options: `MagnitudeGroupsConfig`. Time is saved in calls of one token. Related:
-    CATS (arXiv 2404.08763).
+    W_up x is multiplied ("tried"), then, among these, the groups with the largest product of a and W_up x, for which
+    W_down is multiplied ("kept"). typical_F: the root mean square of each neuron of W_up x over some text, or 1.
+    hidden_size is not used; neurons: MLP neurons before pruning; options: `MagnitudeGroupsConfig`. Time is saved in
+    calls of one token. Related: CATS (arXiv 2404.08763).
     """
 
     Config: ClassVar[type[MagnitudeGroupsConfig]] = MagnitudeGroupsConfig
@@ -84,8 +84,8 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
     ) -> None:
         """Build the router.
 
-        hidden_size: not used. neurons: of the MLP before pruning. placement: the block of the router; None: block 0.
-        config: the options; None: `options`, the fields of `MagnitudeGroupsConfig`, are parsed.
+        hidden_size: not used. neurons: number of the MLP's neurons before pruning. placement: the block of the router;
+        None means block 0. config: the options; if None, `options`, the fields of `MagnitudeGroupsConfig`, are parsed.
         """
         read = parsed(MagnitudeGroupsConfig, config, options)
         super().__init__(read, neurons, placement)

@@ -183,9 +183,9 @@ class MixtureOfDepths(DepthMechanism):
         """Return the tokens to keep, bool [B, T]; padding may be among them, so callers have to exclude it.
 
         score_BT: router scores, fp32. seen_BTD: the hidden states as the router reads them, for decisions by another
-        network. tokens: says how to decide: with sight of the whole row ("oracle" routing), without later tokens
-        ("causal"), or as the caller imposes (`forced_BT`). Raises ValueError in a causal pass if the decision needs
-        later tokens.
+        network. tokens: the tokens of this call; their `mode.routing` and `forced_BT` say how to decide: with sight of
+        the whole row ("oracle" routing), without later tokens ("causal"), or as the caller imposes (`forced_BT`).
+        Raises ValueError in a causal pass if the decision needs later tokens.
         """
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(score_BT)
@@ -300,8 +300,8 @@ class MixtureOfDepths(DepthMechanism):
         """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
 
         Skipped tokens are not counted; with `kv: full` they count as keys and values. kept: the measured counts of kept
-        tokens; None: the configured capacity is assumed. oracle: whether this is a training pass; with a decision such
-        as top-k, it then computes floor(capacity * tokens) tokens whatever was measured.
+        tokens; None means that the configured capacity is assumed. oracle: whether this is a training pass; with a
+        decision such as top-k, it then computes floor(capacity * tokens) tokens whatever was measured.
         """
         static = oracle and self.decision.static
         if kept is None:

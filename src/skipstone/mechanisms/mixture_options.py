@@ -32,12 +32,12 @@ class MixtureOfDepthsConfig:
     """The options of Mixture-of-Depths, where a block computes only a share of the tokens.
 
     Which tokens: capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for
-    each routed block, or a `Ramp` {start, end, shape} over depth. None: .125, or .2 with decision "boundary", where the
-    text decides and cost estimates alone use the capacity. decision: the rule that keeps tokens: "ema_threshold"
-    (scores above a running quantile), "topk", "threshold", "predictor", "threshold_p", "boundary", "forced", "random"
-    or "positional" (their classes are in `DECISIONS`). threshold: probability in (0, 1) above which decision
-    "threshold_p" keeps a token. boundary: options of decision "boundary". capacity_warmup: share of the training over
-    which the capacity falls from 1; warmup_shape: "linear" or "cosine".
+    each routed block, or a `Ramp` {start, end, shape} over depth. None means .125, or .2 with decision "boundary",
+    where the text decides and cost estimates alone use the capacity. decision: the rule that keeps tokens:
+    "ema_threshold" (scores above a running quantile), "topk", "threshold", "predictor", "threshold_p", "boundary",
+    "forced", "random" or "positional" (their classes are in `DECISIONS`). threshold: probability in (0, 1) above which
+    decision "threshold_p" keeps a token. boundary: options of decision "boundary". capacity_warmup: fraction of the
+    training over which the capacity falls from 1; warmup_shape: "linear" or "cosine".
 
     The update: weight: factor on a kept token's update: "none" (1), "raw" (the score, as in the paper), "sigmoid" (of
     the score), or "tanh" (1 + a tanh(score), a learned from 0). kv: whether skipped tokens provide keys and values,

@@ -46,10 +46,10 @@ from skipstone.ops import score_linear
 class NeuronGroupsConfig(GroupingConfig):
     """The options of neuron groups chosen by a router, besides those of `GroupingConfig`.
 
-    chunk_size: number of consecutive tokens of a document that share a decision. decay: in (0, 1); in the router's
-    input, a mean over tokens, a token n back has weight decay^n. router_width: width R to which the input is projected.
-    balance_rate: by how much the bias of a group's ranking moves per step so that all groups are used equally often; 0:
-    no bias. decision: "learned", or "random" as a control.
+    chunk_size: number of consecutive tokens of a document that share a decision. decay: a number in (0, 1); the router
+    reads a mean over tokens in which a token n places back has weight decay^n. router_width: width R to which the input
+    is projected. balance_rate: how far a bias, added to a group's score for ranking, moves per step so that all groups
+    are used equally often; 0 means no bias. decision: "learned", or "random" as a control.
     """
 
     chunk_size: int = 64
@@ -89,8 +89,9 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
     ) -> None:
         """Build the router.
 
-        hidden_size: width D of the MLP's input. neurons: of the MLP before pruning. placement: the block of the router;
-        None: block 0. config: the options; None: `options`, the fields of `NeuronGroupsConfig`, are parsed.
+        hidden_size: width D of the MLP's input. neurons: number of the MLP's neurons before pruning. placement: the
+        block of the router; None means block 0. config: the options; if None, `options`, the fields of
+        `NeuronGroupsConfig`, are parsed.
         """
         read = parsed(NeuronGroupsConfig, config, options)
         super().__init__(read, neurons, placement)
@@ -129,7 +130,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
     def matrix_share(self, share: Share, single_token: bool) -> Share:
         """Return `share`, because all three matrices of the MLP are multiplied only for the groups that are on.
 
-        single_token: has no influence here.
+        single_token: ignored here.
         """
         return share
 
@@ -137,7 +138,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         """Return the groups that are on for each token, with their gains and a record (`GroupChoice`).
 
         x_BTD: the MLP's input, with any padding in place. tokens: the tokens' positions and documents. cache: the
-        layer's KV cache, which also stores the router's sums over earlier tokens; None: no earlier tokens.
+        layer's KV cache, which also stores the router's sums over earlier tokens; None means no earlier tokens.
         """
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias
@@ -175,8 +176,8 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
     def statistics(self, record: Record) -> Tensor | None:
         """Return the share of tokens for which each of G groups is on, [G], for updating the balancing bias.
 
-        The bias, added to scores when groups are ranked, is updated in `advance`. None if `balance_rate` is 0: no bias.
-        record: the router's record of one micro-batch.
+        The bias, added to scores when groups are ranked, is updated in `advance`. None if `balance_rate` is 0, because
+        there is no bias then. record: the router's record of one micro-batch.
         """
         record = expect(record, NeuronGroupsRecord)
         return self.share(record) if self.config.balance_rate else None

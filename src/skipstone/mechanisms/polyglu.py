@@ -61,10 +61,11 @@ class PolyGLUConfig:
     context: the gate's input at a token. "running_mean": the mean of the document's tokens so far; "exponential_mean":
     the same with weight decay^n for a token n back; "token": the token alone; "chunk": the mean of all earlier chunks
     of chunk_size tokens, 0 in the first; "sequence": the mean of the whole document as in the paper, which includes
-    later tokens and cannot generate. decay: in (0, 1). tau_start, tau_end: softmax temperature at the start and the end
-    of the training. noise: whether training adds Gumbel noise to the logits. router_width: hidden width of the gate.
-    preference_scale: factor between a neuron's preference parameters and its logits; above 1, preferences learn faster.
-    price: coefficient of an auxiliary loss on the expected share of neurons with a nonzero activation.
+    later tokens and cannot generate. decay: the decay of "exponential_mean", in (0, 1). tau_start, tau_end: softmax
+    temperature at the start and the end of the training. noise: whether training adds Gumbel noise to the logits.
+    router_width: hidden width of the gate. preference_scale: factor between a neuron's preference parameters and its
+    logits; above 1, preferences learn faster. price: coefficient of an auxiliary loss on the expected share of neurons
+    with a nonzero activation.
     """
 
     context: Context = "running_mean"
@@ -117,7 +118,7 @@ class PolyGLU(MixFigures, Activation):
         """Build the activation.
 
         hidden_size: width D of the MLP's input. neurons: F, of the MLP. placement: the block and the name of the
-        record. config: the options; None: `options`, the fields of `PolyGLUConfig`, are parsed.
+        record. config: the options; if None, `options`, the fields of `PolyGLUConfig`, are parsed.
         """
         super().__init__()
         self.config: PolyGLUConfig = parsed(PolyGLUConfig, config, options)
@@ -153,7 +154,7 @@ class PolyGLU(MixFigures, Activation):
 
         gate_BTF: pre-activations W_gate x of F neurons. x_BTD: the MLP's input, from which the context is computed.
         tokens: documents, padding and random seed. cache: the layer's KV cache, which also stores the context's sums;
-        None: no earlier tokens. runs: the neuron groups that are on, if not all; `gate_BTF` then holds only their
+        None means no earlier tokens. runs: the neuron groups that are on, if not all; `gate_BTF` then holds only their
         neurons.
         """
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
@@ -246,8 +247,8 @@ class PolyGLU(MixFigures, Activation):
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         """Set the temperature tau by linear interpolation from `tau_start` to `tau_end`.
 
-        progress: the share of the training that is over, from 0 to 1. With the default options this is the paper's
-        max(0.1, 1 - 0.9 * step / total). `statistics` is not used.
+        progress: the fraction of training completed, from 0 to 1. With the default options this is the paper's max(0.1,
+        1 - 0.9 * step / total). `statistics` is not used.
         """
         start, end = self.config.tau_start, self.config.tau_end
         self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))

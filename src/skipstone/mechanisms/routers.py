@@ -22,8 +22,8 @@ from skipstone.ops import score_linear
 class LinearRouter(nn.Module):
     """A linear router: score = w . x + b, computed in fp32 (Mixture-of-Depths, arXiv 2404.02258, section 3.4).
 
-    width: D, the size of x. start_bias: initial value of b; None: there is no bias. outputs: scores per token. norm:
-    whether x is divided by its root mean square.
+    width: D, the size of x. start_bias: initial value of b; None means that there is no bias. outputs: number of scores
+    per token. norm: whether x is divided by its root mean square.
     """
 
     def __init__(self, width: int, start_bias: float | None = None, outputs: int = 1, norm: bool = False) -> None:

@@ -21,7 +21,7 @@ UNIT = 1_000_000  # progress is stored as an integer, which casting a model does
 
 
 def between(start: float, end: float, share: float, shape: Shape) -> float:
-    """Interpolate from `start` to `end`: the former at share 0 and below, the latter at share 1 and above.
+    """Interpolate from `start`, at share 0 and below, to `end`, at share 1 and above.
 
     shape: "linear", or "cosine" for half a cosine wave, which begins and ends flat.
     """
@@ -67,8 +67,8 @@ def require_capacities(name: str, capacity: float | list[float] | Ramp) -> None:
 def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> float:
     """Return the capacity, a share in (0, 1], of one block.
 
-    capacity: a number for all routed blocks, a list with one for each, or a ramp over depth. placement: says which of
-    the routed blocks it is. Raises ValueError for a list whose length is not the number of routed blocks.
+    capacity: a number for all routed blocks, a list with one for each, or a ramp over depth. placement: the block's
+    position among the routed blocks. Raises ValueError for a list whose length is not the number of routed blocks.
     """
     if isinstance(capacity, Ramp):
         return between(capacity.start, capacity.end, placement.index / max(placement.count - 1, 1), capacity.shape)
@@ -134,9 +134,9 @@ class Progress(nn.Module):
 class Capacity(nn.Module):
     """The share of tokens that a block keeps: `now` falls from 1 to `final` over a warm-up of the training.
 
-    final: the share after the warm-up. warmup: the length of the warm-up as a share of the training; 0: none. shape: of
-    the fall, "linear" or "cosine". A warm-up lets a block learn on every token before it has to choose;
-    Mixture-of-Recursions (arXiv 2507.10524) has one as well.
+    final: the share after the warm-up. warmup: the length of the warm-up as a fraction of the training; 0 means no
+    warm-up. shape: the shape of the fall, "linear" or "cosine". A warm-up lets a block learn on every token before it
+    has to choose; Mixture-of-Recursions (arXiv 2507.10524) has one as well.
     """
 
     def __init__(self, final: float, warmup: float = 0.0, shape: Shape = "linear") -> None:
@@ -161,7 +161,7 @@ class Capacity(nn.Module):
         self.final = capacity
 
     def advance(self, progress: float) -> None:
-        """Update the warm-up, if there is one. progress: the share of the training that is over, from 0 to 1."""
+        """Update the warm-up, if there is one. progress: the fraction of training completed, from 0 to 1."""
         if self.progress is not None:
             self.progress.advance(progress)
 

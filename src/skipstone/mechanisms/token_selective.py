@@ -46,10 +46,10 @@ SHARES = {name: DECISIONS[name] for name in ("ema_threshold", "random", "positio
 class TokenSelectiveConfig:
     """The options of Token-Selective Attention, where a token's skip probability p scales its updates by 1 - p.
 
-    The gate: start_bias: initial bias of the logit of p (-1: p is .27). router_width: hidden width of the router; None:
-    a quarter of the model width, at least 16. router_norm: whether the router's input is divided by its root mean
-    square; None: only with guidance. gate: "token", p computed from each token, or "constant", one learned p for the
-    block. learn: False freezes the router. depth_weight: coefficient of the mean of 1 - p in the loss.
+    The gate: start_bias: initial bias of the logit of p (-1: p is .27). router_width: hidden width of the router; None
+    means a quarter of the model width, at least 16. router_norm: whether the router's input is divided by its root mean
+    square; None means only with guidance. gate: "token", p computed from each token, or "constant", one learned p for
+    the block. learn: False freezes the router. depth_weight: coefficient of the mean of 1 - p in the loss.
 
     Passes: execution: what evaluation and generation do: "hard" skips tokens, "soft" only scales updates. training:
     what training does: "soft"; "hard" (skips tokens as a hard execution does); or "straight_through" (the values of
@@ -58,11 +58,11 @@ class TokenSelectiveConfig:
     "one".
 
     A fixed share instead of the threshold: capacity: share of tokens that each gated block keeps, in (0, 1]: one
-    number, a list with one for each gated block, or a `Ramp` {start, end, shape} over depth; None: the threshold
-    decides. capacity_warmup: share of the training over which the capacity falls from 1. decision: "ema_threshold" (p
-    below a running quantile), or "random" or "positional" as controls. guidance: whether the router learns from the
-    gradient norms at the block's output (`guided`), with coefficient auxiliary_weight; it then sends no gradient into
-    the model. kv: whether skipped tokens provide keys and values, "full" (yes) or "kept" (no).
+    number, a list with one for each gated block, or a `Ramp` {start, end, shape} over depth; None means that the
+    threshold decides. capacity_warmup: fraction of the training over which the capacity falls from 1. decision:
+    "ema_threshold" (p below a running quantile), or "random" or "positional" as controls. guidance: whether the router
+    learns from the gradient norms at the block's output (`guided`), with coefficient auxiliary_weight; it then sends no
+    gradient into the model. kv: whether skipped tokens provide keys and values, "full" (yes) or "kept" (no).
     """
 
     start_bias: float = -1.0
@@ -196,7 +196,7 @@ class TokenSelective(DepthMechanism):
         """Return the block's update with gain 1 - p, p being a token's skip probability, [B, T, D], and the records.
 
         update: the function of the wrapped block. x_BTD: the hidden states before it. A pass that computes every token
-        records all tokens as kept; those that straight-through training treats as skipped are recorded with weight 0.
+        records all tokens as kept; tokens that straight-through training treats as skipped are recorded with weight 0.
         """
         score_BT = self._score(x_BTD)
         open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)
@@ -233,7 +233,7 @@ class TokenSelective(DepthMechanism):
     def _decide(
         self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gains (None: 1) and the computed tokens (None: all), which may include padding."""
+        """Return the gains (None means 1) and the computed tokens (None means all), which may include padding."""
         kept_BT = self._keeps(score_BT, open_BT, x_BTD, tokens)
         if kept_BT is None:
             return open_BT, None
@@ -313,9 +313,9 @@ class TokenSelective(DepthMechanism):
     ) -> TokenCounts:
         """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
 
-        kept: the measured counts of kept tokens; None: not measured, so the configured capacity is used (1 without
-        one). oracle: whether this is a training pass, which skips tokens only with the option `training: hard`. Skipped
-        tokens count as keys and values unless the option `kv` is "kept".
+        kept: the measured counts of kept tokens; None means that they were not measured; the configured capacity is
+        then used, or 1 without one. oracle: whether this is a training pass, which skips tokens only with the option
+        `training: hard`. Skipped tokens count as keys and values unless the option `kv` is "kept".
         """
         if oracle and self.config.training != "hard":
             return counts

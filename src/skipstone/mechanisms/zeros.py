@@ -54,8 +54,8 @@ class ZeroNeurons(ActivationGroupRouter):
     """A router that keeps, for each token, the MLP neurons whose activation is not exactly 0; outputs do not change.
 
     In calls of one token, rows of the up projection and columns of the down projection of other neurons are not
-    multiplied. hidden_size is not used; neurons: of the MLP. config: the options, or pass its fields as keyword
-    arguments.
+    multiplied. hidden_size is not used; neurons: number of MLP neurons. config: the options, or pass its fields as
+    keyword arguments.
     """
 
     Config: ClassVar[type[ZeroNeuronsConfig]] = ZeroNeuronsConfig
@@ -70,8 +70,8 @@ class ZeroNeurons(ActivationGroupRouter):
     ) -> None:
         """Build the router.
 
-        hidden_size: not used. neurons: of the MLP. placement: the block of the router; None: block 0. config: the
-        options; None: `options`, the fields of `ZeroNeuronsConfig`, are parsed.
+        hidden_size: not used. neurons: number of the MLP's neurons. placement: the block of the router; None means
+        block 0. config: the options; if None, `options`, the fields of `ZeroNeuronsConfig`, are parsed.
         """
         super().__init__()
         self.config = parsed(ZeroNeuronsConfig, config, options)

@@ -56,8 +56,8 @@ def refuse_ignored(labels: Any, arguments: PlainMapping) -> None:
 def checked_targets(target_BT: Tensor, shape: torch.Size) -> Tensor:
     """Return the labels as int64 after checking that they are whole numbers of the given shape.
 
-    target_BT: labels already shifted to the positions that predict them. shape: that of the predictions, [B, T]. Raises
-    ValueError if a check fails.
+    target_BT: labels already shifted to the positions that predict them. shape: the shape of the predictions, [B, T].
+    Raises ValueError if a check fails.
     """
     if not _whole(target_BT):
         raise ValueError(f"labels must be whole numbers, got {target_BT.dtype}")
@@ -128,9 +128,10 @@ def _described(cache: object) -> str:
 def of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:
     """Return how a pass executes with this cache; with a `StaticCache`, shapes must not depend on decisions.
 
-    mode: how it would execute otherwise; returned unchanged for None and other caches. length: tokens per row of this
-    call. With a static cache, steps (length 1) and compiled calls compute all tokens and discard the updates of skipped
-    ones, and every block gets at least one token of a prompt, so that its cache allocates memory.
+    mode: how the pass would execute without a cache. cache: the cache, or None; unless it is a `StaticCache`, `mode` is
+    returned unchanged. length: tokens per row of this call. With a static cache, steps (length 1) and compiled calls
+    compute all tokens and discard the updates of skipped ones, and every block gets at least one token of a prompt, so
+    that its cache allocates memory.
     """
     if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):
         return mode

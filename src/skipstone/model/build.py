@@ -212,7 +212,7 @@ def build_positions(config: SkipstoneConfig) -> nn.Module:
 
 
 def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
-    """Build the rotary angles of blocks with sliding-window attention; None if they use those of other blocks."""
+    """Build the rotary angles of blocks with sliding-window attention; None if they use the other blocks' angles."""
     rope = config.window_rope_parameters
     return None if rope is None or config.positions != "rope" else Rotary(config, rope)
 

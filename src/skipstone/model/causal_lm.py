@@ -47,13 +47,14 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 class CausalLMOutput(ModelOutput):
     """The output of the language model, with its losses.
 
-    past_key_values: the KV cache. hidden_states: of each block, if requested. loss: the training loss, []: token loss
-    plus auxiliary losses; with a teacher, the weighted sum of token loss and distillation loss takes the place of the
-    token loss. token_loss: cross-entropy per label, in nats. auxiliary_loss: the sum of the routers' own losses,
-    coefficients included. distillation_loss: KL(teacher || student) per label, in nats, times the squared temperature,
-    without its coefficient. logits: [B, T, V] for V vocabulary entries, or None. records: for each block, the decisions
-    of its mechanisms by name, if requested. attentions: always None. last_hidden_state: the decoder's, normalised,
-    [B, T, D], with `output_last_hidden_state`.
+    past_key_values: the KV cache. hidden_states: if requested, num_hidden_layers + 1 tensors as in transformers. loss:
+    the training loss, []: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss and
+    distillation loss takes the place of the token loss. token_loss: cross-entropy per label, in nats. auxiliary_loss:
+    the sum of the routers' own losses, coefficients included. distillation_loss: KL(teacher || student) per label, in
+    nats, times the squared temperature, without its coefficient. logits: [B, T, V] for V vocabulary entries, or None.
+    records: if requested, one dict per block with its mechanisms' decisions by name. attentions: always None.
+    last_hidden_state: the decoder's normalised hidden states, [B, T, D], if `output_last_hidden_state` is True, else
+    None.
     """
 
     loss: Tensor | None = None
@@ -116,13 +117,13 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Return logits [B, T, V] and, with labels, the loss; other arguments are those of `SkipstoneModel.forward`.
+        """Return logits [B, T, V] and, with labels, the loss; other arguments are as in `SkipstoneModel.forward`.
 
         labels: int64 [B, T], the input ids (shifted here), -100 for no target; or already shifted, as `shift_labels`.
-        logits_to_keep: compute the logits of this many last tokens (0: all) or at these indices. loss_chunk: with
-        labels, compute the logits of this many tokens at a time and return none; 0: all at once. distillation: with
-        loss_chunk, a teacher's outputs, to which `loss` then adds the divergence; `token_loss` carries no gradient
-        then. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
+        logits_to_keep: compute the logits of this many last tokens (0 means all) or at these indices. loss_chunk: if
+        labels are given, compute this many tokens' logits at a time and return none; 0 means all at once. distillation:
+        a teacher's outputs, which need loss_chunk; `loss` then adds the divergence, and `token_loss` carries no
+        gradient. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
         `config.auxiliary_loss_over` "all", routers' losses are means over all tokens but padding.
         """
         target_BT = _targets(labels, kwargs)
@@ -266,8 +267,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does; tokens are routed without sight of later tokens and without exploration noise.
 
-        This holds in training mode, too. Arguments are those of transformers' `generate`, and: document_ids: int64
-        [B, T], the documents of a packed prompt, of which new tokens continue each row's last one. `routing="oracle",
+        This holds in training mode, too. Arguments are as in transformers' `generate`, and: document_ids: int64 [B, T],
+        the documents of a packed prompt, of which new tokens continue each row's last one. `routing="oracle",
         use_cache=False`: decide with sight of the whole text, as some published models do; every step then recomputes
         everything. Raises ValueError if a decision needs later tokens and this is not given, and for caches that cannot
         hold rows of different lengths.
@@ -316,8 +317,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     ) -> Tensor | None:
         """Return the padding mask of this call's tokens, [B, T]; transformers calls this with a static cache.
 
-        inputs_embeds: of this call, read for their number of tokens. attention_mask: [B, seen + T], or None (then None
-        is returned).
+        inputs_embeds: this call's embeddings, of which only the number of tokens is read. attention_mask: [B, seen +
+        T], or None (then None is returned).
         """
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
@@ -325,7 +326,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         """Return a function that calls the model: compiled for steps of one token, uncompiled for prompts.
 
         transformers calls this when it generates with a static cache. The shapes in a prompt's computation depend on
-        routing decisions, so prompts are not compiled. compile_config: as in transformers.
+        routing decisions, so prompts are not compiled. compile_config: transformers' options for torch.compile, used
+        for steps.
         """
         compiled = super().get_compiled_call(compile_config)
 

@@ -12,9 +12,9 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 class SkipstoneForSequenceClassification(GenericForSequenceClassification, SkipstonePreTrainedModel):
     """A sequence classifier with `config.num_labels` scores, [B, num_labels], built from transformers' generic head.
 
-    The scores are read at the last token that is not `config.pad_token_id`. The loss is that of the labels alone:
+    The scores are read at the last token that is not `config.pad_token_id`. The loss is the labels' loss alone:
     routers' auxiliary losses are not added, so routers learn only through the weights of updates. Further arguments,
-    such as `routing`, are those of `SkipstoneModel.forward`.
+    such as `routing`, are as in `SkipstoneModel.forward`.
     """
 
 

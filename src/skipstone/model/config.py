@@ -45,7 +45,7 @@ NOT_READ = ("chunk_size", "decay", "router_width", "balance_rate")
 class SkipstoneConfig(ModelFields, PreTrainedConfig):
     """The Hugging Face configuration of a Skipstone model; its fields are those of `ModelFields`, which documents them.
 
-    Invalid values raise ValueError with a line for each mistake.
+    Invalid values raise ValueError with one line per mistake.
     """
 
     model_type = "skipstone"
@@ -204,7 +204,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         return self.num_key_value_heads
 
     def to_dict(self) -> PlainDict:
-        """Return the configuration as a dict of plain values; options of mechanisms and other parts are as given."""
+        """Return the configuration as a dict of plain values; options of mechanisms and other parts are as written."""
         return {name: _plain(value) for name, value in super().to_dict().items()}
 
     def validate_layer_type(self) -> None:
@@ -224,7 +224,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         """Save config.json as transformers does, with an import module for loading by `trust_remote_code=True`.
 
         Processes that have not imported skipstone can then load the model by transformers' Auto classes. Arguments are
-        those of transformers.
+        as in transformers.
         """
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
@@ -232,7 +232,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
     def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
         """Write the configuration as transformers does, and the import module of `write_shim` beside a config.json.
 
-        The arguments are those of transformers. The module is written here because `save_pretrained` uploads only files
+        The arguments are as in transformers. The module is written here because `save_pretrained` uploads only files
         that appear while it runs.
         """
         super().to_json_file(json_file_path, use_diff=use_diff)
@@ -250,7 +250,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
     def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> SkipstoneConfig:
         """Build a configuration from a saved dict as transformers does.
 
-        Options of neuron groups that releases before 0.2 accepted and ignored are dropped. Arguments are those of
+        Options of neuron groups that releases before 0.2 accepted and ignored are dropped. Arguments are as in
         transformers.
         """
         groups = config_dict.get("neuron_groups")

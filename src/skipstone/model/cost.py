@@ -72,9 +72,9 @@ class Flops:
 class Parameters:
     """The number of parameters of a model, and of parts of it.
 
-    total: of the whole model. embedding: of token and position embeddings (a tied head adds none). mechanism: of
-    routers and other mechanisms, included in total. active: total without the experts that a token does not choose;
-    equal to total if there are no experts.
+    total: all parameters of the model. embedding: parameters of token and position embeddings (a tied head adds none).
+    mechanism: parameters of routers and other mechanisms, included in total. active: total without the experts that a
+    token does not choose; equal to total if there are no experts.
     """
 
     total: int
@@ -87,11 +87,11 @@ class Parameters:
 class Cost:
     """The cost of one call of a model with `batch` rows of `tokens` tokens, after `past` cached tokens.
 
-    routing: how decisions are made, as in `cost`. parameters: of the model. forward: FLOPs of the call. training: FLOPs
-    of a forward and backward pass over the same rows without past, with the decisions of training; activation
-    recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and int64 token indices, divided by
-    all tokens of a row, skipped ones included. state_bytes_per_token: the same for what mechanisms cache. dense: the
-    cost of the same model without mechanisms; None in that cost itself.
+    routing: how decisions are made, as in `cost`. parameters: the model's parameter counts. forward: FLOPs of the call.
+    training: FLOPs of a forward and backward pass over the same rows without past, with the decisions of training;
+    activation recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and int64 token indices,
+    divided by all tokens of a row, skipped ones included. state_bytes_per_token: the same for the mechanisms' own
+    cached state. dense: the cost of the same model without mechanisms; None in the dense model's own cost.
     """
 
     tokens: int
@@ -129,12 +129,13 @@ def cost(
     """Return the FLOPs, parameters and cache bytes of one call of a model with `batch` rows of `tokens` tokens.
 
     past: cached tokens per row before the call. kept: how many tokens of a row each mechanism keeps, as {layer: {name:
-    count}}, measured (`kept_from_records`) or assumed; None: the configured capacity, floor(capacity * tokens) for
+    count}}, measured (`kept_from_records`) or assumed; None means the configured capacity, floor(capacity * tokens) for
     Mixture-of-Depths in training and capacity * tokens on average in generation, and all tokens for gates without a
     capacity. stored: keys cached in each layer before the call (`cache.layers[i].kv.width`; if rows differ, the longest
-    row that has a query); None: what `past` tokens leave there by the same assumption. routing: "oracle" (decisions of
-    training), "causal" (made without later tokens, as in generation), or "forced" (causal, but imposed by the caller,
-    so that no predictor runs). logits_to_keep: as in forward, 0 for all tokens. Raises ValueError for invalid sizes.
+    row that has a query); None means what `past` tokens leave there by the same assumption as for `kept`. routing:
+    "oracle" (decisions of training), "causal" (made without later tokens, as in generation), or "forced" (causal, but
+    imposed by the caller, so that no predictor runs). logits_to_keep: number of last tokens whose logits are computed;
+    0 means all tokens. Raises ValueError for invalid sizes.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
@@ -149,7 +150,7 @@ def cost(
 def forward_flops(model: ModelLike, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
     """Return the forward FLOPs of `cost` for one row of `tokens` tokens without a cache.
 
-    Decisions are those of generation, made without later tokens. kept: as in `cost`. mechanisms: False gives the FLOPs
+    Decisions are made without later tokens, as in generation. kept is as in `cost`. mechanisms: False gives the FLOPs
     of the dense model. It is faster than `cost`, because it computes no parameter counts, cache bytes or training
     FLOPs, and is meant for searches over thresholds.
     """

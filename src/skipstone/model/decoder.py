@@ -49,9 +49,9 @@ Routing = Literal["oracle", "causal"] | Mapping[int, Tensor]
 class DecoderOutput(ModelOutput):
     """The output of the decoder, with the decisions of all blocks.
 
-    last_hidden_state: [B, T, D], after the final norm. past_key_values: the KV cache. hidden_states: of each block, if
-    requested. attentions: always None; transformers' generic heads expect the field. records: for each block, the
-    decisions of its mechanisms by name, if requested.
+    last_hidden_state: [B, T, D], after the final norm. past_key_values: the KV cache. hidden_states: if requested,
+    num_hidden_layers + 1 tensors as in transformers. attentions: always None; transformers' generic heads expect the
+    field. records: if requested, one dict per block with its mechanisms' decisions by name.
     """
 
     last_hidden_state: Tensor | None = None
@@ -134,7 +134,7 @@ class SkipstonePreTrainedModel(PreTrainedModel):
         return next(self.decoder.norm.parameters()).dtype
 
     def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
-        """Return FLOPs, parameters and cache bytes of a call, equal to those of the operations that run.
+        """Return FLOPs, parameters and cache bytes of a call, equal to what the operations that run need.
 
         tokens: new tokens per row. past: cached tokens per row before the call. batch: number of rows. options: further
         arguments of `skipstone.model.cost.cost`.
@@ -216,8 +216,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         """Return the hidden states [B, T, D] of the last block after the final norm, with cache and records.
 
         input_ids: int64 [B, T]; or inputs_embeds: [B, T, D]. attention_mask: [B, seen + T], 0 for padding (seen: cached
-        tokens). position_ids: int64 [B, T]; default: counted in each document, without padding. document_ids: int64
-        [B, T], for packed rows. past_key_values, use_cache: as in transformers. routing: "oracle": decisions may look
+        tokens). position_ids: int64 [B, T]; default: counted in each document, without padding. document_ids: int64 [B,
+        T], for packed rows. past_key_values and use_cache are as in transformers. routing: "oracle": decisions may look
         at the whole row (the default in training mode, unless `config.training_routing` is "causal"); "causal": they do
         not look at later tokens, as in generation (the default otherwise); or {layer: bool mask [B, T]}: the tokens
         that these blocks keep, while others decide causally. noise: whether mechanisms draw random numbers; default: in

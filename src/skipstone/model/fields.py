@@ -68,46 +68,47 @@ MOST_BLOCKS, MOST_BYTES = 1 << 16, 1 << 46  # beyond any machine, so a larger va
 class ModelFields:
     """The sizes and parts of a model: sizes named as in Llama, parts chosen by name, mechanisms as plain dicts.
 
-    Sizes: intermediate_size: neurons of an MLP; None: 8/3 of hidden_size, rounded up to a multiple of 32, or 4 times
-    hidden_size for a plain MLP. num_key_value_heads: None: num_attention_heads. head_dim: None: hidden_size /
-    num_attention_heads. max_position_embeddings: context length in tokens. tie_word_embeddings: the head uses the
-    embedding's weights.
+    Sizes: intermediate_size: neurons of an MLP; None means 8/3 of hidden_size, rounded up to a multiple of 32, or 4
+    times hidden_size for a plain MLP. num_key_value_heads: None means num_attention_heads. head_dim: None means
+    hidden_size / num_attention_heads. max_position_embeddings: context length in tokens. tie_word_embeddings: the head
+    uses the embedding's weights.
 
     Blocks: norm: rmsnorm, layernorm, layernorm_without_bias, or rmsnorm_offset and layernorm_offset, whose factor is 1
     + weight; norm_eps: its epsilon. norm_placement: norms before each sub-layer, after it, around it (both), or one
-    shared norm before both, which needs parallel_residual: the MLP reads the same stream as attention. qk_norm:
-    normalise queries and keys; qk_norm_over: each head with one weight for all (head) or with its own (each_head), or
-    all_heads together. attention_scale: factor on q . k; None: 1 / sqrt(head_dim). attention_soft_cap, logit_soft_cap:
-    c of c * tanh(x / c) on scores and logits; None: no cap. embedding_scale, residual_scale, logit_scale: factors on
-    embeddings, on each sub-layer's update, and on logits. attention_bias: biases on queries, keys and values;
-    attention_output_bias: on the output projection; mlp_bias: in MLPs.
+    shared norm before both, which needs parallel_residual: the MLP reads the same stream as attention. qk_norm: whether
+    queries and keys are normalised; qk_norm_over: each head with one weight for all (head) or with its own (each_head),
+    or all_heads together. attention_scale: factor on q . k; None means 1 / sqrt(head_dim). attention_soft_cap,
+    logit_soft_cap: c of c * tanh(x / c) on scores and logits; None means no cap. embedding_scale, residual_scale,
+    logit_scale: factors on embeddings, on each sub-layer's update, and on logits. attention_bias: whether queries, keys
+    and values have biases; attention_output_bias, mlp_bias: whether the output projection and MLPs have.
 
-    Positions: positions: rope or learned. rope_parameters: as in transformers; None: theta 10,000. rope_layers: the
-    blocks with RoPE, a slice such as "1::2" or a list of indices; None: all, []: none. attention_window: number of last
-    tokens of a row that a query sees, itself and skipped ones included, in the blocks window_layers (None: all); None:
-    no window. window_rope_parameters: RoPE of the blocks with a window; None: rope_parameters.
+    Positions: positions: rope or learned. rope_parameters: as in transformers; None means theta 10,000. rope_layers:
+    the blocks with RoPE, a slice such as "1::2" or a list of indices; None means all, [] means none. attention_window:
+    number of last tokens of a row that a query sees, itself and skipped ones included, in the blocks window_layers
+    (None means all); None means no window. window_rope_parameters: RoPE of the blocks with a window; None means
+    rope_parameters.
 
     MLP: mlp: gated, plain or experts. experts: options of a mixture of experts (`ExpertsConfig`). activation: the name
     of a function, or a mapping {name: polyglu, ...} (`PolyGLUConfig`) or {name: fixed_mix, groups: {silu: 96, gelu:
     32}}, neurons by function. neuron_groups: options of leaving out groups of a gated MLP's neurons
-    (`NeuronGroupsConfig`, `MagnitudeGroupsConfig` or `ZeroNeuronsConfig`, by its `decision`); None: all neurons are
-    always multiplied. mechanisms: a list of {name, on: block | attention | mlp | segment, layers: a slice or a list of
-    indices, ...options}, the outermost first.
+    (`NeuronGroupsConfig`, `MagnitudeGroupsConfig` or `ZeroNeuronsConfig`, by its `decision`); None means that all
+    neurons are always multiplied. mechanisms: a list of {name, on: block | attention | mlp | segment, layers: a slice
+    or a list of indices, ...options}, the outermost first.
 
-    Training: embedding_dropout; attention_dropout: on attention weights; residual_dropout: on the outputs of attention
-    and MLP; mlp_dropout: on the MLP's output, if different; mlp_hidden_dropout: on neurons. linear_init: linear layers
-    start normal with standard deviation initializer_range and zero biases (normal), or as in nn.Linear (torch).
-    scaled_output_init: divide the standard deviation of projections into the residual stream by sqrt(2 *
-    num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over labelled tokens (labelled) or all but
-    padding (all). training_routing: how training passes decide by default, with sight of the whole row (oracle) or
-    without later tokens and noise (causal).
+    Training: embedding_dropout, attention_dropout, residual_dropout, mlp_hidden_dropout: dropout rates on embeddings,
+    attention weights, the outputs of attention and MLP, and neurons; mlp_dropout: the rate on the MLP's output, if
+    different. linear_init: linear layers start normal with standard deviation initializer_range and zero biases
+    (normal), or as in nn.Linear (torch). scaled_output_init: whether the standard deviation of projections into the
+    residual stream is divided by sqrt(2 * num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over
+    labelled tokens (labelled) or all but padding (all). training_routing: how training passes decide by default, with
+    sight of the whole row (oracle) or without later tokens and noise (causal).
 
     Decoding: weight_format: float, or int8 for matrices and token embedding (`skipstone quantise`); weight_group: 64,
-    the inputs of an int8 matrix that share a scale; None: all inputs of a row do. head_candidates: rows of the output
-    head that a decoding step multiplies exactly, those with the largest logits in a cheap preview of head_directions
-    dimensions (`skipstone quantise --head-candidates`); both None: all rows. Models with int8 weights or candidates are
-    not trained. use_cache and special ids: as in transformers. family: the `model_type` that the model was converted
-    from, or None. format_version: of config.json.
+    the inputs of an int8 matrix that share a scale; None means that all inputs of a row do. head_candidates: rows of
+    the output head that a decoding step multiplies exactly, those with the largest logits in a cheap preview of
+    head_directions dimensions (`skipstone quantise --head-candidates`); both None means all rows. Models with int8
+    weights or candidates are not trained. use_cache and special ids: as in transformers. family: the `model_type` that
+    the model was converted from, or None. format_version: version of config.json's format.
     """
 
     format_version: int = FORMAT_VERSION

@@ -59,7 +59,7 @@ def preview_of(weight_VD: Tensor, hidden_ND: Tensor, directions: int) -> head_pr
     """Return the table that approximates a head's logits for hidden states distributed like these, from fp32 inputs.
 
     weight_VD: the head, V vocabulary entries by D inputs. hidden_ND: N hidden states as the head reads them.
-    directions: dimensions of the table, K: those in which the logits vary most.
+    directions: K, the number of dimensions of the table, which are those in which the logits vary most.
     """
     mean_D, row_D = hidden_ND.mean(0), weight_VD.mean(0)
     parts = [weight_VD[at : at + PART] - row_D for at in range(0, len(weight_VD), PART)]

@@ -49,11 +49,11 @@ class ModelLike(Weighted, Protocol):
 def kept_from_records(model: ModelLike, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
     """Return how many tokens each mechanism kept in a forward pass, as the argument `kept` of `cost`.
 
-    records: those that the pass returned, one dict for each block. rows: "mean" counts the kept tokens of a row on
-    average. "widest" counts what was executed: the kept tokens of all rows are gathered to the width of the row that
-    keeps most, and attention computes all these columns, while projections and MLP leave out the padding where it is at
-    least 10 %. In calls of one token per row, rows that skip are left out, and both are the mean. The result is {layer:
-    {name: counts}}.
+    records: the records that the pass returned, one dict by mechanism name per block. rows: "mean" counts the kept
+    tokens of a row on average. "widest" counts what was executed: the kept tokens of all rows are gathered to the width
+    of the row that keeps most, and attention computes all these columns, while projections and MLP leave out the
+    padding where it is at least 10 %. In calls of one token per row, rows that skip are left out, and both are the
+    mean. The result is {layer: {name: counts}}.
     """
     kept: dict[int, dict[str, Amount]] = {}
     for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):
@@ -83,7 +83,9 @@ def _along(block: Block, path: Sequence[str], decided: Records, rows: str) -> It
 def _counts(
     given_BT: torch.Tensor, reached_BT: torch.Tensor, rows: str, rows_B: torch.Tensor | None = None
 ) -> TokenCounts:
-    """Count the kept tokens and the query tokens of a row. rows_B: the rows that are computed at all; None: all."""
+    """Count the kept tokens and the query tokens of a row. rows_B: the rows that are computed at all; None
+    means all.
+    """
     if rows_B is not None and not rows_B.all():
         share = Fraction(int(rows_B.sum()), len(rows_B))
         if not share:

@@ -95,7 +95,8 @@ WITH_ZEROS = ("relu", "relu2")  # functions that are exactly 0 for a range of in
 class ActivationEntry(Entry):
     """The parsed options of an MLP's activation.
 
-    kind: the name of a function, "fixed_mix" or "polyglu". options: those of the latter two; None for a function.
+    kind: the name of a function, "fixed_mix" or "polyglu". options: the parsed options of "fixed_mix" or "polyglu";
+    None for a function.
     """
 
     kind: str
@@ -131,7 +132,7 @@ class ExpertsEntry(Entry):
 def parse_mechanisms(entries: Sequence[Written], num_layers: int) -> list[MechanismEntry]:
     """Parse the entries of `SkipstoneConfig.mechanisms` strictly for a model of `num_layers` blocks.
 
-    Entries that are parsed already for as many blocks stay the same objects. Raises ValueError, with a line for each
+    Entries that are parsed already for as many blocks stay the same objects. Raises ValueError, with one line per
     mistake, for unknown names, options, sites or blocks, for overlapping segments, and for a mechanism that appears
     twice in one place of a block.
     """
@@ -212,8 +213,8 @@ def parse_activation(activation: str | Written) -> ActivationEntry:
 def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
     """Parse the options of neuron groups, of the kind that their `decision` names.
 
-    written: the options as given. where: what error messages call them. Raises ValueError for unknown keys, for invalid
-    values, and for an option that only other decisions read.
+    written: the options as a mapping, as in `SkipstoneConfig.neuron_groups`. where: their name in error messages.
+    Raises ValueError for unknown keys, for invalid values, and for an option that only other decisions read.
     """
     if isinstance(written, GroupsEntry):
         return written

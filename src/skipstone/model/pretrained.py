@@ -37,9 +37,9 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
     """Load a saved Skipstone model from a folder.
 
-    dtype: "float32", "bfloat16", "float16" or a torch.dtype; None: that of the saved weights. Raises FileNotFoundError
-    if there is no such folder, and ValueError for one without config.json, of another architecture or format_version,
-    and for weights that are missing, not expected or of another shape.
+    dtype: "float32", "bfloat16", "float16" or a torch.dtype; None means the saved weights' dtype. Raises
+    FileNotFoundError if there is no such folder, and ValueError for one without config.json, of another architecture or
+    format_version, and for weights that are missing, not expected or of another shape.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -57,10 +57,10 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
     """Load a dense checkpoint of a supported architecture (`FAMILIES`), or a model of ours, as one of our models.
 
     source: a folder, a hub name, the path of a .gguf file, or the folder of a PEFT adapter, which is merged into its
-    base. dtype: "float32", "bfloat16", "float16" or a torch.dtype; None: that of the checkpoint. gguf_file: the name of
-    a GGUF file in the folder or hub repository `source`. Raises FileNotFoundError if there is nothing at `source`, and
-    ValueError that names the architecture or setting that is not supported, or the weights that are missing or not
-    expected.
+    base. dtype: "float32", "bfloat16", "float16" or a torch.dtype; None means the checkpoint's dtype. gguf_file: the
+    name of a GGUF file in the folder or hub repository `source`. Raises FileNotFoundError if there is nothing at
+    `source`, and ValueError that names the architecture or setting that is not supported, or the weights that are
+    missing or not expected.
     """
     name, gguf_file = _locate(source, gguf_file)
     folder = Path(name)
@@ -116,7 +116,7 @@ def _load(
 def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_file: str | None = None) -> None:
     """Convert the checkpoint `source` to a model folder `out` with tokenizer, generation config and model card.
 
-    source, dtype and gguf_file are those of `load_pretrained`. `out` appears only once it is complete. Raises what
+    source, dtype and gguf_file are as in `load_pretrained`. `out` appears only once it is complete. Raises what
     `load_pretrained` raises, and FileExistsError if `out` is a file or a non-empty folder.
     """
     names = ("reading the checkpoint", "writing the model", "checksums")
@@ -199,7 +199,7 @@ def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneFor
 def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint by transformers' AutoTokenizer; None if it has none.
 
-    source, gguf_file: as in `load_pretrained`. An adapter without a tokenizer has its base's.
+    source and gguf_file are as in `load_pretrained`. For an adapter without a tokenizer, its base model's is loaded.
     """
     name, gguf_file = _locate(source, gguf_file)
     if (Path(name) / ADAPTER).is_file() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):

@@ -68,7 +68,7 @@ def _groups(config: SkipstoneConfig) -> dict[str, int | None]:
 def rebuilt(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:
     """Return a model of another configuration with these weights.
 
-    Its dtype, training mode and generation config are those of `model`. tensors: the state dict of the new model.
+    Its dtype, training mode and generation config are taken from `model`. tensors: the state dict of the new model.
     Entries of the head are dropped if it is tied to the embedding.
     """
     if config.tie_word_embeddings:

@@ -20,8 +20,8 @@ HASHED = 256 * 2**20  # bytes of a file up to which its hash is compared at ever
 def check_folder(folder: Path) -> None:
     """Raise ValueError if the files of a checkpoint folder are damaged or would be read wrongly.
 
-    Found are pointers of git-lfs, files that differ from the checksums in the folder's `files.json` or from the SHA-256
-    in their name in the hub's cache (files up to 256 MiB), a bad index of weights, an adapter beside a whole model, and
+    It finds git-lfs pointers, files that differ from the checksums in the folder's `files.json` or from the SHA-256 in
+    their name in the hub's cache (files up to 256 MiB), a bad index of weights, an adapter beside a whole model, and
     special token ids that are no integers. Nothing is checked if `folder` is not a folder, but a hub name.
     """
     if not folder.is_dir():
@@ -112,8 +112,8 @@ def _check_index(path: Path) -> None:
 def check_room(folder: Path, weights: int, room: int = 4) -> None:
     """Raise ValueError if a configuration describes more weights than the folder's files can hold.
 
-    Called before memory is allocated. folder: with the files of weights. weights: the model's number of parameters.
-    room: the largest number of weights per byte (packed formats hold several).
+    Called before memory is allocated. folder: the folder with the weights' files. weights: the model's number of
+    parameters. room: the largest number of weights per byte (packed formats hold several).
     """
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     held = sum(path.stat().st_size for path in files)

@@ -34,9 +34,10 @@ FORCED = "forced/"  # names in `Tokens.state` of the decisions that the caller i
 class Stack:
     """The blocks of one forward pass, and what they need besides the tokens.
 
-    blocks: in order. turn: returns cos and sin of a name of angles ("row", "window" or "none") for these tokens, which
-    may be a selection. forced: bool masks [B, T] of the tokens that blocks have to keep, by block index. cache: the KV
-    cache, or None. recorded: whether records of decisions are wanted.
+    blocks: the blocks, in their order. turn: a function that returns cos and sin for a name of angles ("row", "window"
+    or "none") and for tokens, which may be a selection of the call's. forced: bool masks [B, T] of the tokens that
+    blocks have to keep, by block index. cache: the KV cache, or None. recorded: whether records of decisions are
+    wanted.
     """
 
     blocks: Sequence[Block]

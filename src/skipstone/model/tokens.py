@@ -124,7 +124,8 @@ def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
 def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
     """Return the index of each token in its document, padding not counted, int64 [B, T].
 
-    document_BT: document ids; a document is a run of equal ids. real_BT: bool, False for padding; None: no padding.
+    document_BT: document ids; a document is a run of equal ids. real_BT: bool, False for padding; None means no
+    padding.
     """
     one_BT = torch.ones_like(document_BT) if real_BT is None else real_BT.long()
     before_BT = one_BT.cumsum(1) - one_BT
@@ -148,9 +149,9 @@ def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
 def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLayer | None) -> Tokens:
     """Return the tokens with their ids, and the id before each, in `state`, for mechanisms that decide by token ids.
 
-    input_ids: int64 [B, T]; None (a call with inputs_embeds): the tokens are returned unchanged. cache: the first
-    block's, in which the last id of each row is stored for the next call, or None. The id before a document's first
-    token is -1.
+    input_ids: int64 [B, T]; if None (a call with inputs_embeds), the tokens are returned unchanged. cache: the first
+    block's cache, in which the last id of each row is stored for the next call, or None. The id before a document's
+    first token is -1.
     """
     if input_ids is None:
         return tokens

@@ -19,11 +19,11 @@ from skipstone.ops import reference as ops
 class Decision(nn.Module):
     """A rule that turns router scores into kept tokens; the base class keeps each document's top `capacity` share.
 
-    is_causal: it can be made without later tokens, as generation has to. static: in training, the number of kept tokens
-    is known before the scores are, so that gathering needs no host sync. has_loss: it adds an auxiliary loss.
-    trains_router: this loss sends gradients into the router. reads_scores: kept tokens depend on the scores. reads_ids:
-    they depend on token ids, found in `Tokens.state`. imposed: the caller decides. causal_names: names of all decisions
-    with is_causal.
+    is_causal: whether it can be made without later tokens, as generation requires. static: whether training knows the
+    number of kept tokens before the scores, so that gathering needs no host sync. has_loss: whether it adds an
+    auxiliary loss. trains_router: whether this loss sends gradients into the router. reads_scores: whether kept tokens
+    depend on the scores. reads_ids: whether they depend on token ids, found in `Tokens.state`. imposed: whether the
+    caller decides. causal_names: names of all decisions with is_causal.
     """
 
     is_causal = False
@@ -46,9 +46,9 @@ class Decision(nn.Module):
     ) -> None:
         """Store the capacity, the share of tokens to keep, in (0, 1], or its schedule.
 
-        Subclasses use the other options that they need. width: size of a hidden state. seed: of fixed pseudo-random
-        patterns. threshold: a probability, for a fixed threshold. norm: whether a network of the decision normalises
-        its input. noise_key: separates this module's random draws from others.
+        Subclasses use the other options that they need. width: size of a hidden state. seed: the seed of fixed
+        pseudo-random patterns. threshold: a probability, for a fixed threshold. norm: whether a network of the decision
+        normalises its input. noise_key: separates this module's random draws from others.
         """
         super().__init__()
         self.noise_key = noise_key
@@ -92,7 +92,8 @@ class Decision(nn.Module):
     def advance(self, statistics: Tensor | None) -> None:
         """Update the decision's state after an optimizer step.
 
-        statistics: the mean of `Decision.statistics` over micro-batches and processes; None: there is none.
+        statistics: the mean of `Decision.statistics` over micro-batches and processes; None means that the decision has
+        none.
         """
 
     def not_ready_reason(self) -> str | None:

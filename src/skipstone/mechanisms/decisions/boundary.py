@@ -122,7 +122,7 @@ def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int | str], L
 def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokenizerBase) -> list[PlainDict]:
     """Return entries of `mechanisms` in which `boundary.ids: tokenizer` is replaced by the ids of the given tokenizer.
 
-    entries: as in `SkipstoneConfig.mechanisms`; they are not changed. Where an entry gives no `boundary.at`, the
+    entries: a list as in `SkipstoneConfig.mechanisms`, which is not changed. Where an entry gives no `boundary.at`, the
     fitting one is filled in (`boundary_ids`).
     """
     found: list[PlainDict] = []
@@ -138,9 +138,9 @@ def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokeniz
 class Boundary(Decision):
     """Keep the tokens at word boundaries, recognised by their ids, and the first token of each document.
 
-    boundary: the options; None: the defaults. seed: of the pattern of positions that is kept as well during a warm-up
-    of the capacity. table_V: bool, whether each token id is a boundary; ids beyond the table are not. With bytes and
-    the defaults, this is the rule of SpaceByte (arXiv 2404.14408).
+    boundary: the options; None means the defaults. seed: the seed of the pattern of positions that are kept too during
+    a warm-up of the capacity. table_V: bool, whether each token id is a boundary; ids beyond the table are not. With
+    bytes and the defaults, this is the rule of SpaceByte (arXiv 2404.14408).
     """
 
     is_causal = True

@@ -36,7 +36,7 @@ class TopK(Decision):
 class FixedThreshold(ScoreThreshold):
     """The threshold of decisions "threshold" and "threshold_p", whose value follows from options.
 
-    decision: the one whose threshold this is. A changed threshold is not saved with the model.
+    decision: the decision whose threshold this is. A changed threshold is not saved with the model.
     """
 
     saved = False

@@ -109,7 +109,7 @@ def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
 
 
 def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
-    """Translate our configuration to that of an architecture of transformers that computes the same dense model.
+    """Translate our configuration to one of a transformers architecture that computes the same dense model.
 
     activation: our name of the activation function of all neurons. The architecture that the model was converted from
     is tried first. One is suitable if its configuration translates back to ours. Raises ValueError if none is.

@@ -36,8 +36,8 @@ ACTIVATIONS = {
 class Fused:
     """A projection of a pretrained architecture that is several of ours, such as one for queries, keys and values.
 
-    parts: the names of our projections, such as "q_proj". split: divides the fused tensor (weight or bias) into those
-    of the parts, given our configuration. join: the reverse; by default it concatenates along the first axis.
+    parts: the names of our projections, such as "q_proj". split: divides the fused tensor (weight or bias) into the
+    parts' tensors, given our configuration. join: the reverse; by default it concatenates along the first axis.
     """
 
     parts: tuple[str, ...]
@@ -49,7 +49,7 @@ def halves(config: SkipstoneConfig) -> Tensor:
     """Return the permutation of a head's features from RoPE on neighbouring pairs to RoPE on halves, int64 [head_size].
 
     Of the features that RoPE rotates (`partial_rotary_factor` of the head), the even ones come first, then the odd
-    ones; those that it does not rotate follow. config: ours, for head size and RoPE parameters.
+    ones; features that it does not rotate follow. config: our configuration, which gives head size and RoPE parameters.
     """
     turned = int(config.head_size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
     features = torch.arange(config.head_size)
@@ -264,7 +264,7 @@ def ropes_by_type_back(config: SkipstoneConfig) -> Options:
 
 
 def windows(theirs: PreTrainedConfig) -> Options:
-    """Return our fields for sliding-window attention in all blocks or in those that `layer_types` names, or {}.
+    """Return our fields for sliding-window attention in all blocks or in the blocks that `layer_types` names, or {}.
 
     theirs: a configuration of transformers. Raises ValueError for types of attention that are neither full nor sliding.
     """
@@ -278,7 +278,7 @@ def windows(theirs: PreTrainedConfig) -> Options:
 
 
 def layer_types(config: SkipstoneConfig) -> list[str]:
-    """Return transformers' `layer_types`: for each block "sliding_attention" or "full_attention"."""
+    """Return transformers' `layer_types`, one of "sliding_attention" and "full_attention" per block."""
     windowed = config.windowed_layers()
     return [SLIDING if i in windowed else FULL for i in range(config.num_hidden_layers)]
 

@@ -28,10 +28,10 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
     """Load the model in a file of weights as a paper's authors released them.
 
     file: a .pt or .safetensors file. layout: "tsa" (Token-Selective Attention) or "polychromatic" (PolychromaticLM).
-    dtype: "float32", "bfloat16", "float16" or a torch.dtype; None: that of the weights. options: values that the
-    weights do not contain: num_heads for "tsa"; tau for "polychromatic" (default: as in the file, else .1). Raises
-    FileNotFoundError if there is no such file, and ValueError for a file, tensor or option that does not fit the
-    layout.
+    dtype: "float32", "bfloat16", "float16" or a torch.dtype; None means the dtype of the weights in the file. options:
+    values that the weights do not contain: num_heads for "tsa"; tau for "polychromatic" (default: the file's value if
+    it has one, else .1). Raises FileNotFoundError if there is no such file, and ValueError for a file, tensor or option
+    that does not fit the layout.
     """
     chosen, path = choose("layout", layout, LAYOUTS), Path(file).expanduser()
     given = {name: value for name, value in options.items() if value is not None}
@@ -48,7 +48,7 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
 def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: object) -> None:
     """Convert a file of released weights to a model folder `out` with a model card.
 
-    The other arguments are those of `load_released`. Raises what it raises, and FileExistsError if `out` is a file or a
+    The other arguments are as in `load_released`. Raises what it raises, and FileExistsError if `out` is a file or a
     non-empty folder.
     """
     with complete(Path(out)) as partial:
@@ -63,8 +63,8 @@ def convert_to(folder: str | Path, out: Path, layout: str, dtype: Dtype = None) 
     """Write one of our models, saved in `folder`, in a paper's released layout to the file `out`.
 
     out: ends in .pt or .safetensors, which chooses the format. layout: "polychromatic"; the others can only be read.
-    dtype: of the weights; None: as saved. Raises FileExistsError if `out` exists, and ValueError for another layout or
-    suffix, and for a model that the released code would compute differently.
+    dtype: the dtype to write; None means the saved weights' dtype. Raises FileExistsError if `out` exists, and
+    ValueError for another layout or suffix, and for a model that the released code would compute differently.
     """
     out, writers = Path(out), {name: found.write for name, found in LAYOUTS.items() if found.write is not None}
     write = choose("layout to write", layout, writers)

@@ -76,7 +76,7 @@ def _weights(found: Any, name: str) -> Weights:
 
 
 def write_weights(weights: Weights, path: Path, kind: str) -> None:
-    """Write weights to `path`, in the format `kind`: ".safetensors", else that of torch.save.
+    """Write weights to `path`, by safetensors if `kind` is ".safetensors", else by torch.save.
 
     Safetensors stores shared tensors twice and drops the numbers in `weights.beside`. torch.save gets a dict with the
     state dict under "model" and these numbers.

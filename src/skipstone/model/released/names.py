@@ -28,7 +28,7 @@ def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
 def expand(table: Table, count: int) -> dict[str, str]:
     """Return a table of tensor names for `count` blocks, in which {i} is replaced by each index and {next} by i + 1.
 
-    table: from patterns of released names to patterns of our names.
+    table: a dict from patterns of released names to patterns of our names.
     """
     return {k.format(i=i, next=i + 1): v.format(i=i, next=i + 1) for i in range(count) for k, v in table.items()}
 
