@@ -47,7 +47,10 @@ def is_declared(model: SkipstoneForCausalLM, chosen: Case) -> bool:
     """Whether every mechanism and activation describes itself, in a decoder of the usual parts."""
     gates = [gate.stream_gate() for block in model.model.layers for gate in block.mechanisms.values()]
     mixes = [block.mlp.activation.stream_mix() for block in model.model.layers]
-    return not chosen.more and None not in gates and None not in mixes
+    routers = [block.mlp.router for block in model.model.layers if hasattr(block.mlp, "router")]
+    choices = [router.stream_choice() if hasattr(router, "stream_choice") else None for router in routers]
+    usual = all(name == "neuron_groups" for name, _ in chosen.more)
+    return usual and None not in gates and None not in mixes and None not in choices
 
 
 @pytest.mark.parametrize("chosen", CAUSAL, ids=str)

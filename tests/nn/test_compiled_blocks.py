@@ -53,6 +53,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "activation": {"name": "fixed_mix", "groups": {"silu": 0.5, "relu": 0.25, "gelu": 0.25}},
         "norm_placement": "around",
     },
+    "zeros": {"activation": "relu", "neuron_groups": {"decision": "zeros"}},
+    "zeros of a mix, routed": {
+        "mechanisms": [{"name": "mixture_of_depths", "on": "mlp", "decision": "threshold"}, {"name": "early_exit"}],
+        "activation": {"name": "fixed_mix", "groups": {"silu": 0.25, "relu": 0.75}},
+        "neuron_groups": {"decision": "zeros", "price": 0.1},
+        "norm_placement": "around",
+    },
+    "by magnitude": {"neuron_groups": {"decision": "magnitude", "group_size": 1, "capacity": 0.5}},
+    "by magnitude, twice": {
+        "activation": {"name": "polyglu"},
+        "neuron_groups": {"decision": "magnitude", "group_size": 4, "capacity": 0.6, "down_capacity": 0.3},
+    },
 }
 CALLS = (9, 1, 1, 4, 2, 1, 8, 3)
 
@@ -108,8 +120,13 @@ def test_it_equals_the_blocks(name: str, rounded: bool, counted: list[int], monk
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-3 if rounded else 1e-4)
 
 
+NEURONS = [(2, "zeros"), (3, "zeros of a mix, routed"), (3, "by magnitude, twice")]
+
+
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize(("threads", "name"), [(2, "norms around"), (3, "norms around"), (2, "routed"), (3, "routed")])
+@pytest.mark.parametrize(
+    ("threads", "name"), [(2, "norms around"), (3, "norms around"), (2, "routed"), (3, "routed"), *NEURONS]
+)
 def test_several_threads_share_it(threads: int, name: str, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = model(num_key_value_heads=2, **OPTIONS[name])
     given = quantise(given) if rounded else given
@@ -356,3 +373,18 @@ def test_int8_weights_lie_next_to_each_other_and_stay_parameters() -> None:
     assert places[-1] - places[0] < sum(x.numel() * x.element_size() + 64 for x in weights)
     found = [block for block in given.model.layers if compiled_blocks.KNOWN in vars(block)]
     assert found == [given.model.layers[0]]
+
+
+def test_compiling_for_long_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def slowly(name: str) -> str:
+        time.sleep(0.2)
+        return name
+
+    monkeypatch.setattr(decode_stack, "import_module", slowly)
+    caplog.set_level("INFO")
+    for seconds in (0.01, 5.0):
+        monkeypatch.setattr(decode_stack, "LONG_S", seconds)
+        assert decode_stack._native.__wrapped__() == "skipstone.ops.decode_stack_native"
+    assert [record.getMessage() for record in caplog.records] == [decode_stack.COMPILING]

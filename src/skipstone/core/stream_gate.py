@@ -3,7 +3,8 @@
 A step that runs all blocks in one compiled call (`nn/compiled_blocks.py`) does not call mechanisms. It knows how to
 compute what these values describe, and nothing else: a mechanism whose causal decision about a token is a function of
 the stream describes it (`DepthModule.stream_gate`), and so does an activation whose result is a function of its
-pre-activations and of the tokens so far (`Activation.stream_mix`). Others return None and are called as usual.
+pre-activations and of the tokens so far (`Activation.stream_mix`), and what chooses neurons from an MLP's own results
+(`ActivationGroupRouter.stream_choice`). Others return None and are called as usual.
 Descriptions hold the tensors themselves, not copies, and are asked for in every step.
 
 Shape letters: D width, R hidden width of a router, F neurons, A activations.
@@ -127,6 +128,26 @@ class Mixture(NamedTuple):
 
 
 StreamMix = Functions | Mixture
+
+
+class NeuronChoice(NamedTuple):
+    """Which neurons an MLP multiplies for a token, chosen from its activations a = act(W_gate x).
+
+    decision: zeros: those with a != 0; largest: the `tried` groups with the largest mean of |a| typical, and for the
+    last matrix the `kept` ones of these with the largest mean of |a * W_up x|. size: neurons of a group. typical: fp32
+    [F]. name: of the record.
+    """
+
+    name: str
+    decision: Literal["zeros", "largest"]
+    typical: Tensor
+    tried: int
+    kept: int
+    size: int = 1
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor that a step reads."""
+        return [self.typical]
 
 
 def declares(module: nn.Module, method: str) -> bool:

@@ -21,7 +21,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.counts import Amount
 from skipstone.core.records import NeuronGroupsRecord, Records
 from skipstone.core.routing_module import RoutingModule
-from skipstone.core.stream_gate import StreamMix
+from skipstone.core.stream_gate import NeuronChoice, StreamMix
 from skipstone.core.tokens import Tokens
 from skipstone.ops.neurons import Runs
 
@@ -176,6 +176,10 @@ class ActivationGroupRouter(GroupRouter):
         of this call.
         """
         raise NotImplementedError
+
+    def stream_choice(self) -> NeuronChoice | None:
+        """Return how it chooses at present, for compiled steps; None: they call it as usual."""
+        return None
 
 
 class FeedForward(nn.Module):

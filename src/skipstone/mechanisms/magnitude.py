@@ -28,6 +28,7 @@ from transformers import initialization as init
 
 from skipstone.core.records import NeuronGroupsRecord
 from skipstone.core.routing_module import Placement
+from skipstone.core.stream_gate import NeuronChoice
 from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens
 from skipstone.core.width import ActivationGroupRouter, Share
@@ -150,6 +151,11 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         return group_record(score_BTG, tried_BTG, kept_BTG, tokens)
+
+    def stream_choice(self) -> NeuronChoice:
+        return NeuronChoice(
+            self.placement.name, "largest", self.typical_F, self.tried, self.kept, self.config.group_size
+        )
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
         super().advance(progress, statistics)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from skipstone.core.records import NeuronGroupsRecord
 from skipstone.core.routing_module import Placement
+from skipstone.core.stream_gate import NeuronChoice
 from skipstone.core.strict import parsed
 from skipstone.core.tokens import Tokens
 from skipstone.core.width import ActivationGroupRouter, Share
@@ -138,6 +139,9 @@ class ZeroNeurons(ActivationGroupRouter):
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         return group_record(score_BTG, tried_BTG, kept_BTG, tokens)
+
+    def stream_choice(self) -> NeuronChoice:
+        return NeuronChoice(self.placement.name, "zeros", self.typical_F, self.tried, self.kept)
 
     def empty_record(self, x_BTD: Tensor) -> NeuronGroupsRecord:
         return empty_groups(x_BTD, self.total)

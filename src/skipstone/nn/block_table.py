@@ -1,7 +1,7 @@
 """Blocks as rows of the tables that a compiled step reads (`ops/decode_stack.py`), and which blocks can be rows.
 
-A block can if it has a gated MLP, root-mean-square norms, weights in fp32 or int8, and if all that decides in it
-describes itself (`core/stream_gate.py`).
+A block can if it has a gated MLP, also one that leaves out neurons by its own results, root-mean-square norms, weights
+in fp32 or int8, and if all that decides in it describes itself (`core/stream_gate.py`).
 
 Shape letters: L blocks, C columns, G gates, N numbers.
 """
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.core.depth import DepthModule
-from skipstone.core.stream_gate import Functions, Mixture, Scorer, StreamGate, StreamMix, declares
+from skipstone.core.stream_gate import Functions, Mixture, NeuronChoice, Scorer, StreamGate, StreamMix, declares
 from skipstone.nn.attention import Attention
 from skipstone.nn.block import SEGMENT, Block
 from skipstone.nn.int8 import Int8Linear
 from skipstone.nn.linear import OutputLinear
+from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import GatedMLP
 from skipstone.nn.norm import OffsetRMSNorm, RMSNorm
 from skipstone.ops import decode_stack, decode_step
@@ -64,7 +65,7 @@ def _served(block: nn.Module) -> bool:
     if type(block) is not Block or block.parallel or block.shared_norm or block.residual_scale != 1 or block.training:
         return False
     attention, mlp = block.self_attn, block.mlp
-    if type(attention) is not Attention or type(mlp) is not GatedMLP:
+    if type(attention) is not Attention or not (type(mlp) is GatedMLP or _chooses(mlp)):
         return False
     if attention.soft_cap is not None or attention.norm_over_all_heads:
         return False
@@ -78,6 +79,32 @@ def _served(block: nn.Module) -> bool:
     )
 
 
+def _chooses(mlp: Any) -> bool:
+    """Return whether an MLP leaves out neurons in a way that a compiled step can follow."""
+    if type(mlp) is not MagnitudeMLP or not declares(mlp.router, "stream_choice"):
+        return False
+    return _readable(mlp.router.stream_choice()) and all(matrix.bias is None for matrix in mlp.matrices())
+
+
+def choice_of(block: Block) -> NeuronChoice | None:
+    """Return how the MLP of a block that can be a row chooses neurons; None if it computes all."""
+    return block.mlp.router.stream_choice() if isinstance(block.mlp, MagnitudeMLP) else None
+
+
+def layouts_of(blocks: Sequence[Block]) -> dict[int, bool]:
+    """Return the ids of weights and scales that may lie input by input, and whether they are to.
+
+    A row of the last matrix then belongs to a neuron.
+    """
+    found: dict[int, bool] = {}
+    for block in blocks:
+        if isinstance(mlp := block.mlp, MagnitudeMLP):
+            down: Any = mlp.down_proj
+            parts = [down.weight, down.weight_scale] if isinstance(down, Int8Linear) else [down.weight]
+            found |= {id(x): mlp.skips for x in parts if x.dim() == 2}
+    return found
+
+
 def _mix_is_served(activation: Any) -> bool:
     if not declares(activation, "stream_mix"):
         return False
@@ -87,7 +114,7 @@ def _mix_is_served(activation: Any) -> bool:
     return _readable(mix)
 
 
-def _readable(described: StreamGate | StreamMix | None) -> bool:
+def _readable(described: StreamGate | StreamMix | NeuronChoice | None) -> bool:
     """Return whether something describes itself, by fp32 tensors alone."""
     return described is not None and all(_plain(x) and x.is_contiguous() for x in described.tensors())
 
@@ -109,7 +136,7 @@ def _norms(block: Block) -> list[Any]:
 
 
 def _matrices(block: Block) -> list[Any]:
-    attention, mlp = block.self_attn, cast("GatedMLP", block.mlp)
+    attention, mlp = block.self_attn, cast("GatedMLP | MagnitudeMLP", block.mlp)
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
@@ -123,7 +150,7 @@ def _sizes(block: Block) -> decode_stack.Sizes | None:
     attention, E = block.self_attn, block.self_attn.head_dim
     return decode_stack.Sizes(
         width=attention.q_proj.in_features,
-        neurons=cast("GatedMLP", block.mlp).up_proj.out_features,
+        neurons=cast("GatedMLP | MagnitudeMLP", block.mlp).up_proj.out_features,
         heads=attention.q_proj.out_features // E,
         groups=attention.k_proj.out_features // E,
         head_size=E,
@@ -150,7 +177,7 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
         for site in (SEGMENT, *INSIDE):
             at = [g for g, (index, where, _) in enumerate(gates) if (index, where) == (i, site)]
             row += [at[0] if at else 0, len(at)]
-        rows.append([*row, spans[i], runs[i].data_ptr(), len(runs[i]), *_mixture(mixes[i])])
+        rows.append([*row, spans[i], runs[i].data_ptr(), len(runs[i]), *_mixture(mixes[i]), *choice_row(block)])
     gate_GC, number_GN = gate_tables(described)
     widths = [_hidden(gate.scorer) + _hidden(gate.line.scorer) for gate in described if gate is not None]
     widths += [len(mix.context_bias) for mix in mixes if isinstance(mix, Mixture)]
@@ -162,8 +189,18 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
         number_GN=number_GN,
         hidden=max(widths, default=0),
         mixes=any(isinstance(mix, Mixture) for mix in mixes),
+        chooses=any(choice_of(block) is not None for block in blocks),
     )
     return program, runs
+
+
+def choice_row(block: Block) -> list[int]:
+    """Return the columns of the block's choice of neurons, as `ops/decode_neurons_native.py` lists them."""
+    if (choice := choice_of(block)) is None:
+        return [0] * decode_stack.CHOICE
+    decision = decode_stack.DECISIONS.index(choice.decision)
+    skips = cast("MagnitudeMLP", block.mlp).skips
+    return [decision, choice.tried, choice.kept, choice.size, choice.typical.data_ptr(), int(skips)]
 
 
 def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]:

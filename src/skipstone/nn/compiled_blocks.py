@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 from weakref import ref
@@ -30,7 +30,7 @@ from skipstone.core.depth import DepthModule
 from skipstone.core.tokens import Tokens
 from skipstone.core.weights import hooks_on_all_modules
 from skipstone.nn.block import SEGMENT, Block
-from skipstone.nn.block_table import sizes_of
+from skipstone.nn.block_table import layouts_of, sizes_of
 from skipstone.nn.compiled_run import CompiledRun
 from skipstone.ops import decode_stack, decode_step
 
@@ -42,7 +42,7 @@ NOTING = threading.Lock()  # noting moves int8 weights, so threads take turns
 # Attributes of modules that decide what a block computes, besides its weights and what mechanisms say of themselves.
 SETTINGS = (
     "training", "forward", "eps", "scaling", "soft_cap", "window", "head_dim", "norm_over_all_heads", "name",
-    "function", "functions", "sizes", "parallel", "shared_norm", "residual_scale", "layer_idx",
+    "function", "functions", "sizes", "parallel", "shared_norm", "residual_scale", "layer_idx", "skips",
 )  # fmt: skip
 
 
@@ -147,9 +147,10 @@ class CompiledBlocks:
         self.hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
         self.dicts, self.keys, self.values = zip(*_parts(self.modules), strict=True)
         ranges = list(_ranges(blocks, spans))
-        read = [x for part, sizes in ranges if sizes is not None for i in part for x in blocks[i].parameters()]
+        served = [blocks[i] for part, sizes in ranges if sizes is not None for i in part]
+        read = [x for block in served for x in block.parameters()]
         changed = any(self.hooks) or any("forward" in vars(module) for module in self.modules)
-        if not changed and read and self._settle(list(dict.fromkeys(read))):
+        if not changed and read and self._settle(list(dict.fromkeys(read)), layouts_of(served)):
             self.runs = [
                 (part, None if sizes is None else CompiledRun(blocks[part.start : part.stop], sizes))
                 for part, sizes in ranges
@@ -159,15 +160,24 @@ class CompiledBlocks:
         self.places = list(map(Tensor.data_ptr, self.tensors))
         self.memory = [x.data for x in self.tensors]  # stays where it is read, even if a weight gets another one
 
-    def _settle(self, weights: Sequence[Tensor]) -> bool:
-        """Return whether every weight can be read, after moving int8 ones next to each other."""
+    def _settle(self, weights: Sequence[Tensor], layouts: Mapping[int, bool]) -> bool:
+        """Return whether every weight can be read, after moving int8 ones next to each other.
+
+        layouts: by id, the matrices that lie input by input (True), or may have done so (False).
+        """
         if not all(decode_step.takes(x) or _is_int8(x) for x in weights):
             return False
-        if not all(x.is_contiguous() for x in weights):
+        if not all(x.is_contiguous() or id(x) in layouts for x in weights):
             return False
+        turned = [layouts.get(id(x), False) for x in weights]
+        found = [decode_stack.lay(x.data, as_inputs) for x, as_inputs in zip(weights, turned, strict=True)]
         if any(_is_int8(x) for x in weights):
-            for x, lying in zip(weights, decode_stack.gather([x.data for x in weights]), strict=True):
-                x.data = lying
+            views = [x.t() if as_inputs else x for x, as_inputs in zip(found, turned, strict=True)]
+            lying = zip(decode_stack.gather(views), turned, strict=True)
+            found = [x.t() if as_inputs else x for x, as_inputs in lying]
+        for x, lies in zip(weights, found, strict=True):
+            if x.data_ptr() != lies.data_ptr():
+                x.data = lies
         return True
 
     def holds(self, store: RaggedStore) -> bool:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from skipstone.core.cache import SkipstoneCacheLayer
-from skipstone.core.records import ActivationRecord, DepthRecord, Records, decisions_only
+from skipstone.core.records import ActivationRecord, DepthRecord, NeuronGroupsRecord, Records, decisions_only
 from skipstone.core.stream_gate import Mixture, Scorer, StreamGate
 from skipstone.core.tokens import Tokens
 from skipstone.nn.block import SEGMENT, Block
-from skipstone.nn.block_table import gate_tables, gates_of, program_of, states_of
+from skipstone.nn.block_table import choice_of, choice_row, gate_tables, gates_of, program_of, states_of
+from skipstone.nn.magnitude_mlp import MagnitudeMLP
+from skipstone.nn.neuron_shares import NeuronShares
 from skipstone.nn.store_places import Places, is_usual
 from skipstone.ops import decode_stack, decode_step
 
@@ -38,8 +40,12 @@ class CompiledRun:
         self.blocks = blocks
         self.program, self.held = program_of(blocks, spans, sizes)
         self.gates = [gate for _, _, gate in gates_of(blocks)]
-        self.watched = Watched(self.gates)
         self.described = [gate.stream_gate() for gate in self.gates]
+        self.choices = [choice_of(block) for block in blocks]
+        self.shares = NeuronShares(blocks) if self.program.chooses else None
+        routers = [block.mlp.router for block in blocks if isinstance(block.mlp, MagnitudeMLP)]
+        self.deciders: list[nn.Module] = [*self.gates, *routers]
+        self.watched = Watched(self.deciders)
         self.states = states_of(self.described)
         self.windows = [block.self_attn.window for block in blocks if block.self_attn.window is not None]
         self.config = blocks[0].self_attn.config
@@ -76,6 +82,8 @@ class CompiledRun:
             state_ST = torch.cat([tokens.state[name] for name in self.states])
         ran = decode_stack.run(x_BTD, self.program, memory_LM, tokens.slot_BT, state_ST, recorded)
         places.grow(ran.stored)
+        if self.shares is not None and T == 1:
+            self.shares.add(ran.stored)
         carry = {} if state_ST is None else {name: x_T[None] for name, x_T in zip(self.states, state_ST, strict=True)}
         return ran.x_1TD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
 
@@ -112,17 +120,22 @@ class CompiledRun:
         return found
 
     def _knows_gates(self) -> bool:
-        """Return whether all gates still describe themselves, after noting what they say now.
+        """Return whether all gates and choices still describe themselves, after noting what they say now.
 
         They are asked only if a value has changed that a module of theirs holds, which is seen in a tenth of the time.
         """
-        if not self.gates or self.watched.unchanged():
+        if not self.deciders or self.watched.unchanged():
             return True
-        self.watched = Watched(self.gates)
-        described = [gate.stream_gate() for gate in self.gates]
-        if any(gate is None for gate in described):
+        self.watched = Watched(self.deciders)
+        described, choices = [gate.stream_gate() for gate in self.gates], [choice_of(block) for block in self.blocks]
+        if any(gate is None for gate in described) or [x is None for x in choices] != [x is None for x in self.choices]:
             self.watched = Watched(())
             return False
+        if any(a is not None and not _same(a, b) for a, b in zip(choices, self.choices, strict=True)):
+            self.choices = choices
+            table_LC = self.program.table_LC.clone()
+            table_LC[:, -decode_stack.CHOICE :] = torch.tensor([choice_row(block) for block in self.blocks])
+            self.program = self.program._replace(table_LC=table_LC)
         if not all(map(_same, described, self.described)):
             if not all(decode_step.takes(x) for gate in described for x in gate.tensors()):  # type: ignore[union-attr]
                 self.watched = Watched(())
@@ -150,8 +163,25 @@ class CompiledRun:
                 assert ran.logit_L1TA is not None
                 assert ran.fed_L1T is not None
                 records[mix.name] = ActivationRecord(ran.logit_L1TA[i], ran.fed_L1T[i])
+            if (choice := self.choices[i]) is not None:
+                records[choice.name] = self._chosen(ran, i, choice.size)
             found.append(records)
         return found
+
+    def _chosen(self, ran: decode_stack.Ran, i: int, size: int) -> NeuronGroupsRecord:
+        """Return the record of the neurons that the MLP of a block has left on."""
+        assert ran.score_LN is not None
+        assert ran.mark_2LN is not None
+        assert ran.fed_L1T is not None
+        reached_1T, shape = ran.fed_L1T[i], (1, ran.fed_L1T.shape[2], -1)
+        count = reached_1T.shape[1] * self.program.sizes.neurons // size
+        score_1TG, tried_1TG, kept_1TG = (x_N[:count].view(shape) for x_N in (ran.score_LN[i], *ran.mark_2LN[:, i]))
+        score_1TG = score_1TG.masked_fill(~reached_1T[..., None], float("nan"))
+        tried_1TG, kept_1TG = (on_1TG & reached_1T[..., None] for on_1TG in (tried_1TG, kept_1TG))
+        record = NeuronGroupsRecord(score_1TG, kept_1TG, reached_1T, tried_1TG)
+        mlp = cast("MagnitudeMLP", self.blocks[i].mlp)
+        price_1T = mlp.router.price(score_1TG)  # scores are the magnitudes where there is a price
+        return record if price_1T is None else record._replace(loss_BT=torch.where(reached_1T, price_1T, 0.0))
 
 
 class Watched:

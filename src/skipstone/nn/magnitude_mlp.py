@@ -40,6 +40,7 @@ class MagnitudeMLP(DivisibleMLP):
         self, width: int, neurons: int, activation: Activation, router: ActivationGroupRouter, dropout: float = 0.0
     ) -> None:
         super().__init__(width, neurons, activation, router, dropout)
+        self.skips = True  # False: compiled steps read all weights, because too many neurons are on (NeuronShares)
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None
@@ -51,12 +52,19 @@ class MagnitudeMLP(DivisibleMLP):
             out = self._in_full(x_BTD, a_BTF, tokens)
         else:
             tried, kept = self.router.counts(a_BTF)
-            out = one_token(x_BTD, a_BTF, parts._replace(tried=tried, kept=kept))
+            out = one_token(x_BTD, a_BTF, parts._replace(typical_F=self.router.typical_F, tried=tried, kept=kept))
         y_BTD, score_BTG, tried_BTG, kept_BTG = out
         record = self.router.record(score_BTG, tried_BTG, kept_BTG, tokens)
         if (price_BT := self.router.price(a_BTF)) is not None:
             record = record._replace(loss_BT=torch.where(record.reached_BT, tokens.pad(price_BT), 0.0))
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
+
+    def train(self, mode: bool = True) -> MagnitudeMLP:
+        """Set the mode; how many neurons are on is measured anew after a training."""
+        if mode:
+            self.skips = True
+        super().train(mode)
+        return self
 
     def _in_full(self, x_BTD: Tensor, a_BTF: Tensor, tokens: Tokens) -> MagnitudeOutput:
         """Multiply all neurons and set those that are off to 0."""
@@ -94,7 +102,8 @@ class MagnitudeMLP(DivisibleMLP):
         up_FD, down_DF = self.up_proj.weight.detach(), self.down_proj.weight.detach()
         if cache is None or not reads_in_place(up_FD, down_DF):
             return self._with(up_FD, down_DF.t())
-        kept = self._with(up_FD.contiguous(), transposed(down_DF))
+        down_FD = down_DF.t() if down_DF.t().is_contiguous() else transposed(down_DF)  # compiled steps store it so
+        kept = self._with(up_FD.contiguous(), down_FD)
         cache.scratch[name] = marks, kept
         return kept
 

@@ -74,9 +74,9 @@ class Places:
         """Update the lengths of the stores after a step.
 
         stored: for each block, the number of tokens stored as keys and values, and the number that its running sums
-        have seen.
+        have seen; more may follow.
         """
-        for store, more, (given, seen) in zip(self.kv, self.sums, stored, strict=True):
+        for store, more, (given, seen, *_) in zip(self.kv, self.sums, stored, strict=True):
             store.width += given
             if more is not None:
                 more.width += seen

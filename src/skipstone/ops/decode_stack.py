@@ -7,6 +7,8 @@ Shape letters: L blocks, T tokens, D width, G gates, S states, A activations.
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +26,11 @@ EACH = 1 << 19  # weights of a block for which a further thread is worth its wai
 ALIGNED = 64  # bytes
 FUNCTIONS = ("silu", "gelu_tanh", "relu", "tanh", "gelu")
 WEIGHTS = ("none", "raw", "opening", "tanh")  # functions that give the factor of a kept token
+DECISIONS = ("all", "zeros", "largest")  # which neurons of an MLP are computed
 MIXED, MIXTURE = 4, 8  # activations of a mixture, and its columns in the table of a block
+CHOICE = 6  # columns of a choice of neurons
+LONG_S = 4.0  # seconds; reading from disk what has been compiled takes less
+COMPILING = "compiling the decoding step for this processor: up to a minute, once; it is then kept on disk"
 _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by address
 
 
@@ -58,7 +64,7 @@ class Program(NamedTuple):
 
     table_LC, number_LN: the tables of the L blocks. gate_GC, number_GN: the tables of the G gates (depth mechanisms)
     around them. hidden: the largest number of hidden values of a token in one gate or activation. mixes: whether any
-    activation is a mixture.
+    activation is a mixture. chooses: whether any MLP chooses neurons.
     """
 
     sizes: Sizes
@@ -68,6 +74,7 @@ class Program(NamedTuple):
     number_GN: Tensor
     hidden: int
     mixes: bool
+    chooses: bool
 
 
 class Ran(NamedTuple):
@@ -76,8 +83,10 @@ class Ran(NamedTuple):
     x_1TD: the stream after all blocks. said_FG1T: fp32, the score, weight, loss and state of each gate (depth
     mechanism) and token. flag_2G1T: bool, whether the gate kept the token, and whether the token reached the gate.
     logit_L1TA: the logits of activation mixtures, NaN where no token arrived; fed_L1T: which tokens arrived. Both are
-    empty without mixtures. These four are None if no records were requested. stored: for each block, how many tokens
-    gave keys and values, and how many its activation has processed.
+    empty without mixtures; fed_L1T is there for choices of neurons, too. score_LN, mark_2LN: fp32 scores of the groups
+    of neurons, and which are tried and kept, T rows of as many groups as the block has at the start of N, undefined for
+    tokens that did not arrive. These six are None if no records were requested. stored: for each block, how many tokens
+    gave keys and values, how many its activation has processed, and how many neurons these needed.
     """
 
     x_1TD: Tensor
@@ -86,6 +95,8 @@ class Ran(NamedTuple):
     flag_2G1T: Tensor | None = None
     logit_L1TA: Tensor | None = None
     fed_L1T: Tensor | None = None
+    score_LN: Tensor | None = None
+    mark_2LN: Tensor | None = None
 
 
 def run(
@@ -101,15 +112,17 @@ def run(
     native, T, s = _native(), x_1TD.shape[1], program.sizes
     x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))
     parts, mixes = min(native.threads(), s.threads), L if program.mixes else 0
-    stored_L2 = torch.empty(L, 2, dtype=torch.long)
+    feeds, chooses = max(mixes, L if program.chooses else 0), L if program.chooses and recorded else 0
+    stored_L3 = torch.zeros(L, 3, dtype=torch.long)
     inner, widest = s.heads * s.head_size, max(s.width, s.neurons, s.heads * s.head_size)
     singles = T * (2 * inner + 2 * s.groups * s.head_size + 3 * s.width + 2 * s.neurons + program.hidden)
     needed = 4 * singles + parts * native.private(T, widest) + 2 * ALIGNED
-    sizes = (4 * native.FIELDS * G * T, 2 * G * T, 4 * mixes * T * MIXED, mixes * T)  # bytes of what is said
+    sizes = (4 * native.FIELDS * G * T, 2 * G * T, 4 * mixes * T * MIXED, feeds * T)  # bytes of what is said
     said: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None, None)
+    chosen = torch.empty(chooses, T * s.neurons), torch.empty(2, chooses, T * s.neurons, dtype=torch.bool)
     if recorded:
         gates = torch.empty(native.FIELDS, G, 1, T), torch.empty(2, G, 1, T, dtype=torch.bool)
-        said = (*gates, torch.empty(mixes, 1, T, MIXED), torch.empty(mixes, 1, T, dtype=torch.bool))
+        said = (*gates, torch.empty(mixes, 1, T, MIXED), torch.empty(feeds, 1, T, dtype=torch.bool))
     work = torch.empty(needed + (0 if recorded else sum(sizes) + ALIGNED * (len(sizes) + 1)), dtype=torch.uint8)
     at, ends = -(-work.data_ptr() // ALIGNED) * ALIGNED, needed
     places = []
@@ -118,11 +131,20 @@ def run(
         ends += -(-size // ALIGNED) * ALIGNED
     given = (program.table_LC, memory_LM, slot_1T, x_1TD, at, program.gate_GC, program.number_GN, program.number_LN)
     addresses = [x if isinstance(x, int) else x.data_ptr() for x in given]
-    addresses += [0 if state_ST is None else state_ST.data_ptr(), *places, stored_L2.data_ptr()]
+    addresses += [0 if state_ST is None else state_ST.data_ptr(), *places, stored_L3.data_ptr()]
+    addresses += [x.data_ptr() if chooses else 0 for x in chosen]
     states = 0 if state_ST is None else len(state_ST)
     counts = (L, T, s.width, s.neurons, s.heads, s.groups, s.head_size, G, states, program.hidden)
     native.share(native.crew, (addresses, counts, (s.eps, s.offset, s.scaling)), parts)
-    return Ran(x_1TD, stored_L2.tolist(), *said)
+    return Ran(x_1TD, stored_L3.tolist(), *said, *(chosen if recorded else ()))
+
+
+@torch.inference_mode(False)
+def lay(x: Tensor, turned: bool) -> Tensor:
+    """Return a matrix whose memory is that of its contiguous transpose, or of itself; x if it is."""
+    if turned:
+        return x if x.t().is_contiguous() else x.t().contiguous().t()
+    return x.contiguous()
 
 
 @torch.inference_mode(False)
@@ -151,4 +173,11 @@ def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @cache
 def _native() -> Any:
-    return import_module("skipstone.ops.decode_stack_native")
+    """Return the compiled module, which numba compiles if it finds nothing on disk; if that takes long, log a line."""
+    line = threading.Timer(LONG_S, logging.getLogger(__name__).info, [COMPILING])
+    line.daemon = True
+    line.start()
+    try:
+        return import_module("skipstone.ops.decode_stack_native")
+    finally:
+        line.cancel()

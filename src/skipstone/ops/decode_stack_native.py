@@ -13,6 +13,7 @@ import numpy as np
 
 from skipstone.ops import decode_gates_native as of_gates
 from skipstone.ops import decode_mlp_native as of_mlp
+from skipstone.ops import decode_neurons_native as of_neurons
 from skipstone.ops.decode_gates_native import (
     ASKS,
     BLOCK,
@@ -30,7 +31,7 @@ from skipstone.ops.decode_gates_native import (
 from skipstone.ops.decode_mlp_native import context, gated, mixed, mixture_logits
 from skipstone.ops.decode_products_native import norm_row, product, rounded, share_of, together
 from skipstone.ops.decode_products_native import private as private
-from skipstone.ops.decode_stack import MIXTURE
+from skipstone.ops.decode_stack import CHOICE, MIXTURE
 from skipstone.ops.decode_step_native import ONE, _attend, _rotate, compiled
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.workers import BARRIER, doubles, integers, part_of, parts_of, team
@@ -45,11 +46,12 @@ BEFORE_A, AFTER_A, BEFORE_M, AFTER_M, OF_QUERY, OF_KEY = range(6)
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(6, 34, 4)
 # Then, for each site from the outside in, its first gate and the number of its gates; the blocks of the segment
 # that begins here (0: none); address and number of the runs of functions (none: the activation is a mixture); and the
-# mixture.
+# mixture; and the choice of neurons.
 OF_SEGMENT = 34
 SPAN, RUNS, COUNT = range(42, 45)
 MIX = 45
-COLUMNS = MIX + MIXTURE
+CHOOSES = MIX + MIXTURE
+COLUMNS = CHOOSES + CHOICE
 # Columns of the memory of a block: addresses of stored keys, values and slots, the first new column, addresses of cos
 # and sin (0: not rotated); addresses of the activation's stored sums and slots, and their first new column.
 KEYS, VALUES, SLOTS, COLUMN, COS, SIN, SUMS, SUM_SLOTS, SUM_COLUMN = range(9)
@@ -68,7 +70,7 @@ def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, b
     barrier: its address.
     """
     table_at, memory_at, slot_at, x_at, work_at, gates_at, lines_at, block_numbers_at = addresses[:8]
-    states_at, said_at, flags_at, logits_at, fed_at, stored_at = addresses[8:]
+    states_at, said_at, flags_at, logits_at, fed_at, stored_at, scores_at, marks_at = addresses[8:]
     L, T, D, F, H, G, E, gate_count, states, hidden = sizes
     table, memory = _lying(table_at, (L, COLUMNS), 0), _lying(memory_at, (L, MEMORY), 0)
     x, slots, crowd = _lying(x_at, (T, D), ONE), _lying(slot_at, (T,), 0), (part, parts, barrier)
@@ -79,7 +81,7 @@ def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, b
         _lying(flags_at, (2, gate_count, T), np.uint8(0)),
     )
     logits, fed = _lying(logits_at, (L, T, of_mlp.A), ONE), _lying(fed_at, (L, T), np.uint8(0))
-    stored = _lying(stored_at, (L, 2), 0)
+    stored = _lying(stored_at, (L, 3), 0)
     block_numbers = _lying(block_numbers_at, (L, NUMBERS), ONE)
     scope = (np.full((SCOPES, T), ASKS), np.ones((SCOPES, T), np.float32), np.ones((SCOPES, T), np.float32))
     kind, _gain, factor = scope
@@ -104,8 +106,9 @@ def run(addresses: Array, sizes: Array, numbers: Array, part: int, parts: int, b
                 stored[block, 0] = count
             else:
                 mix = (block_numbers[block], logits[block], fed[block], hidden_at)
-                arrivals, count = _fed(given, scope, x, slots, places, mix, crowd, arrivals)
-                stored[block, 1] = count
+                said = (scores_at, marks_at, block, L)
+                arrivals, count, needed = _fed(given, scope, x, slots, places, mix, said, crowd, arrivals)
+                stored[block, 1], stored[block, 2] = count, needed
         left -= 1 if left else 0
         for site in range(BLOCK, OUTSIDE, -1):
             if acts if site == BLOCK else outer_acts and not left:
@@ -176,24 +179,44 @@ def _attended(given: Array, scope: Array, x: Array, slots: Array, places: Array,
 
 @compiled
 def _fed(
-    given: Array, scope: Array, x: Array, slots: Array, places: Array, mix: Array, crowd: Array, arrivals: int
+    given: Array,
+    scope: Array,
+    x: Array,
+    slots: Array,
+    places: Array,
+    mix: Array,
+    said: Array,
+    crowd: Array,
+    arrivals: int,
 ) -> Array:
-    """Add the MLP's update; return the arrivals that end the next wait, and how many tokens the activation has seen."""
+    """Add the MLP's update.
+
+    Return the arrivals that end the next wait, how many tokens the activation has seen, and how many neurons they need.
+    """
     (row, memory, sizes, numbers), (kind, gain, factor), (part, parts, barrier) = given, scope, crowd
     T, D, F = sizes[:3]
     y_at, g_at, u_at = places[4:7]
     own, (block_numbers, logits, fed, z_at) = places[7:], mix
     tokens, scale, mixes = np.empty(T, np.int64), np.empty(T, np.float32), row[COUNT] == 0
     K = listed(kind[OF_MLP], ASKS, tokens)
-    if mixes and part == 0:
-        logits[:], fed[:] = np.float32(np.nan), 0
+    chooses, needed = row[CHOOSES + of_neurons.DECISION] != 0, F
+    if part == 0:
+        if mixes:
+            logits[:] = np.float32(np.nan)
+        if mixes or chooses:
+            fed[:] = 0
+            for j in range(K):
+                fed[tokens[j]] = 1
     if not K:
-        return arrivals, 0
+        return arrivals, 0, 0
     _normed(x, tokens[:K], row[BEFORE_M], numbers, own)
     rounded(row[GATE + 1] + row[UP + 1], own[0], own, K, D)
     product(row[GATE : GATE + 4], (K, F, D), own[0], own, g_at, part, parts)
-    product(row[UP : UP + 4], (K, F, D), own[0], own, u_at, part, parts)
     gate, up = _lying(g_at, (K, F), ONE), _lying(u_at, (K, F), ONE)
+    if chooses:  # the activations first, and which neurons they leave on
+        of_neurons.fill(up, share_of(F, part, parts), of_mlp.WHOLE)
+    else:
+        product(row[UP : UP + 4], (K, F, D), own[0], own, u_at, part, parts)
     if mixes:
         context(row[MIX:], K, D, own[0], z_at, part, parts)
         arrivals = together(parts, barrier, arrivals)
@@ -202,16 +225,63 @@ def _fed(
         mixture_logits(row[MIX:], decay, z, slots[tokens[:K]], stored, memory[SUM_COLUMN], found, part == 0)
         mixed(row[MIX:], block_numbers[of_mlp.PREFERENCE_SCALE], found, gate, up, part, parts)
         for j in range(K if part == 0 else 0):
-            logits[tokens[j]], fed[tokens[j]] = found[j], 1
+            logits[tokens[j]] = found[j]
     else:
         gated(gate, up, _lying(row[RUNS], (row[COUNT], 2), 0), part, parts)
-    arrivals = together(parts, barrier, arrivals)
-    rounded(row[DOWN + 1], g_at, own, K, F)
-    product(row[DOWN : DOWN + 4], (K, D, F), g_at, own, y_at, part, parts)
+    if chooses:
+        arrivals, needed = _some(row, (g_at, u_at, y_at, own), (T, D, F), tokens[:K], said, crowd, arrivals)
+    else:
+        arrivals = together(parts, barrier, arrivals)
+        rounded(row[DOWN + 1], g_at, own, K, F)
+        product(row[DOWN : DOWN + 4], (K, D, F), g_at, own, y_at, part, parts)
     for j in range(K):
         scale[j] = gain[OF_MLP, tokens[j]] * factor[OF_MLP, tokens[j]]
     y = _lying(y_at, (K, D), ONE)
-    return _added(x, y, tokens, scale, row[AFTER_M], numbers, part, parts, barrier, arrivals), K
+    return _added(x, y, tokens, scale, row[AFTER_M], numbers, part, parts, barrier, arrivals), K, needed
+
+
+@compiled
+def _some(row: Array, places: Array, sizes: Array, tokens: Array, said: Array, crowd: Array, arrivals: int) -> Array:
+    """Multiply the activations by the up matrix, and the down matrix by them, for the neurons that are chosen.
+
+    Return the arrivals that end the next wait, and how many neurons some token needs for the up matrix.
+    """
+    (g_at, u_at, y_at, own), (T, D, F), K, (part, parts, barrier) = places, sizes, len(tokens), crowd
+    choice, own_share = row[CHOOSES:], share_of(F, part, parts)
+    a, up, h = _lying(g_at, (K, F), ONE), _lying(u_at, (K, F), ONE), _lying(own[0], (K, F), ONE)
+    on, rows = np.empty((K, F), np.bool_), np.empty(F, np.int64)
+    scores = np.empty((K, F // choice[of_neurons.SIZE]), np.float32)
+    if choice[of_neurons.BY_NEURON]:
+        of_neurons.fill(up, own_share, of_mlp.ZERO)
+    else:
+        product(row[UP : UP + 4], (K, F, D), own[0], own, u_at, part, parts)
+        for n in range(K):
+            for f in range(own_share[0], own_share[1]):
+                up[n, f] *= a[n, f]
+    arrivals = together(parts, barrier, arrivals)
+    of_neurons.tried(choice, a, on, scores)
+    if part == 0:
+        of_neurons.note(said, choice, tokens, (T, F), on, scores, 0)
+    needed = of_neurons.needed(on, rows)
+    if choice[of_neurons.BY_NEURON]:
+        read = of_neurons.or_all(needed, rows)
+        start, end = of_neurons.part_of_list(read, part, parts)
+        of_neurons.multiplied(row[UP : UP + 4], own[0], own, D, rows[start:end], a, on, up)
+        arrivals = together(parts, barrier, arrivals)
+    of_neurons.kept(choice, up, on)
+    if part == 0:
+        of_neurons.note(said, choice, tokens, (T, F), on, scores, 1)
+    for n in range(K):
+        for f in range(F):
+            h[n, f] = up[n, f] if on[n, f] else of_mlp.ZERO
+    rounded(row[DOWN + 1], own[0], own, K, F)
+    if choice[of_neurons.BY_NEURON]:
+        read = of_neurons.or_all(of_neurons.needed(on, rows), rows)
+        first, last = share_of(D, part, parts)
+        of_neurons.summed(row[DOWN : DOWN + 4], own[0], own, (K, F, D), rows[:read], y_at, first, last)
+    else:
+        product(row[DOWN : DOWN + 4], (K, D, F), own[0], own, y_at, part, parts)
+    return arrivals, needed
 
 
 @compiled
@@ -314,5 +384,5 @@ def _added(
 @team
 def crew(packet: int) -> None:
     """Run one thread's part of `run`; `packet` is the address of the arguments (`workers.share`)."""
-    given = (integers(packet, 0, 14), integers(packet, 14, 10), doubles(packet, 24, 3))
+    given = (integers(packet, 0, 16), integers(packet, 16, 10), doubles(packet, 26, 3))
     run(*given, part_of(packet), parts_of(packet), packet + BARRIER)

@@ -30,6 +30,9 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     outputs, inputs = weight_OI.shape
     given = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
+    if outputs % 16 == inputs % GROUP == 0 and scale.dtype == torch.float32 and _by_input(weight_OI, scale):
+        _summed(given, weight_OI, scale, y)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
     if not weight_OI.is_contiguous() or scale.dtype != torch.float32 or not scale.is_contiguous():
         weight_OI, scale = weight_OI.contiguous(), scale.float().contiguous()
     sizes = (x.numel() // inputs, outputs, inputs, scale.numel() // outputs)
@@ -46,6 +49,24 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     else:
         share(crew, ((*addresses, *at), sizes), parts)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _by_input(weight_OI: Tensor, scale: Tensor) -> bool:
+    """Return whether the numbers of an input lie next to each other, as a compiled step of all blocks stores some."""
+    scales_lie = scale.dim() == 1 or scale.t().is_contiguous()
+    return not weight_OI.is_contiguous() and weight_OI.t().is_contiguous() and scales_lie
+
+
+def _summed(x: Tensor, weight_OI: Tensor, scale: Tensor, y: Tensor) -> None:
+    """Compute the product with a weight that lies input by input."""
+    from skipstone.ops.decode_neurons_native import summed  # uses this module
+
+    (outputs, inputs), tokens = weight_OI.shape, y.numel() // weight_OI.shape[0]
+    whole, unit = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
+    places = (0, whole.ctypes.data, unit.ctypes.data)
+    round_tokens((x.data_ptr(), *places[1:]), (tokens, outputs, inputs, 0))
+    matrix = (weight_OI.data_ptr(), scale.data_ptr(), 0, scale.numel() // outputs)
+    summed(matrix, x.data_ptr(), places, (tokens, inputs, outputs), np.arange(inputs), y.data_ptr(), 0, outputs)
 
 
 @compiled

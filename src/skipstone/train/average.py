@@ -50,7 +50,8 @@ class TailAverage(TrainerCallback):
         Nothing is written before the first averaged step.
         """
         if self.count:
-            save_file({**self.mean, "count": torch.tensor(self.count)}, checkpoint / FILE)
+            mean = {name: x.contiguous() for name, x in self.mean.items()}
+            save_file({**mean, "count": torch.tensor(self.count)}, checkpoint / FILE)
 
     def load(self, checkpoint: Path) -> None:
         """Restore the running mean from the folder `checkpoint`; do nothing if it has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +65,9 @@ def generate(
 
     from skipstone.generate.text_generation import stream_text
 
+    compiling = logging.getLogger("skipstone.ops.decode_stack")  # silence of half a minute would look like a fault
+    compiling.setLevel(logging.INFO)
+    compiling.addHandler(logging.StreamHandler())
     pieces = stream_text(
         run,
         prompt,

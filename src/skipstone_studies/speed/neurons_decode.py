@@ -9,7 +9,7 @@ import torch
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.strict import PlainDict
 from skipstone.measure.speed import Lap, Task, decode_task, take_turns
-from skipstone.ops import magnitude
+from skipstone.ops import decode_stack, magnitude
 from skipstone_studies.speed.interleaved import ratio
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
@@ -66,7 +66,7 @@ def copied(task: Task) -> Task:
     """Return a task that runs `task` without numba, so that rows of the weights are copied instead of read in place."""
 
     def lap() -> Lap:
-        with patch.object(magnitude, "_kernels", lambda: None):
+        with patch.object(magnitude, "_kernels", lambda: None), patch.object(decode_stack, "MOST_TOKENS", 0):
             return task()
 
     return lap
@@ -93,8 +93,8 @@ NEURONS_DECODE = Study(
         f"{STEPS} tokens after a prompt of {PROMPT}, with single neurons chosen by magnitude. Of the two shares in an "
         "arm's name, the first is the share of neurons for which the second matrix (up) is multiplied, the second "
         "that of the third matrix (down). FLOPs and tokens/s are relative to the dense model in the same turns. *In "
-        "place* reads the weights by `ops/magnitude_native.py` and includes the copy of the third matrix that the "
-        "first step makes; *copied* does without numba."
+        "place* reads the weights by `ops/magnitude_native.py` (bf16) or in the compiled step of all blocks (fp32), "
+        "and includes the new layout of the third matrix that the first step makes; *copied* does without numba."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

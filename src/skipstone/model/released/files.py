@@ -82,6 +82,7 @@ def write_weights(weights: Weights, path: Path, kind: str) -> None:
     state dict under "model" and these numbers.
     """
     if kind == SAFETENSORS:
-        save_file({key: value.clone() for key, value in weights.tensors.items()}, path)
+        whole = torch.contiguous_format  # a matrix of a compiled step may lie input by input
+        save_file({key: value.clone(memory_format=whole) for key, value in weights.tensors.items()}, path)
     else:
         torch.save({"model": weights.tensors, **weights.beside}, path)

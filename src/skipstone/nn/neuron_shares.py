@@ -1,0 +1,48 @@
+"""How many neurons are on in the compiled steps of some blocks, and where reading some of the weights does not pay.
+
+Rows of weights that belong to neurons are read one by one, and the last matrix lies neuron by neuron for it, which
+costs more than reading a whole matrix as it usually lies. `PAYS` is the share of neurons on up to which that is less
+work: measured with the shape of SmolLM2-135M, one thread, on a processor with AVX2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from skipstone.nn.block import Block
+from skipstone.nn.int8 import Int8Linear
+from skipstone.nn.magnitude_mlp import MagnitudeMLP
+
+PAYS = {"float": 0.9, "int8": 0.6}
+STEPS = 64  # of one token, after which shares are looked at
+
+
+class NeuronShares:
+    """Counts the neurons that single tokens need, block by block, and tells an MLP where it is not to skip any.
+
+    An MLP that has been told so keeps computing all neurons until it is trained or built again (`MagnitudeMLP.skips`).
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        mlps = {i: block.mlp for i, block in enumerate(blocks) if isinstance(block.mlp, MagnitudeMLP)}
+        self.mlps = {i: mlp for i, mlp in mlps.items() if mlp.skips}
+        self.needed, self.tokens, self.steps = dict.fromkeys(self.mlps, 0), dict.fromkeys(self.mlps, 0), 0
+
+    def add(self, stored: Sequence[Sequence[int]]) -> None:
+        """Count a step: how many tokens reached each MLP, and how many neurons these needed, the last two numbers."""
+        for i in self.mlps:
+            _, tokens, needed = stored[i]
+            self.tokens[i] += tokens
+            self.needed[i] += needed
+        self.steps += 1
+        if self.steps % STEPS == 0:
+            self._look()
+
+    def _look(self) -> None:
+        for i, mlp in list(self.mlps.items()):
+            if self.tokens[i] < STEPS // 2:
+                continue
+            kind = "int8" if isinstance(mlp.down_proj, Int8Linear) else "float"
+            if self.needed[i] > PAYS[kind] * self.tokens[i] * mlp.up_proj.out_features:
+                mlp.skips = False  # seen by the next step, which lays the weights out anew
+                del self.mlps[i]
