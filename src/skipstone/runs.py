@@ -47,7 +47,8 @@ HASHED = 256 * 2**20  # bytes of weights up to which hashes are compared at ever
 class Run:
     """Read access to a run folder, or to the folder of a saved model (weights and perhaps a tokenizer, but no recipe).
 
-    folder: its path. Raises FileNotFoundError if it does not exist, and ValueError if it is neither.
+    folder: path of the folder. Raises FileNotFoundError if it does not exist, and ValueError if it is neither a run nor
+    a saved model.
     """
 
     folder: Path
@@ -127,9 +128,9 @@ class Run:
         return found
 
     def best(self) -> PlainDict | None:
-        """Return {"step": ..., "loss": ...} of the lowest validation loss, in nats.
+        """Return {"step": ..., "loss": ...} of the validation with the lowest loss, in nats.
 
-        None if the run has not saved the model of that step.
+        Returns None if the run has not stored that step's model.
         """
         return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST).is_dir() else None
 
@@ -180,10 +181,10 @@ class Run:
         return from_dict(DataConfig, self.config()["data"], "data")
 
     def data(self, split: str = "validation", *, train: bool = False) -> PreparedData:
-        """Return the datasets of the run, tokenised with its own tokenizer.
+        """Return the run's datasets, tokenised with its own tokenizer.
 
-        split: "validation" or "test", the text that becomes `PreparedData.validation`. train: whether to load the
-        training split, too.
+        split: "validation" or "test", the split that is returned as `PreparedData.validation`. train: whether to load
+        the training split as well.
         """
         from skipstone.data.prepare import prepare
 
@@ -192,7 +193,7 @@ class Run:
     def kept_view(self) -> PlainDict | None:
         """Return the figures about the model that `keep_view` saved for reports.
 
-        None if there are none, or if recipe or weights have changed since.
+        Returns None if there are none, or if the recipe or the weights have changed since they were saved.
         """
         try:
             values = parse_json((self.folder / VIEW).read_text(encoding="utf-8"))

@@ -74,10 +74,10 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on every projection of every block, by PEFT; merged when training ends.
+    """Options of low-rank adapters (LoRA, arXiv 2106.09685) on every projection of every block, by PEFT.
 
-    rank: rank of the adapters, at least 1. alpha: the adapters' output is scaled by alpha / rank. dropout: dropout
-    probability for the adapters' inputs, in [0, 1).
+    The adapters are merged into the weights when training ends. rank: rank of the adapters, at least 1. alpha: the
+    adapters' output is scaled by alpha / rank. dropout: dropout probability for the adapters' inputs, in [0, 1).
     """
 
     rank: int = 8
@@ -97,14 +97,14 @@ class AdaptConfig:
 
     train_only, router_learning_rate: defaults for stages that do not set them (router_learning_rate None means the
     learning rate). stages: trained one after the other; if empty, there is a single stage of train.steps. loss:
-    coefficients of the loss. lora: the adapters of stages that train some. budget: forward FLOPs per token to execute,
-    as a share of the dense source's, in (0, 1), for rows of data.context tokens; None means the compute that the
-    mechanisms' own options lead to. start: random, or measured: linear routers of Mixture-of-Depths start as a
-    least-squares estimate of how much their block changes a token, low-rank skip paths (which replace the update of
-    skipped tokens) as one of the update, both measured on the source. calibration_rows: number of training rows (all,
-    if there are fewer) on which blocks are scored and routers are started; thresholds are set on the first 32 of them.
-    tolerance: allowed difference between the logits of the adapted model before training and the source's, as a share
-    of the source's largest logit.
+    coefficients of the loss. lora: options of the adapters, for stages that train adapters. budget: forward FLOPs per
+    token to execute, as a share of the dense source's, in (0, 1), for rows of data.context tokens; None means the
+    compute that the mechanisms' own options lead to. start: random, or measured: linear routers of Mixture-of-Depths
+    start as a least-squares estimate of how much their block changes a token, low-rank skip paths (which replace the
+    update of skipped tokens) as one of that update, both measured on the source. calibration_rows: number of training
+    rows (all, if there are fewer) on which blocks are scored and routers are started; thresholds are set on the first
+    32 of them. tolerance: allowed difference between the logits of the adapted model before training and the source's,
+    as a share of the source's largest logit.
     """
 
     train_only: Trained = "all"
@@ -133,10 +133,10 @@ class AdaptConfig:
 class AdaptRecipe(Recipe):
     """The definition of a whole adaptation of a dense checkpoint: a training recipe with the section `adapt`.
 
-    model: may only set mechanisms, activation, neuron_groups and drop_layers; all else is the source's. In
-    `mechanisms`, `layers` may also be `{score: block_influence, count: N}`: the N blocks that change the stream least.
-    `drop_layers` accepts the same forms and removes whole blocks, a baseline that routing has to beat. adapt: budget,
-    stages, losses and initial routers.
+    model: may only set mechanisms, activation, neuron_groups and drop_layers; everything else is taken from the source.
+    In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`: the N blocks that change the stream
+    least. `drop_layers` accepts the same forms and removes whole blocks, a baseline that routing has to beat. adapt:
+    budget, stages, losses and initial routers.
     """
 
     adapt: AdaptConfig = field(default_factory=AdaptConfig)

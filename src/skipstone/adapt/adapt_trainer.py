@@ -24,9 +24,9 @@ from skipstone.train.trainer import RunTrainer
 
 
 class Unfreeze(TrainerCallback):
-    """A callback that enables gradients, at the first step of each stage, only for the parameters which it trains.
+    """A callback that enables gradients, at each stage's first step, only for the parameters that the stage trains.
 
-    stages: the stages in order, with their steps. now: the present stage; None before the first step.
+    stages: the stages in order, with their steps. now: the current stage; None before the first step.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -47,7 +47,8 @@ class AdaptTrainer(RunTrainer):
 
     adapt: the options of the adaptation. teacher: a frozen dense model on the student's device; None means no
     distillation. passing: the share of tokens that gates should let pass to meet the budget; None if no gate has a
-    budget to meet. parts: sums of the logged loss terms by name. Further arguments are those of `RunTrainer`.
+    budget to meet. parts: sums of the loss terms to be logged next, by name. Further arguments are those of
+    `RunTrainer`.
     """
 
     def __init__(

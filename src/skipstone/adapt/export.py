@@ -69,9 +69,9 @@ def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """Return a sentence for each kind of depth mechanism, and for neuron groups, that a dense export leaves out.
+    """Return one sentence per kind of depth mechanism, and one for neuron groups, that a dense export leaves out.
 
-    Each says what is lost by it; the list is empty if the export computes the same as `model`.
+    Each sentence says what is lost by it. The list is empty if the export computes the same as `model`.
     """
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.decoder.layers):

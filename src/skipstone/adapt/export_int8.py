@@ -26,12 +26,12 @@ from skipstone.runs import CONFIG, Run
 
 @dataclass(frozen=True, kw_only=True)
 class HeadCandidates:
-    """Options for decoding steps that compute the exact logits of the most promising tokens only.
+    """Options for decoding steps that compute exact logits for the most promising tokens only.
 
     candidates: number of tokens (rows of the output head) whose logits are computed exactly; a cheap 4-bit preview
     chooses them. directions: number of directions of the hidden states that the preview uses, a multiple of 64. text: a
     file of text similar to what will be decoded, on which the preview is fitted; with None, the model generates the
-    text itself. rows, tokens: size of the text that is used, `rows` rows of `tokens` tokens.
+    text itself. rows, tokens: how much text is used: `rows` rows of `tokens` tokens each.
     """
 
     candidates: int

@@ -66,7 +66,10 @@ def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 
 
 def close(model: SkipstoneForCausalLM) -> bool:
-    """End the initial state in which mechanisms compute what the dense model does; return whether any was in it."""
+    """End the initial state in which mechanisms compute exactly what the dense model does.
+
+    Return whether any mechanism was still in that state.
+    """
     ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
     return any(ended)
 
@@ -85,7 +88,7 @@ def _crossing(share: Callable[[float], float], budget: float, dense: float) -> f
 
 
 def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, dense: float) -> None:
-    """Set the model's saved thresholds so that passes over `rows` that decide without later tokens execute the budget.
+    """Set the model's saved thresholds so that passes that decide without later tokens meet the FLOP budget on `rows`.
 
     budget: forward FLOPs per token as a share of `dense`. dense: the source's FLOPs per token. Decisions by a trained
     predictor or a fixed threshold stay as they are.
@@ -97,7 +100,7 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
 
 
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
-    """Count the FLOPs per token of executed passes (hard decisions, made without later tokens) from their operations.
+    """Return the FLOPs per token of passes that decide without later tokens and really skip, counted while they run.
 
     rows: batches of one row each.
     """

@@ -78,11 +78,11 @@ def wants_score(layers: object) -> bool:
 
 
 def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> list[int]:
-    """Return the indices of the blocks of least influence, as an option `layers` asks.
+    """Return the indices of the blocks of least influence that an option `layers` asks for.
 
-    layers: {score: block_influence, count: N, among: PATTERN}: the N blocks of least influence among those of the
-    pattern (default: all). scores: the influence of each block. where: name of the option, for messages. Raises
-    ValueError for other keys, another score, and a count outside of the possible.
+    layers: {score: block_influence, count: N, among: PATTERN}: the N blocks of least influence among those that the
+    pattern names (default: all). scores: the influence of each block. where: name of the option, for messages. Raises
+    ValueError for other keys, another score, and a count below 1 or above the number of these blocks.
     """
     for key in layers:
         if key not in SCORE_KEYS:
@@ -99,8 +99,8 @@ def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> 
 def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
     """Return a table of block influences as text, in descending order.
 
-    scores: the influence of each block. chosen: block indices by what they were chosen for, which the last column
-    shows.
+    scores: the influence of each block. chosen: for each purpose, the indices of the blocks chosen for it; the last
+    column shows the purposes.
     """
     lines = ["block  influence  chosen for"]
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):

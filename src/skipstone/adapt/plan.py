@@ -33,8 +33,8 @@ class AdaptPlan:
     """A prepared adaptation: models, data and what the run folder records about them.
 
     recipe: the recipe, with completed stages. teacher: the frozen model to distil from; None without a distillation
-    term. model: the student, routed, with the source's weights. data: rows for training and validation. rows: for
-    calibration, one row in each batch. dense: the source's forward FLOPs per token. passing: the share of tokens that
+    term. model: the student, routed, with the source's weights. data: rows for training and validation. rows:
+    calibration data, one row per batch. dense: the source's forward FLOPs per token. passing: the share of tokens that
     gates should let pass to meet the budget; None if no gate has a budget. record: the content of adaptation.json.
     """
 

@@ -46,8 +46,8 @@ def export_pruned(
 def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCausalLM:
     """Build a model with only the neuron groups that are used.
 
-    used: a bool mask [G] over the G groups of each layer (`used_groups`). A layer with fewer used groups than each
-    token keeps is filled up with the first unused ones. Raises ValueError for a model without neuron groups.
+    used: for each layer a bool mask [G] over its G groups, from `used_groups`. If a layer has fewer used groups than
+    each token keeps, its first unused groups are added. Raises ValueError for a model without neuron groups.
     """
     require_groups(model)
     tensors, left = dict(model.state_dict()), []
@@ -69,7 +69,7 @@ def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
     """Return which neuron groups at least one token keeps, bool [G] for the G groups of each layer.
 
     A neuron group is a set of adjacent MLP neurons that are switched together. forward: the kind of pass to measure.
-    batches: the arguments of each pass.
+    batches: the input tensors of each pass, by name.
     """
     routers = model.modules_of(NeuronGroups)
     used = [torch.zeros(router.total, dtype=torch.bool, device=model.device) for router in routers]

@@ -53,7 +53,8 @@ def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCa
 def same_tokens(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, name: str, source: str) -> None:
     """Raise ValueError unless two tokenizers map the same tokens to the same ids.
 
-    theirs: the tokenizer of `name`, such as a corpus. own: the tokenizer of the checkpoint `source`.
+    theirs: the tokenizer of something called `name`, such as a corpus. own: the tokenizer of the checkpoint `source`.
+    The names are for the message.
     """
     if theirs.get_vocab() != own.get_vocab():
         raise ValueError(

@@ -35,8 +35,8 @@ def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
     """Return the stage to which an optimizer step belongs, and the index of the step within it.
 
-    stages: the stages in order, with their steps. step: index of the optimizer step, from 0; after the last stage, the
-    last step of that stage is returned.
+    stages: the stages in order, with their steps. step: index of the optimizer step, from 0; beyond the last stage,
+    that stage and its last step are returned.
     """
     for stage in stages:
         assert stage.steps is not None

@@ -65,9 +65,10 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
     """Fit every linear router and low-rank skip path of Mixture-of-Depths to the behaviour of the dense source.
 
     A router starts as the best linear estimate of the logarithm of how much its block changes a token beyond the skip
-    path, scaled to variance 1; a skip path (a low-rank map that replaces the update of skipped tokens) as the best
-    estimate of the update of those tokens that a perfect router would skip. model: changed in place. source: the dense
-    model. rows: batches to measure on. Raises ValueError if there is neither a router nor a skip path to fit.
+    path, scaled to variance 1; a skip path (a low-rank map that replaces the update of skipped tokens) starts as the
+    best linear estimate of the update, fitted to the tokens that a perfect router would skip. model: changed in place.
+    source: the dense model. rows: batches to measure on. Raises ValueError if there is neither a router nor a skip path
+    to fit.
     """
     mixtures = [m for m in depth_mechanisms(model) if any(part is not None for part in m.fitted_parts())]
     if not mixtures:
@@ -105,8 +106,8 @@ def _place(model: SkipstoneForCausalLM, mechanism: DepthMechanism) -> tuple[int,
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
     """Return router weights w, fp32 [D], such that w . x predicts the logarithm of a token's influence.
 
-    The prediction is centred and scaled to variance 1. seen_ND: what the router sees of N tokens. influence_N: how much
-    the block changes each.
+    The prediction is centred and scaled to variance 1. seen_ND: the router's inputs for N tokens. influence_N: how much
+    the block changes each token.
     """
     log_N = influence_N.clamp(min=1e-9).log()
     goal_N = (log_N - log_N.mean()) / log_N.std().clamp(min=1e-9)

@@ -76,7 +76,7 @@ class NeutralStart:
 
     @property
     def share(self) -> float:
-        """The difference as a share of the largest logit."""
+        """The difference divided by the source's largest logit."""
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:

@@ -32,10 +32,10 @@ BATCH = 8
 class AtBudget:
     """Figures of a model at one budget, which is a share of the dense model's forward FLOPs.
 
-    target: the budget; None means the model as trained. realised: the share of the dense FLOPs that the decisions on
-    the whole split need, one row at a time. flops_per_token: the same in FLOPs. counted_per_token: FLOPs counted while
-    the first batches ran, padding of shorter rows included. loss: the loss of the pass that really skips blocks, in
-    nats per prediction.
+    target: the requested budget; None means the model as trained. realised: the share of the dense FLOPs that the
+    decisions on the whole split need, one row at a time. flops_per_token: the FLOPs that they need, per token.
+    counted_per_token: FLOPs per token counted while the first batches ran, including the padding of shorter rows. loss:
+    the loss of the pass that really skips blocks, in nats per prediction.
     """
 
     target: float | None
@@ -99,10 +99,10 @@ def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
 
 
 def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
-    """Return the thresholds for every FLOP budget: those stored beside the weights, or else measured for the purpose.
+    """Return the thresholds for every FLOP budget: the stored ones, or newly measured ones.
 
-    loaded: the run. split: the split to be evaluated; thresholds are measured on the split `train`, or on `validation`
-    if `split` is `train`.
+    Thresholds stored beside the weights are preferred. loaded: the run. split: the split to be evaluated; thresholds
+    are measured on the split `train`, or on `validation` if `split` is `train`.
     """
     folder = loaded.run.model_folder()
     if BudgetTable.find(folder) is not None:
@@ -112,7 +112,10 @@ def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A measured budget table (routing thresholds for every FLOP budget) and the file to which it was written."""
+    """A measured budget table (routing thresholds for every FLOP budget) and the file to which it was written.
+
+    path: the file. budget_table: the table.
+    """
 
     path: Path
     budget_table: BudgetTable

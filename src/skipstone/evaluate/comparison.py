@@ -51,7 +51,8 @@ class Comparison:
     def captured(self) -> dict[str, dict[str, float]]:
         """The share of the gap between the dense and the forced run's accuracy that each run closes.
 
-        {run: {bin of difficulty: share}}; 1 is as good as routing by the known difficulty. Empty unless both are named.
+        It is {run: {bin of difficulty: share}}, where 1 means as good as routing by the known difficulty; empty unless
+        both a dense and a forced run are named.
         """
         if self.dense is None or self.forced is None:
             return {}
@@ -98,9 +99,9 @@ def compare(
     """Measure several runs on the same machine, and time them in turns.
 
     runs: run folders or saved models. dense, forced: both or none, for runs on Reset-S3 (a synthetic task with known
-    difficulty) only: a dense run that executes as many FLOPs, and a run routed by the known difficulty; between their
-    accuracies, that of each run is placed. rounds: timings of each task after one to warm up. Raises ValueError or
-    FileNotFoundError for folders that cannot be measured.
+    difficulty) only: a dense run that executes as many FLOPs, and a run routed by the known difficulty. Each run's
+    accuracy is reported as a position between these two runs' accuracies. rounds: timings of each task after one to
+    warm up. Raises ValueError or FileNotFoundError for folders that cannot be measured.
     """
     if not runs:
         raise ValueError("name at least one run to compare")

@@ -75,9 +75,9 @@ class Evaluation:
 
     @property
     def hard_minus_soft(self) -> float | None:
-        """By how much the loss rises, in nats per prediction, with only the strongest activation of each neuron.
+        """The rise of the loss, in nats per prediction, if each neuron uses only its most heavily weighted activation.
 
-        None if neurons do not mix activations.
+        None if neurons do not mix activation functions.
         """
         return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.primary].loss
 

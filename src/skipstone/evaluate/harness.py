@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Score:
     """One metric of one task, as lm-evaluation-harness reports it.
 
-    error: its standard error. shots: number of examples in the prompt. samples: number of samples that were scored.
-    None means that the harness did not report it.
+    value: the metric's value. error: the value's standard error. shots: number of examples in the prompt. samples:
+    number of samples that were scored. None means that the harness did not report it.
     """
 
     task: str
@@ -42,7 +42,7 @@ class Score:
 class TaskEvaluation:
     """The scores of a run on tasks of lm-evaluation-harness, in the harness's order.
 
-    name: the run's name.
+    name: the run's name. scores: one per task and metric.
     """
 
     name: str
@@ -75,9 +75,10 @@ def evaluate_tasks(
     """Score a model on tasks, groups and tags of lm-evaluation-harness.
 
     The model decides as in generation, without later tokens. run: a run folder or saved model with a tokenizer. tasks:
-    names. include_path: a folder of further task definitions in YAML; the harness's own are read only for names that it
-    does not define. limit: score only the first `limit` samples of each task. batch_size: sequences of a forward pass.
-    Raises ValueError or FileNotFoundError for a missing package, folder or tokenizer, and for an unknown task.
+    names of tasks, groups or tags. include_path: a folder of further task definitions in YAML; the harness's own are
+    read only for names that it does not define. limit: score only the first `limit` samples of each task. batch_size:
+    sequences of a forward pass. Raises ValueError or FileNotFoundError for a missing package, folder or tokenizer, and
+    for an unknown task.
     """
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs a package: pip install 'skipstone[eval]'")

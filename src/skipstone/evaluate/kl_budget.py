@@ -61,8 +61,9 @@ class KlBudget:
     """The settings of a model that were measured for a KL budget, those that were chosen, and what was written.
 
     A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head with a
-    preview computes. limit: the largest allowed KL divergence, in nats per token. settings: all that were tried.
-    chosen: names of the chosen ones. written: a sentence on the files. text: a description of the text.
+    preview computes. limit: the largest allowed KL divergence, in nats per token. settings: all settings that were
+    tried. chosen: names of the chosen settings. written: a sentence that names the written files. text: a description
+    of the text on which the divergence was measured.
     """
 
     limit: float

@@ -20,9 +20,9 @@ from skipstone.runs import Run
 class LoadedRun:
     """A run or saved model on its device, with data to measure it on.
 
-    run: its folder. model: the model, in evaluation mode. data: rows of one split; None for a saved model without a
-    named corpus. passes: the kinds of forward pass that the model can do, by name (see `measure.passes`). unavailable:
-    why others are missing, by name.
+    run: the run or saved model. model: its model, in evaluation mode. data: rows of one split; None for a saved model
+    without a named corpus. passes: the kinds of forward pass that the model supports, by name (see `measure.passes`).
+    unavailable: why others are missing, by name.
     """
 
     run: Run

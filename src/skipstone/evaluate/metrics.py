@@ -28,12 +28,13 @@ NEW_TOKENS = 32  # at most, while decoding is timed
 class RunMetrics:
     """The figures that `compare` reports of one run.
 
-    name: the run's name. parameters: their number. pass_name: the pass that was measured: executed (really skips),
-    oracle (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs per token.
-    layers: figures of the mechanisms of each block, by name. cache: bytes per token; None if the model cannot decide
-    without later tokens. overhead: shares of a training step that routing and activation mixing take. result: what
-    training wrote at its end; empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1",
-    "decode 8" (number of rows). accuracy: accuracy by bin of the known difficulty; None for data without one.
+    name: the run's name. parameters: the model's number of parameters. pass_name: the pass that was measured: executed
+    (really skips), oracle (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs
+    per token. layers: figures of the mechanisms of each block, by name. cache: the cache's bytes per token; None if the
+    model cannot decide without later tokens. overhead: shares of a training step that routing and activation mixing
+    take. result: what training wrote at its end; empty for a saved model or unfinished run. rates: timings by task:
+    "prefill", "decode 1", "decode 8" (number of rows). accuracy: accuracy by bin of the known difficulty; None for data
+    without one.
     """
 
     name: str
@@ -77,7 +78,8 @@ class RunMetrics:
 def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | None = None) -> Tensor:
     """Return token ids for timing, int64 [rows, length].
 
-    They are the first tokens of the rows of `loaded`, else of `others` if the model has its vocabulary, else random.
+    They are the first tokens of the data rows of `loaded`. If it has no data, those of `others` are used if its model
+    has the same vocabulary, and otherwise random ids.
     """
     vocabulary = loaded.model.config.vocab_size
     for source in (loaded, others):
@@ -266,8 +268,8 @@ def headroom_section(
 ) -> Section:
     """Tabulate accuracy by difficulty, and the share of the gap between dense and forced accuracy that each run closes.
 
-    runs: to be placed in the gap. dense: a run without routing. forced: a run routed by the known difficulty. captured:
-    the shares, {run: {bin of difficulty: share}}.
+    runs: the runs whose accuracies are placed in the gap. dense: a run without routing. forced: a run routed by the
+    known difficulty. captured: the shares, {run: {bin of difficulty: share}}.
     """
     rows = []
     for run in (dense, forced, *runs):

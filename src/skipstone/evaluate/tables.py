@@ -20,7 +20,11 @@ NAME_WIDTH = 36  # characters of a row's name that are not broken, however wide 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A small table of strings. columns: the head; the first column names the rows. notes: lines below the table."""
+    """A small table of strings.
+
+    title: its heading. columns: the column names; the first column names the rows. rows: the cells. notes: lines below
+    the table.
+    """
 
     title: str
     columns: Sequence[str]

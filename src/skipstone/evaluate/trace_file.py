@@ -64,7 +64,10 @@ def write_trace(
 
 
 def check_suffix(out: Path) -> None:
-    """Raise ValueError if `write_trace` cannot write the file `out`: another suffix, or parquet without pyarrow."""
+    """Raise ValueError if `write_trace` cannot write the file `out`.
+
+    It cannot if the suffix is not known, or if it is .parquet and pyarrow is missing.
+    """
     if out.suffix not in WRITERS:
         raise ValueError(unknown("suffix of the file", out.suffix, WRITERS))
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:

@@ -123,7 +123,7 @@ class OwnDraft(Draft):
         self.model, self.cost = model, cost
 
     def cheaper(self) -> AbstractContextManager[None]:
-        """Make the model cheaper inside a `with` block."""
+        """Return a context manager that makes the model cheaper inside a `with` block."""
         raise NotImplementedError
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
@@ -144,7 +144,7 @@ CAUSAL: PlainDict = {"routing": "causal", "noise": False, "logits_to_keep": 1}
 class FewerBlocks(OwnDraft):
     """A draft by some of the model's blocks, followed by its final norm and head.
 
-    model: the model that is to be sped up. blocks: indices of the blocks, ascending.
+    model: the model that is to be sped up. blocks: indices of the blocks that run, ascending.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, blocks: list[int]) -> None:
@@ -166,8 +166,8 @@ class FewerBlocks(OwnDraft):
 class LowerBudget(OwnDraft):
     """A draft by the model at a lower budget (share of the dense FLOPs that is executed).
 
-    model: the model that is to be sped up. table: its thresholds for every budget. budget: the budget at which guesses
-    are made. Raises ValueError for a budget outside the table's range.
+    model: the model that is to be sped up. table: the model's thresholds for every budget. budget: the budget at which
+    guesses are made. Raises ValueError for a budget outside the table's range.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, table: BudgetTable, budget: float) -> None:

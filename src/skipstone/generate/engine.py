@@ -41,8 +41,8 @@ class Step:
     """One new token of each of B rows.
 
     token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended before. compute_B: fp32 on
-    the CPU, share (0 to 1) of the blocks' computation that was executed in the pass that predicted the token.
-    guessed_B: bool, whether a draft had proposed the token; what drafts compute is not in compute_B.
+    the CPU, the share (0 to 1) of the blocks' computation that was executed in the pass that predicted the token.
+    guessed_B: bool, whether a draft had proposed the token; compute_B does not include the draft's own computation.
     """
 
     token_B: Tensor
@@ -54,12 +54,12 @@ class Step:
 class DecodingPass(NamedTuple):
     """A pass over the prompt, or over one or a few tokens of each row, and one token chosen from it.
 
-    A pass that checks drafted tokens gives several of these, one for each token it yields. token_B, live_B: as in
-    `Step`. records: the decisions of every block, by mechanism name. logits_BTV: of the last T tokens of the pass.
-    cache: after the pass. at: index, counted from the end of the pass (-1: its last token), of the position that
-    predicted the token. guessed_B: bool, whether a draft had proposed the token; None without drafts. guess_BK: int64,
-    the K guesses that the pass checks, of which the first wrong one and those after it are dropped; None without
-    drafts.
+    A pass that checks drafted tokens is described by several of these objects, one for each token that it yields.
+    token_B, live_B: as in `Step`. records: the decisions of every block, by mechanism name. logits_BTV: the logits of
+    the pass's last T tokens. cache: the cache after the pass. at: index, counted from the end of the pass (-1: its last
+    token), of the position that predicted the token. guessed_B: bool, whether a draft had proposed the token; None
+    without drafts. guess_BK: int64, the K guesses that the pass checks, of which the first wrong one and those after it
+    are dropped; None without drafts.
     """
 
     token_B: Tensor
@@ -122,14 +122,14 @@ def stream(
     [B, T], 0 for padding, which must be on the left; None means no padding. temperature: 0 chooses the most probable
     token; above 0, tokens are drawn from softmax(logits / temperature), with `top_k` among the k most probable. seed:
     of the draws; None: a random one. eos_token_id, pad_token_id: ids that end a text, and the id that fills ended rows;
-    None means the ids in generation_config. cache: "dynamic" grows, and steps leave out what is skipped; "static" is
-    allocated once, and a step's shapes never change. budget: share of the dense FLOPs to execute; the model is set to
-    it while generating. budget_table: thresholds for it; None means budget.json in the model's folder. draft: source of
-    guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head", another
-    model or a draft head (`build_draft`). Greedy text then stays the same but for ties in the logits, and sampled text
-    keeps its distribution. draft_length: number of guesses at a time; None: chosen by measured times. Raises
-    ValueError, before the first step, for invalid arguments, a prompt that exceeds the context, and mechanisms that
-    need later tokens; FileNotFoundError for a budget without a table and for "head" without a draft head.
+    None means the ids in generation_config. cache: "dynamic" grows, and steps do not compute skipped blocks; "static"
+    is allocated once, and a step's shapes never change. budget: share of the dense FLOPs to execute; the model is set
+    to it while generating. budget_table: thresholds for it; None means budget.json in the model's folder. draft: source
+    of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head",
+    another model or a draft head (`build_draft`). Greedy text then stays the same but for ties in the logits, and
+    sampled text keeps its distribution. draft_length: number of guesses at a time; None: chosen by measured times.
+    Raises ValueError, before the first step, for invalid arguments, a prompt that exceeds the context, and mechanisms
+    that need later tokens; FileNotFoundError for a budget without a table and for "head" without a draft head.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)

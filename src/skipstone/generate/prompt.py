@@ -65,7 +65,7 @@ def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
 
 
 def check_padding(model: SkipstoneForCausalLM, pad_token_id: object) -> None:
-    """Raise ValueError for a padding id that is not in the model's vocabulary. pad_token_id: None passes."""
+    """Raise ValueError if a padding id is not in the model's vocabulary. pad_token_id: the id; None is allowed."""
     if pad_token_id is not None and pad_token_id not in range(model.config.vocab_size):
         raise ValueError(f"pad_token_id must be in [0, {model.config.vocab_size}), got {pad_token_id!r}")
 

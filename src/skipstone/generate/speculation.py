@@ -31,7 +31,7 @@ HOPED = 0.5  # share of guesses that stand, as far as there is no evidence
 class Evidence(NamedTuple):
     """How many guesses of one kind were right, with exponentially decaying weight on older passes.
 
-    stood: right guesses. tried: guesses up to the first wrong one of each pass.
+    stood: number of right guesses. tried: number of guesses up to and including the first wrong one of each pass.
     """
 
     stood: float = 0.0
@@ -39,7 +39,7 @@ class Evidence(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The estimated probability that a guess is right, .5 as long as there is no evidence."""
+        """The estimated probability that a guess is right; 0.5 as long as there is no evidence."""
         return (HOPED + self.stood) / (1 + self.tried)
 
 
@@ -47,8 +47,8 @@ class Length:
     """Chooses the number of tokens to draft from measured times and from the share of guesses that were right.
 
     fixed: a constant number; None means that it is chosen. cost: time of one guess as a share of a decoding step, used
-    until it is measured. Drafts may lose a little time only, so that decoding never takes more than about 2 % longer
-    than without.
+    until it is measured. Time lost by drafts is bounded, so that decoding takes at most about 2 % longer than without
+    drafts.
     """
 
     def __init__(self, fixed: int | None = None, cost: float = 0.0) -> None:

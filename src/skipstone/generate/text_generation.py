@@ -31,8 +31,8 @@ TEMPERATURE = 0.8
 class Piece:
     """A piece of generated text.
 
-    text: whole characters. compute: mean over the tokens that they came from of the share (0 to 1) of the blocks'
-    computation that was executed.
+    text: whole characters. compute: the share (0 to 1) of the blocks' computation that was executed, a mean over the
+    tokens that make up the piece.
     """
 
     text: str

@@ -50,8 +50,8 @@ def lines(
 ) -> Drawn:
     """Draw curves on shared axes; a curve of a single point is a dot.
 
-    series: the curves. x_title, y_title: titles of the axes. title: text for screen readers. frame: size of the chart.
-    x_range, y_range: the values at both ends of the axes.
+    series: the curves. x_title, y_title: titles of the axes. title: text for screen readers. frame: size and margins of
+    the chart. x_range, y_range: the values at the two ends of each axis.
     """
     kept = [(s, points) for s in series if (points := thinned(s.points))]
     across, up = frame.across(*x_range), frame.up(*y_range)
@@ -94,7 +94,7 @@ def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: F
     """Draw bars by block, side by side if a block has several; colours follow the bars' names.
 
     data: the bars. layers: number of blocks. y_title: title of the y axis. title: text for screen readers. frame: size
-    of the chart. high: the value at the top of the y axis.
+    and margins of the chart. high: the value at the top of the y axis.
     """
     names = list(dict.fromkeys(bar.name for bar in data))
     up = frame.up(0.0, high)
@@ -120,8 +120,8 @@ def stacked(
 ) -> Drawn:
     """Draw shares that sum to 1, as one stack per block.
 
-    shares: by index of the block, from bottom to top. names: names of the shares. layers: number of blocks. title: text
-    for screen readers. frame: size of the chart.
+    shares: for each block's index its shares, from bottom to top. names: names of the shares. layers: number of blocks.
+    title: text for screen readers. frame: size and margins of the chart.
     """
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)

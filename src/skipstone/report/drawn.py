@@ -12,8 +12,9 @@ MOST_ROWS = 60  # of a table: of more, every k-th is shown, and the last
 class Drawn(Markup):
     """A picture (SVG) that also carries the numbers that it shows as a table.
 
-    It is Markup, so it can be used like any other picture. heads: names of the columns. rows: cells as text. every: 1,
-    or, if the table has more than 60 rows, k such that only every k-th row and the last one are kept.
+    It is Markup, so it can be inserted into a page like any other picture. heads: the table's column names. rows: its
+    cells as text. every: 1, or, if the table has more than 60 rows, k such that only every k-th row and the last one
+    are kept.
     """
 
     heads: Sequence[str]

@@ -21,8 +21,8 @@ CHARACTER = 6.3  # width of a letter of a label, about
 class Place:
     """A point of the chart: a run, or a run at one FLOP budget.
 
-    label: shown beside the point. flops: executed forward FLOPs per token. loss: in nats per token, with decisions made
-    without later tokens.
+    run: the run. label: the text beside the point. flops: executed forward FLOPs per token. loss: loss in nats per
+    token, with decisions made without later tokens.
     """
 
     run: RunView

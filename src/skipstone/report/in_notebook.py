@@ -19,7 +19,7 @@ FITTED = (
 
 
 class NotebookHTML:
-    """HTML in the style of a report, which Jupyter and marimo display if it is the value of a cell.
+    """HTML in the style of a report, displayed by Jupyter and marimo as the value of a cell.
 
     html: a complete fragment with its own style, which affects nothing else in the notebook.
     """

@@ -107,8 +107,8 @@ def _every(activations: Mapping[int, ActivationSummary]) -> int:
 def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str], title: str) -> Drawn:
     """Draw neurons across and blocks upwards, each neuron in the colour of its strongest activation.
 
-    activations: figures by index of the block. names: names of the activations. title: text for screen readers. Of
-    large blocks every k-th neuron is drawn; equal neighbours are one bar.
+    activations: summaries of the mixes by the block's index. names: names of the activations. title: text for screen
+    readers. In large blocks, only every k-th neuron is drawn; equal neighbours share one bar.
     """
     every, layers = _every(activations), max(activations) + 1
     cell = MAP_WIDTH / -(-max(len(one.strongest) for one in activations.values()) // every)

@@ -40,8 +40,8 @@ def context(
 ) -> PlainDict:
     """Return the variables of the template `page.html`.
 
-    runs: shown on the page. samples: generated text by name of the run. measured: losses at FLOP budgets by name of the
-    run. maps: traces of texts that are shown beside the decisions of the runs.
+    runs: the runs shown on the page. samples: generated text by name of the run. measured: losses at FLOP budgets by
+    name of the run. maps: traces of texts that are shown beside the decisions of the runs.
     """
     return {
         "runs": runs,

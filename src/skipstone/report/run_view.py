@@ -17,9 +17,9 @@ class RunView:
     """The figures of a run that a report shows, with its name and style on the page.
 
     config: the recipe. environment: versions and machine. metrics: the log lines. result: the summary of training;
-    empty if it is not finished. mechanisms: a description in words. set_capacity: configured capacities, {block:
-    {mechanism: share of tokens}}. trace: what the model decided for a few rows; None if it could not be run. trouble:
-    the reason why, or "".
+    empty if it is not finished. mechanisms: a description of the model's mechanisms as text. set_capacity: configured
+    capacities, {block: {mechanism: share of tokens}}. trace: what the model decided for a few rows; None if it could
+    not be run. trouble: the reason why not, or "".
     """
 
     name: str

@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 
 def script() -> dict[str, Markup]:
-    """Return the only script that a page may run, which saves pictures, as `script`, and its hash as `script_hash`.
+    """Return the only script that a page may run, as `script`, and its SHA-256 hash, as `script_hash`.
 
-    The page's content security policy allows the script by this SHA-256.
+    The script saves pictures; the page's content security policy allows it by this hash.
     """
     templates = files("skipstone.report").joinpath("templates")
     saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))

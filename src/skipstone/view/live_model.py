@@ -61,12 +61,12 @@ class LiveModel:
     def describe(self) -> PlainDict:
         """Return the description of the model that the page shows before a prompt is entered, as plain values for JSON.
 
-        Keys: name, mechanisms (in words), parameters, context (tokens), layers. slots: [block, mechanism] of each
-        decision that a pass event lists for a token, in the same order; mechanism is None for a block without one.
-        budgets: [least, largest] share of the dense FLOPs that the budget table can set, None without a table.
-        trained_budget: share of the model as it was trained, or None. has_thresholds: whether `skipstone calibrate`
-        could write a table. neurons: whether the model has activation mechanisms, so that `neurons` returns a map.
-        twin: whether a dense twin is timed. dense_flops: forward FLOPs of one token without mechanisms.
+        Keys: name, mechanisms (in words), parameters, context (tokens), layers. slots: a pair [block, mechanism] for
+        each decision that a pass event lists for a token, in the same order; mechanism is None for a block without
+        mechanisms. budgets: [least, largest] share of the dense FLOPs that the budget table can set, None without a
+        table. trained_budget: share of the model as it was trained, or None. has_thresholds: whether `skipstone
+        calibrate` could write a table. neurons: whether the model has activation mechanisms, so that `neurons` returns
+        a map. twin: whether a dense twin is timed. dense_flops: forward FLOPs of one token without mechanisms.
         """
         sites: list[list[str | None]] = [[n for site in block.sites.values() for n in site] for block in self.blocks]
         return {
@@ -100,10 +100,10 @@ class LiveModel:
     def neurons(self) -> PlainDict:
         """Return the learned preferences of MLP neurons for activation functions, as plain values for JSON.
 
-        Keys: names, of the functions. layers: for each block that mixes activations {"layer": its index, "every": step
-        between shown neurons, of which there are at most 256, "preference": logits of each shown neuron, by function}.
-        The function that a neuron prefers for a token has the largest sum of preference and the token's own logits
-        (`mix` in pass events).
+        Keys: names: the functions' names. layers: for each block that mixes activations {"layer": its index, "every":
+        step between shown neurons, of which there are at most 256, "preference": logits of each shown neuron, by
+        function}. The function that a neuron prefers for a token has the largest sum of preference and the token's own
+        logits (`mix` in pass events).
         """
         layers = []
         for layer, mix in self._mixes().items():
@@ -153,8 +153,8 @@ class LiveModel:
         is set to; None means the model as it was trained. draft: the source of guesses for speculative decoding, as in
         `generate`; None means no speculation. The first pass event describes every token of the prompt, later ones one
         token each. With a draft, a pass checks several tokens: its FLOPs are added at the first of them, and the token
-        that replaces a wrong guess lists the guesses dropped with it as `rejected`. What the draft computes counts in
-        the seconds, but not in the FLOPs. Raises ValueError, before the first event, for a prompt that exceeds the
+        that replaces a wrong guess lists the guesses dropped with it as `rejected`. The draft's own computation counts
+        in the seconds, but not in the FLOPs. Raises ValueError, before the first event, for a prompt that exceeds the
         context, and for a budget or a draft that the model does not support.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
@@ -242,9 +242,9 @@ class LiveModel:
 
 
 class DenseTwin:
-    """A dense model of the same shape with random weights, to compare the time of a pass with.
+    """A dense model of the same shape with random weights, whose time per pass is compared with a model's.
 
-    model: the model to copy shape, device and dtype from; its mechanisms are left out.
+    model: the model whose shape, device and dtype are copied; its mechanisms are left out.
     """
 
     def __init__(self, model: SkipstoneForCausalLM) -> None:

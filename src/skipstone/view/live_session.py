@@ -23,13 +23,14 @@ DRAFTS = (None, LOOKUP, EXIT, SKIP)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request of the page: a prompt, and how which models continue it.
+    """A request of the page: a prompt, the models that continue it, and the options of generation.
 
-    prompt: from 1 to 20,000 characters. models: indices of the loaded models, each at most once. new_tokens: at most
-    1,024; fewer are generated if a model's context is full earlier. temperature: from 0 (most probable token) to 10.
-    seed: seed of the sampling, an unsigned 32-bit number. budgets: for each of `models` the share of its dense FLOPs to
-    execute, or None for the model as it was trained; if empty, None for all models. twin: whether to time the dense
-    twin of each model as well. draft: "lookup", "exit" or "skip" for speculative decoding (`generate.drafts`), or None.
+    prompt: the text to continue, 1 to 20,000 characters. models: indices of the loaded models, each at most once.
+    new_tokens: number of tokens to generate, at most 1,024; fewer are generated if a model's context is full earlier.
+    temperature: 0 (chooses the most probable token) to 10. seed: seed of the sampling, an unsigned 32-bit number.
+    budgets: for each of `models` the share of its dense FLOPs to execute, or None for the model as it was trained; if
+    empty, None for all models. twin: whether to time the dense twin of each model as well. draft: "lookup", "exit" or
+    "skip" for speculative decoding (`generate.drafts`), or None.
     """
 
     prompt: str

@@ -50,8 +50,8 @@ def save_page(
 ) -> Path:
     """Continue a prompt with one or two models and write what the live page would show as one HTML file.
 
-    runs: folders of runs or saved models. out: the file to write, which is also returned. new_tokens: how many to
-    generate at most. temperature: 0 chooses the most probable token; otherwise tokens are sampled. seed: seed of the
+    runs: folders of runs or saved models. out: the file to write, which is also returned. new_tokens: largest number of
+    tokens to generate. temperature: 0 chooses the most probable token; otherwise tokens are sampled. seed: seed of the
     sampling. Raises ValueError, with a message of one line, for values that are not allowed and for a model that cannot
     serve the request.
     """
@@ -67,7 +67,7 @@ def save_page(
 def page_of(models: Sequence[LiveModel], request: Request, told: Sequence[PlainDict]) -> str:
     """Return the HTML of a page that shows a request and its result.
 
-    models: all loaded models. told: the events that `live_session.events` yielded for the request, all of them.
+    models: all loaded models. told: all events that `live_session.events` yielded for the request.
     """
     state = {
         "request": {**vars(request), "budgets": request.budgets or [None] * len(request.models)},

@@ -62,7 +62,8 @@ FILES = {
 class Guard:
     """ASGI middleware that refuses requests from other pages and adds security headers to every response.
 
-    app: the application that it protects. port: the port on which it is served, for the check of Host and Origin.
+    app: the application that it protects. port: the port on which it is served, with which the headers Host and Origin
+    are checked.
     """
 
     def __init__(self, app: ASGIApp, port: int) -> None:
@@ -84,10 +85,10 @@ class Guard:
         await (self.app if refusal is None else refusal)(scope, receive, send_guarded)
 
     def refusal(self, headers: Mapping[str, str]) -> Response | None:
-        """Return the response that refuses a request with these headers, or None if it is allowed.
+        """Return the response that refuses a request with these headers, or None if the request is allowed.
 
-        Host has to be 127.0.0.1 or localhost with the server's port (else 421); Origin, if there is one, the server
-        itself (else 403).
+        headers: the request's HTTP headers. Host must be 127.0.0.1 or localhost with the server's port (else status
+        421); Origin, if present, must be the server itself (else status 403).
         """
         if headers.get("host") not in self.hosts:
             return answer(421, "this server answers to 127.0.0.1 only")

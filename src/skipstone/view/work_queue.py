@@ -24,8 +24,8 @@ class BusyError(Exception):
 class Job:
     """An accepted job, whose events are delivered to the asyncio event loop in which it was created.
 
-    make: starts the computation; called in the queue's thread, returns an iterator of events. ahead: number of jobs
-    that are computed before this one.
+    make: a function that the queue's thread calls to start the computation; it returns an iterator of events. ahead:
+    number of jobs that are computed before this one.
     """
 
     def __init__(self, make: Callable[[], Iterator[PlainDict]], ahead: int) -> None:
@@ -81,7 +81,7 @@ class Job:
 class WorkQueue:
     """A queue that computes jobs one after the other in a daemon thread, which does not keep the process alive.
 
-    waiting: number of jobs that may wait for the one that is computing.
+    waiting: the largest number of jobs that may wait while another one is computed.
     """
 
     def __init__(self, waiting: int = WAITING) -> None:
@@ -94,8 +94,8 @@ class WorkQueue:
     def submit(self, make: Callable[[], Iterator[PlainDict]]) -> Job:
         """Queue a job and return it; must be called inside a running event loop.
 
-        make: starts the computation when it is the job's turn, and returns an iterator of events (dicts). Raises
-        BusyError if the queue is full.
+        make: a function that is called when it is the job's turn; it starts the computation and returns an iterator of
+        events (dicts). Raises BusyError if the queue is full.
         """
         with self._lock:
             if len(self._accepted) >= self._limit:
