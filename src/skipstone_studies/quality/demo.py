@@ -153,8 +153,8 @@ def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
 # A test compares these figures with results/demo/records.
 LARGER = (
     "These models are small to make the demonstration short. On models nearly four times as large, "
-    "`make demo SCALE=laptop` (several times as long; its table is results/demo.md) trained Mixture-of-Depths 1.67 times as fast as the dense "
-    "model and decoded it 1.41 times as fast, 1.55 times with 8 rows."
+    "`make demo SCALE=laptop` (several times as long; its table is results/demo.md) trained Mixture-of-Depths 1.67 "
+    "times as fast as the dense model and decoded it 1.41 times as fast, 1.55 times with 8 rows."
 )
 
 
